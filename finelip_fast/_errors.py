@@ -1,0 +1,64 @@
+"""Every error that the library raises on purpose.
+
+    FineLIPError
+    ├── InputError (ValueError)      an argument: what was expected, what came, what to do
+    │   └── ImageError               one picture that cannot be read; names the file
+    ├── ConfigError (ValueError)     a model or training configuration that cannot be honoured
+    ├── CheckpointError              a file that is no checkpoint, or not this one
+    ├── KernelError (RuntimeError)   a kernel that was asked for by name and cannot run here
+    ├── EngineError (RuntimeError)   an engine that was asked for by name and cannot run here
+    ├── StoreError                   an index folder that cannot be opened, read or written
+    └── TrainingError (RuntimeError) a run that cannot go on
+
+Catch :class:`FineLIPError` to catch them all.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "FineLIPError",
+    "ImageError",
+    "InputError",
+    "KernelError",
+    "StoreError",
+    "TrainingError",
+]
+
+
+class FineLIPError(Exception):
+    """Base of all errors of this library."""
+
+
+class InputError(FineLIPError, ValueError):
+    """An argument is not what the function takes."""
+
+
+class ImageError(InputError):
+    """One picture cannot be read."""
+
+
+class ConfigError(FineLIPError, ValueError):
+    """A model or training configuration is inconsistent or cannot be honoured here."""
+
+
+class CheckpointError(FineLIPError):
+    """A checkpoint is missing, of an unknown layout, or does not fit."""
+
+
+class KernelError(FineLIPError, RuntimeError):
+    """A kernel was asked for by name and cannot run on this machine or on these inputs."""
+
+
+class EngineError(FineLIPError, RuntimeError):
+    """An engine was asked for by name and cannot run on this machine."""
+
+
+class StoreError(FineLIPError):
+    """An index folder cannot be opened, read or written."""
+
+
+class TrainingError(FineLIPError, RuntimeError):
+    """A training run cannot go on."""

@@ -1,0 +1,166 @@
+"""Sizes of a FineLIP model: one frozen dataclass, read from and written to ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from finelip_fast._errors import ConfigError
+
+# CLIP's own vocabulary and special tokens; zero pads.
+VOCAB_SIZE = 49_408
+START_TOKEN = 49_406
+END_TOKEN = 49_407
+
+# Rows of CLIP's text positions that are well trained: kept as they are when the table is stretched, frozen in training.
+KEEP_POSITIONS = 20
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineLIPConfig:
+    """Sizes of the two encoders and the two aggregators.
+
+    Args:
+        embed_dim: Width ``D`` of the joint embedding.
+        image_size: Side of the square input picture, in pixels.
+        patch_size: Side of a patch, in pixels; divides ``image_size``.
+        vision_width, vision_layers, vision_heads: The vision transformer.
+        text_width, text_layers, text_heads: The text transformer.
+        context_length: Longest caption in tokens, start and end token included.
+        vocab_size: Rows of the token embedding.
+        vision_mlp_ratio, text_mlp_ratio: Hidden width of an MLP over its input width.
+        quick_gelu: CLIP's sigmoid approximation of GELU; weights remember which one they were trained with.
+        aggregated_tokens: ``K``, tokens that an aggregator makes of a picture or a caption. Default: 20 % of the patches,
+            ``int(0.4 * 0.5 * P)``.
+        aggregator_hidden: Hidden width ``h`` of an aggregator. Default: ``int(0.2 * D)``.
+        trained_aggregators: False for weights that come from plain CLIP or Long-CLIP: the aggregators are then at their
+            random start, and only the global score means anything.
+        image_mean, image_std: Normalisation of the three colour channels, on values in [0, 1].
+        resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect.
+
+    Raises:
+        ConfigError: Sizes that do not fit together.
+    """
+
+    embed_dim: int
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    context_length: int = 256
+    vocab_size: int = VOCAB_SIZE
+    vision_mlp_ratio: float = 4.0
+    text_mlp_ratio: float = 4.0
+    quick_gelu: bool = True
+    aggregated_tokens: int = 0
+    aggregator_hidden: int = 0
+    trained_aggregators: bool = True
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    resize_mode: str = "shortest"
+
+    def __post_init__(self) -> None:
+        _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)
+        _require(self.vision_width % self.vision_heads == 0, "vision_width a multiple of vision_heads", self.vision_width)
+        _require(self.text_width % self.text_heads == 0, "text_width a multiple of text_heads", self.text_width)
+        _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
+        _require(self.resize_mode in ("shortest", "squash"), "resize_mode 'shortest' or 'squash'", self.resize_mode)
+        # A frozen dataclass with derived defaults: filled in once, here.
+        object.__setattr__(self, "aggregated_tokens", self.aggregated_tokens or max(1, int(self.patches * 0.4 * 0.5)))
+        object.__setattr__(self, "aggregator_hidden", self.aggregator_hidden or max(1, int(self.embed_dim * 0.2)))
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        object.__setattr__(self, "image_std", tuple(self.image_std))
+
+    @property
+    def patches(self) -> int:
+        """``P``, patches of a picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """``L = K + 1``, rows of an embedding."""
+        return self.aggregated_tokens + 1
+
+    def replace(self, **changes: Any) -> FineLIPConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FineLIPConfig:
+        """The configuration that :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigError: Unknown or missing fields, by name.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(
+            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
+        )
+        if unknown or missing:
+            raise ConfigError(
+                f"model configuration: unknown fields {unknown}, missing fields {missing}; known are {sorted(fields)}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> FineLIPConfig:
+        """A configuration by CLIP's model name, or ``"scenes"``, the size of the bundled model.
+
+        Raises:
+            ConfigError: An unknown name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r}")
+        return PRESETS[name].replace(**changes)
+
+
+def _require(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"expected {expected}, got {got!r}")
+
+
+def _vit(patch: int, width: int, layers: int, embed_dim: int, text_width: int, image_size: int = 224) -> FineLIPConfig:
+    return FineLIPConfig(
+        embed_dim=embed_dim,
+        image_size=image_size,
+        patch_size=patch,
+        vision_width=width,
+        vision_layers=layers,
+        vision_heads=width // 64,
+        text_width=text_width,
+        text_layers=12,
+        text_heads=text_width // 64,
+    )
+
+
+PRESETS = {
+    "ViT-B-32": _vit(32, 768, 12, 512, 512),
+    "ViT-B-16": _vit(16, 768, 12, 512, 512),
+    "ViT-L-14": _vit(14, 1024, 24, 768, 768),
+    "ViT-L-14-336": _vit(14, 1024, 24, 768, 768, image_size=336),
+    "scenes": FineLIPConfig(
+        embed_dim=128,
+        image_size=128,
+        patch_size=16,
+        vision_width=192,
+        vision_layers=4,
+        vision_heads=3,
+        text_width=128,
+        text_layers=4,
+        text_heads=2,
+        quick_gelu=False,
+    ),
+}

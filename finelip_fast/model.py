@@ -1,0 +1,118 @@
+"""FineLIP: two encoders, two aggregators, one score."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from finelip_fast._errors import InputError
+from finelip_fast.aggregator import TokenAggregator
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
+from finelip_fast.kernels import clim_scores
+
+
+class FineLIP(nn.Module):
+    """A picture or a caption becomes one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
+
+    Args:
+        config: Sizes. The weights start at random; :func:`finelip_fast.load` gives a trained model.
+
+    Example:
+        >>> model = finelip_fast.load()
+        >>> images = model.encode_image(pixels)                           # [B_i, L, D]
+        >>> texts = model.encode_text(finelip_fast.tokenize(captions))    # [B_t, L, D]
+        >>> model.score(images, texts)                                    # [B_i, B_t]
+    """
+
+    def __init__(self, config: FineLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = ImageEncoder(config)
+        self.text = TextEncoder(config)
+        sizes = (config.embed_dim, config.aggregator_hidden, config.aggregated_tokens)
+        self.image_aggregator = TokenAggregator(*sizes)
+        self.text_aggregator = TokenAggregator(*sizes)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
+        return 0.8 if self.config.trained_aggregators else 1.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logit_scale.dtype
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed pictures.
+
+        Args:
+            pixels: ``[B, 3, H, W]``, normalised, ``H = W = config.image_size``.
+
+        Returns:
+            ``[B, L, D]``, unit rows, row 0 from CLS.
+
+        Raises:
+            InputError: Pixels of another shape.
+        """
+        side = self.config.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
+            raise InputError(f"expected pixels [B, 3, {side}, {side}], got {list(pixels.shape)}; use model.preprocess")
+        tokens = self.visual(pixels)
+        return self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Embed captions.
+
+        The transformer is causal: nothing after the longest caption's end token can change anything, so those positions
+        are not computed (except in a compiled or exported graph, whose shapes must not depend on values).
+
+        Args:
+            ids: int64 ``[B, T]`` from :func:`finelip_fast.tokenize`, ``T <= config.context_length``.
+
+        Returns:
+            ``[B, L, D]``, unit rows, row 0 from the end token. A row of padding alone gives zeros.
+
+        Raises:
+            InputError: Ids of another shape or longer than the context.
+        """
+        if ids.dim() != 2 or ids.shape[1] > self.config.context_length:
+            raise InputError(f"expected ids [B, T <= {self.config.context_length}], got {list(ids.shape)}")
+        lengths = caption_lengths(ids)
+        if ids.numel() and not torch.compiler.is_compiling():
+            ids = ids[:, : max(1, int(lengths.max()))]
+        tokens = self.text(ids)
+        last = (lengths - 1).clamp(min=0)
+        anchor = tokens[torch.arange(tokens.shape[0], device=ids.device), last]
+        # A row without an end token has no caption: no token is valid, and its anchor is nobody's.
+        anchor = anchor.masked_fill((lengths == 0)[:, None], 0.0)
+        return self.text_aggregator(tokens, anchor=anchor, lengths=last)
+
+    def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
+        """Score every picture against every caption.
+
+        Args:
+            images: ``[B_i, L, D]`` from :meth:`encode_image`.
+            texts: ``[B_t, L, D]`` from :meth:`encode_text`.
+            alpha: Weight of the global cosine; None takes :attr:`alpha`.
+
+        Returns:
+            float32 ``[B_i, B_t]``.
+        """
+        return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Both embeddings, ``[B_i, L, D]`` and ``[B_t, L, D]``: the step that training wraps."""
+        return self.encode_image(pixels), self.encode_text(ids)
+
+    def gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the transformers' activations in the backward pass instead of keeping them."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)

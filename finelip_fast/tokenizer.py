@@ -1,0 +1,234 @@
+"""Captions to token ids: CLIP's byte-level BPE at long context.
+
+A caption of ``n`` tokens is ``START, its text, EOT``. Captions longer than the context are cut with the EOT kept, refused,
+or split into overlapping windows; in every case the caller can learn what happened to which caption.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+
+__all__ = ["EOT_TOKEN", "START_TOKEN", "Overflow", "TokenBatch", "TruncationWarning", "encode_batch", "tokenize"]
+
+START_TOKEN = 49406
+EOT_TOKEN = 49407
+
+Overflow = Literal["truncate", "error", "window"]
+
+
+class TruncationWarning(UserWarning):
+    """Some captions of a call were longer than the context and lost their ends."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Token ids of a batch of captions, and what became of the long ones.
+
+    ``W`` rows hold ``B_t`` captions: one row each, or several for a caption split into windows.
+
+    Attributes:
+        ids: ``[W, T]`` int64, zero after each row's EOT.
+        lengths: ``[W]`` int64, the tokens of each row from START to EOT; the EOT is at ``lengths - 1``.
+        owner: ``[W]`` int64, the caption that each row belongs to: ascending, a caption's windows side by side.
+        tokens_cut: ``[B_t]`` int64, the tokens that each caption lost to truncation; 0 where it is whole.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    owner: Tensor
+    tokens_cut: Tensor
+
+    @property
+    def n_cut(self) -> int:
+        """How many captions were cut."""
+        return int(self.tokens_cut.count_nonzero())
+
+
+def tokenize(
+    texts: str | Iterable[str], context_length: int = 256, *, overflow: Literal["truncate", "error"] = "truncate"
+) -> Tensor:
+    """Token ids of captions, one row each.
+
+    Text is cleaned as CLIP's was: mojibake repaired, HTML entities resolved, white space collapsed, lower case. An empty
+    caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
+
+    Args:
+        texts: One caption, or any iterable of them.
+        context_length: Row width ``T``, at least 3.
+        overflow: For captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last kept token
+            the EOT and warns once per call; ``"error"`` refuses them.
+
+    Returns:
+        int64 ``[B_t, T]``, zero-padded.
+
+    Raises:
+        InputError: A caption is not a string or, with ``overflow="error"``, too long; or an argument is out of range.
+
+    Warns:
+        TruncationWarning: Captions were cut; says how many and the largest loss.
+    """
+    if overflow == "window":
+        raise InputError(
+            'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
+            "use encode_batch, which also returns the caption that each row belongs to"
+        )
+    batch = _encode(texts, context_length, overflow, None)
+    _warn_if_cut(batch)
+    return batch.ids
+
+
+def encode_batch(
+    texts: str | Iterable[str],
+    context_length: int = 256,
+    *,
+    overflow: Overflow = "truncate",
+    overlap: int | None = None,
+) -> TokenBatch:
+    """Token ids of captions, with lengths and an account of the long ones.
+
+    Args:
+        texts: One caption, or any iterable of them.
+        context_length: Row width ``T``, at least 3.
+        overflow: ``"truncate"`` and ``"error"`` as in :func:`tokenize`. ``"window"`` splits a long caption into rows of
+            ``T`` tokens, each with its own START and EOT, that together hold every token of the text in order.
+        overlap: For ``"window"``: text tokens shared by neighbouring windows, from 0 to ``context_length - 3``; default
+            ``context_length // 4``. The last window ends where the caption ends, so it may share more.
+
+    Returns:
+        A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
+
+    Raises:
+        InputError: As for :func:`tokenize`, or ``overlap`` is out of range or given without windows.
+
+    Warns:
+        TruncationWarning: As for :func:`tokenize`.
+    """
+    batch = _encode(texts, context_length, overflow, overlap)
+    _warn_if_cut(batch)
+    return batch
+
+
+def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow, overlap: int | None) -> TokenBatch:
+    overlap = _checked_overlap(context_length, overflow, overlap)
+    rows: list[list[int]] = []
+    owner: list[int] = []
+    tokens_cut: list[int] = []
+    for caption, text in enumerate(_as_list(texts)):
+        tokens = _tokens(text)
+        excess = max(0, len(tokens) - context_length)
+        if excess and overflow == "error":
+            raise InputError(
+                f"expected captions of at most {context_length} tokens, got {len(tokens)} in caption {caption}; shorten "
+                'it, raise context_length if the model allows, or pass overflow="truncate"'
+            )
+        if overflow == "window":
+            parts = _windows(tokens, context_length, overlap)
+        else:
+            parts = [[*tokens[: context_length - 1], EOT_TOKEN] if excess else tokens]
+        rows += parts
+        owner += [caption] * len(parts)
+        tokens_cut.append(excess if overflow == "truncate" else 0)
+
+    ids = torch.zeros(len(rows), context_length, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    return TokenBatch(
+        ids=ids,
+        lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        owner=torch.tensor(owner, dtype=torch.int64),
+        tokens_cut=torch.tensor(tokens_cut, dtype=torch.int64),
+    )
+
+
+def _windows(tokens: list[int], context_length: int, overlap: int) -> list[list[int]]:
+    """The caption itself if it fits, else full rows whose text overlaps by ``overlap``, the last aligned to the end."""
+    text, room = tokens[1:-1], context_length - 2
+    last = len(text) - room
+    if last <= 0:
+        return [tokens]
+    return [[START_TOKEN, *text[at : at + room], EOT_TOKEN] for at in (*range(0, last, room - overlap), last)]
+
+
+def _tokens(text: str) -> list[int]:
+    """START, the text's BPE tokens, EOT."""
+    tokens = [START_TOKEN]
+    for token in _bpe().encode(text):
+        # The vocabulary reads a special token's name as the token itself: an EOT inside a caption would end it there.
+        tokens += _spelled_out(token) if token in (START_TOKEN, EOT_TOKEN) else [token]
+    return [*tokens, EOT_TOKEN]
+
+
+@cache
+def _spelled_out(token: int) -> list[int]:
+    """A special token's name as plain text; the blank after "<" keeps the name from being recognised."""
+    return _bpe().encode(_bpe().decoder[token].replace("<", "< "))
+
+
+@cache
+def _bpe() -> SimpleTokenizer:
+    """CLIP's BPE with its vocabulary. Imported on first use: open_clip takes seconds."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def _as_list(texts: str | Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+        raise InputError(f"expected a caption or captions as str, got {type(texts).__name__}; decode or convert it first")
+    captions = list(texts)
+    for index, text in enumerate(captions):
+        if not isinstance(text, str):
+            raise InputError(
+                f"expected captions as str, got {type(text).__name__} as caption {index}; "
+                'convert it first ("" stands for no text)'
+            )
+    return captions
+
+
+def _checked_overlap(context_length: int, overflow: Overflow, overlap: int | None) -> int:
+    """Check the options against each other; the overlap to use."""
+    if overflow not in get_args(Overflow):
+        raise InputError(f"expected overflow to be one of {get_args(Overflow)}, got {overflow!r}")
+    if not isinstance(context_length, int) or context_length < 3:
+        raise InputError(
+            f"expected context_length as an int of at least 3 (START, one token, EOT), got {context_length!r}; "
+            "pass the model's own, e.g. 256"
+        )
+    if overlap is None:
+        return context_length // 4
+    if overflow != "window":
+        raise InputError(f'expected overlap only with overflow="window", got it with {overflow!r}; leave it out')
+    if not isinstance(overlap, int) or not 0 <= overlap <= context_length - 3:
+        raise InputError(
+            f"expected overlap as an int from 0 to {context_length - 3} (context_length - 3), got {overlap!r}; "
+            "each window must add at least one token"
+        )
+    return overlap
+
+
+def _warn_if_cut(batch: TokenBatch) -> None:
+    if batch.n_cut == 0:
+        return
+    were = "was" if batch.n_cut == 1 else "were"
+    lost = int(batch.tokens_cut.max())
+    warnings.warn(
+        f"{batch.n_cut} of {len(batch.tokens_cut)} captions {were} longer than {batch.ids.shape[1]} tokens and {were} cut; "
+        f"the longest lost {lost} token{'s' * (lost > 1)}. "
+        'encode_batch(..., overflow="window") keeps every token; overflow="error" refuses such captions.',
+        TruncationWarning,
+        stacklevel=3,  # the caller of the public function
+    )

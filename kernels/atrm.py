@@ -1,0 +1,108 @@
+"""Token aggregation (ATRM, adaptive token refinement): ``N`` token features become ``K`` unit rows and an anchor row.
+
+For token features ``x [N, D]`` of one picture or caption (FineLIP, arXiv 2504.01916, section 3)::
+
+    H       = GELU(LayerNorm(x) @ W1.T + b1)       W1 [h, D], exact GELU, eps 1e-5
+    logits  = (H @ W2.T + b2) * scale              W2 [K, h]
+    weights = softmax(logits over the tokens)      one distribution per aggregated token
+    out     = l2_normalise(weights.T @ x)          mixes the raw features, not the normalised ones
+
+Row 0 of the result is the anchor (CLS or EOT), L2-normalised too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+LAYER_NORM_EPS = 1e-5
+
+
+def atrm_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+) -> Tensor:
+    """The operation in plain PyTorch, in float32 whatever the inputs; shapes as :func:`atrm`."""
+    dtype = x.dtype
+    x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
+        t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
+    )
+    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
+    logits = F.linear(hidden, w2, b2) * scale.reshape(())  # [B, N, K]
+    if lengths is not None:
+        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]  # [B, N, 1]
+        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+        # An item without a token has no distribution: its weights, hence its aggregated rows, are zero.
+        weights = logits.softmax(dim=1).masked_fill(~valid, 0.0)
+        x = x.masked_fill(~valid, 0.0)  # a NaN in the padding times a weight of zero would still be NaN
+    else:
+        weights = logits.softmax(dim=1)
+    rows = torch.cat([anchor[:, None], weights.transpose(1, 2) @ x], dim=1)
+    return F.normalize(rows, dim=-1).to(dtype)
+
+
+def atrm(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    anchor: Tensor,
+) -> Tensor:
+    """Aggregate the tokens of each item and put its anchor in front.
+
+    Args:
+        x: Token features ``[B, N, D]`` in float32, float16 or bfloat16, without CLS or EOT.
+        norm_weight, norm_bias: LayerNorm ``[D]``.
+        w1, b1: First linear layer ``[h, D]``, ``[h]``.
+        w2, b2: Second linear layer ``[K, h]``, ``[K]``.
+        scale: Learned scalar, any shape of one element.
+        lengths: Valid tokens of each item ``[B]``, integers in ``0..N``; None: all ``N``. Tokens at and after the length
+            are never looked at. An item of length 0 has zero rows after its anchor.
+        anchor: CLS or EOT features ``[B, D]``; row 0 of the result.
+
+    Returns:
+        ``[B, K + 1, D]`` in ``x``'s dtype, every row of unit length (a zero row stays zero). Differentiable; computed in
+        float32.
+
+    Raises:
+        InputError: Shapes that do not fit together.
+
+    Example:
+        >>> one = torch.ones
+        >>> x = torch.tensor([[[3.0, 4.0]]])
+        >>> atrm(x, one(2), one(2), one(1, 2), one(1), one(1, 1), one(1), one(1), anchor=x[:, 0])
+        tensor([[[0.6000, 0.8000],
+                 [0.6000, 0.8000]]])
+    """
+    if x.dim() != 3 or anchor.shape != (x.shape[0], x.shape[2]):
+        raise InputError(f"expected x [B, N, D] and anchor [B, D], got {tuple(x.shape)} and {tuple(anchor.shape)}")
+    width, hidden = x.shape[2], w1.shape[0]
+    expected = {"norm_weight": (width,), "norm_bias": (width,), "w1": (hidden, width), "b1": (hidden,)}
+    expected |= {"w2": (w2.shape[0], hidden), "b2": (w2.shape[0],)}
+    given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise InputError(f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(given[name].shape)}")
+    if scale.numel() != 1:
+        raise InputError(f"expected scale of one element, got {list(scale.shape)}")
+    if lengths is not None and lengths.shape != x.shape[:1]:
+        raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
+    with torch.autocast(x.device.type, enabled=False):
+        return atrm_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)

@@ -1,0 +1,181 @@
+"""Captions to ids: CLIP's own tokens, nothing cut in silence, windows that lose nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finelip_fast._errors import InputError
+from finelip_fast.tokenizer import EOT_TOKEN, START_TOKEN, TruncationWarning, encode_batch, tokenize
+
+CAPTIONS = {
+    "empty": "",
+    "blank": " \t\n\u3000 ",
+    "plain": "A photo of a cat, sitting on the mat.",
+    "case and white space": "  The   QUICK\nbrown\tfox ",
+    "html": "fish &amp;amp; chips &lt;hot&gt;",
+    "mojibake": "cafÃ© au lait",
+    "accents": "Ünïcödé naïve façade Ångström",
+    "chinese": "一只猫坐在垫子上",
+    "arabic": "قطة تجلس على السجادة",
+    "hindi": "चटाई पर बैठी बिल्ली",
+    "emoji": "👩‍👩‍👧‍👦 on a 🏖️ with 🐕‍🦺",
+    "control characters": "a\x00b\x07c\x1b[31m\u200b\ufeff\u202e",
+    "lone surrogate": "a \ud800 b",
+    "digits and marks": "3.14 × 10^-5 !!! it's they'll",
+}
+
+
+@pytest.mark.parametrize("text", CAPTIONS.values(), ids=CAPTIONS.keys())
+def test_equals_clip_where_the_text_fits(text: str) -> None:
+    ids = tokenize(text, 77, overflow="error")
+    assert ids.dtype == torch.int64
+    torch.testing.assert_close(ids, open_clip.tokenize([text]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\x00\x01"])
+def test_empty_text_is_start_and_eot(text: str) -> None:
+    batch = encode_batch(text, 5)
+    assert batch.ids.tolist() == [[START_TOKEN, EOT_TOKEN, 0, 0, 0]]
+    assert batch.lengths.tolist() == [2]
+
+
+@pytest.mark.filterwarnings("ignore::finelip_fast.tokenizer.TruncationWarning")
+@given(text=st.text(max_size=200), context_length=st.integers(3, 40))
+def test_any_text_gives_one_start_one_eot_then_padding(text: str, context_length: int) -> None:
+    batch = encode_batch(text, context_length)
+    (row,), (length,) = batch.ids.tolist(), batch.lengths.tolist()
+    assert len(row) == context_length and 2 <= length <= context_length
+    assert row[0] == START_TOKEN and row[length - 1] == EOT_TOKEN
+    assert not {START_TOKEN, EOT_TOKEN} & set(row[1 : length - 1])
+    assert not any(row[length:])
+
+
+@pytest.mark.parametrize("name", ["<end_of_text>", "<start_of_text>", "<END_OF_TEXT>", "&lt;end_of_text&gt;"])
+def test_a_special_token_spelled_out_is_plain_text(name: str) -> None:
+    plain = name.lower().replace("&lt;", "<").replace("&gt;", ">").replace("<", "< ")
+    assert torch.equal(tokenize(f"a {name} b", 20), tokenize(f"a {plain} b", 20))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [("a cat", "a dog"), (text for text in ["a cat", "a dog"]), np.array(["a cat", "a dog"]), {"a cat": 1, "a dog": 2}],
+    ids=["tuple", "generator", "numpy", "keys"],
+)
+def test_any_iterable_of_captions(texts: object) -> None:
+    assert torch.equal(tokenize(texts, 8), tokenize(["a cat", "a dog"], 8))
+
+
+def test_no_captions_give_no_rows() -> None:
+    batch = encode_batch([], 7, overflow="window")
+    assert batch.ids.shape == (0, 7) and batch.ids.dtype == torch.int64
+    assert batch.lengths.shape == batch.owner.shape == batch.tokens_cut.shape == (0,)
+
+
+def test_truncation_keeps_the_eot_and_counts() -> None:
+    with pytest.warns(TruncationWarning):
+        batch = encode_batch(["cat " * 10, "cat", "cat " * 4], 5)
+    cat = batch.ids[0, 1].item()
+    assert batch.ids.tolist() == [
+        [START_TOKEN, cat, cat, cat, EOT_TOKEN],
+        [START_TOKEN, cat, EOT_TOKEN, 0, 0],
+        [START_TOKEN, cat, cat, cat, EOT_TOKEN],
+    ]
+    assert batch.lengths.tolist() == [5, 3, 5]
+    assert batch.owner.tolist() == [0, 1, 2]
+    assert batch.tokens_cut.tolist() == [7, 0, 1] and batch.n_cut == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([10, 1, 4], "2 of 3 captions were longer than 5 tokens and were cut; the longest lost 7 tokens."),
+        ([4, 1], "1 of 2 captions was longer than 5 tokens and was cut; the longest lost 1 token."),
+    ],
+    ids=["many", "one"],
+)
+@pytest.mark.parametrize("function", [tokenize, encode_batch])
+def test_warns_once_a_call_where_it_was_called(function, words: list[int], message: str) -> None:
+    with pytest.warns(TruncationWarning) as caught:
+        function(["cat " * n for n in words], 5)
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(message)
+    assert caught[0].filename == __file__
+
+
+def test_a_caption_that_just_fits_is_whole() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch = encode_batch("cat cat cat", 5)
+    assert batch.lengths.tolist() == [5] and batch.n_cut == 0
+
+
+@given(
+    words=st.lists(st.lists(st.sampled_from(["red", "cat", "on", "mat", "zyzzyva"]), max_size=60), max_size=4),
+    context_length=st.integers(3, 24),
+    data=st.data(),
+)
+def test_windows_hold_every_token_in_order(words: list[list[str]], context_length: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.none() | st.integers(0, context_length - 3))
+    texts = [" ".join(caption) for caption in words]
+    batch = encode_batch(texts, context_length, overflow="window", overlap=overlap)
+    shared = context_length // 4 if overlap is None else overlap
+    room = context_length - 2
+
+    assert sorted(batch.owner.tolist()) == batch.owner.tolist()
+    assert sorted(set(batch.owner.tolist())) == list(range(len(texts)))
+    assert batch.n_cut == 0 and batch.tokens_cut.shape == (len(texts),)
+    for caption, text in enumerate(texts):
+        whole = encode_batch(text, 1000)
+        tokens = whole.ids[0, : whole.lengths[0]].tolist()[1:-1]
+        mine = batch.owner == caption
+        windows = [row[:n].tolist() for row, n in zip(batch.ids[mine], batch.lengths[mine], strict=True)]
+        assert all(row[0] == START_TOKEN and row[-1] == EOT_TOKEN for row in windows)
+        assert not any(row[n:].any() for row, n in zip(batch.ids[mine], batch.lengths[mine], strict=True))
+        if len(tokens) <= room:
+            assert windows == [[START_TOKEN, *tokens, EOT_TOKEN]]
+            continue
+        starts = [index * (room - shared) for index in range(len(windows) - 1)] + [len(tokens) - room]
+        assert windows == [[START_TOKEN, *tokens[at : at + room], EOT_TOKEN] for at in starts]
+        # Neighbours share `shared` tokens, the last pair at least that many, and no window repeats the one before.
+        assert 0 < starts[-1] - starts[-2] <= room - shared
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tokenize(["cat", "cat " * 9], 5, overflow="error"), r"at most 5 tokens, got 11 in caption 1; shorten it"),
+        (lambda: tokenize("cat", overflow="window"), r'got "window".*use encode_batch'),
+        (lambda: tokenize("cat", overflow="drop"), r"one of \('truncate', 'error', 'window'\), got 'drop'"),
+        (lambda: tokenize("cat", 2), r"at least 3 .*got 2; pass the model's own"),
+        (lambda: tokenize("cat", 77.0), r"as an int of at least 3 .*got 77.0"),
+        (lambda: tokenize(["cat", None]), r"as str, got NoneType as caption 1; convert"),
+        (lambda: tokenize(b"cat"), r"as str, got bytes; decode"),
+        (lambda: tokenize(3), r"as str, got int"),
+        (lambda: encode_batch("cat", 8, overflow="window", overlap=6), r"from 0 to 5 .*got 6"),
+        (lambda: encode_batch("cat", 8, overflow="window", overlap=-1), r"from 0 to 5 .*got -1"),
+        (lambda: encode_batch("cat", 8, overlap=2), r"only with overflow=\"window\", got it with 'truncate'"),
+    ],
+    ids=[
+        "too long",
+        "tokenize windows",
+        "unknown overflow",
+        "short context",
+        "float context",
+        "None caption",
+        "bytes",
+        "number",
+        "overlap too large",
+        "overlap negative",
+        "overlap without windows",
+    ],
+)
+def test_errors_say_expected_got_and_remedy(call, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
