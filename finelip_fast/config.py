@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finelip_fast._errors import ConfigError
 
@@ -65,7 +65,7 @@ class FineLIPConfig:
     trained_aggregators: bool = True
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
-    resize_mode: str = "shortest"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
         _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)

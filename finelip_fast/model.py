@@ -12,6 +12,7 @@ from finelip_fast.aggregator import TokenAggregator
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
 from finelip_fast.kernels import clim_scores
+from finelip_fast.preprocess import Preprocess
 
 
 class FineLIP(nn.Module):
@@ -41,6 +42,12 @@ class FineLIP(nn.Module):
     def alpha(self) -> float:
         """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
         return 0.8 if self.config.trained_aggregators else 1.0
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes pixels of a picture for :meth:`encode_image`."""
+        config = self.config
+        return Preprocess(config.image_size, config.image_mean, config.image_std, resize_mode=config.resize_mode)
 
     @property
     def device(self) -> torch.device:
@@ -108,9 +115,9 @@ class FineLIP(nn.Module):
         """
         return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Both embeddings, ``[B_i, L, D]`` and ``[B_t, L, D]``: the step that training wraps."""
-        return self.encode_image(pixels), self.encode_text(ids)
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a training step differentiates: both embeddings and the multiplier of the scores, ``exp(logit_scale)``."""
+        return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""

@@ -1,7 +1,7 @@
 """Captions to token ids: CLIP's byte-level BPE at long context.
 
-A caption of ``n`` tokens is ``START, its text, EOT``. Captions longer than the context are cut with the EOT kept, refused,
-or split into overlapping windows; in every case the caller can learn what happened to which caption.
+A caption of ``n`` tokens is ``START, its text, EOT``. Captions longer than the context are cut with the EOT kept,
+refused, or split into overlapping windows; in every case the caller can learn what happened to which caption.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def tokenize(
 ) -> Tensor:
     """Token ids of captions, one row each.
 
-    Text is cleaned as CLIP's was: mojibake repaired, HTML entities resolved, white space collapsed, lower case. An empty
-    caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
+    Text is cleaned as CLIP's was: mojibake repaired, HTML entities resolved, white space collapsed, lower case. An
+    empty caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
 
     Args:
         texts: One caption, or any iterable of them.
         context_length: Row width ``T``, at least 3.
-        overflow: For captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last kept token
-            the EOT and warns once per call; ``"error"`` refuses them.
+        overflow: For captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last kept
+            token the EOT and warns once per call; ``"error"`` refuses them.
 
     Returns:
         int64 ``[B_t, T]``, zero-padded.
@@ -130,8 +130,8 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow,
         excess = max(0, len(tokens) - context_length)
         if excess and overflow == "error":
             raise InputError(
-                f"expected captions of at most {context_length} tokens, got {len(tokens)} in caption {caption}; shorten "
-                'it, raise context_length if the model allows, or pass overflow="truncate"'
+                f"expected captions of at most {context_length} tokens, got {len(tokens)} in caption {caption}; "
+                'shorten it, raise context_length if the model allows, or pass overflow="truncate"'
             )
         if overflow == "window":
             parts = _windows(tokens, context_length, overlap)
@@ -188,7 +188,7 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         return [texts]
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
-        raise InputError(f"expected a caption or captions as str, got {type(texts).__name__}; decode or convert it first")
+        raise InputError(f"expected captions as str, got {type(texts).__name__}; decode or convert it first")
     captions = list(texts)
     for index, text in enumerate(captions):
         if not isinstance(text, str):
@@ -226,8 +226,8 @@ def _warn_if_cut(batch: TokenBatch) -> None:
     were = "was" if batch.n_cut == 1 else "were"
     lost = int(batch.tokens_cut.max())
     warnings.warn(
-        f"{batch.n_cut} of {len(batch.tokens_cut)} captions {were} longer than {batch.ids.shape[1]} tokens and {were} cut; "
-        f"the longest lost {lost} token{'s' * (lost > 1)}. "
+        f"{batch.n_cut} of {len(batch.tokens_cut)} captions {were} longer than {batch.ids.shape[1]} tokens "
+        f"and {were} cut; the longest lost {lost} token{'s' * (lost > 1)}. "
         'encode_batch(..., overflow="window") keeps every token; overflow="error" refuses such captions.',
         TruncationWarning,
         stacklevel=3,  # the caller of the public function

@@ -51,8 +51,10 @@ def test_empty_text_is_start_and_eot(text: str) -> None:
 def test_any_text_gives_one_start_one_eot_then_padding(text: str, context_length: int) -> None:
     batch = encode_batch(text, context_length)
     (row,), (length,) = batch.ids.tolist(), batch.lengths.tolist()
-    assert len(row) == context_length and 2 <= length <= context_length
-    assert row[0] == START_TOKEN and row[length - 1] == EOT_TOKEN
+    assert len(row) == context_length
+    assert 2 <= length <= context_length
+    assert row[0] == START_TOKEN
+    assert row[length - 1] == EOT_TOKEN
     assert not {START_TOKEN, EOT_TOKEN} & set(row[1 : length - 1])
     assert not any(row[length:])
 
@@ -74,7 +76,8 @@ def test_any_iterable_of_captions(texts: object) -> None:
 
 def test_no_captions_give_no_rows() -> None:
     batch = encode_batch([], 7, overflow="window")
-    assert batch.ids.shape == (0, 7) and batch.ids.dtype == torch.int64
+    assert batch.ids.shape == (0, 7)
+    assert batch.ids.dtype == torch.int64
     assert batch.lengths.shape == batch.owner.shape == batch.tokens_cut.shape == (0,)
 
 
@@ -89,7 +92,8 @@ def test_truncation_keeps_the_eot_and_counts() -> None:
     ]
     assert batch.lengths.tolist() == [5, 3, 5]
     assert batch.owner.tolist() == [0, 1, 2]
-    assert batch.tokens_cut.tolist() == [7, 0, 1] and batch.n_cut == 2
+    assert batch.tokens_cut.tolist() == [7, 0, 1]
+    assert batch.n_cut == 2
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,8 @@ def test_a_caption_that_just_fits_is_whole() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batch = encode_batch("cat cat cat", 5)
-    assert batch.lengths.tolist() == [5] and batch.n_cut == 0
+    assert batch.lengths.tolist() == [5]
+    assert batch.n_cut == 0
 
 
 @given(
@@ -130,7 +135,8 @@ def test_windows_hold_every_token_in_order(words: list[list[str]], context_lengt
 
     assert sorted(batch.owner.tolist()) == batch.owner.tolist()
     assert sorted(set(batch.owner.tolist())) == list(range(len(texts)))
-    assert batch.n_cut == 0 and batch.tokens_cut.shape == (len(texts),)
+    assert batch.n_cut == 0
+    assert batch.tokens_cut.shape == (len(texts),)
     for caption, text in enumerate(texts):
         whole = encode_batch(text, 1000)
         tokens = whole.ids[0, : whole.lengths[0]].tolist()[1:-1]
@@ -150,7 +156,7 @@ def test_windows_hold_every_token_in_order(words: list[list[str]], context_lengt
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tokenize(["cat", "cat " * 9], 5, overflow="error"), r"at most 5 tokens, got 11 in caption 1; shorten it"),
+        (lambda: tokenize(["cat", "cat " * 9], 5, overflow="error"), r"at most 5 tokens, got 11 in caption 1; shorten"),
         (lambda: tokenize("cat", overflow="window"), r'got "window".*use encode_batch'),
         (lambda: tokenize("cat", overflow="drop"), r"one of \('truncate', 'error', 'window'\), got 'drop'"),
         (lambda: tokenize("cat", 2), r"at least 3 .*got 2; pass the model's own"),

@@ -1,0 +1,1 @@
+"""Training: losses, data loading, one training loop (``python training/train.py --help``)."""

@@ -1,0 +1,11 @@
+"""Pairs of picture and caption: generated scenes, and readers of published and plain layouts.
+
+Every map-style dataset is a sequence of :class:`Example`; :func:`open_dataset` opens one by name.
+"""
+
+from __future__ import annotations
+
+from finelip_fast.datasets.base import Example, PairDataset, open_dataset
+from finelip_fast.datasets.scenes import Scene, Scenes
+
+__all__ = ["Example", "PairDataset", "Scene", "Scenes", "open_dataset"]

@@ -18,16 +18,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from . import _scene_canvas as plan
 from . import _scene_drawing as drawing
 from . import _scene_words as words
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FAMILY_SIZE", "SPLITS", "VARIANTS", "Building", "Furniture", "Person", "Phrase", "Scene", "Scenes", "Tree", "Vehicle"]
+__all__ = [
+    "FAMILY_SIZE",
+    "SPLITS",
+    "VARIANTS",
+    "Building",
+    "Furniture",
+    "Person",
+    "Phrase",
+    "Scene",
+    "Scenes",
+    "Tree",
+    "Vehicle",
+]
 
 FAMILY_SIZE = 4
 SPLITS = {"train": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
@@ -77,7 +91,7 @@ _FRONT_FURNITURE = (
     *(f"{colour} hydrant" for colour in ("red", "yellow", "blue")),
     "stone fountain",
 )
-_ABSENT = 0.4  # how often something optional (hat, umbrella, dog, awning) is left out
+_ABSENT = 0.45  # how often something optional (hat, umbrella, dog, awning) is left out
 
 
 # --- What a scene is made of -------------------------------------------------------------------------------------
@@ -91,7 +105,7 @@ class _Placed:
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Where it is drawn: ``(x0, y0, x1, y1)`` in [0, 1], y downwards."""
-        return drawing.box_of(self)
+        return plan.box_of(self)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Building(_Placed):
     roof_colour: str
     door: str
     awning: str | None
-    ground: float = drawing.FOOT_OF_HOUSES
+    ground: float = plan.FOOT_OF_HOUSES
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class Person(_Placed):
     hat: str | None
     umbrella: str | None
     dog: str | None
-    ground: float = drawing.FRONT_ROW
+    ground: float = plan.FRONT_ROW
 
 
 @dataclass(frozen=True)
@@ -144,7 +158,7 @@ class Tree(_Placed):
     x: float
     kind: str
     size: str
-    ground: float = drawing.BACK_ROW
+    ground: float = plan.BACK_ROW
 
 
 @dataclass(frozen=True)
@@ -353,7 +367,7 @@ def _redraw(content: Content, rng: Random) -> Content:
 def _details(placed: _Placed) -> list[tuple[str, tuple]]:
     """The details of an object that may be redrawn, each with its choices."""
     if isinstance(placed, Furniture):
-        return [("name", _FRONT_FURNITURE if placed.ground == drawing.FRONT_ROW else _BACK_FURNITURE)]
+        return [("name", _FRONT_FURNITURE if placed.ground == plan.FRONT_ROW else _BACK_FURNITURE)]
     return list(_CHOICES[placed.what].items())
 
 
@@ -374,15 +388,15 @@ def _is_legible(placed: _Placed) -> bool:
 def _base(rng: Random) -> Content:
     houses, vehicles, people, trees, back, front = _counts(rng)
     edges = _edges(houses, rng)
-    front_slots = rng.sample(drawing.FRONT_SLOTS, people + front)
+    front_slots = rng.sample(plan.FRONT_SLOTS, people + front)
     back_slots = rng.sample(_back_slots(edges), trees + back)
     objects = (
-        *(_building(left, right, rng) for left, right in zip(edges, edges[1:])),
-        *(Vehicle(x, rng.choice(drawing.LANES), **_pick("vehicle", rng)) for x in _vehicle_slots(vehicles, rng)),
+        *(_building(left, right, rng) for left, right in pairwise(edges)),
+        *(Vehicle(x, rng.choice(plan.LANES), **_pick("vehicle", rng)) for x in _vehicle_slots(vehicles, rng)),
         *(Person(x, rng.choice(("man", "woman")), **_pick("person", rng)) for x in sorted(front_slots[:people])),
         *(Tree(x, **_pick("tree", rng)) for x in sorted(back_slots[:trees])),
-        *(Furniture(x, drawing.BACK_ROW, rng.choice(_BACK_FURNITURE)) for x in back_slots[trees:]),
-        *(Furniture(x, drawing.FRONT_ROW, rng.choice(_FRONT_FURNITURE)) for x in front_slots[people:]),
+        *(Furniture(x, plan.BACK_ROW, rng.choice(_BACK_FURNITURE)) for x in back_slots[trees:]),
+        *(Furniture(x, plan.FRONT_ROW, rng.choice(_FRONT_FURNITURE)) for x in front_slots[people:]),
     )
     return Content(**_pick("scene", rng), objects=objects)
 
@@ -392,7 +406,7 @@ def _counts(rng: Random) -> tuple[int, int, int, int, int, int]:
     while True:
         counts = (rng.choice((2, 3, 3, 4)), rng.choice((1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 2)))
         back, front = rng.choice(((1, 0), (0, 1), (1, 1)))
-        if 8 <= sum(counts) + back + front <= 11:
+        if 8 <= sum(counts) + back + front <= 11 and counts[0] + counts[2] <= 6:
             return *counts, back, front
 
 

@@ -1,0 +1,5 @@
+"""The index: embeddings of many items, in memory or in a folder."""
+
+from finelip_fast.index.store import Index, IndexSpec
+
+__all__ = ["Index", "IndexSpec"]

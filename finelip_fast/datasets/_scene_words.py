@@ -1,0 +1,390 @@
+"""The words of generated street scenes: descriptions that say everything that may differ, in many ways.
+
+A description is a shuffled list of statements. A statement joins one or two clauses, and a clause tells one object
+(or the hour and the weather). Clauses are sentences without their capital and their full stop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import NamedTuple
+
+__all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
+
+VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered")
+
+# Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
+_FEWEST, _MOST, _DETAILED = 120, 188, 310
+
+
+_PIECES = re.compile(r"awn|dom|man(?=s)|scoo|hydr|[a-z]+|[^a-z\s]")  # the tokenizer cuts a few words in two
+
+
+class Clause(NamedTuple):
+    """A piece of a sentence and the placed object that it tells, if any."""
+
+    text: str
+    placed: object | None = None
+
+
+class Statement(NamedTuple):
+    """One or two clauses and what joins them."""
+
+    clauses: tuple[Clause, ...]
+    joint: str = ", and "
+
+    @property
+    def text(self) -> str:
+        """The statement as written: capital first, full stop last."""
+        text = self.joint.join(clause.text for clause in self.clauses)
+        return text[0].upper() + text[1:] + "."
+
+
+# --- Phrasings. The first of each list is the shortest. -----------------------------------------------------------
+
+_OPENINGS = (
+    "{when} {weather}",
+    "the picture shows a street {when}: {weather}",
+    "this is a street {when}, and {weather}",
+    "{when}, when {weather}, the street looks like this",
+    "we see a street in a small town {when}; {weather}",
+)
+_TIMES = {
+    "morning": ("in the morning", "early in the morning"),
+    "noon": ("at noon", "at midday"),
+    "sunset": ("at sunset", "in the evening at sunset"),
+    "night": ("at night", "late at night"),
+}
+_WEATHERS = {
+    "clear": ("the sky is clear", "the weather is clear"),
+    "cloudy": ("the sky is cloudy", "clouds fill the sky"),
+    "rain": ("it is raining", "rain is falling"),
+    "snow": ("it is snowing", "snow is falling"),
+    "fog": ("it is foggy", "fog fills the air"),
+}
+_HOUSES = (
+    "a {storeys} {wall} house {place} has a {roof_colour} {roof} roof{with_awning} and a {door} door",
+    "{place} stands a {wall} {home} with {floors}, a {roof_colour} {roof} roof{with_awning} and a {door} door",
+    "the {home} {place} is {wall}, with {floors}, a {door} door and a {roof} roof in {roof_colour}{awning_too}",
+    "a {roof_colour} {roof} roof covers the {storeys} {wall} {home} {place}, whose door is {door}{awning_too}",
+    "behind its {door} door the {wall} {home} {place} rises {floors} to a {roof_colour} {roof} roof{awning_too}",
+    "there is a {storeys} {home} {place}. It is {wall}, its {roof} roof is {roof_colour}, its door {door}{awning_too}",
+)
+_AWNINGS = (
+    ". A {awning} striped awning shades its windows",
+    ". Its awning has {awning} and white stripes",
+    ". It has a {awning} awning",
+)
+_HOMES = ("house", "building", "town house")
+_VEHICLES = (
+    "a {colour} {kind} faces {facing} {place}",
+    "{place} there is a {colour} {kind} facing {facing}",
+    "the {kind} {place} is {colour} and heads to the {facing}",
+    "a {kind} painted {colour} {place} points to the {facing}",
+    "turned to the {facing}, a {colour} {kind} can be seen {place}",
+)
+_PEOPLE = (
+    "a {who} {place} wears a {coat} coat{with_hat}{with_umbrella}{with_dog}",
+    "{place} there is a {who} in a {coat} coat{with_hat}{with_umbrella}{with_dog}",
+    "the {who} who stands {place} has on a {coat} coat{with_hat}{with_umbrella}{with_dog}",
+    "dressed in a {coat} coat{with_hat}, a {who} waits {place}{with_umbrella}{with_dog}",
+)
+_HATS = (" and a {}", " with a {}")
+_UMBRELLAS = (", under a {} umbrella", ", holding up a {} umbrella", ", carrying a {} umbrella")
+_DOGS = (", with a {} dog", ", walking a {} dog", ", and keeps a {} dog on a lead")
+_TREES = (
+    "a {size} {tree} grows {place}",
+    "{place} there is a {size} {tree}",
+    "the tree {place} is a {size} {tree}",
+    "a {size} {tree} can be seen {place}",
+)
+_SIZES = {"small": ("small", "little", "low"), "tall": ("tall", "high", "big")}
+_TREE_KINDS = {
+    "leafy": ("green leafy tree", "tree full of green leaves"),
+    "pine": ("pine tree", "dark green pine"),
+    "bare": ("bare tree", "tree without leaves"),
+    "cherry": ("cherry tree in pink blossom", "tree in pink blossom"),
+    "autumn": ("tree with orange autumn leaves", "tree in orange autumn colours"),
+}
+_FURNITURE = (
+    "a {name} stands {place}",
+    "{place} there is a {name}",
+    "you can see a {name} {place}",
+    "{place}, notice a {name}",
+)
+# What a detailed description says of an object, one clause a line; a line without its subject is left out.
+_DETAILS = {
+    "building": (
+        (
+            "the {home} {place} has {wall} walls and counts {floors}",
+            "{place} there is a {storeys} {home} with {wall} walls",
+        ),
+        (
+            "the roof of the {home} {place} is {roof} and {roof_colour}",
+            "a {roof_colour} {roof} roof ends the {home} {place}",
+        ),
+        ("one enters the {home} {place} by a {door} door", "the front door of the {home} {place} is painted {door}"),
+        ("the awning of the {home} {place} has {awning} and white stripes",),
+    ),
+    "vehicle": (
+        ("{place} there is a {kind} and its colour is {colour}", "the {kind} that is {place} is {colour}"),
+        ("the {kind} {place} points to the {facing}, in the lane {lane}",),
+    ),
+    "person": (
+        ("the {who} who stands {place} is dressed in a {coat} coat", "{place} there is a {who} in a {coat} coat"),
+        ("the {who} {place} has a {hat} on", "on the head of the {who} {place} sits a {hat}"),
+        ("the {who} {place} holds up a {umbrella} umbrella", "a {umbrella} umbrella is open over the {who} {place}"),
+        ("a {dog} dog is out with the {who} {place}", "the {who} {place} has a {dog} dog on a lead"),
+    ),
+    "tree": (
+        ("the tree {place} on the far pavement is a {tree}", "beyond the road, {place}, there is a {tree}"),
+        ("next to the houses the tree {place} looks {size}", "the tree {place} is {size} for its kind"),
+    ),
+    "furniture": (
+        ("on the {side} pavement, {place}, there is a {name}", "the {name} {place} is on the {side} pavement"),
+    ),
+}
+_SUBJECTS = {"vehicle": "the {kind} {place}", "person": "the {who} {place}", "furniture": "the {thing} {place}"}
+_RELATIONS = (
+    "{subject} is in front of the {home} {place}",
+    "behind {subject} is the {home} {place}",
+    "looking past {subject} one sees the {home} {place}",
+)
+_PHRASINGS = {"building": _HOUSES, "vehicle": _VEHICLES, "person": _PEOPLE, "tree": _TREES, "furniture": _FURNITURE}
+_FILLERS = (
+    "a dashed white line runs along the middle of the road",
+    "the road crosses the picture from the left edge to the right edge",
+    "the houses stand side by side, wall to wall, along the far pavement",
+    "behind their roofs the far town is no more than a pale shape",
+    "the near pavement is laid with large stones and ends in a kerb",
+)
+_JOINTS = (", and ", ", while ", "; ")
+
+# Where things are, by columns of a fifth of the picture's width.
+_COLUMNS = (
+    ("on the far left", "at the left edge"),
+    ("left of the middle", "a little to the left"),
+    ("in the centre", "in the middle"),
+    ("right of the middle", "a little to the right"),
+    ("on the far right", "at the right edge"),
+)
+_ROWS = {
+    2: (("on the left",), ("on the right",)),
+    3: (("on the left",), ("in the middle", "in the centre"), ("on the right",)),
+    4: (("on the far left",), ("left of the middle",), ("right of the middle",), ("on the far right",)),
+}
+_SIDES = (
+    ("on the left of the road", "on the road to the left"),
+    ("in the middle of the road",),
+    ("on the right of the road", "on the road to the right"),
+)
+_NUMBERS = ("no", "one", "two", "three", "four", "five")
+
+
+# --- Telling -----------------------------------------------------------------------------------------------------
+
+
+def tell(content, rng: Random, *, detailed: bool = False) -> list[Statement]:
+    """The statements of a description, in reading order.
+
+    Args:
+        content: time of day, weather and placed objects.
+        rng: chooses phrasings and order.
+        detailed: tell every object in several statements, and what stands where; more than 300 tokens.
+    """
+    teller = _Teller(content, rng)
+    if detailed:
+        clauses = [teller.opening(), *(clause for placed in content.objects for clause in teller.details(placed))]
+        _lengthen(clauses, _DETAILED, [*_FILLERS, *teller.relations()], rng)
+    else:
+        clauses = [teller.opening(), *(teller.clause(placed) for placed in content.objects)]
+        _shorten(clauses, teller)
+        _lengthen(clauses, rng.choice((_FEWEST, _MOST - 20)), teller.relations()[:2], rng)
+    rng.shuffle(clauses)
+    return _joined(clauses, rng)
+
+
+def _shorten(clauses: list[Clause], teller: _Teller) -> None:
+    """Say clauses, in any order, in the shortest way until the description is short enough."""
+    excess = sum(map(_tokens, clauses)) - _MOST
+    for place in teller.rng.sample(range(1, len(clauses)), len(clauses) - 1):
+        if excess <= 0:
+            return
+        brief = teller.clause(clauses[place].placed, brief=True)
+        excess -= _tokens(clauses[place]) - _tokens(brief)
+        clauses[place] = brief
+
+
+def _lengthen(clauses: list[Clause], fewest: int, more: Sequence[str], rng: Random) -> None:
+    """Add general truths until the description is long enough."""
+    missing = fewest - sum(map(_tokens, clauses))
+    for text in rng.sample(more, len(more)):
+        if missing <= 0:
+            return
+        clauses.append(Clause(text))
+        missing -= _tokens(clauses[-1])
+
+
+def _tokens(clause: Clause) -> int:
+    """About how many tokens a clause takes, its full stop or its joint included."""
+    return len(_PIECES.findall(clause.text)) + 1
+
+
+def _joined(clauses: list[Clause], rng: Random) -> list[Statement]:
+    statements, place = [], 0
+    while place < len(clauses):
+        pair = clauses[place : place + 2]
+        take = 2 if len(pair) == 2 and ". " not in pair[0].text and rng.random() < 0.22 else 1
+        statements.append(Statement(tuple(pair[:take]), rng.choice(_JOINTS)))
+        place += take
+    return statements
+
+
+class _Teller:
+    """Puts objects of one scene into words, with its own choice of phrasings."""
+
+    def __init__(self, content, rng: Random) -> None:
+        self.content, self.rng = content, rng
+        self.houses = [placed for placed in content.objects if placed.what == "building"]
+
+    def opening(self) -> Clause:
+        rng = self.rng
+        when, weather = rng.choice(_TIMES[self.content.time]), rng.choice(_WEATHERS[self.content.weather])
+        return Clause(rng.choice(_OPENINGS).format(when=when, weather=weather))
+
+    def clause(self, placed, *, brief: bool = False) -> Clause:
+        """One clause that tells all of an object."""
+        choose = _shortest if brief else self.rng.choice
+        return Clause(_articles(choose(_PHRASINGS[placed.what]).format(**self._terms(placed, choose))), placed)
+
+    def details(self, placed) -> Iterator[Clause]:
+        """Several clauses that tell one object between them, each with some of it."""
+        for options in _DETAILS[placed.what]:
+            terms = self._terms(placed, self.rng.choice)
+            if all(
+                terms[absent] is not None
+                for absent in ("awning", "hat", "umbrella", "dog")
+                if f"{{{absent}}}" in options[0]
+            ):
+                yield Clause(_articles(self.rng.choice(options).format(**terms)), placed)
+
+    def _terms(self, placed, choose: Callable) -> dict:
+        return vars(placed) | getattr(self, f"_{placed.what}")(placed, choose)
+
+    def _building(self, house, choose) -> dict:
+        number = _NUMBERS[house.storeys]
+        awning = {"awning": house.awning}
+        return {
+            "place": choose(_ROWS[len(self.houses)][self.houses.index(house)]),
+            "home": choose(_HOMES),
+            "storeys": f"{number}-storey",
+            "floors": f"{number} floor{'s' if house.storeys > 1 else ''}",
+            "with_awning": ", a {awning} awning".format(**awning) if house.awning else "",
+            "awning_too": choose(_AWNINGS).format(**awning) if house.awning else "",
+        }
+
+    def _vehicle(self, vehicle, choose) -> dict:
+        lane = "near the houses" if vehicle.ground < 0.7 else "near us"
+        return {"place": choose(_SIDES[int(vehicle.x * 3)]), "lane": lane}
+
+    def _person(self, person, choose) -> dict:
+        return {
+            "place": choose(_column(person)),
+            "with_hat": choose(_HATS).format(person.hat) if person.hat else "",
+            "with_umbrella": choose(_UMBRELLAS).format(person.umbrella) if person.umbrella else "",
+            "with_dog": choose(_DOGS).format(person.dog) if person.dog else "",
+        }
+
+    def _tree(self, tree, choose) -> dict:
+        return {
+            "size": choose(_SIZES[tree.size]),
+            "tree": choose(_TREE_KINDS[tree.kind]),
+            "place": choose(_column(tree)),
+        }
+
+    def _furniture(self, furniture, choose) -> dict:
+        return {
+            "place": choose(_column(furniture)),
+            "side": "far" if furniture.ground < 0.7 else "near",
+            "thing": furniture.name.split(" ", 1)[1],
+        }
+
+    def relations(self) -> list[str]:
+        """Which house is behind what, for everything that stands or drives clearly before one of them."""
+        choose, found = self.rng.choice, []
+        for placed in self.content.objects:
+            for house in self.houses:
+                if placed.what in _SUBJECTS and abs(placed.x - house.x) < house.width / 2 - 0.05:
+                    subject = _SUBJECTS[placed.what].format(**self._terms(placed, choose))
+                    found.append(choose(_RELATIONS).format(subject=subject, **self._building(house, choose)))
+        return found
+
+
+def _shortest(options: tuple[str, ...]) -> str:
+    return options[0]
+
+
+def _column(placed) -> tuple[str, ...]:
+    return _COLUMNS[min(int(placed.x * 5 + 1e-6), 4)]
+
+
+def _articles(text: str) -> str:
+    """ "a" before a vowel becomes "an"; "one" and what begins with it sounds like a consonant."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])(?!one\b)", r"\1n ", text)
+
+
+# --- From statements to captions ---------------------------------------------------------------------------------
+
+
+def locate(statements: list[Statement]) -> Iterator[tuple[str, int, object]]:
+    """The clauses that tell a placed object: their text, where it starts in the clean caption, the object."""
+    caption, start = " ".join(statement.text for statement in statements), 0
+    for statement in statements:
+        for clause in statement.clauses:
+            end = start + len(clause.text)
+            if clause.placed is not None:
+                yield caption[start:end], start, clause.placed
+            start = end + len(statement.joint)
+        start += len(". ") - len(statement.joint)
+
+
+def vary(statements: list[Statement], variant: str, rng: Random) -> str:
+    """The caption of a list of statements, in one of ``VARIANTS``."""
+    texts = [statement.text for statement in statements]
+    if variant == "dropped":
+        gone = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
+        texts = [text for place, text in enumerate(texts) if place not in gone]
+    elif variant == "repeated":
+        for text in rng.sample(texts, max(1, round(len(texts) / 4))):
+            texts.insert(rng.randrange(len(texts) + 1), text)
+    elif variant == "reordered":
+        turn = rng.randrange(1, len(texts))
+        first, rest = texts[turn], texts[:turn] + texts[turn + 1 :]
+        rng.shuffle(rest)
+        texts = [first, *rest]
+    caption = " ".join(texts)
+    if variant == "plain":
+        return " ".join(re.sub(r"[^a-z ]", " ", caption.lower()).split())
+    return _mistyped(caption, rng) if variant == "typos" else caption
+
+
+def _mistyped(caption: str, rng: Random) -> str:
+    """The caption with a slip of the finger in about one word of twelve, and in one word at least."""
+    words = caption.split(" ")
+    long = [place for place, word in enumerate(words) if re.match(r"[a-z]{4}", word)]
+    for place in rng.sample(long, min(len(long), max(1, round(len(words) / 12)))):
+        words[place] = _slip(words[place], rng)
+    return " ".join(words)
+
+
+def _slip(word: str, rng: Random) -> str:
+    """Two letters swapped, one dropped or one doubled, never the first."""
+    at = rng.randrange(1, 3)
+    slips = (
+        word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+        word[:at] + word[at + 1 :],
+        word[: at + 1] + word[at:],
+    )
+    return rng.choice([slip for slip in slips if slip != word])

@@ -1,0 +1,88 @@
+"""What a dataset of pairs is, and how one is opened by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
+from finelip_fast.datasets.scenes import Scenes
+
+
+class Example(NamedTuple):
+    """One pair.
+
+    Attributes:
+        image: Whatever :func:`finelip_fast.preprocess.open_image` takes; a path where there is a file.
+        caption: The description.
+        image_id: Pairs of one picture share it.
+    """
+
+    image: Any
+    caption: str
+    image_id: str
+
+
+class PairDataset(Protocol):
+    """A map-style dataset of pairs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class SceneExamples:
+    """:class:`Scenes` as pairs, drawn when asked for."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int, /) -> Example:
+        scene = self.scenes[index]
+        return Example(scene.draw(), scene.caption, scene.id)
+
+
+class FileExamples:
+    """Pairs whose pictures are files, given as ``(path, caption)``."""
+
+    def __init__(self, pairs: Sequence[tuple[Path, str]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int, /) -> Example:
+        path, caption = self.pairs[index]
+        return Example(path, caption, str(path))
+
+
+def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = None) -> PairDataset:
+    """Open a dataset by name.
+
+    Args:
+        spec: ``"scenes:SPLIT"`` or ``"scenes:SPLIT:SIZE"`` or ``"scenes:SPLIT:SIZE:VARIANT"``, ``"jsonl:FILE"`` (one object
+            a line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON).
+        image_size: Side of drawn scenes, in pixels.
+        root: Folder that relative picture paths start from; None: the file's own folder.
+
+    Returns:
+        A map-style dataset of :class:`Example`.
+
+    Raises:
+        InputError: An unknown name, or a file that is not of that layout.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "scenes":
+        split, size, variant = [*rest.split(":"), "", "", ""][:3]
+        if size and not size.isdigit():
+            raise InputError(f"expected scenes:SPLIT:SIZE with SIZE a number, got {spec!r}")
+        count = int(size) if size else None
+        return SceneExamples(Scenes(split or "train", count, image_size=image_size, variant=variant or "clean"))
+    if kind in ("jsonl", "sharegpt4v"):
+        read = read_json_lines if kind == "jsonl" else read_sharegpt4v
+        return FileExamples(read(Path(rest), root=Path(root) if root else None))
+    raise InputError(f"expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, got {spec!r}")

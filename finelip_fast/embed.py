@@ -1,0 +1,71 @@
+"""Lists of pictures or captions through an encoder in batches: the one loop that engines, training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from finelip_fast.aggregator import join_windows
+from finelip_fast.preprocess import Preprocess
+from finelip_fast.tokenizer import encode_batch
+
+T = TypeVar("T")
+
+
+def embed_images(
+    encode_image: Callable[[Tensor], Tensor], preprocess: Preprocess, images: Iterable[Any], *, batch_size: int = 64
+) -> Tensor:
+    """Embed pictures.
+
+    Args:
+        encode_image: Pixels ``[B, 3, H, W]`` on the CPU to embeddings ``[B, L, D]``.
+        preprocess: What makes pixels of a picture.
+        images: Anything that :func:`finelip_fast.preprocess.open_image` takes; read batch by batch.
+        batch_size: Pictures at once.
+
+    Returns:
+        ``[N, L, D]`` on the encoder's device.
+    """
+    return torch.cat([encode_image(preprocess.batch(batch)) for batch in _batches(images, batch_size)])
+
+
+def embed_texts(
+    encode_text: Callable[[Tensor], Tensor],
+    texts: Sequence[str],
+    *,
+    context_length: int,
+    batch_size: int = 64,
+    overflow: str = "truncate",
+) -> Tensor:
+    """Embed captions, in order of length so that a batch holds little padding; results come back in the given order.
+
+    Args:
+        encode_text: Ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
+        texts: Captions, at least one.
+        context_length: Longest sequence in tokens.
+        batch_size: Sequences at once.
+        overflow: What happens to a longer caption: ``"truncate"``, ``"error"`` or ``"window"``
+            (see :func:`finelip_fast.tokenize`).
+
+    Returns:
+        ``[N, L, D]`` on the encoder's device.
+
+    Raises:
+        InputError: A caption too long under ``overflow="error"``.
+    """
+    batch = encode_batch(texts, context_length, overflow=overflow)
+    order = batch.lengths.argsort(stable=True)
+    rows = torch.cat([encode_text(batch.ids[some]) for some in order.split(batch_size)])
+    restored = torch.empty_like(rows)
+    restored[order.to(rows.device)] = rows
+    return join_windows(restored, batch.owner.to(rows.device))
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,46 @@
+"""The PyTorch engine: runs everywhere, float32 on a CPU and float16 on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast.engines.base import Engine
+
+
+class TorchEngine(Engine):
+    """The model itself, without gradients.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        device: None takes a GPU if there is one.
+        reason: Why this engine was chosen.
+
+    Raises:
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, checkpoint: str | Path | None = None, device: str | torch.device | None = None, *, reason: str = "asked for"
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = checkpoints.load(checkpoint)
+        self.fingerprint = checkpoints.fingerprint(model)
+        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.model = model.to(self.device, dtype).eval()
+        self.config, self.preprocess, self.alpha = model.config, model.preprocess, model.alpha
+        self.description = f"{self.device}, {str(dtype).removeprefix('torch.')}"
+        self.reason = reason
+
+    @torch.inference_mode()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels.to(self.device, self.model.dtype))
+
+    @torch.inference_mode()
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids.to(self.device))

@@ -1,0 +1,123 @@
+"""An index: ids, metadata and one float16 matrix ``[L, D]`` an item, in order of insertion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index.catalogue import Catalogue
+from finelip_fast.index.segments import read_segment, write_segment
+from finelip_fast.kernels import clim_topk
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """What every embedding of an index has in common.
+
+    Attributes:
+        checkpoint: Fingerprint of the checkpoint that made the embeddings.
+        tokens: ``L``.
+        width: ``D``.
+    """
+
+    checkpoint: str
+    tokens: int
+    width: int
+
+
+class Index:
+    """Items to search, in memory or kept in a folder.
+
+    Args:
+        spec: What the embeddings are.
+        folder: Where to keep them; None: nowhere. Made if missing; opened if there.
+        device: Where the embeddings are searched.
+
+    Raises:
+        StoreError: A folder that holds another index, cannot be read or written, or misses a segment.
+    """
+
+    def __init__(self, spec: IndexSpec, folder: str | Path | None = None, *, device: torch.device | str = "cpu") -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.ids: list[str] = []
+        self.metadata: list[dict[str, Any]] = []
+        self._known: set[str] = set()
+        self._blocks: list[Tensor] = []
+        self._catalogue: Catalogue | None = None
+        if folder is not None:
+            self._open(Path(folder))
+
+    def _open(self, folder: Path) -> None:
+        self._segments = folder / "segments"
+        try:
+            self._segments.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make the index folder {folder}: {error.strerror}") from None
+        self._catalogue = Catalogue(folder / "catalogue.sqlite", asdict(self.spec))
+        for segment, group in groupby(self._catalogue.items(), key=lambda item: item.segment):
+            items = list(group)
+            shape = (self.spec.tokens, self.spec.width)
+            block = read_segment(self._segments, segment, rows=len(items), shape=shape)
+            self._append([item.id for item in items], block, [item.metadata for item in items])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._known
+
+    def add(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Append items; with a folder they are on disk when this returns.
+
+        Args:
+            ids: ``n`` new ids.
+            embeddings: ``[n, L, D]``, unit rows; kept as float16.
+            metadata: One dictionary of JSON values for each.
+
+        Raises:
+            InputError: An id that is there already, or embeddings of another shape.
+            StoreError: The disk refuses; nothing was added.
+        """
+        shape = (len(ids), self.spec.tokens, self.spec.width)
+        if embeddings.shape != shape or len(metadata) != len(ids):
+            raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
+        repeated = [item for item in ids if item in self._known] or ([] if len(set(ids)) == len(ids) else list(ids))
+        if repeated:
+            raise InputError(f"expected ids that are not in the index yet, got {repeated[0]!r}; give other ids")
+        if not ids:
+            return
+        if self._catalogue is not None:
+            segment = write_segment(self._segments, embeddings)
+            self._catalogue.add(ids, segment, metadata, after=len(self))
+        self._append(ids, embeddings, metadata)
+
+    def _append(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        self.ids.extend(ids)
+        self._known.update(ids)
+        self.metadata.extend(metadata)
+        self._blocks.append(embeddings.to(self.device, torch.float16))
+
+    @property
+    def embeddings(self) -> Tensor:
+        """All items, float16 ``[N, L, D]`` on the index's device."""
+        if len(self._blocks) != 1:
+            empty = torch.empty(0, self.spec.tokens, self.spec.width, dtype=torch.float16, device=self.device)
+            self._blocks = [torch.cat([empty, *self._blocks])]
+        return self._blocks[0]
+
+    def search(self, queries: Tensor, k: int, *, alpha: float) -> tuple[Tensor, Tensor]:
+        """Scores and positions of the ``k`` best items, ``[Q, min(k, N)]``; see :func:`finelip_fast.kernels.clim_topk`."""
+        return clim_topk(queries.to(self.device, torch.float16), self.embeddings, k, alpha=alpha)
+
+    def close(self) -> None:
+        """Release the folder; the items stay searchable in memory."""
+        if self._catalogue is not None:
+            self._catalogue.close()
+            self._catalogue = None

@@ -1,0 +1,329 @@
+"""Pictures to pixels: anything that holds an image -> CLIP's normalised ``[B, 3, S, S]``.
+
+Two steps: :func:`open_image` turns a file, bytes, a PIL image, an array or a tensor into an upright 8-bit RGB image, or
+says why it cannot; :class:`Preprocess` resizes, crops and normalises it as CLIP does.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from finelip_fast._errors import ImageError, InputError
+from finelip_fast.config import CLIP_MEAN, CLIP_STD
+
+__all__ = [
+    "FolderScan",
+    "ImageSource",
+    "Preprocess",
+    "list_images",
+    "open_image",
+    "scan_folder",
+]
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray[Any, Any] | Tensor"
+)
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# Formats that Pillow recognises but cannot draw by itself: containers, and languages that need an interpreter, which no
+# untrusted file should start.
+_NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
+# EXIF orientation -> what turns the picture upright. Orientation 1 is upright already.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# A strip longer than this many times its width is cut to its middle before resizing: the crop keeps only the middle
+# square, and one pixel by 100,000 would otherwise grow to 5 billion pixels on the way.
+_MAX_ASPECT = 8
+
+# Floats a hair outside [0, 1] come from resampling and rounding; more than this is another scale.
+_FLOAT_SLACK = 1e-2
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CLIP's evaluation transform: resize, centre crop, scale to [0, 1], normalise.
+
+    Attributes:
+        image_size: Side ``S`` of the square result, in pixels.
+        mean: Subtracted from each of red, green, blue, on the [0, 1] scale.
+        std: Divides the result, per colour.
+        interpolation: ``"bicubic"`` (CLIP's) or ``"bilinear"``, antialiased.
+        resize_mode: ``"shortest"`` (CLIP's) brings the shorter side to ``S`` and crops the centre; ``"squash"`` ignores
+            the aspect ratio and crops nothing.
+
+    Raises:
+        InputError: A value is none of these.
+    """
+
+    image_size: int = 224
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int) or self.image_size < 1:
+            raise InputError(f"expected image_size as a positive int, got {self.image_size!r}; CLIP's is 224")
+        if self.interpolation not in _FILTERS:
+            raise InputError(f"expected interpolation to be one of {tuple(_FILTERS)}, got {self.interpolation!r}")
+        if self.resize_mode not in ("shortest", "squash"):
+            raise InputError(f'expected resize_mode "shortest" or "squash", got {self.resize_mode!r}')
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))  # a list, when read from JSON
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise InputError(f"expected {name} as 3 numbers{' above 0' * (name == 'std')}, got {values}")
+            object.__setattr__(self, name, values)
+
+    def __call__(self, source: ImageSource) -> Tensor:
+        """One picture as pixels, float32 ``[3, S, S]``.
+
+        Raises:
+            ImageError: The picture cannot be read; see :func:`open_image`.
+        """
+        image = self._fit(open_image(source))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+    def batch(self, sources: Iterable[ImageSource]) -> Tensor:
+        """Pictures of any sizes and kinds as pixels, float32 ``[B, 3, S, S]``; no pictures give ``B = 0``.
+
+        Raises:
+            InputError: ``sources`` is one picture.
+            ImageError: A picture cannot be read; names it.
+        """
+        if isinstance(sources, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+            raise InputError(f"expected a list of images, got one {type(sources).__name__}; wrap it in a list")
+        images = list(sources)
+        pixels = torch.empty(len(images), 3, self.image_size, self.image_size)
+        for index, source in enumerate(images):
+            pixels[index] = self(source)
+        return pixels
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        size, resample = self.image_size, _FILTERS[self.interpolation]
+        if self.resize_mode == "squash":
+            return image.resize((size, size), resample)
+        image = _without_far_ends(image)
+        short = min(image.size)
+        # Rounded as torchvision does, for equal pixels: the longer side down, the crop's corner to even.
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Any picture as an upright 8-bit RGB image of its own size.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, an animation gives
+    its first frame. The result shares nothing with the source and no file stays open.
+
+    Args:
+        source: One of
+
+            - a path, or the bytes of an encoded file;
+            - a PIL image of any mode, at the frame it stands at;
+            - an array ``[H, W]`` or ``[H, W, 1 | 3 | 4]``: uint8, uint16 in 0..65535, bool, or float in [0, 1];
+            - a tensor ``[1 | 3 | 4, H, W]`` of the same types.
+
+    Raises:
+        ImageError: The picture cannot be read; names the file or the array, and the reason.
+    """
+    if isinstance(source, Image.Image):
+        with _blaming(f"PIL image of mode {source.mode}"):
+            return _upright_rgb(source)
+    if isinstance(source, np.ndarray):
+        return _flat(_from_array(source, f"array of shape {source.shape}"))
+    if isinstance(source, Tensor):
+        return _flat(_from_tensor(source))
+    name, file = _named_file(source)
+    with _blaming(name), Image.open(file, formats=_formats()) as image:
+        return _upright_rgb(image)
+
+
+class FolderScan(NamedTuple):
+    """What a folder holds: ``images`` by suffix, and all the ``others``; both sorted, hidden files in neither."""
+
+    images: list[Path]
+    others: list[Path]
+
+
+def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> FolderScan:
+    """Sort a folder's files into images and others, by suffix alone; no file is opened.
+
+    Args:
+        folder: Where to look. The paths returned begin with it.
+        recursive: Look into folders below too. Hidden ones (``.name``) and links to folders are not entered.
+
+    Raises:
+        InputError: There is no such folder, or a folder in it cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"expected a folder, got {what}: {str(folder)!r}; check the path")
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"expected a readable folder, got {error.strerror}: {error.filename!r}") from error
+
+    suffixes = _suffixes()
+    scan = FolderScan([], [])
+    for where, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        for path in (Path(where, name) for name in names if not name.startswith(".")):
+            is_image = path.suffix.lower() in suffixes and path.is_file()  # not a broken link, pipe or device
+            (scan.images if is_image else scan.others).append(path)
+    scan.images.sort()
+    scan.others.sort()
+    return scan
+
+
+def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
+    """The image files of a folder, sorted; :func:`scan_folder` also tells what was left out.
+
+    Raises:
+        InputError: There is no such folder, or a folder in it cannot be read.
+    """
+    return scan_folder(folder, recursive).images
+
+
+def _formats() -> tuple[str, ...]:
+    """Pillow's picture formats here and now, with those of plugins; the commonest come first."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
+
+
+def _suffixes() -> frozenset[str]:
+    formats = set(_formats())
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def _named_file(source: object) -> tuple[str, str | io.BytesIO]:
+    """The name that an error gives to a path or to encoded bytes, and what Pillow opens."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        raise ImageError(f"expected a path, encoded bytes, a PIL image, an array or a tensor, got {kind}")
+    file = os.fsdecode(source)
+    name = repr(file if len(file) < 500 else file[:100] + "...")
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+:/|data:", file):
+        raise ImageError(f"expected a local file, got the URL {name}; download it first and pass its path or bytes")
+    if os.path.isdir(file):
+        raise ImageError(f"expected an image file, got the folder {name}; list_images gives the images in it")
+    if not os.path.isfile(file):  # before opening: a pipe would wait forever
+        raise ImageError(f"expected an image file, got {name}: no such file")
+    if os.path.getsize(file) == 0:
+        raise ImageError(f"expected an image file, got {name}: the file is empty")
+    return name, file
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while decoding into an ImageError that names the picture."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"cannot read {name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"cannot read {name}: not an image, or of a format that Pillow lacks here") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"cannot read {name}: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        raise ImageError(f"cannot read {name}: {str(error) or type(error).__name__}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"expected a picture of at least one pixel, got {image.width} x {image.height}")
+    image.load()  # first: TIFF turns itself upright while loading, and then says so
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken metadata is no reason to lose a sound picture
+        orientation = None
+    rgb = _flat(image)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    rgb.info = {}  # the orientation is spent: opening the result again must not turn it again
+    return rgb
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """A new RGB image: deep grey scaled, transparency over white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.asarray(image)
+        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
+            values = values.astype(np.uint16)  # how Pillow holds some 16-bit files
+        image = _from_array(values, f"mode {image.mode}")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+
+
+def _from_tensor(tensor: Tensor) -> Image.Image:
+    name = f"tensor of shape {tuple(tensor.shape)}"
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        raise ImageError(f"expected one picture as [1 | 3 | 4, H, W], got {name}; put the colours first")
+    tensor = tensor.detach().cpu().permute(1, 2, 0)
+    return _from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy(), name)
+
+
+def _from_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"expected one picture as [H, W] or [H, W, 1 | 3 | 4], got {name}; put the colours last")
+    if array.size == 0:
+        raise ImageError(f"expected a picture of at least one pixel, got {name}")
+    grey = array.ndim == 3 and array.shape[2] == 1
+    return Image.fromarray(_eight_bits(array[..., 0] if grey else array, name))
+
+
+def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """uint8 values of a picture, the scale known by the type alone and never guessed from the values."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "f":
+        low, high = array.min(), array.max()
+        # Written so that NaN fails too.
+        if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
+            raise ImageError(f"expected float values in [0, 1], got {low} to {high} in {name}; rescale them")
+        return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    raise ImageError(f"expected uint8, uint16, bool or float values, got {array.dtype} in {name}; convert to uint8")
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    short, long = sorted(image.size)
+    if long <= _MAX_ASPECT * short:
+        return image
+    keep = _MAX_ASPECT * short
+    keep += (long - keep) % 2  # an even rest keeps the middle exactly where it was
+    width, height = (keep if side == long else side for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

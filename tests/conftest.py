@@ -1,0 +1,79 @@
+"""Shared fixtures: the independent NumPy mathematics, small models, captions, and the devices of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from finelip_fast.config import END_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.model import FineLIP
+
+
+@pytest.fixture(scope="session")
+def method() -> ModuleType:
+    """`method_reference.py`; loaded by path because ``tests/`` is not on the import path."""
+    path = Path(__file__).with_name("method_reference.py")
+    spec = importlib.util.spec_from_file_location("method_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that this machine has."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., FineLIP]:
+    """Builds a small model none of whose parameters is at a trivial value (no zero bias, no unit gain)."""
+
+    def build(seed: int = 0, **changes: object) -> FineLIP:
+        sizes = {
+            "embed_dim": 48,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_width": 64,
+            "vision_layers": 2,
+            "vision_heads": 2,
+            "text_width": 64,
+            "text_layers": 2,
+            "text_heads": 4,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = FineLIP(FineLIPConfig(**(sizes | changes)))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    # Peaked distributions over the tokens: a nearly uniform one would hide a wrong logit.
+                    if "aggregator" in name and parameter.dim() == 2:
+                        parameter.mul_(4.0)
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_captions() -> Callable[..., Tensor]:
+    """Builds random captions of the given lengths (start and end token included, 0: padding alone), zero-padded."""
+
+    def build(lengths: list[int], width: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+        for row, length in zip(ids, lengths, strict=True):
+            if length:
+                row[:length] = torch.randint(1, START_TOKEN, (length,), generator=generator)
+                row[0], row[length - 1] = START_TOKEN, END_TOKEN
+        return ids
+
+    return build

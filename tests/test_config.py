@@ -1,0 +1,100 @@
+"""Sizes: what is derived, what is refused, what ``config.json`` gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from finelip_fast._errors import ConfigError, FineLIPError
+from finelip_fast.config import PRESETS, FineLIPConfig
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_json(name):
+    config = FineLIPConfig.preset(name, quick_gelu=False, trained_aggregators=False, image_mean=(0.1, 0.2, 0.3))
+    assert FineLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_round_trip_keeps_sizes_that_are_not_the_derived_ones():
+    config = FineLIPConfig.preset("scenes", aggregated_tokens=5, aggregator_hidden=11, resize_mode="squash")
+    again = FineLIPConfig.from_dict(config.to_dict())
+    assert (again.aggregated_tokens, again.aggregator_hidden, again.resize_mode) == (5, 11, "squash")
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "aggregated", "hidden"),
+    [
+        ("ViT-B-32", 49, 9, 102),
+        ("ViT-B-16", 196, 39, 102),  # 39: the released weights
+        ("ViT-L-14", 256, 51, 153),
+        ("ViT-L-14-336", 576, 115, 153),
+        ("scenes", 64, 12, 25),
+    ],
+)
+def test_derived_sizes(name, patches, aggregated, hidden):
+    config = FineLIPConfig.preset(name)
+    assert config.patches == patches
+    assert config.aggregated_tokens == aggregated == int(patches * 0.4 * 0.5)
+    assert config.tokens == aggregated + 1
+    assert config.aggregator_hidden == hidden == int(0.2 * config.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "embed_dim", "vision", "text"),
+    [
+        ("ViT-B-16", 512, (768, 12, 12), (512, 12, 8)),
+        ("ViT-L-14", 768, (1024, 24, 16), (768, 12, 12)),
+    ],
+)
+def test_presets_are_clips_sizes(name, embed_dim, vision, text):
+    config = FineLIPConfig.preset(name)
+    assert (config.embed_dim, config.context_length, config.vocab_size) == (embed_dim, 256, 49408)
+    assert (config.vision_width, config.vision_layers, config.vision_heads) == vision
+    assert (config.text_width, config.text_layers, config.text_heads) == text
+    assert config.quick_gelu
+
+
+def test_a_model_of_few_patches_still_aggregates_one_token():
+    config = FineLIPConfig.preset("scenes", image_size=16, embed_dim=4, aggregated_tokens=0, aggregator_hidden=0)
+    assert (config.patches, config.aggregated_tokens, config.aggregator_hidden) == (1, 1, 1)
+
+
+def test_is_frozen_and_replaced_by_copy():
+    config = FineLIPConfig.preset("scenes")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.embed_dim = 1
+    assert config.replace(context_length=248).context_length == 248
+    assert config.context_length == 256
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"expected a preset of \[.*'ViT-B-16'.*\], got 'ViT-B/16'"):
+        FineLIPConfig.preset("ViT-B/16")
+
+
+def test_unknown_and_missing_fields_are_named():
+    values = FineLIPConfig.preset("scenes").to_dict()
+    del values["text_width"], values["embed_dim"]
+    values |= {"widht": 3, "a": 1}
+    message = r"unknown fields \['a', 'widht'\], missing fields \['embed_dim', 'text_width'\]; known are .*'vocab_size'"
+    with pytest.raises(ConfigError, match=message):
+        FineLIPConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 15}, "expected image_size a multiple of patch_size, got 128"),
+        ({"vision_heads": 5}, "expected vision_width a multiple of vision_heads, got 192"),
+        ({"text_heads": 3}, "expected text_width a multiple of text_heads, got 128"),
+        ({"context_length": 2}, "expected context_length of at least 3, got 2"),
+        ({"resize_mode": "stretch"}, "expected resize_mode 'shortest' or 'squash', got 'stretch'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        FineLIPConfig.preset("scenes", **changes)
+    assert isinstance(caught.value, FineLIPError)
+    assert isinstance(caught.value, ValueError)

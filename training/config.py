@@ -1,0 +1,174 @@
+"""What a training run is: one frozen dataclass, read from a recipe and the command line, written beside the result."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from finelip_fast._errors import ConfigError
+from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
+from finelip_fast.training.losses import Criterion, LossTerm
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Each field is a command-line option; the text behind it is its help."""
+
+    out: str = field(metadata={"help": "folder of the run: checkpoints, log, state to resume from"})
+    train: str = field(metadata={"help": "scenes:SPLIT:SIZE, jsonl:FILE, sharegpt4v:FILE or webdataset:PATTERN"})
+    val: str = field(metadata={"help": "map-style data that the best checkpoint is chosen on; same forms"})
+    image_root: str = field(default="", metadata={"help": "folder that relative picture paths start from"})
+    init: str = field(default="", metadata={"help": "checkpoint to start from; empty: from nothing, with --preset"})
+    preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
+    context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
+    loss: tuple[str, ...] = field(
+        default=("triplet:fine",), metadata={"help": "terms LOSS:SCORE[:WEIGHT], such as contrastive:global triplet:fine"}
+    )
+    margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
+    gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the contrastive loss"})
+    batch_size: int = field(default=128, metadata={"help": "pairs of one process in one pass"})
+    accumulate: int = field(default=1, metadata={"help": "passes per optimizer step"})
+    accumulation: str = field(
+        default="cached",
+        metadata={
+            "help": "cached: every pair meets the negatives of the whole step, exact, one more forward pass; "
+            "separate: negatives come from the pass alone, as FineLIP's authors trained"
+        },
+    )
+    steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    encoder_lr: float = field(default=1e-6, metadata={"help": "peak learning rate of the CLIP encoders"})
+    aggregator_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the aggregators"})
+    weight_decay: float = field(default=1e-2, metadata={"help": "not on norms, biases, positions and scales"})
+    warmup_steps: int = field(default=200, metadata={"help": "linear warm-up; cosine to zero after it"})
+    clip_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0: never"})
+    freeze_positions: int = field(
+        default=KEEP_POSITIONS, metadata={"help": "first text positions that stay as they are; 0 when from nothing"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, more time"})
+    ema_decay: float = field(default=0.0, metadata={"help": "keep an exponential average of the weights; 0: none"})
+    precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    group: int = field(default=1, metadata={"help": "neighbouring examples that stay in one batch (scenes: 4, a family)"})
+    epoch_batches: int = field(default=0, metadata={"help": "batches of an epoch; needed with webdataset"})
+    workers: int = field(default=2, metadata={"help": "data loading processes"})
+    max_broken_share: float = field(default=0.01, metadata={"help": "share of unreadable pictures that stops the run"})
+    eval_every: int = field(default=500, metadata={"help": "steps between validations"})
+    save_every: int = field(default=500, metadata={"help": "steps between saved states"})
+    log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
+    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard events beside the log"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of each process; 0: torch's choice"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda"})
+    seed: int = field(default=0, metadata={"help": "of weights and order"})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be honoured, before any data is read.
+
+        Raises:
+            ConfigError: The field, what was expected, what came.
+        """
+        object.__setattr__(self, "loss", tuple(self.loss))
+        for term in self.loss:
+            LossTerm.parse(term)
+        at_least = {"batch_size": 2, "accumulate": 1, "steps": 1, "warmup_steps": 0, "group": 1, "workers": 0}
+        at_least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "freeze_positions": 0, "clip_norm": 0}
+        for name, minimum in at_least.items():
+            _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
+        _require(bool(self.loss), "at least one loss term", self.loss)
+        _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
+        _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
+        _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
+        _require(0 <= self.max_broken_share <= 1, "max_broken_share in [0, 1]", self.max_broken_share)
+        _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
+        _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
+        _require(not self.val.startswith("webdataset:"), "val of map-style data", self.val)
+        if self.train.startswith("webdataset:"):
+            _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
+            _require(self.group == 1, "group 1 with webdataset", self.group)
+            _needs("webdataset", "webdataset shards")
+        if self.tensorboard:
+            _needs("tensorboard", "TensorBoard (or pass --no-tensorboard)")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("expected a CUDA device for device=cuda, found none; use --device cpu")
+
+    @property
+    def criterion(self) -> Criterion:
+        return Criterion(
+            terms=tuple(LossTerm.parse(term) for term in self.loss),
+            margin=self.margin,
+            gamma=self.gamma,
+            label_smoothing=self.label_smoothing,
+        )
+
+    @property
+    def model_config(self) -> FineLIPConfig:
+        """Sizes of a model from nothing."""
+        return FineLIPConfig.preset(self.preset, context_length=self.context_length)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
+    """The configuration that a command line asks for: a recipe's values, changed by options.
+
+    Raises:
+        ConfigError: An unknown recipe or a configuration that cannot be honoured.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description="Train FineLIP. Started again with the same --out, it resumes.")
+    names = sorted(path.stem for path in RECIPES.glob("*.json"))
+    parser.add_argument("recipe", nargs="?", help=f"values to start from: {', '.join(names)}, or a JSON file")
+    hints = get_type_hints(TrainConfig)
+    for option in dataclasses.fields(TrainConfig):
+        flag, kind = "--" + option.name.replace("_", "-"), hints[option.name]
+        shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.metadata["help"]}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+        elif kind in (int, float, str):
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **shared)
+        else:
+            parser.add_argument(flag, nargs="+", metavar="TERM", **shared)
+    values = vars(parser.parse_args(arguments))
+    recipe = values.pop("recipe", None)
+    values = (load_recipe(recipe) if recipe else {}) | values
+    missing = [name for name in ("out", "train", "val") if name not in values]
+    if missing:
+        raise ConfigError(f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({names})")
+    return TrainConfig(**values)
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Values of a shipped recipe, or of a JSON file.
+
+    Raises:
+        ConfigError: No such recipe, or fields that no run has.
+    """
+    path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read recipe {name!r} at {path}: {error}") from None
+    unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise ConfigError(f"recipe {name!r} has unknown fields {unknown}; see --help")
+    return values
+
+
+def _require(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"expected {expected}, got {got!r}")
+
+
+def _needs(package: str, purpose: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{purpose} needs the package {package!r}: pip install 'finelip-fast[train]'")

@@ -1,0 +1,54 @@
+"""Several processes as one: start-up, and gathering embeddings with their gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
+    """``(rank, world)`` of this process; joins the group that ``torchrun`` announces, if there is one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over processes; the gradient of a process's part is the sum of what every process asks of it."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        ctx.rows = local.shape[0]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Rows of every process in order of rank, differentiable; every process must bring as many.
+
+    When each process computes the same loss from the result, the average of the processes' parameter gradients (what
+    DistributedDataParallel computes) is the gradient of that loss.
+    """
+    if not dist.is_initialized():
+        return local
+    gathered: Tensor = _Gather.apply(local)
+    return gathered

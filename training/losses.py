@@ -1,0 +1,159 @@
+"""The losses that train FineLIP, each a function of one score matrix, and their weighted sum.
+
+``scores [B, B]`` has a row for each picture and a column for each caption; pair ``i`` belongs together. Which score it holds
+is the caller's choice: ``global`` cosine, ``fine`` late interaction or the ``combined`` retrieval score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast._errors import ConfigError
+from finelip_fast.kernels import clim_scores
+
+LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
+SCORES = ("global", "fine", "combined")
+COMBINED_ALPHA = 0.8
+
+
+def contrastive_loss(scores: Tensor, logit_scale: Tensor | float, *, label_smoothing: float = 0.0) -> Tensor:
+    """Symmetric cross entropy of ``logit_scale * scores`` with the diagonal as target (CLIP, arXiv 2103.00020).
+
+    Args:
+        scores: ``[B, B]``.
+        logit_scale: Multiplier of the scores (the exponential already taken).
+        label_smoothing: Share of the target spread over all entries; FineLIP's baseline uses 0.1.
+
+    Returns:
+        Scalar, the mean of both directions and of the batch.
+    """
+    logits = logit_scale * scores
+    target = torch.arange(len(scores), device=scores.device)
+    by_image = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    by_text = F.cross_entropy(logits.T, target, label_smoothing=label_smoothing)
+    return (by_image + by_text) / 2
+
+
+def triplet_loss(
+    scores: Tensor, image_ids: Tensor | None = None, *, margin: float = 0.2, hardest: bool = False
+) -> Tensor:
+    """Hinge of every negative against its pair, both directions (FineLIP, arXiv 2504.01916, section 3)::
+
+        sum_{j != i} relu(margin + s[i,j] - s[i,i]) + sum_{j != i} relu(margin + s[j,i] - s[i,i])
+
+    Args:
+        scores: ``[B, B]``.
+        image_ids: int64 ``[B]``; entries of pairs that share an id are no negatives. None: all differ.
+        margin: By how much a pair must beat its negatives.
+        hardest: Take the worst negative of each row and column instead of the sum over all.
+
+    Returns:
+        Scalar, summed over the batch.
+    """
+    if image_ids is None:
+        image_ids = torch.arange(len(scores), device=scores.device)
+    same = image_ids[:, None] == image_ids[None, :]
+    positive = scores.diagonal()
+    by_image = (margin + scores - positive[:, None]).relu().masked_fill(same, 0.0)
+    by_text = (margin + scores - positive[None, :]).relu().masked_fill(same, 0.0)
+    if hardest:
+        return by_image.max(dim=1).values.sum() + by_text.max(dim=0).values.sum()
+    return by_image.sum() + by_text.sum()
+
+
+def adaptive_margin_loss(
+    scores: Tensor, caption_similarity: Tensor, logit_scale: Tensor | float, *, gamma: float = 0.5
+) -> Tensor:
+    """Contrastive loss whose negatives get a head start by how alike their captions are (HN-CLIP, arXiv 2608.18521).
+
+    ``z = logit_scale * (scores + gamma * G)``, ``G`` the captions' cosines, detached, with a zero diagonal.
+
+    Args:
+        scores: ``[B, B]``.
+        caption_similarity: Cosines between the captions ``[B, B]``; its gradient is stopped and its diagonal ignored.
+        logit_scale: Multiplier of the scores (the exponential already taken).
+        gamma: Weight of the margins.
+
+    Returns:
+        Scalar, the mean of both directions and of the batch.
+    """
+    margins = caption_similarity.detach().clone().fill_diagonal_(0.0)
+    return contrastive_loss(scores + gamma * margins, logit_scale)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the sum: ``weight`` times ``loss`` of the ``on`` scores."""
+
+    loss: str
+    on: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES or self.on not in SCORES or not self.weight > 0:
+            raise ConfigError(
+                f"expected a loss of {LOSSES} on a score of {SCORES} with a positive weight, "
+                f"got {self.loss!r} on {self.on!r} with {self.weight!r}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> LossTerm:
+        """``"contrastive:fine"`` or ``"contrastive:fine:0.5"``."""
+        loss, on, weight = [*text.split(":"), "1"][:3] if text.count(":") in (1, 2) else ("", "", "0")
+        try:
+            return cls(loss, on, float(weight))
+        except ValueError as error:
+            raise ConfigError(f"expected LOSS:SCORE or LOSS:SCORE:WEIGHT, got {text!r}: {error}") from None
+
+    def __str__(self) -> str:
+        return f"{self.loss}:{self.on}:{self.weight:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """The weighted sum of loss terms over one batch of embeddings.
+
+    Args:
+        terms: At least one.
+        margin: Of the triplet losses.
+        gamma: Of the adaptive margins.
+        label_smoothing: Of the contrastive loss.
+    """
+
+    terms: tuple[LossTerm, ...]
+    margin: float = 0.2
+    gamma: float = 0.5
+    label_smoothing: float = 0.1
+
+    def __call__(
+        self, images: Tensor, texts: Tensor, image_ids: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of pairs.
+
+        Args:
+            images, texts: Embeddings ``[B, L, D]``; pair ``i`` belongs together.
+            image_ids: int64 ``[B]``.
+            logit_scale: The multiplier itself, not its logarithm.
+
+        Returns:
+            The loss, and each term unweighted and detached, by name.
+        """
+        scores = {"global": images[:, 0].float() @ texts[:, 0].float().T}
+        if any(term.on != "global" for term in self.terms):
+            scores["fine"] = clim_scores(images, texts, alpha=0.0)
+            scores["combined"] = COMBINED_ALPHA * scores["global"] + (1 - COMBINED_ALPHA) * scores["fine"]
+        values = {str(term): self._term(term, scores[term.on], texts, image_ids, logit_scale) for term in self.terms}
+        total = torch.stack([term.weight * values[str(term)] for term in self.terms]).sum()
+        return total, {name: value.detach() for name, value in values.items()}
+
+    def _term(self, term: LossTerm, scores: Tensor, texts: Tensor, image_ids: Tensor, logit_scale: Tensor) -> Tensor:
+        if term.loss == "contrastive":
+            return contrastive_loss(scores, logit_scale, label_smoothing=self.label_smoothing)
+        if term.loss == "adaptive_margin":
+            captions = texts[:, 0].float()
+            return adaptive_margin_loss(scores, captions @ captions.T, logit_scale, gamma=self.gamma)
+        return triplet_loss(scores, image_ids, margin=self.margin, hardest=term.loss == "hardest_triplet")

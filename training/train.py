@@ -1,0 +1,400 @@
+"""Train FineLIP: ``python training/train.py --help``, ``torchrun --nproc-per-node N training/train.py``, ``finelip train``.
+
+A run lives in its ``--out`` folder: ``best/`` and ``last/`` are checkpoints for :func:`finelip_fast.load`, ``log.jsonl`` has
+a line for each logged step and validation, ``state.pt`` is what an interrupted run goes on from, to the bit.
+
+What gradient accumulation means for losses that compare the pairs of a batch: with ``accumulation="cached"`` the embeddings
+of all passes are computed first without a graph, the loss and its gradient with respect to them follow, and a second forward
+pass carries that gradient into the weights. The step equals one over the whole batch. With ``"separate"`` each pass has only
+its own negatives: cheaper by a third, and another loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from finelip_fast import checkpoint
+from finelip_fast._errors import ConfigError, FineLIPError, TrainingError
+from finelip_fast.datasets import open_dataset
+from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.metrics import recall
+from finelip_fast.model import FineLIP
+from finelip_fast.training.config import TrainConfig, from_arguments
+from finelip_fast.training.data import Batch, TrainingData
+from finelip_fast.training.distributed import gather, process_group
+
+# Pictures seen before the share of unreadable ones is held against the limit.
+_BROKEN_AFTER = 200
+
+# What may differ between an interrupted run and the one that goes on.
+_FREE_TO_CHANGE = ("out", "workers", "threads", "device", "log_every", "eval_every", "save_every", "tensorboard")
+_FREE_TO_CHANGE += ("max_broken_share",)
+
+# CLIP's upper bound of exp(logit_scale).
+_MAX_LOGIT_SCALE = math.log(100)
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Run, or go on with, the training that ``config`` describes.
+
+    Returns:
+        The best validation's metrics, with its ``step``.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+        TrainingError: The loss is no longer a number, or too many pictures cannot be read.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    with process_group(device) as (rank, world):
+        return Trainer(config, device, rank, world).run()
+
+
+def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: two learning rates, each with and without weight decay.
+
+    Norms, biases, positions, the class embedding and scales are not decayed.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decayed = parameter.dim() >= 2 and not name.endswith("positional_embedding")
+        groups.setdefault(("aggregator" in name, decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "peak_lr": config.aggregator_lr if aggregator else config.encoder_lr,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (aggregator, decayed), parameters in groups.items()
+    ]
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """One process's part of a run."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.out = Path(config.out)
+        torch.manual_seed(config.seed)
+        self.model = _start_model(config).to(device).train()
+        self.model.gradient_checkpointing(config.gradient_checkpointing)
+        if config.freeze_positions:
+            self.model.text.positional_embedding.register_hook(self._freeze)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=0.0, fused=True)
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(self.model, multi_avg_fn=average) if config.ema_decay else None
+        self.step = self.seen = self.broken = 0
+        self.best: dict[str, float] = {}
+        self._resume()
+        self.criterion = config.criterion
+        self.forward: Any = torch.compile(self.model, dynamic=True) if config.compile else self.model
+        if world > 1:
+            self.forward = DistributedDataParallel(self.forward)
+        self.preprocess = self.model.preprocess
+        self.data = self._open_data()
+        self._stop = False
+
+    # The loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step; an interrupt saves the state first."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask_to_stop)
+        validation = self._open(self.config.val) if self.rank == 0 else None
+        log = _Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
+        progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=self.rank != 0, mininterval=2)
+        batches = iter(self.data)
+        started, first = time.monotonic(), self.step
+        while self.step < self.config.steps:
+            values = self._train_step([next(batches) for _ in range(self.config.accumulate)])
+            self.step += 1
+            progress.update()
+            done = self.step == self.config.steps
+            if log and (done or self.step % self.config.log_every == 0):
+                pairs = (self.step - first) * self.config.batch_size * self.config.accumulate * self.world
+                values["pairs_per_second"] = pairs / (time.monotonic() - started)
+                log.write(self.step, {name: float(value) for name, value in values.items()})
+                progress.set_postfix(loss=f"{float(values['loss']):.3f}")
+            if log and (done or self.step % self.config.eval_every == 0):
+                metrics = self._validate(validation)
+                log.write(self.step, metrics)
+                progress.set_postfix(recall=f"{_quality(metrics):.3f}")
+            stop = self._anyone_stops()
+            if self.rank == 0 and (done or stop or self.step % self.config.save_every == 0):
+                self._save_state()
+            if stop and not done:
+                raise TrainingError(f"stopped at step {self.step}; the same command goes on from there")
+        if self.rank == 0:
+            checkpoint.save(self._averaged(), self.out / "last", metadata=self._metadata({}))
+        return self.best
+
+    def _train_step(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        for batch in batches:
+            self._count_broken(batch)
+        share = schedule(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+        cached = len(batches) > 1 and self.config.accumulation == "cached"
+        values = self._cached_backward(batches) if cached else self._plain_backward(batches)
+        if not bool(values["loss"].isfinite()):
+            raise TrainingError(f"the loss is {float(values['loss'])} at step {self.step}: lower the learning rates")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0.0, _MAX_LOGIT_SCALE)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        scale = self.model.logit_scale.detach().exp()
+        return {**values, "grad_norm": norm, "encoder_lr": self.config.encoder_lr * share, "logit_scale": scale}
+
+    def _plain_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Each pass with its own negatives; exact for a single pass."""
+        sums: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            with self._sync(index == len(batches) - 1):
+                images, texts, scale = self._forward(batch)
+                loss, terms = self._loss(images, texts, batch.image_ids.to(self.device), scale)
+                (loss / len(batches)).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0) + value / len(batches)
+        return sums
+
+    def _cached_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """All passes as one batch: embeddings first, then their gradient through a second forward pass each."""
+        with torch.no_grad():
+            embedded = [self._forward(batch) for batch in batches]
+        images, texts = (torch.cat([one[side] for one in embedded]).requires_grad_() for side in (0, 1))
+        scale = embedded[0][2].clone().requires_grad_()
+        image_ids = torch.cat([batch.image_ids for batch in batches]).to(self.device)
+        loss, terms = self._loss(images, texts, image_ids, scale)
+        loss.backward()
+        size = len(batches[0].pixels)
+        for index, batch in enumerate(batches):
+            rows = slice(index * size, (index + 1) * size)
+            last = index == len(batches) - 1
+            with self._sync(last):
+                outputs = self._forward(batch)
+                wanted = (images.grad[rows], texts.grad[rows], scale.grad if last else torch.zeros_like(scale))
+                torch.autograd.backward(outputs, wanted)
+        return {"loss": loss.detach(), **terms}
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        pixels, ids = (t.to(self.device, non_blocking=True) for t in (batch.pixels, batch.ids))
+        with self._autocast():
+            outputs: tuple[Tensor, Tensor, Tensor] = self.forward(pixels, ids)
+        return outputs
+
+    def _loss(self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss over the pairs of all processes; every process computes the same one (see ``gather``)."""
+        return self.criterion(gather(images), gather(texts), gather(image_ids), scale)
+
+    # Validation and what is kept ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _validate(self, pairs: Any) -> dict[str, float]:
+        """Recall on the validation pairs; the best model so far is saved at once."""
+        model = self._averaged().eval()
+        images, texts = [], []
+        with self._autocast():
+            for first in range(0, len(pairs), 256):
+                some = [pairs[index] for index in range(first, min(first + 256, len(pairs)))]
+                encode_image = lambda pixels: model.encode_image(pixels.to(self.device))  # noqa: E731
+                encode_text = lambda ids: model.encode_text(ids.to(self.device))  # noqa: E731
+                images.append(embed_images(encode_image, self.preprocess, [one.image for one in some]))
+                captions = [one.caption for one in some]
+                texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
+            scores = model.score(torch.cat(images), torch.cat(texts))
+        self.model.train()
+        metrics = {f"val_{name}": value for name, value in recall(scores).items()}
+        if _quality(metrics) > _quality(self.best):
+            self.best = {**metrics, "step": float(self.step)}
+            checkpoint.save(model, self.out / "best", metadata=self._metadata(metrics))
+        return metrics
+
+    def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
+        return {"step": self.step, "training": dataclasses.asdict(self.config), "validation": metrics}
+
+    def _averaged(self) -> FineLIP:
+        return self.ema.module if self.ema else self.model
+
+    def _save_state(self) -> None:
+        state = {
+            "step": self.step,
+            "seen": self.seen,
+            "broken": self.broken,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "config": dataclasses.asdict(self.config),
+        }
+        partial = self.out / "state.pt.partial"
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.out / "state.pt")
+
+    def _resume(self) -> None:
+        path = self.out / "state.pt"
+        if not path.exists():
+            if self.rank == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        now = dataclasses.asdict(self.config)
+        changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != state["config"].get(name)]
+        if changed:
+            was = {name: state["config"].get(name) for name in changed}
+            raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: now[name] for name in changed})}; "
+                              "give the same options to go on, or another --out")  # fmt: skip
+        self.step, self.seen, self.broken, self.best = (state[name] for name in ("step", "seen", "broken", "best"))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        torch.set_rng_state(state["rng"].cpu())
+
+    # Small parts -------------------------------------------------------------------------------------------------------
+
+    def _open(self, spec: str) -> Any:
+        return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.image_root or None)
+
+    def _open_data(self) -> TrainingData:
+        kind, _, pattern = self.config.train.partition(":")
+        return TrainingData(
+            pattern if kind == "webdataset" else self._open(self.config.train),
+            self.preprocess,
+            self.model.config.context_length,
+            batch_size=self.config.batch_size,
+            group=self.config.group,
+            epoch_batches=self.config.epoch_batches,
+            seed=self.config.seed,
+            workers=self.config.workers,
+            rank=self.rank,
+            world=self.world,
+            position=self.step * self.config.accumulate,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _count_broken(self, batch: Batch) -> None:
+        self.seen += len(batch.pixels)
+        self.broken += len(batch.broken)
+        for message in batch.broken:
+            tqdm.write(f"skipped: {message}", file=sys.stderr)
+        if self.seen >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * self.seen:
+            raise TrainingError(
+                f"{self.broken} of {self.seen + self.broken} pictures cannot be read, more than the share of "
+                f"{self.config.max_broken_share:g} that --max-broken-share allows"
+            )
+
+    def _freeze(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[: self.config.freeze_positions] = 0
+        return gradient
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _sync(self, last: bool) -> Any:
+        """Only the last pass of a step averages gradients over the processes."""
+        return nullcontext() if last or self.world == 1 else self.forward.no_sync()
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop = True
+
+    def _anyone_stops(self) -> bool:
+        if self.world == 1:
+            return self._stop
+        return bool(gather(torch.tensor([self._stop], dtype=torch.int32, device=self.device)).any())
+
+
+class _Log:
+    """``log.jsonl``, and TensorBoard events beside it."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.path = folder / "log.jsonl"
+        if self.path.exists():  # lines behind the state that the run goes on from would be written twice
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+        self.events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n")
+        if self.events:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+            self.events.flush()
+
+
+def _start_model(config: TrainConfig) -> FineLIP:
+    if not config.init:
+        return FineLIP(config.model_config)
+    model = checkpoint.load(config.init, context_length=config.context_length)
+    model.config = model.config.replace(trained_aggregators=True)
+    return model
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    """What the best checkpoint is chosen by: mean recall@1 of both directions."""
+    return (metrics.get("val_i2t_recall@1", -1.0) + metrics.get("val_t2i_recall@1", -1.0)) / 2
+
+
+def _device(config: TrainConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0 on success, 2 on an error that its message explains."""
+    try:
+        config = from_arguments(sys.argv[1:] if arguments is None else arguments, prog="train.py")
+        best = train(config)
+    except FineLIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if best:
+        print(json.dumps(best))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
