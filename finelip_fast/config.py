@@ -69,7 +69,9 @@ class FineLIPConfig:
 
     def __post_init__(self) -> None:
         _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)
-        _require(self.vision_width % self.vision_heads == 0, "vision_width a multiple of vision_heads", self.vision_width)
+        _require(
+            self.vision_width % self.vision_heads == 0, "vision_width a multiple of vision_heads", self.vision_width
+        )
         _require(self.text_width % self.text_heads == 0, "text_width a multiple of text_heads", self.text_width)
         _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
         _require(self.resize_mode in ("shortest", "squash"), "resize_mode 'shortest' or 'squash'", self.resize_mode)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finelip_fast.aggregator import join_windows
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import encode_batch
+from finelip_fast.tokenizer import Overflow, encode_batch
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def embed_texts(
     *,
     context_length: int,
     batch_size: int = 64,
-    overflow: str = "truncate",
+    overflow: Overflow = "truncate",
 ) -> Tensor:
     """Embed captions, in order of length so that a batch holds little padding; results come back in the given order.
 

@@ -85,7 +85,9 @@ def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS)
     """
     rows = table.shape[0]
     if rows < keep + 2 or length < rows:
-        raise InputError(f"expected a table of at least {keep + 2} rows and length >= its rows, got {rows} rows and {length}")
+        raise InputError(
+            f"expected a table of at least {keep + 2} rows and length >= its rows, got {rows} rows and {length}"
+        )
     ratio = (rows - keep) / (length - keep)
     target = torch.arange(length, dtype=torch.float64, device=table.device)
     source = torch.where(target < keep, target, keep + (target - keep) * ratio)

@@ -18,6 +18,7 @@ from finelip_fast.engines import Engine, open_engine
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import scan_folder
+from finelip_fast.tokenizer import Overflow
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,16 @@ class Retriever:
         index: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
         alpha: float | None = None,
-        overflow: str = "truncate",
+        overflow: Overflow = "truncate",
     ) -> None:
         if alpha is not None and not 0 <= alpha <= 1:
             raise InputError(f"expected alpha in [0, 1], got {alpha}")
-        self._engine = open_engine(engine, Path(checkpoint) if isinstance(checkpoint, PathLike) else checkpoint, device)
+        self._engine = open_engine(engine, checkpoint, device)
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
         config = self._engine.config
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim)
-        self.index = Index(spec, None if index is None else Path(index), device=device or "cpu")
+        self.index = Index(spec, index, source=self._engine.source, device=self._engine.device)
 
     @property
     def engine(self) -> Engine:
@@ -172,11 +173,11 @@ class Retriever:
     @overload
     def search(self, text: str, *, k: int = 10) -> list[Hit]: ...
     @overload
-    def search(self, text: Sequence[str], *, k: int = 10) -> list[list[Hit]]: ...
+    def search(self, text: list[str] | tuple[str, ...], *, k: int = 10) -> list[list[Hit]]: ...
     @overload
     def search(self, *, image: Any, k: int = 10) -> Any: ...
 
-    def search(self, text: str | Sequence[str] | None = None, *, image: Any = None, k: int = 10) -> Any:
+    def search(self, text: str | list[str] | tuple[str, ...] | None = None, *, image: Any = None, k: int = 10) -> Any:
         """Find the best items for a text or a picture.
 
         Args:
@@ -197,7 +198,7 @@ class Retriever:
             raise InputError(f"expected k of at least 1, got {k}")
         given = image if text is None else text
         many = isinstance(given, (list, tuple))
-        queries = list(given) if many else [given]
+        queries: list[Any] = list(given) if many else [given]
         if not queries:
             return []
         if text is None:
@@ -228,10 +229,11 @@ class Retriever:
             found = self.index.embeddings[own_positions]
             parts = [clim_scores(query[None], found, alpha=alpha)[0].tolist() for alpha in (1.0, 0.0)]
             rows = zip(own_positions.tolist(), own_scores.tolist(), *parts, strict=True)
-            result.append(
-                [Hit(self.index.ids[at], score, *both, self.index.metadata[at]) for at, score, *both in rows]
-            )
+            result.append([self._hit(*row) for row in rows])
         return result
+
+    def _hit(self, position: int, score: float, global_score: float, fine_score: float) -> Hit:
+        return Hit(self.index.ids[position], score, global_score, fine_score, self.index.metadata[position])
 
     def _add(self, report: AddReport, items: list[tuple[str, dict[str, Any]]], embeddings: Tensor) -> None:
         ids = [item for item, _ in items]
@@ -259,14 +261,14 @@ class Retriever:
                     f"expected ids that are new and differ, got {taken[0] if taken else 'repeated ones'!r}; give other ids"
                 )
         start = len(self.index)
-        named = (
-            (
-                ids[n] if ids is not None else str(item) if isinstance(item, PathLike) or (kind == "image" and isinstance(item, str)) else f"{kind}-{start + n}",
-                item,
-                metadata[n] if metadata is not None else {},
-            )
-            for n, item in enumerate(items)
-        )  # fmt: skip
+
+        def identify(n: int, item: Any) -> str:
+            if ids is not None:
+                return ids[n]
+            is_file = isinstance(item, PathLike) or (kind == "image" and isinstance(item, str))
+            return str(item) if is_file else f"{kind}-{start + n}"
+
+        named = ((identify(n, item), item, metadata[n] if metadata is not None else {}) for n, item in enumerate(items))
         iterator = iter(tqdm(named, total=total, unit=kind, disable=not progress, mininterval=0.5))
         while chunk := list(islice(iterator, size)):
             yield chunk

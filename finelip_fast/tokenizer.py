@@ -7,7 +7,8 @@ refused, or split into overlapping windows; in every case the caller can learn w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,7 +21,16 @@ from finelip_fast._errors import InputError
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
-__all__ = ["EOT_TOKEN", "START_TOKEN", "Overflow", "TokenBatch", "TruncationWarning", "encode_batch", "tokenize"]
+__all__ = [
+    "EOT_TOKEN",
+    "START_TOKEN",
+    "Overflow",
+    "TokenBatch",
+    "TruncationWarning",
+    "encode_batch",
+    "expected_truncation",
+    "tokenize",
+]
 
 START_TOKEN = 49406
 EOT_TOKEN = 49407
@@ -30,6 +40,14 @@ Overflow = Literal["truncate", "error", "window"]
 
 class TruncationWarning(UserWarning):
     """Some captions of a call were longer than the context and lost their ends."""
+
+
+@contextmanager
+def expected_truncation() -> Iterator[None]:
+    """Silences :class:`TruncationWarning` where cutting captions is what is wanted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

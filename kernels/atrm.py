@@ -99,7 +99,9 @@ def atrm(
     given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     for name, shape in expected.items():
         if given[name].shape != shape:
-            raise InputError(f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(given[name].shape)}")
+            raise InputError(
+                f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(given[name].shape)}"
+            )
     if scale.numel() != 1:
         raise InputError(f"expected scale of one element, got {list(scale.shape)}")
     if lengths is not None and lengths.shape != x.shape[:1]:

@@ -31,7 +31,9 @@ def clim_reference(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     if queries.shape[1] == 0 or items.shape[1] == 0:
         return torch.zeros(n_queries, n_items, device=queries.device)
     queries, items = queries.float(), items.float()
-    similarity = (queries.flatten(0, 1) @ items.flatten(0, 1).T).view(n_queries, queries.shape[1], n_items, items.shape[1])
+    similarity = (queries.flatten(0, 1) @ items.flatten(0, 1).T).view(
+        n_queries, queries.shape[1], n_items, items.shape[1]
+    )
     # max(dim).values sends the gradient of a tie to one winner, amax would split it.
     over_items = F.leaky_relu(similarity.max(dim=3).values, LEAKY_SLOPE).mean(dim=1)  # [Q, N]
     over_queries = F.leaky_relu(similarity.max(dim=1).values, LEAKY_SLOPE).mean(dim=2)  # [Q, N]

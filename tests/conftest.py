@@ -14,6 +14,9 @@ from torch import Tensor
 from finelip_fast.config import END_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.model import FineLIP
 
+# Small tensors: with more threads than free cores, nearly all the time goes into threads waiting for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def method() -> ModuleType:

@@ -250,7 +250,7 @@ def test_gradient_checkpointing_recomputes(make_model, make_captions, pixels):
     calls = []
     model = make_model().train()
     for tower in (model.visual, model.text):
-        tower.transformer.resblocks[0].register_forward_hook(lambda *_: calls.append(1))
+        tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing()
     gradients(model, pixels, make_captions([5, 9, 3], 16))
     assert len(calls) == 4  # each tower forward, and once more in the backward pass

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from finelip_fast.training.losses import Criterion, LossTerm
 
 from finelip_fast._errors import ConfigError
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
-from finelip_fast.training.losses import Criterion, LossTerm
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,7 +30,8 @@ class TrainConfig:
     preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
     context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
     loss: tuple[str, ...] = field(
-        default=("triplet:fine",), metadata={"help": "terms LOSS:SCORE[:WEIGHT], such as contrastive:global triplet:fine"}
+        default=("triplet:fine",),
+        metadata={"help": "terms LOSS:SCORE[:WEIGHT], such as contrastive:global triplet:fine"},
     )
     margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
@@ -53,11 +54,15 @@ class TrainConfig:
     freeze_positions: int = field(
         default=KEEP_POSITIONS, metadata={"help": "first text positions that stay as they are; 0 when from nothing"}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, more time"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations: less memory, more time"}
+    )
     ema_decay: float = field(default=0.0, metadata={"help": "keep an exponential average of the weights; 0: none"})
     precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    group: int = field(default=1, metadata={"help": "neighbouring examples that stay in one batch (scenes: 4, a family)"})
+    group: int = field(
+        default=1, metadata={"help": "neighbouring examples that stay in one batch (scenes: 4, a family)"}
+    )
     epoch_batches: int = field(default=0, metadata={"help": "batches of an epoch; needed with webdataset"})
     workers: int = field(default=2, metadata={"help": "data loading processes"})
     max_broken_share: float = field(default=0.01, metadata={"help": "share of unreadable pictures that stops the run"})
@@ -123,7 +128,9 @@ def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
     Raises:
         ConfigError: An unknown recipe or a configuration that cannot be honoured.
     """
-    parser = argparse.ArgumentParser(prog=prog, description="Train FineLIP. Started again with the same --out, it resumes.")
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train FineLIP. Started again with the same --out, it resumes."
+    )
     names = sorted(path.stem for path in RECIPES.glob("*.json"))
     parser.add_argument("recipe", nargs="?", help=f"values to start from: {', '.join(names)}, or a JSON file")
     hints = get_type_hints(TrainConfig)
@@ -141,7 +148,9 @@ def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
     values = (load_recipe(recipe) if recipe else {}) | values
     missing = [name for name in ("out", "train", "val") if name not in values]
     if missing:
-        raise ConfigError(f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({names})")
+        raise ConfigError(
+            f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({names})"
+        )
     return TrainConfig(**values)
 
 

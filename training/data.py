@@ -7,7 +7,6 @@ size on every process, and its path travels with the batch to be reported and co
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import TruncationWarning, tokenize
+from finelip_fast.tokenizer import expected_truncation, tokenize
 
 # Examples tried in place of an unreadable one before the data is called unusable.
 _SUBSTITUTES = 100
@@ -68,8 +67,7 @@ class Encoded(Dataset[tuple[Tensor, Tensor, int, list[str]]]):
 
 def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> tuple[Tensor, Tensor, int]:
     """Pixels ``[3, H, W]``, ids ``[T]`` and a 63-bit picture id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)  # counted once for the whole run, not warned per caption
+    with expected_truncation():
         ids = tokenize([example.caption], context_length)[0]
     digest = hashlib.blake2b(example.image_id.encode(), digest_size=8).digest()
     return preprocess(example.image), ids, int.from_bytes(digest, "big") >> 1

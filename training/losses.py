@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from finelip_fast.kernels import clim_scores
 from torch import Tensor
 
 from finelip_fast._errors import ConfigError
-from finelip_fast.kernels import clim_scores
 
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
 SCORES = ("global", "fine", "combined")

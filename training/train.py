@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finelip_fast.training.config import TrainConfig, from_arguments
+from finelip_fast.training.data import Batch, TrainingData
+from finelip_fast.training.distributed import gather, process_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,9 +37,6 @@ from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import recall
 from finelip_fast.model import FineLIP
-from finelip_fast.training.config import TrainConfig, from_arguments
-from finelip_fast.training.data import Batch, TrainingData
-from finelip_fast.training.distributed import gather, process_group
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
@@ -104,7 +104,10 @@ class Trainer:
         self.model.gradient_checkpointing(config.gradient_checkpointing)
         if config.freeze_positions:
             self.model.text.positional_embedding.register_hook(self._freeze)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=0.0, fused=True)
+        # CLIP's betas: the shorter second moment settles sooner after a jump of the gradient.
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True
+        )
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=average) if config.ema_decay else None
         self.step = self.seen = self.broken = 0
@@ -209,7 +212,9 @@ class Trainer:
             outputs: tuple[Tensor, Tensor, Tensor] = self.forward(pixels, ids)
         return outputs
 
-    def _loss(self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all processes; every process computes the same one (see ``gather``)."""
         return self.criterion(gather(images), gather(texts), gather(image_ids), scale)
 

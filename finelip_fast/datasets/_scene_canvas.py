@@ -62,17 +62,20 @@ PALETTE: dict[str, Colour] = {
     "black": (46, 48, 56),
 }
 INK, GLASS, LAMPLIGHT = (40, 42, 54), (164, 204, 226), (255, 221, 134)
-_LIGHT = {"morning": (255, 245, 228), "noon": (255, 255, 255), "sunset": (255, 232, 212), "night": (184, 190, 226)}
+_LIGHT = {"morning": (255, 241, 214), "noon": (255, 255, 255), "sunset": (250, 224, 202), "night": (184, 190, 226)}
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """``first`` with a ``share`` of ``second`` in it."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    (r, g, b), (s, h, c) = first, second
+    return round(r + (s - r) * share), round(g + (h - g) * share), round(b + (c - b) * share)
 
 
 @lru_cache(maxsize=4096)
 def lit(colour: Colour, light: Colour) -> Colour:
-    return tuple(channel * lamp // 255 for channel, lamp in zip(colour, light, strict=True))
+    """A colour as it looks under a coloured light."""
+    (r, g, b), (red, green, blue) = colour, light
+    return r * red // 255, g * green // 255, b * blue // 255
 
 
 def darker(colour: Colour, share: float = 0.16) -> Colour:
@@ -102,7 +105,7 @@ def _building_extent(house):
 
 
 def _person_extent(person):
-    side = 0.066 if person.umbrella else 0.052
+    side = 0.068 if person.umbrella or person.hat else 0.052
     height = 0.365 if person.umbrella else 0.305 if person.hat else 0.252
     return side, height, 0.125 if person.dog else side
 

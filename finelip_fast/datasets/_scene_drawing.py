@@ -41,10 +41,9 @@ def draw(content, size: int, scenery: str) -> Image.Image:
     canvas = Canvas(size * times, content.time, content.weather)
     _sky(canvas, Random(scenery + "/sky"))
     _street(canvas, Random(scenery + "/street"))
-    faces = Random(scenery + "/faces")
     for placed in sorted(content.objects, key=_nearness):
         canvas.at(placed.x, placed.ground, -1 if getattr(placed, "facing", "") == "left" else 1)
-        _PAINTERS[placed.what](canvas, placed, faces)
+        _PAINTERS[placed.what](canvas, placed, Random(f"{scenery}/{placed.x}"))
     canvas.at(0, 0)
     _air(canvas, Random(scenery + "/air"))
     return canvas.image.reduce(times)
@@ -72,7 +71,7 @@ def _sky_colours(canvas: Canvas) -> tuple[Colour, Colour]:
     veil = _VEIL[canvas.weather]
     grey = lit(_GREY_SKY.get(canvas.weather, (0, 0, 0)), (112, 118, 150) if canvas.night else canvas.light)
     top, bottom = _SKY[canvas.time]
-    return mix(top, darker(grey, 0.1), veil), mix(bottom, grey, veil * 0.8)
+    return mix(top, darker(grey, 0.1), veil), mix(bottom, grey, veil * 0.6)
 
 
 def _lights_of_the_sky(canvas: Canvas, rng: Random) -> None:
@@ -168,12 +167,12 @@ def _air(canvas: Canvas, rng: Random) -> None:
     elif canvas.weather == "fog":
         mist = mix((172, 178, 206) if canvas.night else (242, 243, 245), _sky_colours(canvas)[1], 0.35)
         for y, thick, alpha in (
-            (0.0, 0.18, 96),
-            (0.12, 0.14, 60),
-            (0.3, 0.1, 34),
+            (0.0, 0.18, 64),
+            (0.12, 0.14, 36),
+            (0.3, 0.1, 24),
             (0.535, 0.05, 110),
             (0.6, 0.13, 44),
-            (0.77, 0.05, 110),
+            (0.77, 0.05, 64),
             (0.86, 0.06, 44),
         ):
             shift = rng.uniform(-0.1, 0.1)

@@ -46,12 +46,13 @@ def _lamps(canvas: Canvas, half: float, y: float) -> None:
 
 
 def _car(canvas: Canvas, half: float, height: float, paint: Colour) -> None:
-    canvas.shape((-0.09, -0.06), (-0.06, -height), (0.03, -height), (0.075, -0.06), colour=darker(paint, 0.1))
-    canvas.pane((-0.074, -0.064), (-0.052, -height + 0.01), (-0.014, -height + 0.01), (-0.014, -0.064))
-    canvas.pane((-0.004, -0.064), (-0.004, -height + 0.01), (0.026, -height + 0.01), (0.058, -0.064))
+    canvas.shape((-0.118, -0.06), (-0.094, -height), (0.000, -height), (0.052, -0.06), colour=darker(paint, 0.1))
+    top = -height + 0.01
+    canvas.pane((-0.101, -0.064), (-0.085, top), (-0.048, top), (-0.048, -0.064))
+    canvas.pane((-0.038, -0.064), (-0.038, top), (-0.004, top), (0.035, -0.064))
     canvas.box(-half, -0.068, half, -0.018, paint, radius=0.018)
     canvas.box(-half + 0.01, -0.032, half - 0.01, -0.018, darker(paint, 0.18))
-    canvas.box(-0.02, -0.056, 0.0, -0.051, darker(paint, 0.35))
+    canvas.box(-0.054, -0.056, -0.034, -0.051, darker(paint, 0.35))
     _lamps(canvas, half, -0.05)
     for x in (-0.082, 0.082):
         _wheel(canvas, x, 0.026)
@@ -205,9 +206,9 @@ def _head(canvas: Canvas, skin: Colour, hair: Colour, woman: bool) -> None:
 
 
 def _cap(canvas: Canvas, colour: Colour) -> None:
-    canvas.pie(0, -0.222, 0.037, 0.050, 180, 360, colour)
-    canvas.box(0.0, -0.230, 0.058, -0.218, darker(colour, 0.2), radius=0.005)
-    canvas.oval(0, -0.271, 0.006, 0.005, darker(colour, 0.2))
+    canvas.pie(0, -0.220, 0.042, 0.056, 180, 360, colour)
+    canvas.box(0.0, -0.232, 0.066, -0.218, darker(colour, 0.2), radius=0.005)
+    canvas.oval(0, -0.276, 0.006, 0.005, darker(colour, 0.2))
 
 
 def _top_hat(canvas: Canvas, colour: Colour) -> None:
@@ -217,7 +218,7 @@ def _top_hat(canvas: Canvas, colour: Colour) -> None:
 
 
 def _bobble_hat(canvas: Canvas, colour: Colour) -> None:
-    canvas.oval(0, -0.286, 0.017, 0.017, lighter(colour, 0.55))
+    canvas.oval(0, -0.286, 0.019, 0.019, lighter(colour, 0.65))
     canvas.pie(0, -0.226, 0.038, 0.052, 180, 360, colour)
     canvas.box(-0.040, -0.236, 0.040, -0.218, darker(colour, 0.16), radius=0.008)
 
@@ -238,12 +239,12 @@ def _umbrella(canvas: Canvas, colour: Colour) -> None:
 def _dog(canvas: Canvas, x: float, colour: Colour) -> None:
     dark = darker(colour, 0.22)
     canvas.line((0.044, -0.11), (x + 0.012, -0.052), colour=INK, width=0.004)
-    canvas.line((x - 0.028, -0.045), (x - 0.038, -0.072), colour=dark, width=0.010)
+    canvas.line((x - 0.028, -0.050), (x - 0.038, -0.082), colour=dark, width=0.010)
     for leg in (-0.022, -0.006, 0.010, 0.020):
         canvas.box(x + leg - 0.005, -0.03, x + leg + 0.005, 0, dark if leg in (-0.006, 0.020) else colour)
-    canvas.box(x - 0.032, -0.054, x + 0.026, -0.020, colour, radius=0.014)
-    canvas.oval(x + 0.022, -0.062, 0.019, 0.018, colour)
-    canvas.oval(x + 0.034, -0.056, 0.009, 0.008, lighter(colour, 0.3))
-    canvas.oval(x + 0.041, -0.058, 0.003, 0.003, INK)
-    canvas.oval(x + 0.010, -0.064, 0.007, 0.014, dark)
-    canvas.oval(x + 0.026, -0.066, 0.003, 0.003, INK)
+    canvas.box(x - 0.034, -0.062, x + 0.026, -0.022, colour, radius=0.015)
+    canvas.oval(x + 0.021, -0.069, 0.021, 0.020, colour)
+    canvas.oval(x + 0.034, -0.062, 0.009, 0.008, lighter(colour, 0.3))
+    canvas.oval(x + 0.041, -0.064, 0.003, 0.003, INK)
+    canvas.oval(x + 0.008, -0.070, 0.008, 0.016, dark)
+    canvas.oval(x + 0.026, -0.073, 0.003, 0.003, INK)

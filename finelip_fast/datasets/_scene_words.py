@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
 
 VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered")
 
 # Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
-_FEWEST, _MOST, _DETAILED = 120, 188, 310
+_FEWEST, _MOST, _DETAILED = 115, 186, 310
 
 
 _PIECES = re.compile(r"awn|dom|man(?=s)|scoo|hydr|[a-z]+|[^a-z\s]")  # the tokenizer cuts a few words in two
@@ -26,7 +26,7 @@ class Clause(NamedTuple):
     """A piece of a sentence and the placed object that it tells, if any."""
 
     text: str
-    placed: object | None = None
+    placed: Any = None
 
 
 class Statement(NamedTuple):
@@ -42,7 +42,7 @@ class Statement(NamedTuple):
         return text[0].upper() + text[1:] + "."
 
 
-# --- Phrasings. The first of each list is the shortest. -----------------------------------------------------------
+# --- Phrasings. The first two of each list are the shortest. -------------------------------------------------------
 
 _OPENINGS = (
     "{when} {weather}",
@@ -100,7 +100,7 @@ _TREES = (
     "the tree {place} is a {size} {tree}",
     "a {size} {tree} can be seen {place}",
 )
-_SIZES = {"small": ("small", "little", "low"), "tall": ("tall", "high", "big")}
+_SIZES = {"small": ("small", "little"), "tall": ("tall", "big")}
 _TREE_KINDS = {
     "leafy": ("green leafy tree", "tree full of green leaves"),
     "pine": ("pine tree", "dark green pine"),
@@ -112,13 +112,13 @@ _FURNITURE = (
     "a {name} stands {place}",
     "{place} there is a {name}",
     "you can see a {name} {place}",
-    "{place}, notice a {name}",
+    "a {name} can be found {place}",
 )
-# What a detailed description says of an object, one clause a line; a line without its subject is left out.
+# What a detailed description says of an object, one clause each; what is absent (a hat, say) has no clause.
 _DETAILS = {
     "building": (
         (
-            "the {home} {place} has {wall} walls and counts {floors}",
+            "the {home} {place} has {wall} walls and {floors}",
             "{place} there is a {storeys} {home} with {wall} walls",
         ),
         (
@@ -157,7 +157,7 @@ _FILLERS = (
     "a dashed white line runs along the middle of the road",
     "the road crosses the picture from the left edge to the right edge",
     "the houses stand side by side, wall to wall, along the far pavement",
-    "behind their roofs the far town is no more than a pale shape",
+    "behind the roofs the far town is no more than a pale shape",
     "the near pavement is laid with large stones and ends in a kerb",
 )
 _JOINTS = (", and ", ", while ", "; ")
@@ -180,7 +180,7 @@ _SIDES = (
     ("in the middle of the road",),
     ("on the right of the road", "on the road to the right"),
 )
-_NUMBERS = ("no", "one", "two", "three", "four", "five")
+_NUMBERS = ("no", "one", "two", "three", "four")
 
 
 # --- Telling -----------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def tell(content, rng: Random, *, detailed: bool = False) -> list[Statement]:
     else:
         clauses = [teller.opening(), *(teller.clause(placed) for placed in content.objects)]
         _shorten(clauses, teller)
-        _lengthen(clauses, rng.choice((_FEWEST, _MOST - 20)), teller.relations()[:2], rng)
+        _lengthen(clauses, rng.choice((_FEWEST, 160)), teller.relations()[:2], rng)
     rng.shuffle(clauses)
     return _joined(clauses, rng)
 
@@ -233,7 +233,8 @@ def _tokens(clause: Clause) -> int:
 
 
 def _joined(clauses: list[Clause], rng: Random) -> list[Statement]:
-    statements, place = [], 0
+    statements: list[Statement] = []
+    place = 0
     while place < len(clauses):
         pair = clauses[place : place + 2]
         take = 2 if len(pair) == 2 and ". " not in pair[0].text and rng.random() < 0.22 else 1
@@ -256,33 +257,32 @@ class _Teller:
 
     def clause(self, placed, *, brief: bool = False) -> Clause:
         """One clause that tells all of an object."""
-        choose = _shortest if brief else self.rng.choice
+        choose = self._short if brief else self.rng.choice
         return Clause(_articles(choose(_PHRASINGS[placed.what]).format(**self._terms(placed, choose))), placed)
 
     def details(self, placed) -> Iterator[Clause]:
         """Several clauses that tell one object between them, each with some of it."""
+        absent = [f"{{{name}}}" for name, value in vars(placed).items() if value is None]
         for options in _DETAILS[placed.what]:
-            terms = self._terms(placed, self.rng.choice)
-            if all(
-                terms[absent] is not None
-                for absent in ("awning", "hat", "umbrella", "dog")
-                if f"{{{absent}}}" in options[0]
-            ):
-                yield Clause(_articles(self.rng.choice(options).format(**terms)), placed)
+            if not any(name in options[0] for name in absent):
+                text = self.rng.choice(options).format(**self._terms(placed, self.rng.choice))
+                yield Clause(_articles(text), placed)
+
+    def _short(self, options: tuple[str, ...]) -> str:
+        return self.rng.choice(options[:2])
 
     def _terms(self, placed, choose: Callable) -> dict:
         return vars(placed) | getattr(self, f"_{placed.what}")(placed, choose)
 
     def _building(self, house, choose) -> dict:
         number = _NUMBERS[house.storeys]
-        awning = {"awning": house.awning}
         return {
             "place": choose(_ROWS[len(self.houses)][self.houses.index(house)]),
             "home": choose(_HOMES),
             "storeys": f"{number}-storey",
             "floors": f"{number} floor{'s' if house.storeys > 1 else ''}",
-            "with_awning": ", a {awning} awning".format(**awning) if house.awning else "",
-            "awning_too": choose(_AWNINGS).format(**awning) if house.awning else "",
+            "with_awning": f", a {house.awning} awning" if house.awning else "",
+            "awning_too": choose(_AWNINGS).format(awning=house.awning) if house.awning else "",
         }
 
     def _vehicle(self, vehicle, choose) -> dict:
@@ -322,10 +322,6 @@ class _Teller:
         return found
 
 
-def _shortest(options: tuple[str, ...]) -> str:
-    return options[0]
-
-
 def _column(placed) -> tuple[str, ...]:
     return _COLUMNS[min(int(placed.x * 5 + 1e-6), 4)]
 
@@ -338,7 +334,7 @@ def _articles(text: str) -> str:
 # --- From statements to captions ---------------------------------------------------------------------------------
 
 
-def locate(statements: list[Statement]) -> Iterator[tuple[str, int, object]]:
+def locate(statements: list[Statement]) -> Iterator[tuple[str, int, Any]]:
     """The clauses that tell a placed object: their text, where it starts in the clean caption, the object."""
     caption, start = " ".join(statement.text for statement in statements), 0
     for statement in statements:

@@ -15,7 +15,7 @@ Everything follows from ``(seed, split, index)``; nothing is stored and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -56,7 +56,7 @@ HATS = ("cap", "top hat", "bobble hat")
 FACINGS = ("left", "right")
 
 _BRIGHT = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-_CHOICES = {
+_CHOICES: dict[str, dict[str, tuple]] = {
     "scene": {"time": TIMES, "weather": WEATHERS},
     "building": {
         "wall": (*_BRIGHT, "white", "brown", "grey"),
@@ -171,12 +171,15 @@ class Furniture(_Placed):
     name: str
 
 
+Placed = Building | Vehicle | Person | Tree | Furniture
+
+
 class Content(NamedTuple):
     """All that a scene shows and a description tells, without the way in which it is told."""
 
     time: str
     weather: str
-    objects: tuple[_Placed, ...]
+    objects: tuple[Placed, ...]
 
 
 class Phrase(NamedTuple):
@@ -186,7 +189,7 @@ class Phrase(NamedTuple):
     start: int
     end: int
     box: tuple[float, float, float, float]
-    object: _Placed
+    object: Placed
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class Scene:
         return self.content.weather
 
     @property
-    def objects(self) -> tuple[_Placed, ...]:
+    def objects(self) -> tuple[Placed, ...]:
         """The placed objects: houses from left to right, then vehicles, people, trees and street furniture."""
         return self.content.objects
 
@@ -260,7 +263,7 @@ class Scene:
 # --- The dataset -------------------------------------------------------------------------------------------------
 
 
-class Scenes(Sequence):
+class Scenes:
     """A map-style dataset of generated scenes.
 
     Args:
@@ -364,7 +367,7 @@ def _redraw(content: Content, rng: Random) -> Content:
             return content._replace(objects=(*content.objects[:place], new, *content.objects[place + 1 :]))
 
 
-def _details(placed: _Placed) -> list[tuple[str, tuple]]:
+def _details(placed: Placed) -> list[tuple[str, tuple]]:
     """The details of an object that may be redrawn, each with its choices."""
     if isinstance(placed, Furniture):
         return [("name", _FRONT_FURNITURE if placed.ground == plan.FRONT_ROW else _BACK_FURNITURE)]
@@ -378,7 +381,7 @@ def _other(value, choices: tuple, rng: Random):
     return rng.choice([choice for choice in choices if choice != value and choice is not None])
 
 
-def _is_legible(placed: _Placed) -> bool:
+def _is_legible(placed: Placed) -> bool:
     """Whether every named colour stands out from the one it is painted on."""
     if isinstance(placed, Building):
         return placed.wall not in (placed.roof_colour, placed.door)
@@ -390,7 +393,7 @@ def _base(rng: Random) -> Content:
     edges = _edges(houses, rng)
     front_slots = rng.sample(plan.FRONT_SLOTS, people + front)
     back_slots = rng.sample(_back_slots(edges), trees + back)
-    objects = (
+    objects: tuple[Placed, ...] = (
         *(_building(left, right, rng) for left, right in pairwise(edges)),
         *(Vehicle(x, rng.choice(plan.LANES), **_pick("vehicle", rng)) for x in _vehicle_slots(vehicles, rng)),
         *(Person(x, rng.choice(("man", "woman")), **_pick("person", rng)) for x in sorted(front_slots[:people])),
@@ -402,11 +405,15 @@ def _base(rng: Random) -> Content:
 
 
 def _counts(rng: Random) -> tuple[int, int, int, int, int, int]:
-    """How many houses, vehicles, people, trees, and pieces of furniture behind and in front: 8 to 11 objects."""
+    """How many houses, vehicles, people, trees, and pieces of furniture behind and in front: 8 to 11 objects.
+
+    Houses and people take twice the words of the others, and a description must not grow too long.
+    """
     while True:
-        counts = (rng.choice((2, 3, 3, 4)), rng.choice((1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 2)))
+        counts = (rng.choice((2, 2, 3, 3, 4)), rng.choice((1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 2)))
         back, front = rng.choice(((1, 0), (0, 1), (1, 1)))
-        if 8 <= sum(counts) + back + front <= 11 and counts[0] + counts[2] <= 6:
+        total = sum(counts) + back + front
+        if 8 <= total <= 11 and total + counts[0] + counts[2] <= 16:
             return *counts, back, front
 
 

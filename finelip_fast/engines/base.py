@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from finelip_fast._errors import EngineError, InputError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.preprocess import Preprocess
+from finelip_fast.tokenizer import Overflow
 
 ENGINES = ("auto", "torch", "onnx", "trt")
 
@@ -32,6 +33,8 @@ class Engine(ABC):
         preprocess: What makes pixels of a picture.
         alpha: The model's own weight of the global cosine.
         fingerprint: Identifies the checkpoint; an index refuses another one.
+        source: What the checkpoint was opened as; empty for the bundled one, absolute for a path.
+        device: Where embeddings come out.
         description: Runtime, device and precision in a few words.
         reason: Why this engine and not another.
     """
@@ -41,6 +44,8 @@ class Engine(ABC):
     preprocess: Preprocess
     alpha: float
     fingerprint: str
+    source: str
+    device: torch.device
     description: str
     reason: str
 
@@ -56,21 +61,25 @@ class Engine(ABC):
         """Pictures of any kind to ``[N, L, D]``; see :func:`finelip_fast.embed.embed_images`."""
         return embed_images(self.encode_image, self.preprocess, images, batch_size=batch_size)
 
-    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 64, overflow: str = "truncate") -> Tensor:
-        """Captions to ``[N, L, D]``; see :func:`finelip_fast.embed.embed_texts`."""
+    def embed_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 64,
+        overflow: Overflow = "truncate",
+        context_length: int | None = None,
+    ) -> Tensor:
+        """Captions to ``[N, L, D]``, cut at the model's context or a shorter one; see :mod:`finelip_fast.embed`."""
+        context_length = context_length or self.config.context_length
         return embed_texts(
-            self.encode_text,
-            texts,
-            context_length=self.config.context_length,
-            batch_size=batch_size,
-            overflow=overflow,
+            self.encode_text, texts, context_length=context_length, batch_size=batch_size, overflow=overflow
         )
 
     def __str__(self) -> str:
         return f"{self.name}: {self.description} ({self.reason})"
 
 
-def open_engine(name: str, checkpoint: str | Path | None, device: str | torch.device | None = None) -> Engine:
+def open_engine(name: str, checkpoint: str | PathLike[str] | None, device: str | torch.device | None = None) -> Engine:
     """Open an engine on a checkpoint.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -26,11 +27,18 @@ class TorchEngine(Engine):
     name = "torch"
 
     def __init__(
-        self, checkpoint: str | Path | None = None, device: str | torch.device | None = None, *, reason: str = "asked for"
+        self,
+        checkpoint: str | PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        *,
+        reason: str = "asked for",
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = checkpoints.load(checkpoint)
         self.fingerprint = checkpoints.fingerprint(model)
+        self.source = (
+            "" if checkpoint is None else str(Path(checkpoint).absolute() if Path(checkpoint).exists() else checkpoint)
+        )
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.model = model.to(self.device, dtype).eval()
         self.config, self.preprocess, self.alpha = model.config, model.preprocess, model.alpha

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,35 +42,37 @@ class Catalogue:
     Args:
         path: The file; made if missing.
         spec: What the index must be: written when new, compared when not.
+        source: What the checkpoint was opened as; kept for messages and for the next opening, not compared.
 
     Raises:
         StoreError: Not a catalogue, of another format, or of another spec; both are named.
     """
 
-    def __init__(self, path: Path, spec: dict[str, Any]) -> None:
+    def __init__(self, path: Path, spec: dict[str, Any], *, source: str) -> None:
         self.path = path
         try:
             self._connection = sqlite3.connect(path, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
-            self._prepare({"format": FORMAT, **spec})
+            self._prepare({"format": FORMAT, **spec}, source)
         except sqlite3.Error as error:
             raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
 
-    def _prepare(self, spec: dict[str, Any]) -> None:
+    def _prepare(self, spec: dict[str, Any], source: str) -> None:
         with self._transaction():
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spec'").fetchone():
                 for statement in _SCHEMA.split(";"):
                     self._connection.execute(statement)
-                rows = [(key, json.dumps(value)) for key, value in spec.items()]
+                rows = [(key, json.dumps(value)) for key, value in {**spec, "source": source}.items()]
                 self._connection.executemany("INSERT INTO spec VALUES (?, ?)", rows)
         stored = {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM spec")}
         different = [key for key in spec if stored.get(key) != spec[key]]
         if different:
             was, now = ({key: one.get(key) for key in different} for one in (stored, spec))
             raise StoreError(
-                f"the index at {self.path.parent} was written with {was}, and is opened with {now}: "
-                "open it with the checkpoint that wrote it, or index the pictures again into another folder"
+                f"the index at {self.path.parent} was written by checkpoint {stored.get('source')!r} with {was}, "
+                f"and is opened by checkpoint {source!r} with {now}: open it with the checkpoint that wrote it, "
+                "or index the pictures again into another folder"
             )
 
     def items(self) -> Iterator[Item]:
@@ -102,6 +105,18 @@ class Catalogue:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def read_source(path: Path) -> str | None:
+    """What the checkpoint of the catalogue at ``path`` was opened as; None where there is no catalogue."""
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            row = connection.execute("SELECT value FROM spec WHERE key = 'source'").fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
+    return json.loads(row[0]) if row else None
 
 
 class _Transaction:

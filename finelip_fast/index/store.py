@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index.catalogue import Catalogue
+from finelip_fast.index.catalogue import Catalogue, read_source
 from finelip_fast.index.segments import read_segment, write_segment
 from finelip_fast.kernels import clim_topk
+
+_CATALOGUE = "catalogue.sqlite"
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,22 @@ class Index:
     Args:
         spec: What the embeddings are.
         folder: Where to keep them; None: nowhere. Made if missing; opened if there.
+        source: What the checkpoint was opened as, for messages and :func:`stored_source`.
         device: Where the embeddings are searched.
 
     Raises:
         StoreError: A folder that holds another index, cannot be read or written, or misses a segment.
     """
 
-    def __init__(self, spec: IndexSpec, folder: str | Path | None = None, *, device: torch.device | str = "cpu") -> None:
-        self.spec, self.device = spec, torch.device(device)
+    def __init__(
+        self,
+        spec: IndexSpec,
+        folder: str | PathLike[str] | None = None,
+        *,
+        source: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.spec, self.source, self.device = spec, source, torch.device(device)
         self.ids: list[str] = []
         self.metadata: list[dict[str, Any]] = []
         self._known: set[str] = set()
@@ -60,7 +71,7 @@ class Index:
             self._segments.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make the index folder {folder}: {error.strerror}") from None
-        self._catalogue = Catalogue(folder / "catalogue.sqlite", asdict(self.spec))
+        self._catalogue = Catalogue(folder / _CATALOGUE, asdict(self.spec), source=self.source)
         for segment, group in groupby(self._catalogue.items(), key=lambda item: item.segment):
             items = list(group)
             shape = (self.spec.tokens, self.spec.width)
@@ -121,3 +132,12 @@ class Index:
         if self._catalogue is not None:
             self._catalogue.close()
             self._catalogue = None
+
+
+def stored_source(folder: str | PathLike[str]) -> str | None:
+    """The checkpoint that an index folder was written with, as it was named then; None where there is no index.
+
+    Raises:
+        StoreError: The folder's catalogue cannot be read.
+    """
+    return read_source(Path(folder) / _CATALOGUE) or None

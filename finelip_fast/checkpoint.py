@@ -1,0 +1,464 @@
+"""Checkpoints: our own folder, and other projects' files.
+
+Our format is one folder, read without pickle::
+
+    config.json          {"format": "finelip_fast/1", the fields of FineLIPConfig, "metadata": {...}}
+    model.safetensors    the model's state dict, float32 or half precision
+
+Everything else is translated when it is read (:mod:`finelip_fast._foreign`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from finelip_fast._errors import CheckpointError, ConfigError, InputError
+from finelip_fast._foreign import (
+    LAYOUTS,
+    config_from_open_clip,
+    config_from_tensors,
+    config_from_transformers,
+    initial_aggregators,
+    some,
+    translate,
+)
+from finelip_fast._weight_files import read_json, read_safetensors, read_weights, write_whole
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.encoders import stretch_positions
+from finelip_fast.model import FineLIP
+
+__all__ = [
+    "UntrainedAggregatorsWarning",
+    "config_from_open_clip",
+    "convert",
+    "fingerprint",
+    "import_state_dict",
+    "load",
+    "save",
+    "stretch_positions",
+]
+
+FORMAT = "finelip_fast/1"
+BUNDLED = Path(__file__).parent / "data" / "scenes"
+
+CLIP_CONTEXT = 77
+LONG_CONTEXT = 256
+
+# What a folder may hold: its configuration, and the names of its weights in the order of preference.
+_WEIGHTS = {
+    "finelip_fast": ("model.safetensors",),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+}
+_CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+Describe = Callable[[Mapping[str, Tensor]], FineLIPConfig]
+
+
+class UntrainedAggregatorsWarning(UserWarning):
+    """The weights come from a CLIP without aggregators: fine scores mean nothing until they are trained."""
+
+
+def load(
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    context_length: int | None = None,
+) -> FineLIP:
+    """Load a model from our format or from another project's.
+
+    ===========================  =====================================================================================
+    ``checkpoint``               what is read
+    ===========================  =====================================================================================
+    None                         the model that comes with the library
+    a folder                     ours, an open_clip hub folder, or transformers' ``CLIPModel``
+    a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) or OpenAI's TorchScript
+                                 archive; recognised by its content. Without a configuration beside it, it is read as
+                                 OpenAI's: quick GELU and a head for every 64 columns
+    ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
+    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model, for those that are not as OpenAI's
+    ``org/name``                 a Hugging Face hub repository with one of the folders above; ``hf-hub:org/name`` too
+    ===========================  =====================================================================================
+
+    Args:
+        checkpoint: As above.
+        device: Where the model goes. Default: the CPU.
+        dtype: Precision of the loaded model.
+        context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
+            its 77. A larger one stretches the table of positions as it stands (:func:`stretch_positions`); a smaller
+            one is refused.
+
+    Returns:
+        The model in eval mode, its parameters requiring gradients.
+
+    Raises:
+        CheckpointError: Nothing there, not reachable, no checkpoint, or one that this library cannot run.
+        ConfigError: A ``context_length`` below the checkpoint's positions.
+
+    Warns:
+        UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
+    """
+    model, layout = _open(checkpoint, context_length)
+    if not model.config.trained_aggregators:
+        warnings.warn(
+            f"{checkpoint} ({layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used and "
+            "only the global cosine counts. Train them with training/train.py, or load a FineLIP checkpoint.",
+            UntrainedAggregatorsWarning,
+            stacklevel=2,
+        )
+    return model.to(device=device, dtype=dtype)
+
+
+def save(
+    model: FineLIP,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model in our format.
+
+    Each file is written beside its place and renamed, the configuration last: a reader meets a whole file or none.
+
+    Args:
+        model: The model.
+        folder: Where to; made where it is missing.
+        dtype: Precision on disk. Default: the model's.
+        metadata: Values for JSON to keep with it, such as where it comes from.
+
+    Raises:
+        InputError: Metadata that JSON cannot hold.
+    """
+    folder = Path(folder)
+    values = {"format": FORMAT, **model.config.to_dict(), "metadata": dict(metadata or {})}
+    try:
+        config = json.dumps(values, indent=2).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected metadata of plain values for JSON, got {metadata!r}: {error}") from error
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+    write_whole(folder / "config.json", lambda path: path.write_bytes(config + b"\n"))
+
+
+def convert(
+    source: str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str],
+    *,
+    context_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Write any checkpoint that :func:`load` reads in our format.
+
+    Args:
+        source: As :func:`load` takes it.
+        folder: Where to.
+        context_length: As in :func:`load`.
+        dtype: Precision on disk. Default: float32.
+
+    Returns:
+        What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``embed_dim``, ``tokens``,
+        ``image_size``, ``patch_size``, ``context_length``, ``dtype``, ``folder``.
+
+    Raises:
+        CheckpointError, ConfigError: As :func:`load`.
+    """
+    model, layout = _open(source, context_length)
+    # A path's last part: where it lay on one machine is no one else's business.
+    name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
+    save(model, folder, dtype=dtype, metadata={"source": name, "layout": layout})
+    config = model.config
+    return {
+        "layout": layout,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_aggregators": config.trained_aggregators,
+        "embed_dim": config.embed_dim,
+        "tokens": config.tokens,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "context_length": config.context_length,
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
+        "folder": os.fspath(folder),
+    }
+
+
+def fingerprint(model: FineLIP | str | os.PathLike[str]) -> str:
+    """Identify a checkpoint: equal for equal configurations and weights.
+
+    Args:
+        model: A model, or what :func:`load` takes. Casting a model to half precision changes its fingerprint.
+
+    Returns:
+        SHA-256 in hex, over the configuration and every weight's name, shape and float32 values.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+    """
+    if not isinstance(model, FineLIP):
+        model, _ = _open(model, None)
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def import_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    context_length: int | None = None,
+    quick_gelu: bool = True,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+) -> FineLIP:
+    """Build a model from another project's state dict.
+
+    The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
+    own. All sizes come from the tensors. Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start
+    and ``config.trained_aggregators`` is False.
+
+    Args:
+        state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
+        context_length: As in :func:`load`.
+        quick_gelu: Which GELU the weights were trained with: True for OpenAI's and all that started from them.
+        vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
+
+    Returns:
+        A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
+
+    Raises:
+        CheckpointError: Missing, unknown or misshapen weights, by name; heads that must be given.
+        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
+    """
+    describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
+    return _import(state_dict, describe, "the state dict", context_length)[0]
+
+
+# ---- Where a checkpoint is
+
+
+def _open(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> tuple[FineLIP, str]:
+    """The model behind a name and the layout that it came in."""
+    if checkpoint is None:
+        if not BUNDLED.is_dir():
+            raise CheckpointError(
+                f"this installation lacks the bundled model {BUNDLED}: reinstall finelip-fast, or name a checkpoint"
+            )
+        return _open_folder(BUNDLED, context_length)
+    name = os.fspath(checkpoint)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(path, context_length)
+    if path.is_file():
+        return _open_file(path, context_length)
+    if name.startswith("open_clip:"):
+        return _open_by_open_clip_name(name, context_length)
+    if _HUB_NAME.fullmatch(name.removeprefix("hf-hub:")) and path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+        return _open_folder(_download(name.removeprefix("hf-hub:")), context_length)
+    raise CheckpointError(
+        f"{name}: no such file or folder. Expected a checkpoint's folder or file, 'open_clip:MODEL/TAG', "
+        "or 'org/name' of a Hugging Face hub repository"
+    )
+
+
+def _open_folder(folder: Path, context_length: int | None, weights: Path | None = None) -> tuple[FineLIP, str]:
+    kind = _folder_kind(folder)
+    if kind is None:
+        raise CheckpointError(
+            f"{folder}: expected config.json with format {FORMAT!r} or model_type 'clip', or open_clip_config.json; "
+            f"found {_listing(folder)}"
+        )
+    names = _WEIGHTS[kind]
+    weights = weights or next((folder / name for name in names if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(
+            f"{folder}: expected {' or '.join(names)} beside its configuration, found {_listing(folder)}"
+        )
+    if kind == "finelip_fast":
+        return _open_ours(folder / "config.json", weights, context_length), kind
+    if kind == "open_clip":
+        values = read_json(folder / "open_clip_config.json")
+        described = config_from_open_clip(values.get("model_cfg", values), values.get("preprocess_cfg"))
+        return _import(read_weights(weights), lambda tensors: described, str(weights), context_length)
+    pictures = folder / "preprocessor_config.json"
+    describe = partial(
+        config_from_transformers,
+        config=read_json(folder / "config.json"),
+        preprocessor=read_json(pictures) if pictures.is_file() else None,
+    )
+    return _import(read_weights(weights), describe, str(weights), context_length)
+
+
+def _folder_kind(folder: Path) -> str | None:
+    """Whose folder it is, a key of ``_WEIGHTS``; None for nobody's."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if str(config.get("format", "")).startswith("finelip_fast/"):
+        return "finelip_fast"
+    if (folder / "open_clip_config.json").is_file():
+        return "open_clip"
+    return "transformers" if config.get("model_type") == "clip" else None
+
+
+def _open_ours(path: Path, weights: Path, context_length: int | None) -> FineLIP:
+    values = read_json(path)
+    if values.pop("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}, a newer library wrote it: upgrade finelip-fast")
+    values.pop("metadata", None)
+    try:
+        config = FineLIPConfig.from_dict(values)
+    except (ArithmeticError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+        raise CheckpointError(f"{path}: no sizes of a model: {error}") from error
+    model = _build(config, read_safetensors(weights), str(weights))
+    return _lengthen(model, context_length or config.context_length, str(weights))
+
+
+def _open_file(path: Path, context_length: int | None) -> tuple[FineLIP, str]:
+    # A file by one of the known names belongs to the configuration beside it; any other stands alone.
+    known = any(path.name in names for names in _WEIGHTS.values())
+    kind = _folder_kind(path.parent) if known else None
+    if kind is not None and path.name in _WEIGHTS[kind]:
+        return _open_folder(path.parent, context_length, weights=path)
+    return _import(read_weights(path), config_from_tensors, str(path), context_length)
+
+
+def _open_by_open_clip_name(name: str, context_length: int | None) -> tuple[FineLIP, str]:
+    model_name, _, tag = name.removeprefix("open_clip:").partition("/")
+    if model_name not in open_clip.list_models():
+        raise CheckpointError(
+            f"{name}: open_clip has no model {model_name!r}; expected 'open_clip:MODEL/TAG' such as "
+            "'open_clip:ViT-B-16/openai', and open_clip.list_models() names them"
+        )
+    pretrained = open_clip.get_pretrained_cfg(model_name, tag)
+    file = Path(tag).expanduser()
+    if not pretrained and not file.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
+        raise CheckpointError(f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file, got {tag!r}")
+    # Before the download: weights that cannot be used need not come.
+    config = config_from_open_clip(open_clip.get_model_config(model_name), pretrained)
+    if pretrained:
+        try:
+            file = Path(open_clip.download_pretrained(pretrained))
+        except Exception as error:  # every client and proxy raises its own
+            raise _unreachable(name, pretrained.get("hf_hub") or pretrained.get("url"), error) from error
+    return _import(read_weights(file), lambda tensors: config, name, context_length)
+
+
+def _download(name: str) -> Path:
+    """A hub repository's folder with a configuration and the one file of weights that it calls for."""
+    from huggingface_hub import snapshot_download  # slow to import, and needed here alone
+
+    def fetch(*files: str) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(files)))
+        except Exception as error:  # every client and proxy raises its own
+            raise _unreachable(name, f"{', '.join(files)} of huggingface.co/{name}", error) from error
+
+    folder = fetch(*_CONFIGS)
+    for weights in _WEIGHTS.get(_folder_kind(folder) or "", ()):
+        folder = fetch(weights)
+        if (folder / weights).is_file():
+            break
+    return folder
+
+
+def _unreachable(name: str, tried: object, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: no such file or folder here, and the download failed; tried {tried}: "
+        f"{type(error).__name__}: {error}. Check the name and the network, or download it elsewhere and give its path"
+    )
+
+
+# ---- From weights to a model
+
+
+def _import(
+    entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None
+) -> tuple[FineLIP, str]:
+    try:
+        found = translate(entries)
+        config = describe(found.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    tensors = found.tensors
+    logits = tensors.get("image_aggregator.logits.weight")
+    if found.has_aggregators and logits is not None and logits.dim() == 2:
+        config = config.replace(aggregated_tokens=logits.shape[0], aggregator_hidden=logits.shape[1])
+    config = config.replace(trained_aggregators=found.has_aggregators)
+    if not found.has_aggregators:
+        tensors = {**tensors, **initial_aggregators(config)}
+    model = _build(config, tensors, source, found.names)
+    longer = LONG_CONTEXT if config.context_length <= CLIP_CONTEXT else config.context_length
+    return _lengthen(model, context_length or longer, source), found.layout
+
+
+def _build(
+    config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
+) -> FineLIP:
+    """A float32 model on the CPU with exactly these weights, copied."""
+    # On the meta device nothing is drawn at random: quick, and the caller's random numbers stay as they were.
+    with torch.device("meta"):
+        model = FineLIP(config)
+    expected = model.state_dict()
+    misshapen = [
+        f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in expected and (tensor.shape != expected[name].shape or not tensor.is_floating_point())
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unknown": [(names or {}).get(name, name) for name in tensors if name not in expected],
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
+        raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {found}")
+    model.load_state_dict(
+        {
+            name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
+        assign=True,
+    )
+    model.text.attn_mask = model.text.build_causal_mask()  # a buffer that no state dict carries
+    return model.eval()
+
+
+def _lengthen(model: FineLIP, length: int, source: str) -> FineLIP:
+    """Stretch the model's context to ``length`` tokens, in place."""
+    rows = model.config.context_length
+    if length < rows:
+        raise ConfigError(
+            f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
+            "shorter captions need no shorter table: tokenize them to the length you want"
+        )
+    if length > rows:
+        text = model.text
+        text.positional_embedding = nn.Parameter(stretch_positions(text.positional_embedding.detach(), length))
+        text.num_pos = text.context_length = length
+        text.attn_mask = text.build_causal_mask()
+        model.config = model.config.replace(context_length=length)
+    return model
+
+
+def _listing(folder: Path) -> str:
+    """A folder's contents for an error message, with what its config.json says of itself."""
+    says = ""
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        says = f" (config.json has format {config.get('format')!r}, model_type {config.get('model_type')!r})"
+    return some(sorted(entry.name for entry in folder.iterdir())) + says

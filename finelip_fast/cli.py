@@ -1,0 +1,191 @@
+"""The ``finelip`` command.
+
+Exit codes: 0 done; 2 an error that its message explains; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finelip_fast._errors import FineLIPError
+
+_DEFAULT_INDEX = "finelip-index"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["train"]:  # its options are the training configuration's own
+        from finelip_fast.training.train import main as train
+
+        return train(arguments[1:])
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], Any] = options.command
+    try:
+        result = command(options)
+    except FineLIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result) if options.json else _text(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finelip",
+        description="Search pictures with long descriptions.",
+        epilog="Start with: finelip demo. Then: finelip index PHOTOS --checkpoint CKPT; finelip search 'a long description'.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "--checkpoint", help="folder, file, open_clip:MODEL/WEIGHTS or hub name; default: the bundled one"
+    )
+    model.add_argument("--engine", default="auto", help="auto (default), torch, onnx or trt")
+    model.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str, *parents: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+        command.set_defaults(command=run)
+        return command
+
+    demo = add("demo", _demo, "Draw scenes, search them with the bundled model, write an HTML page.")
+    demo.add_argument("--out", default="demo", help="folder for pictures, index and page (default: demo)")
+    demo.add_argument("--scenes", type=int, default=400, help="how many scenes (default: 400)")
+
+    index = add("index", _index, "Add the pictures of a folder to an index; run again, it adds what is new.", model)
+    index.add_argument("folder", help="folder of pictures, searched with its subfolders")
+    index.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
+    index.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
+
+    search = add("search", _search, "Search an index with a description or a picture.", model)
+    search.add_argument("text", nargs="?", help="the description")
+    search.add_argument("--image", help="a picture to search with, instead of a text")
+    search.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
+    search.add_argument("-k", type=int, default=10, help="how many hits (default: 10)")
+    search.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+
+    evaluate = add("eval", _evaluate, "Recall@1/5/10 on pairs of pictures and captions, both directions.", model)
+    evaluate.add_argument("data", help="scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE or sharegpt4v:FILE")
+    evaluate.add_argument("--root", help="folder that relative picture paths start from")
+    evaluate.add_argument("--context", type=int, nargs="+", default=[], help="cut captions at these lengths in tokens")
+    evaluate.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+
+    commands.add_parser("train", help="Train a checkpoint; see finelip train --help.", add_help=False)
+
+    convert = add("convert", _convert, "Turn a CLIP, Long-CLIP or FineLIP checkpoint into a folder of ours.")
+    convert.add_argument("source", help="file, folder, open_clip:MODEL/WEIGHTS or hub name")
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument(
+        "--context-length", type=int, help="longest caption in tokens (default: the checkpoint's, or 256)"
+    )
+    convert.add_argument("--half", action="store_true", help="store float16: half the size")
+
+    add("info", _info, "Versions, devices, and which kernels and engines can run here.")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> Any:
+    from finelip_fast.demo import run_demo
+
+    return run_demo(options.out, scenes=options.scenes, progress=not options.quiet)
+
+
+def _index(options: argparse.Namespace) -> Any:
+    from finelip_fast.preprocess import scan_folder
+    from finelip_fast.retriever import AddReport
+
+    scan = scan_folder(options.folder)
+    retriever = _retriever(options)
+    new = [path for path in scan.images if str(path) not in retriever.index]
+    report = retriever.add_images(new, batch_size=options.batch_size, progress=not options.quiet)
+    others = [(str(path), "not a picture by its name") for path in scan.others]
+    return AddReport(report.added, others + report.skipped)
+
+
+def _search(options: argparse.Namespace) -> Any:
+    from finelip_fast._errors import InputError, StoreError
+
+    if (options.text is None) == (options.image is None):
+        raise InputError("expected either a description or --image FILE")
+    if not Path(options.index).is_dir():
+        raise StoreError(
+            f"there is no index at {options.index}: make one with finelip index FOLDER --index {options.index}"
+        )
+    hits = _retriever(options).search(options.text, image=options.image, k=options.k)
+    return [vars(hit) for hit in hits]
+
+
+def _retriever(options: argparse.Namespace) -> Any:
+    from finelip_fast.index import stored_source
+    from finelip_fast.retriever import Retriever
+
+    return Retriever(
+        options.checkpoint or stored_source(options.index),
+        engine=options.engine,
+        device=options.device,
+        index=options.index,
+        alpha=getattr(options, "alpha", None),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> Any:
+    from finelip_fast.datasets import open_dataset
+    from finelip_fast.engines import open_engine
+    from finelip_fast.evaluation import evaluate
+
+    engine = open_engine(options.engine, options.checkpoint, options.device)
+    pairs = open_dataset(options.data, image_size=engine.config.image_size, root=options.root)
+    return evaluate(engine, pairs, contexts=options.context, alpha=options.alpha, progress=not options.quiet)
+
+
+def _convert(options: argparse.Namespace) -> Any:
+    import torch
+
+    from finelip_fast.checkpoint import convert
+
+    dtype = torch.float16 if options.half else None
+    return convert(options.source, options.out, context_length=options.context_length, dtype=dtype)
+
+
+def _info(_: argparse.Namespace) -> Any:
+    from finelip_fast.info import info
+
+    return info()
+
+
+def _text(result: Any) -> str:
+    """What a person reads: hits as lines, dictionaries as indented names, everything else as it prints itself."""
+    if isinstance(result, list):
+        return "\n".join(
+            f"{rank:3}  {hit['score']:.4f}  (global {hit['global_score']:.4f}, fine {hit['fine_score']:.4f})  {hit['id']}"
+            for rank, hit in enumerate(result, start=1)
+        ) or "the index is empty"  # fmt: skip
+    if isinstance(result, dict):
+        return "\n".join(_lines(result))
+    return str(result)
+
+
+def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

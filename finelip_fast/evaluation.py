@@ -1,0 +1,116 @@
+"""Recall of a checkpoint on pairs of pictures and captions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets import PairDataset
+from finelip_fast.engines import Engine
+from finelip_fast.kernels import clim_scores
+from finelip_fast.metrics import recall
+from finelip_fast.tokenizer import expected_truncation
+
+
+@dataclass(frozen=True)
+class Row:
+    """Recall in one setting.
+
+    Attributes:
+        context: Longest caption in tokens.
+        score: ``"global"``, ``"fine"`` or ``"combined"``.
+        metrics: ``i2t_recall@k`` and ``t2i_recall@k``, in [0, 1].
+    """
+
+    context: int
+    score: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measured.
+
+    Attributes:
+        pairs: Pictures, and as many captions.
+        alpha: Weight of the global cosine in the combined score.
+        rows: One for each context and score.
+        image_seconds, text_seconds: Time to read and encode all pictures, and all captions at the longest context.
+    """
+
+    pairs: int
+    alpha: float
+    rows: list[Row]
+    image_seconds: float
+    text_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = [{"context": row.context, "score": row.score, **row.metrics} for row in self.rows]
+        return {**vars(self), "rows": rows}
+
+    def __str__(self) -> str:
+        names = list(self.rows[0].metrics)
+        heads = [name.replace("_recall", " R") for name in names]
+        lines = [" ".join(f"{head:>9}" for head in ["context", "score", *heads])]
+        for row in self.rows:
+            values = (f"{row.metrics[name]:9.3f}" for name in names)
+            lines.append(" ".join([f"{row.context:>9}", f"{row.score:>9}", *values]))
+        return "\n".join(lines)
+
+
+def evaluate(
+    engine: Engine,
+    pairs: PairDataset,
+    *,
+    contexts: Sequence[int] = (),
+    alpha: float | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Evaluation:
+    """Rank all pictures for each caption and all captions for each picture.
+
+    Args:
+        engine: The encoders.
+        pairs: Pair ``i`` belongs together; one caption a picture.
+        contexts: Caption lengths in tokens to cut at; none: the model's own.
+        alpha: Weight of the global cosine in the combined score; None: the model's own.
+        batch_size: Pictures or captions at once.
+        progress: Show a progress bar.
+
+    Returns:
+        Recall with the global cosine alone, late interaction alone, and both. Ties count against us.
+
+    Raises:
+        InputError: No pairs, or a context longer than the model's.
+        ImageError: A picture that cannot be read.
+    """
+    contexts = sorted(set(contexts)) or [engine.config.context_length]
+    if not len(pairs):
+        raise InputError("expected at least one pair to evaluate, got none")
+    if contexts[-1] > engine.config.context_length:
+        raise InputError(f"expected contexts up to the model's {engine.config.context_length}, got {contexts[-1]}")
+    alpha = engine.alpha if alpha is None else alpha
+    started = time.perf_counter()
+    captions: list[str] = []
+    blocks = []
+    for first in tqdm(range(0, len(pairs), batch_size), unit="batch", disable=not progress, mininterval=0.5):
+        examples = [pairs[index] for index in range(first, min(first + batch_size, len(pairs)))]
+        captions += [example.caption for example in examples]
+        blocks.append(engine.embed_images([example.image for example in examples], batch_size=batch_size))
+    images = torch.cat(blocks)
+    image_seconds, rows = time.perf_counter() - started, []
+    for context in contexts:
+        started = time.perf_counter()
+        with expected_truncation():
+            texts = engine.embed_texts(captions, batch_size=batch_size, context_length=context)
+        text_seconds = time.perf_counter() - started
+        for name, weight in (("global", 1.0), ("fine", 0.0), ("combined", alpha)):
+            rows.append(Row(context, name, recall(clim_scores(images, texts, alpha=weight))))
+    return Evaluation(len(pairs), alpha, rows, image_seconds, text_seconds)

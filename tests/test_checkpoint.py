@@ -1,0 +1,550 @@
+"""Checkpoints: our folder there and back, every kind of file by its content, names, and what errors say."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import finelip_fast.checkpoint as checkpoint
+from finelip_fast._errors import CheckpointError, ConfigError, InputError
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, save
+from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    """One head of 64 columns in each tower, as files without a configuration are read."""
+    return make_model(vision_heads=1, text_heads=1, context_length=77)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A folder to damage: the weights are linked, not copied, so replace that file rather than write into it."""
+    (tmp_path / "ours").mkdir()
+    os.link(saved / "model.safetensors", tmp_path / "ours/model.safetensors")
+    (tmp_path / "ours/config.json").write_bytes((saved / "config.json").read_bytes())
+    return tmp_path / "ours"
+
+
+@pytest.fixture(scope="module")
+def clip_state(model) -> dict[str, Tensor]:
+    """The model in OpenAI's layout, without aggregators."""
+    return {
+        name.removeprefix("text."): tensor for name, tensor in model.state_dict().items() if "aggregator" not in name
+    }
+
+
+def load_untrained(*args, **kwargs):
+    with pytest.warns(UntrainedAggregatorsWarning, match=re.escape(str(args[0]))):
+        return load(*args, **kwargs)
+
+
+def assert_same_weights(loaded, model):
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def assert_same_towers(loaded, model):
+    """The same encoders; of the positions, the rows that stretching does not touch."""
+    weights = loaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name == "text.positional_embedding":
+            assert torch.equal(weights[name][:KEEP_POSITIONS], tensor[:KEEP_POSITIONS])
+        elif "aggregator" not in name:
+            assert torch.equal(weights[name], tensor), name
+
+
+# Our format -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded(model, folder, make_captions):
+    loaded = load(folder)
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    with torch.no_grad():
+        ids = make_captions([77, 4], 77)
+        assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
+
+
+def test_the_folder_holds_two_files_and_no_pickle(model, tmp_path):
+    save(model, tmp_path / "a" / "b", metadata={"run": 7})
+    folder = tmp_path / "a" / "b"
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("format") == "finelip_fast/1"
+    assert values.pop("metadata") == {"run": 7}
+    assert FineLIPConfig.from_dict(values) == model.config
+    assert safetensors.torch.load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_disk_and_in_memory(model, tmp_path, dtype):
+    save(model, tmp_path, dtype=dtype)
+    loaded = load(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.visual.proj, model.visual.proj.to(dtype).float())
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * sum(4 * p.numel() for p in model.parameters())
+    half = load(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+
+
+def half_written(tensors, path, metadata):
+    Path(path).write_bytes(b"half")
+    raise OSError("no space")
+
+
+def test_saving_again_replaces_and_a_failure_leaves_the_old(model, folder, make_model, monkeypatch):
+    other = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", half_written)
+        with pytest.raises(OSError, match="no space"):
+            save(other, folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert_same_weights(load(folder), model)
+    save(other, folder)
+    assert_same_weights(load(folder), other)
+
+
+def test_metadata_must_be_plain(model, tmp_path):
+    with pytest.raises(InputError, match="metadata of plain values"):
+        save(model, tmp_path / "x", metadata={"model": model})
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_weights_file_stands_for_its_folder(model, folder):
+    loaded = load(folder / "model.safetensors")
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+
+
+def test_context_length(model, folder):
+    longer = load(folder, context_length=100)
+    assert longer.config == model.config.replace(context_length=100)
+    assert longer.text.positional_embedding.shape[0] == 100
+    assert torch.equal(
+        longer.text.positional_embedding[:KEEP_POSITIONS], model.text.positional_embedding[:KEEP_POSITIONS]
+    )
+    with pytest.raises(ConfigError, match="at least 77"):
+        load(folder, context_length=76)
+
+
+def test_untrained_aggregators_warn_and_score_globally(make_model, tmp_path):
+    save(make_model(trained_aggregators=False), tmp_path)
+    loaded = load_untrained(tmp_path)
+    assert loaded.alpha == 1.0
+    save(make_model(), tmp_path)
+    assert load(tmp_path).alpha == 0.8  # and no warning, which would be an error here
+
+
+def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(checkpoint, "BUNDLED", folder)
+    assert_same_weights(load(), model)
+    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"lacks the bundled model .*reinstall"):
+        load()
+
+
+# Fingerprints ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_follows_the_checkpoint(model, folder, make_model, tmp_path):
+    mark = fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{64}", mark)
+    assert fingerprint(folder) == fingerprint(load(folder)) == mark
+    same = make_model(vision_heads=1, text_heads=1, context_length=77)
+    assert fingerprint(same) == mark
+    with torch.no_grad():
+        same.text_aggregator.scale += 1e-3
+    assert fingerprint(same) != mark
+    same.config = same.config.replace(quick_gelu=False)
+    half = tmp_path / "half"
+    save(model, half, dtype=torch.float16)
+    marks = {mark, fingerprint(same), fingerprint(half), fingerprint(load(folder, context_length=78))}
+    assert len(marks) == 4
+    assert fingerprint(load(half, dtype=torch.float16)) == fingerprint(half)
+
+
+# Other projects' files ------------------------------------------------------------------------------------------------
+
+
+class Node(nn.Module):
+    """A module of parameters and further nodes: any state dict as something that TorchScript can hold."""
+
+    def forward(self) -> int:
+        return 0
+
+
+def as_module(state: dict[str, Tensor]) -> nn.Module:
+    root = Node()
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        node = root
+        for step in path:
+            if step not in node._modules:
+                node.add_module(step, Node())
+            node = node._modules[step]
+        node.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+def write_torchscript(state, path):
+    # OpenAI's archives hold half precision and three sizes among the weights.
+    module = as_module({name: tensor.half() for name, tensor in state.items()})
+    for name, size in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
+        module.register_buffer(name, torch.tensor(size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(module).save(path)
+
+
+WRITERS = {
+    "zip": lambda state, path: torch.save(state, path),
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "nested": lambda state, path: torch.save(
+        {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path
+    ),
+    "safetensors": lambda state, path: safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path),
+    "torchscript": write_torchscript,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_files_are_recognised_by_their_content(kind, clip_state, model, tmp_path):
+    path = tmp_path / "weights.any"
+    WRITERS[kind](clip_state, path)
+    loaded = load_untrained(path)
+    assert loaded.config.context_length == 256
+    if kind == "torchscript":
+        loaded_as, model = loaded.state_dict()["visual.proj"], model.visual.proj
+        assert torch.equal(loaded_as, model.half().float())
+    else:
+        assert_same_towers(loaded, model)
+
+
+def test_a_loaded_model_outlives_its_file(clip_state, model, tmp_path):
+    path = tmp_path / "clip.pt"
+    torch.save(clip_state, path)
+    loaded = load_untrained(path)
+    with path.open("rb+") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert_same_towers(loaded, model)
+
+
+class Malice:
+    """Unpickling it makes a directory."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_unexecuted(tmp_path, legacy):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    torch.save({"a": torch.zeros(1), "b": Malice(trace)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"not executed here.*torch\.save\(model\.state_dict\(\), path\)"):
+        load(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # it would have
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CheckpointError, match=r"other Python objects.*save its state dict again"):
+        load(tmp_path / "module.pt")
+
+
+def torch_save(path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, path)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path, state: path.write_text("not a checkpoint, a text"),
+            "safetensors.*found a file that starts with b'not a",
+        ),
+        (lambda path, state: path.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"), r"starts with b'\\xff\\xd8"),
+        (lambda path, state: path.write_bytes(b""), "found an empty file"),
+        (lambda path, state: path.write_bytes(pickle.dumps({"a": 1})), "other Python objects"),
+        (lambda path, state: (torch.save(state, path), path.write_bytes(cut(path.read_bytes()))), "cut or damaged"),
+        (lambda path, state: (WRITERS["legacy"](state, path), path.write_bytes(path.read_bytes()[:999])), "damaged"),
+        (
+            lambda path, state: (WRITERS["safetensors"](state, path), path.write_bytes(cut(path.read_bytes()))),
+            "damaged or cut",
+        ),
+        (lambda path, state: torch.save(torch.zeros(3), path), "got a Tensor"),
+        (lambda path, state: torch.save({"lr": 0.1}, path), "got a dictionary with lr"),
+        (torch_save, r"missing visual\.conv1\.weight, .*found part\.0, .*part\.9 and 10 more"),
+    ],
+)
+def test_files_that_are_no_checkpoint(make, message, tmp_path):
+    path = tmp_path / "file.pt"
+    make(path, {f"part.{i}": torch.zeros(100) for i in range(20)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "letter.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    with pytest.raises(CheckpointError, match=r"a zip archive with document\.xml"):
+        load(tmp_path / "letter.docx")
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def change_config(folder, **changes):
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def rename_field(folder, old, new):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+
+
+def change_weights(folder, change):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), r"expected config\.json .*found model\.safetensors"),
+        (lambda f: [path.unlink() for path in f.iterdir()], "found nothing"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json: expected JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
+        (lambda f: change_config(f, format="other/1", model_type="bert"), "has format 'other/1', model_type 'bert'"),
+        (lambda f: change_config(f, format="finelip_fast/2"), r"expected format 'finelip_fast/1'.*upgrade"),
+        (
+            lambda f: rename_field(f, "embed_dim", "width"),
+            r"unknown fields \['width'\], missing fields \['embed_dim'\]",
+        ),
+        (lambda f: change_config(f, image_size="big"), r"config\.json: no sizes of a model"),
+        (lambda f: change_config(f, vision_layers=3), r"missing: visual\.transformer\.resblocks\.2\.ln_1\.weight"),
+        (
+            lambda f: change_config(f, context_length=99),
+            r"misshapen: text\.positional_embedding \[77, 64\].*expected \[99, 64\]",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), r"expected model\.safetensors beside .*found config\.json"),
+        (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").touch()), "damaged or cut"),
+        (lambda f: change_weights(f, lambda t: t.pop("logit_scale")), "missing: logit_scale"),
+        (lambda f: change_weights(f, lambda t: t.update(x=torch.zeros(1))), "unknown: x"),
+        (lambda f: change_weights(f, lambda t: t.update({"visual.proj": torch.zeros(2)})), r"visual\.proj \[2\]"),
+    ],
+)
+def test_damaged_folders_say_what_is_wrong(folder, change, message):
+    change(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+OPEN_CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"width": 64, "heads": 8, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "resize_mode": "squash", "size": [32, 32]},
+}
+
+
+def write_hub_folder(kind: str, state: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "open_clip":
+        (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
+        torch.save(state, folder / "open_clip_pytorch_model.bin")
+    elif kind == "transformers":
+        vision = {"num_attention_heads": 4, "hidden_act": "gelu"}
+        text = {"num_attention_heads": 8, "hidden_act": "gelu"}
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "clip", "vision_config": vision, "text_config": text})
+        )
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
+        # The names are tested on their own; here the configuration beside the weights counts.
+        torch.save(state, folder / "pytorch_model.bin")
+
+
+def assert_hub_config(config, resize_mode):
+    assert (config.vision_heads, config.text_heads, config.quick_gelu) == (4, 8, False)
+    assert (config.image_mean, config.image_std) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert (config.context_length, config.resize_mode) == (256, resize_mode)
+
+
+@pytest.mark.parametrize(("kind", "resize_mode"), [("open_clip", "squash"), ("transformers", "shortest")])
+def test_folders_of_other_projects(kind, resize_mode, clip_state, model, tmp_path):
+    write_hub_folder(kind, clip_state, tmp_path / "hub")
+    loaded = load_untrained(tmp_path / "hub")
+    assert_hub_config(loaded.config, resize_mode)
+    assert_same_towers(loaded, model)
+    file = next(path for path in (tmp_path / "hub").iterdir() if path.suffix == ".bin")
+    assert load_untrained(file).config == loaded.config
+    # Under another name the file has nothing to do with the configuration.
+    assert load_untrained(file.rename(file.with_name("mine.bin"))).config.vision_heads == 1
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub without a network: repositories in a folder, of which a call brings what its patterns name."""
+    remote, local, calls = tmp_path / "remote", tmp_path / "local", []
+
+    def snapshot_download(repository, *, allow_patterns):
+        calls.append((repository, tuple(allow_patterns)))
+        source, target = remote / repository, local / repository
+        if not source.is_dir():
+            raise OSError("404")
+        target.mkdir(parents=True, exist_ok=True)
+        for name in allow_patterns:
+            if (source / name).is_file():
+                (target / name).write_bytes((source / name).read_bytes())
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return remote, calls
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+@pytest.mark.parametrize(("kind", "resize_mode"), [("open_clip", "squash"), ("transformers", "shortest")])
+def test_hub_names(prefix, kind, resize_mode, hub, clip_state, model):
+    remote, _ = hub
+    write_hub_folder(kind, clip_state, remote / "org/clip-model")
+    loaded = load_untrained(prefix + "org/clip-model")
+    assert_hub_config(loaded.config, resize_mode)
+    assert_same_towers(loaded, model)
+
+
+def test_our_format_on_the_hub_comes_without_anything_else(hub, model):
+    remote, calls = hub
+    save(model, remote / "org/ours")
+    (remote / "org/ours/pytorch_model.bin").write_bytes(b"large")
+    assert_same_weights(load("org/ours"), model)
+    assert [patterns for _, patterns in calls] == [
+        ("config.json", "open_clip_config.json", "preprocessor_config.json"),
+        ("model.safetensors",),
+    ]
+
+
+def test_hub_failures(hub):
+    remote, _ = hub
+    with pytest.raises(
+        CheckpointError, match=r"nobody/none: .*tried config\.json.*huggingface\.co/nobody/none: OSError: 404"
+    ):
+        load("nobody/none")
+    (remote / "org/data").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="found nothing"):
+        load("org/data")
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "./missing/folder", "missing/clip.pt", "hf-hub:clip", "/no/such/model.safetensors"]
+)
+def test_missing_paths_touch_no_network(name, hub):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: no such file or folder.*open_clip:MODEL/TAG"):
+        load(name)
+    assert hub[1] == []
+
+
+@pytest.fixture
+def tiny_open_clip(monkeypatch):
+    """A small model in open_clip's list."""
+    configs = {"ViT-Tiny-Test": OPEN_CLIP_CONFIG["model_cfg"]}
+    monkeypatch.setattr(open_clip, "list_models", lambda: list(configs))
+    monkeypatch.setattr(open_clip, "get_model_config", configs.get)
+    return "ViT-Tiny-Test"
+
+
+def test_open_clip_names(tiny_open_clip, clip_state, model, tmp_path, monkeypatch):
+    torch.save(clip_state, tmp_path / "clip.bin")
+    tag = {"hf_hub": "org/tiny/", "mean": (0.5,) * 3, "std": (0.2,) * 3, "resize_mode": "squash"}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: tag if wanted == "web" else {})
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tmp_path / "clip.bin") if cfg is tag else "")
+    loaded = load_untrained(f"open_clip:{tiny_open_clip}/web")
+    assert_hub_config(loaded.config, "squash")
+    assert_same_towers(loaded, model)
+    from_file = load_untrained(f"open_clip:{tiny_open_clip}/{tmp_path / 'clip.bin'}")
+    assert (from_file.config.vision_heads, from_file.config.text_heads, from_file.config.quick_gelu) == (4, 8, False)
+
+
+def test_open_clip_failures(monkeypatch):
+    def unreachable(cfg):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
+    for name, message in {
+        "open_clip:ViT-Z/openai": "no model 'ViT-Z'.*open_clip:MODEL/TAG",
+        "open_clip:ViT-B-16": r"pretrained tag of ViT-B-16 \(openai, .*got ''",
+        "open_clip:ViT-B-16/nope": "got 'nope'",
+        "open_clip:RN50/openai": r"vision_cfg\.layers",
+        "open_clip:ViT-B-16/openai": "tried timm/.*ConnectionError: no route.*give its path",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            load(name)
+
+
+# Conversion -----------------------------------------------------------------------------------------------------------
+
+
+def test_convert(clip_state, model, tmp_path):
+    torch.save(clip_state, tmp_path / "clip.pt")
+    summary = convert(tmp_path / "clip.pt", tmp_path / "out", context_length=248, dtype=torch.float16)
+    assert summary == {
+        "layout": "CLIP",
+        "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
+        "trained_aggregators": False,
+        "embed_dim": 48,
+        "tokens": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "context_length": 248,
+        "dtype": "float16",
+        "folder": str(tmp_path / "out"),
+    }
+    loaded = load_untrained(tmp_path / "out")
+    assert loaded.config.context_length == 248
+    assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
+    assert json.loads((tmp_path / "out/config.json").read_text())["metadata"] == {"source": "clip.pt", "layout": "CLIP"}
+
+
+def test_converting_our_own_changes_nothing(folder, tmp_path, model):
+    assert convert(folder, tmp_path / "again")["layout"] == "finelip_fast"
+    assert fingerprint(tmp_path / "again") == fingerprint(model)
