@@ -20,6 +20,8 @@ _DEFAULT_INDEX = "finelip-index"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a path may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments[:1] == ["train"]:  # its options are the training configuration's own
         from finelip_fast.training.train import main as train
 
@@ -34,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result) if options.json else _text(result))
+    if options.json:
+        print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, default=vars))
+    else:
+        print(_text(result))
     return 0
 
 
@@ -110,16 +115,18 @@ def _index(options: argparse.Namespace) -> Any:
     retriever = _retriever(options)
     new = [path for path in scan.images if str(path) not in retriever.index]
     report = retriever.add_images(new, batch_size=options.batch_size, progress=not options.quiet)
-    others = [(str(path), "not a picture by its name") for path in scan.others]
+    own = Path(options.index).resolve()  # the index may lie in the folder that it indexes
+    others = [(str(path), "not a picture by its name") for path in scan.others if own not in path.resolve().parents]
     return AddReport(report.added, others + report.skipped)
 
 
 def _search(options: argparse.Namespace) -> Any:
     from finelip_fast._errors import InputError, StoreError
+    from finelip_fast.index import stored_source
 
     if (options.text is None) == (options.image is None):
         raise InputError("expected either a description or --image FILE")
-    if not Path(options.index).is_dir():
+    if stored_source(options.index) is None:
         raise StoreError(
             f"there is no index at {options.index}: make one with finelip index FOLDER --index {options.index}"
         )
@@ -132,7 +139,7 @@ def _retriever(options: argparse.Namespace) -> Any:
     from finelip_fast.retriever import Retriever
 
     return Retriever(
-        options.checkpoint or stored_source(options.index),
+        options.checkpoint or stored_source(options.index) or None,
         engine=options.engine,
         device=options.device,
         index=options.index,

@@ -11,13 +11,15 @@ from finelip_fast._errors import ConfigError
 # CLIP's own vocabulary and special tokens; zero pads.
 VOCAB_SIZE = 49_408
 START_TOKEN = 49_406
-END_TOKEN = 49_407
+EOT_TOKEN = 49_407
 
 # Rows of CLIP's text positions that are well trained: kept as they are when the table is stretched, frozen in training.
 KEEP_POSITIONS = 20
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_DERIVED = ("aggregated_tokens", "aggregator_hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +70,24 @@ class FineLIPConfig:
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(getattr(type(self), name, 1)) is int:
+                derived = name in _DERIVED
+                least = "0 (the default)" if derived else "1"
+                _require(
+                    isinstance(value, int) and value >= (not derived), f"{name} as an int of at least {least}", value
+                )
+        for name in ("vision_mlp_ratio", "text_mlp_ratio"):
+            _require(getattr(self, name) > 0, f"{name} above 0", getattr(self, name))
         _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)
-        _require(
-            self.vision_width % self.vision_heads == 0, "vision_width a multiple of vision_heads", self.vision_width
-        )
-        _require(self.text_width % self.text_heads == 0, "text_width a multiple of text_heads", self.text_width)
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            _require(width % heads == 0, f"{tower}_width a multiple of {tower}_heads", width)
         _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
         _require(self.resize_mode in ("shortest", "squash"), "resize_mode 'shortest' or 'squash'", self.resize_mode)
-        # A frozen dataclass with derived defaults: filled in once, here.
-        object.__setattr__(self, "aggregated_tokens", self.aggregated_tokens or max(1, int(self.patches * 0.4 * 0.5)))
-        object.__setattr__(self, "aggregator_hidden", self.aggregator_hidden or max(1, int(self.embed_dim * 0.2)))
-        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        for name, default in self._derived().items():
+            object.__setattr__(self, name, getattr(self, name) or default)
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))  # lists, when read from JSON
         object.__setattr__(self, "image_std", tuple(self.image_std))
 
     @property
@@ -91,9 +100,17 @@ class FineLIPConfig:
         """``L = K + 1``, rows of an embedding."""
         return self.aggregated_tokens + 1
 
+    def _derived(self) -> dict[str, int]:
+        """Sizes that follow from others where none is given."""
+        return {
+            "aggregated_tokens": max(1, int(self.patches * 0.4 * 0.5)),
+            "aggregator_hidden": max(1, int(self.embed_dim * 0.2)),
+        }
+
     def replace(self, **changes: Any) -> FineLIPConfig:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; the aggregators' sizes follow if they were at their defaults."""
+        following = {name: 0 for name, default in self._derived().items() if getattr(self, name) == default}
+        return dataclasses.replace(self, **{**following, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

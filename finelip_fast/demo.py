@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from finelip_fast._errors import InputError
 from finelip_fast.datasets import Scenes
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
@@ -65,7 +66,12 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
 
     Returns:
         Recall, times and the page's path.
+
+    Raises:
+        InputError: Fewer than one scene, or one query.
     """
+    if scenes < 1 or shown < 1:
+        raise InputError(f"expected at least one scene and one query, got {scenes} and {shown}")
     folder = Path(folder)
     pictures = folder / "scenes"
     pictures.mkdir(parents=True, exist_ok=True)

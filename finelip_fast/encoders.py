@@ -11,7 +11,7 @@ from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from finelip_fast._errors import InputError
-from finelip_fast.config import END_TOKEN, KEEP_POSITIONS, FineLIPConfig
+from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
 
 
 class ImageEncoder(VisionTransformer):
@@ -62,7 +62,7 @@ class TextEncoder(TextTransformer):
 
 def caption_lengths(ids: Tensor) -> Tensor:
     """Real tokens of each caption, start to end token: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
-    is_end = ids == END_TOKEN
+    is_end = ids == EOT_TOKEN
     return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, 0)
 
 

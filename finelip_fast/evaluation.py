@@ -88,15 +88,18 @@ def evaluate(
         Recall with the global cosine alone, late interaction alone, and both. Ties count against us.
 
     Raises:
-        InputError: No pairs, or a context longer than the model's.
+        InputError: No pairs, a context below 3 or longer than the model's, or an alpha outside [0, 1].
         ImageError: A picture that cannot be read.
     """
     contexts = sorted(set(contexts)) or [engine.config.context_length]
     if not len(pairs):
         raise InputError("expected at least one pair to evaluate, got none")
-    if contexts[-1] > engine.config.context_length:
-        raise InputError(f"expected contexts up to the model's {engine.config.context_length}, got {contexts[-1]}")
+    longest = engine.config.context_length
+    if contexts[0] < 3 or contexts[-1] > longest:
+        raise InputError(f"expected contexts from 3 to the model's {longest} tokens, got {contexts}")
     alpha = engine.alpha if alpha is None else alpha
+    if not 0 <= alpha <= 1:
+        raise InputError(f"expected alpha in [0, 1], got {alpha}")
     started = time.perf_counter()
     captions: list[str] = []
     blocks = []

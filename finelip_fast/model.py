@@ -90,10 +90,12 @@ class FineLIP(nn.Module):
         Raises:
             InputError: Ids of another shape or longer than the context.
         """
-        if ids.dim() != 2 or ids.shape[1] > self.config.context_length:
-            raise InputError(f"expected ids [B, T <= {self.config.context_length}], got {list(ids.shape)}")
+        if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.config.context_length or ids.is_floating_point():
+            raise InputError(
+                f"expected integer ids [B, T] with T in 1..{self.config.context_length}, got {ids.dtype} {list(ids.shape)}"
+            )
         lengths = caption_lengths(ids)
-        if ids.numel() and not torch.compiler.is_compiling():
+        if len(ids) and not torch.compiler.is_compiling():
             ids = ids[:, : max(1, int(lengths.max()))]
         tokens = self.text(ids)
         last = (lengths - 1).clamp(min=0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -118,7 +119,7 @@ class Retriever:
         """Embed pictures and add them; one that cannot be read is skipped and reported.
 
         Args:
-            images: A folder, or any iterable of files, encoded bytes, PIL images, arrays and tensors (see
+            images: A folder, one picture, or any iterable of files, encoded bytes, PIL images, arrays and tensors (see
                 :func:`finelip_fast.preprocess.open_image`). Read batch by batch.
             ids: One a picture; None: the path, or ``image-N`` where there is none.
             metadata: One dictionary of JSON values a picture.
@@ -129,15 +130,16 @@ class Retriever:
             What was added and what was skipped, with reasons.
 
         Raises:
-            InputError: An id that is in the index already, or lists of different lengths. Batches before it are kept.
+            InputError: An id that is in the index already, metadata that JSON cannot hold, or lists of different lengths.
+                Batches before it are kept.
         """
         report = AddReport()
         if isinstance(images, (str, PathLike)) and Path(images).is_dir():
             scan = scan_folder(images)
             report.skipped += [(str(path), "not a picture by its name") for path in scan.others]
             images = scan.images
-        elif isinstance(images, (str, PathLike)):
-            images = [images]
+        else:
+            images = _listed(images)
         pixels = self._engine.preprocess
         for chunk in self._chunks(images, ids, metadata, batch_size, "image", progress):
             readable, rows = [], []
@@ -214,7 +216,7 @@ class Retriever:
         Returns:
             float32 ``[n_images, n_texts]``.
         """
-        images, texts = ([one] if isinstance(one, (str, PathLike)) else list(one) for one in (images, texts))
+        images, texts = list(_listed(images)), [texts] if isinstance(texts, str) else list(texts)
         if not images or not texts:
             return torch.zeros(len(images), len(texts))
         embedded = self._engine.embed_images(images)
@@ -250,25 +252,44 @@ class Retriever:
         progress: bool,
     ) -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
         """``(id, item, metadata)`` in lists of ``size``; refuses repeated ids and lists that do not match before work."""
-        total = len(items) if isinstance(items, Sequence) else None
-        for name, given in (("ids", ids), ("metadata", metadata)):
-            if given is not None and total is not None and len(given) != total:
-                raise InputError(f"expected {name} for {total} {kind}s, got {len(given)}")
+        if size < 1:
+            raise InputError(f"expected batch_size of at least 1, got {size}")
+        total = len(items) if isinstance(items, Sized) else None
+        if total is not None:
+            _check_lengths(kind, total, ids, metadata)
         if ids is not None:
-            taken = [item for item in ids if item in self.index]
-            if taken or len(set(ids)) != len(ids):
-                raise InputError(
-                    f"expected ids that are new and differ, got {taken[0] if taken else 'repeated ones'!r}; give other ids"
-                )
-        start = len(self.index)
-
-        def identify(n: int, item: Any) -> str:
-            if ids is not None:
-                return ids[n]
-            is_file = isinstance(item, PathLike) or (kind == "image" and isinstance(item, str))
-            return str(item) if is_file else f"{kind}-{start + n}"
-
-        named = ((identify(n, item), item, metadata[n] if metadata is not None else {}) for n, item in enumerate(items))
+            self.index.check_ids(ids)
+        named = self._named(items, ids, metadata, kind)
         iterator = iter(tqdm(named, total=total, unit=kind, disable=not progress, mininterval=0.5))
         while chunk := list(islice(iterator, size)):
             yield chunk
+
+    def _named(
+        self, items: Iterable[Any], ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None, kind: str
+    ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Give each item its id and metadata; of a generator, the lengths show only here."""
+        free = (name for number in count(len(self)) if (name := f"{kind}-{number}") not in self.index)
+        total = 0
+        for item in items:
+            if any(given is not None and len(given) == total for given in (ids, metadata)):
+                _check_lengths(kind, total + 1, ids, metadata)
+            if ids is not None:
+                name = ids[total]
+            else:
+                is_path = isinstance(item, PathLike) or (kind == "image" and isinstance(item, str))
+                name = str(item) if is_path else next(free)
+            yield name, item, {} if metadata is None else metadata[total]
+            total += 1
+        _check_lengths(kind, total, ids, metadata)
+
+
+def _listed(images: Any) -> Any:
+    """One picture as a list of it; lists, generators and stacks of pictures as they are."""
+    single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
+    return [images] if single or getattr(images, "ndim", None) in (2, 3) else images
+
+
+def _check_lengths(kind: str, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
+    for name, given in (("ids", ids), ("metadata", metadata)):
+        if given is not None and len(given) != total:
+            raise InputError(f"expected as many {name} as {kind}s, got {len(given)} for {total}")

@@ -17,23 +17,12 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.config import EOT_TOKEN, START_TOKEN
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
-__all__ = [
-    "EOT_TOKEN",
-    "START_TOKEN",
-    "Overflow",
-    "TokenBatch",
-    "TruncationWarning",
-    "encode_batch",
-    "expected_truncation",
-    "tokenize",
-]
-
-START_TOKEN = 49406
-EOT_TOKEN = 49407
+__all__ = ["Overflow", "TokenBatch", "TruncationWarning", "encode_batch", "expected_truncation", "tokenize"]
 
 Overflow = Literal["truncate", "error", "window"]
 

@@ -38,16 +38,17 @@ def atrm_reference(
     x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
         t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
     )
-    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
-    logits = F.linear(hidden, w2, b2) * scale.reshape(())  # [B, N, K]
+    valid = None
     if lengths is not None:
         valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]  # [B, N, 1]
+        # Before anything else: a NaN in the padding would come back through the gradient, as zero times NaN.
+        x = x.masked_fill(~valid, 0.0)
+    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
+    logits = F.linear(hidden, w2, b2) * scale.reshape(())  # [B, N, K]
+    if valid is not None:
+        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
         logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-        # An item without a token has no distribution: its weights, hence its aggregated rows, are zero.
-        weights = logits.softmax(dim=1).masked_fill(~valid, 0.0)
-        x = x.masked_fill(~valid, 0.0)  # a NaN in the padding times a weight of zero would still be NaN
-    else:
-        weights = logits.softmax(dim=1)
+    weights = logits.softmax(dim=1)
     rows = torch.cat([anchor[:, None], weights.transpose(1, 2) @ x], dim=1)
     return F.normalize(rows, dim=-1).to(dtype)
 

@@ -45,7 +45,7 @@ def clim_scores(queries: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor
 
     Args:
         queries: Embeddings ``[Q, L_q, D]``, unit rows, float32, float16 or bfloat16.
-        items: Embeddings ``[N, L_i, D]`` of the same dtype.
+        items: Embeddings ``[N, L_i, D]``.
         alpha: Weight of the global cosine. 1 gives the cosine alone, 0 gives ``fine`` alone.
 
     Returns:
@@ -82,14 +82,15 @@ def clim_topk(queries: Tensor, items: Tensor, k: int, *, alpha: float = 0.8) -> 
         k: How many; more than ``N`` is taken as ``N``.
 
     Returns:
-        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last.
+        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, NaN last. Equal scores come by lower index;
+        copies of an item may differ in the last bit, because a matrix product rounds by position.
 
     Raises:
         InputError: Shapes that do not fit together, or ``k < 1``.
     """
     _check(queries, items)
-    if k < 1:
-        raise InputError(f"expected k of at least 1, got {k}")
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"expected k of at least 1, got {k!r}")
     with torch.no_grad():
         scores = clim_scores(queries, items, alpha=alpha)
         # A stable descending sort keeps equal scores in order of index; topk does not promise that.

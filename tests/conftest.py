@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finelip_fast.config import END_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.model import FineLIP
 
 # Small tensors: with more threads than free cores, nearly all the time goes into threads waiting for each other.
@@ -76,7 +76,7 @@ def make_captions() -> Callable[..., Tensor]:
         for row, length in zip(ids, lengths, strict=True):
             if length:
                 row[:length] = torch.randint(1, START_TOKEN, (length,), generator=generator)
-                row[0], row[length - 1] = START_TOKEN, END_TOKEN
+                row[0], row[length - 1] = START_TOKEN, EOT_TOKEN
         return ids
 
     return build

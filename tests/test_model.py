@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finelip_fast._errors import ConfigError, InputError
 from finelip_fast.aggregator import join_windows
-from finelip_fast.config import END_TOKEN
+from finelip_fast.config import EOT_TOKEN
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.model import FineLIP
 
@@ -84,7 +84,7 @@ def test_what_follows_the_end_token_changes_nothing(model, make_captions):
     ids = make_captions([7, 31], 40)
     littered = ids.clone()
     littered[0, 7:] = 1234
-    littered[1, 31:] = END_TOKEN
+    littered[1, 31:] = EOT_TOKEN
     with torch.no_grad():
         assert_close(model.encode_text(littered), model.encode_text(ids))
 
@@ -109,7 +109,7 @@ def test_a_row_of_padding_gives_zeros_and_leaves_the_others_alone(model, make_ca
 
 def test_a_caption_of_its_end_token_alone_has_no_other_row(model):
     with torch.no_grad():
-        embeddings = model.encode_text(torch.tensor([[END_TOKEN, 0, 0]]))
+        embeddings = model.encode_text(torch.tensor([[EOT_TOKEN, 0, 0]]))
     assert_close(embeddings[:, 0].norm(dim=-1), torch.ones(1), 1e-6)
     assert not embeddings[:, 1:].any()
 
@@ -126,7 +126,7 @@ def test_caption_lengths(make_captions):
     lengths = [0, 2, 9, 12]
     ids = make_captions(lengths, 12)
     assert caption_lengths(ids).tolist() == lengths
-    ids[2, 11] = END_TOKEN  # the first end token ends the caption
+    ids[2, 11] = EOT_TOKEN  # the first end token ends the caption
     assert caption_lengths(ids).tolist() == lengths
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from finelip_fast.kernels import atrm, clim_scores
 
 from finelip_fast.encoders import stretch_positions
+from finelip_fast.kernels import atrm, clim_scores
 
 TOLERANCE = 1e-5
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.tokenizer import EOT_TOKEN, START_TOKEN, TruncationWarning, encode_batch, tokenize
+from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.tokenizer import TruncationWarning, encode_batch, tokenize
 
 CAPTIONS = {
     "empty": "",

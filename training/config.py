@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from finelip_fast.training.losses import Criterion, LossTerm
 
 from finelip_fast._errors import ConfigError
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
+from finelip_fast.training.losses import Criterion, LossTerm
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,7 +52,8 @@ class TrainConfig:
     warmup_steps: int = field(default=200, metadata={"help": "linear warm-up; cosine to zero after it"})
     clip_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0: never"})
     freeze_positions: int = field(
-        default=KEEP_POSITIONS, metadata={"help": "first text positions that stay as they are; 0 when from nothing"}
+        default=KEEP_POSITIONS,
+        metadata={"help": "first text positions that stay as they are; give 0 when from nothing"},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations: less memory, more time"}
@@ -80,11 +81,21 @@ class TrainConfig:
         Raises:
             ConfigError: The field, what was expected, what came.
         """
+        for name, kind in get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            if kind in (bool, int, float, str):
+                fits = isinstance(value, (int, float) if kind is float else kind)
+                fits = fits and isinstance(value, bool) == (kind is bool)
+                _require(fits, f"{name} of type {kind.__name__}", value)
+            else:
+                fits = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+                _require(fits, f"{name} as a list of texts", value)
         object.__setattr__(self, "loss", tuple(self.loss))
         for term in self.loss:
             LossTerm.parse(term)
         at_least = {"batch_size": 2, "accumulate": 1, "steps": 1, "warmup_steps": 0, "group": 1, "workers": 0}
         at_least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "freeze_positions": 0, "clip_norm": 0}
+        at_least |= {"encoder_lr": 0, "aggregator_lr": 0, "weight_decay": 0, "epoch_batches": 0, "threads": 0}
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
         _require(bool(self.loss), "at least one loss term", self.loss)
@@ -92,6 +103,8 @@ class TrainConfig:
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
         _require(0 <= self.max_broken_share <= 1, "max_broken_share in [0, 1]", self.max_broken_share)
+        _require(0 <= self.label_smoothing <= 1, "label_smoothing in [0, 1]", self.label_smoothing)
+        _require(self.device in ("auto", "cpu", "cuda"), "device auto, cpu or cuda", self.device)
         _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
         _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
         _require(not self.val.startswith("webdataset:"), "val of map-style data", self.val)
@@ -165,6 +178,8 @@ def load_recipe(name: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read recipe {name!r} at {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected recipe {name!r} to be a JSON object, got a {type(values).__name__}")
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"recipe {name!r} has unknown fields {unknown}; see --help")

@@ -1,4 +1,4 @@
-"""Batches for training: the same ones for a seed, whatever the number of workers, and again after a restart.
+"""Batches for training: the same ones for a seed, whatever the number of workers (but for shards), again after a restart.
 
 A picture that cannot be read does not stop a run: the next readable example takes its place, so that every batch keeps its
 size on every process, and its path travels with the batch to be reported and counted.
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast.datasets import Example, PairDataset
+from finelip_fast.encoders import caption_lengths
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import expected_truncation, tokenize
 
@@ -62,7 +63,11 @@ class Encoded(Dataset[tuple[Tensor, Tensor, int, list[str]]]):
                 return *encode_example(example, self.preprocess, self.context_length), broken
             except ImageError as error:
                 broken.append(str(error))
-        raise TrainingError(f"{len(broken)} pictures in a row cannot be read; the last: {broken[-1]}")
+        raise _unusable(broken)
+
+
+def _unusable(broken: list[str]) -> TrainingError:
+    return TrainingError(f"{len(broken)} pictures in a row cannot be read; the last: {broken[-1]}")
 
 
 def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> tuple[Tensor, Tensor, int]:
@@ -77,7 +82,7 @@ def collate(items: list[tuple[Tensor, Tensor, int, list[str]]]) -> Batch:
     """Stack examples to a batch; the ids are cut to the longest caption."""
     pixels, ids, image_ids, broken = zip(*items, strict=True)
     stacked = torch.stack(ids)
-    longest = int((stacked != 0).sum(dim=1).max())
+    longest = int(caption_lengths(stacked).max())
     return Batch(
         torch.stack(pixels), stacked[:, :longest], torch.tensor(image_ids), [path for some in broken for path in some]
     )
@@ -120,7 +125,8 @@ class GroupedSampler(Sampler[list[int]]):
 class ShardExamples(IterableDataset[tuple[Tensor, Tensor, int, list[str]]]):
     """webdataset shards (``jpg|png|webp`` + ``txt`` or ``json`` with ``caption``), shuffled by shard, split over processes.
 
-    The order is fixed by seed and epoch; a restart reads past what was already seen. Needs the ``webdataset`` package.
+    The order is fixed by seed, epoch and number of workers; a restart reads past what was already seen. Needs the
+    ``webdataset`` package.
     """
 
     def __init__(self, pattern: str, preprocess: Preprocess, context_length: int, *, seed: int) -> None:
@@ -138,23 +144,37 @@ class ShardExamples(IterableDataset[tuple[Tensor, Tensor, int, list[str]]]):
             wds.SimpleShardList(shards), wds.split_by_node, wds.split_by_worker, wds.tarfile_to_samples()
         )
         broken: list[str] = []
-        for sample in pipeline:
+        for sample in _readable(pipeline):
             name = f"{sample['__url__']}:{sample['__key__']}"
             try:
                 encoded = encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
             except ImageError as error:
                 broken.append(f"{name}: {error}")
+                if len(broken) == _SUBSTITUTES:
+                    raise _unusable(broken) from None
                 continue
             yield *encoded, broken
             broken = []
+
+
+def _readable(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import tarfile
+
+    try:
+        yield from samples
+    except (OSError, EOFError, tarfile.TarError) as error:  # webdataset adds the shard's name to it
+        raise TrainingError(f"cannot read a webdataset shard: {error}") from error
 
 
 def _shard_example(sample: dict[str, Any], name: str) -> Example:
     import json
 
     image = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
-    caption = sample["txt"].decode() if "txt" in sample else json.loads(sample.get("json", b"{}")).get("caption")
-    if image is None or caption is None:
+    try:
+        caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
+    except (KeyError, TypeError, ValueError):  # absent, or neither UTF-8 nor such an object
+        caption = None
+    if image is None or not isinstance(caption, str):
         present = sorted(key for key in sample if not key.startswith("__"))
         raise TrainingError(f"{name}: expected a picture (jpg, png, webp) and a caption (txt, json), found {present}")
     return Example(image, caption, name)

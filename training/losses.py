@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from finelip_fast.kernels import clim_scores
 from torch import Tensor
 
 from finelip_fast._errors import ConfigError
+from finelip_fast.kernels import clim_scores
 
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
 SCORES = ("global", "fine", "combined")
@@ -94,7 +94,7 @@ class LossTerm:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES or self.on not in SCORES or not self.weight > 0:
+        if self.loss not in LOSSES or self.on not in SCORES or not 0 < self.weight < float("inf"):
             raise ConfigError(
                 f"expected a loss of {LOSSES} on a score of {SCORES} with a positive weight, "
                 f"got {self.loss!r} on {self.on!r} with {self.weight!r}"

@@ -18,14 +18,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from finelip_fast.training.config import TrainConfig, from_arguments
-from finelip_fast.training.data import Batch, TrainingData
-from finelip_fast.training.distributed import gather, process_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -37,6 +35,9 @@ from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import recall
 from finelip_fast.model import FineLIP
+from finelip_fast.training.config import TrainConfig, from_arguments
+from finelip_fast.training.data import Batch, TrainingData
+from finelip_fast.training.distributed import gather, process_group
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
@@ -125,10 +126,20 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """Train to the last step; an interrupt saves the state first."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask_to_stop)
-        validation = self._open(self.config.val) if self.rank == 0 else None
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         log = _Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
+        try:
+            return self._run(log)
+        finally:
+            if log:
+                log.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _run(self, log: _Log | None) -> dict[str, float]:
+        validation = self._open(self.config.val) if self.rank == 0 else None
+        if validation is not None and len(validation) == 0:
+            raise ConfigError(f"expected pairs to validate on, got none from val={self.config.val!r}")
         progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=self.rank != 0, mininterval=2)
         batches = iter(self.data)
         started, first = time.monotonic(), self.step
@@ -163,9 +174,12 @@ class Trainer:
             group["lr"] = group["peak_lr"] * share
         cached = len(batches) > 1 and self.config.accumulation == "cached"
         values = self._cached_backward(batches) if cached else self._plain_backward(batches)
-        if not bool(values["loss"].isfinite()):
-            raise TrainingError(f"the loss is {float(values['loss'])} at step {self.step}: lower the learning rates")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        if not bool(values["loss"].isfinite() & norm.isfinite()):
+            raise TrainingError(
+                f"the loss is {float(values['loss'])}, its gradient's norm {float(norm)}, at step {self.step}: "
+                "lower the learning rates"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -216,7 +230,10 @@ class Trainer:
         self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all processes; every process computes the same one (see ``gather``)."""
-        return self.criterion(gather(images), gather(texts), gather(image_ids), scale)
+        loss, terms = self.criterion(gather(images), gather(texts), gather(image_ids), scale)
+        # Losses that do not use the scale give it a gradient of zero: neither autograd.backward nor DistributedDataParallel
+        # takes "none" for that.
+        return loss + 0.0 * scale, terms
 
     # Validation and what is kept ---------------------------------------------------------------------------------------
 
@@ -347,28 +364,44 @@ class _Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
         if self.path.exists():  # lines behind the state that the run goes on from would be written twice
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n")
+            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
             self.events.flush()
 
+    def close(self) -> None:
+        if self.events:
+            self.events.close()
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:  # cut short by a crash
+        return math.inf
+
 
 def _start_model(config: TrainConfig) -> FineLIP:
+    trains_aggregators = any(term.on != "global" for term in config.criterion.terms)
     if not config.init:
-        return FineLIP(config.model_config)
-    model = checkpoint.load(config.init, context_length=config.context_length)
-    model.config = model.config.replace(trained_aggregators=True)
+        return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # its advice is to do this
+        model = checkpoint.load(config.init, context_length=config.context_length)
+    if trains_aggregators:
+        model.config = model.config.replace(trained_aggregators=True)
     return model
 
 

@@ -77,11 +77,14 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
     """
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
-        split, size, variant = [*rest.split(":"), "", "", ""][:3]
-        if size and not size.isdigit():
-            raise InputError(f"expected scenes:SPLIT:SIZE with SIZE a number, got {spec!r}")
+        split, size, variant, *more = [*rest.split(":"), "", ""]
+        if any(more) or (size and not size.isdecimal()):
+            raise InputError(f"expected scenes:SPLIT:SIZE:VARIANT with SIZE a number, got {spec!r}")
         count = int(size) if size else None
-        return SceneExamples(Scenes(split or "train", count, image_size=image_size, variant=variant or "clean"))
+        try:
+            return SceneExamples(Scenes(split or "train", count, image_size=image_size, variant=variant or "clean"))
+        except ValueError as error:
+            raise InputError(f"{spec!r}: {error}") from None
     if kind in ("jsonl", "sharegpt4v"):
         read = read_json_lines if kind == "jsonl" else read_sharegpt4v
         return FileExamples(read(Path(rest), root=Path(root) if root else None))

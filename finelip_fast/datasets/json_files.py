@@ -23,7 +23,8 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         InputError: A missing file, or a line that is not such an object; names the line.
     """
     pairs = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    # Not splitlines(), which also splits at separators that may stand inside a JSON string.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -65,7 +66,8 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
             raise InputError(f"{where}: expected an object with 'image' and 'conversations', got {str(record)[:80]}")
         if "image" not in record:
             continue
-        answers = [turn.get("value") for turn in record["conversations"] if turn.get("from") == "gpt"]
+        turns = [turn for turn in record["conversations"] if isinstance(turn, dict)]
+        answers = [turn.get("value") for turn in turns if turn.get("from") == "gpt"]
         if not answers:
             raise InputError(f"{where}: expected a turn from 'gpt' that holds the caption, got none")
         pairs.append(_pair(record["image"], answers[0], root or path.parent, where))

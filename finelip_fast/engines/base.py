@@ -70,7 +70,7 @@ class Engine(ABC):
         context_length: int | None = None,
     ) -> Tensor:
         """Captions to ``[N, L, D]``, cut at the model's context or a shorter one; see :mod:`finelip_fast.embed`."""
-        context_length = context_length or self.config.context_length
+        context_length = self.config.context_length if context_length is None else context_length
         return embed_texts(
             self.encode_text, texts, context_length=context_length, batch_size=batch_size, overflow=overflow
         )
@@ -89,7 +89,7 @@ def open_engine(name: str, checkpoint: str | PathLike[str] | None, device: str |
 
     Raises:
         InputError: An unknown name.
-        EngineError: An engine that cannot run here.
+        EngineError: An engine or a device that cannot run here.
         CheckpointError: A checkpoint that cannot be loaded.
     """
     from finelip_fast.engines.torch import TorchEngine

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError
 from finelip_fast.engines.base import Engine
 
 
@@ -21,6 +22,7 @@ class TorchEngine(Engine):
         reason: Why this engine was chosen.
 
     Raises:
+        EngineError: A device that is not here.
         CheckpointError: A checkpoint that cannot be loaded.
     """
 
@@ -33,7 +35,7 @@ class TorchEngine(Engine):
         *,
         reason: str = "asked for",
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         model = checkpoints.load(checkpoint)
         self.fingerprint = checkpoints.fingerprint(model)
         self.source = (
@@ -52,3 +54,15 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
         return self.model.encode_text(ids.to(self.device))
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former where torch is built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise EngineError(
+            f"device={str(wanted)!r} cannot be used: {reason}; use device='cpu', or leave it out to take what is there"
+        ) from None
+    return device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -52,6 +53,8 @@ class Catalogue:
         self.path = path
         try:
             self._connection = sqlite3.connect(path, isolation_level=None)
+            weakref.finalize(self, self._connection.close)
+            self._connection.text_factory = _from_text
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._prepare({"format": FORMAT, **spec}, source)
@@ -87,12 +90,12 @@ class Catalogue:
             StoreError: An id that is there already, another writer in between, or a disk that refuses.
         """
         rows = [
-            (after + row, item, segment, json.dumps(meta))
+            (after + row, _to_text(item), segment, json.dumps(meta))
             for row, (item, meta) in enumerate(zip(ids, metadata, strict=True))
         ]
         try:
             with self._transaction():
-                self._connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?)", rows)
+                self._connection.executemany("INSERT INTO item VALUES (?, CAST(? AS TEXT), ?, ?)", rows)
         except sqlite3.IntegrityError:
             raise StoreError(
                 f"another process has added to the index at {self.path.parent} since it was opened: open it again"
@@ -113,10 +116,23 @@ def read_source(path: Path) -> str | None:
         return None
     try:
         with closing(sqlite3.connect(path)) as connection:
-            row = connection.execute("SELECT value FROM spec WHERE key = 'source'").fetchone()
+            # A process killed while it made the catalogue leaves one without tables.
+            made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spec'").fetchone()
+            row = made and connection.execute("SELECT value FROM spec WHERE key = 'source'").fetchone()
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
     return json.loads(row[0]) if row else None
+
+
+# A path may hold bytes that are no UTF-8; Python has them as lone surrogates, which sqlite3 refuses in a str.
+
+
+def _to_text(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _from_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
 
 
 class _Transaction:

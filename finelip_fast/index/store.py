@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -62,6 +63,7 @@ class Index:
         self._known: set[str] = set()
         self._blocks: list[Tensor] = []
         self._catalogue: Catalogue | None = None
+        self._closed = False
         if folder is not None:
             self._open(Path(folder))
 
@@ -93,21 +95,36 @@ class Index:
             metadata: One dictionary of JSON values for each.
 
         Raises:
-            InputError: An id that is there already, or embeddings of another shape.
-            StoreError: The disk refuses; nothing was added.
+            InputError: An id that is there already, embeddings of another shape, or metadata that JSON cannot hold.
+            StoreError: The disk refuses, or the index is closed; nothing was added.
         """
         shape = (len(ids), self.spec.tokens, self.spec.width)
         if embeddings.shape != shape or len(metadata) != len(ids):
             raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
-        repeated = [item for item in ids if item in self._known] or ([] if len(set(ids)) == len(ids) else list(ids))
-        if repeated:
-            raise InputError(f"expected ids that are not in the index yet, got {repeated[0]!r}; give other ids")
+        self.check_ids(ids)
+        metadata = [_plain(item) for item in metadata]
+        if self._closed:
+            raise StoreError("the index is closed: open its folder again to add to it")
         if not ids:
             return
         if self._catalogue is not None:
             segment = write_segment(self._segments, embeddings)
             self._catalogue.add(ids, segment, metadata, after=len(self))
         self._append(ids, embeddings, metadata)
+
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """Refuse what cannot be added.
+
+        Raises:
+            InputError: An id that is no string, is there already, or is given twice; names it.
+        """
+        new: set[str] = set()
+        for item in ids:
+            if not isinstance(item, str):
+                raise InputError(f"expected ids as str, got {item!r}; convert it first")
+            if item in self._known or item in new:
+                raise InputError(f"expected ids that are new and differ, got {item!r} again; give other ids")
+            new.add(item)
 
     def _append(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
         self.ids.extend(ids)
@@ -131,13 +148,24 @@ class Index:
         """Release the folder; the items stay searchable in memory."""
         if self._catalogue is not None:
             self._catalogue.close()
-            self._catalogue = None
+            self._catalogue, self._closed = None, True
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """A copy of its own, as it will be read back from the disk."""
+    try:
+        if isinstance(metadata, dict):
+            return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r}")
 
 
 def stored_source(folder: str | PathLike[str]) -> str | None:
-    """The checkpoint that an index folder was written with, as it was named then; None where there is no index.
+    """The checkpoint that an index folder was written with, as it was named then: empty for the bundled one, None where there
+    is no index.
 
     Raises:
         StoreError: The folder's catalogue cannot be read.
     """
-    return read_source(Path(folder) / _CATALOGUE) or None
+    return read_source(Path(folder) / _CATALOGUE)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from finelip_fast.kernels import atrm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels import atrm
 
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale")
 

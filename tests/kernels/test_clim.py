@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from finelip_fast.kernels import clim, clim_scores, clim_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels import clim, clim_scores, clim_topk
 
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 

@@ -1,0 +1,75 @@
+"""Datasets opened by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets import Example, Scenes, open_dataset
+
+
+@pytest.mark.parametrize(
+    ("spec", "scenes"),
+    [
+        ("scenes:test", Scenes("test", image_size=32)),
+        ("scenes", Scenes("train", image_size=32)),
+        ("scenes:val:8", Scenes("val", 8, image_size=32)),
+        ("scenes:val:8:typos", Scenes("val", 8, image_size=32, variant="typos")),
+        ("scenes:val::plain", Scenes("val", image_size=32, variant="plain")),
+    ],
+)
+def test_scenes_by_name(spec, scenes):
+    pairs = open_dataset(spec, image_size=32)
+    assert len(pairs) == len(scenes)
+    example = pairs[3]
+    assert isinstance(example, Example)
+    assert (example.caption, example.image_id) == (scenes[3].caption, scenes[3].id)
+    assert np.array_equal(np.asarray(example.image), np.asarray(scenes[3].draw()))
+    assert np.asarray(example.image).shape[:2] == (32, 32)
+
+
+@pytest.mark.parametrize("root", [None, "pictures"])
+def test_files_by_name(tmp_path, root):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps({"image": "1.jpg", "caption": "one"}) + "\n")
+    shared = tmp_path / "s.json"
+    shared.write_text(json.dumps([{"image": "1.jpg", "conversations": [{"from": "gpt", "value": "one"}]}]))
+    folder = tmp_path if root is None else Path(root)
+    expected = Example(folder / "1.jpg", "one", str(folder / "1.jpg"))
+    for spec in (f"jsonl:{lines}", f"sharegpt4v:{shared}"):
+        pairs = open_dataset(spec, root=root)
+        assert len(pairs) == 1
+        assert pairs[0] == expected
+
+
+def test_pairs_of_one_picture_share_its_id(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"image": image, "caption": image}) + "\n" for image in ("1.jpg", "2.jpg", "1.jpg"))
+    )
+    pairs = open_dataset(f"jsonl:{lines}")
+    assert pairs[0].image_id == pairs[2].image_id != pairs[1].image_id
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("coco:train", "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, got 'coco:train'"),
+        ("", "expected scenes:SPLIT"),
+        ("scenes:trian", "expected split .*'trian'"),
+        ("scenes:val:many", "with SIZE a number, got 'scenes:val:many'"),
+        ("scenes:val:-3", "with SIZE a number"),
+        ("scenes:val:²", "with SIZE a number"),
+        ("scenes:val:3:typo", "expected variant .*'typo'"),
+        ("scenes:val:3:typos:more", "expected scenes:SPLIT:SIZE:VARIANT"),
+        ("jsonl:nowhere.jsonl", "cannot read nowhere.jsonl"),
+        ("sharegpt4v:nowhere.json", "cannot read nowhere.json"),
+    ],
+)
+def test_refuses_what_it_cannot_open(spec, reason):
+    with pytest.raises(InputError, match=reason):
+        open_dataset(spec)

@@ -1,0 +1,140 @@
+"""Caption files in JSON: what is read, and which line or record an error names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def line(image="a.jpg", caption="a cat", **more):
+    return json.dumps({"image": image, "caption": caption, **more}, ensure_ascii=False)
+
+
+# --- JSON lines --------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_read_in_order(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl", line("b/2.jpg", "two", id=4), "", "   ", line("1.jpg", "one"), line("/abs.png")
+    )
+    assert read_json_lines(path) == [
+        (tmp_path / "b" / "2.jpg", "two"),
+        (tmp_path / "1.jpg", "one"),
+        (Path("/abs.png"), "a cat"),
+    ]
+    assert read_json_lines(path, root=Path("pictures"))[0] == (Path("pictures/b/2.jpg"), "two")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_separators_inside_a_caption_do_not_end_the_line(tmp_path, separator):
+    caption = f"first{separator}second"
+    path = write_lines(tmp_path / "a.jsonl", line(caption=caption), line(caption="next"))
+    assert [text for _, text in read_json_lines(path)] == [caption, "next"]
+
+
+def test_windows_line_ends_and_a_last_line_without_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{line(caption='one')}\r\n{line(caption='two')}".encode())
+    assert [text for _, text in read_json_lines(path)] == ["one", "two"]
+
+
+def test_an_empty_file_has_no_pairs(tmp_path):
+    assert read_json_lines(write_lines(tmp_path / "a.jsonl", "")) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("{", "expected a JSON object with 'image' and 'caption', got '{'"),
+        ('{"image": "a.jpg"}', "KeyError.*caption"),
+        ("[1, 2]", "expected a JSON object"),
+        ("7", "expected a JSON object"),
+        (line(caption=3), "expected text for picture and caption, got 'a.jpg' and 3"),
+        (line(image=None), "expected text for picture and caption, got None"),
+    ],
+)
+def test_an_error_names_file_and_line(tmp_path, bad, reason):
+    path = write_lines(tmp_path / "a.jsonl", line(), "", bad, line())
+    with pytest.raises(InputError, match=reason) as caught:
+        read_json_lines(path)
+    assert f"{path}, line 3: " in str(caught.value)
+
+
+# --- ShareGPT4V --------------------------------------------------------------------------------------------------
+
+
+def record(image="coco/train2017/000000000009.jpg", answer="The image shows food.", **changes):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat do you see happening in this image?"},
+        {"from": "gpt", "value": answer},
+        {"from": "human", "value": "And where?"},
+        {"from": "gpt", "value": "On a tray."},
+    ]
+    return {"id": "000000000009", "image": image, "conversations": turns} | changes
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_sharegpt4v_gives_the_first_answer_of_each_picture(tmp_path):
+    text_only = record()
+    del text_only["image"]
+    path = write_json(tmp_path / "s.json", [record(), text_only, record("sam/images/sa_1.jpg", "A street.")])
+    assert read_sharegpt4v(path) == [
+        (tmp_path / "coco/train2017/000000000009.jpg", "The image shows food."),
+        (tmp_path / "sam/images/sa_1.jpg", "A street."),
+    ]
+    assert read_sharegpt4v(path, root=Path("data"))[1][0] == Path("data/sam/images/sa_1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"image": "a.jpg"}, "record 1: expected an object with 'image' and 'conversations'"),
+        ("text", "record 1: expected an object"),
+        (record(conversations=[{"from": "human", "value": "?"}]), "record 1: expected a turn from 'gpt'"),
+        (record(conversations=["gpt: a cat"]), "record 1: expected a turn from 'gpt'"),
+        (record(conversations=[{"from": "gpt"}]), "record 1: expected text for picture and caption, got .* and None"),
+        (record(image=3), "record 1: expected text for picture and caption, got 3"),
+    ],
+)
+def test_sharegpt4v_error_names_the_record(tmp_path, bad, reason):
+    with pytest.raises(InputError, match=reason):
+        read_sharegpt4v(write_json(tmp_path / "s.json", [record(), bad]))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [('{"a": 1}', "a list of records, got a dict"), ("[{", "list of records: ")]
+)
+def test_sharegpt4v_refuses_another_layout(tmp_path, content, reason):
+    path = tmp_path / "s.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=reason):
+        read_sharegpt4v(path)
+
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [read_json_lines, read_sharegpt4v])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
+    with pytest.raises(InputError, match=r"cannot read .*missing\.json: No such file"):
+        read(tmp_path / "missing.json")
+    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
+        read(tmp_path)
+    latin = tmp_path / "latin.json"
+    latin.write_bytes('{"image": "a.jpg", "caption": "café"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.json: expected UTF-8 text"):
+        read(latin)

@@ -1,0 +1,169 @@
+"""Engines: every one that runs here gives the same embeddings, whatever stands beside them, and says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import finelip_fast
+from finelip_fast._errors import CheckpointError, EngineError, InputError
+from finelip_fast.checkpoint import fingerprint
+from finelip_fast.engines import Engine, open_engine
+from finelip_fast.engines.base import ENGINES, why_not
+from finelip_fast.tokenizer import TruncationWarning, encode_batch
+
+AVAILABLE = [name for name in ENGINES if name != "auto" and why_not(name) is None]
+CONTEXT = 24
+TEXTS = [
+    "a red house",
+    "",
+    "a blue bus waits beside the tall tree in front of the bakery",
+    "a cat",
+    "two people with umbrellas walk past a yellow house with a flat roof and a green door",
+]
+LONG = " ".join(f"the {colour} house has a {colour} door." for colour in ("red", "blue", "green", "white", "black") * 2)
+CLOSE = {"atol": 1e-5, "rtol": 0}  # float32: the device is the CPU
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "checkpoint"
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=AVAILABLE)
+def engine(request: pytest.FixtureRequest, checkpoint: Path) -> Engine:
+    return open_engine(request.param, checkpoint, "cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 32 + 8 * n, 3), np.uint8)) for n in range(5)]
+
+
+def test_embeddings_are_those_of_the_model(engine: Engine, checkpoint: Path, pictures: list[Image.Image]) -> None:
+    model = finelip_fast.load(checkpoint)
+    with torch.no_grad():
+        images = model.encode_image(model.preprocess.batch(pictures))
+        texts = model.encode_text(finelip_fast.tokenize(TEXTS, CONTEXT))
+    torch.testing.assert_close(engine.embed_images(pictures), images, **CLOSE)
+    torch.testing.assert_close(engine.embed_texts(TEXTS), texts, **CLOSE)
+
+
+def test_rows_are_of_unit_length(engine: Engine, pictures: list[Image.Image]) -> None:
+    for embeddings in (engine.embed_images(pictures), engine.embed_texts(TEXTS)):
+        assert embeddings.shape == (5, engine.config.tokens, engine.config.embed_dim)
+        torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(embeddings.shape[:2]), **CLOSE)
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(5)), batch_size=st.integers(1, 6))
+def test_company_and_order_change_nothing(
+    engine: Engine, pictures: list[Image.Image], order: list[int], batch_size: int
+) -> None:
+    images = engine.embed_images((pictures[n] for n in order), batch_size=batch_size)
+    torch.testing.assert_close(images, torch.cat([engine.embed_images([pictures[n]]) for n in order]), **CLOSE)
+    texts = engine.embed_texts([TEXTS[n] for n in order], batch_size=batch_size)
+    torch.testing.assert_close(texts, torch.cat([engine.embed_texts([TEXTS[n]]) for n in order]), **CLOSE)
+
+
+def test_padding_changes_nothing(engine: Engine) -> None:
+    ids = finelip_fast.tokenize(TEXTS[:2], CONTEXT)
+    torch.testing.assert_close(engine.encode_text(ids), engine.encode_text(ids[:, :6]), **CLOSE)
+
+
+def test_a_shorter_context_cuts_there(engine: Engine) -> None:
+    assert encode_batch(TEXTS[:1], CONTEXT).lengths == 5
+    torch.testing.assert_close(engine.embed_texts(TEXTS[:1], context_length=5), engine.embed_texts(TEXTS[:1]), **CLOSE)
+    with pytest.warns(TruncationWarning, match="1 of 2 captions was longer than 4 tokens"):
+        cut = engine.embed_texts(["a red house", "a red"], context_length=4)
+    torch.testing.assert_close(cut[0], cut[1], **CLOSE)
+
+
+@pytest.mark.parametrize("context", [0, 2, CONTEXT + 1])
+def test_a_context_that_cannot_be_is_refused(engine: Engine, context: int) -> None:
+    with pytest.raises(InputError, match=f"expected .*{max(3, min(context, CONTEXT))}"):
+        engine.embed_texts(["a red house"], context_length=context)
+
+
+def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:
+    whole = encode_batch([LONG], 1000)
+    assert whole.lengths > 2 * CONTEXT
+    with pytest.raises(InputError, match=f"expected captions of at most {CONTEXT} tokens, got {int(whole.lengths)}"):
+        engine.embed_texts([LONG], overflow="error")
+    with pytest.warns(TruncationWarning, match=f"longer than {CONTEXT} tokens"):
+        cut = engine.embed_texts([LONG])
+    windowed = engine.embed_texts(["a cat", LONG, ""], overflow="window", batch_size=2)
+    assert windowed.shape[0] == 3
+    torch.testing.assert_close(windowed.norm(dim=-1), torch.ones(windowed.shape[:2]), **CLOSE)
+    torch.testing.assert_close(windowed[[0, 2]], engine.embed_texts(["a cat", ""]), **CLOSE)
+    assert not torch.allclose(windowed[1], cut[0], atol=1e-3)
+
+    windows = encode_batch([LONG], CONTEXT, overflow="window").ids
+    mean = torch.nn.functional.normalize(engine.encode_text(windows).sum(0), dim=-1)
+    torch.testing.assert_close(windowed[1], mean, **CLOSE)
+
+
+def test_an_engine_says_what_it_is(engine: Engine, checkpoint: Path) -> None:
+    assert engine.name in AVAILABLE
+    assert str(engine) == f"{engine.name}: {engine.description} (asked for)"
+    assert engine.source == str(checkpoint)
+    assert engine.fingerprint == fingerprint(checkpoint)
+    assert engine.alpha == 0.8
+    assert engine.device == torch.device("cpu")
+
+
+def test_auto_says_why(checkpoint: Path) -> None:
+    engine = open_engine("auto", checkpoint, "cpu")
+    assert engine.name in AVAILABLE
+    assert engine.reason
+    assert engine.reason != "asked for"
+    assert engine.reason in str(engine)
+
+
+def test_a_relative_source_is_kept_absolute(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    assert open_engine("torch", checkpoint.name, "cpu").source == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "auto" and name not in AVAILABLE])
+def test_an_engine_that_cannot_run_says_what_to_do(name: str, checkpoint: Path) -> None:
+    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*; use engine='torch'"):
+        open_engine(name, checkpoint)
+
+
+def test_an_unknown_engine_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"expected engine to be one of .*'torch'.*, got 'jax'"):
+        open_engine("jax", checkpoint)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(device: str, checkpoint: Path) -> None:
+    with pytest.raises(EngineError, match=f"device='{device}' cannot be used: .*use device='cpu'"):
+        open_engine("torch", checkpoint, device)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing: no such file or folder"):
+        open_engine("auto", tmp_path / "nothing")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_agrees_with_the_cpu(checkpoint: Path, pictures: list[Image.Image]) -> None:
+    here, there = open_engine("torch", checkpoint, "cpu"), open_engine("torch", checkpoint)
+    assert there.device.type == "cuda"
+    assert there.fingerprint == here.fingerprint
+    for one, other in (
+        (here.embed_images(pictures), there.embed_images(pictures)),
+        (here.embed_texts(TEXTS), there.embed_texts(TEXTS)),
+    ):
+        assert (one * other.float().cpu()).sum(-1).min() > 0.999

@@ -1,0 +1,284 @@
+"""The index: a list of items that searches, and that a folder keeps through anything that was acknowledged."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index import Index, IndexSpec, stored_source
+from finelip_fast.index.catalogue import Catalogue
+
+SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    """Unit rows, on float16's grid so that keeping them loses nothing."""
+    rows = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=-1).half().float()
+
+
+def add(index: Index, *ids: str, seed: int = 0) -> None:
+    index.add(ids, embeddings(len(ids), seed), [{"of": one} for one in ids])
+
+
+@pytest.fixture(params=["memory", "folder"])
+def open_index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Index]]:
+    """Opens an index of either kind; closed at the end."""
+    opened: list[Index] = []
+
+    def build() -> Index:
+        opened.append(Index(SPEC, None if request.param == "memory" else tmp_path / "index"))
+        return opened[-1]
+
+    yield build
+    for index in opened:
+        index.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "index"
+
+
+def contents(folder: Path) -> list[str]:
+    with closing(Index(SPEC, folder)) as index:
+        return index.ids
+
+
+# Adding and searching -------------------------------------------------------------------------------------------------
+
+
+def test_an_index_holds_what_was_added(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    assert len(index) == 0
+    assert index.embeddings.shape == (0, 3, 8)
+    add(index, "a", "b")
+    add(index, "c", seed=1)
+    assert len(index) == 3
+    assert index.ids == ["a", "b", "c"]
+    assert index.metadata == [{"of": "a"}, {"of": "b"}, {"of": "c"}]
+    assert torch.equal(index.embeddings, torch.cat([embeddings(2), embeddings(1, seed=1)]).half())
+    assert "b" in index
+    assert "d" not in index
+
+
+def test_adding_nothing_is_nothing(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    index.add([], torch.empty(0, 3, 8), [])
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 50])
+@pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
+def test_search_agrees_with_scoring_everything(method: ModuleType, k: int, alpha: float) -> None:
+    index = Index(SPEC)
+    for block in range(3):  # in blocks, as they were added
+        index.add([f"{block}-{n}" for n in range(4)], embeddings(4, block), [{}] * 4)
+    queries = embeddings(2, seed=9)
+    scores, positions = index.search(queries, k, alpha=alpha)
+    expected = method.score_matrix(queries.double().numpy(), index.embeddings.double().numpy(), alpha)
+    order = np.argsort(-expected, axis=1, kind="stable")[:, :k]
+    assert positions.tolist() == order.tolist()
+    torch.testing.assert_close(
+        scores, torch.from_numpy(np.take_along_axis(expected, order, 1)).float(), atol=1e-5, rtol=0
+    )
+
+
+def test_ties_come_in_order_of_insertion(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    same = torch.eye(8)[None, :3]  # exact in any arithmetic
+    for name in "hgfedcba":
+        index.add([name], same, [{}])
+    assert index.search(same, 5, alpha=0.8)[1].tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_searching_an_empty_index_finds_nothing(open_index: Callable[[], Index]) -> None:
+    scores, positions = open_index().search(embeddings(2), 5, alpha=0.8)
+    assert scores.shape == positions.shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["new", "old"], "got 'old' again; give other ids"),
+        (["new", "twice", "twice"], "got 'twice' again; give other ids"),
+        (["new", 7], "expected ids as str, got 7"),
+    ],
+)
+def test_ids_must_be_new_strings(open_index: Callable[[], Index], ids: list, message: str) -> None:
+    index = open_index()
+    add(index, "old")
+    with pytest.raises(InputError, match=message):
+        index.add(ids, embeddings(len(ids)), [{}] * len(ids))
+    assert index.ids == ["old"]
+    add(index, "new")
+
+
+@pytest.mark.parametrize(
+    ("shape", "metadata"),
+    [((2, 3, 8), 1), ((1, 2, 8), 1), ((1, 3, 4), 1), ((1, 3, 8), 2)],
+    ids=["rows", "tokens", "width", "metadata"],
+)
+def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, ...], metadata: int) -> None:
+    index = open_index()
+    with pytest.raises(InputError, match=r"expected embeddings \[1, 3, 8\] with as many metadata, got"):
+        index.add(["a"], torch.zeros(shape), [{}] * metadata)
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize("metadata", [{"path": Path("a")}, {"set": {1}}, {(1, 2): 3}, ["list"], None], ids=repr)
+def test_metadata_must_be_json(open_index: Callable[[], Index], metadata: object) -> None:
+    index = open_index()
+    with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values, got"):
+        index.add(["a", "b"], embeddings(2), [{}, metadata])
+    assert len(index) == 0
+
+
+def test_metadata_is_a_copy_and_reads_alike_before_and_after_closing(folder: Path) -> None:
+    given = {"size": (640, 480), 1: ["x"]}
+    with closing(Index(SPEC, folder)) as index:
+        index.add(["a"], embeddings(1), [given])
+        given[1].append("changed later")
+        before = index.metadata
+    with closing(Index(SPEC, folder)) as index:
+        assert index.metadata == before == [{"size": [640, 480], "1": ["x"]}]
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_keeps_everything(folder: Path) -> None:
+    with closing(Index(SPEC, folder, source="somewhere")) as index:
+        add(index, "a", "b")
+        add(index, "c", seed=1)
+        before, query = index, embeddings(1, seed=2)
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == before.ids
+        assert index.metadata == before.metadata
+        assert torch.equal(index.embeddings, before.embeddings)
+        for mine, other in zip(index.search(query, 3, alpha=0.8), before.search(query, 3, alpha=0.8), strict=True):
+            assert torch.equal(mine, other)
+        add(index, "d", seed=3)
+    assert contents(folder) == ["a", "b", "c", "d"]
+    assert stored_source(folder) == "somewhere"
+
+
+def test_a_closed_index_still_searches_but_takes_nothing(folder: Path) -> None:
+    index = Index(SPEC, folder)
+    add(index, "a")
+    index.close()
+    index.close()
+    assert index.search(embeddings(1), 1, alpha=1.0)[1].tolist() == [[0]]
+    with pytest.raises(StoreError, match="the index is closed: open its folder again"):
+        add(index, "b")
+    assert index.ids == contents(folder) == ["a"]
+
+
+def test_the_stored_source_tells_the_bundled_model_from_no_index(folder: Path) -> None:
+    assert stored_source(folder) is None
+    Index(SPEC, folder, source="").close()
+    assert stored_source(folder) == ""
+
+
+def test_a_process_killed_before_the_commit_loses_nothing_acknowledged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "kept")
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalogue, "add", killed)
+            with pytest.raises(KeyboardInterrupt):
+                add(index, "lost", seed=1)
+        assert index.ids == ["kept"]
+    assert len(list((folder / "segments").iterdir())) == 2  # the second belongs to nobody
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["kept"]
+        add(index, "lost", seed=1)
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["kept", "lost"]
+        assert torch.equal(index.embeddings[1:], embeddings(1, seed=1).half())
+
+
+def test_of_two_writers_the_second_is_told_and_nothing_is_lost(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as first, closing(Index(SPEC, folder)) as second:
+        add(first, "from the first")
+        with pytest.raises(StoreError, match=r"another process has added to the index at .*: open it again"):
+            add(second, "from the second")
+        assert second.ids == []
+        add(first, "more")
+    with closing(Index(SPEC, folder)) as again:
+        add(again, "from the second", seed=2)
+    assert contents(folder) == ["from the first", "more", "from the second"]
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])])
+def test_a_damaged_segment_is_named(folder: Path, damage: Callable[[Path], object]) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+    (segment,) = (folder / "segments").iterdir()
+    damage(segment)
+    with pytest.raises(StoreError, match=segment.name):
+        Index(SPEC, folder)
+
+
+@pytest.mark.parametrize("where", ["index", "index/below"], ids=["itself", "its parent"])
+def test_a_file_in_the_folders_place_is_refused(folder: Path, where: str) -> None:
+    folder.write_text("in the way")
+    with pytest.raises(StoreError, match=r"cannot make the index folder .*index"):
+        Index(SPEC, folder.parent / where)
+    assert stored_source(folder) is None
+    assert folder.read_text() == "in the way"
+
+
+def test_a_catalogue_that_is_a_folder_is_refused(folder: Path) -> None:
+    (folder / "catalogue.sqlite").mkdir(parents=True)
+    for attempt in (lambda: Index(SPEC, folder), lambda: stored_source(folder)):
+        with pytest.raises(StoreError, match=r"catalogue\.sqlite cannot be opened as an index catalogue"):
+            attempt()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    steps=st.lists(st.one_of(st.just("reopen"), st.integers(0, 4)), max_size=8),
+    k=st.integers(1, 12),
+    alpha=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+)
+def test_any_sequence_of_adding_and_reopening_is_a_list(
+    method: ModuleType, steps: list[str | int], k: int, alpha: float
+) -> None:
+    model: list[tuple[str, dict]] = []
+    rows = embeddings(0)
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index(SPEC, folder)
+        for step in steps:
+            if step == "reopen":
+                index.close()
+                index = Index(SPEC, folder)
+            else:
+                new = [(f"item {len(model) + n}", {"n": n}) for n in range(step)]
+                block = embeddings(step, seed=len(model))
+                index.add([one for one, _ in new], block, [meta for _, meta in new])
+                model, rows = model + new, torch.cat([rows, block])
+            assert list(zip(index.ids, index.metadata, strict=True)) == model
+            assert all(one in index for one, _ in model)
+            assert torch.equal(index.embeddings, rows.half())
+        query = embeddings(1, seed=99)
+        scores, positions = index.search(query, k, alpha=alpha)
+        index.close()
+    expected = method.score_matrix(query.double().numpy(), rows.double().numpy(), alpha)[0]
+    assert positions[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
+    np.testing.assert_allclose(scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)

@@ -1,0 +1,311 @@
+"""The command line: every command does its work, speaks JSON when asked, and explains its errors with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import demo
+from finelip_fast.cli import main
+
+COMMANDS = ("demo", "index", "search", "eval", "train", "convert", "info")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "other"
+    finelip_fast.save(make_model(seed=1, context_length=40, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of three pictures and two other files, in the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("photos")
+    folder.mkdir()
+    for n, name in enumerate(("a", "b", "c")):
+        save_picture(folder / f"{name}.png", n)
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / "broken.jpg").write_text("not a picture either")
+    return folder
+
+
+def save_picture(path: Path, seed: int) -> None:
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(colours).resize((40, 40)).save(path)
+
+
+@pytest.fixture
+def finelip(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must succeed on the CPU; what it printed."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(one) for one in arguments])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail; the message, which is all that it printed."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(one) for one in arguments])
+        printed = capsys.readouterr()
+        assert code == 2
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert "Traceback" not in printed.err
+        return printed.err
+
+    return run
+
+
+def index(finelip: Callable[..., str], photos: Path, checkpoint: Path, *options: object) -> str:
+    return finelip("index", photos, "--checkpoint", checkpoint, "--device", "cpu", "--quiet", *options)
+
+
+# Index and search -----------------------------------------------------------------------------------------------------
+
+
+def test_index_then_search(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    report = index(finelip, photos, checkpoint)
+    assert report.splitlines()[0] == "3 added, 2 skipped"
+    assert f"{photos / 'notes.txt'}: not a picture by its name" in report
+    assert f"{photos / 'broken.jpg'}: cannot read" in report
+    assert Path("finelip-index").is_dir()
+
+    lines = finelip("search", "a red house", "--device", "cpu").splitlines()  # by the checkpoint of the index
+    assert len(lines) == 3
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    assert {line.split()[-1] for line in lines} == {str(photos / f"{name}.png") for name in "abc"}
+
+    by_image = finelip("search", "--image", photos / "b.png", "-k", 1, "--device", "cpu").splitlines()
+    assert len(by_image) == 1
+    assert by_image[0].endswith(str(photos / "b.png"))
+
+
+def test_index_again_adds_what_is_new(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    index(finelip, photos, checkpoint)
+    assert index(finelip, photos, checkpoint).splitlines()[0] == "0 added, 2 skipped"
+    save_picture(photos / "d.png", 9)
+    report = json.loads(
+        finelip("index", photos, "--device", "cpu", "--quiet", "--json")
+    )  # the checkpoint is remembered
+    assert report["added"] == [str(photos / "d.png")]
+    assert [Path(path).name for path, _ in report["skipped"]] == ["notes.txt", "broken.jpg"]
+    assert len(json.loads(finelip("search", "a house", "--json", "--device", "cpu"))) == 4
+
+
+def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    index(finelip, photos, checkpoint, "--index", "elsewhere")
+    arguments = ["search", "a red house", "--index", "elsewhere", "--device", "cpu", "-k", "2"]
+    hits = json.loads(finelip(*arguments, "--json"))
+    assert [set(hit) for hit in hits] == [{"id", "score", "global_score", "fine_score", "metadata"}] * 2
+    assert hits[0]["score"] >= hits[1]["score"]
+    (first, *_) = finelip(*arguments).splitlines()
+    assert f"{hits[0]['score']:.4f}" in first
+    everything = json.loads(finelip(*arguments, "--alpha", "1", "--json"))
+    assert all(hit["score"] == pytest.approx(hit["global_score"], abs=1e-6) for hit in everything)
+
+
+def test_an_index_inside_its_pictures_is_not_reported(
+    finelip: Callable[..., str], photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    for added in (3, 0):
+        report = index(finelip, Path("."), checkpoint)
+        assert report.splitlines()[0] == f"{added} added, 2 skipped"
+
+
+def test_an_empty_folder_gives_an_empty_index(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    where = ["--index", tmp_path / "index"]
+    assert index(finelip, tmp_path / "nothing", checkpoint, *where) == "0 added, 0 skipped\n"
+    assert finelip("search", "a house", "--device", "cpu", *where) == "the index is empty\n"
+    assert json.loads(finelip("search", "a house", "--device", "cpu", "--json", *where)) == []
+
+
+def test_names_that_a_terminal_cannot_show(
+    finelip: Callable[..., str], photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        save_picture(photos / name, 5)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    index(finelip, photos, checkpoint)
+    assert r"caf\udce9.png" in finelip("search", "a house", "--device", "cpu")
+    found = json.loads(finelip("search", "--image", photos / name, "--device", "cpu", "--json"))
+    assert found[0]["id"] == str(photos / name)
+
+
+# Eval, convert, info --------------------------------------------------------------------------------------------------
+
+
+def test_eval_on_scenes(finelip: Callable[..., str], checkpoint: Path) -> None:
+    arguments = [
+        "eval",
+        "scenes:test:4",
+        "--checkpoint",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--quiet",
+        "--context",
+        "12",
+        "40",
+    ]
+    result = json.loads(finelip(*arguments, "--json"))
+    assert result["pairs"] == 4
+    assert [(row["context"], row["score"]) for row in result["rows"][::3]] == [(12, "global"), (40, "global")]
+    assert all(0 <= row["t2i_recall@1"] <= 1 for row in result["rows"])
+    assert len(finelip(*arguments).splitlines()) == 7
+
+
+def test_eval_on_json_lines(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    lines = [json.dumps({"image": f"{name}.png", "caption": f"picture {name}"}) for name in "abc"]
+    Path("pairs.jsonl").write_text("\n".join(lines))
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--quiet", "--json"]
+    result = json.loads(finelip("eval", "jsonl:pairs.jsonl", "--root", photos, "--alpha", "0.5", *arguments))
+    assert (result["pairs"], result["alpha"]) == (3, 0.5)
+
+
+def test_convert_writes_a_checkpoint_that_opens(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    written = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--half", "--context-length", 50, "--json"))
+    assert written["dtype"] == "float16"
+    assert written["context_length"] == finelip_fast.load(tmp_path / "half").config.context_length == 50
+    assert f"folder: {tmp_path / 'text'}" in finelip("convert", checkpoint, tmp_path / "text")
+
+
+def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:
+    values = json.loads(finelip("info", "--json"))
+    assert values["packages"]["finelip-fast"] == finelip_fast.__version__
+    assert values["engines"]["torch"] == "runs here"
+    assert set(values["engines"]) == {"torch", "onnx", "trt"}
+    assert all(values["engines"].values())
+    assert values["kernels"]
+    text = finelip("info")
+    assert "packages:\n  finelip-fast: " in text
+    assert "  torch: runs here" in text
+
+
+def test_a_demo_report_speaks_json(finelip: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_demo(folder: str, **options: Any) -> demo.DemoReport:
+        asked.update(options, folder=folder)
+        return demo.DemoReport(4, {"all": {"t2i_recall@1": 1.0, "i2t_recall@1": 0.5}}, 1.5, 2.5, "demo/index.html")
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    values = json.loads(finelip("demo", "--out", "there", "--scenes", 4, "--quiet", "--json"))
+    assert values["rows"]["all"]["t2i_recall@1"] == 1.0
+    assert values["page"] == "demo/index.html"
+    assert asked == {"folder": "there", "scenes": 4, "progress": False}
+    assert "4 pictures indexed in 2.5 s, 1.5 ms a query" in finelip("demo")
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert "there is no index at finelip-index: make one with finelip index FOLDER" in fails("search", "a house")
+    assert "there is no index at photos" in fails("search", "a house", "--index", photos)
+    assert sorted(one.name for one in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
+    assert "expected either a description or --image FILE" in fails("search")
+    assert "expected either a description or --image FILE" in fails("search", "a house", "--image", photos / "a.png")
+    assert "expected a folder, got nothing there" in fails("index", tmp_path / "lost", "--checkpoint", checkpoint)
+    assert "expected a folder, got a file" in fails("index", photos / "a.png", "--checkpoint", checkpoint)
+    assert "lost: no such file or folder" in fails("index", photos, "--checkpoint", tmp_path / "lost")
+    assert "expected engine to be one of" in fails("index", photos, "--checkpoint", checkpoint, "--engine", "jax")
+    assert "device='tpux' cannot be used" in fails("index", photos, "--checkpoint", checkpoint, "--device", "tpux")
+    assert "batch_size of at least 1" in fails(
+        "index", photos, "--checkpoint", checkpoint, "--batch-size", "0", "--quiet"
+    )
+    assert "expected scenes:SPLIT, jsonl:FILE" in fails("eval", "coco", "--checkpoint", checkpoint)
+    assert "cannot read lost.jsonl" in fails("eval", "jsonl:lost.jsonl", "--checkpoint", checkpoint)
+    assert "expected contexts from 3 to" in fails(
+        "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context", "999"
+    )
+    assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")
+    assert "expected at least one scene" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_errors_of_a_search(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path, other_checkpoint: Path
+) -> None:
+    index(finelip, photos, checkpoint)
+    message = fails("search", "a house", "--checkpoint", other_checkpoint)
+    assert str(checkpoint) in message
+    assert str(other_checkpoint) in message
+    assert "expected k of at least 1, got 0" in fails("search", "a house", "-k", "0")
+    assert "expected alpha in [0, 1], got 2.0" in fails("search", "a house", "--alpha", "2")
+    assert "not an image" in fails("search", "--image", photos / "notes.txt")
+    Path("finelip-index/catalogue.sqlite").write_bytes(b"not a database" * 100)
+    assert "cannot be opened as an index catalogue" in fails("search", "a house")
+
+
+def test_a_checkpoint_that_moved_is_named(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    shutil.copytree(checkpoint, "moving")
+    index(finelip, photos, Path("moving"))
+    Path("moving").rename("moved")
+    assert f"{Path('moving').absolute()}: no such file or folder" in fails("search", "a house")
+    assert finelip("search", "a house", "--checkpoint", "moved", "--device", "cpu")
+
+
+def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["search", "-k", "many"]], ids=["none", "unknown", "type"])
+def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: finelip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_the_installed_command_lists_all_commands() -> None:
+    script = shutil.which("finelip", path=str(Path(sys.executable).parent))
+    assert script is not None, "the finelip command is not installed beside this Python"
+    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(f"    {command} " in result.stdout for command in COMMANDS)

@@ -1,0 +1,110 @@
+"""The demo: the bundled model finds scenes that it never saw, and the page shows it."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from finelip_fast._errors import InputError
+from finelip_fast.demo import DemoReport, _seen, run_demo
+from finelip_fast.tokenizer import encode_batch
+
+SCENES = 40
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """The sources of the images; fails where tags do not pair."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.count: dict[str, int] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        values = dict(attributes)
+        assert len(values) == len(attributes)
+        if tag == "img":
+            assert values["alt"]
+            self.sources.append(values["src"] or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        # HTML lets the next cell or row end the one before.
+        while self.open and self.open[-1] != tag and self.open[-1] in ("td", "th", "tr", "p"):
+            self.open.pop()
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> DemoReport:
+    return run_demo(tmp_path_factory.mktemp("demo"), scenes=SCENES, progress=False)
+
+
+def test_long_descriptions_find_their_pictures(report: DemoReport) -> None:
+    assert report.scenes == SCENES
+    names = list(report.rows)
+    assert names[1:] == [
+        names[0].replace("+ fine", "only"),
+        "77 tokens, global + fine",
+        "77 tokens, global only (as CLIP)",
+    ]
+    found = [metrics["t2i_recall@1"] for metrics in report.rows.values()]
+    assert found[0] > 0.5
+    assert found[0] > found[2]
+    assert found[0] > found[3]
+    for metrics in report.rows.values():
+        for way in ("i2t", "t2i"):
+            assert 0 <= metrics[f"{way}_recall@1"] <= metrics[f"{way}_recall@5"] <= metrics[f"{way}_recall@10"] <= 1
+
+
+def test_the_report_prints_its_numbers(report: DemoReport) -> None:
+    text = str(report)
+    assert f"{report.rows[next(iter(report.rows))]['t2i_recall@1']:.3f}" in text
+    assert f"{SCENES} pictures indexed in" in text
+    assert report.page in text
+
+
+def test_the_page_is_whole(report: DemoReport) -> None:
+    path = Path(report.page)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    page = Page(text)
+    assert page.count["section"] == 16
+    assert len(page.sources) == 16 * 2 * 5
+    assert all((path.parent / source).is_file() for source in page.sources)
+    assert 'class="own"' in text
+    assert 'class="cut"' in text
+    assert "http" not in text  # shows without a network
+
+
+def test_a_second_run_uses_what_is_there(report: DemoReport) -> None:
+    again = run_demo(Path(report.page).parent, scenes=SCENES, shown=2, progress=False)
+    assert again.rows == report.rows
+    assert Page(Path(again.page).read_text(encoding="utf-8")).count["section"] == 2
+
+
+@pytest.mark.parametrize("options", [{"scenes": 0}, {"scenes": -1}, {"shown": 0}], ids=str)
+def test_nothing_to_show_is_refused(options: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected at least one scene and one query"):
+        run_demo(tmp_path / "demo", **options)
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("context", [3, 4, 5, 9, 100])
+def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
+    caption = "A red house, with two floors & a <flat> roof."
+    kept = caption[: _seen(caption, context)]
+    assert caption.startswith(kept)
+    assert kept == caption or caption[len(kept)] == " " or kept == ""
+    assert encode_batch([kept], 1000).lengths <= context
+    longer = " ".join(caption.split(" ")[: len(kept.split()) + 1])
+    assert kept == caption or encode_batch([longer], 1000).lengths > context

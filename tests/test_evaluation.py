@@ -1,0 +1,176 @@
+"""Evaluation: recall worked out by hand, contexts that are checked first, and a result that goes into JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import finelip_fast
+from finelip_fast._errors import ImageError, InputError
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.datasets import Example, open_dataset
+from finelip_fast.engines import Engine, open_engine
+from finelip_fast.evaluation import evaluate
+from finelip_fast.metrics import ranks, recall
+
+CONFIG = FineLIPConfig.preset("scenes", context_length=64)
+METRICS = [f"{direction}_recall@{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
+
+
+class Table(Engine):
+    """An engine whose pictures and captions are numbers of rows in two tables; remembers the contexts asked for."""
+
+    name, config, alpha = "table", CONFIG, 0.8
+
+    def __init__(self, images: Tensor, texts: Tensor) -> None:
+        self.images, self.texts, self.contexts, self.batches = images, texts, [], []
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    encode_text = encode_image
+
+    def embed_images(self, images: Sequence[Any], *, batch_size: int = 64) -> Tensor:
+        self.batches.append(len(images))
+        return self.images[list(images)]
+
+    def embed_texts(self, texts: Sequence[str], *, context_length: int | None = None, **_: Any) -> Tensor:
+        self.contexts.append(context_length)
+        return self.texts[[int(text) for text in texts]]
+
+
+def pairs(count: int) -> list[Example]:
+    return [Example(n, str(n), str(n)) for n in range(count)]
+
+
+def run(images: Tensor, texts: Tensor, **options: Any) -> dict[str, dict[str, float]]:
+    """Metrics of one context by the name of the score."""
+    report = evaluate(Table(images, texts), pairs(len(images)), progress=False, **options)
+    return {row.score: row.metrics for row in report.rows}
+
+
+def test_recall_by_hand() -> None:
+    # Captions 0 and 1 both describe picture 0; picture 1 resembles nothing.
+    images, texts = torch.eye(3)[:, None], torch.eye(3)[[0, 0, 2], None]
+    for metrics in run(images, texts).values():
+        # Rows:    picture 0 ties with caption 1 (rank 2), picture 1 ties with all (3), picture 2 is right (1).
+        # Columns: caption 0 is right (1), caption 1 is beaten and ties (3), caption 2 is right (1).
+        assert metrics == pytest.approx(
+            {
+                "i2t_recall@1": 1 / 3,
+                "i2t_recall@5": 1,
+                "i2t_recall@10": 1,
+                "t2i_recall@1": 2 / 3,
+                "t2i_recall@5": 1,
+                "t2i_recall@10": 1,
+            }
+        )
+
+
+def test_each_score_counts_for_itself() -> None:
+    """Six pairs whose global embeddings are all the same and whose other tokens tell them apart."""
+    same, own = torch.eye(7)[:1].expand(6, 7), torch.eye(7)[1:]
+    items = torch.stack([same, own], dim=1)
+    result = run(items, items)
+    assert result["global"] == pytest.approx(dict(zip(METRICS, (0, 0, 1) * 2, strict=True)))  # all tie: rank 6
+    assert result["fine"] == result["combined"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert run(items, items, alpha=1.0)["combined"] == result["global"]
+
+    # Global embeddings that mislead: each picture's is the next caption's.
+    misled = torch.stack([own.roll(1, 0), own], dim=1), torch.stack([own, own.roll(2, 0)], dim=1)
+    assert run(*misled)["global"]["i2t_recall@1"] == 0
+
+
+def test_ties_and_nan_count_against() -> None:
+    assert ranks(torch.zeros(4, 4)).tolist() == [4] * 4
+    scores = torch.tensor([[2.0, float("nan"), 1.0], [0.0, 1.0, 0.5], [0.0, 0.0, float("nan")]])
+    assert ranks(scores).tolist() == [2, 1, 3]
+    assert recall(scores, ks=(1, 2)) == pytest.approx(
+        {"i2t_recall@1": 1 / 3, "i2t_recall@2": 2 / 3, "t2i_recall@1": 1 / 3, "t2i_recall@2": 2 / 3}
+    )
+
+
+def test_contexts_are_sorted_and_each_once() -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
+    report = evaluate(engine, pairs(3), contexts=[64, 20, 64], batch_size=2, progress=False)
+    assert engine.contexts == [20, 64]
+    assert engine.batches == [2, 1]
+    assert [(row.context, row.score) for row in report.rows] == [
+        (context, score) for context in (20, 64) for score in ("global", "fine", "combined")
+    ]
+    evaluate(engine, pairs(3), progress=False)
+    assert engine.contexts[2:] == [64]
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "message"),
+    [
+        ({}, 0, "expected at least one pair to evaluate, got none"),
+        ({"contexts": [20, 65]}, 3, r"expected contexts from 3 to the model's 64 tokens, got \[20, 65\]"),
+        ({"contexts": [0]}, 3, r"expected contexts from 3 to the model's 64 tokens, got \[0\]"),
+        ({"contexts": [-5, 20]}, 3, r"expected contexts from 3 .*got \[-5, 20\]"),
+        ({"alpha": 1.5}, 3, r"expected alpha in \[0, 1\], got 1.5"),
+    ],
+    ids=["nothing", "long", "zero", "negative", "alpha"],
+)
+def test_arguments_are_checked_before_any_work(options: dict, count: int, message: str) -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
+    with pytest.raises(InputError, match=message):
+        evaluate(engine, pairs(count), progress=False, **options)
+    assert engine.batches == []
+
+
+def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
+    report = evaluate(engine, pairs(3), contexts=[20, 64], progress=False)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["pairs"] == 3
+    assert values["alpha"] == 0.8
+    assert values["image_seconds"] >= 0
+    assert values["text_seconds"] >= 0
+    assert values["rows"][0] == {"context": 20, "score": "global", **dict.fromkeys(METRICS, 1.0)}
+    assert len(values["rows"]) == 6
+    lines = str(report).splitlines()
+    heads = [part for way in ("i2t", "t2i") for k in (1, 5, 10) for part in (way, f"R@{k}")]
+    assert lines[0].split() == ["context", "score", *heads]
+    assert lines[1].split() == ["20", "global", *["1.000"] * 6]
+    assert len(lines) == 7
+
+
+# On a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def engine(make_model, tmp_path_factory) -> Engine:
+    folder = tmp_path_factory.mktemp("evaluation") / "checkpoint"
+    finelip_fast.save(make_model(context_length=64, vision_layers=1, text_width=32), folder)
+    return open_engine("torch", folder, "cpu")
+
+
+def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
+    scenes = open_dataset("scenes:test:8", image_size=32)
+    report = evaluate(engine, scenes, contexts=(12, 64), batch_size=3, progress=False)  # cuts captions, silently
+    model = finelip_fast.load(engine.source)
+    examples = [scenes[n] for n in range(8)]
+    with torch.no_grad():
+        images = model.encode_image(model.preprocess.batch([one.image for one in examples]))
+    for row in report.rows:
+        with pytest.warns(UserWarning, match=f"longer than {row.context} tokens"):
+            ids = finelip_fast.tokenize([one.caption for one in examples], row.context)
+        with torch.no_grad():
+            texts = model.encode_text(ids)
+        alpha = {"global": 1.0, "fine": 0.0, "combined": 0.8}[row.score]
+        expected = recall(model.score(images, texts, alpha=alpha))
+        assert row.metrics == pytest.approx(expected, abs=1 / 8)  # rounding may turn one rank
+
+
+def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"image": "lost.png", "caption": "a house"}\n')
+    with pytest.raises(ImageError, match=r"lost\.png"):
+        evaluate(engine, open_dataset(f"jsonl:{tmp_path / 'pairs.jsonl'}"), progress=False)

@@ -1,0 +1,125 @@
+"""The package: its public names, what importing it starts, and what a wheel of it holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import finelip_fast
+
+REPOSITORY = Path(__file__).parent.parent
+MAPPED = ("kernels", "training", "export")
+
+
+def fresh_python(code: str) -> str:
+    """What a new process prints, started in the repository's root."""
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_public_names_are_these() -> None:
+    assert finelip_fast.__all__ == sorted(finelip_fast.__all__)
+    assert set(finelip_fast.__all__) == {
+        *("AddReport", "FineLIP", "FineLIPConfig", "FineLIPError", "Hit", "Preprocess", "Retriever"),
+        *("load", "open_image", "save", "tokenize"),
+    }
+    for name in finelip_fast.__all__:
+        value = getattr(finelip_fast, name)
+        assert value.__module__.startswith("finelip_fast.")
+        assert value.__doc__, f"{name} has no docstring"
+    # Whatever else has no underscore is a module.
+    others = {name for name in vars(finelip_fast) if not name.startswith("_")} - set(finelip_fast.__all__)
+    assert not {name for name in others if not isinstance(vars(finelip_fast)[name], type(sys))} - {"version"}
+    assert finelip_fast.__version__
+
+
+def test_importing_is_lean() -> None:
+    code = (
+        "import json, sys, finelip_fast, torch\nprint(json.dumps([sorted(sys.modules), torch.cuda.is_initialized()]))"
+    )
+    modules, cuda = json.loads(fresh_python(code).splitlines()[-1])
+    assert "finelip_fast.retriever" in modules
+    unwanted = {
+        *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorboard", "webdataset", "sklearn", "matplotlib"),
+        *("finelip_fast.training", "finelip_fast.export", "finelip_fast.cli"),
+    }
+    assert not unwanted & set(modules)
+    assert cuda is False
+
+
+def test_the_mapped_folders_have_no_bare_names() -> None:
+    code = (
+        "import importlib.util, json\n"
+        f"found = {{name: importlib.util.find_spec(name) for name in {MAPPED!r}}}\n"
+        "places = lambda spec: [spec.origin] if spec.origin else list(spec.submodule_search_locations)\n"
+        "print(json.dumps({name: places(spec) for name, spec in found.items() if spec}))"
+    )
+    for name, places in json.loads(fresh_python(code)).items():
+        ours = REPOSITORY / name
+        assert all(ours not in (place, place.parent) for place in map(Path, places)), (
+            f"{name} is importable by its bare name"
+        )
+
+
+def test_every_package_is_listed() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = set()
+    for folder in ("finelip_fast", *MAPPED):
+        prefix = ["finelip_fast"] if folder == "finelip_fast" else ["finelip_fast", folder]
+        for path in (REPOSITORY / folder).rglob("__init__.py"):
+            found.add(".".join([*prefix, *path.parent.relative_to(REPOSITORY / folder).parts]))
+    assert set(settings["packages"]) == found
+    assert settings["package-dir"] == {"finelip_fast": "finelip_fast"} | {
+        f"finelip_fast.{name}": name for name in MAPPED
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names in a wheel built from a copy of the sources."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("finelip_fast", *MAPPED):
+        shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for folder in ("tests", "bench"):  # beside them, as in the repository
+        (source / folder).mkdir()
+        (source / folder / "stray.py").touch()
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_one_package(wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert tops == {"finelip_fast", f"finelip_fast-{finelip_fast.__version__}.dist-info"}
+    assert not [name for name in wheel if "stray" in name or name.endswith(".pyc")]
+
+
+def test_the_wheel_holds_every_file(wheel: list[str]) -> None:
+    expected = set()
+    for folder in ("finelip_fast", *MAPPED):
+        prefix = "finelip_fast" if folder == "finelip_fast" else f"finelip_fast/{folder}"
+        for path in (REPOSITORY / folder).rglob("*"):
+            below = path.relative_to(REPOSITORY / folder)
+            kept = path.suffix == ".py" or below.parts[0] in ("py.typed", "data", "recipes")
+            if path.is_file() and kept and "__pycache__" not in below.parts:
+                expected.add(f"{prefix}/{below.as_posix()}")
+    held = {name for name in wheel if name.startswith("finelip_fast/") and not name.endswith("/")}
+    assert held == expected
+    assert {"finelip_fast/py.typed", "finelip_fast/kernels/clim.py", "finelip_fast/training/train.py"} <= held
+    assert any(name.startswith("finelip_fast/training/recipes/") and name.endswith(".json") for name in held)

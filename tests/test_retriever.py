@@ -1,0 +1,607 @@
+"""The front door: what is added is found, in every direction, from every odd file, and after every reopening."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import finelip_fast
+from finelip_fast import Hit, Retriever
+from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning
+from finelip_fast.engines.base import why_not
+from finelip_fast.index.catalogue import Catalogue
+from finelip_fast.tokenizer import TruncationWarning
+
+CONTEXT = 40
+TEXTS = [
+    "a red house with a flat roof",
+    "a blue bus waits beside the tall tree",
+    "two people with umbrellas",
+    "night",
+    "a yellow tram in front of a bakery, and a dog",
+]
+LONG = "a house with a door and a window, " * 20
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("retriever") / "checkpoint"
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("retriever") / "other"
+    finelip_fast.save(make_model(seed=1, context_length=CONTEXT, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture
+def build(checkpoint: Path) -> Iterator[Callable[..., Retriever]]:
+    """Opens retrievers on the CPU, in float32; their indexes are closed at the end."""
+    opened: list[Retriever] = []
+
+    def open_one(**options: object) -> Retriever:
+        opened.append(Retriever(**({"checkpoint": checkpoint, "device": "cpu"} | options)))
+        return opened[-1]
+
+    yield open_one
+    for retriever in opened:
+        retriever.index.close()
+
+
+@pytest.fixture
+def retriever(build: Callable[..., Retriever]) -> Retriever:
+    return build()
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture of its own: four random colours, blended."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+PICTURES = [picture(seed) for seed in range(6)]
+
+
+def ids_of(hits: list[Hit]) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def add_all(retriever: Retriever) -> list[str]:
+    names = [f"picture {n}" for n in range(len(PICTURES))]
+    retriever.add_images(PICTURES, ids=names, progress=False)
+    return names
+
+
+# Searching ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_texts", [False, True], ids=["pictures", "texts"])
+@pytest.mark.parametrize("by_text", [False, True], ids=["by picture", "by text"])
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.0])
+def test_search_agrees_with_scoring_everything(
+    build: Callable[..., Retriever], of_texts: bool, by_text: bool, alpha: float | None
+) -> None:
+    retriever = build(alpha=alpha)
+    items, queries = (TEXTS if of_texts else PICTURES), (TEXTS[::-1] if by_text else PICTURES[::-1])
+    add = retriever.add_texts if of_texts else retriever.add_images
+    add(items, ids=[str(n) for n in range(len(items))], batch_size=4, progress=False)
+    search = retriever.search if by_text else lambda image, **rest: retriever.search(image=image, **rest)
+
+    embed = {True: retriever.engine.embed_texts, False: retriever.engine.embed_images}
+    model = finelip_fast.load(retriever.engine.source)
+    scores = model.score(embed[by_text](queries), embed[of_texts](items), alpha=retriever.alpha)
+
+    found = search(queries, k=len(items))
+    assert len(found) == len(queries)
+    for hits, row in zip(found, scores, strict=True):
+        assert sorted(ids_of(hits)) == [str(n) for n in range(len(items))]
+        got = torch.tensor([hit.score for hit in hits])
+        assert got.tolist() == sorted(got.tolist(), reverse=True)
+        # The index keeps float16.
+        torch.testing.assert_close(got, row[[int(hit.id) for hit in hits]], atol=2e-3, rtol=0)
+        torch.testing.assert_close(got, row.sort(descending=True).values, atol=2e-3, rtol=0)
+    for query, hits in zip(queries, found, strict=True):
+        alone = search(query, k=3)
+        assert ids_of(alone) == ids_of(hits[:3])
+        assert [hit.score for hit in alone] == pytest.approx([hit.score for hit in hits[:3]], abs=1e-3)
+    assert search(tuple(queries), k=1) == search(queries, k=1)
+
+
+def test_every_item_finds_itself(retriever: Retriever) -> None:
+    names = add_all(retriever)
+    assert [ids_of(hits) for hits in retriever.search(image=PICTURES, k=1)] == [[name] for name in names]
+    texts = retriever.add_texts(TEXTS, progress=False).added
+    assert [ids_of(hits) for hits in retriever.search(TEXTS, k=1)] == [[name] for name in texts]
+
+
+def test_a_hit_says_how_its_score_came_about(build: Callable[..., Retriever]) -> None:
+    retriever = build(alpha=0.3)
+    metadata = [{"n": n, "tags": ["x", None]} for n in range(len(PICTURES))]
+    retriever.add_images(PICTURES, metadata=metadata, progress=False)
+    hits = retriever.search(TEXTS[0], k=4)
+    assert len(hits) == 4
+    embeddings = retriever.engine.embed_texts(TEXTS[:1])[0], retriever.engine.embed_images(PICTURES)
+    for hit in hits:
+        assert hit.score == pytest.approx(0.3 * hit.global_score + 0.7 * hit.fine_score, abs=1e-5)
+        n = int(hit.id.removeprefix("image-"))
+        assert hit.metadata == metadata[n]
+        assert hit.global_score == pytest.approx(float(embeddings[0][0] @ embeddings[1][n, 0]), abs=2e-3)
+
+
+def test_equal_scores_come_in_order_of_insertion(retriever: Retriever) -> None:
+    retriever.add_images([PICTURES[0]], ids=["z"], progress=False)
+    retriever.add_images([PICTURES[1]], ids=["other"], progress=False)
+    retriever.add_images([PICTURES[0]] * 2, ids=["b", "a"], batch_size=1, progress=False)
+    hits = retriever.search(image=PICTURES[0], k=3)
+    assert ids_of(hits) == ["z", "b", "a"]
+    assert len({hit.score for hit in hits}) == 1
+
+
+@pytest.mark.parametrize("k", [1, 6, 7, 1000])
+def test_there_are_no_more_hits_than_items(retriever: Retriever, k: int) -> None:
+    add_all(retriever)
+    assert len(retriever.search("a house", k=k)) == min(k, 6)
+    assert [len(hits) for hits in retriever.search(["a house", "a bus"], k=k)] == [min(k, 6)] * 2
+
+
+def test_an_empty_index_gives_no_hits(retriever: Retriever) -> None:
+    assert retriever.search("a house") == []
+    assert retriever.search(["a house", "a bus"]) == [[], []]
+    assert retriever.search(image=PICTURES[0]) == []
+
+
+def test_no_queries_give_no_answers(retriever: Retriever) -> None:
+    assert retriever.search([]) == []
+    assert retriever.search(image=[]) == []
+    add_all(retriever)
+    assert retriever.search([]) == []
+    assert retriever.search(image=()) == []
+
+
+def test_an_empty_text_is_a_query_like_any_other(retriever: Retriever) -> None:
+    add_all(retriever)
+    hits = retriever.search("")
+    assert len(hits) == 6
+    assert all(np.isfinite([hit.score, hit.global_score, hit.fine_score]).all() for hit in hits)
+    assert ids_of(retriever.search(["", "a house"])[0]) == ids_of(hits)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({}, "expected either a text or image=..., got neither"),
+        ({"text": "a", "image": PICTURES[0]}, "expected either a text or image=..., got both"),
+        ({"text": 5}, "expected captions as str, got int"),
+        ({"text": b"bytes"}, "expected captions as str, got bytes"),
+        ({"text": ["fine", None]}, "expected captions as str, got NoneType as caption 1"),
+        ({"text": "a", "k": 0}, "expected k of at least 1, got 0"),
+        ({"text": [], "k": -3}, "expected k of at least 1, got -3"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else ",".join(value) or "nothing",
+)
+def test_a_query_that_is_none_is_refused(retriever: Retriever, query: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        retriever.search(**query)
+
+
+def test_a_query_picture_that_cannot_be_read_is_refused(retriever: Retriever, tmp_path: Path) -> None:
+    add_all(retriever)
+    with pytest.raises(ImageError, match=r"lost\.png.*no such file"):
+        retriever.search(image=tmp_path / "lost.png")
+    with pytest.raises(ImageError, match=r"lost\.png.*no such file"):
+        retriever.search(image=[PICTURES[0], tmp_path / "lost.png"])
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("images", "texts"), [(1, 1), (3, 2), (0, 2), (3, 0), (0, 0)])
+def test_the_score_matrix_has_a_row_for_each_picture(retriever: Retriever, images: int, texts: int) -> None:
+    scores = retriever.score(PICTURES[:images], TEXTS[:texts])
+    assert scores.shape == (images, texts)
+    assert scores.dtype == torch.float32
+    for n in range(images):
+        torch.testing.assert_close(scores[n : n + 1], retriever.score([PICTURES[n]], TEXTS[:texts]), atol=1e-5, rtol=0)
+
+
+def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_path: Path) -> None:
+    PICTURES[0].save(tmp_path / "one.png")
+    expected = retriever.score([PICTURES[0]], [TEXTS[0]])
+    for single in (PICTURES[0], tmp_path / "one.png", (tmp_path / "one.png").read_bytes(), np.asarray(PICTURES[0])):
+        assert torch.equal(retriever.score(single, TEXTS[0]), expected)
+    generated = retriever.score((one for one in PICTURES[:1]), (one for one in TEXTS[:1]))
+    assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_alpha_lies_between_nothing_and_everything(checkpoint: Path, alpha: float) -> None:
+    with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got"):
+        Retriever(checkpoint, alpha=alpha)
+
+
+def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_model, tmp_path: Path) -> None:
+    assert build().alpha == 0.8
+    assert build(alpha=0).alpha == 0
+    untrained = tmp_path / "untrained"
+    finelip_fast.save(make_model(context_length=CONTEXT, trained_aggregators=False), untrained)
+    with pytest.warns(UntrainedAggregatorsWarning, match="alpha=1"):
+        retriever = build(checkpoint=untrained)
+    assert retriever.alpha == 1
+    retriever.add_images(PICTURES, progress=False)
+    assert all(hit.score == pytest.approx(hit.global_score, abs=1e-6) for hit in retriever.search("a house"))
+    with pytest.warns(UntrainedAggregatorsWarning):
+        assert build(checkpoint=untrained, alpha=0.5).alpha == 0.5
+
+
+def test_longer_texts_go_as_the_retriever_was_told(build: Callable[..., Retriever]) -> None:
+    with pytest.warns(TruncationWarning, match=f"longer than {CONTEXT} tokens"):
+        build().search(LONG)
+    with pytest.raises(InputError, match=f"expected captions of at most {CONTEXT} tokens"):
+        build(overflow="error").search(LONG)
+    windowed = build(overflow="window")
+    windowed.add_texts([LONG, "a house"], progress=False)
+    assert ids_of(windowed.search(LONG, k=1)) == ["text-0"]
+    assert windowed.score(PICTURES, [LONG]).shape == (6, 1)
+
+
+# The engine -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_prints_its_name_and_reason(build: Callable[..., Retriever]) -> None:
+    retriever = build(engine="torch")
+    assert str(retriever.engine) == "torch: cpu, float32 (asked for)"
+    automatic = build().engine
+    assert str(automatic).startswith(f"{automatic.name}: ")
+    assert f"({automatic.reason})" in str(automatic)
+
+
+@pytest.mark.parametrize("name", ["onnx", "trt"])
+def test_a_named_engine_that_cannot_run_is_an_error(checkpoint: Path, name: str) -> None:
+    if why_not(name) is None:
+        pytest.skip(f"{name} runs here")
+    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*use engine='torch' or engine='auto'"):
+        Retriever(checkpoint, engine=name)
+
+
+def test_an_unknown_engine_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"expected engine to be one of .*, got 'fastest'"):
+        Retriever(checkpoint, engine="fastest")
+
+
+# Adding ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_paths_or_numbers(retriever: Retriever, tmp_path: Path) -> None:
+    PICTURES[0].save(tmp_path / "a.png")
+    PICTURES[1].save(tmp_path / "b.png")
+    report = retriever.add_images([tmp_path / "a.png", PICTURES[2], str(tmp_path / "b.png")], progress=False)
+    assert report.added == [str(tmp_path / "a.png"), "image-0", str(tmp_path / "b.png")]
+    assert retriever.add_texts(["a", "b"], progress=False).added == ["text-3", "text-4"]
+    assert len(retriever) == 5
+    assert retriever.index.metadata == [{}] * 5
+
+
+def test_a_number_that_is_taken_is_passed_over(retriever: Retriever) -> None:
+    retriever.add_images([b"broken", *PICTURES[:2]], progress=False)  # two added as 1 and 2
+    retriever.add_images(PICTURES[2:3], ids=["image-4"], progress=False)
+    assert retriever.add_images(PICTURES[3:], progress=False).added == ["image-3", "image-5", "image-6"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_generators_are_read_batch_by_batch(retriever: Retriever, batch_size: int) -> None:
+    read = []
+
+    def generated() -> Iterator[Image.Image]:
+        for n, one in enumerate(PICTURES):
+            read.append(n)
+            assert len(read) - len(retriever) <= batch_size
+            yield one
+
+    assert len(retriever.add_images(generated(), batch_size=batch_size, progress=False).added) == 6
+    assert len(retriever.add_texts((text for text in TEXTS), batch_size=batch_size, progress=False).added) == 5
+    assert ids_of(retriever.search(image=PICTURES[4], k=1)) == ["image-4"]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image, path: image,
+        lambda image, path: path,
+        lambda image, path: str(path),
+        lambda image, path: path.read_bytes(),
+        lambda image, path: np.array(image),
+        lambda image, path: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    ],
+    ids=["PIL", "path", "str", "bytes", "array", "tensor"],
+)
+def test_one_picture_of_any_kind_is_one_picture(retriever: Retriever, tmp_path: Path, convert: Callable) -> None:
+    PICTURES[0].save(tmp_path / "one.png")
+    one = convert(PICTURES[0], tmp_path / "one.png")
+    report = retriever.add_images(one, progress=False)
+    assert (len(report.added), report.skipped) == (1, [])
+    assert retriever.search(image=one)[0].score == pytest.approx(1.2, abs=5e-3)  # itself: 0.8 * 1 + 0.2 * 2
+
+
+def test_a_stack_of_pictures_is_as_many(retriever: Retriever) -> None:
+    stack = np.stack([np.asarray(one) for one in PICTURES])
+    with pytest.raises(InputError, match="expected as many ids as images, got 1 for 6"):
+        retriever.add_images(stack, ids=["a"], progress=False)
+    assert len(retriever.add_images(stack, progress=False).added) == 6
+    assert len(retriever.add_images(torch.from_numpy(stack).permute(0, 3, 1, 2), progress=False).added) == 6
+
+
+def test_one_text_is_one_text(retriever: Retriever) -> None:
+    assert retriever.add_texts("a house", progress=False).added == ["text-0"]
+
+
+def test_a_text_that_is_none_is_refused(retriever: Retriever) -> None:
+    with pytest.raises(InputError, match="expected captions as str, got int as caption 1"):
+        retriever.add_texts(["a", 5], progress=False)
+    assert len(retriever) == 0
+
+
+@pytest.mark.parametrize("add", ["add_images", "add_texts"])
+def test_nothing_to_add_is_no_error(retriever: Retriever, add: str) -> None:
+    for nothing in ([], (), iter(())):
+        report = getattr(retriever, add)(nothing, progress=False)
+        assert str(report) == "0 added, 0 skipped"
+
+
+def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
+    retriever.add_texts(["a"], ids=["old"], progress=False)
+    for ids, named in ((["new", "old"], "old"), (["new", "new"], "new")):
+        with pytest.raises(InputError, match=f"expected ids that are new and differ, got '{named}' again"):
+            retriever.add_texts(["b", "c"], ids=ids, batch_size=1, progress=False)
+    with pytest.raises(InputError, match="expected ids as str, got 7"):
+        retriever.add_texts(["b"], ids=[7], progress=False)
+    assert retriever.index.ids == ["old"]  # refused before work
+
+
+def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) -> None:
+    PICTURES[0].save(tmp_path / "one.png")
+    with pytest.raises(InputError, match=r"got '.*one\.png' again; give other ids"):
+        retriever.add_images([tmp_path / "one.png"] * 2, progress=False)
+    assert len(retriever) == 0
+
+
+@pytest.mark.parametrize("name", ["ids", "metadata"])
+@pytest.mark.parametrize("given", [1, 3])
+@pytest.mark.parametrize("generated", [False, True], ids=["list", "generator"])
+def test_lists_of_other_lengths_are_refused(retriever: Retriever, name: str, given: int, generated: bool) -> None:
+    values = {"ids": [str(n) for n in range(given)], "metadata": [{}] * given}[name]
+    texts = (text for text in TEXTS[:2]) if generated else TEXTS[:2]
+    with pytest.raises(InputError, match=f"expected as many {name} as texts, got {given} for 2"):
+        retriever.add_texts(texts, **{name: values}, progress=False)
+    assert len(retriever) == 0
+
+
+def test_metadata_that_json_cannot_hold_is_refused(retriever: Retriever) -> None:
+    with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values"):
+        retriever.add_texts(["a"], metadata=[{"where": Path("a")}], progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_holds_something(retriever: Retriever, batch_size: int) -> None:
+    with pytest.raises(InputError, match=f"expected batch_size of at least 1, got {batch_size}"):
+        retriever.add_images(PICTURES, batch_size=batch_size, progress=False)
+
+
+# A folder of what people have -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory) -> dict[str, Path]:
+    """Names of kinds of files to their paths, all in one folder."""
+    folder = tmp_path_factory.mktemp("odd") / "my photos"
+    (folder / "below" / "deeper").mkdir(parents=True)
+    (folder / ".thumbnails").mkdir()
+    paths = {
+        "upright": folder / "upright.jpg",
+        "rotated": folder / "rotated.jpg",
+        "palette": folder / "palette.png",
+        "rgba": folder / "rgba.png",
+        "cmyk": folder / "cmyk.jpeg",
+        "deep": folder / "sixteen bits.png",
+        "animated": folder / "animated.gif",
+        "webp": folder / "modern.webp",
+        "loud": folder / "LOUD.JPG",
+        "named": folder / "ein schönes 猫 bild's.png",
+        "below": folder / "below" / "deeper" / "one.bmp",
+        "truncated": folder / "truncated.jpg",
+        "empty": folder / "empty.jpg",
+        "lying": folder / "text.png",
+        "text": folder / "notes.txt",
+        "hidden": folder / ".hidden.png",
+        "thumbnail": folder / ".thumbnails" / "one.png",
+    }
+    lossless = {"quality": 100, "subsampling": 0}
+    image = picture(20, (64, 48))
+    image.save(paths["upright"], **lossless)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(paths["rotated"], exif=exif, **lossless)
+
+    palette = picture(21).quantize(16)
+    palette.save(paths["palette"], transparency=3)
+    rgba = picture(22).convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
+    rgba.save(paths["rgba"])
+    picture(23).convert("CMYK").save(paths["cmyk"])
+    ramp = np.linspace(0, 65535, 48 * 40).reshape(40, 48).astype(np.uint16)
+    Image.fromarray(ramp).save(paths["deep"])
+    picture(24).save(paths["animated"], save_all=True, append_images=[picture(25), picture(26)])
+    picture(27).save(paths["webp"])
+    picture(28).save(paths["loud"], format="jpeg")
+    picture(29).save(paths["named"])
+    picture(30).save(paths["below"])
+    picture(31, (200, 200)).save(paths["truncated"], quality=95)
+    data = paths["truncated"].read_bytes()
+    paths["truncated"].write_bytes(data[: len(data) // 2])
+    paths["empty"].touch()
+    paths["lying"].write_text("This is no picture.")
+    paths["text"].write_text("This is no picture either.")
+    picture(32).save(paths["hidden"])
+    picture(33).save(paths["thumbnail"])
+    return paths
+
+
+BROKEN = {
+    "truncated": "truncated",
+    "empty": "the file is empty",
+    "lying": "not an image",
+    "text": "not a picture by its name",
+}
+UNSEEN = ("hidden", "thumbnail")
+
+
+def test_a_folder_of_odd_files(build: Callable[..., Retriever], odd_folder: dict[str, Path], tmp_path: Path) -> None:
+    retriever = build(index=tmp_path / "index")
+    report = retriever.add_images(odd_folder["upright"].parent, batch_size=3, progress=False)
+    readable = {kind: path for kind, path in odd_folder.items() if kind not in BROKEN and kind not in UNSEEN}
+    assert sorted(report.added) == sorted(map(str, readable.values()))
+    assert sorted(retriever.index.ids) == sorted(report.added)
+
+    reasons = dict(report.skipped)
+    assert sorted(reasons) == sorted(str(odd_folder[kind]) for kind in BROKEN)
+    for kind, reason in BROKEN.items():
+        assert reason in reasons[str(odd_folder[kind])]
+    lines = str(report).splitlines()
+    assert lines[0] == f"{len(readable)} added, {len(BROKEN)} skipped"
+    assert lines[1:] == [f"  {path}: {reason}" for path, reason in report.skipped]
+
+    for kind, path in readable.items():
+        best = retriever.search(image=path, k=1)[0]
+        assert best.score == pytest.approx(1.2, abs=5e-3), kind  # 0.8 * 1 + 0.2 * 2
+        if kind not in ("upright", "rotated"):  # those two are one picture
+            assert best.id == str(path)
+
+
+def test_a_turned_copy_scores_as_its_upright_original(retriever: Retriever, odd_folder: dict[str, Path]) -> None:
+    pair = [odd_folder["upright"], odd_folder["rotated"]]
+    retriever.add_images([*pair, odd_folder["webp"]], progress=False)
+    for one in pair:
+        hits = retriever.search(image=one)
+        assert {hit.id for hit in hits[:2]} == set(map(str, pair))
+        assert hits[1].score == pytest.approx(hits[0].score, abs=1e-2)
+    scores = retriever.score(pair, TEXTS)
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-2, rtol=0)
+
+
+def test_a_name_that_is_no_utf8_is_a_name(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    try:
+        PICTURES[0].save(path)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    retriever = build(index=tmp_path / "index")
+    assert retriever.add_images([path], progress=False).added == [str(path)]
+    assert build(index=tmp_path / "index").search(image=path)[0].id == str(path)
+
+
+def test_broken_pictures_do_not_shift_metadata(retriever: Retriever) -> None:
+    images = [PICTURES[0], b"broken", PICTURES[1], np.zeros((0, 3)), PICTURES[2]]
+    names, metadata = list("abcde"), [{"n": n} for n in range(5)]
+    report = retriever.add_images(images, ids=names, metadata=metadata, batch_size=2, progress=False)
+    assert report.added == ["a", "c", "e"]
+    assert [item for item, _ in report.skipped] == ["b", "d"]
+    for image, name, meta in zip(PICTURES[:3], "ace", metadata[::2], strict=True):
+        hit = retriever.search(image=image, k=1)[0]
+        assert (hit.id, hit.metadata) == (name, meta)
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def test_reopening_gives_identical_hits(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    first = build(index=tmp_path / "index")
+    first.add_images(PICTURES, metadata=[{"size": one.size} for one in PICTURES], batch_size=4, progress=False)
+    first.add_texts(TEXTS, progress=False)
+    before = first.search(TEXTS), first.search(image=PICTURES, k=20)
+    first.index.close()
+
+    again = build(index=tmp_path / "index")
+    assert len(again) == 11
+    assert (again.search(TEXTS), again.search(image=PICTURES, k=20)) == before
+    assert again.add_texts(["one more"], progress=False).added == ["text-11"]
+    assert ids_of(build(index=tmp_path / "index").search("one more", k=1)) == ["text-11"]
+
+
+def test_another_checkpoint_is_refused_and_both_are_named(
+    build: Callable[..., Retriever], checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    build(index=tmp_path / "index").add_texts(["a"], progress=False)
+    with pytest.raises(StoreError) as caught:
+        build(checkpoint=other_checkpoint, index=tmp_path / "index")
+    assert str(checkpoint) in str(caught.value)
+    assert str(other_checkpoint) in str(caught.value)
+    assert "open it with the checkpoint that wrote it" in str(caught.value)
+
+
+def test_a_copied_checkpoint_is_the_same(build: Callable[..., Retriever], checkpoint: Path, tmp_path: Path) -> None:
+    build(index=tmp_path / "index").add_texts(["a"], progress=False)
+    finelip_fast.save(finelip_fast.load(checkpoint), tmp_path / "copy")
+    assert len(build(checkpoint=tmp_path / "copy", index=tmp_path / "index")) == 1
+
+
+def test_a_kill_between_two_batches_keeps_the_first(
+    build: Callable[..., Retriever], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    commit = Catalogue.add
+
+    def killed_at_the_second(*arguments: object, **options: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        commit(*arguments, **options)
+
+    retriever = build(index=tmp_path / "index")
+    names = [f"picture {n}" for n in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "add", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            retriever.add_images(PICTURES, ids=names, batch_size=2, progress=False)
+    assert retriever.index.ids == names[:2]
+
+    again = build(index=tmp_path / "index")
+    assert again.index.ids == names[:2]
+    again.add_images(PICTURES[2:], ids=names[2:], progress=False)
+    whole = build()
+    whole.add_images(PICTURES, ids=names, progress=False)
+    found = build(index=tmp_path / "index").search(TEXTS, k=6)
+    for hits, expected in zip(found, whole.search(TEXTS, k=6), strict=True):
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-3)
+
+
+def test_of_two_retrievers_on_a_folder_the_second_is_told(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    first, second = (build(index=tmp_path / "index") for _ in range(2))
+    first.add_texts(["a"], ids=["first"], progress=False)
+    with pytest.raises(StoreError, match=r"another process has added to the index at .*: open it again"):
+        second.add_texts(["b"], ids=["second"], progress=False)
+    third = build(index=tmp_path / "index")
+    third.add_texts(["b"], ids=["second"], progress=False)
+    assert build(index=tmp_path / "index").index.ids == ["first", "second"]
+
+
+def test_a_lost_segment_is_named(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    build(index=tmp_path / "index").add_texts(["a"], progress=False)
+    (segment,) = (tmp_path / "index" / "segments").iterdir()
+    segment.unlink()
+    with pytest.raises(StoreError, match=f"{segment.name} cannot be read"):
+        build(index=tmp_path / "index")
+
+
+def test_a_file_in_the_indexs_place_is_refused(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    (tmp_path / "index").write_text("a file")
+    with pytest.raises(StoreError, match="cannot make the index folder"):
+        build(index=tmp_path / "index")

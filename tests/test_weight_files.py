@@ -1,0 +1,135 @@
+"""Files of weights: recognised by their content, never executed, and errors that say what was found."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from finelip_fast._errors import CheckpointError
+from finelip_fast._weight_files import read_weights
+
+
+class Node(nn.Module):
+    """A module of parameters and further nodes: any state dict as something that TorchScript can hold."""
+
+    def forward(self) -> int:
+        return 0
+
+
+def as_module(state: dict[str, Tensor]) -> nn.Module:
+    root = Node()
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        node = root
+        for step in path:
+            if step not in node._modules:
+                node.add_module(step, Node())
+            node = node._modules[step]
+        node.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+def write_torchscript(state, path):
+    # OpenAI's archives hold half precision and three sizes among the weights.
+    module = as_module({name: tensor.half() for name, tensor in state.items()})
+    for name, size in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
+        module.register_buffer(name, torch.tensor(size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(module).save(path)
+
+
+WRITERS = {
+    "zip": lambda state, path: torch.save(state, path),
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "nested": lambda state, path: torch.save(
+        {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path
+    ),
+    "safetensors": lambda state, path: safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path),
+    "torchscript": write_torchscript,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_files_are_recognised_by_their_content(kind, tmp_path):
+    path = tmp_path / "weights.any"
+    state = {"visual.proj": torch.randn(3, 4), "ln_final.bias": torch.randn(5), "logit_scale": torch.tensor(2.5)}
+    WRITERS[kind](state, path)
+    found = read_weights(path)
+    if kind == "nested":
+        found = {name.removeprefix("module."): tensor for name, tensor in found["state_dict"].items()}
+    for name, tensor in state.items():
+        expected = tensor.half() if kind == "torchscript" else tensor
+        assert torch.equal(found[name], expected), name
+
+
+class Malice:
+    """Unpickling it makes a directory."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_unexecuted(tmp_path, legacy):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    torch.save({"a": torch.zeros(1), "b": Malice(trace)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"not executed here.*torch\.save\(model\.state_dict\(\), path\)"):
+        read_weights(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # it would have
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CheckpointError, match=r"other Python objects.*save its state dict again"):
+        read_weights(tmp_path / "module.pt")
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path, state: path.write_text("not a checkpoint, a text"),
+            "safetensors.*found a file that starts with b'not a",
+        ),
+        (lambda path, state: path.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"), r"starts with b'\\xff\\xd8"),
+        (lambda path, state: path.write_bytes(b""), "found an empty file"),
+        (lambda path, state: path.write_bytes(pickle.dumps({"a": 1})), "other Python objects"),
+        (lambda path, state: (torch.save(state, path), path.write_bytes(cut(path.read_bytes()))), "cut or damaged"),
+        (lambda path, state: (WRITERS["legacy"](state, path), path.write_bytes(path.read_bytes()[:999])), "damaged"),
+        (
+            lambda path, state: (WRITERS["safetensors"](state, path), path.write_bytes(cut(path.read_bytes()))),
+            "damaged or cut",
+        ),
+    ],
+)
+def test_files_that_are_no_checkpoint(make, message, tmp_path):
+    path = tmp_path / "file.pt"
+    make(path, {f"part.{i}": torch.zeros(100) for i in range(20)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "letter.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    with pytest.raises(CheckpointError, match=r"a zip archive with document\.xml"):
+        read_weights(tmp_path / "letter.docx")

@@ -1,0 +1,172 @@
+"""A run's configuration: what is refused before any data is read, recipes, and the command line over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from finelip_fast._errors import ConfigError
+from finelip_fast.config import PRESETS
+from finelip_fast.training.config import RECIPES, TrainConfig, from_arguments, load_recipe
+from finelip_fast.training.losses import LossTerm
+
+# None of these exists: whatever refuses them has read no data.
+NOWHERE = {"out": "nowhere/run", "train": "jsonl:nowhere/train.jsonl", "val": "jsonl:nowhere/val.jsonl"}
+
+
+def test_defaults_need_three_places_alone():
+    config = TrainConfig(**NOWHERE)
+    assert config.criterion.terms == (LossTerm("triplet", "fine"),)
+    assert config.model_config == PRESETS["scenes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"precision": "fp8"}, "expected precision bf16 or fp32, got 'fp8'"),
+        ({"accumulation": "lazy"}, "expected accumulation cached or separate, got 'lazy'"),
+        ({"group": 3, "batch_size": 128}, "expected batch_size a multiple of group 3, got 128"),
+        ({"loss": ("tripelt:fine",)}, "got 'tripelt:fine'"),
+        ({"loss": ()}, "expected at least one loss term"),
+        ({"loss": "triplet:fine"}, "expected loss as a list of texts, got 'triplet:fine'"),
+        ({"loss": [1]}, "expected loss as a list of texts"),
+        ({"train": "webdataset:shards-{0..9}.tar"}, "expected epoch_batches with webdataset, got 0"),
+        ({"train": "webdataset:x.tar", "epoch_batches": 9, "group": 4}, "expected group 1 with webdataset, got 4"),
+        ({"val": "webdataset:x.tar"}, "expected val of map-style data"),
+        ({"preset": "ViT-H"}, "expected preset of .*'scenes'.*, got 'ViT-H'"),
+        ({"batch_size": 1}, "expected batch_size of at least 2, got 1"),
+        ({"steps": 0}, "expected steps of at least 1, got 0"),
+        ({"accumulate": 0}, "expected accumulate of at least 1, got 0"),
+        ({"save_every": 0}, "expected save_every of at least 1, got 0"),
+        ({"encoder_lr": -1e-3}, "expected encoder_lr of at least 0, got -0.001"),
+        ({"aggregator_lr": float("nan")}, "expected aggregator_lr of at least 0, got nan"),
+        ({"weight_decay": -0.1}, "expected weight_decay of at least 0"),
+        ({"ema_decay": 1.0}, r"expected ema_decay in \[0, 1\), got 1.0"),
+        ({"max_broken_share": 1.5}, r"expected max_broken_share in \[0, 1\], got 1.5"),
+        ({"label_smoothing": 1.1}, r"expected label_smoothing in \[0, 1\], got 1.1"),
+        ({"device": "gpu"}, "expected device auto, cpu or cuda, got 'gpu'"),
+        ({"steps": "100"}, "expected steps of type int, got '100'"),
+        ({"steps": 1.5}, "expected steps of type int, got 1.5"),
+        ({"steps": True}, "expected steps of type int, got True"),
+        ({"margin": "wide"}, "expected margin of type float, got 'wide'"),
+        ({"compile": 1}, "expected compile of type bool, got 1"),
+        ({"train": None}, "expected train of type str, got None"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_refuses_before_any_data_is_read(changes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        TrainConfig(**(NOWHERE | changes))
+
+
+def test_refuses_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="expected a CUDA device for device=cuda, found none; use --device cpu"):
+        TrainConfig(**NOWHERE, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [("tensorboard", {}), ("webdataset", {"train": "webdataset:x.tar", "epoch_batches": 1, "tensorboard": False})],
+)
+def test_says_which_package_is_missing(monkeypatch, package, changes):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ConfigError, match=rf"needs the package '{package}': pip install 'finelip-fast\[train\]'"):
+        TrainConfig(**(NOWHERE | changes))
+    assert TrainConfig(**NOWHERE, tensorboard=False).tensorboard is False
+
+
+def test_a_whole_number_does_for_a_real_one():
+    assert TrainConfig(**NOWHERE, clip_norm=1).clip_norm == 1
+
+
+def test_is_written_as_it_is_read():
+    config = TrainConfig(**NOWHERE, loss=["triplet:fine", "contrastive:global:0.5"], encoder_lr=3e-6, compile=True)
+    assert TrainConfig(**json.loads(config.to_json())) == config
+
+
+# --- Recipes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_recipes_are_these():
+    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes"}
+
+
+@pytest.mark.parametrize("name", ["finelip", "scenes"])
+def test_a_shipped_recipe_loads(name):
+    config = from_arguments([name], prog="train.py")
+    for field, value in load_recipe(name).items():
+        assert getattr(config, field) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_the_authors_recipe():
+    config = from_arguments(["finelip"], prog="train.py")
+    assert (config.batch_size * config.accumulate, config.accumulation) == (512, "separate")
+    assert (config.encoder_lr, config.aggregator_lr, config.weight_decay) == (1e-6, 2e-4, 1e-2)
+    assert (config.warmup_steps, config.margin, config.context_length, config.freeze_positions) == (200, 0.2, 256, 20)
+
+
+def test_options_override_a_recipe():
+    arguments = ["scenes", "--steps", "7", "--loss", "triplet:fine", "contrastive:global:2", "--no-tensorboard"]
+    config = from_arguments([*arguments, "--encoder-lr", "1e-4", "--out", "elsewhere"], prog="train.py")
+    changes = {"steps": 7, "loss": ("triplet:fine", "contrastive:global:2"), "tensorboard": False, "encoder_lr": 1e-4}
+    assert config == TrainConfig(**(load_recipe("scenes") | changes | {"out": "elsewhere"}))
+
+
+def test_a_recipe_from_a_file_and_options_alone(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**NOWHERE, "steps": 5}))
+    expected = TrainConfig(**NOWHERE, steps=5)
+    assert from_arguments([str(path)], prog="train.py") == expected
+    options = [text for name, value in NOWHERE.items() for text in (f"--{name}", value)]
+    assert from_arguments([*options, "--steps", "5"], prog="train.py") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"step": 3, "steps": 4, "lr": 1}', r"unknown fields \['lr', 'step'\]; see --help"),
+        ("[1]", "to be a JSON object, got a list"),
+        ("{", "cannot read recipe"),
+        (None, "cannot read recipe"),
+    ],
+)
+def test_refuses_a_recipe_that_is_none(tmp_path, content, reason):
+    path = tmp_path / "recipe.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        from_arguments([str(path)], prog="train.py")
+    assert str(path) in str(caught.value)
+
+
+def test_refuses_an_unknown_recipe_and_a_run_without_places():
+    with pytest.raises(ConfigError, match="cannot read recipe 'scene' at"):
+        from_arguments(["scene"], prog="train.py")
+    with pytest.raises(
+        ConfigError, match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes'\]\)"
+    ):
+        from_arguments(["--out", "somewhere"], prog="train.py")
+
+
+def test_help_names_every_option_and_recipe(capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_arguments(["--help"], prog="train.py")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "finelip, scenes" in text
+
+
+@pytest.mark.parametrize("arguments", [["--batch-sise", "3"], ["--steps", "many"]])
+def test_an_option_that_is_none_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_arguments(arguments, prog="train.py")
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,369 @@
+"""Batches: which examples, in which order, after a restart, with broken files among them; shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from finelip_fast._errors import ConfigError, TrainingError
+from finelip_fast.datasets import Example
+from finelip_fast.preprocess import Preprocess
+from finelip_fast.tokenizer import tokenize
+from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example
+
+CONTEXT = 12
+PREPROCESS = Preprocess(8)
+WORDS = ["red", "green", "blue", "dark", "round", "small", "tall"]
+
+
+def picture(index):
+    return Image.new("RGB", (8, 8), (index, 255 - index, 7 * index % 256))
+
+
+def caption(index):
+    """From 1 to 7 words, no two the same."""
+    return " ".join([str(index), *WORDS[: index % 7]])
+
+
+class Pairs:
+    """Pictures in memory; those in `broken` cannot be read."""
+
+    def __init__(self, size, broken=()):
+        self.size, self.broken = size, broken
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        image = f"pictures/{index}.png" if index in self.broken else picture(index)
+        return Example(image, caption(index), str(index))
+
+
+@cache
+def identities():
+    """The example that a picture id belongs to."""
+    examples = [Example(picture(0), "", str(index)) for index in range(64)]
+    return {encode_example(example, PREPROCESS, CONTEXT)[2]: int(example.image_id) for example in examples}
+
+
+def members(batch):
+    """Indices of a batch's examples, as their picture ids tell."""
+    return [identities()[image_id] for image_id in batch.image_ids.tolist()]
+
+
+def flat(lists):
+    return [item for items in lists for item in items]
+
+
+def take(data, count):
+    batches = iter(data)
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same_batches(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.image_ids, other.image_ids)
+        assert one.broken == other.broken
+
+
+def stream(size=22, batch_size=4, **options):
+    return TrainingData(Pairs(size), PREPROCESS, CONTEXT, batch_size=batch_size, **options)
+
+
+# --- Order -------------------------------------------------------------------------------------------------------
+
+
+def sampled(size, batch_size, world=1, epoch=0, **options):
+    """Each process's batches of an epoch."""
+    shares = []
+    for rank in range(world):
+        sampler = GroupedSampler(size, batch_size, **({"group": 1, "seed": 5} | options), rank=rank, world=world)
+        sampler.epoch = epoch
+        shares.append(list(sampler))
+        assert len(shares[-1]) == len(sampler)
+    return shares
+
+
+@settings(deadline=None)
+@given(
+    group=st.integers(1, 4),
+    groups_in_batch=st.integers(1, 3),
+    world=st.sampled_from([1, 2, 4]),
+    extra=st.integers(0, 40),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_is_whole_groups_once_each_whatever_the_number_of_processes(
+    group, groups_in_batch, world, extra, epoch
+):
+    batch_size = group * groups_in_batch
+    size = batch_size * 4 + extra
+    shares = sampled(size, batch_size * 4 // world, world, epoch, group=group)
+    batches = [flat(parts) for parts in zip(*shares, strict=True)]
+    assert batches == sampled(size, batch_size * 4, epoch=epoch, group=group)[0]
+    assert len(batches) == size // (batch_size * 4)
+    drawn = [index for batch in batches for index in batch]
+    assert len(set(drawn)) == len(drawn)
+    assert set(drawn) <= set(range(size))
+    for parts in shares:
+        for batch in parts:
+            first = batch[::group]
+            assert all(index % group == 0 for index in first)
+            assert batch == [index + step for index in first for step in range(group)]
+
+
+def test_epochs_and_seeds_differ_and_are_repeatable():
+    epochs = [sampled(40, 4, epoch=epoch)[0] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert all(sorted(flat(epoch)) == list(range(40)) for epoch in epochs)
+    assert sampled(40, 4, epoch=1)[0] == epochs[1]
+    assert sampled(40, 4, epoch=1, seed=6)[0] != epochs[1]
+
+
+def test_refuses_a_batch_that_breaks_groups_or_exceeds_the_data():
+    with pytest.raises(ConfigError, match="expected batch_size a multiple of group=4, got 6"):
+        GroupedSampler(100, 6, group=4, seed=0, rank=0, world=1)
+    with pytest.raises(ConfigError, match="expected at least one global batch of 8 examples, got 7"):
+        GroupedSampler(7, 4, group=1, seed=0, rank=0, world=2)
+
+
+# --- The stream --------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_is_epoch_after_epoch():
+    data = stream()
+    assert data.epoch_batches == 5
+    batches = [members(batch) for batch in take(data, 11)]
+    expected = [batch for epoch in range(3) for batch in sampled(22, 4, epoch=epoch, seed=0)[0]]
+    assert batches == expected[:11]
+    assert data.position == 11
+
+
+@pytest.mark.parametrize("position", [1, 4, 5, 6, 10])
+def test_a_restart_goes_on_exactly(position):
+    assert_same_batches(take(stream(position=position), 4), take(stream(), position + 4)[position:])
+
+
+def test_processes_share_the_global_batch():
+    shares = [take(stream(batch_size=2, rank=rank, world=2), 12) for rank in (0, 1)]
+    together = [members(first) + members(second) for first, second in zip(*shares, strict=True)]
+    assert together == [members(batch) for batch in take(stream(), 12)]
+
+
+def test_the_number_of_workers_changes_nothing():
+    here = take(stream(group=2, position=3), 5)
+    assert_same_batches(take(stream(group=2, position=3, workers=1), 5), here)
+
+
+# --- One batch ---------------------------------------------------------------------------------------------------
+
+
+def test_an_example_becomes_pixels_ids_and_a_picture_id():
+    pixels, ids, image_id = encode_example(Pairs(9)[5], PREPROCESS, CONTEXT)
+    assert torch.equal(pixels, PREPROCESS(picture(5)))
+    assert torch.equal(ids, tokenize(caption(5), CONTEXT)[0])
+    assert 0 <= image_id < 2**63
+    others = {encode_example(example, PREPROCESS, CONTEXT)[2] for example in Pairs(9)}
+    assert len(others) == 9
+    assert image_id == encode_example(Example(picture(1), "another caption", "5"), PREPROCESS, CONTEXT)[2]
+
+
+def test_a_long_caption_is_cut_without_a_warning_for_each():
+    assert encode_example(Example(picture(1), "word " * 50, "1"), PREPROCESS, CONTEXT)[1].count_nonzero() == CONTEXT
+
+
+def test_ids_are_cut_to_the_longest_caption():
+    data = Encoded(Pairs(22), PREPROCESS, CONTEXT)
+    batch = collate([data[0], data[2], data[1]])
+    longest = len(tokenize(caption(2), CONTEXT)[0].nonzero())
+    assert batch.ids.shape == (3, longest)
+    assert torch.equal(batch.ids, tokenize([caption(index) for index in (0, 2, 1)], CONTEXT)[:, :longest])
+    assert batch.pixels.shape == (3, 3, 8, 8)
+    assert batch.broken == []
+
+
+def test_a_token_of_id_0_inside_a_caption_does_not_cost_its_end():
+    ids = tokenize(["hi!(", "a"], CONTEXT)
+    assert 0 in ids[0, :4]  # "!" without a blank behind it is token 0, which also pads
+    pairs = [Example(picture(0), text, "0") for text in ("hi!(", "a")]
+    batch = collate([(*encode_example(pair, PREPROCESS, CONTEXT), []) for pair in pairs])
+    assert torch.equal(batch.ids, ids[:, :5])
+
+
+# --- Broken pictures ---------------------------------------------------------------------------------------------
+
+
+def test_the_next_picture_takes_a_broken_ones_place():
+    data = Encoded(Pairs(6, broken={2, 3, 5}), PREPROCESS, CONTEXT)
+    for index, used, broken in ((1, 1, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])):
+        *encoded, messages = data[index]
+        assert identities()[encoded[2]] == used
+        assert torch.equal(encoded[0], PREPROCESS(picture(used)))
+        assert len(messages) == len(broken)
+        for number, message in zip(broken, messages, strict=True):
+            assert f"pictures/{number}.png" in message
+    batch = collate([data[2], data[0], data[5]])
+    assert members(batch) == [4, 0, 0]
+    assert len(batch.broken) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_without_any_picture_is_refused(workers):
+    data = TrainingData(Pairs(4, broken=range(4)), PREPROCESS, CONTEXT, batch_size=2, workers=workers)
+    with pytest.raises(TrainingError, match=r"4 pictures in a row cannot be read; the last: .*pictures/\d\.png"):
+        next(iter(data))
+
+
+# --- Shards ------------------------------------------------------------------------------------------------------
+
+
+def encoded_picture(index, kind):
+    file = io.BytesIO()
+    picture(index).save(file, kind)
+    return file.getvalue()
+
+
+def write_shard(path, samples):
+    """`samples`: the files of each, by suffix."""
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for suffix, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def sample(index):
+    if index % 2:
+        return {"jpg": encoded_picture(index, "JPEG"), "txt": caption(index).encode()}
+    return {"png": encoded_picture(index, "PNG"), "json": json.dumps({"caption": caption(index), "n": 1}).encode()}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    pytest.importorskip("webdataset")
+    for shard in range(4):
+        write_shard(
+            tmp_path / f"{shard}.tar", {f"{index:03d}": sample(index) for index in range(shard * 3, shard * 3 + 3)}
+        )
+    return tmp_path
+
+
+def read_shards(shards, pattern="{0..3}.tar", *, batch_size=2, epoch_batches=6, **options):
+    source = f"{shards}/{pattern}"
+    return TrainingData(source, PREPROCESS, CONTEXT, batch_size=batch_size, epoch_batches=epoch_batches, **options)
+
+
+def numbers(batch):
+    """Indices of a batch's examples, as the first word of their captions tells."""
+    by_ids = {tuple(tokenize(caption(index), CONTEXT)[0].tolist()): index for index in range(12)}
+    return [by_ids[(*ids, *[0] * (CONTEXT - len(ids)))] for ids in batch.ids.tolist()]
+
+
+def test_shards_hold_both_kinds_of_picture_and_caption(shards):
+    batches = take(read_shards(shards), 6)
+    drawn = [index for batch in batches for index in numbers(batch)]
+    assert sorted(drawn) == list(range(12))
+    assert len({image_id for batch in batches for image_id in batch.image_ids.tolist()}) == 12
+    for batch in batches:
+        for pixels, index in zip(batch.pixels, numbers(batch), strict=True):
+            file = encoded_picture(index, "JPEG" if index % 2 else "PNG")
+            assert torch.equal(pixels, PREPROCESS(file))
+
+
+def test_shards_are_shuffled_by_seed_and_epoch_each_in_its_own_order(shards):
+    data = read_shards(shards, batch_size=3, epoch_batches=4)
+    epochs = [[numbers(batch) for batch in take(data, 4)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert epochs[0] != epochs[1]
+    other = read_shards(shards, batch_size=3, epoch_batches=4, seed=3)
+    assert [numbers(batch) for batch in take(other, 4)] not in epochs
+
+
+@pytest.mark.parametrize("position", [2, 6, 9])
+def test_shards_go_on_exactly_after_a_restart(shards, position):
+    expected = take(read_shards(shards), position + 5)[position:]
+    assert_same_batches(take(read_shards(shards, position=position), 5), expected)
+
+
+def test_an_epoch_longer_than_the_shards_reads_them_again(shards):
+    batches = [numbers(batch) for batch in take(read_shards(shards, epoch_batches=8), 8)]
+    assert batches[6:] == batches[:2]
+
+
+def test_one_worker_reads_as_none(shards):
+    assert_same_batches(take(read_shards(shards, workers=1), 7), take(read_shards(shards), 7))
+
+
+def test_shards_are_split_over_processes(shards, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        drawn += [index for batch in take(read_shards(shards, epoch_batches=3), 3) for index in numbers(batch)]
+    assert sorted(drawn) == list(range(12))
+
+
+def test_shards_need_the_length_of_an_epoch(shards):
+    with pytest.raises(ConfigError, match="expected epoch_batches with webdataset shards"):
+        read_shards(shards, epoch_batches=0)
+
+
+def test_a_broken_picture_in_a_shard_is_left_out_and_named(shards):
+    broken = sample(1) | {"jpg": b"no picture"}
+    write_shard(shards / "0.tar", {"000": sample(0), "001": broken, "002": sample(2)})
+    batches = take(read_shards(shards, "{0..1}.tar", batch_size=5, epoch_batches=1), 1)
+    assert sorted(numbers(batches[0])) == [0, 2, 3, 4, 5]
+    (message,) = batches[0].broken
+    assert f"{shards}/0.tar:001" in message
+
+
+def test_shards_without_any_picture_are_refused(shards):
+    write_shard(shards / "0.tar", {f"{index:03d}": {"jpg": b"none", "txt": b"a"} for index in range(120)})
+    with pytest.raises(TrainingError, match=r"100 pictures in a row cannot be read; the last: .*0\.tar:099"):
+        next(iter(read_shards(shards, "0.tar")))
+
+
+def test_shards_of_less_than_a_batch_are_refused(shards):
+    with pytest.raises(TrainingError, match="the shards hold less than one batch per worker"):
+        next(iter(read_shards(shards, "0.tar", batch_size=4)))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"txt": b"a"},
+        {"jpg": encoded_picture(1, "JPEG")},
+        {"jpg": encoded_picture(1, "JPEG"), "json": b'{"text": "a"}'},
+        {"jpg": encoded_picture(1, "JPEG"), "json": b"[1]"},
+        {"jpg": encoded_picture(1, "JPEG"), "json": b'{"caption": 3}'},
+        {"jpg": encoded_picture(1, "JPEG"), "txt": "café".encode("latin-1")},
+    ],
+    ids=["no picture", "no caption", "another key", "no object", "a number", "not UTF-8"],
+)
+def test_a_sample_of_another_layout_is_named(shards, files):
+    write_shard(shards / "0.tar", {"abc": files})
+    expected = rf"0\.tar:abc: expected a picture .* and a caption .*, found \['{sorted(files)[0]}'"
+    with pytest.raises(TrainingError, match=expected):
+        next(iter(read_shards(shards, "0.tar")))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no archive"])
+def test_a_shard_that_cannot_be_read_is_named(shards, damage):
+    path = shards / "0.tar"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:530] if damage == "cut" else b"\1" * 5000)
+    with pytest.raises(TrainingError, match=r"cannot read a webdataset shard: .*0\.tar"):
+        take(read_shards(shards, "0.tar", epoch_batches=1), 1)

@@ -1,0 +1,174 @@
+"""Two processes as one: a step over both equals the step of one process over their pairs together.
+
+Started by ``torchrun`` this file is the two processes' program: it reads the cases and writes what the tests look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.distributed import gather, process_group
+from finelip_fast.training.train import Trainer, parameter_groups
+
+TINY = FineLIPConfig(
+    embed_dim=32,
+    image_size=32,
+    patch_size=8,
+    vision_width=64,
+    vision_layers=1,
+    vision_heads=1,
+    text_width=32,
+    text_layers=1,
+    text_heads=1,
+    context_length=24,
+)
+PAIRS = 16
+
+# Two steps each: what one step leaves behind (gradients, state of the wrapper) must not reach the next.
+LOSSES = {
+    "contrastive": ["contrastive:global", "contrastive:fine"],
+    "triplet": ["triplet:fine"],
+    "hardest triplet": ["hardest_triplet:combined"],
+    "adaptive margin": ["adaptive_margin:fine:0.5"],
+}
+CASES = {
+    **{name: {"loss": loss, "batch_size": 4} for name, loss in LOSSES.items()},
+    "contrastive, cached": {"loss": LOSSES["contrastive"], "batch_size": 2, "accumulate": 2},
+    "triplet, cached": {"loss": LOSSES["triplet"], "batch_size": 2, "accumulate": 2},
+    "contrastive, frozen": {"loss": LOSSES["contrastive"], "batch_size": 4, "freeze_positions": 3},
+}
+
+
+def write_pairs(folder):
+    generator = np.random.default_rng(0)
+    words = ["red", "green", "blue", "house", "tree", "river", "old", "small", "bright"]
+    lines = []
+    for index in range(PAIRS):
+        blocks = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        blocks.resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{index}.png")
+        caption = " ".join(generator.choice(words, size=3 + index % 5))
+        # Two pairs of one picture: an id that must be compared across processes, too.
+        lines.append(json.dumps({"image": f"{index // 2 * 2 if index < 8 else index}.png", "caption": caption}) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return f"jsonl:{folder / 'pairs.jsonl'}"
+
+
+def parameters_after_two_steps(options, rank, world):
+    """Plain gradient descent, because Adam makes a whole step of a gradient that is zero but for rounding."""
+    fixed = {"preset": "tiny", "context_length": 24, "precision": "fp32", "device": "cpu", "workers": 0, "steps": 100}
+    fixed |= {"encoder_lr": 0.3, "aggregator_lr": 0.3, "weight_decay": 0.0, "warmup_steps": 0, "freeze_positions": 0}
+    config = TrainConfig(**(fixed | options), tensorboard=False)
+    trainer = Trainer(config, torch.device("cpu"), rank, world)
+    trainer.optimizer = torch.optim.SGD(parameter_groups(trainer.model, config), lr=0.0)
+    trainer.model.logit_scale.data.fill_(1.0)  # away from its bounds
+    batches = iter(trainer.data)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for trainer.step in range(2):
+        trainer._train_step([next(batches) for _ in range(config.accumulate)])
+    return start, trainer.model.state_dict()
+
+
+def gathered_gradients(rank):
+    """Gradients of one loss that both processes compute, and whose terms share their gradient's memory."""
+    left, right = (torch.full((2, 3), float(rank + 1 + side), requires_grad=True) for side in (0, 1))
+    factors = torch.arange(12.0).view(4, 3)
+    together = gather(left) + gather(right)
+    (together * factors).sum().backward()
+    return {"gathered": gather(left).detach(), "left": left.grad, "right": right.grad}
+
+
+def main(folder):
+    """One of the two processes."""
+    PRESETS["tiny"] = TINY
+    with process_group(torch.device("cpu")) as (rank, world):
+        results = {"world": world, "gather": gathered_gradients(rank), "after": {}}
+        for name, options in json.loads((folder / "cases.json").read_text()).items():
+            _, results["after"][name] = parameters_after_two_steps(options, rank, world)
+            dist.barrier()
+        torch.save(results, folder / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes made of every case."""
+    folder = tmp_path_factory.mktemp("distributed")
+    data = write_pairs(folder)
+    cases = {
+        name: {"train": data, "val": data, "out": str(folder / f"run {name}"), **options}
+        for name, options in CASES.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture
+def alone(ranks, monkeypatch):
+    """One process's two steps over the pairs of both; before and after."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+    def run(name, **changes):
+        folder, _ = ranks
+        data = f"jsonl:{folder / 'pairs.jsonl'}"
+        options = CASES[name] | {"batch_size": 8, "accumulate": 1} | changes
+        return parameters_after_two_steps({"train": data, "val": data, "out": str(folder / "alone"), **options}, 0, 1)
+
+    return run
+
+
+def test_one_process_is_a_world_of_its_own(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group(torch.device("cpu")) as (rank, world):
+        assert (rank, world) == (0, 1)
+        local = torch.ones(2)
+        assert gather(local) is local
+
+
+def test_gather_joins_rows_by_rank_and_sums_what_the_processes_ask(ranks):
+    _, results = ranks
+    assert [result["world"] for result in results] == [2, 2]
+    expected = torch.tensor([1.0, 1.0, 2.0, 2.0])[:, None].expand(4, 3)
+    factors = torch.arange(12.0).view(4, 3)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["gather"]["gathered"], expected)
+        for side in ("left", "right"):
+            assert torch.equal(result["gather"][side], 2 * factors[2 * rank :][:2])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_step_as_one(ranks, alone, name):
+    _, results = ranks
+    before, expected = alone(name)
+    first, second = (result["after"][name] for result in results)
+    for key, value in expected.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    moved = {key for key, value in expected.items() if (value - before[key]).abs().max() > 1e-5}
+    assert {"text.token_embedding.weight", "visual.conv1.weight", "image_aggregator.hidden.weight"} <= moved
+    assert ("logit_scale" in moved) == ("triplet" not in name)
+
+
+def test_negatives_of_other_processes_count(alone):
+    """The pairs of one process alone make another step: what the comparison above would not notice otherwise."""
+    _, whole = alone("contrastive")
+    _, separate = alone("contrastive", batch_size=4, accumulate=2, accumulation="separate")
+    assert max((whole[key] - separate[key]).abs().max().item() for key in whole) > 1e-3
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,577 @@
+"""The training loop: what a step changes, what a run leaves behind, and that an interrupted one loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import checkpoint
+from finelip_fast._errors import ConfigError, TrainingError
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning
+from finelip_fast.cli import main as finelip
+from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.model import FineLIP
+from finelip_fast.training import train as training
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.train import Trainer, main, parameter_groups, schedule, train
+
+TINY = FineLIPConfig(
+    embed_dim=16,
+    image_size=32,
+    patch_size=8,
+    vision_width=32,
+    vision_layers=1,
+    vision_heads=1,
+    text_width=16,
+    text_layers=1,
+    text_heads=1,
+    context_length=24,
+)
+CPU = torch.device("cpu")
+PAIRS = 16
+
+OPTIONS = {
+    "preset": "tiny",
+    "context_length": 24,
+    "loss": ["contrastive:global", "contrastive:fine"],
+    "batch_size": 8,
+    "steps": 6,
+    "encoder_lr": 3e-3,
+    "aggregator_lr": 3e-3,
+    "warmup_steps": 0,
+    "freeze_positions": 0,
+    "precision": "fp32",
+    "workers": 0,
+    "log_every": 1,
+    "tensorboard": False,
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small pictures of coloured blocks, each with a caption of its own."""
+    folder = tmp_path_factory.mktemp("pairs")
+    generator = np.random.default_rng(0)
+    words = ["red", "green", "blue", "house", "tree", "river", "old", "small", "bright"]
+    lines = []
+    for index in range(PAIRS):
+        blocks = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        blocks.resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{index}.png")
+        caption = " ".join(generator.choice(words, size=3 + index % 5))
+        lines.append(json.dumps({"image": f"{index}.png", "caption": caption}) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return f"jsonl:{folder / 'pairs.jsonl'}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny():
+    """A preset small enough to train here, and one thread: rounding depends on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def configure(data, tmp_path):
+    def build(**changes):
+        places = {"out": str(tmp_path / "run"), "train": data, "val": data}
+        return TrainConfig(**(OPTIONS | places | changes))
+
+    return build
+
+
+def steps(trainer, count):
+    """The trainer's first steps, without the loop around them; yields what is logged of each."""
+    batches = iter(trainer.data)
+    for _ in range(count):
+        yield trainer._train_step([next(batches) for _ in range(trainer.config.accumulate)])
+        trainer.step += 1
+
+
+def stepped(config, count=1, *, plain=False):
+    """Weights before and after some steps; `plain`: gradient descent, which has no small denominators."""
+    trainer = Trainer(config, CPU)
+    if plain:
+        trainer.optimizer = torch.optim.SGD(parameter_groups(trainer.model, config), lr=0.0)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for _ in steps(trainer, count):
+        pass
+    return before, trainer.model.state_dict()
+
+
+def distance(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def log_of(out, *, without=("pairs_per_second",)):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in without} for line in lines]
+
+
+# --- One step ----------------------------------------------------------------------------------------------------
+
+
+def test_which_weights_decay_and_at_which_rate(configure):
+    config = configure(encoder_lr=1e-6, aggregator_lr=2e-4, weight_decay=0.05)
+    model = FineLIP(TINY)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    found = {
+        named[id(parameter)]: (group["peak_lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(named)
+    aggregator = {f"{side}_aggregator.{layer}.weight" for side in ("image", "text") for layer in ("hidden", "logits")}
+    block = "transformer.resblocks.0"
+    layers = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    encoder = {f"{tower}.{block}.{layer}" for tower in ("visual", "text") for layer in layers}
+    encoder |= {"visual.conv1.weight", "visual.proj", "text.token_embedding.weight", "text.text_projection"}
+    assert {name for name, (_, decay) in found.items() if decay} == aggregator | encoder
+    assert {decay for _, decay in found.values()} == {0.0, 0.05}
+    for name, (rate, _) in found.items():
+        assert rate == (2e-4 if "aggregator" in name else 1e-6)
+    for name in ("logit_scale", "image_aggregator.scale", "visual.class_embedding", "visual.positional_embedding"):
+        assert found[name][1] == 0.0
+
+
+def test_schedule_warms_up_then_follows_a_cosine_to_zero(configure):
+    config = configure(steps=14, warmup_steps=4)
+    assert [schedule(step, config) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule(9, config) == pytest.approx(0.5)
+    assert schedule(14, config) == pytest.approx(0.0)
+    shares = [schedule(step, config) for step in range(4, 15)]
+    assert shares == sorted(shares, reverse=True)
+    assert schedule(0, configure(steps=1, warmup_steps=0)) == 1.0
+    assert schedule(2, configure(steps=3, warmup_steps=200)) == pytest.approx(3 / 200)
+
+
+def test_the_schedule_reaches_every_group(configure):
+    trainer = Trainer(configure(steps=10, warmup_steps=4, aggregator_lr=2e-4), CPU)
+    for number, _ in enumerate(steps(trainer, 3)):
+        rates = {(group["peak_lr"], group["lr"]) for group in trainer.optimizer.param_groups}
+        assert rates == {(peak, peak * (number + 1) / 4) for peak in (3e-3, 2e-4)}
+
+
+def test_frozen_positions_stay_to_the_bit_while_the_others_move(configure):
+    config = configure(freeze_positions=4, weight_decay=0.5, accumulate=2, batch_size=4, ema_decay=0.5)
+    before, after = stepped(config, 3)
+    name = "text.positional_embedding"
+    assert torch.equal(before[name][:4], after[name][:4])
+    moved = (before[name] != after[name]).any(dim=1)
+    assert moved.tolist() == [False] * 4 + [True] * 5 + [False] * 15  # captions are of 5 to 9 tokens
+    _, free = stepped(configure(), 3)
+    assert (before[name] != free[name]).any(dim=1)[:9].all()
+
+
+@pytest.mark.parametrize(
+    "loss", [OPTIONS["loss"], ["triplet:fine"], ["hardest_triplet:combined", "adaptive_margin:fine"]]
+)
+def test_a_cached_step_equals_one_over_the_whole_batch(configure, loss):
+    fixed = {"loss": loss, "encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
+    before, whole = stepped(configure(**fixed, batch_size=16), 2, plain=True)
+    for accumulate in (2, 4):
+        _, cached = stepped(configure(**fixed, batch_size=16 // accumulate, accumulate=accumulate), 2, plain=True)
+        for name, value in whole.items():
+            torch.testing.assert_close(
+                cached[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert distance(before, whole) > 1e-3
+    assert (whole["logit_scale"] == before["logit_scale"]) == (loss == ["triplet:fine"])
+
+
+def test_a_separate_step_is_another_one(configure):
+    """Negatives come from each pass alone: documented as another loss, so it must not silently become the same."""
+    fixed = {"encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
+    _, whole = stepped(configure(**fixed, batch_size=16), plain=True)
+    _, separate = stepped(configure(**fixed, batch_size=8, accumulate=2, accumulation="separate"), plain=True)
+    assert distance(whole, separate) > 1e-4
+
+
+def test_gradient_checkpointing_gives_the_same_step(configure):
+    before, expected = stepped(configure(), 2, plain=True)
+    trainer = Trainer(configure(gradient_checkpointing=True), CPU)
+    assert trainer.model.visual.transformer.grad_checkpointing
+    assert trainer.model.text.transformer.grad_checkpointing
+    _, recomputed = stepped(configure(gradient_checkpointing=True, accumulate=2, batch_size=4), 2, plain=True)
+    assert distance(expected, recomputed) < 1e-6 < 1e-4 < distance(before, expected)
+
+
+def test_the_average_follows_the_weights(configure):
+    trainer = Trainer(configure(ema_decay=0.75), CPU)
+    expected = None
+    for _ in steps(trainer, 4):
+        now = {name: value.double() for name, value in trainer.model.state_dict().items()}
+        expected = expected or now
+        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in now.items()}
+    averaged = trainer.ema.module.state_dict()
+    assert distance(averaged, expected) < 1e-6
+    assert distance(averaged, trainer.model.state_dict()) > 1e-4
+
+
+def test_half_precision_keeps_weights_and_loss_in_float32(configure):
+    trainer = Trainer(configure(precision="bf16"), CPU)
+    (values,) = steps(trainer, 1)
+    (exact,) = steps(Trainer(configure(), CPU), 1)
+    assert values["loss"].dtype == torch.float32
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert float(values["loss"]) == pytest.approx(float(exact["loss"]), rel=2e-2)
+    assert float(values["loss"]) != float(exact["loss"])
+
+
+def test_the_scale_stays_in_its_bounds(configure):
+    trainer = Trainer(configure(), CPU)
+    for start, bound in ((9.0, float(np.log(100))), (-3.0, 0.0)):
+        trainer.model.logit_scale.data.fill_(start)
+        (values,) = steps(trainer, 1)
+        assert trainer.model.logit_scale.item() == pytest.approx(bound)
+        assert float(values["logit_scale"]) == pytest.approx(np.exp(bound), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(configure):
+    with pytest.raises(TrainingError, match=r"the loss is nan.* at step \d: lower the learning rates"):
+        train(configure(encoder_lr=1e30))
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_take_it(configure):
+    trainer = Trainer(configure(), CPU)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.visual.proj.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrainingError, match=r"its gradient's norm (nan|inf), at step 0"):
+        next(steps(trainer, 1))
+    assert distance(before, trainer.model.state_dict()) == 0
+
+
+# --- The start ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("loss", "trained"), [(["contrastive:global"], False), (["triplet:fine"], True)])
+@pytest.mark.parametrize("from_clip", [False, True], ids=["from nothing", "from CLIP"])
+def test_aggregators_count_as_trained_when_a_loss_reaches_them(configure, tmp_path, from_clip, loss, trained):
+    if from_clip:
+        checkpoint.save(FineLIP(TINY.replace(trained_aggregators=False)), tmp_path / "clip")
+    model = Trainer(configure(loss=loss, init=str(tmp_path / "clip") if from_clip else ""), CPU).model
+    assert model.config.trained_aggregators is trained
+    assert model.alpha == (0.8 if trained else 1.0)
+
+
+def test_a_run_starts_from_a_checkpoint_with_a_longer_context(configure, tmp_path):
+    start = FineLIP(TINY)
+    checkpoint.save(start, tmp_path / "start")
+    model = Trainer(configure(init=str(tmp_path / "start"), context_length=40, preset="unused"), CPU).model
+    assert model.config.context_length == 40
+    assert torch.equal(model.visual.conv1.weight, start.visual.conv1.weight)
+    assert torch.equal(model.text.positional_embedding[:20], start.text.positional_embedding[:20])
+
+
+def test_the_seed_decides_the_weights(configure):
+    first, second, other = (Trainer(configure(seed=seed), CPU).model.state_dict() for seed in (1, 1, 2))
+    assert distance(first, second) == 0
+    assert distance(first, other) > 0
+
+
+# --- A whole run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_its_files(configure):
+    config = configure(steps=40, eval_every=20, log_every=5, tensorboard=True, warmup_steps=5, label_smoothing=0.0)
+    best = train(config)
+    out = Path(config.out)
+    log = log_of(out, without=())
+
+    steps_logged = [line for line in log if "loss" in line]
+    assert [line["step"] for line in steps_logged] == list(range(5, 41, 5))
+    assert steps_logged[-1]["loss"] < 0.5 * steps_logged[0]["loss"]
+    expected = {"step", "loss", "grad_norm", "encoder_lr", "logit_scale", "pairs_per_second"}
+    assert set(steps_logged[0]) == expected | {"contrastive:global:1", "contrastive:fine:1"}
+    terms = steps_logged[0]["contrastive:global:1"] + steps_logged[0]["contrastive:fine:1"]
+    assert steps_logged[0]["loss"] == pytest.approx(terms, rel=1e-5)
+
+    validations = [line for line in log if "val_i2t_recall@1" in line]
+    assert [line["step"] for line in validations] == [20, 40]
+    assert best in [{**line, "step": float(line["step"])} for line in validations]
+    assert best["val_i2t_recall@1"] > 0.5
+
+    assert json.loads((out / "config.json").read_text()) == json.loads(config.to_json())
+    assert not list(out.glob("*.partial"))
+    state = torch.load(out / "state.pt", weights_only=True)
+    last = finelip_fast.load(out / "last")
+    assert distance(last.state_dict(), state["model"]) == 0
+    assert finelip_fast.load(out / "best").config == last.config == TINY
+    metadata = json.loads((out / "best" / "config.json").read_text())["metadata"]
+    assert metadata["step"] == best["step"]
+    assert metadata["validation"] == {name: value for name, value in best.items() if name != "step"}
+    assert metadata["training"]["loss"] == list(config.loss)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in steps_logged]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in steps_logged])
+    assert [event.step for event in events.Scalars("val_t2i_recall@1")] == [20, 40]
+
+
+def test_small_rates_are_logged_as_they_are(configure):
+    config = configure(encoder_lr=1e-6, steps=2, warmup_steps=8)
+    train(config)
+    assert [line["encoder_lr"] for line in log_of(config.out) if "loss" in line] == pytest.approx([1.25e-7, 2.5e-7])
+
+
+def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
+    values = iter([0.2, 0.9, 0.9, 0.7])
+    weights = []
+
+    def recall(scores):
+        weights.append(scores)
+        value = next(values)
+        return {"i2t_recall@1": value, "t2i_recall@1": value}
+
+    monkeypatch.setattr(training, "recall", recall)
+    config = configure(eval_every=2, steps=8, ema_decay=0.5)
+    best = train(config)
+    assert best == {"val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
+    kept, last = (finelip_fast.load(Path(config.out) / name) for name in ("best", "last"))
+    assert distance(kept.state_dict(), last.state_dict()) > 1e-4
+    averaged = torch.load(Path(config.out) / "state.pt", weights_only=True)["ema"]
+    assert all(torch.equal(averaged[f"module.{name}"], value) for name, value in last.state_dict().items())
+
+    pairs = training.open_dataset(config.val, image_size=32)
+    with torch.no_grad():
+        images = kept.encode_image(kept.preprocess.batch(pairs[index].image for index in range(PAIRS)))
+        texts = kept.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
+        torch.testing.assert_close(kept.score(images, texts), weights[1])
+
+
+def test_signal_handlers_are_given_back(configure):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(configure(steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_validation_without_pairs_is_refused_at_once(configure, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    config = configure(val=f"jsonl:{tmp_path / 'none.jsonl'}")
+    with pytest.raises(ConfigError, match="expected pairs to validate on, got none from val='jsonl:"):
+        train(config)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+# --- Broken pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """The pairs, two of whose pictures cannot be read."""
+    source = Path(data.removeprefix("jsonl:"))
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    for index in (3, 9):
+        lines[index]["image"] = str(tmp_path / f"missing-{index}.png")
+    (tmp_path / "damaged.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"train": f"jsonl:{tmp_path / 'damaged.jsonl'}", "image_root": str(source.parent)}
+
+
+def test_broken_pictures_are_named_and_counted(configure, damaged, capsys):
+    config = configure(**damaged, max_broken_share=0.5)
+    train(config)
+    state = torch.load(Path(config.out) / "state.pt", weights_only=True)
+    assert (state["seen"], state["broken"]) == (48, 6)  # two of 16, in each of three epochs
+    error = capsys.readouterr().err
+    for index in (3, 9):
+        assert error.count(f"missing-{index}.png") == 3
+    assert error.count("skipped: ") == 6
+
+
+def test_too_many_broken_pictures_stop_the_run(configure, damaged, monkeypatch):
+    monkeypatch.setattr(training, "_BROKEN_AFTER", 16)
+    with pytest.raises(TrainingError, match=r"2 of 18 pictures cannot be read, more than the share of 0.1 that --max-"):
+        train(configure(**damaged, max_broken_share=0.1))
+    monkeypatch.setattr(training, "_BROKEN_AFTER", 200)
+    train(configure(**damaged, max_broken_share=0.1))  # too early to tell
+
+
+# --- Going on after an interruption ------------------------------------------------------------------------------
+
+# Everything with a state: the average, both cached passes, an epoch of two steps, of which six are taken.
+LASTING = {"steps": 6, "save_every": 2, "eval_every": 3, "ema_decay": 0.9, "accumulate": 2, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)
+    return out, train(config)
+
+
+def assert_same_run(out, best, uninterrupted):
+    expected_out, expected_best = uninterrupted
+    state, expected = (torch.load(folder / "state.pt", weights_only=True) for folder in (out, expected_out))
+    for part in ("model", "ema"):
+        for name, value in expected[part].items():
+            assert torch.equal(state[part][name], value), f"{part} {name}"
+    for index, moments in expected["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(state["optimizer"]["state"][index][name], value)
+    assert (state["step"], state["seen"]) == (expected["step"], expected["seen"]) == (6, 48)
+    for name in ("best", "last"):
+        assert checkpoint.fingerprint(out / name) == checkpoint.fingerprint(expected_out / name)
+    assert best == expected_best
+    assert log_of(out) == log_of(expected_out)
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_bit(configure, tmp_path, uninterrupted, monkeypatch):
+    take_step = Trainer._train_step
+
+    def stopping(self, batches):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", stopping)
+    with pytest.raises(TrainingError, match="stopped at step 3; the same command goes on from there"):
+        train(configure(**LASTING))
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "last").exists()
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
+    best = train(configure(**LASTING, workers=1))
+    assert_same_run(tmp_path / "run", best, uninterrupted)
+
+
+KILLED_IN_STEP_4 = """
+import json, os, signal, sys
+from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.training import train
+
+take_step = train.Trainer._train_step
+
+def dying(self, batches):
+    if self.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(self, batches)
+
+train.Trainer._train_step = dying
+PRESETS["tiny"] = FineLIPConfig(**json.loads(sys.argv[1]))
+train.main(sys.argv[2:])
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_state_to_the_bit(configure, tmp_path, uninterrupted):
+    config = configure(**LASTING, tensorboard=True)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(config.to_json())
+    command = [sys.executable, "-P", "-c", KILLED_IN_STEP_4, json.dumps(TINY.to_dict()), str(recipe)]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    out = Path(config.out)
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]  # step 3 is behind the state: it will be taken again
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # what a full disk or a lost machine leaves
+
+    best = train(config)
+    assert_same_run(out, best, uninterrupted)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_stays_as_it_is(data, uninterrupted):
+    out, best = uninterrupted
+    before = {path: path.read_bytes() for path in out.glob("*/model.safetensors")}
+    assert len(before) == 2
+    log = log_of(out)
+    assert train(TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)) == best
+    assert {path: path.read_bytes() for path in before} == before
+    assert log_of(out) == log
+
+
+@pytest.mark.parametrize(
+    "changes", [{"encoder_lr": 1e-3}, {"steps": 9}, {"loss": ["triplet:fine"]}, {"batch_size": 8, "accumulate": 1}]
+)
+def test_going_on_differently_is_refused(data, uninterrupted, changes):
+    out, _ = uninterrupted
+    config = TrainConfig(**(OPTIONS | LASTING | changes), out=str(out), train=data, val=data)
+    with pytest.raises(ConfigError, match="give the same options to go on, or another --out") as caught:
+        train(config)
+    for name in changes:
+        assert f"'{name}': {getattr(config, name)!r}" in str(caught.value)
+    was, asked = str(caught.value).split(", asked for ")
+    assert was.count("':") == asked.count("':") == len(changes)
+
+
+def test_going_on_may_change_what_the_weights_do_not_depend_on(data, uninterrupted):
+    out, best = uninterrupted
+    free = {"log_every": 5, "save_every": 9, "eval_every": 4, "workers": 1, "max_broken_share": 0.5}
+    assert train(TrainConfig(**(OPTIONS | LASTING | free), out=str(out), train=data, val=data)) == best
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+
+def run_script(arguments, monkeypatch):
+    """``python training/train.py``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(training.__file__, run_name="__main__")
+    return caught.value.code
+
+
+@pytest.fixture(params=["function", "finelip train", "training/train.py"])
+def command(request, monkeypatch):
+    return {
+        "function": main,
+        "finelip train": lambda arguments: finelip(["train", *arguments]),
+        "training/train.py": lambda arguments: run_script(arguments, monkeypatch),
+    }[request.param]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["scenes", "--precision", "fp8"], "error: expected precision bf16 or fp32, got 'fp8'"),
+        (["scene"], "error: cannot read recipe 'scene'"),
+        (
+            ["scenes", "--train", "coco:x", "--out", "OUT"],
+            "error: expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_exit_code_2(command, arguments, reason, tmp_path, capsys):
+    arguments = [str(tmp_path / "run") if argument == "OUT" else argument for argument in arguments]
+    assert command(arguments) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_trains_and_prints_the_best(configure, tmp_path, capsys):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(configure())))
+    assert main([str(recipe), "--steps", "2", "--no-tensorboard"]) == 0
+    best = json.loads(capsys.readouterr().out)
+    assert best["step"] == 2.0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
+
+
+def test_a_model_without_trained_aggregators_says_so_when_it_is_loaded(configure):
+    config = configure(loss=["contrastive:global"], steps=1)
+    train(config)
+    with pytest.warns(UntrainedAggregatorsWarning):
+        assert finelip_fast.load(Path(config.out) / "last").alpha == 1.0
