@@ -1,4 +1,7 @@
-"""What every recorded result says: commit, machine, versions. Record with ``--benchmark-json=bench/results/MACHINE/NAME.json``."""
+"""What every recorded result says: commit, machine, versions.
+
+Record with ``pytest bench/ --benchmark-only --benchmark-json=bench/results/MACHINE/NAME.json``.
+"""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast.datasets import Scenes
-from finelip_fast.embed import embed_texts
+from finelip_fast.embed import embed_tokens
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import encode_batch
 
 BATCH = 32
 
@@ -36,10 +37,10 @@ def case(request: Any) -> tuple[dict[str, Callable[[], Tensor]], int]:
         torch.manual_seed(0)
         model, count = FineLIP(finelip_fast.FineLIPConfig.preset(request.param)).eval(), 64
     captions = [scene.caption for scene in Scenes("test", count)]
-    ids = finelip_fast.tokenize(captions)
+    batch = encode_batch(captions)  # both ways start from ids
     ways = {
-        "all 256 positions": lambda: torch.cat([_all_positions(model, some) for some in ids.split(BATCH)]),
-        "up to the longest": lambda: embed_texts(model.encode_text, captions, context_length=256, batch_size=BATCH),
+        "all 256 positions": lambda: torch.cat([_all_positions(model, some) for some in batch.ids.split(BATCH)]),
+        "up to the longest": lambda: embed_tokens(model.encode_text, batch, batch_size=BATCH),
     }
     with torch.inference_mode():
         results = [way() for way in ways.values()]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from finelip_fast._errors import InputError
@@ -78,21 +78,20 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
     world = list(Scenes("test", scenes, image_size=256))
     paths = [pictures / f"{scene.id}.png" for scene in world]
     for scene, path in tqdm(list(zip(world, paths, strict=True)), desc="draw", disable=not progress):
-        if not path.exists():
-            scene.draw().save(path)
+        scene.draw().save(path)
 
+    shutil.rmtree(folder / "index", ignore_errors=True)  # of an earlier demo, perhaps with another model
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
-    retriever.add_images([path for path in paths if str(path) not in retriever.index], progress=progress)
+    retriever.add_images(paths, progress=progress)
     index_seconds = time.perf_counter() - started
 
     captions = [scene.caption for scene in world]
     engine, index = retriever.engine, retriever.index
-    own = torch.tensor([index.ids.index(str(path)) for path in paths])
     long = engine.embed_texts(captions).half()
     with expected_truncation():
         short = engine.embed_texts(captions, context_length=CLIP_CONTEXT).half()
-    images = index.embeddings[own]
+    images = index.embeddings
     rows = {
         f"{engine.config.context_length} tokens, global + fine": recall(
             clim_scores(images, long, alpha=retriever.alpha)

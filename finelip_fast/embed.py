@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finelip_fast.aggregator import join_windows
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import Overflow, encode_batch
+from finelip_fast.tokenizer import Overflow, TokenBatch, encode_batch
 
 T = TypeVar("T")
 
@@ -58,6 +58,20 @@ def embed_texts(
         InputError: A caption too long under ``overflow="error"``.
     """
     batch = encode_batch(texts, context_length, overflow=overflow)
+    return embed_tokens(encode_text, batch, batch_size=batch_size)
+
+
+def embed_tokens(encode_text: Callable[[Tensor], Tensor], batch: TokenBatch, *, batch_size: int = 64) -> Tensor:
+    """Embed tokenised captions, in order of length; windows of one caption are joined.
+
+    Args:
+        encode_text: Ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
+        batch: At least one caption.
+        batch_size: Sequences at once.
+
+    Returns:
+        ``[N, L, D]`` on the encoder's device, in the captions' order.
+    """
     order = batch.lengths.argsort(stable=True)
     rows = torch.cat([encode_text(batch.ids[some]) for some in order.split(batch_size)])
     restored = torch.empty_like(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
@@ -137,20 +138,21 @@ class Retriever:
         if isinstance(images, (str, PathLike)) and Path(images).is_dir():
             scan = scan_folder(images)
             report.skipped += [(str(path), "not a picture by its name") for path in scan.others]
-            images = scan.images
+            pictures: Iterable[Any] = scan.images
         else:
-            images = _listed(images)
-        pixels = self._engine.preprocess
-        for chunk in self._chunks(images, ids, metadata, batch_size, "image", progress):
-            readable, rows = [], []
-            for item, image, meta in chunk:
-                try:
-                    rows.append(pixels(image))
-                    readable.append((item, meta))
-                except ImageError as error:
-                    report.skipped.append((item, str(error)))
-            if rows:
-                self._add(report, readable, self._engine.encode_image(torch.stack(rows)))
+            pictures = _listed(images)
+        with ThreadPoolExecutor() as pool:  # decoding and resizing release the interpreter's lock
+            for chunk in self._chunks(pictures, ids, metadata, batch_size, "image", progress):
+                read = pool.map(self._read, [image for _, image, _ in chunk])
+                readable = []
+                for (item, _, meta), pixels in zip(chunk, read, strict=True):
+                    if isinstance(pixels, ImageError):
+                        report.skipped.append((item, str(pixels)))
+                    else:
+                        readable.append((item, meta, pixels))
+                if readable:
+                    embeddings = self._engine.encode_image(torch.stack([pixels for *_, pixels in readable]))
+                    self._add(report, [(item, meta) for item, meta, _ in readable], embeddings)
         return report
 
     def add_texts(
@@ -221,6 +223,12 @@ class Retriever:
             return torch.zeros(len(images), len(texts))
         embedded = self._engine.embed_images(images)
         return clim_scores(embedded, self._engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
+
+    def _read(self, image: Any) -> Tensor | ImageError:
+        try:
+            return self._engine.preprocess(image)
+        except ImageError as error:
+            return error
 
     def _hits(self, queries: Tensor, k: int) -> list[list[Hit]]:
         scores, positions = self.index.search(queries, k, alpha=self.alpha)

@@ -46,6 +46,10 @@ class TrainConfig:
         },
     )
     steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    stop_at: int = field(
+        default=0,
+        metadata={"help": "end the run at this step of the schedule, for another one to start from; 0: at its end"},
+    )
     encoder_lr: float = field(default=1e-6, metadata={"help": "peak learning rate of the CLIP encoders"})
     aggregator_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the aggregators"})
     weight_decay: float = field(default=1e-2, metadata={"help": "not on norms, biases, positions and scales"})
@@ -95,7 +99,14 @@ class TrainConfig:
             LossTerm.parse(term)
         at_least = {"batch_size": 2, "accumulate": 1, "steps": 1, "warmup_steps": 0, "group": 1, "workers": 0}
         at_least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "freeze_positions": 0, "clip_norm": 0}
-        at_least |= {"encoder_lr": 0, "aggregator_lr": 0, "weight_decay": 0, "epoch_batches": 0, "threads": 0}
+        at_least |= {
+            "encoder_lr": 0,
+            "aggregator_lr": 0,
+            "weight_decay": 0,
+            "epoch_batches": 0,
+            "threads": 0,
+            "stop_at": 0,
+        }
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
         _require(bool(self.loss), "at least one loss term", self.loss)
@@ -116,6 +127,11 @@ class TrainConfig:
             _needs("tensorboard", "TensorBoard (or pass --no-tensorboard)")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("expected a CUDA device for device=cuda, found none; use --device cpu")
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends."""
+        return min(self.steps, self.stop_at or self.steps)
 
     @property
     def criterion(self) -> Criterion:

@@ -43,7 +43,17 @@ from finelip_fast.training.distributed import gather, process_group
 _BROKEN_AFTER = 200
 
 # What may differ between an interrupted run and the one that goes on.
-_FREE_TO_CHANGE = ("out", "workers", "threads", "device", "log_every", "eval_every", "save_every", "tensorboard")
+_FREE_TO_CHANGE = (
+    "out",
+    "stop_at",
+    "workers",
+    "threads",
+    "device",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "tensorboard",
+)
 _FREE_TO_CHANGE += ("max_broken_share",)
 
 # CLIP's upper bound of exp(logit_scale).
@@ -140,14 +150,16 @@ class Trainer:
         validation = self._open(self.config.val) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from val={self.config.val!r}")
-        progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=self.rank != 0, mininterval=2)
+        progress = tqdm(
+            total=self.config.last_step, initial=self.step, unit="step", disable=self.rank != 0, mininterval=2
+        )
         batches = iter(self.data)
         started, first = time.monotonic(), self.step
-        while self.step < self.config.steps:
+        while self.step < self.config.last_step:
             values = self._train_step([next(batches) for _ in range(self.config.accumulate)])
             self.step += 1
             progress.update()
-            done = self.step == self.config.steps
+            done = self.step == self.config.last_step
             if log and (done or self.step % self.config.log_every == 0):
                 pairs = (self.step - first) * self.config.batch_size * self.config.accumulate * self.world
                 values["pairs_per_second"] = pairs / (time.monotonic() - started)

@@ -173,7 +173,7 @@ def test_an_example_becomes_pixels_ids_and_a_picture_id():
     assert torch.equal(pixels, PREPROCESS(picture(5)))
     assert torch.equal(ids, tokenize(caption(5), CONTEXT)[0])
     assert 0 <= image_id < 2**63
-    others = {encode_example(example, PREPROCESS, CONTEXT)[2] for example in Pairs(9)}
+    others = {encode_example(example, PREPROCESS, CONTEXT)[2] for example in map(Pairs(9).__getitem__, range(9))}
     assert len(others) == 9
     assert image_id == encode_example(Example(picture(1), "another caption", "5"), PREPROCESS, CONTEXT)[2]
 
