@@ -12,7 +12,7 @@ from finelip_fast.metrics import ranks, recall
 SCORES = torch.tensor(
     [
         [0.9, 0.1, 0.2, 0.3],
-        [0.8, 0.7, 0.1, 0.0],
+        [0.8, 0.7, 0.05, 0.0],
         [0.3, 0.2, 0.1, 0.4],
         [0.1, 0.2, 0.3, 0.5],
     ]

@@ -22,9 +22,10 @@ from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from . import _scene_canvas as plan
-from . import _scene_drawing as drawing
-from . import _scene_words as words
+from finelip_fast._errors import InputError
+from finelip_fast.datasets import _scene_canvas as plan
+from finelip_fast.datasets import _scene_drawing as drawing
+from finelip_fast.datasets import _scene_words as words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -253,7 +254,7 @@ class Scene:
             An RGB image, ``size x size``.
 
         Raises:
-            ValueError: ``size`` is below 16.
+            InputError: ``size`` is below 16.
         """
         size = self.image_size if size is None else size
         _check_image_size(size)
@@ -275,7 +276,7 @@ class Scenes:
             (a quarter of the statements left out), "repeated" (some said twice) or "reordered".
 
     Raises:
-        ValueError: an unknown split or variant, a negative size, an image size below 16.
+        InputError: An unknown split or variant, a negative size, an image size below 16.
     """
 
     def __init__(
@@ -292,7 +293,7 @@ class Scenes:
         _check_image_size(image_size)
         size = SPLITS[split] if size is None else size
         if size < 0:
-            raise ValueError(f"expected size >= 0, got {size}; leave it out for the split's own size")
+            raise InputError(f"expected size >= 0, got {size}; leave it out for the split's own size")
         self.split, self.size, self.image_size, self.seed, self.variant = split, size, image_size, seed, variant
 
     def __repr__(self) -> str:
@@ -328,12 +329,12 @@ class Scenes:
 
 def _check_name(what: str, got: str, known: tuple[str, ...]) -> None:
     if got not in known:
-        raise ValueError(f"expected {what} to be one of {', '.join(known)}; got {got!r}; choose one of these")
+        raise InputError(f"expected {what} to be one of {', '.join(known)}; got {got!r}; choose one of these")
 
 
 def _check_image_size(size: int) -> None:
     if size < 16:
-        raise ValueError(f"expected an image size of at least 16 pixels, got {size}; 128 and more show every detail")
+        raise InputError(f"expected an image size of at least 16 pixels, got {size}; 128 and more show every detail")
 
 
 # --- Making contents ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finelip_fast._errors import InputError
 from finelip_fast.datasets.scenes import FAMILY_SIZE, VARIANTS, Scenes
 
 PALETTE = {
@@ -91,12 +92,12 @@ def test_an_empty_dataset_has_nothing_to_give():
     ],
 )
 def test_errors_say_what_was_expected(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         Scenes(**arguments)
 
 
 def test_drawing_refuses_a_size_without_pixels():
-    with pytest.raises(ValueError, match="expected an image size of at least 16 pixels, got 0"):
+    with pytest.raises(InputError, match="expected an image size of at least 16 pixels, got 0"):
         Scenes()[0].draw(0)
 
 

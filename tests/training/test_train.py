@@ -291,13 +291,13 @@ def test_the_seed_decides_the_weights(configure):
 
 
 def test_a_run_learns_and_leaves_its_files(configure):
-    config = configure(steps=40, eval_every=20, log_every=5, tensorboard=True, warmup_steps=5, label_smoothing=0.0)
+    config = configure(steps=100, eval_every=50, log_every=5, tensorboard=True, warmup_steps=5, label_smoothing=0.0)
     best = train(config)
     out = Path(config.out)
     log = log_of(out, without=())
 
     steps_logged = [line for line in log if "loss" in line]
-    assert [line["step"] for line in steps_logged] == list(range(5, 41, 5))
+    assert [line["step"] for line in steps_logged] == list(range(5, 101, 5))
     assert steps_logged[-1]["loss"] < 0.5 * steps_logged[0]["loss"]
     expected = {"step", "loss", "grad_norm", "encoder_lr", "logit_scale", "pairs_per_second"}
     assert set(steps_logged[0]) == expected | {"contrastive:global:1", "contrastive:fine:1"}
@@ -305,7 +305,7 @@ def test_a_run_learns_and_leaves_its_files(configure):
     assert steps_logged[0]["loss"] == pytest.approx(terms, rel=1e-5)
 
     validations = [line for line in log if "val_i2t_recall@1" in line]
-    assert [line["step"] for line in validations] == [20, 40]
+    assert [line["step"] for line in validations] == [50, 100]
     assert best in [{**line, "step": float(line["step"])} for line in validations]
     assert best["val_i2t_recall@1"] > 0.5
 
@@ -324,8 +324,10 @@ def test_a_run_learns_and_leaves_its_files(configure):
 
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in steps_logged]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in steps_logged])
-    assert [event.step for event in events.Scalars("val_t2i_recall@1")] == [20, 40]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        [line["loss"] for line in steps_logged], rel=1e-5
+    )
+    assert [event.step for event in events.Scalars("val_t2i_recall@1")] == [50, 100]
 
 
 def test_small_rates_are_logged_as_they_are(configure):
@@ -453,6 +455,13 @@ def test_a_stopped_run_saves_and_goes_on_to_the_bit(configure, tmp_path, uninter
     assert_same_run(tmp_path / "run", best, uninterrupted)
 
 
+def test_a_run_that_ends_early_goes_on_to_the_bit(configure, tmp_path, uninterrupted):
+    train(configure(**LASTING, stop_at=3))
+    assert finelip_fast.load(tmp_path / "run" / "last").config == TINY
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
+    assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
+
+
 KILLED_IN_STEP_4 = """
 import json, os, signal, sys
 from finelip_fast.config import PRESETS, FineLIPConfig
@@ -482,6 +491,8 @@ def test_a_killed_run_goes_on_from_its_last_state_to_the_bit(configure, tmp_path
     out = Path(config.out)
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]  # step 3 is behind the state: it will be taken again
     assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    (events,) = (out / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1.killed"))  # read in the order of names, which hold the second
     with (out / "log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')  # what a full disk or a lost machine leaves
 
