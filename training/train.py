@@ -30,9 +30,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from finelip_fast import checkpoint
-from finelip_fast._errors import ConfigError, FineLIPError, TrainingError
+from finelip_fast._errors import ConfigError, FineLIPError, ImageError, TrainingError
 from finelip_fast.datasets import open_dataset
-from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.embed import embed_texts
 from finelip_fast.metrics import recall
 from finelip_fast.model import FineLIP
 from finelip_fast.training.config import TrainConfig, from_arguments
@@ -41,6 +41,9 @@ from finelip_fast.training.distributed import gather, process_group
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
+
+# Pictures at once in a validation.
+_VALIDATION_BATCH = 64
 
 # What may differ between an interrupted run and the one that goes on.
 _FREE_TO_CHANGE = (
@@ -252,16 +255,20 @@ class Trainer:
     @torch.inference_mode()
     def _validate(self, pairs: Any) -> dict[str, float]:
         """Recall on the validation pairs; the best model so far is saved at once."""
+
+        def encode_text(ids: Tensor) -> Tensor:
+            return model.encode_text(ids.to(self.device))
+
         model = self._averaged().eval()
         images, texts = [], []
         with self._autocast():
-            for first in range(0, len(pairs), 256):
-                some = [pairs[index] for index in range(first, min(first + 256, len(pairs)))]
-                encode_image = lambda pixels: model.encode_image(pixels.to(self.device))  # noqa: E731
-                encode_text = lambda ids: model.encode_text(ids.to(self.device))  # noqa: E731
-                images.append(embed_images(encode_image, self.preprocess, [one.image for one in some]))
-                captions = [one.caption for one in some]
-                texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
+            for first in range(0, len(pairs), _VALIDATION_BATCH):
+                pixels, captions = self._readable(pairs, range(first, min(first + _VALIDATION_BATCH, len(pairs))))
+                if captions:
+                    images.append(model.encode_image(torch.stack(pixels).to(self.device)))
+                    texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
+            if not images:
+                raise TrainingError(f"none of the pictures of val={self.config.val!r} can be read")
             scores = model.score(torch.cat(images), torch.cat(texts))
         self.model.train()
         metrics = {f"val_{name}": value for name, value in recall(scores).items()}
@@ -270,8 +277,21 @@ class Trainer:
             checkpoint.save(model, self.out / "best", metadata=self._metadata(metrics))
         return metrics
 
+    def _readable(self, pairs: Any, indices: range) -> tuple[list[Tensor], list[str]]:
+        """Pixels and captions, without the pairs whose picture cannot be read."""
+        pixels, captions = [], []
+        for example in (pairs[index] for index in indices):
+            try:
+                pixels.append(self.preprocess(example.image))
+                captions.append(example.caption)
+            except ImageError as error:
+                tqdm.write(f"skipped in validation: {error}", file=sys.stderr)
+        return pixels, captions
+
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
-        return {"step": self.step, "training": dataclasses.asdict(self.config), "validation": metrics}
+        # A checkpoint travels; the folders of the machine that made it do not.
+        training = {**dataclasses.asdict(self.config), "out": self.out.name, "image_root": ""}
+        return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:
         return self.ema.module if self.ema else self.model
@@ -286,7 +306,7 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "config": dataclasses.asdict(self.config),
+            "config": {**dataclasses.asdict(self.config), "processes": self.world},
         }
         partial = self.out / "state.pt.partial"
         with partial.open("wb") as file:
@@ -303,7 +323,7 @@ class Trainer:
                 (self.out / "config.json").write_text(self.config.to_json(), encoding="utf-8")
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        now = dataclasses.asdict(self.config)
+        now = {**dataclasses.asdict(self.config), "processes": self.world}
         changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != state["config"].get(name)]
         if changed:
             was = {name: state["config"].get(name) for name in changed}

@@ -281,7 +281,7 @@ def test_variants_do_what_they_say(index):
     assert sentences(reordered) == sentences(clean)
     assert reordered != clean
     assert sentences(houses) < sentences(clean)
-    assert all("hous" in one or "building" in one for one in sentences(houses))
+    assert re.search("house|building", houses)
     words, mistyped = clean.split(), typos.split()
     assert len(words) == len(mistyped)
     assert 0.04 < sum(a != b for a, b in zip(words, mistyped, strict=True)) / len(words) < 0.12

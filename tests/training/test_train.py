@@ -408,6 +408,15 @@ def test_too_many_broken_pictures_stop_the_run(configure, damaged, monkeypatch):
     train(configure(**damaged, max_broken_share=0.1))  # too early to tell
 
 
+def test_a_broken_validation_picture_is_left_out(configure, damaged, capsys):
+    best = train(configure(val=damaged["train"], image_root=damaged["image_root"], eval_every=6))
+    assert best["val_t2i_recall@10"] * 14 == pytest.approx(round(best["val_t2i_recall@10"] * 14))  # 14 of 16 remain
+    error = capsys.readouterr().err
+    assert "missing-3.png" in error
+    assert "missing-9.png" in error
+    assert error.count("skipped in validation: ") == 2
+
+
 # --- Going on after an interruption ------------------------------------------------------------------------------
 
 # Everything with a state: the average, both cached passes, an epoch of two steps, of which six are taken.
@@ -527,6 +536,13 @@ def test_going_on_differently_is_refused(data, uninterrupted, changes):
         assert f"'{name}': {getattr(config, name)!r}" in str(caught.value)
     was, asked = str(caught.value).split(", asked for ")
     assert was.count("':") == asked.count("':") == len(changes)
+
+
+def test_going_on_with_other_processes_is_refused(data, uninterrupted):
+    out, _ = uninterrupted
+    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)
+    with pytest.raises(ConfigError, match=r"holds a run with \{'processes': 1\}, asked for \{'processes': 2\}"):
+        Trainer(config, CPU, rank=0, world=2)
 
 
 def test_going_on_may_change_what_the_weights_do_not_depend_on(data, uninterrupted):
