@@ -577,7 +577,7 @@ def command(request, monkeypatch):
         (["scenes", "--precision", "fp8"], "error: expected precision bf16 or fp32, got 'fp8'"),
         (["scene"], "error: cannot read recipe 'scene'"),
         (
-            ["scenes", "--train", "coco:x", "--out", "OUT"],
+            ["scenes-houses", "--train", "coco:x", "--out", "OUT"],
             "error: expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE",
         ),
     ],
