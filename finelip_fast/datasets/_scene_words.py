@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
 
-VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered", "houses", "excerpt")
+VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered", "houses")
 
 # Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
 _FEWEST, _MOST, _DETAILED = 115, 186, 310
@@ -352,8 +352,6 @@ def vary(statements: list[Statement], variant: str, rng: Random) -> str:
     if variant == "dropped":
         gone = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
         texts = [text for place, text in enumerate(texts) if place not in gone]
-    elif variant == "excerpt":
-        texts = rng.sample(texts, rng.randint(1, min(3, len(texts))))
     elif variant == "houses":
         about = [
             statement.text for statement in statements if any(_is_house(part.placed) for part in statement.clauses)

@@ -94,10 +94,10 @@ def test_is_written_as_it_is_read():
 
 
 def test_the_shipped_recipes_are_these():
-    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes", "scenes-excerpts", "scenes-houses"}
+    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes", "scenes-houses"}
 
 
-@pytest.mark.parametrize("name", ["finelip", "scenes", "scenes-excerpts", "scenes-houses"])
+@pytest.mark.parametrize("name", ["finelip", "scenes", "scenes-houses"])
 def test_a_shipped_recipe_loads(name):
     config = from_arguments([name], prog="train.py")
     for field, value in load_recipe(name).items():
