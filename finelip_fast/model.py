@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,23 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
+
+
+class TrainingOutput(NamedTuple):
+    """What losses need of a batch of pairs.
+
+    Attributes:
+        images, texts: Embeddings ``[B, L, D]``.
+        logit_scale: The multiplier of the scores itself, ``exp(logit_scale)``.
+        patches: Projected features ``[B, P, D]`` of the patches, before their aggregation.
+        tokens: Projected features ``[B, T', D]`` of the captions' tokens, up to the longest caption.
+    """
+
+    images: Tensor
+    texts: Tensor
+    logit_scale: Tensor
+    patches: Tensor
+    tokens: Tensor
 
 
 class FineLIP(nn.Module):
@@ -72,8 +90,7 @@ class FineLIP(nn.Module):
         side = self.config.image_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
             raise InputError(f"expected pixels [B, 3, {side}, {side}], got {list(pixels.shape)}; use model.preprocess")
-        tokens = self.visual(pixels)
-        return self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
+        return self._aggregate_image(self.visual(pixels))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed captions.
@@ -94,15 +111,7 @@ class FineLIP(nn.Module):
             raise InputError(
                 f"expected integer ids [B, T] with T in 1..{self.config.context_length}, got {ids.dtype} {list(ids.shape)}"
             )
-        lengths = caption_lengths(ids)
-        if len(ids) and not torch.compiler.is_compiling():
-            ids = ids[:, : max(1, int(lengths.max()))]
-        tokens = self.text(ids)
-        last = (lengths - 1).clamp(min=0)
-        anchor = tokens[torch.arange(tokens.shape[0], device=ids.device), last]
-        # A row without an end token has no caption: no token is valid, and its anchor is nobody's.
-        anchor = anchor.masked_fill((lengths == 0)[:, None], 0.0)
-        return self.text_aggregator(tokens, anchor=anchor, lengths=last)
+        return self._aggregate_text(*self._text_tokens(ids))
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
         """Score every picture against every caption.
@@ -117,9 +126,36 @@ class FineLIP(nn.Module):
         """
         return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a training step differentiates: both embeddings and the multiplier of the scores, ``exp(logit_scale)``."""
-        return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
+    def forward(self, pixels: Tensor, ids: Tensor) -> TrainingOutput:
+        """What a training step differentiates, of pixels ``[B, 3, H, W]`` and ids ``[B, T]``."""
+        patches = self.visual(pixels)
+        tokens, lengths = self._text_tokens(ids)
+        return TrainingOutput(
+            self._aggregate_image(patches),
+            self._aggregate_text(tokens, lengths),
+            self.logit_scale.exp(),
+            patches[:, 1:],
+            tokens,
+        )
+
+    def _text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
+        lengths = caption_lengths(ids)
+        if len(ids) and not torch.compiler.is_compiling():
+            ids = ids[:, : max(1, int(lengths.max()))]
+        return self.text(ids), lengths
+
+    def _aggregate_image(self, tokens: Tensor) -> Tensor:
+        """``[B, 1 + P, D]``, CLS first, to ``[B, L, D]``."""
+        return self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
+
+    def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """``[B, T, D]`` and the captions' lengths to ``[B, L, D]``."""
+        last = (lengths - 1).clamp(min=0)
+        anchor = tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
+        # A row without an end token has no caption: no token is valid, and its anchor is nobody's.
+        anchor = anchor.masked_fill((lengths == 0)[:, None], 0.0)
+        return self.text_aggregator(tokens, anchor=anchor, lengths=last)
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""

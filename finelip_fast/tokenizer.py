@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -22,7 +23,15 @@ from finelip_fast.config import EOT_TOKEN, START_TOKEN
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
-__all__ = ["Overflow", "TokenBatch", "TruncationWarning", "encode_batch", "expected_truncation", "tokenize"]
+__all__ = [
+    "Overflow",
+    "TokenBatch",
+    "TruncationWarning",
+    "encode_batch",
+    "expected_truncation",
+    "token_spans",
+    "tokenize",
+]
 
 Overflow = Literal["truncate", "error", "window"]
 
@@ -175,6 +184,25 @@ def _tokens(text: str) -> list[int]:
         # The vocabulary reads a special token's name as the token itself: an EOT inside a caption would end it there.
         tokens += _spelled_out(token) if token in (START_TOKEN, EOT_TOKEN) else [token]
     return [*tokens, EOT_TOKEN]
+
+
+def token_spans(caption: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where stretches of a caption are among its tokens.
+
+    Args:
+        caption: The text, as given to :func:`tokenize`.
+        spans: ``(start, end)`` in characters, each of whole words.
+
+    Returns:
+        ``(first, last + 1)`` of the token row for each span; START is position 0.
+    """
+    spans = list(spans)
+    cuts = sorted({0, len(caption), *(edge for span in spans for edge in span)})
+    position, count = {0: 1}, 1
+    for start, end in pairwise(cuts):
+        count += len(_tokens(caption[start:end])) - 2
+        position[end] = count
+    return [(position[start], position[end]) for start, end in spans]
 
 
 @cache

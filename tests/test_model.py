@@ -133,8 +133,10 @@ def test_caption_lengths(make_captions):
 def test_forward_is_both_encoders_and_the_multiplier(model, make_captions, pixels):
     ids = make_captions([5, 9, 3], 16)
     with torch.no_grad():
-        images, texts, multiplier = model(pixels, ids)
+        images, texts, multiplier, patches, tokens = model(pixels, ids)
         assert torch.equal(multiplier, model.logit_scale.exp())
+        assert torch.equal(patches, model.visual(pixels)[:, 1:])
+        assert torch.equal(tokens, model.text(ids[:, :9]))
         assert torch.equal(images, model.encode_image(pixels))
         assert torch.equal(texts, model.encode_text(ids))
 
@@ -150,7 +152,7 @@ def test_alpha_is_one_where_the_aggregators_are_untrained(make_model, model, mak
     untrained = make_model(trained_aggregators=False)
     assert (model.alpha, untrained.alpha) == (0.8, 1.0)
     with torch.no_grad():
-        images, texts, _ = model(pixels, make_captions([5, 9], 16))
+        images, texts, *_ = model(pixels, make_captions([5, 9], 16))
     cosine = images[:, 0] @ texts[:, 0].T
     fine = model.score(images, texts, alpha=0.0)
     assert model.score(images, texts).shape == (3, 2)
@@ -198,7 +200,7 @@ def test_no_windows_make_no_captions():
 def gradients(model, pixels, ids):
     """Every parameter's gradient of an arbitrary scalar that reads all of both embeddings."""
     model.zero_grad(set_to_none=True)
-    images, texts, _ = model(pixels, ids)
+    images, texts, *_ = model(pixels, ids)
     generator = torch.Generator().manual_seed(1)
     loss = sum((rows * torch.randn(rows.shape, generator=generator)).sum() for rows in (images, texts))
     loss.backward()
@@ -227,7 +229,7 @@ def test_a_loss_reaches_the_temperature(make_model, make_captions, pixels):
     from finelip_fast.training.losses import contrastive_loss
 
     model = make_model()
-    images, texts, multiplier = model(pixels, make_captions([5, 9, 3], 16))
+    images, texts, multiplier, *_ = model(pixels, make_captions([5, 9, 3], 16))
     contrastive_loss(model.score(images, texts), multiplier).backward()
     assert model.logit_scale.grad.abs() > 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.tokenizer import TruncationWarning, encode_batch, tokenize
+from finelip_fast.tokenizer import TruncationWarning, encode_batch, token_spans, tokenize
 
 CAPTIONS = {
     "empty": "",
@@ -186,3 +186,21 @@ def test_windows_hold_every_token_in_order(words: list[list[str]], context_lengt
 def test_errors_say_expected_got_and_remedy(call, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+# Stretches of a caption ----------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    ["a", "manservant's", "fire-hydrant", "3-storey", "red,", "house.", "naïve", "<end_of_text>", "!", "42nd;"]
+)
+
+
+@given(words=st.lists(WORDS, min_size=1, max_size=12), data=st.data())
+def test_spans_of_words_hold_the_tokens_of_those_words(words, data):
+    starts = [sum(len(word) + 1 for word in words[:index]) for index in range(len(words))]
+    first = data.draw(st.integers(0, len(words) - 1))
+    last = data.draw(st.integers(first, len(words) - 1))
+    caption, start, end = " ".join(words), starts[first], starts[last] + len(words[last])
+    ((begin, stop),) = token_spans(caption, [(start, end)])
+    row, part = (tokenize(text, 128)[0].tolist() for text in (caption, caption[start:end]))
+    assert row[begin:stop] == part[1 : part.index(EOT_TOKEN)]

@@ -33,6 +33,10 @@ class TrainConfig:
         default=("triplet:fine",),
         metadata={"help": "terms LOSS:SCORE[:WEIGHT], such as contrastive:global triplet:fine"},
     )
+    grounding: float = field(
+        default=0.0,
+        metadata={"help": "weight of matching phrases to their places in the picture; needs boxes, as scenes have"},
+    )
     margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
     label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the contrastive loss"})
@@ -106,6 +110,7 @@ class TrainConfig:
             "epoch_batches": 0,
             "threads": 0,
             "stop_at": 0,
+            "grounding": 0,
         }
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
@@ -119,6 +124,11 @@ class TrainConfig:
         _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
         _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
         _require(not self.val.startswith("webdataset:"), "val of map-style data", self.val)
+        if self.grounding:
+            place = "train=scenes:SPLIT[:SIZE] with grounding, whose phrases have boxes"
+            _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)
+            cached = self.accumulate > 1 and self.accumulation == "cached"
+            _require(not cached, "accumulation separate with grounding", self.accumulation)
         if self.train.startswith("webdataset:"):
             _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
             _require(self.group == 1, "group 1 with webdataset", self.group)

@@ -7,9 +7,9 @@ size on every process, and its path travels with the batch to be reported and co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,35 +19,65 @@ from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import expected_truncation, tokenize
+from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
 # Examples tried in place of an unreadable one before the data is called unusable.
 _SUBSTITUTES = 100
 
 
+class Encoding(NamedTuple):
+    """One pair as tensors.
+
+    Attributes:
+        pixels: ``[3, H, W]``.
+        ids: int64 ``[T]``.
+        image_id: 63 bits; equal for pairs of one picture.
+        spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
+        boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
+        broken: Paths of pictures that could not be read before this one, each with the reason.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    image_id: int
+    spans: Tensor
+    boxes: Tensor
+    broken: Sequence[str] = ()
+
+
 @dataclass
 class Batch:
-    """``B`` pairs, ready for the model.
+    """``B`` pairs, ready for the model; ``R`` phrases of them have a known place in their picture.
 
     Attributes:
         pixels: ``[B, 3, H, W]``.
         ids: int64 ``[B, T]``.
         image_ids: int64 ``[B]``; equal for pairs of one picture.
+        owners: int64 ``[R]``, the pair that each phrase belongs to.
+        spans, boxes: ``[R, 2]`` and ``[R, 4]``, as in :class:`Encoding`.
         broken: Paths of pictures that could not be read, each with the reason.
     """
 
     pixels: Tensor
     ids: Tensor
     image_ids: Tensor
+    owners: Tensor
+    spans: Tensor
+    boxes: Tensor
     broken: list[str]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed: moved, say."""
+        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return Batch(**values)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""
-        return Batch(self.pixels.pin_memory(), self.ids.pin_memory(), self.image_ids.pin_memory(), self.broken)
+        return self.map(Tensor.pin_memory)
 
 
-class Encoded(Dataset[tuple[Tensor, Tensor, int, list[str]]]):
-    """A dataset of pairs as pixels, ids and picture ids."""
+class Encoded(Dataset[Encoding]):
+    """A dataset of pairs as tensors."""
 
     def __init__(self, pairs: PairDataset, preprocess: Preprocess, context_length: int) -> None:
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
@@ -55,12 +85,12 @@ class Encoded(Dataset[tuple[Tensor, Tensor, int, list[str]]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, list[str]]:
+    def __getitem__(self, index: int) -> Encoding:
         broken = []
         for step in range(min(_SUBSTITUTES, len(self.pairs))):
             example = self.pairs[(index + step) % len(self.pairs)]
             try:
-                return *encode_example(example, self.preprocess, self.context_length), broken
+                return encode_example(example, self.preprocess, self.context_length)._replace(broken=broken)
             except ImageError as error:
                 broken.append(str(error))
         raise _unusable(broken)
@@ -70,21 +100,39 @@ def _unusable(broken: list[str]) -> TrainingError:
     return TrainingError(f"{len(broken)} pictures in a row cannot be read; the last: {broken[-1]}")
 
 
-def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> tuple[Tensor, Tensor, int]:
-    """Pixels ``[3, H, W]``, ids ``[T]`` and a 63-bit picture id."""
+def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> Encoding:
+    """A pair as tensors; phrases that the context cuts off or into are left out."""
     with expected_truncation():
         ids = tokenize([example.caption], context_length)[0]
     digest = hashlib.blake2b(example.image_id.encode(), digest_size=8).digest()
-    return preprocess(example.image), ids, int.from_bytes(digest, "big") >> 1
+    spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
+    known = [
+        (span, region.box)
+        for span, region in zip(spans, example.regions, strict=True)
+        if span[0] < span[1] < context_length
+    ]
+    return Encoding(
+        preprocess(example.image),
+        ids,
+        int.from_bytes(digest, "big") >> 1,
+        torch.tensor([span for span, _ in known], dtype=torch.int64).reshape(-1, 2),
+        torch.tensor([box for _, box in known], dtype=torch.float32).reshape(-1, 4),
+    )
 
 
-def collate(items: list[tuple[Tensor, Tensor, int, list[str]]]) -> Batch:
+def collate(items: Sequence[Encoding]) -> Batch:
     """Stack examples to a batch; the ids are cut to the longest caption."""
-    pixels, ids, image_ids, broken = zip(*items, strict=True)
-    stacked = torch.stack(ids)
-    longest = int(caption_lengths(stacked).max())
+    ids = torch.stack([item.ids for item in items])
+    longest = int(caption_lengths(ids).max())
+    phrases = torch.tensor([len(item.spans) for item in items])
     return Batch(
-        torch.stack(pixels), stacked[:, :longest], torch.tensor(image_ids), [path for some in broken for path in some]
+        torch.stack([item.pixels for item in items]),
+        ids[:, :longest],
+        torch.tensor([item.image_id for item in items]),
+        torch.arange(len(items)).repeat_interleave(phrases),
+        torch.cat([item.spans for item in items]),
+        torch.cat([item.boxes for item in items]),
+        [path for item in items for path in item.broken],
     )
 
 
@@ -122,7 +170,7 @@ class GroupedSampler(Sampler[list[int]]):
             yield order[first : first + self.batch_size].tolist()
 
 
-class ShardExamples(IterableDataset[tuple[Tensor, Tensor, int, list[str]]]):
+class ShardExamples(IterableDataset[Encoding]):
     """webdataset shards (``jpg|png|webp`` + ``txt`` or ``json`` with ``caption``), shuffled by shard, split over processes.
 
     The order is fixed by seed, epoch and number of workers; a restart reads past what was already seen. Needs the
@@ -133,7 +181,7 @@ class ShardExamples(IterableDataset[tuple[Tensor, Tensor, int, list[str]]]):
         self.pattern, self.preprocess, self.context_length, self.seed = pattern, preprocess, context_length, seed
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int, list[str]]]:
+    def __iter__(self) -> Iterator[Encoding]:
         import random
 
         import webdataset as wds
@@ -153,7 +201,7 @@ class ShardExamples(IterableDataset[tuple[Tensor, Tensor, int, list[str]]]):
                 if len(broken) == _SUBSTITUTES:
                     raise _unusable(broken) from None
                 continue
-            yield *encoded, broken
+            yield encoded._replace(broken=broken)
             broken = []
 
 

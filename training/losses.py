@@ -6,6 +6,7 @@ is the caller's choice: ``global`` cosine, ``fine`` late interaction or the ``co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,56 @@ def adaptive_margin_loss(
     """
     margins = caption_similarity.detach().clone().fill_diagonal_(0.0)
     return contrastive_loss(scores + gamma * margins, logit_scale)
+
+
+def grounding_loss(
+    patches: Tensor, tokens: Tensor, owners: Tensor, spans: Tensor, boxes: Tensor, logit_scale: Tensor | float
+) -> Tensor:
+    """Symmetric cross entropy between phrases and the parts of pictures that they describe.
+
+    A phrase is the mean of its tokens' features within the whole caption, a part is the mean of the patches' features weighted
+    by how much of each the box covers (region-text contrast of RegionCLIP, arXiv 2112.09106, and FG-CLIP, arXiv 2505.05071,
+    with the phrase left in its caption). Every other phrase of the batch is a negative, those of the same caption too.
+
+    Args:
+        patches: Projected features ``[B, P, D]`` of a square grid of patches, row by row, without CLS.
+        tokens: Projected features ``[B, T, D]`` of the captions' tokens.
+        owners: int64 ``[R]``, the pair of each phrase.
+        spans: int64 ``[R, 2]``, its tokens, ``first .. last + 1``.
+        boxes: float ``[R, 4]``, its place, ``x0, y0, x1, y1`` in [0, 1].
+        logit_scale: Multiplier of the cosines (the exponential already taken).
+
+    Returns:
+        Scalar, the mean of both directions and of the phrases; 0 without a phrase.
+    """
+    if not len(owners):
+        return patches.new_zeros(())
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (spans[:, :1] <= position) & (position < spans[:, 1:])
+    regions = _pooled(patches.float(), _coverage(boxes, patches.shape[1]), owners)
+    phrases = _pooled(tokens.float(), inside.float(), owners)
+    return contrastive_loss(regions @ phrases.T, logit_scale)
+
+
+def _pooled(features: Tensor, weights: Tensor, owners: Tensor) -> Tensor:
+    """Unit rows: features ``[B, N, D]`` summed with each row of weights ``[R, N]``, which belongs to one of the ``B``."""
+    counts = torch.bincount(owners, minlength=len(features))
+    place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
+    padded = weights.new_zeros(len(features), int(counts.max()), weights.shape[1])
+    padded[owners, place] = weights
+    return F.normalize(torch.bmm(padded, features)[owners, place], dim=-1)
+
+
+def _coverage(boxes: Tensor, patches: int) -> Tensor:
+    """The area of each patch that each box covers: ``[R, 4]`` to ``[R, P]``."""
+    side = math.isqrt(patches)
+    edges = torch.arange(side + 1, device=boxes.device) / side
+    low, high = edges[:-1], edges[1:]
+    across, down = (
+        (torch.minimum(boxes[:, axis + 2, None], high) - torch.maximum(boxes[:, axis, None], low)).clamp(min=0.0)
+        for axis in (0, 1)
+    )
+    return (down[:, :, None] * across[:, None, :]).flatten(1)
 
 
 @dataclass(frozen=True)

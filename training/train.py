@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -34,10 +35,11 @@ from finelip_fast._errors import ConfigError, FineLIPError, ImageError, Training
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_texts
 from finelip_fast.metrics import recall
-from finelip_fast.model import FineLIP
+from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.config import TrainConfig, from_arguments
 from finelip_fast.training.data import Batch, TrainingData
 from finelip_fast.training.distributed import gather, process_group
+from finelip_fast.training.losses import grounding_loss
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
@@ -188,7 +190,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         cached = len(batches) > 1 and self.config.accumulation == "cached"
-        values = self._cached_backward(batches) if cached else self._plain_backward(batches)
+        with self._attention():
+            values = self._cached_backward(batches) if cached else self._plain_backward(batches)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
         if not bool(values["loss"].isfinite() & norm.isfinite()):
             raise TrainingError(
@@ -209,8 +212,12 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             with self._sync(index == len(batches) - 1):
-                images, texts, scale = self._forward(batch)
-                loss, terms = self._loss(images, texts, batch.image_ids.to(self.device), scale)
+                output, batch = self._forward(batch)
+                loss, terms = self._loss(output.images, output.texts, batch.image_ids, output.logit_scale)
+                if self.config.grounding:
+                    grounding = self._grounding(output, batch)
+                    loss = loss + self.config.grounding * grounding
+                    terms["grounding"] = grounding.detach()
                 (loss / len(batches)).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value / len(batches)
@@ -219,7 +226,7 @@ class Trainer:
     def _cached_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """All passes as one batch: embeddings first, then their gradient through a second forward pass each."""
         with torch.no_grad():
-            embedded = [self._forward(batch) for batch in batches]
+            embedded = [self._forward(batch)[0][:3] for batch in batches]
         images, texts = (torch.cat([one[side] for one in embedded]).requires_grad_() for side in (0, 1))
         scale = embedded[0][2].clone().requires_grad_()
         image_ids = torch.cat([batch.image_ids for batch in batches]).to(self.device)
@@ -230,16 +237,20 @@ class Trainer:
             rows = slice(index * size, (index + 1) * size)
             last = index == len(batches) - 1
             with self._sync(last):
-                outputs = self._forward(batch)
+                outputs = self._forward(batch)[0][:3]
                 wanted = (images.grad[rows], texts.grad[rows], scale.grad if last else torch.zeros_like(scale))
                 torch.autograd.backward(outputs, wanted)
         return {"loss": loss.detach(), **terms}
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        pixels, ids = (t.to(self.device, non_blocking=True) for t in (batch.pixels, batch.ids))
+    def _forward(self, batch: Batch) -> tuple[TrainingOutput, Batch]:
+        """The model's output, and the batch on the model's device."""
+        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         with self._autocast():
-            outputs: tuple[Tensor, Tensor, Tensor] = self.forward(pixels, ids)
-        return outputs
+            return self.forward(batch.pixels, batch.ids), batch
+
+    def _grounding(self, output: TrainingOutput, batch: Batch) -> Tensor:
+        """Every process has the negatives of its own phrases: there are about ten times as many of them as pairs."""
+        return grounding_loss(output.patches, output.tokens, batch.owners, batch.spans, batch.boxes, output.logit_scale)
 
     def _loss(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
@@ -376,6 +387,10 @@ class Trainer:
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _attention(self) -> Any:
+        """On a CPU the fused attention's backward pass takes longer than plain matrix products at short lengths."""
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def _sync(self, last: bool) -> Any:
         """Only the last pass of a step averages gradients over the processes."""

@@ -5,7 +5,7 @@ Every map-style dataset is a sequence of :class:`Example`; :func:`open_dataset` 
 
 from __future__ import annotations
 
-from finelip_fast.datasets.base import Example, PairDataset, open_dataset
+from finelip_fast.datasets.base import Example, PairDataset, Region, open_dataset
 from finelip_fast.datasets.scenes import Scene, Scenes
 
-__all__ = ["Example", "PairDataset", "Scene", "Scenes", "open_dataset"]
+__all__ = ["Example", "PairDataset", "Region", "Scene", "Scenes", "open_dataset"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
 
-VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered", "houses")
+VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered")
 
 # Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
 _FEWEST, _MOST, _DETAILED = 115, 186, 310
@@ -352,11 +352,6 @@ def vary(statements: list[Statement], variant: str, rng: Random) -> str:
     if variant == "dropped":
         gone = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
         texts = [text for place, text in enumerate(texts) if place not in gone]
-    elif variant == "houses":
-        about = [
-            statement.text for statement in statements if any(_is_house(part.placed) for part in statement.clauses)
-        ]
-        texts = rng.sample(about, rng.randint(1, len(about)))
     elif variant == "repeated":
         for text in rng.sample(texts, max(1, round(len(texts) / 4))):
             texts.insert(rng.randrange(len(texts) + 1), text)
@@ -369,10 +364,6 @@ def vary(statements: list[Statement], variant: str, rng: Random) -> str:
     if variant == "plain":
         return " ".join(re.sub(r"[^a-z ]", " ", caption.lower()).split())
     return _mistyped(caption, rng) if variant == "typos" else caption
-
-
-def _is_house(placed: Any) -> bool:
-    return hasattr(placed, "storeys")
 
 
 def _mistyped(caption: str, rng: Random) -> str:

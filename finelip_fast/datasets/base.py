@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
-from finelip_fast.datasets.scenes import Scenes
+from finelip_fast.datasets.scenes import Scene, Scenes
+
+
+class Region(NamedTuple):
+    """A stretch of a caption and the part of the picture that it describes.
+
+    Attributes:
+        start, end: ``caption[start:end]``, whole words.
+        box: ``(x0, y0, x1, y1)`` in parts of the picture as the model sees it, y downwards.
+    """
+
+    start: int
+    end: int
+    box: tuple[float, float, float, float]
 
 
 class Example(NamedTuple):
@@ -18,11 +31,13 @@ class Example(NamedTuple):
         image: Whatever :func:`finelip_fast.preprocess.open_image` takes; a path where there is a file.
         caption: The description.
         image_id: Pairs of one picture share it.
+        regions: What is known of where the caption's phrases are in the picture.
     """
 
     image: Any
     caption: str
     image_id: str
+    regions: tuple[Region, ...] = ()
 
 
 class PairDataset(Protocol):
@@ -43,7 +58,11 @@ class SceneExamples:
 
     def __getitem__(self, index: int, /) -> Example:
         scene = self.scenes[index]
-        return Example(scene.draw(), scene.caption, scene.id)
+        return Example(scene.draw(), scene.caption, scene.id, tuple(self._regions(scene)))
+
+    def _regions(self, scene: Scene) -> Iterator[Region]:
+        if self.scenes.variant == "clean":  # phrases are known by their place in the clean caption
+            yield from (Region(part.start, part.end, part.box) for part in scene.parts)
 
 
 class FileExamples:

@@ -32,6 +32,14 @@ def test_scenes_by_name(spec, scenes):
     assert np.asarray(example.image).shape[:2] == (32, 32)
 
 
+def test_scenes_tell_where_their_phrases_are_while_the_caption_is_clean():
+    clean, plain = (open_dataset(f"scenes:val:2:{variant}", image_size=32)[1] for variant in ("clean", "plain"))
+    parts = Scenes("val", 2, image_size=32)[1].parts
+    assert parts
+    assert clean.regions == tuple((part.start, part.end, part.box) for part in parts)
+    assert plain.regions == ()
+
+
 @pytest.mark.parametrize("root", [None, "pictures"])
 def test_files_by_name(tmp_path, root):
     lines = tmp_path / "a.jsonl"

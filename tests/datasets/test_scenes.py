@@ -273,15 +273,13 @@ def sentences(caption):
 @given(index=indices)
 def test_variants_do_what_they_say(index):
     told = {variant: Scenes(variant=variant)[index].caption for variant in VARIANTS}
-    clean, typos, plain, dropped, repeated, reordered, houses = told.values()
+    clean, typos, plain, dropped, repeated, reordered = told.values()
     assert plain == " ".join(re.findall("[a-z]+", clean.lower()))
     assert sentences(dropped) < sentences(clean)
     assert sentences(clean) < sentences(repeated)
     assert sentences(repeated).keys() == sentences(clean).keys()
     assert sentences(reordered) == sentences(clean)
     assert reordered != clean
-    assert sentences(houses) < sentences(clean)
-    assert re.search("house|building", houses)
     words, mistyped = clean.split(), typos.split()
     assert len(words) == len(mistyped)
     assert 0.04 < sum(a != b for a, b in zip(words, mistyped, strict=True)) / len(words) < 0.12

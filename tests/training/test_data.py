@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finelip_fast._errors import ConfigError, TrainingError
-from finelip_fast.datasets import Example
+from finelip_fast.datasets import Example, Region
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import tokenize
 from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example
@@ -62,7 +62,7 @@ class Pairs:
 def identities():
     """The example that a picture id belongs to."""
     examples = [Example(picture(0), "", str(index)) for index in range(64)]
-    return {encode_example(example, PREPROCESS, CONTEXT)[2]: int(example.image_id) for example in examples}
+    return {encode_example(example, PREPROCESS, CONTEXT).image_id: int(example.image_id) for example in examples}
 
 
 def members(batch):
@@ -180,17 +180,54 @@ def test_the_number_of_workers_changes_nothing():
 
 
 def test_an_example_becomes_pixels_ids_and_a_picture_id():
-    pixels, ids, image_id = encode_example(Pairs(9)[5], PREPROCESS, CONTEXT)
-    assert torch.equal(pixels, PREPROCESS(picture(5)))
-    assert torch.equal(ids, tokenize(caption(5), CONTEXT)[0])
-    assert 0 <= image_id < 2**63
-    others = {encode_example(example, PREPROCESS, CONTEXT)[2] for example in map(Pairs(9).__getitem__, range(9))}
+    encoded = encode_example(Pairs(9)[5], PREPROCESS, CONTEXT)
+    assert torch.equal(encoded.pixels, PREPROCESS(picture(5)))
+    assert torch.equal(encoded.ids, tokenize(caption(5), CONTEXT)[0])
+    assert 0 <= encoded.image_id < 2**63
+    others = {encode_example(example, PREPROCESS, CONTEXT).image_id for example in map(Pairs(9).__getitem__, range(9))}
     assert len(others) == 9
-    assert image_id == encode_example(Example(picture(1), "another caption", "5"), PREPROCESS, CONTEXT)[2]
+    assert encoded.image_id == encode_example(Example(picture(1), "another caption", "5"), PREPROCESS, CONTEXT).image_id
 
 
 def test_a_long_caption_is_cut_without_a_warning_for_each():
-    assert encode_example(Example(picture(1), "word " * 50, "1"), PREPROCESS, CONTEXT)[1].count_nonzero() == CONTEXT
+    assert encode_example(Example(picture(1), "word " * 50, "1"), PREPROCESS, CONTEXT).ids.count_nonzero() == CONTEXT
+
+
+PHRASES = Example(
+    picture(1),
+    "A dark river. Small trees, tall trees and a house.",
+    "1",
+    (Region(0, 12, (0.0, 0.5, 1.0, 1.0)), Region(14, 25, (0.0, 0.0, 0.5, 0.5)), Region(42, 49, (0.5, 0.0, 1.0, 0.5))),
+)
+
+
+def test_phrases_come_as_the_tokens_and_the_places_they_were_given():
+    encoded = encode_example(PHRASES, PREPROCESS, 32)
+    for (first, last), region in zip(encoded.spans.tolist(), PHRASES.regions, strict=True):
+        phrase = tokenize(PHRASES.caption[region.start : region.end], 32)[0]
+        assert encoded.ids[first:last].tolist() == phrase[phrase > 0][1:-1].tolist()
+    assert encoded.boxes.tolist() == [list(region.box) for region in PHRASES.regions]
+
+
+def test_phrases_that_the_context_cuts_are_left_out():
+    whole, cut = (encode_example(PHRASES, PREPROCESS, length) for length in (32, 8))
+    assert whole.spans[1, 1] == 7  # its last token is the last before the end token of a context of 8
+    assert torch.equal(cut.spans, whole.spans[:2])
+    assert torch.equal(cut.boxes, whole.boxes[:2])
+    assert len(encode_example(PHRASES, PREPROCESS, 7).spans) == 1
+
+
+def test_a_batch_tells_which_pair_a_phrase_belongs_to():
+    pairs = [PHRASES._replace(regions=PHRASES.regions[:count]) for count in (2, 0, 3)]
+    encoded = [encode_example(pair, PREPROCESS, 32) for pair in pairs]
+    batch = collate(encoded)
+    assert batch.owners.tolist() == [0, 0, 2, 2, 2]
+    assert torch.equal(batch.spans, torch.cat([one.spans for one in encoded]))
+    assert torch.equal(batch.boxes, torch.cat([one.boxes for one in encoded]))
+    assert collate(encoded[1:2]).spans.shape == (0, 2)
+    doubled = batch.map(lambda tensor: tensor * 2)
+    assert torch.equal(doubled.spans, 2 * batch.spans)
+    assert doubled.broken == batch.broken
 
 
 def test_ids_are_cut_to_the_longest_caption():
@@ -207,7 +244,7 @@ def test_a_token_of_id_0_inside_a_caption_does_not_cost_its_end():
     ids = tokenize(["hi!(", "a"], CONTEXT)
     assert 0 in ids[0, :4]  # "!" without a blank behind it is token 0, which also pads
     pairs = [Example(picture(0), text, "0") for text in ("hi!(", "a")]
-    batch = collate([(*encode_example(pair, PREPROCESS, CONTEXT), []) for pair in pairs])
+    batch = collate([encode_example(pair, PREPROCESS, CONTEXT) for pair in pairs])
     assert torch.equal(batch.ids, ids[:, :5])
 
 
@@ -217,11 +254,11 @@ def test_a_token_of_id_0_inside_a_caption_does_not_cost_its_end():
 def test_the_next_picture_takes_a_broken_ones_place():
     data = Encoded(Pairs(6, broken={2, 3, 5}), PREPROCESS, CONTEXT)
     for index, used, broken in ((1, 1, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])):
-        *encoded, messages = data[index]
-        assert identities()[encoded[2]] == used
-        assert torch.equal(encoded[0], PREPROCESS(picture(used)))
-        assert len(messages) == len(broken)
-        for number, message in zip(broken, messages, strict=True):
+        encoded = data[index]
+        assert identities()[encoded.image_id] == used
+        assert torch.equal(encoded.pixels, PREPROCESS(picture(used)))
+        assert len(encoded.broken) == len(broken)
+        for number, message in zip(broken, encoded.broken, strict=True):
             assert f"pictures/{number}.png" in message
     batch = collate([data[2], data[0], data[5]])
     assert members(batch) == [4, 0, 0]

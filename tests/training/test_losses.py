@@ -16,6 +16,7 @@ from finelip_fast.training.losses import (
     LossTerm,
     adaptive_margin_loss,
     contrastive_loss,
+    grounding_loss,
     triplet_loss,
 )
 
@@ -49,6 +50,49 @@ def assert_equals_reference(loss, expected):
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+# --- Phrases and places ------------------------------------------------------------------------------------------
+
+
+def phrases(seed=0):
+    """Two pairs of 3 x 3 patches and 7 tokens, and three phrases of them."""
+    generator = torch.Generator().manual_seed(seed)
+    patches, tokens = (
+        torch.randn(2, length, 5, generator=generator, dtype=torch.float64).requires_grad_() for length in (9, 7)
+    )
+    owners, spans = torch.tensor([0, 1, 1]), torch.tensor([[1, 3], [2, 6], [0, 1]])
+    boxes = torch.tensor([[0.0, 0.0, 2 / 3, 1 / 3], [0.5, 0.5, 1.0, 1.0], [0.1, 0.1, 0.2, 0.2]])
+    return patches, tokens, owners, spans, boxes
+
+
+def test_a_phrase_is_matched_with_the_patches_under_its_box():
+    patches, tokens, *where = phrases()
+    first, second = patches.detach()
+    regions = torch.stack(
+        [
+            first[0] + first[1],  # the first row's left two patches, wholly covered
+            second[4] / 4 + (second[5] + second[7]) / 2 + second[8],  # from the middle: by the area that is covered
+            second[0],  # a small box within one patch
+        ]
+    )
+    words = torch.stack([tokens.detach()[0, 1:3].sum(0), tokens.detach()[1, 2:6].sum(0), tokens.detach()[1, 0]])
+    scores = F.normalize(regions, dim=-1) @ F.normalize(words, dim=-1).T
+    expected = contrastive_loss(scores, 4.0)
+    assert grounding_loss(patches, tokens, *where, 4.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_only_phrases_and_their_places_get_a_gradient():
+    patches, tokens, *where = phrases()
+    grounding_loss(patches, tokens, *where, 4.0).backward()
+    assert [row.nonzero().flatten().tolist() for row in patches.grad.abs().sum(-1)] == [[0, 1], [0, 4, 5, 7, 8]]
+    assert [row.nonzero().flatten().tolist() for row in tokens.grad.abs().sum(-1)] == [[1, 2], [0, 2, 3, 4, 5]]
+
+
+def test_a_batch_without_phrases_costs_nothing():
+    patches, tokens, *where = phrases()
+    loss = grounding_loss(patches, tokens, *(rows[:0] for rows in where), 4.0)
+    assert (loss.shape, loss.item()) == ((), 0.0)
 
 
 # --- Parity ------------------------------------------------------------------------------------------------------

@@ -214,6 +214,17 @@ def test_gradient_checkpointing_gives_the_same_step(configure):
     assert distance(expected, recomputed) < 1e-6 < 1e-4 < distance(before, expected)
 
 
+def test_phrases_and_their_places_add_to_the_loss(configure):
+    scenes = {"train": "scenes:train:16", "context_length": 256, "steps": 1}
+    plain, grounded = (Trainer(configure(**scenes, grounding=weight), CPU) for weight in (0.0, 0.5))
+    batch = next(iter(plain.data))
+    assert len(batch.spans) > 8 * 7
+    without, values = (trainer._train_step([batch]) for trainer in (plain, grounded))
+    assert "grounding" not in without
+    assert values["grounding"] > 1
+    torch.testing.assert_close(values["loss"], without["loss"] + 0.5 * values["grounding"])
+
+
 def test_the_average_follows_the_weights(configure):
     trainer = Trainer(configure(ema_decay=0.75), CPU)
     expected = None
@@ -577,7 +588,7 @@ def command(request, monkeypatch):
         (["scenes", "--precision", "fp8"], "error: expected precision bf16 or fp32, got 'fp8'"),
         (["scene"], "error: cannot read recipe 'scene'"),
         (
-            ["scenes-houses", "--train", "coco:x", "--out", "OUT"],
+            ["scenes-start", "--train", "coco:x", "--grounding", "0", "--out", "OUT"],
             "error: expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE",
         ),
     ],
