@@ -19,7 +19,7 @@ from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
+from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
 
 # Examples tried in place of an unreadable one before the data is called unusable.
 _SUBSTITUTES = 100
@@ -34,6 +34,7 @@ class Encoding(NamedTuple):
         image_id: 63 bits; equal for pairs of one picture.
         spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
         boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
+        is_cut: Whether the caption was longer than the context.
         broken: Paths of pictures that could not be read before this one, each with the reason.
     """
 
@@ -42,6 +43,7 @@ class Encoding(NamedTuple):
     image_id: int
     spans: Tensor
     boxes: Tensor
+    is_cut: bool
     broken: Sequence[str] = ()
 
 
@@ -55,6 +57,7 @@ class Batch:
         image_ids: int64 ``[B]``; equal for pairs of one picture.
         owners: int64 ``[R]``, the pair that each phrase belongs to.
         spans, boxes: ``[R, 2]`` and ``[R, 4]``, as in :class:`Encoding`.
+        captions_cut: How many of the captions were longer than the context.
         broken: Paths of pictures that could not be read, each with the reason.
     """
 
@@ -64,6 +67,7 @@ class Batch:
     owners: Tensor
     spans: Tensor
     boxes: Tensor
+    captions_cut: int
     broken: list[str]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -103,7 +107,7 @@ def _unusable(broken: list[str]) -> TrainingError:
 def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> Encoding:
     """A pair as tensors; phrases that the context cuts off or into are left out."""
     with expected_truncation():
-        ids = tokenize([example.caption], context_length)[0]
+        tokens = encode_batch([example.caption], context_length)
     digest = hashlib.blake2b(example.image_id.encode(), digest_size=8).digest()
     spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
     known = [
@@ -113,10 +117,11 @@ def encode_example(example: Example, preprocess: Preprocess, context_length: int
     ]
     return Encoding(
         preprocess(example.image),
-        ids,
+        tokens.ids[0],
         int.from_bytes(digest, "big") >> 1,
         torch.tensor([span for span, _ in known], dtype=torch.int64).reshape(-1, 2),
         torch.tensor([box for _, box in known], dtype=torch.float32).reshape(-1, 4),
+        is_cut=tokens.n_cut > 0,
     )
 
 
@@ -132,6 +137,7 @@ def collate(items: Sequence[Encoding]) -> Batch:
         torch.arange(len(items)).repeat_interleave(phrases),
         torch.cat([item.spans for item in items]),
         torch.cat([item.boxes for item in items]),
+        sum(item.is_cut for item in items),
         [path for item in items for path in item.broken],
     )
 

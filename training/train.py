@@ -39,7 +39,9 @@ from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.config import TrainConfig, from_arguments
 from finelip_fast.training.data import Batch, TrainingData
 from finelip_fast.training.distributed import gather, process_group
+from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
+from finelip_fast.training.optimizer import parameter_groups, schedule
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
@@ -82,33 +84,6 @@ def train(config: TrainConfig) -> dict[str, float]:
         return Trainer(config, device, rank, world).run()
 
 
-def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: two learning rates, each with and without weight decay.
-
-    Norms, biases, positions, the class embedding and scales are not decayed.
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decayed = parameter.dim() >= 2 and not name.endswith("positional_embedding")
-        groups.setdefault(("aggregator" in name, decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "peak_lr": config.aggregator_lr if aggregator else config.encoder_lr,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for (aggregator, decayed), parameters in groups.items()
-    ]
-
-
-def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 class Trainer:
     """One process's part of a run."""
 
@@ -142,7 +117,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the last step; an interrupt saves the state first."""
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        log = _Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
+        log = Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
         try:
             return self._run(log)
         finally:
@@ -151,7 +126,7 @@ class Trainer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _run(self, log: _Log | None) -> dict[str, float]:
+    def _run(self, log: Log | None) -> dict[str, float]:
         validation = self._open(self.config.val) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from val={self.config.val!r}")
@@ -205,7 +180,13 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         scale = self.model.logit_scale.detach().exp()
-        return {**values, "grad_norm": norm, "encoder_lr": self.config.encoder_lr * share, "logit_scale": scale}
+        return {
+            **values,
+            "grad_norm": norm,
+            "encoder_lr": self.config.encoder_lr * share,
+            "logit_scale": scale,
+            "captions_cut": sum(batch.captions_cut for batch in batches),
+        }
 
     def _plain_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Each pass with its own negatives; exact for a single pass."""
@@ -403,41 +384,6 @@ class Trainer:
         if self.world == 1:
             return self._stop
         return bool(gather(torch.tensor([self._stop], dtype=torch.int32, device=self.device)).any())
-
-
-class _Log:
-    """``log.jsonl``, and TensorBoard events beside it."""
-
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.path = folder / "log.jsonl"
-        if self.path.exists():  # lines behind the state that the run goes on from would be written twice
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self.events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
-        if self.events:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
-
-    def close(self) -> None:
-        if self.events:
-            self.events.close()
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # cut short by a crash
-        return math.inf
 
 
 def _start_model(config: TrainConfig) -> FineLIP:

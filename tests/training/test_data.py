@@ -190,7 +190,10 @@ def test_an_example_becomes_pixels_ids_and_a_picture_id():
 
 
 def test_a_long_caption_is_cut_without_a_warning_for_each():
-    assert encode_example(Example(picture(1), "word " * 50, "1"), PREPROCESS, CONTEXT).ids.count_nonzero() == CONTEXT
+    long = encode_example(Example(picture(1), "word " * 50, "1"), PREPROCESS, CONTEXT)
+    assert long.ids.count_nonzero() == CONTEXT
+    short = encode_example(Pairs(9)[5], PREPROCESS, CONTEXT)
+    assert collate([long, short, long]).captions_cut == 2
 
 
 PHRASES = Example(
