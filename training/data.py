@@ -34,6 +34,7 @@ class Encoding(NamedTuple):
         image_id: 63 bits; equal for pairs of one picture.
         spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
         boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
+        labels: int64 ``[R]``, equal for phrases that describe the same.
         is_cut: Whether the caption was longer than the context.
         broken: Paths of pictures that could not be read before this one, each with the reason.
     """
@@ -43,6 +44,7 @@ class Encoding(NamedTuple):
     image_id: int
     spans: Tensor
     boxes: Tensor
+    labels: Tensor
     is_cut: bool
     broken: Sequence[str] = ()
 
@@ -56,7 +58,7 @@ class Batch:
         ids: int64 ``[B, T]``.
         image_ids: int64 ``[B]``; equal for pairs of one picture.
         owners: int64 ``[R]``, the pair that each phrase belongs to.
-        spans, boxes: ``[R, 2]`` and ``[R, 4]``, as in :class:`Encoding`.
+        spans, boxes, labels: ``[R, 2]``, ``[R, 4]``, ``[R]``, as in :class:`Encoding`.
         captions_cut: How many of the captions were longer than the context.
         broken: Paths of pictures that could not be read, each with the reason.
     """
@@ -67,6 +69,7 @@ class Batch:
     owners: Tensor
     spans: Tensor
     boxes: Tensor
+    labels: Tensor
     captions_cut: int
     broken: list[str]
 
@@ -108,21 +111,26 @@ def encode_example(example: Example, preprocess: Preprocess, context_length: int
     """A pair as tensors; phrases that the context cuts off or into are left out."""
     with expected_truncation():
         tokens = encode_batch([example.caption], context_length)
-    digest = hashlib.blake2b(example.image_id.encode(), digest_size=8).digest()
     spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
     known = [
-        (span, region.box)
+        (span, region)
         for span, region in zip(spans, example.regions, strict=True)
         if span[0] < span[1] < context_length
     ]
     return Encoding(
         preprocess(example.image),
         tokens.ids[0],
-        int.from_bytes(digest, "big") >> 1,
+        _number(example.image_id),
         torch.tensor([span for span, _ in known], dtype=torch.int64).reshape(-1, 2),
-        torch.tensor([box for _, box in known], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([region.box for _, region in known], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([_number(region.label) for _, region in known], dtype=torch.int64),
         is_cut=tokens.n_cut > 0,
     )
+
+
+def _number(name: str) -> int:
+    """63 bits that stand for a name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def collate(items: Sequence[Encoding]) -> Batch:
@@ -137,6 +145,7 @@ def collate(items: Sequence[Encoding]) -> Batch:
         torch.arange(len(items)).repeat_interleave(phrases),
         torch.cat([item.spans for item in items]),
         torch.cat([item.boxes for item in items]),
+        torch.cat([item.labels for item in items]),
         sum(item.is_cut for item in items),
         [path for item in items for path in item.broken],
     )

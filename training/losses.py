@@ -21,18 +21,23 @@ SCORES = ("global", "fine", "combined")
 COMBINED_ALPHA = 0.8
 
 
-def contrastive_loss(scores: Tensor, logit_scale: Tensor | float, *, label_smoothing: float = 0.0) -> Tensor:
+def contrastive_loss(
+    scores: Tensor, logit_scale: Tensor | float, *, label_smoothing: float = 0.0, ignored: Tensor | None = None
+) -> Tensor:
     """Symmetric cross entropy of ``logit_scale * scores`` with the diagonal as target (CLIP, arXiv 2103.00020).
 
     Args:
         scores: ``[B, B]``.
         logit_scale: Multiplier of the scores (the exponential already taken).
         label_smoothing: Share of the target spread over all entries; FineLIP's baseline uses 0.1.
+        ignored: bool ``[B, B]``, True for entries that are no negatives; not with label smoothing.
 
     Returns:
         Scalar, the mean of both directions and of the batch.
     """
     logits = logit_scale * scores
+    if ignored is not None:
+        logits = logits.masked_fill(ignored, -torch.inf)
     target = torch.arange(len(scores), device=scores.device)
     by_image = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     by_text = F.cross_entropy(logits.T, target, label_smoothing=label_smoothing)
@@ -87,13 +92,20 @@ def adaptive_margin_loss(
 
 
 def grounding_loss(
-    patches: Tensor, tokens: Tensor, owners: Tensor, spans: Tensor, boxes: Tensor, logit_scale: Tensor | float
+    patches: Tensor,
+    tokens: Tensor,
+    owners: Tensor,
+    spans: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
 ) -> Tensor:
     """Symmetric cross entropy between phrases and the parts of pictures that they describe.
 
     A phrase is the mean of its tokens' features within the whole caption, a part is the mean of the patches' features weighted
     by how much of each the box covers (region-text contrast of RegionCLIP, arXiv 2112.09106, and FG-CLIP, arXiv 2505.05071,
-    with the phrase left in its caption). Every other phrase of the batch is a negative, those of the same caption too.
+    with the phrase left in its caption). Every phrase of another label in the batch is a negative, those of the same caption
+    too.
 
     Args:
         patches: Projected features ``[B, P, D]`` of a square grid of patches, row by row, without CLS.
@@ -101,6 +113,7 @@ def grounding_loss(
         owners: int64 ``[R]``, the pair of each phrase.
         spans: int64 ``[R, 2]``, its tokens, ``first .. last + 1``.
         boxes: float ``[R, 4]``, its place, ``x0, y0, x1, y1`` in [0, 1].
+        labels: int64 ``[R]``, equal for phrases that describe the same.
         logit_scale: Multiplier of the cosines (the exponential already taken).
 
     Returns:
@@ -112,7 +125,8 @@ def grounding_loss(
     inside = (spans[:, :1] <= position) & (position < spans[:, 1:])
     regions = _pooled(patches.float(), _coverage(boxes, patches.shape[1]), owners)
     phrases = _pooled(tokens.float(), inside.float(), owners)
-    return contrastive_loss(regions @ phrases.T, logit_scale)
+    same = (labels[:, None] == labels[None, :]).fill_diagonal_(False)
+    return contrastive_loss(regions @ phrases.T, logit_scale, ignored=same)
 
 
 def _pooled(features: Tensor, weights: Tensor, owners: Tensor) -> Tensor:

@@ -231,7 +231,9 @@ class Trainer:
 
     def _grounding(self, output: TrainingOutput, batch: Batch) -> Tensor:
         """Every process has the negatives of its own phrases: there are about ten times as many of them as pairs."""
-        return grounding_loss(output.patches, output.tokens, batch.owners, batch.spans, batch.boxes, output.logit_scale)
+        return grounding_loss(
+            output.patches, output.tokens, batch.owners, batch.spans, batch.boxes, batch.labels, output.logit_scale
+        )
 
     def _loss(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor

@@ -17,11 +17,13 @@ class Region(NamedTuple):
     Attributes:
         start, end: ``caption[start:end]``, whole words.
         box: ``(x0, y0, x1, y1)`` in parts of the picture as the model sees it, y downwards.
+        label: What is described; regions of equal labels may look alike.
     """
 
     start: int
     end: int
     box: tuple[float, float, float, float]
+    label: str
 
 
 class Example(NamedTuple):
@@ -62,7 +64,7 @@ class SceneExamples:
 
     def _regions(self, scene: Scene) -> Iterator[Region]:
         if self.scenes.variant == "clean":  # phrases are known by their place in the clean caption
-            yield from (Region(part.start, part.end, part.box) for part in scene.parts)
+            yield from (Region(part.start, part.end, part.box, repr(part.object)) for part in scene.parts)
 
 
 class FileExamples:

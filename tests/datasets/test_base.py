@@ -36,7 +36,9 @@ def test_scenes_tell_where_their_phrases_are_while_the_caption_is_clean():
     clean, plain = (open_dataset(f"scenes:val:2:{variant}", image_size=32)[1] for variant in ("clean", "plain"))
     parts = Scenes("val", 2, image_size=32)[1].parts
     assert parts
-    assert clean.regions == tuple((part.start, part.end, part.box) for part in parts)
+    assert [region[:3] for region in clean.regions] == [(part.start, part.end, part.box) for part in parts]
+    labels = {part.object: region.label for part, region in zip(parts, clean.regions, strict=True)}
+    assert len(set(labels.values())) == len(labels)
     assert plain.regions == ()
 
 

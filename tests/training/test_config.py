@@ -100,10 +100,10 @@ def test_is_written_as_it_is_read():
 
 
 def test_the_shipped_recipes_are_these():
-    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes", "scenes-start"}
+    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes"}
 
 
-@pytest.mark.parametrize("name", ["finelip", "scenes", "scenes-start"])
+@pytest.mark.parametrize("name", ["finelip", "scenes"])
 def test_a_shipped_recipe_loads(name):
     config = from_arguments([name], prog="train.py")
     for field, value in load_recipe(name).items():

@@ -200,7 +200,11 @@ PHRASES = Example(
     picture(1),
     "A dark river. Small trees, tall trees and a house.",
     "1",
-    (Region(0, 12, (0.0, 0.5, 1.0, 1.0)), Region(14, 25, (0.0, 0.0, 0.5, 0.5)), Region(42, 49, (0.5, 0.0, 1.0, 0.5))),
+    (
+        Region(0, 12, (0.0, 0.5, 1.0, 1.0), "river"),
+        Region(14, 25, (0.0, 0.0, 0.5, 0.5), "trees"),
+        Region(42, 49, (0.5, 0.0, 1.0, 0.5), "house"),
+    ),
 )
 
 
@@ -227,6 +231,9 @@ def test_a_batch_tells_which_pair_a_phrase_belongs_to():
     assert batch.owners.tolist() == [0, 0, 2, 2, 2]
     assert torch.equal(batch.spans, torch.cat([one.spans for one in encoded]))
     assert torch.equal(batch.boxes, torch.cat([one.boxes for one in encoded]))
+    river, trees, river_again, trees_again, house = batch.labels.tolist()
+    assert (river, trees) == (river_again, trees_again)
+    assert len({river, trees, house}) == 3
     assert collate(encoded[1:2]).spans.shape == (0, 2)
     doubled = batch.map(lambda tensor: tensor * 2)
     assert torch.equal(doubled.spans, 2 * batch.spans)

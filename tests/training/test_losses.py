@@ -63,7 +63,7 @@ def phrases(seed=0):
     )
     owners, spans = torch.tensor([0, 1, 1]), torch.tensor([[1, 3], [2, 6], [0, 1]])
     boxes = torch.tensor([[0.0, 0.0, 2 / 3, 1 / 3], [0.5, 0.5, 1.0, 1.0], [0.1, 0.1, 0.2, 0.2]])
-    return patches, tokens, owners, spans, boxes
+    return patches, tokens, owners, spans, boxes, torch.tensor([1, 2, 3])
 
 
 def test_a_phrase_is_matched_with_the_patches_under_its_box():
@@ -80,6 +80,16 @@ def test_a_phrase_is_matched_with_the_patches_under_its_box():
     scores = F.normalize(regions, dim=-1) @ F.normalize(words, dim=-1).T
     expected = contrastive_loss(scores, 4.0)
     assert grounding_loss(patches, tokens, *where, 4.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_phrases_of_one_label_are_no_negatives():
+    patches, tokens, *where, labels = phrases()
+    two_alike = grounding_loss(patches, tokens, *where, torch.tensor([1, 2, 1]), 4.0)
+    all_alike = grounding_loss(patches, tokens, *where, torch.tensor([1, 1, 1]), 4.0)
+    assert 0 < two_alike < grounding_loss(patches, tokens, *where, labels, 4.0)
+    assert all_alike == 0
+    all_alike.backward()
+    assert patches.grad.isfinite().all()
 
 
 def test_only_phrases_and_their_places_get_a_gradient():
