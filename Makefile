@@ -16,6 +16,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases kernels training export
 
 bench: $(READY)
 	$(BIN)/python -P -m pytest bench/ --benchmark-only

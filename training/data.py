@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +75,8 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed: moved, say."""
-        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Batch(**values)
+        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""
@@ -93,7 +93,7 @@ class Encoded(Dataset[Encoding]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Encoding:
-        broken = []
+        broken: list[str] = []
         for step in range(min(_SUBSTITUTES, len(self.pairs))):
             example = self.pairs[(index + step) % len(self.pairs)]
             try:

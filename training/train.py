@@ -21,7 +21,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ _FREE_TO_CHANGE = (
     "eval_every",
     "save_every",
     "tensorboard",
+    "max_broken_share",
 )
-_FREE_TO_CHANGE += ("max_broken_share",)
 
 # CLIP's upper bound of exp(logit_scale).
 _MAX_LOGIT_SCALE = math.log(100)
@@ -212,14 +212,14 @@ class Trainer:
         scale = embedded[0][2].clone().requires_grad_()
         image_ids = torch.cat([batch.image_ids for batch in batches]).to(self.device)
         loss, terms = self._loss(images, texts, image_ids, scale)
-        loss.backward()
+        grad_images, grad_texts, grad_scale = torch.autograd.grad(loss, (images, texts, scale))
         size = len(batches[0].pixels)
         for index, batch in enumerate(batches):
             rows = slice(index * size, (index + 1) * size)
             last = index == len(batches) - 1
             with self._sync(last):
                 outputs = self._forward(batch)[0][:3]
-                wanted = (images.grad[rows], texts.grad[rows], scale.grad if last else torch.zeros_like(scale))
+                wanted = (grad_images[rows], grad_texts[rows], grad_scale if last else torch.zeros_like(scale))
                 torch.autograd.backward(outputs, wanted)
         return {"loss": loss.detach(), **terms}
 
@@ -288,7 +288,7 @@ class Trainer:
         return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:
-        return self.ema.module if self.ema else self.model
+        return cast("FineLIP", self.ema.module) if self.ema else self.model
 
     def _save_state(self) -> None:
         state = {

@@ -100,10 +100,10 @@ def test_is_written_as_it_is_read():
 
 
 def test_the_shipped_recipes_are_these():
-    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes"}
+    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes", "scenes-start"}
 
 
-@pytest.mark.parametrize("name", ["finelip", "scenes"])
+@pytest.mark.parametrize("name", ["finelip", "scenes", "scenes-start"])
 def test_a_shipped_recipe_loads(name):
     config = from_arguments([name], prog="train.py")
     for field, value in load_recipe(name).items():
@@ -155,7 +155,7 @@ def test_refuses_an_unknown_recipe_and_a_run_without_places():
     with pytest.raises(ConfigError, match="cannot read recipe 'scene' at"):
         from_arguments(["scene"], prog="train.py")
     with pytest.raises(
-        ConfigError, match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes', .*\]\)"
+        ConfigError, match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes', 'scenes-start'\]\)"
     ):
         from_arguments(["--out", "somewhere"], prog="train.py")
 
