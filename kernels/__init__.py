@@ -1,7 +1,17 @@
 """The two operations of FineLIP: token aggregation (ATRM) and late interaction (CLIM)."""
 
 from finelip_fast.kernels._dispatch import describe
+from finelip_fast.kernels._quantize import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels.atrm import atrm
-from finelip_fast.kernels.clim import clim_scores, clim_topk
+from finelip_fast.kernels.clim import clim_scores, clim_topk, clim_topk_int8
 
-__all__ = ["atrm", "clim_scores", "clim_topk", "describe"]
+__all__ = [
+    "QuantizedItems",
+    "atrm",
+    "clim_scores",
+    "clim_topk",
+    "clim_topk_int8",
+    "describe",
+    "quantize",
+    "quantize_items",
+]

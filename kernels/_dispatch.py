@@ -1,10 +1,76 @@
-"""Which implementation of the operations runs here, and why not a faster one."""
+"""Which implementation of the operations runs here, and why not a faster one.
+
+``FINELIP_KERNELS`` forces one: ``reference`` (plain PyTorch, all of it readable), ``triton`` (the fused kernels, or an error
+that says why they cannot run). Without it the fused kernels run on a GPU that has them, and blocked PyTorch elsewhere.
+"""
 
 from __future__ import annotations
 
-IMPLEMENTATION = "reference"
+import functools
+import importlib.util
+import os
+from typing import Literal, NamedTuple
+
+import torch
+
+from finelip_fast._errors import KernelError
+
+VARIABLE = "FINELIP_KERNELS"
+
+# Ampere: the first whose tensor cores multiply bfloat16.
+LOWEST_CAPABILITY = 80
 
 
-def describe() -> tuple[str, str]:
-    """The implementation in use, and why no faster one is."""
-    return IMPLEMENTATION, "plain PyTorch: this version has no fused kernels"
+class Choice(NamedTuple):
+    """An implementation, and why no faster one runs."""
+
+    implementation: Literal["triton", "blocked", "reference"]
+    reason: str
+
+
+def choose(device: torch.device, limit: str = "") -> Choice:
+    """The implementation for tensors on a device.
+
+    Args:
+        device: Where the tensors are.
+        limit: Why the fused kernels cannot take these inputs; empty: they can.
+
+    Raises:
+        KernelError: ``FINELIP_KERNELS`` is no known value, or asks for kernels that cannot run here.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", "reference", "triton"):
+        raise KernelError(
+            f"expected {VARIABLE} to be reference or triton, got {forced!r}; unset it for the best there is"
+        )
+    if forced == "reference":
+        return Choice("reference", f"{VARIABLE}=reference")
+    refusal = _why_no_kernels(device.type, device.index) or limit
+    if not refusal:
+        return Choice("triton", "fused kernels")
+    if forced == "triton":
+        raise KernelError(f"{VARIABLE}=triton, but {refusal}; unset it for the best there is")
+    return Choice("blocked", refusal)
+
+
+def describe() -> Choice:
+    """The implementation for tensors where a model would be put: on the GPU if there is one."""
+    return choose(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _why_no_kernels(kind: str, index: int | None) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if kind != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton"
+        return "" if interpreted else f"the fused kernels need a CUDA device, not {kind}"
+    capability = _capability(index)
+    if capability < LOWEST_CAPABILITY:
+        return f"the fused kernels need compute capability {LOWEST_CAPABILITY / 10}, this GPU has {capability / 10}"
+    return ""
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

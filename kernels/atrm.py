@@ -12,13 +12,47 @@ Row 0 of the result is the anchor (CLS or EOT), L2-normalised too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast._errors import InputError, KernelError
+from finelip_fast.kernels import _dispatch
 
 LAYER_NORM_EPS = 1e-5
+
+# What the fused kernels take.
+MAX_WIDTH, MAX_AGGREGATED = 2048, 128
+
+
+# --- Reference -----------------------------------------------------------------------------------------------------
+
+
+def aggregation_weights(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens with zeros at and after each length, the weights ``[B, N, K]``, and which tokens are valid ``[B, N, 1]``."""
+    valid = None
+    if lengths is not None:
+        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        # Before anything else: a NaN in the padding would come back as zero times NaN.
+        x = x.masked_fill(~valid, 0.0)
+    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
+    logits = F.linear(hidden, w2, b2) * scale
+    if valid is not None:
+        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
+        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+    return x, logits.softmax(dim=1), valid
 
 
 def atrm_reference(
@@ -38,19 +72,124 @@ def atrm_reference(
     x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
         t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
     )
-    valid = None
-    if lengths is not None:
-        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]  # [B, N, 1]
-        # Before anything else: a NaN in the padding would come back through the gradient, as zero times NaN.
-        x = x.masked_fill(~valid, 0.0)
-    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
-    logits = F.linear(hidden, w2, b2) * scale.reshape(())  # [B, N, K]
-    if valid is not None:
-        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
-        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-    weights = logits.softmax(dim=1)
+    x, weights, _ = aggregation_weights(x, norm_weight, norm_bias, w1, b1, w2, b2, scale.reshape(()), lengths)
     rows = torch.cat([anchor[:, None], weights.transpose(1, 2) @ x], dim=1)
     return F.normalize(rows, dim=-1).to(dtype)
+
+
+# --- Registered operations -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("finelip::atrm", mutates_args=())
+def _atrm(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+) -> Tensor:
+    arguments = (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+    if _uses_kernels(x, w2):
+        from finelip_fast.kernels import _atrm_triton
+
+        return _atrm_triton.aggregate(*arguments)
+    return atrm_reference(*arguments)
+
+
+@_atrm.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+) -> Tensor:
+    return x.new_empty(x.shape[0], w2.shape[0] + 1, x.shape[2])
+
+
+@torch.library.custom_op("finelip::atrm_gradient", mutates_args=())
+def _gradient(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _uses_kernels(x, w2):
+        from finelip_fast.kernels._atrm_gradient_triton import gradient
+    else:
+        from finelip_fast.kernels._atrm_gradient import gradient
+    return gradient(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+
+
+@_gradient.register_fake
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return (
+        *(x.new_empty(x.shape), like(norm_weight), like(norm_bias), like(w1), like(b1), like(w2), like(b2)),
+        *(like(scale), anchor.new_empty(anchor.shape)),
+    )
+
+
+def _uses_kernels(x: Tensor, w2: Tensor) -> bool:
+    limit = ""
+    if x.shape[2] % 8 or x.shape[2] > MAX_WIDTH or w2.shape[0] > MAX_AGGREGATED:
+        limit = (
+            f"token aggregation's kernels take D in multiples of 8 up to {MAX_WIDTH} and K up to {MAX_AGGREGATED}, "
+            f"not D = {x.shape[2]}, K = {w2.shape[0]}"
+        )
+    return _dispatch.choose(x.device, limit).implementation == "triton"
+
+
+# --- Gradient ------------------------------------------------------------------------------------------------------
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, grad_anchor = _gradient(grad_out, *ctx.saved_tensors)
+    return *grads, None, grad_anchor
+
+
+def _no_second_gradient(ctx: Any, *_: Any) -> None:
+    raise KernelError("token aggregation has no second gradient; differentiate atrm_reference instead")
+
+
+_atrm.register_autograd(_backward, setup_context=_keep_inputs)
+_gradient.register_autograd(_no_second_gradient)
+
+
+# --- Public function -----------------------------------------------------------------------------------------------
 
 
 def atrm(
@@ -107,5 +246,7 @@ def atrm(
         raise InputError(f"expected scale of one element, got {list(scale.shape)}")
     if lengths is not None and lengths.shape != x.shape[:1]:
         raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
+    # An exported graph is made of PyTorch's own operations: other runtimes know no others.
+    operation = atrm_reference if torch.compiler.is_exporting() else _atrm
     with torch.autocast(x.device.type, enabled=False):
-        return atrm_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+        return operation(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)

@@ -13,16 +13,31 @@ and :func:`clim_topk` ranks those last.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast._errors import InputError, KernelError
+from finelip_fast.kernels import _dispatch
+
+if TYPE_CHECKING:
+    from finelip_fast.kernels._quantize import QuantizedItems
+    from finelip_fast.kernels._topk import Rows
 
 LEAKY_SLOPE = 0.1
 
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+# What the fused kernels take: columns of a tile, and the bits of a winner.
+MAX_QUERY_TOKENS, MAX_GRADIENT_TOKENS = 256, 128
+
 # Elements of the similarity tile that one block may hold: 64 MiB in float32.
-_TILE_ELEMENTS = 1 << 24
+TILE_ELEMENTS = 1 << 24
+
+
+# --- Reference -----------------------------------------------------------------------------------------------------
 
 
 def clim_reference(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
@@ -40,20 +55,149 @@ def clim_reference(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     return alpha * similarity[:, 0, :, 0] + (1 - alpha) * (over_items + over_queries)
 
 
-def clim_scores(queries: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor:
+# --- Registered operations -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("finelip::clim_scores", mutates_args=())
+def _scores(
+    queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None, alpha: float
+) -> Tensor:
+    implementation = _dispatch.choose(queries.device, _limit(queries, items)).implementation
+    if implementation == "triton":
+        from finelip_fast.kernels._clim_triton import scores
+    elif implementation == "blocked" and queries.device.type == "cpu":
+        from finelip_fast.kernels._clim_cpu import scores
+    else:
+        scores = _reference_in_blocks
+    return scores(queries, items, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
+
+
+@_scores.register_fake
+def _(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None, alpha: float) -> Tensor:
+    return queries.new_empty(queries.shape[0], items.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("finelip::clim_scores_with_winners", mutates_args=())
+def _scores_with_winners(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[Q, N]``, and who won each maximum: ``[Q, N, L_q]`` and ``[Q, N, L_i]``; see ``_clim_gradient.py``."""
+    return _gradient_module(queries, items).scores_with_winners(queries, items, alpha=alpha)
+
+
+@_scores_with_winners.register_fake
+def _(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    from finelip_fast.kernels._clim_gradient import winner_dtype
+
+    (n_queries, query_tokens, _), (n_items, item_tokens, _) = queries.shape, items.shape
+    return (
+        queries.new_empty(n_queries, n_items, dtype=torch.float32),
+        queries.new_empty(n_queries, n_items, query_tokens, dtype=winner_dtype(item_tokens)),
+        queries.new_empty(n_queries, n_items, item_tokens, dtype=winner_dtype(query_tokens)),
+    )
+
+
+def _reference_in_blocks(
+    queries: Tensor, items: Tensor, *, alpha: float, query_scales: Tensor | None, item_scales: Tensor | None
+) -> Tensor:
+    if query_scales is not None and item_scales is not None:
+        queries, items = queries * query_scales[..., None], items * item_scales[..., None]
+    per_pair = max(1, queries.shape[1] * items.shape[1])
+    block_items = max(1, min(items.shape[0], TILE_ELEMENTS // per_pair))
+    block_queries = max(1, min(queries.shape[0], TILE_ELEMENTS // (per_pair * block_items)))
+    rows = [
+        torch.cat([clim_reference(some_queries, some, alpha) for some in items.split(block_items)], dim=1)
+        for some_queries in queries.split(block_queries)
+    ]
+    return torch.cat(rows)
+
+
+def _limit(queries: Tensor, items: Tensor) -> str:
+    """Why the fused kernels cannot take these; empty: they can."""
+    if queries.shape[1] > MAX_QUERY_TOKENS:
+        return f"late interaction's kernels take up to {MAX_QUERY_TOKENS} query tokens, not {queries.shape[1]}"
+    if queries.shape[2] % 8:
+        return f"late interaction's kernels take D in multiples of 8, not {queries.shape[2]}"
+    if queries.dtype != items.dtype:
+        return f"late interaction's kernels take one dtype, not {queries.dtype} and {items.dtype}"
+    return ""
+
+
+@torch.library.custom_op("finelip::clim_gradient", mutates_args=())
+def _gradient(
+    grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    module = _gradient_module(queries, items)
+    return module.gradient(grad_scores, queries, items, query_winners, item_winners, alpha=alpha)
+
+
+def _gradient_module(queries: Tensor, items: Tensor) -> Any:
+    limit = _limit(queries, items)
+    if max(queries.shape[1], items.shape[1]) > MAX_GRADIENT_TOKENS:
+        limit = f"late interaction's gradient kernels take up to {MAX_GRADIENT_TOKENS} tokens"
+    if _dispatch.choose(queries.device, limit).implementation == "triton":
+        from finelip_fast.kernels import _clim_gradient_triton
+
+        return _clim_gradient_triton
+    from finelip_fast.kernels import _clim_gradient
+
+    return _clim_gradient
+
+
+@_gradient.register_fake
+def _(
+    grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape), items.new_empty(items.shape)
+
+
+# --- Gradient ------------------------------------------------------------------------------------------------------
+
+
+def _keep_winners(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    queries, items, ctx.alpha = inputs
+    _, query_winners, item_winners = output
+    ctx.mark_non_differentiable(query_winners, item_winners)
+    ctx.save_for_backward(queries, items, query_winners, item_winners)
+
+
+def _backward(ctx: Any, grad_scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+    return *_gradient(grad_scores, *ctx.saved_tensors, ctx.alpha), None
+
+
+def _no_second_gradient(ctx: Any, *_: Any) -> None:
+    raise KernelError("late interaction has no second gradient; take it of the reference (FINELIP_KERNELS=reference)")
+
+
+_scores_with_winners.register_autograd(_backward, setup_context=_keep_winners)
+_gradient.register_autograd(_no_second_gradient)
+
+
+# --- Public functions ----------------------------------------------------------------------------------------------
+
+
+def clim_scores(
+    queries: Tensor,
+    items: Tensor,
+    *,
+    alpha: float = 0.8,
+    query_scales: Tensor | None = None,
+    item_scales: Tensor | None = None,
+) -> Tensor:
     """Score every query against every item.
 
     Args:
-        queries: Embeddings ``[Q, L_q, D]``, unit rows, float32, float16 or bfloat16.
-        items: Embeddings ``[N, L_i, D]``.
+        queries: Embeddings ``[Q, L_q, D]``, unit rows, float32, float16 or bfloat16; or int8 (float8_e4m3fn on GPUs that
+            multiply it) with ``query_scales``, as :func:`quantize` makes them.
+        items: Embeddings ``[N, L_i, D]``, quantised where the queries are.
         alpha: Weight of the global cosine. 1 gives the cosine alone, 0 gives ``fine`` alone.
+        query_scales, item_scales: float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its numbers times its scale.
 
     Returns:
-        float32 ``[Q, N]``. Differentiable; products are accumulated in float32. Without a gradient the memory beside
-        inputs and result is bounded by a tile of 64 MiB (or one query against one item, if that is more).
+        float32 ``[Q, N]``. Differentiable once, not with scales; products are accumulated in float32. Memory beside inputs
+        and result is bounded, to about 64 MiB on a CPU; a gradient keeps ``L_q + L_i`` bytes a pair for up to 128 tokens.
 
     Raises:
-        InputError: Shapes that do not fit together.
+        InputError: Shapes or scales that do not fit together.
+        KernelError: ``FINELIP_KERNELS=triton`` where the fused kernels cannot run; a second gradient.
 
     Example:
         >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
@@ -62,45 +206,83 @@ def clim_scores(queries: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor
         tensor([[1.5000]])
     """
     _check(queries, items)
-    n_queries, n_items = queries.shape[0], items.shape[0]
-    per_pair = max(1, queries.shape[1] * items.shape[1])
-    block_items = max(1, min(n_items, _TILE_ELEMENTS // per_pair))
-    block_queries = max(1, min(n_queries, _TILE_ELEMENTS // (per_pair * block_items)))
+    _check_scales(queries, items, query_scales, item_scales)
     with torch.autocast(queries.device.type, enabled=False):
-        rows = [
-            torch.cat([clim_reference(some_queries, some, alpha) for some in items.split(block_items)], dim=1)
-            for some_queries in queries.split(block_queries)
-        ]
-    return torch.cat(rows)
+        if torch.compiler.is_exporting():  # other runtimes know PyTorch's own operations alone
+            return clim_reference(queries, items, alpha)
+        if torch.is_grad_enabled() and (queries.requires_grad or items.requires_grad):
+            if 0 in (*queries.shape, *items.shape):
+                return clim_reference(queries, items, alpha)
+            scores: Tensor = _scores_with_winners(queries, items, alpha)[0]
+            return scores
+        result: Tensor = _scores(queries, items, query_scales, item_scales, alpha)
+        return result
 
 
-def clim_topk(queries: Tensor, items: Tensor, k: int, *, alpha: float = 0.8) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items of each query.
+def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items of each query, exactly.
+
+    A first pass scores all items and knows how far rounding can have moved each score; the few items that may be among the
+    best are scored again in float64. So neither the device nor the precision of the pass changes the result.
 
     Args:
-        queries, items, alpha: As :func:`clim_scores`.
+        queries: Embeddings ``[Q, L_q, D]``, unit rows.
+        items: ``[N, L_i, D]``, on the device of the queries, in host memory, or mapped from a file (``numpy.memmap``):
+            what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
         k: How many; more than ``N`` is taken as ``N``.
+        alpha: As :func:`clim_scores`.
 
     Returns:
-        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, NaN last. Equal scores come by lower index;
-        copies of an item may differ in the last bit, because a matrix product rounds by position.
+        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last.
 
     Raises:
         InputError: Shapes that do not fit together, or ``k < 1``.
     """
     _check(queries, items)
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"expected k of at least 1, got {k!r}")
+    from finelip_fast.kernels._topk import topk
+
     with torch.no_grad():
-        scores = clim_scores(queries, items, alpha=alpha)
-        # A stable descending sort keeps equal scores in order of index; topk does not promise that.
-        _, order = scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
-        order = order[:, : min(k, items.shape[0])]
-        return scores.gather(1, order), order
+        return topk(queries, items, k, alpha=alpha, score=clim_scores)
 
 
-def _check(queries: Tensor, items: Tensor) -> None:
-    if queries.dim() != 3 or items.dim() != 3 or queries.shape[2] != items.shape[2]:
+def clim_topk_int8(
+    queries: Tensor, items: Rows, quantized: QuantizedItems, k: int, *, alpha: float = 0.8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of :func:`clim_topk`, found by a pass over int8 and full precision for the few items that it leaves.
+
+    Args:
+        queries, items, k, alpha: As :func:`clim_topk`; of ``items`` only the few rescored ones are read.
+        quantized: :func:`quantize_items` of ``items``.
+
+    Returns:
+        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored in full precision.
+
+    Raises:
+        InputError: Shapes that do not fit together, or ``k < 1``.
+    """
+    _check(queries, items)
+    from finelip_fast.kernels._topk import exact_topk_int8
+
+    with torch.no_grad():
+        return exact_topk_int8(queries, items, quantized, k, alpha=alpha, score=clim_scores)
+
+
+def _check(queries: Tensor, items: Rows) -> None:
+    if queries.ndim != 3 or items.ndim != 3 or queries.shape[2] != items.shape[2]:
         raise InputError(
             f"expected queries [Q, L_q, D] and items [N, L_i, D], got {list(queries.shape)} and {list(items.shape)}"
         )
+
+
+def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None) -> None:
+    given = ("queries", queries, query_scales), ("items", items, item_scales)
+    quantised = {rows.dtype in _QUANTISED for _, rows, _ in given}
+    if len(quantised) > 1:
+        raise InputError(
+            f"expected both sides quantised or neither, got {queries.dtype} and {items.dtype}; see quantize"
+        )
+    for name, rows, scales in given:
+        expected = rows.shape[:2] if rows.dtype in _QUANTISED else None
+        got = None if scales is None else scales.shape
+        if got != expected:
+            raise InputError(f"expected scales {expected} for {name} {list(rows.shape)} in {rows.dtype}, got {got}")
