@@ -166,7 +166,7 @@ def convert(
     """Write any checkpoint that :func:`load` reads in our format.
 
     Args:
-        source: As :func:`load` takes it.
+        source: As :func:`load` takes it. A folder of ours passes its metadata on.
         folder: Where to.
         context_length: As in :func:`load`.
         dtype: Precision on disk. Default: float32.
@@ -181,7 +181,9 @@ def convert(
     model, layout = _open(source, context_length)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
-    save(model, folder, dtype=dtype, metadata={"source": name, "layout": layout})
+    ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
+    history = read_json(ours).get("metadata", {}) if ours is not None and ours.is_file() else {}
+    save(model, folder, dtype=dtype, metadata={**history, "source": name, "layout": layout})
     config = model.config
     return {
         "layout": layout,

@@ -448,3 +448,10 @@ def test_convert(clip_state, model, tmp_path):
 def test_converting_our_own_changes_nothing(folder, tmp_path, model):
     assert convert(folder, tmp_path / "again")["layout"] == "finelip_fast"
     assert fingerprint(tmp_path / "again") == fingerprint(model)
+
+
+def test_converting_our_own_keeps_what_is_known_of_it(model, tmp_path):
+    save(model, tmp_path / "trained", metadata={"step": 7, "source": "nowhere"})
+    convert(tmp_path / "trained", tmp_path / "half", dtype=torch.float16)
+    metadata = json.loads((tmp_path / "half" / "config.json").read_text())["metadata"]
+    assert metadata == {"step": 7, "source": "trained", "layout": "finelip_fast"}
