@@ -11,6 +11,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -P -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest tests/kernels -m triton
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -155,7 +155,8 @@ def test_refuses_an_unknown_recipe_and_a_run_without_places():
     with pytest.raises(ConfigError, match="cannot read recipe 'scene' at"):
         from_arguments(["scene"], prog="train.py")
     with pytest.raises(
-        ConfigError, match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes', 'scenes-start'\]\)"
+        ConfigError,
+        match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes', 'scenes-start'\]\)",
     ):
         from_arguments(["--out", "somewhere"], prog="train.py")
 

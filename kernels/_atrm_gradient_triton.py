@@ -1,0 +1,329 @@
+"""The gradient of token aggregation; the operation is defined in :mod:`finelip_fast.kernels.atrm`.
+
+Nothing is kept from the forward pass. For one item with logits ``l [N, K]``, ``w = softmax(l)`` over the tokens,
+``p = w.T @ x``, ``r = max(|p|, eps)`` and the incoming gradient ``g``::
+
+    dp  = (g - p (p . g) / r^2) / r        through the norm, row by row
+    dl  = w * (x @ dp.T - p . dp)          through the softmax; p . dp is 0 unless the norm was below eps
+    dx  = w @ dp                           the direct part; the rest comes through the logits
+
+Two Triton kernels make these, one over rows, one over tokens: every value has one owner, so that there are no atomics and
+the bits are the same every time. The logits themselves, and the way from ``dl`` back through the linear layers and
+LayerNorm, are dense products over all tokens, left to PyTorch. All is float32, and runs over blocks of items, so that the
+memory beside the result is bounded whatever the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finelip_fast.kernels._atrm_triton import (
+    LAUNCH_OPTIONS,
+    NORMALIZE_EPS,
+    capability_of,
+    load_logits,
+    pooled_sum,
+    power_of_two,
+    softmax_statistics,
+    unit_stride,
+    valid_tokens,
+)
+from finelip_fast.kernels.atrm import LAYER_NORM_EPS
+
+# Tensor cores at float32's precision: each product is made of three.
+PRECISION = tl.constexpr("tf32x3")
+
+# Elements of x in one block of items: 64 MiB in float32, and about five such tensors live at a time.
+_BLOCK_ELEMENTS = 1 << 24
+
+
+@triton.jit
+def row_gradient_kernel(
+    x,
+    logits,
+    lengths,
+    grad_out,
+    row_grad,
+    log_total,
+    offset,
+    tokens,
+    stride_grad_item,
+    stride_grad_row,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The module's ``dp [B, K, D]``; ``log_total [B, K]`` with ``w = exp(l - log_total)``; ``offset [B, K]``, ``p . dp``."""
+    k_tiles: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    item = (tl.program_id(0) // k_tiles).to(tl.int64)
+    k = tl.program_id(0) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    length = valid_tokens(lengths, item, tokens)
+    x += item * tokens * D
+    logits += item * tokens * K
+    grad_rows = (grad_out + item * stride_grad_item + (k + 1).to(tl.int64) * stride_grad_row)[:, None]
+
+    largest, total = softmax_statistics(logits, k, length, K, BLOCK_K, BLOCK_N)
+    total = tl.maximum(total, 1.0)  # as in the forward pass: for an item without tokens
+    sums = pooled_sum(x, D, logits, k, largest, length, D, K, BLOCK_K, BLOCK_N, BLOCK_D, tl.float32, PRECISION)
+    scale = (1.0 / total)[:, None]
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    product = tl.zeros([BLOCK_K], tl.float32)
+    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+        columns = chunk * BLOCK_D + d
+        grad = tl.load(grad_rows + columns, mask=(k < K)[:, None] & (columns < D), other=0.0).to(tl.float32)
+        pooled = sums[chunk] * scale
+        squares += tl.sum(pooled * pooled, axis=1)
+        product += tl.sum(pooled * grad, axis=1)
+    norm = tl.sqrt(squares)
+    clamped = norm <= NORMALIZE_EPS
+    norm = tl.maximum(norm, NORMALIZE_EPS)
+    along = tl.where(clamped, 0.0, product / norm / norm)[:, None]
+    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+        columns = chunk * BLOCK_D + d
+        inside = (k < K)[:, None] & (columns < D)
+        grad = tl.load(grad_rows + columns, mask=inside, other=0.0).to(tl.float32)
+        through_norm = (grad - sums[chunk] * scale * along) / norm[:, None]
+        tl.store(row_grad + (item * K + k)[:, None] * D + columns, through_norm, mask=inside)
+    tl.store(log_total + item * K + k, largest + tl.log(total), mask=k < K)
+    tl.store(offset + item * K + k, tl.where(clamped, product / norm, 0.0), mask=k < K)
+
+
+@triton.jit
+def token_gradient_kernel(
+    x,
+    logits,
+    lengths,
+    row_grad,
+    log_total,
+    offset,
+    grad_logits,
+    grad_x,
+    tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The module's ``dl [B, N, K]`` and the direct part of ``dx [B, N, D]``; exactly 0 at and after an item's length."""
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    length = valid_tokens(lengths, item, tokens)
+    valid = (n < length)[:, None]
+    exists = (n < tokens)[:, None]
+    rows = (item * tokens + n)[:, None]
+    row_grad += item * (K * D)
+
+    grad_weights = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + d
+        tile = tl.load(x + rows * D + columns[None, :], mask=valid & (columns < D)[None, :], other=0.0)
+        inside = (k < K)[None, :] & (columns < D)[:, None]
+        grad = tl.load(row_grad + k[None, :] * D + columns[:, None], mask=inside, other=0.0)
+        grad_weights = tl.dot(tile, grad, grad_weights, input_precision=PRECISION)
+    shift = tl.load(log_total + item * K + k, mask=k < K, other=0.0)[None, :]
+    mean = tl.load(offset + item * K + k, mask=k < K, other=0.0)[None, :]
+    values = load_logits(logits + item * tokens * K, n[:, None], k[None, :], length, K)
+    weights = tl.where(valid, tl.exp(values - shift), 0.0)
+    through_softmax = tl.where(valid, weights * (grad_weights - mean), 0.0)
+    tl.store(grad_logits + rows * K + k[None, :], through_softmax, mask=exists & (k < K)[None, :])
+    for start in range(0, D, BLOCK_D):
+        columns = start + d
+        inside = (k < K)[:, None] & (columns < D)[None, :]
+        grad = tl.load(row_grad + k[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        direct = tl.where(valid, tl.dot(weights, grad, input_precision=PRECISION), 0.0)
+        tl.store(grad_x + rows * D + columns[None, :], direct, mask=exists & (columns < D)[None, :])
+
+
+@dataclass(frozen=True)
+class AtrmGradientSettings:
+    """The tiles of the two launches, all powers of two."""
+
+    row_rows: int  # aggregated tokens of one program
+    row_tokens: int  # a step
+    row_width: int  # columns of one accumulator
+    row_warps: int
+    row_stages: int
+    token_tokens: int  # of one program
+    token_width: int  # columns of D a step
+    token_warps: int
+    token_stages: int
+
+
+def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGradientSettings:
+    """Settings that fit and spill nothing.
+
+    Args:
+        capability: Of the GPU: 80, 90, 120, ...
+        width: ``D``.
+        aggregated: ``K``.
+    """
+    return AtrmGradientSettings(
+        row_rows=16,
+        row_tokens=16,
+        row_width=min(128, power_of_two(width)),
+        row_warps=4,
+        row_stages=2,
+        token_tokens=64,
+        token_width=32,
+        token_warps=4,
+        token_stages=2,
+    )
+
+
+def gradient(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+    *,
+    settings: AtrmGradientSettings | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of :func:`finelip_fast.kernels._atrm_triton.aggregate`, the same bits every time.
+
+    Args:
+        grad_out: ``[B, K + 1, D]``, any strides.
+        x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor: What the forward pass was given.
+
+    Returns:
+        Gradients of ``x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``w2``, ``b2``, ``scale`` and ``anchor``, each
+        in its tensor's shape and dtype. That of tokens at and after their item's length is 0.
+
+    Raises:
+        KernelError: No GPU.
+    """
+    items, tokens, width = x.shape
+    capability = capability_of(x.device)
+    settings = settings or default_settings(capability=capability, width=width, aggregated=w2.shape[0])
+    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, scale)
+    wide = [parameter.float() for parameter in parameters]
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grads = [torch.zeros_like(parameter) for parameter in wide]
+    block = max(1, _BLOCK_ELEMENTS // max(1, tokens * width))
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        for start in range(0, items, block):
+            part = slice(start, start + block)
+            counts = None if lengths is None else lengths[part].contiguous()
+            grad_x[part], added = _of_some_items(unit_stride(grad_out[part]), x[part], wide, counts, settings)
+            grads = [total + some for total, some in zip(grads, added, strict=True)]
+        grad_anchor = _through_norm(grad_out[:, 0].float(), anchor.float())
+    gnw, gnb, gw1, gb1, gw2, gb2, gs = (grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))
+    return grad_x, gnw, gnb, gw1, gb1, gw2, gb2, gs, grad_anchor.to(anchor.dtype)
+
+
+def _of_some_items(
+    grad_out: Tensor, x: Tensor, parameters: list[Tensor], lengths: Tensor | None, settings: AtrmGradientSettings
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of ``x`` and of the parameters, all float32, as the parameters are."""
+    norm_weight, norm_bias, w1, b1, w2, b2, scale = parameters
+    x = _without_padding(x, lengths)
+    flat, width = x.flatten(0, 1), x.shape[2:]
+    normed, mean, rstd = torch.native_layer_norm(flat, width, norm_weight, norm_bias, LAYER_NORM_EPS)
+    before = F.linear(normed, w1, b1)
+    hidden = F.gelu(before)
+    linear = F.linear(hidden, w2, b2)
+    factor = scale.reshape(())
+    grad_logits, grad_x = _through_softmax(grad_out, x, (linear * factor).unflatten(0, x.shape[:2]), lengths, settings)
+    grad_logits = grad_logits.flatten(0, 1)
+    grad_linear = grad_logits * factor
+    grad_before = torch.ops.aten.gelu_backward(grad_linear @ w2, before)
+    grad_flat, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_before @ w1, flat, width, mean, rstd, norm_weight, norm_bias, [True, True, True]
+    )
+    return grad_x.add_(grad_flat.view_as(x)), [
+        grad_norm_weight,
+        grad_norm_bias,
+        grad_before.T @ normed,
+        grad_before.sum(dim=0),
+        grad_linear.T @ hidden,
+        grad_linear.sum(dim=0),
+        (grad_logits * linear).sum().reshape(scale.shape),
+    ]
+
+
+def _through_softmax(
+    grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tensor | None, settings: AtrmGradientSettings
+) -> tuple[Tensor, Tensor]:
+    """The module's ``dl [B, N, K]`` and the direct part of ``dx [B, N, D]``, both float32, as ``x`` and ``logits`` are."""
+    (items, tokens, width), aggregated = x.shape, logits.shape[2]
+    row_grad = x.new_empty(items, aggregated, width)
+    log_total, offset = x.new_empty(2, items, aggregated)
+    grad_logits, grad_x = torch.empty_like(logits), torch.empty_like(x)
+    row_gradient_kernel[(items * triton.cdiv(aggregated, settings.row_rows),)](
+        x,
+        logits,
+        lengths,
+        grad_out,
+        row_grad,
+        log_total,
+        offset,
+        tokens,
+        grad_out.stride(0),
+        grad_out.stride(1),
+        D=width,
+        K=aggregated,
+        BLOCK_K=settings.row_rows,
+        BLOCK_N=settings.row_tokens,
+        BLOCK_D=settings.row_width,
+        num_warps=settings.row_warps,
+        num_stages=settings.row_stages,
+        **LAUNCH_OPTIONS,
+    )
+    token_gradient_kernel[(items * triton.cdiv(tokens, settings.token_tokens),)](
+        x,
+        logits,
+        lengths,
+        row_grad,
+        log_total,
+        offset,
+        grad_logits,
+        grad_x,
+        tokens,
+        D=width,
+        K=aggregated,
+        BLOCK_K=power_of_two(aggregated),
+        BLOCK_N=settings.token_tokens,
+        BLOCK_D=settings.token_width,
+        num_warps=settings.token_warps,
+        num_stages=settings.token_stages,
+        **LAUNCH_OPTIONS,
+    )
+    return grad_logits, grad_x
+
+
+def _through_norm(grad: Tensor, rows: Tensor) -> Tensor:
+    """Through ``rows / max(|rows|, eps)``."""
+    norm = rows.norm(dim=-1, keepdim=True)
+    clamped = norm <= NORMALIZE_EPS.value
+    norm = norm.clamp_min(NORMALIZE_EPS.value)
+    unit = rows / norm
+    along = (unit * grad).sum(dim=-1, keepdim=True).masked_fill(clamped, 0.0)
+    return (grad - unit * along) / norm
+
+
+def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """``x [B, N, D]`` in float32, contiguous, and 0 at and after each length: zero times a NaN would be NaN."""
+    x = x.float().contiguous()
+    if lengths is None:
+        return x
+    padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(padding[..., None], 0.0)

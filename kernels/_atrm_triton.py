@@ -1,0 +1,473 @@
+"""Token aggregation as two Triton launches; the operation itself is defined in :mod:`finelip_fast.kernels.atrm`.
+
+1. *Logits*, one program for each tile of an item's tokens. LayerNorm is folded into the first product,
+   ``LayerNorm(x) @ W1.T + b1 = rstd * (x @ W'.T - mean * u) + c`` with ``W' = W1 * norm_weight``, ``u = W'.sum(1)`` and
+   ``c = W1 @ norm_bias + b1``, so that ``x`` goes to the tensor cores as it lies in memory; GELU and the second product
+   follow in registers. A tile past its item's length ends at once: no repacking and no look at the lengths by the host.
+2. *Pool*, one program for each item and each tile of aggregated tokens: the softmax's maximum and sum over the logits,
+   then ``weights.T @ x`` with all of ``D`` in registers, so that the row's norm is at hand before anything is written.
+
+Sums, softmax and norms are float32; float32 inputs are multiplied in full float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finelip_fast._errors import KernelError
+from finelip_fast.kernels.atrm import LAYER_NORM_EPS
+
+_LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
+NORMALIZE_EPS = tl.constexpr(1e-12)  # of F.normalize
+# Below every logit, yet finite: lanes without a token then need no guard against inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+# Named because Triton 3.9 warns when the default is left alone, and 3.10 changes it.
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+# The smallest side of a matrix product on tensor cores.
+_SMALLEST_TILE = 16
+# What a program's registers hold of accumulators beside the rest: 64 rows of 768 in float32 are 192 of 256 KiB.
+_ACCUMULATORS = 64 * 768
+
+
+@triton.jit
+def valid_tokens(lengths, item, tokens):
+    """How many tokens of the item count; never more than there are, whatever `lengths` says."""
+    length = tokens
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + item), tokens).to(tl.int32)
+    return length
+
+
+@triton.jit
+def _second_layer(
+    product, mean, rstd, h, k, column_sum, constant, w2, logits, H: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr
+):
+    """Add to `logits` what the hidden units `h` give: the rest of the folded LayerNorm, GELU, second product."""
+    u = tl.load(column_sum + h, mask=h < H, other=0.0)
+    c = tl.load(constant + h, mask=h < H, other=0.0)
+    before = (product - mean[:, None] * u[None, :]) * rstd[:, None] + c[None, :]
+    hidden = 0.5 * before * (1.0 + tl.erf(before * 0.7071067811865476))
+    weight = tl.load(w2 + k[None, :] * H + h[:, None], mask=(k < K)[None, :] & (h < H)[:, None], other=0.0)
+    return tl.dot(hidden.to(dtype), weight.to(dtype), logits, input_precision="ieee")
+
+
+@triton.jit
+def logits_kernel(
+    x,
+    weight,
+    column_sum,
+    constant,
+    w2,
+    b2,
+    scale,
+    lengths,
+    logits,
+    tokens,
+    stride_item,
+    stride_token,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``x [B, N, D]`` to ``logits [B, N, K]``; rows at and after an item's length are left as they are.
+
+    The ``H`` hidden units are held as ``HEAD + REST``, two powers of two: 153 as 128 + 32 instead of 256.
+    """
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * BLOCK_N
+    length = valid_tokens(lengths, item, tokens)
+    if start >= length:
+        return
+    dtype: tl.constexpr = x.dtype.element_ty
+    n = start + tl.arange(0, BLOCK_N)
+    valid = (n < length)[:, None]
+    rows = (x + item * stride_item + n.to(tl.int64) * stride_token)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    h = tl.arange(0, HEAD)
+    head = tl.zeros([BLOCK_N, HEAD], tl.float32)
+    if REST > 0:
+        h_rest = HEAD + tl.arange(0, REST)
+        rest = tl.zeros([BLOCK_N, REST], tl.float32)
+
+    # The variance is taken about the mean of the first columns: its loss of digits is then bounded (by D / BLOCK_D),
+    # however large a token's mean is beside its spread.
+    first = tl.load(rows + d, mask=valid & (d < D), other=0.0).to(tl.float32)
+    shift = tl.sum(first, axis=1) * (1.0 / min(BLOCK_D, D))
+    total = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        inside = start_d + d < D
+        tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0)
+        centred = tl.where(inside, tile.to(tl.float32) - shift[:, None], 0.0)
+        total += tl.sum(centred, axis=1)
+        squares += tl.sum(centred * centred, axis=1)
+        if dtype == tl.float32:
+            # Half precision needs no such care: its products are exact, and no value is far below the mean's last bit.
+            tile = centred
+        columns = start_d + tl.arange(0, BLOCK_D)[:, None]
+        weight_tile = tl.load(weight + h[None, :] * D + columns, mask=(h < H)[None, :] & (columns < D), other=0.0)
+        head = tl.dot(tile, weight_tile, head, input_precision="ieee")
+        if REST > 0:
+            weight_tile = tl.load(
+                weight + h_rest[None, :] * D + columns, mask=(h_rest < H)[None, :] & (columns < D), other=0.0
+            )
+            rest = tl.dot(tile, weight_tile, rest, input_precision="ieee")
+    mean = total * (1.0 / D)  # of `centred`
+    rstd = tl.rsqrt(tl.maximum(squares * (1.0 / D) - mean * mean, 0.0) + _LAYER_NORM_EPS)
+    if dtype != tl.float32:
+        mean += shift  # of `tile`, which was not centred
+
+    k = tl.arange(0, BLOCK_K)
+    result = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    result = _second_layer(head, mean, rstd, h, k, column_sum, constant, w2, result, H, K, dtype)
+    if REST > 0:
+        result = _second_layer(rest, mean, rstd, h_rest, k, column_sum, constant, w2, result, H, K, dtype)
+    bias = tl.load(b2 + k, mask=k < K, other=0.0).to(tl.float32)
+    result = (result + bias[None, :]) * tl.load(scale).to(tl.float32)
+    tl.store(logits + (item * tokens + n)[:, None] * K + k[None, :], result, mask=valid & (k < K)[None, :])
+
+
+@triton.jit
+def load_logits(logits, n, k, length, K: tl.constexpr):
+    """A tile ``[n, k]`` of one item's logits, `n` and `k` of any orientation; :data:`LOWEST` where there is none."""
+    return tl.load(logits + n * K + k, mask=(n < length) & (k < K), other=LOWEST)
+
+
+@triton.jit
+def softmax_statistics(logits, k, length, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Over one item's tokens, for each `k`: the largest logit, and the sum of ``exp(logit - largest)``."""
+    largest = tl.full([BLOCK_K], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, length, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        tile = load_logits(logits, n[None, :], k[:, None], length, K)
+        larger = tl.maximum(largest, tl.max(tile, axis=1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(tile - larger[:, None]), axis=1)
+        largest = larger
+    return largest, total
+
+
+@triton.jit
+def pooled_sum(
+    rows,
+    stride_token,
+    logits,
+    k,
+    largest,
+    length,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    dtype: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """``exp(logits - largest).T @ x`` of one item, ``[BLOCK_K, D]`` as a tuple of ``[BLOCK_K, BLOCK_D]``.
+
+    A tuple, because a tensor's sides are powers of two and ``D`` is not.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    sums = ()
+    for _ in tl.static_range(0, D, BLOCK_D):
+        sums = sums + (tl.zeros([BLOCK_K, BLOCK_D], tl.float32),)  # noqa: RUF005
+    for start in range(0, length, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        weights = tl.exp(load_logits(logits, n[None, :], k[:, None], length, K) - largest[:, None]).to(dtype)
+        tokens = (rows + n.to(tl.int64) * stride_token)[:, None]
+        valid = (n < length)[:, None]
+        added = ()
+        for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+            columns = chunk * BLOCK_D + d
+            x = tl.load(tokens + columns, mask=valid & (columns < D), other=0.0).to(dtype)
+            added = added + (tl.dot(weights, x, sums[chunk], input_precision=precision),)  # noqa: RUF005
+        sums = added
+    return sums
+
+
+@triton.jit
+def pool_kernel(
+    x,
+    logits,
+    lengths,
+    anchor,
+    out,
+    tokens,
+    stride_item,
+    stride_token,
+    stride_anchor,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``out [B, K + 1, D]``: the normalised anchor, then the normalised ``softmax(logits).T @ x``."""
+    k_tiles: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    item = (tl.program_id(0) // k_tiles).to(tl.int64)
+    k_tile = tl.program_id(0) % k_tiles
+    k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    dtype: tl.constexpr = out.dtype.element_ty
+    length = valid_tokens(lengths, item, tokens)
+    out += item * ((K + 1) * D)
+    logits += item * tokens * K
+
+    largest, total = softmax_statistics(logits, k, length, K, BLOCK_K, BLOCK_N)
+    rows = x + item * stride_item
+    sums = pooled_sum(rows, stride_token, logits, k, largest, length, D, K, BLOCK_K, BLOCK_N, BLOCK_D, dtype, "ieee")
+    # Without a token the sum is 0, and so must the row be; with one it is at least 1, the largest logit's own share.
+    scale = 1.0 / tl.maximum(total, 1.0)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+        pooled = sums[chunk] * scale[:, None]
+        squares += tl.sum(pooled * pooled, axis=1)
+    scale /= tl.maximum(tl.sqrt(squares), NORMALIZE_EPS)
+    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+        columns = chunk * BLOCK_D + d
+        tl.store(
+            out + (k + 1)[:, None] * D + columns[None, :],
+            (sums[chunk] * scale[:, None]).to(dtype),
+            mask=(k < K)[:, None] & (columns < D)[None, :],
+        )
+    if k_tile == 0:
+        square = 0.0
+        for start in range(0, D, BLOCK_D):
+            part = tl.load(anchor + item * stride_anchor + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            square += tl.sum(part * part)
+        norm = tl.maximum(tl.sqrt(square), NORMALIZE_EPS)
+        for start in range(0, D, BLOCK_D):
+            part = tl.load(anchor + item * stride_anchor + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            tl.store(out + start + d, (part / norm).to(dtype), mask=start + d < D)
+
+
+INTERPRETED = not isinstance(pool_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: kernels run on the CPU
+
+
+class Folded(NamedTuple):
+    """LayerNorm and the first linear layer as one: ``rstd * (x @ weight.T - mean * column_sum) + constant``."""
+
+    weight: Tensor  # [h, D], in the tokens' dtype
+    column_sum: Tensor  # [h], float32, of the weight as rounded
+    constant: Tensor  # [h], float32
+
+
+def fold(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, *, dtype: torch.dtype) -> Folded:
+    """Fold LayerNorm's weights into the first linear layer; for fixed parameters, once is enough.
+
+    Args:
+        norm_weight, norm_bias, w1, b1: As :func:`finelip_fast.kernels.atrm`'s.
+        dtype: The tokens'.
+    """
+    wide = w1.float()
+    weight = (wide * norm_weight.float()).to(dtype)
+    return Folded(
+        weight=weight,
+        column_sum=weight.sum(dim=1, dtype=torch.float32),
+        constant=(wide * norm_bias.float()).sum(dim=1) + b1.float(),
+    )
+
+
+@dataclass(frozen=True)
+class AtrmSettings:
+    """The tiles of the two launches, all powers of two."""
+
+    logits_tokens: int  # of one program
+    logits_width: int  # columns of D a step
+    logits_warps: int
+    logits_stages: int
+    pool_rows: int  # aggregated tokens of one program
+    pool_tokens: int  # a step
+    pool_width: int  # columns of one accumulator
+    pool_warps: int
+    pool_stages: int
+
+
+def default_settings(
+    *, capability: int, width: int, aggregated: int, dtype: torch.dtype, items: int = 1024
+) -> AtrmSettings:
+    """Settings that fit and spill nothing.
+
+    Args:
+        capability: Of the GPU: 80, 90, 120, ...
+        width: ``D``.
+        aggregated: ``K``.
+        dtype: The tokens'.
+        items: ``B``. With few of them, each is spread over more programs.
+    """
+    pool_width = min(256, power_of_two(width))
+    padded = triton.cdiv(width, pool_width) * pool_width
+    rows = min(power_of_two(aggregated), 64)
+    while rows > _SMALLEST_TILE and rows * padded > _ACCUMULATORS:
+        rows //= 2
+    return AtrmSettings(
+        logits_tokens=64,
+        logits_width=64,
+        logits_warps=4,
+        logits_stages=3,
+        pool_rows=rows,
+        pool_tokens=32,
+        pool_width=pool_width,
+        pool_warps=8,
+        pool_stages=2,
+    )
+
+
+def aggregate(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+    *,
+    settings: AtrmSettings | None = None,
+) -> Tensor:
+    """:func:`finelip_fast.kernels.atrm` without its checks: ``x [B, N, D]`` to ``[B, K + 1, D]`` in ``x``'s dtype.
+
+    Any strides, any ``B``, ``N``, ``D``, ``h`` and ``K``; parameters and anchor may be of another dtype than ``x``.
+
+    Raises:
+        KernelError: No GPU.
+    """
+    folded = fold(norm_weight, norm_bias, w1, b1, dtype=x.dtype)
+    return aggregate_folded(x, folded, w2, b2, scale, lengths, anchor, settings=settings)
+
+
+def aggregate_folded(
+    x: Tensor,
+    folded: Folded,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    anchor: Tensor,
+    *,
+    settings: AtrmSettings | None = None,
+) -> Tensor:
+    """:func:`aggregate` with parameters that were folded before."""
+    if INTERPRETED and x.dtype == torch.bfloat16:  # which the interpreter multiplies as integers
+        folded = folded._replace(weight=folded.weight.float())
+        return aggregate_folded(x.float(), folded, w2, b2, scale, lengths, anchor, settings=settings).to(x.dtype)
+    (items, tokens, width), aggregated = x.shape, w2.shape[0]
+    capability = capability_of(x.device)
+    settings = settings or default_settings(
+        capability=capability, width=width, aggregated=aggregated, dtype=x.dtype, items=items
+    )
+    x, anchor = unit_stride(x), unit_stride(anchor)
+    lengths = None if lengths is None else lengths.contiguous()
+    logits = token_logits(x, folded, w2, b2, scale, lengths, settings)
+    out = torch.empty(items, aggregated + 1, width, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        pool_kernel[(items * triton.cdiv(aggregated, settings.pool_rows),)](
+            x,
+            logits,
+            lengths,
+            anchor,
+            out,
+            tokens,
+            x.stride(0),
+            x.stride(1),
+            anchor.stride(0),
+            D=width,
+            K=aggregated,
+            BLOCK_K=settings.pool_rows,
+            BLOCK_N=settings.pool_tokens,
+            BLOCK_D=settings.pool_width,
+            num_warps=settings.pool_warps,
+            num_stages=settings.pool_stages,
+            **LAUNCH_OPTIONS,
+        )
+    return out
+
+
+def token_logits(
+    x: Tensor,
+    folded: Folded,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor,
+    lengths: Tensor | None,
+    settings: AtrmSettings,
+) -> Tensor:
+    """The first launch: float32 ``[B, N, K]``, without a value at and after each item's length."""
+    (items, tokens, width), (aggregated, hidden) = x.shape, w2.shape
+    head, rest = split_hidden(hidden)
+    logits = torch.empty(items, tokens, aggregated, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        logits_kernel[(items * triton.cdiv(tokens, settings.logits_tokens),)](
+            x,
+            folded.weight,
+            folded.column_sum,
+            folded.constant,
+            w2.contiguous(),
+            b2.contiguous(),
+            scale,
+            lengths,
+            logits,
+            tokens,
+            x.stride(0),
+            x.stride(1),
+            D=width,
+            H=hidden,
+            K=aggregated,
+            HEAD=head,
+            REST=rest,
+            BLOCK_K=power_of_two(aggregated),
+            BLOCK_N=settings.logits_tokens,
+            BLOCK_D=settings.logits_width,
+            num_warps=settings.logits_warps,
+            num_stages=settings.logits_stages,
+            **LAUNCH_OPTIONS,
+        )
+    return logits
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for a GPU of compute capability 9.0, and for the interpreter.
+
+    Raises:
+        KernelError: No GPU.
+    """
+    if INTERPRETED:
+        return 90
+    if device.type != "cuda":
+        raise KernelError(f"expected tensors on a CUDA device, got {device}: use the reference implementation")
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def split_hidden(hidden: int) -> tuple[int, int]:
+    """``h`` as one or two powers of two that hold it, whichever wastes less; the second is 0 if one does."""
+    whole = power_of_two(hidden)
+    head = whole // 2
+    rest = power_of_two(hidden - head)
+    return (head, rest) if head >= _SMALLEST_TILE and head + rest < whole else (whole, 0)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest side of a tile that holds `size`."""
+    return max(_SMALLEST_TILE, triton.next_power_of_2(size))
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if its last dimension is strided."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

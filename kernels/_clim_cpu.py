@@ -1,0 +1,199 @@
+"""Late interaction on the CPU: blocks of similarities that stay in the cache, and the fastest product that is exact enough.
+
+Items are rows, 64 queries at a time are columns, and both maxima of a tile ``[items, L_i, L_q, queries]`` run along axes
+that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
+
+- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most.
+- bfloat16 with AMX: PyTorch's CPU has no product of bfloat16 matrices with a float32 result, so it is made of two. The
+  first is rounded to bfloat16; the second subtracts that from the same float32 sum before it is rounded, so it holds what
+  the first lost. That adds ``2^-18`` of the result. The global
+  cosine, most of the score, is a float32 product.
+- bfloat16 elsewhere: as float32.
+- int8 with a float32 scale for each row: an exact sum (up to ``D = 1040`` without int8 instructions), then three roundings.
+
+The float32 products follow ``torch.set_float32_matmul_precision``: anything but "highest" makes them less exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAKY_SLOPE = 0.1
+
+# Fewer columns than this are not vectorised by a maximum over an axis further out.
+_BLOCK_QUERIES = 64
+# Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the second-level cache.
+_TILE_ELEMENTS = 1 << 18
+# Elements of one product; larger than a tile, because a product rearranges its operands first.
+_PRODUCT_ELEMENTS = 1 << 21
+_PRODUCT_ROWS = 2048
+# Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
+_LEAST_BFLOAT16_WORK = 1 << 16
+
+
+def scores(
+    queries: Tensor,
+    items: Tensor,
+    *,
+    alpha: float,
+    query_scales: Tensor | None = None,
+    item_scales: Tensor | None = None,
+) -> Tensor:
+    """The scores of :func:`finelip_fast.kernels.clim_scores` without a gradient, on the CPU.
+
+    Args:
+        queries: ``[Q, L_q, D]``, float32, float16, bfloat16, or int8 with scales.
+        items: ``[N, L_i, D]``; int8 where the queries are.
+        alpha: Weight of the global cosine.
+        query_scales, item_scales: For int8, float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its integers times its scale.
+
+    Returns:
+        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 2048 rows of items, 8 MiB of
+        products and 2 MiB for each thread; more only where a single pair needs more.
+    """
+    n_queries, query_tokens, width = queries.shape
+    n_items, item_tokens, _ = items.shape
+    result = torch.zeros(n_queries, n_items)
+    if 0 in (n_queries, n_items, query_tokens, item_tokens, width):
+        return result
+    per_pair = query_tokens * item_tokens
+    block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
+    block_rows = min(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // (block_queries * query_tokens))
+    block_items = max(1, block_rows // item_tokens)
+    tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
+    scratch = _Scratch()
+    with torch.no_grad():
+        for some in _slices(n_queries, block_queries):
+            columns = _columns(queries[some], None if query_scales is None else query_scales[some])
+            for those in _slices(n_items, block_items):
+                scales = None if item_scales is None else item_scales[those]
+                result[some, those] = _score_block(items[those], scales, columns, alpha, tile_items, scratch).T
+    return result
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))
+
+
+class _Columns(NamedTuple):
+    """A block of ``q`` queries, laid out as the right-hand side of a product.
+
+    Attributes:
+        tokens: ``[D, w]``, ``w = q * L_q``, contiguous.
+        scales: ``[1, w]`` for int8.
+        anchors: Row 0 of each query, float32 ``[D, q]``.
+        shape: ``(q, L_q)``.
+        token_major: One token of all queries side by side, or all tokens of one query: whichever is faster for maxima.
+    """
+
+    tokens: Tensor
+    scales: Tensor | None
+    anchors: Tensor
+    shape: tuple[int, int]
+    token_major: bool
+
+    def similarity(self, tile: Tensor, item_tokens: int) -> Tensor:
+        """A tile ``[n * L_i, w]`` as ``[n, L_i, L_q, q]``."""
+        n_queries, tokens = self.shape
+        if self.token_major:
+            return tile.view(-1, item_tokens, tokens, n_queries)
+        return tile.view(-1, item_tokens, n_queries, tokens).transpose(2, 3)
+
+
+def _columns(block: Tensor, scales: Tensor | None) -> _Columns:
+    n_queries, tokens, width = block.shape
+    token_major = n_queries >= _BLOCK_QUERIES
+    anchors = _anchors(block, scales).T
+    arranged = block.permute((2, 1, 0) if token_major else (2, 0, 1)).reshape(width, -1)
+    if scales is not None:
+        scales = (scales.T if token_major else scales).reshape(1, -1)
+    return _Columns(arranged, scales, anchors, (n_queries, tokens), token_major)
+
+
+def _anchors(block: Tensor, scales: Tensor | None) -> Tensor:
+    """Row 0 of each set, float32 ``[n, D]``."""
+    return block[:, 0].float() if scales is None else block[:, 0] * scales[:, :1]
+
+
+def _score_block(
+    items: Tensor, scales: Tensor | None, columns: _Columns, alpha: float, tile_items: int, scratch: _Scratch
+) -> Tensor:
+    """Scores ``[n, q]`` of a block of items."""
+    item_tokens = items.shape[1]
+    rows, height = items.reshape(-1, items.shape[2]), tile_items * item_tokens
+    if scales is not None and columns.scales is not None:
+        tiles = _int8_tiles(rows, columns.tokens, scales.reshape(-1, 1), columns.scales, height, scratch)
+    elif _bfloat16_pays(rows, columns.tokens):
+        tiles = _bfloat16_tiles(rows, columns.tokens, height, scratch)
+    else:
+        tiles = _float32_tiles(rows, columns.tokens, height, scratch)
+    fine = torch.cat([_fine(columns.similarity(tile, item_tokens)) for tile in tiles])
+    return alpha * (_anchors(items, scales) @ columns.anchors) + (1 - alpha) * fine
+
+
+def _fine(similarity: Tensor) -> Tensor:
+    """``[n, L_i, L_q, q]`` to ``[n, q]``."""
+    over_queries = F.leaky_relu_(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
+    over_items = F.leaky_relu_(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
+    return over_queries + over_items
+
+
+# Products ``rows [m, D] @ columns [D, w]`` in float32, ``[height, w]`` at a time, in memory that the next one overwrites.
+
+
+class _Scratch:
+    """Memory that all blocks share: fresh pages would cost more than the maxima."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._memory[name] = torch.empty(rows * columns, dtype=dtype)
+        return memory[: rows * columns].view(rows, columns)
+
+
+def _float32_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+    product = scratch("product", len(rows), columns.shape[1])
+    yield from torch.mm(rows.float(), columns.float(), out=product).split(height)
+
+
+def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+    shape = len(rows), columns.shape[1]
+    rounded = torch.mm(rows, columns, out=scratch("rounded", *shape, dtype=torch.bfloat16))
+    lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", *shape, dtype=torch.bfloat16))
+    for high, low in zip(rounded.split(height), lost.split(height), strict=True):
+        # Converted apart: an addition of two dtypes would go through fresh memory.
+        tile = scratch("high", *high.shape).copy_(high)
+        yield tile.add_(scratch("low", *low.shape).copy_(low))
+
+
+def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
+    if not rows.dtype == columns.dtype == torch.bfloat16:
+        return False
+    # Two products are faster than one in float32 only with matrix instructions, and only oneDNN uses those.
+    work = len(rows) * columns.numel()
+    return work >= _LEAST_BFLOAT16_WORK and _has("amx_tile") and bool(torch.backends.mkldnn.enabled)
+
+
+def _int8_tiles(
+    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: _Scratch
+) -> Iterator[Tensor]:
+    shape = len(rows), columns.shape[1]
+    if _has("vnni"):
+        product = torch._int_mm(rows, columns, out=scratch("integers", *shape, dtype=torch.int32))
+    else:  # whole numbers below 2^24 are exact in float32
+        product = torch.mm(rows.float(), columns.float(), out=scratch("product", *shape))
+    for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
+        yield scratch("scaled", *part.shape).copy_(part).mul_(column_scales).mul_(scales)
+
+
+def _has(feature: str) -> bool:
+    """Whether the processor has it; an older PyTorch that cannot say means no."""
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())

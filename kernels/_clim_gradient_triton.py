@@ -1,0 +1,255 @@
+"""The gradient of late interaction on the GPU: one byte saved for each maximum, and no atomics.
+
+Forward, the sweep of ``_clim_triton.py`` also keeps who won each maximum: 7 bits of index, and the high bit where the
+maximum is not positive, so that leaky ReLU's slope applies. The gradient of ``S`` for one pair is then, for a score's
+gradient of 1, a matrix with one entry for each maximum and one for the global cosine::
+
+    P[s, t] = (1 - alpha) * (slope_s [query_winner_s = t] / L_q + slope_t [item_winner_t = s] / L_i) + alpha [s = t = 0]
+
+    grad_queries[q] = sum over n of grad_scores[q, n] * P(q, n)   @ items[n]
+    grad_items[n]   = sum over q of grad_scores[q, n] * P(q, n).T @ queries[q]
+
+``P`` is rebuilt pair by pair in registers, and each program adds up its rows in one order: the same bits at every run.
+The score gradients multiply in float32, after the product: float16 would lose the small ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels._clim_triton import (
+    FLOATS,
+    INTERPRETED,
+    ClimSettings,
+    check_inputs,
+    is_nothing,
+    launch,
+    readable,
+)
+from finelip_fast.kernels.clim import LEAKY_SLOPE
+
+MAX_TOKENS = 128  # an index of 7 bits
+
+_SLOPE = tl.constexpr(LEAKY_SLOPE)
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the gradient is cut; it changes the speed and the order of rounding, nothing else."""
+
+    block_sets: int  # queries (or items) of one program, a power of two
+    block_width: int  # piece of D of one program, a power of two, at least 16
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int) -> GradientSettings:
+    """Sane settings where none were tuned; arguments as :func:`~finelip_fast.kernels._clim_triton.default_settings`."""
+    if dtype == torch.float32:
+        return GradientSettings(1, 64, num_warps=4, num_stages=2)
+    block_width = min(256, max(16, triton.next_power_of_2(width)))
+    large = capability in (80, 90, 100, 103)
+    return GradientSettings(1, block_width, num_warps=8, num_stages=3 if large else 2)
+
+
+@triton.jit
+def load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS: tl.constexpr, Y_TOKENS: tl.constexpr):
+    """Of each pair: its score's gradient, and the bytes of its winners, ``[SETS, X_ROWS]`` and ``[SETS, Y_ROWS]``."""
+    by_s = tl.load(x_winners + (pair * X_TOKENS)[:, None] + s[None, :], mask=(s < X_TOKENS)[None, :], other=0)
+    by_t = tl.load(y_winners + (pair * Y_TOKENS)[:, None] + t[None, :], mask=(t < Y_TOKENS)[None, :], other=0)
+    return tl.load(grad_scores + pair), by_s.to(tl.int32), by_t.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n_x", "n_y", "x_stride", "y_stride"])
+def gradient_kernel(
+    grad_scores,
+    x_winners,
+    y_winners,
+    y,
+    grad_x,
+    n_x,
+    n_y,
+    alpha,
+    x_stride,
+    y_stride,
+    y_set_stride,
+    y_token_stride,
+    X_TOKENS: tl.constexpr,
+    Y_TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SETS: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    Y_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """The gradient of one side, ``x``: ``BLOCK_SETS`` of its sets against every set of the other side, ``y``.
+
+    Pair ``(x, y)`` is number ``x * x_stride + y * y_stride`` of the scores and of the winners.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_SETS + tl.arange(0, BLOCK_SETS)
+    pair = tl.minimum(row, n_x - 1) * x_stride  # past the end: the last set once more, never stored
+    s = tl.arange(0, X_ROWS)
+    t = tl.arange(0, Y_ROWS)
+    d = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    is_y = (t < Y_TOKENS)[:, None] & (d < WIDTH)[None, :]
+    y_rows = y + t.to(tl.int64)[:, None] * y_token_stride + d[None, :]
+
+    last_pair = n_x.to(tl.int64) * n_y - 1
+    grad, by_s, by_t = load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS, Y_TOKENS)
+    total = tl.zeros([BLOCK_SETS * X_ROWS, BLOCK_WIDTH], tl.float32)
+    for _ in range(n_y):
+        # The next pairs are asked for before these are worked on: what a byte is used for waits for it.
+        pair = tl.minimum(pair + y_stride, last_pair)
+        next_grad, next_by_s, next_by_t = load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS, Y_TOKENS)
+        share_s = tl.where(by_s < 128, 1.0, _SLOPE) * ((1.0 - alpha) / X_TOKENS)
+        share_t = tl.where(by_t < 128, 1.0, _SLOPE) * ((1.0 - alpha) / Y_TOKENS)
+        p = tl.where((by_s & 127)[:, :, None] == t[None, None, :], share_s[:, :, None], 0.0)
+        p += tl.where((by_t & 127)[:, None, :] == s[None, :, None], share_t[:, None, :], 0.0)
+        p += tl.where((s[:, None] == 0) & (t[None, :] == 0), alpha, 0.0)[None, :, :]
+        other = tl.load(y_rows, mask=is_y, other=0.0)
+        p = tl.reshape(p, [BLOCK_SETS * X_ROWS, Y_ROWS]).to(other.dtype)
+        product = tl.dot(p, other, input_precision="ieee")
+        grad_rows = tl.reshape(tl.broadcast_to(grad[:, None], [BLOCK_SETS, X_ROWS]), [BLOCK_SETS * X_ROWS])
+        total += grad_rows[:, None] * product
+        y_rows += y_set_stride
+        grad, by_s, by_t = next_grad, next_by_s, next_by_t
+
+    at = tl.reshape(row[:, None] * X_TOKENS + s[None, :], [BLOCK_SETS * X_ROWS])
+    stored = tl.reshape((row < n_x)[:, None] & (s < X_TOKENS)[None, :], [BLOCK_SETS * X_ROWS])
+    stored = stored[:, None] & (d < WIDTH)[None, :]
+    tl.store(grad_x + at[:, None] * WIDTH + d[None, :], total.to(grad_x.dtype.element_ty), mask=stored)
+
+
+def scores_with_winners(
+    queries: Tensor, items: Tensor, *, alpha: float, settings: ClimSettings | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores, and who won each maximum, for :func:`gradient`.
+
+    Args:
+        queries: ``[Q, L_q, D]``, float32, float16 or bfloat16.
+        items: ``[N, L_i, D]`` in the same dtype. Both sides have at most 128 tokens.
+        alpha: Weight of the global cosine.
+        settings: None: :func:`~finelip_fast.kernels._clim_triton.default_settings`.
+
+    Returns:
+        ``(scores float32 [Q, N], query_winners uint8 [Q, N, L_q], item_winners uint8 [Q, N, L_i])``. The low 7 bits of
+        ``query_winners[q, n, s]`` are the item token that row ``s`` of query ``q`` is most similar to, the first of
+        equals; the high bit is set where that similarity is not positive. ``item_winners`` is the other direction. Under
+        an empty set of the other side nothing wins: those bytes mean nothing.
+
+    Raises:
+        InputError: Shapes or dtypes that do not fit together, or too many tokens.
+        KernelError: No GPU.
+    """
+    capability = _check(queries, items)
+    out = torch.empty(queries.shape[0], items.shape[0], dtype=torch.float32, device=queries.device)
+    query_winners = torch.empty(*out.shape, queries.shape[1], dtype=torch.uint8, device=out.device)
+    item_winners = torch.empty(*out.shape, items.shape[1], dtype=torch.uint8, device=out.device)
+    if is_nothing(queries, items):
+        return out.zero_(), query_winners.zero_(), item_winners.zero_()
+    launch(queries, items, out, alpha, capability, settings, winners=(query_winners, item_winners))
+    return out, query_winners, item_winners
+
+
+def gradient(
+    grad_scores: Tensor,
+    queries: Tensor,
+    items: Tensor,
+    query_winners: Tensor,
+    item_winners: Tensor,
+    *,
+    alpha: float,
+    settings: GradientSettings | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of queries and items, from that of their scores.
+
+    Args:
+        grad_scores: ``[Q, N]``, any strides, any floating dtype.
+        queries, items, alpha: As given to :func:`scores_with_winners`.
+        query_winners, item_winners: As it returned them.
+        settings: None: :func:`default_gradient_settings`.
+
+    Returns:
+        ``(grad_queries [Q, L_q, D], grad_items [N, L_i, D])`` in the inputs' dtype, summed in float32. A maximum's
+        gradient goes to its one winner, with leaky ReLU's slope where it is not positive, as PyTorch's does.
+
+    Raises:
+        InputError: Shapes or dtypes that do not fit together, or too many tokens.
+        KernelError: No GPU.
+    """
+    capability = _check(queries, items)
+    pairs = (queries.shape[0], items.shape[0])
+    expected = (pairs, (*pairs, queries.shape[1]), (*pairs, items.shape[1]))
+    given = (grad_scores.shape, query_winners.shape, item_winners.shape)
+    if given != expected:
+        shapes = [[list(shape) for shape in shapes] for shapes in (expected, given)]
+        raise InputError(f"expected grad_scores, query_winners, item_winners of shapes {shapes[0]}, got {shapes[1]}")
+    grad_queries, grad_items = (
+        torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) for rows in (queries, items)
+    )
+    if is_nothing(queries, items):
+        return grad_queries.zero_(), grad_items.zero_()
+    if settings is None:
+        settings = default_gradient_settings(capability=capability, dtype=queries.dtype, width=queries.shape[2])
+    grad_scores = grad_scores.float().contiguous()
+    query_winners, item_winners = query_winners.contiguous(), item_winners.contiguous()
+    _one_side(grad_scores, query_winners, item_winners, items, grad_queries, (pairs[1], 1), alpha, settings)
+    _one_side(grad_scores, item_winners, query_winners, queries, grad_items, (1, pairs[1]), alpha, settings)
+    return grad_queries, grad_items
+
+
+def _one_side(
+    grad_scores: Tensor,
+    x_winners: Tensor,
+    y_winners: Tensor,
+    y: Tensor,
+    grad_x: Tensor,
+    pair_strides: tuple[int, int],
+    alpha: float,
+    settings: GradientSettings,
+) -> None:
+    """Fill `grad_x`."""
+    y = readable(y)
+    grid = (triton.cdiv(grad_x.shape[0], settings.block_sets), triton.cdiv(grad_x.shape[2], settings.block_width))
+    result = grad_x.float() if INTERPRETED else grad_x
+    with torch.cuda.device_of(y):
+        gradient_kernel[grid](
+            grad_scores,
+            x_winners,
+            y_winners,
+            y,
+            result,
+            grad_x.shape[0],
+            y.shape[0],
+            float(alpha),
+            *pair_strides,
+            *y.stride()[:2],
+            X_TOKENS=grad_x.shape[1],
+            Y_TOKENS=y.shape[1],
+            WIDTH=y.shape[2],
+            BLOCK_SETS=settings.block_sets,
+            X_ROWS=max(16, triton.next_power_of_2(grad_x.shape[1])),
+            Y_ROWS=max(16, triton.next_power_of_2(y.shape[1])),
+            BLOCK_WIDTH=settings.block_width,
+            num_warps=settings.num_warps,
+            num_stages=settings.num_stages,
+            enable_fp_fusion=True,  # by name: Triton 3.9 warns when the default is left alone
+        )
+    if result is not grad_x:
+        grad_x.copy_(result)
+
+
+def _check(queries: Tensor, items: Tensor) -> int:
+    """The GPU's compute capability."""
+    capability = check_inputs(queries, items, MAX_TOKENS)
+    if items.shape[1] > MAX_TOKENS:
+        raise InputError(f"expected at most {MAX_TOKENS} item tokens, got {items.shape[1]}: use the reference gradient")
+    if queries.dtype not in FLOATS:
+        raise InputError(f"expected float32, float16 or bfloat16 embeddings, got {queries.dtype}")
+    return capability

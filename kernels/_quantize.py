@@ -1,0 +1,140 @@
+"""Embeddings in int8, one scale a row, and a proven bound on what that does to a score.
+
+The bound. Let a query's rows be ``a_s`` and an item's ``b_t``, ``a'_s`` and ``b'_t`` what their integers stand for, and
+``r(a_s) = |a_s - a'_s|`` the norm of what a row lost. By Cauchy-Schwarz::
+
+    |a_s . b_t - a'_s . b'_t| = |(a_s - a'_s) . b_t + a'_s . (b_t - b'_t)| <= r(a_s) n(b_t) + n(a_s) r(b_t) =: e(s, t)
+
+with ``n(x) = max(|x|, |x'|)``. A maximum over a set moves by at most the largest move of its members, leaky ReLU with a slope
+of 0.1 by at most its argument's, a mean by at most the mean of the moves. So a score moves by at most::
+
+    |alpha| e(0, 0) + |1 - alpha| (mean_s max_t e(s, t) + mean_t max_s e(s, t))
+
+Everything is non-negative, so ``mean_s max_t e <= mean(r_a) max(n_b) + mean(n_a) max(r_b)``, and likewise the other way
+round. Six numbers of a query and six of an item are enough: row 0, mean and maximum of ``r`` and of ``n``.
+
+Rounding. Both scores are computed in float32. A dot product of ``D`` terms, summed in any order, is off by at most
+``D u |a| |b|`` with ``u = 2^-23`` (round to nearest needs ``2^-24``; matrix units may cut off), the means add ``L u`` each,
+scales and sums less than ``64 u``. Half of ``(D + 64) u n`` and a set's own ``L u n`` are added to its ``r``; then ``e``
+covers all of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+_LARGEST = 127
+_UNIT = 2.0**-23
+_UP = 1 + 2.0**-16  # more than what the float32 and float64 steps from the residuals to the bound can lose
+_UNDERFLOW = 2.0**-100  # what may be lost when products are too small for float32
+_BLOCK_ELEMENTS = 1 << 23
+
+
+class QuantizedItems(NamedTuple):
+    """What a search in int8 needs of ``N`` items; every field may be moved to another device or mapped from a file.
+
+    Attributes:
+        values: int8 ``[N, L, D]``.
+        scales: float32 ``[N, L]``.
+        terms: float32 ``[N, 6]``, :func:`error_terms`.
+        anchors: ``[N, 1, D]``, row 0 as it came: the global cosine is most of the score and costs little in full precision.
+    """
+
+    values: Tensor
+    scales: Tensor
+    terms: Tensor
+    anchors: Tensor
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and scales, symmetric, a scale a row: a row is about its integers times its scale.
+
+    Args:
+        rows: ``[..., L, D]`` of any float dtype, ``D`` at least 1.
+
+    Returns:
+        int8 ``[..., L, D]`` in -127..127, and float32 ``[..., L]``. A row that is not finite gets a scale that is not, so its
+        scores come out as NaN.
+
+    Raises:
+        InputError: Rows without a width.
+
+    Example:
+        >>> quantize(torch.tensor([[0.5, -1.0, 0.0]]))
+        (tensor([[  64, -127,    0]], dtype=torch.int8), tensor([0.0079]))
+    """
+    if rows.dim() < 2 or rows.shape[-1] == 0:
+        raise InputError(f"expected rows [..., L, D] with D of at least 1, got {list(rows.shape)}")
+    rows = rows.float()
+    scales = rows.abs().amax(dim=-1) / _LARGEST
+    divisors = scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    values = (rows / divisors).nan_to_num(0.0).round().clamp(-_LARGEST, _LARGEST)
+    return values.to(torch.int8), scales
+
+
+def quantize_items(items: Tensor) -> QuantizedItems:
+    """All that an int8 search needs of ``items [N, L, D]``, made in blocks of 64 MiB of float64."""
+    _, tokens, width = items.shape
+    blocks = []
+    for some in items.split(max(1, _BLOCK_ELEMENTS // max(1, tokens * width))):
+        values, scales = quantize(some)
+        blocks.append((values, scales, error_terms(some, values, scales)))
+    values, scales, terms = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return QuantizedItems(values, scales, terms, items[:, :1].clone())
+
+
+def error_terms(rows: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """The six numbers of each set that :func:`error_bound` needs, rounded up; shapes as :func:`quantize`.
+
+    Returns:
+        float32 ``[..., 6]``: row 0, mean and maximum of what a row lost, then of the row's norm. Zeros for a set without rows.
+    """
+    tokens, width = rows.shape[-2:]
+    if tokens == 0:
+        return torch.zeros(*rows.shape[:-2], 6, device=rows.device)
+    exact, stored = rows.double(), values.double() * scales.double()[..., None]
+    norms = torch.maximum(exact.norm(dim=-1), stored.norm(dim=-1))
+    lost = (exact - stored).norm(dim=-1) + rounding(width, tokens) * norms
+    terms = [part for each in (lost, norms) for part in (each[..., 0], each.mean(dim=-1), each.amax(dim=-1))]
+    return (torch.stack(terms, dim=-1) * _UP).float()
+
+
+def rounding(width: int, tokens: int) -> float:
+    """One side's share in the rounding error of a score, relative to the product of the norms; the sides' shares add up."""
+    return (width / 2 + tokens + 32) * _UNIT
+
+
+def error_bound(query_terms: Tensor, item_terms: Tensor, *, alpha: float) -> Tensor:
+    """How far a score in int8 can be from the score in full precision, both computed in float32; see the module's proof.
+
+    Args:
+        query_terms: :func:`error_terms` of ``Q`` queries, ``[Q, 6]``.
+        item_terms: Of ``N`` items, ``[N, 6]``.
+        alpha: Weight of the global cosine.
+
+    Returns:
+        float32 ``[Q, N]``; not finite for embeddings that are not.
+    """
+    lost_0, lost_mean, lost_max, norm_0, norm_mean, norm_max = query_terms.double().unbind(-1)
+    item_lost_0, item_lost_mean, item_lost_max, item_norm_0, item_norm_mean, item_norm_max = item_terms.double().unbind(
+        -1
+    )
+    first, fine = abs(alpha), abs(1 - alpha)
+    # In float64, because a float32 product may be told to round more coarsely.
+    left = torch.stack(
+        [first * lost_0, first * norm_0, fine * lost_mean, fine * norm_mean, fine * lost_max, fine * norm_max], dim=-1
+    )
+    right = torch.stack(
+        [item_norm_0, item_lost_0, item_norm_max, item_lost_max, item_norm_mean, item_lost_mean], dim=-1
+    )
+    return ((left @ right.T) * _UP + _UNDERFLOW).float()
+
+
+def cosine_rounding(query_terms: Tensor, item_terms: Tensor, *, width: int) -> Tensor:
+    """How far a global cosine of full-precision rows can be from the exact one, ``[Q, N]``; terms as :func:`error_bound`."""
+    return 2 * rounding(width, 1) * torch.outer(query_terms[:, 3], item_terms[:, 3])

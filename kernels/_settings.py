@@ -1,0 +1,73 @@
+"""Launch settings that were measured: those shipped with the package, and those that tuning wrote on this machine.
+
+A table is a JSON object from keys to settings. A key names the operation, the GPU's compute capability, the dtype and the
+sizes that matter: ``"clim sm_90 float16 D=512 L=40 Q=1"``. What is in no table runs with the defaults of its kernel's file;
+nothing is ever tuned during a search.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from finelip_fast._errors import KernelError
+
+SHIPPED = Path(__file__).with_name("settings.json")
+
+Settings = dict[str, int]
+
+
+def cache_file() -> Path:
+    """Where tuning writes: ``settings.json`` in ``FINELIP_CACHE``, or in ``~/.cache/finelip_fast``."""
+    return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast") / "settings.json"
+
+
+def key(operation: str, *, capability: int, dtype: torch.dtype, **sizes: int) -> str:
+    """The name of a case; sizes in the order given."""
+    numbers = " ".join(f"{name}={value}" for name, value in sizes.items())
+    return f"{operation} sm_{capability} {str(dtype).removeprefix('torch.')} {numbers}"
+
+
+def tuned(case: str) -> Settings | None:
+    """Settings of a case: this machine's own before the shipped ones, None where neither has any.
+
+    Raises:
+        KernelError: A table that cannot be read.
+    """
+    return _tables(cache_file()).get(case)
+
+
+def save(found: dict[str, Settings]) -> Path:
+    """Add settings to this machine's table; written whole or not at all.
+
+    Returns:
+        The file.
+    """
+    path = cache_file()
+    table = (_read(path) if path.exists() else {}) | found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+    _tables.cache_clear()
+    return path
+
+
+@functools.cache
+def _tables(own: Path) -> dict[str, Settings]:
+    return _read(SHIPPED) | (_read(own) if own.exists() else {})
+
+
+def _read(path: Path) -> dict[str, Settings]:
+    try:
+        table: dict[str, Settings] = json.loads(path.read_text(encoding="utf-8"))
+        table.items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise KernelError(
+            f"cannot read launch settings from {path}: {error}; delete it to go back to the defaults"
+        ) from error
+    return table

@@ -1,0 +1,258 @@
+"""The best items of each query, exactly: a fast pass that brackets every score, then float64 for the few that matter.
+
+Both searches work alike. A pass over all items, chunk by chunk, gives each score to within a known error: float32 rounding
+for :func:`topk`, quantisation as well for :func:`exact_topk_int8`. An item stays as long as the upper end of its bracket
+reaches the k-th best lower end. What stays is scored again in float64, rounded once to float32, and sorted.
+
+So the results depend on neither chunks, device nor the precision of the pass: they are the float32 nearest to the exact
+scores, ties by lower index. Copies of an item tie, wherever they stand, unless their score is within float64 rounding (about
+``1e-15``) of the middle between two float32 numbers. NaN comes last. An item whose bracket is not finite is always scored
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels._clim_cpu import LEAKY_SLOPE
+from finelip_fast.kernels._quantize import (
+    QuantizedItems,
+    cosine_rounding,
+    error_bound,
+    error_terms,
+    quantize,
+    rounding,
+)
+
+Rows = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
+Bracket = tuple[int, Tensor, Tensor]  # the first item of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
+
+# A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.
+_SCORE_ELEMENTS = 1 << 22
+# Bytes of a chunk that must be copied before it can be scored.
+_COPY_BYTES = 1 << 26
+# Elements that scoring again in float64 may hold, 64 MiB.
+_RESCORE_ELEMENTS = 1 << 23
+
+
+class Score(Protocol):
+    """An implementation of late interaction; the tensors are on the device of the queries."""
+
+    def __call__(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        *,
+        alpha: float,
+        query_scales: Tensor | None = None,
+        item_scales: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def topk(queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items of each query by the exact score.
+
+    Args:
+        queries: ``[Q, L_q, D]``.
+        items: ``[N, L_i, D]``, rows of norm 1 or less, on the device of the queries, in host memory or mapped from a file
+            (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
+        k: At least 1; more than ``N`` is taken as ``N``.
+        alpha: Weight of the global cosine.
+        score: Full-precision scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels._quantize`.
+
+    Returns:
+        ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
+
+    Raises:
+        InputError: ``k`` below 1.
+    """
+    _, query_tokens, width = queries.shape
+    slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
+    norms = queries.float().norm(dim=2)
+    largest = norms.amax(dim=1, keepdim=True) if query_tokens else norms.new_zeros(len(queries), 1)
+    errors = largest * slack * (abs(alpha) + 2 * abs(1 - alpha))
+
+    def brackets() -> Iterator[Bracket]:
+        for first, (chunk,) in _chunks([items], len(queries), queries.device):
+            yield first, score(queries, chunk, alpha=alpha), errors
+
+    found, indices, _ = _search(queries, items, k, alpha, brackets())
+    return found, indices
+
+
+def exact_topk_int8(
+    queries: Tensor, items: Rows, quantized: QuantizedItems, k: int, *, alpha: float, score: Score
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same result as :func:`topk`, from a pass over int8 and the few items that its error bound leaves.
+
+    Args:
+        queries, items, k, alpha: As :func:`topk`; rows of any norm. Of ``items`` only those few are read.
+        quantized: :func:`finelip_fast.kernels._quantize.quantize_items` of ``items``, wherever ``items`` may be.
+        score: As for :func:`topk`, and for int8 with scales.
+
+    Returns:
+        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored in full precision.
+
+    Raises:
+        InputError: ``k`` below 1, or quantized items of another number or shape.
+    """
+    if quantized.values.shape != items.shape:
+        raise InputError(
+            f"expected quantized items {list(items.shape)}, got {list(quantized.values.shape)}; quantize these items"
+        )
+    width = queries.shape[2]
+    values, scales = quantize(queries)
+    terms = error_terms(queries, values, scales)
+
+    def brackets() -> Iterator[Bracket]:
+        for first, parts in _chunks(quantized, len(queries), queries.device):
+            some = QuantizedItems(*parts)
+            cosines = score(queries[:, :1], some.anchors, alpha=1.0)
+            fine = score(values, some.values, alpha=0.0, query_scales=scales, item_scales=some.scales)
+            cosine_errors = cosine_rounding(terms, some.terms, width=width)
+            fine_errors = error_bound(terms, some.terms, alpha=0.0)
+            scores = alpha * cosines + (1 - alpha) * fine
+            yield first, scores, abs(alpha) * cosine_errors + abs(1 - alpha) * fine_errors
+
+    return _search(queries, items, k, alpha, brackets())
+
+
+def _search(
+    queries: Tensor, items: Rows, k: int, alpha: float, brackets: Iterable[Bracket]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"expected k of at least 1, got {k!r}")
+    k = min(k, items.shape[0])
+    with torch.no_grad():
+        query, item = _candidates(len(queries), k, brackets, queries.device)
+        return _rank(query, item, _rescore(queries, items, query, item, alpha), len(queries), k)
+
+
+def _candidates(n_queries: int, k: int, brackets: Iterable[Bracket], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs (query, item) that may be among the ``k`` best: every one that is, and few that are not."""
+    lowest = torch.empty(n_queries, 0, device=device)  # the k best lower ends so far
+    threshold = torch.full((n_queries,), -torch.inf, device=device)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    kept = [(empty, empty, torch.empty(0, device=device))]
+    for first, scores, errors in brackets:
+        known = (scores - errors).isfinite()
+        lower = (scores - errors).where(known, -torch.inf)
+        upper = (scores + errors).where(known, torch.inf)
+        lowest = torch.cat([lowest, lower], dim=1)
+        lowest = lowest.topk(min(k, lowest.shape[1]), dim=1).values
+        if lowest.shape[1] == k:
+            threshold = lowest[:, -1]
+        query, item = (upper >= threshold[:, None]).nonzero(as_tuple=True)
+        kept.append((query, item + first, upper[query, item]))
+    query, item, upper = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    still = upper >= threshold[query]  # the threshold has risen since
+    return query[still], item[still]
+
+
+def _rescore(queries: Tensor, items: Rows, query: Tensor, item: Tensor, alpha: float) -> Tensor:
+    """The float32 nearest to the exact score of each pair, ``[P]``."""
+    _, query_tokens, width = queries.shape
+    item_tokens = items.shape[1]
+    if 0 in (query_tokens, item_tokens):
+        return torch.zeros(len(query), device=query.device)
+    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
+    at_once = max(1, _RESCORE_ELEMENTS // per_pair)
+    parts = [torch.empty(0, device=query.device)]
+    for some_queries, some_items in zip(query.split(at_once), item.split(at_once), strict=True):
+        rows = _take(items, some_items).to(queries.device)
+        similarity = torch.bmm(queries[some_queries].double(), rows.double().transpose(1, 2))
+        over_items = F.leaky_relu(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
+        over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
+        parts.append((alpha * similarity[:, 0, 0] + (1 - alpha) * (over_items + over_queries)).float())
+    return torch.cat(parts)
+
+
+def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` best of each query's candidates, of which there are at least ``k``, and how many there were."""
+    # Stable sorts by the least important key first: index, score, query.
+    order = item.argsort(stable=True)
+    order = order[scores[order].nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)]
+    order = order[query[order].argsort(stable=True)]
+    counts = query.bincount(minlength=n_queries)
+    best = order[(counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=query.device)]
+    return scores[best], item[best], counts
+
+
+# Chunks --------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(sources: Sequence[Rows], n_queries: int, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
+    """The sources, cut alike along their first axis, on ``device``; each with the number of its first item."""
+    n_items = sources[0].shape[0]
+    size = max(1, _SCORE_ELEMENTS // max(1, n_queries))
+    if all(isinstance(source, Tensor) and source.device == device for source in sources):
+        for first in range(0, n_items, size):
+            yield first, [_load(source, first, size) for source in sources]
+        return
+    item_bytes = sum(source.nbytes for source in sources) // max(1, n_items)
+    size = max(1, min(size, n_items, _COPY_BYTES // max(1, item_bytes)))
+    if device.type == "cuda" and n_items:
+        yield from _streamed(sources, size, device)
+        return
+    for first in range(0, n_items, size):
+        yield first, [_load(source, first, size).to(device) for source in sources]
+
+
+def _streamed(sources: Sequence[Rows], size: int, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
+    """Host memory to a GPU through two pinned buffers, on a side stream: a chunk is copied while the one before is scored.
+
+    A thread fills the pinned buffers, because that copy keeps a processor busy. Each buffer has two events: it was written
+    (``copied``) before it is read, and it was read (``scored``) before it is written again.
+    """
+    n_items = sources[0].shape[0]
+    like = [_load(source, 0, 1) for source in sources]
+    pinned = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True) for one in like] for _ in range(2)]
+    staged = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, device=device) for one in like] for _ in range(2)]
+    copied = [torch.cuda.Event(), torch.cuda.Event()]
+    scored = [torch.cuda.Event(), torch.cuda.Event()]
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)  # the buffers' memory may still be in use by what was on the main stream before
+
+    def stage(number: int, first: int) -> None:
+        copied[number].synchronize()  # the pinned buffer's last contents have left it
+        for source, host, target in zip(sources, pinned[number], staged[number], strict=True):
+            rows = _load(source, first, size)
+            host[: len(rows)].copy_(rows)
+            with torch.cuda.stream(side):
+                side.wait_event(scored[number])
+                target[: len(rows)].copy_(host[: len(rows)], non_blocking=True)
+        copied[number].record(side)
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(stage, 0, 0)
+            for step, first in enumerate(range(0, n_items, size)):
+                number = step % 2
+                coming.result()
+                if first + size < n_items:
+                    coming = thread.submit(stage, 1 - number, first + size)
+                main.wait_event(copied[number])
+                yield first, [target[: min(size, n_items - first)] for target in staged[number]]
+                scored[number].record(main)
+    finally:
+        main.wait_stream(side)  # before the buffers' memory goes to others
+
+
+def _load(rows: Rows, first: int, size: int) -> Tensor:
+    part = rows[first : first + size]
+    # A copy, because PyTorch warns of memory that it may not write to.
+    return part if isinstance(part, Tensor) else torch.from_numpy(part.copy())
+
+
+def _take(rows: Rows, index: Tensor) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows[index.to(rows.device)]
+    return torch.from_numpy(np.asarray(rows[index.cpu().numpy()]))

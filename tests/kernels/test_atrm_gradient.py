@@ -1,0 +1,105 @@
+"""The gradient of token aggregation in plain PyTorch, and how the operation is registered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finelip_fast._errors import KernelError
+from finelip_fast.kernels import atrm as operation
+from finelip_fast.kernels.atrm import atrm_reference
+
+
+@pytest.fixture(scope="module")
+def module():
+    """`kernels/atrm.py`: the package's name for it is the function."""
+    import importlib
+
+    return importlib.import_module("finelip_fast.kernels.atrm")
+
+
+def inputs(*, lengths=(0, 3, 7), scale=()):
+    """Three items of seven tokens, ``D = 16, h = 5, K = 4``; the arguments of the reference, in order."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 7, 16), (16,), (16,), (5, 16), (5,), (4, 5), (4,), scale, (3, 16))
+    *tensors, anchor = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    return [*tensors, None if lengths is None else torch.tensor(lengths), anchor]
+
+
+def call(arguments):
+    *tensors, lengths, anchor = arguments
+    return operation(*tensors, lengths=lengths, anchor=anchor)
+
+
+def gradients(function, arguments, grad):
+    wanted = [tensor for tensor in arguments if tensor is not None and tensor.is_floating_point()]
+    return torch.autograd.grad(function(arguments), wanted, grad)
+
+
+def doubled(arguments):
+    return [
+        tensor.detach().double().requires_grad_() if tensor is not None and tensor.is_floating_point() else tensor
+        for tensor in arguments
+    ]
+
+
+def exact(arguments, grad, monkeypatch):
+    """By autograd of the reference in float64, which it otherwise leaves for float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return gradients(lambda given: atrm_reference(*given), doubled(arguments), grad.double())
+
+
+@pytest.mark.parametrize("lengths", [None, (0, 3, 7), (7, 7, 1)], ids=str)
+@pytest.mark.parametrize("scale", [(), (1, 1, 1)], ids=["scalar", "1x1x1"])
+def test_equals_float64(lengths, scale):
+    arguments = inputs(lengths=lengths, scale=scale)
+    grad = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    found = gradients(call, arguments, grad)
+    with pytest.MonkeyPatch.context() as patch:
+        expected = exact(arguments, grad, patch)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.shape == wanted.shape
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_gets_exactly_nothing_even_where_it_is_nan():
+    arguments = inputs()
+    with torch.no_grad():
+        for item, length in enumerate((0, 3, 7)):
+            arguments[0][item, length:] = torch.nan
+    found = gradients(call, arguments, torch.ones(3, 5, 16))
+    assert all(grad.isfinite().all() for grad in found)
+    assert found[0][0].count_nonzero() == found[0][1, 3:].count_nonzero() == 0
+
+
+def test_gradients_come_in_the_dtypes_of_the_inputs():
+    arguments = inputs()
+    arguments[0] = arguments[0].detach().bfloat16().requires_grad_()
+    found = gradients(call, arguments, torch.ones(3, 5, 16, dtype=torch.bfloat16))
+    assert [grad.dtype for grad in found] == [torch.bfloat16, *[torch.float32] * 8]
+
+
+def test_a_second_gradient_is_refused():
+    arguments = inputs()
+    (grad,) = torch.autograd.grad(call(arguments).sum(), arguments[0], create_graph=True)
+    with pytest.raises(KernelError, match="token aggregation has no second gradient"):
+        grad.sum().backward()
+
+
+# opcheck looks at the gradients of tensors that it made itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("lengths", [None, (0, 3, 7)], ids=str)
+def test_operations_are_registered_as_pytorch_wants_them(module, lengths):
+    arguments = inputs(lengths=lengths)
+    torch.library.opcheck(module._atrm, tuple(arguments))
+    plain = [tensor.detach() if tensor is not None else None for tensor in arguments]
+    torch.library.opcheck(module._gradient, (torch.ones(3, 5, 16), *plain))
+
+
+def test_the_compiled_gradient_is_the_same():
+    first, second = inputs(), inputs()
+    call(first).square().sum().backward()
+    torch.compile(lambda given: call(given).square().sum(), fullgraph=True, backend="aot_eager")(second).backward()
+    for plain, compiled in zip(first, second, strict=True):
+        if plain.is_floating_point():
+            assert torch.equal(plain.grad, compiled.grad)

@@ -1,0 +1,288 @@
+"""The best items: exactly float64's, in whatever chunks, from wherever the items are, with either pass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _topk
+from finelip_fast.kernels._clim_cpu import scores
+from finelip_fast.kernels._quantize import QuantizedItems, quantize_items
+from finelip_fast.kernels._topk import exact_topk_int8, topk
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=["as shipped", "small", "smallest"])
+def chunks(request):
+    """Sizes of the chunks: as shipped, with edges between few items, and one item at a time."""
+    sizes = {"as shipped": {}, "small": (30, 1000, 2000), "smallest": (1, 1, 1)}[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(["_SCORE_ELEMENTS", "_COPY_BYTES", "_RESCORE_ELEMENTS"], sizes, strict=False):
+            patch.setattr(_topk, name, value)
+        yield
+
+
+def make(*shape, seed=0, dtype=torch.float32):
+    """Random embeddings: unit rows ``[..., D]``."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1).to(dtype)
+
+
+def search_int8(queries, items, k, *, alpha, score=scores, quantized=None):
+    quantized = quantize_items(items) if quantized is None else quantized
+    return exact_topk_int8(queries, items, quantized, k, alpha=alpha, score=score)[:2]
+
+
+def search_full(queries, items, k, *, alpha, score=scores):
+    return topk(queries, items, k, alpha=alpha, score=score)
+
+
+@pytest.fixture(params=[search_full, search_int8], ids=["full", "int8"])
+def search(request):
+    return request.param
+
+
+def expected_topk(method, queries, items, k, alpha):
+    """The float32 nearest to float64's scores, best first, ties by lower index, NaN last."""
+    exact = method.score_matrix(queries.double().numpy(), items.double().numpy(), alpha).astype(np.float32)
+    order = np.argsort(-np.nan_to_num(exact, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    return torch.from_numpy(np.take_along_axis(exact, order, axis=1)), torch.from_numpy(order)
+
+
+def assert_same(actual, expected):
+    assert (actual[0].dtype, actual[1].dtype) == (torch.float32, torch.int64)
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-7, equal_nan=True)
+
+
+@given(
+    n_queries=st.integers(0, 4),
+    n_items=st.integers(0, 40),
+    tokens=st.tuples(st.integers(0, 4), st.integers(0, 5)),
+    k=st.integers(1, 50),
+    alpha=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_equals_float64(method, chunks, n_queries, n_items, tokens, k, alpha, dtype, seed):
+    queries = make(n_queries, tokens[0], 24, seed=seed, dtype=dtype)
+    items = make(n_items, tokens[1], 24, seed=seed + 1, dtype=dtype)
+    expected = expected_topk(method, queries, items, k, alpha)
+    for found in (search_full(queries, items, k, alpha=alpha), search_int8(queries, items, k, alpha=alpha)):
+        assert found[1].shape == (n_queries, min(k, n_items))
+        assert_same(found, expected)
+
+
+def axes(items, width=8):
+    """Embeddings of one row along an axis, scaled: their products, and so their ties, are exact."""
+    rows = torch.zeros(len(items), 1, width)
+    for row, (axis, length) in zip(rows, items, strict=True):
+        row[0, axis] = length
+    return rows
+
+
+exact_rows = st.tuples(st.integers(0, 2), st.sampled_from([-1.0, -0.5, 0.25, 0.5, 1.0]))
+
+
+@given(
+    queries=st.lists(exact_rows, max_size=3),
+    items=st.lists(exact_rows, max_size=40),
+    k=st.integers(1, 50),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_ties_go_to_the_lower_index(method, chunks, queries, items, k, alpha):
+    queries, items = axes(queries), axes(items)
+    expected = expected_topk(method, queries, items, k, alpha)
+    for found in (search_full(queries, items, k, alpha=alpha), search_int8(queries, items, k, alpha=alpha)):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("copies", [2, 13])
+def test_copies_of_an_item_tie_wherever_they_stand(chunks, search, dtype, copies):
+    queries, items = make(3, 5, 40, dtype=dtype), make(7, 6, 40, seed=1, dtype=dtype)
+    best, order = search(queries, items, 7, alpha=0.8)
+    found, indices = search(queries, items.repeat(copies, 1, 1), 5 * copies, alpha=0.8)
+    expected = order[:, :5, None] + 7 * torch.arange(copies)
+    assert torch.equal(indices, expected.flatten(1))
+    assert torch.equal(found, best[:, :5].repeat_interleave(copies, dim=1))
+
+
+def test_items_that_are_all_alike(chunks, search):
+    queries, items = make(2, 3, 16), make(1, 4, 16, seed=1).expand(30, -1, -1)
+    found, indices = search(queries, items, 5, alpha=0.8)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert (found == found[:, :1]).all()
+
+
+def test_near_ties_come_in_float64s_order(method, chunks, search):
+    # Scores some 1e-7 apart: float32 products confuse them, and int8 cannot tell them apart at all.
+    generator = torch.Generator().manual_seed(0)
+    queries = make(3, 5, 64)
+    items = make(1, 6, 64, seed=1) + 3e-7 * torch.randn(50, 6, 64, generator=generator)
+    expected = expected_topk(method, queries, items, 20, 0.8)
+    assert (expected[0][:, 0] - expected[0][:, -1]).max() < 1e-5
+    assert_same(search(queries, items, 20, alpha=0.8), expected)
+
+
+def test_the_rounding_of_the_pass_does_not_matter(search):
+    queries, items = make(4, 5, 64), make(60, 6, 64, seed=1)
+    items[20:40] = items[:20]
+    generator = torch.Generator().manual_seed(2)
+
+    def noisy(*args, **kwargs):
+        exact = scores(*args, **kwargs)
+        return exact + (torch.rand(exact.shape, generator=generator) - 0.5) * 2e-6
+
+    quiet = search(queries, items, 25, alpha=0.8)
+    for one, other in zip(search(queries, items, 25, alpha=0.8, score=noisy), quiet, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("token", [0, 3], ids=["global", "other"])
+def test_nan_comes_last(chunks, search, token):
+    queries, items = make(2, 4, 16), make(9, 5, 16, seed=1)
+    finite = [0, 2, 3, 4, 5, 7, 8]
+    best, order = search(queries, items[finite], 7, alpha=0.8)
+    items[[1, 6], token, 2] = math.nan
+    found, indices = search(queries, items, 9, alpha=0.8)
+    assert torch.equal(indices[:, :7], torch.tensor(finite)[order])
+    assert torch.equal(found[:, :7], best)
+    assert indices[:, 7:].tolist() == [[1, 6], [1, 6]]
+    assert found[:, 7:].isnan().all()
+    assert torch.equal(search(queries, items, 4, alpha=0.8)[1], indices[:, :4])
+
+
+def test_a_query_that_is_nan_keeps_the_order_of_the_items(chunks, search):
+    queries, items = make(2, 4, 16), make(9, 5, 16, seed=1)
+    queries[1, 2, 0] = math.nan
+    found, indices = search(queries, items, 4, alpha=0.8)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+    assert indices[1].tolist() == [0, 1, 2, 3]
+
+
+def test_zero_rows(chunks, search):
+    queries, items = torch.zeros(2, 3, 16), make(9, 5, 16, seed=1)
+    found, indices = search(queries, items, 4, alpha=0.8)
+    assert not found.any()
+    assert indices.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_strided_items(search):
+    queries, items = make(2, 3, 16), make(20, 10, 16, seed=1)
+    expected = search(queries, items[::2, 1::3].clone(), 4, alpha=0.8)
+    for one, other in zip(search(queries, items[::2, 1::3], 4, alpha=0.8), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_needs_no_gradient(search):
+    queries, items = make(2, 4, 16).requires_grad_(), make(9, 5, 16, seed=1)
+    assert not search(queries, items, 3, alpha=0.8)[0].requires_grad
+
+
+# Where the items are -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["numpy", "torch"])
+def mapped(request, tmp_path_factory):
+    """float16 items in memory, and the same mapped from a file, which must not be written to."""
+    items = make(40, 5, 24, seed=1, dtype=torch.float16)
+    path = tmp_path_factory.mktemp("mapped") / "items"
+    items.numpy().tofile(path)
+    if request.param == "numpy":
+        return items, np.memmap(path, dtype=np.float16, mode="r", shape=(40, 5, 24))
+    return items, torch.from_file(str(path), size=items.numel(), dtype=torch.float16).view(40, 5, 24)
+
+
+def test_items_mapped_from_a_file(chunks, mapped):
+    in_memory, from_file = mapped
+    queries, quantized = make(3, 4, 24), quantize_items(in_memory)
+    expected = search_full(queries, in_memory, 6, alpha=0.8)
+    for one, other in zip(search_full(queries, from_file, 6, alpha=0.8), expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(search_int8(queries, from_file, 6, alpha=0.8, quantized=quantized), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_quantized_items_mapped_from_a_file(chunks, tmp_path):
+    queries, items = make(3, 4, 24), make(40, 5, 24, seed=1)
+    quantized = quantize_items(items)
+    fields = []
+    for name, field in zip(QuantizedItems._fields, quantized, strict=True):
+        np.save(tmp_path / f"{name}.npy", field.numpy())
+        fields.append(np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    expected = search_int8(queries, items, 6, alpha=0.8, quantized=quantized)
+    for one, other in zip(
+        search_int8(queries, items, 6, alpha=0.8, quantized=QuantizedItems(*fields)), expected, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sizes", [(1 << 22, 1 << 26), (60, 1000)], ids=["one chunk", "many chunks"])
+def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
+    monkeypatch.setattr(_topk, "_SCORE_ELEMENTS", sizes[0])
+    monkeypatch.setattr(_topk, "_COPY_BYTES", sizes[1])
+
+    def on_the_gpu(queries, items, *, alpha, query_scales=None, item_scales=None):
+        assert queries.is_cuda
+        assert items.is_cuda
+        given = [None if t is None else t.cpu() for t in (query_scales, item_scales)]
+        found = scores(queries.cpu(), items.cpu(), alpha=alpha, query_scales=given[0], item_scales=given[1])
+        return found.to(queries.device)
+
+    queries, items = make(3, 4, 24), make(101, 5, 24, seed=1, dtype=torch.float16)
+    expected = search_full(queries, items, 6, alpha=0.8)
+    for source in (items, items.numpy(), items.pin_memory(), items.cuda()):
+        found = search_full(queries.cuda(), source, 6, alpha=0.8, score=on_the_gpu)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+    for place in ("cpu", "cuda"):
+        quantized = QuantizedItems(*(field.to(place) for field in quantize_items(items)))
+        found = search_int8(queries.cuda(), items, 6, alpha=0.8, score=on_the_gpu, quantized=quantized)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+# How much is scored again --------------------------------------------------------------------------------------------
+
+
+def test_few_items_are_scored_again(chunks):
+    queries, items = make(3, 8, 128), make(200, 8, 128, seed=1)
+    for row, query in enumerate(queries):  # ten items near each query
+        near = slice(10 * row, 10 * row + 10)
+        items[near] = F.normalize(query + 0.05 * items[near], dim=-1)
+    found, indices, rescored = exact_topk_int8(queries, items, quantize_items(items), 10, alpha=0.8, score=scores)
+    assert indices.sort(dim=1).values.tolist() == [list(range(10 * row, 10 * row + 10)) for row in range(3)]
+    assert (rescored.dtype, rescored.tolist()) == (torch.int64, [10, 10, 10])
+    assert torch.equal(found, search_full(queries, items, 10, alpha=0.8)[0])
+
+
+def test_items_that_int8_cannot_tell_apart_are_all_scored_again():
+    queries, items = make(2, 4, 32), make(1, 5, 32, seed=1).expand(30, -1, -1)
+    rescored = exact_topk_int8(queries, items, quantize_items(items), 3, alpha=0.8, score=scores)[2]
+    assert rescored.tolist() == [30, 30]
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_k_below_one_is_refused(search, k):
+    with pytest.raises(InputError, match=f"expected k of at least 1, got {k}"):
+        search(make(2, 4, 16), make(9, 5, 16), k, alpha=0.8)
+
+
+def test_quantized_items_of_other_items_are_refused():
+    queries, items = make(2, 4, 16), make(9, 5, 16)
+    with pytest.raises(InputError, match=r"expected quantized items \[9, 5, 16\], got \[8, 5, 16\]"):
+        search_int8(queries, items, 3, alpha=0.8, quantized=quantize_items(items[:8]))
