@@ -62,7 +62,7 @@ def row_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The module's ``dp [B, K, D]``; ``log_total [B, K]`` with ``w = exp(l - log_total)``; ``offset [B, K]``, ``p . dp``."""
-    k_tiles: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     item = (tl.program_id(0) // k_tiles).to(tl.int64)
     k = tl.program_id(0) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -77,7 +77,7 @@ def row_gradient_kernel(
     scale = (1.0 / total)[:, None]
     squares = tl.zeros([BLOCK_K], tl.float32)
     product = tl.zeros([BLOCK_K], tl.float32)
-    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         columns = chunk * BLOCK_D + d
         grad = tl.load(grad_rows + columns, mask=(k < K)[:, None] & (columns < D), other=0.0).to(tl.float32)
         pooled = sums[chunk] * scale
@@ -87,7 +87,7 @@ def row_gradient_kernel(
     clamped = norm <= NORMALIZE_EPS
     norm = tl.maximum(norm, NORMALIZE_EPS)
     along = tl.where(clamped, 0.0, product / norm / norm)[:, None]
-    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         columns = chunk * BLOCK_D + d
         inside = (k < K)[:, None] & (columns < D)
         grad = tl.load(grad_rows + columns, mask=inside, other=0.0).to(tl.float32)
@@ -163,7 +163,7 @@ class AtrmGradientSettings:
 
 
 def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGradientSettings:
-    """Settings that fit and spill nothing.
+    """Settings that fit any GPU of capability 80 or more and spill nothing, up to ``D = 1280`` and ``K = 64``.
 
     Args:
         capability: Of the GPU: 80, 90, 120, ...
@@ -173,10 +173,10 @@ def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGra
     return AtrmGradientSettings(
         row_rows=16,
         row_tokens=16,
-        row_width=min(128, power_of_two(width)),
-        row_warps=4,
+        row_width=min(256, power_of_two(width)),
+        row_warps=8,
         row_stages=2,
-        token_tokens=64,
+        token_tokens=64 if capability == 90 and aggregated <= 64 else 32,
         token_width=32,
         token_warps=4,
         token_stages=2,

@@ -33,8 +33,8 @@ LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 # The smallest side of a matrix product on tensor cores.
 _SMALLEST_TILE = 16
-# What a program's registers hold of accumulators beside the rest: 64 rows of 768 in float32 are 192 of 256 KiB.
-_ACCUMULATORS = 64 * 768
+# With fewer items than this, an item is pooled by more programs, though each reads all of its tokens.
+_FEW_ITEMS = 32
 
 
 @triton.jit
@@ -184,17 +184,17 @@ def pooled_sum(
     d = tl.arange(0, BLOCK_D)[None, :]
     sums = ()
     for _ in tl.static_range(0, D, BLOCK_D):
-        sums = sums + (tl.zeros([BLOCK_K, BLOCK_D], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK_K, BLOCK_D], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for start in range(0, length, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         weights = tl.exp(load_logits(logits, n[None, :], k[:, None], length, K) - largest[:, None]).to(dtype)
         tokens = (rows + n.to(tl.int64) * stride_token)[:, None]
         valid = (n < length)[:, None]
         added = ()
-        for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+        for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
             columns = chunk * BLOCK_D + d
             x = tl.load(tokens + columns, mask=valid & (columns < D), other=0.0).to(dtype)
-            added = added + (tl.dot(weights, x, sums[chunk], input_precision=precision),)  # noqa: RUF005
+            added = added + (tl.dot(weights, x, sums[chunk], input_precision=precision),)  # type: ignore[assignment]  # noqa: RUF005
         sums = added
     return sums
 
@@ -217,7 +217,7 @@ def pool_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """``out [B, K + 1, D]``: the normalised anchor, then the normalised ``softmax(logits).T @ x``."""
-    k_tiles: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     item = (tl.program_id(0) // k_tiles).to(tl.int64)
     k_tile = tl.program_id(0) % k_tiles
     k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -233,11 +233,11 @@ def pool_kernel(
     # Without a token the sum is 0, and so must the row be; with one it is at least 1, the largest logit's own share.
     scale = 1.0 / tl.maximum(total, 1.0)
     squares = tl.zeros([BLOCK_K], tl.float32)
-    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         pooled = sums[chunk] * scale[:, None]
         squares += tl.sum(pooled * pooled, axis=1)
     scale /= tl.maximum(tl.sqrt(squares), NORMALIZE_EPS)
-    for chunk in tl.static_range(0, tl.cdiv(D, BLOCK_D)):
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         columns = chunk * BLOCK_D + d
         tl.store(
             out + (k + 1)[:, None] * D + columns[None, :],
@@ -300,7 +300,9 @@ class AtrmSettings:
 def default_settings(
     *, capability: int, width: int, aggregated: int, dtype: torch.dtype, items: int = 1024
 ) -> AtrmSettings:
-    """Settings that fit and spill nothing.
+    """Settings that fit any GPU of capability 80 or more, up to ``D = 1280``, ``h = 256`` and ``K = 64``.
+
+    In half precision they spill nothing. Float32 is for exactness rather than speed, and may.
 
     Args:
         capability: Of the GPU: 80, 90, 120, ...
@@ -309,18 +311,26 @@ def default_settings(
         dtype: The tokens'.
         items: ``B``. With few of them, each is spread over more programs.
     """
-    pool_width = min(256, power_of_two(width))
-    padded = triton.cdiv(width, pool_width) * pool_width
-    rows = min(power_of_two(aggregated), 64)
-    while rows > _SMALLEST_TILE and rows * padded > _ACCUMULATORS:
-        rows //= 2
+    half = dtype.itemsize == 2
+    pool_width = min(256 if half else 128, power_of_two(width))
+    accumulated = triton.cdiv(width, pool_width) * pool_width  # columns of a row of accumulators
+    if not half or items < _FEW_ITEMS:
+        rows = 16
+    elif capability == 90 and accumulated <= 768:  # its products of 64 rows read the tokens from shared memory
+        rows = 64
+    else:
+        rows = 32 if accumulated <= 768 else 16
+    if not half:  # multiplied without tensor cores, which takes registers: small tiles, many threads
+        tokens, columns, warps, stages = 16, 16, 16, 2
+    else:
+        tokens, columns, warps, stages = 64, 64 if capability == 90 else 32, 4 if width <= 768 else 8, 3
     return AtrmSettings(
-        logits_tokens=64,
-        logits_width=64,
-        logits_warps=4,
-        logits_stages=3,
-        pool_rows=rows,
-        pool_tokens=32,
+        logits_tokens=tokens,
+        logits_width=columns,
+        logits_warps=warps,
+        logits_stages=stages,
+        pool_rows=min(rows, power_of_two(aggregated)),
+        pool_tokens=32 if half else 16,
         pool_width=pool_width,
         pool_warps=8,
         pool_stages=2,

@@ -49,13 +49,20 @@ class GradientSettings:
     num_stages: int = 3
 
 
-def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int) -> GradientSettings:
-    """Sane settings where none were tuned; arguments as :func:`~finelip_fast.kernels._clim_triton.default_settings`."""
-    if dtype == torch.float32:
-        return GradientSettings(1, 64, num_warps=4, num_stages=2)
-    block_width = min(256, max(16, triton.next_power_of_2(width)))
-    large = capability in (80, 90, 100, 103)
-    return GradientSettings(1, block_width, num_warps=8, num_stages=3 if large else 2)
+def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int, tokens: int) -> GradientSettings:
+    """Sane settings where none were tuned.
+
+    Args:
+        capability: Compute capability of the GPU: 80, 90, 120, ...
+        dtype: Of the embeddings.
+        width: ``D``.
+        tokens: The larger of ``L_q`` and ``L_i``.
+    """
+    if dtype == torch.float32 or tokens > 64:
+        # Full products, and long rows of the one-hot matrix, are held in registers.
+        return GradientSettings(1, 32 if dtype == torch.float32 else 64, num_warps=8, num_stages=2)
+    stages = 3 if capability in (80, 90, 100, 103) else 2  # the others have 99 KB of shared memory
+    return GradientSettings(1, min(256, max(16, triton.next_power_of_2(width))), num_warps=8, num_stages=stages)
 
 
 @triton.jit
@@ -196,7 +203,12 @@ def gradient(
     if is_nothing(queries, items):
         return grad_queries.zero_(), grad_items.zero_()
     if settings is None:
-        settings = default_gradient_settings(capability=capability, dtype=queries.dtype, width=queries.shape[2])
+        settings = default_gradient_settings(
+            capability=capability,
+            dtype=queries.dtype,
+            width=queries.shape[2],
+            tokens=max(queries.shape[1], items.shape[1]),
+        )
     grad_scores = grad_scores.float().contiguous()
     query_winners, item_winners = query_winners.contiguous(), item_winners.contiguous()
     _one_side(grad_scores, query_winners, item_winners, items, grad_queries, (pairs[1], 1), alpha, settings)

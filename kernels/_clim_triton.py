@@ -66,24 +66,21 @@ def default_settings(
         dtype: Of the embeddings.
         width: ``D``.
         n_queries, query_tokens: ``Q`` and ``L_q``.
-        winners: Whether the kernel also keeps who won each maximum, in as many registers again.
+        winners: Whether the kernel also keeps who won each maximum.
     """
     if dtype == torch.float32:
         # Full products run on the plain arithmetic units, whose operands are held in registers.
-        return ClimSettings(block_items=32, queries_per_program=1, block_width=16, num_warps=4, num_stages=2)
+        return ClimSettings(block_items=64, queries_per_program=1, block_width=16, num_warps=8, num_stages=2)
     hopper = capability in (90, 100, 103)  # 227 KB of shared memory, and products that read it without registers
-    queries = max(1, min(n_queries, (128 if hopper and not winners else 64) // query_columns(query_tokens)))
+    # Winners, and float8's sums from piece to piece, take as many registers again as the sums themselves.
+    most_columns = 128 if hopper and not winners and dtype != torch.float8_e4m3fn else 64
+    queries = max(1, min(n_queries, most_columns // query_columns(query_tokens)))
     block_width = min(128 // dtype.itemsize, max(32, triton.next_power_of_2(width)))
-    settings = ClimSettings(64, queries, block_width)
+    settings = ClimSettings(128, queries, block_width, num_warps=8, num_stages=4 if hopper else 3)
     columns = settings.columns(query_tokens)
-    if hopper and columns <= (64 if winners else 128):
-        settings = replace(settings, block_items=128)
-    narrow = 128 * 64 if hopper and not winners else 64 * 64
-    return replace(
-        settings,
-        num_warps=4 if settings.block_items * columns <= narrow else 8,
-        num_stages=4 if columns <= 128 else 3,
-    )
+    if columns > most_columns:
+        return replace(settings, block_items=64, num_stages=3)
+    return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
 
 
 @triton.jit
@@ -95,33 +92,6 @@ def leaky(x):
 def winner_byte(index, value):
     """Who won a maximum: 7 bits of index, and the high bit where leaky ReLU's slope applies."""
     return (index | tl.where(value > 0, 0, 128)).to(tl.uint8)
-
-
-@triton.jit
-def similarities(
-    item_rows,
-    query_rows,
-    live,
-    BLOCK_ITEMS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """``S [BLOCK_ITEMS, COLUMNS]`` of one row of each item and one row of each column; 0 in columns not `live`."""
-    SUM_TYPE: tl.constexpr = tl.int32 if item_rows.dtype.element_ty == tl.int8 else tl.float32
-    s = tl.zeros([BLOCK_ITEMS, COLUMNS], dtype=SUM_TYPE)
-    for start in range(0, WIDTH, BLOCK_WIDTH):
-        d = start + tl.arange(0, BLOCK_WIDTH)
-        if WIDTH % BLOCK_WIDTH == 0:
-            item = tl.load(item_rows[:, None] + d[None, :])
-            query = tl.load(query_rows[None, :] + d[:, None], mask=live[None, :], other=0.0)
-        else:
-            inside = d < WIDTH
-            item = tl.load(item_rows[:, None] + d[None, :], mask=inside[None, :], other=0.0)
-            query = tl.load(query_rows[None, :] + d[:, None], mask=live[None, :] & inside[:, None], other=0.0)
-        # The last but one concerns float8 on Hopper, which adds up in fewer bits: from block to block, in float32.
-        s = tl.dot(item, query, s, input_precision="ieee", max_num_imprecise_acc=BLOCK_WIDTH, out_dtype=SUM_TYPE)
-    return s
 
 
 @triton.jit
@@ -182,35 +152,53 @@ def scores_kernel(
     if query_scales is not None:
         column_scale = tl.load(query_scales + query * QUERY_TOKENS + token, mask=live, other=0.0)
 
+    SUM_TYPE: tl.constexpr = tl.int32 if items.dtype.element_ty == tl.int8 else tl.float32
     slot = tl.arange(0, SLOTS)[None, :]
+    sums = tl.zeros([BLOCK_ITEMS, COLUMNS], SUM_TYPE)
     item_sum = tl.zeros([BLOCK_ITEMS, SLOTS], tl.float32)
     cosine = tl.zeros([BLOCK_ITEMS, SLOTS], tl.float32)
     best = tl.full([BLOCK_ITEMS, COLUMNS], float("-inf"), tl.float32)
-    if query_winners is not None:
-        best_at = tl.zeros([BLOCK_ITEMS, COLUMNS], tl.int32)
-    # One pipeline over all tokens, not a new one for each. It needs addresses that follow from j, and no branch on j.
-    for j in tl.range(0, ITEM_TOKENS, flatten=True):
-        s = similarities(item_rows + j * token_step, query_rows, live, BLOCK_ITEMS, COLUMNS, WIDTH, BLOCK_WIDTH)
-        if query_scales is not None:
-            row_scale = tl.load(item_scales + item * ITEM_TOKENS + j)
-            s = s.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
-        if query_winners is not None:
-            best_at = tl.where(s > best, j, best_at)  # strictly: the first of equals wins
-        best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
-        for q in tl.static_range(QUERIES):
-            own = tl.where(owner[None, :] == q, s, float("-inf"))
-            if item_winners is None:
-                met = tl.max(own, axis=1)
-            else:
-                met, at = tl.max(own, axis=1, return_indices=True)
-                # Held inside the query: beside NaN, any column may come out.
-                at = tl.minimum(tl.maximum(at - q * QUERY_COLUMNS, 0), QUERY_TOKENS - 1)
-                pair = (first_query + q).to(tl.int64) * n_items + row
-                stored = row < tl.where(first_query + q < n_queries, n_items, 0)
-                tl.store(item_winners + pair * ITEM_TOKENS + j, winner_byte(at, met), mask=stored)
-            item_sum += tl.where(slot == q, leaky(met)[:, None], 0.0)
-        first = sum_by_query(tl.where(place[None, :] == 0, s, 0.0), owner, QUERIES, SLOTS)
-        cosine = tl.where(j == 0, first, cosine)
+    best_at = tl.zeros([BLOCK_ITEMS, COLUMNS], tl.int32)
+    # One loop over tokens and pieces of D, so that one pipeline of loads runs through, from one token into the next.
+    PIECES: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    for step in range(ITEM_TOKENS * PIECES):
+        j = step // PIECES
+        d = step % PIECES * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        item_at = item_rows[:, None] + (j * token_step + d)[None, :]
+        query_at = query_rows[None, :] + d[:, None]
+        if WIDTH % BLOCK_WIDTH == 0:
+            item_piece = tl.load(item_at)
+            query_piece = tl.load(query_at, mask=live[None, :], other=0.0)
+        else:
+            item_piece = tl.load(item_at, mask=(d < WIDTH)[None, :], other=0.0)
+            query_piece = tl.load(query_at, mask=live[None, :] & (d < WIDTH)[:, None], other=0.0)
+        # Hopper adds float8 products up in fewer bits than float32: never past one piece (max_num_imprecise_acc).
+        sums = tl.dot(
+            item_piece, query_piece, sums, input_precision="ieee", max_num_imprecise_acc=BLOCK_WIDTH, out_dtype=SUM_TYPE
+        )
+        if step % PIECES == PIECES - 1:
+            s = sums
+            if query_scales is not None:
+                row_scale = tl.load(item_scales + item * ITEM_TOKENS + j)
+                s = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+            if query_winners is not None:
+                best_at = tl.where(s > best, j, best_at)  # strictly: the first of equals wins
+            best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
+            for q in tl.static_range(QUERIES):
+                own = tl.where(owner[None, :] == q, s, float("-inf"))
+                if item_winners is None:
+                    met = tl.max(own, axis=1)
+                else:
+                    met, met_at = tl.max(own, axis=1, return_indices=True)
+                    # Held inside the query: beside NaN, any column may come out.
+                    met_at = tl.minimum(tl.maximum(met_at - q * QUERY_COLUMNS, 0), QUERY_TOKENS - 1)
+                    pair = (first_query + q).to(tl.int64) * n_items + row
+                    is_pair = row < tl.where(first_query + q < n_queries, n_items, 0)
+                    tl.store(item_winners + pair * ITEM_TOKENS + j, winner_byte(met_at, met), mask=is_pair)
+                item_sum += tl.where(slot == q, leaky(met)[:, None], 0.0)
+            first = sum_by_query(tl.where(place[None, :] == 0, s, 0.0), owner, QUERIES, SLOTS)
+            cosine = tl.where(j == 0, first, cosine)
+            sums = tl.zeros([BLOCK_ITEMS, COLUMNS], SUM_TYPE)
 
     query_sum = sum_by_query(tl.where(is_token[None, :], leaky(best), 0.0), owner, QUERIES, SLOTS)
     score = alpha * cosine + (1.0 - alpha) * (item_sum / ITEM_TOKENS + query_sum / QUERY_TOKENS)

@@ -1,0 +1,336 @@
+"""The gradient of token aggregation's kernels: equal to float64's, and compiled for GPUs that are not here.
+
+Runs on a GPU, or on the CPU by Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels -m triton``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from finelip_fast._errors import KernelError
+from finelip_fast.kernels import _atrm_gradient_triton as kernels
+from finelip_fast.kernels._atrm_gradient_triton import AtrmGradientSettings, gradient
+
+pytestmark = pytest.mark.triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMES = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale", "anchor")
+SMALL = AtrmGradientSettings(
+    row_rows=16,
+    row_tokens=16,
+    row_width=32,
+    row_warps=4,
+    row_stages=2,
+    token_tokens=16,
+    token_width=32,
+    token_warps=4,
+    token_stages=2,
+)
+
+
+@pytest.fixture(scope="module")
+def device():
+    if torch.cuda.is_available():
+        return "cuda"
+    if INTERPRETED:
+        return "cpu"
+    return pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(tokens, width, *, lengths=None, batch=3, hidden=5, aggregated=4, seed=0, device="cpu", scale=()):
+    """Random ``(grad_out, arguments)``; the arguments in `gradient`'s order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = [
+        draw(batch, tokens, width),
+        1 + 0.3 * draw(width),
+        0.3 * draw(width),
+        draw(hidden, width) / math.sqrt(width),
+        0.3 * draw(hidden),
+        draw(aggregated, hidden),
+        0.3 * draw(aggregated),
+        torch.full(scale, 2.0),
+        None if lengths is None else torch.tensor(lengths, dtype=torch.int64),
+        draw(batch, width),
+    ]
+    grad_out = draw(batch, aggregated + 1, width)
+    return grad_out.to(device), [None if tensor is None else tensor.to(device) for tensor in tensors]
+
+
+def formula(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor):
+    """The operation, item by item, in the dtype of its arguments."""
+    items = []
+    for item, tokens in enumerate(x):
+        tokens = tokens if lengths is None else tokens[: lengths[item]]
+        normed = F.layer_norm(tokens, tokens.shape[1:], norm_weight, norm_bias)
+        logits = F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2) * scale.reshape(())
+        pooled = logits.softmax(dim=0).T @ tokens
+        items.append(F.normalize(torch.cat([anchor[item, None], pooled]), dim=-1))
+    return torch.stack(items)
+
+
+def by_autograd(grad_out, arguments, dtype):
+    """The gradients by autograd of the formula in `dtype`; an item without tokens gives none to them."""
+    *tensors, lengths, anchor = arguments
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (*tensors, anchor)]
+    out = formula(*leaves[:-1], lengths, leaves[-1])
+    return torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+
+def errors(actual, expected):
+    """The largest error of each gradient beside the gradient's largest value, and at least beside 1."""
+    return {
+        name: (ours.double() - exact).abs().max().item() / max(1.0, exact.abs().max().item())
+        for name, ours, exact in zip(NAMES, actual, expected, strict=True)
+        if exact.numel()
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 1, "width": 8, "hidden": 1, "aggregated": 1},
+        {"tokens": 20, "width": 40, "lengths": [20, 0, 17], "aggregated": 17, "scale": (1, 1, 1)},
+        {"tokens": 33, "width": 96, "hidden": 19, "aggregated": 39, "batch": 1},
+        {"tokens": 16, "width": 67, "lengths": [1, 16, 2], "hidden": 33},
+    ],
+    ids=str,
+)
+def test_equals_float64s(device, sizes):
+    grad_out, arguments = make(**sizes, device=device)
+    actual = gradient(grad_out, *arguments, settings=SMALL)
+    expected = by_autograd(grad_out, arguments, torch.float64)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert ours.shape == exact.shape
+    assert max(errors(actual, expected).values()) <= 2e-5
+
+
+@st.composite
+def cases(draw):
+    tokens = draw(st.integers(0, 20))
+    lengths = draw(st.one_of(st.none(), st.lists(st.integers(0, tokens), max_size=3)))
+    return {
+        "tokens": tokens,
+        "lengths": lengths,
+        "batch": 2 if lengths is None else len(lengths),
+        "width": draw(st.integers(8, 70)),
+        "hidden": draw(st.integers(1, 20)),
+        "aggregated": draw(st.integers(1, 20)),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@given(case=cases().filter(lambda case: case["batch"] > 0))
+@settings(max_examples=10, deadline=None)
+def test_equals_float64s_at_any_size(device, case):
+    grad_out, arguments = make(**case, device=device)
+    actual = gradient(grad_out, *arguments, settings=SMALL)
+    assert max(errors(actual, by_autograd(grad_out, arguments, torch.float64)).values()) <= 2e-5
+
+
+@pytest.mark.parametrize("poison", [1e30, math.inf, math.nan])
+def test_padding_takes_no_part(device, poison):
+    grad_out, arguments = make(20, 24, lengths=[4, 0, 17], device=device)
+    x, lengths = arguments[0], arguments[-2]
+    padding = (torch.arange(20, device=device) >= lengths[:, None])[..., None]
+    clean, poisoned = (
+        gradient(grad_out, x.masked_fill(padding, value), *arguments[1:], settings=SMALL) for value in (0.0, poison)
+    )
+    for ours, expected in zip(poisoned, clean, strict=True):
+        assert torch.equal(ours, expected)
+    assert not poisoned[0].masked_select(padding).any()
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 9 * 16, 3 * 9 * 16 + 1])
+def test_blocks_of_items_change_nothing(monkeypatch, device, elements):
+    grad_out, arguments = make(9, 16, lengths=[9, 0, 4, 7, 1], batch=5, device=device)
+    whole = gradient(grad_out, *arguments, settings=SMALL)
+    monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", elements)
+    blocked = gradient(grad_out, *arguments, settings=SMALL)
+    assert max(errors(blocked, whole).values()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "change", [{"row_rows": 32, "row_tokens": 32, "row_width": 16}, {"token_tokens": 64, "token_width": 128}], ids=str
+)
+def test_how_the_work_is_cut_changes_nothing(device, change):
+    grad_out, arguments = make(37, 72, lengths=[37, 30, 5], hidden=12, aggregated=21, device=device)
+    whole = gradient(grad_out, *arguments, settings=SMALL)
+    cut = gradient(grad_out, *arguments, settings=replace(SMALL, **change))
+    assert max(errors(cut, whole).values()) <= 2e-5
+
+
+def test_the_same_bits_every_time(device):
+    grad_out, arguments = make(37, 40, lengths=[37, 30, 5], aggregated=21, device=device)
+    first, second = (gradient(grad_out, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0, "tokens": 5}, {"batch": 2, "tokens": 0}], ids=str)
+def test_without_tokens_only_the_anchor_gets_a_gradient(device, sizes):
+    grad_out, arguments = make(width=16, **sizes, device=device)
+    actual = dict(zip(NAMES, gradient(grad_out, *arguments, settings=SMALL), strict=True))
+    anchor = actual.pop("anchor")
+    assert anchor.shape == (sizes["batch"], 16)
+    assert anchor.isfinite().all()
+    for name, ours in actual.items():
+        assert torch.equal(ours, torch.zeros_like(ours)), name
+
+
+def test_rows_of_length_zero_get_what_autograd_gives_them(device):
+    """The norm stops at 1e-12: below, the gradient is the incoming one over 1e-12."""
+    grad_out, arguments = make(9, 16, device=device)
+    arguments[0][1], arguments[-1][2] = 0.0, 0.0
+    actual = gradient(grad_out, *arguments, settings=SMALL)
+    expected = by_autograd(grad_out, arguments, torch.float64)
+    assert errors(actual, expected)["x"] <= 1e-6
+    for ours, exact in ((actual[0], expected[0]), (actual[-1], expected[-1])):
+        assert ours.abs().amax(dim=-1).max() > 1e9
+        for item in range(3):
+            torch.testing.assert_close(ours[item].double(), exact[item], rtol=1e-4, atol=1e-5)
+
+
+def in_plain_pytorch(grad_out, arguments):
+    """By autograd in the arguments' own dtype, as one would write it without care."""
+    return by_autograd(grad_out, arguments, arguments[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
+    grad_out, arguments = make(23, 65, lengths=[23, 7, 16], device=device)
+    arguments[0] += mean
+    grad_out = grad_out.to(dtype)
+    arguments = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in arguments]
+    expected = by_autograd(grad_out, arguments, torch.float64)
+    actual = gradient(grad_out, *arguments, settings=SMALL)
+    assert all(ours.dtype == dtype for ours in actual)
+    ours, plain = errors(actual, expected), errors(in_plain_pytorch(grad_out, arguments), expected)
+    for name, error in ours.items():
+        assert error <= 2 * plain[name] + torch.finfo(dtype).eps + 2e-6, name
+
+
+def test_each_gradient_has_its_own_tensors_dtype(device):
+    grad_out, arguments = make(9, 16, device=device)
+    arguments[0] = arguments[0].half()
+    x, *rest = gradient(grad_out.half(), *arguments, settings=SMALL)
+    assert x.dtype == torch.float16
+    assert all(grad.dtype == torch.float32 for grad in rest)
+    expected = by_autograd(grad_out.half(), arguments, torch.float64)
+    assert max(errors((x, *rest), expected).values()) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(device, dtype):
+    grad_out, arguments = make(9, 16, device=device)
+    expected = gradient(grad_out, *arguments, settings=SMALL)
+    with torch.autocast(device, dtype=dtype):
+        inside = gradient(grad_out, *arguments, settings=SMALL)
+    assert all(torch.equal(ours, exact) for ours, exact in zip(inside, expected, strict=True))
+
+
+def test_strided_and_expanded_inputs(device):
+    _, arguments = make(20, 40, lengths=[19, 3, 0], device=device)
+    tokens = arguments[0]
+    ones = torch.ones((), device=device).expand(3, 5, 40)  # as the backward of a sum gives it
+    rest = arguments[1:-1]
+    expected = gradient(ones.clone(), tokens[:, 1:].clone(), *rest, tokens[:, 0].clone(), settings=SMALL)
+    views = [p if p is None or p.dim() == 0 else torch.stack([p, p], dim=-1)[..., 0] for p in rest]
+    actual = gradient(ones, tokens[:, 1:], *views, tokens[:, 0], settings=SMALL)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
+    one = tokens[:1, 1:].expand(3, -1, -1)
+    actual = gradient(ones, one, *rest, tokens[:, 0], settings=SMALL)
+    expected = gradient(ones, one.clone(), *rest, tokens[:, 0], settings=SMALL)
+    assert all(torch.equal(ours, exact) for ours, exact in zip(actual, expected, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors anywhere")
+def test_tensors_on_the_cpu_are_refused():
+    grad_out, arguments = make(7, 16)
+    with pytest.raises(KernelError, match="expected tensors on a CUDA device, got cpu: use the reference"):
+        gradient(grad_out, *arguments)
+
+
+# Compiled for GPUs that are not here -----------------------------------------------------------------------------------
+
+
+@cache
+def compile_both(capability, width, aggregated):
+    """The two kernels as the default settings launch them, with lengths and a float16 gradient."""
+    from finelip_fast.kernels._ahead_of_time import compile_for
+
+    cut = kernels.default_settings(capability=capability, width=width, aggregated=aggregated)
+    pointers = dict.fromkeys(("x", "logits", "row_grad", "log_total", "offset"), "*fp32") | {"lengths": "*i64"}
+    given_ = pointers | {"grad_out": "*fp16", "stride_grad_item": "i32", "stride_grad_row": "i32"}
+    rows = compile_for(
+        kernels.row_gradient_kernel,
+        given_ | {"tokens": "i32"},
+        {"D": width, "K": aggregated, "BLOCK_K": cut.row_rows, "BLOCK_N": cut.row_tokens, "BLOCK_D": cut.row_width},
+        capability=capability,
+        num_warps=cut.row_warps,
+        num_stages=cut.row_stages,
+        divisible=list(given_),
+    )
+    given_ = pointers | {"grad_logits": "*fp32", "grad_x": "*fp32"}
+    tokens = compile_for(
+        kernels.token_gradient_kernel,
+        given_ | {"tokens": "i32"},
+        {
+            "D": width,
+            "K": aggregated,
+            "BLOCK_K": kernels.power_of_two(aggregated),
+            "BLOCK_N": cut.token_tokens,
+            "BLOCK_D": cut.token_width,
+        },
+        capability=capability,
+        num_warps=cut.token_warps,
+        num_stages=cut.token_stages,
+        divisible=list(given_),
+    )
+    return {"rows": rows, "tokens": tokens}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("case", [(80, 768, 51), (90, 512, 39), (90, 768, 51), (120, 768, 51)], ids=str)
+@pytest.mark.parametrize("kernel", ["rows", "tokens"])
+def test_the_kernels_fit_and_spill_nothing(case, kernel):
+    from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
+
+    compiled = compile_both(*case)[kernel]
+    assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[case[0]]
+    assert compiled.spilled_bytes == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("kernel", ["rows", "tokens"])
+def test_items_are_addressed_in_64_bits(kernel):
+    ttir = compile_both(90, 512, 39)[kernel].ttir
+    assert re.search(r"arith\.muli %item\S*, \S+ : i64", ttir)
+    assert not re.search(r"arith\.muli %item\S*, \S+ : i32", ttir)
