@@ -117,7 +117,7 @@ def test_the_wheel_holds_every_file(wheel: list[str]) -> None:
         prefix = "finelip_fast" if folder == "finelip_fast" else f"finelip_fast/{folder}"
         for path in (REPOSITORY / folder).rglob("*"):
             below = path.relative_to(REPOSITORY / folder)
-            kept = path.suffix == ".py" or below.parts[0] in ("py.typed", "data", "recipes")
+            kept = path.suffix in (".py", ".json") or below.parts[0] in ("py.typed", "data")
             if path.is_file() and kept and "__pycache__" not in below.parts:
                 expected.add(f"{prefix}/{below.as_posix()}")
     held = {name for name in wheel if name.startswith("finelip_fast/") and not name.endswith("/")}
