@@ -16,7 +16,7 @@ The float32 products follow ``torch.set_float32_matmul_precision``: anything but
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -97,13 +97,6 @@ class _Columns(NamedTuple):
     shape: tuple[int, int]
     token_major: bool
 
-    def similarity(self, tile: Tensor, item_tokens: int) -> Tensor:
-        """A tile ``[n * L_i, w]`` as ``[n, L_i, L_q, q]``."""
-        n_queries, tokens = self.shape
-        if self.token_major:
-            return tile.view(-1, item_tokens, tokens, n_queries)
-        return tile.view(-1, item_tokens, n_queries, tokens).transpose(2, 3)
-
 
 def _columns(block: Tensor, scales: Tensor | None) -> _Columns:
     n_queries, tokens, width = block.shape
@@ -132,15 +125,27 @@ def _score_block(
         tiles = _bfloat16_tiles(rows, columns.tokens, height, scratch)
     else:
         tiles = _float32_tiles(rows, columns.tokens, height, scratch)
-    fine = torch.cat([_fine(columns.similarity(tile, item_tokens)) for tile in tiles])
+    fine = _fine(tiles, len(items), item_tokens, columns, tile_items, scratch)
     return alpha * (_anchors(items, scales) @ columns.anchors) + (1 - alpha) * fine
 
 
-def _fine(similarity: Tensor) -> Tensor:
-    """``[n, L_i, L_q, q]`` to ``[n, q]``."""
-    over_queries = F.leaky_relu_(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
-    over_items = F.leaky_relu_(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
-    return over_queries + over_items
+def _fine(
+    tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: _Scratch
+) -> Tensor:
+    """Tiles ``[tile_items * L_i, w]`` of similarities to ``[n, q]``."""
+    n_queries, query_tokens = columns.shape
+    if columns.token_major:
+        sides, token_axis = (query_tokens, n_queries), 2
+    else:
+        sides, token_axis = (n_queries, query_tokens), 3
+    over_queries = scratch("over queries", n_items * item_tokens, n_queries).view(n_items, item_tokens, n_queries)
+    over_items = scratch("over items", n_items, query_tokens * n_queries).view(n_items, *sides)
+    for first, tile in zip(range(0, n_items, tile_items), tiles, strict=True):
+        similarity = tile.view(-1, item_tokens, *sides)
+        torch.amax(similarity, dim=token_axis, out=over_queries[first : first + tile_items])
+        torch.amax(similarity, dim=1, out=over_items[first : first + tile_items])
+    over_queries = F.leaky_relu_(over_queries, LEAKY_SLOPE).mean(dim=1)
+    return over_queries + F.leaky_relu_(over_items, LEAKY_SLOPE).mean(dim=token_axis - 1)
 
 
 # Products ``rows [m, D] @ columns [D, w]`` in float32, ``[height, w]`` at a time, in memory that the next one overwrites.
@@ -160,8 +165,11 @@ class _Scratch:
 
 
 def _float32_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
-    product = scratch("product", len(rows), columns.shape[1])
-    yield from torch.mm(rows.float(), columns.float(), out=product).split(height)
+    if rows.dtype != torch.float32:
+        rows = scratch("rows", *rows.shape).copy_(rows)
+    if columns.dtype != torch.float32:
+        columns = scratch("columns", *columns.shape).copy_(columns)
+    yield from torch.mm(rows, columns, out=scratch("product", len(rows), columns.shape[1])).split(height)
 
 
 def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
