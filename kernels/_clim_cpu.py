@@ -31,7 +31,7 @@ _BLOCK_QUERIES = 64
 _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
-_PRODUCT_ROWS = 2048
+_PRODUCT_ROWS = 1 << 14
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -53,8 +53,8 @@ def scores(
         query_scales, item_scales: For int8, float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its integers times its scale.
 
     Returns:
-        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 2048 rows of items, 8 MiB of
-        products and 2 MiB for each thread; more only where a single pair needs more.
+        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 16,384 rows of items, 8 MiB
+        of products and 2 MiB for each thread; more only where a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape
     n_items, item_tokens, _ = items.shape
