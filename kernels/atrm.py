@@ -26,6 +26,9 @@ LAYER_NORM_EPS = 1e-5
 # What the fused kernels take.
 MAX_WIDTH, MAX_AGGREGATED = 2048, 128
 
+# Elements of x that one block on the CPU holds, 16 MiB in float32.
+_BLOCK_ELEMENTS = 1 << 22
+
 
 # --- Reference -----------------------------------------------------------------------------------------------------
 
@@ -77,6 +80,20 @@ def atrm_reference(
     return F.normalize(rows, dim=-1).to(dtype)
 
 
+def _in_blocks(*arguments: Any) -> Tensor:
+    """The reference a few items at a time, up to their longest length: what it makes on the way stays in the cache."""
+    x, *parameters, lengths, anchor = arguments
+    out = x.new_empty(x.shape[0], parameters[4].shape[0] + 1, x.shape[2])
+    at_once = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
+    for first in range(0, len(x), at_once):
+        some = slice(first, first + at_once)
+        some_lengths = None if lengths is None else lengths[some]
+        longest = x.shape[1] if some_lengths is None else int(some_lengths.amax())
+        block = (x[some, :longest], *parameters, some_lengths, anchor[some])
+        out[some] = atrm_reference(*block)
+    return out
+
+
 # --- Registered operations -----------------------------------------------------------------------------------------
 
 
@@ -94,10 +111,13 @@ def _atrm(
     anchor: Tensor,
 ) -> Tensor:
     arguments = (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
-    if _uses_kernels(x, w2):
+    implementation = _choose(x, w2)
+    if implementation == "triton":
         from finelip_fast.kernels import _atrm_triton
 
         return _atrm_triton.aggregate(*arguments)
+    if implementation == "blocked" and x.device.type == "cpu":
+        return _in_blocks(*arguments)
     return atrm_reference(*arguments)
 
 
@@ -131,7 +151,7 @@ def _gradient(
     lengths: Tensor | None,
     anchor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _uses_kernels(x, w2):
+    if _choose(x, w2) == "triton":
         from finelip_fast.kernels._atrm_gradient_triton import gradient
     else:
         from finelip_fast.kernels._atrm_gradient import gradient
@@ -159,14 +179,14 @@ def _(
     )
 
 
-def _uses_kernels(x: Tensor, w2: Tensor) -> bool:
+def _choose(x: Tensor, w2: Tensor) -> str:
     limit = ""
     if x.shape[2] % 8 or x.shape[2] > MAX_WIDTH or w2.shape[0] > MAX_AGGREGATED:
         limit = (
             f"token aggregation's kernels take D in multiples of 8 up to {MAX_WIDTH} and K up to {MAX_AGGREGATED}, "
             f"not D = {x.shape[2]}, K = {w2.shape[0]}"
         )
-    return _dispatch.choose(x.device, limit).implementation == "triton"
+    return _dispatch.choose(x.device, limit).implementation
 
 
 # --- Gradient ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
 from finelip_fast.kernels import atrm
+from finelip_fast.kernels.atrm import atrm_reference
 
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale")
 
@@ -289,6 +291,16 @@ def test_shapes_that_do_not_fit_are_refused(name, shape, message):
     given[name] = torch.ones(shape, dtype=torch.int64 if name == "lengths" else torch.float32)
     with pytest.raises(InputError, match=message):
         atrm(**given)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 0, 7, 2, 0]], ids=str)
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_blocks_of_items_change_nothing(monkeypatch, lengths, at_once):
+    x, parameters, anchor = make(7, 16, batch=5)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    expected = atrm_reference(x, *parameters, lengths, anchor)
+    monkeypatch.setattr(sys.modules["finelip_fast.kernels.atrm"], "_BLOCK_ELEMENTS", at_once * 7 * 16)
+    torch.testing.assert_close(atrm(x, *parameters, lengths=lengths, anchor=anchor), expected, rtol=0, atol=1e-6)
 
 
 def test_docstring_example():
