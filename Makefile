@@ -10,8 +10,8 @@ demo: $(READY)
 	$(BIN)/finelip demo
 
 test: $(READY)
-	$(BIN)/python -P -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest tests/kernels -m triton
+	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m triton
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/mypy --explicit-package-bases kernels training export
 
 bench: $(READY)
-	$(BIN)/python -P -m pytest bench/ --benchmark-only
+	$(BIN)/pytest bench/ --benchmark-only
 
 # Installed again when the requirements change; the package itself is installed in place.
 $(READY): pyproject.toml

@@ -70,7 +70,7 @@ def default_settings(
     """
     if dtype == torch.float32:
         # Full products run on the plain arithmetic units, whose operands are held in registers.
-        return ClimSettings(block_items=64, queries_per_program=1, block_width=16, num_warps=8, num_stages=2)
+        return ClimSettings(64, 1, block_width=16, num_warps=16 if winners else 8, num_stages=2)
     hopper = capability in (90, 100, 103)  # 227 KB of shared memory, and products that read it without registers
     # Winners, and float8's sums from piece to piece, take as many registers again as the sums themselves.
     most_columns = 128 if hopper and not winners and dtype != torch.float8_e4m3fn else 64

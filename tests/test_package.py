@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,9 +19,10 @@ MAPPED = ("kernels", "training", "export")
 
 
 def fresh_python(code: str) -> str:
-    """What a new process prints, started in the repository's root."""
-    command = [sys.executable, "-P", "-c", code]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """What a new process prints, started outside the repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -97,7 +99,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (source / folder / "stray.py").touch()
     pytest.importorskip("build")
     pytest.importorskip("setuptools")
-    command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")

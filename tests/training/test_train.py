@@ -470,9 +470,9 @@ def test_a_killed_run_goes_on_from_its_last_state_to_the_bit(configure, tmp_path
     config = configure(**LASTING, tensorboard=True)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(config.to_json())
-    command = [sys.executable, "-P", "-c", KILLED_IN_STEP_4, json.dumps(TINY.to_dict()), str(recipe)]
+    command = [sys.executable, "-c", KILLED_IN_STEP_4, json.dumps(TINY.to_dict()), str(recipe)]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     out = Path(config.out)
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]  # step 3 is behind the state: it will be taken again
