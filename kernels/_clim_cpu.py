@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAKY_SLOPE = 0.1
+from finelip_fast.kernels.clim import LEAKY_SLOPE
 
 # Fewer columns than this are not vectorised by a maximum over an axis further out.
 _BLOCK_QUERIES = 64

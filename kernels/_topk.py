@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels._clim_cpu import LEAKY_SLOPE
 from finelip_fast.kernels._quantize import (
     QuantizedItems,
     cosine_rounding,
@@ -31,8 +30,8 @@ from finelip_fast.kernels._quantize import (
     quantize,
     rounding,
 )
+from finelip_fast.kernels.clim import LEAKY_SLOPE, Rows
 
-Rows = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
 Bracket = tuple[int, Tensor, Tensor]  # the first item of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
 
 # A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.

@@ -181,11 +181,13 @@ def _(
 
 def _choose(x: Tensor, w2: Tensor) -> str:
     limit = ""
-    if x.shape[2] % 8 or x.shape[2] > MAX_WIDTH or w2.shape[0] > MAX_AGGREGATED:
+    if x.shape[2] > MAX_WIDTH or w2.shape[0] > MAX_AGGREGATED:
         limit = (
-            f"token aggregation's kernels take D in multiples of 8 up to {MAX_WIDTH} and K up to {MAX_AGGREGATED}, "
+            f"token aggregation's kernels take D up to {MAX_WIDTH} and K up to {MAX_AGGREGATED}, "
             f"not D = {x.shape[2]}, K = {w2.shape[0]}"
         )
+    elif x.dtype.itemsize > 4:
+        limit = f"token aggregation's kernels take numbers of at most 32 bits, not {x.dtype}"
     return _dispatch.choose(x.device, limit).implementation
 
 

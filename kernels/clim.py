@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,10 +25,12 @@ from finelip_fast.kernels import _dispatch
 
 if TYPE_CHECKING:
     from finelip_fast.kernels._quantize import QuantizedItems
-    from finelip_fast.kernels._topk import Rows
+
+Rows = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
 
 LEAKY_SLOPE = 0.1
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 # What the fused kernels take: columns of a tile, and the bits of a winner.
@@ -114,10 +117,8 @@ def _limit(queries: Tensor, items: Tensor) -> str:
     """Why the fused kernels cannot take these; empty: they can."""
     if queries.shape[1] > MAX_QUERY_TOKENS:
         return f"late interaction's kernels take up to {MAX_QUERY_TOKENS} query tokens, not {queries.shape[1]}"
-    if queries.shape[2] % 8:
-        return f"late interaction's kernels take D in multiples of 8, not {queries.shape[2]}"
-    if queries.dtype != items.dtype:
-        return f"late interaction's kernels take one dtype, not {queries.dtype} and {items.dtype}"
+    if queries.dtype != items.dtype or queries.dtype not in (*_FLOATS, *_QUANTISED):
+        return f"late interaction's kernels take one dtype of at most 32 bits, not {queries.dtype} and {items.dtype}"
     return ""
 
 
@@ -185,9 +186,10 @@ def clim_scores(
     """Score every query against every item.
 
     Args:
-        queries: Embeddings ``[Q, L_q, D]``, unit rows, float32, float16 or bfloat16; or int8 (float8_e4m3fn on GPUs that
-            multiply it) with ``query_scales``, as :func:`quantize` makes them.
-        items: Embeddings ``[N, L_i, D]``, quantised where the queries are.
+        queries: Embeddings ``[Q, L_q, D]``, unit rows, of any float dtype; or int8 (float8_e4m3fn on GPUs that multiply it)
+            with ``query_scales``, as :func:`quantize` makes them.
+        items: Embeddings ``[N, L_i, D]``, quantised where the queries are. The fused kernels take float32, float16 and
+            bfloat16, the same on both sides.
         alpha: Weight of the global cosine. 1 gives the cosine alone, 0 gives ``fine`` alone.
         query_scales, item_scales: float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its numbers times its scale.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finelip_fast._errors import KernelError
-from finelip_fast.kernels import _dispatch, clim_scores, describe
+from finelip_fast.kernels import _dispatch, atrm, clim_scores, describe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -69,3 +69,18 @@ def test_an_unknown_value_is_refused(monkeypatch):
     monkeypatch.setenv(_dispatch.VARIABLE, "cuda")
     with pytest.raises(KernelError, match="expected FINELIP_KERNELS to be reference or triton, got 'cuda'"):
         clim_scores(torch.ones(1, 1, 8), torch.ones(1, 1, 8))
+
+
+def test_what_the_kernels_cannot_take_is_said(monkeypatch):
+    monkeypatch.setenv(_dispatch.VARIABLE, "triton")
+    monkeypatch.setattr(_dispatch, "_why_no_kernels", lambda kind, index: "")
+    wide, short = torch.ones(1, 2, 8, dtype=torch.float64), torch.ones(1, 2, 8)
+    with pytest.raises(KernelError, match=r"one dtype of at most 32 bits, not torch.float64 and torch.float64; unset"):
+        clim_scores(wide, wide)
+    with pytest.raises(KernelError, match=r"one dtype of at most 32 bits, not torch.float32 and torch.float64"):
+        clim_scores(short, wide)
+    with pytest.raises(KernelError, match="up to 256 query tokens, not 300"):
+        clim_scores(short.repeat(1, 150, 1), short)
+    parameters = [torch.ones(8), torch.ones(8), torch.ones(3, 8), torch.ones(3), torch.ones(2, 3), torch.ones(2)]
+    with pytest.raises(KernelError, match=r"numbers of at most 32 bits, not torch.float64"):
+        atrm(wide, *parameters, torch.ones(1), anchor=wide[:, 0])
