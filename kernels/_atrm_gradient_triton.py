@@ -15,7 +15,9 @@ memory beside the result is bounded whatever the batch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finelip_fast.kernels import _settings
 from finelip_fast.kernels._atrm_triton import (
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
@@ -183,6 +186,26 @@ def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGra
     )
 
 
+class Launch(NamedTuple):
+    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+
+    capability: int
+    width: int
+    aggregated: int
+
+    @property
+    def case(self) -> str:
+        """Its name in the table of tuned settings; inside, everything is float32."""
+        sizes = {"D": self.width, "K": self.aggregated}
+        return _settings.key("atrm_gradient", capability=self.capability, dtype=torch.float32, **sizes)
+
+
+@functools.cache
+def settings_for(launch: Launch) -> AtrmGradientSettings:
+    """The tuned settings, or else the default ones."""
+    return _settings.tuned(launch.case, AtrmGradientSettings) or default_settings(**launch._asdict())
+
+
 def gradient(
     grad_out: Tensor,
     x: Tensor,
@@ -212,8 +235,7 @@ def gradient(
         KernelError: No GPU.
     """
     items, tokens, width = x.shape
-    capability = capability_of(x.device)
-    settings = settings or default_settings(capability=capability, width=width, aggregated=w2.shape[0])
+    settings = settings or settings_for(Launch(capability_of(x.device), width, w2.shape[0]))
     parameters = (norm_weight, norm_bias, w1, b1, w2, b2, scale)
     wide = [parameter.float() for parameter in parameters]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)

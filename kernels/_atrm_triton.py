@@ -12,6 +12,7 @@ Sums, softmax and norms are float32; float32 inputs are multiplied in full float
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast._errors import KernelError
+from finelip_fast.kernels import _settings
 from finelip_fast.kernels.atrm import LAYER_NORM_EPS
 
 _LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -337,6 +339,28 @@ def default_settings(
     )
 
 
+class Launch(NamedTuple):
+    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+
+    capability: int
+    width: int
+    aggregated: int
+    dtype: torch.dtype
+    items: int
+
+    @property
+    def case(self) -> str:
+        """Its name in the table of tuned settings, where few and many items differ."""
+        sizes = {"D": self.width, "K": self.aggregated, "B": 1 if self.items < _FEW_ITEMS else 1024}
+        return _settings.key("atrm", capability=self.capability, dtype=self.dtype, **sizes)
+
+
+@functools.cache
+def settings_for(launch: Launch) -> AtrmSettings:
+    """The tuned settings, or else the default ones."""
+    return _settings.tuned(launch.case, AtrmSettings) or default_settings(**launch._asdict())
+
+
 def aggregate(
     x: Tensor,
     norm_weight: Tensor,
@@ -378,10 +402,7 @@ def aggregate_folded(
         folded = folded._replace(weight=folded.weight.float())
         return aggregate_folded(x.float(), folded, w2, b2, scale, lengths, anchor, settings=settings).to(x.dtype)
     (items, tokens, width), aggregated = x.shape, w2.shape[0]
-    capability = capability_of(x.device)
-    settings = settings or default_settings(
-        capability=capability, width=width, aggregated=aggregated, dtype=x.dtype, items=items
-    )
+    settings = settings or settings_for(Launch(capability_of(x.device), width, aggregated, x.dtype, items))
     x, anchor = unit_stride(x), unit_stride(anchor)
     lengths = None if lengths is None else lengths.contiguous()
     logits = token_logits(x, folded, w2, b2, scale, lengths, settings)

@@ -15,7 +15,9 @@ The score gradients multiply in float32, after the product: float16 would lose t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels import _settings
 from finelip_fast.kernels._clim_triton import (
     FLOATS,
     INTERPRETED,
@@ -63,6 +66,27 @@ def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int
         return GradientSettings(1, 32 if dtype == torch.float32 else 64, num_warps=8, num_stages=2)
     stages = 3 if capability in (80, 90, 100, 103) else 2  # the others have 99 KB of shared memory
     return GradientSettings(1, min(256, max(16, triton.next_power_of_2(width))), num_warps=8, num_stages=stages)
+
+
+class Launch(NamedTuple):
+    """What settings depend on; fields as the arguments of :func:`default_gradient_settings`."""
+
+    capability: int
+    dtype: torch.dtype
+    width: int
+    tokens: int
+
+    @property
+    def case(self) -> str:
+        """Its name in the table of tuned settings."""
+        sizes = {"D": self.width, "L": self.tokens}
+        return _settings.key("clim_gradient", capability=self.capability, dtype=self.dtype, **sizes)
+
+
+@functools.cache
+def settings_for(launch: Launch) -> GradientSettings:
+    """The tuned settings, or else the default ones."""
+    return _settings.tuned(launch.case, GradientSettings) or default_gradient_settings(**launch._asdict())
 
 
 @triton.jit
@@ -142,7 +166,7 @@ def scores_with_winners(
         queries: ``[Q, L_q, D]``, float32, float16 or bfloat16.
         items: ``[N, L_i, D]`` in the same dtype. Both sides have at most 128 tokens.
         alpha: Weight of the global cosine.
-        settings: None: :func:`~finelip_fast.kernels._clim_triton.default_settings`.
+        settings: None: :func:`~finelip_fast.kernels._clim_triton.settings_for`.
 
     Returns:
         ``(scores float32 [Q, N], query_winners uint8 [Q, N, L_q], item_winners uint8 [Q, N, L_i])``. The low 7 bits of
@@ -180,7 +204,7 @@ def gradient(
         grad_scores: ``[Q, N]``, any strides, any floating dtype.
         queries, items, alpha: As given to :func:`scores_with_winners`.
         query_winners, item_winners: As it returned them.
-        settings: None: :func:`default_gradient_settings`.
+        settings: None: :func:`settings_for`.
 
     Returns:
         ``(grad_queries [Q, L_q, D], grad_items [N, L_i, D])`` in the inputs' dtype, summed in float32. A maximum's
@@ -203,12 +227,8 @@ def gradient(
     if is_nothing(queries, items):
         return grad_queries.zero_(), grad_items.zero_()
     if settings is None:
-        settings = default_gradient_settings(
-            capability=capability,
-            dtype=queries.dtype,
-            width=queries.shape[2],
-            tokens=max(queries.shape[1], items.shape[1]),
-        )
+        tokens = max(queries.shape[1], items.shape[1])
+        settings = settings_for(Launch(capability, queries.dtype, queries.shape[2], tokens))
     grad_scores = grad_scores.float().contiguous()
     query_winners, item_winners = query_winners.contiguous(), item_winners.contiguous()
     _one_side(grad_scores, query_winners, item_winners, items, grad_queries, (pairs[1], 1), alpha, settings)

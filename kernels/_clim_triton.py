@@ -15,7 +15,9 @@ NaN: every entry of ``S`` passes through the running maximum, which keeps NaN; s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast._errors import InputError, KernelError
+from finelip_fast.kernels import _settings
 from finelip_fast.kernels.clim import LEAKY_SLOPE
 
 MAX_QUERY_TOKENS = 256
@@ -81,6 +84,31 @@ def default_settings(
     if columns > most_columns:
         return replace(settings, block_items=64, num_stages=3)
     return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
+
+
+class Launch(NamedTuple):
+    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+
+    capability: int
+    dtype: torch.dtype
+    width: int
+    n_queries: int
+    query_tokens: int
+    winners: bool = False
+
+    @property
+    def case(self) -> str:
+        """Its name in the table of tuned settings, where one, few and many queries differ."""
+        operation = "clim_winners" if self.winners else "clim"
+        queries = 1 if self.n_queries == 1 else 8 if self.n_queries <= 16 else 64
+        sizes = {"D": self.width, "L": self.query_tokens, "Q": queries}
+        return _settings.key(operation, capability=self.capability, dtype=self.dtype, **sizes)
+
+
+@functools.cache
+def settings_for(launch: Launch) -> ClimSettings:
+    """The tuned settings, or else the default ones."""
+    return _settings.tuned(launch.case, ClimSettings) or default_settings(**launch._asdict())
 
 
 @triton.jit
@@ -231,7 +259,7 @@ def scores(
         alpha: Weight of the global cosine.
         query_scales: float32 ``[Q, L_q]``: row ``l`` of query ``q`` is ``queries[q, l] * query_scales[q, l]``.
         item_scales: float32 ``[N, L_i]``.
-        settings: None: :func:`default_settings`.
+        settings: None: :func:`settings_for`.
 
     Returns:
         float32 ``[Q, N]``. Not differentiable. float32 inputs are multiplied in full float32.
@@ -270,14 +298,8 @@ def launch(
     """Fill `out`, and the winners where they are given; inputs are checked and not empty."""
     (n_queries, query_tokens, width), (n_items, item_tokens, _) = queries.shape, items.shape
     if settings is None:
-        settings = default_settings(
-            capability=capability,
-            dtype=queries.dtype,
-            width=width,
-            n_queries=n_queries,
-            query_tokens=query_tokens,
-            winners=winners[0] is not None,
-        )
+        has_winners = winners[0] is not None
+        settings = settings_for(Launch(capability, queries.dtype, width, n_queries, query_tokens, has_winners))
     queries, items = readable(queries), readable(items)
     per_program = settings.queries_per_program
     grid = (triton.cdiv(n_items, settings.block_items) * triton.cdiv(n_queries, per_program),)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +20,8 @@ from finelip_fast._errors import KernelError
 
 SHIPPED = Path(__file__).with_name("settings.json")
 
-Settings = dict[str, int]
+Numbers = dict[str, int]  # of a settings dataclass, by field
+S = TypeVar("S")
 
 
 def cache_file() -> Path:
@@ -32,22 +35,36 @@ def key(operation: str, *, capability: int, dtype: torch.dtype, **sizes: int) ->
     return f"{operation} sm_{capability} {str(dtype).removeprefix('torch.')} {numbers}"
 
 
-def tuned(case: str) -> Settings | None:
+def tuned(case: str, kind: Callable[..., S]) -> S | None:
     """Settings of a case: this machine's own before the shipped ones, None where neither has any.
 
+    Args:
+        case: A :func:`key`.
+        kind: The dataclass of the kernel's settings.
+
     Raises:
-        KernelError: A table that cannot be read.
+        KernelError: A table that cannot be read, or settings that are not this kernel's.
     """
-    return _tables(cache_file()).get(case)
+    numbers = _tables(cache_file()).get(case)
+    try:
+        return None if numbers is None else kind(**numbers)
+    except TypeError as error:
+        raise KernelError(
+            f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
+        ) from error
 
 
-def save(found: dict[str, Settings]) -> Path:
-    """Add settings to this machine's table; written whole or not at all.
+def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
+    """Add settings to a table; it is written whole or not at all.
+
+    Args:
+        found: Settings by :func:`key`.
+        path: The table; None: this machine's.
 
     Returns:
         The file.
     """
-    path = cache_file()
+    path = path or cache_file()
     table = (_read(path) if path.exists() else {}) | found
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -58,13 +75,13 @@ def save(found: dict[str, Settings]) -> Path:
 
 
 @functools.cache
-def _tables(own: Path) -> dict[str, Settings]:
+def _tables(own: Path) -> dict[str, Numbers]:
     return _read(SHIPPED) | (_read(own) if own.exists() else {})
 
 
-def _read(path: Path) -> dict[str, Settings]:
+def _read(path: Path) -> dict[str, Numbers]:
     try:
-        table: dict[str, Settings] = json.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Numbers] = json.loads(path.read_text(encoding="utf-8"))
         table.items()
     except (OSError, ValueError, AttributeError) as error:
         raise KernelError(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from dataclasses import asdict
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from finelip_fast._errors import KernelError
 from finelip_fast.kernels import _settings
+
+
+class Cut(NamedTuple):
+    block_items: int
+
 
 CASE = _settings.key("clim", capability=90, dtype=torch.float16, D=512, L=40, Q=1)
 
@@ -38,15 +46,15 @@ def test_a_case_is_named_by_what_matters():
 
 def test_the_shipped_table_is_one():
     assert isinstance(json.loads(_settings.SHIPPED.read_text()), dict)
-    assert _settings.tuned("no such case") is None
+    assert _settings.tuned("no such case", Cut) is None
 
 
 def test_this_machines_own_settings_come_before_the_shipped_ones(shipped):
     shipped({CASE: {"block_items": 64}, "other": {"block_items": 32}})
-    assert _settings.tuned(CASE) == {"block_items": 64}
+    assert _settings.tuned(CASE, Cut) == Cut(64)
     _settings.save({CASE: {"block_items": 128}})
-    assert _settings.tuned(CASE) == {"block_items": 128}
-    assert _settings.tuned("other") == {"block_items": 32}
+    assert _settings.tuned(CASE, Cut) == Cut(128)
+    assert _settings.tuned("other", Cut) == Cut(32)
 
 
 def test_what_was_tuned_before_stays(own):
@@ -61,4 +69,56 @@ def test_a_broken_table_says_what_to_do(own, content):
     own.parent.mkdir(parents=True)
     own.write_text(content)
     with pytest.raises(KernelError, match=r"cannot read launch settings from .*settings\.json: .*; delete it"):
-        _settings.tuned(CASE)
+        _settings.tuned(CASE, Cut)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"block_items": 16, "swizzle": 2}], ids=str)
+def test_settings_of_another_version_say_what_to_do(own, numbers):
+    _settings.save({CASE: numbers})
+    with pytest.raises(
+        KernelError, match=r"'clim sm_90 .* are not this version's: .*; tune again, or delete .*settings"
+    ):
+        _settings.tuned(CASE, Cut)
+
+
+def test_another_table_can_be_written(own, tmp_path):
+    table = tmp_path / "table.json"
+    assert _settings.save({CASE: {"block_items": 16}}, table) == table
+    assert json.loads(table.read_text()) == {CASE: {"block_items": 16}}
+    assert not own.exists()
+
+
+# Every kernel's launcher, at sizes that its tests use.
+LAUNCHES = {
+    "_clim_triton": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
+    "_clim_gradient_triton": (
+        "GradientSettings",
+        (80, torch.float16, 512, 40),
+        "clim_gradient sm_80 float16 D=512 L=40",
+    ),
+    "_atrm_triton": ("AtrmSettings", (90, 512, 39, torch.bfloat16, 8), "atrm sm_90 bfloat16 D=512 K=39 B=1"),
+    "_atrm_gradient_triton": ("AtrmGradientSettings", (90, 512, 39), "atrm_gradient sm_90 float32 D=512 K=39"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_takes_tuned_settings_before_its_defaults(name):
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"finelip_fast.kernels.{name}")
+    kind, fields, case = LAUNCHES[name]
+    launch = module.Launch(*fields)
+    assert launch.case == case
+    module.settings_for.cache_clear()
+    default = module.settings_for(launch)
+    assert type(default).__name__ == kind
+    tuned = {field: number + 1 for field, number in asdict(default).items()}
+    _settings.save({case: tuned})
+    module.settings_for.cache_clear()
+    assert asdict(module.settings_for(launch)) == tuned
+    module.settings_for.cache_clear()
+
+
+def test_one_few_and_many_queries_are_cases_of_their_own():
+    clim = pytest.importorskip("finelip_fast.kernels._clim_triton")
+    cases = [clim.Launch(90, torch.float16, 512, count, 40).case.split("Q=")[1] for count in (1, 2, 16, 17, 1000)]
+    assert cases == ["1", "8", "8", "64", "64"]
