@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import FineLIPError
+from finelip_fast._errors import FineLIPError, KernelError
 
 _DEFAULT_INDEX = "finelip-index"
 
@@ -97,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--half", action="store_true", help="store float16: half the size")
 
+    tune = add(
+        "tune", _tune, "Find the fastest launch settings of the kernels on this GPU and keep them; some minutes."
+    )
+    tune.add_argument(
+        "--operations", nargs="+", metavar="NAME", help="clim, clim_gradient, atrm, atrm_gradient (default: all)"
+    )
+    tune.add_argument("--seconds", type=float, help="start no new case after so long; run again, it goes on")
+    tune.add_argument("--again", action="store_true", help="tune what was tuned before, too")
+    tune.add_argument("--out", type=Path, help="table to write (default: this user's, which every later run reads)")
+
     add("info", _info, "Versions, devices, and which kernels and engines can run here.")
     return parser
 
@@ -164,6 +174,23 @@ def _convert(options: argparse.Namespace) -> Any:
 
     dtype = torch.float16 if options.half else None
     return convert(options.source, options.out, context_length=options.context_length, dtype=dtype)
+
+
+def _tune(options: argparse.Namespace) -> Any:
+    from finelip_fast.kernels import describe
+
+    implementation, reason = describe()
+    if implementation != "triton":
+        raise KernelError(
+            f"expected a GPU that runs the fused kernels, but {reason}: tune on the machine that searches"
+        )
+    from finelip_fast.kernels import tune
+
+    cases = tune.cases_for(options.operations or tune.OPERATIONS)
+    found = tune.tune(cases, again=options.again, seconds=options.seconds, out=options.out, progress=not options.quiet)
+    return {
+        case.name: f"{case.speedup:.2f}x the default settings; {case.failed} candidates were out" for case in found
+    } or "nothing to tune: --again tunes what was tuned before"
 
 
 def _info(_: argparse.Namespace) -> Any:

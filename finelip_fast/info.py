@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finelip_fast.engines.base import ENGINES, why_not
-from finelip_fast.kernels import describe
+from finelip_fast.kernels import describe, tuned_settings
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
@@ -24,6 +24,7 @@ def info() -> dict[str, Any]:
         "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "kernels": f"{kernel} ({reason})",
+        "tuned settings": tuned_settings(),
         "engines": {name: why_not(name) or "runs here" for name in ENGINES if name != "auto"},
     }
 

@@ -2,6 +2,7 @@
 
 from finelip_fast.kernels._dispatch import describe
 from finelip_fast.kernels._quantize import QuantizedItems, quantize, quantize_items
+from finelip_fast.kernels._settings import summary as tuned_settings
 from finelip_fast.kernels.atrm import atrm
 from finelip_fast.kernels.clim import clim_scores, clim_topk, clim_topk_int8
 
@@ -14,4 +15,5 @@ __all__ = [
     "describe",
     "quantize",
     "quantize_items",
+    "tuned_settings",
 ]

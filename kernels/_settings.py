@@ -54,6 +54,18 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
         ) from error
 
 
+def summary() -> str:
+    """How many settings are in use, and where they come from."""
+    own = cache_file()
+    return f"{len(_read(SHIPPED))} shipped, {len(names())} of this user ({own})"
+
+
+def names(path: Path | None = None) -> set[str]:
+    """The cases of a table; None: this machine's own."""
+    path = path or cache_file()
+    return set(_read(path)) if path.exists() else set()
+
+
 def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
     """Add settings to a table; it is written whole or not at all.
 

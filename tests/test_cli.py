@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import finelip_fast
 from finelip_fast import demo
 from finelip_fast.cli import main
 
-COMMANDS = ("demo", "index", "search", "eval", "train", "convert", "info")
+COMMANDS = ("demo", "index", "search", "eval", "train", "convert", "tune", "info")
 
 
 @pytest.fixture(scope="session")
@@ -210,6 +211,11 @@ def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:
     text = finelip("info")
     assert "packages:\n  finelip-fast: " in text
     assert "  torch: runs here" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_tuning_needs_the_gpu_that_is_tuned(fails: Callable[..., str]) -> None:
+    assert "expected a GPU that runs the fused kernels" in fails("tune")
 
 
 def test_a_demo_report_speaks_json(finelip: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

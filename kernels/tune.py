@@ -1,0 +1,305 @@
+"""Find the fastest launch settings on this GPU, and keep them for every later run.
+
+A case is one kind of launch: an operation, a dtype, sizes, as the tables name it (``_settings.py``). Candidates are variations
+of the default settings. One that cannot run here, or whose result is not the defaults', is out; of the others the fastest is
+kept. Each case is saved as soon as it is decided, so that a run that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _atrm_gradient_triton as atrm_gradient
+from finelip_fast.kernels import _atrm_triton as atrm
+from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
+from finelip_fast.kernels import _clim_triton as clim
+from finelip_fast.kernels import _settings
+from finelip_fast.kernels._quantize import quantize
+
+OPERATIONS = ("clim", "clim_gradient", "atrm", "atrm_gradient")
+
+# Of ViT-B/16 and ViT-L/14: D, L = K + 1, patches.
+SHAPES = ((512, 40, 196), (768, 52, 256))
+
+# Items of a timed search, at most; fewer where memory is short.
+_ITEMS = 100_000
+_SHARE_OF_MEMORY = 0.4
+# Both sides of a timed training step, and the items of a timed aggregation.
+_BATCH = 512
+# Items that are made at once.
+_AT_ONCE = 5_000
+# Results may differ by the order of rounding, of numbers around 1.
+_TOLERANCE = 2e-2
+
+Run = Callable[[Any], Tensor]  # of settings; gives the result
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of launch.
+
+    Args:
+        names: Its keys in the table; dtypes that the hardware treats alike share what is found.
+        default: The settings without tuning.
+        candidates: Settings to try beside them.
+        prepare: Makes the inputs; gives what is to be timed.
+    """
+
+    names: tuple[str, ...]
+    default: Any
+    candidates: tuple[Any, ...]
+    prepare: Callable[[], Run]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a case: the settings kept, how much faster than the defaults, and how many candidates were out."""
+
+    name: str
+    settings: Any
+    speedup: float
+    failed: int
+
+
+class Measure(Protocol):
+    """Milliseconds of a call, as a median."""
+
+    def __call__(self, run: Callable[[], Any]) -> float: ...
+
+
+def tune(
+    cases: Sequence[Case],
+    *,
+    measure: Measure | None = None,
+    again: bool = False,
+    seconds: float | None = None,
+    out: Path | None = None,
+    progress: bool = True,
+) -> list[Tuned]:
+    """Tune the cases in their order.
+
+    Args:
+        cases: As :func:`cases_for` makes them.
+        measure: None: ``triton.testing.do_bench``, which empties the L2 cache before each call.
+        again: Whether to tune cases that the table has already.
+        seconds: Start no case after so long.
+        out: The table to write; None: this machine's.
+
+    Returns:
+        What was found, without the cases that were skipped.
+    """
+    measure = measure or _do_bench
+    known = _settings.names(out)
+    found = []
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    with tqdm(cases, disable=not progress, unit="case") as bar:
+        for case in bar:
+            if time.monotonic() >= end:
+                break
+            bar.set_postfix_str(case.names[0])
+            if again or not known.issuperset(case.names):
+                tuned = _best(case, measure)
+                _settings.save(dict.fromkeys(case.names, asdict(tuned.settings)), out)
+                found.append(tuned)
+    return found
+
+
+def _best(case: Case, measure: Measure) -> Tuned:
+    run = case.prepare()
+    expected = run(case.default)
+    times = {case.default: measure(partial(run, case.default))}
+    failed = 0
+    for candidate in case.candidates:
+        try:
+            right = torch.allclose(run(candidate), expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+            times[candidate] = measure(partial(run, candidate)) if right else float("inf")
+        except Exception:  # does not compile, asks for too much memory: Triton has many names for it
+            times[candidate] = float("inf")
+        failed += times[candidate] == float("inf")
+    best = min(times, key=times.__getitem__)
+    return Tuned(case.names[0], best, times[case.default] / times[best], failed)
+
+
+def _do_bench(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=5, rep=30, return_mode="median"))
+
+
+# Cases ---------------------------------------------------------------------------------------------------------------
+
+
+def cases_for(operations: Sequence[str] = OPERATIONS, *, device: int = 0) -> list[Case]:
+    """The cases of a GPU, those that most searches meet first.
+
+    Raises:
+        InputError: An operation of another name.
+    """
+    unknown = sorted(set(operations) - set(OPERATIONS))
+    if unknown:
+        raise InputError(f"expected operations of {', '.join(OPERATIONS)}, got {', '.join(unknown)}")
+    makers = (_clim_cases, _clim_gradient_cases, _atrm_cases, _atrm_gradient_cases)
+    cuda = torch.device("cuda", device)
+    return [case for name, make in zip(OPERATIONS, makers, strict=True) if name in operations for case in make(cuda)]
+
+
+def _clim_cases(device: torch.device) -> Iterator[Case]:
+    for dtype in (torch.float16, torch.int8):
+        for width, tokens, _ in SHAPES:
+            for n_queries in (1, 8, 64):
+                launch = clim.Launch(atrm.capability_of(device), dtype, width, n_queries, tokens)
+                default = clim.default_settings(**launch._asdict())
+                yield _case(launch, default, _clim_candidates(default), partial(_search, launch, device))
+
+
+def _clim_candidates(default: clim.ClimSettings) -> Iterator[clim.ClimSettings]:
+    for queries in {1, default.queries_per_program}:
+        for block_items, num_warps in ((64, 4), (128, 4), (128, 8)):
+            for block_width, num_stages in ((default.block_width, 3), (default.block_width, 4), (32, 5)):
+                yield clim.ClimSettings(block_items, queries, block_width, num_warps, num_stages)
+
+
+def _search(launch: clim.Launch, device: torch.device) -> Run:
+    queries = _unit_rows(launch.n_queries, launch.query_tokens, launch.width, device)
+    items = _unit_rows(_items_that_fit(device, launch), launch.query_tokens, launch.width, device)
+    if launch.dtype != torch.int8:
+        return lambda settings: clim.scores(queries, items, alpha=0.8, settings=settings)
+    quantized = zip(*map(quantize, items.split(_AT_ONCE)), strict=True)
+    (values, scales), (item_values, item_scales) = quantize(queries), map(torch.cat, quantized)
+    return lambda settings: clim.scores(
+        values, item_values, alpha=0.8, query_scales=scales, item_scales=item_scales, settings=settings
+    )
+
+
+def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
+    for width, tokens, _ in SHAPES:
+        scores = clim.Launch(atrm.capability_of(device), torch.float16, width, _BATCH, tokens, winners=True)
+        default = clim.default_settings(**scores._asdict())
+        yield _case(scores, default, _clim_candidates(default), partial(_scores_with_winners, scores, device))
+        launch = clim_gradient.Launch(atrm.capability_of(device), torch.float16, width, tokens)
+        cut = clim_gradient.default_gradient_settings(**launch._asdict())
+        candidates = (
+            clim_gradient.GradientSettings(sets, block_width, num_warps, num_stages)
+            for sets in (1, 2)
+            for block_width in (64, 128, 256)
+            for num_warps in (4, 8)
+            for num_stages in (2, 3)
+        )
+        yield _case(launch, cut, candidates, partial(_gradient, launch, device))
+
+
+def _scores_with_winners(launch: clim.Launch, device: torch.device) -> Run:
+    queries, items = (_unit_rows(_BATCH, launch.query_tokens, launch.width, device) for _ in range(2))
+    return lambda settings: clim_gradient.scores_with_winners(queries, items, alpha=0.8, settings=settings)[0]
+
+
+def _gradient(launch: clim_gradient.Launch, device: torch.device) -> Run:
+    queries, items = (_unit_rows(_BATCH, launch.tokens, launch.width, device) for _ in range(2))
+    grad, *winners = clim_gradient.scores_with_winners(queries, items, alpha=0.8)
+    return lambda settings: torch.stack(
+        clim_gradient.gradient(grad, queries, items, *winners, alpha=0.8, settings=settings)
+    )
+
+
+def _atrm_cases(device: torch.device) -> Iterator[Case]:
+    for width, rows, patches in SHAPES:
+        for items in (1024, 1):
+            launch = atrm.Launch(atrm.capability_of(device), width, rows - 1, torch.float16, items)
+            default = atrm.default_settings(**launch._asdict())
+            first = (
+                replace(default, logits_tokens=tokens, logits_width=columns, logits_warps=warps)
+                for tokens in (32, 64, 128)
+                for columns in (32, 64)
+                for warps in (4, 8)
+            )
+            second = (
+                replace(default, pool_rows=pooled, pool_tokens=tokens, pool_warps=warps)
+                for pooled in (16, 32, 64)
+                for tokens in (32, 64)
+                for warps in (4, 8)
+            )
+            yield _case(launch, default, chain(first, second), partial(_aggregate, launch, patches, device))
+
+
+def _aggregate(launch: atrm.Launch, patches: int, device: torch.device) -> Run:
+    arguments = _aggregation(launch.items, patches, launch.width, launch.aggregated, device)
+    return lambda settings: atrm.aggregate(*arguments, settings=settings)
+
+
+def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
+    for width, rows, patches in SHAPES:
+        launch = atrm_gradient.Launch(atrm.capability_of(device), width, rows - 1)
+        default = atrm_gradient.default_settings(**launch._asdict())
+        first = (
+            replace(default, row_tokens=tokens, row_warps=warps, row_stages=stages)
+            for tokens in (16, 32)
+            for warps in (4, 8)
+            for stages in (2, 3)
+        )
+        second = (
+            replace(default, token_tokens=tokens, token_width=columns, token_warps=warps)
+            for tokens in (32, 64)
+            for columns in (32, 64)
+            for warps in (4, 8)
+        )
+        yield _case(launch, default, chain(first, second), partial(_aggregate_gradient, launch, patches, device))
+
+
+def _aggregate_gradient(launch: atrm_gradient.Launch, patches: int, device: torch.device) -> Run:
+    arguments = _aggregation(_BATCH, patches, launch.width, launch.aggregated, device)
+    grad = torch.randn(_BATCH, launch.aggregated + 1, launch.width, device=device).half()
+    return lambda settings: atrm_gradient.gradient(grad, *arguments, settings=settings)[0]
+
+
+def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callable[[], Run]) -> Case:
+    # float16 and bfloat16 run at one speed on every GPU that has both.
+    alike = {launch.case, launch.case.replace(" float16 ", " bfloat16 ")}
+    return Case(tuple(sorted(alike)), default, tuple(dict.fromkeys(candidates)), prepare)
+
+
+def _items_that_fit(device: torch.device, launch: Any) -> int:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    item_bytes = 4 * launch.query_tokens * launch.width  # float16, and what quantising holds beside it
+    return max(1, min(_ITEMS, int(_SHARE_OF_MEMORY * free) // item_bytes))
+
+
+def _unit_rows(count: int, tokens: int, width: int, device: torch.device) -> Tensor:
+    parts = [
+        F.normalize(torch.randn(min(_AT_ONCE, count - first), tokens, width, device=device), dim=-1).half()
+        for first in range(0, count, _AT_ONCE)
+    ]
+    return torch.cat(parts)
+
+
+def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of token aggregation in float16, every length full."""
+    hidden = width // 5
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, device=device)).half()
+
+    return (
+        draw(items, tokens, width),
+        1 + draw(width, scale=0.1),
+        draw(width, scale=0.1),
+        draw(hidden, width, scale=width**-0.5),
+        draw(hidden, scale=0.1),
+        draw(aggregated, hidden, scale=hidden**-0.5),
+        draw(aggregated, scale=0.1),
+        torch.ones((), device=device),
+        None,
+        draw(items, width),
+    )

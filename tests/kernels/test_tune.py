@@ -1,0 +1,125 @@
+"""Tuning: what is kept, what is out, what is skipped, and that nothing found is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _settings, tune
+from finelip_fast.kernels.tune import Case
+
+
+@dataclass(frozen=True)
+class Cut:
+    block: int
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))
+    return tmp_path / "settings.json"
+
+
+def case(name, *blocks, run=lambda cut: torch.ones(3)):
+    return Case((name,), Cut(1), tuple(map(Cut, blocks)), lambda: run)
+
+
+def clock(milliseconds):
+    """A measure that knows what each block takes: the settings are the last argument of what it is to run."""
+    return lambda run: milliseconds[run.args[-1].block]
+
+
+def test_the_fastest_is_kept_beside_what_was_there(table):
+    _settings.save({"other": {"block": 9}})
+    (found,) = tune.tune([case("one", 2, 4)], measure=clock({1: 6.0, 2: 2.0, 4: 3.0}), progress=False)
+    assert (found.name, found.settings, found.speedup, found.failed) == ("one", Cut(2), 3.0, 0)
+    assert json.loads(table.read_text()) == {"one": {"block": 2}, "other": {"block": 9}}
+
+
+def test_defaults_that_are_fastest_are_kept_too(table):
+    tune.tune([case("one", 2)], measure=clock({1: 1.0, 2: 2.0}), progress=False)
+    assert json.loads(table.read_text()) == {"one": {"block": 1}}
+
+
+def test_what_fails_or_gives_another_result_is_out(table):
+    def run(cut):
+        if cut.block == 2:
+            raise RuntimeError("out of shared memory")
+        return torch.full((3,), 1.0 if cut.block in (1, 8) else float("nan"))
+
+    times = clock({1: 5.0, 2: 1.0, 4: 1.0, 8: 4.0})
+    (found,) = tune.tune([case("one", 2, 4, 8, run=run)], measure=times, progress=False)
+    assert (found.settings, found.failed) == (Cut(8), 2)
+
+
+def test_what_was_tuned_before_is_skipped_unless_asked(table):
+    times = clock({1: 5.0, 2: 1.0})
+    assert len(tune.tune([case("one", 2)], measure=times, progress=False)) == 1
+    assert tune.tune([case("one", 2)], measure=times, progress=False) == []
+    assert len(tune.tune([case("one", 2)], measure=times, again=True, progress=False)) == 1
+
+
+def test_a_stopped_run_keeps_what_it_found(table):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    cases = [case("one", 2), Case(("two",), Cut(1), (), interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(cases, measure=clock({1: 5.0, 2: 1.0}), progress=False)
+    assert json.loads(table.read_text()) == {"one": {"block": 2}}
+
+
+def test_no_case_starts_after_its_time(table):
+    assert tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), seconds=0, progress=False) == []
+    assert not table.exists()
+
+
+def test_another_table_is_written_and_looked_at(table, tmp_path):
+    out = tmp_path / "shipped.json"
+    for expected in (1, 0):
+        found = tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), out=out, progress=False)
+        assert len(found) == expected
+    assert json.loads(out.read_text()) == {"one": {"block": 2}}
+    assert not table.exists()
+
+
+def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch):
+    monkeypatch.setattr(tune.atrm, "capability_of", lambda device: 90)
+    cases = tune.cases_for()
+    names = [name for one in cases for name in one.names]
+    assert len(names) == len(set(names))
+    assert names[0].startswith("clim sm_90 bfloat16 D=512 L=40 Q=1")
+    for one in cases:
+        assert 5 <= len(one.candidates) <= 30
+        assert {type(candidate) for candidate in one.candidates} == {type(one.default)}
+    assert {name.split()[0] for name in names} == {*tune.OPERATIONS, "clim_winners"}
+
+
+def test_operations_are_chosen_by_name(monkeypatch):
+    monkeypatch.setattr(tune.atrm, "capability_of", lambda device: 80)
+    assert {one.names[0].split()[0] for one in tune.cases_for(["atrm"])} == {"atrm"}
+    with pytest.raises(InputError, match=r"expected operations of clim, .*, got scores"):
+        tune.cases_for(["scores"])
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="for TRITON_INTERPRET=1; a GPU tunes at full size"
+)
+def test_every_case_runs(table, monkeypatch):
+    """At sizes that the interpreter can do: the defaults and one candidate of each case."""
+    monkeypatch.setattr(tune, "SHAPES", ((32, 4, 6),))
+    monkeypatch.setattr(tune, "_BATCH", 2)
+    monkeypatch.setattr(tune, "_items_that_fit", lambda device, launch: 3)
+    cpu = torch.device("cpu")
+    makers = (tune._clim_cases, tune._clim_gradient_cases, tune._atrm_cases, tune._atrm_gradient_cases)
+    cases = [Case(one.names, one.default, one.candidates[:1], one.prepare) for make in makers for one in make(cpu)]
+    found = tune.tune(cases, measure=lambda run: float(run() is not None), progress=False)
+    assert [(one.name, one.failed) for one in found] == [(one.names[0], 0) for one in cases]
