@@ -85,6 +85,39 @@ def test_equals_the_method(method, device, case):
     assert largest_error(out, expected) <= 1e-5
 
 
+# ``(N, D, h, K, lengths)`` about those of models: patches of a picture, ragged texts, odd sizes, every width of CLIP.
+MODEL_SIZES = [
+    (196, 512, 102, 39, None),
+    (255, 768, 153, 51, [255, 1, 17]),
+    (257, 640, 128, 40, [1, 256, 257]),
+    (49, 96, 19, 9, None),
+    (77, 1280, 256, 64, [77, 64, 3]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", MODEL_SIZES, ids=str)
+def test_values_and_gradients_at_the_sizes_of_models(method, device, size, dtype):
+    tokens, width, hidden, aggregated, lengths = size
+    x, parameters, anchor = make(tokens, width, hidden=hidden, aggregated=aggregated, device=device, scale=0.3)
+    counts = None if lengths is None else torch.tensor(lengths, device=device)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, anchor, *parameters)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    out = atrm(leaves[0], *leaves[2:], lengths=counts, anchor=leaves[1])
+    plain = atrm_reference(leaves[0], *leaves[2:], counts, leaves[1])
+    true = in_float64(exact[0], *exact[2:], lengths or [tokens] * 3, exact[1])
+    floor = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert largest_error(out, true.detach().cpu().numpy()) <= floor
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    actual, autograd = (torch.autograd.grad((rows * weights).sum(), leaves) for rows in (out, plain))
+    expected = torch.autograd.grad((true * weights.double()).sum(), exact)
+    for name, ours, theirs, best in zip(("x", "anchor", *NAMES), actual, autograd, expected, strict=True):
+        assert ours.dtype == dtype, name
+        error, own = ((gradient.double() - best).abs().max().item() for gradient in (ours, theirs))
+        # Twice PyTorch's own: the scale's gradient is a small sum of large terms.
+        assert error <= 2 * own + floor * max(1.0, best.abs().max().item()), name
+
+
 @given(tokens=st.integers(1, 20), width=st.integers(8, 96), seed=st.integers(0, 2**16))
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_tokens_does_not_matter(device, tokens, width, seed):

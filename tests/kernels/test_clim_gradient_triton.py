@@ -27,38 +27,26 @@ from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._clim_gradient_triton import GradientSettings, gradient, scores_with_winners
 from finelip_fast.kernels._clim_triton import ClimSettings
 
-pytestmark = [
-    pytest.mark.triton,
-    # The interpreter of older Tritons, at loops of run-time length.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SMALL = ClimSettings(block_items=16, queries_per_program=2, block_width=32)
-SMALL_BACK = GradientSettings(block_sets=2, block_width=32)
-
-
-@pytest.fixture(scope="module")
-def device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if not INTERPRETED:
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-    if version(triton) < (3, 9) and version(np) >= (2, 4):
-        pytest.skip("loops of run-time length need Triton 3.9 or NumPy before 2.4 in the interpreter")
-    return "cpu"
 
 
 def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, and integers their largest value, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        INTERPRETED and version(triton) < (3, 9) and version(np) >= (2, 4),
+        reason="loops of run-time length need Triton 3.9 or NumPy before 2.4 in the interpreter",
+    ),
+    # The interpreter of older Tritons, at loops of run-time length.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+
+SMALL = ClimSettings(block_items=16, queries_per_program=2, block_width=32)
+SMALL_BACK = GradientSettings(block_sets=2, block_width=32)
 
 
 def make(*shape, seed=0, device="cpu"):

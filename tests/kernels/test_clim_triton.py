@@ -23,27 +23,10 @@ from finelip_fast._errors import InputError, KernelError
 from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._clim_triton import ClimSettings, scores
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SMALL = ClimSettings(block_items=16, queries_per_program=2, block_width=32)
-
-
-@pytest.fixture(scope="module")
-def device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if INTERPRETED:
-        return "cpu"
-    return pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(*shape, seed=0, device="cpu"):
