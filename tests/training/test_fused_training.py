@@ -1,0 +1,118 @@
+"""A run with the fused operations learns what one with the reference learns: the same losses, step by step.
+
+Started by ``torchrun`` this file is the processes' program: it trains one configuration.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.train import train
+
+TINY = FineLIPConfig(
+    embed_dim=32,
+    image_size=32,
+    patch_size=8,
+    vision_width=64,
+    vision_layers=1,
+    vision_heads=1,
+    text_width=32,
+    text_layers=1,
+    text_heads=1,
+)
+STEPS = 12
+OPTIONS = {
+    "train": "scenes:train:64",
+    "val": "scenes:val:2",
+    "preset": "tiny",
+    "context_length": 64,
+    "loss": ["contrastive:global", "contrastive:fine", "triplet:fine"],
+    "batch_size": 4,
+    "steps": STEPS,
+    "encoder_lr": 3e-3,
+    "aggregator_lr": 3e-3,
+    "warmup_steps": 0,
+    "freeze_positions": 0,
+    "precision": "fp32",
+    "workers": 0,
+    "log_every": 1,
+    "tensorboard": False,
+    "threads": 1,
+    "device": "cpu",
+}
+
+# What each run adds to the environment.
+REFERENCE = {"FINELIP_KERNELS": "reference"}
+DEFAULT: dict[str, str] = {}
+KERNELS = {"FINELIP_KERNELS": "triton"}
+INTERPRETED = KERNELS | {"TRITON_INTERPRET": "1"}
+
+# Relative, at every step: the log keeps six digits, and float32 products summed in another order differ by about 1e-6.
+TOLERANCE = 1e-5
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def losses(out, environment, *, processes=2, **options):
+    """The logged loss of each step."""
+    out.mkdir()
+    (out / "options.json").write_text(json.dumps(OPTIONS | options | {"out": str(out / "run")}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    clean = {name: value for name, value in os.environ.items() if name not in INTERPRETED}
+    clean |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, __file__, str(out)], cwd=out, env=clean | environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    found = losses(tmp_path_factory.mktemp("reference") / "run", REFERENCE)
+    assert len(found) == STEPS
+    assert found[-1] < 0.97 * found[0]  # it learns: equal losses then mean equal gradients
+    return found
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param(DEFAULT, id="CPU"),
+        pytest.param(INTERPRETED, id="kernels, interpreted", marks=[pytest.mark.slow, needs_triton]),
+    ],
+)
+def test_two_processes_lose_as_with_the_reference(reference, tmp_path, environment):
+    assert losses(tmp_path / "run", environment) == pytest.approx(reference, rel=TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_triton
+def test_one_process_on_a_gpu_loses_as_with_the_reference(tmp_path):
+    expected, found = (
+        losses(tmp_path / str(number), environment, processes=1, device="cuda", batch_size=8)
+        for number, environment in enumerate((REFERENCE, KERNELS))
+    )
+    # PyTorch's own gradients there are summed by atomic additions and, in convolutions, from TF32 products.
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def main(folder):
+    PRESETS["tiny"] = TINY
+    train(TrainConfig(**json.loads((folder / "options.json").read_text())))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
