@@ -6,10 +6,17 @@ Shapes as in the library: images ``[B_i, L_i, D]``, captions ``[B_t, L_t, D]``, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from floor import seconds
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Elements of the similarities that tuned plain PyTorch tries to hold at once: from within the L2 cache to far beyond it.
+_ELEMENTS_AT_ONCE = (1 << 22, 1 << 24, 1 << 26, 1 << 28)
 
 
 def one_caption_at_a_time(
@@ -41,18 +48,55 @@ def one_caption_at_a_time(
     return torch.stack(columns, dim=1)
 
 
-def plain_torch(images: Tensor, captions: Tensor, *, alpha: float = 0.8, at_once: int = 32) -> Tensor:
-    """One matrix product for ``at_once`` captions and all images, two maxima, leaky ReLU on the maxima alone.
-
-    Returns:
-        ``[B_i, B_t]`` in the dtype of the inputs.
-    """
-    return torch.cat([_plain_block(images, some, alpha) for some in captions.split(at_once)], dim=1)
-
-
-def _plain_block(images: Tensor, captions: Tensor, alpha: float) -> Tensor:
+def plain_block(images: Tensor, captions: Tensor, alpha: float) -> Tensor:
+    """All scores ``[B_i, B_t]``: one matrix product, two maxima, leaky ReLU on the maxima alone."""
     similarity = images.flatten(0, 1) @ captions.flatten(0, 1).T
     similarity = similarity.view(*images.shape[:2], *captions.shape[:2])  # [B_i, L_i, b_t, L_t]
     over_captions = F.leaky_relu(similarity.amax(dim=3), 0.1).mean(dim=1)
     over_images = F.leaky_relu(similarity.amax(dim=1), 0.1).mean(dim=2)
     return alpha * similarity[:, 0, :, 0] + (1 - alpha) * (over_captions + over_images)
+
+
+def plain_torch(
+    images: Tensor,
+    captions: Tensor,
+    *,
+    alpha: float = 0.8,
+    at_once: int = 32,
+    images_at_once: int | None = None,
+    block: Callable[[Tensor, Tensor, float], Tensor] = plain_block,
+) -> Tensor:
+    """``block`` for ``at_once`` captions and ``images_at_once`` images (None: all) at a time.
+
+    Returns:
+        ``[B_i, B_t]`` in the dtype of the inputs.
+    """
+    rows = [
+        torch.cat([block(some_images, some, alpha) for some in captions.split(at_once)], dim=1)
+        for some_images in images.split(images_at_once or max(1, len(images)))
+    ]
+    return torch.cat(rows)
+
+
+checkpointed_block: Callable[[Tensor, Tensor, float], Tensor] = partial(checkpoint, plain_block, use_reentrant=False)
+"""The block, computed again for its gradient instead of kept."""
+
+
+def compiled_block(mode: str | None = None) -> Any:
+    """The block by ``torch.compile``, with nothing left of an earlier one: past a few shapes, it would give up unasked."""
+    torch.compiler.reset()
+    return torch.compile(plain_block, dynamic=False, mode=mode)
+
+
+def images_that_suit(images: Tensor, captions: Tensor) -> int:
+    """How many images at once are the fastest here, all captions at a time: tried out before the contest."""
+    per_image = max(1, images.shape[1] * captions.shape[0] * captions.shape[1])
+    sizes = {min(len(images), max(1, elements // per_image)) for elements in _ELEMENTS_AT_ONCE}
+    runs = {size: partial(plain_torch, images, captions, at_once=len(captions), images_at_once=size) for size in sizes}
+    return min(runs, key=lambda size: seconds(runs[size], rounds=3))
+
+
+def exact_scores(images: Tensor, captions: Tensor, *, alpha: float = 0.8) -> Tensor:
+    """``[B_i, B_t]`` in float64, few at a time."""
+    rows = [plain_torch(some.double(), captions.double(), alpha=alpha, at_once=4) for some in images.split(1_000)]
+    return torch.cat(rows)

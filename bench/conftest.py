@@ -1,23 +1,25 @@
-"""What every recorded result says: commit, machine, versions.
+"""What every recorded result says: commit, machine, versions, what the machine can do.
 
 Record with ``pytest bench/ --benchmark-only --benchmark-json=bench/results/MACHINE/NAME.json``.
 """
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
+import floor
+import record
 import torch
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
+    machine_info |= record.versions("triton", "late-interaction-kernels", "flash-maxsim")
     machine_info["threads"] = torch.get_num_threads()
     machine_info["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine_info["peaks"] = floor.peaks()
     machine_info.pop("node", None)  # the machine's name says nothing and is somebody's
 
 
 def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
-    commit_info["dirty"] = bool(status.stdout.strip())
+    commit_info |= record.commit()

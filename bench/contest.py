@@ -5,17 +5,19 @@ pytest-benchmark keeps and writes the times: it replays them by :class:`Replay`'
 
 from __future__ import annotations
 
-import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from floor import Work, timed
 from torch import Tensor
 
-# More than the L2 cache of any GPU: what one run left there is gone in the next.
-_FLUSH_BYTES = 256 << 20
+
+def _itself(answer: Any) -> Any:
+    return answer
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,18 @@ class Contender:
     """A way to the answer.
 
     Args:
-        run: Gives the answer, or its first columns.
+        run: Does the work.
         tolerance: Largest error that still is the right answer.
         share: How much of the work ``run`` does; slow ones do a part, and their times are divided by it.
+        work: What the whole work cannot do without.
+        answer: What is checked, or its first rows and columns, of what ``run`` gives.
     """
 
-    run: Callable[[], Tensor]
+    run: Callable[[], Any]
     tolerance: float
     share: float = 1.0
+    work: Work | None = None
+    answer: Callable[[Any], Tensor] = _itself
 
 
 @dataclass
@@ -39,64 +45,70 @@ class Result:
 
     Attributes:
         seconds: One number a round.
-        info: ``max_error``, ``share``, on a GPU ``peak_mib``: memory of a run beside what was there before.
+        info: ``max_error``, ``share``, the quantiles ``p20``, ``p50``, ``p80`` in seconds; on a GPU ``peak_mib``, memory of a
+            run beside what was there before; where the work was counted ``bytes``, ``flops``, ``work_dtype``, ``floor`` in
+            seconds and ``share_of_floor``, the floor over ``p50``.
         refusal: Why it was not timed; empty: it was.
     """
 
     seconds: list[float] = field(default_factory=list)
-    info: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     refusal: str = ""
 
 
 def compete(contenders: dict[str, Contender], expected: Tensor, *, rounds: int = 5) -> dict[str, Result]:
     """Check every contender against ``expected`` (float64), then time the right ones in turns."""
-    on_gpu = torch.cuda.is_available()
-    results = {name: _checked(contender, expected, on_gpu) for name, contender in contenders.items()}
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a peer's, and compilers' own
+        return _compete(contenders, expected, rounds)
+
+
+def _compete(contenders: dict[str, Contender], expected: Tensor, rounds: int) -> dict[str, Result]:
+    results = {name: _checked(contender, expected) for name, contender in contenders.items()}
+    right = [name for name, result in results.items() if not result.refusal]
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            if not results[name].refusal:
-                results[name].seconds.append(_timed(contender.run, flush) / contender.share)
+        for name in right:
+            contender = contenders[name]
+            results[name].seconds.append(timed(contender.run) / contender.share)
+    for name in right:
+        results[name].info |= _summary(results[name].seconds, contenders[name].work)
     return results
 
 
-def _checked(contender: Contender, expected: Tensor, on_gpu: bool) -> Result:
+def _checked(contender: Contender, expected: Tensor) -> Result:
     try:
-        return _check(contender, expected, on_gpu)
-    except (RuntimeError, TypeError, ValueError) as error:  # a peer that cannot run here
+        return _check(contender, expected)
+    except Exception as error:  # a peer that cannot run here; compilers have many names for it
         return Result(refusal=f"{type(error).__name__}: {error}")
 
 
-def _check(contender: Contender, expected: Tensor, on_gpu: bool) -> Result:
-    before = 0
-    if on_gpu:
+def _check(contender: Contender, expected: Tensor) -> Result:
+    result = Result(info={"share": contender.share})
+    if torch.cuda.is_available():
         contender.run()  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    answer = contender.run()
+        given = contender.run()
+        result.info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    else:
+        given = contender.run()
+    answer = contender.answer(given)
     part = tuple(slice(size) for size in answer.shape)
     error = (answer.to(expected) - expected[part]).abs().max().item()
-    result = Result(info={"max_error": error, "share": contender.share})
-    if on_gpu:
-        result.info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    result.info["max_error"] = error
     if not error <= contender.tolerance:
         result.refusal = f"wrong by {error:.3g}, more than {contender.tolerance:.3g}: no time for a wrong answer"
     return result
 
 
-def _timed(run: Callable[[], Tensor], flush: Tensor | None) -> float:
-    if flush is None:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    flush.zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+def _summary(seconds: list[float], work: Work | None) -> dict[str, Any]:
+    quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    summary: dict[str, Any] = dict(zip(("p20", "p50", "p80"), quantiles.tolist(), strict=True))
+    if work is not None:
+        summary |= {"bytes": work.bytes, "flops": work.flops, "work_dtype": str(work.dtype).removeprefix("torch.")}
+        summary |= {"floor": work.seconds, "share_of_floor": work.seconds / summary["p50"]}
+    return summary
 
 
 class Replay:
@@ -108,8 +120,19 @@ class Replay:
     def __call__(self) -> float:
         return self.now
 
-    def into(self, benchmark: Any, result: Result, group: str) -> None:
-        """Hand a contender's times to pytest-benchmark, whose timer is this clock."""
+    def into(self, benchmark: Any, results: dict[str, Result], contender: str, *, group: str, baseline: str) -> None:
+        """Hand a contender's times to pytest-benchmark, whose timer is this clock.
+
+        Args:
+            benchmark: pytest-benchmark's fixture.
+            results: Of all contenders of the group.
+            contender: The one of this test.
+            group: What is done; contenders of a group are comparable.
+            baseline: The contender that the others are compared with.
+        """
+        if contender not in results:
+            pytest.skip("not installed")
+        result = results[contender]
         if result.refusal:
             pytest.skip(result.refusal)
         seconds = iter(result.seconds)
@@ -118,9 +141,7 @@ class Replay:
             self.now += next(seconds, 0.0)
 
         benchmark.group = group
-        benchmark.extra_info.update(result.info)
-        quantiles = torch.tensor(result.seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        benchmark.extra_info.update(zip(("p20", "p50", "p80"), quantiles, strict=True))
+        benchmark.extra_info.update(result.info, contender=contender, baseline=baseline)
         benchmark.pedantic(advance, rounds=len(result.seconds), iterations=1)
 
 

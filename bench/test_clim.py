@@ -6,101 +6,110 @@ On a CPU 1,000 images meet 1,000 captions (the research loop a fiftieth of that,
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import floor
+import peers
 import pytest
 import torch
-import torch.nn.functional as F
-from baselines import one_caption_at_a_time, plain_torch
+from baselines import compiled_block, exact_scores, images_that_suit, one_caption_at_a_time, plain_torch
 from contest import Contender, Result, clock, compete
+from inputs import DEVICE, HIDDEN, ITEMS, ON_GPU, PATCHES, TOKENS, WIDTH, WORDS, unit_rows
 from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, quantize, quantize_items
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-TOKENS, WIDTH, HIDDEN, PATCHES, WORDS = 40, 512, 102, 196, 181
-ITEMS = int(os.environ.get("FINELIP_BENCH_ITEMS", 100_000 if ON_GPU else 1_000))
 QUERIES = (1, 8, 64) if ON_GPU else (1, min(1_000, ITEMS))
 HALF = torch.float16 if ON_GPU else torch.bfloat16
 ROUNDS = 20 if ON_GPU else 3
 CHECKED = 1_000  # items whose scores are compared with float64's
+FEW = 20  # captions of the slow ones
+MOST_WIDE = 100_000  # items of those in float32, twice the memory of the others
+PAIRS = 1_000  # of what takes one pair at a time
 
 # What a right answer may be off by: rounding of sums in float32, of scores and sums in half precision, of int8 rows.
 EXACT, ROUNDED, QUANTISED = 1e-5, 3e-2, 3e-2
 
-LOOP, PEER = "research loop", "late-interaction-kernels, once a direction"
-
-
-def rows(count: int, tokens: int = TOKENS, *, seed: int) -> Tensor:
-    """Unit rows ``[count, tokens, WIDTH]``, made on the device in parts."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    parts = [
-        F.normalize(torch.randn(min(5_000, count - first), tokens, WIDTH, generator=generator, device=DEVICE), dim=-1)
-        for first in range(0, count, 5_000)
-    ]
-    return torch.cat([part.to(HALF) for part in parts])
-
-
-def exact(queries: Tensor, items: Tensor) -> Tensor:
-    """float64 scores ``[Q, n]`` of the first items."""
-    some = items[:CHECKED].double()
-    return torch.cat([plain_torch(some, part.double(), at_once=4).T for part in queries.split(64)])
-
-
-def peer(queries: Tensor, items: Tensor, alpha: float = 0.8) -> Tensor:
-    """Its sums, which become our score where every maximum is positive, as those of many random rows are."""
-    if ON_GPU:
-        from late_interaction_kernels import maxsim
-    else:
-        from late_interaction_kernels.reference import maxsim_reference as maxsim
-
-    over_items = torch.cat([maxsim(queries, some) for some in items.split(50_000)], dim=1) / queries.shape[1]
-    over_queries = torch.cat([maxsim(some, queries) for some in items.split(50_000)]).T / items.shape[1]
-    cosine = queries[:, 0].float() @ items[:, 0].float().T
-    return alpha * cosine + (1 - alpha) * (over_items.float() + over_queries.float())
-
-
-def first_items(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The whole run; of its answer the part that is checked."""
-    return lambda: run()[:, :CHECKED]
+LOOP, CHAMFER = "research loop", f"{peers.FLASH}, chamfer, a pair at a time"
+HALF_NAME = floor.name(HALF)
+# On a GPU the plain one, too, is given the images that suit it.
+PLAIN = "tuned plain torch" if ON_GPU else "plain torch"
+PLAIN_HALF, PLAIN_FULL, PLAIN_TOPK = f"{PLAIN}, {HALF_NAME}", "plain torch, float32", f"{PLAIN} and topk, {HALF_NAME}"
+COMPILED = f"torch.compile(max-autotune), {HALF_NAME}"
+OURS = "finelip_fast"
+OURS_HALF, OURS_FULL, OURS_INT8 = (f"{OURS}, {dtype}" for dtype in (HALF_NAME, "float32", "int8"))
+PEERS = {
+    (name, dtype): f"{name}, once a direction, {dtype}"
+    for name in (peers.LATE, peers.FLASH)
+    for dtype in dict.fromkeys(("float32", HALF_NAME))
+}
 
 
 @cache
 def scores_race(n_queries: int) -> dict[str, Result]:
-    queries, items = rows(n_queries, seed=0), rows(ITEMS, seed=1)
-    wide_queries, wide_items = queries.float(), items.float()
-    few = min(n_queries, 20)
+    queries, items = unit_rows(n_queries, dtype=HALF, seed=0), unit_rows(ITEMS, dtype=HALF, seed=1)
+    wide_queries, wide_items = queries.float(), items[:MOST_WIDE].float()
     int8_queries, query_scales = quantize(queries)
-    int8_items, item_scales = quantize(items)
+    quantized = quantize_items(items)
+    int8_items, item_scales = quantized.values, quantized.scales
+    wide, few = len(wide_items) / ITEMS, min(n_queries, FEW)
+    part = few / n_queries
+    plain = plain_torch
+    if ON_GPU:
+        suited = images_that_suit(items, queries)
+        plain = partial(plain_torch, at_once=n_queries, images_at_once=suited)
+
+    def contender(
+        run: Callable[[], Tensor], tolerance: float, dtype: torch.dtype = HALF, share: float = 1.0
+    ) -> Contender:
+        work = floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype)
+        return Contender(run, tolerance, share, work, answer=lambda scores: scores[:, :CHECKED])
+
     contenders = {
-        f"finelip_fast, {HALF}": Contender(lambda: clim_scores(queries, items), EXACT),
-        "finelip_fast, torch.float32": Contender(lambda: clim_scores(wide_queries, wide_items), EXACT),
-        "finelip_fast, torch.int8": Contender(
-            lambda: clim_scores(int8_queries, int8_items, query_scales=query_scales, item_scales=item_scales), QUANTISED
+        OURS_HALF: contender(lambda: clim_scores(queries, items), EXACT),
+        OURS_FULL: contender(lambda: clim_scores(wide_queries, wide_items), EXACT, torch.float32, wide),
+        OURS_INT8: contender(
+            lambda: clim_scores(int8_queries, int8_items, query_scales=query_scales, item_scales=item_scales),
+            QUANTISED,
+            torch.int8,
         ),
-        f"plain torch, {HALF}": Contender(lambda: plain_torch(items, queries).T, ROUNDED),
-        "plain torch, torch.float32": Contender(lambda: plain_torch(wide_items, wide_queries).T, EXACT),
-        LOOP: Contender(lambda: one_caption_at_a_time(wide_items, wide_queries[:few]).T, EXACT, few / n_queries),
+        PLAIN_HALF: contender(lambda: plain(items, queries).T, ROUNDED),
+        PLAIN_FULL: contender(lambda: plain_torch(wide_items, wide_queries).T, EXACT, torch.float32, wide),
+        LOOP: contender(
+            lambda: one_caption_at_a_time(wide_items, wide_queries[:few]).T, EXACT, torch.float32, wide * part
+        ),
     }
-    if importlib.util.find_spec("late_interaction_kernels"):
-        share = few / n_queries
-        contenders[PEER] = Contender(lambda: peer(wide_queries[:few], wide_items), EXACT, share)
-        contenders[f"{PEER}, {HALF}"] = Contender(lambda: peer(queries[:few], items), ROUNDED, share)
-    checked = {name: Contender(first_items(one.run), one.tolerance, one.share) for name, one in contenders.items()}
-    return compete(checked, exact(queries, items), rounds=ROUNDS)
+    if ON_GPU:
+        # Without CUDA graphs, which would first copy all items.
+        block = compiled_block("max-autotune-no-cudagraphs")
+        contenders[COMPILED] = contender(lambda: plain(items, queries, block=block).T, ROUNDED)
+    for name, maxsim in peers.maxsims().items():
+        in_half, in_full = PEERS[name, HALF_NAME], PEERS[name, "float32"]
+        if ON_GPU:  # float32 is rounded to half precision by both of them
+            contenders[in_half] = contender(partial(peers.scores, maxsim, queries, items), ROUNDED)
+        else:
+            contenders[in_half] = contender(partial(peers.scores, maxsim, queries[:few], items), ROUNDED, share=part)
+            contenders[in_full] = contender(
+                partial(peers.scores, maxsim, wide_queries[:few], wide_items), EXACT, torch.float32, part
+            )
+    if peers.has_chamfer():
+        some = items[:PAIRS]
+        contenders[CHAMFER] = contender(
+            partial(peers.chamfer_scores, queries[0], some), ROUNDED, share=len(some) / (ITEMS * n_queries)
+        )
+    return compete(contenders, exact_scores(items[:CHECKED], queries).T, rounds=ROUNDS)
 
 
 @cache
 def from_tokens_race() -> dict[str, Result]:
     """1,000 pictures' patches and 1,000 captions' words to all scores: aggregation of both sides included."""
     count = min(1_000, ITEMS)
-    patches, words = rows(count, PATCHES, seed=0).float(), rows(count, WORDS, seed=1).float()
+    patches = unit_rows(count, PATCHES, dtype=HALF, seed=0).float()
+    words = unit_rows(count, WORDS, dtype=HALF, seed=1).float()
+    few = max(1, count // 50)
     torch.manual_seed(0)
     image_aggregator, text_aggregator = (TokenAggregator(WIDTH, HIDDEN, TOKENS - 1).to(DEVICE) for _ in range(2))
 
@@ -117,50 +126,55 @@ def from_tokens_race() -> dict[str, Result]:
     def loop() -> Tensor:
         images = image_aggregator(patches, anchor=patches[:, 0])
         aggregate = lambda caption: text_aggregator(caption, anchor=caption[:, -1])  # noqa: E731
-        return one_caption_at_a_time(images, words[: count // 50], aggregate=aggregate).T
+        return one_caption_at_a_time(images, words[:few], aggregate=aggregate).T
 
     with torch.no_grad():
         images, texts = embed(torch.float64)
         contenders = {
-            f"finelip_fast, {HALF}": Contender(partial(ours, HALF), ROUNDED),
-            "finelip_fast, torch.float32": Contender(partial(ours, torch.float32), EXACT),
-            LOOP: Contender(loop, EXACT, (count // 50) / count),
+            OURS_HALF: Contender(partial(ours, HALF), ROUNDED),
+            OURS_FULL: Contender(partial(ours, torch.float32), EXACT),
+            LOOP: Contender(loop, EXACT, few / count),
         }
-        return compete(contenders, exact(texts, images), rounds=ROUNDS)
+        return compete(contenders, exact_scores(images, texts).T, rounds=ROUNDS)
 
 
 @cache
 def topk_race(n_queries: int) -> dict[str, Result]:
-    queries, items = rows(n_queries, seed=0), rows(ITEMS, seed=1)
+    queries, items = unit_rows(n_queries, dtype=HALF, seed=0), unit_rows(ITEMS, dtype=HALF, seed=1)
     quantized = quantize_items(items)
-    best = exact(queries, items).topk(10).values if ITEMS <= CHECKED else clim_topk(queries, items, 10)[0].double()
+    plain = plain_torch
+    if ON_GPU:
+        plain = partial(plain_torch, at_once=n_queries, images_at_once=images_that_suit(items, queries))
+    work, int8_work = (floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype) for dtype in (HALF, torch.int8))
     contenders = {
-        "finelip_fast, exact": Contender(lambda: clim_topk(queries, items, 10)[0], EXACT),
-        "finelip_fast, exact by int8": Contender(lambda: clim_topk_int8(queries, items, quantized, 10)[0], EXACT),
-        "plain torch and topk": Contender(lambda: plain_torch(items, queries).T.float().topk(10).values, ROUNDED),
+        TOPK: Contender(lambda: clim_topk(queries, items, 10)[0], EXACT, work=work),
+        TOPK_INT8: Contender(lambda: clim_topk_int8(queries, items, quantized, 10)[0], EXACT, work=int8_work),
+        PLAIN_TOPK: Contender(lambda: plain(items, queries).T.float().topk(10).values, ROUNDED, work=work),
     }
-    return compete(contenders, best, rounds=ROUNDS)
+    return compete(contenders, exact_scores(items, queries).T.topk(10).values, rounds=ROUNDS)
+
+
+TOPK, TOPK_INT8 = f"{OURS}, exact", f"{OURS}, exact by int8"
 
 
 def cases() -> list[Any]:
-    names = [f"finelip_fast, {HALF}", "finelip_fast, torch.float32", LOOP]
-    scored = [*names, "finelip_fast, torch.int8", f"plain torch, {HALF}", "plain torch, torch.float32"]
-    scored += [PEER, f"{PEER}, {HALF}"]
-    found = ["finelip_fast, exact", "finelip_fast, exact by int8", "plain torch and topk"]
-    return [
-        *((f"{count} x {ITEMS} scores", partial(scores_race, count), name) for count in QUERIES for name in scored),
-        *(("from tokens", from_tokens_race, name) for name in names),
-        *((f"best 10 of {ITEMS} for {count}", partial(topk_race, count), name) for count in QUERIES for name in found),
+    scored = [OURS_HALF, OURS_FULL, OURS_INT8, PLAIN_HALF, PLAIN_FULL, LOOP, COMPILED, *PEERS.values(), CHAMFER]
+    tokens, found = [OURS_HALF, OURS_FULL, LOOP], [TOPK, TOPK_INT8, PLAIN_TOPK]
+    plain = PLAIN_HALF if ON_GPU else PLAIN_FULL
+    races = [
+        *((f"{count} x {ITEMS} scores", partial(scores_race, count), plain, scored) for count in QUERIES),
+        ("from tokens", from_tokens_race, LOOP, tokens),
+        *((f"best 10 of {ITEMS} for {count}", partial(topk_race, count), PLAIN_TOPK, found) for count in QUERIES),
     ]
+    return [(group, race, baseline, name) for group, race, baseline, names in races for name in names]
 
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(
-    ("group", "race", "contender"), cases(), ids=lambda value: value if isinstance(value, str) else ""
+    ("group", "race", "baseline", "contender"), cases(), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_late_interaction(benchmark: Any, group: str, race: Callable[[], dict[str, Result]], contender: str) -> None:
-    results = race()
-    if contender not in results:
-        pytest.skip("not installed")
+def test_late_interaction(
+    benchmark: Any, group: str, race: Callable[[], dict[str, Result]], baseline: str, contender: str
+) -> None:
     benchmark.extra_info["tokens"], benchmark.extra_info["width"] = TOKENS, WIDTH
-    clock.into(benchmark, results[contender], group)
+    clock.into(benchmark, race(), contender, group=group, baseline=baseline)

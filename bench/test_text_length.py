@@ -52,6 +52,6 @@ def case(request: Any) -> tuple[dict[str, Callable[[], Tensor]], int]:
 def test_captions(benchmark: Any, case: tuple[dict[str, Callable[[], Tensor]], int], way: str, request: Any) -> None:
     ways, count = case
     benchmark.group = f"captions, {request.node.callspec.params['case']}"
-    benchmark.extra_info["captions"] = count
+    benchmark.extra_info.update({"captions": count, "contender": way, "baseline": "all 256 positions"})
     with torch.inference_mode():
         benchmark.pedantic(ways[way], rounds=5, warmup_rounds=1)

@@ -1,0 +1,118 @@
+"""The least time that an operation can take: what it must move and multiply, at what this machine was seen to do.
+
+    floor = max(bytes / memory bandwidth, flops / peak)
+
+Bytes are those of the inputs and of the results, each once; a product of ``[M, K]`` and ``[K, N]`` is ``2 M K N`` flops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+# More than the L2 cache of any GPU: what one run left there is gone in the next.
+_FLUSH_BYTES = 256 << 20
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation cannot do without."""
+
+    bytes: int
+    flops: int
+    dtype: torch.dtype  # of the products
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops, self.dtype)
+
+    @property
+    def seconds(self) -> float:
+        """The floor on this machine."""
+        most = peaks()
+        return max(self.bytes / most["bytes/s"], self.flops / most["flops/s"].get(name(self.dtype), math.inf))
+
+
+def name(dtype: torch.dtype) -> str:
+    """``float16``, not ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def clim(n_queries: int, n_items: int, tokens: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> Work:
+    """All scores of late interaction; with ``backward`` also the gradients of both sides.
+
+    The gradient's two products are counted as long as the forward one, as matrix units do them, though most of the matrix
+    that they multiply by is zero.
+    """
+    rows = (n_queries + n_items) * tokens
+    scales = 4 * rows if dtype == torch.int8 else 0
+    moved = rows * width * dtype.itemsize + scales
+    flops = 2 * n_queries * n_items * tokens * tokens * width
+    if backward:  # reads the scores' gradient, writes those of the inputs
+        return Work(2 * moved + 8 * n_queries * n_items, 3 * flops, dtype)
+    return Work(moved + 4 * n_queries * n_items, flops, dtype)
+
+
+def atrm(
+    batch: int, tokens: int, width: int, hidden: int, aggregated: int, dtype: torch.dtype, *, backward: bool = False
+) -> Work:
+    """Token aggregation, and with ``backward`` the gradients of tokens, parameters and anchor."""
+    parameters = width * (hidden + 2) + hidden * (aggregated + 1) + aggregated + 1
+    moved = dtype.itemsize * (batch * (tokens + 1 + aggregated + 1) * width + parameters)
+    flops = 2 * batch * tokens * (width * hidden + hidden * aggregated + aggregated * width)
+    return Work(2 * moved, 3 * flops, dtype) if backward else Work(moved, flops, dtype)
+
+
+@cache
+def peaks() -> dict[str, Any]:
+    """What this machine was seen to do, measured once a run: a copy larger than its caches, and square products.
+
+    Returns:
+        ``bytes/s`` read and written, and ``flops/s`` by dtype, of those that this machine multiplies.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.zeros(4 * _FLUSH_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    side = 8192 if device == "cuda" else 2048
+    flops = {}
+    for dtype in _DTYPES:
+        square = torch.randint(-8, 8, (side, side), device=device).to(dtype)
+        product = torch._int_mm if dtype == torch.int8 else torch.mm  # the latter has no int8
+        with contextlib.suppress(RuntimeError):
+            flops[name(dtype)] = 2 * side**3 / seconds(partial(product, square, square))
+    return {"bytes/s": copied, "flops/s": flops}
+
+
+def seconds(run: Callable[[], Any], rounds: int = 5) -> float:
+    """The shortest of a few runs after a first one."""
+    run()
+    return min(timed(run) for _ in range(rounds))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one run; on a GPU with a cold L2 cache, between two events."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    _flush().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+@cache
+def _flush() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")

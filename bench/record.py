@@ -1,0 +1,41 @@
+"""What every recorded result says of where it comes from: commit, versions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+# Where the tree travels without .git: `git describe --always --dirty --abbrev=40` of where it came from.
+COMMIT = "FINELIP_BENCH_COMMIT"
+
+
+def commit(paths: Sequence[str] = ()) -> dict[str, Any]:
+    """The commit's ``id``, and whether the tree was ``dirty``, or these of its paths."""
+    told = os.environ.get(COMMIT)
+    if told:
+        return {"id": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *paths)
+    return {"id": head or "unknown", "dirty": head is None or bool(status)}
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package; None: it is not installed."""
+    return {name: _version(name) for name in packages}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

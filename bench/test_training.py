@@ -1,0 +1,80 @@
+"""Late interaction in training: scores of all pairs of a batch, and the gradients of both sides.
+
+Against PyTorch's autograd, plain, checkpointed and compiled, and against installed peers.
+
+``FINELIP_BENCH_BATCH`` leaves out the larger batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import floor
+import peers
+import pytest
+import torch
+from baselines import checkpointed_block, compiled_block, plain_block, plain_torch
+from contest import Contender, Result, clock, compete
+from inputs import DEVICE, ON_GPU, TOKENS, WIDTH, unit_rows
+from torch import Tensor
+
+from finelip_fast.kernels import clim_scores
+
+DTYPES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.bfloat16)
+LARGEST = int(os.environ.get("FINELIP_BENCH_BATCH", 2048))
+BATCHES = tuple(batch for batch in ((128, 512, 2048) if ON_GPU else (64, 256)) if batch <= LARGEST)
+ROUNDS = 20 if ON_GPU else 3
+
+# Errors beside the largest gradient. Products that are rounded before the maximum is taken choose another winner here and
+# there, and autograd shares the gradient of a tie.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+ROUNDED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+PLAIN = "plain torch"
+PEERS = {name: f"{name}, once a direction" for name in (peers.LATE, peers.FLASH)}
+CONTENDERS = ("finelip_fast", PLAIN, "plain torch, checkpointed", "torch.compile", *PEERS.values())
+
+
+@cache
+def race(batch: int, dtype: torch.dtype) -> dict[str, Result]:
+    captions, images = unit_rows(batch, dtype=dtype, seed=0), unit_rows(batch, dtype=dtype, seed=1)
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    weights = torch.randn(batch, batch, generator=generator, device=DEVICE)
+
+    def gradients(score: Callable[[Tensor, Tensor], Tensor], wide: bool = False) -> tuple[Tensor, ...]:
+        leaves = [(rows.double() if wide else rows).detach().requires_grad_() for rows in (captions, images)]
+        return torch.autograd.grad((score(*leaves) * weights).sum(), leaves)
+
+    def by_blocks(block: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda captions, images: plain_torch(images, captions, block=block).T
+
+    exact = torch.stack(gradients(by_blocks(checkpointed_block), wide=True))
+    largest = exact.abs().max()
+    work = floor.clim(batch, batch, TOKENS, WIDTH, dtype, backward=True)
+
+    def contender(score: Callable[[Tensor, Tensor], Tensor], tolerance: dict[torch.dtype, float]) -> Contender:
+        relative = lambda found: torch.stack(found) / largest  # noqa: E731
+        return Contender(partial(gradients, score), tolerance[dtype], work=work, answer=relative)
+
+    contenders = {
+        "finelip_fast": contender(clim_scores, TOLERANCE),
+        PLAIN: contender(by_blocks(plain_block), ROUNDED),
+        "plain torch, checkpointed": contender(by_blocks(checkpointed_block), ROUNDED),
+        "torch.compile": contender(by_blocks(compiled_block()), ROUNDED),
+    }
+    for name, maxsim in peers.maxsims(gradient=True).items():
+        contenders[PEERS[name]] = contender(partial(peers.scores, maxsim), ROUNDED)
+    return compete(contenders, exact / largest, rounds=ROUNDS)
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=floor.name)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_scores_and_gradients(benchmark: Any, batch: int, dtype: torch.dtype, contender: str) -> None:
+    benchmark.extra_info.update({"tokens": TOKENS, "width": WIDTH, "dtype": floor.name(dtype)})
+    group = f"batch {batch}, {floor.name(dtype)}"
+    clock.into(benchmark, race(batch, dtype), contender, group=group, baseline=PLAIN)
