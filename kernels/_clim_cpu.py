@@ -3,7 +3,8 @@
 Items are rows, 64 queries at a time are columns, and both maxima of a tile ``[items, L_i, L_q, queries]`` run along axes
 that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
 
-- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most.
+- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most. With AVX-512 it is oneDNN's, which is as fast on
+  every vendor's processors; PyTorch's own matrix product is MKL's, which keeps to AVX2 on those that are not Intel's.
 - bfloat16 with AMX: PyTorch's CPU has no product of bfloat16 matrices with a float32 result, so it is made of two. The
   first is rounded to bfloat16; the second subtracts that from the same float32 sum before it is rounded, so it holds what
   the first lost. That adds ``2^-18`` of the result. The global
@@ -17,7 +18,8 @@ The float32 products follow ``torch.set_float32_matmul_precision``: anything but
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +82,12 @@ def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))
 
 
-class _Columns(NamedTuple):
-    """A block of ``q`` queries, laid out as the right-hand side of a product.
+@dataclass
+class _Columns:
+    """A block of ``q`` queries, the right-hand side of products.
 
     Attributes:
-        tokens: ``[D, w]``, ``w = q * L_q``, contiguous.
+        tokens: ``[w, D]``, ``w = q * L_q``, contiguous.
         scales: ``[1, w]`` for int8.
         anchors: Row 0 of each query, float32 ``[D, q]``.
         shape: ``(q, L_q)``.
@@ -97,12 +100,28 @@ class _Columns(NamedTuple):
     shape: tuple[int, int]
     token_major: bool
 
+    @cached_property
+    def transposed(self) -> Tensor:
+        """``[D, w]``, contiguous; a clone, because one of ``D = 1`` counts as contiguous with any strides."""
+        return self.tokens.T.clone(memory_format=torch.contiguous_format)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """In float32, laid out as oneDNN reads it: packed once, not for every block of items."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.tokens.float())
+        return packed
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """``[D, w]`` in float32."""
+        return self.transposed.float()
+
 
 def _columns(block: Tensor, scales: Tensor | None) -> _Columns:
     n_queries, tokens, width = block.shape
     token_major = n_queries >= _BLOCK_QUERIES
     anchors = _anchors(block, scales).T
-    arranged = block.permute((2, 1, 0) if token_major else (2, 0, 1)).reshape(width, -1)
+    arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width)
     if scales is not None:
         scales = (scales.T if token_major else scales).reshape(1, -1)
     return _Columns(arranged, scales, anchors, (n_queries, tokens), token_major)
@@ -120,11 +139,11 @@ def _score_block(
     item_tokens = items.shape[1]
     rows, height = items.reshape(-1, items.shape[2]), tile_items * item_tokens
     if scales is not None and columns.scales is not None:
-        tiles = _int8_tiles(rows, columns.tokens, scales.reshape(-1, 1), columns.scales, height, scratch)
+        tiles = _int8_tiles(rows, columns.transposed, scales.reshape(-1, 1), columns.scales, height, scratch)
     elif _bfloat16_pays(rows, columns.tokens):
-        tiles = _bfloat16_tiles(rows, columns.tokens, height, scratch)
+        tiles = _bfloat16_tiles(rows, columns.transposed, height, scratch)
     else:
-        tiles = _float32_tiles(rows, columns.tokens, height, scratch)
+        tiles = _float32_tiles(rows, columns, height, scratch)
     fine = _fine(tiles, len(items), item_tokens, columns, tile_items, scratch)
     return alpha * (_anchors(items, scales) @ columns.anchors) + (1 - alpha) * fine
 
@@ -164,12 +183,14 @@ class _Scratch:
         return memory[: rows * columns].view(rows, columns)
 
 
-def _float32_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", *rows.shape).copy_(rows)
-    if columns.dtype != torch.float32:
-        columns = scratch("columns", *columns.shape).copy_(columns)
-    yield from torch.mm(rows, columns, out=scratch("product", len(rows), columns.shape[1])).split(height)
+    if _has_onednn():
+        product = torch.ops.mkldnn._linear_pointwise(rows, columns.packed, None, "none", [], "")
+    else:
+        product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))
+    yield from product.split(height)
 
 
 def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
@@ -188,6 +209,11 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
     # Two products are faster than one in float32 only with matrix instructions, and only oneDNN uses those.
     work = len(rows) * columns.numel()
     return work >= _LEAST_BFLOAT16_WORK and _has("amx_tile") and bool(torch.backends.mkldnn.enabled)
+
+
+def _has_onednn() -> bool:
+    """Whether oneDNN's float32 product is at hand and at its best; ``torch.compile`` freezes linear layers into the same."""
+    return _has("avx512") and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _int8_tiles(

@@ -18,21 +18,22 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "smallest"])
+@pytest.fixture(scope="module", params=["as shipped", "small", "smallest", "plain processor"])
 def blocks(request):
     """Block sizes; the small ones put edges between queries, items and tiles, and reach the layout of many queries."""
-    sizes = {
+    changes = {
         "as shipped": {},
         "small": {"_BLOCK_QUERIES": 2, "_TILE_ELEMENTS": 100, "_PRODUCT_ELEMENTS": 1000, "_PRODUCT_ROWS": 30},
         "smallest": {"_BLOCK_QUERIES": 1, "_TILE_ELEMENTS": 1, "_PRODUCT_ELEMENTS": 1, "_PRODUCT_ROWS": 1},
+        "plain processor": {"_has": lambda feature: False},
     }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in sizes[request.param].items():
+        for name, value in changes[request.param].items():
             patch.setattr(_clim_cpu, name, value)
         yield
 
 
-@pytest.fixture(params=["as shipped", "no int8 or bfloat16 instructions"])
+@pytest.fixture(params=["as shipped", "plain processor"])
 def processor(request, monkeypatch):
     if request.param != "as shipped":
         monkeypatch.setattr(_clim_cpu, "_has", lambda feature: False)
