@@ -10,6 +10,8 @@ that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
   the first lost. That adds ``2^-18`` of the result. The global
   cosine, most of the score, is a float32 product.
 - bfloat16 elsewhere: as float32.
+- bfloat16 for a search, with bfloat16 instructions: one product, rounded to bfloat16, off by :data:`ROUNDING` as well. The
+  search knows that and scores again what it leaves open.
 - int8 with a float32 scale for each row: an exact sum (up to ``D = 1040`` without int8 instructions), then three roundings.
 
 The float32 products follow ``torch.set_float32_matmul_precision``: anything but "highest" makes them less exact.
@@ -34,6 +36,8 @@ _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
 _PRODUCT_ROWS = 1 << 14
+# What rounding to bfloat16 adds to a product's error, relative to ``|a| |b|``; rows in bfloat16 may be a little over norm 1.
+ROUNDING = 1.01 * 2.0**-8
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -45,6 +49,7 @@ def scores(
     alpha: float,
     query_scales: Tensor | None = None,
     item_scales: Tensor | None = None,
+    rounded: bool = False,
 ) -> Tensor:
     """The scores of :func:`finelip_fast.kernels.clim_scores` without a gradient, on the CPU.
 
@@ -53,6 +58,7 @@ def scores(
         items: ``[N, L_i, D]``; int8 where the queries are.
         alpha: Weight of the global cosine.
         query_scales, item_scales: For int8, float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its integers times its scale.
+        rounded: Round the products of bfloat16 rows to bfloat16, where :func:`has_rounded` says that it is faster.
 
     Returns:
         float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 16,384 rows of items, 8 MiB
@@ -74,7 +80,10 @@ def scores(
             columns = _columns(queries[some], None if query_scales is None else query_scales[some])
             for those in _slices(n_items, block_items):
                 scales = None if item_scales is None else item_scales[those]
-                result[some, those] = _score_block(items[those], scales, columns, alpha, tile_items, scratch).T
+                tiles = _tiles(items[those], scales, columns, tile_items * item_tokens, rounded, scratch)
+                fine = _fine(tiles, len(items[those]), item_tokens, columns, tile_items, scratch)
+                cosine = _anchors(items[those], scales) @ columns.anchors
+                result[some, those] = (alpha * cosine + (1 - alpha) * fine).T
     return result
 
 
@@ -106,15 +115,24 @@ class _Columns:
         return self.tokens.T.clone(memory_format=torch.contiguous_format)
 
     @cached_property
-    def packed(self) -> Tensor:
-        """In float32, laid out as oneDNN reads it: packed once, not for every block of items."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.tokens.float())
-        return packed
-
-    @cached_property
     def wide(self) -> Tensor:
         """``[D, w]`` in float32."""
         return self.transposed.float()
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """As oneDNN reads it: laid out once, not for every block of items."""
+        return _packed(self.tokens)
+
+    @cached_property
+    def wide_packed(self) -> Tensor:
+        """In float32, as oneDNN reads it."""
+        return _packed(self.tokens.float())
+
+
+def _packed(tokens: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(tokens)
+    return packed
 
 
 def _columns(block: Tensor, scales: Tensor | None) -> _Columns:
@@ -132,20 +150,18 @@ def _anchors(block: Tensor, scales: Tensor | None) -> Tensor:
     return block[:, 0].float() if scales is None else block[:, 0] * scales[:, :1]
 
 
-def _score_block(
-    items: Tensor, scales: Tensor | None, columns: _Columns, alpha: float, tile_items: int, scratch: _Scratch
-) -> Tensor:
-    """Scores ``[n, q]`` of a block of items."""
-    item_tokens = items.shape[1]
-    rows, height = items.reshape(-1, items.shape[2]), tile_items * item_tokens
+def _tiles(
+    items: Tensor, scales: Tensor | None, columns: _Columns, height: int, rounded: bool, scratch: _Scratch
+) -> Iterator[Tensor]:
+    """Similarities of a block of items, ``[height, w]`` at a time."""
+    rows = items.reshape(-1, items.shape[2])
     if scales is not None and columns.scales is not None:
-        tiles = _int8_tiles(rows, columns.transposed, scales.reshape(-1, 1), columns.scales, height, scratch)
-    elif _bfloat16_pays(rows, columns.tokens):
-        tiles = _bfloat16_tiles(rows, columns.transposed, height, scratch)
-    else:
-        tiles = _float32_tiles(rows, columns, height, scratch)
-    fine = _fine(tiles, len(items), item_tokens, columns, tile_items, scratch)
-    return alpha * (_anchors(items, scales) @ columns.anchors) + (1 - alpha) * fine
+        return _int8_tiles(rows, columns.transposed, scales.reshape(-1, 1), columns.scales, height, scratch)
+    if rounded:
+        return _rounded_tiles(rows, columns, height, scratch)
+    if _bfloat16_pays(rows, columns.tokens):
+        return _bfloat16_tiles(rows, columns.transposed, height, scratch)
+    return _float32_tiles(rows, columns, height, scratch)
 
 
 def _fine(
@@ -186,11 +202,16 @@ class _Scratch:
 def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", *rows.shape).copy_(rows)
-    if _has_onednn():
-        product = torch.ops.mkldnn._linear_pointwise(rows, columns.packed, None, "none", [], "")
+    if _has("avx512") and _has_onednn():
+        product = torch.ops.mkldnn._linear_pointwise(rows, columns.wide_packed, None, "none", [], "")
     else:
         product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))
     yield from product.split(height)
+
+
+def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+    for part in torch.ops.mkldnn._linear_pointwise(rows, columns.packed, None, "none", [], "").split(height):
+        yield scratch("wide", *part.shape).copy_(part)  # maxima in float32 are faster
 
 
 def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
@@ -211,9 +232,14 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
     return work >= _LEAST_BFLOAT16_WORK and _has("amx_tile") and bool(torch.backends.mkldnn.enabled)
 
 
+def has_rounded(dtype: torch.dtype) -> bool:
+    """Whether products of rows of this dtype are faster when they are rounded."""
+    return dtype == torch.bfloat16 and (_has("avx512_bf16") or _has("amx_tile")) and _has_onednn()
+
+
 def _has_onednn() -> bool:
-    """Whether oneDNN's float32 product is at hand and at its best; ``torch.compile`` freezes linear layers into the same."""
-    return _has("avx512") and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether oneDNN's products are at hand, those that ``torch.compile`` freezes linear layers into."""
+    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _int8_tiles(

@@ -1,8 +1,9 @@
 """The best items of each query, exactly: a fast pass that brackets every score, then float64 for the few that matter.
 
 Both searches work alike. A pass over all items, chunk by chunk, gives each score to within a known error: float32 rounding
-for :func:`topk`, quantisation as well for :func:`exact_topk_int8`. An item stays as long as the upper end of its bracket
-reaches the k-th best lower end. What stays is scored again in float64, rounded once to float32, and sorted.
+for :func:`topk` (on some processors bfloat16's for bfloat16 rows), quantisation as well for :func:`exact_topk_int8`. An item
+stays as long as the upper end of its bracket reaches the k-th best lower end. What stays is scored again in float64, rounded
+once to float32, and sorted.
 
 So the results depend on neither chunks, device nor the precision of the pass: they are the float32 nearest to the exact
 scores, ties by lower index. Copies of an item tie, wherever they stand, unless their score is within float64 rounding (about
@@ -56,7 +57,9 @@ class Score(Protocol):
     ) -> Tensor: ...
 
 
-def topk(queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score) -> tuple[Tensor, Tensor]:
+def topk(
+    queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score, product_error: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The ``k`` best items of each query by the exact score.
 
     Args:
@@ -65,7 +68,8 @@ def topk(queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score) ->
             (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
         k: At least 1; more than ``N`` is taken as ``N``.
         alpha: Weight of the global cosine.
-        score: Full-precision scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels._quantize`.
+        score: Scores ``[Q, n]``, to within float32 rounding (see :mod:`finelip_fast.kernels._quantize`) and ``product_error``.
+        product_error: How much more the product of two rows may be off, relative to their norms; not the global cosine.
 
     Returns:
         ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
@@ -77,7 +81,7 @@ def topk(queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score) ->
     slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
     norms = queries.float().norm(dim=2)
     largest = norms.amax(dim=1, keepdim=True) if query_tokens else norms.new_zeros(len(queries), 1)
-    errors = largest * slack * (abs(alpha) + 2 * abs(1 - alpha))
+    errors = largest * (slack * (abs(alpha) + 2 * abs(1 - alpha)) + product_error * 2 * abs(1 - alpha))
 
     def brackets() -> Iterator[Bracket]:
         for first, (chunk,) in _chunks([items], len(queries), queries.device):

@@ -13,6 +13,7 @@ and :func:`clim_topk` ranks those last.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,7 +245,20 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
     from finelip_fast.kernels._topk import topk
 
     with torch.no_grad():
+        if _rounds(queries, items):
+            from finelip_fast.kernels._clim_cpu import ROUNDING, scores
+
+            return topk(queries, items, k, alpha=alpha, score=partial(scores, rounded=True), product_error=ROUNDING)
         return topk(queries, items, k, alpha=alpha, score=clim_scores)
+
+
+def _rounds(queries: Tensor, items: Rows) -> bool:
+    """Whether a search is faster, and as exact, with a first pass of rounded products."""
+    if _dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
+        return False
+    from finelip_fast.kernels._clim_cpu import has_rounded
+
+    return queries.dtype == items.dtype and has_rounded(queries.dtype)
 
 
 def clim_topk_int8(

@@ -163,6 +163,23 @@ def test_zero_rows_and_constant_rows(blocks):
     torch.testing.assert_close(scores(ones, -ones, alpha=0.0), torch.full((3, 3), -0.2))
 
 
+@pytest.mark.skipif(not _clim_cpu.has_rounded(torch.bfloat16), reason="needs a processor with bfloat16 instructions")
+@given(size=sizes, alpha=st.sampled_from(ALPHAS))
+@settings(max_examples=50, deadline=None)
+def test_rounded_products_are_off_by_no_more_than_is_said(method, blocks, size, alpha):
+    queries, items = make_pair(size, torch.bfloat16)
+    actual = scores(queries, items, alpha=alpha, rounded=True)
+    allowed = 5e-6 + 2 * abs(1 - alpha) * _clim_cpu.ROUNDING
+    assert largest_error(method, actual, queries, items, alpha) <= allowed
+
+
+def test_rounding_is_for_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr(_clim_cpu, "_has", lambda feature: True)
+    assert not _clim_cpu.has_rounded(torch.float32)
+    monkeypatch.setattr(_clim_cpu, "_has", lambda feature: False)
+    assert not _clim_cpu.has_rounded(torch.bfloat16)
+
+
 def test_needs_no_gradient():
     queries, items = make(2, 4, 16).requires_grad_(), make(9, 5, 16, seed=1).requires_grad_()
     assert not scores(queries, items, alpha=0.8).requires_grad

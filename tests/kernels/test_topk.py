@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import _topk
+from finelip_fast.kernels import _clim_cpu, _topk
 from finelip_fast.kernels._clim_cpu import scores
 from finelip_fast.kernels._quantize import QuantizedItems, quantize_items
 from finelip_fast.kernels._topk import exact_topk_int8, topk
@@ -44,9 +44,27 @@ def search_full(queries, items, k, *, alpha, score=scores):
     return topk(queries, items, k, alpha=alpha, score=score)
 
 
-@pytest.fixture(params=[search_full, search_int8], ids=["full", "int8"])
+def rounded_scores(queries, items, *, alpha):
+    """Scores of products that are rounded to bfloat16, but for the global cosine."""
+    products = queries.flatten(0, 1).float() @ items.flatten(0, 1).float().T
+    products = products.view(*queries.shape[:2], *items.shape[:2])  # [Q, L_q, n, L_i]
+    if products.shape[1] == 0 or products.shape[3] == 0:
+        return products.new_zeros(len(queries), len(items))
+    rounded = products.bfloat16().float()
+    fine = sum(F.leaky_relu(rounded.amax(axis), 0.1).mean(1 if axis == 3 else 2) for axis in (1, 3))
+    return alpha * products[:, 0, :, 0] + (1 - alpha) * fine
+
+
+def search_rounded(queries, items, k, *, alpha, score=rounded_scores):
+    return topk(queries, items, k, alpha=alpha, score=score, product_error=_clim_cpu.ROUNDING)
+
+
+SEARCHES = {"full": search_full, "rounded": search_rounded, "int8": search_int8}
+
+
+@pytest.fixture(params=SEARCHES)
 def search(request):
-    return request.param
+    return SEARCHES[request.param]
 
 
 def expected_topk(method, queries, items, k, alpha):
@@ -76,7 +94,8 @@ def test_equals_float64(method, chunks, n_queries, n_items, tokens, k, alpha, dt
     queries = make(n_queries, tokens[0], 24, seed=seed, dtype=dtype)
     items = make(n_items, tokens[1], 24, seed=seed + 1, dtype=dtype)
     expected = expected_topk(method, queries, items, k, alpha)
-    for found in (search_full(queries, items, k, alpha=alpha), search_int8(queries, items, k, alpha=alpha)):
+    for search in SEARCHES.values():
+        found = search(queries, items, k, alpha=alpha)
         assert found[1].shape == (n_queries, min(k, n_items))
         assert_same(found, expected)
 
@@ -102,8 +121,8 @@ exact_rows = st.tuples(st.integers(0, 2), st.sampled_from([-1.0, -0.5, 0.25, 0.5
 def test_ties_go_to_the_lower_index(method, chunks, queries, items, k, alpha):
     queries, items = axes(queries), axes(items)
     expected = expected_topk(method, queries, items, k, alpha)
-    for found in (search_full(queries, items, k, alpha=alpha), search_int8(queries, items, k, alpha=alpha)):
-        assert_same(found, expected)
+    for search in SEARCHES.values():
+        assert_same(search(queries, items, k, alpha=alpha), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
