@@ -35,7 +35,7 @@ _BLOCK_QUERIES = 64
 _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
-_PRODUCT_ROWS = 1 << 14
+_PRODUCT_ROWS = 1 << 13
 # What rounding to bfloat16 adds to a product's error, relative to ``|a| |b|``; rows in bfloat16 may be a little over norm 1.
 ROUNDING = 1.01 * 2.0**-8
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
@@ -61,7 +61,7 @@ def scores(
         rounded: Round the products of bfloat16 rows to bfloat16, where :func:`has_rounded` says that it is faster.
 
     Returns:
-        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 16,384 rows of items, 8 MiB
+        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 8,192 rows of items, 8 MiB
         of products and 2 MiB for each thread; more only where a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape
