@@ -1,0 +1,175 @@
+"""What was recorded, as tables and a picture.
+
+``python bench/report.py`` writes, for each folder ``bench/results/MACHINE/``, a ``README.md`` with a table for each group of
+contenders, and ``roofline.png``; and the project's README between its marks::
+
+    <!-- bench MACHINE/FILE.json: GROUP -->
+    <!-- /bench -->
+
+A table is of one group of one file, so of one run: what it compares was timed in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+Run = dict[str, Any]  # a file that pytest-benchmark wrote
+Row = dict[str, Any]  # a contender of it: what ``contest.py`` recorded
+
+_MARK = re.compile(r"(<!-- bench (?P<file>[^\s:]+): (?P<group>.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def runs(folder: Path) -> Iterator[tuple[str, Run]]:
+    """The recorded runs of a machine by the names of their files."""
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in run:
+            yield path.name, run
+
+
+def groups(run: Run) -> dict[str, list[Row]]:
+    """The contenders of each group, the fastest first; times in seconds, ``speedup`` is the baseline's over the own."""
+    found: dict[str, list[Row]] = {}
+    for benchmark in run["benchmarks"]:
+        row = benchmark["extra_info"] | {"group": benchmark["group"]}
+        found.setdefault(benchmark["group"], []).append({"p50": benchmark["stats"]["median"]} | row)
+    for rows in found.values():
+        rows.sort(key=lambda row: row["p50"])
+        baseline = next((row["p50"] for row in rows if row["contender"] == row["baseline"]), None)
+        for row in rows:
+            row["speedup"] = None if baseline is None else baseline / row["p50"]
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """A group as Markdown."""
+    columns = {
+        "": lambda row: row["contender"],
+        "median": lambda row: _time(row["p50"]),
+        "20 % to 80 %": lambda row: f"{_time(row['p20'])} to {_time(row['p80'])}" if "p20" in row else "",
+        f"speed beside {rows[0]['baseline']}": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.3g}x",
+        "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
+        "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
+        "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
+    }
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    filled = {name: column for name, column in cells.items() if any(column)}
+    lines = ["|".join(filled), "|".join("---" for _ in filled), *map("|".join, zip(*filled.values(), strict=True))]
+    return "".join(f"|{line}|\n" for line in lines)
+
+
+def source(run: Run) -> str:
+    """Where a run was made: hardware, versions, commit."""
+    machine, commit = run["machine_info"], run["commit_info"]
+    processor = machine.get("cpu", {}).get("brand_raw", machine["machine"])
+    hardware = ", ".join(machine["gpus"]) or f"{processor}, {machine['threads']} threads"
+    packages = {"PyTorch": "torch", "Triton": "triton"} | {
+        name: name for name in ("late-interaction-kernels", "flash-maxsim")
+    }
+    versions = ", ".join(f"{title} {machine[name]}" for title, name in packages.items() if machine.get(name))
+    dirty = " with changes" if commit["dirty"] else ""
+    return f"{hardware}; {versions}; commit {commit['id'][:10]}{dirty}, {run['datetime'][:10]}."
+
+
+def page(folder: Path) -> str:
+    """All tables of a machine."""
+    parts = [f"# {folder.name}\n\nWritten by `python bench/report.py` from the files beside it.\n"]
+    if any(_points(run) for _, run in runs(folder)):
+        parts.append("![Achieved operations a second over operations a byte](roofline.png)\n")
+    for name, run in runs(folder):
+        parts.append(f"## {name}\n\n{source(run)}\n")
+        parts += [f"### {group}\n\n{table(rows)}" for group, rows in groups(run).items()]
+    return "\n".join(parts)
+
+
+def filled(readme: str, results: Path = RESULTS) -> str:
+    """A text with the tables that its marks name.
+
+    Raises:
+        KeyError: A mark that names no group of its file.
+    """
+
+    def fill(mark: re.Match[str]) -> str:
+        run = json.loads((results / mark["file"]).read_text(encoding="utf-8"))
+        return f"{mark[1]}{table(groups(run)[mark['group']])}\n{source(run)}\n{mark[4]}"
+
+    return _MARK.sub(fill, readme)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+# Roofline ------------------------------------------------------------------------------------------------------------
+
+
+def _points(run: Run) -> list[Row]:
+    return [row for rows in groups(run).values() for row in rows if "flops" in row]
+
+
+def roofline(folder: Path) -> None:
+    """Write ``roofline.png``: each counted contender under the roofs that its machine was seen to have."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counted = [(run, _points(run)) for _, run in runs(folder)]
+    counted = [(run, points) for run, points in counted if points]
+    if not counted:
+        return
+    figure, panels = pyplot.subplots(1, len(counted), figsize=(6.4 * len(counted), 5), squeeze=False)
+    for axes, (run, points) in zip(panels[0], counted, strict=True):
+        _draw(axes, run, points)
+    figure.tight_layout()
+    figure.savefig(folder / "roofline.png", dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, run: Run, points: list[Row]) -> None:
+    peaks = run["machine_info"]["peaks"]
+    intensities = [row["flops"] / row["bytes"] for row in points]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    dtypes = {row["work_dtype"] for row in points}
+    for number, (dtype, peak) in enumerate(sorted(peaks["flops/s"].items())):
+        if dtype not in dtypes:
+            continue
+        colour, ridge = f"C{number}", peak / peaks["bytes/s"]
+        roof = [(x, min(peak, x * peaks["bytes/s"])) for x in sorted({low, min(max(low, ridge), high), high})]
+        axes.plot(*zip(*roof, strict=True), color=colour, label=dtype)
+        for ours, marker in ((True, "*"), (False, ".")):
+            some = [
+                (row["flops"] / row["bytes"], row["flops"] / row["p50"])
+                for row in points
+                if row["work_dtype"] == dtype and row["contender"].startswith("finelip_fast") == ours
+            ]
+            if some:
+                axes.plot(*zip(*some, strict=True), marker, color=colour, markersize=12 if ours else 6, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
+    axes.set_title("stars: finelip_fast; dots: the others", fontsize="medium")
+    axes.legend(title="roofs as measured")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables and pictures of the recorded runs.")
+    parser.parse_args()
+    for folder in sorted(path for path in RESULTS.iterdir() if any(runs(path))):
+        (folder / "README.md").write_text(page(folder), encoding="utf-8")
+        roofline(folder)
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
