@@ -1,7 +1,8 @@
 """Compile a Triton kernel for a GPU that is not here, and read what came out: registers, shared memory, spills.
 
 Triton carries ``ptxas`` and ``cuobjdump``, so that any machine can hold a kernel to "fits, spills nothing, uses the
-tensor cores of that GPU". Only tests and benchmarks need this.
+tensor cores of that GPU". :func:`compile_for` takes types and constants by hand; :func:`recorded_launches` takes them from a
+launcher itself, ours or another package's. Only tests and benchmarks need this.
 """
 
 from __future__ import annotations
@@ -9,26 +10,55 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction, mangle_type
 
 from finelip_fast._errors import InputError, KernelError
 
-# What one program may ask for: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-SHARED_MEMORY_LIMIT = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
+
+class Multiprocessor(NamedTuple):
+    """What the programs that run side by side on one multiprocessor share."""
+
+    shared_bytes: int
+    warps: int
+    programs: int
+
+
+# By compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+MULTIPROCESSOR = {
+    80: Multiprocessor(164 << 10, warps=64, programs=32),
+    86: Multiprocessor(100 << 10, warps=48, programs=16),
+    89: Multiprocessor(100 << 10, warps=48, programs=24),
+    90: Multiprocessor(228 << 10, warps=64, programs=32),
+    100: Multiprocessor(228 << 10, warps=64, programs=32),
+    120: Multiprocessor(100 << 10, warps=48, programs=24),
 }
+
+# Of each program's shared memory, the driver's own: the guide's "Shared Memory" of compute capability 8.x and later.
+_RESERVED_BYTES = 1 << 10
+
+# What one program may ask for.
+SHARED_MEMORY_LIMIT = {
+    capability: multiprocessor.shared_bytes - _RESERVED_BYTES for capability, multiprocessor in MULTIPROCESSOR.items()
+}
+
+# How memory is handed out, on all of them: ``cuda_occupancy.h`` of the CUDA toolkit. Each quarter of a multiprocessor has a
+# quarter of its 65,536 registers.
+_QUARTERS, _QUARTER_REGISTERS, _WARP = 4, 16_384, 32
+_REGISTER_UNIT, _SHARED_UNIT = 256, 128
 
 
 @dataclass(frozen=True)
@@ -38,8 +68,24 @@ class Compiled:
     registers: int  # of one thread
     shared_bytes: int  # of one program
     spilled_bytes: int  # of one thread: registers, or arrays, that went to memory
+    capability: int  # of the GPU: 80, 90, 120, ...
+    num_warps: int
     ptx: str = field(repr=False)
     ttir: str = field(repr=False)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU can run it at all."""
+        return self.programs_per_sm > 0
+
+    @property
+    def programs_per_sm(self) -> int:
+        """How many programs run side by side on one multiprocessor: what hides the latency of memory."""
+        limits = MULTIPROCESSOR[self.capability]
+        shared_bytes = _round_up(self.shared_bytes + _RESERVED_BYTES, _SHARED_UNIT)
+        warp_registers = _round_up(self.registers * _WARP, _REGISTER_UNIT)
+        warps = min(limits.warps, _QUARTERS * (_QUARTER_REGISTERS // warp_registers))
+        return min(limits.programs, limits.shared_bytes // shared_bytes, warps // self.num_warps)
 
     @property
     def uses_wgmma(self) -> bool:
@@ -99,6 +145,8 @@ def compile_for(
         registers=usage["REG"],
         shared_bytes=compiled.metadata.shared,
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
+        capability=capability,
+        num_warps=num_warps,
         ptx=compiled.asm["ptx"],
         ttir=compiled.asm["ttir"],
     )
@@ -112,3 +160,107 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A launch of a kernel, as its launcher asked for it. Of Triton's options it keeps the two that the launchers vary."""
+
+    kernel: Any  # under ``@triton.jit``
+    arguments: Mapping[str, Any]  # all of the kernel's, by name
+    num_warps: int = 4  # this and the next: Triton's own defaults
+    num_stages: int = 3
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Its ``tl.constexpr`` arguments: how the work is cut, and what for."""
+        return {
+            parameter.name: self.arguments[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr
+        }
+
+    def compile(self, capability: int) -> Compiled:
+        """What Triton would compile for it on a GPU of that capability, specialised as it does by itself.
+
+        Raises:
+            KernelError: The kernel was imported under ``TRITON_INTERPRET=1``.
+        """
+        signature, constants, divisible = {}, self.constants, []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.arguments[parameter.name]
+            if name in constants:
+                continue
+            specialised = not parameter.do_not_specialize
+            if value is None or (specialised and type(value) is int and value == 1):
+                constants[name] = value
+            else:
+                signature[name] = mangle_type(value)
+                if specialised and _is_divisible(value):
+                    divisible.append(name)
+        return compile_for(
+            self.kernel,
+            signature,
+            constants,
+            capability=capability,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            divisible=divisible,
+        )
+
+
+def _is_divisible(value: object) -> bool:
+    """Whether Triton would know it as a multiple of 16; memory of its own starts at one."""
+    if isinstance(value, Tensor):
+        return int(value.storage_offset()) * value.element_size() % 16 == 0
+    return type(value) is int and value % 16 == 0
+
+
+def _as_launched(kernel: Any, arguments: Sequence[object], keywords: Mapping[str, Any]) -> KernelLaunch:
+    named = {name: value for name, value in keywords.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*arguments, **named)
+    bound.apply_defaults()
+    options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
+    return KernelLaunch(kernel, dict(bound.arguments), **options)
+
+
+@contextmanager
+def recorded_launches(capability: int, name: str = "") -> Iterator[list[tuple[KernelLaunch, ...]]]:
+    """Inside, launchers meet a GPU of that capability, and what they launch is written down instead.
+
+    Give them tensors on the ``meta`` device, which have shapes and strides but no numbers. A package that looks at the GPU
+    when it is imported must be imported inside, for the first time.
+
+    Args:
+        capability: 80, 90, 120, ...
+        name: What the GPU is called, for launchers that ask.
+
+    Yields:
+        The launches so far, in their order; of an autotuned kernel all that it would try, of another the one.
+    """
+    launches: list[tuple[KernelLaunch, ...]] = []
+
+    def run(kernel: Any, *arguments: object, **keywords: Any) -> None:
+        launches.append((_as_launched(kernel, arguments, keywords),))
+
+    def tune(tuner: Any, *arguments: object, **keywords: Any) -> None:
+        tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))  # for the pruning
+        configs = tuner.prune_configs(keywords)
+        launches.append(tuple(_as_launched(tuner.fn, arguments, keywords | config.all_kwargs()) for config in configs))
+
+    major, minor = divmod(capability, 10)
+    gpu: dict[str, Any] = {
+        "is_available": lambda: True,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_properties": lambda device=None: SimpleNamespace(name=name, major=major, minor=minor),
+        "device_of": lambda tensor: nullcontext(),
+    }
+    with (
+        patch.multiple(torch.cuda, **gpu),
+        patch.object(Tensor, "is_cuda", True),
+        patch.object(JITFunction, "run", run),
+        patch.object(Autotuner, "run", tune),
+    ):
+        yield launches

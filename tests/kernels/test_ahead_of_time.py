@@ -11,11 +11,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import torch
 import triton
 import triton.language as tl
 
 from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT, compile_for
+from finelip_fast.kernels import _clim_triton as clim
+from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_for, recorded_launches
 
 
 @triton.jit
@@ -96,3 +98,77 @@ def test_arguments_that_do_not_fit_are_refused(signature, names):
 def test_a_plain_function_is_refused():
     with pytest.raises(KernelError, match="expected a compiled kernel, got function"):
         compile_for(product.fn, POINTERS, {"SIZE": 64}, capability=80)
+
+
+@pytest.mark.parametrize(
+    ("capability", "registers", "shared_kib", "num_warps", "programs"),
+    [
+        (90, 121, 96, 8, 2),  # by registers, and by shared memory
+        (80, 126, 32, 4, 4),  # by registers: 4,096 for each warp, of 16,384 in each quarter
+        (80, 129, 0, 4, 3),  # one more, rounded up: 3 warps in each quarter
+        (90, 40, 227, 4, 1),  # by shared memory, with 1 KiB of the driver's
+        (90, 16, 0, 16, 4),  # by warps
+        (80, 16, 0, 1, 32),  # by programs
+        (120, 16, 0, 1, 24),
+        (120, 40, 100, 4, 0),  # too much shared memory for any
+        (90, 255, 0, 16, 0),  # too many registers
+    ],
+)
+def test_programs_side_by_side(capability, registers, shared_kib, num_warps, programs):
+    """The same numbers as ``cuda_occupancy.h`` gives."""
+    compiled = Compiled(registers, shared_kib << 10, 0, capability, num_warps, ptx="", ttir="")
+    assert compiled.programs_per_sm == programs
+    assert compiled.fits is (programs > 0)
+
+
+@pytest.mark.parametrize(("n", "constants", "divisible"), [(4096, {}, ["n"]), (4095, {}, []), (1, {"n": 1}, [])])
+def test_a_recorded_launch_compiles_as_one_written_by_hand(n, constants, divisible):
+    x, out = (torch.empty(n, device="meta") for _ in range(2))
+    with recorded_launches(90) as launches:
+        double[(8,)](x, out, n, BLOCK=512, WIDE=False, num_warps=2)
+    [[launch]] = launches
+    types = {"x": "*fp32", "out": "*fp32", "n": "i32"}
+    by_hand = compile_for(
+        double,
+        {name: kind for name, kind in types.items() if name not in constants},
+        {"BLOCK": 512, "WIDE": False, **constants},
+        capability=90,
+        num_warps=2,
+        divisible=["x", "out", *divisible],
+    )
+    assert launch.constants == {"BLOCK": 512, "WIDE": False}
+    assert launch.compile(90) == by_hand
+
+
+def test_tensors_in_the_middle_of_memory_are_not_taken_for_divisible():
+    x = torch.empty(4097, device="meta")
+    with recorded_launches(80) as launches:
+        for rows in (x, x[1:]):
+            double[(8,)](rows, rows, 4096, BLOCK=512, WIDE=False)
+    assert ["ld.global.v4" in launch.compile(80).ptx for [launch] in launches] == [True, False]
+
+
+def test_all_that_an_autotuner_would_try_is_recorded():
+    configs = [triton.Config({"BLOCK": block}, num_warps=block // 128) for block in (128, 256, 512)]
+    small = {"early_config_prune": lambda configs, named, **_: [c for c in configs if c.kwargs["BLOCK"] <= named["n"]]}
+    # The benchmark is never run; named because its default asks for a GPU.
+    tuned = triton.autotune(configs, key=["n"], prune_configs_by=small, do_bench=lambda *_, **__: 0.0)(double)
+    x = torch.empty(256, device="meta")
+    with recorded_launches(90) as launches:
+        tuned[(1,)](x, x, 256, WIDE=False)
+    [candidates] = launches
+    assert [(launch.constants["BLOCK"], launch.num_warps) for launch in candidates] == [(128, 1), (256, 2)]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_launchers_choose_as_on_the_recorded_gpu(capability, monkeypatch, tmp_path):
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))  # without what was tuned on this machine
+    queries, items = (torch.empty(count, 40, 512, dtype=torch.float16, device="meta") for count in (8, 100))
+    with recorded_launches(capability) as launches:
+        clim.scores(queries, items, alpha=0.8)
+    [[launch]] = launches
+    cut = clim.default_settings(capability=capability, dtype=torch.float16, width=512, n_queries=8, query_tokens=40)
+    assert launch.kernel is clim.scores_kernel
+    assert (launch.constants["BLOCK_ITEMS"], launch.constants["QUERIES"]) == (cut.block_items, cut.queries_per_program)
+    assert (launch.num_warps, launch.num_stages) == (cut.num_warps, cut.num_stages)
+    assert not queries.is_cuda

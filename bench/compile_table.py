@@ -1,0 +1,285 @@
+"""What our kernels and the peers' need on each GPU: registers, shared memory, spills. Compiled, not run: no GPU needed.
+
+    python bench/compile_table.py [--out FILE]      compiles everything and records it
+    python bench/compile_table.py --table FILE      prints what was recorded
+
+Each package's own launcher is called, with tensors that have shapes and no numbers, and what it launches is compiled: the
+settings are those that it would choose on that GPU, and nothing of it is copied here. Where a package tries several settings
+on the GPU and keeps the fastest, all of them are compiled and the best on paper stands for it: one that fits and spills
+nothing, and of these the one of which most programs run side by side. No timing is in this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import peers
+import record
+import torch
+from torch import Tensor
+
+from finelip_fast.kernels import _atrm_gradient_triton as atrm_gradient
+from finelip_fast.kernels import _atrm_triton as atrm
+from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
+from finelip_fast.kernels import _clim_triton as clim
+from finelip_fast.kernels._ahead_of_time import Compiled, KernelLaunch, recorded_launches
+
+OUT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
+
+# By compute capability. Some launchers look for the name.
+GPUS = {80: "NVIDIA A100", 90: "NVIDIA H100", 120: "NVIDIA GeForce RTX 5090"}
+
+OURS = "finelip-fast"
+
+BATCH = 512  # of training, both sides
+ITEMS = peers.AT_ONCE  # of a search
+IMAGES = 1024  # of an aggregation
+
+Row = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """Of a model: ``L`` and ``D`` of its embeddings, and the patches of a picture."""
+
+    tokens: int
+    width: int
+    patches: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.width}"
+
+
+SHAPES = (Shape(40, 512, 196), Shape(52, 768, 256))  # ViT-B/16, ViT-L/14
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that launches kernels, on the ``meta`` device."""
+
+    name: str
+    package: str
+    shape: Shape
+    run: Callable[[], object]
+    dtype: torch.dtype = torch.float16
+
+
+# The cases ------------------------------------------------------------------------------------------------------------
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """A tensor that has a shape and no numbers."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def our_cases(capability: int) -> Iterator[Case]:
+    for shape in SHAPES:
+        for n_queries in (1, 8):
+            for dtype in (torch.float16, torch.int8):
+                yield Case(f"clim, Q={n_queries}", OURS, shape, partial(search, shape, n_queries, dtype), dtype)
+        yield Case("clim, training", OURS, shape, partial(train, shape))
+        yield Case("atrm", OURS, shape, partial(aggregate, shape, capability))
+        yield Case("atrm, training", OURS, shape, partial(aggregate_backward, shape, capability), torch.float32)
+
+
+def search(shape: Shape, n_queries: int, dtype: torch.dtype) -> None:
+    queries, items = (empty(count, shape.tokens, shape.width, dtype=dtype) for count in (n_queries, ITEMS))
+    scales = {}
+    if dtype == torch.int8:
+        scales["query_scales"] = empty(n_queries, shape.tokens, dtype=torch.float32)
+        scales["item_scales"] = empty(ITEMS, shape.tokens, dtype=torch.float32)
+    clim.scores(queries, items, alpha=0.8, **scales)
+
+
+def train(shape: Shape) -> None:
+    queries, items = (empty(BATCH, shape.tokens, shape.width) for _ in range(2))
+    scores, *winners = clim_gradient.scores_with_winners(queries, items, alpha=0.8)
+    clim_gradient.gradient(scores, queries, items, *winners, alpha=0.8)
+
+
+def aggregate(shape: Shape, capability: int) -> None:
+    hidden, aggregated, width = shape.width // 5, shape.tokens - 1, shape.width
+    parameters = [(width,), (width,), (hidden, width), (hidden,), (aggregated, hidden), (aggregated,), ()]
+    launch = atrm.Launch(capability, width, aggregated, torch.float16, IMAGES)
+    atrm.aggregate(
+        empty(IMAGES, shape.patches, width),
+        *(empty(*sizes) for sizes in parameters),
+        lengths=empty(IMAGES, dtype=torch.int64),
+        anchor=empty(IMAGES, width),
+        settings=atrm.settings_for(launch),
+    )
+
+
+def aggregate_backward(shape: Shape, capability: int) -> None:
+    """The two kernels alone: what is around them is PyTorch's."""
+    aggregated, width = shape.tokens - 1, shape.width
+    atrm_gradient._through_softmax(
+        empty(IMAGES, aggregated + 1, width),
+        empty(IMAGES, shape.patches, width, dtype=torch.float32),
+        empty(IMAGES, shape.patches, aggregated, dtype=torch.float32),
+        empty(IMAGES, dtype=torch.int64),
+        atrm_gradient.settings_for(atrm_gradient.Launch(capability, width, aggregated)),
+    )
+
+
+def peer_cases() -> Iterator[Case]:
+    with patch.object(peers, "ON_GPU", True):
+        searching, training = peers.maxsims(), peers.maxsims(gradient=True)
+    for package in searching:
+        for shape in SHAPES:
+            yield Case("maxsim, Q=8", package, shape, partial(peer_search, searching[package], shape))
+            yield Case("maxsim, training", package, shape, partial(peer_train, training[package], shape))
+
+
+def peer_search(maxsim: peers.MaxSim, shape: Shape) -> None:
+    maxsim(empty(8, shape.tokens, shape.width), empty(ITEMS, shape.tokens, shape.width))
+
+
+def peer_train(maxsim: peers.MaxSim, shape: Shape) -> None:
+    queries, items = (empty(BATCH, shape.tokens, shape.width).requires_grad_() for _ in range(2))
+    maxsim(queries, items).sum().backward()
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(capability: int) -> list[Row]:
+    """All rows of one GPU. In a process of its own: the peers look at the GPU once, when they are imported."""
+    # Shipped settings, not those that this user's tuning found.
+    os.environ["FINELIP_CACHE"] = os.devnull
+    # A check of the norms, once a process, that would look at the numbers.
+    os.environ["LIK_SUPPRESS_NORM_WARN"] = "1"
+    rows: list[Row] = []
+    with recorded_launches(capability, GPUS[capability]) as launches:
+        for case in (*our_cases(capability), *peer_cases()):
+            row = {
+                "package": case.package,
+                "shape": str(case.shape),
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "capability": capability,
+            }
+            launches.clear()
+            try:
+                case.run()
+            except Exception as error:  # a peer may change, or refuse: the row says so
+                rows.append({"kernel": case.name, **row, "error": brief(error)})
+            for candidates in launches:
+                kernel = f"{case.name}: {candidates[0].kernel.__name__}"
+                found = {"kernel": kernel, **row, **compile_best(candidates, capability)}
+                if found not in rows:  # a gradient kernel runs once a side
+                    rows.append(found)
+    return rows
+
+
+def compile_best(candidates: Sequence[KernelLaunch], capability: int) -> Row:
+    """What is said of a launch; of several, of the best."""
+    compiled: list[tuple[KernelLaunch, Compiled]] = []
+    error = ""
+    for candidate in candidates:
+        try:
+            compiled.append((candidate, candidate.compile(capability)))
+        except Exception as failure:  # Triton has many names for it; an autotuner passes over it, too
+            error = brief(failure)
+    if not compiled:
+        return {"error": error}
+    launch, best = min(compiled, key=lambda of: (not of[1].fits, of[1].spilled_bytes, -of[1].programs_per_sm))
+    settings = {name: plain(value) for name, value in launch.constants.items()}
+    settings |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if len(candidates) > 1:
+        fitting = [result for _, result in compiled if result.fits]
+        whole = sum(result.spilled_bytes == 0 for result in fitting)
+        wgmma = sum(result.uses_wgmma for result in fitting)
+        settings["note"] = (
+            f"best of {len(candidates)} that the package would try: "
+            f"{len(fitting)} fit, {whole} of these spill nothing, {wgmma} use wgmma"
+        )
+    return {
+        "settings": settings,
+        "registers": best.registers,
+        "shared_kib": round(best.shared_bytes / 1024, 1),
+        "spilled_bytes": best.spilled_bytes,
+        "wgmma": best.uses_wgmma,
+        "fits": best.fits,
+        "programs_per_sm": best.programs_per_sm,
+    }
+
+
+def plain(value: object) -> object:
+    """As JSON has it: a dtype of Triton's by its name."""
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def brief(error: Exception) -> str:
+    """One line of an error: its last, where compilers say what it was."""
+    *_, last = ["", *str(error).strip().splitlines()]
+    return f"{type(error).__name__}: {last}"[:200]
+
+
+def missing() -> list[Row]:
+    """A row for each peer that is not installed."""
+    return [
+        {"kernel": "all", "package": package, "shape": "", "error": f"not installed: pip install {package}"}
+        for package in (peers.LATE, peers.FLASH)
+        if importlib.util.find_spec(package.replace("-", "_")) is None
+    ]
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """GitHub markdown: a line for each kernel, package and shape; a column for each GPU.
+
+    A cell: registers / shared KiB / spilled bytes / programs side by side on one multiprocessor.
+    """
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in rows:
+        columns = [row["capability"]] if "capability" in row else GPUS
+        line = cells.setdefault((row["kernel"], row["package"], row["shape"], row.get("dtype", "")), {})
+        line.update(dict.fromkeys(columns, cell(row)))
+    head = ["kernel", "package", "L x D", "dtype", *(f"sm_{capability}" for capability in GPUS)]
+    lines = [head, ["---"] * len(head)]
+    lines += [[*names, *(line.get(capability, "") for capability in GPUS)] for names, line in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(row: Row) -> str:
+    if "error" in row:
+        return str(row["error"]).replace("|", "\\|")
+    numbers = " / ".join(str(row[name]) for name in ("registers", "shared_kib", "spilled_bytes", "programs_per_sm"))
+    return numbers + (" wgmma" if row["wgmma"] else "") + ("" if row["fits"] else " does not fit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON to write")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the table of a recorded JSON, compile nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["rows"]))
+        return
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = [row for rows in pool.map(rows_of, GPUS, chunksize=1) for row in rows] + missing()
+    found = {
+        "commit": record.commit(),
+        "versions": record.versions("torch", "triton", peers.LATE, peers.FLASH),
+        "rows": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
