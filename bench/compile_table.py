@@ -1,7 +1,6 @@
 """What our kernels and the peers' need on each GPU: registers, shared memory, spills. Compiled, not run: no GPU needed.
 
-    python bench/compile_table.py [--out FILE]      compiles everything and records it
-    python bench/compile_table.py --table FILE      prints what was recorded
+``python bench/compile_table.py`` writes ``bench/results/compiled/kernels.json``, and the table of it in ``README.md`` beside.
 
 Each package's own launcher is called, with tensors that have shapes and no numbers, and what it launches is compiled: the
 settings are those that it would choose on that GPU, and nothing of it is copied here. Where a package tries several settings
@@ -46,6 +45,19 @@ ITEMS = peers.AT_ONCE  # of a search
 IMAGES = 1024  # of an aggregation
 
 Row = dict[str, Any]
+
+PAGE = """# Kernels, compiled
+
+Written by `python bench/compile_table.py`: each package's own launcher is asked what it would launch on that GPU, and that is
+compiled. {versions}; commit {commit}. No GPU was needed, and nothing was timed.
+
+Each cell: registers of a thread / KiB of shared memory of a program / bytes of a thread that spill / programs side by side on
+one multiprocessor; wgmma: products run on Hopper's tensor cores at their full rate. Programs are of 4 or 8 warps, some of the
+peers' of 2. Where a package tries settings on the GPU, the best on paper stands for all; `kernels.json` says how many fit and
+spill nothing. The peers' kernels score one direction and are launched twice.
+
+{table}
+"""
 
 
 class Shape(NamedTuple):
@@ -259,16 +271,16 @@ def cell(row: Row) -> str:
     return numbers + (" wgmma" if row["wgmma"] else "") + ("" if row["fits"] else " does not fit")
 
 
+def page(found: dict[str, Any]) -> str:
+    """A record as Markdown."""
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items() if version)
+    dirty = " with changes" if found["commit"]["dirty"] else ""
+    return PAGE.format(versions=versions, commit=found["commit"]["id"][:10] + dirty, table=table(found["rows"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON to write")
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print the table of a recorded JSON, compile nothing"
-    )
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["rows"]))
-        return
+    parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [row for rows in pool.map(rows_of, GPUS, chunksize=1) for row in rows] + missing()
     found = {
@@ -276,9 +288,9 @@ def main() -> None:
         "versions": record.versions("torch", "triton", peers.LATE, peers.FLASH),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    OUT.with_name("README.md").write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

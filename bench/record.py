@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 # Where the tree travels without .git: `git describe --always --dirty --abbrev=40` of where it came from.
 COMMIT = "FINELIP_BENCH_COMMIT"
 
+_RESULTS = "bench/results"
 
-def commit(paths: Sequence[str] = ()) -> dict[str, Any]:
-    """The commit's ``id``, and whether the tree was ``dirty``, or these of its paths."""
+
+def commit() -> dict[str, Any]:
+    """The commit's ``id``, and whether the tree was ``dirty``, records apart."""
     told = os.environ.get(COMMIT)
     if told:
         return {"id": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
-    head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *paths)
+    head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", f":(exclude){_RESULTS}")
     return {"id": head or "unknown", "dirty": head is None or bool(status)}
 
 

@@ -27,6 +27,11 @@ Row = dict[str, Any]  # a contender of it: what ``contest.py`` recorded
 _MARK = re.compile(r"(<!-- bench (?P<file>[^\s:]+): (?P<group>.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
+def machines() -> list[Path]:
+    """The folders that hold runs."""
+    return sorted(path for path in RESULTS.iterdir() if any(runs(path)))
+
+
 def runs(folder: Path) -> Iterator[tuple[str, Run]]:
     """The recorded runs of a machine by the names of their files."""
     for path in sorted(folder.glob("*.json")):
@@ -164,7 +169,7 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and pictures of the recorded runs.")
     parser.parse_args()
-    for folder in sorted(path for path in RESULTS.iterdir() if any(runs(path))):
+    for folder in machines():
         (folder / "README.md").write_text(page(folder), encoding="utf-8")
         roofline(folder)
     readme = ROOT / "README.md"

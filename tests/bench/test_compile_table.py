@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +86,8 @@ def test_what_does_not_compile_says_why():
     row = compile_best([Candidate(1, error=ValueError("at line 3:\nno such operation | here"))], 90)
     assert row == {"error": "ValueError: no such operation | here"}
     assert r"no such operation \| here" in table([ROW | row])
+
+
+def test_the_page_of_this_repository_is_current():
+    found = json.loads(compile_table.OUT.read_text(encoding="utf-8"))
+    assert compile_table.page(found) == compile_table.OUT.with_name("README.md").read_text(encoding="utf-8")

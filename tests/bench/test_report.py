@@ -100,5 +100,5 @@ def test_marks_are_filled_and_filled_again(machine):
 def test_the_pages_of_this_repository_are_current():
     readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
     assert report.filled(readme) == readme
-    for page in report.RESULTS.glob("*/README.md"):
-        assert report.page(page.parent) == page.read_text(encoding="utf-8")
+    for folder in report.machines():
+        assert report.page(folder) == (folder / "README.md").read_text(encoding="utf-8")
