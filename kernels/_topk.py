@@ -39,8 +39,8 @@ Bracket = tuple[int, Tensor, Tensor]  # the first item of a chunk, scores [Q, n]
 _SCORE_ELEMENTS = 1 << 22
 # Bytes of a chunk that must be copied before it can be scored.
 _COPY_BYTES = 1 << 26
-# Elements that scoring again in float64 may hold, 64 MiB.
-_RESCORE_ELEMENTS = 1 << 23
+# Elements that scoring again in float64 may hold, 16 MiB: more would leave the cache.
+_RESCORE_ELEMENTS = 1 << 21
 
 
 class Score(Protocol):
