@@ -77,7 +77,8 @@ def scores(
     scratch = _Scratch()
     with torch.no_grad():
         for some in _slices(n_queries, block_queries):
-            columns = _columns(queries[some], None if query_scales is None else query_scales[some])
+            some_scales = None if query_scales is None else query_scales[some]
+            columns = _columns(queries[some], some_scales, reused=n_items > block_items)
             for those in _slices(n_items, block_items):
                 scales = None if item_scales is None else item_scales[those]
                 tiles = _tiles(items[those], scales, columns, tile_items * item_tokens, rounded, scratch)
@@ -101,6 +102,7 @@ class _Columns:
         anchors: Row 0 of each query, float32 ``[D, q]``.
         shape: ``(q, L_q)``.
         token_major: One token of all queries side by side, or all tokens of one query: whichever is faster for maxima.
+        reused: Whether more than one block of items meets them.
     """
 
     tokens: Tensor
@@ -108,6 +110,7 @@ class _Columns:
     anchors: Tensor
     shape: tuple[int, int]
     token_major: bool
+    reused: bool
 
     @cached_property
     def transposed(self) -> Tensor:
@@ -121,28 +124,27 @@ class _Columns:
 
     @cached_property
     def packed(self) -> Tensor:
-        """As oneDNN reads it: laid out once, not for every block of items."""
-        return _packed(self.tokens)
+        """For oneDNN, ``[w, D]``."""
+        return self._packed(self.tokens)
 
     @cached_property
     def wide_packed(self) -> Tensor:
-        """In float32, as oneDNN reads it."""
-        return _packed(self.tokens.float())
+        """For oneDNN in float32."""
+        return self._packed(self.tokens.float())
+
+    def _packed(self, tokens: Tensor) -> Tensor:
+        """Laid out as oneDNN multiplies it, if that is not for one block alone: it would do so itself, for less."""
+        return torch.ops.mkldnn._reorder_linear_weight(tokens) if self.reused else tokens
 
 
-def _packed(tokens: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(tokens)
-    return packed
-
-
-def _columns(block: Tensor, scales: Tensor | None) -> _Columns:
+def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
     n_queries, tokens, width = block.shape
     token_major = n_queries >= _BLOCK_QUERIES
     anchors = _anchors(block, scales).T
     arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width)
     if scales is not None:
         scales = (scales.T if token_major else scales).reshape(1, -1)
-    return _Columns(arranged, scales, anchors, (n_queries, tokens), token_major)
+    return _Columns(arranged, scales, anchors, (n_queries, tokens), token_major, reused)
 
 
 def _anchors(block: Tensor, scales: Tensor | None) -> Tensor:
