@@ -1,31 +1,22 @@
-"""The gradient of token aggregation; the operation is defined in :mod:`finelip_fast.kernels.atrm`.
+"""The middle of token aggregation's gradient on the GPU: from the rows' gradients to the logits' and the tokens'.
 
-Nothing is kept from the forward pass. For one item with logits ``l [N, K]``, ``w = softmax(l)`` over the tokens,
-``p = w.T @ x``, ``r = max(|p|, eps)`` and the incoming gradient ``g``::
-
-    dp  = (g - p (p . g) / r^2) / r        through the norm, row by row
-    dl  = w * (x @ dp.T - p . dp)          through the softmax; p . dp is 0 unless the norm was below eps
-    dx  = w @ dp                           the direct part; the rest comes through the logits
-
-Two Triton kernels make these, one over rows, one over tokens: every value has one owner, so that there are no atomics and
-the bits are the same every time. The logits themselves, and the way from ``dl`` back through the linear layers and
-LayerNorm, are dense products over all tokens, left to PyTorch. All is float32, and runs over blocks of items, so that the
-memory beside the result is bounded whatever the batch.
+Formulas, and what is before and after: ``_atrm_gradient.py``. Two kernels, one over rows, one over tokens: every value has
+one owner, so that there are no atomics and the bits are the same every time.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from finelip_fast.kernels import _settings
+from finelip_fast.kernels import _atrm_gradient, _settings
 from finelip_fast.kernels._atrm_triton import (
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
@@ -37,12 +28,11 @@ from finelip_fast.kernels._atrm_triton import (
     unit_stride,
     valid_tokens,
 )
-from finelip_fast.kernels.atrm import LAYER_NORM_EPS
 
 # Tensor cores at float32's precision: each product is made of three.
 PRECISION = tl.constexpr("tf32x3")
 
-# Elements of x in one block of items: 64 MiB in float32, and about five such tensors live at a time.
+# Elements of x in one block of items, 64 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -64,7 +54,7 @@ def row_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The module's ``dp [B, K, D]``; ``log_total [B, K]`` with ``w = exp(l - log_total)``; ``offset [B, K]``, ``p . dp``."""
+    """``dp [B, K, D]``; ``log_total [B, K]`` with ``w = exp(l - log_total)``; ``offset [B, K]``, ``p . dp``."""
     k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     item = (tl.program_id(0) // k_tiles).to(tl.int64)
     k = tl.program_id(0) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -117,7 +107,7 @@ def token_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The module's ``dl [B, N, K]`` and the direct part of ``dx [B, N, D]``; exactly 0 at and after an item's length."""
+    """``dl [B, N, K]`` and the direct part of ``dx [B, N, D]``; exactly 0 at and after an item's length."""
     tiles = tl.cdiv(tokens, BLOCK_N)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,72 +210,27 @@ def gradient(
     anchor: Tensor,
     *,
     settings: AtrmGradientSettings | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _atrm_gradient.Gradients:
     """The gradient of :func:`finelip_fast.kernels._atrm_triton.aggregate`, the same bits every time.
 
-    Args:
-        grad_out: ``[B, K + 1, D]``, any strides.
-        x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor: What the forward pass was given.
-
-    Returns:
-        Gradients of ``x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``w2``, ``b2``, ``scale`` and ``anchor``, each
-        in its tensor's shape and dtype. That of tokens at and after their item's length is 0.
+    Arguments and result as :func:`finelip_fast.kernels._atrm_gradient.gradient`'s.
 
     Raises:
         KernelError: No GPU.
     """
-    items, tokens, width = x.shape
-    settings = settings or settings_for(Launch(capability_of(x.device), width, w2.shape[0]))
-    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, scale)
-    wide = [parameter.float() for parameter in parameters]
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grads = [torch.zeros_like(parameter) for parameter in wide]
-    block = max(1, _BLOCK_ELEMENTS // max(1, tokens * width))
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        for start in range(0, items, block):
-            part = slice(start, start + block)
-            counts = None if lengths is None else lengths[part].contiguous()
-            grad_x[part], added = _of_some_items(unit_stride(grad_out[part]), x[part], wide, counts, settings)
-            grads = [total + some for total, some in zip(grads, added, strict=True)]
-        grad_anchor = _through_norm(grad_out[:, 0].float(), anchor.float())
-    gnw, gnb, gw1, gb1, gw2, gb2, gs = (grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))
-    return grad_x, gnw, gnb, gw1, gb1, gw2, gb2, gs, grad_anchor.to(anchor.dtype)
-
-
-def _of_some_items(
-    grad_out: Tensor, x: Tensor, parameters: list[Tensor], lengths: Tensor | None, settings: AtrmGradientSettings
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of ``x`` and of the parameters, all float32, as the parameters are."""
-    norm_weight, norm_bias, w1, b1, w2, b2, scale = parameters
-    x = _without_padding(x, lengths)
-    flat, width = x.flatten(0, 1), x.shape[2:]
-    normed, mean, rstd = torch.native_layer_norm(flat, width, norm_weight, norm_bias, LAYER_NORM_EPS)
-    before = F.linear(normed, w1, b1)
-    hidden = F.gelu(before)
-    linear = F.linear(hidden, w2, b2)
-    factor = scale.reshape(())
-    grad_logits, grad_x = _through_softmax(grad_out, x, (linear * factor).unflatten(0, x.shape[:2]), lengths, settings)
-    grad_logits = grad_logits.flatten(0, 1)
-    grad_linear = grad_logits * factor
-    grad_before = torch.ops.aten.gelu_backward(grad_linear @ w2, before)
-    grad_flat, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_before @ w1, flat, width, mean, rstd, norm_weight, norm_bias, [True, True, True]
-    )
-    return grad_x.add_(grad_flat.view_as(x)), [
-        grad_norm_weight,
-        grad_norm_bias,
-        grad_before.T @ normed,
-        grad_before.sum(dim=0),
-        grad_linear.T @ hidden,
-        grad_linear.sum(dim=0),
-        (grad_logits * linear).sum().reshape(scale.shape),
-    ]
+    settings = settings or settings_for(Launch(capability_of(x.device), x.shape[2], w2.shape[0]))
+    with torch.cuda.device_of(x):
+        return _atrm_gradient.gradient(
+            *(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor),
+            through_softmax=partial(_through_softmax, settings=settings),
+            block_elements=_BLOCK_ELEMENTS,
+        )
 
 
 def _through_softmax(
     grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tensor | None, settings: AtrmGradientSettings
 ) -> tuple[Tensor, Tensor]:
-    """The module's ``dl [B, N, K]`` and the direct part of ``dx [B, N, D]``, both float32, as ``x`` and ``logits`` are."""
+    grad_out = unit_stride(grad_out)
     (items, tokens, width), aggregated = x.shape, logits.shape[2]
     row_grad = x.new_empty(items, aggregated, width)
     log_total, offset = x.new_empty(2, items, aggregated)
@@ -330,22 +275,3 @@ def _through_softmax(
         **LAUNCH_OPTIONS,
     )
     return grad_logits, grad_x
-
-
-def _through_norm(grad: Tensor, rows: Tensor) -> Tensor:
-    """Through ``rows / max(|rows|, eps)``."""
-    norm = rows.norm(dim=-1, keepdim=True)
-    clamped = norm <= NORMALIZE_EPS.value
-    norm = norm.clamp_min(NORMALIZE_EPS.value)
-    unit = rows / norm
-    along = (unit * grad).sum(dim=-1, keepdim=True).masked_fill(clamped, 0.0)
-    return (grad - unit * along) / norm
-
-
-def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """``x [B, N, D]`` in float32, contiguous, and 0 at and after each length: zero times a NaN would be NaN."""
-    x = x.float().contiguous()
-    if lengths is None:
-        return x
-    padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    return x.masked_fill(padding[..., None], 0.0)
