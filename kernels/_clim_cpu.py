@@ -3,8 +3,7 @@
 Items are rows, 64 queries at a time are columns, and both maxima of a tile ``[items, L_i, L_q, queries]`` run along axes
 that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
 
-- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most. With AVX-512 it is oneDNN's, which is as fast on
-  every vendor's processors; PyTorch's own matrix product is MKL's, which keeps to AVX2 on those that are not Intel's.
+- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most.
 - bfloat16 with AMX: PyTorch's CPU has no product of bfloat16 matrices with a float32 result, so it is made of two. The
   first is rounded to bfloat16; the second subtracts that from the same float32 sum before it is rounded, so it holds what
   the first lost. That adds ``2^-18`` of the result. The global
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finelip_fast.kernels import _cpu
 from finelip_fast.kernels.clim import LEAKY_SLOPE
 
 # Fewer columns than this are not vectorised by a maximum over an axis further out.
@@ -134,7 +134,7 @@ class _Columns:
 
     def _packed(self, tokens: Tensor) -> Tensor:
         """Laid out as oneDNN multiplies it, if that is not for one block alone: it would do so itself, for less."""
-        return torch.ops.mkldnn._reorder_linear_weight(tokens) if self.reused else tokens
+        return _cpu.packed(tokens) if self.reused else tokens
 
 
 def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
@@ -204,15 +204,15 @@ class _Scratch:
 def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", *rows.shape).copy_(rows)
-    if _has("avx512") and _has_onednn():
-        product = torch.ops.mkldnn._linear_pointwise(rows, columns.wide_packed, None, "none", [], "")
+    if _cpu.has("avx512") and _cpu.has_onednn():
+        product = _cpu.linear(rows, columns.wide_packed)
     else:
         product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))
     yield from product.split(height)
 
 
 def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
-    for part in torch.ops.mkldnn._linear_pointwise(rows, columns.packed, None, "none", [], "").split(height):
+    for part in _cpu.linear(rows, columns.packed).split(height):
         yield scratch("wide", *part.shape).copy_(part)  # maxima in float32 are faster
 
 
@@ -231,31 +231,21 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
         return False
     # Two products are faster than one in float32 only with matrix instructions, and only oneDNN uses those.
     work = len(rows) * columns.numel()
-    return work >= _LEAST_BFLOAT16_WORK and _has("amx_tile") and bool(torch.backends.mkldnn.enabled)
+    return work >= _LEAST_BFLOAT16_WORK and _cpu.has("amx_tile") and _cpu.has_onednn()
 
 
 def has_rounded(dtype: torch.dtype) -> bool:
     """Whether products of rows of this dtype are faster when they are rounded."""
-    return dtype == torch.bfloat16 and (_has("avx512_bf16") or _has("amx_tile")) and _has_onednn()
-
-
-def _has_onednn() -> bool:
-    """Whether oneDNN's products are at hand, those that ``torch.compile`` freezes linear layers into."""
-    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return dtype == torch.bfloat16 and _cpu.has_bfloat16()
 
 
 def _int8_tiles(
     rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: _Scratch
 ) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
-    if _has("vnni"):
+    if _cpu.has("vnni"):
         product = torch._int_mm(rows, columns, out=scratch("integers", *shape, dtype=torch.int32))
     else:  # whole numbers below 2^24 are exact in float32
         product = torch.mm(rows.float(), columns.float(), out=scratch("product", *shape))
     for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
         yield scratch("scaled", *part.shape).copy_(part).mul_(column_scales).mul_(scales)
-
-
-def _has(feature: str) -> bool:
-    """Whether the processor has it; an older PyTorch that cannot say means no."""
-    return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast.kernels import _clim_cpu
+from finelip_fast.kernels import _clim_cpu, _cpu
 from finelip_fast.kernels._clim_cpu import scores
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,18 +25,18 @@ def blocks(request):
         "as shipped": {},
         "small": {"_BLOCK_QUERIES": 2, "_TILE_ELEMENTS": 100, "_PRODUCT_ELEMENTS": 1000, "_PRODUCT_ROWS": 30},
         "smallest": {"_BLOCK_QUERIES": 1, "_TILE_ELEMENTS": 1, "_PRODUCT_ELEMENTS": 1, "_PRODUCT_ROWS": 1},
-        "plain processor": {"_has": lambda feature: False},
+        "plain processor": {"has": lambda feature: False},
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes[request.param].items():
-            patch.setattr(_clim_cpu, name, value)
+            patch.setattr(_cpu if name == "has" else _clim_cpu, name, value)
         yield
 
 
 @pytest.fixture(params=["as shipped", "plain processor"])
 def processor(request, monkeypatch):
     if request.param != "as shipped":
-        monkeypatch.setattr(_clim_cpu, "_has", lambda feature: False)
+        monkeypatch.setattr(_cpu, "has", lambda feature: False)
 
 
 def make(*shape, seed=0, dtype=torch.float32):
@@ -174,9 +174,9 @@ def test_rounded_products_are_off_by_no_more_than_is_said(method, blocks, size, 
 
 
 def test_rounding_is_for_bfloat16_alone(monkeypatch):
-    monkeypatch.setattr(_clim_cpu, "_has", lambda feature: True)
+    monkeypatch.setattr(_cpu, "has", lambda feature: True)
     assert not _clim_cpu.has_rounded(torch.float32)
-    monkeypatch.setattr(_clim_cpu, "_has", lambda feature: False)
+    monkeypatch.setattr(_cpu, "has", lambda feature: False)
     assert not _clim_cpu.has_rounded(torch.bfloat16)
 
 

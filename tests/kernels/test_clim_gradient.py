@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import KernelError
-from finelip_fast.kernels import _clim_gradient, clim, clim_scores
+from finelip_fast.kernels import _clim_gradient, _cpu, clim, clim_scores
 
 
 def rows(*shape, seed=0, dtype=torch.float32):
@@ -42,13 +42,27 @@ def test_equals_float64_whatever_the_blocks(sizes, alpha, tile):
     items = rows(n_items, item_tokens, width, seed=1).requires_grad_()
     grad = torch.randn(n_queries, n_items, generator=torch.Generator().manual_seed(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_clim_gradient, "TILE_ELEMENTS", tile)
+        patch.setattr(_clim_gradient, "_CPU_ELEMENTS", tile)
         scores = clim_scores(queries, items, alpha=alpha)
         found = torch.autograd.grad(scores, (queries, items), grad)
     expected, *expected_grads = exact(queries, items, grad, alpha)
     assert_near(scores.detach(), expected)
     for actual, wanted in zip(found, expected_grads, strict=True):
         assert_near(actual, wanted)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_rounds_no_more_than_its_result(monkeypatch, dtype, instructions):
+    if not instructions:
+        monkeypatch.setattr(_cpu, "has", lambda feature: False)
+    queries = rows(9, 40, 96, dtype=dtype).requires_grad_()
+    items = rows(17, 12, 96, seed=1, dtype=dtype).requires_grad_()
+    grad = torch.randn(9, 17, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad(clim_scores(queries, items), (queries, items), grad)
+    for actual, wanted in zip(found, exact(queries, items, grad, 0.8)[1:], strict=True):
+        assert actual.dtype == dtype
+        assert_near(actual, wanted, torch.finfo(dtype).eps * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
