@@ -63,6 +63,7 @@ def table(rows: list[Row]) -> str:
         f"speed beside {rows[0]['baseline']}": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.3g}x",
         "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
         "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
+        "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
         "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
     }
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}

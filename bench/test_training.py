@@ -28,10 +28,10 @@ LARGEST = int(os.environ.get("FINELIP_BENCH_BATCH", 2048))
 BATCHES = tuple(batch for batch in ((128, 512, 2048) if ON_GPU else (64, 256)) if batch <= LARGEST)
 ROUNDS = 20 if ON_GPU else 3
 
-# Errors beside the largest gradient. Products that are rounded before the maximum is taken choose another winner here and
-# there, and autograd shares the gradient of a tie.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-ROUNDED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Errors beside the largest gradient. Of rows that are nearly as similar, rounding chooses another winner here and there, more
+# often where products are rounded before the maximum is taken; autograd shares the gradient of a tie.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+ROUNDED = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 PLAIN = "plain torch"
 PEERS = {name: f"{name}, once a direction" for name in (peers.LATE, peers.FLASH)}
