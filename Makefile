@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench record clean
 
 demo: $(READY)
 	$(BIN)/finelip demo
@@ -21,6 +21,16 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only
+
+# Each file of benchmarks to bench/results/$(MACHINE)/, and the tables of all that was recorded.
+record: $(READY)
+	$(BIN)/pip install --quiet --editable '.[peers]'
+	mkdir -p bench/results/$(MACHINE)
+	for path in bench/test_*.py; do \
+		name=$$(basename $$path .py); \
+		$(BIN)/pytest $$path --benchmark-only --benchmark-json=bench/results/$(MACHINE)/$${name#test_}.json || exit 1; \
+	done
+	$(BIN)/python bench/report.py
 
 # Installed again when the requirements change; the package itself is installed in place.
 $(READY): pyproject.toml

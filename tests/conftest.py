@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,28 @@ from finelip_fast.model import FineLIP
 
 # Small tensors: with more threads than free cores, nearly all the time goes into threads waiting for each other.
 torch.set_num_threads(1)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
+def _skip_where_triton_cannot_be_interpreted() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if _version(metadata.version("triton")) < (3, 8) and _version(np.__version__) >= (2, 4):
+        pytest.skip("loops of run-time length need Triton 3.8 or NumPy before 2.4 in the interpreter")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+        _skip_where_triton_cannot_be_interpreted()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """For tests that start a process in which Triton interprets."""
+    _skip_where_triton_cannot_be_interpreted()
 
 
 @pytest.fixture(scope="session")

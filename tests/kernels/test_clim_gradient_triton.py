@@ -10,7 +10,6 @@ import os
 import re
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-import triton
 
 from finelip_fast._errors import InputError, KernelError
 from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
@@ -30,20 +27,7 @@ from finelip_fast.kernels._clim_triton import ClimSettings
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def version(module):
-    return tuple(map(int, module.__version__.split(".")[:2]))
-
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(
-        INTERPRETED and version(triton) < (3, 9) and version(np) >= (2, 4),
-        reason="loops of run-time length need Triton 3.9 or NumPy before 2.4 in the interpreter",
-    ),
-    # The interpreter of older Tritons, at loops of run-time length.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 SMALL = ClimSettings(block_items=16, queries_per_program=2, block_width=32)
 SMALL_BACK = GradientSettings(block_sets=2, block_width=32)

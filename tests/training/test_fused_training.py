@@ -5,7 +5,6 @@ Started by ``torchrun`` this file is the processes' program: it trains one confi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -60,8 +59,6 @@ INTERPRETED = KERNELS | {"TRITON_INTERPRET": "1"}
 # Relative, at every step: the log keeps six digits, and float32 products summed in another order differ by about 1e-6.
 TOLERANCE = 1e-5
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 
 def losses(out, environment, *, processes=2, **options):
     """The logged loss of each step."""
@@ -86,20 +83,17 @@ def reference(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        pytest.param(DEFAULT, id="CPU"),
-        pytest.param(INTERPRETED, id="kernels, interpreted", marks=[pytest.mark.slow, needs_triton]),
-    ],
-)
-def test_two_processes_lose_as_with_the_reference(reference, tmp_path, environment):
-    assert losses(tmp_path / "run", environment) == pytest.approx(reference, rel=TOLERANCE)
+def test_two_processes_on_a_cpu_lose_as_with_the_reference(reference, tmp_path):
+    assert losses(tmp_path / "run", DEFAULT) == pytest.approx(reference, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_two_processes_with_interpreted_kernels_lose_as_with_the_reference(reference, tmp_path, interpreter):
+    assert losses(tmp_path / "run", INTERPRETED) == pytest.approx(reference, rel=TOLERANCE)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@needs_triton
 def test_one_process_on_a_gpu_loses_as_with_the_reference(tmp_path):
     expected, found = (
         losses(tmp_path / str(number), environment, processes=1, device="cuda", batch_size=8)
