@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,3 +264,10 @@ def recorded_launches(capability: int, name: str = "") -> Iterator[list[tuple[Ke
         patch.object(Autotuner, "run", tune),
     ):
         yield launches
+
+
+def compile_launches(capability: int, run: Callable[[], object]) -> list[Compiled]:
+    """What each launch of ``run`` needs on a GPU of that capability, in their order; see :func:`recorded_launches`."""
+    with recorded_launches(capability) as launches:
+        run()
+    return [launch.compile(capability) for launch, *_ in launches]

@@ -265,35 +265,14 @@ def test_tensors_on_the_cpu_are_refused():
 @cache
 def compile_both(capability, width, aggregated):
     """The two kernels as the default settings launch them, with lengths and a float16 gradient."""
-    from finelip_fast.kernels._ahead_of_time import compile_for
+    from finelip_fast.kernels._ahead_of_time import compile_launches
 
+    x, logits = (torch.empty(64, 256, size, device="meta") for size in (width, aggregated))
+    grad_out = torch.empty(64, aggregated + 1, width, dtype=torch.float16, device="meta")
+    lengths = torch.empty(64, dtype=torch.int64, device="meta")
     cut = kernels.default_settings(capability=capability, width=width, aggregated=aggregated)
-    pointers = dict.fromkeys(("x", "logits", "row_grad", "log_total", "offset"), "*fp32") | {"lengths": "*i64"}
-    given_ = pointers | {"grad_out": "*fp16", "stride_grad_item": "i32", "stride_grad_row": "i32"}
-    rows = compile_for(
-        kernels.row_gradient_kernel,
-        given_ | {"tokens": "i32"},
-        {"D": width, "K": aggregated, "BLOCK_K": cut.row_rows, "BLOCK_N": cut.row_tokens, "BLOCK_D": cut.row_width},
-        capability=capability,
-        num_warps=cut.row_warps,
-        num_stages=cut.row_stages,
-        divisible=list(given_),
-    )
-    given_ = pointers | {"grad_logits": "*fp32", "grad_x": "*fp32"}
-    tokens = compile_for(
-        kernels.token_gradient_kernel,
-        given_ | {"tokens": "i32"},
-        {
-            "D": width,
-            "K": aggregated,
-            "BLOCK_K": kernels.power_of_two(aggregated),
-            "BLOCK_N": cut.token_tokens,
-            "BLOCK_D": cut.token_width,
-        },
-        capability=capability,
-        num_warps=cut.token_warps,
-        num_stages=cut.token_stages,
-        divisible=list(given_),
+    rows, tokens = compile_launches(
+        capability, lambda: kernels._through_softmax(grad_out, x, logits, lengths, settings=cut)
     )
     return {"rows": rows, "tokens": tokens}
 

@@ -339,54 +339,21 @@ def test_default_settings_are_powers_of_two(capability, width, aggregated, dtype
 
 # Compiled for GPUs that are not here -----------------------------------------------------------------------------------
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
 
 @cache
 def compile_both(capability, dtype, width, aggregated):
     """The two kernels as the default settings launch them, with lengths, for contiguous tokens."""
-    from finelip_fast.kernels._ahead_of_time import compile_for
+    from finelip_fast.kernels._ahead_of_time import compile_launches
 
-    cut = kernels.default_settings(capability=capability, width=width, aggregated=aggregated, dtype=dtype)
-    head, rest = kernels.split_hidden(width // 5)
-    kind, wide = TYPES[dtype], "*fp32"
-    shared = {"x": kind, "lengths": "*i64", "logits": wide}
-    strides = {"stride_item": "i32", "stride_token": "i32"}
-    layers = {"weight": kind, "column_sum": wide, "constant": wide, "w2": kind, "b2": kind, "scale": wide}
-    given_ = shared | strides | layers
-    logits = compile_for(
-        kernels.logits_kernel,
-        given_ | {"tokens": "i32"},
-        {
-            "D": width,
-            "H": width // 5,
-            "K": aggregated,
-            "HEAD": head,
-            "REST": rest,
-            "BLOCK_K": kernels.power_of_two(aggregated),
-            "BLOCK_N": cut.logits_tokens,
-            "BLOCK_D": cut.logits_width,
-        },
-        capability=capability,
-        num_warps=cut.logits_warps,
-        num_stages=cut.logits_stages,
-        divisible=list(given_),
+    hidden = width // 5
+    shapes = ((width,), (width,), (hidden, width), (hidden,), (aggregated, hidden), (aggregated,), ())
+    x, anchor, *parameters = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 256, width), (64, width), *shapes)
     )
-    given_ = shared | strides | {"anchor": kind, "out": kind, "stride_anchor": "i32"}
-    pool = compile_for(
-        kernels.pool_kernel,
-        given_ | {"tokens": "i32"},
-        {
-            "D": width,
-            "K": aggregated,
-            "BLOCK_K": cut.pool_rows,
-            "BLOCK_N": cut.pool_tokens,
-            "BLOCK_D": cut.pool_width,
-        },
-        capability=capability,
-        num_warps=cut.pool_warps,
-        num_stages=cut.pool_stages,
-        divisible=list(given_),
+    lengths = torch.empty(64, dtype=torch.int64, device="meta")
+    cut = kernels.default_settings(capability=capability, width=width, aggregated=aggregated, dtype=dtype)
+    logits, pool = compile_launches(
+        capability, lambda: aggregate(x, *parameters, lengths=lengths, anchor=anchor, settings=cut)
     )
     return {"logits": logits, "pool": pool}
 

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
-from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._clim_gradient_triton import GradientSettings, gradient, scores_with_winners
 from finelip_fast.kernels._clim_triton import ClimSettings
 
@@ -245,67 +243,20 @@ def test_tensors_on_the_cpu_are_refused():
 
 # Compiled for GPUs that are not here -----------------------------------------------------------------------------------
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
 
 @cache
-def compile_gradient(capability, dtype, width, tokens):
-    from finelip_fast.kernels._ahead_of_time import compile_for
+def compile_all(capability, dtype, width, tokens):
+    """The scores that keep their winners, and the gradient of one side; that of the other is the same kernel."""
+    from finelip_fast.kernels._ahead_of_time import compile_launches
 
-    cut = clim_gradient.default_gradient_settings(capability=capability, dtype=dtype, width=width, tokens=tokens)
-    given = {"grad_scores": "*fp32", "x_winners": "*u8", "y_winners": "*u8", "y": TYPES[dtype], "grad_x": TYPES[dtype]}
-    given |= {"y_set_stride": "i32", "y_token_stride": "i32"}
-    rows = 1 << (tokens - 1).bit_length()
-    return compile_for(
-        clim_gradient.gradient_kernel,
-        given | dict.fromkeys(("n_x", "n_y", "x_stride", "y_stride"), "i32") | {"alpha": "fp32"},
-        {
-            "X_TOKENS": tokens,
-            "Y_TOKENS": tokens,
-            "WIDTH": width,
-            "BLOCK_SETS": cut.block_sets,
-            "X_ROWS": rows,
-            "Y_ROWS": rows,
-            "BLOCK_WIDTH": cut.block_width,
-        },
-        capability=capability,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        divisible=list(given),
-    )
+    queries, items = (torch.empty(512, tokens, width, dtype=dtype, device="meta") for _ in range(2))
 
+    def run():
+        scores, *winners = scores_with_winners(queries, items, alpha=0.8)
+        gradient(scores, queries, items, *winners, alpha=0.8)
 
-@cache
-def compile_winners(capability, dtype, width, tokens):
-    from finelip_fast.kernels._ahead_of_time import compile_for
-
-    cut = clim.default_settings(
-        capability=capability, dtype=dtype, width=width, n_queries=512, query_tokens=tokens, winners=True
-    )
-    given = {"queries": TYPES[dtype], "items": TYPES[dtype], "out": "*fp32"}
-    given |= {"query_winners": "*u8", "item_winners": "*u8"}
-    given |= dict.fromkeys(("query_stride", "query_token_stride", "item_stride", "item_token_stride"), "i32")
-    return compile_for(
-        clim.scores_kernel,
-        given | {"n_queries": "i32", "n_items": "i32", "alpha": "fp32"},
-        {
-            "query_scales": None,
-            "item_scales": None,
-            "QUERY_TOKENS": tokens,
-            "ITEM_TOKENS": tokens,
-            "WIDTH": width,
-            "QUERIES": cut.queries_per_program,
-            "QUERY_COLUMNS": clim.query_columns(tokens),
-            "COLUMNS": cut.columns(tokens),
-            "SLOTS": 1 << (cut.queries_per_program - 1).bit_length(),
-            "BLOCK_ITEMS": cut.block_items,
-            "BLOCK_WIDTH": cut.block_width,
-        },
-        capability=capability,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        divisible=list(given),
-    )
+    winners, one_side, _ = compile_launches(capability, run)
+    return {"winners": winners, "gradient": one_side}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -313,11 +264,11 @@ def compile_winners(capability, dtype, width, tokens):
 @pytest.mark.parametrize(
     "case", [(torch.float16, 512, 40), (torch.bfloat16, 768, 52), (torch.float32, 512, 40)], ids=str
 )
-@pytest.mark.parametrize("compile_one", [compile_winners, compile_gradient])
-def test_the_kernels_fit_and_spill_nothing(capability, case, compile_one):
+@pytest.mark.parametrize("kernel", ["winners", "gradient"])
+def test_the_kernels_fit_and_spill_nothing(capability, case, kernel):
     from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
 
-    compiled = compile_one(capability, *case)
+    compiled = compile_all(capability, *case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
     assert compiled.spilled_bytes == 0
     assert compiled.uses_wgmma is (capability == 90 and case[0] != torch.float32)
@@ -325,7 +276,7 @@ def test_the_kernels_fit_and_spill_nothing(capability, case, compile_one):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_pairs_and_rows_are_addressed_in_64_bits():
-    ttir = compile_gradient(90, torch.float16, 512, 40).ttir
+    ttir = compile_all(90, torch.float16, 512, 40)["gradient"].ttir
     for name in ("x_winners", "y_winners", "y", "grad_x"):
         base = re.search(rf"(%\S+) = tt\.splat %{name} :", ttir)
         assert base is not None, name

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._clim_triton import ClimSettings, scores
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
@@ -227,43 +226,19 @@ def test_tensors_on_the_cpu_are_refused():
 
 # Compiled for GPUs that are not here -----------------------------------------------------------------------------------
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8"}
-
 
 @cache
 def compile_scores(capability, dtype, width, tokens, n_queries):
-    from finelip_fast.kernels._ahead_of_time import compile_for
+    from finelip_fast.kernels._ahead_of_time import compile_launches
 
-    cut = clim.default_settings(
-        capability=capability, dtype=dtype, width=width, n_queries=n_queries, query_tokens=tokens
-    )
-    rows = {"queries": TYPES[dtype], "items": TYPES[dtype], "out": "*fp32"}
-    scales = {"query_scales": "*fp32", "item_scales": "*fp32"}
-    strides = dict.fromkeys(("query_stride", "query_token_stride", "item_stride", "item_token_stride"), "i32")
-    given = rows | strides | (scales if dtype == torch.int8 else {})
-    constants = {} if dtype == torch.int8 else dict.fromkeys(scales)
-    return compile_for(
-        clim.scores_kernel,
-        given | {"n_queries": "i32", "n_items": "i32", "alpha": "fp32"},
-        constants
-        | {
-            "query_winners": None,
-            "item_winners": None,
-            "QUERY_TOKENS": tokens,
-            "ITEM_TOKENS": tokens,
-            "WIDTH": width,
-            "QUERIES": cut.queries_per_program,
-            "QUERY_COLUMNS": clim.query_columns(tokens),
-            "COLUMNS": cut.columns(tokens),
-            "SLOTS": 1 << (cut.queries_per_program - 1).bit_length(),
-            "BLOCK_ITEMS": cut.block_items,
-            "BLOCK_WIDTH": cut.block_width,
-        },
-        capability=capability,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        divisible=list(given),
-    )
+    counts = n_queries, 1000
+    queries, items = (torch.empty(count, tokens, width, dtype=dtype, device="meta") for count in counts)
+    scales = {}
+    if dtype == torch.int8:
+        query_scales, item_scales = (torch.empty(count, tokens, device="meta") for count in counts)
+        scales = {"query_scales": query_scales, "item_scales": item_scales}
+    [compiled] = compile_launches(capability, lambda: scores(queries, items, alpha=0.8, **scales))
+    return compiled
 
 
 CASES = [
