@@ -247,6 +247,8 @@ CASES = [
     (torch.float16, 768, 52, 8),
     (torch.bfloat16, 512, 40, 8),
     (torch.int8, 512, 40, 8),
+    (torch.int8, 1024, 52, 1),
+    (torch.float16, 1280, 65, 64),
     (torch.float32, 512, 40, 8),
 ]
 
