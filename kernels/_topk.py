@@ -210,14 +210,18 @@ def _chunks(sources: Sequence[Rows], n_queries: int, device: torch.device) -> It
 
 
 def _streamed(sources: Sequence[Rows], size: int, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
-    """Host memory to a GPU through two pinned buffers, on a side stream: a chunk is copied while the one before is scored.
+    """Host memory to a GPU, on a side stream: a chunk is copied while the one before is scored.
 
-    A thread fills the pinned buffers, because that copy keeps a processor busy. Each buffer has two events: it was written
-    (``copied``) before it is read, and it was read (``scored``) before it is written again.
+    What is not pinned goes through two pinned buffers, which a thread fills, because that copy keeps a processor busy. Each
+    buffer has two events: it was written (``copied``) before it is read, and it was read (``scored``) before it is written
+    again.
     """
     n_items = sources[0].shape[0]
     like = [_load(source, 0, 1) for source in sources]
-    pinned = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True) for one in like] for _ in range(2)]
+    pinned = [
+        [None if one.is_pinned() else torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True) for one in like]
+        for _ in range(2)
+    ]
     staged = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, device=device) for one in like] for _ in range(2)]
     copied = [torch.cuda.Event(), torch.cuda.Event()]
     scored = [torch.cuda.Event(), torch.cuda.Event()]
@@ -228,10 +232,11 @@ def _streamed(sources: Sequence[Rows], size: int, device: torch.device) -> Itera
         copied[number].synchronize()  # the pinned buffer's last contents have left it
         for source, host, target in zip(sources, pinned[number], staged[number], strict=True):
             rows = _load(source, first, size)
-            host[: len(rows)].copy_(rows)
+            if host is not None:
+                rows = host[: len(rows)].copy_(rows)
             with torch.cuda.stream(side):
                 side.wait_event(scored[number])
-                target[: len(rows)].copy_(host[: len(rows)], non_blocking=True)
+                target[: len(rows)].copy_(rows, non_blocking=True)
         copied[number].record(side)
 
     try:
