@@ -7,6 +7,7 @@ has AVX-512 on all that have it: ``torch.compile`` freezes linear layers into th
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,9 +26,9 @@ def has_bfloat16() -> bool:
     return (has("avx512_bf16") or has("amx_tile")) and has_onednn()
 
 
-def linear(rows: Tensor, columns: Tensor) -> Tensor:
-    """``rows [m, D] @ columns.T`` by oneDNN, added up in float32; ``columns [n, D]`` plain or :func:`packed`."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
+def linear(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``rows [..., D] @ columns.T + bias`` by oneDNN, added up in float32; ``columns [n, D]`` plain or :func:`packed`."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
     return product
 
 
@@ -39,8 +40,17 @@ def packed(columns: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b [k, n]``, on a CPU by whichever library is faster."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not (has("avx512") and has_onednn()):
+    if not _suits_onednn(a):
         return a @ b
     if a.stride(1) != 1:  # oneDNN is slow with such a left side
         return linear(b.T, a).T
     return linear(a, b.T)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear``, on a CPU by whichever library is faster; without a gradient."""
+    return linear(x, weight, bias) if _suits_onednn(x) else F.linear(x, weight, bias)
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and has("avx512") and has_onednn()

@@ -219,7 +219,10 @@ def _streamed(sources: Sequence[Rows], size: int, device: torch.device) -> Itera
     n_items = sources[0].shape[0]
     like = [_load(source, 0, 1) for source in sources]
     pinned = [
-        [None if one.is_pinned() else torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True) for one in like]
+        [
+            None if one.is_pinned() else torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True)
+            for one in like
+        ]
         for _ in range(2)
     ]
     staged = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, device=device) for one in like] for _ in range(2)]

@@ -12,6 +12,7 @@ Row 0 of the result is the anchor (CLS or EOT), L2-normalised too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels import _dispatch
+from finelip_fast.kernels import _cpu, _dispatch
 
 LAYER_NORM_EPS = 1e-5
 
@@ -33,31 +34,6 @@ _BLOCK_ELEMENTS = 1 << 22
 # --- Reference -----------------------------------------------------------------------------------------------------
 
 
-def aggregation_weights(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tokens with zeros at and after each length, the weights ``[B, N, K]``, and which tokens are valid ``[B, N, 1]``."""
-    valid = None
-    if lengths is not None:
-        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-        # Before anything else: a NaN in the padding would come back as zero times NaN.
-        x = x.masked_fill(~valid, 0.0)
-    hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
-    logits = F.linear(hidden, w2, b2) * scale
-    if valid is not None:
-        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
-        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-    return x, logits.softmax(dim=1), valid
-
-
 def atrm_reference(
     x: Tensor,
     norm_weight: Tensor,
@@ -69,29 +45,40 @@ def atrm_reference(
     scale: Tensor,
     lengths: Tensor | None,
     anchor: Tensor,
+    *,
+    layer: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
-    """The operation in plain PyTorch, in float32 whatever the inputs; shapes as :func:`atrm`."""
+    """The operation in plain PyTorch, in float32 whatever the inputs; shapes as :func:`atrm`, ``layer`` as ``F.linear``."""
     dtype = x.dtype
     x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
         t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
     )
-    x, weights, _ = aggregation_weights(x, norm_weight, norm_bias, w1, b1, w2, b2, scale.reshape(()), lengths)
-    rows = torch.cat([anchor[:, None], weights.transpose(1, 2) @ x], dim=1)
+    valid = None
+    if lengths is not None:
+        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        # Before anything else: a NaN in the padding would come back as zero times NaN.
+        x = x.masked_fill(~valid, 0.0)
+    hidden = F.gelu(layer(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
+    logits = layer(hidden, w2, b2) * scale.reshape(())
+    if valid is not None:
+        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
+        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+    rows = torch.cat([anchor[:, None], logits.softmax(dim=1).transpose(1, 2) @ x], dim=1)
     return F.normalize(rows, dim=-1).to(dtype)
 
 
 def _in_blocks(*arguments: Any) -> Tensor:
     """The reference a few items at a time, up to their longest length: what it makes on the way stays in the cache."""
     x, *parameters, lengths, anchor = arguments
-    out = x.new_empty(x.shape[0], parameters[4].shape[0] + 1, x.shape[2])
     at_once = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
-    for first in range(0, len(x), at_once):
+    blocks = []
+    for first in range(0, max(1, len(x)), at_once):
         some = slice(first, first + at_once)
         some_lengths = None if lengths is None else lengths[some]
-        longest = x.shape[1] if some_lengths is None else int(some_lengths.amax())
+        longest = x.shape[1] if some_lengths is None or not len(some_lengths) else int(some_lengths.amax())
         block = (x[some, :longest], *parameters, some_lengths, anchor[some])
-        out[some] = atrm_reference(*block)
-    return out
+        blocks.append(atrm_reference(*block, layer=_cpu.layer))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 # --- Registered operations -----------------------------------------------------------------------------------------
