@@ -131,13 +131,14 @@ def roofline(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    counted = [(run, _points(run)) for _, run in runs(folder)]
-    counted = [(run, points) for run, points in counted if points]
+    counted = [(name, run, _points(run)) for name, run in runs(folder)]
+    counted = [(name, run, points) for name, run, points in counted if points]
     if not counted:
         return
     figure, panels = pyplot.subplots(1, len(counted), figsize=(6.4 * len(counted), 5), squeeze=False)
-    for axes, (run, points) in zip(panels[0], counted, strict=True):
+    for axes, (name, run, points) in zip(panels[0], counted, strict=True):
         _draw(axes, run, points)
+        axes.set_title(f"{name}; stars: finelip_fast, dots: the others", fontsize="medium")
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)
@@ -163,7 +164,6 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
             if some:
                 axes.plot(*zip(*some, strict=True), marker, color=colour, markersize=12 if ours else 6, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
-    axes.set_title("stars: finelip_fast; dots: the others", fontsize="medium")
     axes.legend(title="roofs as measured")
 
 
