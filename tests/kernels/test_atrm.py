@@ -301,6 +301,22 @@ def test_the_graph_has_no_break(device):
     torch.testing.assert_close(compiled(x, *parameters, lengths=lengths, anchor=anchor), expected, rtol=0, atol=1e-6)
 
 
+def test_an_exported_program_has_operations_of_pytorch_alone(device):
+    class Aggregate(torch.nn.Module):
+        def forward(self, x, lengths, anchor):
+            return atrm(x, *parameters, lengths=lengths, anchor=anchor)
+
+    x, parameters, anchor = make(7, 16, device=device)
+    lengths = torch.tensor([7, 3, 0], device=device)
+    batch = torch.export.Dim("B")
+    sizes = {"x": {0: batch}, "lengths": {0: batch}, "anchor": {0: batch}}
+    program = torch.export.export(Aggregate(), (x, lengths, anchor), dynamic_shapes=sizes)
+    assert not [node for node in program.graph.nodes if "finelip" in str(node.target)]
+    some = x[:2].flip(0), lengths[:2].flip(0), anchor[:2].flip(0)
+    expected = atrm(some[0], *parameters, lengths=some[1], anchor=some[2])
+    torch.testing.assert_close(program.module()(*some), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [

@@ -283,6 +283,21 @@ def test_the_graph_has_no_break(device):
     torch.testing.assert_close(compiled(queries, items), clim_scores(queries, items), rtol=0, atol=1e-6)
 
 
+def test_an_exported_program_has_operations_of_pytorch_alone(device):
+    class Scores(torch.nn.Module):
+        def forward(self, queries, items):
+            return clim_scores(queries, items)
+
+    queries, items = make(3, 5, 64, device=device), make(4, 6, 64, seed=1, device=device)
+    sizes = {"queries": {0: torch.export.Dim("Q")}, "items": {0: torch.export.Dim("N")}}
+    program = torch.export.export(Scores(), (queries, items), dynamic_shapes=sizes)
+    assert not [node for node in program.graph.nodes if "finelip" in str(node.target)]
+    queries, items = make(2, 5, 64, seed=2, device=device), make(9, 6, 64, seed=3, device=device)
+    torch.testing.assert_close(
+        program.module()(queries, items), clim_scores(queries, items), rtol=0, atol=1e-6 if device == "cpu" else 1e-5
+    )
+
+
 # Ranking -------------------------------------------------------------------------------------------------------------
 
 
