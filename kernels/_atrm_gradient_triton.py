@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast.kernels import _atrm_gradient, _settings
-from finelip_fast.kernels._atrm_triton import (
+from finelip_fast.kernels._atrm_parts_triton import (
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
     capability_of,
