@@ -3,7 +3,7 @@
 Both searches work alike. A pass over all items, chunk by chunk, gives each score to within a known error: float32 rounding
 for :func:`topk` (on some processors bfloat16's for bfloat16 rows), quantisation as well for :func:`exact_topk_int8`. An item
 stays as long as the upper end of its bracket reaches the k-th best lower end. What stays is scored again in float64, rounded
-once to float32, and sorted.
+once to float32, and sorted. Where a coarse pass leaves too many of a chunk, the chunk goes through the float32 pass first.
 
 So the results depend on neither chunks, device nor the precision of the pass: they are the float32 nearest to the exact
 scores, ties by lower index. Copies of an item tie, wherever they stand, unless their score is within float64 rounding (about
@@ -13,7 +13,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -34,11 +34,14 @@ from finelip_fast.kernels._quantize import (
 from finelip_fast.kernels.clim import LEAKY_SLOPE, Rows
 
 Bracket = tuple[int, Tensor, Tensor]  # the first item of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
+Finer = Callable[[int, int], tuple[Tensor, Tensor]]  # the first item and how many: scores and errors again, in float32
 
 # A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.
 _SCORE_ELEMENTS = 1 << 22
 # Bytes of a chunk that must be copied before it can be scored.
 _COPY_BYTES = 1 << 26
+# The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
+_MOST_OPEN = 1 / 8
 # Elements that scoring again in float64 may hold, 16 MiB: more would leave the cache.
 _RESCORE_ELEMENTS = 1 << 21
 
@@ -58,7 +61,14 @@ class Score(Protocol):
 
 
 def topk(
-    queries: Tensor, items: Rows, k: int, *, alpha: float, score: Score, product_error: float = 0.0
+    queries: Tensor,
+    items: Rows,
+    k: int,
+    *,
+    alpha: float,
+    score: Score,
+    coarse: Score | None = None,
+    product_error: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best items of each query by the exact score.
 
@@ -68,8 +78,9 @@ def topk(
             (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
         k: At least 1; more than ``N`` is taken as ``N``.
         alpha: Weight of the global cosine.
-        score: Scores ``[Q, n]``, to within float32 rounding (see :mod:`finelip_fast.kernels._quantize`) and ``product_error``.
-        product_error: How much more the product of two rows may be off, relative to their norms; not the global cosine.
+        score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels._quantize`.
+        coarse: A faster way for the first pass; None: there is none.
+        product_error: How much more its product of two rows may be off, relative to their norms; not the global cosine.
 
     Returns:
         ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
@@ -77,17 +88,19 @@ def topk(
     Raises:
         InputError: ``k`` below 1.
     """
-    _, query_tokens, width = queries.shape
-    slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
     norms = queries.float().norm(dim=2)
-    largest = norms.amax(dim=1, keepdim=True) if query_tokens else norms.new_zeros(len(queries), 1)
-    errors = largest * (slack * (abs(alpha) + 2 * abs(1 - alpha)) + product_error * 2 * abs(1 - alpha))
+    largest = norms.amax(dim=1, keepdim=True) if queries.shape[1] else norms.new_zeros(len(queries), 1)
+    rounding_errors = largest * _slack(queries, items, alpha)
+    errors = rounding_errors + largest * product_error * 2 * abs(1 - alpha)
 
     def brackets() -> Iterator[Bracket]:
         for first, (chunk,) in _chunks([items], len(queries), queries.device):
-            yield first, score(queries, chunk, alpha=alpha), errors
+            yield first, (coarse or score)(queries, chunk, alpha=alpha), errors
 
-    found, indices, _ = _search(queries, items, k, alpha, brackets())
+    def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
+        return _pass(queries, items[first : first + count], alpha, score), rounding_errors
+
+    found, indices, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
     return found, indices
 
 
@@ -97,12 +110,13 @@ def exact_topk_int8(
     """The same result as :func:`topk`, from a pass over int8 and the few items that its error bound leaves.
 
     Args:
-        queries, items, k, alpha: As :func:`topk`; rows of any norm. Of ``items`` only those few are read.
+        queries, items, k, alpha: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8 leaves
+            too many.
         quantized: :func:`finelip_fast.kernels._quantize.quantize_items` of ``items``, wherever ``items`` may be.
         score: As for :func:`topk`, and for int8 with scales.
 
     Returns:
-        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored in full precision.
+        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored again in float64.
 
     Raises:
         InputError: ``k`` below 1, or quantized items of another number or shape.
@@ -125,39 +139,77 @@ def exact_topk_int8(
             scores = alpha * cosines + (1 - alpha) * fine
             yield first, scores, abs(alpha) * cosine_errors + abs(1 - alpha) * fine_errors
 
-    return _search(queries, items, k, alpha, brackets())
+    def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
+        norms = _load(quantized.terms, first, count).to(queries.device)[:, 5]
+        errors = _slack(queries, items, alpha) * torch.outer(terms[:, 5], norms)
+        return _pass(queries, items[first : first + count], alpha, score), errors
+
+    return _search(queries, items, k, alpha, brackets(), finer)
+
+
+def _slack(queries: Tensor, items: Rows, alpha: float) -> float:
+    """How far a float32 score can be off, relative to the largest norms of both sides."""
+    _, query_tokens, width = queries.shape
+    slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
+    return slack * (abs(alpha) + 2 * abs(1 - alpha))
+
+
+def _pass(queries: Tensor, items: Rows, alpha: float, score: Score) -> Tensor:
+    chunks = _chunks([items], len(queries), queries.device)
+    return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in chunks], dim=1)
 
 
 def _search(
-    queries: Tensor, items: Rows, k: int, alpha: float, brackets: Iterable[Bracket]
+    queries: Tensor, items: Rows, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(k, int) or k < 1:
         raise InputError(f"expected k of at least 1, got {k!r}")
     k = min(k, items.shape[0])
     with torch.no_grad():
-        query, item = _candidates(len(queries), k, brackets, queries.device)
+        query, item = _candidates(len(queries), k, brackets, finer, queries.device)
         return _rank(query, item, _rescore(queries, items, query, item, alpha), len(queries), k)
 
 
-def _candidates(n_queries: int, k: int, brackets: Iterable[Bracket], device: torch.device) -> tuple[Tensor, Tensor]:
+def _candidates(
+    n_queries: int, k: int, brackets: Iterable[Bracket], finer: Finer | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The pairs (query, item) that may be among the ``k`` best: every one that is, and few that are not."""
     lowest = torch.empty(n_queries, 0, device=device)  # the k best lower ends so far
-    threshold = torch.full((n_queries,), -torch.inf, device=device)
     empty = torch.empty(0, dtype=torch.int64, device=device)
     kept = [(empty, empty, torch.empty(0, device=device))]
+    threshold = _threshold(lowest, k)
     for first, scores, errors in brackets:
-        known = (scores - errors).isfinite()
-        lower = (scores - errors).where(known, -torch.inf)
-        upper = (scores + errors).where(known, torch.inf)
-        lowest = torch.cat([lowest, lower], dim=1)
-        lowest = lowest.topk(min(k, lowest.shape[1]), dim=1).values
-        if lowest.shape[1] == k:
-            threshold = lowest[:, -1]
-        query, item = (upper >= threshold[:, None]).nonzero(as_tuple=True)
+        lower, upper = _ends(scores, errors)
+        after = _best(lowest, lower, k)
+        threshold = _threshold(after, k)
+        is_open = upper >= threshold[:, None]
+        if finer is not None and is_open.sum() > n_queries * (k + _MOST_OPEN * scores.shape[1]):
+            lower, upper = _ends(*finer(first, scores.shape[1]))
+            after = _best(lowest, lower, k)
+            threshold = _threshold(after, k)
+            is_open = upper >= threshold[:, None]
+        lowest = after
+        query, item = is_open.nonzero(as_tuple=True)
         kept.append((query, item + first, upper[query, item]))
     query, item, upper = (torch.cat(parts) for parts in zip(*kept, strict=True))
     still = upper >= threshold[query]  # the threshold has risen since
     return query[still], item[still]
+
+
+def _ends(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower and upper ends of brackets, infinite where anything is not finite."""
+    known = (scores - errors).isfinite()
+    return (scores - errors).where(known, -torch.inf), (scores + errors).where(known, torch.inf)
+
+
+def _best(lowest: Tensor, lower: Tensor, k: int) -> Tensor:
+    both = torch.cat([lowest, lower], dim=1)
+    return both.topk(min(k, both.shape[1]), dim=1).values
+
+
+def _threshold(lowest: Tensor, k: int) -> Tensor:
+    """What an item must reach, ``[Q]``; anything, as long as there are not ``k``."""
+    return lowest[:, -1] if 0 < k == lowest.shape[1] else lowest.new_full((len(lowest),), -torch.inf)
 
 
 def _rescore(queries: Tensor, items: Rows, query: Tensor, item: Tensor, alpha: float) -> Tensor:

@@ -248,7 +248,8 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
         if _rounds(queries, items):
             from finelip_fast.kernels._clim_cpu import ROUNDING, scores
 
-            return topk(queries, items, k, alpha=alpha, score=partial(scores, rounded=True), product_error=ROUNDING)
+            coarse = partial(scores, rounded=True)
+            return topk(queries, items, k, alpha=alpha, score=clim_scores, coarse=coarse, product_error=ROUNDING)
         return topk(queries, items, k, alpha=alpha, score=clim_scores)
 
 
@@ -267,11 +268,12 @@ def clim_topk_int8(
     """The result of :func:`clim_topk`, found by a pass over int8 and full precision for the few items that it leaves.
 
     Args:
-        queries, items, k, alpha: As :func:`clim_topk`; of ``items`` only the few rescored ones are read.
+        queries, items, k, alpha: As :func:`clim_topk`; of ``items`` only the few rescored ones are read. Where int8 leaves
+            more than an eighth of a chunk open, all of the chunk is read and scored in float32 first.
         quantized: :func:`quantize_items` of ``items``.
 
     Returns:
-        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored in full precision.
+        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored again in float64.
 
     Raises:
         InputError: Shapes that do not fit together, or ``k < 1``.

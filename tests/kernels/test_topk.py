@@ -55,8 +55,9 @@ def rounded_scores(queries, items, *, alpha):
     return alpha * products[:, 0, :, 0] + (1 - alpha) * fine
 
 
-def search_rounded(queries, items, k, *, alpha, score=rounded_scores):
-    return topk(queries, items, k, alpha=alpha, score=score, product_error=_clim_cpu.ROUNDING)
+def search_rounded(queries, items, k, *, alpha, score=scores):
+    rounding = {"coarse": rounded_scores, "product_error": _clim_cpu.ROUNDING}
+    return topk(queries, items, k, alpha=alpha, score=score, **rounding)
 
 
 SEARCHES = {"full": search_full, "rounded": search_rounded, "int8": search_int8}
@@ -284,6 +285,22 @@ def test_few_items_are_scored_again(chunks):
     assert indices.sort(dim=1).values.tolist() == [list(range(10 * row, 10 * row + 10)) for row in range(3)]
     assert (rescored.dtype, rescored.tolist()) == (torch.int64, [10, 10, 10])
     assert torch.equal(found, search_full(queries, items, 10, alpha=0.8)[0])
+
+
+def test_what_a_coarse_pass_leaves_open_is_told_apart_in_float32():
+    # Without the global cosine, random items differ by less than what int8 and bfloat16 lose.
+    queries, items = make(3, 8, 128), make(400, 8, 128, seed=1)
+    passes = []
+
+    def counted(*args, **kwargs):
+        passes.append(args[1].dtype)
+        return scores(*args, **kwargs)
+
+    *found, rescored = exact_topk_int8(queries, items, quantize_items(items), 10, alpha=0.0, score=counted)
+    assert passes == [torch.float32, torch.int8, torch.float32]  # the global cosine, all in int8, all in float32
+    assert (rescored < 20).all()
+    for other in (search_full, search_rounded):
+        assert_same(other(queries, items, 10, alpha=0.0), found)
 
 
 def test_items_that_int8_cannot_tell_apart_are_all_scored_again():
