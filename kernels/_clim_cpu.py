@@ -9,8 +9,8 @@ that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
   the first lost. That adds ``2^-18`` of the result. The global
   cosine, most of the score, is a float32 product.
 - bfloat16 elsewhere: as float32.
-- bfloat16 for a search, with bfloat16 instructions: one product, rounded to bfloat16, off by :data:`ROUNDING` as well. The
-  search knows that and scores again what it leaves open.
+- for a search, with bfloat16 instructions: one product of rows and result rounded to bfloat16, off by
+  :func:`rounding_error`. The search knows that and scores again what it leaves open.
 - int8 with a float32 scale for each row: an exact sum (up to ``D = 1040`` without int8 instructions), then three roundings.
 
 The float32 products follow ``torch.set_float32_matmul_precision``: anything but "highest" makes them less exact.
@@ -36,8 +36,6 @@ _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
 _PRODUCT_ROWS = 1 << 13
-# What rounding to bfloat16 adds to a product's error, relative to ``|a| |b|``; rows in bfloat16 may be a little over norm 1.
-ROUNDING = 1.01 * 2.0**-8
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -58,7 +56,7 @@ def scores(
         items: ``[N, L_i, D]``; int8 where the queries are.
         alpha: Weight of the global cosine.
         query_scales, item_scales: For int8, float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its integers times its scale.
-        rounded: Round the products of bfloat16 rows to bfloat16, where :func:`has_rounded` says that it is faster.
+        rounded: Round rows and products to bfloat16, where :func:`rounding_error` says that it is faster; not int8.
 
     Returns:
         float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 8,192 rows of items, 8 MiB
@@ -123,9 +121,9 @@ class _Columns:
         return self.transposed.float()
 
     @cached_property
-    def packed(self) -> Tensor:
-        """For oneDNN, ``[w, D]``."""
-        return self._packed(self.tokens)
+    def narrow_packed(self) -> Tensor:
+        """For oneDNN in bfloat16, ``[w, D]``."""
+        return self._packed(self.tokens.bfloat16())
 
     @cached_property
     def wide_packed(self) -> Tensor:
@@ -212,7 +210,11 @@ def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
 
 
 def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
-    for part in _cpu.linear(rows, columns.packed).split(height):
+    if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 one by one
+        rows = scratch("rows", *rows.shape).copy_(rows)
+    if rows.dtype != torch.bfloat16:
+        rows = scratch("narrow", rows.shape[0], rows.shape[1], torch.bfloat16).copy_(rows)
+    for part in _cpu.linear(rows, columns.narrow_packed).split(height):
         yield scratch("wide", *part.shape).copy_(part)  # maxima in float32 are faster
 
 
@@ -234,9 +236,15 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
     return work >= _LEAST_BFLOAT16_WORK and _cpu.has("amx_tile") and _cpu.has_onednn()
 
 
-def has_rounded(dtype: torch.dtype) -> bool:
-    """Whether products of rows of this dtype are faster when they are rounded."""
-    return dtype == torch.bfloat16 and _cpu.has_bfloat16()
+def rounding_error(dtype: torch.dtype) -> float | None:
+    """How far rounded products of rows of norm 1 can be from those of the rows as they are; None: they are not faster.
+
+    One rounding is off by ``2^-8`` at most: that of the product, and of both rows where they are not bfloat16 already. A
+    little more, for what the roundings multiply to, and for rows that are a little longer than 1.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not _cpu.has_bfloat16():
+        return None
+    return (1.01 if dtype == torch.bfloat16 else 3.05) * 2.0**-8
 
 
 def _int8_tiles(

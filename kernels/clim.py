@@ -245,21 +245,23 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
     from finelip_fast.kernels._topk import topk
 
     with torch.no_grad():
-        if _rounds(queries, items):
-            from finelip_fast.kernels._clim_cpu import ROUNDING, scores
+        error = _rounding_error(queries, items)
+        if error is not None:
+            from finelip_fast.kernels._clim_cpu import scores
 
             coarse = partial(scores, rounded=True)
-            return topk(queries, items, k, alpha=alpha, score=clim_scores, coarse=coarse, product_error=ROUNDING)
+            return topk(queries, items, k, alpha=alpha, score=clim_scores, coarse=coarse, product_error=error)
         return topk(queries, items, k, alpha=alpha, score=clim_scores)
 
 
-def _rounds(queries: Tensor, items: Rows) -> bool:
-    """Whether a search is faster, and as exact, with a first pass of rounded products."""
+def _rounding_error(queries: Tensor, items: Rows) -> float | None:
+    """What a first pass of rounded products may be off by, where it makes a search faster."""
     if _dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
-        return False
-    from finelip_fast.kernels._clim_cpu import has_rounded
+        return None
+    from finelip_fast.kernels._clim_cpu import rounding_error
 
-    return queries.dtype == items.dtype and has_rounded(queries.dtype)
+    dtype = items.dtype if isinstance(items, Tensor) else torch.from_numpy(items[:0].copy()).dtype
+    return rounding_error(queries.dtype) if queries.dtype == dtype else None
 
 
 def clim_topk_int8(

@@ -163,21 +163,24 @@ def test_zero_rows_and_constant_rows(blocks):
     torch.testing.assert_close(scores(ones, -ones, alpha=0.0), torch.full((3, 3), -0.2))
 
 
-@pytest.mark.skipif(not _clim_cpu.has_rounded(torch.bfloat16), reason="needs a processor with bfloat16 instructions")
-@given(size=sizes, alpha=st.sampled_from(ALPHAS))
-@settings(max_examples=50, deadline=None)
-def test_rounded_products_are_off_by_no_more_than_is_said(method, blocks, size, alpha):
-    queries, items = make_pair(size, torch.bfloat16)
+@pytest.mark.skipif(not _cpu.has_bfloat16(), reason="needs a processor with bfloat16 instructions")
+@given(size=sizes, alpha=st.sampled_from(ALPHAS), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=100, deadline=None)
+def test_rounded_products_are_off_by_no_more_than_is_said(method, blocks, size, alpha, dtype):
+    queries, items = make_pair(size, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "has_bfloat16", lambda: True)
+        allowed = 5e-6 + 2 * abs(1 - alpha) * _clim_cpu.rounding_error(dtype)
     actual = scores(queries, items, alpha=alpha, rounded=True)
-    allowed = 5e-6 + 2 * abs(1 - alpha) * _clim_cpu.ROUNDING
     assert largest_error(method, actual, queries, items, alpha) <= allowed
 
 
-def test_rounding_is_for_bfloat16_alone(monkeypatch):
-    monkeypatch.setattr(_cpu, "has", lambda feature: True)
-    assert not _clim_cpu.has_rounded(torch.float32)
-    monkeypatch.setattr(_cpu, "has", lambda feature: False)
-    assert not _clim_cpu.has_rounded(torch.bfloat16)
+def test_rounding_is_for_processors_and_rows_that_it_makes_faster(monkeypatch):
+    monkeypatch.setattr(_cpu, "has_bfloat16", lambda: True)
+    assert _clim_cpu.rounding_error(torch.bfloat16) < _clim_cpu.rounding_error(torch.float16)
+    assert _clim_cpu.rounding_error(torch.float64) is None
+    monkeypatch.setattr(_cpu, "has_bfloat16", lambda: False)
+    assert _clim_cpu.rounding_error(torch.bfloat16) is None
 
 
 def test_needs_no_gradient():

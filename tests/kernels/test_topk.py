@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import _clim_cpu, _topk
+from finelip_fast.kernels import _topk
 from finelip_fast.kernels._clim_cpu import scores
 from finelip_fast.kernels._quantize import QuantizedItems, quantize_items
 from finelip_fast.kernels._topk import exact_topk_int8, topk
@@ -56,7 +56,7 @@ def rounded_scores(queries, items, *, alpha):
 
 
 def search_rounded(queries, items, k, *, alpha, score=scores):
-    rounding = {"coarse": rounded_scores, "product_error": _clim_cpu.ROUNDING}
+    rounding = {"coarse": rounded_scores, "product_error": 1.01 * 2**-8}
     return topk(queries, items, k, alpha=alpha, score=score, **rounding)
 
 
