@@ -155,6 +155,7 @@ def _slack(queries: Tensor, items: Rows, alpha: float) -> float:
 
 
 def _pass(queries: Tensor, items: Rows, alpha: float, score: Score) -> Tensor:
+    """The scores of all of these items, ``[Q, n]``."""
     chunks = _chunks([items], len(queries), queries.device)
     return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in chunks], dim=1)
 
