@@ -40,6 +40,8 @@ Finer = Callable[[int, int], tuple[Tensor, Tensor]]  # the first item and how ma
 _SCORE_ELEMENTS = 1 << 22
 # Bytes of a chunk that must be copied before it can be scored.
 _COPY_BYTES = 1 << 26
+# What rounding to bfloat16 may do to a row of norm 1, and more.
+_LONGEST = 1.01
 # The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
 _MOST_OPEN = 1 / 8
 # Elements that scoring again in float64 may hold, 16 MiB: more would leave the cache.
@@ -86,7 +88,7 @@ def topk(
         ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
 
     Raises:
-        InputError: ``k`` below 1.
+        InputError: ``k`` below 1, or a best item whose rows are longer than the errors allow for.
     """
     norms = queries.float().norm(dim=2)
     largest = norms.amax(dim=1, keepdim=True) if queries.shape[1] else norms.new_zeros(len(queries), 1)
@@ -101,7 +103,18 @@ def topk(
         return _pass(queries, items[first : first + count], alpha, score), rounding_errors
 
     found, indices, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
+    _check_norms(items, indices[:, :1].unique())
     return found, indices
+
+
+def _check_norms(items: Rows, indices: Tensor) -> None:
+    """Of the best items alone: the norms of all would cost as much as the search."""
+    norms = _take(items, indices).float().norm(dim=2)
+    longest = norms[norms.isfinite()].amax().item() if norms.isfinite().any() else 0.0
+    if longest > _LONGEST:
+        raise InputError(
+            f"expected items of rows of norm 1, got one of {longest:.3g}: normalise them (torch.nn.functional.normalize)"
+        )
 
 
 def exact_topk_int8(

@@ -230,8 +230,8 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
 
     Args:
         queries: Embeddings ``[Q, L_q, D]``, unit rows.
-        items: ``[N, L_i, D]``, on the device of the queries, in host memory, or mapped from a file (``numpy.memmap``):
-            what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
+        items: ``[N, L_i, D]``, unit rows too, on the device of the queries, in host memory, or mapped from a file
+            (``numpy.memmap``): what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
         k: How many; more than ``N`` is taken as ``N``.
         alpha: As :func:`clim_scores`.
 
@@ -239,7 +239,7 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
         ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last.
 
     Raises:
-        InputError: Shapes that do not fit together, or ``k < 1``.
+        InputError: Shapes that do not fit together, ``k < 1``, or a best item whose rows are longer than 1.
     """
     _check(queries, items)
     from finelip_fast.kernels._topk import topk

@@ -309,6 +309,17 @@ def test_items_that_int8_cannot_tell_apart_are_all_scored_again():
     assert rescored.tolist() == [30, 30]
 
 
+@pytest.mark.parametrize("longer", [1.1, 30.0])
+def test_rows_that_are_longer_than_the_bound_counts_on_are_refused(longer):
+    queries, items = make(2, 4, 16), longer * make(9, 5, 16, seed=1)
+    for search in (search_full, search_rounded):
+        with pytest.raises(
+            InputError, match=rf"expected items of rows of norm 1, got one of {longer:.3g}.*: normalise them"
+        ):
+            search(queries, items, 3, alpha=0.8)
+    assert search_int8(queries, items, 3, alpha=0.8)[1].shape == (2, 3)  # its bound knows the norms
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
