@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from finelip_fast.kernels import _cpu
+
 # More than the L2 cache of any GPU: what one run left there is gone in the next.
 _FLUSH_BYTES = 256 << 20
 
@@ -34,9 +36,6 @@ class Work:
     bytes: int
     flops: int
     dtype: torch.dtype  # of the products
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops, self.dtype)
 
     @property
     def seconds(self) -> float:
@@ -98,9 +97,8 @@ def _product_peak(dtype: torch.dtype, device: str) -> float:
     square = torch.randint(-8, 8, (side, side), device=device).to(dtype)
     product = torch._int_mm if dtype == torch.int8 else torch.mm  # the latter has no int8
     products = [partial(product, square, square)]
-    if device == "cpu" and dtype.is_floating_point:  # oneDNN's, where PyTorch's own is MKL's
-        packed = torch.ops.mkldnn._reorder_linear_weight(square)
-        products.append(partial(torch.ops.mkldnn._linear_pointwise, square, packed, None, "none", [], ""))
+    if device == "cpu" and dtype.is_floating_point and _cpu.has_onednn():  # where PyTorch's own is MKL's
+        products.append(partial(_cpu.linear, square, _cpu.packed(square)))
     return float(2 * side**3 / min(map(seconds, products)))
 
 

@@ -202,7 +202,7 @@ class _Scratch:
 def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", *rows.shape).copy_(rows)
-    if _cpu.has("avx512") and _cpu.has_onednn():
+    if _cpu.suits_onednn(rows):
         product = _cpu.linear(rows, columns.wide_packed)
     else:
         product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))

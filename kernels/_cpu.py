@@ -26,6 +26,11 @@ def has_bfloat16() -> bool:
     return (has("avx512_bf16") or has("amx_tile")) and has_onednn()
 
 
+def suits_onednn(rows: Tensor) -> bool:
+    """Whether these are multiplied by oneDNN at least as fast as by MKL."""
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and has("avx512") and has_onednn()
+
+
 def linear(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
     """``rows [..., D] @ columns.T + bias`` by oneDNN, added up in float32; ``columns [n, D]`` plain or :func:`packed`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
@@ -40,7 +45,7 @@ def packed(columns: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b [k, n]``, on a CPU by whichever library is faster."""
-    if not _suits_onednn(a):
+    if not suits_onednn(a):
         return a @ b
     if a.stride(1) != 1:  # oneDNN is slow with such a left side
         return linear(b.T, a).T
@@ -49,8 +54,4 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear``, on a CPU by whichever library is faster; without a gradient."""
-    return linear(x, weight, bias) if _suits_onednn(x) else F.linear(x, weight, bias)
-
-
-def _suits_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and has("avx512") and has_onednn()
+    return linear(x, weight, bias) if suits_onednn(x) else F.linear(x, weight, bias)
