@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
 
+_MASKED = -1e4
+
 
 class ImageEncoder(VisionTransformer):
     """Vision transformer: pixels ``[B, 3, H, W]`` to token features ``[B, 1 + P, D]``, CLS first."""
@@ -52,6 +54,11 @@ class TextEncoder(TextTransformer):
             act_layer=_activation(config),
         )
 
+    def build_causal_mask(self) -> Tensor:
+        """Added to the scores of attention, ``[S, S]``: no position sees a later one."""
+        # Finite, where open_clip has -inf: half precision adds to it without overflow, and its weight is 0 all the same.
+        return torch.full((self.num_pos, self.num_pos), _MASKED).triu_(1)
+
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
         x = self.token_embedding(ids)
@@ -62,8 +69,10 @@ class TextEncoder(TextTransformer):
 
 def caption_lengths(ids: Tensor) -> Tensor:
     """Real tokens of each caption, start to end token: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
-    is_end = ids == EOT_TOKEN
-    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, 0)
+    # The lowest position of an end token, not argmax: its int64 form is missing or wrong in other runtimes.
+    width = ids.shape[1]
+    first = torch.where(ids == EOT_TOKEN, torch.arange(width, device=ids.device), width).amin(dim=1)
+    return torch.where(first < width, first + 1, 0)
 
 
 def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS) -> Tensor:

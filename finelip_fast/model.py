@@ -87,9 +87,7 @@ class FineLIP(nn.Module):
         Raises:
             InputError: Pixels of another shape.
         """
-        side = self.config.image_size
-        if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
-            raise InputError(f"expected pixels [B, 3, {side}, {side}], got {list(pixels.shape)}; use model.preprocess")
+        check_pixels(pixels, self.config)
         return self._aggregate_image(self.visual(pixels))
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -107,10 +105,7 @@ class FineLIP(nn.Module):
         Raises:
             InputError: Ids of another shape or longer than the context.
         """
-        if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.config.context_length or ids.is_floating_point():
-            raise InputError(
-                f"expected integer ids [B, T] with T in 1..{self.config.context_length}, got {ids.dtype} {list(ids.shape)}"
-            )
+        check_ids(ids, self.config)
         return self._aggregate_text(*self._text_tokens(ids))
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
@@ -141,7 +136,7 @@ class FineLIP(nn.Module):
     def _text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
         lengths = caption_lengths(ids)
-        if len(ids) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and len(ids):
             ids = ids[:, : max(1, int(lengths.max()))]
         return self.text(ids), lengths
 
@@ -161,3 +156,18 @@ class FineLIP(nn.Module):
         """Recompute the transformers' activations in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
+
+
+def check_pixels(pixels: Tensor, config: FineLIPConfig) -> None:
+    """Raise InputError unless the pixels are ``[B, 3, S, S]`` of the model's size."""
+    side = config.image_size
+    if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
+        raise InputError(f"expected pixels [B, 3, {side}, {side}], got {list(pixels.shape)}; use model.preprocess")
+
+
+def check_ids(ids: Tensor, config: FineLIPConfig) -> None:
+    """Raise InputError unless the ids are integers ``[B, T]``, no longer than the model's context."""
+    if ids.dim() != 2 or not 1 <= ids.shape[1] <= config.context_length or ids.is_floating_point():
+        raise InputError(
+            f"expected integer ids [B, T] with T in 1..{config.context_length}, got {ids.dtype} {list(ids.shape)}"
+        )
