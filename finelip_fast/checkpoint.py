@@ -199,7 +199,7 @@ def convert(
     }
 
 
-def fingerprint(model: FineLIP | str | os.PathLike[str]) -> str:
+def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
     """Identify a checkpoint: equal for equal configurations and weights.
 
     Args:

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from finelip_fast.training.train import main as train
 
         return train(arguments[1:])
+    if arguments[:1] == ["export"]:
+        return _export(arguments[1:])
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], Any] = options.command
     try:
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", help="folder, file, open_clip:MODEL/WEIGHTS or hub name; default: the bundled one"
     )
     model.add_argument("--engine", default="auto", help="auto (default), torch, onnx or trt")
+    model.add_argument("--precision", help="of exported files: fp32, fp16, bf16 or int8; default: the fastest there")
     model.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -89,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="Train a checkpoint; see finelip train --help.", add_help=False)
 
+    commands.add_parser(
+        "export",
+        help="Write ONNX or TensorRT files beside a checkpoint; see finelip export onnx --help.",
+        add_help=False,
+    )
+
     convert = add("convert", _convert, "Turn a CLIP, Long-CLIP or FineLIP checkpoint into a folder of ours.")
     convert.add_argument("source", help="file, folder, open_clip:MODEL/WEIGHTS or hub name")
     convert.add_argument("out", help="folder to write")
@@ -109,6 +118,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "Versions, devices, and which kernels and engines can run here.")
     return parser
+
+
+def _export(arguments: list[str]) -> int:
+    """``finelip export onnx`` and ``finelip export trt``: the exporters' own command lines."""
+    parser = argparse.ArgumentParser(prog="finelip export", description="Write encoders for another runtime, proven.")
+    parser.add_argument("runtime", choices=("onnx", "trt"), help="ONNX Runtime or TensorRT")
+    runtime = parser.parse_args(arguments[:1]).runtime
+    try:
+        if runtime == "onnx":
+            from finelip_fast.export.to_onnx import main as export
+        else:
+            from finelip_fast.export.to_trt import main as export
+    except FineLIPError as error:  # a package that is missing
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return export(arguments[1:], prog=f"finelip export {runtime}")
 
 
 def _demo(options: argparse.Namespace) -> Any:
@@ -151,6 +176,7 @@ def _retriever(options: argparse.Namespace) -> Any:
     return Retriever(
         options.checkpoint or stored_source(options.index) or None,
         engine=options.engine,
+        precision=options.precision,
         device=options.device,
         index=options.index,
         alpha=getattr(options, "alpha", None),
@@ -162,7 +188,7 @@ def _evaluate(options: argparse.Namespace) -> Any:
     from finelip_fast.engines import open_engine
     from finelip_fast.evaluation import evaluate
 
-    engine = open_engine(options.engine, options.checkpoint, options.device)
+    engine = open_engine(options.engine, options.checkpoint, options.device, precision=options.precision)
     pairs = open_dataset(options.data, image_size=engine.config.image_size, root=options.root)
     return evaluate(engine, pairs, contexts=options.context, alpha=options.alpha, progress=not options.quiet)
 

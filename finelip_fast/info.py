@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finelip_fast.engines.base import ENGINES, why_not
+from finelip_fast.engines import ENGINES, why_not
 from finelip_fast.kernels import describe, tuned_settings
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")

@@ -65,12 +65,19 @@ class Retriever:
     Args:
         checkpoint: A checkpoint folder or file, an open_clip or hub name (see :func:`finelip_fast.load`); None: the bundled
             model, which knows drawn street scenes only.
-        engine: ``"auto"``, ``"torch"``, ``"onnx"`` or ``"trt"``. A named engine that cannot run is an error.
+        engine: ``"torch"``, ``"onnx"`` or ``"trt"``, or an error where that one cannot run; ``"auto"``: the fastest of those
+            that are here, as timed once on this machine. ONNX and TensorRT run what ``finelip export`` wrote beside the
+            checkpoint.
         index: Folder that keeps the items; None keeps them in memory.
         device: None takes a GPU if there is one.
         alpha: Weight of the global cosine in the score; None: the checkpoint's own, 0.8 with trained aggregators and 1
             without.
         overflow: What happens to texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
+        precision: Of the exported files: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``; None: the fastest of those there.
+        threads: Of ONNX Runtime on the CPU; None: as many as PyTorch uses.
+        build: Export what is asked for where it is not there yet; takes a minute or more.
+
+    Searching, scoring and the engine may be used from several threads at once, though not while items are added.
 
     Raises:
         EngineError, CheckpointError, StoreError: What was asked for cannot be opened; says why and what to do.
@@ -90,10 +97,13 @@ class Retriever:
         device: str | torch.device | None = None,
         alpha: float | None = None,
         overflow: Overflow = "truncate",
+        precision: str | None = None,
+        threads: int | None = None,
+        build: bool = False,
     ) -> None:
         if alpha is not None and not 0 <= alpha <= 1:
             raise InputError(f"expected alpha in [0, 1], got {alpha}")
-        self._engine = open_engine(engine, checkpoint, device)
+        self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
         config = self._engine.config

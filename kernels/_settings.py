@@ -24,9 +24,14 @@ Numbers = dict[str, int]  # of a settings dataclass, by field
 S = TypeVar("S")
 
 
+def cache_folder() -> Path:
+    """Where this user's own files lie: ``FINELIP_CACHE``, or ``~/.cache/finelip_fast``."""
+    return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast")
+
+
 def cache_file() -> Path:
-    """Where tuning writes: ``settings.json`` in ``FINELIP_CACHE``, or in ``~/.cache/finelip_fast``."""
-    return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast") / "settings.json"
+    """Where tuning writes."""
+    return cache_folder() / "settings.json"
 
 
 def key(operation: str, *, capability: int, dtype: torch.dtype, **sizes: int) -> str:

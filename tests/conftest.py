@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,14 @@ def _skip_where_triton_cannot_be_interpreted() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("triton") and os.environ.get("TRITON_INTERPRET") == "1":
         _skip_where_triton_cannot_be_interpreted()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write what this user has in the cache: exports, timings, tuned settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINELIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import finelip_fast
 from finelip_fast import demo
 from finelip_fast.cli import main
 
-COMMANDS = ("demo", "index", "search", "eval", "train", "convert", "tune", "info")
+COMMANDS = ("demo", "index", "search", "eval", "train", "export onnx", "export trt", "convert", "tune", "info")
 
 
 @pytest.fixture(scope="session")
@@ -201,6 +202,27 @@ def test_convert_writes_a_checkpoint_that_opens(finelip: Callable[..., str], che
     assert f"folder: {tmp_path / 'text'}" in finelip("convert", checkpoint, tmp_path / "text")
 
 
+def test_export_says_what_is_not_installed(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("finelip_fast.export")]:
+        monkeypatch.delitem(sys.modules, name)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else found(name, *more))
+    assert fails("export", "onnx") == "error: exporting needs onnx: pip install 'finelip-fast[onnx]'\n"
+
+
+def test_what_was_exported_answers(finelip: Callable[..., str], photos: Path, make_model, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "exported"
+    finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), checkpoint)
+    made = json.loads(finelip("export", "onnx", str(checkpoint), "--pairs", "scenes:test:8", "--quiet"))
+    assert made["fp32"]["passed"] is True
+    finelip("index", str(photos), "--checkpoint", str(checkpoint), "--quiet")
+    hits = [
+        json.loads(finelip("search", "a red house", "--engine", name, "--device", "cpu", "--json"))
+        for name in ("torch", "onnx")
+    ]
+    assert [[hit["id"] for hit in one] for one in hits][0] == [hit["id"] for hit in hits[1]]
+
+
 def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:
     values = json.loads(finelip("info", "--json"))
     assert values["packages"]["finelip-fast"] == finelip_fast.__version__
@@ -304,7 +326,7 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert "usage: " in capsys.readouterr().out
 
@@ -314,4 +336,4 @@ def test_the_installed_command_lists_all_commands() -> None:
     assert script is not None, "the finelip command is not installed beside this Python"
     result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert all(f"    {command} " in result.stdout for command in COMMANDS)
+    assert all(f"    {command.split()[0]} " in result.stdout for command in COMMANDS)

@@ -1,5 +1,6 @@
 """Engines: what turns pixels and ids into embeddings, one file per runtime."""
 
-from finelip_fast.engines.base import Engine, open_engine
+from finelip_fast.engines.base import ENGINES, Engine
+from finelip_fast.engines.choice import open_engine, why_not
 
-__all__ = ["Engine", "open_engine"]
+__all__ = ["ENGINES", "Engine", "open_engine", "why_not"]

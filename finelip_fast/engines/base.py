@@ -1,27 +1,25 @@
-"""What an engine is, and how one is picked."""
+"""What an engine is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import EngineError, InputError
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import Overflow
 
 ENGINES = ("auto", "torch", "onnx", "trt")
-
-_ABSENT = {
-    "onnx": "this version has no ONNX Runtime engine",
-    "trt": "this version has no TensorRT engine",
-}
 
 
 class Engine(ABC):
@@ -78,30 +76,27 @@ class Engine(ABC):
     def __str__(self) -> str:
         return f"{self.name}: {self.description} ({self.reason})"
 
+    def _identify(self, model: FineLIP, checkpoint: str | PathLike[str] | None) -> None:
+        """What follows from the checkpoint alone."""
+        self.fingerprint = checkpoints.fingerprint(model)
+        self.source = (
+            "" if checkpoint is None else str(Path(checkpoint).absolute() if Path(checkpoint).exists() else checkpoint)
+        )
+        self.config, self.preprocess, self.alpha = model.config, model.preprocess, model.alpha
 
-def open_engine(name: str, checkpoint: str | PathLike[str] | None, device: str | torch.device | None = None) -> Engine:
-    """Open an engine on a checkpoint.
 
-    Args:
-        name: ``"auto"`` takes the fastest that can run here; any other name gives that engine or an error.
-        checkpoint: As :func:`finelip_fast.load` takes it.
-        device: Where to run; None: a GPU if there is one.
+def find_device(wanted: str | torch.device | None) -> torch.device:
+    """The device to run on; None takes a GPU if there is one.
 
     Raises:
-        InputError: An unknown name.
-        EngineError: An engine or a device that cannot run here.
-        CheckpointError: A checkpoint that cannot be loaded.
+        EngineError: A device that is not here.
     """
-    from finelip_fast.engines.torch import TorchEngine
-
-    if name not in ENGINES:
-        raise InputError(f"expected engine to be one of {ENGINES}, got {name!r}")
-    if name in _ABSENT:
-        raise EngineError(f"engine={name!r} cannot run: {_ABSENT[name]}; use engine='torch' or engine='auto'")
-    reason = "asked for" if name == "torch" else "the only engine of this version"
-    return TorchEngine(checkpoint, device, reason=reason)
-
-
-def why_not(name: str) -> str | None:
-    """Why an engine cannot run here; None if it can."""
-    return _ABSENT.get(name)
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former where torch is built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise EngineError(
+            f"device={str(wanted)!r} cannot be used: {reason}; use device='cpu', or leave it out to take what is there"
+        ) from None
+    return device

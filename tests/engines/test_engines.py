@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from PIL import Image
 import finelip_fast
 from finelip_fast._errors import CheckpointError, EngineError, InputError
 from finelip_fast.checkpoint import fingerprint
-from finelip_fast.engines import Engine, open_engine
-from finelip_fast.engines.base import ENGINES, why_not
+from finelip_fast.engines import ENGINES, Engine, open_engine, why_not
+from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.tokenizer import TruncationWarning, encode_batch
 
-AVAILABLE = [name for name in ENGINES if name != "auto" and why_not(name) is None]
+# Each engine in its precisions, and how far its embeddings may be from the model's.
+ALL = {"torch": (1e-5, {}), "onnx": (1e-5, {"precision": "fp32"})}
+ALL |= {"onnx fp16": (2e-3, {"precision": "fp16"}), "onnx int8": (5e-2, {"precision": "int8"})}
+AVAILABLE = [name for name in ALL if why_not(name.split()[0]) is None]
 CONTEXT = 24
 TEXTS = [
     "a red house",
@@ -28,19 +32,27 @@ TEXTS = [
     "two people with umbrellas walk past a yellow house with a flat roof and a green door",
 ]
 LONG = " ".join(f"the {colour} house has a {colour} door." for colour in ("red", "blue", "green", "white", "black") * 2)
-CLOSE = {"atol": 1e-5, "rtol": 0}  # float32: the device is the CPU
+CLOSE = {"atol": 1e-5, "rtol": 0}  # of what one engine gives in different company, whatever its precision
 
 
 @pytest.fixture(scope="session")
 def checkpoint(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "checkpoint"
-    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_width=32), folder)
+    finelip_fast.save(make_model(context_length=CONTEXT, embed_dim=128, vision_layers=1, text_width=32), folder)
+    for name in AVAILABLE:
+        if name.startswith("onnx"):
+            export_onnx(folder, pairs="scenes:test:8", progress=False, **ALL[name][1])
     return folder
 
 
 @pytest.fixture(scope="session", params=AVAILABLE)
 def engine(request: pytest.FixtureRequest, checkpoint: Path) -> Engine:
-    return open_engine(request.param, checkpoint, "cpu")
+    return open_engine(request.param.split()[0], checkpoint, "cpu", **ALL[request.param][1])
+
+
+@pytest.fixture
+def tolerance(request: pytest.FixtureRequest) -> float:
+    return ALL[request.node.callspec.params["engine"]][0]
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +61,15 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(random.integers(0, 256, (40, 32 + 8 * n, 3), np.uint8)) for n in range(5)]
 
 
-def test_embeddings_are_those_of_the_model(engine: Engine, checkpoint: Path, pictures: list[Image.Image]) -> None:
+def test_embeddings_are_those_of_the_model(
+    engine: Engine, checkpoint: Path, pictures: list[Image.Image], tolerance: float
+) -> None:
     model = finelip_fast.load(checkpoint)
     with torch.no_grad():
         images = model.encode_image(model.preprocess.batch(pictures))
         texts = model.encode_text(finelip_fast.tokenize(TEXTS, CONTEXT))
-    torch.testing.assert_close(engine.embed_images(pictures), images, **CLOSE)
-    torch.testing.assert_close(engine.embed_texts(TEXTS), texts, **CLOSE)
+    torch.testing.assert_close(engine.embed_images(pictures), images, atol=tolerance, rtol=0)
+    torch.testing.assert_close(engine.embed_texts(TEXTS), texts, atol=tolerance, rtol=0)
 
 
 def test_rows_are_of_unit_length(engine: Engine, pictures: list[Image.Image]) -> None:
@@ -73,6 +87,44 @@ def test_company_and_order_change_nothing(
     torch.testing.assert_close(images, torch.cat([engine.embed_images([pictures[n]]) for n in order]), **CLOSE)
     texts = engine.embed_texts([TEXTS[n] for n in order], batch_size=batch_size)
     torch.testing.assert_close(texts, torch.cat([engine.embed_texts([TEXTS[n]]) for n in order]), **CLOSE)
+
+
+def test_nothing_gives_nothing(engine: Engine) -> None:
+    side, shape = engine.config.image_size, (0, engine.config.tokens, engine.config.embed_dim)
+    assert engine.encode_image(torch.zeros(0, 3, side, side)).shape == shape
+    assert engine.encode_text(torch.zeros(0, 5, dtype=torch.int64)).shape == shape
+
+
+def test_padding_alone_gives_zeros(engine: Engine) -> None:
+    ids = torch.cat([finelip_fast.tokenize(TEXTS[:1], CONTEXT), torch.zeros(1, CONTEXT, dtype=torch.int64)])
+    assert not engine.encode_text(ids)[1].any()
+    assert not engine.encode_text(ids[1:]).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 31, 32), (3, 32, 32), (1, 1, 32, 32)])
+def test_pixels_of_another_shape_are_refused(engine: Engine, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"expected pixels \[B, 3, 32, 32\]"):
+        engine.encode_image(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(5), torch.zeros(1, CONTEXT + 1, dtype=torch.int64), torch.zeros(1, 5)])
+def test_ids_that_are_none_are_refused(engine: Engine, ids: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=rf"expected integer ids \[B, T\] with T in 1\.\.{CONTEXT}"):
+        engine.encode_text(ids)
+
+
+def test_threads_share_an_engine(engine: Engine, pictures: list[Image.Image]) -> None:
+    images, texts = engine.embed_images(pictures), engine.embed_texts(TEXTS)
+
+    def one(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        which = number % len(pictures)
+        return engine.embed_images([pictures[which]])[0] - images[which], engine.embed_texts([TEXTS[which]])[0] - texts[
+            which
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        for differences in pool.map(one, range(40)):
+            assert max(difference.abs().max() for difference in differences) <= CLOSE["atol"]
 
 
 def test_padding_changes_nothing(engine: Engine) -> None:
@@ -113,7 +165,7 @@ def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:
 
 
 def test_an_engine_says_what_it_is(engine: Engine, checkpoint: Path) -> None:
-    assert engine.name in AVAILABLE
+    assert engine.name in ENGINES
     assert str(engine) == f"{engine.name}: {engine.description} (asked for)"
     assert engine.source == str(checkpoint)
     assert engine.fingerprint == fingerprint(checkpoint)
@@ -123,7 +175,7 @@ def test_an_engine_says_what_it_is(engine: Engine, checkpoint: Path) -> None:
 
 def test_auto_says_why(checkpoint: Path) -> None:
     engine = open_engine("auto", checkpoint, "cpu")
-    assert engine.name in AVAILABLE
+    assert engine.name in ENGINES
     assert engine.reason
     assert engine.reason != "asked for"
     assert engine.reason in str(engine)
@@ -134,9 +186,9 @@ def test_a_relative_source_is_kept_absolute(checkpoint: Path, monkeypatch: pytes
     assert open_engine("torch", checkpoint.name, "cpu").source == str(checkpoint)
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "auto" and name not in AVAILABLE])
+@pytest.mark.parametrize("name", [name for name in ENGINES if why_not(name) is not None])
 def test_an_engine_that_cannot_run_says_what_to_do(name: str, checkpoint: Path) -> None:
-    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*; use engine='torch'"):
+    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*; or use engine='torch'"):
         open_engine(name, checkpoint)
 
 

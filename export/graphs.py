@@ -1,0 +1,184 @@
+"""The model as ONNX graphs in float32: what the other precisions are made from.
+
+============  =====================================================  ==============================================
+graph         input                                                  output, float32
+============  =====================================================  ==============================================
+image         ``pixels`` float32 ``[batch, 3, S, S]``, normalised    ``embeddings [batch, L, D]``
+text          ``ids`` int64 ``[batch, length]``                      ``embeddings [batch, L, D]``
+image_uint8   ``pixels`` uint8 ``[batch, S, S, 3]``                  ``embeddings [batch, L, D]``
+scorer        ``queries [queries, L, D]``, ``items [items, L, D]``   ``scores [queries, items]``
+============  =====================================================  ==============================================
+
+Encoder, aggregation and L2 norms are inside, row 0 of an embedding is the global one. ``length`` is 1 to the context.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.kernels import clim_scores
+from finelip_fast.model import FineLIP
+
+OPSET = 20  # the first with Gelu as one operation
+LEAST_OPSET = 18
+
+# Bytes of weights. Protobuf holds no more than 2 GiB.
+LARGEST_FILE = (1 << 31) - (1 << 24)
+
+
+class _Image(nn.Module):
+    def __init__(self, model: FineLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+
+class _Text(nn.Module):
+    def __init__(self, model: FineLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids)
+
+
+class _ImageOfBytes(nn.Module):
+    """Decoded pictures as they lie in memory; CLIP's normalisation inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: FineLIP) -> None:
+        super().__init__()
+        self.model = model
+        # Of 0 to 255: the division by 255 is in both.
+        self.register_buffer("mean", 255 * torch.tensor(model.config.image_mean).reshape(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(model.config.image_std).reshape(3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image((pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+
+
+class _Scorer(nn.Module):
+    def __init__(self, model: FineLIP) -> None:
+        super().__init__()
+        self.alpha = model.alpha
+
+    def forward(self, queries: Tensor, items: Tensor) -> Tensor:
+        return clim_scores(queries, items, alpha=self.alpha)
+
+
+class Port(NamedTuple):
+    """An input or output: its element type by ONNX's name, and its axes, named where they are free."""
+
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+class Interface(NamedTuple):
+    """What a graph takes and gives."""
+
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+
+
+def interface(graph: str, config: FineLIPConfig) -> Interface:
+    """What a graph of this model must take and give; ``graph`` is a name of the module's table."""
+    side, rows, width = config.image_size, config.tokens, config.embed_dim
+    embeddings = {"embeddings": Port("FLOAT", ("batch", rows, width))}
+    return {
+        "image": Interface({"pixels": Port("FLOAT", ("batch", 3, side, side))}, embeddings),
+        "text": Interface({"ids": Port("INT64", ("batch", "length"))}, embeddings),
+        "image_uint8": Interface({"pixels": Port("UINT8", ("batch", side, side, 3))}, embeddings),
+        "scorer": Interface(
+            {"queries": Port("FLOAT", ("queries", rows, width)), "items": Port("FLOAT", ("items", rows, width))},
+            {"scores": Port("FLOAT", ("queries", "items"))},
+        ),
+    }[graph]
+
+
+def build(
+    model: FineLIP, graph: str, *, opset: int = OPSET, metadata: Mapping[str, Any] | None = None
+) -> onnx.ModelProto:
+    """A graph of the model, in float32.
+
+    Args:
+        model: On the CPU, in float32.
+        graph: A name of the module's table.
+        opset: ONNX's operator set, at least 18.
+        metadata: More values for JSON to write into the file, beside sizes, normalisation and tokenizer.
+
+    Returns:
+        The graph with its weights.
+    """
+    module = {"image": _Image, "text": _Text, "image_uint8": _ImageOfBytes, "scorer": _Scorer}[graph](model).eval()
+    expected = interface(graph, model.config)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's remarks on itself
+        program = torch.onnx.export(
+            module,
+            tuple(_example(name, port, model.config) for name, port in expected.inputs.items()),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(expected.inputs),
+            output_names=list(expected.outputs),
+            dynamic_shapes={
+                name: {axis: torch.export.Dim(size) for axis, size in enumerate(port.axes) if isinstance(size, str)}
+                for name, port in expected.inputs.items()
+            },
+            verbose=False,
+        )
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer, proto.graph):
+        del entry.metadata_props[:]  # stack traces of this machine
+    proto.producer_name = "finelip_fast"
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in _facts(model, metadata).items()})
+    return proto
+
+
+def write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph; weights past what one file holds go to ``NAME.onnx.data`` beside it, and are then gone from ``proto``."""
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    onnx.save(proto, path, save_as_external_data=size > LARGEST_FILE, location=f"{path.name}.data")
+
+
+def _example(name: str, port: Port, config: FineLIPConfig) -> Tensor:
+    """An input to trace with. No free axis has a size that the model knows, or it would be taken for fixed."""
+    if name == "ids":
+        ids = torch.full((2, max(3, config.context_length - 1)), 5)
+        ids[:, 0], ids[:, -1] = START_TOKEN, EOT_TOKEN
+        return ids
+    sizes = [size if isinstance(size, int) else 2 + index for index, size in enumerate(port.axes)]
+    dtype = torch.uint8 if port.dtype == "UINT8" else torch.float32
+    return torch.ones(sizes, dtype=dtype)
+
+
+def _facts(model: FineLIP, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = model.config
+    return {
+        "finelip.config": config.to_dict(),
+        "finelip.alpha": model.alpha,
+        "finelip.normalisation": {"mean": config.image_mean, "std": config.image_std, "resize": config.resize_mode},
+        "finelip.tokenizer": {
+            "name": "CLIP byte-level BPE",
+            "vocabulary": config.vocab_size,
+            "start": START_TOKEN,
+            "end": EOT_TOKEN,
+            "padding": 0,
+            "context_length": config.context_length,
+        },
+        **(more or {}),
+    }

@@ -1,0 +1,182 @@
+"""ONNX graphs to TensorRT plans, by ``tensorrt`` or ``tensorrt_rtx``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from finelip_fast._errors import EngineError
+from finelip_fast._weight_files import write_whole
+from finelip_fast.artefacts import trt as runtime
+from finelip_fast.kernels._settings import cache_folder
+
+
+class Builder(NamedTuple):
+    """What the builder is told.
+
+    Args:
+        workspace: Greatest scratch memory of a layer, in MiB; None: as much as there is.
+        version_compatible: Plans that later versions with the same major number read, too.
+        hardware_compatible: Plans for every GPU from compute capability 8.0 on.
+        refittable: Plans that take the weights of another checkpoint of the same sizes.
+        strip: Plans without weights, to be refitted before they run.
+    """
+
+    workspace: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    refittable: bool = False
+    strip: bool = False
+
+
+def build_plan(
+    path: Path,
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    target: runtime.Machine,
+    builder: Builder,
+    *,
+    progress: bool = True,
+) -> bytes:
+    """A plan of an ONNX graph of one input.
+
+    Args:
+        path: The graph.
+        shapes: Least, best and greatest shape of the input, for each optimisation profile.
+        target: What to build with and for.
+        builder: What the builder is told.
+        progress: Show progress on stderr.
+
+    Raises:
+        EngineError: TensorRT cannot read the graph or build it; says why.
+    """
+    trt, log = runtime.load_module(target.module), runtime.logger(target.module)
+    log.errors.clear()
+    make = trt.Builder(log)
+    # From version 11 on every network is strongly typed: each operation in the precision that the graph gives it.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = make.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(os.fspath(path)):
+        errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise EngineError(f"{path.name}: {target.module} cannot read it: {errors or log.take()}")
+    config = make.create_builder_config()
+    for least, best, greatest in shapes:
+        profile = make.create_optimization_profile()
+        profile.set_shape(network.get_input(0).name, least, best, greatest)
+        config.add_optimization_profile(profile)
+    _configure(trt, config, target, builder)
+    timings = _Timings(trt, config, target)
+    with tqdm(desc=f"build, {path.stem}", unit="step", disable=not progress, leave=False) as bar:
+        if progress:
+            config.progress_monitor = monitor = _monitor(trt, bar)
+        plan = make.build_serialized_network(network, config)
+    if progress and monitor.stopped:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise EngineError(f"{path.name}: {target.module} {target.version} cannot build it: {log.take()}")
+    timings.save()
+    return bytes(plan)
+
+
+def refit_plan(plan: Path, graph: Path, module: str) -> bytes:
+    """A plan with the weights of an ONNX graph in the place of its own.
+
+    Raises:
+        EngineError: TensorRT cannot read the plan, or some of its weights are not in the graph.
+    """
+    trt, log = runtime.load_module(module), runtime.logger(module)
+    engine = runtime.read_plan(plan, module)
+    refitter = trt.Refitter(engine, log)
+    parser = trt.OnnxParserRefitter(refitter, log)
+    if not parser.refit_from_file(os.fspath(graph)) or not refitter.refit_cuda_engine():
+        errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise EngineError(f"{plan.name}: {module} cannot give it the weights of {graph.name}: {errors or log.take()}")
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    if (again := getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)) is not None:
+        config.set_flag(again)
+    return bytes(engine.serialize_with_config(config))
+
+
+def _configure(trt: Any, config: Any, target: runtime.Machine, builder: Builder) -> None:
+    flags = {
+        "REFIT": builder.refittable or builder.strip,
+        "STRIP_PLAN": builder.strip,
+        "VERSION_COMPATIBLE": builder.version_compatible,
+    }
+    for name, wanted in flags.items():
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 products stay float32, as PyTorch's are
+    if builder.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, builder.workspace << 20)
+    if target.module == "tensorrt":
+        if builder.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif not builder.hardware_compatible:  # with none named, plans of TensorRT for RTX are for all from 8.0 on
+        config.num_compute_capabilities = 1
+        named = capability(trt, target.compute_capability)
+        config.set_compute_capability(trt.ComputeCapability.CURRENT if named is None else named, 0)
+
+
+class _Timings:
+    """What TensorRT measured in earlier builds on this GPU; TensorRT for RTX measures nothing."""
+
+    def __init__(self, trt: Any, config: Any, target: runtime.Machine) -> None:
+        self._cache: Any = None
+        if target.module == "tensorrt" and hasattr(config, "create_timing_cache"):
+            gpu = re.sub(r"\W+", "-", str(target.gpu))
+            self._path = cache_folder() / f"trt-{target.version}-{gpu}.timings"
+            self._cache = config.create_timing_cache(self._path.read_bytes() if self._path.is_file() else b"")
+            if not config.set_timing_cache(self._cache, False):  # of another driver, say
+                self._cache = config.create_timing_cache(b"")
+                config.set_timing_cache(self._cache, False)
+
+    def save(self) -> None:
+        if self._cache is not None:
+            content = bytes(self._cache.serialize())
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the plan
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._path, lambda path: path.write_bytes(content))
+
+
+def _monitor(trt: Any, bar: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Steps of the outermost phase; the name of the innermost one beside them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outermost = ""
+            self.stopped = False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = name
+                bar.reset(total=steps)
+            else:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                if name == self.outermost:
+                    bar.update()
+            except KeyboardInterrupt:  # no exception may pass through TensorRT
+                self.stopped = True
+            return not self.stopped
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def capability(trt: Any, compute_capability: str) -> Any:
+    """TensorRT's own name of a compute capability such as ``"8.9"``; None: it has none."""
+    return getattr(trt.ComputeCapability, f"SM{compute_capability.replace('.', '')}", None)

@@ -1,0 +1,158 @@
+"""Graphs in half precision: products in float16 or bfloat16, what is sensitive in float32.
+
+The rules are autocast's. A product (``PRODUCTS``) takes and gives half precision; what moves or scales numbers
+(``FOLLOWERS``) stays in the precision that it is given; everything else is float32: LayerNorm, softmax, norms, and the
+residual sums, where half precision loses most. Inputs and outputs of the graph keep their types.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+HALF = {
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+
+PRODUCTS = {
+    "fp16": {"MatMul", "Gemm", "Conv"},
+    "bf16": {"MatMul", "Gemm"},  # ONNX has Conv in bfloat16 from operator set 22 on
+}
+MOVERS = {
+    *(
+        "Reshape",
+        "Transpose",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+        "Gather",
+        "GatherND",
+        "Concat",
+        "Split",
+        "Expand",
+        "Identity",
+    ),
+}
+FOLLOWERS = MOVERS | {"Add", "Mul", "Sigmoid", "Gelu"}  # bias and activation between two products
+_GREATEST = float(np.finfo(np.float16).max)
+
+
+def in_half(proto: ModelProto, precision: str) -> ModelProto:
+    """A float32 graph in half precision.
+
+    Args:
+        proto: From :func:`finelip_fast.export.graphs.build`; it stays as it is.
+        precision: ``"fp16"`` or ``"bf16"``.
+
+    Returns:
+        A new graph. Constants that float16 cannot hold become its greatest number, so that nothing is infinite.
+    """
+    result = ModelProto()
+    result.CopyFrom(proto)
+    return _Halver(result, precision).run()
+
+
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Constants in another precision, nothing of them infinite."""
+    if dtype == np.float16:
+        values = values.clip(-_GREATEST, _GREATEST)
+    return values.astype(dtype)
+
+
+class _Halver:
+    def __init__(self, proto: ModelProto, precision: str) -> None:
+        self.proto, self.products = proto, PRODUCTS[precision]
+        self.kind, self.dtype = HALF[precision]
+        self.constants = {
+            tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.FLOAT
+        }
+        self.half: set[str] = set()  # activations that are held in half precision
+        self.kept: set[str] = set()  # constants that something still takes in float32
+        self.casts: dict[tuple[str, bool], str] = {}
+        self.nodes: list[NodeProto] = []
+        self.rounded: list[TensorProto] = []
+
+    def run(self) -> ModelProto:
+        graph = self.proto.graph
+        types = _element_types(self.proto)
+        for node in graph.node:
+            floats = [name for name in node.input if name in self.constants or types.get(name) == TensorProto.FLOAT]
+            moving = [name for name in floats if name not in self.constants]
+            if (
+                node.op_type in self.products or not moving
+            ):  # without: rows of a constant table, as the embedding of words
+                low = bool(floats)
+            else:
+                low = node.op_type in FOLLOWERS and all(name in self.half for name in moving)
+            for index, name in enumerate(node.input):
+                if name in floats:
+                    node.input[index] = self._held(name, low)
+            self.nodes.append(node)
+            if low:
+                self.half.update(node.output)
+        for output in graph.output:
+            if output.name in self.half:
+                raise NotImplementedError(f"the graph gives {output.name} in half precision")
+        kept = [t for t in graph.initializer if t.name not in self.constants or t.name in self.kept]
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(self.nodes)
+        graph.initializer.extend([*kept, *self.rounded])
+        return self.proto
+
+    def _held(self, name: str, low: bool) -> str:
+        """The name under which a value is there in half precision (``low``) or float32."""
+        if name in self.constants:
+            if not low:
+                self.kept.add(name)
+                return name
+        elif (name in self.half) == low:
+            return name
+        if (name, low) not in self.casts:
+            self.casts[name, low] = f"{name}_{'half' if low else 'float'}"
+            if name in self.constants:
+                values = rounded(numpy_helper.to_array(self.constants[name]), self.dtype)
+                self.rounded.append(numpy_helper.from_array(values, self.casts[name, low]))
+            else:
+                to = self.kind if low else TensorProto.FLOAT
+                self.nodes.append(helper.make_node("Cast", [name], [self.casts[name, low]], to=to))
+        return self.casts[name, low]
+
+
+def rounding_twin(proto: ModelProto) -> ModelProto:
+    """A half-precision graph as GPUs compute it, for a runtime that has no products of that type: each result is computed in
+    float32 and rounded.
+
+    ONNX Runtime has no bfloat16 on a CPU, and computes float16 there in float32 throughout, which hides an overflow.
+    """
+    result = ModelProto()
+    result.CopyFrom(proto)
+    graph = result.graph
+    types = _element_types(proto) | {tensor.name: tensor.data_type for tensor in graph.initializer}
+    half = {name: kind for name, kind in types.items() if kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16)}
+    for tensor in graph.initializer:
+        if tensor.name in half:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        name = node.output[0]
+        if name not in half:
+            continue
+        if node.op_type == "Cast":
+            node.attribute[0].i = TensorProto.FLOAT
+        if node.op_type not in MOVERS:
+            node.output[0] = f"{name}_exact"
+            nodes.append(helper.make_node("Cast", [node.output[0]], [f"{name}_rounded"], to=half[name]))
+            nodes.append(helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT))
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def _element_types(proto: ModelProto) -> dict[str, int]:
+    """Element types of all activations, the weights left out of the inference: it is about their types alone."""
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    return {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}

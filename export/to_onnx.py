@@ -1,0 +1,271 @@
+"""Export a checkpoint's encoders to ONNX: ``python export/to_onnx.py CHECKPOINT``, or ``finelip export onnx CHECKPOINT``.
+
+The files are compared with the model before anyone gets them (:mod:`finelip_fast.export.parity`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto
+from tqdm import tqdm
+
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError, FineLIPError, InputError
+from finelip_fast.artefacts.manifest import (
+    PRECISIONS,
+    Export,
+    Manifest,
+    check_precision,
+    exports_folder,
+    file_hash,
+    installed,
+    read,
+)
+from finelip_fast.artefacts.onnx import OnnxGraph
+from finelip_fast.export import graphs, parity, quantize
+from finelip_fast.export.precision import HALF, in_half, rounding_twin
+from finelip_fast.model import FineLIP
+
+EXTRAS = ("image_uint8", "scorer")
+CALIBRATION = "scenes:val:64"
+
+
+def export_onnx(
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    precision: str = "fp32",
+    out: str | os.PathLike[str] | None = None,
+    opset: int = graphs.OPSET,
+    extras: Sequence[str] = (),
+    pairs: str = parity.PAIRS,
+    calibration: str = CALIBRATION,
+    keep_failed: bool = False,
+    again: bool = False,
+    progress: bool = True,
+    reference: parity.Reference | None = None,
+) -> Path:
+    """Write ``image.onnx`` and ``text.onnx`` of a checkpoint, proven.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` (products in half precision); ``"int8"`` (linear layers, rows scaled as
+            they come: for ONNX Runtime); ``"int8-calibrated"`` (linear layers, scales from calibration: for TensorRT).
+        out: Folder to write; None: ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
+        opset: ONNX's operator set, at least 18.
+        extras: More graphs: ``"image_uint8"``, ``"scorer"``; see :mod:`finelip_fast.export.graphs`.
+        pairs: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
+        calibration: Pairs to calibrate with, other than those.
+        keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
+        again: Also where a proven export of this checkpoint is there.
+        progress: Show progress on stderr.
+        reference: The answers of this checkpoint's model on ``pairs``, where they are there from another export.
+
+    Returns:
+        The folder, with ``manifest.json``, ``parity.json`` and ``parity.md`` beside the graphs.
+
+    Raises:
+        InputError: An unknown precision, extra or data set; an opset that is too old.
+        CheckpointError: A checkpoint that cannot be loaded.
+        EngineError: The files did not prove to be the model.
+    """
+    check_precision(precision)
+    if unknown := set(extras) - set(EXTRAS):
+        raise InputError(f"expected extras of {EXTRAS}, got {sorted(unknown)}")
+    if opset < graphs.LEAST_OPSET:
+        raise InputError(f"expected opset of at least {graphs.LEAST_OPSET}, got {opset}")
+    folder = Path(out) if out is not None else exports_folder(checkpoint) / f"onnx-{precision}"
+    model = checkpoints.load(checkpoint) if reference is None else reference.model
+    fingerprint = checkpoints.fingerprint(model)
+    names = ["image", "text", *extras]
+    options = {"opset": opset}
+    if not again and _up_to_date(folder, fingerprint, options, names):
+        return folder
+    reference = reference or parity.Reference(model, pairs, progress=progress)
+    protos = {}
+    for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
+        proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
+        protos[name] = _in_precision(proto, name, precision, model, calibration)
+    with being_written(folder, keep_failed) as partial:
+        for name, proto in protos.items():
+            graphs.write(proto, partial / f"{name}.onnx")
+        report = parity.prove(reference, _encoders(partial, names, precision), precision)
+        finish(
+            partial,
+            report,
+            Manifest(
+                runtime="onnx",
+                precision=precision,
+                checkpoint=fingerprint,
+                config=model.config.to_dict(),
+                files=hashes(partial),
+                versions=installed("finelip-fast", "torch", "onnx", "onnxruntime"),
+                options=options,
+                proof=report.summary(),
+            ),
+        )
+    return folder
+
+
+# ---- What to_trt.py shares
+
+
+@contextmanager
+def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
+    """A hidden folder that takes the place of ``folder`` when all went well; else it is deleted, or kept as ``failed-…``."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException as error:
+        if keep_failed and isinstance(error, EngineError):
+            failed = folder.with_name(f"failed-{folder.name}")
+            shutil.rmtree(failed, ignore_errors=True)
+            partial.rename(failed)
+        raise
+    else:
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish(partial: Path, report: parity.Report, manifest: Manifest) -> None:
+    """Write report and manifest.
+
+    Raises:
+        EngineError: The report refuses the files; says every reason.
+    """
+    report.write(partial)
+    manifest.write(partial)
+    if not report.passed:
+        raise EngineError(f"the {manifest.precision} export is refused: {'; '.join(report.failures)}")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name."""
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+# ---- Graphs
+
+
+def _up_to_date(folder: Path, fingerprint: str, options: dict[str, Any], names: Sequence[str]) -> bool:
+    try:
+        found: Export = read(folder)
+        found.check(fingerprint, "", **options)
+    except EngineError:
+        return False
+    return all(f"{name}.onnx" in found.manifest.files for name in names)
+
+
+def _in_precision(proto: ModelProto, name: str, precision: str, model: FineLIP, calibration: str) -> ModelProto:
+    if name == "scorer" or precision == "fp32":
+        return proto  # scores are float32 always
+    if precision == "int8":
+        return quantize.by_rows(proto)
+    if precision == "int8-calibrated":
+        return quantize.calibrated(in_half(proto, "fp16"), _calibration_batches(model, name, calibration))
+    return in_half(proto, precision)
+
+
+def _calibration_batches(model: FineLIP, name: str, spec: str) -> Iterator[dict[str, Any]]:
+    reference = parity.Reference(model, spec, progress=False)
+    batch = reference.captions if name == "text" else reference.pixels
+    if name == "image_uint8":
+        batch = parity.levels(batch, model.config)
+    for part in batch.split(8):
+        yield {"ids" if name == "text" else "pixels": part.numpy()}
+
+
+def _encoders(folder: Path, names: Sequence[str], precision: str) -> parity.Encoders:
+    """The written files, each as ONNX Runtime runs it here; half precision with the rounding that a GPU has."""
+    protos = {name: onnx.load(folder / f"{name}.onnx") for name in names}
+
+    def load(name: str) -> OnnxGraph:
+        if precision not in HALF:
+            return OnnxGraph(folder / f"{name}.onnx", torch.device("cpu"))
+        # As it stands bfloat16 cannot run here, and float16 runs without its rounding.
+        with tempfile.TemporaryDirectory() as scratch:
+            graphs.write(rounding_twin(protos[name]), Path(scratch) / f"{name}.onnx")
+            return OnnxGraph(Path(scratch) / f"{name}.onnx", torch.device("cpu"))
+
+    run = {name: load(name) for name in names}
+    return parity.Encoders(run.pop("image"), run.pop("text"), more=run, graphs=protos)
+
+
+# ---- Command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("checkpoint", nargs="?", help="as everywhere; default: the bundled one")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="one or more (default: fp32)"
+    )
+    parser.add_argument("--out", help="folder to write (default: beside the checkpoint, where engines look)")
+    parser.add_argument("--opset", type=int, default=graphs.OPSET, help=f"ONNX's operators (default: {graphs.OPSET})")
+    parser.add_argument("--uint8", action="store_true", help="also a graph of uint8 pixels, normalisation inside")
+    parser.add_argument("--scorer", action="store_true", help="also a graph of embeddings to scores")
+    parser.add_argument("--pairs", default=parity.PAIRS, help=f"held-out pairs (default: {parity.PAIRS})")
+    parser.add_argument("--calibration", default=CALIBRATION, help=f"pairs to calibrate int8 (default: {CALIBRATION})")
+    parser.add_argument("--keep-failed", action="store_true", help="keep files that were refused, as failed-…")
+    parser.add_argument("--again", action="store_true", help="also where a proven export is there")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the options say; what was made, by precision."""
+    if options.out and len(options.precision) > 1:
+        raise InputError("expected one --precision with --out, got several: each is a folder of its own")
+    made: dict[str, Any] = {}
+    several = len(options.precision) > 1
+    model = checkpoints.load(options.checkpoint) if several else None
+    reference = parity.Reference(model, options.pairs, progress=not options.quiet) if model is not None else None
+    for precision in options.precision:
+        folder = export_onnx(
+            options.checkpoint,
+            precision=precision,
+            out=options.out,
+            opset=options.opset,
+            extras=[name for name, wanted in zip(EXTRAS, (options.uint8, options.scorer), strict=True) if wanted],
+            pairs=options.pairs,
+            calibration=options.calibration,
+            keep_failed=options.keep_failed,
+            again=options.again,
+            progress=not options.quiet,
+            reference=reference,
+        )
+        made[precision] = {"folder": str(folder), **read(folder).manifest.proof}
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "to_onnx.py") -> int:
+    """The command line; 0 on success, 2 on an error that its message explains."""
+    parser = argparse.ArgumentParser(prog=prog, description="Export a checkpoint's encoders to ONNX, proven.")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_arguments(parser)
+    try:
+        print(json.dumps(run(parser.parse_args(arguments)), indent=1))
+    except FineLIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,428 @@
+"""Build a checkpoint's encoders as TensorRT plans: ``python export/to_trt.py``, or ``finelip export trt``.
+
+The plans are made from proven ONNX graphs and compared with the model before anyone gets them. That takes the GPU that they
+are for: plans for another one, named by its compute capability, are proven there, with ``--prove``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError, FineLIPError, InputError
+from finelip_fast.artefacts import trt as runtime
+from finelip_fast.artefacts.manifest import Export, Manifest, exports_folder, installed, read, rebuild_command
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.export import parity, to_onnx
+from finelip_fast.export.plans import Builder, build_plan, capability, refit_plan
+
+PRECISIONS = ("fp16", "bf16", "fp32", "int8")
+_ONNX_PRECISION = {"int8": "int8-calibrated"}
+_GRAPHS = ("image", "text")
+
+_PROFILES = {"latency": ((1, 1, 1), (1, 4, 16)), "throughput": ((1, 32, 128),)}
+
+Batches = tuple[int, int, int]
+
+
+def export_trt(
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    precision: str = "fp16",
+    profile: str = "latency",
+    compute_capability: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    builder: Builder | None = None,
+    refit: str | os.PathLike[str] | None = None,
+    pairs: str = parity.PAIRS,
+    keep_failed: bool = False,
+    again: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Build ``image.plan`` and ``text.plan`` of a checkpoint.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        precision: ``"fp16"``, ``"bf16"``, ``"fp32"``, or ``"int8"`` (linear layers, scales from calibration; the rest fp16).
+        profile: Batches to build for: ``"latency"`` (1, and up to 16), ``"throughput"`` (up to 128, best at 32) or
+            ``"1,OPT,MAX"``. Texts are of 1 to all positions, best at half of them.
+        compute_capability: Of the GPU to build for, ``"8.9"``. Needs ``tensorrt_rtx``. Default: the GPU that is here, with
+            ``tensorrt`` where both are installed.
+        out: Folder to write; None: ``exports/trt-PRECISION-smCAPABILITY`` beside the checkpoint, where engines look
+            (``exports/stripped-trt-…`` for plans without weights, which no engine can run).
+        builder: What the builder is told.
+        refit: Folder of refittable plans to fill with this checkpoint's weights, instead of building; its profile is kept.
+        pairs: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
+        keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
+        again: Also where the same plans are there.
+        progress: Show progress on stderr.
+
+    Returns:
+        The folder, with ``manifest.json`` beside the plans, and the report of the comparison if there was one.
+
+    Raises:
+        InputError: An unknown precision or profile, or a data set that is not there.
+        CheckpointError: A checkpoint that cannot be loaded.
+        EngineError: No TensorRT that can build this here, a failed build, weights that do not fit the plans of ``refit``, or
+            plans that did not prove to be the model.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"expected precision to be one of {PRECISIONS}, got {precision!r}")
+    batches = profile_batches(profile)
+    builder = builder or Builder()
+    target = find_target(compute_capability)
+    _check_gpu_options(builder, refit is not None)
+    old = None if refit is None else _read_refittable(Path(refit), precision)
+    graphs = to_onnx.export_onnx(
+        checkpoint, precision=_ONNX_PRECISION.get(precision, precision), pairs=pairs, progress=progress
+    )
+    source = read(graphs).manifest
+    options = _options(target, graphs, source, profile, batches, builder)
+    if old is not None:
+        options = _refitted_options(old, source, options)
+    folder = Path(out) if out is not None else _folder(checkpoint, precision, target.compute_capability, builder.strip)
+    manifest = Manifest(
+        runtime="trt",
+        precision=precision,
+        checkpoint=source.checkpoint,
+        config=source.config,
+        files={},
+        versions=installed("finelip-fast", "torch") | {target.module: target.version},
+        options=options,
+    )
+    if not again and _up_to_date(folder, manifest):
+        if _provable(read(folder).manifest):
+            prove_trt(checkpoint, folder, pairs=pairs, keep_failed=keep_failed, progress=progress)
+        return folder
+    with to_onnx.being_written(folder, keep_failed) as partial:
+        for name in _GRAPHS:
+            path = graphs / f"{name}.onnx"
+            if old is not None:
+                plan = refit_plan(old.folder / f"{name}.plan", path, target.module)
+            else:
+                shapes = input_shapes(name, FineLIPConfig.from_dict(source.config), batches)
+                plan = build_plan(path, shapes, target, builder, progress=progress)
+            (partial / f"{name}.plan").write_bytes(plan)
+        manifest = dataclasses.replace(manifest, files=to_onnx.hashes(partial))
+        if _provable(manifest):
+            report = _compare(partial, manifest, checkpoint, pairs, progress)
+            to_onnx.finish(partial, report, dataclasses.replace(manifest, proof=report.summary()))
+        else:
+            manifest.write(partial)
+    return folder
+
+
+def prove_trt(
+    checkpoint: str | os.PathLike[str] | None,
+    folder: Path,
+    *,
+    pairs: str = parity.PAIRS,
+    keep_failed: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Compare plans that were built elsewhere with the model, on the GPU that they are for.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        folder: The plans.
+        pairs, keep_failed, progress: As in :func:`export_trt`.
+
+    Returns:
+        The folder, its manifest now with the proof.
+
+    Raises:
+        EngineError: No TensorRT or no GPU here, plans that are not for it or not of this checkpoint, or that are not the
+            model: those are deleted.
+    """
+    found = read(folder)
+    here = runtime.machine(module=found.manifest.options.get("module"))
+    _check_but_proof(
+        found,
+        checkpoints.fingerprint(checkpoints.load(checkpoint)),
+        rebuild_command(checkpoint, "trt", found.manifest.precision),
+        **runtime.expected_options(found.manifest.options, here),
+        stripped=False,
+    )
+    report = _compare(folder, found.manifest, checkpoint, pairs, progress)
+    with to_onnx.being_written(folder, keep_failed) as partial:  # what is refused is found no more
+        for path in list(folder.iterdir()):
+            path.rename(partial / path.name)
+        folder.rmdir()
+        to_onnx.finish(partial, report, dataclasses.replace(found.manifest, proof=report.summary()))
+    return folder
+
+
+# ---- Decisions
+
+
+def profile_batches(profile: str) -> tuple[Batches, ...]:
+    """Least, best and greatest batch of each optimisation profile.
+
+    Raises:
+        InputError: Not a known name, nor three numbers that rise from 1.
+    """
+    if profile in _PROFILES:
+        return _PROFILES[profile]
+    numbers = [int(part) for part in profile.split(",") if part.strip().isdecimal()]
+    if len(numbers) != 3 or profile.count(",") != 2 or not 1 == numbers[0] <= numbers[1] <= numbers[2]:
+        raise InputError(
+            f"expected profile to be one of {tuple(_PROFILES)} or batch sizes '1,OPT,MAX' that rise from 1 "
+            f"(a query is a batch of 1), got {profile!r}"
+        )
+    return ((numbers[0], numbers[1], numbers[2]),)
+
+
+def text_lengths(config: FineLIPConfig) -> tuple[int, int, int]:
+    """Least, best and greatest number of positions."""
+    return 1, max(1, config.context_length // 2), config.context_length
+
+
+def input_shapes(graph: str, config: FineLIPConfig, batches: Sequence[Batches]) -> list[list[tuple[int, ...]]]:
+    """Least, best and greatest shape of a graph's input, for each optimisation profile."""
+    if graph == "image":
+        return [[(batch, 3, config.image_size, config.image_size) for batch in one] for one in batches]
+    return [list(zip(one, text_lengths(config), strict=True)) for one in batches]
+
+
+def find_target(compute_capability: str | None) -> runtime.Machine:
+    """What to build with, and for which GPU.
+
+    Raises:
+        InputError: Not a compute capability.
+        EngineError: No TensorRT that can build for it here.
+    """
+    if compute_capability is None:
+        if not runtime.importable():
+            raise EngineError(f"TensorRT is not installed: {runtime.INSTALL}")
+        if not torch.cuda.is_available():
+            raise EngineError(
+                "TensorRT builds for the GPU that is here, and PyTorch finds none; name one with --compute-capability, "
+                "such as 8.9 (tensorrt_rtx can build without a GPU, tensorrt cannot)"
+            )
+        return runtime.machine()
+    if not re.fullmatch(r"\d+\.\d", compute_capability):
+        raise InputError(f"expected a compute capability such as '8.9', got {compute_capability!r}")
+    if "tensorrt_rtx" not in runtime.importable():
+        raise EngineError(
+            f"expected tensorrt_rtx, which alone builds for a named GPU, got {list(runtime.importable())}: "
+            "pip install 'finelip-fast[trt-rtx]', or leave --compute-capability out where the GPU is"
+        )
+    trt = runtime.load_module("tensorrt_rtx")
+    if capability(trt, compute_capability) is None:
+        known = sorted(name[2:-1] + "." + name[-1] for name in dir(trt.ComputeCapability) if name.startswith("SM"))
+        raise EngineError(
+            f"expected a compute capability that tensorrt_rtx builds for, {known}, got {compute_capability}"
+        )
+    return runtime.Machine("tensorrt_rtx", trt.__version__, None, compute_capability)
+
+
+def structure(path: Path) -> str:
+    """SHA-256 of what an ONNX graph is without its weights: nodes, names, sizes and types of constants, sizes as values.
+
+    Two checkpoints can differ in it: the exporter merges constants that are equal and drops those that do nothing.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    digest = hashlib.sha256()
+    for node in graph.node:
+        digest.update(node.SerializeToString(deterministic=True))
+    for tensor in sorted(graph.initializer, key=lambda one: one.name):
+        digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
+        if tensor.data_type == onnx.TensorProto.INT64:
+            digest.update(tensor.raw_data + repr(list(tensor.int64_data)).encode())
+    return digest.hexdigest()
+
+
+def _check_gpu_options(builder: Builder, refit: bool) -> None:
+    wanted = {
+        "--refittable": builder.refittable,
+        "--strip": builder.strip,
+        "--version-compatible": builder.version_compatible,
+        "--refit": refit,
+    }
+    if names := [name for name, is_wanted in wanted.items() if is_wanted and not torch.cuda.is_available()]:
+        raise EngineError(f"{', '.join(names)}: TensorRT needs the GPU for this, and PyTorch finds none here")
+
+
+def _folder(checkpoint: str | os.PathLike[str] | None, precision: str, capability: str, stripped: bool) -> Path:
+    name = f"trt-{precision}-sm{capability.replace('.', '')}"
+    return exports_folder(checkpoint) / (f"stripped-{name}" if stripped else name)
+
+
+def _options(
+    target: runtime.Machine, graphs: Path, source: Manifest, profile: str, batches: Sequence[Batches], builder: Builder
+) -> dict[str, Any]:
+    options = {
+        **target._asdict(),
+        "profile": {
+            "name": profile,
+            "batches": batches,
+            "lengths": text_lengths(FineLIPConfig.from_dict(source.config)),
+        },
+        "onnx": {f"{name}.onnx": source.files[f"{name}.onnx"] for name in _GRAPHS},
+        "structure": {f"{name}.onnx": structure(graphs / f"{name}.onnx") for name in _GRAPHS},
+        "workspace": builder.workspace,
+        "version_compatible": builder.version_compatible,
+        "hardware_compatible": builder.hardware_compatible,
+        "refittable": builder.refittable or builder.strip,
+        "stripped": builder.strip,
+    }
+    as_read: dict[str, Any] = json.loads(json.dumps(options))  # lists, as the manifest gives them back
+    return as_read
+
+
+def _up_to_date(folder: Path, manifest: Manifest) -> bool:
+    try:
+        found = read(folder)
+        _check_but_proof(found, manifest.checkpoint, "", **manifest.options)
+    except EngineError:
+        return False
+    return found.manifest.precision == manifest.precision
+
+
+def _check_but_proof(export: Export, fingerprint: str, rebuild: str, **expected: Any) -> None:
+    proven = dataclasses.replace(export.manifest, proof={"passed": True})
+    Export(export.folder, proven).check(fingerprint, rebuild, **expected)
+
+
+def _provable(manifest: Manifest) -> bool:
+    """Whether plans are not proven yet and the GPU is here that can."""
+    if manifest.proven or manifest.options["stripped"] or runtime.why_not() is not None:
+        return False
+    expected = runtime.expected_options(manifest.options, runtime.machine(module=manifest.options["module"]))
+    return all(manifest.options[name] == value for name, value in expected.items())
+
+
+def _compare(
+    folder: Path, manifest: Manifest, checkpoint: str | os.PathLike[str] | None, pairs: str, progress: bool
+) -> parity.Report:
+    device = torch.device("cuda", torch.cuda.current_device())
+    image, text = (
+        runtime.TrtPlan(
+            folder / f"{name}.plan",
+            device,
+            module=manifest.options["module"],
+            host_code=manifest.options["version_compatible"],
+        )
+        for name in _GRAPHS
+    )
+    reference = parity.Reference(checkpoints.load(checkpoint), pairs, progress=progress)
+    precision = _ONNX_PRECISION.get(manifest.precision, manifest.precision)
+    return parity.prove(reference, parity.Encoders(image, text), precision, on=torch.cuda.get_device_name(device))
+
+
+# ---- Refitting
+
+
+def _read_refittable(folder: Path, precision: str) -> Export:
+    """Plans to refit, checked for all but the new weights."""
+    found = read(folder)
+    made = found.manifest
+    if made.runtime != "trt" or not made.options.get("refittable"):
+        raise EngineError(
+            f"{folder}: expected plans that were built with --refittable; build some, or leave --refit out"
+        )
+    if made.precision != precision:
+        raise EngineError(f"{folder}: expected plans of precision {precision!r}, got {made.precision!r}")
+    here = runtime.machine(module=made.options["module"])
+    _check_but_proof(found, made.checkpoint, "without --refit", **runtime.expected_options(made.options, here))
+    return found
+
+
+def _refitted_options(old: Export, source: Manifest, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of plans that are refitted with other graphs.
+
+    Raises:
+        EngineError: The graphs differ in more than their weights.
+    """
+    made = old.manifest
+    wrong = [name for name, value in source.config.items() if made.config.get(name) != value]
+    if wrong:
+        raise EngineError(f"{old.folder}: its model has other sizes ({', '.join(wrong)}); build without --refit")
+    different = [name for name, digest in options["structure"].items() if made.options["structure"].get(name) != digest]
+    if different:
+        raise EngineError(
+            f"{old.folder}: {', '.join(different)} of the two checkpoints differ in more than their weights: the exporter "
+            "merges constants that are equal and drops those that are zero; build without --refit"
+        )
+    return {**made.options, "onnx": options["onnx"], "stripped": False}
+
+
+# ---- Command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="as everywhere; default: the bundled one")
+    add("--precision", choices=PRECISIONS, default="fp16", help="default: fp16")
+    add("--profile", default="latency", help="latency (default), throughput, or batch sizes 1,OPT,MAX")
+    add("--compute-capability", metavar="8.9", help="the GPU to build for (default: the one that is here)")
+    add("--out", help="folder to write (default: beside the checkpoint, where engines look)")
+    add("--workspace", type=int, metavar="MIB", help="greatest scratch memory of a layer (default: all that is there)")
+    add("--version-compatible", action="store_true", help="later versions of TensorRT can read the plans, too")
+    add("--hardware-compatible", action="store_true", help="for every GPU from compute capability 8.0 on; slower")
+    add("--refittable", action="store_true", help="plans that take another checkpoint's weights with --refit")
+    add("--strip", action="store_true", help="plans without weights, for --refit alone")
+    add("--refit", metavar="FOLDER", help="fill these plans with the checkpoint's weights, instead of building")
+    add("--prove", action="store_true", help="build nothing: compare plans from elsewhere with the model, on their GPU")
+    add("--pairs", default=parity.PAIRS, help=f"held-out pairs (default: {parity.PAIRS})")
+    add("--keep-failed", action="store_true", help="keep files that were refused, as failed-…")
+    add("--again", action="store_true", help="also where the same plans are there")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the options say; what was made."""
+    after = {"pairs": options.pairs, "keep_failed": options.keep_failed, "progress": not options.quiet}
+    if options.prove:
+        here = runtime.machine()
+        folder = Path(options.out or _folder(options.checkpoint, options.precision, here.compute_capability, False))
+        folder = prove_trt(options.checkpoint, folder, **after)
+    else:
+        builder = Builder(**{name: getattr(options, name) for name in Builder._fields})
+        folder = export_trt(
+            options.checkpoint,
+            precision=options.precision,
+            profile=options.profile,
+            compute_capability=options.compute_capability,
+            out=options.out,
+            builder=builder,
+            refit=options.refit,
+            again=options.again,
+            **after,
+        )
+    made = read(folder).manifest
+    told = {name: made.options[name] for name in ("module", "version", "compute_capability")}
+    result = {"folder": str(folder), "precision": made.precision, **told, "profile": made.options["profile"]["name"]}
+    if not made.proven and not made.options["stripped"]:
+        arguments = ["--prove", *(["--out", options.out] if options.out else [])]
+        result["prove"] = rebuild_command(options.checkpoint, "trt", made.precision, arguments)
+    return {**result, **made.proof}
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "to_trt.py") -> int:
+    """The command line; 0 on success, 2 on an error that its message explains."""
+    parser = argparse.ArgumentParser(prog=prog, description="Build a checkpoint's encoders as TensorRT plans.")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_arguments(parser)
+    try:
+        print(json.dumps(run(parser.parse_args(arguments)), indent=1))
+    except FineLIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

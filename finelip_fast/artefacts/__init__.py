@@ -1,0 +1,1 @@
+"""What lies beside a checkpoint: exported encoders with a manifest, and what runs each kind of file."""

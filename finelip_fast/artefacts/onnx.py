@@ -1,0 +1,179 @@
+"""An exported graph in ONNX Runtime: tensors in, tensors out, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import EngineError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+INSTALL = "pip install 'finelip-fast[onnx]' (on a GPU: onnxruntime-gpu in the place of onnxruntime)"
+
+_CUDA = "CUDAExecutionProvider"
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(uint8)": torch.uint8,
+}
+
+
+class Port(NamedTuple):
+    """An input or output of a graph: element type, and axes, which are named where they are free."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+def why_not() -> str | None:
+    """Why ONNX Runtime cannot run here; None if it can."""
+    try:
+        _onnxruntime()
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def has_cuda() -> bool:
+    """Whether the installed ONNX Runtime was built for CUDA."""
+    return _CUDA in _onnxruntime().get_available_providers()
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options of a session: ``threads`` for its products, None for as many as PyTorch uses."""
+    options = _onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # its warnings are about how graphs are written, and no user can change that
+    return options
+
+
+class OnnxGraph:
+    """A graph of one output, loaded; may be called from several threads at once.
+
+    Args:
+        source: The file, or a graph as bytes.
+        device: ``cpu`` or ``cuda``.
+        threads: For products on the CPU; None: as many as PyTorch uses.
+
+    Raises:
+        EngineError: ONNX Runtime is not installed, has no CUDA, or cannot run this graph on this device.
+    """
+
+    def __init__(
+        self, source: str | os.PathLike[str] | bytes, device: torch.device, *, threads: int | None = None
+    ) -> None:
+        runtime = _onnxruntime()
+        self.device = device
+        name = "the graph" if isinstance(source, bytes) else Path(source).name
+        if device.type == "cuda" and not has_cuda():
+            raise EngineError(
+                f"{name}: expected ONNX Runtime with CUDA, got {runtime.get_available_providers()}: "
+                "pip uninstall onnxruntime, pip install onnxruntime-gpu; or use device='cpu'"
+            )
+        index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+        providers: Sequence[Any] = (
+            [(_CUDA, {"device_id": index})] if device.type == "cuda" else ["CPUExecutionProvider"]
+        )
+        try:
+            self._session = runtime.InferenceSession(
+                source if isinstance(source, bytes) else os.fspath(source),
+                session_options(threads),
+                providers=providers,
+            )
+        except Exception as error:  # every kind of failure has its own class there
+            raise EngineError(f"{name}: ONNX Runtime cannot run it on {device}: {_first_line(error)}") from error
+        # Where CUDA's libraries do not load, ONNX Runtime goes to the CPU and says nothing that a program can see.
+        if device.type == "cuda" and self._session.get_providers()[0] != _CUDA:
+            raise EngineError(
+                f"{name}: ONNX Runtime lists CUDA but could not start it: install the CUDA and cuDNN that "
+                f"onnxruntime-gpu {runtime.__version__} names, or use device='cpu'"
+            )
+        self._index = index
+        self.inputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_inputs()]
+        self.outputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_outputs()]
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """The graph's output for its inputs in their order.
+
+        Raises:
+            EngineError: Inputs of a shape that the graph does not take.
+        """
+        given = [x.to(_DTYPES[port.dtype]) for x, port in zip(arguments, self.inputs, strict=True)]
+        try:
+            return self._on_cuda(given) if self.device.type == "cuda" else self._on_cpu(given)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed: {_first_line(error)}") from error
+
+    def _on_cpu(self, arguments: list[Tensor]) -> Tensor:
+        feed = {port.name: x.cpu().numpy() for port, x in zip(self.inputs, arguments, strict=True)}
+        return torch.from_numpy(self._session.run(None, feed)[0])
+
+    def _on_cuda(self, arguments: list[Tensor]) -> Tensor:
+        """Input and output stay where they are in the GPU's memory."""
+        given = [x.to(self.device).contiguous() for x in arguments]
+        sizes = {
+            axis: size
+            for port, x in zip(self.inputs, given, strict=True)
+            for axis, size in zip(port.axes, x.shape, strict=True)
+        }
+        output = self.outputs[0]
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in output.axes]
+        result = torch.empty(shape, dtype=_DTYPES[output.dtype], device=self.device)
+        binding = self._session.io_binding()
+        for port, x in zip(self.inputs, given, strict=True):
+            binding.bind_input(port.name, "cuda", self._index, _numpy_type(x.dtype), list(x.shape), x.data_ptr())
+        binding.bind_output(output.name, "cuda", self._index, _numpy_type(result.dtype), shape, result.data_ptr())
+        torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return result
+
+
+@functools.cache
+def adds_bytes_exactly(threads: int = 1) -> bool:
+    """Whether this processor's products of uint8 by int8 are exact: without VNNI, pairs of them saturate at 16 bits."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    depth, columns = 64, 64
+    weight = numpy_helper.from_array(np.full((depth, columns), 127, np.int8), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["rows", "weight"], ["products"])],
+        "saturation",
+        [helper.make_tensor_value_info("rows", TensorProto.UINT8, [2, depth])],
+        [helper.make_tensor_value_info("products", TensorProto.INT32, [2, columns])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = _onnxruntime().InferenceSession(
+        model.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
+    )
+    (products,) = session.run(None, {"rows": np.full((2, depth), 255, np.uint8)})
+    return bool((products == 255 * 127 * depth).all())
+
+
+def _numpy_type(dtype: torch.dtype) -> Any:
+    return torch.empty(0, dtype=dtype).numpy().dtype.type
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@functools.cache
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(f"ONNX Runtime is not installed ({error}): {INSTALL}") from None
+    return onnxruntime

@@ -1,0 +1,363 @@
+"""A TensorRT plan: tensors in, tensors out, on the kind of GPU that it was built for."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import EngineError
+
+MODULES = ("tensorrt", "tensorrt_rtx")
+INSTALL = "pip install 'finelip-fast[trt]', or on GeForce and RTX cards pip install 'finelip-fast[trt-rtx]'"
+
+GRAPHS = 16  # CUDA graphs that are kept for one stream
+_SEEN = 128  # shapes of which it is remembered that they came once
+
+_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32}
+
+T = TypeVar("T")
+
+
+# ---- Which TensorRT, and what it makes plans for
+
+
+def why_not() -> str | None:
+    """Why TensorRT cannot run here; None if it can."""
+    if not importable():
+        return f"TensorRT is not installed: {INSTALL}"
+    if not torch.cuda.is_available():
+        return "TensorRT runs on NVIDIA GPUs, and PyTorch finds none here"
+    return None
+
+
+@functools.cache
+def importable() -> tuple[str, ...]:
+    """Those of :data:`MODULES` that can be imported, in the order of preference."""
+    found = []
+    for name in MODULES:
+        try:
+            load_module(name)
+        except EngineError:
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+@functools.cache
+def load_module(name: str) -> Any:
+    """``tensorrt`` or ``tensorrt_rtx``.
+
+    Raises:
+        EngineError: It cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # the latter where a library of it is missing
+        raise EngineError(f"{name} cannot be imported ({error}): {INSTALL}") from None
+
+
+@functools.cache
+def logger(name: str) -> Any:
+    """The one logger that a TensorRT module takes in a process; keeps errors in ``errors`` and prints nothing."""
+    trt: Any = load_module(name)
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+
+        def take(self) -> str:
+            """What went wrong since the last time, as one text."""
+            errors, self.errors = self.errors, []
+            return "; ".join(dict.fromkeys(errors)) or "it does not say why"
+
+    return Log()
+
+
+class Machine(NamedTuple):
+    """What a plan is built with and for: ``compute_capability`` as ``"8.9"``, ``gpu`` None where only that is known."""
+
+    module: str
+    version: str
+    gpu: str | None
+    compute_capability: str
+
+
+def machine(device: torch.device | str = "cuda", module: str | None = None) -> Machine:
+    """A GPU of this machine, with ``module`` if that is installed and else with what is.
+
+    Raises:
+        EngineError: No TensorRT, or no GPU.
+    """
+    if (reason := why_not()) is not None:
+        raise EngineError(reason)
+    name = module if module in importable() else importable()[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return Machine(name, load_module(name).__version__, torch.cuda.get_device_name(device), f"{major}.{minor}")
+
+
+def expected_options(made: Mapping[str, Any], here: Machine) -> dict[str, Any]:
+    """What the options of a plan's manifest must be for it to run here.
+
+    TensorRT itself only warns when a plan meets another GPU, and reads no plan of another version. A version-compatible plan
+    runs in later versions with the same major number, a hardware-compatible one on every GPU from compute capability 8.0 on.
+
+    Args:
+        made: The manifest's options.
+        here: The machine.
+    """
+    expected: dict[str, Any] = {
+        "module": here.module,
+        "version": here.version,
+        "compute_capability": here.compute_capability,
+    }
+    if made.get("gpu") is not None:  # None: built for a named compute capability
+        expected["gpu"] = here.gpu
+    was, now = _numbers(str(made.get("version"))), _numbers(here.version)
+    if made.get("version_compatible") and was[:1] == now[:1] and was <= now:
+        expected["version"] = made["version"]
+    if made.get("hardware_compatible") and _numbers(here.compute_capability) >= (8, 0):
+        expected["compute_capability"] = made.get("compute_capability")
+        expected.pop("gpu", None)
+    return expected
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+# ---- Decisions
+
+
+def choose_profile(largest: Sequence[int], batch: int) -> int:
+    """Of optimisation profiles with these largest batches, the smallest that takes a batch.
+
+    Raises:
+        EngineError: None does.
+    """
+    fitting = [(size, index) for index, size in enumerate(largest) if size >= batch]
+    if not fitting:
+        raise EngineError(f"expected a batch of at most {max(largest)}, got {batch}")
+    return min(fitting)[1]
+
+
+class Recent(Generic[T]):
+    """What was made for keys that came more than once; the least recently used is dropped.
+
+    Args:
+        most: So many are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T | None:
+        """None the first time that a key comes, what ``make`` gives from the second time on."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        elif key in self._seen:
+            self._kept[key] = make()
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        else:
+            self._seen[key] = None
+            if len(self._seen) > _SEEN:
+                self._seen.popitem(last=False)
+        return self._kept.get(key)
+
+
+# ---- Running
+
+
+def read_plan(path: Path, module: str, *, host_code: bool = False) -> Any:
+    """Deserialise a plan on the current GPU.
+
+    Args:
+        path: The file.
+        module: Of :data:`MODULES`.
+        host_code: Let the plan bring code of its own, as version-compatible ones do.
+
+    Raises:
+        EngineError: TensorRT cannot read it here.
+    """
+    trt, log = load_module(module), logger(module)
+    log.errors.clear()
+    runtime = trt.Runtime(log)
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise EngineError(f"{path.name}: {module} {trt.__version__} cannot read it: {log.take()}")
+    return engine
+
+
+class TrtPlan:
+    """A plan of one input and one output, loaded; may be called from several threads at once.
+
+    Every call takes a stream with scratch memory of its own, and leaves it to the next one: as many are made as calls overlap.
+
+    Args:
+        path: The file.
+        device: A CUDA device.
+        module: ``"tensorrt"`` or ``"tensorrt_rtx"``, the one that built it. Default: what is installed.
+        host_code: Let the plan bring code of its own, as version-compatible ones do.
+
+    Attributes:
+        largest_batch: Larger batches run in parts.
+
+    Raises:
+        EngineError: No TensorRT or no GPU, or TensorRT cannot read the plan here.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: torch.device,
+        *,
+        module: str | None = None,
+        host_code: bool = False,
+    ) -> None:
+        if (reason := why_not()) is not None:
+            raise EngineError(reason)
+        self.name = Path(path).name
+        self.module = module or importable()[0]
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        trt = load_module(self.module)
+        with torch.cuda.device(self.device):
+            self.engine = read_plan(Path(path), self.module, host_code=host_code)
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        inputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        if len(names) != 2 or len(inputs) != 1:
+            raise EngineError(f"{self.name}: expected one input and one output, got {names}")
+        self.input, (self.output,) = inputs[0], [name for name in names if name not in inputs]
+        self.dtype, self._result = (_DTYPES[self.engine.get_tensor_dtype(x).name] for x in (self.input, self.output))
+        self._rows = tuple(self.engine.get_tensor_shape(self.output))[1:]
+        self._largest = [
+            self.engine.get_tensor_profile_shape(self.input, profile)[2][0]
+            for profile in range(self.engine.num_optimization_profiles)
+        ]
+        self._idle: queue.LifoQueue[_Lane] = queue.LifoQueue()
+        # Contexts are made and graphs captured one at a time: a capture may not meet what another thread sets up.
+        self.setup = threading.Lock()
+
+    @property
+    def largest_batch(self) -> int:
+        return max(self._largest)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Pixels ``[B, 3, S, S]`` or ids ``[B, T]`` to embeddings ``[B, L, D]``, on the plan's device.
+
+        Raises:
+            EngineError: A shape that no optimisation profile takes.
+        """
+        batch = batch.to(self.device, self.dtype).contiguous()
+        result = torch.empty(len(batch), *self._rows, dtype=self._result, device=self.device)
+        for part, rows in zip(batch.split(self.largest_batch), result.split(self.largest_batch), strict=True):
+            if not len(part):
+                continue
+            try:
+                lane = self._idle.get_nowait()
+            except queue.Empty:
+                lane = _Lane(self)
+            lane.run(part, rows, choose_profile(self._largest, len(part)))
+            self._idle.put(lane)  # not after an error: its contexts may be of no use any more
+        return result
+
+
+class _Captured(NamedTuple):
+    """A CUDA graph with the memory that it reads and writes, and the context that must not change as long as it lives."""
+
+    graph: torch.cuda.CUDAGraph
+    given: Tensor
+    result: Tensor
+    context: Any
+
+
+class _Lane:
+    """One stream, and what runs on it in turns: so all its contexts share one scratch memory."""
+
+    def __init__(self, plan: TrtPlan) -> None:
+        self.plan = plan
+        self.stream = torch.cuda.Stream(plan.device)
+        self.open: dict[int, Any] = {}  # by profile, a context for any shape
+        self.captured: Recent[_Captured] = Recent(GRAPHS)
+        # TensorRT for RTX captures graphs itself: it alone knows when its kernels for a shape are compiled.
+        self.captures_itself = plan.module == "tensorrt_rtx"
+        size = 0 if self.captures_itself else max(1, plan.engine.device_memory_size_v2)
+        self.scratch = torch.empty(size, dtype=torch.uint8, device=plan.device)
+
+    def run(self, given: Tensor, result: Tensor, profile: int) -> None:
+        """Enqueue; the caller's stream waits for it. Both tensors belong to the caller's stream."""
+        caller = torch.cuda.current_stream(self.plan.device)
+        self.stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self.stream):
+                captured = None
+                if not self.captures_itself:
+                    captured = self.captured.get(tuple(given.shape), lambda: self._capture(given, result, profile))
+                if captured is not None:
+                    captured.given.copy_(given)
+                    captured.graph.replay()
+                    result.copy_(captured.result)
+                    return
+                if profile not in self.open:
+                    self.open[profile] = self._context(profile)
+                self._enqueue(self.open[profile], given, result)
+        finally:
+            caller.wait_stream(self.stream)
+
+    def _capture(self, given: Tensor, result: Tensor, profile: int) -> _Captured:
+        # A context of its own: what a graph was captured from may not be given another shape.
+        context = self._context(profile)
+        given, result = given.clone(), torch.empty_like(result)
+        self._enqueue(context, given, result)  # what a new shape needs is not to be captured
+        graph = torch.cuda.CUDAGraph()
+        with self.plan.setup, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self._enqueue(context, given, result)
+        return _Captured(graph, given, result, context)
+
+    def _context(self, profile: int) -> Any:
+        engine, trt = self.plan.engine, load_module(self.plan.module)
+        with self.plan.setup:
+            if self.captures_itself:
+                config = engine.create_runtime_config()
+                if hasattr(trt, "CudaGraphStrategy"):  # from 1.2 on
+                    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                context = engine.create_execution_context(config)
+            else:
+                context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None or not context.set_optimization_profile_async(profile, self.stream.cuda_stream):
+                raise EngineError(f"{self.plan.name}: no execution context: {logger(self.plan.module).take()}")
+        if not self.captures_itself:
+            context.set_device_memory(self.scratch.data_ptr(), self.scratch.numel())
+        return context
+
+    def _enqueue(self, context: Any, given: Tensor, result: Tensor) -> None:
+        plan = self.plan
+        if not (
+            context.set_input_shape(plan.input, tuple(given.shape))
+            and context.set_tensor_address(plan.input, given.data_ptr())
+            and context.set_tensor_address(plan.output, result.data_ptr())
+            and context.execute_async_v3(self.stream.cuda_stream)
+        ):
+            raise EngineError(f"{plan.name}: no result for {tuple(given.shape)}: {logger(plan.module).take()}")

@@ -1,0 +1,264 @@
+"""Which engine runs: the one asked for, or the fastest of those that are here and proven."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from os import PathLike
+from statistics import median
+
+import torch
+
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError, InputError
+from finelip_fast._weight_files import write_whole
+from finelip_fast.artefacts import manifest, onnx, trt
+from finelip_fast.artefacts.manifest import Export
+from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.engines.base import ENGINES, Engine, find_device
+from finelip_fast.kernels._settings import cache_folder
+
+_ROUNDS = 3
+
+
+def why_not(name: str) -> str | None:
+    """Why an engine cannot run on this machine, whatever the checkpoint; None if it can."""
+    return {"onnx": onnx.why_not, "trt": trt.why_not}.get(name, lambda: None)()
+
+
+def open_engine(
+    name: str,
+    checkpoint: str | PathLike[str] | None,
+    device: str | torch.device | None = None,
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+    build: bool = False,
+) -> Engine:
+    """Open an engine on a checkpoint.
+
+    Args:
+        name: ``"auto"`` takes the fastest that can run here, as measured the first time on this machine; any other name gives
+            that engine or an error.
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        device: Where to run; None: a GPU if there is one.
+        precision: Of the exported files; None: the fastest of those that are there.
+        threads: Of ONNX Runtime on the CPU; None: as many as PyTorch uses.
+        build: Export what is asked for where it is missing or does not fit; takes minutes.
+
+    Raises:
+        InputError: An unknown name, or settings that the engine does not have.
+        EngineError: An engine or a device that cannot run here.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+    if name not in ENGINES:
+        raise InputError(f"expected engine to be one of {ENGINES}, got {name!r}")
+    if threads is not None and threads < 1:
+        raise InputError(f"expected threads of at least 1, got {threads}")
+    if precision is not None:
+        manifest.check_precision(precision)
+    if name == "torch":
+        if threads is not None or precision is not None:
+            raise InputError(
+                "engine='torch' has no precision or threads of its own: float32 on a CPU, float16 on a GPU; "
+                "torch.set_num_threads sets its threads"
+            )
+        return _torch(checkpoint, device, "asked for")
+    if build:
+        _build(name, checkpoint, device, precision)
+    runtimes = [runtime for runtime in manifest.RUNTIMES if name in ("auto", runtime)]
+    candidates, absent = [], {}
+    for runtime in runtimes:
+        reason = why_not(runtime)
+        found = [] if reason else manifest.find(checkpoint, runtime, precision)
+        candidates += [_exported(checkpoint, device, export, threads) for export in found]
+        if not found:
+            absent[runtime] = reason or _none_found(checkpoint, runtime, precision)
+    if name != "auto":
+        if not candidates:
+            raise EngineError(f"engine={name!r} cannot run: {absent[name]}; or use engine='torch' or engine='auto'")
+        if len(candidates) == 1:
+            return candidates[0].open("asked for")
+    else:
+        label = f"torch {'float16' if find_device(device).type == 'cuda' else 'float32'}"
+        which = candidates[0].identity if candidates else ""
+        candidates.append(Candidate(label, functools.partial(_torch, checkpoint, device), which))
+    return fastest(candidates, absent)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that could be opened.
+
+    Args:
+        label: What it is called in a sentence.
+        open: Opens it; takes the reason why it was chosen.
+        identity: What its speed depends on, beside the machine.
+    """
+
+    label: str
+    open: Callable[[str], Engine]
+    identity: str
+
+
+def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -> Engine:
+    """The candidate that encodes a picture and a caption in the least time.
+
+    Each is timed once on a machine; what was found is kept in this user's cache.
+
+    Args:
+        candidates: At least one.
+        absent: Names of others, and why they are not candidates; told in the engine's reason.
+
+    Raises:
+        EngineError: None of them can be opened.
+    """
+    refused = dict(absent or {})
+    times = _Times()
+    opened: Engine | None = None
+    seconds: dict[str, float] = {}
+    for candidate in candidates:
+        known = times.known(candidate) if len(candidates) > 1 else 0.0
+        if known is None:
+            try:
+                engine = candidate.open("")
+                known = _seconds(engine)
+            except EngineError as error:
+                refused[candidate.label] = str(error)
+                continue
+            times.add(candidate, known)
+            if known < min(seconds.values(), default=float("inf")):
+                opened = engine
+        elif known < min(seconds.values(), default=float("inf")):
+            opened = None
+        seconds[candidate.label] = known
+    for candidate in sorted(candidates, key=lambda one: seconds.get(one.label, float("inf"))):
+        if candidate.label not in seconds:
+            continue
+        try:
+            engine = opened or candidate.open("")
+        except EngineError as error:  # timed before, and changed since
+            refused[candidate.label], opened = str(error), None
+            continue
+        engine.reason = _reason(candidate.label, seconds, refused)
+        return engine
+    raise EngineError("no engine can run: " + "; ".join(f"{label}: {why}" for label, why in refused.items()))
+
+
+def _reason(chosen: str, seconds: dict[str, float], refused: dict[str, str]) -> str:
+    parts = []
+    others = {label: time for label, time in seconds.items() if label != chosen and label not in refused}
+    if others:
+        slower = ", ".join(
+            f"{label} {1000 * time:.0f} ms" for label, time in sorted(others.items(), key=lambda x: x[1])
+        )
+        parts.append(f"fastest here: {1000 * seconds[chosen]:.0f} ms a picture and a caption, {slower}")
+    parts += [f"not {label}: {why}" for label, why in refused.items()]
+    return "; ".join(parts) or "the only candidate"
+
+
+def _seconds(engine: Engine) -> float:
+    """Median time of one picture and one caption of half the context."""
+    side, context = engine.config.image_size, engine.config.context_length
+    pixels = torch.zeros(1, 3, side, side)
+    ids = torch.full((1, max(2, context // 2)), START_TOKEN)
+    ids[0, -1] = EOT_TOKEN
+
+    def once() -> float:
+        started = time.perf_counter()
+        engine.encode_image(pixels).cpu()
+        engine.encode_text(ids).cpu()
+        return time.perf_counter() - started
+
+    once()
+    return median(once() for _ in range(_ROUNDS))
+
+
+class _Times:
+    """What was measured on this machine."""
+
+    def __init__(self) -> None:
+        self._path = cache_folder() / "engine_times.json"
+        try:
+            self._seconds: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8"))
+            self._seconds.items()
+        except (OSError, ValueError, AttributeError):
+            self._seconds = {}  # lost times are measured again
+
+    def known(self, candidate: Candidate) -> float | None:
+        return self._seconds.get(self._key(candidate))
+
+    def add(self, candidate: Candidate, seconds: float) -> None:
+        self._seconds[self._key(candidate)] = seconds
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, lambda path: path.write_text(json.dumps(self._seconds, indent=1), encoding="utf-8"))
+        except OSError:
+            pass  # a cache that cannot be written costs the measurement, not the search
+
+    @staticmethod
+    def _key(candidate: Candidate) -> str:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        machine = f"{platform.node()}, {gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return f"{machine}; {candidate.label}; {candidate.identity}"
+
+
+def _torch(checkpoint: str | PathLike[str] | None, device: str | torch.device | None, reason: str) -> Engine:
+    from finelip_fast.engines.torch import TorchEngine
+
+    return TorchEngine(checkpoint, device, reason=reason)
+
+
+def _exported(
+    checkpoint: str | PathLike[str] | None, device: str | torch.device | None, export: Export, threads: int | None
+) -> Candidate:
+    made = export.manifest
+
+    def open_it(reason: str) -> Engine:
+        if made.runtime == "onnx":
+            from finelip_fast.engines.onnx import OnnxEngine
+
+            return OnnxEngine(checkpoint, export, device, threads=threads, reason=reason)
+        from finelip_fast.engines.trt import TrtEngine
+
+        return TrtEngine(checkpoint, export, device, reason=reason)
+
+    version = metadata.version("onnxruntime") if made.runtime == "onnx" else made.options.get("version")
+    identity = f"{version}, {threads} threads, {sorted(made.files.values())}, on {device}"
+    return Candidate(f"{made.runtime} {made.precision}", open_it, identity)
+
+
+def _none_found(checkpoint: str | PathLike[str] | None, runtime: str, precision: str | None) -> str:
+    command = manifest.rebuild_command(checkpoint, runtime, precision or default_precision(runtime))
+    return f"no export in {manifest.exports_folder(checkpoint)} ({command} makes one, or build=True)"
+
+
+def default_precision(runtime: str) -> str:
+    """What is built where no precision is named."""
+    return "fp16" if runtime == "trt" or torch.cuda.is_available() else "fp32"
+
+
+def _build(
+    name: str, checkpoint: str | PathLike[str] | None, device: str | torch.device | None, precision: str | None
+) -> None:
+    """Export in a process of its own: the exporter takes as much memory as the model again, and this one goes on to search."""
+    if name == "auto":
+        name = "trt" if find_device(device).type == "cuda" and why_not("trt") is None else "onnx"
+    if (reason := why_not(name)) is not None:
+        raise EngineError(f"engine={name!r} cannot be built: {reason}")
+    precision = precision or default_precision(name)
+    there = manifest.find(checkpoint, name, precision)
+    if there and any(export.manifest.checkpoint == checkpoints.fingerprint(checkpoint) for export in there):
+        return
+    command = [sys.executable, "-m", "finelip_fast.cli", *manifest.rebuild_arguments(checkpoint, name, precision)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        named = manifest.rebuild_command(checkpoint, name, precision)
+        raise EngineError(f"{named} failed: {done.stderr.strip()[-2000:]}")

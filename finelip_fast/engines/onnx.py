@@ -1,0 +1,59 @@
+"""The ONNX Runtime engine: exported graphs on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import torch
+
+from finelip_fast._errors import EngineError
+from finelip_fast.artefacts.manifest import Export
+from finelip_fast.artefacts.onnx import OnnxGraph, adds_bytes_exactly, has_cuda
+from finelip_fast.engines.base import find_device
+from finelip_fast.engines.exported import ExportedEngine
+
+
+class OnnxEngine(ExportedEngine):
+    """Graphs that ``finelip export onnx`` wrote and proved.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        export: Which graphs; see :func:`finelip_fast.artefacts.manifest.find`.
+        device: None takes a GPU if there is one and ONNX Runtime was built for it.
+        threads: For products on the CPU; None: as many as PyTorch uses.
+        reason: Why this engine was chosen.
+
+    Raises:
+        EngineError: The files do not fit the checkpoint, were not proven, or cannot run here.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        checkpoint: str | PathLike[str] | None,
+        export: Export,
+        device: str | torch.device | None = None,
+        *,
+        threads: int | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        super().__init__(checkpoint, export, _device(device), reason=reason)
+        precision = export.manifest.precision
+        if precision == "bf16" and self.device.type == "cpu":
+            raise EngineError("ONNX Runtime has no bfloat16 products on a CPU; use another precision")
+        if precision == "int8" and self.device.type == "cpu" and not adds_bytes_exactly():
+            raise EngineError(
+                "this processor's 8-bit products saturate (it has no VNNI), so int8 embeddings would be wrong here; "
+                "use another precision"
+            )
+        if self.device.type == "cuda":
+            self._positions_at_once = 32
+        self._image = OnnxGraph(export.folder / "image.onnx", self.device, threads=threads)
+        self._text = OnnxGraph(export.folder / "text.onnx", self.device, threads=threads)
+        self.description = f"{self.device}, {precision}"
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    return torch.device("cpu") if wanted is None and not has_cuda() else find_device(wanted)

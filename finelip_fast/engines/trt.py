@@ -1,0 +1,91 @@
+"""The TensorRT engine: plans that were built for this GPU and proven on it."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import torch
+
+from finelip_fast._errors import EngineError
+from finelip_fast.artefacts import trt
+from finelip_fast.artefacts.manifest import Export, rebuild_command
+from finelip_fast.artefacts.trt import TrtPlan, expected_options
+from finelip_fast.engines.base import find_device
+from finelip_fast.engines.exported import ExportedEngine
+
+
+class TrtEngine(ExportedEngine):
+    """Plans that ``finelip export trt`` built and proved.
+
+    Args:
+        checkpoint: As :func:`finelip_fast.load` takes it.
+        export: Which plans; see :func:`finelip_fast.artefacts.manifest.find`.
+        device: A CUDA device; None takes the current one.
+        precision: What the plans must be; None: whatever they are.
+        profile: The optimisation profile that they must have, by its name; None: whichever it is.
+        reason: Why this engine was chosen.
+
+    Raises:
+        EngineError: No TensorRT or no GPU, or plans that do not fit the checkpoint, this GPU, this version of TensorRT, or
+            what was asked for, or were not proven; says what differs, and the command that helps.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+
+    name = "trt"
+    _positions_at_once = 32
+
+    def __init__(
+        self,
+        checkpoint: str | PathLike[str] | None,
+        export: Export,
+        device: str | torch.device | None = None,
+        *,
+        precision: str | None = None,
+        profile: str | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        made = export.manifest
+        refuse_others(export, checkpoint, precision, profile)
+        if (why := trt.why_not()) is not None:
+            raise EngineError(f"engine='trt' cannot run: {why}; use engine='torch'")
+        found = find_device(device)
+        if found.type != "cuda":
+            raise EngineError(f"expected a CUDA device for engine='trt', got {str(found)!r}")
+        here = trt.machine(found, made.options.get("module"))
+        expected = expected_options(made.options, here)
+        if not made.proven and all(made.options.get(name) == value for name, value in expected.items()):
+            command = rebuild_command(checkpoint, "trt", made.precision, ["--prove"])
+            raise EngineError(
+                f"{export.folder} cannot be used: proof: it was never compared with the model. Prove it here: {command}"
+            )
+        super().__init__(checkpoint, export, found, reason=reason, **expected)
+        host_code = bool(made.options.get("version_compatible"))
+        image, text = (
+            TrtPlan(export.folder / f"{name}.plan", found, module=here.module, host_code=host_code)
+            for name in ("image", "text")
+        )
+        self._image, self._text = image, text
+        self._largest_batch = min(image.largest_batch, text.largest_batch)
+        self.description = f"{here.gpu}, {made.precision}, {made.options['profile']['name']}"
+
+
+def refuse_others(
+    export: Export, checkpoint: str | PathLike[str] | None, precision: str | None, profile: str | None
+) -> None:
+    """Refuse plans that are not what was asked for.
+
+    Raises:
+        EngineError: Says what differs, and the command that makes what was asked for.
+    """
+    made = export.manifest
+    there = made.options.get("profile", {}).get("name")
+    asked = {"precision": (made.precision, precision), "profile": (there, profile)}
+    wrong = [
+        f"{name}: made for {was!r}, asked for {wanted!r}"
+        for name, (was, wanted) in asked.items()
+        if wanted is not None and was != wanted
+    ]
+    if wrong:
+        options = ["--profile", profile or there] if profile or there else []
+        command = rebuild_command(checkpoint, "trt", precision or made.precision, options)
+        raise EngineError(f"{export.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {command}")

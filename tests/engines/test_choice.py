@@ -1,0 +1,219 @@
+"""Choosing an engine: what was asked for or an error, the fastest that is proven, and one line that says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import finelip_fast
+from finelip_fast._errors import EngineError, InputError
+from finelip_fast.artefacts import onnx as runtime
+from finelip_fast.artefacts.manifest import read
+from finelip_fast.engines import choice, open_engine
+from finelip_fast.engines.choice import Candidate, fastest
+from finelip_fast.export.to_onnx import export_onnx
+
+CONTEXT = 24
+PAIRS = "scenes:test:8"
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("choice") / "checkpoint"
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
+    export_onnx(folder, pairs=PAIRS, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bare") / "checkpoint"
+    finelip_fast.save(make_model(seed=1, context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
+    return folder
+
+
+class Stub:
+    """An engine that takes its time."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Candidate]]:
+    """Candidates of given speeds (None: cannot be opened), and a list of what was opened and timed."""
+    seconds: dict[int, float] = {}
+    log: list[str] = []
+
+    def build(**speeds: float | None) -> list[Candidate]:
+        def opener(label: str, speed: float | None) -> Callable[[str], Stub]:
+            def open_it(reason: str) -> Stub:
+                log.append(f"open {label}")
+                if speed is None:
+                    raise EngineError("broken")
+                engine = Stub(reason)
+                engine.label = label
+                seconds[id(engine)] = speed
+                return engine
+
+            return open_it
+
+        return [Candidate(label, opener(label, speed), "x") for label, speed in speeds.items()]
+
+    def measure(engine: Stub) -> float:
+        log.append(f"time {engine.label}")
+        return seconds[id(engine)]
+
+    monkeypatch.setattr(choice, "_seconds", measure)
+    build.log = log
+    return build
+
+
+def test_the_fastest_is_taken_and_the_others_are_told(stubs) -> None:
+    engine = fastest(stubs(a=0.2, b=0.05, c=None), {"d": "not installed"})
+    assert engine.label == "b"
+    assert engine.reason == "fastest here: 50 ms a picture and a caption, a 200 ms; not d: not installed; not c: broken"
+
+
+def test_int8_that_is_slower_here_is_not_used(stubs) -> None:
+    engine = fastest([*stubs(int8=0.3), *stubs(fp32=0.1)])
+    assert engine.label == "fp32"
+    assert "int8 300 ms" in engine.reason
+
+
+def test_what_was_timed_once_is_not_timed_again(stubs, empty_cache: Path) -> None:
+    fastest(stubs(a=0.2, b=0.05))
+    stubs.log.clear()
+    engine = fastest(stubs(a=0.2, b=0.05))
+    assert stubs.log == ["open b"]
+    assert engine.reason == "fastest here: 50 ms a picture and a caption, a 200 ms"
+    (empty_cache / "engine_times.json").write_text("damaged")
+    assert fastest(stubs(a=0.2, b=0.05)).label == "b"
+    assert len(json.loads((empty_cache / "engine_times.json").read_text())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_the_timing_alone(stubs, empty_cache: Path) -> None:
+    empty_cache.write_text("a file where the folder would be")
+    assert fastest(stubs(a=0.2, b=0.05)).label == "b"
+
+
+def test_a_known_winner_that_broke_since_gives_way(stubs) -> None:
+    fastest(stubs(a=0.2, b=0.05))
+    engine = fastest(stubs(a=0.2, b=None))
+    assert engine.label == "a"
+    assert engine.reason == "not b: broken"
+
+
+def test_when_none_can_run_every_reason_is_told(stubs) -> None:
+    with pytest.raises(EngineError, match="no engine can run: d: not installed; a: broken; b: broken"):
+        fastest(stubs(a=None, b=None), {"d": "not installed"})
+
+
+def test_auto_compares_what_is_beside_the_checkpoint(checkpoint: Path) -> None:
+    engine = open_engine("auto", checkpoint, "cpu")
+    assert engine.reason.startswith("fastest here: ")
+    assert ("torch float32" in engine.reason) == (engine.name == "onnx")
+    assert "not trt: " in engine.reason
+
+
+def test_auto_says_how_to_get_a_faster_one(bare: Path) -> None:
+    engine = open_engine("auto", bare, "cpu")
+    assert engine.name == "torch"
+    assert f"not onnx: no export in {bare / 'exports'} (finelip export onnx {bare} --precision fp32" in engine.reason
+
+
+def test_a_named_engine_without_its_files_is_an_error(bare: Path) -> None:
+    with pytest.raises(EngineError, match=r"engine='onnx' cannot run: no export in .*finelip export onnx .*build=True"):
+        open_engine("onnx", bare, "cpu")
+
+
+def test_a_named_precision_is_an_order(checkpoint: Path) -> None:
+    assert open_engine("onnx", checkpoint, "cpu", precision="fp32").description == "cpu, fp32"
+    with pytest.raises(EngineError, match="--precision int8 makes one"):
+        open_engine("onnx", checkpoint, "cpu", precision="int8")
+
+
+def test_settings_that_an_engine_does_not_have_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="engine='torch' has no precision or threads of its own"):
+        open_engine("torch", checkpoint, precision="fp16")
+    with pytest.raises(InputError, match=r"torch\.set_num_threads"):
+        open_engine("torch", checkpoint, threads=2)
+    with pytest.raises(InputError, match="expected threads of at least 1, got 0"):
+        open_engine("onnx", checkpoint, threads=0)
+    with pytest.raises(InputError, match="expected precision to be one of"):
+        open_engine("onnx", checkpoint, precision="fp8")
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "file", "proof"])
+def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoint: Path, change: str) -> None:
+    import dataclasses
+    import shutil
+
+    folder = bare / "exports" / "onnx-fp32"
+    shutil.copytree(checkpoint / "exports" / "onnx-fp32", folder)
+    try:
+        made = read(folder).manifest
+        if change != "checkpoint":
+            made = dataclasses.replace(made, checkpoint=finelip_fast.checkpoint.fingerprint(bare))
+        if change == "proof":
+            made = dataclasses.replace(made, proof={})
+        made.write(folder)
+        if change == "file":
+            (folder / "text.onnx").write_bytes(b"other")
+        text = {"checkpoint": "checkpoint: made from", "file": "text.onnx: not the file", "proof": "never compared"}
+        with pytest.raises(EngineError, match=rf"{text[change]}.*Make it anew: finelip export onnx .*--precision fp32"):
+            open_engine("onnx", bare, "cpu")
+        engine = open_engine("auto", bare, "cpu")
+        assert engine.name == "torch"
+        assert text[change] in engine.reason
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_build_makes_what_is_missing(make_model, tmp_path: Path) -> None:
+    folder = tmp_path / "to build"  # a blank: the command is given as it is
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
+    retriever = finelip_fast.Retriever(folder, engine="onnx", device="cpu", build=True)
+    assert retriever.engine.name == "onnx"
+    before = (folder / "exports" / "onnx-fp32" / "manifest.json").stat().st_mtime_ns
+    finelip_fast.Retriever(folder, engine="onnx", device="cpu", build=True)
+    assert (folder / "exports" / "onnx-fp32" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_build_that_fails_says_why(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.manifest, "rebuild_arguments", lambda *_: ["export", "onnx", "nowhere"])
+    with pytest.raises(EngineError, match="failed: error: nowhere: no such file or folder"):
+        open_engine("onnx", bare, "cpu", build=True)
+
+
+def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finelip_fast.engines import onnx
+
+    export_onnx(checkpoint, precision="int8", pairs=PAIRS, progress=False)
+    monkeypatch.setattr(onnx, "adds_bytes_exactly", lambda: False)
+    with pytest.raises(EngineError, match="8-bit products saturate"):
+        open_engine("onnx", checkpoint, "cpu", precision="int8")
+    assert "not onnx int8: this processor's 8-bit products saturate" in open_engine("auto", checkpoint, "cpu").reason
+    assert runtime.adds_bytes_exactly() in (True, False)
+
+
+def test_a_retriever_gives_the_same_with_every_engine(checkpoint: Path) -> None:
+    texts = ["a red house", "a blue bus waits", "a cat on a roof"]
+    ours, theirs = (finelip_fast.Retriever(checkpoint, engine=name, device="cpu") for name in ("torch", "onnx"))
+    for retriever in (ours, theirs):
+        retriever.add_texts(texts, progress=False)
+    for one, other in zip(ours.search(texts, k=3), theirs.search(texts, k=3), strict=True):
+        assert [hit.id for hit in one] == [hit.id for hit in other]
+        torch.testing.assert_close(
+            torch.tensor([hit.score for hit in one]), torch.tensor([hit.score for hit in other]), atol=1e-3, rtol=0
+        )

@@ -1,0 +1,136 @@
+"""Exporting: proven files beside the checkpoint and nothing else, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+import finelip_fast
+from finelip_fast._errors import CheckpointError, EngineError, InputError
+from finelip_fast.artefacts.manifest import find, read
+from finelip_fast.artefacts.onnx import OnnxGraph
+from finelip_fast.checkpoint import fingerprint
+from finelip_fast.export import graphs, parity, to_onnx
+from finelip_fast.export.to_onnx import export_onnx
+
+CONTEXT = 24
+PAIRS = "scenes:test:8"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("to_onnx") / "checkpoint"
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Path:
+    return export_onnx(checkpoint, pairs=PAIRS, progress=False)
+
+
+def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, checkpoint: Path) -> None:
+    assert exported == checkpoint / "exports" / "onnx-fp32"
+    names = {path.name for path in exported.iterdir()}
+    assert names == {"image.onnx", "text.onnx", "manifest.json", "parity.json", "parity.md"}
+    made = read(exported).manifest
+    assert (made.runtime, made.precision, made.checkpoint) == ("onnx", "fp32", fingerprint(checkpoint))
+    assert set(made.files) == {"image.onnx", "text.onnx"}
+    assert {"torch", "onnx", "onnxruntime"} <= set(made.versions)
+    assert made.proven
+    assert made.proof["pairs"] == PAIRS
+    assert [export.folder for export in find(checkpoint, "onnx")] == [exported]
+    proto = onnx.load(exported / "text.onnx")
+    facts = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    assert facts["finelip.checkpoint"] == made.checkpoint
+
+
+def test_a_second_run_exports_what_changed_and_nothing_else(exported: Path, checkpoint: Path, monkeypatch) -> None:
+    before = (exported / "manifest.json").stat().st_mtime_ns
+    monkeypatch.setattr(graphs, "build", lambda *_, **__: pytest.fail("exported again"))
+    assert export_onnx(checkpoint, pairs=PAIRS, progress=False) == exported
+    assert (exported / "manifest.json").stat().st_mtime_ns == before
+    for changed in ({"again": True}, {"opset": 18}, {"extras": ["scorer"]}):
+        with pytest.raises(pytest.fail.Exception, match="exported again"):
+            export_onnx(checkpoint, pairs=PAIRS, progress=False, **changed)
+
+
+def test_extras_are_written_and_proven(checkpoint: Path, tmp_path: Path) -> None:
+    folder = export_onnx(
+        checkpoint, out=tmp_path / "out", extras=["image_uint8", "scorer"], pairs=PAIRS, progress=False
+    )
+    assert {"image_uint8.onnx", "scorer.onnx"} <= set(read(folder).manifest.files)
+    checked = {check["name"] for check in json.loads((folder / "parity.json").read_text())["checks"]}
+    assert {"image_uint8: largest error", "scorer: scores"} <= checked
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_refused_is_not_handed_over(checkpoint: Path, tmp_path: Path, monkeypatch, keep: bool) -> None:
+    build = graphs.build
+
+    def frozen(model, name, **options):
+        proto = build(model, name, **options)
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        return proto
+
+    monkeypatch.setattr(graphs, "build", frozen)
+    out = tmp_path / "onnx-fp32"
+    with pytest.raises(EngineError, match=r"the fp32 export is refused: image: interface: .*frozen at 2"):
+        export_onnx(checkpoint, out=out, pairs=PAIRS, keep_failed=keep, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == (["failed-onnx-fp32"] if keep else [])
+    if keep:
+        assert not read(tmp_path / "failed-onnx-fp32").manifest.proven
+
+
+def test_a_refusal_leaves_what_was_there(exported: Path, checkpoint: Path, monkeypatch) -> None:
+    before = (exported / "manifest.json").read_bytes()
+    monkeypatch.setitem(parity.LIMITS, "fp32", parity.LIMITS["fp32"]._replace(largest=0.0))
+    with pytest.raises(EngineError, match=r"image: largest error: of any entry \(.*, limit 0\)"):
+        export_onnx(checkpoint, pairs=PAIRS, again=True, progress=False)
+    assert (exported / "manifest.json").read_bytes() == before
+    assert [path.name for path in exported.parent.iterdir()] == ["onnx-fp32"]
+
+
+def test_weights_past_what_a_file_holds_lie_beside_it(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "LARGEST_FILE", 1 << 20)
+    folder = export_onnx(checkpoint, out=tmp_path / "large", pairs=PAIRS, progress=False)
+    assert "text.onnx.data" in read(folder).manifest.files
+    assert (folder / "text.onnx").stat().st_size < 1 << 20
+    ids = finelip_fast.tokenize(["a red house"], CONTEXT)
+    with torch.no_grad():
+        expected = finelip_fast.load(checkpoint).encode_text(ids)
+    found = OnnxGraph(folder / "text.onnx", torch.device("cpu"))(ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_asked_for_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected precision to be one of .*'int8'.*, got 'fp8'"):
+        export_onnx(checkpoint, precision="fp8")
+    with pytest.raises(InputError, match="expected opset of at least 18, got 11"):
+        export_onnx(checkpoint, opset=11)
+    with pytest.raises(InputError, match=r"expected extras of .*, got \['audio'\]"):
+        export_onnx(checkpoint, extras=["audio"])
+    with pytest.raises(CheckpointError, match="nothing: no such file or folder"):
+        export_onnx(tmp_path / "nothing")
+    with pytest.raises(InputError, match="expected scenes:SPLIT, jsonl:FILE"):
+        export_onnx(checkpoint, pairs="flickr", again=True, progress=False)
+
+
+def test_the_command_exports_several_precisions(checkpoint: Path, capsys) -> None:
+    arguments = [str(checkpoint), "--precision", "fp16", "int8", "--pairs", PAIRS, "--quiet"]
+    assert to_onnx.main(arguments) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert set(made) == {"fp16", "int8"}
+    assert all(one["passed"] for one in made.values())
+    assert {path.name for path in (checkpoint / "exports").iterdir()} >= {"onnx-fp16", "onnx-int8"}
+
+
+def test_errors_are_told_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    assert to_onnx.main([str(tmp_path / "nothing"), "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert to_onnx.main([str(checkpoint), "--out", str(tmp_path), "--precision", "fp32", "fp16"]) == 2
+    assert "expected one --precision with --out" in capsys.readouterr().err
