@@ -14,7 +14,15 @@ import torch
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
-    machine_info |= record.versions("triton", "late-interaction-kernels", "flash-maxsim")
+    machine_info |= record.versions(
+        "triton",
+        "late-interaction-kernels",
+        "flash-maxsim",
+        "open_clip_torch",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt-rtx",
+    )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine_info["peaks"] = floor.peaks()

@@ -5,6 +5,7 @@ pytest-benchmark keeps and writes the times: it replays them by :class:`Replay`'
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ import pytest
 import torch
 from floor import Work, timed
 from torch import Tensor
+
+# Seconds. Threads go on spinning for a while after their work, and would be in the way of the next contender's.
+_PAUSE = 0.05
 
 
 def _itself(answer: Any) -> Any:
@@ -69,6 +73,7 @@ def _compete(contenders: dict[str, Contender], expected: Tensor, rounds: int) ->
     for _ in range(rounds):
         for name in right:
             contender = contenders[name]
+            time.sleep(_PAUSE)
             results[name].seconds.append(timed(contender.run) / contender.share)
     for name in right:
         results[name].info |= _summary(results[name].seconds, contenders[name].work)

@@ -63,6 +63,7 @@ def table(rows: list[Row]) -> str:
         f"speed beside {rows[0]['baseline']}": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.3g}x",
         "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
         "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
+        "recall@1 changes by": lambda row: f"{100 * row['recall_change']:.2g} points" if "recall_change" in row else "",
         "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
         "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
     }
@@ -78,7 +79,7 @@ def source(run: Run) -> str:
     processor = machine.get("cpu", {}).get("brand_raw", machine["machine"])
     hardware = ", ".join(machine["gpus"]) or f"{processor}, {machine['threads']} threads"
     packages = {"PyTorch": "torch", "Triton": "triton"} | {
-        name: name for name in ("late-interaction-kernels", "flash-maxsim")
+        name: name for name in ("late-interaction-kernels", "flash-maxsim", "onnxruntime", "tensorrt", "tensorrt-rtx")
     }
     versions = ", ".join(f"{title} {machine[name]}" for title, name in packages.items() if machine.get(name))
     dirty = " with changes" if commit["dirty"] else ""

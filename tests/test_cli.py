@@ -220,7 +220,8 @@ def test_what_was_exported_answers(finelip: Callable[..., str], photos: Path, ma
         json.loads(finelip("search", "a red house", "--engine", name, "--device", "cpu", "--json"))
         for name in ("torch", "onnx")
     ]
-    assert [[hit["id"] for hit in one] for one in hits][0] == [hit["id"] for hit in hits[1]]
+    first, second = ([hit["id"] for hit in one] for one in hits)
+    assert first == second
 
 
 def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:

@@ -15,7 +15,7 @@ import finelip_fast
 from finelip_fast import Hit, Retriever
 from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
-from finelip_fast.engines.base import why_not
+from finelip_fast.engines import why_not
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.tokenizer import TruncationWarning
 

@@ -1,0 +1,195 @@
+"""Encoding by each engine at ViT-B/16's sizes, random weights, against open_clip's own eager encoders with the same weights.
+
+Captions are those of Scenes' test set, pictures are noise. open_clip encodes all 256 positions; the engines only up to the
+longest caption of the batch. Embeddings are compared by their global rows, all that open_clip gives. What int8 costs in quality
+is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from contest import Contender, Result, clock, compete
+from inputs import DEVICE, ON_GPU
+from torch import Tensor
+
+import finelip_fast
+from finelip_fast.artefacts import onnx, trt
+from finelip_fast.artefacts.onnx import OnnxGraph
+from finelip_fast.datasets import Scenes
+from finelip_fast.encoders import caption_lengths
+from finelip_fast.export import graphs, parity, quantize
+from finelip_fast.export.plans import Builder, build_plan
+from finelip_fast.export.precision import in_half
+from finelip_fast.export.to_trt import input_shapes, profile_batches
+from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import encode_batch
+
+BATCHES = (1, 32)
+ROUNDS = 20 if ON_GPU else 7
+BASELINE = "open_clip"
+PAIRS = "scenes:test:1000"
+
+# ONNX Runtime and TensorRT by their precisions; the largest error of an entry that is still the right answer.
+PRECISIONS = {"fp32": 1e-4, "int8": 5e-2} if not ON_GPU else {"fp32": 1e-4, "fp16": 5e-3}
+TORCH = "torch float16" if ON_GPU else "torch float32"
+CONTENDERS = (BASELINE, TORCH, "torch.compile", *(f"{name} {p}" for name in ("onnx", "trt") for p in PRECISIONS))
+
+
+@cache
+def model() -> FineLIP:
+    torch.manual_seed(0)
+    return FineLIP(finelip_fast.FineLIPConfig.preset("ViT-B-16")).eval().requires_grad_(False)
+
+
+@cache
+def open_clip_model() -> Any:
+    """open_clip's own, with our weights: its towers carry the same names."""
+    config = model().config
+    vision = {
+        "image_size": config.image_size,
+        "layers": config.vision_layers,
+        "width": config.vision_width,
+        "patch_size": config.patch_size,
+    }
+    text = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.text_width,
+        "heads": config.text_heads,
+        "layers": config.text_layers,
+    }
+    theirs = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).eval()
+    ours = model().state_dict()
+    weights = {name: value for name, value in ours.items() if name.startswith("visual.")}
+    weights |= {name.removeprefix("text."): value for name, value in ours.items() if name.startswith("text.")}
+    theirs.load_state_dict(weights | {"logit_scale": ours["logit_scale"]})
+    return theirs.to(DEVICE, torch.float16 if ON_GPU else torch.float32)
+
+
+@cache
+def batch(kind: str, size: int) -> Tensor:
+    """Pixels, or ids of the captions of middling length."""
+    if kind == "pictures":
+        side = model().config.image_size
+        return torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
+    ids = encode_batch([scene.caption for scene in Scenes("test", 101)]).ids
+    order = caption_lengths(ids).argsort()
+    return ids[order[50 - size // 2 : 50 - size // 2 + size]]
+
+
+def up_to_the_longest(encode: Callable[[Tensor], Tensor], step: int = 1) -> Callable[[Tensor], Tensor]:
+    """As engines give captions to exported files."""
+
+    def run(ids: Tensor) -> Tensor:
+        longest = int(caption_lengths(ids).max())
+        return encode(ids[:, : min(-(-longest // step) * step, ids.shape[1])])
+
+    return run
+
+
+@cache
+def exported(kind: str, runtime: str, precision: str) -> Callable[[Tensor], Tensor]:
+    """The graph as this runtime runs it."""
+    name = "image" if kind == "pictures" else "text"
+    proto = graphs.build(model(), name)
+    proto = quantize.by_rows(proto) if precision == "int8" else proto
+    proto = in_half(proto, precision) if precision in ("fp16", "bf16") else proto
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.onnx"
+        graphs.write(proto, path)
+        if runtime == "onnx":
+            encode: Callable[[Tensor], Tensor] = OnnxGraph(path, torch.device(DEVICE))
+        else:
+            shapes = input_shapes(name, model().config, profile_batches("1,8,32"))
+            plan = build_plan(path, shapes, trt.machine(), Builder(), progress=False)
+            path.with_suffix(".plan").write_bytes(plan)
+            encode = trt.TrtPlan(path.with_suffix(".plan"), torch.device(DEVICE))
+    return up_to_the_longest(encode, 32 if ON_GPU else 1) if kind == "captions" else encode
+
+
+def in_torch(kind: str, compiled: bool) -> Callable[[Tensor], Tensor]:
+    ours = in_eager()
+    encode = ours.encode_image if kind == "pictures" else ours.encode_text
+    if compiled:
+        encode = torch.compile(encode, dynamic=False)
+        encode = up_to_the_longest(encode) if kind == "captions" else encode
+    return lambda x: encode(x.to(DEVICE, ours.dtype if kind == "pictures" else None))
+
+
+@cache
+def in_eager() -> FineLIP:
+    return copy.deepcopy(model()).to(DEVICE, torch.float16 if ON_GPU else torch.float32)
+
+
+@cache
+def race(kind: str, size: int) -> dict[str, Result]:
+    x = batch(kind, size)
+    theirs = open_clip_model()
+    encode = theirs.encode_image if kind == "pictures" else theirs.encode_text
+    dtype = next(theirs.parameters()).dtype
+    ways: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+        BASELINE: (
+            lambda x: encode(x.to(DEVICE, dtype if kind == "pictures" else None), normalize=True)[:, None],
+            1e-4,
+        ),
+        TORCH: (in_torch(kind, compiled=False), 1e-4),
+        "torch.compile": (in_torch(kind, compiled=True), 1e-4),
+    }
+    if ON_GPU:
+        ways = {name: (way, PRECISIONS["fp16"]) for name, (way, _) in ways.items()}
+    for runtime, why in (("onnx", onnx.why_not()), ("trt", trt.why_not())):
+        if why is None and (runtime == "trt" or not ON_GPU or onnx.has_cuda()):
+            ways |= {f"{runtime} {p}": (exported(kind, runtime, p), limit) for p, limit in PRECISIONS.items()}
+    judge = model()
+    with torch.inference_mode():
+        expected = (judge.encode_image if kind == "pictures" else judge.encode_text)(x)[:, 0].double()
+        # Results go back to where they were made; the first row of each embedding is what is compared.
+        contenders = {
+            name: Contender(partial(way, x), limit, answer=lambda rows: F.normalize(rows[:, 0].float().cpu(), dim=-1))
+            for name, (way, limit) in ways.items()
+        }
+        results = compete(contenders, expected, rounds=ROUNDS)
+    for name, result in results.items():
+        if name.startswith("onnx") and not ON_GPU:
+            result.info["recall_change"] = recall_change(name.split()[1])
+    return results
+
+
+@cache
+def recall_change(precision: str) -> float:
+    """Of recall@1 of the bundled model, the larger of both directions, on all of Scenes' test set."""
+    bundled = finelip_fast.load()
+    run, protos = {}, {}
+    for name in ("image", "text"):
+        proto = graphs.build(bundled, name)
+        protos[name] = quantize.by_rows(proto) if precision == "int8" else proto
+        run[name] = OnnxGraph(protos[name].SerializeToString(), torch.device("cpu"))
+    report = parity.prove(
+        parity.Reference(bundled, PAIRS, progress=False),
+        parity.Encoders(run["image"], run["text"], graphs=protos),
+        precision,
+    )
+    assert report.passed, report.failures
+    return next(check.value for check in report.checks if check.name == "ranking: recall@1")
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("size", BATCHES)
+@pytest.mark.parametrize("kind", ["pictures", "captions"])
+def test_encoding(benchmark: Any, kind: str, size: int, contender: str) -> None:
+    benchmark.extra_info.update(model="ViT-B-16", batch=size)
+    if kind == "captions":
+        benchmark.extra_info["tokens"] = int(caption_lengths(batch(kind, size)).max())
+    group = f"{size} {kind if size > 1 else kind[:-1]}, ViT-B/16"
+    clock.into(benchmark, race(kind, size), contender, group=group, baseline=BASELINE)
