@@ -1,8 +1,8 @@
 """Encoding by each engine at ViT-B/16's sizes, random weights, against open_clip's own eager encoders with the same weights.
 
 Captions are those of Scenes' test set, pictures are noise. open_clip encodes all 256 positions; the engines only up to the
-longest caption of the batch. Embeddings are compared by their global rows, all that open_clip gives. What int8 costs in quality
-is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
+longest caption of the batch. Embeddings are compared by their global rows, all that open_clip gives. What int8 costs in
+quality is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
 """
 
 from __future__ import annotations

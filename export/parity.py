@@ -16,7 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -212,6 +212,14 @@ class Report:
     cases: list[Case] = field(default_factory=list)
     facts: dict[str, str | float] = field(default_factory=dict)
 
+    def also(self, other: Report) -> Report:
+        """Both reports as one, the other one's lines under the name of what it ran on."""
+        where = other.facts["on"]
+        checks = [replace(check, name=f"{where}: {check.name}") for check in other.checks]
+        cases = [replace(case, name=f"{where}: {case.name}") for case in other.cases]
+        facts = {**self.facts, "on": f"{self.facts['on']}, {where}"}
+        return Report(self.precision, self.checks + checks, self.cases + cases, facts)
+
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
@@ -330,9 +338,13 @@ class _Gate:
         if not self._values("text", [*found, given], [*expected, reference.texts], reason):
             return
         context = reference.model.config.context_length
-        for ids, _ in reference.every_length[:: max(1, len(reference.every_length) // 4)]:
-            padded = self._encode(encode, F.pad(ids, (0, context - ids.shape[1])))
-            shifted.append(padded - self._encode(encode, ids))
+        for (ids, _), (together, _) in zip(reference.every_length, every, strict=True):
+            width = ids.shape[1]
+            shifted.append(self._encode(encode, ids[-1:]) - together[-1:])  # exactly full
+            shifted.append(self._encode(encode, F.pad(ids[-1:], (0, context - width))) - together[-1:])
+        ids, together = reference.every_length[0][0], every[0][0]
+        for length in (1, 2):
+            shifted.append(self._encode(encode, ids[length : length + 1, :length]) - together[length : length + 1])
         lengths = caption_lengths(reference.captions)
         for row in range(min(3, len(given))):
             alone = self._encode(encode, reference.captions[row : row + 1, : int(lengths[row])])

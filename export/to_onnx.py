@@ -33,7 +33,7 @@ from finelip_fast.artefacts.manifest import (
     installed,
     read,
 )
-from finelip_fast.artefacts.onnx import OnnxGraph
+from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, has_cuda
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
 from finelip_fast.model import FineLIP
@@ -100,7 +100,7 @@ def export_onnx(
     with being_written(folder, keep_failed) as partial:
         for name, proto in protos.items():
             graphs.write(proto, partial / f"{name}.onnx")
-        report = parity.prove(reference, _encoders(partial, names, precision), precision)
+        report, devices = _prove(reference, partial, names, precision)
         finish(
             partial,
             report,
@@ -112,7 +112,7 @@ def export_onnx(
                 files=hashes(partial),
                 versions=installed("finelip-fast", "torch", "onnx", "onnxruntime"),
                 options=options,
-                proof=report.summary(),
+                proof={**report.summary(), "devices": devices},
             ),
         )
     return folder
@@ -193,17 +193,30 @@ def _calibration_batches(model: FineLIP, name: str, spec: str) -> Iterator[dict[
         yield {"ids" if name == "text" else "pixels": part.numpy()}
 
 
-def _encoders(folder: Path, names: Sequence[str], precision: str) -> parity.Encoders:
-    """The written files, each as ONNX Runtime runs it here; half precision with the rounding that a GPU has."""
+def _prove(
+    reference: parity.Reference, folder: Path, names: Sequence[str], precision: str
+) -> tuple[parity.Report, list[str]]:
+    """The report on the written files, and the kinds of device that it speaks of: the CPU, and CUDA where that is here."""
+    report = parity.prove(reference, _encoders(folder, names, precision, torch.device("cpu")), precision)
+    if not report.passed or not (has_cuda() and torch.cuda.is_available()) or precision in CPU_ONLY:
+        return report, ["cpu"]
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    on = torch.cuda.get_device_name(gpu)
+    also = parity.prove(reference, _encoders(folder, names, precision, gpu), precision, on=on)
+    return report.also(also), ["cpu", "cuda"]
+
+
+def _encoders(folder: Path, names: Sequence[str], precision: str, device: torch.device) -> parity.Encoders:
+    """The written files as ONNX Runtime runs them; half precision on the CPU with the rounding that a GPU has."""
     protos = {name: onnx.load(folder / f"{name}.onnx") for name in names}
 
     def load(name: str) -> OnnxGraph:
-        if precision not in HALF:
-            return OnnxGraph(folder / f"{name}.onnx", torch.device("cpu"))
+        if precision not in HALF or device.type == "cuda":
+            return OnnxGraph(folder / f"{name}.onnx", device)
         # As it stands bfloat16 cannot run here, and float16 runs without its rounding.
         with tempfile.TemporaryDirectory() as scratch:
             graphs.write(rounding_twin(protos[name]), Path(scratch) / f"{name}.onnx")
-            return OnnxGraph(Path(scratch) / f"{name}.onnx", torch.device("cpu"))
+            return OnnxGraph(Path(scratch) / f"{name}.onnx", device)
 
     run = {name: load(name) for name in names}
     return parity.Encoders(run.pop("image"), run.pop("text"), more=run, graphs=protos)

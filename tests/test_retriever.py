@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,16 @@ def test_a_named_engine_that_cannot_run_is_an_error(checkpoint: Path, name: str)
 def test_an_unknown_engine_is_refused(checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"expected engine to be one of .*, got 'fastest'"):
         Retriever(checkpoint, engine="fastest")
+
+
+def test_threads_share_a_retriever(retriever: Retriever) -> None:
+    retriever.add_texts([f"{number} red houses" for number in range(8)], progress=False)
+    queries = [f"{number} red houses" for number in range(8)] * 5
+    expected = [[(hit.id, hit.score) for hit in retriever.search(query, k=3)] for query in queries]
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(lambda query: retriever.search(query, k=3), queries), expected, strict=True):
+            assert [hit.id for hit in found] == [item for item, _ in alone]
+            assert [hit.score for hit in found] == pytest.approx([score for _, score in alone], abs=1e-6)
 
 
 # Adding ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'finelip-fast[onnx]' (on a GPU: onnxruntime-gpu in the place of onnxruntime)"
 
+# Precisions whose operations ONNX Runtime has on a CPU alone: on CUDA it would go back and forth.
+CPU_ONLY = ("int8", "int8-calibrated")
+
 _CUDA = "CUDAExecutionProvider"
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -84,7 +87,8 @@ class OnnxGraph:
             )
         index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
         providers: Sequence[Any] = (
-            [(_CUDA, {"device_id": index})] if device.type == "cuda" else ["CPUExecutionProvider"]
+            # Products of float32 stay float32: TensorFloat-32 keeps ten bits of them.
+            [(_CUDA, {"device_id": index, "use_tf32": 0})] if device.type == "cuda" else ["CPUExecutionProvider"]
         )
         try:
             self._session = runtime.InferenceSession(

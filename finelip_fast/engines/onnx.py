@@ -7,8 +7,8 @@ from os import PathLike
 import torch
 
 from finelip_fast._errors import EngineError
-from finelip_fast.artefacts.manifest import Export
-from finelip_fast.artefacts.onnx import OnnxGraph, adds_bytes_exactly, has_cuda
+from finelip_fast.artefacts.manifest import Export, rebuild_command
+from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
 from finelip_fast.engines.base import find_device
 from finelip_fast.engines.exported import ExportedEngine
 
@@ -41,6 +41,12 @@ class OnnxEngine(ExportedEngine):
     ) -> None:
         super().__init__(checkpoint, export, _device(device), reason=reason)
         precision = export.manifest.precision
+        kind = self.device.type
+        if kind == "cuda" and precision in CPU_ONLY:
+            raise EngineError(f"ONNX Runtime has {precision} on the CPU alone; on a GPU use fp16, or engine='trt'")
+        if kind not in export.manifest.proof.get("devices", ()):
+            command = rebuild_command(checkpoint, "onnx", precision, ["--again"])
+            raise EngineError(f"{export.folder} was not proven on {kind}; make it anew on this machine: {command}")
         if precision == "bf16" and self.device.type == "cpu":
             raise EngineError("ONNX Runtime has no bfloat16 products on a CPU; use another precision")
         if precision == "int8" and self.device.type == "cpu" and not adds_bytes_exactly():

@@ -154,7 +154,7 @@ def test_settings_that_an_engine_does_not_have_are_refused(checkpoint: Path) -> 
         open_engine("onnx", checkpoint, precision="fp8")
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "file", "proof"])
+@pytest.mark.parametrize("change", ["checkpoint", "file", "proof", "device"])
 def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoint: Path, change: str) -> None:
     import dataclasses
     import shutil
@@ -167,11 +167,16 @@ def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoi
             made = dataclasses.replace(made, checkpoint=finelip_fast.checkpoint.fingerprint(bare))
         if change == "proof":
             made = dataclasses.replace(made, proof={})
+        if change == "device":
+            made = dataclasses.replace(made, proof={**made.proof, "devices": ["cuda"]})
         made.write(folder)
         if change == "file":
             (folder / "text.onnx").write_bytes(b"other")
         text = {"checkpoint": "checkpoint: made from", "file": "text.onnx: not the file", "proof": "never compared"}
-        with pytest.raises(EngineError, match=rf"{text[change]}.*Make it anew: finelip export onnx .*--precision fp32"):
+        text["device"] = "was not proven on cpu"
+        with pytest.raises(
+            EngineError, match=rf"{text[change]}.*ake it anew.*: finelip export onnx .*--precision fp32"
+        ):
             open_engine("onnx", bare, "cpu")
         engine = open_engine("auto", bare, "cpu")
         assert engine.name == "torch"
@@ -209,7 +214,8 @@ def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: 
 
 def test_a_retriever_gives_the_same_with_every_engine(checkpoint: Path) -> None:
     texts = ["a red house", "a blue bus waits", "a cat on a roof"]
-    ours, theirs = (finelip_fast.Retriever(checkpoint, engine=name, device="cpu") for name in ("torch", "onnx"))
+    ours = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu")
+    theirs = finelip_fast.Retriever(checkpoint, engine="onnx", precision="fp32", device="cpu")
     for retriever in (ours, theirs):
         retriever.add_texts(texts, progress=False)
     for one, other in zip(ours.search(texts, k=3), theirs.search(texts, k=3), strict=True):

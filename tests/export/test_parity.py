@@ -163,6 +163,17 @@ def test_the_report_is_written_for_people_and_programs(prove, protos, tmp_path: 
     assert "|text, 64|40|" in text
 
 
+def test_reports_of_two_devices_are_one(reference, model):
+    encoders = parity.Encoders(model.encode_image, model.encode_text)
+    one, other = (parity.prove(reference, encoders, "fp32", on=on) for on in ("CPU", "a GPU"))
+    both = one.also(other)
+    assert both.passed
+    assert both.facts["on"] == "CPU, a GPU"
+    assert [check.name for check in both.checks[-1:]] == ["a GPU: ranking: recall@1"]
+    other.checks[-1] = parity.Check("ranking: recall@1", False, "worse")
+    assert one.also(other).failures == ["a GPU: ranking: recall@1: worse"]
+
+
 def test_limits_loosen_with_the_precision():
     columns = zip(*(parity.LIMITS[name] for name in ("fp32", "fp16", "bf16", "int8", "int8-calibrated")), strict=True)
     for name, column in zip(parity.Limits._fields, columns, strict=True):
