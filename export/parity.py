@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import FineLIPError, InputError
-from finelip_fast.config import EOT_TOKEN, FineLIPConfig
+from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.export import inspection
@@ -189,7 +189,8 @@ class Reference:
     def _of_length(self, length: int, start: int) -> Tensor:
         """``[length]``: words of the held-out captions from a start on, between start and end token."""
         stream = self.captions[self.captions > 0]
-        words = stream[stream < EOT_TOKEN - 1].roll(-7 * start)
+        words = stream[stream < START_TOKEN]
+        words = words.roll(-7 * start) if len(words) else torch.arange(1, 100)  # captions may be empty
         ids = torch.cat([self.captions[0, :1], words.repeat(1 + length // len(words))])[:length]
         if length:
             ids[-1] = EOT_TOKEN
@@ -297,6 +298,7 @@ def prove(reference: Reference, encoders: Encoders, precision: str, *, on: str =
 class _Gate:
     def __init__(self, reference: Reference, encoders: Encoders, limits: Limits, report: Report) -> None:
         self.reference, self.encoders, self.limits, self.report = reference, encoders, limits, report
+        self.held_out: list[Tensor] = []  # embeddings of the pictures and of the captions, as exported
 
     def files(self) -> None:
         for name, graph in self.encoders.graphs.items():
@@ -311,12 +313,12 @@ class _Gate:
         reference = self.reference
         pixels, expected = reference.pixels, reference.images
         given = reference.encode(self.encoders.image, pixels, "export: pictures")
-        alone = {}
-        for size in BATCHES:
-            some = self._encode(self.encoders.image, pixels[:size])
-            alone[size] = some
-            self._case("image", size, 0, some, expected[:size])
-        if not self._values("image", [*alone.values(), given], [*(expected[:size] for size in BATCHES), expected]):
+        self.held_out.append(given)
+        batches = [self._encode(self.encoders.image, pixels[:size]) for size in BATCHES]
+        answers = [expected[:size] for size in BATCHES]
+        for size, some, answer in zip(BATCHES, batches, answers, strict=True):
+            self._case("image", size, 0, some, answer)
+        if not self._values("image", [*batches, given], [*answers, expected]):
             return
         singles = torch.cat([self._encode(self.encoders.image, pixels[n : n + 1]) for n in range(min(3, len(pixels)))])
         twice = self._encode(self.encoders.image, pixels[:2].repeat(4, 1, 1, 1))
@@ -334,6 +336,7 @@ class _Gate:
                 found.append(some)
                 expected.append(answers[:size])
         given = reference.encode(encode, reference.captions, "export: captions")
+        self.held_out.append(given)
         reason = self._end_token_reason([one for one, _ in every])
         if not self._values("text", [*found, given], [*expected, reference.texts], reason):
             return
@@ -367,9 +370,7 @@ class _Gate:
     def ranking(self) -> None:
         reference = self.reference
         exact = clim_scores(reference.images, reference.texts, alpha=reference.model.alpha)
-        images = reference.encode(self.encoders.image, reference.pixels, "export: ranking")
-        texts = reference.encode(self.encoders.text, reference.captions, "export: ranking")
-        found = clim_scores(images, texts, alpha=reference.model.alpha)
+        found = clim_scores(*self.held_out, alpha=reference.model.alpha)
         same = torch.cat([(exact.argmax(dim) == found.argmax(dim)).double() for dim in (0, 1)]).mean().item()
         self._say("ranking: same best", same >= self.limits.agreement, "of queries", same, self.limits.agreement)
         before, after = recall(exact, (1,)), recall(found, (1,))
@@ -418,7 +419,8 @@ class _Gate:
             features = F.normalize(model.text(ids), dim=-1)
         positions = (features @ found[middle][:, 0, :, None]).squeeze(-1).argmax(dim=1)
         offset = int((positions - (caption_lengths(ids) - 1)).mode().values)
-        return f"row 0 comes from {abs(offset)} {'after' if offset > 0 else 'before'} the end token" if offset else ""
+        side = "after" if offset > 0 else "before"
+        return f"row 0 comes from {abs(offset)} position(s) {side} the end token" if offset else ""
 
     def _say(
         self, name: str, passed: bool, detail: str, value: float | None = None, limit: float | None = None

@@ -74,10 +74,16 @@ def open_engine(
     if build:
         _build(name, checkpoint, device, precision)
     runtimes = [runtime for runtime in manifest.RUNTIMES if name in ("auto", runtime)]
-    candidates, absent = [], {}
+    candidates: list[Candidate] = []
+    absent: dict[str, str] = {}
     for runtime in runtimes:
-        reason = why_not(runtime)
-        found = [] if reason else manifest.find(checkpoint, runtime, precision)
+        reason, found = why_not(runtime), []
+        try:
+            found = [] if reason else manifest.find(checkpoint, runtime, precision)
+        except EngineError as error:  # a damaged manifest
+            if name != "auto":
+                raise
+            reason = str(error)
         candidates += [_exported(checkpoint, device, export, threads) for export in found]
         if not found:
             absent[runtime] = reason or _none_found(checkpoint, runtime, precision)

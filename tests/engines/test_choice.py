@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,9 +158,6 @@ def test_settings_that_an_engine_does_not_have_are_refused(checkpoint: Path) -> 
 
 @pytest.mark.parametrize("change", ["checkpoint", "file", "proof", "device"])
 def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoint: Path, change: str) -> None:
-    import dataclasses
-    import shutil
-
     folder = bare / "exports" / "onnx-fp32"
     shutil.copytree(checkpoint / "exports" / "onnx-fp32", folder)
     try:
@@ -183,6 +182,18 @@ def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoi
         assert text[change] in engine.reason
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_damaged_manifest_stops_the_named_engine_alone(bare: Path) -> None:
+    path = bare / "exports" / "onnx-fp32" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("damaged")
+    try:
+        with pytest.raises(EngineError, match=r"manifest\.json: no manifest of an export"):
+            open_engine("onnx", bare, "cpu")
+        assert "not onnx: " in open_engine("auto", bare, "cpu").reason
+    finally:
+        shutil.rmtree(path.parent)
 
 
 def test_build_makes_what_is_missing(make_model, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from onnx import ModelProto, numpy_helper
+from PIL import Image
 
 from finelip_fast._errors import EngineError, InputError
 from finelip_fast.encoders import caption_lengths
@@ -50,7 +51,7 @@ def test_a_frozen_batch_is_refused(prove, protos):
     assert not report.cases, "files that are wrong are not run"
 
 
-@pytest.mark.parametrize(("offset", "words"), [(-1, "1 before"), (1, "1 after")])
+@pytest.mark.parametrize(("offset", "words"), [(-1, "1 position(s) before"), (1, "1 position(s) after")])
 def test_an_end_token_off_by_one_is_refused(prove, protos, model, monkeypatch, offset, words):
     def lengths(ids):
         return (caption_lengths(ids) + offset).clamp(min=0, max=ids.shape[1])
@@ -178,6 +179,16 @@ def test_limits_loosen_with_the_precision():
     columns = zip(*(parity.LIMITS[name] for name in ("fp32", "fp16", "bf16", "int8", "int8-calibrated")), strict=True)
     for name, column in zip(parity.Limits._fields, columns, strict=True):
         assert list(column) == sorted(column, reverse=name in ("cosine", "agreement"))
+
+
+def test_captions_without_a_word_can_be_held_out(model, tmp_path: Path):
+    lines = []
+    for number in range(2):
+        Image.new("RGB", (40, 40), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": ""}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    reference = parity.Reference(model, f"jsonl:{tmp_path / 'pairs.jsonl'}", progress=False)
+    assert (caption_lengths(reference.full[40][0]) == 40).all()
 
 
 def test_too_few_pairs_are_refused(model: FineLIP):

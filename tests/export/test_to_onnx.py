@@ -134,3 +134,17 @@ def test_errors_are_told_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -
     assert capsys.readouterr().err.startswith("error: ")
     assert to_onnx.main([str(checkpoint), "--out", str(tmp_path), "--precision", "fp32", "fp16"]) == 2
     assert "expected one --precision with --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_exported_and_searched_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the README's first command does, with the default held-out pairs."""
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))
+    for precision in ("fp32", "int8"):
+        folder = export_onnx(precision=precision, progress=False)
+        assert folder == tmp_path / "exports" / "bundled" / f"onnx-{precision}"
+        proof = read(folder).manifest.proof
+        assert proof["pairs"] == "scenes:test:200"
+        assert proof["ranking: recall@1"] <= parity.LIMITS[precision].recall
+        retriever = finelip_fast.Retriever(engine="onnx", precision=precision, device="cpu")
+        assert str(retriever.engine) == f"onnx: cpu, {precision} (asked for)"
