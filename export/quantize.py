@@ -47,7 +47,7 @@ def by_rows(proto: ModelProto) -> ModelProto:
         proto: From :func:`finelip_fast.export.graphs.build`; it stays as it is.
     """
     result, layers = _copy(proto)
-    # Rows are uint8 around 128: MLAS multiplies those by int8 three to ten times as fast as int8 by int8.
+    # Rows are uint8 around 128: with AVX-512 VNNI, ONNX Runtime multiplies those by int8 ten times as fast as int8 by int8.
     constants = {
         "int8_last_axis": np.array([-1], np.int64),
         "int8_least": np.float32(1e-12),
@@ -83,9 +83,9 @@ def by_rows(proto: ModelProto) -> ModelProto:
         # version 1.32 then takes the first row's for all.
         by_columns = op("Mul", value, f"{y}_weight_scale", out=f"{y}_by_columns")
         bias = list(node.input[2:])
-        by_rows_ = op("Mul", by_columns, scale, out=f"{y}_by_rows" if bias else y)
+        product = op("Mul", by_columns, scale, out=f"{y}_product" if bias else y)
         if bias:
-            op("Add", by_rows_, bias[0], out=y)
+            op("Add", product, bias[0], out=y)
     return _finish(result, nodes, constants)
 
 

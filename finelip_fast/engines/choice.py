@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -127,31 +128,25 @@ def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -
         EngineError: None of them can be opened.
     """
     refused = dict(absent or {})
-    times = _Times()
-    opened: Engine | None = None
     seconds: dict[str, float] = {}
-    for candidate in candidates:
-        known = times.known(candidate) if len(candidates) > 1 else 0.0
+    times = _Times()
+    for candidate in candidates if len(candidates) > 1 else ():
+        known = times.known(candidate)
         if known is None:
             try:
-                engine = candidate.open("")
-                known = _seconds(engine)
+                known = _seconds(candidate.open(""))
             except EngineError as error:
                 refused[candidate.label] = str(error)
                 continue
             times.add(candidate, known)
-            if known < min(seconds.values(), default=float("inf")):
-                opened = engine
-        elif known < min(seconds.values(), default=float("inf")):
-            opened = None
         seconds[candidate.label] = known
-    for candidate in sorted(candidates, key=lambda one: seconds.get(one.label, float("inf"))):
-        if candidate.label not in seconds:
+    for candidate in sorted(candidates, key=lambda one: seconds.get(one.label, math.inf)):
+        if candidate.label in refused:
             continue
         try:
-            engine = opened or candidate.open("")
-        except EngineError as error:  # timed before, and changed since
-            refused[candidate.label], opened = str(error), None
+            engine = candidate.open("")
+        except EngineError as error:
+            refused[candidate.label] = str(error)
             continue
         engine.reason = _reason(candidate.label, seconds, refused)
         return engine
