@@ -29,7 +29,6 @@ from finelip_fast.export import parity, to_onnx
 from finelip_fast.export.plans import Builder, build_plan, capability, refit_plan
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
-_ONNX_PRECISION = {"int8": "int8-calibrated"}
 _GRAPHS = ("image", "text")
 
 _PROFILES = {"latency": ((1, 1, 1), (1, 4, 16)), "throughput": ((1, 32, 128),)}
@@ -86,7 +85,7 @@ def export_trt(
     _check_gpu_options(builder, refit is not None)
     old = None if refit is None else _read_refittable(Path(refit), precision)
     graphs = to_onnx.export_onnx(
-        checkpoint, precision=_ONNX_PRECISION.get(precision, precision), pairs=pairs, progress=progress
+        checkpoint, precision=runtime.ONNX_PRECISION.get(precision, precision), pairs=pairs, progress=progress
     )
     source = read(graphs).manifest
     options = _options(target, graphs, source, profile, batches, builder)
@@ -318,7 +317,7 @@ def _compare(
         for name in _GRAPHS
     )
     reference = parity.Reference(checkpoints.load(checkpoint), pairs, progress=progress)
-    precision = _ONNX_PRECISION.get(manifest.precision, manifest.precision)
+    precision = runtime.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     return parity.prove(reference, parity.Encoders(image, text), precision, on=torch.cuda.get_device_name(device))
 
 

@@ -20,6 +20,9 @@ from finelip_fast._errors import EngineError
 MODULES = ("tensorrt", "tensorrt_rtx")
 INSTALL = "pip install 'finelip-fast[trt]', or on GeForce and RTX cards pip install 'finelip-fast[trt-rtx]'"
 
+# What plans are built from, where that is not of the same name.
+ONNX_PRECISION = {"int8": "int8-calibrated"}
+
 GRAPHS = 16  # CUDA graphs that are kept for one stream
 _SEEN = 128  # shapes of which it is remembered that they came once
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import Any
 
 import torch
 
 from finelip_fast._errors import EngineError
 from finelip_fast.artefacts import trt
-from finelip_fast.artefacts.manifest import Export, rebuild_command
+from finelip_fast.artefacts.manifest import Export, Manifest, find, rebuild_command
 from finelip_fast.artefacts.trt import TrtPlan, expected_options
 from finelip_fast.engines.base import find_device
 from finelip_fast.engines.exported import ExportedEngine
@@ -58,7 +59,7 @@ class TrtEngine(ExportedEngine):
             raise EngineError(
                 f"{export.folder} cannot be used: proof: it was never compared with the model. Prove it here: {command}"
             )
-        super().__init__(checkpoint, export, found, reason=reason, **expected)
+        super().__init__(checkpoint, export, found, reason=reason, **expected, **_graphs_beside(checkpoint, made))
         host_code = bool(made.options.get("version_compatible"))
         image, text = (
             TrtPlan(export.folder / f"{name}.plan", found, module=here.module, host_code=host_code)
@@ -67,6 +68,13 @@ class TrtEngine(ExportedEngine):
         self._image, self._text = image, text
         self._largest_batch = min(image.largest_batch, text.largest_batch)
         self.description = f"{here.gpu}, {made.precision}, {made.options['profile']['name']}"
+
+
+def _graphs_beside(checkpoint: str | PathLike[str] | None, made: Manifest) -> dict[str, Any]:
+    """The option ``onnx`` that plans must have where the graphs of their precision are there, too: made from just those."""
+    precision = trt.ONNX_PRECISION.get(made.precision, made.precision)
+    beside = find(checkpoint, "onnx", precision)
+    return {"onnx": {name: beside[0].manifest.files.get(name) for name in made.options["onnx"]}} if beside else {}
 
 
 def refuse_others(

@@ -179,6 +179,15 @@ def test_a_changed_plan_is_refused(on, plans, checkpoint: Path, tmp_path: Path) 
         TrtEngine(checkpoint, read(tmp_path))
 
 
+def test_plans_of_other_graphs_are_refused(on, plans, checkpoint: Path) -> None:
+    """Where the graphs were exported anew since."""
+    on(ADA)
+    made = plans["8.9"].manifest
+    older = {**made.options, "onnx": dict.fromkeys(made.options["onnx"], "0" * 64)}
+    with pytest.raises(EngineError, match=r"onnx: made for \{'image\.onnx': '000.*Make it anew: finelip export trt"):
+        TrtEngine(checkpoint, Export(plans["8.9"].folder, dataclasses.replace(made, options=older)))
+
+
 def test_an_unproven_plan_is_refused_with_what_proves_it(on, plans, checkpoint: Path) -> None:
     unproven = Export(plans["8.9"].folder, dataclasses.replace(plans["8.9"].manifest, proof={}))
     on(ADA)
