@@ -259,7 +259,13 @@ def _build(
     if there and any(export.manifest.checkpoint == checkpoints.fingerprint(checkpoint) for export in there):
         return
     command = [sys.executable, "-m", "finelip_fast.cli", *manifest.rebuild_arguments(checkpoint, name, precision)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+    told = b""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stderr is not None
+        while part := process.stderr.read(4096):  # progress, as it comes
+            sys.stderr.write(part.decode(errors="replace"))
+            sys.stderr.flush()
+            told = (told + part)[-2000:]
+    if process.returncode:
         named = manifest.rebuild_command(checkpoint, name, precision)
-        raise EngineError(f"{named} failed: {done.stderr.strip()[-2000:]}")
+        raise EngineError(f"{named} failed: {told.decode(errors='replace').strip()}")

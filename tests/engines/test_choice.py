@@ -196,11 +196,12 @@ def test_a_damaged_manifest_stops_the_named_engine_alone(bare: Path) -> None:
         shutil.rmtree(path.parent)
 
 
-def test_build_makes_what_is_missing(make_model, tmp_path: Path) -> None:
+def test_build_makes_what_is_missing(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "to build"  # a blank: the command is given as it is
     finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
     retriever = finelip_fast.Retriever(folder, engine="onnx", device="cpu", build=True)
     assert retriever.engine.name == "onnx"
+    assert "export, fp32: 100%" in capsys.readouterr().err, "it takes a while: progress is shown"
     before = (folder / "exports" / "onnx-fp32" / "manifest.json").stat().st_mtime_ns
     finelip_fast.Retriever(folder, engine="onnx", device="cpu", build=True)
     assert (folder / "exports" / "onnx-fp32" / "manifest.json").stat().st_mtime_ns == before
