@@ -184,6 +184,15 @@ class Retriever:
             self._add(report, [(item, meta) for item, _, meta in chunk], embeddings)
         return report
 
+    def delete(self, ids: Sequence[str] | str) -> None:
+        """Take items out of the index; with a folder, they are gone for every later opening when this returns.
+
+        Raises:
+            InputError: An id that is not there; nothing was taken out.
+            StoreError: The index cannot be written.
+        """
+        self.index.delete([ids] if isinstance(ids, str) else list(ids))
+
     @overload
     def search(self, text: str, *, k: int = 10) -> list[Hit]: ...
     @overload

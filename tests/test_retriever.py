@@ -594,10 +594,19 @@ def test_a_kill_between_two_batches_keeps_the_first(
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-3)
 
 
+def test_what_was_taken_out_is_not_found(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    retriever = build(index=tmp_path / "index")
+    retriever.add_texts(TEXTS, ids=list("abcde"), progress=False)
+    retriever.delete("b")
+    retriever.delete(["c", "e"])
+    assert {hit.id for hit in retriever.search(TEXTS[1], k=5)} == {"a", "d"}
+    assert build(index=tmp_path / "index").index.ids == ["a", "d"]
+
+
 def test_of_two_retrievers_on_a_folder_the_second_is_told(build: Callable[..., Retriever], tmp_path: Path) -> None:
     first, second = (build(index=tmp_path / "index") for _ in range(2))
     first.add_texts(["a"], ids=["first"], progress=False)
-    with pytest.raises(StoreError, match=r"another process has added to the index at .*: open it again"):
+    with pytest.raises(StoreError, match=r"another process has changed the index at .*: open it again"):
         second.add_texts(["b"], ids=["second"], progress=False)
     third = build(index=tmp_path / "index")
     third.add_texts(["b"], ids=["second"], progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from os import PathLike
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue, read_source
-from finelip_fast.index.segments import read_segment, write_segment
+from finelip_fast.index.segments import checksums, read_segment, write_segment
 from finelip_fast.kernels import clim_topk
 
 _CATALOGUE = "catalogue.sqlite"
@@ -44,9 +44,11 @@ class Index:
         folder: Where to keep them; None: nowhere. Made if missing; opened if there.
         source: What the checkpoint was opened as, for messages and :func:`stored_source`.
         device: Where the embeddings are searched.
+        version: Of a folder: how it was after so many changes; such an index takes no changes. None: as it is now.
 
     Raises:
-        StoreError: A folder that holds another index, cannot be read or written, or misses a segment.
+        StoreError: A folder that holds another index, cannot be read or written, or misses a segment; a version that is not
+            there.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Index:
         *,
         source: str = "",
         device: torch.device | str = "cpu",
+        version: int | None = None,
     ) -> None:
         self.spec, self.source, self.device = spec, source, torch.device(device)
         self.ids: list[str] = []
@@ -64,21 +67,46 @@ class Index:
         self._blocks: list[Tensor] = []
         self._catalogue: Catalogue | None = None
         self._closed = False
+        self._version, self._past = 0, version is not None
         if folder is not None:
-            self._open(Path(folder))
+            self._open(Path(folder), version)
+        elif version is not None:
+            raise InputError(
+                f"expected version only with a folder, got {version}: an index in memory keeps no versions"
+            )
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, version: int | None) -> None:
         self._segments = folder / "segments"
         try:
             self._segments.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make the index folder {folder}: {error.strerror}") from None
         self._catalogue = Catalogue(folder / _CATALOGUE, asdict(self.spec), source=self.source)
-        for segment, group in groupby(self._catalogue.items(), key=lambda item: item.segment):
+        oldest, newest = self._catalogue.oldest, self._catalogue.version
+        if version is not None and not oldest <= version <= newest:
+            raise StoreError(f"expected a version of {folder} from {oldest} to {newest}, got {version}")
+        try:
+            self._load(newest if version is None else version)
+        except StoreError:
+            if self._catalogue.version == newest:
+                raise
+            self._load(self._catalogue.version)  # it was compacted meanwhile: the old segments are gone
+
+    def _load(self, version: int) -> None:
+        """Read the items of a version."""
+        assert self._catalogue is not None
+        self.ids, self.metadata, self._known, self._blocks = [], [], set(), []
+        for segment, group in groupby(self._catalogue.items(version), key=lambda item: item.segment):
             items = list(group)
-            shape = (self.spec.tokens, self.spec.width)
-            block = read_segment(self._segments, segment, rows=len(items), shape=shape)
-            self._append([item.id for item in items], block, [item.metadata for item in items])
+            rows = [item.row for item in items]
+            block = read_segment(self._segments, segment, rows=max(rows) + 1, shape=(self.spec.tokens, self.spec.width))
+            self._append([item.id for item in items], block[rows], [item.metadata for item in items])
+        self._version = version
+
+    @property
+    def version(self) -> int:
+        """Counts the changes of the folder up to this index; 0 in memory."""
+        return self._version
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,19 +126,113 @@ class Index:
             InputError: An id that is there already, embeddings of another shape, or metadata that JSON cannot hold.
             StoreError: The disk refuses, or the index is closed; nothing was added.
         """
+        self.check_ids(ids)
+        self._change([], ids, embeddings, metadata)
+
+    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
+        self.check_ids([item for item in ids if item not in self._known])
+        if len(set(ids)) < len(ids):
+            raise InputError("expected ids that differ, got one twice; give each item once")
+        self._change([item for item in ids if item in self._known], ids, embeddings, metadata)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Take items out; with a folder they are gone for every later opening when this returns.
+
+        Raises:
+            InputError: An id that is not there; nothing was taken out.
+            StoreError: The disk refuses, or the index is closed; nothing was taken out.
+        """
+        absent = [item for item in ids if item not in self._known]
+        if absent:
+            raise InputError(
+                f"expected ids of the index, got {absent[0]!r} and {len(absent) - 1} more that are not in it"
+            )
+        empty = torch.empty(0, self.spec.tokens, self.spec.width)
+        self._change(list(dict.fromkeys(ids)), [], empty, [])
+
+    def _change(
+        self, gone: Sequence[str], ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]
+    ) -> None:
         shape = (len(ids), self.spec.tokens, self.spec.width)
         if embeddings.shape != shape or len(metadata) != len(ids):
             raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
-        self.check_ids(ids)
         metadata = [_plain(item) for item in metadata]
-        if self._closed:
-            raise StoreError("the index is closed: open its folder again to add to it")
-        if not ids:
+        self._refuse_if_fixed()
+        if not ids and not gone:
             return
         if self._catalogue is not None:
-            segment = write_segment(self._segments, embeddings)
-            self._catalogue.add(ids, segment, metadata, after=len(self))
-        self._append(ids, embeddings, metadata)
+            with self._catalogue.changing(self._version):
+                self._catalogue.remove(gone)
+                if ids:
+                    segment, crcs = write_segment(self._segments, embeddings)
+                    self._catalogue.add(ids, segment, crcs, metadata)
+            self._version += 1
+        self._drop(set(gone))
+        if ids:
+            self._append(ids, embeddings, metadata)
+
+    def maintain(self) -> dict[str, int]:
+        """Put a folder in order: one segment of what is there, and no file that nothing needs.
+
+        Older versions can no longer be opened afterwards. Indexes that are open go on searching what they have read.
+
+        Returns:
+            ``segments`` before, ``strays`` (files of changes that never ended), and ``bytes`` that became free.
+
+        Raises:
+            StoreError: As :meth:`add`.
+        """
+        self._refuse_if_fixed()
+        if self._catalogue is None:
+            return {"segments": 0, "strays": 0, "bytes": 0}
+        with self._catalogue.changing(self._version):
+            before = self._catalogue.segments()
+            strays = [path for path in self._segments.iterdir() if path.name not in before]
+            size = _size(self._segments.iterdir())
+            for path in strays:  # no one is writing: who does holds the catalogue
+                path.unlink()
+            kept = ""
+            if len(self):
+                kept, crcs = write_segment(self._segments, self.embeddings)
+                self._catalogue.compact(kept, crcs)
+            else:
+                self._catalogue.compact("", [])
+        self._version += 1
+        for name in before:
+            (self._segments / name).unlink(missing_ok=True)
+        return {
+            "segments": len(before),
+            "strays": len(strays),
+            "bytes": size - _size(self._segments.iterdir()),
+        }
+
+    def check(self) -> dict[str, str]:
+        """Read every item of a folder again and compare it with its checksum.
+
+        Returns:
+            What is wrong with each damaged item, by its id; empty: all is as it was written.
+        """
+        damaged: dict[str, str] = {}
+        items = [] if self._catalogue is None else list(self._catalogue.items(self._version))
+        shape = (self.spec.tokens, self.spec.width)
+        for segment, group in groupby(items, key=lambda item: item.segment):
+            some = list(group)
+            try:
+                block = read_segment(self._segments, segment, rows=max(item.row for item in some) + 1, shape=shape)
+            except StoreError as error:
+                damaged |= {item.id: str(error) for item in some}
+                continue
+            for item, crc in zip(some, checksums(block[[item.row for item in some]]), strict=True):
+                if item.crc not in (None, crc):
+                    damaged[item.id] = f"row {item.row} of segment {segment} is not what was written"
+        return damaged
+
+    def _refuse_if_fixed(self) -> None:
+        if self._closed:
+            raise StoreError("the index is closed: open its folder again to change it")
+        if self._past:
+            raise StoreError("the index is open at an older version: open its folder again to change it")
 
     def check_ids(self, ids: Sequence[str]) -> None:
         """Refuse what cannot be added.
@@ -131,6 +253,15 @@ class Index:
         self._known.update(ids)
         self.metadata.extend(metadata)
         self._blocks.append(embeddings.to(self.device, torch.float16))
+
+    def _drop(self, gone: set[str]) -> None:
+        if not gone:
+            return
+        keep = [at for at, item in enumerate(self.ids) if item not in gone]
+        embeddings = self.embeddings[keep]
+        self.ids, self.metadata = [self.ids[at] for at in keep], [self.metadata[at] for at in keep]
+        self._known -= gone
+        self._blocks = [embeddings]
 
     @property
     def embeddings(self) -> Tensor:
@@ -159,6 +290,10 @@ def _plain(metadata: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         pass
     raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r}")
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def stored_source(folder: str | PathLike[str]) -> str | None:

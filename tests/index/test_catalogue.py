@@ -32,14 +32,19 @@ def reopened(path: Path) -> list[Item]:
         return list(one.items())
 
 
+def add(catalogue: Catalogue, ids: list[str], segment: str, metadata: list[dict]) -> None:
+    with catalogue.changing(catalogue.version):
+        catalogue.add(ids, segment, range(len(ids)), metadata)
+
+
 def test_items_come_back_in_order_of_insertion(catalogue: Catalogue, path: Path) -> None:
     assert list(catalogue.items()) == []
-    catalogue.add(["z", "a"], "first", [{"n": 1}, {}], after=0)
-    catalogue.add(["m"], "second", [{"deep": {"list": [1, 2.5, None, True, "é"]}}], after=2)
+    add(catalogue, ["z", "a"], "first", [{"n": 1}, {}])
+    add(catalogue, ["m"], "second", [{"deep": {"list": [1, 2.5, None, True, "é"]}}])
     items = [
-        Item("z", "first", {"n": 1}),
-        Item("a", "first", {}),
-        Item("m", "second", {"deep": {"list": [1, 2.5, None, True, "é"]}}),
+        Item("z", "first", 0, 0, {"n": 1}),
+        Item("a", "first", 1, 1, {}),
+        Item("m", "second", 0, 0, {"deep": {"list": [1, 2.5, None, True, "é"]}}),
     ]
     assert list(catalogue.items()) == items
     assert reopened(path) == items
@@ -49,18 +54,85 @@ def test_items_come_back_in_order_of_insertion(catalogue: Catalogue, path: Path)
     "name", ["", "a b", "猫/ñ 🏠.png", "'; DROP TABLE item; --", "caf\udce9.jpg", "nul\0byte", "\ud800"]
 )
 def test_any_string_is_an_id(catalogue: Catalogue, path: Path, name: str) -> None:
-    catalogue.add([name], "segment", [{}], after=0)
+    add(catalogue, [name], "segment", [{}])
     assert [item.id for item in reopened(path)] == [name]
 
 
-@pytest.mark.parametrize(("ids", "after"), [(["new", "old"], 1), (["new", "newer"], 0)], ids=["id", "position"])
-def test_a_batch_that_collides_leaves_nothing(catalogue: Catalogue, path: Path, ids: list[str], after: int) -> None:
-    catalogue.add(["old"], "segment", [{}], after=0)
-    with pytest.raises(StoreError, match=r"another process has added to the index at .*: open it again"):
-        catalogue.add(ids, "other", [{}, {}], after=after)
+def test_a_batch_that_collides_leaves_nothing(catalogue: Catalogue, path: Path) -> None:
+    add(catalogue, ["old"], "segment", [{}])
+    with pytest.raises(StoreError, match=r"cannot be written: UNIQUE constraint failed"):
+        add(catalogue, ["new", "old"], "other", [{}, {}])
     assert [item.id for item in reopened(path)] == ["old"]
-    catalogue.add(["next"], "third", [{}], after=1)  # no transaction was left open
+    add(catalogue, ["next"], "third", [{}])  # no transaction was left open
     assert [item.id for item in reopened(path)] == ["old", "next"]
+
+
+def test_a_change_of_an_older_version_is_refused(catalogue: Catalogue, path: Path) -> None:
+    with closing(Catalogue(path, SPEC, source="mine")) as other:
+        add(other, ["theirs"], "segment", [{}])
+    with pytest.raises(StoreError, match="another process has changed the index"), catalogue.changing(0):
+        pytest.fail("it was let in")
+    assert [item.id for item in reopened(path)] == ["theirs"]
+
+
+def test_a_change_that_fails_midway_leaves_nothing(catalogue: Catalogue, path: Path) -> None:
+    add(catalogue, ["kept"], "segment", [{}])
+
+    def interrupted() -> None:
+        with catalogue.changing(1):
+            catalogue.remove(["kept"])
+            catalogue.add(["lost"], "other", [0], [{}])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [item.id for item in reopened(path)] == ["kept"]
+    assert catalogue.version == 1
+
+
+def test_older_versions_stay_until_they_are_compacted(catalogue: Catalogue) -> None:
+    add(catalogue, ["a", "b"], "first", [{}, {}])
+    with catalogue.changing(1):
+        catalogue.remove(["a"])
+        catalogue.add(["a"], "second", [9], [{"new": True}])
+    assert [[item.id for item in catalogue.items(version)] for version in (0, 1, 2)] == [[], ["a", "b"], ["b", "a"]]
+    assert catalogue.segments() == {"first", "second"}
+    with catalogue.changing(2):
+        catalogue.compact("third", [4, 5])
+    assert (catalogue.oldest, catalogue.version) == (3, 3)
+    assert list(catalogue.items()) == [Item("b", "third", 0, 4, {}), Item("a", "third", 1, 5, {"new": True})]
+
+
+def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE spec (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+        connection.execute(
+            "CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, segment TEXT NOT NULL, "
+            "metadata TEXT NOT NULL) STRICT"
+        )
+        spec = {**SPEC, "format": 1, "source": "mine"}
+        connection.executemany("INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(one)) for key, one in spec.items()])
+        rows = [(0, "z", "first", "{}"), (1, "a", "first", '{"n": 1}'), (2, "m", "second", "{}")]
+        connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?)", rows)
+    expected = [
+        Item("z", "first", 0, None, {}),
+        Item("a", "first", 1, None, {"n": 1}),
+        Item("m", "second", 0, None, {}),
+    ]
+    assert reopened(path) == expected
+    with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
+        add(catalogue, ["new"], "third", [{}])
+        assert list(catalogue.items()) == [*expected, Item("new", "third", 0, 0, {})]
+        assert read_source(path) == "mine"
+
+
+def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE spec SET value = '1' WHERE key = 'format'")
+    with pytest.raises(StoreError, match="opened by checkpoint"):
+        Catalogue(path, SPEC | {"checkpoint": "xyz"}, source="yours")
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT value FROM spec WHERE key = 'format'").fetchone() == ("1",)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +191,7 @@ def test_a_writer_waits_for_another_and_says_so_in_the_end(catalogue: Catalogue,
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match=r"cannot be written: database is locked"):
-            catalogue.add(["a"], "segment", [{}], after=0)
+            add(catalogue, ["a"], "segment", [{}])
         other.execute("ROLLBACK")
-    catalogue.add(["a"], "segment", [{}], after=0)
+    add(catalogue, ["a"], "segment", [{}])
     assert [item.id for item in reopened(path)] == ["a"]

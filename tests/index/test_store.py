@@ -216,7 +216,7 @@ def test_a_process_killed_before_the_commit_loses_nothing_acknowledged(
 def test_of_two_writers_the_second_is_told_and_nothing_is_lost(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as first, closing(Index(SPEC, folder)) as second:
         add(first, "from the first")
-        with pytest.raises(StoreError, match=r"another process has added to the index at .*: open it again"):
+        with pytest.raises(StoreError, match=r"another process has changed the index at .*: open it again"):
             add(second, "from the second")
         assert second.ids == []
         add(first, "more")
@@ -249,6 +249,176 @@ def test_a_catalogue_that_is_a_folder_is_refused(folder: Path) -> None:
     for attempt in (lambda: Index(SPEC, folder), lambda: stored_source(folder)):
         with pytest.raises(StoreError, match=r"catalogue\.sqlite cannot be opened as an index catalogue"):
             attempt()
+
+
+# Taking out, replacing, putting in order ------------------------------------------------------------------------------
+
+
+def test_what_was_taken_out_is_not_found(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a", "b", "c")
+    index.delete(["b", "b"])
+    assert index.ids == ["a", "c"]
+    assert "b" not in index
+    assert torch.equal(index.embeddings, embeddings(3).half()[[0, 2]])
+    index.delete([])
+    add(index, "b", seed=1)  # its id is free again
+    assert index.ids == ["a", "c", "b"]
+
+
+def test_taking_out_what_is_not_there_takes_out_nothing(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a")
+    with pytest.raises(InputError, match="expected ids of the index, got 'x' and 1 more that are not in it"):
+        index.delete(["a", "x", "y"])
+    assert index.ids == ["a"]
+
+
+def test_an_item_in_the_place_of_another(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a", "b")
+    index.upsert(["c", "a"], embeddings(2, seed=5), [{"new": 1}, {"new": 2}])
+    assert index.ids == ["b", "c", "a"]
+    assert index.metadata == [{"of": "b"}, {"new": 1}, {"new": 2}]
+    assert torch.equal(index.embeddings[1:], embeddings(2, seed=5).half())
+    with pytest.raises(InputError, match="expected ids that differ"):
+        index.upsert(["a", "a"], embeddings(2), [{}, {}])
+
+
+def test_older_versions_can_be_opened_until_the_folder_is_put_in_order(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+        index.delete(["a"])
+        assert index.version == 2
+        with closing(Index(SPEC, folder, version=1)) as old:
+            assert old.ids == ["a", "b"]
+            for change in (lambda: add(old, "x"), lambda: old.delete(["a"]), old.maintain):
+                with pytest.raises(StoreError, match="open at an older version"):
+                    change()
+        index.maintain()
+        assert contents(folder) == ["b"]
+    with pytest.raises(StoreError, match=r"expected a version of .* from 3 to 3, got 1"):
+        Index(SPEC, folder, version=1)
+    with pytest.raises(InputError, match="expected version only with a folder"):
+        Index(SPEC, version=0)
+
+
+def test_putting_in_order_leaves_one_segment_and_no_stray(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        for number in range(4):
+            add(index, f"item {number}", seed=number)
+        index.delete(["item 1"])
+        (folder / "segments" / "stray.npy").write_bytes(b"of a writer that was killed")
+        before = index.embeddings.clone()
+        report = index.maintain()
+        assert (report["segments"], report["strays"]) == (4, 1)
+        assert report["bytes"] > 0
+        assert len(list((folder / "segments").iterdir())) == 1
+        add(index, "later", seed=9)
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["item 0", "item 2", "item 3", "later"]
+        assert torch.equal(index.embeddings[:3], before)
+        assert index.check() == {}
+
+
+def test_an_empty_folder_can_be_put_in_order(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        assert index.maintain() == {"segments": 0, "strays": 0, "bytes": 0}
+        add(index, "a")
+        index.delete(["a"])
+        assert index.maintain()["segments"] == 1
+    assert list((folder / "segments").iterdir()) == []
+    assert contents(folder) == []
+
+
+def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segments that the catalogue named are gone when they are to be read."""
+    with closing(Index(SPEC, folder)) as writer:
+        add(writer, "a")
+        add(writer, "b", seed=1)
+        load, calls = Index._load, []
+
+        def late(self: Index, version: int) -> None:
+            calls.append(version)
+            if len(calls) == 1:
+                items = list(self._catalogue.items(version))
+                writer.maintain()
+                monkeypatch.setattr(self._catalogue, "items", lambda _: iter(items))
+            else:
+                monkeypatch.undo()
+            load(self, version)
+
+        monkeypatch.setattr(Index, "_load", late)
+        with closing(Index(SPEC, folder)) as reader:
+            assert reader.ids == ["a", "b"]
+        assert calls == [2, 3]
+
+
+def test_a_flipped_bit_is_found(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+        add(index, "c", seed=1)
+        assert index.check() == {}
+        first, second = sorted((folder / "segments").iterdir(), key=lambda path: -path.stat().st_size)
+        content = bytearray(first.read_bytes())
+        content[-1] ^= 1
+        first.write_bytes(content)
+        assert index.check() == {"b": f"row 1 of segment {first.name} is not what was written"}
+        second.unlink()
+        damaged = index.check()
+        assert set(damaged) == {"b", "c"}
+        assert "cannot be read" in damaged["c"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.sampled_from(["reopen", "maintain"]),
+            st.tuples(st.sampled_from(["add", "upsert", "delete"]), st.sets(st.integers(0, 7), max_size=4)),
+        ),
+        max_size=10,
+    ),
+    k=st.integers(1, 12),
+    alpha=st.sampled_from([0.0, 0.8, 1.0]),
+)
+def test_any_sequence_of_changes_is_a_dictionary(
+    method: ModuleType, steps: list[str | tuple[str, set[int]]], k: int, alpha: float
+) -> None:
+    model: dict[str, tuple[Tensor, dict]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index(SPEC, folder)
+        for number, step in enumerate(steps):
+            if step == "reopen":
+                index.close()
+                index = Index(SPEC, folder)
+            elif step == "maintain":
+                index.maintain()
+            else:
+                kind, chosen = step
+                ids = [f"item {one}" for one in sorted(chosen)]
+                if kind == "delete":
+                    ids = [one for one in ids if one in model]
+                    index.delete(ids)
+                    model = {one: item for one, item in model.items() if one not in ids}
+                    continue
+                if kind == "add":
+                    ids = [one for one in ids if one not in model]
+                block, metadata = embeddings(len(ids), seed=number), [{"step": number}] * len(ids)
+                (index.add if kind == "add" else index.upsert)(ids, block, metadata)
+                model = {one: item for one, item in model.items() if one not in ids}
+                model |= {one: (row, meta) for one, row, meta in zip(ids, block, metadata, strict=True)}
+        assert index.ids == list(model)
+        assert index.metadata == [meta for _, meta in model.values()]
+        rows = torch.stack([row for row, _ in model.values()]) if model else embeddings(0)
+        assert torch.equal(index.embeddings, rows.half())
+        assert index.check() == {}
+        query = embeddings(1, seed=99)
+        scores, positions = index.search(query, k, alpha=alpha)
+        index.close()
+    expected = method.score_matrix(query.double().numpy(), rows.double().numpy(), alpha)[0]
+    assert positions[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
+    np.testing.assert_allclose(scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)

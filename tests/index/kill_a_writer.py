@@ -1,0 +1,45 @@
+"""Changes an index without end, and says so after each change that was acknowledged: the victim of ``test_killed_writer.py``.
+
+``python kill_a_writer.py FOLDER SEED``
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import torch
+
+from finelip_fast.index import Index, IndexSpec
+
+SPEC = IndexSpec("abc", 3, 8)
+
+
+def main(folder: str, seed: int) -> None:
+    choose = random.Random(seed)
+    index = Index(SPEC, folder)
+    number = 0
+    while True:
+        kind = choose.choice(["add", "add", "upsert", "delete", "maintain"])
+        number += 1
+        if kind == "maintain":
+            index.maintain()
+            continue
+        if kind == "add":
+            ids = [f"{seed}-{number}-{one}" for one in range(choose.randint(1, 3))]
+        else:
+            ids = choose.sample(index.ids, min(len(index.ids), choose.randint(0, 3)))
+        values = [choose.randrange(1000) for _ in ids]
+        # Said before it begins, and again when it is done: what is between the two may have happened or not.
+        print(json.dumps(["begin", kind, ids, values]), flush=True)
+        if kind == "delete":
+            index.delete(ids)
+        else:
+            embeddings = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).expand(-1, 3, 8)
+            (index.add if kind == "add" else index.upsert)(ids, embeddings, [{"value": one} for one in values])
+        print(json.dumps(["done"]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,56 @@
+"""A writer killed at any moment: nothing that was acknowledged is lost, nothing half-written is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+from finelip_fast.index import Index, IndexSpec
+
+SPEC = IndexSpec("abc", 3, 8)
+ROUNDS = int(os.environ.get("FINELIP_KILLS", 6))
+VICTIM = Path(__file__).with_name("kill_a_writer.py")
+
+
+def after(model: dict[str, int], change: list) -> dict[str, int]:
+    kind, ids, values = change
+    left = {one: value for one, value in model.items() if one not in ids}
+    return left if kind == "delete" else left | dict(zip(ids, values, strict=True))
+
+
+def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """``FINELIP_KILLS=100 pytest tests/index/test_killed_writer.py`` for more rounds."""
+    model: dict[str, int] = {}
+    changes = 0
+    for seed in range(ROUNDS):
+        command = [sys.executable, str(VICTIM), str(tmp_path / "index"), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:
+            assert victim.stdout is not None
+            first = victim.stdout.readline()  # it has begun
+            time.sleep(random.Random(seed).uniform(0, 0.3))
+            victim.kill()
+            lines = [json.loads(line) for line in [first, *victim.stdout.readlines()] if line.endswith(b"\n")]
+        pending = None
+        for word, *change in lines:
+            if word == "begin":
+                pending = change
+            else:
+                model, pending = after(model, pending), None
+                changes += 1
+        with closing(Index(SPEC, tmp_path / "index")) as index:
+            found = {one: meta["value"] for one, meta in zip(index.ids, index.metadata, strict=True)}
+            allowed = [model] if pending is None else [model, after(model, pending)]
+            assert found in allowed, f"round {seed}"
+            model = found
+            assert index.embeddings[:, 0, 0].tolist() == [float(found[one]) for one in index.ids]
+            assert index.check() == {}
+    assert changes > ROUNDS
+    with closing(Index(SPEC, tmp_path / "index")) as index:
+        index.maintain()
+        assert len(list((tmp_path / "index" / "segments").iterdir())) <= 1
