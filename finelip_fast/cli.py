@@ -73,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--scenes", type=int, default=400, help="how many scenes (default: 400)")
 
     index = add("index", _index, "Add the pictures of a folder to an index; run again, it adds what is new.", model)
-    index.add_argument("folder", help="folder of pictures, searched with its subfolders")
+    index.add_argument(
+        "folder",
+        help="folder of pictures, searched with its subfolders; or 'check': read all of the index again and say what is "
+        "damaged; or 'maintain': compact it (./check is a folder of that name)",
+    )
     index.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
     index.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
 
@@ -143,9 +147,14 @@ def _demo(options: argparse.Namespace) -> Any:
 
 
 def _index(options: argparse.Namespace) -> Any:
+    from finelip_fast.index import stored_index
     from finelip_fast.preprocess import scan_folder
     from finelip_fast.retriever import AddReport
 
+    if options.folder == "maintain":
+        return stored_index(options.index).maintain()
+    if options.folder == "check":
+        return _check(options.index)
     scan = scan_folder(options.folder)
     retriever = _retriever(options)
     new = [path for path in scan.images if str(path) not in retriever.index]
@@ -153,6 +162,20 @@ def _index(options: argparse.Namespace) -> Any:
     own = Path(options.index).resolve()  # the index may lie in the folder that it indexes
     others = [(str(path), "not a picture by its name") for path in scan.others if own not in path.resolve().parents]
     return AddReport(report.added, others + report.skipped)
+
+
+def _check(folder: str) -> dict[str, int]:
+    from finelip_fast._errors import StoreError
+    from finelip_fast.index import check_folder
+
+    count, damaged = check_folder(folder)
+    if damaged:
+        named = "\n".join(f"  {item}: {reason}" for item, reason in damaged.items())
+        raise StoreError(
+            f"{len(damaged)} of {count} items are damaged, the others are sound; index these again, or restore their "
+            f"files:\n{named}"
+        )
+    return {"items": count, "damaged": 0}
 
 
 def _search(options: argparse.Namespace) -> Any:

@@ -133,6 +133,22 @@ def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoin
     assert all(hit["score"] == pytest.approx(hit["global_score"], abs=1e-6) for hit in everything)
 
 
+def test_an_index_is_looked_after(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    finelip("index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0}
+    assert json.loads(finelip("index", "maintain", "--json"))["segments"] == 3
+    (segment,) = Path("finelip-index/segments").iterdir()
+    content = bytearray(segment.read_bytes())
+    content[-1] ^= 1
+    segment.write_bytes(content)
+    assert "error: 1 of 3 items are damaged, the others are sound" in fails("index", "check")
+    segment.unlink()  # then it does not even open, and is looked into all the same
+    assert "error: 3 of 3 items are damaged" in fails("index", "check")
+    assert "there is no index at nowhere" in fails("index", "check", "--index", "nowhere")
+
+
 def test_an_index_inside_its_pictures_is_not_reported(
     finelip: Callable[..., str], photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

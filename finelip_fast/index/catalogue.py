@@ -190,18 +190,18 @@ class Catalogue:
         self._connection.close()
 
 
-def read_source(path: Path) -> str | None:
-    """What the checkpoint of the catalogue at ``path`` was opened as; None where there is no catalogue."""
+def read_spec(path: Path) -> dict[str, Any] | None:
+    """What the catalogue at ``path`` says of itself, ``source`` among it; None where there is no catalogue."""
     if not path.exists():
         return None
     try:
         with closing(sqlite3.connect(path)) as connection:
             # A process killed while it made the catalogue leaves one without tables.
             made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spec'").fetchone()
-            row = made and connection.execute("SELECT value FROM spec WHERE key = 'source'").fetchone()
+            rows = connection.execute("SELECT key, value FROM spec").fetchall() if made else []
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
-    return json.loads(row[0]) if row else None
+    return {key: json.loads(value) for key, value in rows} or None
 
 
 # A path may hold bytes that are no UTF-8; Python has them as lone surrogates, which sqlite3 refuses in a str.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index.catalogue import Catalogue, read_source
+from finelip_fast.index.catalogue import Catalogue, read_spec
 from finelip_fast.index.segments import checksums, read_segment, write_segment
 from finelip_fast.kernels import clim_topk
 
-_CATALOGUE = "catalogue.sqlite"
+_CATALOGUE, _SEGMENTS = "catalogue.sqlite", "segments"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Index:
             )
 
     def _open(self, folder: Path, version: int | None) -> None:
-        self._segments = folder / "segments"
+        self._segments = folder / _SEGMENTS
         try:
             self._segments.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -213,20 +214,9 @@ class Index:
         Returns:
             What is wrong with each damaged item, by its id; empty: all is as it was written.
         """
-        damaged: dict[str, str] = {}
-        items = [] if self._catalogue is None else list(self._catalogue.items(self._version))
-        shape = (self.spec.tokens, self.spec.width)
-        for segment, group in groupby(items, key=lambda item: item.segment):
-            some = list(group)
-            try:
-                block = read_segment(self._segments, segment, rows=max(item.row for item in some) + 1, shape=shape)
-            except StoreError as error:
-                damaged |= {item.id: str(error) for item in some}
-                continue
-            for item, crc in zip(some, checksums(block[[item.row for item in some]]), strict=True):
-                if item.crc not in (None, crc):
-                    damaged[item.id] = f"row {item.row} of segment {segment} is not what was written"
-        return damaged
+        if self._catalogue is None:
+            return {}
+        return _damaged(self._catalogue, self._segments, self.spec, self._version)
 
     def _refuse_if_fixed(self) -> None:
         if self._closed:
@@ -292,6 +282,22 @@ def _plain(metadata: Any) -> dict[str, Any]:
     raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r}")
 
 
+def _damaged(catalogue: Catalogue, segments: Path, spec: IndexSpec, version: int) -> dict[str, str]:
+    damaged: dict[str, str] = {}
+    for segment, group in groupby(catalogue.items(version), key=lambda item: item.segment):
+        items = list(group)
+        rows = [item.row for item in items]
+        try:
+            block = read_segment(segments, segment, rows=max(rows) + 1, shape=(spec.tokens, spec.width))
+        except StoreError as error:
+            damaged |= {item.id: str(error) for item in items}
+            continue
+        for item, crc in zip(items, checksums(block[rows]), strict=True):
+            if item.crc not in (None, crc):
+                damaged[item.id] = f"row {item.row} of segment {segment} is not what was written"
+    return damaged
+
+
 def _size(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
@@ -303,4 +309,37 @@ def stored_source(folder: str | PathLike[str]) -> str | None:
     Raises:
         StoreError: The folder's catalogue cannot be read.
     """
-    return read_source(Path(folder) / _CATALOGUE)
+    spec = read_spec(Path(folder) / _CATALOGUE)
+    return None if spec is None else str(spec["source"])
+
+
+def stored_index(folder: str | PathLike[str]) -> Index:
+    """The index in a folder, opened without its checkpoint: to look after it, not to search.
+
+    Raises:
+        StoreError: There is none, or it cannot be read.
+    """
+    spec, source = _stored_spec(folder)
+    return Index(spec, folder, source=source)
+
+
+def check_folder(folder: str | PathLike[str]) -> tuple[int, dict[str, str]]:
+    """Read every item of an index folder and compare it with its checksum, also where some cannot be read.
+
+    Returns:
+        How many items there are, and what is wrong with each damaged one, by its id.
+
+    Raises:
+        StoreError: There is no index, or its catalogue cannot be read.
+    """
+    spec, source = _stored_spec(folder)
+    with closing(Catalogue(Path(folder) / _CATALOGUE, asdict(spec), source=source)) as catalogue:
+        count = sum(1 for _ in catalogue.items())
+        return count, _damaged(catalogue, Path(folder) / _SEGMENTS, spec, catalogue.version)
+
+
+def _stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str]:
+    stored = read_spec(Path(folder) / _CATALOGUE)
+    if stored is None:
+        raise StoreError(f"there is no index at {folder}: make one with finelip index FOLDER --index {folder}")
+    return IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec)}), stored["source"]

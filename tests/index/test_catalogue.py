@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finelip_fast._errors import StoreError
-from finelip_fast.index.catalogue import FORMAT, Catalogue, Item, read_source
+from finelip_fast.index.catalogue import FORMAT, Catalogue, Item, read_spec
 
 SPEC = {"checkpoint": "abc", "tokens": 3, "width": 4}
 
@@ -123,7 +123,7 @@ def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None
     with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
         add(catalogue, ["new"], "third", [{}])
         assert list(catalogue.items()) == [*expected, Item("new", "third", 0, 0, {})]
-        assert read_source(path) == "mine"
+        assert read_spec(path)["source"] == "mine"
 
 
 def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue, path: Path) -> None:
@@ -149,9 +149,9 @@ def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: 
 
 
 def test_the_source_is_kept_and_not_compared(catalogue: Catalogue, path: Path) -> None:
-    assert read_source(path) == "mine"
+    assert read_spec(path)["source"] == "mine"
     Catalogue(path, SPEC, source="the same by another name").close()
-    assert read_source(path) == "mine"
+    assert read_spec(path)["source"] == "mine"
 
 
 def test_a_catalogue_of_another_format_is_refused(catalogue: Catalogue, path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_catalogue_of_another_format_is_refused(catalogue: Catalogue, path: Pa
 def test_a_file_that_is_no_database_is_refused_and_untouched(path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to look into" * 40)
     before = path.read_bytes()
-    for attempt in (lambda: Catalogue(path, SPEC, source=""), lambda: read_source(path)):
+    for attempt in (lambda: Catalogue(path, SPEC, source=""), lambda: read_spec(path)):
         with pytest.raises(
             StoreError, match=r"catalogue\.sqlite cannot be opened as an index catalogue: .*not a database"
         ):
@@ -173,7 +173,7 @@ def test_a_file_that_is_no_database_is_refused_and_untouched(path: Path) -> None
 
 
 def test_there_is_no_source_where_there_is_no_catalogue(path: Path) -> None:
-    assert read_source(path) is None
+    assert read_spec(path) is None
     assert not path.exists()
 
 
@@ -181,9 +181,9 @@ def test_a_catalogue_whose_making_was_interrupted_is_made_again(path: Path) -> N
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     assert path.stat().st_size
-    assert read_source(path) is None
+    assert read_spec(path) is None
     assert reopened(path) == []
-    assert read_source(path) == "mine"
+    assert read_spec(path)["source"] == "mine"
 
 
 def test_a_writer_waits_for_another_and_says_so_in_the_end(catalogue: Catalogue, path: Path) -> None:
