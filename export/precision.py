@@ -78,24 +78,22 @@ class _Halver:
     def run(self) -> ModelProto:
         graph = self.proto.graph
         types = _element_types(self.proto)
+        given = {output.name for output in graph.output}
         for node in graph.node:
             floats = [name for name in node.input if name in self.constants or types.get(name) == TensorProto.FLOAT]
             moving = [name for name in floats if name not in self.constants]
-            if (
-                node.op_type in self.products or not moving
-            ):  # without: rows of a constant table, as the embedding of words
+            # Without activations it takes rows of a constant table, as the embedding of words.
+            if node.op_type in self.products or not moving:
                 low = bool(floats)
             else:
                 low = node.op_type in FOLLOWERS and all(name in self.half for name in moving)
+            low = low and given.isdisjoint(node.output)
             for index, name in enumerate(node.input):
                 if name in floats:
                     node.input[index] = self._held(name, low)
             self.nodes.append(node)
             if low:
                 self.half.update(node.output)
-        for output in graph.output:
-            if output.name in self.half:
-                raise NotImplementedError(f"the graph gives {output.name} in half precision")
         kept = [t for t in graph.initializer if t.name not in self.constants or t.name in self.kept]
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.nodes)

@@ -67,6 +67,19 @@ def test_a_constant_past_float16_becomes_its_greatest_number():
     assert numpy_helper.to_array(weight).tolist() == [[65504, -65504], [1, 2]]
 
 
+def test_what_a_graph_gives_is_float32_also_from_a_product():
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "line",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
+        [numpy_helper.from_array(np.float32([[2]]), "w")],
+    )
+    half = in_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), "fp16")
+    onnx.checker.check_model(half, full_check=True)
+    assert types_of(half)["y"] == TensorProto.FLOAT
+
+
 @pytest.mark.parametrize("precision", HALF)
 def test_the_twin_rounds_what_the_graph_would_round(precision):
     """A product and a sum, by hand: each result is rounded once."""
