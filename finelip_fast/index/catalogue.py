@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,21 @@ class Catalogue:
                 self._set(version=version + 1)
         except sqlite3.Error as error:
             raise StoreError(f"the index at {self.path.parent} cannot be written: {error}") from None
+
+    def copy(self, path: Path, before: Callable[[], object]) -> None:
+        """Write the catalogue as it is into a new file; what ``before`` does comes first, and no writer is in between.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        try:
+            with self._transaction():
+                before()
+                # By another connection: one that may write cannot be copied from.
+                with closing(sqlite3.connect(self.path)) as reader, closing(sqlite3.connect(path)) as target:
+                    reader.backup(target)
+        except sqlite3.Error as error:
+            raise StoreError(f"the catalogue cannot be copied to {path}: {error}") from None
 
     def add(self, ids: Sequence[str], segment: str, crcs: Sequence[int], metadata: Sequence[dict[str, Any]]) -> None:
         """Inside a change: the rows of a segment that is on disk, in order, behind all that is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -207,6 +208,33 @@ class Index:
             "strays": len(strays),
             "bytes": size - _size(self._segments.iterdir()),
         }
+
+    def snapshot(self, folder: str | PathLike[str]) -> None:
+        """Copy a folder's index, all its versions, as it is on the disk now; it can be taken to another machine.
+
+        Args:
+            folder: Where to; new or empty.
+
+        Raises:
+            InputError: An index in memory.
+            StoreError: A folder that is not empty, or the disk refuses.
+        """
+        if self._catalogue is None:
+            raise InputError("expected an index with a folder to take a snapshot of, got one in memory")
+        catalogue, target = self._catalogue, Path(folder)
+
+        def copy_segments() -> None:
+            for name in catalogue.segments():
+                shutil.copyfile(self._segments / name, target / _SEGMENTS / name)
+
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            if any(target.iterdir()):
+                raise StoreError(f"expected a new or empty folder for a snapshot, got {target} with files in it")
+            (target / _SEGMENTS).mkdir()
+            catalogue.copy(target / _CATALOGUE, copy_segments)  # last: before, the folder is no index
+        except OSError as error:
+            raise StoreError(f"cannot write the snapshot {target}: {error.strerror}") from None
 
     def check(self) -> dict[str, str]:
         """Read every item of a folder again and compare it with its checksum.

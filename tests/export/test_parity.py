@@ -191,6 +191,18 @@ def test_captions_without_a_word_can_be_held_out(model, tmp_path: Path):
     assert (caption_lengths(reference.full[40][0]) == 40).all()
 
 
+def test_the_readme_states_the_limits():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| `")]
+    stated = {cells[0].strip("`"): cells[2:] for cells in rows if len(cells) == 6}
+    assert set(stated) == set(parity.LIMITS)
+    for name, limits in parity.LIMITS.items():
+        largest, cosine, agreement, points = stated[name]
+        assert (float(largest), float(cosine)) == (limits.largest, limits.cosine)
+        assert float(agreement.split()[0]) == pytest.approx(100 * limits.agreement)
+        assert float(points.split()[0]) == pytest.approx(100 * limits.recall)
+
+
 def test_too_few_pairs_are_refused(model: FineLIP):
     with pytest.raises(InputError, match="expected at least two held-out pairs, got 1"):
         parity.Reference(model, "scenes:test:1")

@@ -354,6 +354,28 @@ def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.M
         assert calls == [2, 3]
 
 
+def test_a_snapshot_is_the_index_with_its_versions(folder: Path, tmp_path: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+        index.delete(["a"])
+        index.snapshot(tmp_path / "copies" / "one")
+        add(index, "later", seed=1)  # what comes after is not in it
+        with pytest.raises(StoreError, match="expected a new or empty folder"):
+            index.snapshot(tmp_path / "copies" / "one")
+    with closing(Index(SPEC, tmp_path / "copies" / "one")) as copy:
+        assert (copy.ids, copy.version, copy.check()) == (["b"], 2, {})
+        assert torch.equal(copy.embeddings, embeddings(2).half()[1:])
+        add(copy, "own", seed=2)
+    with closing(Index(SPEC, tmp_path / "copies" / "one", version=1)) as old:
+        assert old.ids == ["a", "b"]
+    assert contents(folder) == ["b", "later"]
+    with pytest.raises(InputError, match="got one in memory"):
+        Index(SPEC).snapshot(tmp_path / "memory")
+    (tmp_path / "file").touch()
+    with closing(Index(SPEC, folder)) as index, pytest.raises(StoreError, match="cannot write the snapshot"):
+        index.snapshot(tmp_path / "file" / "below")
+
+
 def test_a_flipped_bit_is_found(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a", "b")
