@@ -56,7 +56,7 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options of a session: ``threads`` for its products, None for as many as PyTorch uses."""
     options = _onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    # Its threads otherwise go on spinning for some milliseconds after a run, in the way of the other graph's and of PyTorch's.
+    # Its threads otherwise go on spinning for some milliseconds after a run, in the way of the other graph's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its warnings are about how graphs are written, and no user can change that
     return options

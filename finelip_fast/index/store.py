@@ -183,9 +183,14 @@ class Index:
             ``segments`` before, ``strays`` (files of changes that never ended), and ``bytes`` that became free.
 
         Raises:
-            StoreError: As :meth:`add`.
+            StoreError: As :meth:`add`; or an item is damaged, which a new checksum would hide.
         """
         self._refuse_if_fixed()
+        if damaged := self.check():
+            raise StoreError(
+                f"{len(damaged)} items are damaged, {next(iter(damaged))!r} among them (finelip index check names all): "
+                "delete them or restore their files, then put the folder in order"
+            )
         if self._catalogue is None:
             return {"segments": 0, "strays": 0, "bytes": 0}
         with self._catalogue.changing(self._version):

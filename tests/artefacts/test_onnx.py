@@ -100,7 +100,6 @@ def test_without_onnx_runtime_the_error_says_how_to_get_it(monkeypatch: pytest.M
 def test_saturating_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    assert isinstance(adds_bytes_exactly(), bool)
     real = runtime._onnxruntime()
 
     class Session:

@@ -64,7 +64,7 @@ def test_an_end_token_off_by_one_is_refused(prove, protos, model, monkeypatch, o
     assert not [failure for failure in report.failures if failure.startswith("image")]
 
 
-def test_an_overflow_is_refused(protos, model, make_model):
+def test_an_overflow_is_refused(make_model):
     """Weights that float32 holds easily and float16's products do not."""
     wild = make_model(context_length=40, embed_dim=128, vision_width=128, text_width=128)
     with torch.no_grad():
