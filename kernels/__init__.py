@@ -1,5 +1,6 @@
 """The two operations of FineLIP: token aggregation (ATRM) and late interaction (CLIM)."""
 
+from finelip_fast.kernels._candidates import cosine_candidates
 from finelip_fast.kernels._dispatch import describe
 from finelip_fast.kernels._quantize import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels._settings import summary as tuned_settings
@@ -12,6 +13,7 @@ __all__ = [
     "clim_scores",
     "clim_topk",
     "clim_topk_int8",
+    "cosine_candidates",
     "describe",
     "quantize",
     "quantize_items",

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels._rows import Rows
 
 _LARGEST = 127
 _UNIT = 2.0**-23
@@ -36,7 +37,7 @@ _BLOCK_ELEMENTS = 1 << 23
 
 
 class QuantizedItems(NamedTuple):
-    """What a search in int8 needs of ``N`` items; every field may be moved to another device or mapped from a file.
+    """What a search in int8 needs of ``N`` items; every field may be moved to another device, mapped from a file or in pieces.
 
     Attributes:
         values: int8 ``[N, L, D]``.
@@ -45,10 +46,10 @@ class QuantizedItems(NamedTuple):
         anchors: ``[N, 1, D]``, row 0 as it came: the global cosine is most of the score and costs little in full precision.
     """
 
-    values: Tensor
-    scales: Tensor
-    terms: Tensor
-    anchors: Tensor
+    values: Rows
+    scales: Rows
+    terms: Rows
+    anchors: Rows
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,9 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,15 +29,14 @@ from finelip_fast.kernels._quantize import (
     quantize,
     rounding,
 )
-from finelip_fast.kernels.clim import LEAKY_SLOPE, Rows
+from finelip_fast.kernels._rows import Pieces, chunks
+from finelip_fast.kernels.clim import LEAKY_SLOPE
 
-Bracket = tuple[int, Tensor, Tensor]  # the first item of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
-Finer = Callable[[int, int], tuple[Tensor, Tensor]]  # the first item and how many: scores and errors again, in float32
+Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
+Finer = Callable[
+    [int, int], tuple[Tensor, Tensor]
+]  # the first position and how many: scores and errors again, in float32
 
-# A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.
-_SCORE_ELEMENTS = 1 << 22
-# Bytes of a chunk that must be copied before it can be scored.
-_COPY_BYTES = 1 << 26
 # What rounding to bfloat16 may do to a row of norm 1, and more.
 _LONGEST = 1.01
 # The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
@@ -64,11 +61,12 @@ class Score(Protocol):
 
 def topk(
     queries: Tensor,
-    items: Rows,
+    items: Pieces,
     k: int,
     *,
     alpha: float,
     score: Score,
+    among: Tensor | None = None,
     coarse: Score | None = None,
     product_error: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -78,9 +76,10 @@ def topk(
         queries: ``[Q, L_q, D]``.
         items: ``[N, L_i, D]``, rows of norm 1 or less, on the device of the queries, in host memory or mapped from a file
             (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
-        k: At least 1; more than ``N`` is taken as ``N``.
+        k: At least 1; more than there are is taken as all.
         alpha: Weight of the global cosine.
         score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels._quantize`.
+        among: The items to search, int64 ``[n]``, ascending; None: all.
         coarse: A faster way for the first pass; None: there is none.
         product_error: How much more its product of two rows may be off, relative to their norms; not the global cosine.
 
@@ -88,28 +87,30 @@ def topk(
         ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
 
     Raises:
-        InputError: ``k`` below 1, or a best item whose rows are longer than the errors allow for.
+        InputError: ``k`` below 1, ``among`` that is not as above, or a best item whose rows are longer than the errors allow
+            for.
     """
+    items = items.only(among)
     norms = queries.float().norm(dim=2)
     largest = norms.amax(dim=1, keepdim=True) if queries.shape[1] else norms.new_zeros(len(queries), 1)
     rounding_errors = largest * _slack(queries, items, alpha)
     errors = rounding_errors + largest * product_error * 2 * abs(1 - alpha)
 
     def brackets() -> Iterator[Bracket]:
-        for first, (chunk,) in _chunks([items], len(queries), queries.device):
+        for first, (chunk,) in chunks([items], len(queries), queries.device):
             yield first, (coarse or score)(queries, chunk, alpha=alpha), errors
 
     def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
-        return _pass(queries, items[first : first + count], alpha, score), rounding_errors
+        return _pass(queries, items, range(first, first + count), alpha, score), rounding_errors
 
-    found, indices, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
-    _check_norms(items, indices[:, :1].unique())
-    return found, indices
+    found, positions, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
+    _check_norms(items, positions[:, :1].unique())
+    return found, items.numbers(positions)
 
 
-def _check_norms(items: Rows, indices: Tensor) -> None:
+def _check_norms(items: Pieces, positions: Tensor) -> None:
     """Of the best items alone: the norms of all would cost as much as the search."""
-    norms = _take(items, indices).float().norm(dim=2)
+    norms = items.take(positions).float().norm(dim=2)
     longest = norms[norms.isfinite()].amax().item() if norms.isfinite().any() else 0.0
     if longest > _LONGEST:
         raise InputError(
@@ -118,64 +119,79 @@ def _check_norms(items: Rows, indices: Tensor) -> None:
 
 
 def exact_topk_int8(
-    queries: Tensor, items: Rows, quantized: QuantizedItems, k: int, *, alpha: float, score: Score
+    queries: Tensor,
+    items: Pieces,
+    quantized: QuantizedItems,
+    k: int,
+    *,
+    alpha: float,
+    score: Score,
+    among: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same result as :func:`topk`, from a pass over int8 and the few items that its error bound leaves.
 
     Args:
-        queries, items, k, alpha: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8 leaves
-            too many.
-        quantized: :func:`finelip_fast.kernels._quantize.quantize_items` of ``items``, wherever ``items`` may be.
+        queries, items, k, alpha, among: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8
+            leaves too many.
+        quantized: :func:`finelip_fast.kernels._quantize.quantize_items` of ``items``, wherever and in whatever pieces.
         score: As for :func:`topk`, and for int8 with scales.
 
     Returns:
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored again in float64.
 
     Raises:
-        InputError: ``k`` below 1, or quantized items of another number or shape.
+        InputError: ``k`` below 1, ``among`` that is not as above, or quantized items of another number or shape.
     """
-    if quantized.values.shape != items.shape:
-        raise InputError(
-            f"expected quantized items {list(items.shape)}, got {list(quantized.values.shape)}; quantize these items"
-        )
+    fields = [Pieces(field) for field in quantized]
+    _check_quantized(items, fields)
+    items, fields = items.only(among), [field.only(among) for field in fields]
     width = queries.shape[2]
     values, scales = quantize(queries)
     terms = error_terms(queries, values, scales)
 
     def brackets() -> Iterator[Bracket]:
-        for first, parts in _chunks(quantized, len(queries), queries.device):
-            some = QuantizedItems(*parts)
-            cosines = score(queries[:, :1], some.anchors, alpha=1.0)
-            fine = score(values, some.values, alpha=0.0, query_scales=scales, item_scales=some.scales)
-            cosine_errors = cosine_rounding(terms, some.terms, width=width)
-            fine_errors = error_bound(terms, some.terms, alpha=0.0)
+        for first, (item_values, item_scales, item_terms, anchors) in chunks(fields, len(queries), queries.device):
+            cosines = score(queries[:, :1], anchors, alpha=1.0)
+            fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
+            cosine_errors = cosine_rounding(terms, item_terms, width=width)
+            fine_errors = error_bound(terms, item_terms, alpha=0.0)
             scores = alpha * cosines + (1 - alpha) * fine
             yield first, scores, abs(alpha) * cosine_errors + abs(1 - alpha) * fine_errors
 
     def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
-        norms = _load(quantized.terms, first, count).to(queries.device)[:, 5]
+        norms = fields[2].read(first, first + count).to(queries.device)[:, 5]
         errors = _slack(queries, items, alpha) * torch.outer(terms[:, 5], norms)
-        return _pass(queries, items[first : first + count], alpha, score), errors
+        return _pass(queries, items, range(first, first + count), alpha, score), errors
 
-    return _search(queries, items, k, alpha, brackets(), finer)
+    found, positions, rescored = _search(queries, items, k, alpha, brackets(), finer)
+    return found, items.numbers(positions), rescored
 
 
-def _slack(queries: Tensor, items: Rows, alpha: float) -> float:
+def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
+    n_items, tokens, width = items.shape
+    expected = [[n_items, tokens, width], [n_items, tokens], [n_items, 6], [n_items, min(tokens, 1), width]]
+    for wanted, field in zip(expected, fields, strict=True):
+        if list(field.shape) != wanted:
+            raise InputError(f"expected quantized items {wanted}, got {list(field.shape)}; quantize these items")
+
+
+def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
     """How far a float32 score can be off, relative to the largest norms of both sides."""
     _, query_tokens, width = queries.shape
     slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
     return slack * (abs(alpha) + 2 * abs(1 - alpha))
 
 
-def _pass(queries: Tensor, items: Rows, alpha: float, score: Score) -> Tensor:
-    """The scores of all of these items, ``[Q, n]``."""
-    chunks = _chunks([items], len(queries), queries.device)
-    return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in chunks], dim=1)
+def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Score) -> Tensor:
+    """The scores of the items at these positions, ``[Q, n]``."""
+    some = chunks([items], len(queries), queries.device, within)
+    return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in some], dim=1)
 
 
 def _search(
-    queries: Tensor, items: Rows, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
+    queries: Tensor, items: Pieces, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, positions, and how many pairs of each query were scored again."""
     if not isinstance(k, int) or k < 1:
         raise InputError(f"expected k of at least 1, got {k!r}")
     k = min(k, items.shape[0])
@@ -226,7 +242,7 @@ def _threshold(lowest: Tensor, k: int) -> Tensor:
     return lowest[:, -1] if 0 < k == lowest.shape[1] else lowest.new_full((len(lowest),), -torch.inf)
 
 
-def _rescore(queries: Tensor, items: Rows, query: Tensor, item: Tensor, alpha: float) -> Tensor:
+def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha: float) -> Tensor:
     """The float32 nearest to the exact score of each pair, ``[P]``."""
     _, query_tokens, width = queries.shape
     item_tokens = items.shape[1]
@@ -236,7 +252,7 @@ def _rescore(queries: Tensor, items: Rows, query: Tensor, item: Tensor, alpha: f
     at_once = max(1, _RESCORE_ELEMENTS // per_pair)
     parts = [torch.empty(0, device=query.device)]
     for some_queries, some_items in zip(query.split(at_once), item.split(at_once), strict=True):
-        rows = _take(items, some_items).to(queries.device)
+        rows = items.take(some_items).to(queries.device)
         similarity = torch.bmm(queries[some_queries].double(), rows.double().transpose(1, 2))
         over_items = F.leaky_relu(similarity.amax(dim=2), LEAKY_SLOPE).mean(dim=1)
         over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
@@ -253,83 +269,3 @@ def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -
     counts = query.bincount(minlength=n_queries)
     best = order[(counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=query.device)]
     return scores[best], item[best], counts
-
-
-# Chunks --------------------------------------------------------------------------------------------------------------
-
-
-def _chunks(sources: Sequence[Rows], n_queries: int, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
-    """The sources, cut alike along their first axis, on ``device``; each with the number of its first item."""
-    n_items = sources[0].shape[0]
-    size = max(1, _SCORE_ELEMENTS // max(1, n_queries))
-    if all(isinstance(source, Tensor) and source.device == device for source in sources):
-        for first in range(0, n_items, size):
-            yield first, [_load(source, first, size) for source in sources]
-        return
-    item_bytes = sum(source.nbytes for source in sources) // max(1, n_items)
-    size = max(1, min(size, n_items, _COPY_BYTES // max(1, item_bytes)))
-    if device.type == "cuda" and n_items:
-        yield from _streamed(sources, size, device)
-        return
-    for first in range(0, n_items, size):
-        yield first, [_load(source, first, size).to(device) for source in sources]
-
-
-def _streamed(sources: Sequence[Rows], size: int, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
-    """Host memory to a GPU, on a side stream: a chunk is copied while the one before is scored.
-
-    What is not pinned goes through two pinned buffers, which a thread fills, because that copy keeps a processor busy. Each
-    buffer has two events: it was written (``copied``) before it is read, and it was read (``scored``) before it is written
-    again.
-    """
-    n_items = sources[0].shape[0]
-    like = [_load(source, 0, 1) for source in sources]
-    pinned = [
-        [
-            None if one.is_pinned() else torch.empty(size, *one.shape[1:], dtype=one.dtype, pin_memory=True)
-            for one in like
-        ]
-        for _ in range(2)
-    ]
-    staged = [[torch.empty(size, *one.shape[1:], dtype=one.dtype, device=device) for one in like] for _ in range(2)]
-    copied = [torch.cuda.Event(), torch.cuda.Event()]
-    scored = [torch.cuda.Event(), torch.cuda.Event()]
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(main)  # the buffers' memory may still be in use by what was on the main stream before
-
-    def stage(number: int, first: int) -> None:
-        copied[number].synchronize()  # the pinned buffer's last contents have left it
-        for source, host, target in zip(sources, pinned[number], staged[number], strict=True):
-            rows = _load(source, first, size)
-            if host is not None:
-                rows = host[: len(rows)].copy_(rows)
-            with torch.cuda.stream(side):
-                side.wait_event(scored[number])
-                target[: len(rows)].copy_(rows, non_blocking=True)
-        copied[number].record(side)
-
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(stage, 0, 0)
-            for step, first in enumerate(range(0, n_items, size)):
-                number = step % 2
-                coming.result()
-                if first + size < n_items:
-                    coming = thread.submit(stage, 1 - number, first + size)
-                main.wait_event(copied[number])
-                yield first, [target[: min(size, n_items - first)] for target in staged[number]]
-                scored[number].record(main)
-    finally:
-        main.wait_stream(side)  # before the buffers' memory goes to others
-
-
-def _load(rows: Rows, first: int, size: int) -> Tensor:
-    part = rows[first : first + size]
-    # A copy, because PyTorch warns of memory that it may not write to.
-    return part if isinstance(part, Tensor) else torch.from_numpy(part.copy())
-
-
-def _take(rows: Rows, index: Tensor) -> Tensor:
-    if isinstance(rows, Tensor):
-        return rows[index.to(rows.device)]
-    return torch.from_numpy(np.asarray(rows[index.cpu().numpy()]))

@@ -16,18 +16,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError, KernelError
 from finelip_fast.kernels import _dispatch
+from finelip_fast.kernels._rows import Dequantized, Pieces, Rows
 
 if TYPE_CHECKING:
     from finelip_fast.kernels._quantize import QuantizedItems
-
-Rows = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
 
 LEAKY_SLOPE = 0.1
 
@@ -222,7 +220,9 @@ def clim_scores(
         return result
 
 
-def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tuple[Tensor, Tensor]:
+def clim_topk(
+    queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The ``k`` best items of each query, exactly.
 
     A first pass scores all items and knows how far rounding can have moved each score; the few items that may be among the
@@ -232,63 +232,75 @@ def clim_topk(queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8) -> tu
         queries: Embeddings ``[Q, L_q, D]``, unit rows.
         items: ``[N, L_i, D]``, unit rows too, on the device of the queries, in host memory, or mapped from a file
             (``numpy.memmap``): what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
-        k: How many; more than ``N`` is taken as ``N``.
+            Or a sequence of such pieces ``[n_i, L_i, D]``, one after another, of one dtype and device.
+        k: How many; more than there are is taken as all.
         alpha: As :func:`clim_scores`.
+        among: int64 ``[n]``, ascending, each once, on any device: search these items alone, and read no other; None: all.
 
     Returns:
-        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last.
+        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last. Indices count the
+        items of all pieces, also those not in ``among``.
 
     Raises:
-        InputError: Shapes that do not fit together, ``k < 1``, or a best item whose rows are longer than 1.
+        InputError: Shapes or pieces that do not fit together, ``among`` that is not as above, ``k < 1``, or a best item whose
+            rows are longer than 1.
     """
-    _check(queries, items)
+    pieces = Pieces(items)
+    _check(queries, pieces)
     from finelip_fast.kernels._topk import topk
 
+    search = partial(topk, queries, pieces, k, alpha=alpha, score=clim_scores, among=among)
     with torch.no_grad():
-        error = _rounding_error(queries, items)
+        error = _rounding_error(queries, pieces.dtype)
         if error is not None:
             from finelip_fast.kernels._clim_cpu import scores
 
-            coarse = partial(scores, rounded=True)
-            return topk(queries, items, k, alpha=alpha, score=clim_scores, coarse=coarse, product_error=error)
-        return topk(queries, items, k, alpha=alpha, score=clim_scores)
+            return search(coarse=partial(scores, rounded=True), product_error=error)
+        return search()
 
 
-def _rounding_error(queries: Tensor, items: Rows) -> float | None:
+def _rounding_error(queries: Tensor, dtype: torch.dtype) -> float | None:
     """What a first pass of rounded products may be off by, where it makes a search faster."""
     if _dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
         return None
     from finelip_fast.kernels._clim_cpu import rounding_error
 
-    dtype = items.dtype if isinstance(items, Tensor) else torch.from_numpy(items[:0].copy()).dtype
     return rounding_error(queries.dtype) if queries.dtype == dtype else None
 
 
 def clim_topk_int8(
-    queries: Tensor, items: Rows, quantized: QuantizedItems, k: int, *, alpha: float = 0.8
+    queries: Tensor,
+    items: Rows | None,
+    quantized: QuantizedItems,
+    k: int,
+    *,
+    alpha: float = 0.8,
+    among: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result of :func:`clim_topk`, found by a pass over int8 and full precision for the few items that it leaves.
 
     Args:
-        queries, items, k, alpha: As :func:`clim_topk`; of ``items`` only the few rescored ones are read. Where int8 leaves
-            more than an eighth of a chunk open, all of the chunk is read and scored in float32 first.
-        quantized: :func:`quantize_items` of ``items``.
+        queries, items, k, alpha, among: As :func:`clim_topk`; of ``items`` only the few rescored ones are read. Where
+            int8 leaves more than an eighth of a chunk open, all of the chunk is read and scored in float32 first. None: there
+            is nothing more exact than ``quantized``, whose anchors and integers times scales are the items.
+        quantized: :func:`quantize_items` of ``items``; each field whole, or in pieces as suits it.
 
     Returns:
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored again in float64.
 
     Raises:
-        InputError: Shapes that do not fit together, or ``k < 1``.
+        InputError: Shapes or pieces that do not fit together, ``among`` that is not ascending numbers of items, or ``k < 1``.
     """
-    _check(queries, items)
+    pieces = Dequantized(quantized.values, quantized.scales, quantized.anchors) if items is None else Pieces(items)
+    _check(queries, pieces)
     from finelip_fast.kernels._topk import exact_topk_int8
 
     with torch.no_grad():
-        return exact_topk_int8(queries, items, quantized, k, alpha=alpha, score=clim_scores)
+        return exact_topk_int8(queries, pieces, quantized, k, alpha=alpha, score=clim_scores, among=among)
 
 
-def _check(queries: Tensor, items: Rows) -> None:
-    if queries.ndim != 3 or items.ndim != 3 or queries.shape[2] != items.shape[2]:
+def _check(queries: Tensor, items: Tensor | Pieces) -> None:
+    if queries.ndim != 3 or len(items.shape) != 3 or queries.shape[2] != items.shape[2]:
         raise InputError(
             f"expected queries [Q, L_q, D] and items [N, L_i, D], got {list(queries.shape)} and {list(items.shape)}"
         )

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import clim, clim_scores, clim_topk, quantize
+from finelip_fast.kernels import (
+    QuantizedItems,
+    clim,
+    clim_scores,
+    clim_topk,
+    clim_topk_int8,
+    quantize,
+    quantize_items,
+)
 
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
@@ -379,6 +387,21 @@ def test_topk_of_a_query_that_is_nan_keeps_the_order_of_the_items(device):
 def test_topk_needs_no_gradient(device):
     queries, items = make(2, 4, 16, device=device).requires_grad_(), make(9, 5, 16, seed=1, device=device)
     assert not clim_topk(queries, items, 3)[0].requires_grad
+
+
+def test_topk_of_pieces_and_of_a_choice(device):
+    queries, items = make(2, 4, 16, device=device), make(30, 5, 16, seed=1, device=device)
+    chosen = torch.tensor([0, 3, 4, 5, 20, 29])
+    quantized = QuantizedItems(*(field.split(7) for field in quantize_items(items)))
+    for among, of in [(None, torch.arange(30)), (chosen, chosen), (chosen.to(device), chosen)]:
+        scores, order = clim_topk(queries, items[of.to(device)], 7)
+        for source in (items, list(items.split(8)), items.tensor_split([0, 1, 25])):
+            for best, indices, *_ in (
+                clim_topk(queries, source, 7, among=among),
+                clim_topk_int8(queries, source, quantized, 7, among=among),
+            ):
+                assert torch.equal(best, scores)
+                assert torch.equal(indices, of.to(device)[order])
 
 
 @pytest.mark.parametrize("k", [0, -1])

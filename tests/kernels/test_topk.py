@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import _topk
+from finelip_fast.kernels import _rows, _topk, clim_topk, clim_topk_int8, quantize
 from finelip_fast.kernels._clim_cpu import scores
-from finelip_fast.kernels._quantize import QuantizedItems, quantize_items
+from finelip_fast.kernels._quantize import QuantizedItems, error_terms, quantize_items
+from finelip_fast.kernels._rows import Pieces
 from finelip_fast.kernels._topk import exact_topk_int8, topk
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,10 +24,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(scope="module", params=["as shipped", "small", "smallest"])
 def chunks(request):
     """Sizes of the chunks: as shipped, with edges between few items, and one item at a time."""
-    sizes = {"as shipped": {}, "small": (30, 1000, 2000), "smallest": (1, 1, 1)}[request.param]
+    sizes = {"as shipped": (), "small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}[request.param]
+    names = ["_SCORE_ELEMENTS", "_COPY_BYTES", "_TINY_BYTES", "_RESCORE_ELEMENTS"]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(["_SCORE_ELEMENTS", "_COPY_BYTES", "_RESCORE_ELEMENTS"], sizes, strict=False):
-            patch.setattr(_topk, name, value)
+        for name, value in zip(names, sizes, strict=False):
+            patch.setattr(_topk if name == "_RESCORE_ELEMENTS" else _rows, name, value)
         yield
 
 
@@ -35,13 +37,13 @@ def make(*shape, seed=0, dtype=torch.float32):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1).to(dtype)
 
 
-def search_int8(queries, items, k, *, alpha, score=scores, quantized=None):
+def search_int8(queries, items, k, *, alpha, score=scores, quantized=None, among=None):
     quantized = quantize_items(items) if quantized is None else quantized
-    return exact_topk_int8(queries, items, quantized, k, alpha=alpha, score=score)[:2]
+    return exact_topk_int8(queries, Pieces(items), quantized, k, alpha=alpha, score=score, among=among)[:2]
 
 
-def search_full(queries, items, k, *, alpha, score=scores):
-    return topk(queries, items, k, alpha=alpha, score=score)
+def search_full(queries, items, k, *, alpha, score=scores, among=None):
+    return topk(queries, Pieces(items), k, alpha=alpha, score=score, among=among)
 
 
 def rounded_scores(queries, items, *, alpha):
@@ -55,9 +57,9 @@ def rounded_scores(queries, items, *, alpha):
     return alpha * products[:, 0, :, 0] + (1 - alpha) * fine
 
 
-def search_rounded(queries, items, k, *, alpha, score=scores):
+def search_rounded(queries, items, k, *, alpha, score=scores, among=None):
     rounding = {"coarse": rounded_scores, "product_error": 1.01 * 2**-8}
-    return topk(queries, items, k, alpha=alpha, score=score, **rounding)
+    return topk(queries, Pieces(items), k, alpha=alpha, score=score, among=among, **rounding)
 
 
 SEARCHES = {"full": search_full, "rounded": search_rounded, "int8": search_int8}
@@ -248,12 +250,66 @@ def test_quantized_items_mapped_from_a_file(chunks, tmp_path):
         assert torch.equal(one, other)
 
 
+def cut(rows, at):
+    """Pieces that end at these items, some of them NumPy's, of which nothing may be written to."""
+    pieces = list(rows.tensor_split(at))
+    for number in range(0, len(pieces), 2):
+        if rows.dtype != torch.bfloat16:
+            pieces[number] = pieces[number].numpy()
+            pieces[number].flags.writeable = False
+    return pieces
+
+
+def ascending(n_items):
+    return st.sets(st.integers(0, n_items - 1)).map(sorted) if n_items else st.just([])
+
+
+@given(
+    data=st.data(),
+    n_items=st.integers(0, 40),
+    k=st.integers(1, 50),
+    alpha=st.sampled_from([0.0, 0.8]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_pieces_and_a_choice_of_items(chunks, data, n_items, k, alpha, dtype, seed):
+    queries = make(2, 3, 24, seed=seed, dtype=dtype)
+    items = make(n_items, 4, 24, seed=seed + 1, dtype=dtype)
+    items[1::3] = items[: len(items[1::3])]  # ties
+    cuts = st.lists(st.integers(0, n_items), max_size=8).map(sorted)
+    pieces = cut(items, data.draw(cuts))
+    quantized = QuantizedItems(*(cut(field, data.draw(cuts)) for field in quantize_items(items)))
+    chosen = torch.tensor(data.draw(ascending(n_items)), dtype=torch.int64)
+    best, order = search_full(queries, items, k, alpha=alpha)
+    best_chosen, order_chosen = search_full(queries, items[chosen], k, alpha=alpha)
+    assert order_chosen.shape == (2, min(k, len(chosen)))
+    for among, expected in [(None, (best, order)), (chosen, (best_chosen, chosen[order_chosen]))]:
+        for search, more in [(search_full, {}), (search_rounded, {}), (search_int8, {"quantized": quantized})]:
+            for one, other in zip(search(queries, pieces, k, alpha=alpha, among=among, **more), expected, strict=True):
+                assert torch.equal(one, other)
+
+
+def test_no_item_that_is_not_chosen_is_read():
+    queries, items = make(2, 4, 24), make(40, 5, 24, seed=1)
+    chosen = torch.tensor([3, 4, 5, 20, 39])
+    expected = search_full(queries, items[chosen], 3, alpha=0.8)
+    spoilt = torch.full_like(items, math.nan)
+    spoilt[chosen] = items[chosen]
+    quantized = QuantizedItems(*(field.clone() for field in quantize_items(spoilt)))
+    for name, search in SEARCHES.items():
+        more = {"quantized": quantized} if name == "int8" else {}
+        best, indices = search(queries, spoilt, 3, alpha=0.8, among=chosen, **more)
+        assert torch.equal(best, expected[0])
+        assert torch.equal(indices, chosen[expected[1]])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sizes", [(1 << 22, 1 << 26), (60, 1000)], ids=["one chunk", "many chunks"])
 def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
-    monkeypatch.setattr(_topk, "_SCORE_ELEMENTS", sizes[0])
-    monkeypatch.setattr(_topk, "_COPY_BYTES", sizes[1])
+    monkeypatch.setattr(_rows, "_SCORE_ELEMENTS", sizes[0])
+    monkeypatch.setattr(_rows, "_COPY_BYTES", sizes[1])
 
     def on_the_gpu(queries, items, *, alpha, query_scales=None, item_scales=None):
         assert queries.is_cuda
@@ -264,13 +320,27 @@ def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
 
     queries, items = make(3, 4, 24), make(101, 5, 24, seed=1, dtype=torch.float16)
     expected = search_full(queries, items, 6, alpha=0.8)
-    for source in (items, items.numpy(), items.pin_memory(), items.cuda()):
-        found = search_full(queries.cuda(), source, 6, alpha=0.8, score=on_the_gpu)
-        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
-    for place in ("cpu", "cuda"):
-        quantized = QuantizedItems(*(field.to(place) for field in quantize_items(items)))
-        found = search_int8(queries.cuda(), items, 6, alpha=0.8, score=on_the_gpu, quantized=quantized)
-        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+    chosen = torch.tensor([0, 1, 2, 17, 30, 31, 55, 56, 57, 99, 100])
+    best, order = search_full(queries, items[chosen], 6, alpha=0.8)
+
+    def check(search, source, **more):
+        for among, wanted in [
+            (None, expected),
+            (chosen, (best, chosen[order])),
+            (chosen.cuda(), (best, chosen[order])),
+        ]:
+            found = search(queries.cuda(), source, 6, alpha=0.8, score=on_the_gpu, among=among, **more)
+            assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
+
+    for source in (items, items.pin_memory(), items.cuda()):
+        check(search_full, source)
+        check(search_full, source.tensor_split([0, 1, 20, 21, 60]))
+    check(search_full, items.numpy())
+    for places in (["cpu"] * 4, ["cuda"] * 4, ["cpu", "cuda", "cpu", "cuda"]):
+        fields = [field.to(place) for field, place in zip(quantize_items(items), places, strict=True)]
+        check(search_int8, items, quantized=QuantizedItems(*fields))
+        pieces = [field.tensor_split([10 * number, 50, 51]) for number, field in enumerate(fields)]
+        check(search_int8, items.tensor_split(4), quantized=QuantizedItems(*pieces))
 
 
 # How much is scored again --------------------------------------------------------------------------------------------
@@ -281,7 +351,9 @@ def test_few_items_are_scored_again(chunks):
     for row, query in enumerate(queries):  # ten items near each query
         near = slice(10 * row, 10 * row + 10)
         items[near] = F.normalize(query + 0.05 * items[near], dim=-1)
-    found, indices, rescored = exact_topk_int8(queries, items, quantize_items(items), 10, alpha=0.8, score=scores)
+    found, indices, rescored = exact_topk_int8(
+        queries, Pieces(items), quantize_items(items), 10, alpha=0.8, score=scores
+    )
     assert indices.sort(dim=1).values.tolist() == [list(range(10 * row, 10 * row + 10)) for row in range(3)]
     assert (rescored.dtype, rescored.tolist()) == (torch.int64, [10, 10, 10])
     assert torch.equal(found, search_full(queries, items, 10, alpha=0.8)[0])
@@ -296,7 +368,7 @@ def test_what_a_coarse_pass_leaves_open_is_told_apart_in_float32():
         passes.append(args[1].dtype)
         return scores(*args, **kwargs)
 
-    *found, rescored = exact_topk_int8(queries, items, quantize_items(items), 10, alpha=0.0, score=counted)
+    *found, rescored = exact_topk_int8(queries, Pieces(items), quantize_items(items), 10, alpha=0.0, score=counted)
     assert passes == [torch.float32, torch.int8, torch.float32]  # the global cosine, all in int8, all in float32
     assert (rescored < 20).all()
     for other in (search_full, search_rounded):
@@ -305,7 +377,7 @@ def test_what_a_coarse_pass_leaves_open_is_told_apart_in_float32():
 
 def test_items_that_int8_cannot_tell_apart_are_all_scored_again():
     queries, items = make(2, 4, 32), make(1, 5, 32, seed=1).expand(30, -1, -1)
-    rescored = exact_topk_int8(queries, items, quantize_items(items), 3, alpha=0.8, score=scores)[2]
+    rescored = exact_topk_int8(queries, Pieces(items), quantize_items(items), 3, alpha=0.8, score=scores)[2]
     assert rescored.tolist() == [30, 30]
 
 
@@ -333,3 +405,31 @@ def test_quantized_items_of_other_items_are_refused():
     queries, items = make(2, 4, 16), make(9, 5, 16)
     with pytest.raises(InputError, match=r"expected quantized items \[9, 5, 16\], got \[8, 5, 16\]"):
         search_int8(queries, items, 3, alpha=0.8, quantized=quantize_items(items[:8]))
+    mixed = quantize_items(items)._replace(scales=torch.ones(8, 5))
+    with pytest.raises(InputError, match=r"expected quantized items \[9, 5\], got \[8, 5\]; quantize these items"):
+        search_int8(queries, items, 3, alpha=0.8, quantized=mixed, among=torch.tensor([8]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 3),
+    st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.8, 1.0]),
+    st.booleans(),
+)
+def test_items_kept_in_int8_alone_are_what_it_stands_for(seed: int, sizes: list[int], alpha: float, some: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.randn(sum(sizes), 3, 8, generator=generator), dim=-1)
+    queries = F.normalize(torch.randn(4, 2, 8, generator=generator), dim=-1)
+    values, scales = quantize(rows)
+    anchors = rows[:, :1].half()
+    items = values * scales[..., None]
+    items[:, :1] = anchors
+    quantized = QuantizedItems(values, scales, error_terms(items, values, scales), anchors)
+    among = torch.arange(0, sum(sizes), 2) if some else None
+    expected = clim_topk(queries, items, 3, alpha=alpha, among=among)
+    pieces = QuantizedItems(*(list(field.split(sizes)) for field in quantized))
+    for given_items in (quantized, pieces):
+        scores, indices, _ = clim_topk_int8(queries, None, given_items, 3, alpha=alpha, among=among)
+        assert torch.equal(scores, expected[0])
+        assert torch.equal(indices, expected[1])

@@ -1,0 +1,122 @@
+"""The first of two stages of a search: the items of the highest cosine by int8, to be scored next.
+
+The product of two rows of whole numbers is exact, so it depends on neither the order of its terms, the processor nor what else
+is multiplied with it. One float32 product with the item's scale follows. The query's scale is left out: it is the same for
+all items and positive, so it does not change their order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _cpu
+from finelip_fast.kernels._quantize import quantize
+from finelip_fast.kernels._rows import Pieces, Rows, chunks
+
+# Widths whose products of int8 rows stay exact: 2^14 * 2^10 = 2^24 in float32, 2^15 (oneDNN moves one side to uint8) * 2^16
+# = 2^31 in int32.
+_FLOAT_WIDTH, _INTEGER_WIDTH = 1 << 10, (1 << 16) - 1
+# Elements of int8 rows that are float32 at a time, 8 MiB.
+_PRODUCT_ELEMENTS = 1 << 21
+# As soon as so many cosines wait, 16 MiB, the best of them are found; a chunk brings as many at most.
+_WAITING_ELEMENTS = 1 << 22
+
+
+def cosine_candidates(
+    queries: Tensor, items: Rows, item_scales: Rows, count: int, *, among: Tensor | None = None
+) -> Tensor:
+    """The ``count`` items of each query of the highest cosine as int8 has it, the same whatever the pieces and the batch.
+
+    Args:
+        queries: Global embeddings ``[Q, D]`` of any float dtype; :func:`quantize` makes them int8 here.
+        items: int8 ``[N, D]``, as :func:`quantize` makes them; in memory, mapped from a file, or a sequence of pieces
+            ``[n_i, D]``, as for :func:`clim_topk`.
+        item_scales: float32 ``[N]``, whole or in pieces as suits them.
+        count: How many; more than there are is taken as all.
+        among: int64 ``[n]``, ascending, each once, on any device: these items alone; None: all.
+
+    Returns:
+        int64 ``[Q, min(count, n)]`` on the device of the queries: indices of items, counted through all pieces, in ascending
+        order, not by cosine. Of items that tie, the first are taken. A cosine that is NaN counts as lowest; of a query that
+        is not finite all are alike.
+
+    Raises:
+        InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, or ``count < 1``.
+
+    Example:
+        >>> values, scales = quantize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]))
+        >>> cosine_candidates(torch.tensor([[1.0, 0.1]]), values, scales, 2)
+        tensor([[0, 2]])
+    """
+    pieces, their_scales = Pieces(items), Pieces(item_scales)
+    _check(queries, pieces, their_scales, count)
+    pieces, their_scales = pieces.only(among), their_scales.only(among)
+    n_items, device = pieces.shape[0], queries.device
+    best = torch.empty(len(queries), 0, device=device)  # the highest cosines up to `start`, and their positions
+    found = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    start, waiting = 0, []  # cosines from `start` on, not compared yet
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        values = quantize(queries)[0]
+        for first, (rows, scales) in chunks([pieces, their_scales], len(queries), device):
+            waiting.append(_cosines(values, rows, scales))
+            end = first + len(rows)
+            if end == n_items or (end - start) * len(queries) >= _WAITING_ELEMENTS:
+                cosines = torch.cat([best, *waiting], dim=1)
+                numbers = torch.cat([found, torch.arange(start, end, device=device).expand(len(queries), -1)], dim=1)
+                chosen = _first_best(cosines, count)
+                best, found = cosines.gather(1, chosen), numbers.gather(1, chosen)
+                start, waiting = end, []
+    return pieces.numbers(found)
+
+
+def _cosines(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+    """But for the norms and the queries' scales, ``[Q, n]``; NaN as lowest, and infinite ones as they are."""
+    cosines = _products(queries, rows).mul_(scales)
+    return cosines.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _products(queries: Tensor, rows: Tensor) -> Tensor:
+    """The dot products of int8 ``queries [Q, D]`` and ``rows [n, D]``, exact but for one rounding to float32, ``[Q, n]``."""
+    width = rows.shape[1]
+    # Rows of one number count as contiguous with any strides, and oneDNN reads beyond those.
+    if rows.device.type == "cpu" and _cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
+        return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()
+    products = []
+    for some in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
+        exact = torch.zeros(len(queries), len(some), dtype=torch.float64, device=rows.device)
+        for left, right in zip(queries.split(_FLOAT_WIDTH, dim=1), some.split(_FLOAT_WIDTH, dim=1), strict=True):
+            # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
+            exact += _cpu.product(left.float(), right.float().T)
+        products.append(exact.float())
+    return torch.cat(products, dim=1)
+
+
+def _first_best(scores: Tensor, count: int) -> Tensor:
+    """Where the ``count`` highest of ``[Q, n]`` are, of those that tie the first, in ascending order."""
+    n_queries, n_items = scores.shape
+    if count >= n_items:
+        return torch.arange(n_items, device=scores.device).expand(n_queries, -1)
+    # The values of topk are certain, its indices of those that tie are not.
+    least = scores.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    chosen = scores >= least
+    if chosen.sum() > n_queries * count:
+        ties = scores == least
+        room = count - (chosen & ~ties).sum(dim=1, keepdim=True)
+        chosen &= ~ties | (ties.cumsum(dim=1) <= room)
+    return chosen.nonzero()[:, 1].view(n_queries, count)
+
+
+def _check(queries: Tensor, items: Pieces, item_scales: Pieces, count: int) -> None:
+    if queries.ndim != 2 or len(items.shape) != 2 or queries.shape[1] != items.shape[1]:
+        raise InputError(f"expected queries [Q, D] and items [N, D], got {list(queries.shape)} and {list(items.shape)}")
+    if items.dtype != torch.int8:
+        raise InputError(f"expected items in int8, got {items.dtype}; see quantize")
+    if item_scales.dtype != torch.float32 or item_scales.shape != items.shape[:1]:
+        raise InputError(
+            f"expected scales [{items.shape[0]}] in float32, got {list(item_scales.shape)} in {item_scales.dtype};"
+            " see quantize"
+        )
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"expected count of at least 1, got {count!r}")

@@ -1,0 +1,333 @@
+"""Items that a search reads: whole, in pieces or some of them, in chunks that come to the device of the queries."""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+Piece = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
+Rows = Piece | Sequence[Piece]  # a sequence: one after another, all of one dtype, width and device
+
+# A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.
+_SCORE_ELEMENTS = 1 << 22
+# Bytes of a chunk that must be copied before it can be scored.
+_COPY_BYTES = 1 << 26
+# Neighbours that lie together for no more bytes than this are copied into one chunk: a pass of their own takes as long.
+_TINY_BYTES = 1 << 20
+
+
+class Pieces:
+    """Items in pieces, one after another, or ``n`` of them; their positions count from 0 whichever they are.
+
+    Attributes:
+        shape: ``[n, ...]``.
+        dtype, device: Of every piece.
+        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory.
+        breaks: int64, ascending: positions whose items do not lie behind those of the position before.
+
+    Raises:
+        InputError: No piece, or pieces that differ in more than their number of items.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        given = [rows] if isinstance(rows, (Tensor, np.ndarray)) else list(rows)
+        if not given:
+            raise InputError("expected one piece or more of items, got none: give an empty tensor of the items' shape")
+        pieces = [_tensor(piece) for piece in given]
+        like = pieces[0].dtype, pieces[0].shape[1:], pieces[0].device
+        for piece in pieces:
+            if piece.ndim == 0 or (piece.dtype, piece.shape[1:], piece.device) != like:
+                raise InputError(
+                    f"expected pieces [n, ...] of one dtype, shape and device, got {_kind(pieces[0])} and {_kind(piece)}:"
+                    " convert them first"
+                )
+        starts = [0, *accumulate(len(piece) for piece in pieces)]
+        self.shape = torch.Size([starts[-1], *pieces[0].shape[1:]])
+        self.dtype, self.device = pieces[0].dtype, pieces[0].device
+        self.mapped = any(isinstance(piece, np.ndarray) for piece in given)
+        self._among: Tensor | None = None
+        self._lay_out(pieces, starts, starts)
+
+    def only(self, among: Tensor | None) -> Pieces:
+        """Of all items these alone.
+
+        Args:
+            among: int64 ``[n]``, ascending, on any device; None: all.
+
+        Raises:
+            InputError: Of another dtype or shape, not ascending, or not numbers of items.
+        """
+        if among is None:
+            return self
+        among = _checked(among, self.shape[0])
+        some = copy.copy(self)
+        some.shape, some._among = torch.Size([len(among), *self.shape[1:]]), among
+        starts = [*self._starts, self.shape[0]]
+        some._lay_out(self._pieces, starts, torch.searchsorted(among, torch.tensor(starts)).tolist())
+        return some
+
+    def _lay_out(self, pieces: list[Tensor], starts: list[int], edges: list[int]) -> None:
+        """Keep the pieces that have a position; they start at these items and positions, and the last ends there."""
+        kept = [at for at, (first, last) in enumerate(pairwise(edges)) if first < last]
+        self._pieces, self._starts = [pieces[at] for at in kept], [starts[at] for at in kept]
+        self._edges = [*(edges[at] for at in kept), edges[-1]]
+        self.breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
+        if self._among is not None:
+            self.breaks = torch.cat([self.breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
+
+    @property
+    def item_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every part of it can go to a GPU as it is."""
+        return len(self._pieces) == 1 and not len(self.breaks) and self._pieces[0].is_pinned()
+
+    def numbers(self, positions: Tensor) -> Tensor:
+        """The items at these positions, counted through all pieces."""
+        return positions if self._among is None else self._among[positions.cpu()].to(positions.device)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """The items at these positions, in any order, on their own device."""
+        numbers = self.numbers(positions).to(self.device)
+        if len(self._pieces) == 1:
+            return self._pieces[0][numbers - self._starts[0]]
+        pieces = torch.bucketize(numbers, torch.tensor(self._starts, device=self.device), right=True) - 1
+        taken = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype, device=self.device)
+        for at in pieces.unique().tolist():
+            here = pieces == at
+            taken[here] = self._pieces[at][numbers[here] - self._starts[at]]
+        return taken
+
+    def read(self, first: int, last: int) -> Tensor:
+        """The items from ``first`` to before ``last``: a view where they lie together, else a copy."""
+        at = bisect_right(self._edges, first) - 1
+        if last <= self._edges[at + 1]:
+            rows = self._rows(at, first, last)
+            if isinstance(rows, slice):
+                return self._pieces[at][rows]
+        return self.copy(first, last, torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device))
+
+    def copy(self, first: int, last: int, target: Tensor) -> Tensor:
+        """The items from ``first`` to before ``last``, in the first places of ``target``, which may be longer."""
+        at, start = bisect_right(self._edges, first) - 1, first
+        while start < last:
+            end = min(last, self._edges[at + 1])
+            piece, rows, part = self._pieces[at], self._rows(at, start, end), target[start - first : end - first]
+            if isinstance(rows, slice):
+                part.copy_(piece[rows])
+            elif piece.device == part.device:
+                torch.index_select(piece, 0, rows.to(piece.device), out=part)
+            else:
+                part.copy_(piece.index_select(0, rows.to(piece.device)))
+            at, start = at + 1, end
+        return target[: last - first]
+
+    def _rows(self, at: int, first: int, last: int) -> slice | Tensor:
+        """Where in a piece these positions are, all of which it holds."""
+        if self._among is None:
+            return slice(first - self._starts[at], last - self._starts[at])
+        rows = self._among[first:last] - self._starts[at]
+        start, end = int(rows[0]), int(rows[-1]) + 1
+        return slice(start, end) if end - start == last - first else rows
+
+
+class Dequantized(Pieces):
+    """Items as their int8 stands for them, in float32: row 0 is the anchor, the others are integers times their scale."""
+
+    def __init__(self, values: Rows, scales: Rows, anchors: Rows) -> None:
+        super().__init__(values)
+        self.dtype = torch.float32
+        self._parts = [Pieces(part) for part in (values, scales, anchors)]
+
+    def only(self, among: Tensor | None) -> Dequantized:
+        some = super().only(among)
+        assert isinstance(some, Dequantized)
+        some._parts = [part.only(among) for part in self._parts]
+        return some
+
+    @property
+    def pinned(self) -> bool:
+        return False
+
+    def take(self, positions: Tensor) -> Tensor:
+        return dequantize(*(part.take(positions) for part in self._parts))
+
+    def read(self, first: int, last: int) -> Tensor:
+        return dequantize(*(part.read(first, last) for part in self._parts))
+
+    def copy(self, first: int, last: int, target: Tensor) -> Tensor:
+        return target[: last - first].copy_(self.read(first, last))
+
+
+def dequantize(values: Tensor, scales: Tensor, anchors: Tensor) -> Tensor:
+    """What int8 ``[..., L, D]`` with scales ``[..., L]`` and anchors ``[..., 1, D]`` stands for, float32."""
+    rows = values * scales[..., None]
+    rows[..., :1, :] = anchors
+    return rows
+
+
+class _Writable:
+    """The memory of an array that is not: PyTorch warns of such, and a search writes to none."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array  # else its memory would go
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _tensor(piece: Piece) -> Tensor:
+    if isinstance(piece, Tensor):
+        return piece.detach()
+    if any(stride < 0 or stride % piece.itemsize for stride in piece.strides):
+        piece = piece.copy()  # PyTorch has no view of such
+    elif not piece.flags.writeable:
+        piece = np.asarray(_Writable(piece))
+    return torch.from_numpy(piece)
+
+
+def _kind(piece: Tensor) -> str:
+    shape = ", ".join(map(str, ["n", *piece.shape[1:]])) if piece.ndim else ""
+    return f"{piece.dtype} [{shape}] on {piece.device}"
+
+
+def _checked(among: Tensor, n_items: int) -> Tensor:
+    wanted = f"expected among as int64 [n], ascending, each item once, from 0 to {n_items - 1}"
+    if among.dtype != torch.int64 or among.ndim != 1:
+        raise InputError(f"{wanted}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
+    among = among.detach().cpu().contiguous()
+    if (among.diff() < 1).any():
+        raise InputError(f"{wanted}, got some out of order or twice: sort them (among.unique())")
+    if len(among) and not 0 <= among[0] <= among[-1] < n_items:
+        raise InputError(f"{wanted}, got {among[0]} to {among[-1]}: they count the items of all pieces")
+    return among
+
+
+# Chunks --------------------------------------------------------------------------------------------------------------
+
+
+def chunks(
+    sources: Sequence[Pieces], n_queries: int, device: torch.device, within: range | None = None
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """The sources, cut alike along their first axis, on ``device``; each with its first position. Valid until the next.
+
+    Args:
+        sources: As many items each.
+        n_queries: How many rows of scores a chunk will get.
+        within: Positions, one after another; None: all.
+    """
+    within = range(sources[0].shape[0]) if within is None else within
+    here = all(source.device == device for source in sources)
+    size = max(1, _SCORE_ELEMENTS // max(1, n_queries))
+    copied = _affordable(sources, size, _COPY_BYTES)
+    if here:
+        # Many queries read a chunk more than once: what is mapped from a file should still be in memory then.
+        longest = copied if any(source.mapped for source in sources) else size
+        # A CPU's memory for larger copies would come from the system page by page each time, which takes longer than they do.
+        joined = copied if device.type == "cuda" else _affordable(sources, size, _COPY_BYTES // 4)
+        for first, last in _cuts(sources, within, longest, joined):
+            yield first, [source.read(first, last) for source in sources]
+    elif device.type == "cuda" and len(within):
+        yield from _streamed(sources, within, min(copied, len(within)), device)
+    else:
+        for first, last in _steps(within, copied):
+            yield first, [source.read(first, last).to(device) for source in sources]
+
+
+def _item_bytes(sources: Sequence[Pieces]) -> int:
+    return max(1, sum(source.item_bytes for source in sources))
+
+
+def _affordable(sources: Sequence[Pieces], size: int, n_bytes: int) -> int:
+    """How many items fit, of ``size`` at most; 1 at least."""
+    return max(1, min(size, n_bytes // _item_bytes(sources)))
+
+
+def _steps(within: range, size: int) -> list[tuple[int, int]]:
+    return [(first, min(first + size, within.stop)) for first in range(within.start, within.stop, size)]
+
+
+def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int) -> Iterator[tuple[int, int]]:
+    """Chunks that no source has to copy, up to ``size``; and up to ``joined`` of neighbours that are tiny."""
+    breaks = torch.cat([source.breaks for source in sources])
+    breaks = breaks[(breaks > within.start) & (breaks < within.stop)]
+    if not len(breaks):
+        yield from _steps(within, size)
+        return
+    ends = torch.tensor([within.start, within.stop])
+    edges = torch.cat([ends, breaks]).unique()
+    large = edges.diff() * _item_bytes(sources) > _TINY_BYTES
+    views = set(edges[:-1][large].tolist())
+    for start, end in pairwise(torch.cat([ends, edges[:-1][large], edges[1:][large]]).unique().tolist()):
+        yield from _steps(range(start, end), size if start in views else joined)
+
+
+class _Buffer:
+    """For a chunk of a source on its way to a GPU: pinned memory, unless it is there already, and the GPU's."""
+
+    def __init__(self, source: Pieces, size: int, device: torch.device) -> None:
+        shape = size, *source.shape[1:]
+        self.pinned = None if source.pinned else torch.empty(shape, dtype=source.dtype, pin_memory=True)
+        self.staged = torch.empty(shape, dtype=source.dtype, device=device)
+
+
+def _streamed(
+    sources: Sequence[Pieces], within: range, size: int, device: torch.device
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Host memory to a GPU, on a side stream: a chunk is copied while the one before is scored.
+
+    What is not pinned goes through two pinned buffers, which a thread fills, because that copy keeps a processor busy. Each
+    buffer has two events: it was written (``copied``) before it is read, and it was read (``scored``) before it is written
+    again. A source that is on the GPU already is read there.
+    """
+    buffers = [
+        [None if source.device == device else _Buffer(source, size, device) for source in sources] for _ in range(2)
+    ]
+    copied = [torch.cuda.Event(), torch.cuda.Event()]
+    scored = [torch.cuda.Event(), torch.cuda.Event()]
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)  # the buffers' memory may still be in use by what was on the main stream before
+
+    def stage(number: int, first: int, last: int) -> None:
+        copied[number].synchronize()  # the pinned buffer's last contents have left it
+        for source, buffer in zip(sources, buffers[number], strict=True):
+            if buffer is None:
+                continue
+            rows = source.read(first, last) if buffer.pinned is None else source.copy(first, last, buffer.pinned)
+            with torch.cuda.stream(side):
+                side.wait_event(scored[number])
+                buffer.staged[: len(rows)].copy_(rows, non_blocking=True)
+        copied[number].record(side)
+
+    steps = _steps(within, size)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(stage, 0, *steps[0])
+            for step, (first, last) in enumerate(steps):
+                number = step % 2
+                coming.result()
+                if step + 1 < len(steps):
+                    coming = thread.submit(stage, 1 - number, *steps[step + 1])
+                main.wait_event(copied[number])
+                yield (
+                    first,
+                    [
+                        source.read(first, last) if buffer is None else buffer.staged[: last - first]
+                        for source, buffer in zip(sources, buffers[number], strict=True)
+                    ],
+                )
+                scored[number].record(main)
+    finally:
+        main.wait_stream(side)  # before the buffers' memory goes to others
