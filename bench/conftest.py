@@ -22,6 +22,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "onnxruntime",
         "tensorrt",
         "tensorrt-rtx",
+        "pylance",
     )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

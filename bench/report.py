@@ -64,6 +64,9 @@ def table(rows: list[Row]) -> str:
         "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
         "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
         "recall@1 changes by": lambda row: f"{100 * row['recall_change']:.2g} points" if "recall_change" in row else "",
+        "agrees with exact": lambda row: f"{row['agreement']:.1%}" if "agreement" in row else "",
+        "candidates": lambda row: f"{row['candidates']:,}" if "candidates" in row else "",
+        "items a second": lambda row: f"{row['items_per_second']:,.0f}" if "items_per_second" in row else "",
         "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
         "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
     }
@@ -78,9 +81,8 @@ def source(run: Run) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     processor = machine.get("cpu", {}).get("brand_raw", machine["machine"])
     hardware = ", ".join(machine["gpus"]) or f"{processor}, {machine['threads']} threads"
-    packages = {"PyTorch": "torch", "Triton": "triton"} | {
-        name: name for name in ("late-interaction-kernels", "flash-maxsim", "onnxruntime", "tensorrt", "tensorrt-rtx")
-    }
+    peers = ("late-interaction-kernels", "flash-maxsim", "onnxruntime", "tensorrt", "tensorrt-rtx", "pylance")
+    packages = {"PyTorch": "torch", "Triton": "triton"} | {name: name for name in peers}
     versions = ", ".join(f"{title} {machine[name]}" for title, name in packages.items() if machine.get(name))
     dirty = " with changes" if commit["dirty"] else ""
     return f"{hardware}; {versions}; commit {commit['id'][:10]}{dirty}, {run['datetime'][:10]}."

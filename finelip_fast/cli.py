@@ -9,12 +9,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import FineLIPError, KernelError
+from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
 
 _DEFAULT_INDEX = "finelip-index"
+_PART = 8192  # files that are looked at before the next are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(arguments[1:])
     if arguments[:1] == ["export"]:
         return _export(arguments[1:])
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if arguments[:1] == ["index"] and " ".join(arguments[:2]) in INDEX_COMMANDS:
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
+    options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], Any] = options.command
     try:
         result = command(options)
@@ -72,21 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo", help="folder for pictures, index and page (default: demo)")
     demo.add_argument("--scenes", type=int, default=400, help="how many scenes (default: 400)")
 
-    index = add("index", _index, "Add the pictures of a folder to an index; run again, it adds what is new.", model)
-    index.add_argument(
-        "folder",
-        help="folder of pictures, searched with its subfolders; or 'check': read all of the index again and say what is "
-        "damaged; or 'maintain': compact it (./check is a folder of that name)",
-    )
-    index.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
-    index.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
 
-    search = add("search", _search, "Search an index with a description or a picture.", model)
+    index = add(
+        "index", _index, "Add the pictures of a folder to an index; run again, it adds what is new.", place, model
+    )
+    index.add_argument("folder", help="folder of pictures, searched with its subfolders (./check is one named check)")
+    index.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
+    index.add_argument("--dtype", help="how a new index keeps embeddings: float16 (default), or int8, half the size")
+    add_commands(add, place, model)
+
+    search = add("search", _search, "Search an index with a description or a picture.", place, model)
     search.add_argument("text", nargs="?", help="the description")
     search.add_argument("--image", help="a picture to search with, instead of a text")
-    search.add_argument("--index", default=_DEFAULT_INDEX, help=f"folder of the index (default: {_DEFAULT_INDEX})")
     search.add_argument("-k", type=int, default=10, help="how many hits (default: 10)")
     search.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+    search.add_argument("--mode", default="auto", help="auto (default), exact, exact-int8 or two-stage")
+    search.add_argument("--where", help="only items whose metadata fit: \"camera = 'front' and year >= 2024\"")
 
     evaluate = add("eval", _evaluate, "Recall@1/5/10 on pairs of pictures and captions, both directions.", model)
     evaluate.add_argument("data", help="scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE or sharegpt4v:FILE")
@@ -147,35 +157,40 @@ def _demo(options: argparse.Namespace) -> Any:
 
 
 def _index(options: argparse.Namespace) -> Any:
-    from finelip_fast.index import stored_index
-    from finelip_fast.preprocess import scan_folder
-    from finelip_fast.retriever import AddReport
+    from tqdm import tqdm
 
-    if options.folder == "maintain":
-        return stored_index(options.index).maintain()
-    if options.folder == "check":
-        return _check(options.index)
-    scan = scan_folder(options.folder)
+    from finelip_fast.preprocess import walk_folder
+
+    total = sum(kind == "image" for _, kind in walk_folder(options.folder))
     retriever = _retriever(options)
-    new = [path for path in scan.images if str(path) not in retriever.index]
-    report = retriever.add_images(new, batch_size=options.batch_size, progress=not options.quiet)
     own = Path(options.index).resolve()  # the index may lie in the folder that it indexes
-    others = [(str(path), "not a picture by its name") for path in scan.others if own not in path.resolve().parents]
-    return AddReport(report.added, others + report.skipped)
+    report = _Indexed()
+    files = walk_folder(options.folder)
+    with tqdm(total=total, unit="image", disable=options.quiet, mininterval=0.5) as bar:
+        # In parts, so that no list grows with the collection.
+        while part := list(islice(files, _PART)):
+            report.skipped += [
+                (str(path), "not a picture by its name" if kind == "other" else "a folder that cannot be listed")
+                for path, kind in part
+                if kind != "image" and own not in path.resolve().parents
+            ]
+            images = [path for path, kind in part if kind == "image"]
+            done = retriever.add_images(images, existing="skip", batch_size=options.batch_size, progress=bar)
+            report.added += len(done.added)
+            report.skipped += done.skipped
+    return report
 
 
-def _check(folder: str) -> dict[str, int]:
-    from finelip_fast._errors import StoreError
-    from finelip_fast.index import check_folder
+@dataclass
+class _Indexed:
+    """What became of a folder: how many pictures were added, and what was skipped and why."""
 
-    count, damaged = check_folder(folder)
-    if damaged:
-        named = "\n".join(f"  {item}: {reason}" for item, reason in damaged.items())
-        raise StoreError(
-            f"{len(damaged)} of {count} items are damaged, the others are sound; index these again, or restore their "
-            f"files:\n{named}"
-        )
-    return {"items": count, "damaged": 0}
+    added: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.added} added, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  {item}: {reason}" for item, reason in self.skipped])
 
 
 def _search(options: argparse.Namespace) -> Any:
@@ -188,7 +203,9 @@ def _search(options: argparse.Namespace) -> Any:
         raise StoreError(
             f"there is no index at {options.index}: make one with finelip index FOLDER --index {options.index}"
         )
-    hits = _retriever(options).search(options.text, image=options.image, k=options.k)
+    hits = _retriever(options).search(
+        options.text, image=options.image, k=options.k, mode=options.mode, where=options.where
+    )
     return [vars(hit) for hit in hits]
 
 
@@ -203,6 +220,7 @@ def _retriever(options: argparse.Namespace) -> Any:
         device=options.device,
         index=options.index,
         alpha=getattr(options, "alpha", None),
+        dtype=getattr(options, "dtype", None),
     )
 
 

@@ -107,9 +107,9 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
         started = time.perf_counter()
         hits = retriever.search(captions[at], k=_SHOWN_HITS)
         times.append(1e3 * (time.perf_counter() - started))
-        cut = index.search(short[at : at + 1], _SHOWN_HITS, alpha=1.0)[1][0].tolist()
+        cut = index.search(short[at : at + 1], _SHOWN_HITS, alpha=1.0).items[0]
         results.append(
-            (captions[at], paths[at].name, [Path(hit.id).name for hit in hits], [Path(index.ids[i]).name for i in cut])
+            (captions[at], paths[at].name, [Path(hit.id).name for hit in hits], [Path(item.id).name for item in cut])
         )
 
     page = folder / "index.html"

@@ -30,6 +30,7 @@ __all__ = [
     "list_images",
     "open_image",
     "scan_folder",
+    "walk_folder",
 ]
 
 ImageSource: TypeAlias = (
@@ -180,24 +181,44 @@ def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> Folde
     Raises:
         InputError: There is no such folder, or a folder in it cannot be read.
     """
+    scan = FolderScan([], [])
+    for path, kind in walk_folder(folder, recursive):
+        if kind == "unreadable":
+            raise InputError(f"expected a readable folder, got one that cannot be listed: {str(path)!r}")
+        (scan.images if kind == "image" else scan.others).append(path)
+    return scan
+
+
+def walk_folder(
+    folder: str | os.PathLike[str], recursive: bool = True
+) -> Iterator[tuple[Path, Literal["image", "other", "unreadable"]]]:
+    """The files of a folder in order, one by one, and the folders in it that cannot be read; else as :func:`scan_folder`."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing there"
         raise InputError(f"expected a folder, got {what}: {str(folder)!r}; check the path")
+    return _walk(folder, recursive, _suffixes())
 
-    def unreadable(error: OSError) -> None:
-        raise InputError(f"expected a readable folder, got {error.strerror}: {error.filename!r}") from error
 
-    suffixes = _suffixes()
-    scan = FolderScan([], [])
-    for where, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        for path in (Path(where, name) for name in names if not name.startswith(".")):
-            is_image = path.suffix.lower() in suffixes and path.is_file()  # not a broken link, pipe or device
-            (scan.images if is_image else scan.others).append(path)
-    scan.images.sort()
-    scan.others.sort()
-    return scan
+def _walk(
+    folder: Path, recursive: bool, suffixes: frozenset[str]
+) -> Iterator[tuple[Path, Literal["image", "other", "unreadable"]]]:
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((one.name, one.is_dir(follow_symlinks=False), one.is_file()) for one in found)
+    except OSError:
+        yield folder, "unreadable"
+        return
+    for name, is_folder, is_file in entries:
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if is_folder:
+            if recursive:
+                yield from _walk(path, recursive, suffixes)
+        elif is_file or not path.is_dir():  # a link to a folder is not entered
+            is_image = is_file and path.suffix.lower() in suffixes  # not a broken link, pipe or device
+            yield path, "image" if is_image else "other"
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:

@@ -116,7 +116,7 @@ def test_index_again_adds_what_is_new(finelip: Callable[..., str], photos: Path,
     report = json.loads(
         finelip("index", photos, "--device", "cpu", "--quiet", "--json")
     )  # the checkpoint is remembered
-    assert report["added"] == [str(photos / "d.png")]
+    assert report["added"] == 1
     assert [Path(path).name for path, _ in report["skipped"]] == ["notes.txt", "broken.jpg"]
     assert len(json.loads(finelip("search", "a house", "--json", "--device", "cpu"))) == 4
 
@@ -125,7 +125,7 @@ def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoin
     index(finelip, photos, checkpoint, "--index", "elsewhere")
     arguments = ["search", "a red house", "--index", "elsewhere", "--device", "cpu", "-k", "2"]
     hits = json.loads(finelip(*arguments, "--json"))
-    assert [set(hit) for hit in hits] == [{"id", "score", "global_score", "fine_score", "metadata"}] * 2
+    assert [set(hit) for hit in hits] == [{"id", "score", "global_score", "fine_score", "metadata", "mode"}] * 2
     assert hits[0]["score"] >= hits[1]["score"]
     (first, *_) = finelip(*arguments).splitlines()
     assert f"{hits[0]['score']:.4f}" in first
@@ -134,19 +134,90 @@ def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoin
 
 
 def test_an_index_is_looked_after(
-    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+    finelip: Callable[..., str],
+    fails: Callable[..., str],
+    photos: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("finelip_fast.retriever._KEPT_BYTES", 1)
     finelip("index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
     assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0}
+    finelip("index", "snapshot", "copy")
     assert json.loads(finelip("index", "maintain", "--json"))["segments"] == 3
     (segment,) = Path("finelip-index/segments").iterdir()
     content = bytearray(segment.read_bytes())
     content[-1] ^= 1
     segment.write_bytes(content)
     assert "error: 1 of 3 items are damaged, the others are sound" in fails("index", "check")
-    segment.unlink()  # then it does not even open, and is looked into all the same
+    repaired = json.loads(finelip("index", "repair", "--json"))
+    assert repaired["items"] == 2
+    assert list(repaired["removed"]) == [str(photos / "c.png")]
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 2, "damaged": 0}
+    assert index(finelip, photos, checkpoint).splitlines()[0] == "1 added, 2 skipped"
+    assert "3" in finelip("index", "check", "--index", "copy")
+    for segment in Path("finelip-index/segments").iterdir():
+        segment.unlink()  # then it does not even open, and is looked into all the same
     assert "error: 3 of 3 items are damaged" in fails("index", "check")
-    assert "there is no index at nowhere" in fails("index", "check", "--index", "nowhere")
+    for command in ("check", "maintain", "repair", "tune"):
+        assert "there is no index at nowhere" in fails("index", command, "--index", "nowhere")
+
+
+def test_an_index_is_filtered_and_searched_in_every_mode(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    index(finelip, photos, checkpoint)
+    assert "filters on camera are fast now" in finelip("index", "field", "camera")
+    search = ["search", "a house", "--json", "--device", "cpu"]
+    expected = json.loads(finelip(*search))
+    for mode in ("exact-int8", "two-stage"):
+        found = json.loads(finelip(*search, "--mode", mode))
+        assert [hit["score"] for hit in found] == [hit["score"] for hit in expected]
+    found = json.loads(finelip(*search, "--where", "id like '%b.png'"))
+    assert [hit["id"] for hit in found] == [str(photos / "b.png")]
+    assert "expected a mode among" in fails(*search, "--mode", "fast")
+    assert "error" in fails(*search, "--where", "camera = ")
+
+
+def test_two_stages_are_tuned_with_items_or_with_texts(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    for n in range(80):
+        save_picture(photos / f"more-{n}.png", n)
+    index(finelip, photos, checkpoint)
+    tuned = json.loads(finelip("index", "tune", "--quiet", "--samples", "20", "--json"))
+    assert tuned["chosen"]["candidates"] == 50
+    assert tuned["chosen"]["recall_change"] is None
+    queries = [json.dumps({"text": f"house {n}", "id": str(photos / f"more-{n}.png")}) for n in range(5)]
+    Path("queries.jsonl").write_text("\n".join(queries))
+    arguments = ["index", "tune", "--queries", "queries.jsonl", "--quiet", "--device", "cpu", "--json"]
+    tuned = json.loads(finelip(*arguments))
+    assert tuned["chosen"]["recall_change"] is not None
+    assert "50 candidates" in tuned["tried"]
+    for line, message in (
+        ("not json", "line 1: expected"),
+        ('{"id": "a"}', "line 1: expected"),
+        ("", "expected queries in"),
+        ('{"text": "a", "id": "lost"}', "expected answers that are in the index, got 'lost'"),
+        ('{"text": "a", "id": "x"}\n{"text": "b"}', "expected an id with every query"),
+    ):
+        Path("queries.jsonl").write_text(line)
+        assert message in fails(*arguments)
+    Path("queries.jsonl").unlink()
+    assert "cannot read the queries" in fails(*arguments)
+
+
+def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["index", "plan", "--checkpoint", checkpoint, "--device", "cpu", "--items"]
+    plan = json.loads(finelip(*arguments, "2M", "--json"))
+    assert plan["items"] == 2_000_000
+    assert plan["encode_seconds"] > 0
+    text = finelip(*arguments, "1,000", "--dtype", "int8")
+    assert text.startswith("1,000 items\n")
+    assert "choose exact" in text
+    with pytest.raises(SystemExit):
+        finelip(*arguments, "many")
+    assert "expected a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
 
 
 def test_an_index_inside_its_pictures_is_not_reported(

@@ -22,7 +22,7 @@ LAYERS = [
     {"engines", "index"},
     {"retriever"},
     {"evaluation", "explain", "demo", "info"},
-    {"cli"},
+    {"cli", "_index_commands"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BESIDE = {"training", "export"}  # may import up to the model modules; only the command line may import them

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 
 import finelip_fast
 from finelip_fast import Hit, Retriever
@@ -309,14 +310,23 @@ def test_a_number_that_is_taken_is_passed_over(retriever: Retriever) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_generators_are_read_batch_by_batch(retriever: Retriever, batch_size: int) -> None:
-    read = []
+def test_generators_are_read_batch_by_batch(
+    retriever: Retriever, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, encoded = [], []
+    encode = retriever.engine.encode_image
+
+    def counted(pixels: Tensor) -> Tensor:
+        encoded.extend(pixels)
+        return encode(pixels)
 
     def generated() -> Iterator[Image.Image]:
         for n, one in enumerate(PICTURES):
             read.append(n)
-            assert len(read) - len(retriever) <= batch_size
+            assert len(read) - len(encoded) <= 2 * batch_size  # one is decoded while one is encoded
             yield one
+
+    monkeypatch.setattr(retriever.engine, "encode_image", counted)
 
     assert len(retriever.add_images(generated(), batch_size=batch_size, progress=False).added) == 6
     assert len(retriever.add_texts((text for text in TEXTS), batch_size=batch_size, progress=False).added) == 5
@@ -370,8 +380,8 @@ def test_nothing_to_add_is_no_error(retriever: Retriever, add: str) -> None:
 
 def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
     retriever.add_texts(["a"], ids=["old"], progress=False)
-    for ids, named in ((["new", "old"], "old"), (["new", "new"], "new")):
-        with pytest.raises(InputError, match=f"expected ids that are new and differ, got '{named}' again"):
+    for ids, named in ((["new", "old"], "are new, got 'old'"), (["new", "new"], "differ, got 'new'")):
+        with pytest.raises(InputError, match=f"expected ids that {named} again"):
             retriever.add_texts(["b", "c"], ids=ids, batch_size=1, progress=False)
     with pytest.raises(InputError, match="expected ids as str, got 7"):
         retriever.add_texts(["b"], ids=[7], progress=False)
@@ -380,7 +390,7 @@ def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
 
 def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) -> None:
     PICTURES[0].save(tmp_path / "one.png")
-    with pytest.raises(InputError, match=r"got '.*one\.png' again; give other ids"):
+    with pytest.raises(InputError, match=r"got '.*one\.png' again; give each item once"):
         retriever.add_images([tmp_path / "one.png"] * 2, progress=False)
     assert len(retriever) == 0
 
@@ -564,7 +574,7 @@ def test_a_copied_checkpoint_is_the_same(build: Callable[..., Retriever], checkp
     assert len(build(checkpoint=tmp_path / "copy", index=tmp_path / "index")) == 1
 
 
-def test_a_kill_between_two_batches_keeps_the_first(
+def test_an_interrupted_job_goes_on_where_it_was(
     build: Callable[..., Retriever], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -579,14 +589,15 @@ def test_a_kill_between_two_batches_keeps_the_first(
     retriever = build(index=tmp_path / "index")
     names = [f"picture {n}" for n in range(6)]
     with monkeypatch.context() as patch:
+        patch.setattr("finelip_fast.retriever._KEPT_BYTES", 1)
         patch.setattr(Catalogue, "add", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             retriever.add_images(PICTURES, ids=names, batch_size=2, progress=False)
-    assert retriever.index.ids == names[:2]
+    assert retriever.index.ids == names[:4]  # what was encoded was kept before it gave up
 
     again = build(index=tmp_path / "index")
-    assert again.index.ids == names[:2]
-    again.add_images(PICTURES[2:], ids=names[2:], progress=False)
+    assert again.index.ids == names[:4]
+    assert again.add_images(PICTURES, ids=names, existing="skip", progress=False).added == names[4:]
     whole = build()
     whole.add_images(PICTURES, ids=names, progress=False)
     found = build(index=tmp_path / "index").search(TEXTS, k=6)
@@ -603,21 +614,55 @@ def test_what_was_taken_out_is_not_found(build: Callable[..., Retriever], tmp_pa
     assert build(index=tmp_path / "index").index.ids == ["a", "d"]
 
 
-def test_of_two_retrievers_on_a_folder_the_second_is_told(build: Callable[..., Retriever], tmp_path: Path) -> None:
+def test_two_retrievers_may_share_a_folder(build: Callable[..., Retriever], tmp_path: Path) -> None:
     first, second = (build(index=tmp_path / "index") for _ in range(2))
     first.add_texts(["a"], ids=["first"], progress=False)
-    with pytest.raises(StoreError, match=r"another process has changed the index at .*: open it again"):
-        second.add_texts(["b"], ids=["second"], progress=False)
-    third = build(index=tmp_path / "index")
-    third.add_texts(["b"], ids=["second"], progress=False)
-    assert build(index=tmp_path / "index").index.ids == ["first", "second"]
+    second.add_texts(["b"], ids=["second"], progress=False)
+    assert {hit.id for hit in first.search("b", k=5)} == {"first", "second"}
+
+
+def test_ids_that_are_there_are_skipped_or_replaced(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    retriever = build(index=tmp_path / "index")
+    retriever.add_texts(TEXTS[:3], ids=list("abc"), metadata=[{"n": 1}] * 3, progress=False)
+    given = {"ids": list("bxc"), "metadata": [{"n": 2}] * 3, "progress": False}
+    assert retriever.add_texts(TEXTS[2:5], **given, existing="skip").added == ["x"]
+    assert retriever.index.ids == list("abcx")
+    assert retriever.search(TEXTS[1], k=1)[0].metadata == {"n": 1}
+    assert retriever.add_texts(TEXTS[2:5], **given, existing="replace").added == list("bxc")
+    assert retriever.index.ids == list("abxc")
+    assert [hit.id for hit in retriever.search(TEXTS[3], k=1)] == ["x"]
+    assert [meta["n"] for meta in retriever.index.metadata] == [1, 2, 2, 2]
+    for existing in ("replace", "error"):
+        with pytest.raises(InputError, match="expected ids that differ, got 'n' again"):
+            retriever.add_texts((text for text in TEXTS[:2]), ids=["n", "n"], existing=existing, progress=False)
+    with pytest.raises(InputError, match="expected existing among error, skip, replace, got 'ignore'"):
+        retriever.add_texts(TEXTS[:1], existing="ignore", progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], tmp_path: Path, dtype: str) -> None:
+    retriever = build(index=tmp_path / "index", dtype=dtype)
+    retriever.add_images(PICTURES, metadata=[{"camera": "ab"[n % 2], "n": n} for n in range(6)], progress=False)
+    assert build(index=tmp_path / "index").index.spec.dtype == dtype  # as it was made
+    expected = retriever.search(TEXTS[0], k=6, mode="exact")
+    assert {hit.mode for hit in expected} == {"exact"}
+    for mode in ("exact-int8", "two-stage"):
+        hits = retriever.search(TEXTS[0], k=6, mode=mode)
+        assert [(hit.id, hit.score) for hit in hits] == [(hit.id, hit.score) for hit in expected]
+        found = retriever.search(TEXTS[0], k=6, mode=mode, where="camera = 'b' and n > 1")
+        assert [hit.id for hit in found] == [hit.id for hit in expected if hit.metadata["n"] in (3, 5)]
+        assert retriever.search(TEXTS[0], mode=mode, where="camera = 'c'") == []
+    with pytest.raises(InputError, match="expected a mode among auto, exact, exact-int8, two-stage, got 'fast'"):
+        retriever.search(TEXTS[0], mode="fast")
+    with pytest.raises(InputError, match="expected a value, got the end"):
+        retriever.search(TEXTS[0], where="camera =")
 
 
 def test_a_lost_segment_is_named(build: Callable[..., Retriever], tmp_path: Path) -> None:
     build(index=tmp_path / "index").add_texts(["a"], progress=False)
     (segment,) = (tmp_path / "index" / "segments").iterdir()
     segment.unlink()
-    with pytest.raises(StoreError, match=f"{segment.name} cannot be read"):
+    with pytest.raises(StoreError, match=f"{segment.name} is missing"):
         build(index=tmp_path / "index")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finelip_fast._errors import StoreError
-from finelip_fast.index.catalogue import FORMAT, Catalogue, Item, read_spec
+from finelip_fast.index.catalogue import FORMAT, Catalogue, Item, SegmentRow, read_spec
 
-SPEC = {"checkpoint": "abc", "tokens": 3, "width": 4}
+SPEC = {"checkpoint": "abc", "tokens": 3, "width": 4, "alpha": 0.8, "dtype": "float16"}
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def reopened(path: Path) -> list[Item]:
 
 
 def add(catalogue: Catalogue, ids: list[str], segment: str, metadata: list[dict]) -> None:
-    with catalogue.changing(catalogue.version):
-        catalogue.add(ids, segment, range(len(ids)), metadata)
+    with catalogue.changing():
+        catalogue.add(ids, segment, range(len(ids)), [json.dumps(one) for one in metadata])
 
 
 def test_items_come_back_in_order_of_insertion(catalogue: Catalogue, path: Path) -> None:
@@ -42,9 +42,9 @@ def test_items_come_back_in_order_of_insertion(catalogue: Catalogue, path: Path)
     add(catalogue, ["z", "a"], "first", [{"n": 1}, {}])
     add(catalogue, ["m"], "second", [{"deep": {"list": [1, 2.5, None, True, "é"]}}])
     items = [
-        Item("z", "first", 0, 0, {"n": 1}),
-        Item("a", "first", 1, 1, {}),
-        Item("m", "second", 0, 0, {"deep": {"list": [1, 2.5, None, True, "é"]}}),
+        Item(0, "z", 0, {"n": 1}),
+        Item(1, "a", 1, {}),
+        Item(2, "m", 0, {"deep": {"list": [1, 2.5, None, True, "é"]}}),
     ]
     assert list(catalogue.items()) == items
     assert reopened(path) == items
@@ -67,21 +67,23 @@ def test_a_batch_that_collides_leaves_nothing(catalogue: Catalogue, path: Path) 
     assert [item.id for item in reopened(path)] == ["old", "next"]
 
 
-def test_a_change_of_an_older_version_is_refused(catalogue: Catalogue, path: Path) -> None:
+def test_changes_of_others_are_seen(catalogue: Catalogue, path: Path) -> None:
+    before = catalogue.changes_of_others
+    add(catalogue, ["own"], "segment", [{}])
+    assert catalogue.changes_of_others == before
     with closing(Catalogue(path, SPEC, source="mine")) as other:
-        add(other, ["theirs"], "segment", [{}])
-    with pytest.raises(StoreError, match="another process has changed the index"), catalogue.changing(0):
-        pytest.fail("it was let in")
-    assert [item.id for item in reopened(path)] == ["theirs"]
+        add(other, ["theirs"], "second", [{}])
+    assert catalogue.changes_of_others != before
+    assert (catalogue.version, [item.id for item in catalogue.items()]) == (2, ["own", "theirs"])
 
 
 def test_a_change_that_fails_midway_leaves_nothing(catalogue: Catalogue, path: Path) -> None:
     add(catalogue, ["kept"], "segment", [{}])
 
     def interrupted() -> None:
-        with catalogue.changing(1):
-            catalogue.remove(["kept"])
-            catalogue.add(["lost"], "other", [0], [{}])
+        with catalogue.changing():
+            catalogue.remove([0])
+            catalogue.add(["lost"], "other", [0], ["{}"])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -90,17 +92,61 @@ def test_a_change_that_fails_midway_leaves_nothing(catalogue: Catalogue, path: P
     assert catalogue.version == 1
 
 
-def test_older_versions_stay_until_they_are_compacted(catalogue: Catalogue) -> None:
+def test_older_versions_stay_until_they_are_forgotten(catalogue: Catalogue) -> None:
     add(catalogue, ["a", "b"], "first", [{}, {}])
-    with catalogue.changing(1):
-        catalogue.remove(["a"])
-        catalogue.add(["a"], "second", [9], [{"new": True}])
+    with catalogue.changing() as version:
+        assert version == 2
+        catalogue.remove(catalogue.find(["a", "x"]).values())
+        catalogue.add(["a"], "second", [9], ['{"new": true}'])
     assert [[item.id for item in catalogue.items(version)] for version in (0, 1, 2)] == [[], ["a", "b"], ["b", "a"]]
-    assert catalogue.segments() == {"first", "second"}
-    with catalogue.changing(2):
-        catalogue.compact("third", [4, 5])
+    segments = [SegmentRow("first", 0, 2), SegmentRow("second", 2, 1)]
+    assert catalogue.layout(1) == (1, segments[:1], [])
+    assert catalogue.layout() == (2, segments, [0])
+    assert [catalogue.count(version) for version in (0, 1, 2)] == [0, 2, 2]
+    with catalogue.changing():
+        catalogue.forget()
+        catalogue.replace(segments, "third", [4, 5])
     assert (catalogue.oldest, catalogue.version) == (3, 3)
-    assert list(catalogue.items()) == [Item("b", "third", 0, 4, {}), Item("a", "third", 1, 5, {"new": True})]
+    assert catalogue.layout() == (3, [SegmentRow("third", 0, 2)], [])
+    items = [Item(0, "b", 4, {}), Item(1, "a", 5, {"new": True})]
+    assert list(catalogue.items()) == items
+    assert catalogue.at([1, 0, 7], 3) == {0: items[0], 1: items[1]}
+    assert catalogue.at([0], 2) is None
+    with pytest.raises(StoreError, match=r"expected a version of .* from 3 to 3, got 2"):
+        catalogue.layout(2)
+    with pytest.raises(StoreError, match="was compacted while it was read"):
+        list(catalogue.items(2))
+
+
+def test_a_run_of_segments_is_replaced_and_the_order_stays(catalogue: Catalogue) -> None:
+    for number in range(4):
+        add(catalogue, [f"{number}-{one}" for one in range(3)], f"segment {number}", [{}] * 3)
+    with catalogue.changing():
+        catalogue.remove([1, 4, 5, 6, 7, 8])
+    segments = catalogue.layout().segments
+    with catalogue.changing():
+        catalogue.forget()
+        catalogue.replace(segments[:2], "both", [7, 8, 9])
+        catalogue.replace(segments[2:3], None, [])
+    assert catalogue.layout().segments == [SegmentRow("both", 0, 3), SegmentRow("segment 3", 9, 3)]
+    expected = ["0-0", "0-2", "1-0", "3-0", "3-1", "3-2"]
+    assert [item.id for item in catalogue.items()] == expected
+    assert [item.position for item in catalogue.items()] == [0, 1, 2, 9, 10, 11]
+    add(catalogue, ["new"], "last", [{}])
+    assert [item.id for item in catalogue.items()] == [*expected, "new"]
+
+
+def test_a_filter_sees_its_version_alone(catalogue: Catalogue) -> None:
+    add(catalogue, ["a", "b"], "first", [{"n": 1}, {"n": 2}])
+    with catalogue.changing():
+        catalogue.remove([1])
+    add(catalogue, ["c"], "second", [{"n": 3}])
+    assert [catalogue.matching("n >= 2", version) for version in (0, 1, 2, 3)] == [[], [1], [], [2]]
+    catalogue.speed_up("n")
+    catalogue.speed_up("n")
+    assert catalogue.matching("n >= 2", 3) == [2]
+    plan = catalogue._all("EXPLAIN QUERY PLAN SELECT position FROM item WHERE json_extract(metadata, '$.\"n\"') = 2")
+    assert "USING" in str(plan)
 
 
 def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None:
@@ -114,16 +160,36 @@ def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None
         connection.executemany("INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(one)) for key, one in spec.items()])
         rows = [(0, "z", "first", "{}"), (1, "a", "first", '{"n": 1}'), (2, "m", "second", "{}")]
         connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?)", rows)
-    expected = [
-        Item("z", "first", 0, None, {}),
-        Item("a", "first", 1, None, {"n": 1}),
-        Item("m", "second", 0, None, {}),
-    ]
+    expected = [Item(0, "z", None, {}), Item(1, "a", None, {"n": 1}), Item(2, "m", None, {})]
     assert reopened(path) == expected
     with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
         add(catalogue, ["new"], "third", [{}])
-        assert list(catalogue.items()) == [*expected, Item("new", "third", 0, 0, {})]
-        assert read_spec(path)["source"] == "mine"
+        assert list(catalogue.items()) == [*expected, Item(3, "new", 0, {})]
+        assert catalogue.layout(0).segments == [SegmentRow("first", 0, 2), SegmentRow("second", 2, 1)]
+        assert read_spec(path) == SPEC | {"format": FORMAT, "source": "mine", "version": 1, "oldest": 0}
+
+
+def test_a_catalogue_of_the_second_format_becomes_one_of_this(path: Path) -> None:
+    """One that was compacted: its positions have gaps where its rows have none."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE spec (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+        connection.execute(
+            "CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL, segment TEXT NOT NULL, row INTEGER NOT NULL, "
+            "crc INTEGER, metadata TEXT NOT NULL, born INTEGER NOT NULL, died INTEGER) STRICT"
+        )
+        connection.execute("CREATE UNIQUE INDEX living ON item (id) WHERE died IS NULL")
+        old = {key: SPEC[key] for key in ("checkpoint", "tokens", "width")}
+        spec = {**old, "format": 2, "source": "mine", "version": 5, "oldest": 3}
+        connection.executemany("INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(one)) for key, one in spec.items()])
+        rows = [(1, "a", "compacted", 0, 7, "{}", 1, None), (4, "b", "compacted", 1, 8, "{}", 2, None)]
+        rows += [(5, "c", "new", 0, 9, "{}", 4, 5), (6, "d", "new", 1, 10, "{}", 4, None)]
+        connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
+        assert catalogue.layout() == (5, [SegmentRow("compacted", 1, 2), SegmentRow("new", 5, 2)], [5])
+        assert [item[:3] for item in catalogue.items()] == [(1, "a", 7), (2, "b", 8), (6, "d", 10)]
+        assert [item.id for item in catalogue.items(4)] == ["a", "b", "c", "d"]
+        assert [item.id for item in catalogue.items(3)] == ["a", "b"]
+        assert catalogue.find(["c", "d"]) == {"d": 6}
 
 
 def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue, path: Path) -> None:
@@ -136,7 +202,9 @@ def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue
 
 
 @pytest.mark.parametrize(
-    "change", [{"checkpoint": "xyz"}, {"tokens": 5}, {"width": 8}], ids=lambda one: next(iter(one))
+    "change",
+    [{"checkpoint": "xyz"}, {"tokens": 5}, {"width": 8}, {"alpha": 1.0}, {"dtype": "int8"}],
+    ids=lambda one: next(iter(one)),
 )
 def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: Path, change: dict) -> None:
     with pytest.raises(StoreError) as caught:
@@ -190,7 +258,7 @@ def test_a_writer_waits_for_another_and_says_so_in_the_end(catalogue: Catalogue,
     catalogue._connection.execute("PRAGMA busy_timeout = 50")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match=r"cannot be written: database is locked"):
+        with pytest.raises(StoreError, match="another process is writing to the index"):
             add(catalogue, ["a"], "segment", [{}])
         other.execute("ROLLBACK")
     add(catalogue, ["a"], "segment", [{}])

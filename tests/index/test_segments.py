@@ -11,64 +11,164 @@ import pytest
 import torch
 
 from finelip_fast._errors import StoreError
-from finelip_fast.index.segments import checksums, read_segment, write_segment
+from finelip_fast.index.segments import Segment, encode, joined, open_segment, write_segment
+from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
+
+
+def random(rows: int, *, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def written(folder: Path, embeddings: torch.Tensor, dtype: str = "float16") -> tuple[Segment, list[int]]:
+    name, crcs = write_segment(folder, encode(embeddings, dtype))
+    return reopened(folder, name, len(embeddings), dtype), crcs
+
+
+def reopened(folder: Path, name: str, rows: int, dtype: str = "float16") -> Segment:
+    return open_segment(folder, name, rows=rows, shape=(3, 8), dtype=dtype)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_segment_comes_back_as_float16(tmp_path: Path, rows: int, dtype: torch.dtype) -> None:
-    embeddings = torch.randn(rows, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    name, _ = write_segment(tmp_path, embeddings)
-    back = read_segment(tmp_path, name, rows=rows, shape=(3, 4))
-    assert back.dtype == torch.float16
-    assert torch.equal(back, embeddings.half())
+    embeddings = random(rows).to(dtype)
+    segment, _ = written(tmp_path, embeddings)
+    assert segment.embeddings(slice(None)).dtype == torch.float16
+    assert torch.equal(segment.embeddings(slice(None)), embeddings.half())
+    order = torch.arange(rows).flip(0)
+    assert torch.equal(segment.read(order), embeddings.half().flip(0))
+
+
+def test_a_segment_in_int8_is_its_integers_with_the_global_rows_as_they_were(tmp_path: Path) -> None:
+    embeddings = random(5)
+    segment, _ = written(tmp_path, embeddings, "int8")
+    values, scales = quantize(embeddings)
+    expected = values * scales[..., None]
+    expected[:, :1] = embeddings[:, :1].half()
+    rows = torch.tensor([4, 0, 2])
+    assert torch.equal(segment.read(rows), expected[rows])
+    assert torch.equal(segment.embeddings(slice(1, 3)), expected[1:3])
+    assert torch.equal(segment.embeddings(rows), expected[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_the_global_embeddings_lie_side_by_side(tmp_path: Path, dtype: str) -> None:
+    segment, _ = written(tmp_path, random(5), dtype)
+    values, scales = quantize(segment.read(torch.arange(5))[:, :1])
+    assert torch.equal(segment.arrays["globals"], values[:, 0])
+    assert torch.equal(segment.arrays["global_scales"], scales[:, 0])
 
 
 def test_checksums_are_of_the_rows_as_they_lie_in_the_file(tmp_path: Path) -> None:
-    embeddings = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    name, crcs = write_segment(tmp_path, embeddings)
-    content = (tmp_path / name).read_bytes()[-3 * 4 * 5 * 2 :]
-    assert crcs == [zlib.crc32(content[row * 40 : (row + 1) * 40]) for row in range(3)]
-    assert checksums(read_segment(tmp_path, name, rows=3, shape=(4, 5))) == crcs
+    embeddings = random(3).half()
+    segment, crcs = written(tmp_path, embeddings)
+    content = (tmp_path / segment.name).read_bytes()
+    at = content.index(embeddings.numpy().tobytes())
+    assert at % 64 == 0
+    assert crcs == [zlib.crc32(content[at + row * 48 : at + (row + 1) * 48]) for row in range(3)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_any_flipped_byte_is_found(tmp_path: Path, dtype: str) -> None:
+    segment, crcs = written(tmp_path, random(4), dtype)
+    assert segment.damaged(crcs) == []
+    assert segment.damaged([None] * 4) == []  # of a time without checksums
+    content = (tmp_path / segment.name).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for at in range(start, len(content)):
+        flipped = bytearray(content)
+        flipped[at] ^= 4
+        (tmp_path / "flipped.safetensors").write_bytes(flipped)
+        assert len(reopened(tmp_path, "flipped.safetensors", 4, dtype).damaged(crcs)) == 1, at
+
+
+def test_chosen_rows_of_segments_are_joined_to_the_bit(tmp_path: Path) -> None:
+    for dtype in ("float16", "int8"):
+        (first, crcs), (second, more) = (written(tmp_path, random(3, seed=n), dtype) for n in range(2))
+        arrays = joined(
+            [(first, torch.tensor([0, 2])), (second, torch.tensor([], dtype=torch.int64)), (second, torch.tensor([1]))]
+        )
+        name, new = write_segment(tmp_path, arrays)
+        assert new == [crcs[0], crcs[2], more[1]]
+        assert reopened(tmp_path, name, 3, dtype).damaged(new) == []
 
 
 def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None:
-    embeddings = torch.arange(24.0).view(2, 4, 3).transpose(1, 2)
+    embeddings = random(2).transpose(1, 2).contiguous().transpose(1, 2)
     assert not embeddings.is_contiguous()
-    name, _ = write_segment(tmp_path, embeddings)
-    assert torch.equal(read_segment(tmp_path, name, rows=2, shape=(3, 4)), embeddings.half())
+    assert torch.equal(written(tmp_path, embeddings)[0].embeddings(slice(None)), embeddings.half())
 
 
 def test_no_segment_replaces_another(tmp_path: Path) -> None:
-    names = {write_segment(tmp_path, torch.full((1, 1, 1), value))[0] for value in (1.0, 2.0, 3.0)}
-    assert {read_segment(tmp_path, name, rows=1, shape=(1, 1)).item() for name in names} == {1.0, 2.0, 3.0}
+    names = {written(tmp_path, random(1))[0].name for _ in range(3)}
+    assert len(names) == len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=f"cannot write {re.escape(str(tmp_path / 'gone'))}.*No such file"):
-        write_segment(tmp_path / "gone", torch.zeros(1, 1, 1))
+def test_int8_copies_are_kept_and_made_again_where_they_are_spoilt(tmp_path: Path) -> None:
+    embeddings = random(5)
+    segment, _ = written(tmp_path / "segments", embeddings)
+    expected = quantize_items(embeddings.half())
+    cache = tmp_path / "cache"
+    assert not segment.is_quantized(cache)
+    for _ in range(2):
+        for mine, right in zip(segment.quantized(cache), expected, strict=True):
+            assert torch.equal(mine, right)
+        assert segment.is_quantized(cache)
+        (file,) = cache.iterdir()
+        file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(segment.quantized(None).values, expected.values)
+    kept = written(tmp_path / "segments", embeddings, "int8")[0]
+    assert kept.is_quantized(None)
+    assert isinstance(kept.quantized(None), QuantizedItems)
 
 
-@pytest.mark.parametrize("keep", [0, 20, 130], ids=["empty", "in the header", "in the values"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=f"cannot write {re.escape(str(tmp_path / 'file'))}.*"):
+        written(tmp_path / "file", random(1))
+
+
+@pytest.mark.parametrize("keep", [0, 20, 400], ids=["empty", "in the header", "in the values"])
 def test_a_truncated_segment_is_named(tmp_path: Path, keep: int) -> None:
-    name, _ = write_segment(tmp_path, torch.zeros(4, 3, 8))
-    path = tmp_path / name
+    segment, _ = written(tmp_path, random(4))
+    path = tmp_path / segment.name
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(StoreError, match=f"{name} cannot be read.*restore it or index again"):
-        read_segment(tmp_path, name, rows=4, shape=(3, 8))
+    with pytest.raises(StoreError, match=f"{segment.name} cannot be read.*restore it, or finelip index repair"):
+        reopened(tmp_path, segment.name, 4)
 
 
-def test_a_missing_segment_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"lost\.npy cannot be read.*No such file"):
-        read_segment(tmp_path, "lost.npy", rows=1, shape=(1, 1))
+def test_a_segment_that_has_become_shorter_or_is_gone_is_not_read(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path, random(4))
+    path = tmp_path / segment.name
+    segment.read(torch.tensor([0]))
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(StoreError, match="has become shorter"):
+        segment.read(torch.tensor([0, 3]))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        segment.read(torch.tensor([0]))
+    with pytest.raises(FileNotFoundError):
+        reopened(tmp_path, segment.name, 4)
+
+
+def test_a_segment_of_numpys_format_is_read(tmp_path: Path) -> None:
+    embeddings = random(4).half()
+    np.save(tmp_path / "old.npy", embeddings.numpy())
+    segment = reopened(tmp_path, "old.npy", 4)
+    assert torch.equal(segment.embeddings(slice(None)), embeddings)
+    assert torch.equal(segment.read(torch.tensor([3, 1])), embeddings[[3, 1]])
+    assert not segment.is_current
+    expected = quantize(embeddings[:, :1])[0][:, 0]
+    assert torch.equal(segment.arrays["globals"], expected)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((2, 3, 4), np.float32), r"expected float16 \[2, 3, 4\] or more, got float32 \[2, 3, 4\]"),
-        (np.zeros((1, 3, 4), np.float16), r"expected float16 \[2, 3, 4\] or more, got float16 \[1, 3, 4\]"),
-        (np.zeros((2, 4, 3), np.float16), r"expected float16 \[2, 3, 4\] or more, got float16 \[2, 4, 3\]"),
+        (np.zeros((2, 3, 8), np.float32), r"expected tokens float16 \[2, 3, 8\], got float32 \[2, 3, 8\]"),
+        (np.zeros((1, 3, 8), np.float16), r"expected tokens float16 \[2, 3, 8\], got float16 \[1, 3, 8\]"),
+        (np.zeros((2, 8, 3), np.float16), r"expected tokens float16 \[2, 3, 8\], got float16 \[2, 8, 3\]"),
         (np.array([{"any": "object"}], object), "cannot be read"),  # a pickle, which is not opened
     ],
     ids=["dtype", "rows", "shape", "pickle"],
@@ -76,4 +176,10 @@ def test_a_missing_segment_is_named(tmp_path: Path) -> None:
 def test_a_foreign_file_is_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
     np.save(tmp_path / "segment.npy", values)
     with pytest.raises(StoreError, match=f"segment.npy.*{message}"):
-        read_segment(tmp_path, "segment.npy", rows=2, shape=(3, 4))
+        reopened(tmp_path, "segment.npy", 2)
+
+
+def test_a_segment_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path, random(2))
+    with pytest.raises(StoreError, match=r"expected values int8 \[2, 3, 8\], got none"):
+        reopened(tmp_path, segment.name, 2, "int8")

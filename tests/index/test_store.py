@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index import Index, IndexSpec, stored_source
-from finelip_fast.index.catalogue import Catalogue
+from finelip_fast.index import Index, IndexSpec, store, stored_index, stored_source
+from finelip_fast.index.catalogue import Catalogue, Layout
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 
@@ -86,13 +87,17 @@ def test_search_agrees_with_scoring_everything(method: ModuleType, k: int, alpha
     for block in range(3):  # in blocks, as they were added
         index.add([f"{block}-{n}" for n in range(4)], embeddings(4, block), [{}] * 4)
     queries = embeddings(2, seed=9)
-    scores, positions = index.search(queries, k, alpha=alpha)
-    expected = method.score_matrix(queries.double().numpy(), index.embeddings.double().numpy(), alpha)
+    found = index.search(queries, k, alpha=alpha)
+    queries, items = queries.double().numpy(), index.embeddings.double().numpy()
+    expected = method.score_matrix(queries, items, alpha)
     order = np.argsort(-expected, axis=1, kind="stable")[:, :k]
-    assert positions.tolist() == order.tolist()
-    torch.testing.assert_close(
-        scores, torch.from_numpy(np.take_along_axis(expected, order, 1)).float(), atol=1e-5, rtol=0
-    )
+    assert found.numbers.tolist() == order.tolist()
+    assert [[item.id for item in items] for items in found.items] == [[index.ids[n] for n in row] for row in order]
+    parts = (method.score_matrix(queries, items, 1.0), method.score_matrix(queries, items, 0.0))
+    for mine, right in zip((found.scores, found.global_scores, found.fine_scores), (expected, *parts), strict=True):
+        torch.testing.assert_close(
+            mine, torch.from_numpy(np.take_along_axis(right, order, 1)).float(), atol=1e-5, rtol=0
+        )
 
 
 def test_ties_come_in_order_of_insertion(open_index: Callable[[], Index]) -> None:
@@ -100,19 +105,26 @@ def test_ties_come_in_order_of_insertion(open_index: Callable[[], Index]) -> Non
     same = torch.eye(8)[None, :3]  # exact in any arithmetic
     for name in "hgfedcba":
         index.add([name], same, [{}])
-    assert index.search(same, 5, alpha=0.8)[1].tolist() == [[0, 1, 2, 3, 4]]
+    for mode in ("exact", "exact-int8", "two-stage"):
+        assert index.search(same, 5, mode=mode).numbers.tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_searching_an_empty_index_finds_nothing(open_index: Callable[[], Index]) -> None:
-    scores, positions = open_index().search(embeddings(2), 5, alpha=0.8)
-    assert scores.shape == positions.shape == (2, 0)
+    index = open_index()
+    for mode in ("auto", "exact", "exact-int8", "two-stage"):
+        found = index.search(embeddings(2), 5, mode=mode)
+        assert found.scores.shape == found.fine_scores.shape == found.numbers.shape == (2, 0)
+        assert found.items == [[], []]
+    add(index, "a")
+    index.delete(["a"])
+    assert index.search(embeddings(2), 5).items == [[], []]
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (["new", "old"], "got 'old' again; give other ids"),
-        (["new", "twice", "twice"], "got 'twice' again; give other ids"),
+        (["new", "old"], "got 'old' again; give other ids, or replace them"),
+        (["new", "twice", "twice"], "got 'twice' again; give each item once"),
         (["new", 7], "expected ids as str, got 7"),
     ],
 )
@@ -137,7 +149,9 @@ def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, 
     assert len(index) == 0
 
 
-@pytest.mark.parametrize("metadata", [{"path": Path("a")}, {"set": {1}}, {(1, 2): 3}, ["list"], None], ids=repr)
+@pytest.mark.parametrize(
+    "metadata", [{"path": Path("a")}, {"set": {1}}, {(1, 2): 3}, ["list"], None, {"nan": float("nan")}], ids=repr
+)
 def test_metadata_must_be_json(open_index: Callable[[], Index], metadata: object) -> None:
     index = open_index()
     with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values, got"):
@@ -159,30 +173,30 @@ def test_metadata_is_a_copy_and_reads_alike_before_and_after_closing(folder: Pat
 
 
 def test_a_folder_keeps_everything(folder: Path) -> None:
+    query = embeddings(1, seed=2)
     with closing(Index(SPEC, folder, source="somewhere")) as index:
         add(index, "a", "b")
         add(index, "c", seed=1)
-        before, query = index, embeddings(1, seed=2)
+        before = (index.ids, index.metadata, index.embeddings, index.search(query, 3))
     with closing(Index(SPEC, folder)) as index:
-        assert index.ids == before.ids
-        assert index.metadata == before.metadata
-        assert torch.equal(index.embeddings, before.embeddings)
-        for mine, other in zip(index.search(query, 3, alpha=0.8), before.search(query, 3, alpha=0.8), strict=True):
-            assert torch.equal(mine, other)
+        ids, metadata, rows, found = before
+        assert (index.ids, index.metadata) == (ids, metadata)
+        assert torch.equal(index.embeddings, rows)
+        assert torch.equal(index.search(query, 3).scores, found.scores)
+        assert index.search(query, 3).items == found.items
         add(index, "d", seed=3)
     assert contents(folder) == ["a", "b", "c", "d"]
     assert stored_source(folder) == "somewhere"
 
 
-def test_a_closed_index_still_searches_but_takes_nothing(folder: Path) -> None:
-    index = Index(SPEC, folder)
+def test_a_closed_index_says_so(open_index: Callable[[], Index]) -> None:
+    index = open_index()
     add(index, "a")
     index.close()
     index.close()
-    assert index.search(embeddings(1), 1, alpha=1.0)[1].tolist() == [[0]]
-    with pytest.raises(StoreError, match="the index is closed: open its folder again"):
-        add(index, "b")
-    assert index.ids == contents(folder) == ["a"]
+    for use in (lambda: add(index, "b"), lambda: index.search(embeddings(1), 1), lambda: len(index), index.maintain):
+        with pytest.raises(StoreError, match="the index is closed: open its folder again"):
+            use()
 
 
 def test_the_stored_source_tells_the_bundled_model_from_no_index(folder: Path) -> None:
@@ -213,16 +227,45 @@ def test_a_process_killed_before_the_commit_loses_nothing_acknowledged(
         assert torch.equal(index.embeddings[1:], embeddings(1, seed=1).half())
 
 
-def test_of_two_writers_the_second_is_told_and_nothing_is_lost(folder: Path) -> None:
+def test_two_writers_and_a_reader_see_each_other(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as first, closing(Index(SPEC, folder)) as second:
         add(first, "from the first")
-        with pytest.raises(StoreError, match=r"another process has changed the index at .*: open it again"):
-            add(second, "from the second")
-        assert second.ids == []
-        add(first, "more")
-    with closing(Index(SPEC, folder)) as again:
-        add(again, "from the second", seed=2)
-    assert contents(folder) == ["from the first", "more", "from the second"]
+        assert second.ids == ["from the first"]
+        add(second, "from the second", seed=1)
+        second.delete(["from the first"])
+        assert first.ids == ["from the second"]
+        assert [item.id for item in first.search(embeddings(1), 5).items[0]] == ["from the second"]
+        with pytest.raises(InputError, match="got 'from the second' again"):
+            add(first, "from the second")
+        first.maintain()
+        assert second.ids == ["from the second"]
+        assert second.version == first.version == 4
+    assert contents(folder) == ["from the second"]
+
+
+def test_a_search_that_others_disturb_is_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process compacts the index when the search has chosen its rows, or is about to read them."""
+    with closing(Index(SPEC, folder)) as writer, closing(Index(SPEC, folder)) as reader:
+        for number in range(4):
+            add(writer, f"item {number}", seed=number)
+        expected = reader.search(embeddings(1, seed=3), 3).items
+        assert expected[0][0].id == "item 3"
+        disturbed = []
+
+        def compacted(*arguments: object) -> object:
+            if len(disturbed) < 2:
+                disturbed.append(1)
+                writer.delete([f"item {len(disturbed) - 1}"])
+                writer.maintain()
+            return original(*arguments)
+
+        for name in ("at", "layout"):
+            original = getattr(reader.catalogue, name)
+            monkeypatch.setattr(reader.catalogue, name, compacted)
+            found = reader.search(embeddings(1, seed=3), 3, mode="two-stage").items
+            assert found[0][0].id == "item 3"
+            monkeypatch.undo()
+        assert {item.id for item in found[0]} == {"item 2", "item 3"}
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])])
@@ -231,7 +274,7 @@ def test_a_damaged_segment_is_named(folder: Path, damage: Callable[[Path], objec
         add(index, "a", "b")
     (segment,) = (folder / "segments").iterdir()
     damage(segment)
-    with pytest.raises(StoreError, match=segment.name):
+    with pytest.raises(StoreError, match=rf"{segment.name}.*(restore it|finelip index repair)"):
         Index(SPEC, folder)
 
 
@@ -308,12 +351,16 @@ def test_putting_in_order_leaves_one_segment_and_no_stray(folder: Path) -> None:
         for number in range(4):
             add(index, f"item {number}", seed=number)
         index.delete(["item 1"])
-        (folder / "segments" / "stray.npy").write_bytes(b"of a writer that was killed")
+        (folder / "segments" / "stray.safetensors").write_bytes(b"of a writer that was killed")
+        index.search(embeddings(1), 1, mode="exact-int8")
+        assert len(list((folder / "cache").iterdir())) == 4
         before = index.embeddings.clone()
         report = index.maintain()
-        assert (report["segments"], report["strays"]) == (4, 1)
+        assert (report["segments"], report["after"], report["strays"]) == (4, 1, 1)
         assert report["bytes"] > 0
         assert len(list((folder / "segments").iterdir())) == 1
+        assert list((folder / "cache").iterdir()) == []
+        assert index.maintain() == {"segments": 1, "after": 1, "strays": 0, "bytes": 0}
         add(index, "later", seed=9)
     with closing(Index(SPEC, folder)) as index:
         assert index.ids == ["item 0", "item 2", "item 3", "later"]
@@ -323,7 +370,7 @@ def test_putting_in_order_leaves_one_segment_and_no_stray(folder: Path) -> None:
 
 def test_an_empty_folder_can_be_put_in_order(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
-        assert index.maintain() == {"segments": 0, "strays": 0, "bytes": 0}
+        assert index.maintain() == {"segments": 0, "after": 0, "strays": 0, "bytes": 0}
         add(index, "a")
         index.delete(["a"])
         assert index.maintain()["segments"] == 1
@@ -332,26 +379,43 @@ def test_an_empty_folder_can_be_put_in_order(folder: Path) -> None:
 
 
 def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segments that the catalogue named are gone when they are to be read."""
+    """The segments that the catalogue named are gone when they are to be opened."""
     with closing(Index(SPEC, folder)) as writer:
         add(writer, "a")
         add(writer, "b", seed=1)
-        load, calls = Index._load, []
+        layout, calls = Catalogue.layout, []
 
-        def late(self: Index, version: int) -> None:
-            calls.append(version)
-            if len(calls) == 1:
-                items = list(self._catalogue.items(version))
-                writer.maintain()
-                monkeypatch.setattr(self._catalogue, "items", lambda _: iter(items))
-            else:
-                monkeypatch.undo()
-            load(self, version)
+        def late(catalogue: Catalogue, version: int | None = None) -> Layout:
+            found = layout(catalogue, version)
+            if catalogue is not writer.catalogue:
+                calls.append(found.version)
+                if len(calls) == 1:
+                    writer.maintain()
+            return found
 
-        monkeypatch.setattr(Index, "_load", late)
+        monkeypatch.setattr(Catalogue, "layout", late)
         with closing(Index(SPEC, folder)) as reader:
             assert reader.ids == ["a", "b"]
-        assert calls == [2, 3]
+        assert calls[0] == 2
+        assert set(calls[1:]) == {3}
+
+
+def test_full_segments_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_FULL", 4 * 70)  # bytes: four items
+    with closing(Index(SPEC, folder)) as index:
+        for number, size in enumerate([3, 1, 1, 1, 4, 2, 1]):
+            add(index, *(f"{number}-{one}" for one in range(size)), seed=number)
+        before, names = (index.ids, index.embeddings), [row.name for row in index.view().layout.segments]
+        assert index.maintain()["after"] == 4
+        rows = index.view().layout.segments
+        assert [row.rows for row in rows] == [3, 3, 4, 3]
+        assert (rows[0].name, rows[2].name) == (names[0], names[4])
+        assert index.ids == before[0]
+        assert torch.equal(index.embeddings, before[1])
+        index.delete(["4-1"])
+        assert index.maintain()["after"] == 4
+        assert [row.rows for row in index.view().layout.segments] == [3, 3, 3, 3]
+        assert index.check() == {}
 
 
 def test_a_snapshot_is_the_index_with_its_versions(folder: Path, tmp_path: Path) -> None:
@@ -386,13 +450,47 @@ def test_a_flipped_bit_is_found(folder: Path) -> None:
         content[-1] ^= 1
         first.write_bytes(content)
         assert index.check() == {"b": f"row 1 of segment {first.name} is not what was written"}
+        add(index, "d", seed=2)
         with pytest.raises(StoreError, match=r"1 items are damaged, 'b' among them"):  # a new checksum would hide it
             index.maintain()
         assert set(index.check()) == {"b"}
         second.unlink()
         damaged = index.check()
         assert set(damaged) == {"b", "c"}
-        assert "cannot be read" in damaged["c"]
+        assert "No such file" in damaged["c"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_is_not_damaged_can_be_searched_and_kept(folder: Path, dtype: str) -> None:
+    spec = replace(SPEC, dtype=dtype)
+    with closing(Index(spec, folder)) as index:
+        for number, names in enumerate(["ab", "cd", "ef", "gh"]):
+            add(index, *names, seed=number)
+        index.delete(["c"])
+        segments = [folder / "segments" / row.name for row in index.view().layout.segments]
+    segments[0].unlink()
+    segments[1].write_bytes(segments[1].read_bytes()[:300])
+    content = bytearray(segments[2].read_bytes())
+    content[-1] ^= 1
+    segments[2].write_bytes(content)
+    with pytest.raises(StoreError, match=r"is missing: restore it, or keep the rest with finelip index repair"):
+        stored_index(folder)
+    with closing(stored_index(folder, skip_damaged=True)) as index:
+        assert set(index.damaged) == {segments[0].name, segments[1].name}
+        assert index.ids == ["e", "f", "g", "h"]
+        found = index.search(embeddings(2, seed=3), 1)
+        assert [[item.id for item in items] for items in found.items] == [["g"], ["h"]]
+        damaged = index.check()
+        assert set(damaged) == {"a", "b", "d", "f"}
+        with pytest.raises(StoreError, match="4 items are damaged"):
+            index.maintain()
+        assert index.repair() == damaged
+        assert index.repair() == index.check() == {}
+        assert index.ids == ["e", "g", "h"]
+    with closing(Index(spec, folder)) as index:
+        add(index, "a", "b")
+        assert index.ids == ["e", "g", "h", "a", "b"]
+        assert index.check() == {}
 
 
 @settings(max_examples=30, deadline=None)
@@ -439,41 +537,10 @@ def test_any_sequence_of_changes_is_a_dictionary(
         assert torch.equal(index.embeddings, rows.half())
         assert index.check() == {}
         query = embeddings(1, seed=99)
-        scores, positions = index.search(query, k, alpha=alpha)
+        found = [index.search(query, k, alpha=alpha, mode=mode) for mode in ("exact", "exact-int8")]
+        everything = index.search(query, k, alpha=alpha, mode="two-stage", candidates=50)
         index.close()
     expected = method.score_matrix(query.double().numpy(), rows.double().numpy(), alpha)[0]
-    assert positions[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
-    np.testing.assert_allclose(scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    steps=st.lists(st.one_of(st.just("reopen"), st.integers(0, 4)), max_size=8),
-    k=st.integers(1, 12),
-    alpha=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
-)
-def test_any_sequence_of_adding_and_reopening_is_a_list(
-    method: ModuleType, steps: list[str | int], k: int, alpha: float
-) -> None:
-    model: list[tuple[str, dict]] = []
-    rows = embeddings(0)
-    with tempfile.TemporaryDirectory() as folder:
-        index = Index(SPEC, folder)
-        for step in steps:
-            if step == "reopen":
-                index.close()
-                index = Index(SPEC, folder)
-            else:
-                new = [(f"item {len(model) + n}", {"n": n}) for n in range(step)]
-                block = embeddings(step, seed=len(model))
-                index.add([one for one, _ in new], block, [meta for _, meta in new])
-                model, rows = model + new, torch.cat([rows, block])
-            assert list(zip(index.ids, index.metadata, strict=True)) == model
-            assert all(one in index for one, _ in model)
-            assert torch.equal(index.embeddings, rows.half())
-        query = embeddings(1, seed=99)
-        scores, positions = index.search(query, k, alpha=alpha)
-        index.close()
-    expected = method.score_matrix(query.double().numpy(), rows.double().numpy(), alpha)[0]
-    assert positions[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
-    np.testing.assert_allclose(scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
+    for one in (*found, everything):
+        assert one.numbers[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
+        np.testing.assert_allclose(one.scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)

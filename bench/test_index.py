@@ -1,0 +1,337 @@
+"""The index: writing, loading, fetching and searching, beside Lance on the same data.
+
+``FINELIP_BENCH_INDEX`` (20000; several with commas) random items of ViT-B/16's size, 40 KiB each, are written in batches of
+64 MiB into ``FINELIP_BENCH_FOLDER`` (the system's folder of temporary files); three times their size must be free there.
+*Cold* is after the system was told to forget the files. Lance keeps an embedding as fixed-size binary, and does not wait for
+the disk when it writes. To *load* is to have every embedding in memory, where a search finds it.
+
+What a search in two stages loses is measured on ``FINELIP_BENCH_INDEX_SCENES`` (20,000) pictures of Scenes, searched by the
+descriptions of some.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contest import Result, clock
+from inputs import DEVICE, TOKENS, WIDTH, unit_rows
+from torch import Tensor
+
+import finelip_fast
+from finelip_fast.datasets import Scenes
+from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index.tune import tune
+from finelip_fast.kernels import clim_topk
+
+COUNTS = [int(count) for count in os.environ.get("FINELIP_BENCH_INDEX", "20000").split(",")]
+SCENES = int(os.environ.get("FINELIP_BENCH_INDEX_SCENES", 20_000))
+SPEC = IndexSpec("bench", TOKENS, WIDTH)
+BATCH, FETCHED, BEST, CANDIDATES = 1_600, 200, 10, 400
+ITEM_BYTES = 2 * TOKENS * WIDTH
+
+OURS, LANCE = "finelip_fast", "Lance"
+
+
+# The stores -----------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """The library's own index in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, ids: list[str], rows: Tensor) -> None:
+        if not hasattr(self, "index"):
+            self.index = Index(SPEC, self.folder, device=DEVICE)
+        self.index.add(ids, rows, [{"number": one} for one in ids])
+
+    def load(self) -> Tensor:
+        index = Index(SPEC, self.folder, device=DEVICE)
+        for piece in index.view().tokens or []:
+            piece.view(-1).view(torch.int32)[:: 4096 // 4].sum()  # a page of a mapped file comes when it is touched
+        first = index.view().read(torch.arange(5))
+        index.close()
+        return first
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        return self.index.view().read(rows)
+
+
+class Lance:
+    """A dataset of pylance."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, ids: list[str], rows: Tensor) -> None:
+        import lance
+        import pyarrow as pa
+
+        values = pa.py_buffer(rows.to(torch.float16).contiguous().numpy())
+        tokens = pa.FixedSizeBinaryArray.from_buffers(pa.binary(ITEM_BYTES), len(ids), [None, values])
+        metadata = [f'{{"number": "{one}"}}' for one in ids]
+        table = pa.table({"id": ids, "metadata": metadata, "tokens": tokens})
+        lance.write_dataset(table, str(self.folder), mode="append" if self.folder.exists() else "create")
+        self.dataset = lance.dataset(str(self.folder))
+
+    def batches(self) -> list[Tensor]:
+        import lance
+
+        dataset = lance.dataset(str(self.folder))
+        return [_as_rows(batch.column(0)) for batch in dataset.to_batches(columns=["tokens"])]
+
+    def load(self) -> Tensor:
+        return torch.cat(self.batches()[:1])[:5]
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        taken = self.dataset.take(rows.tolist(), columns=["tokens"]).combine_chunks().column(0).chunk(0)
+        return _as_rows(taken)
+
+
+def _as_rows(column: Any) -> Tensor:
+    """The same memory, ``[n, L, D]``."""
+    values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * ITEM_BYTES :][: len(column) * ITEM_BYTES]
+    writable = np.lib.stride_tricks.as_strided(values, writeable=True)
+    return torch.from_numpy(writable.view(np.float16).reshape(-1, TOKENS, WIDTH))
+
+
+STORES: dict[str, type[Any]] = {OURS: Ours, LANCE: Lance}
+
+
+@cache
+def available() -> list[str]:
+    try:
+        import lance  # noqa: F401
+    except ImportError:
+        return [OURS]
+    return [OURS, LANCE]
+
+
+@cache
+def workplace() -> Path:
+    return Path(tempfile.mkdtemp(dir=os.environ.get("FINELIP_BENCH_FOLDER")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cleaned_up() -> Iterator[None]:
+    yield
+    shutil.rmtree(workplace(), ignore_errors=True)
+
+
+def items(count: int) -> Iterator[tuple[int, Tensor]]:
+    """Batches of float16 and where each begins: other ones every time, of few that were drawn."""
+    drawn = unit_rows(BATCH, dtype=torch.float16, seed=0).cpu()
+    generator = torch.Generator().manual_seed(1)
+    for first in range(0, count, BATCH):
+        signs = torch.randint(0, 2, (WIDTH,), generator=generator).half() * 2 - 1
+        yield first, (drawn * signs)[: count - first]
+
+
+def forget(folder: Path) -> None:
+    """Tell the system to drop what it keeps of a folder's files in memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)  # what was not written yet cannot be dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+@contextmanager
+def watched(info: dict[str, Any]) -> Iterator[None]:
+    """Notes how much more memory of its own the process had at most; mapped files are not counted."""
+    before, most, done = _own_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            most[0] = max(most[0], _own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        info["peak_mib"] = max(0, most[0] - before) / 2**20
+
+
+def _own_memory() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def stores(count: int) -> tuple[dict[str, Any], dict[str, Result]]:
+    """All stores, filled, and how that went: seconds of all writing, until the disk has it where the store waits for that."""
+    opened = {name: STORES[name](workplace() / f"{name}-{count}") for name in available()}
+    results = {name: Result(info={"items_per_second": 0.0}) for name in opened}
+    for name, store in opened.items():
+        seconds = 0.0
+        with watched(results[name].info):
+            for first, rows in items(count):
+                ids = [f"pictures/{number:09}.jpg" for number in range(first, first + len(rows))]
+                start = time.perf_counter()
+                store.write(ids, rows)
+                seconds += time.perf_counter() - start
+        results[name].seconds.append(seconds)
+        results[name].info["items_per_second"] = count / seconds
+    return opened, results
+
+
+def rounds(prepare: Callable[[], object], run: Callable[[], Tensor], expected: Tensor, count: int) -> Result:
+    result = Result()
+    for _ in range(count):
+        prepare()
+        start = time.perf_counter()
+        found = run()
+        result.seconds.append(time.perf_counter() - start)
+        if not torch.equal(found, expected):
+            return Result(refusal="a wrong answer")
+    low, middle, high = np.quantile(result.seconds, [0.2, 0.5, 0.8]).tolist()
+    result.info |= {"p20": low, "p50": middle, "p80": high}
+    return result
+
+
+@cache
+def loaded(count: int, cold: bool) -> dict[str, Result]:
+    opened, _ = stores(count)
+    expected = next(items(count))[1][:5]
+    return {
+        name: rounds(lambda store=store: cold and forget(store.folder), store.load, expected, 3 if cold else 5)
+        for name, store in opened.items()
+    }
+
+
+@cache
+def fetched(count: int, cold: bool) -> dict[str, Result]:
+    opened, _ = stores(count)
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(2))[:FETCHED].sort().values
+    expected = opened[OURS].fetch(rows)
+    return {
+        name: rounds(
+            lambda store=store: cold and forget(store.folder),
+            lambda store=store: store.fetch(rows),
+            expected,
+            7 if cold else 21,
+        )
+        for name, store in opened.items()
+    }
+
+
+@cache
+def searched(count: int) -> dict[str, Result]:
+    opened, _ = stores(count)
+    index = opened[OURS].index
+    queries = unit_rows(8, dtype=torch.float16, seed=3).cpu()
+    index.search(queries[:1], BEST, mode="exact-int8")  # makes its copies
+    expected = index.search(queries, BEST, mode="exact")
+    results = {}
+    for mode in ("two-stage", "exact-int8", "exact"):
+        options = {"mode": mode, "candidates": CANDIDATES}
+        index.search(queries[:1], BEST, **options)
+        result = Result(info={})
+        found = []
+        with watched(result.info):
+            for query in queries.split(1):
+                start = time.perf_counter()
+                found.append(index.search(query, BEST, **options).numbers)
+                result.seconds.append(time.perf_counter() - start)
+        same = (torch.cat(found)[:, :, None] == expected.numbers[:, None]).any(dim=2).float().mean().item()
+        result.info |= dict(zip(("p20", "p80"), np.quantile(result.seconds, [0.2, 0.8]).tolist(), strict=True))
+        if mode == "two-stage":
+            result.info["candidates"] = CANDIDATES
+        elif same < 1:
+            result = Result(refusal=f"only {same:.1%} of the exact best")
+        results[mode] = result
+    if LANCE in opened:
+        store = opened[LANCE]
+        results["Lance, all read for every query"] = rounds(
+            lambda: None,
+            lambda: clim_topk(queries[:1], store.batches(), BEST, alpha=SPEC.alpha)[1],
+            expected.numbers[:1],
+            3,
+        )
+    return results
+
+
+@cache
+def scenes() -> dict[str, Result]:
+    """Pictures of Scenes, searched by the descriptions of 200 of them."""
+    retriever = finelip_fast.Retriever(index=workplace() / "scenes", engine="torch")
+    world = Scenes("train", SCENES, image_size=retriever.engine.config.image_size)
+    retriever.add_images((scene.draw() for scene in world), ids=[scene.id for scene in world], batch_size=256)
+    some = [world[number] for number in range(0, SCENES, max(1, SCENES // 200))][:200]
+    queries = retriever.engine.embed_texts([scene.caption for scene in some])
+    retriever.index.search(queries[:1], BEST, mode="exact-int8")
+    tuning, _ = tune(retriever.index, queries, answers=[scene.id for scene in some], progress=False)
+    measured = {"agreement": tuning.agreement, "candidates": tuning.candidates, "recall_change": tuning.recall_change}
+    return {
+        "exact-int8": Result([tuning.seconds["exact"]]),
+        "two-stage": Result([tuning.seconds["two-stage"]], measured),
+    }
+
+
+# The benchmarks -------------------------------------------------------------------------------------------------------
+
+every_count = pytest.mark.parametrize("count", COUNTS)
+every_store = pytest.mark.parametrize("contender", [OURS, LANCE])
+cold_and_warm = pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@every_store
+def test_ingest(benchmark: Any, count: int, contender: str) -> None:
+    clock.into(benchmark, stores(count)[1], contender, group=f"write {count:,} items", baseline=LANCE)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@cold_and_warm
+@every_store
+def test_load(benchmark: Any, count: int, cold: bool, contender: str) -> None:
+    group = f"load {count:,} items, {'cold' if cold else 'warm'}"
+    clock.into(benchmark, loaded(count, cold), contender, group=group, baseline=LANCE)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@cold_and_warm
+@every_store
+def test_fetch(benchmark: Any, count: int, cold: bool, contender: str) -> None:
+    group = f"fetch {FETCHED} of {count:,} items, {'cold' if cold else 'warm'}"
+    clock.into(benchmark, fetched(count, cold), contender, group=group, baseline=LANCE)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@pytest.mark.parametrize("contender", ["two-stage", "exact-int8", "exact", "Lance, all read for every query"])
+def test_search(benchmark: Any, count: int, contender: str) -> None:
+    group = f"best {BEST} of {count:,} items for 1 query"
+    clock.into(benchmark, searched(count), contender, group=group, baseline="exact")
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("contender", ["two-stage", "exact-int8"])
+def test_scenes(benchmark: Any, contender: str) -> None:
+    group = f"best {BEST} of {SCENES:,} pictures of Scenes for 1 description"
+    clock.into(benchmark, scenes(), contender, group=group, baseline="exact-int8")

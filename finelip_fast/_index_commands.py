@@ -1,0 +1,182 @@
+"""``finelip index check | maintain | repair | snapshot | field | tune | plan``: looking after an index."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finelip_fast._errors import InputError, StoreError
+
+INDEX_COMMANDS = tuple(f"index {name}" for name in ("check", "maintain", "repair", "snapshot", "field", "tune", "plan"))
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.ArgumentParser, model: Any) -> None:
+    """Give the ``finelip`` command those of an index.
+
+    Args:
+        add: Makes a command of name, function, description and parent parsers.
+        index: Parent of the option ``--index``.
+        model: Parent of the options of a model.
+    """
+    add("index check", _check, "Read all of an index again and say what is damaged.", index)
+    add("index maintain", _maintain, "Put an index in order: few files without gaps. Older versions go.", index)
+    add("index repair", _repair, "Take damaged items out of an index, so that the others can be searched.", index)
+    snapshot = add("index snapshot", _snapshot, "Copy an index as it is now, while others may use it.", index)
+    snapshot.add_argument("out", help="folder to write, new or empty")
+    field = add("index field", _field, "Make filters fast that compare a field of the metadata.", index)
+    field.add_argument("field", help="its name, as in an expression: camera, place.city")
+
+    tune = add("index tune", _tune, "Measure what a search in two stages loses, and keep the choice.", index, model)
+    tune.add_argument(
+        "--queries",
+        type=Path,
+        help='JSON lines of {"text": ..., "id": ...}, the id of the right item optional; default: items of the index, which '
+        "search unlike texts do",
+    )
+    tune.add_argument("--agreement", type=float, default=0.99, help="wanted share of the exact best (default: 0.99)")
+    tune.add_argument("-k", type=int, default=10, help="hits to compare (default: 10)")
+    tune.add_argument("--samples", type=int, default=200, help="queries (default: 200)")
+    tune.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+
+    plan = add("index plan", _plan, "What an index of so many items takes on this machine, before it is made.", model)
+    plan.add_argument("--items", required=True, type=_count, help="how many: 20000, 200k, 100M, 1B")
+    plan.add_argument("--dtype", default="float16", help="how embeddings are kept: float16 (default) or int8")
+    plan.add_argument("--candidates", type=int, default=400, help="of a search in two stages (default: 400)")
+
+
+def _check(options: argparse.Namespace) -> dict[str, int]:
+    from finelip_fast.index import stored_index
+
+    index = stored_index(options.index, skip_damaged=True)
+    damaged = index.check()
+    count = index.catalogue.count(index.version)
+    if damaged:
+        named = "\n".join(f"  {item}: {reason}" for item, reason in damaged.items())
+        raise StoreError(
+            f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or finelip index "
+            f"repair takes them out and keeps the others:\n{named}"
+        )
+    return {"items": count, "damaged": 0}
+
+
+def _maintain(options: argparse.Namespace) -> dict[str, int]:
+    from finelip_fast.index import stored_index
+
+    return stored_index(options.index).maintain()
+
+
+def _repair(options: argparse.Namespace) -> dict[str, Any]:
+    from finelip_fast.index import stored_index
+
+    index = stored_index(options.index, skip_damaged=True)
+    removed = index.repair()
+    return {"items": len(index), "removed": removed}
+
+
+def _snapshot(options: argparse.Namespace) -> str:
+    from finelip_fast.index import stored_index
+
+    stored_index(options.index).snapshot(options.out)
+    return f"{options.out} is a copy of {options.index}"
+
+
+def _field(options: argparse.Namespace) -> str:
+    from finelip_fast.index import stored_index
+
+    stored_index(options.index).speed_up(options.field)
+    return f"filters on {options.field} are fast now"
+
+
+def _tune(options: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from finelip_fast.index import stored_index
+    from finelip_fast.index.tune import sample_queries, tune
+
+    answers = None
+    if options.queries is None:
+        index = stored_index(options.index)
+        queries = sample_queries(index, options.samples)
+    else:
+        from finelip_fast.index import stored_source
+        from finelip_fast.retriever import Retriever
+
+        texts, answers = _read_queries(options.queries, options.samples)
+        retriever = Retriever(
+            options.checkpoint or stored_source(options.index) or None,
+            engine=options.engine,
+            precision=options.precision,
+            device=options.device,
+            index=options.index,
+        )
+        index = retriever.index
+        queries = retriever.engine.embed_texts(texts)
+    tuning, trials = tune(
+        index,
+        queries,
+        answers=answers,
+        agreement=options.agreement,
+        k=options.k,
+        alpha=options.alpha,
+        progress=not options.quiet,
+    )
+    return {"chosen": asdict(tuning), "tried": {f"{trial.candidates} candidates": trial._asdict() for trial in trials}}
+
+
+def _read_queries(path: Path, count: int) -> tuple[list[str], list[str] | None]:
+    """Texts, and their answers if all have one."""
+    texts: list[str] = []
+    answers: list[str | None] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the queries {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if len(texts) == count:
+            break
+        try:
+            query = json.loads(line)
+            texts.append(str(query["text"]))
+            answers.append(query.get("id"))
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f'{path}, line {number}: expected {{"text": ..., "id": ...}}, got {line[:60]!r}') from None
+    if not texts:
+        raise InputError(f"expected queries in {path}, got none")
+    known = [answer for answer in answers if answer is not None]
+    if known and len(known) < len(answers):
+        raise InputError(f"expected an id with every query of {path} or with none, got {len(known)} of {len(answers)}")
+    return texts, known or None
+
+
+def _plan(options: argparse.Namespace) -> Any:
+    import torch
+
+    from finelip_fast.engines import open_engine
+    from finelip_fast.index.plan import measure, plan
+
+    engine = open_engine(options.engine, options.checkpoint, options.device, precision=options.precision)
+    config = engine.config
+    batch = torch.zeros(16, 3, config.image_size, config.image_size)
+
+    def encode_batch() -> int:
+        engine.encode_image(batch)
+        return len(batch)
+
+    rates = measure(
+        config.tokens, config.embed_dim, alpha=engine.alpha, device=engine.device, encode_batch=encode_batch
+    )
+    return plan(
+        options.items, config.tokens, config.embed_dim, rates, dtype=options.dtype, candidates=options.candidates
+    )
+
+
+def _count(text: str) -> int:
+    units = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+    unit = units.get(text[-1:].lower(), 1)
+    try:
+        return round(float(text.replace(",", "").replace("_", "") if unit == 1 else text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 20000, 200k, 100M or 1B, got {text!r}") from None

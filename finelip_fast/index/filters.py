@@ -1,0 +1,297 @@
+"""``where`` expressions on an item's metadata, made into SQL conditions.
+
+    camera = 'X100' and not (place.city in ('Łódź', 'Lima') or "shot at" is null) and rating between 3 and 5
+
+Grammar, keywords in either case::
+
+    where      = comparison | not where | where and where | where or where | (where)    binding in this order
+    comparison = field (= | == | != | <> | < | <= | > | >=) value
+               | field [not] in (value, ...)  |  field [not] between value and value
+               | field [not] like 'pattern'   |  field is [not] null
+    field      = name, place.city in nested objects, "any name" without a double quote (case matters);
+                 id is the item's own id, "id" a field of the metadata
+    value      = 'text', with '' for a single quote in it; a number; true; false
+
+What holds is what SQLite finds, and is true or false, never unknown:
+
+* A comparison is false where the field is missing, null, or of another type than the value: ``camera != 'a'`` and
+  ``camera not in ('a')`` too. Text, numbers and booleans are the types; lists and objects equal nothing.
+* ``not x`` holds exactly where ``x`` does not: ``not camera = 'a'`` holds where there is no camera.
+* ``x is null`` holds where x is missing or null.
+* ``x in (1, 'a')`` compares with the values of x's type, ``x not in (1, 'a')`` as well, and so is false for a boolean.
+* Text is ordered by code points, false before true, and numbers as numbers: 1 = 1.0. Integers past 64 bits are floats.
+* ``like`` is SQLite's: ``%`` is any text, ``_`` any one character, and A to Z equal a to z.
+
+An expression has at most 50 parentheses inside each other, 200 comparisons and 32,000 values, for SQLite to take it.
+Older versions of SQLite read a text of the metadata up to its first NUL, and some read floats of many digits and a far
+exponent one digit off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from finelip_fast._errors import InputError
+
+_DEEPEST = 50  # SQLite before 3.46 parses with a stack of 100, and the query around it needs some
+_LONGEST = 200  # comparisons: a chain of and is as deep as it is long, and SQLite's limit is 1,000, with queries around
+_MOST_VALUES = 32_000  # SQLite binds 32,766, and the query around it needs some
+_LONGEST_PATTERN = 50_000  # bytes, SQLite's
+
+_TOKEN = re.compile(
+    r"""\s* (?:
+      (?P<field>  (?: [^\W\d]\w* | "[^"]*" ) (?: \. (?: [^\W\d]\w* | "[^"]*" ) )* )
+    | (?P<number> [+-]? (?: [0-9]+ \.? [0-9]* | \.[0-9]+ ) (?: [eE][+-]?[0-9]+ )? (?![\w.]) )
+    | (?P<text>   ' (?: [^'] | '' )* ' (?!') )
+    | (?P<sign>   == | != | <> | <= | >= | [=<>(),] )
+    | (?P<end>    \Z )
+    | (?P<unknown> \S+ )
+    )""",
+    re.VERBOSE,
+)
+_KEYWORDS = {"or", "and", "not", "in", "like", "between", "is", "null", "true", "false"}
+_OPERATORS = {"=": "=", "==": "=", "!=": "<>", "<>": "<>", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
+# What json_type says of the values that a value may be compared with: SQLite itself has true equal 1, and 1 below 'a'.
+_JSON_TYPES = {str: "('text')", float: "('integer', 'real')", bool: "('true', 'false')"}
+
+
+def compile_filter(where: str) -> tuple[str, list[Any]]:
+    """An expression as an SQL condition on ``item.id`` and ``item.metadata``, and the values for its question marks.
+
+    The condition stands in parentheses, and is for the ``WHERE`` of a query in which the table goes by the name ``item``.
+    Metadata must be as :func:`json.dumps` writes it, which is how the names in the condition are escaped, and without NaN
+    or infinity: those are no JSON, and one such item fails the whole query.
+
+    Raises:
+        InputError: Not an expression of the grammar above, or one that SQLite could not take.
+    """
+    condition = _Parser(where).parse()
+    return f"({condition.sql})", condition.parameters
+
+
+def field_expression(field: str) -> str:
+    """The SQL of a field of the metadata, for ``CREATE INDEX ... ON item (...)``: conditions on the field use that index.
+
+    >>> field_expression("place.city")
+    'json_extract(metadata, \\'$."place"."city"\\')'
+
+    Raises:
+        InputError: Not one field, or ``id``, which is not of the metadata.
+    """
+    first, *rest = _tokens(field)
+    if first.kind != "field" or len(rest) > 1 or first.text == "id":
+        raise InputError(
+            f"expected a field of the metadata, got {field!r}; name one as in an expression: camera, place.city or "
+            '"any name" (id is the item\'s own, "id" would be the metadata\'s)'
+        )
+    return f"json_extract(metadata, {_path(first.text)})"
+
+
+class _Token(NamedTuple):
+    kind: str  # field, number, text, end; a keyword or a sign is its own kind
+    text: str
+    column: int
+
+
+def _tokens(where: str) -> Iterator[_Token]:
+    """The tokens of an expression, ``end`` the last."""
+    if not isinstance(where, str):
+        raise InputError(f"expected an expression as str, got {type(where).__name__}; write e.g. \"camera = 'X100'\"")
+    for match in _TOKEN.finditer(where):
+        kind = str(match.lastgroup)
+        text, column = match[kind], match.start(kind) + 1
+        if kind == "unknown":
+            raise _error(
+                "a field, an operator or a value",
+                _Token(kind, text, column),
+                "texts stand in 'single quotes', with '' for a quote in one, and fields of other characters than letters, "
+                'digits and _ in "double quotes"',
+            )
+        yield _Token(text.lower() if kind == "sign" or text.lower() in _KEYWORDS else kind, text, column)
+        if kind == "end":  # which also is after trailing blanks
+            return
+
+
+def _error(expected: str, got: _Token, remedy: str) -> InputError:
+    what = "the end" if got.kind == "end" else repr(got.text if len(got.text) <= 40 else got.text[:40] + "…")
+    return InputError(f"expected {expected}, got {what} at column {got.column} of the where expression; {remedy}")
+
+
+def _path(field: str) -> str:
+    """The JSON path of a field, as an SQL literal: SQLite finds an index by it, so it cannot be a parameter.
+
+    The names in it are escaped as in the JSON, as SQLite before 3.45 compares them unread.
+    """
+    names = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^".]+)', field)]
+    path = "".join("." + json.dumps(name) for name in names).replace("'", "''")
+    return f"'${path}'"
+
+
+def _column(field: str) -> str:
+    return "item.id" if field == "id" else f"json_extract(item.metadata, {_path(field)})"
+
+
+class _Condition(NamedTuple):
+    sql: str  # stands beside AND as it is
+    parameters: list[Any]
+    depth: int = 0  # of parentheses around comparisons
+
+
+def _compare(field: str, operator: str, values: list[Any]) -> _Condition:
+    """One comparison with values of one type, and with it the test that the field is of that type."""
+    kind = _kind(values[0])
+    # Not str: Python refuses one with lone surrogates, as ids of pictures have. CAST alone would give TEXT affinity, which
+    # no index on an expression has; after + there is none.
+    places = ["+CAST(? AS TEXT)" if kind is str else "?" for _ in values]
+    operands = places[0]
+    if operator.endswith("IN"):
+        operands = f"({', '.join(places)})"
+    elif operator.endswith("BETWEEN"):
+        operands = " AND ".join(places)
+    guard = f"json_type(item.metadata, {_path(field)}) IN {_JSON_TYPES[kind]}"
+    if field == "id":
+        guard = "1" if kind is str else "0"
+    parameters = [value.encode("utf-8", "surrogatepass") if kind is str else value for value in values]
+    return _Condition(f"({_column(field)} {operator} {operands} AND {guard})", parameters)
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
+def _join(word: str, terms: list[_Condition]) -> _Condition:
+    if len(terms) == 1:
+        return terms[0]
+    # The deepest first: what stands before a parenthesis stays on the stack of SQLite's parser while it reads the inside.
+    terms = sorted(terms, key=lambda term: -term.depth)
+    sql, parameters = f" {word} ".join(term.sql for term in terms), [one for term in terms for one in term.parameters]
+    if word == "AND":
+        return _Condition(sql, parameters, terms[0].depth)
+    return _Condition(f"({sql})", parameters, terms[0].depth + 1)
+
+
+class _Parser:
+    """Recursive descent. ``inverse`` is whether an odd number of not is in force: not reaches the SQL only around single
+    comparisons, as ``not (a and b)`` is ``not a or not b``.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._tokens = list(_tokens(where))
+        self._at = self._depth = self._comparisons = self._values = 0
+
+    def parse(self) -> _Condition:
+        condition = self._either(False)
+        self._expect("end", "and, or, or the end", "comparisons are joined by and or or, and every ) needs its (")
+        return condition
+
+    @property
+    def _next(self) -> _Token:
+        return self._tokens[self._at]
+
+    def _take(self, *kinds: str) -> _Token | None:
+        """The next token if it is one of these; None leaves it."""
+        token = self._next
+        if token.kind not in kinds:
+            return None
+        self._at += 1
+        return token
+
+    def _expect(self, kind: str, expected: str, remedy: str) -> _Token:
+        token = self._take(kind)
+        if token is None:
+            raise _error(expected, self._next, remedy)
+        return token
+
+    def _either(self, inverse: bool) -> _Condition:
+        return self._chain("or", self._both, inverse)
+
+    def _both(self, inverse: bool) -> _Condition:
+        return self._chain("and", self._single, inverse)
+
+    def _chain(self, word: str, below: Callable[[bool], _Condition], inverse: bool) -> _Condition:
+        terms = [below(inverse)]
+        while self._take(word):
+            terms.append(below(inverse))
+        return _join("OR" if (word == "or") != inverse else "AND", terms)
+
+    def _single(self, inverse: bool) -> _Condition:
+        while self._take("not"):
+            inverse = not inverse
+        opened = self._take("(")
+        if opened:
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise _error(f"parentheses at most {_DEEPEST} deep", opened, "write it with fewer inside each other")
+            condition = self._either(inverse)
+            self._expect(")", ")", f"close the parenthesis of column {opened.column}")
+            self._depth -= 1
+            return condition
+        condition = self._comparison()
+        return condition._replace(sql=f"({condition.sql} IS NOT TRUE)") if inverse else condition
+
+    def _comparison(self) -> _Condition:
+        token = self._expect("field", "a field", "a comparison begins with one: camera = 'X100'")
+        self._comparisons += 1
+        if self._comparisons > _LONGEST:
+            raise _error(f"at most {_LONGEST} comparisons", token, "gather values of one field: field in (value, ...)")
+        field = token.text
+        if sign := self._take(*_OPERATORS):
+            return _compare(field, _OPERATORS[sign.kind], [self._value()])
+        if self._take("is"):
+            negation = "NOT " if self._take("not") else ""
+            self._expect("null", "null", "other values are compared with =")
+            return _Condition(f"({_column(field)} IS {negation}NULL)", [])
+        negation = "NOT " if self._take("not") else ""
+        if self._take("in"):
+            values = self._list()
+            groups = [[value for value in values if _kind(value) is kind] for kind in _JSON_TYPES]
+            return _join("OR", [_compare(field, f"{negation}IN", group) for group in groups if group])
+        if self._take("like"):
+            return _compare(field, f"{negation}LIKE", [self._pattern()])
+        if self._take("between"):
+            ends = [self._value()]
+            self._expect("and", "and", "the ends of a range are joined by it: field between 1 and 5")
+            token = self._next
+            ends.append(self._value())
+            if _kind(ends[0]) is not _kind(ends[1]):
+                raise _error("two ends of one type", token, "give two numbers or two texts: field between 1 and 5")
+            return _compare(field, f"{negation}BETWEEN", ends)
+        expected = "in, like or between after not" if negation else "an operator after the field"
+        raise _error(
+            expected, self._next, "the operators are = != < <= > >=, [not] in, like, between, and is [not] null"
+        )
+
+    def _list(self) -> list[Any]:
+        remedy = "a list is written (value, value, ...)"
+        self._expect("(", "( after in", remedy)
+        values = [self._value()]
+        while self._take(","):
+            values.append(self._value())
+        self._expect(")", ", or )", remedy)
+        return values
+
+    def _pattern(self) -> str:
+        token, pattern = self._next, self._value()
+        if not isinstance(pattern, str) or len(pattern.encode("utf-8", "surrogatepass")) > _LONGEST_PATTERN:
+            raise _error(f"a 'pattern' of at most {_LONGEST_PATTERN} bytes", token, "give a text, as in like 'X1%'")
+        return pattern
+
+    def _value(self) -> Any:
+        token = self._take("text", "number", "true", "false")
+        if token is None:
+            remedy = "write a 'text' in single quotes, a number, true or false; null is asked for by is null"
+            raise _error("a value", self._next, remedy)
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise _error(f"at most {_MOST_VALUES} values", token, "ask in parts")
+        if token.kind == "text":
+            return token.text[1:-1].replace("''", "'")
+        if token.kind != "number":
+            return token.kind == "true"
+        # Longer ones are past 64 bits, and Python reads none of some thousand digits.
+        if len(token.text) <= 20 and token.text.lstrip("+-").isdigit() and -(2**63) <= int(token.text) < 2**63:
+            return int(token.text)
+        return float(token.text)

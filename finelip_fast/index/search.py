@@ -1,0 +1,170 @@
+"""Searching a view: exactly, exactly by way of int8, or in two stages.
+
+- ``exact``: every item is scored, token by token.
+- ``exact-int8``: every item is scored in int8, whose error has a proven bound, and what that leaves open is scored again. The
+  same result as ``exact``, from half the bytes.
+- ``two-stage``: the global embeddings choose ``candidates`` items, which are then scored token by token. What it loses is
+  measured by :func:`finelip_fast.index.tune.tune`.
+- ``auto``: ``two-stage`` where that was measured to lose little enough, else the faster of the exact ones.
+
+The result does not depend on how items are spread over segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.index.view import View
+from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
+
+Mode = Literal["auto", "exact", "exact-int8", "two-stage"]
+
+# Candidates of a search in two stages that was not tuned: so many, or so many times k.
+_CANDIDATES, _CANDIDATES_PER_HIT = 256, 16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured of searches in two stages, see :func:`finelip_fast.index.tune.tune`.
+
+    Attributes:
+        candidates: The chosen number.
+        agreement: Mean share of the exact ``k`` best that the search in two stages finds.
+        target: What was asked for.
+        k, alpha, items: What it was measured with.
+        recall_change: Of recall@1, in two stages against exact; None: the right answers were not known.
+        seconds: Median of a query in each mode, on the machine that measured.
+    """
+
+    candidates: int
+    agreement: float
+    target: float
+    k: int
+    alpha: float
+    items: int
+    recall_change: float | None
+    seconds: dict[str, float]
+
+    def holds(self, items: int, k: int, alpha: float) -> bool:
+        """Whether it says enough of such a search: the same alpha, no more hits, and less than twice the items."""
+        return self.agreement >= self.target and k <= self.k and alpha == self.alpha and items < 2 * self.items
+
+
+class CandidateSource(Protocol):
+    """The first stage of a search in two stages."""
+
+    def __call__(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
+        """Rows of items that may be the best.
+
+        Args:
+            queries: Global embeddings ``[Q, D]``.
+            count: How many for each.
+            among: The only rows that may be given, ascending; None: all.
+
+        Returns:
+            int64 ``[Q, C]``, ``C`` at most ``count``; -1 where there are fewer.
+        """
+
+
+def choose_mode(mode: str, view: View, tuning: Tuning | None, *, k: int, alpha: float, items: int) -> Mode:
+    """What runs. ``items``: how many there are to choose from.
+
+    Raises:
+        InputError: No such mode.
+    """
+    if mode not in get_args(Mode):
+        raise InputError(f"expected a mode among {', '.join(get_args(Mode))}, got {mode!r}")
+    if mode != "auto":
+        return mode  # type: ignore[return-value]
+    exact: Mode = "exact-int8" if view.is_quantized else "exact"
+    if tuning is None or not tuning.holds(len(view), k, alpha) or items <= tuning.candidates:
+        return exact
+    return "two-stage" if tuning.seconds["two-stage"] < tuning.seconds["exact"] * items / len(view) else exact
+
+
+def best_rows(
+    view: View,
+    queries: Tensor,
+    k: int,
+    *,
+    alpha: float,
+    mode: Mode,
+    candidates: int | None = None,
+    among: Tensor | None = None,
+    source: CandidateSource | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best rows of each query.
+
+    Args:
+        view: Where to search.
+        queries: ``[Q, L, D]``.
+        k: How many; fewer come back when there are fewer.
+        alpha: Weight of the global cosine.
+        mode: Not ``auto``.
+        candidates: Of a search in two stages; at least ``k``.
+        among: The only rows to search, ascending; None: all that are items.
+        source: The first stage; None: all global embeddings.
+
+    Returns:
+        ``(scores [Q, k], rows [Q, k])``, float32 and int64, best first, ties by lower row.
+    """
+    among = view.living if among is None else among
+    count = view.rows if among is None else len(among)
+    if not count or not len(queries):
+        empty = torch.empty(len(queries), 0, device=view.device)
+        return empty, empty.long()
+    queries = queries.to(view.device, _dtype(view))
+    if mode == "two-stage":
+        wanted = max(k, candidates or max(_CANDIDATES, _CANDIDATES_PER_HIT * k))
+        if wanted < count:
+            return _two_stages(view, queries, k, alpha, wanted, among, source)
+        mode = "exact"  # of so few items, all are candidates
+    if mode == "exact-int8" or view.tokens is None:
+        scores, rows, _ = clim_topk_int8(queries, view.tokens, view.quantized, k, alpha=alpha, among=among)
+        return scores, rows
+    return clim_topk(queries, view.tokens, k, alpha=alpha, among=among)
+
+
+def _dtype(view: View) -> torch.dtype:
+    """Of both sides of a comparison: that of the items when they are taken out."""
+    return torch.float32 if view.tokens is None else torch.float16
+
+
+def _two_stages(
+    view: View,
+    queries: Tensor,
+    k: int,
+    alpha: float,
+    count: int,
+    among: Tensor | None,
+    source: CandidateSource | None,
+) -> tuple[Tensor, Tensor]:
+    anchors = queries[:, 0].contiguous()
+    if source is None:
+        values, scales = view.globals
+        candidates = cosine_candidates(anchors, values, scales, count, among=among)
+    else:
+        candidates = source(anchors, count, among)
+    found = []
+    for query, own in zip(queries, candidates, strict=True):
+        rows = own[own >= 0].sort().values
+        scores, at = clim_topk(query[None], view.read(rows).to(view.device), k, alpha=alpha)
+        found.append((scores[0], rows.to(at.device)[at[0]]))
+    return torch.stack([scores for scores, _ in found]), torch.stack([rows for _, rows in found])
+
+
+def parts_of_scores(view: View, queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The global cosine and the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
+    queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
+    cosines, fine = torch.empty(rows.shape), torch.empty(rows.shape)
+    for number, (query, own) in enumerate(zip(queries, rows, strict=True)):
+        found = view.read(own).to(view.device)
+        if len(found):
+            cosines[number] = found[:, 0].float() @ query[0].float()
+            fine[number] = clim_scores(query[None], found, alpha=0.0)[0]
+    return cosines, fine

@@ -1,0 +1,150 @@
+"""What searching in two stages loses on an index, measured; the choice is kept with the index."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.index.search import Mode, Tuning, best_rows
+from finelip_fast.index.store import Index
+from finelip_fast.index.view import View
+
+CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)
+
+# Queries whose time is taken; more would not move the median.
+_TIMED = 15
+
+
+class Trial(NamedTuple):
+    """A number of candidates that was tried: agreement and change of recall@1 (None: no answers) as in :class:`Tuning`."""
+
+    candidates: int
+    agreement: float
+    recall_change: float | None
+    milliseconds: float  # of a query, the median
+
+
+def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
+    """Embeddings of items of the index, spread by chance, to tune with when no real queries are at hand.
+
+    Pictures that search for pictures: their ranking is not that of texts, so real queries are better.
+
+    Raises:
+        InputError: An empty index.
+    """
+    view = index.view()
+    if not len(view):
+        raise InputError("expected an index with items to tune, got an empty one: add items first")
+    numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return view.read(numbers if view.living is None else view.living[numbers])
+
+
+def tune(
+    index: Index,
+    queries: Tensor,
+    *,
+    answers: Sequence[str] | None = None,
+    agreement: float = 0.99,
+    k: int = 10,
+    alpha: float | None = None,
+    candidates: Sequence[int] = CANDIDATES,
+    progress: bool = True,
+) -> tuple[Tuning, list[Trial]]:
+    """Find how many candidates a search in two stages needs, and keep the choice with the index.
+
+    Args:
+        index: In which.
+        queries: Embeddings ``[Q, L, D]`` like those that will be searched for.
+        answers: The id of the right item of each, for the change of recall@1; None: not known.
+        agreement: Wanted mean share of the exact ``k`` best. The least number of candidates that gives it is chosen, or
+            the largest of all.
+        k: Hits to compare.
+        alpha: Weight of the global cosine; None: the index's.
+        candidates: Numbers to try; those beyond the number of items are left out.
+        progress: Show a progress bar.
+
+    Returns:
+        What was chosen, and all that was tried.
+
+    Raises:
+        InputError: No queries, answers of another number or that are not in the index, or an index too small to choose from.
+        StoreError: The choice cannot be kept.
+    """
+    view = index.view()
+    alpha = index.spec.alpha if alpha is None else alpha
+    if not len(queries) or (answers is not None and len(answers) != len(queries)):
+        raise InputError(f"expected queries, each with its answer or none with any, got {len(queries)}")
+    tried = [number for number in sorted(set(candidates)) if k <= number < len(view)]
+    if not tried:
+        raise InputError(
+            f"expected more items than candidates to choose from, got {len(view)}: so small an index is searched exactly"
+        )
+    right = None if answers is None else _rows_of(index, view, answers)
+    exact: Mode = "exact-int8" if view.is_quantized else "exact"
+    with tqdm(total=len(queries) * (1 + len(tried)), unit="query", disable=not progress) as bar:
+        best = _search(view, queries, k, alpha, exact, None, bar)
+        seconds = {"exact": _seconds(view, queries, k, alpha, exact, None)}
+        trials: list[Trial] = []
+        for number in tried:
+            found = _search(view, queries, k, alpha, "two-stage", number, bar)
+            change = None if right is None else _recall(found, right) - _recall(best, right)
+            time_of_one = _seconds(view, queries, k, alpha, "two-stage", number)
+            trials.append(Trial(number, _agreement(found, best), change, 1e3 * time_of_one))
+            if trials[-1].agreement >= agreement:
+                break  # more would only take longer
+    chosen = trials[-1]
+    tuning = Tuning(
+        candidates=chosen.candidates,
+        agreement=chosen.agreement,
+        target=agreement,
+        k=k,
+        alpha=alpha,
+        items=len(view),
+        recall_change=chosen.recall_change,
+        seconds=seconds | {"two-stage": chosen.milliseconds / 1e3},
+    )
+    index.tuning = tuning
+    return tuning, trials
+
+
+def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
+    found = index.catalogue.find(ids)
+    absent = [item for item in ids if item not in found]
+    if absent:
+        raise InputError(f"expected answers that are in the index, got {absent[0]!r} and {len(absent) - 1} more")
+    return torch.cat([view.rows_at([found[item]]) for item in ids])
+
+
+def _search(
+    view: View, queries: Tensor, k: int, alpha: float, mode: Mode, candidates: int | None, bar: tqdm[Any]
+) -> Tensor:
+    rows = []
+    for some in queries.split(16):
+        rows.append(best_rows(view, some, k, alpha=alpha, mode=mode, candidates=candidates)[1].cpu())
+        bar.update(len(some))
+    return torch.cat(rows)
+
+
+def _seconds(view: View, queries: Tensor, k: int, alpha: float, mode: Mode, candidates: int | None) -> float:
+    times = []
+    for query in queries[:_TIMED].split(1):
+        start = time.perf_counter()
+        best_rows(view, query, k, alpha=alpha, mode=mode, candidates=candidates)[1].cpu()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _agreement(found: Tensor, best: Tensor) -> float:
+    shared = (found[:, :, None] == best[:, None, :]).any(dim=1).float().mean(dim=1)
+    return shared.mean().item()
+
+
+def _recall(found: Tensor, right: Tensor) -> float:
+    return (found[:, 0] == right).float().mean().item()

@@ -1,0 +1,143 @@
+"""A view: one version of an index, ready to search; it never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finelip_fast.index.catalogue import Layout
+from finelip_fast.index.segments import Segment
+from finelip_fast.kernels import QuantizedItems
+
+# More pieces than this are put together once, rather than gone through at each search.
+_MOST_PIECES = 32
+# The share of a GPU's free memory that an index may take.
+_GPU_SHARE = 0.7
+
+
+class View:
+    """The segments of a version, and which of their rows are items.
+
+    A *row* counts all rows of all segments, as the kernels do; a *position* is the catalogue's; the *number* of an item counts
+    those that are there, in order of insertion.
+
+    Args:
+        layout: What the catalogue says.
+        segments: Those of the layout, opened.
+        device: Where to search.
+        cache: Folder of what can be made again; None: none.
+    """
+
+    def __init__(self, layout: Layout, segments: Sequence[Segment], device: torch.device, cache: Path | None) -> None:
+        self.layout, self.segments, self.device, self.cache = layout, segments, device, cache
+        lengths = torch.tensor([0, *(one.rows for one in layout.segments)])
+        self._firsts = torch.tensor([one.first for one in layout.segments], dtype=torch.int64)
+        self._offsets = lengths.cumsum(0)
+        self._lengths = lengths[1:]
+        self.rows = int(self._offsets[-1])
+        self._dead = self.rows_at(layout.dead)
+
+    @property
+    def version(self) -> int:
+        return self.layout.version
+
+    def __len__(self) -> int:
+        return self.rows - len(self._dead)
+
+    @cached_property
+    def living(self) -> Tensor | None:
+        """The rows that are items, ascending; None: all."""
+        if not len(self._dead):
+            return None
+        there = torch.ones(self.rows, dtype=torch.bool)
+        there[self._dead] = False
+        return there.nonzero()[:, 0]
+
+    def living_in(self, segment: int) -> Tensor:
+        """The rows of one segment, counted from its first, that are items."""
+        start, stop = self._offsets[segment : segment + 2].tolist()
+        if self.living is None:
+            return torch.arange(stop - start)
+        first, last = torch.searchsorted(self.living, torch.tensor([start, stop])).tolist()
+        return self.living[first:last] - start
+
+    def is_complete(self, segment: int) -> bool:
+        """Whether compaction would leave a segment as it is."""
+        return len(self.living_in(segment)) == len(self.segments[segment]) and self.segments[segment].is_current
+
+    def rows_at(self, positions: Sequence[int]) -> Tensor:
+        """Rows of ascending positions; what lies in no segment of the view is left out."""
+        at = torch.tensor(positions, dtype=torch.int64)
+        if not len(self.segments):
+            return at[:0]
+        segment = (torch.searchsorted(self._firsts, at, right=True) - 1).clamp_min(0)
+        row = at - self._firsts[segment]
+        inside = (row >= 0) & (row < self._lengths[segment])
+        return (self._offsets[segment] + row)[inside]
+
+    def positions(self, rows: Tensor) -> Tensor:
+        segment = torch.searchsorted(self._offsets, rows, right=True) - 1
+        return self._firsts[segment] + rows - self._offsets[segment]
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        return rows if self.living is None else torch.searchsorted(self.living, rows)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Embeddings ``[m, L, D]`` of rows in any order, from the disk if they are not in memory.
+
+        Raises:
+            FileNotFoundError: A segment is gone, since another process has compacted the index.
+            StoreError: One cannot be read.
+        """
+        rows = rows.cpu()
+        on_gpu = self.tokens if self.tokens and self.tokens[0].is_cuda else None
+        segment = torch.searchsorted(self._offsets, rows, right=True) - 1
+        result: Tensor | None = None
+        for one in segment.unique().tolist():
+            chosen = segment == one
+            own = rows[chosen] - self._offsets[one]
+            values = on_gpu[one][own.to(self.device)] if on_gpu else self.segments[one].read(own)
+            if result is None:
+                result = values.new_empty(len(rows), *values.shape[1:])
+            result[chosen.to(values.device)] = values
+        return torch.empty(0, 0, 0, dtype=torch.float16) if result is None else result
+
+    @cached_property
+    def tokens(self) -> list[Tensor] | None:
+        """All embeddings, a piece a segment: on a GPU if they fit, else mapped. None: they are kept in int8 alone."""
+        if not all("tokens" in segment.arrays for segment in self.segments):
+            return None
+        return self._resident([segment.arrays["tokens"] for segment in self.segments])
+
+    @cached_property
+    def quantized(self) -> QuantizedItems:
+        """All embeddings in int8, made where they are not there yet: a quarter of an hour for a million items on two cores."""
+        parts = [segment.quantized(self.cache) for segment in self.segments]
+        fields = ([getattr(part, name) for part in parts] for name in QuantizedItems._fields)
+        return QuantizedItems(*(self._resident(pieces) for pieces in fields))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the int8 copies are there already."""
+        return "quantized" in vars(self) or all(segment.is_quantized(self.cache) for segment in self.segments)
+
+    @cached_property
+    def globals(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Global embeddings in int8 and their scales, in pieces on the device."""
+        kept = [[segment.arrays[name] for segment in self.segments] for name in ("globals", "global_scales")]
+        if len(self.segments) > _MOST_PIECES:
+            kept = [[torch.cat(pieces)] for pieces in kept]
+        values, scales = ([piece.to(self.device) for piece in pieces] for pieces in kept)
+        return values, scales
+
+    def _resident(self, pieces: list[Tensor]) -> list[Tensor]:
+        """On the GPU, if there is one and they fit."""
+        if self.device.type != "cuda":
+            return pieces
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fits = sum(piece.nbytes for piece in pieces) <= _GPU_SHARE * free
+        return [piece.to(self.device) for piece in pieces] if fits else pieces

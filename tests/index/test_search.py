@@ -1,0 +1,266 @@
+"""Searching: the same result in every exact mode and for every layout, two stages that say what they lose, filters."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index.plan import Rates, measure, plan
+from finelip_fast.index.search import Tuning
+from finelip_fast.index.tune import sample_queries, tune
+
+SPEC = IndexSpec(checkpoint="abc", tokens=3, width=16)
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    values = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def fill(index: Index, count: int, parts: int = 1, seed: int = 0) -> None:
+    """Items ``0`` to ``count - 1``, the same ones however many parts they come in."""
+    rows = embeddings(count, seed)
+    for some in torch.arange(count).tensor_split(parts):
+        numbers = some.tolist()
+        index.add([str(n) for n in numbers], rows[numbers], [{"n": n, "odd": bool(n % 2)} for n in numbers])
+
+
+def ids(index: Index, queries: Tensor, k: int, **options: object) -> list[list[str]]:
+    return [[item.id for item in items] for items in index.search(queries, k, **options).items]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.integers(1, 9),
+    gone=st.sets(st.integers(0, 39), max_size=20),
+    dtype=st.sampled_from(["float16", "int8"]),
+    maintained=st.booleans(),
+    low=st.one_of(st.none(), st.integers(0, 40)),
+    k=st.integers(1, 12),
+    seed=st.integers(0, 2),
+)
+def test_the_layout_changes_nothing(
+    parts: int, gone: set[int], dtype: str, maintained: bool, low: int | None, k: int, seed: int
+) -> None:
+    """Not the segments, nor gaps, compaction, reopening, copying, exact mode, or how many queries come at once."""
+    spec = replace(SPEC, dtype=dtype)
+    queries = embeddings(3, seed=100 + seed)
+    where = None if low is None else f"n >= {low}"
+    one = Index(spec)
+    fill(one, 40, seed=seed)
+    one.delete([str(n) for n in gone])
+    expected = one.search(queries, k, mode="exact", where=where)
+    with tempfile.TemporaryDirectory() as folder:
+        with closing(Index(spec, Path(folder) / "index")) as index:
+            fill(index, 40, parts, seed)
+            index.delete([str(n) for n in gone])
+            if maintained:
+                index.maintain()
+            index.snapshot(Path(folder) / "copy")
+        for name in ("index", "copy"):
+            with closing(Index(spec, Path(folder) / name)) as index:
+                for mode in ("exact", "exact-int8"):
+                    found = index.search(queries, k, mode=mode, where=where)
+                    assert [[item[1:2] for item in row] for row in found.items] == [
+                        [item[1:2] for item in row] for row in expected.items
+                    ]
+                    assert torch.equal(found.scores, expected.scores)
+                    assert torch.equal(found.numbers, expected.numbers)
+                two = index.search(queries, k, mode="two-stage", candidates=k, where=where)
+                alone = [
+                    index.search(query, k, mode="two-stage", candidates=k, where=where) for query in queries.split(1)
+                ]
+                assert torch.equal(two.numbers, torch.cat([found.numbers for found in alone]))
+                in_memory = one.search(queries, k, mode="two-stage", candidates=k, where=where)
+                assert torch.equal(two.numbers, in_memory.numbers)
+
+
+def test_int8_is_searched_by_what_is_kept(method: ModuleType) -> None:
+    index = Index(replace(SPEC, dtype="int8"))
+    fill(index, 50, 3)
+    queries = embeddings(4, seed=9)
+    items = index.embeddings
+    assert (items - embeddings(50)).abs().max() < 0.01
+    expected = method.score_matrix(queries.double().numpy(), items.double().numpy(), 0.8)
+    found = index.search(queries, 5)
+    assert found.mode == "exact-int8"
+    assert found.numbers.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :5].tolist()
+    np.testing.assert_allclose(found.scores.numpy(), np.sort(expected)[:, ::-1][:, :5], atol=1e-5)
+
+
+def test_two_stages_score_the_candidates_and_no_others(method: ModuleType) -> None:
+    """The candidates are the items of the highest global cosine."""
+    index = Index(SPEC)
+    fill(index, 60, 4)
+    query = embeddings(1, seed=9)
+    rows = embeddings(60).double().numpy()
+    cosines = method.score_matrix(query.double().numpy(), rows, 1.0)[0]
+    chosen = np.argsort(-cosines)[:8]
+    scores = method.score_matrix(query.double().numpy(), rows, 0.0)[0]
+    expected = chosen[np.argsort(-scores[chosen])][:3]
+    found = index.search(query, 3, alpha=0.0, mode="two-stage", candidates=8)
+    assert found.mode == "two-stage"
+    assert found.numbers[0].tolist() == expected.tolist()
+    everything = index.search(query, 3, alpha=0.0, mode="two-stage", candidates=60)
+    assert everything.numbers[0].tolist() == np.argsort(-scores)[:3].tolist()
+    assert everything.mode == "two-stage"
+
+
+@pytest.mark.parametrize("mode", ["exact", "exact-int8", "two-stage"])
+@pytest.mark.parametrize("where", ["n < 0", "n = 17", "odd = true", "n in (3, 5, 41) or odd = false", "not n > 12"])
+def test_a_filter_is_exact(mode: str, where: str) -> None:
+    index = Index(SPEC)
+    fill(index, 50, 7)
+    index.delete(["17", "3"])
+    lets_through: Callable[[int], bool] = {
+        "n < 0": lambda n: False,
+        "n = 17": lambda n: n == 17,
+        "odd = true": lambda n: n % 2 == 1,
+        "n in (3, 5, 41) or odd = false": lambda n: n in (3, 5, 41) or n % 2 == 0,
+        "not n > 12": lambda n: n <= 12,
+    }[where]
+    queries = embeddings(2, seed=9)
+    everything = ids(index, queries, 50)
+    expected = [[one for one in row if lets_through(int(one))][:6] for row in everything]
+    assert ids(index, queries, 6, mode=mode, where=where, candidates=50) == expected
+    assert ids(index, queries, 6, mode=mode, where=where)[0] == expected[0]
+
+
+def test_auto_takes_two_stages_where_it_was_measured_to_lose_little() -> None:
+    index = Index(SPEC)
+    fill(index, 60)
+    query = embeddings(1, seed=9)
+    measured = Tuning(20, 0.995, 0.99, 10, 0.8, 60, None, {"exact": 1.0, "two-stage": 0.1})
+    assert index.search(query, 5).mode == "exact"
+    for tuning, options, mode in [
+        (measured, {}, "two-stage"),
+        (measured, {"k": 11}, "exact"),
+        (measured, {"alpha": 0.5}, "exact"),
+        (measured, {"where": "n < 20"}, "exact"),
+        (measured, {"where": "n < 21"}, "two-stage"),
+        (replace(measured, agreement=0.98), {}, "exact"),
+        (replace(measured, items=31), {}, "two-stage"),
+        (replace(measured, items=30), {}, "exact"),  # has doubled since
+        (replace(measured, seconds={"exact": 1.0, "two-stage": 1.1}), {}, "exact"),
+    ]:
+        index.tuning = tuning
+        assert index.tuning == tuning
+        assert index.search(query, **({"k": 5} | options)).mode == mode, (tuning, options)
+    index.tuning = None
+    index.search(query, 5, mode="exact-int8")
+    assert index.search(query, 5).mode == "exact-int8"  # the copies are there now
+
+
+def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
+    with closing(Index(SPEC, tmp_path)) as index:
+        fill(index, 300, 3)
+        queries = embeddings(40, seed=9)
+        tuning, trials = tune(index, queries, agreement=0.99, k=5, candidates=[5, 300, 20, 250, 3], progress=False)
+        assert [trial.candidates for trial in trials] == [5, 20, 250][: len(trials)]
+        exact = ids(index, queries, 5, mode="exact")
+        for trial in trials:
+            found = ids(index, queries, 5, mode="two-stage", candidates=trial.candidates)
+            shares = [len(set(a) & set(b)) / 5 for a, b in zip(found, exact, strict=True)]
+            assert trial.agreement == pytest.approx(np.mean(shares))
+        assert tuning.candidates == trials[-1].candidates
+        assert tuning.agreement >= 0.99 > trials[-2].agreement
+        answers = [row[0] for row in exact]
+        by_answer, trials = tune(index, queries, answers=answers, agreement=0.99, k=5, candidates=[5], progress=False)
+        first = [row[0] for row in ids(index, queries, 5, mode="two-stage", candidates=5)]
+        assert by_answer.recall_change == pytest.approx(
+            np.mean([a == b for a, b in zip(first, answers, strict=True)]) - 1
+        )
+        assert by_answer.agreement < 0.99
+        assert index.search(queries, 5).mode == "exact"
+    with closing(Index(SPEC, tmp_path)) as index:
+        assert index.tuning == by_answer
+        for arguments, message in [
+            ({"queries": queries[:0]}, "expected queries"),
+            ({"queries": queries, "answers": ["1"]}, "expected queries, each with its answer"),
+            ({"queries": queries[:1], "answers": ["x"]}, "expected answers that are in the index, got 'x' and 0 more"),
+            ({"queries": queries, "candidates": [400]}, "expected more items than candidates"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                tune(index, **arguments, progress=False)
+
+
+def test_queries_are_sampled_from_what_is_there() -> None:
+    index = Index(SPEC)
+    with pytest.raises(InputError, match="expected an index with items to tune"):
+        sample_queries(index)
+    fill(index, 30, 3)
+    index.delete([str(n) for n in range(0, 30, 2)])
+    sampled = sample_queries(index, 10)
+    assert len(sampled) == 10
+    assert {row[0] for row in ids(index, sampled, 1)} <= {str(n) for n in range(1, 30, 2)}
+    assert len(sample_queries(index, 100)) == 15
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 10**10), st.integers(1, 60), st.integers(1, 1024), st.sampled_from(["float16", "int8"]))
+def test_a_plan_grows_with_the_items(items: int, tokens: int, width: int, dtype: str) -> None:
+    rates = Rates(encode=10.0, exact=1e5, exact_int8=2e5, globals=1e8, candidates=1e5)
+    one, ten = (plan(n, tokens, width, rates, dtype=dtype) for n in (items, 10 * items))
+    assert ten.disk == 10 * one.disk
+    assert ten.memory == {mode: 10 * size for mode, size in one.memory.items()}
+    assert ten.encode_seconds == pytest.approx(10 * one.encode_seconds)
+    assert one.memory["two-stage"] < one.memory["exact"] or tokens * width < 8
+    assert str(one).startswith(f"{items:,} items\n")
+    assert one.mode == ("exact-int8" if items <= 2e4 else "two-stage")
+
+
+def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
+    rates = measure(SPEC.tokens, SPEC.width, alpha=0.8, encode_batch=lambda: 16)
+    assert min(vars(rates).values()) > 0
+    for dtype in ("float16", "int8"):
+        with closing(Index(replace(SPEC, dtype=dtype), tmp_path / dtype)) as index:
+            fill(index, 500)
+            index.search(embeddings(1), 5, mode="exact-int8")
+        sizes = {
+            name: sum(path.stat().st_size for path in (tmp_path / dtype).glob(name))
+            for name in ("segments/*", "cache/*")
+        }
+        planned = plan(500, SPEC.tokens, SPEC.width, rates, dtype=dtype)
+        assert sizes["segments/*"] == pytest.approx(planned.disk - 500 * 300, rel=0.05)
+        assert sizes["cache/*"] == pytest.approx(planned.int8_copies, rel=0.05)
+    with pytest.raises(InputError, match="expected at least one item, got 0"):
+        plan(0, 3, 16, rates)
+
+
+def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with closing(Index(SPEC, tmp_path)) as index, ThreadPoolExecutor(3) as pool:
+        fill(index, 20)
+        query = embeddings(1)
+        done: list[bool] = []
+
+        def search() -> None:
+            while not done:
+                assert ids(index, query, 1) == [["0"]]
+
+        searches = [pool.submit(search) for _ in range(2)]
+        choose = random.Random(0)
+        for number in range(30):
+            index.add([f"new {number}"], embeddings(1, seed=50 + number), [{}])
+            if choose.random() < 0.3:
+                index.delete([f"new {number}"])
+            if choose.random() < 0.2:
+                index.maintain()
+        done.append(True)
+        for one in searches:
+            one.result()
