@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -104,8 +105,9 @@ class Lance:
 def _as_rows(column: Any) -> Tensor:
     """The same memory, ``[n, L, D]``."""
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * ITEM_BYTES :][: len(column) * ITEM_BYTES]
-    writable = np.lib.stride_tricks.as_strided(values, writeable=True)
-    return torch.from_numpy(writable.view(np.float16).reshape(-1, TOKENS, WIDTH))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not writable, and nobody writes
+        return torch.from_numpy(values.view(np.float16).reshape(-1, TOKENS, WIDTH))
 
 
 STORES: dict[str, type[Any]] = {OURS: Ours, LANCE: Lance}

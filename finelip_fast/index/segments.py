@@ -237,15 +237,20 @@ def _write(folder: Path, name: str, arrays: dict[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(folder)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
         raise StoreError(f"cannot write {path}: {error.strerror}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk knows the files of a folder by their names."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], dtype: str) -> Segment:

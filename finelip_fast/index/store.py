@@ -11,13 +11,15 @@ import json
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +27,13 @@ from torch import Tensor
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
-from finelip_fast.index.segments import DTYPES, Segment, encode, joined, open_segment, write_segment
+from finelip_fast.index.segments import DTYPES, Segment, encode, joined, open_segment, sync_folder, write_segment
 from finelip_fast.index.view import View
 
-_CATALOGUE, _SEGMENTS, _CACHE = "catalogue.sqlite", "segments", "cache"
+_CATALOGUE, _SEGMENTS, _CACHE, _INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
 _TUNING = "tuning"
+# What workers have left in ``incoming`` for so many seconds, no one is going to adopt.
+_ABANDONED = 7 * 86400
 # What compaction makes of small segments, in bytes; one of at least half of it is left alone.
 _FULL = 1 << 29
 
@@ -74,6 +78,15 @@ class Found:
     numbers: Tensor
     items: list[list[Item]]
     mode: Mode
+
+
+class Written(NamedTuple):
+    """A segment that a worker wrote: what :func:`finelip_fast.index.segments.write_segment` returned, and whose it is."""
+
+    name: str
+    ids: list[str]
+    crcs: list[int]
+    metadata: list[dict[str, Any]]
 
 
 class Index:
@@ -268,6 +281,54 @@ class Index:
             self.catalogue.add(ids, name, crcs, texts)
         self._reload()
 
+    @property
+    def incoming(self) -> Path:
+        """A folder of the index for segments that workers write, to be taken over by :meth:`adopt`; made if missing.
+
+        Raises:
+            InputError: An index in memory.
+            StoreError: It cannot be made.
+        """
+        if self._folder is None:
+            raise InputError("expected an index with a folder for workers to write to, got one in memory")
+        folder = self._folder / _INCOMING
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {folder}: {error.strerror}") from None
+        return folder
+
+    def adopt(self, written: Sequence[Written]) -> None:
+        """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
+
+        Args:
+            written: Segments in the order that their items shall have. Their files leave ``incoming``.
+
+        Raises:
+            InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
+            StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
+        """
+        self._refuse_if_fixed()
+        incoming = self.incoming
+        ids = [item for one in written for item in one.ids]
+        _check_ids(ids)
+        texts = [[_as_json(meta) for meta in one.metadata] for one in written]
+        shape = (self.spec.tokens, self.spec.width)
+        with self.catalogue.changing():
+            self.check_ids(ids)
+            for one, metadata in zip(written, texts, strict=True):
+                try:
+                    open_segment(incoming, one.name, rows=len(one.ids), shape=shape, dtype=self.spec.dtype)
+                    with suppress(FileExistsError):  # of a change that failed
+                        os.link(incoming / one.name, self._segments / one.name)  # not moved: this may fail too
+                except OSError as error:
+                    raise StoreError(f"cannot take over {incoming / one.name}: {error.strerror}") from None
+                self.catalogue.add(one.ids, one.name, one.crcs, metadata)
+            sync_folder(self._segments)
+        for one in written:
+            (incoming / one.name).unlink(missing_ok=True)
+        self._reload()
+
     def _write(self, arrays: dict[str, Tensor]) -> tuple[str, Sequence[int | None]]:
         """A new segment, and its checksums."""
         if self._folder is not None:
@@ -344,6 +405,7 @@ class Index:
                     "names all): take them out with finelip index repair, or restore their files"
                 )
             after = self._rewrite(view)
+            strays += _remove_abandoned(self._folder / _INCOMING)
         self._reload()
         self._sweep()
         return {"segments": len(before), "after": after, "strays": strays, "bytes": size - _size(self._folder)}
@@ -618,8 +680,15 @@ def _remove(folder: Path, *, keep: set[str]) -> int:
     return len(others)
 
 
+def _remove_abandoned(folder: Path) -> int:
+    old = [path for path in folder.glob("*") if path.stat().st_mtime < time.time() - _ABANDONED]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return len(old)
+
+
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.parent.name in (_SEGMENTS, _CACHE))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.parent.name in (_SEGMENTS, _CACHE, _INCOMING))
 
 
 # Without the checkpoint -------------------------------------------------------------------------------------------------

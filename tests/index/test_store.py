@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index import Index, IndexSpec, store, stored_index, stored_source
+from finelip_fast.index import Index, IndexSpec, Written, store, stored_index, stored_source
 from finelip_fast.index.catalogue import Catalogue, Layout
+from finelip_fast.index.segments import encode, write_segment
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 
@@ -438,6 +440,41 @@ def test_a_snapshot_is_the_index_with_its_versions(folder: Path, tmp_path: Path)
     (tmp_path / "file").touch()
     with closing(Index(SPEC, folder)) as index, pytest.raises(StoreError, match="cannot write the snapshot"):
         index.snapshot(tmp_path / "file" / "below")
+
+
+def test_what_workers_wrote_is_taken_over_at_once(folder: Path) -> None:
+    def work(index: Index, *ids: str, seed: int) -> Written:
+        name, crcs = write_segment(index.incoming, encode(embeddings(len(ids), seed), SPEC.dtype))
+        return Written(name, list(ids), crcs, [{"of": one} for one in ids])
+
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        written = [work(index, "b", "c", seed=1), work(index, "d", seed=2)]
+        index.maintain()  # leaves them alone
+        index.adopt(written)
+        assert index.ids == ["a", "b", "c", "d"]
+        assert torch.equal(index.embeddings[3:], embeddings(1, 2).half())
+        assert list(index.incoming.iterdir()) == []
+        for again in (written[:1], [work(index, "d", seed=3)], [work(index, "e", seed=3), work(index, "e", seed=3)]):
+            with pytest.raises((InputError, StoreError), match=r"got '[de]' again|got 'b' again"):
+                index.adopt(again)
+        short = work(index, "f", seed=4)
+        for one, message in [
+            (short._replace(ids=["f", "g"], crcs=[1, 2], metadata=[{}, {}]), r"expected tokens float16 \[2, 3, 8\]"),
+            (short._replace(name="lost.safetensors", ids=["g"]), "cannot take over .*lost.safetensors"),
+        ]:
+            with pytest.raises(StoreError, match=message):
+                index.adopt([short, one] if one.name != short.name else [one])
+        assert index.ids == ["a", "b", "c", "d"]
+        index.adopt([short])
+        index.delete(["f"])
+        assert index.check() == {}
+        left = list(index.incoming.iterdir())
+        os.utime(left[0], (0, 0))
+        index.maintain()
+        assert list(index.incoming.iterdir()) == left[1:]
+    with pytest.raises(InputError, match="got one in memory"):
+        Index(SPEC).adopt([])
 
 
 def test_a_flipped_bit_is_found(folder: Path) -> None:
