@@ -11,6 +11,7 @@ items is one line to read. Compaction closes gaps, and never changes the order.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import weakref
@@ -63,6 +64,7 @@ _MIGRATIONS = {
         "DROP TABLE item_2",
     ),
 }
+_PATIENCE = 30.0  # seconds
 # Of a query, and of a list of positions in one: below the least limit of any SQLite.
 _AT_ONCE = 900
 
@@ -95,7 +97,7 @@ class Layout(NamedTuple):
 class Catalogue:
     """``catalogue.sqlite`` in an index folder, or one in memory.
 
-    May be used from several threads.
+    May be used from several threads. In a folder that cannot be written to it can be read.
 
     Args:
         path: The file, made if missing; None: in memory.
@@ -108,19 +110,36 @@ class Catalogue:
 
     def __init__(self, path: Path | None, spec: dict[str, Any], *, source: str) -> None:
         self.path = path
+        self.read_only = path is not None and path.exists() and not _is_writable(path.parent)
         self._lock = threading.RLock()
         try:
-            self._connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+            self._connection = self._connect()
             weakref.finalize(self, self._connection.close)
             self._connection.text_factory = _from_text
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
+            if not self.read_only:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
             self._prepare({"format": FORMAT, **spec}, source)
         except sqlite3.Error as error:
             raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
 
+    def _connect(self) -> sqlite3.Connection:
+        target = ":memory:" if self.path is None else str(self.path)
+        if self.read_only:
+            assert self.path is not None
+            if any(log.stat().st_size for log in self.path.parent.glob(f"{self.path.name}-wal")):
+                raise StoreError(
+                    f"{self.path.parent} cannot be written to, and its last changes are still in {self.path.name}-wal: "
+                    "open it once where it can be written to"
+                )
+            target = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        # Another writer is waited for: one that compacts takes its time.
+        return sqlite3.connect(
+            target, isolation_level=None, check_same_thread=False, uri=self.read_only, timeout=_PATIENCE
+        )
+
     def _prepare(self, spec: dict[str, Any], source: str) -> None:
-        with self._transaction("IMMEDIATE"):
+        with self._transaction("DEFERRED" if self.read_only else "IMMEDIATE"):
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spec'").fetchone():
                 for statement in (_SPEC, *_ITEMS):
                     self._connection.execute(statement)
@@ -420,6 +439,10 @@ def read_spec(path: Path) -> dict[str, Any] | None:
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be opened as an index catalogue: {error}") from None
     return {key: json.loads(value) for key, value in rows} or None
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:

@@ -200,7 +200,7 @@ class Index:
 
     @property
     def _cache(self) -> Path | None:
-        return None if self._folder is None else self._folder / _CACHE
+        return None if self._folder is None or self.catalogue.read_only else self._folder / _CACHE
 
     @property
     def version(self) -> int:

@@ -1,0 +1,157 @@
+"""What goes wrong on disks: each with an error that says what to do, nothing lost, and the rest still to be read."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import StoreError
+from finelip_fast.index import Index, IndexSpec, stored_index
+
+SPEC = IndexSpec(checkpoint="abc", tokens=4, width=64)
+NOBODY = 65534
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    values = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with closing(Index(SPEC, tmp_path / "index")) as index:
+        index.add(["a", "b"], embeddings(2), [{}, {}])
+    return tmp_path / "index"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than this into a file: the nearest to a full disk that needs no disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def as_a_guest(folder: Path) -> Iterator[None]:
+    """Of someone who may read the folder and write nothing."""
+    everything = [folder, *folder.rglob("*")]
+    parents = [
+        path for path in folder.parents if path.owner() == folder.owner() and path.stat().st_mode & 0o777 == 0o700
+    ]
+    before = {path: path.stat().st_mode for path in [*everything, *parents]}
+    for path in everything:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for path in parents:
+        path.chmod(0o755)
+    is_root = os.geteuid() == 0
+    if is_root:  # who may write everywhere
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in before.items():
+            path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("limit", "count", "metadata"),
+    [(50_000, 500, {}), (90_000, 5, {"text": "x" * 90_000})],
+    ids=["in the segment", "in the catalogue"],
+)
+def test_a_full_disk(folder: Path, limit: int, count: int, metadata: dict) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        before = index.search(embeddings(1), 5).items
+        with (
+            largest_file(limit),
+            pytest.raises(StoreError, match=r"cannot write .*large|cannot be written: .*(full|I/O)"),
+        ):
+            index.add([f"new {n}" for n in range(count)], embeddings(count, 1), [metadata] * count)
+        assert index.search(embeddings(1), 5).items == before
+        assert list(index.ids) == ["a", "b"]
+        assert not list((folder / "segments").glob("*.part"))
+        index.add(["c"], embeddings(1, 2), [{}])
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["a", "b", "c"]
+        assert index.check() == {}
+        index.maintain()
+        assert index.check() == {}
+
+
+def test_compaction_on_a_full_disk_changes_nothing(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        index.add([f"new {n}" for n in range(100)], embeddings(100, 1), [{}] * 100)
+        before = index.ids
+        with largest_file(40_000), pytest.raises(StoreError, match="cannot write"):
+            index.maintain()
+        assert index.ids == before
+        assert index.check() == {}
+        assert index.maintain()["segments"] == 2
+        assert index.ids == before
+
+
+def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path) -> None:
+    query = embeddings(1)
+    with closing(Index(SPEC, folder)) as index:
+        expected = index.search(query, 5).items
+    with as_a_guest(folder), closing(Index(SPEC, folder)) as index:
+        for mode in ("exact", "exact-int8", "two-stage"):
+            assert index.search(query, 5, mode=mode).items == expected
+        assert index.check() == {}
+        for change in (
+            lambda: index.add(["c"], embeddings(1), [{}]),
+            lambda: index.delete(["a"]),
+            index.maintain,
+            lambda: index.speed_up("n"),
+        ):
+            with pytest.raises(StoreError, match="cannot be written: attempt to write a readonly database"):
+                change()
+        assert index.ids == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_read_without_its_last_changes(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "catalogue.sqlite")) as open_elsewhere:
+        open_elsewhere.execute("INSERT INTO spec VALUES ('note', '1')")
+        open_elsewhere.commit()
+        with (
+            as_a_guest(folder),
+            pytest.raises(StoreError, match=r"its last changes are still in catalogue\.sqlite-wal"),
+        ):
+            Index(SPEC, folder)
+
+
+def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path) -> None:
+    with as_a_guest(folder), pytest.raises(StoreError, match=r"cannot make the index folder .*Permission denied"):
+        Index(SPEC, folder / "below")
+
+
+def test_a_lost_catalogue_is_not_taken_for_an_empty_index(folder: Path) -> None:
+    (folder / "catalogue.sqlite").rename(folder.parent / "kept")
+    with pytest.raises(StoreError, match=r"has segments and no catalogue\.sqlite.*restore it from a snapshot"):
+        Index(SPEC, folder)
+    with pytest.raises(StoreError, match="there is no index at"):
+        stored_index(folder)
+    (folder.parent / "kept").rename(folder / "catalogue.sqlite")
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["a", "b"]
+
+
+def test_an_index_of_another_checkpoint_is_refused_and_stays_as_it_is(folder: Path) -> None:
+    other = IndexSpec(checkpoint="xyz", tokens=4, width=64)
+    with pytest.raises(StoreError, match=r"'checkpoint': 'abc'.*'checkpoint': 'xyz'"):
+        Index(other, folder)
+    with closing(Index(SPEC, folder)) as index:
+        assert index.ids == ["a", "b"]
