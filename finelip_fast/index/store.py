@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index import faiss
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
 from finelip_fast.index.segments import DTYPES, Segment, encode, joined, open_segment, sync_folder, write_segment
@@ -123,7 +124,7 @@ class Index:
         self._folder = None if folder is None else Path(folder)
         self._lock = threading.RLock()
         self._opened: dict[str, Segment] = {}
-        self._source: CandidateSource | None = None
+        self._source: tuple[View, CandidateSource | None] | None = None
         if self._folder is None and version is not None:
             raise InputError(
                 f"expected version only with a folder, got {version}: an index in memory keeps no versions"
@@ -458,7 +459,7 @@ class Index:
         with self.catalogue.undisturbed():
             names = {row.name for row in self.catalogue.layout().segments}
             _remove(self._segments, keep=names)
-            _remove(self._folder / _CACHE, keep={Path(name).stem for name in names})
+            _remove(self._folder / _CACHE, keep={*(Path(name).stem for name in names), Path(faiss.FILE).stem})
 
     def check(self) -> dict[str, str]:
         """Read every item of a folder again and compare it with its checksum.
@@ -577,7 +578,7 @@ class Index:
         if candidates is None and tuning is not None:
             candidates = tuning.candidates
         scores, rows = best_rows(
-            view, queries, k, alpha=alpha, mode=chosen, candidates=candidates, among=among, source=self._source
+            view, queries, k, alpha=alpha, mode=chosen, candidates=candidates, among=among, source=self.source_for(view)
         )
         rows = rows.cpu()
         positions = view.positions(rows)
@@ -587,6 +588,26 @@ class Index:
         global_scores, fine_scores = parts_of_scores(view, queries, rows)
         found = [[items[position] for position in own] for own in positions.tolist()]
         return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)
+
+    def source_for(self, view: View) -> CandidateSource | None:
+        """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
+        with self._lock:
+            if self._source is None or self._source[0] is not view:
+                self._source = view, faiss.find(view, self._cache)
+            return self._source[1]
+
+    def build_candidates(self, *, lists: int | None = None, progress: bool = True) -> None:
+        """Make the first stage of two fast for many millions of items, with faiss; see :mod:`finelip_fast.index.faiss`.
+
+        Raises:
+            EngineError: faiss is not installed.
+            InputError: An index in memory, or too few items.
+            StoreError: The index is closed, or the disk refuses.
+        """
+        if self._cache is None:
+            raise InputError("expected an index with a folder that can be written to")
+        faiss.build(self.view(), self._cache, lists=lists, progress=progress)
+        self._source = None
 
     @property
     def tuning(self) -> Tuning | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,13 +90,15 @@ def tune(
     right = None if answers is None else _rows_of(index, view, answers)
     exact: Mode = "exact-int8" if view.is_quantized else "exact"
     with tqdm(total=len(queries) * (1 + len(tried)), unit="query", disable=not progress) as bar:
-        best = _search(view, queries, k, alpha, exact, None, bar)
-        seconds = {"exact": _seconds(view, queries, k, alpha, exact, None)}
+        search = partial(best_rows, view, k=k, alpha=alpha, source=index.source_for(view))
+        best = _search(partial(search, mode=exact), queries, bar)
+        seconds = {"exact": _seconds(partial(search, mode=exact), queries)}
         trials: list[Trial] = []
         for number in tried:
-            found = _search(view, queries, k, alpha, "two-stage", number, bar)
+            two_stages = partial(search, mode="two-stage", candidates=number)
+            found = _search(two_stages, queries, bar)
             change = None if right is None else _recall(found, right) - _recall(best, right)
-            time_of_one = _seconds(view, queries, k, alpha, "two-stage", number)
+            time_of_one = _seconds(two_stages, queries)
             trials.append(Trial(number, _agreement(found, best), change, 1e3 * time_of_one))
             if trials[-1].agreement >= agreement:
                 break  # more would only take longer
@@ -122,21 +125,19 @@ def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
     return torch.cat([view.rows_at([found[item]]) for item in ids])
 
 
-def _search(
-    view: View, queries: Tensor, k: int, alpha: float, mode: Mode, candidates: int | None, bar: tqdm[Any]
-) -> Tensor:
+def _search(search: Callable[[Tensor], tuple[Tensor, Tensor]], queries: Tensor, bar: tqdm[Any]) -> Tensor:
     rows = []
     for some in queries.split(16):
-        rows.append(best_rows(view, some, k, alpha=alpha, mode=mode, candidates=candidates)[1].cpu())
+        rows.append(search(some)[1].cpu())
         bar.update(len(some))
     return torch.cat(rows)
 
 
-def _seconds(view: View, queries: Tensor, k: int, alpha: float, mode: Mode, candidates: int | None) -> float:
+def _seconds(search: Callable[[Tensor], tuple[Tensor, Tensor]], queries: Tensor) -> float:
     times = []
     for query in queries[:_TIMED].split(1):
         start = time.perf_counter()
-        best_rows(view, query, k, alpha=alpha, mode=mode, candidates=candidates)[1].cpu()
+        search(query)[1].cpu()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -264,3 +264,39 @@ def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
         done.append(True)
         for one in searches:
             one.result()
+
+
+def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    queries = embeddings(5, seed=9)
+    with closing(Index(SPEC, tmp_path)) as index:
+        fill(index, 400, 3)
+        index.delete([str(n) for n in range(0, 400, 3)])
+        options = {"mode": "two-stage", "candidates": 40}
+        exact = ids(index, queries, 5, mode="exact")
+        assert index.source_for(index.view()) is None
+        index.build_candidates(lists=8, progress=False)
+        source = index.source_for(index.view())
+        assert source is not None
+        source.probes = 8
+        assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # every list: as good as all
+        for where in ("n < 20", "n >= 200", "n > 1000", "odd = true"):
+            expected = ids(index, queries, 5, mode="exact", where=where)
+            assert ids(index, queries, 5, mode="two-stage", candidates=200, where=where) == expected
+        source.probes = 1  # too few are in one list: all are gone through
+        assert [len(row) for row in ids(index, queries, 300, mode="two-stage", candidates=399)] == [266] * 5
+        new = torch.nn.functional.normalize(queries[:1] + 0.01, dim=-1)
+        index.add(["new"], new, [{"n": 0}])
+        assert index.source_for(index.view()) is not source
+        assert ids(index, queries[:1], 1, **options) == [["new"]]
+        assert ids(index, queries[:1], 1, **options, where="n = 0") == [["new"]]
+    with closing(Index(SPEC, tmp_path)) as index:
+        assert index.source_for(index.view()) is not None
+        assert tune(index, queries, agreement=0.5, k=5, candidates=[20], progress=False)[0].agreement > 0.5
+        index.maintain()
+        assert index.source_for(index.view()) is None
+        assert ids(index, queries[:1], 1, **options) == [["new"]]
+        with pytest.raises(InputError, match="expected at least as many items as lists, got 267 for 1000"):
+            index.build_candidates(lists=1000, progress=False)
+    with pytest.raises(InputError, match="expected an index with a folder"):
+        Index(SPEC).build_candidates()
