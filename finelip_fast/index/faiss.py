@@ -1,7 +1,7 @@
 """Candidates from faiss, for more items than their global embeddings can be gone through: some millions.
 
 An inverted file of 8-bit global embeddings, mapped from ``cache/globals.faiss``. It can be made again at any time, so it is
-never the only place of anything, and it says which segments it was made of: as long as the index begins with those, it is used,
+never the only place of anything, and it says which segments it was made of: as long as the index begins with those it is used,
 and what was added since is gone through. Compaction may change them; then the file is out of date and not used.
 """
 

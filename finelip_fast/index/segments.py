@@ -84,42 +84,52 @@ class Segment:
             cache is not None and (cache / f"{Path(self.name).stem}.safetensors").exists()
         )
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Some embeddings ``[m, L, D]``, float16 or float32, from the file itself: what is not in memory comes all at once.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings when they are taken out."""
+        return torch.float16 if "tokens" in self.arrays else torch.float32
+
+    def read(self, rows: Tensor, target: Tensor) -> None:
+        """Fetch some embeddings from the file itself, so that what is not in memory comes all at once.
+
+        Args:
+            rows: ``[m]``.
+            target: Where to, ``[m, L, D]`` of :attr:`dtype`, contiguous.
 
         Raises:
             FileNotFoundError: The file is gone; what was mapped from it is not.
             StoreError: It cannot be read.
         """
-        names = [name for name in _STORED if name in self.arrays]
-        if self._path is None or self._path.suffix == ".npy":
-            parts = [values[rows] for values in self._kept(*names)]
+        if self._path is None or not self.is_current:
+            target.copy_(self.embeddings(rows))
+        elif self.dtype == torch.float16:
+            self._read_file(self._path, {"tokens": target}, rows.tolist())
         else:
-            parts = self._read_file(self._path, names, rows.tolist())
-        return parts[0] if len(parts) == 1 else dequantize(*parts)
+            kept = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
+            parts = {name: torch.empty(len(rows), *one.shape[1:], dtype=one.dtype) for name, one in kept.items()}
+            self._read_file(self._path, parts, rows.tolist())
+            target.copy_(dequantize(*parts.values()))
 
-    def _read_file(self, path: Path, names: Sequence[str], rows: Sequence[int]) -> list[Tensor]:
-        parts = [torch.empty(len(rows), *values.shape[1:], dtype=values.dtype) for values in self._kept(*names)]
+    def _read_file(self, path: Path, targets: dict[str, Tensor], rows: Sequence[int]) -> None:
         wanted = []
-        for name, part in zip(names, parts, strict=True):
-            size = part.nbytes // max(1, len(rows))
-            target = part.numpy().reshape(-1).view(np.uint8).data
+        for name, target in targets.items():
+            size = target.nbytes // max(1, len(rows))
+            memory = target.numpy().reshape(-1).view(np.uint8).data
             wanted += [
-                (self._starts[name] + size * row, target[size * at : size * (at + 1)]) for at, row in enumerate(rows)
+                (self._starts[name] + size * row, memory[size * at : size * (at + 1)]) for at, row in enumerate(rows)
             ]
         descriptor = os.open(path, os.O_RDONLY)
         try:
             if hasattr(os, "posix_fadvise"):  # all of it is on its way while the first is waited for
-                for offset, target in wanted:
-                    os.posix_fadvise(descriptor, offset, len(target), os.POSIX_FADV_WILLNEED)
-            for offset, target in wanted:
-                if os.preadv(descriptor, [target], offset) != len(target):
+                for offset, part in wanted:
+                    os.posix_fadvise(descriptor, offset, len(part), os.POSIX_FADV_WILLNEED)
+            for offset, part in wanted:
+                if os.preadv(descriptor, [part], offset) != len(part):
                     raise StoreError(f"segment {path} has become shorter: restore it, or finelip index repair")
         except OSError as error:
             raise StoreError(f"segment {path} cannot be read: {error.strerror}; restore it or index again") from None
         finally:
             os.close(descriptor)
-        return parts
 
     @cached_property
     def _starts(self) -> dict[str, int]:

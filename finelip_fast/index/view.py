@@ -93,18 +93,25 @@ class View:
             FileNotFoundError: A segment is gone, since another process has compacted the index.
             StoreError: One cannot be read.
         """
-        rows = rows.cpu()
+        if not len(rows):
+            return torch.empty(0, 0, 0, dtype=torch.float16)
+        rows, order = rows.cpu().sort()
+        segments = torch.searchsorted(self._offsets, rows, right=True) - 1
+        shape = self.segments[0].arrays["tokens" if self.tokens else "values"].shape[1:]
         on_gpu = self.tokens if self.tokens and self.tokens[0].is_cuda else None
-        segment = torch.searchsorted(self._offsets, rows, right=True) - 1
-        result: Tensor | None = None
-        for one in segment.unique().tolist():
-            chosen = segment == one
-            own = rows[chosen] - self._offsets[one]
-            values = on_gpu[one][own.to(self.device)] if on_gpu else self.segments[one].read(own)
-            if result is None:
-                result = values.new_empty(len(rows), *values.shape[1:])
-            result[chosen.to(values.device)] = values
-        return torch.empty(0, 0, 0, dtype=torch.float16) if result is None else result
+        device = self.device if on_gpu else "cpu"
+        result = torch.empty(len(rows), *shape, dtype=self.segments[0].dtype, device=device)
+        numbers, counts = segments.unique_consecutive(return_counts=True)
+        for one, part, own in zip(
+            numbers.tolist(), result.split(counts.tolist()), rows.split(counts.tolist()), strict=True
+        ):
+            own = own - self._offsets[one]
+            if on_gpu:
+                part.copy_(on_gpu[one][own.to(device)])
+            else:
+                self.segments[one].read(own, part)
+        is_sorted = bool((order.diff() > 0).all())
+        return result if is_sorted else result[order.argsort().to(device)]
 
     @cached_property
     def tokens(self) -> list[Tensor] | None:
