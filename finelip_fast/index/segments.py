@@ -50,10 +50,12 @@ class Segment:
     Attributes:
         name: Of the file; in memory, any.
         arrays: What is in it, by the names above.
+        copies: On a GPU, by any names; they go with the segment.
     """
 
     def __init__(self, name: str, arrays: dict[str, Tensor], path: Path | None = None) -> None:
         self.name, self.arrays, self._path = name, arrays, path
+        self.copies: dict[str, Tensor] = {}
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 

@@ -118,14 +118,14 @@ class View:
         """All embeddings, a piece a segment: on a GPU if they fit, else mapped. None: they are kept in int8 alone."""
         if not all("tokens" in segment.arrays for segment in self.segments):
             return None
-        return self._resident([segment.arrays["tokens"] for segment in self.segments])
+        return self._resident("tokens", [segment.arrays["tokens"] for segment in self.segments])
 
     @cached_property
     def quantized(self) -> QuantizedItems:
         """All embeddings in int8, made where they are not there yet: a quarter of an hour for a million items on two cores."""
         parts = [segment.quantized(self.cache) for segment in self.segments]
-        fields = ([getattr(part, name) for part in parts] for name in QuantizedItems._fields)
-        return QuantizedItems(*(self._resident(pieces) for pieces in fields))
+        fields = ((f"int8 {name}", [getattr(part, name) for part in parts]) for name in QuantizedItems._fields)
+        return QuantizedItems(*(self._resident(name, pieces) for name, pieces in fields))
 
     @property
     def is_quantized(self) -> bool:
@@ -135,16 +135,25 @@ class View:
     @cached_property
     def globals(self) -> tuple[list[Tensor], list[Tensor]]:
         """Global embeddings in int8 and their scales, in pieces on the device."""
-        kept = [[segment.arrays[name] for segment in self.segments] for name in ("globals", "global_scales")]
+        kept = [
+            self._resident(name, [segment.arrays[name] for segment in self.segments])
+            for name in ("globals", "global_scales")
+        ]
         if len(self.segments) > _MOST_PIECES:
             kept = [[torch.cat(pieces)] for pieces in kept]
-        values, scales = ([piece.to(self.device) for piece in pieces] for pieces in kept)
+        values, scales = kept
         return values, scales
 
-    def _resident(self, pieces: list[Tensor]) -> list[Tensor]:
-        """On the GPU, if there is one and they fit."""
+    def _resident(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
+        """What every segment has under a name: on the GPU, if there is one and they fit; what is there already stays there."""
         if self.device.type != "cuda":
             return pieces
+        copies = [segment.copies for segment in self.segments]
+        missing = sum(piece.nbytes for piece, own in zip(pieces, copies, strict=True) if name not in own)
         free, _ = torch.cuda.mem_get_info(self.device)
-        fits = sum(piece.nbytes for piece in pieces) <= _GPU_SHARE * free
-        return [piece.to(self.device) for piece in pieces] if fits else pieces
+        if missing > _GPU_SHARE * free:
+            return pieces
+        for piece, own in zip(pieces, copies, strict=True):
+            if name not in own:
+                own[name] = piece.to(self.device)
+        return [own[name] for own in copies]
