@@ -121,6 +121,36 @@ def test_index_again_adds_what_is_new(finelip: Callable[..., str], photos: Path,
     assert len(json.loads(finelip("search", "a house", "--json", "--device", "cpu"))) == 4
 
 
+def test_a_killed_job_goes_on_where_it_was(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    for n in range(60):
+        save_picture(photos / f"more-{n}.png", n)
+    arguments = [
+        "index",
+        str(photos),
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+        "--quiet",
+    ]
+    job = (
+        f"import finelip_fast.retriever as r; r._KEPT_SECONDS = 0; from finelip_fast.cli import main; main({arguments})"
+    )
+    segments = Path("finelip-index/segments")
+    with subprocess.Popen([sys.executable, "-c", job]) as victim:
+        while not segments.is_dir() or len(list(segments.glob("*.safetensors"))) < 3:
+            assert victim.poll() is None
+        victim.kill()
+    kept = json.loads(finelip("index", "check", "--json"))["items"]
+    assert 2 <= kept < 63
+    assert finelip(*arguments).splitlines()[0] == f"{63 - kept} added, 2 skipped"
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 63, "damaged": 0}
+    found = json.loads(finelip("search", "a house", "-k", "100", "--json", "--device", "cpu"))
+    assert len({hit["id"] for hit in found}) == len(found) == 63
+
+
 def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
     index(finelip, photos, checkpoint, "--index", "elsewhere")
     arguments = ["search", "a red house", "--index", "elsewhere", "--device", "cpu", "-k", "2"]

@@ -300,3 +300,21 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
             index.build_candidates(lists=1000, progress=False)
     with pytest.raises(InputError, match="expected an index with a folder"):
         Index(SPEC).build_candidates()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.7, 0.0], ids=["kept on the GPU", "streamed to it"])
+def test_a_gpu_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr("finelip_fast.index.view._GPU_SHARE", share)
+    queries = embeddings(5, seed=9)
+    with closing(Index(SPEC, tmp_path)) as index, closing(Index(SPEC, tmp_path, device="cuda")) as on_gpu:
+        fill(index, 300, 40)
+        index.delete([str(n) for n in range(0, 300, 7)])
+        for mode in ("exact", "exact-int8", "two-stage"):
+            for where in (None, "n < 50"):
+                options = {"mode": mode, "where": where, "candidates": 50}
+                found, expected = (one.search(queries, 5, **options) for one in (on_gpu, index))
+                assert found.items == expected.items
+                assert torch.equal(found.scores, expected.scores)
+        index.add(["new"], queries[:1], [{}])
+        assert ids(on_gpu, queries[:1], 1) == [["new"]]
