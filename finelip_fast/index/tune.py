@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import InputError
+from finelip_fast.index.index import Index
 from finelip_fast.index.search import Mode, Tuning, best_rows
-from finelip_fast.index.store import Index
 from finelip_fast.index.view import View
 
 CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)

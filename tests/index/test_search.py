@@ -303,6 +303,7 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.7, 0.0], ids=["kept on the GPU", "streamed to it"])
 def test_a_gpu_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     monkeypatch.setattr("finelip_fast.index.view._GPU_SHARE", share)

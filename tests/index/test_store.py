@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index import Index, IndexSpec, Written, store, stored_index, stored_source
+from finelip_fast.index import Index, IndexSpec, Written, stored_index, stored_source, upkeep
 from finelip_fast.index.catalogue import Catalogue, Layout
 from finelip_fast.index.segments import encode, write_segment
 
@@ -403,7 +403,7 @@ def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.M
 
 
 def test_full_segments_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_FULL", 4 * 70)  # bytes: four items
+    monkeypatch.setattr(upkeep, "_FULL", 4 * 70)  # bytes: four items
     with closing(Index(SPEC, folder)) as index:
         for number, size in enumerate([3, 1, 1, 1, 4, 2, 1]):
             add(index, *(f"{number}-{one}" for one in range(size)), seed=number)
