@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.index import Index, IndexSpec, stored_dtype
+from finelip_fast.index.ingest import AddReport, Existing, Ingest, one_ahead
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import walk_folder
 from finelip_fast.tokenizer import Overflow
@@ -44,29 +42,6 @@ class Hit:
     fine_score: float
     metadata: dict[str, Any]
     mode: str = "exact"
-
-
-@dataclass
-class AddReport:
-    """What became of the items given to ``add_images`` or ``add_texts``.
-
-    Attributes:
-        added: Ids, in order.
-        skipped: ``(id, reason)`` of what could not be read.
-    """
-
-    added: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.added)} added, {len(self.skipped)} skipped"]
-        return "\n".join(lines + [f"  {item}: {reason}" for item, reason in self.skipped])
-
-
-Existing = Literal["error", "skip", "replace"]
-
-# How much is gathered before it is kept: embeddings, and seconds of work that a killed process may lose.
-_KEPT_BYTES, _KEPT_SECONDS = 1 << 26, 30.0
 
 
 class Retriever:
@@ -163,17 +138,16 @@ class Retriever:
                 Batches before it are kept.
             StoreError: The index cannot be written; the report of what was kept is lost, and ``existing="skip"`` finds it.
         """
-        report = AddReport()
-        total = None
+        report, total = AddReport(), None
         if isinstance(images, (str, PathLike)) and Path(images).is_dir():
             total = sum(kind == "image" for _, kind in walk_folder(images))
             pictures: Iterable[Any] = _pictures(images, report)
         else:
             pictures = _listed(images)
-        pending: set[str] = set()
-        chunks = self._chunks(pictures, total, ids, metadata, existing, pending, batch_size, "image", progress)
-        with ThreadPoolExecutor() as pool, self._adding(report, existing, pending) as add:
-            for chunk in _one_ahead(self._decoded(pool, chunk) for chunk in chunks):
+        ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
+        chunks = ingest.chunks(pictures, ids, metadata, total=total, progress=progress)
+        with ThreadPoolExecutor() as pool, ingest:
+            for chunk in one_ahead(self._decoded(pool, chunk) for chunk in chunks):
                 readable = []
                 for item, meta, future in chunk:
                     pixels = future.result()
@@ -183,7 +157,7 @@ class Retriever:
                         readable.append((item, meta, pixels))
                 if readable:
                     embeddings = self._engine.encode_image(torch.stack([pixels for *_, pixels in readable]))
-                    add([item for item, *_ in readable], embeddings, [meta for _, meta, _ in readable])
+                    ingest.add([item for item, *_ in readable], embeddings, [meta for _, meta, _ in readable])
         return report
 
     def add_texts(
@@ -197,16 +171,16 @@ class Retriever:
         progress: bool | tqdm[Any] = True,
     ) -> AddReport:
         """Embed texts and add them. Arguments as :meth:`add_images`; default ids are ``text-N``."""
-        report = AddReport()
         texts = [texts] if isinstance(texts, str) else texts
-        pending: set[str] = set()
-        chunks = self._chunks(texts, None, ids, metadata, existing, pending, batch_size, "text", progress)
-        with self._adding(report, existing, pending) as add:
+        report = AddReport()
+        ingest = Ingest(self.index, "text", report, existing=existing, batch_size=batch_size)
+        chunks = ingest.chunks(texts, ids, metadata, progress=progress)
+        with ingest:
             for chunk in chunks:
                 embeddings = self._engine.embed_texts(
                     [text for _, text, _ in chunk], batch_size=batch_size, overflow=self.overflow
                 )
-                add([item for item, *_ in chunk], embeddings, [meta for *_, meta in chunk])
+                ingest.add([item for item, *_ in chunk], embeddings, [meta for *_, meta in chunk])
         return report
 
     def delete(self, ids: Sequence[str] | str) -> None:
@@ -312,106 +286,6 @@ class Retriever:
         # Decoding and resizing release the interpreter's lock.
         return [(item, meta, pool.submit(self._read, image)) for item, image, meta in chunk]
 
-    @contextmanager
-    def _adding(self, report: AddReport, existing: Existing, pending: set[str]) -> Iterator[Callable[..., None]]:
-        """Gathers batches to segments worth a file; what was gathered is kept even when the next batch fails.
-
-        ``pending`` are the ids that may be on their way into the index; those that have arrived are taken out.
-        """
-        put = self.index.upsert if existing == "replace" else self.index.add
-        batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
-        since = time.monotonic()
-
-        def keep() -> None:
-            nonlocal since
-            if batches:
-                ids = [item for some, *_ in batches for item in some]
-                put(ids, torch.cat([some for _, some, _ in batches]), [meta for *_, some in batches for meta in some])
-                report.added += ids
-                pending.difference_update(ids)
-                batches.clear()
-            since = time.monotonic()
-
-        def add(ids: list[str], embeddings: Tensor, metadata: list[dict[str, Any]]) -> None:
-            batches.append((ids, embeddings.to("cpu", torch.float16), metadata))
-            enough = sum(some.nbytes for _, some, _ in batches) >= _KEPT_BYTES
-            if enough or time.monotonic() - since >= _KEPT_SECONDS:
-                keep()
-
-        try:
-            yield add
-        finally:
-            keep()
-
-    def _chunks(
-        self,
-        items: Iterable[Any],
-        total: int | None,
-        ids: Sequence[str] | None,
-        metadata: Sequence[dict[str, Any]] | None,
-        existing: Existing,
-        pending: set[str],
-        size: int,
-        kind: str,
-        progress: bool | tqdm[Any],
-    ) -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
-        """``(id, item, metadata)`` in lists of ``size``; refuses repeated ids and lists that do not match before work."""
-        if size < 1:
-            raise InputError(f"expected batch_size of at least 1, got {size}")
-        if existing not in get_args(Existing):
-            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r}")
-        if isinstance(items, Sized):
-            total = len(items)
-            _check_lengths(kind, total, ids, metadata)
-        if ids is not None:
-            self.index.check_ids(ids, replace=existing != "error")
-        return self._listed_chunks(
-            self._named(items, ids, metadata, kind), total, existing, pending, size, kind, progress
-        )
-
-    def _listed_chunks(
-        self,
-        named: Iterator[tuple[str, Any, dict[str, Any]]],
-        total: int | None,
-        existing: Existing,
-        pending: set[str],
-        size: int,
-        kind: str,
-        progress: bool | tqdm[Any],
-    ) -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
-        with _bar(progress, total, kind) as bar:
-            while chunk := list(islice(named, size)):
-                ids = [item for item, *_ in chunk]
-                if existing == "error":
-                    self.index.check_ids(ids)
-                there = pending if existing == "replace" else pending | self.index.catalogue.find(ids).keys()
-                if existing != "skip" and not there.isdisjoint(ids):
-                    again = next(item for item in ids if item in there)
-                    raise InputError(f"expected ids that differ, got {again!r} again; give each item once")
-                new = [one for one in chunk if one[0] not in there]
-                pending.update(item for item, *_ in new)
-                if new:
-                    yield new
-                bar.update(len(chunk))
-
-    def _named(
-        self, items: Iterable[Any], ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None, kind: str
-    ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-        """Give each item its id and metadata; of a generator, the lengths show only here."""
-        free = (name for number in count(len(self)) if (name := f"{kind}-{number}") not in self.index)
-        total = 0
-        for item in items:
-            if any(given is not None and len(given) == total for given in (ids, metadata)):
-                _check_lengths(kind, total + 1, ids, metadata)
-            if ids is not None:
-                name = ids[total]
-            else:
-                is_path = isinstance(item, PathLike) or (kind == "image" and isinstance(item, str))
-                name = str(item) if is_path else next(free)
-            yield name, item, {} if metadata is None else metadata[total]
-            total += 1
-        _check_lengths(kind, total, ids, metadata)
-
 
 def _listed(images: Any) -> Any:
     """One picture as a list of it; lists, generators and stacks of pictures as they are."""
@@ -427,28 +301,3 @@ def _pictures(folder: str | PathLike[str], report: AddReport) -> Iterator[Path]:
         else:
             reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
             report.skipped.append((str(path), reason))
-
-
-@contextmanager
-def _bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
-    if isinstance(progress, bool):
-        with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
-            yield bar
-    else:
-        yield progress
-
-
-def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The next item is made before this one is used."""
-    iterator = iter(items)
-    ahead = list(islice(iterator, 1))
-    while ahead:
-        item = ahead.pop()
-        ahead = list(islice(iterator, 1))
-        yield item
-
-
-def _check_lengths(kind: str, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
-    for name, given in (("ids", ids), ("metadata", metadata)):
-        if given is not None and len(given) != total:
-            raise InputError(f"expected as many {name} as {kind}s, got {len(given)} for {total}")

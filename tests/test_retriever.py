@@ -388,6 +388,21 @@ def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
     assert retriever.index.ids == ["old"]  # refused before work
 
 
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_what_came_before_an_error_is_kept(retriever: Retriever, kind: str) -> None:
+    add, given = (retriever.add_images, PICTURES[:5]) if kind == "images" else (retriever.add_texts, TEXTS)
+
+    def generated() -> Iterator[object]:
+        yield from given[:4]
+        raise RuntimeError("the source is gone")
+
+    with pytest.raises(RuntimeError, match="the source is gone"):
+        add(generated(), batch_size=2, progress=False)
+    assert len(retriever) == 4
+    with pytest.raises(InputError, match="expected ids that differ, got 'b' again"):
+        add((one for one in given), ids=list("abcdb"), batch_size=2, existing="replace", progress=False)
+
+
 def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) -> None:
     PICTURES[0].save(tmp_path / "one.png")
     with pytest.raises(InputError, match=r"got '.*one\.png' again; give each item once"):
@@ -589,7 +604,7 @@ def test_an_interrupted_job_goes_on_where_it_was(
     retriever = build(index=tmp_path / "index")
     names = [f"picture {n}" for n in range(6)]
     with monkeypatch.context() as patch:
-        patch.setattr("finelip_fast.retriever._KEPT_BYTES", 1)
+        patch.setattr("finelip_fast.index.ingest._KEPT_BYTES", 1)
         patch.setattr(Catalogue, "add", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             retriever.add_images(PICTURES, ids=names, batch_size=2, progress=False)

@@ -1,0 +1,204 @@
+"""Many items on their way into an index: in chunks, under ids, gathered to segments that are worth a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count, islice
+from os import PathLike
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.index.index import Index
+
+Existing = Literal["error", "skip", "replace"]
+Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
+T = TypeVar("T")
+
+# How much is gathered before it is kept: embeddings, and seconds of work that a killed process may lose.
+_KEPT_BYTES, _KEPT_SECONDS = 1 << 26, 30.0
+
+
+@dataclass
+class AddReport:
+    """What became of the items given to ``add_images`` or ``add_texts``.
+
+    Attributes:
+        added: Ids, in order.
+        skipped: ``(id, reason)`` of what could not be read.
+    """
+
+    added: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.added)} added, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  {item}: {reason}" for item, reason in self.skipped])
+
+
+class Ingest:
+    """One job. Inside ``with``, what was given to :meth:`add` is kept at the end, also when something fails.
+
+    Args:
+        index: Where to.
+        kind: What items are called: ``image``, ``text``.
+        report: Gets the ids of what was kept.
+        existing: Of ids that are there already: an ``"error"``, ``"skip"`` them, or ``"replace"`` the items.
+        batch_size: Items of a chunk.
+
+    Raises:
+        InputError: Another word than these, or a ``batch_size`` below 1.
+    """
+
+    def __init__(
+        self, index: Index, kind: str, report: AddReport, *, existing: Existing = "error", batch_size: int = 64
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"expected batch_size of at least 1, got {batch_size}")
+        if existing not in get_args(Existing):
+            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r}")
+        self._index, self._kind, self._report = index, kind, report
+        self._existing, self._batch_size = existing, batch_size
+        self._batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
+        self._since = time.monotonic()
+        self._pending: set[str] = set()  # ids that may be on their way
+
+    def __enter__(self) -> Ingest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keep()
+
+    def add(self, ids: list[str], embeddings: Tensor, metadata: list[dict[str, Any]]) -> None:
+        """Items of a chunk, embedded ``[n, L, D]``; kept at once or soon.
+
+        Raises:
+            InputError, StoreError: As :meth:`finelip_fast.index.Index.add`.
+        """
+        self._batches.append((ids, embeddings.to("cpu", torch.float16), metadata))
+        enough = sum(some.nbytes for _, some, _ in self._batches) >= _KEPT_BYTES
+        if enough or time.monotonic() - self._since >= _KEPT_SECONDS:
+            self._keep()
+
+    def _keep(self) -> None:
+        self._since = time.monotonic()
+        if not self._batches:
+            return
+        ids = [item for some, *_ in self._batches for item in some]
+        embeddings = torch.cat([some for _, some, _ in self._batches])
+        metadata = [meta for *_, some in self._batches for meta in some]
+        if self._existing == "skip":  # another process may have added some meanwhile
+            there = self._index.catalogue.find(ids)
+            new = [at for at, item in enumerate(ids) if item not in there]
+            ids, embeddings, metadata = [ids[at] for at in new], embeddings[new], [metadata[at] for at in new]
+        (self._index.upsert if self._existing == "replace" else self._index.add)(ids, embeddings, metadata)
+        self._report.added += ids
+        self._pending.difference_update(ids)
+        self._batches.clear()
+
+    def chunks(
+        self,
+        items: Iterable[Any],
+        ids: Sequence[str] | None,
+        metadata: Sequence[dict[str, Any]] | None,
+        *,
+        total: int | None = None,
+        progress: bool | tqdm[Any] = True,
+    ) -> Iterator[Chunk]:
+        """New items with ids and metadata, in lists of ``batch_size``.
+
+        Args:
+            items: Any iterable, read chunk by chunk.
+            ids: One an item; None: the path, or ``KIND-N`` where there is none.
+            metadata: One dictionary an item.
+            total: How many items, if that is known.
+            progress: Show a progress bar; or one of tqdm's to move.
+
+        Raises:
+            InputError: Ids that are there already or come twice, or lists of different lengths; before any work where that
+                can be known.
+        """
+        if isinstance(items, Sized):
+            total = len(items)
+            self._check_lengths(total, ids, metadata)
+        if ids is not None:
+            self._index.check_ids(ids, replace=self._existing != "error")
+        return self._chunks(self._named(items, ids, metadata), total, progress)
+
+    def _chunks(
+        self, named: Iterator[tuple[str, Any, dict[str, Any]]], total: int | None, progress: bool | tqdm[Any]
+    ) -> Iterator[Chunk]:
+        with _bar(progress, total, self._kind) as bar:
+            while chunk := list(islice(named, self._batch_size)):
+                if new := self._new(chunk):
+                    yield new
+                bar.update(len(chunk))
+
+    def _new(self, chunk: Chunk) -> Chunk:
+        """Without what is skipped."""
+        ids = [item for item, *_ in chunk]
+        if self._existing == "error":
+            self._index.check_ids(ids)
+        there = set(self._pending)
+        if self._existing == "skip":
+            there |= self._index.catalogue.find(ids).keys()
+        elif not there.isdisjoint(ids):
+            again = next(item for item in ids if item in there)
+            raise InputError(f"expected ids that differ, got {again!r} again; give each item once")
+        new = [one for one in chunk if one[0] not in there]
+        self._pending.update(item for item, *_ in new)
+        return new
+
+    def _named(
+        self, items: Iterable[Any], ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None
+    ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Give each item its id and metadata; of a generator, the lengths show only here."""
+        numbered = (f"{self._kind}-{number}" for number in count(len(self._index)))
+        free = (name for name in numbered if name not in self._index)
+        total = 0
+        for item in items:
+            if any(given is not None and len(given) == total for given in (ids, metadata)):
+                self._check_lengths(total + 1, ids, metadata)
+            if ids is not None:
+                name = ids[total]
+            else:
+                is_path = isinstance(item, PathLike) or (self._kind == "image" and isinstance(item, str))
+                name = str(item) if is_path else next(free)
+            yield name, item, {} if metadata is None else metadata[total]
+            total += 1
+        self._check_lengths(total, ids, metadata)
+
+    def _check_lengths(self, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
+        for name, given in (("ids", ids), ("metadata", metadata)):
+            if given is not None and len(given) != total:
+                raise InputError(f"expected as many {name} as {self._kind}s, got {len(given)} for {total}")
+
+
+@contextmanager
+def _bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
+    if isinstance(progress, bool):
+        with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
+            yield bar
+    else:
+        yield progress
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The next item is made before this one is used; an error in making it comes after this one."""
+    iterator = iter(items)
+    ahead = list(islice(iterator, 1))
+    while ahead:
+        item, error = ahead.pop(), None
+        try:
+            ahead = list(islice(iterator, 1))
+        except Exception as raised:
+            error = raised
+        yield item
+        if error is not None:
+            raise error
