@@ -147,7 +147,7 @@ class Segment:
         wrong: list[int] = []
         for start in range(0, len(self), _ROWS_AT_ONCE):
             some = {name: values[start : start + _ROWS_AT_ONCE] for name, values in self.arrays.items()}
-            found = _checksums(some)
+            found = checksums(some)
             differs = torch.tensor([crc not in (None, own) for crc, own in zip(crcs[start:], found)])  # noqa: B905
             for name, expected in _derived(some).items():
                 differs |= (expected != some[name]).reshape(len(expected), -1).any(dim=1)
@@ -218,10 +218,10 @@ def write_segment(folder: Path, arrays: dict[str, Tensor]) -> tuple[str, list[in
     """
     name = f"{uuid.uuid4().hex}.safetensors"
     _write(folder, name, arrays)
-    return name, _checksums(arrays)
+    return name, checksums(arrays)
 
 
-def _checksums(kept: dict[str, Tensor]) -> list[int]:
+def checksums(kept: dict[str, Tensor]) -> list[int]:
     """CRC-32 of each embedding, as its bytes lie in the file."""
     result: list[int] = []
     for values in (kept[name].contiguous().numpy() for name in _STORED if name in kept):

@@ -68,6 +68,7 @@ class Store:
 
     Attributes:
         folder, segments_folder, cache_folder: Where things are; None: in memory, or the folder cannot be written to.
+        fixed: The version that was asked for; None: the newest.
         damaged: With ``skip_damaged``: why segments cannot be read, by their names.
 
     Args:
@@ -95,7 +96,7 @@ class Store:
     ) -> None:
         self.spec, self.source, self.device = spec, source, torch.device(device)
         self.damaged: dict[str, str] = {}
-        self._fixed, self._skip_damaged = version, skip_damaged
+        self.fixed, self._skip_damaged = version, skip_damaged
         self.folder = None if folder is None else Path(folder)
         self.lock = threading.RLock()
         self._opened: dict[str, Segment] = {}
@@ -138,11 +139,11 @@ class Store:
     def load(self) -> View:
         """The version as the catalogue has it now, inside a change as it will be."""
         while True:
-            layout = self.catalogue.layout(self._fixed)
+            layout = self.catalogue.layout(self.fixed)
             try:
                 return self._open(layout)
             except FileNotFoundError as error:
-                if self.catalogue.layout(self._fixed) == layout:
+                if self.catalogue.layout(self.fixed) == layout:
                     raise StoreError(
                         f"segment {error.filename} is missing: restore it, or keep the rest with finelip index repair"
                     ) from None
@@ -241,11 +242,11 @@ class Store:
     def _put(
         self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]], *, replace: bool
     ) -> None:
-        _check_ids(ids)
+        check_ids(ids)
         shape = (len(ids), self.spec.tokens, self.spec.width)
         if embeddings.shape != shape or len(metadata) != len(ids):
             raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
-        texts = [_as_json(one) for one in metadata]
+        texts = [as_json(one) for one in metadata]
         self.refuse_if_fixed()
         if not ids:
             return
@@ -291,8 +292,8 @@ class Store:
         self.refuse_if_fixed()
         incoming = self.incoming
         ids = [item for one in written for item in one.ids]
-        _check_ids(ids)
-        texts = [[_as_json(meta) for meta in one.metadata] for one in written]
+        check_ids(ids)
+        texts = [[as_json(meta) for meta in one.metadata] for one in written]
         shape = (self.spec.tokens, self.spec.width)
         with self.catalogue.changing():
             self.check_ids(ids)
@@ -347,7 +348,7 @@ class Store:
         Raises:
             StoreError: The index is closed, or open at an older version.
         """
-        if self.catalogue and self._fixed is not None:
+        if self.catalogue and self.fixed is not None:
             raise StoreError("the index is open at an older version: open its folder again to change it")
 
     def check_ids(self, ids: Sequence[str], *, replace: bool = False) -> None:
@@ -356,7 +357,7 @@ class Store:
         Raises:
             InputError: An id that is no string, is given twice, or is there already and not to be replaced; names it.
         """
-        _check_ids(ids)
+        check_ids(ids)
         there = {} if replace else self.catalogue.find(ids)
         if there:
             raise InputError(
@@ -392,7 +393,11 @@ def _prepare_folder(folder: Path) -> None:
         )
 
 
-def _check_ids(ids: Sequence[str]) -> None:
+def check_ids(ids: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: An id that is no string, or comes twice; names it.
+    """
     new: set[str] = set()
     for item in ids:
         if not isinstance(item, str):
@@ -402,7 +407,11 @@ def _check_ids(ids: Sequence[str]) -> None:
         new.add(item)
 
 
-def _as_json(metadata: Any) -> str:
+def as_json(metadata: Any) -> str:
+    """
+    Raises:
+        InputError: Anything but a dictionary of JSON values.
+    """
     try:
         if isinstance(metadata, dict):
             return json.dumps(metadata, allow_nan=False)
@@ -433,11 +442,3 @@ def stored_dtype(folder: str | PathLike[str]) -> str | None:
     """
     spec = read_spec(Path(folder) / CATALOGUE)
     return None if spec is None else spec.get("dtype")
-
-
-def __getattr__(name):
-    if name in ("Index", "Found"):
-        from finelip_fast.index import index
-
-        return getattr(index, name)
-    raise AttributeError(name)

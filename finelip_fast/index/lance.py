@@ -1,0 +1,504 @@
+"""A collection on object storage: a Lance table as the system of record, and index folders as copies of it that search.
+
+A row is an item: ``id`` text, ``metadata`` JSON, ``tokens`` float16 ``[L * D]`` as a list of fixed size, and CRC-32 checksums
+``crc`` of the embedding's bytes, the same that an index folder keeps, and ``metadata_crc`` of the JSON. Whatever reads Lance
+reads it. The store is as durable as what it lies on: object stores keep what they have acknowledged, but on local disks Lance
+waits for no disk, so that a power cut there may take changes that were acknowledged.
+
+A search takes about 1 GiB of memory, however large the collection is; :mod:`finelip_fast.index.sync` fills folders from a
+store and a store from folders.
+
+Lance runs threads, which a fork does not copy: processes that use a store start others by spawn or forkserver.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, fields
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index.catalogue import Catalogue, Item
+from finelip_fast.index.index import Found
+from finelip_fast.index.segments import checksums
+from finelip_fast.index.store import IndexSpec, as_json, check_ids
+from finelip_fast.kernels import clim_scores, clim_topk
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FORMAT = 1
+_SPEC = b"finelip_fast"  # in the metadata of the schema
+_COLUMNS = ["id", "metadata", "crc", "metadata_crc", "tokens"]
+# One change of a store or a folder has at most so much: that fits in memory, and a run that is killed goes on behind it.
+_CHANGE = 1 << 28  # bytes of embeddings
+_ROWS = 8192  # of a change, and of keys at a time
+_SCAN = 1 << 26  # bytes of embeddings that a search or an iteration has at a time
+_CACHED = 1 << 28  # bytes that Lance may keep of what it knows of its files
+
+
+class Keys(NamedTuple):
+    """What tells items apart, of some consecutive rows."""
+
+    ids: list[str]
+    crcs: list[int]
+    metadata_crcs: list[int]
+
+    def only(self, rows: Sequence[int]) -> Keys:
+        return Keys(
+            [self.ids[row] for row in rows], [self.crcs[row] for row in rows], [self.metadata_crcs[row] for row in rows]
+        )
+
+
+class Batch(NamedTuple):
+    """Some rows; ``texts`` are their metadata as JSON, ``tokens`` float16 ``[n, L, D]``."""
+
+    ids: list[str]
+    texts: list[str]
+    crcs: list[int]
+    metadata_crcs: list[int]
+    tokens: Tensor
+
+    def damaged(self) -> list[str]:
+        """Ids of rows that are not what was written."""
+        own = zip(checksums({"tokens": self.tokens}), map(text_checksum, self.texts), strict=True)
+        kept = zip(self.crcs, self.metadata_crcs, strict=True)
+        return [item for item, mine, right in zip(self.ids, own, kept, strict=True) if mine != right]
+
+
+class LanceStore:
+    """Items with ids and metadata in a Lance table; made if missing, opened if there.
+
+    Several processes may write to it: changes of different items are both made, and of two that add the same id one is
+    refused. Every change makes a version; older ones can be opened until Lance's ``cleanup_old_versions`` removes them. The
+    order of items is that of the table: what is added comes behind what was there, in the order that it is given; what is
+    upserted too, but in an order that Lance chooses. An addition and a deletion read all ids of the store.
+
+    Args:
+        spec: What the embeddings are; of dtype float16.
+        uri: A path, or ``s3://``, ``gs://``, ``az://``.
+        source: What the checkpoint was opened as, for messages and for folders that are pulled.
+        storage_options: Credentials and endpoints, as Lance takes them.
+        version: To read as it was then, and not to change. None: always the newest.
+
+    Raises:
+        InputError: A spec of dtype int8.
+        StoreError: Another store or none of ours is there, a version that is not there, it cannot be read or made, or
+            pylance is not installed.
+    """
+
+    def __init__(
+        self,
+        spec: IndexSpec,
+        uri: str | PathLike[str],
+        *,
+        source: str = "",
+        storage_options: Mapping[str, str] | None = None,
+        version: int | None = None,
+    ) -> None:
+        if spec.dtype != "float16":
+            raise InputError(
+                f"expected an index of dtype float16, got {spec.dtype}: a store keeps whole embeddings, and these are "
+                "rounded; index the pictures into a float16 folder and push that"
+            )
+        self.spec, self.source, self.uri = spec, source, os.fspath(uri)
+        self._fixed, self._options = version, dict(storage_options or {})
+        self._session = _lance().Session(metadata_cache_size_bytes=_CACHED)
+        dataset = self._find(version)
+        if dataset is None and version is not None:
+            raise StoreError(f"there is no version {version} of a store at {self.uri}")
+        if dataset is None:
+            self._make()
+            dataset = self.dataset()
+        self._compare(_stored(dataset, self.uri))
+
+    def _find(self, version: int | None) -> Any:
+        return _find_dataset(self.uri, version, storage_options=self._options, session=self._session)
+
+    def dataset(self) -> Any:
+        """A handle of its own, which stays at its version."""
+        dataset = self._find(self._fixed)
+        if dataset is None:
+            raise StoreError(f"the store at {self.uri} is no longer there: restore it, or push an index to it again")
+        return dataset
+
+    def _make(self) -> None:
+        said = json.dumps({"format": _FORMAT, "source": self.source, **asdict(self.spec)})
+        empty = self._schema.with_metadata({_SPEC: said}).empty_table()
+        try:
+            _lance().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
+        except (OSError, ValueError, RuntimeError) as error:
+            if "already exists" not in str(error):  # another process was faster
+                raise StoreError(f"cannot make a store at {self.uri}: {_reason(error)}") from None
+
+    def _compare(self, stored: dict[str, Any]) -> None:
+        spec = {"format": _FORMAT, **asdict(self.spec)}
+        different = [key for key in spec if stored.get(key) != spec[key]]
+        if different:
+            was, now = ({key: one.get(key) for key in different} for one in (stored, spec))
+            raise StoreError(
+                f"the store at {self.uri} was written by checkpoint {stored.get('source')!r} with {was}, and is opened by "
+                f"checkpoint {self.source!r} with {now}: open it with the checkpoint that wrote it, or make another store"
+            )
+        self.source = stored["source"]
+
+    @property
+    def _schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        # The key is what makes Lance notice that two writers add the same id.
+        key = pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
+        tokens = pa.list_(pa.float16(), self.spec.tokens * self.spec.width)
+        types = [("metadata", pa.string()), ("crc", pa.int64()), ("metadata_crc", pa.int64()), ("tokens", tokens)]
+        return pa.schema([key, *(pa.field(name, kind, nullable=False) for name, kind in types)])
+
+    @property
+    def rows_of_a_change(self) -> int:
+        """How many items one change has at most."""
+        return self._rows_of(_CHANGE)
+
+    def _rows_of(self, size: int) -> int:
+        """How many items have so many bytes of embeddings."""
+        return max(1, min(_ROWS, size // (2 * self.spec.tokens * self.spec.width)))
+
+    # What is there -----------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Counts the changes, from 1."""
+        return int(self.dataset().version)
+
+    def __len__(self) -> int:
+        dataset = self.dataset()
+        with _reading(self.uri):
+            return int(dataset.count_rows())
+
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, str) and bool(self._those_of([item], self.dataset()))
+
+    def _those_of(self, ids: Sequence[str], dataset: Any) -> set[str]:
+        """Those ids that are there."""
+        found: set[str] = set()
+        with _reading(self.uri):
+            for start in range(0, len(ids), _ROWS):
+                texts = ", ".join("'" + one.replace("'", "''") + "'" for one in ids[start : start + _ROWS])
+                found |= set(dataset.to_table(columns=["id"], filter=f"id IN ({texts})")["id"].to_pylist())
+        return found
+
+    def batches(self) -> Iterator[tuple[list[str], Tensor, list[dict[str, Any]], list[int]]]:
+        """All items in order, some at a time, of one version: ``(ids, embeddings, metadata, crcs)``.
+
+        The embeddings are float16 ``[n, L, D]``, their checksums were compared.
+
+        Raises:
+            StoreError: The store cannot be read, or rows are damaged; names them.
+        """
+        for batch in self._scan(self.dataset(), _COLUMNS):
+            refuse_damaged(batch.damaged(), self.uri)
+            yield batch.ids, batch.tokens, [json.loads(text) for text in batch.texts], batch.crcs
+
+    def _scan(self, dataset: Any, columns: Sequence[str]) -> Iterator[Batch]:
+        with _reading(self.uri):
+            # By default Lance reads up to two gigabytes ahead.
+            batches = dataset.to_batches(
+                columns=list(columns),
+                batch_size=self._rows_of(_SCAN),
+                scan_in_order=True,
+                batch_readahead=2,
+                fragment_readahead=1,
+                io_buffer_size=2 * _SCAN,
+            )
+            for batch in batches:
+                yield self._batch(batch)
+
+    def _batch(self, batch: pa.RecordBatch) -> Batch:
+        ids, texts, crcs, metadata_crcs = (
+            batch[name].to_pylist() if name in batch.schema.names else [] for name in _COLUMNS[:-1]
+        )
+        rows = batch["tokens"].flatten().to_numpy(zero_copy_only=True)
+        # A copy, since Arrow's memory may not be written to, of which PyTorch warns.
+        tokens = torch.from_numpy(np.array(rows)).reshape(-1, self.spec.tokens, self.spec.width)
+        return Batch(ids, texts, crcs, metadata_crcs, tokens)
+
+    def keys(self, dataset: Any) -> Iterator[Keys]:
+        """Of all rows in order, which is how :meth:`take` counts them."""
+        columns = ["id", "crc", "metadata_crc"]
+        with _reading(self.uri):
+            for batch in dataset.to_batches(columns=columns, batch_size=_ROWS, scan_in_order=True):
+                yield Keys(*(batch[name].to_pylist() for name in columns))
+
+    def take(self, dataset: Any, numbers: Sequence[int]) -> Batch:
+        """Rows by number."""
+        with _reading(self.uri):
+            table = dataset.take(list(numbers), columns=_COLUMNS)
+        (batch,) = table.combine_chunks().to_batches()
+        return self._batch(batch)
+
+    # Changing ----------------------------------------------------------------------------------------------------------
+
+    def add(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Add items, in one change.
+
+        Args:
+            ids: ``n`` new ids.
+            embeddings: ``[n, L, D]``, unit rows.
+            metadata: One dictionary of JSON values for each.
+
+        Raises:
+            InputError: An id that is there already or that UTF-8 cannot hold, embeddings of another shape, or metadata that
+                JSON cannot hold.
+            StoreError: The store cannot be written, or is open at an older version; nothing was added.
+        """
+        table = self._table(ids, embeddings, metadata)
+        if not ids:
+            return
+        before = self.dataset()
+        version = before.version
+        self._refuse_known(ids, before)
+        with self._writing():
+            # Not by merge_insert, which would see to it that ids are new but shuffles the rows.
+            after = _lance().write_dataset(table, before, mode="append", storage_options=self._options)
+        if after.version > version + 1:
+            self._take_back(ids, after)
+
+    def _refuse_known(self, ids: Sequence[str], dataset: Any) -> None:
+        there = self._those_of(ids, dataset)
+        if there:
+            old = next(item for item in ids if item in there)
+            raise InputError(f"expected ids that are new, got {old!r} again; give other ids, or replace them")
+
+    def _take_back(self, ids: Sequence[str], dataset: Any) -> None:
+        """Others have written since it was seen that ids are new: where these have come meanwhile, undo what was added last.
+
+        Raises:
+            InputError: That was so.
+        """
+        last = self._find(dataset.version - 1)
+        if not self._those_of(ids, last):
+            return
+        known = {one.fragment_id for one in last.get_fragments()}
+        own = [one.fragment_id for one in dataset.get_fragments() if one.fragment_id not in known]
+        lance = _lance()
+        with self._writing():
+            lance.LanceDataset.commit(
+                dataset,
+                lance.LanceOperation.Delete(updated_fragments=[], deleted_fragment_ids=own, predicate="true"),
+                read_version=dataset.version,
+            )
+        self._refuse_known(ids, last)
+
+    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Add items, and put them in the place of those of the same ids, in one change; else as :meth:`add`."""
+        table = self._table(ids, embeddings, metadata)
+        if ids:
+            with self._writing():
+                change = self.dataset().merge_insert("id")
+                change.when_matched_update_all().when_not_matched_insert_all().execute(table)
+
+    def _table(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> pa.Table:
+        import pyarrow as pa
+
+        _check_texts(ids)
+        shape = (len(ids), self.spec.tokens, self.spec.width)
+        if embeddings.shape != shape or len(metadata) != len(ids):
+            raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
+        texts = [json.dumps(json.loads(as_json(one))) for one in metadata]
+        self._refuse_if_fixed()
+        tokens = embeddings.detach().cpu().to(torch.float16).contiguous()
+        schema = self._schema
+        columns = [
+            *(list(ids), texts, checksums({"tokens": tokens}), list(map(text_checksum, texts))),
+            pa.FixedSizeListArray.from_arrays(pa.array(tokens.numpy().reshape(-1)), type=schema.field("tokens").type),
+        ]
+        return pa.table(columns, schema=schema)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Take items out, in one change.
+
+        Raises:
+            InputError: An id that is not there; nothing was taken out.
+            StoreError: The store cannot be written, or is open at an older version; nothing was taken out.
+        """
+        self._refuse_if_fixed()
+        ids = list(dict.fromkeys(ids))
+        _check_texts(ids)
+        there = self._those_of(ids, self.dataset())
+        absent = [item for item in ids if item not in there]
+        if absent:
+            raise InputError(
+                f"expected ids of the store, got {absent[0]!r} and {len(absent) - 1} more that are not in it"
+            )
+        self.remove(ids)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        import pyarrow as pa
+
+        if ids:
+            gone = pa.table({"id": pa.array(ids, pa.string())})
+            with self._writing():
+                self.dataset().merge_insert("id").when_matched_delete().execute(gone)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._refuse_if_fixed()
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"the store at {self.uri} cannot be written: {_reason(error)}") from None
+
+    def _refuse_if_fixed(self) -> None:
+        if self._fixed is not None:
+            raise StoreError("the store is open at an older version: open it without one to change it")
+
+    # Searching ----------------------------------------------------------------------------------------------------------
+
+    def search(self, queries: Tensor, k: int, *, alpha: float | None = None, where: str | None = None) -> Found:
+        """The ``k`` best items of each query, exactly: all embeddings are read, some at a time, so a folder is faster.
+
+        Args:
+            queries: Embeddings ``[Q, L_q, D]``, unit rows; scored on their device.
+            k: How many; fewer come back when there are fewer.
+            alpha: Weight of the global cosine; None: the spec's.
+            where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
+
+        Returns:
+            As of :meth:`Index.search` over the same items; numbers and positions count them in the store's order, by which
+            ties come.
+
+        Raises:
+            InputError: ``k < 1``, or a filter that cannot be read.
+            StoreError: The store cannot be read, or found rows are damaged.
+        """
+        alpha = self.spec.alpha if alpha is None else alpha
+        dataset, first = self.dataset(), 0
+        queries = queries.to(torch.float16)
+        scores = torch.empty(len(queries), 0, device=queries.device)
+        numbers = scores.long()
+        for batch in self._scan(dataset, ["tokens"] if where is None else ["id", "metadata", "tokens"]):
+            among = None if where is None else torch.tensor(_matching(batch, where), dtype=torch.int64)
+            if len(queries) and (among is None or len(among)):
+                best, rows = clim_topk(queries, batch.tokens, k, alpha=alpha, among=among)
+                scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, rows + first], 1)
+                # Of equal ones the earlier stands first already; NaN goes last, unlike in descending order.
+                order = (-scores).argsort(dim=1, stable=True)[:, :k]
+                scores, numbers = scores.gather(1, order), numbers.gather(1, order)
+            first += len(batch.tokens)
+        return self._found(dataset, queries, alpha, scores.cpu(), numbers.cpu())
+
+    def _found(self, dataset: Any, queries: Tensor, alpha: float, scores: Tensor, numbers: Tensor) -> Found:
+        chosen, at = numbers.unique(return_inverse=True)
+        if not len(chosen):
+            return Found(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
+        batch = self.take(dataset, chosen.tolist())
+        refuse_damaged(batch.damaged(), self.uri)
+        known = zip(chosen.tolist(), batch.ids, batch.crcs, map(json.loads, batch.texts), strict=True)
+        items = [Item(*one) for one in known]
+        tokens = batch.tokens.to(queries.device)
+        cosines = (queries[:, 0].float() @ tokens[:, 0].float().T).cpu().gather(1, at)
+        fine = clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
+        return Found(scores, cosines, fine, numbers, [[items[one] for one in own] for own in at.tolist()], "exact")
+
+
+def open_store(
+    uri: str | PathLike[str], *, storage_options: Mapping[str, str] | None = None, version: int | None = None
+) -> LanceStore:
+    """The store at a place, opened without its checkpoint; arguments as for :class:`LanceStore`.
+
+    Raises:
+        StoreError: There is none, it cannot be read, or pylance is not installed.
+    """
+    uri = os.fspath(uri)
+    dataset = _find_dataset(uri, None, storage_options=dict(storage_options or {}))
+    if dataset is None:
+        raise StoreError(f"there is no store at {uri}: make one with finelip index push {uri} --index FOLDER")
+    stored = _stored(dataset, uri)
+    spec = IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec) if one.name in stored})
+    return LanceStore(spec, uri, source=stored["source"], storage_options=storage_options, version=version)
+
+
+def refuse_damaged(ids: Sequence[str], uri: str) -> None:
+    if ids:
+        named = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        raise StoreError(
+            f"{len(ids)} rows of the store at {uri} are not what was written: {named}; take them out with LanceStore.delete, "
+            "and push them again from an index that has them"
+        )
+
+
+def _matching(batch: Batch, where: str) -> list[int]:
+    """Rows that a filter lets through, found as an index finds them."""
+    with closing(Catalogue(None, {}, source="")) as catalogue:
+        with catalogue.changing():
+            catalogue.add(batch.ids, "batch", [None] * len(batch.ids), batch.texts)
+        return catalogue.matching(where, catalogue.version)
+
+
+def _check_texts(ids: Sequence[str]) -> None:
+    check_ids(ids)
+    for item in ids:
+        try:
+            item.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"expected ids that UTF-8 can hold, got {item!r}: a store cannot; rename the file, or give another id"
+            ) from None
+
+
+def text_checksum(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
+
+
+# Lance -------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _lance() -> Any:
+    os.environ.setdefault("LANCE_LOG", "error")  # otherwise it prints warnings that no user can act on
+    try:
+        import lance
+    except ImportError as error:
+        raise StoreError(f"pylance is not installed ({error}): pip install 'finelip-fast[lance]'") from None
+    return lance
+
+
+def _find_dataset(uri: str, version: int | None, **options: Any) -> Any:
+    """The table at a place; None: there is none, or not that version."""
+    try:
+        return _lance().dataset(uri, version=version, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if "was not found" in str(error):
+            return None
+        raise StoreError(f"the store at {uri} cannot be opened: {_reason(error)}") from None
+
+
+def _stored(dataset: Any, uri: str) -> dict[str, Any]:
+    said = (dataset.schema.metadata or {}).get(_SPEC)
+    if said is None:
+        raise StoreError(
+            f"expected a store that finelip_fast made, got a table of {dataset.schema.names} at {uri}: give another place"
+        )
+    stored: dict[str, Any] = json.loads(said)
+    return stored
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StoreError(f"the store at {uri} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What Lance says, without where in its sources it says so."""
+    return str(error).partition(", /")[0]

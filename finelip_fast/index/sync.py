@@ -1,0 +1,268 @@
+"""Between a store on object storage and index folders: :func:`push` and :func:`pull` transfer what differs, and no more.
+
+They take about 1 GiB of memory, however large the collection is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from os import PathLike
+from typing import Any
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index.catalogue import Item
+from finelip_fast.index.index import Index
+from finelip_fast.index.lance import Keys, LanceStore, refuse_damaged, text_checksum
+from finelip_fast.index.segments import checksums
+
+_COPY = "copy"  # the note in the catalogue of a folder that pull fills
+# What an item of one side is to the other side.
+_ABSENT, _SAME, _OTHER = 0, 1, 2
+
+
+def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool = False) -> dict[str, int]:
+    """Make a store what an index is: what it lacks is added, what differs is replaced, what the index lacks is removed.
+
+    Items differ by their checksums, of embedding or metadata. Every change has up to 256 MiB of embeddings or 8,192 items; a
+    push that was interrupted goes on when it is run again. What others write into the store meanwhile is not seen.
+
+    Args:
+        index: In memory or in a folder; float16.
+        store: Of the same spec.
+        remove: False: what the index lacks stays in the store, so that several folders can be pushed to one store.
+        progress: Show a bar.
+
+    Returns:
+        How many items were ``added``, ``replaced``, ``removed`` and ``unchanged``, and the ``version`` of the store then.
+
+    Raises:
+        InputError: An index of another spec or at an older version, or an id that UTF-8 cannot hold; or one that is a part of
+            a store or was not pulled to the end, and with ``remove`` would take out all that it lacks.
+        StoreError: The store cannot be read or written, an item of the index is damaged, or another process compacts the
+            index.
+    """
+    from tqdm import tqdm
+
+    _check_pushed(index, store, remove)
+    counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
+    local, limit = _Local(index, store.uri), store.rows_of_a_change
+    gone: list[str] = []
+    for keys in store.keys(store.dataset()):
+        states = local.compare(keys)
+        counts["unchanged"] += states.count(_SAME)
+        gone += [item for item, state in zip(keys.ids, states, strict=True) if state == _ABSENT and remove]
+        if len(gone) >= limit:
+            store.remove(gone)
+            counts["removed"] += len(gone)
+            gone.clear()
+    store.remove(gone)
+    counts["removed"] += len(gone)
+    with tqdm(total=len(local.view), unit="item", disable=not progress, mininterval=0.5) as bar:
+        # Apart, since the order is kept only of what is added.
+        waiting: dict[int, list[Item]] = {_ABSENT: [], _OTHER: []}
+        for item in local.items():
+            bar.update()
+            state = local.states[item.position]
+            if state == _SAME:
+                continue
+            waiting[state].append(item)
+            if len(waiting[state]) == limit:
+                counts["added" if state == _ABSENT else "replaced"] += limit
+                local.send(waiting[state], store.add if state == _ABSENT else store.upsert)
+                waiting[state].clear()
+        for state, items in waiting.items():
+            counts["added" if state == _ABSENT else "replaced"] += len(items)
+            local.send(items, store.add if state == _ABSENT else store.upsert)
+    return counts | {"version": store.version}
+
+
+def pull(
+    store: LanceStore, folder: str | PathLike[str], *, part: tuple[int, int] = (0, 1), progress: bool = False
+) -> dict[str, int]:
+    """Make an index folder what a store is, at one version of it; all else in the folder goes.
+
+    Items differ by their checksums, of embedding or metadata; only what differs is transferred, in changes of up to 256 MiB of
+    embeddings or 8,192 items. New items come in the order of the store, behind those that are there. Killed and run again, it
+    goes on. Searches of the folder meanwhile see some of the changes.
+
+    Args:
+        store: The newest version is pulled, or that at which it is open.
+        folder: Of the index; made if missing, otherwise one that was pulled.
+        part: ``(i, n)``: only the items whose ids have ``crc32(id in UTF-8) % n == i``, so that ``n`` machines hold a shard
+            each.
+        progress: Show a bar.
+
+    Returns:
+        How many items were ``added``, ``replaced``, ``removed`` and ``unchanged``, and the ``version`` of the store.
+
+    Raises:
+        InputError: A part that is none.
+        StoreError: The folder holds another index or one that was not pulled; either side cannot be read or written, or
+            another process changes the folder meanwhile. Or rows of the store are damaged: these are named and left out, and
+            the folder keeps what it had of them; all else was done.
+    """
+    from tqdm import tqdm
+
+    number, parts = part
+    if not 0 <= number < parts:
+        raise InputError(f"expected a part (i, n) with 0 <= i < n, got ({number}, {parts})")
+    counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
+    dataset, first = store.dataset(), 0
+    version = int(dataset.version)
+    wanted: dict[str, tuple[int, int]] = {}  # number in the store, and state
+    damaged: list[str] = []
+    limit = store.rows_of_a_change
+    with closing(Index(store.spec, folder, source=store.source)) as index:
+        note = {"store": store.uri, "part": [number, parts]}
+        _mark_copy(index, folder, {**note, "version": None})
+        local = _Local(index, store.uri)
+        with tqdm(total=len(store), unit="item", disable=not progress, mininterval=0.5) as bar:
+            for keys in store.keys(dataset):
+                own = [at for at, item in enumerate(keys.ids) if zlib.crc32(item.encode()) % parts == number]
+                states = local.compare(keys.only(own))
+                for at, state in zip(own, states, strict=True):
+                    counts["unchanged"] += state == _SAME
+                    if keys.ids[at] in wanted:
+                        raise _twice(keys.ids[at], store.uri)
+                    if state != _SAME:
+                        wanted[keys.ids[at]] = first + at, state
+                    if len(wanted) == limit:
+                        damaged += _transfer(store, dataset, index, wanted, counts)
+                first += len(keys.ids)
+                bar.update(len(keys.ids))
+            damaged += _transfer(store, dataset, index, wanted, counts)
+        gone = [item.id for item in local.items() if local.states[item.position] == _ABSENT]
+        index.delete(gone)
+        counts["removed"] = len(gone)
+        if not damaged:
+            index.catalogue.keep(_COPY, {**note, "version": version})
+    refuse_damaged(damaged, store.uri)
+    return counts | {"version": version}
+
+
+def _transfer(
+    store: LanceStore, dataset: Any, index: Index, wanted: dict[str, tuple[int, int]], counts: dict[str, int]
+) -> list[str]:
+    """Put wanted rows into an index, and want no more; the ids of those that are damaged."""
+    if not wanted:
+        return []
+    batch = store.take(dataset, [number for number, _ in wanted.values()])
+    damaged = batch.damaged()
+    wrong = set(damaged)
+    sound = [at for at, item in enumerate(batch.ids) if item not in wrong]
+    ids = [batch.ids[at] for at in sound]
+    tokens = batch.tokens[sound] if wrong else batch.tokens
+    index.upsert(ids, tokens, [json.loads(batch.texts[at]) for at in sound])
+    replaced = sum(wanted[item][1] == _OTHER for item in ids)
+    counts["replaced"] += replaced
+    counts["added"] += len(ids) - replaced
+    wanted.clear()
+    return damaged
+
+
+class _Local:
+    """An index to compare with a store.
+
+    Attributes:
+        states: What the items that the index had at first are to the store, by position; a byte each, the one thing that
+            grows with the collection.
+    """
+
+    def __init__(self, index: Index, uri: str) -> None:
+        self.index, self.view, self._uri = index, index.view(), uri
+        self.states = bytearray(max((row.first + row.rows for row in self.view.layout.segments), default=0))
+
+    def compare(self, keys: Keys) -> list[int]:
+        """What each of some rows of the store is to the index; remembers it.
+
+        Raises:
+            StoreError: Another process has changed the index, or an id came before.
+        """
+        found = self.index.catalogue.find(keys.ids)
+        items = self.index.catalogue.at(found.values(), self.view.version)
+        if items is None:
+            raise StoreError("another process compacts the index: try again")
+        own = self._keys_of(items.values())
+        states = []
+        for item, *right in zip(*keys, strict=True):
+            position = found.get(item)
+            if position is None:
+                states.append(_ABSENT)
+                continue
+            if position >= len(self.states) or self.states[position] != _ABSENT:
+                raise _twice(item, self._uri)
+            self.states[position] = _SAME if own[position] == tuple(right) else _OTHER
+            states.append(self.states[position])
+        return states
+
+    def _keys_of(self, items: Iterable[Item]) -> dict[int, tuple[int, int]]:
+        """Checksums of embedding and metadata, by position; read again where an index in memory or of old keeps none."""
+        items = list(items)
+        crcs = {item.position: item.crc for item in items}
+        missing = sorted(position for position, crc in crcs.items() if crc is None)
+        if missing:
+            rows = self.view.read(self.view.rows_at(missing))
+            crcs |= dict(zip(missing, checksums({"tokens": rows}), strict=True))
+        return {item.position: (crcs[item.position] or 0, text_checksum(json.dumps(item.metadata))) for item in items}
+
+    def items(self) -> Iterator[Item]:
+        """Those that the index had at first, in order."""
+        for row in self.view.layout.segments:
+            yield from self.index.catalogue.items(self.view.version, within=row)
+
+    def send(self, items: Sequence[Item], put: Callable[..., None]) -> None:
+        """Add or upsert items, after comparing what is read with its checksum.
+
+        Raises:
+            StoreError: One is damaged.
+        """
+        try:
+            tokens = self.view.read(self.view.rows_at([item.position for item in items])).cpu()
+        except FileNotFoundError:
+            raise StoreError("another process compacts the index: try again") from None
+        own = checksums({"tokens": tokens})
+        damaged = [item.id for item, crc in zip(items, own, strict=True) if item.crc not in (None, crc)]
+        if damaged:
+            raise StoreError(
+                f"{len(damaged)} items of the index are damaged, {damaged[0]!r} among them, and were not pushed: take them "
+                "out with finelip index repair, or restore their files"
+            )
+        if items:
+            put([item.id for item in items], tokens, [item.metadata for item in items])
+
+
+def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
+    if index.spec != store.spec:
+        raise InputError(f"expected an index of the store's {store.spec}, got {index.spec}")
+    if index.fixed is not None:
+        raise InputError(
+            "expected the newest version of an index to push, got an older one; open its folder without version"
+        )
+    copy = index.catalogue.note(_COPY)
+    if remove and copy and (copy["part"][1] > 1 or copy["version"] is None):
+        what = "part {} of {}".format(*copy["part"]) if copy["part"][1] > 1 else "what an interrupted pull has left"
+        raise InputError(
+            f"expected a whole index to push, got {what} of {copy['store']}: all else would be taken out of {store.uri}; pull "
+            "all of it, or let stay what the index lacks with remove=False (--keep)"
+        )
+
+
+def _mark_copy(index: Index, folder: str | PathLike[str], note: dict[str, Any]) -> None:
+    """Note that a folder is a copy; one that holds what may be nowhere else is refused."""
+    if index.catalogue.note(_COPY) is None and len(index):
+        raise StoreError(
+            f"expected a new folder or one that was pulled, got {os.fspath(folder)} with {len(index)} items that a pull would "
+            "replace: push them first, and pull into another folder"
+        )
+    index.catalogue.keep(_COPY, note)
+
+
+def _twice(item: str, uri: str) -> StoreError:
+    return StoreError(
+        f"{item!r} is in the store at {uri} twice, or another process changes the index: try again, and if it stays, take it "
+        "out with LanceStore.delete and push it again"
+    )
