@@ -1,4 +1,4 @@
-"""``finelip index check | maintain | repair | snapshot | field | tune | plan``: looking after an index."""
+"""``finelip index bulk | check | maintain | repair | snapshot | field | tune | plan | push | pull``: care for an index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from finelip_fast._errors import InputError, StoreError
 
 INDEX_COMMANDS = tuple(
-    f"index {name}" for name in ("check", "maintain", "repair", "snapshot", "field", "faiss", "tune", "plan")
+    f"index {name}"
+    for name in ("bulk", "check", "maintain", "repair", "snapshot", "field", "faiss", "tune", "plan", "push", "pull")
 )
 
 
@@ -23,6 +24,18 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.Ar
         index: Parent of the option ``--index``.
         model: Parent of the options of a model.
     """
+    bulk = add("index bulk", _bulk, "Add the pictures of a folder to an index by several workers, on Ray.", index)
+    bulk.add_argument("folder", help="folder of pictures, searched with its subfolders")
+    bulk.add_argument("--checkpoint", help="folder, file, open_clip:MODEL/WEIGHTS or hub name (default: the index's)")
+    bulk.add_argument("--engine", default="auto", help="auto (default), torch, onnx or trt")
+    bulk.add_argument("--precision", help="of exported files: fp32, fp16, bf16 or int8; default: the fastest there")
+    bulk.add_argument("--dtype", help="how a new index keeps embeddings: float16 (default), or int8, half the size")
+    bulk.add_argument("--workers", type=int, default=2, help="processes that encode, each with the model (default: 2)")
+    bulk.add_argument("--cpus", type=float, default=1, help="cores of each worker (default: 1)")
+    bulk.add_argument(
+        "--gpus", type=float, default=0, help="GPUs of each worker; 0.5: two share one (default: the CPU)"
+    )
+    bulk.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
     add("index check", _check, "Read all of an index again and say what is damaged.", index)
     add("index maintain", _maintain, "Put an index in order: few files without gaps. Older versions go.", index)
     add("index repair", _repair, "Take damaged items out of an index, so that the others can be searched.", index)
@@ -52,6 +65,47 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.Ar
     plan.add_argument("--items", required=True, type=_count, help="how many: 20000, 200k, 100M, 1B")
     plan.add_argument("--dtype", default="float16", help="how embeddings are kept: float16 (default) or int8")
     plan.add_argument("--candidates", type=int, default=400, help="of a search in two stages (default: 400)")
+
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument("uri", help="of the store, a Lance table: s3://BUCKET/NAME, gs://, az://, or a path")
+    store.add_argument(
+        "--storage-option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="credentials or endpoint, as Lance takes them; may be given more than once (default: from the environment)",
+    )
+    push = add(
+        "index push", _push, "Make a store on object storage what an index is; sends what differs.", store, index
+    )
+    push.add_argument("--keep", action="store_true", help="leave in the store what the index lacks")
+    pull = add(
+        "index pull", _pull, "Make an index what a store is, or a part of it; fetches what differs.", store, index
+    )
+    pull.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="of N parts the one of number I, from 0"
+    )
+    pull.add_argument("--version", type=int, help="of the store (default: the newest)")
+
+
+def _bulk(options: argparse.Namespace) -> Any:
+    from finelip_fast.distributed import index_images
+    from finelip_fast.index import stored_source
+
+    return index_images(
+        options.folder,
+        options.index,
+        checkpoint=options.checkpoint or stored_source(options.index) or None,
+        engine=options.engine,
+        precision=options.precision,
+        dtype=options.dtype,
+        workers=options.workers,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        batch_size=options.batch_size,
+        progress=not options.quiet,
+    )
 
 
 def _check(options: argparse.Namespace) -> dict[str, int]:
@@ -185,6 +239,39 @@ def _plan(options: argparse.Namespace) -> Any:
     return plan(
         options.items, config.tokens, config.embed_dim, rates, dtype=options.dtype, candidates=options.candidates
     )
+
+
+def _push(options: argparse.Namespace) -> dict[str, int]:
+    from finelip_fast.index import stored_index
+    from finelip_fast.index.lance import LanceStore
+    from finelip_fast.index.sync import push
+
+    index = stored_index(options.index)
+    store = LanceStore(index.spec, options.uri, source=index.source, storage_options=dict(options.storage_option))
+    return push(index, store, remove=not options.keep, progress=not options.quiet)
+
+
+def _pull(options: argparse.Namespace) -> dict[str, int]:
+    from finelip_fast.index.lance import open_store
+    from finelip_fast.index.sync import pull
+
+    store = open_store(options.uri, storage_options=dict(options.storage_option), version=options.version)
+    return pull(store, options.index, part=options.part, progress=not options.quiet)
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        number, parts = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected I/N such as 0/4, got {text!r}") from None
+    return number, parts
 
 
 def _count(text: str) -> int:

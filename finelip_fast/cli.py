@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -157,40 +156,19 @@ def _demo(options: argparse.Namespace) -> Any:
 
 
 def _index(options: argparse.Namespace) -> Any:
-    from tqdm import tqdm
+    from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar
 
-    from finelip_fast.preprocess import walk_folder
-
-    total = sum(kind == "image" for _, kind in walk_folder(options.folder))
+    total = count_pictures(options.folder)
     retriever = _retriever(options)
-    own = Path(options.index).resolve()  # the index may lie in the folder that it indexes
-    report = _Indexed()
-    files = walk_folder(options.folder)
-    with tqdm(total=total, unit="image", disable=options.quiet, mininterval=0.5) as bar:
+    report = FolderReport()
+    found = pictures(options.folder, report.skipped, index=options.index)
+    with progress_bar(not options.quiet, total, "image") as bar:
         # In parts, so that no list grows with the collection.
-        while part := list(islice(files, _PART)):
-            report.skipped += [
-                (str(path), "not a picture by its name" if kind == "other" else "a folder that cannot be listed")
-                for path, kind in part
-                if kind != "image" and own not in path.resolve().parents
-            ]
-            images = [path for path, kind in part if kind == "image"]
-            done = retriever.add_images(images, existing="skip", batch_size=options.batch_size, progress=bar)
+        while part := list(islice(found, _PART)):
+            done = retriever.add_images(part, existing="skip", batch_size=options.batch_size, progress=bar)
             report.added += len(done.added)
             report.skipped += done.skipped
     return report
-
-
-@dataclass
-class _Indexed:
-    """What became of a folder: how many pictures were added, and what was skipped and why."""
-
-    added: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{self.added} added, {len(self.skipped)} skipped"]
-        return "\n".join(lines + [f"  {item}: {reason}" for item, reason in self.skipped])
 
 
 def _search(options: argparse.Namespace) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -17,9 +17,8 @@ from tqdm import tqdm
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.index import Index, IndexSpec, stored_dtype
-from finelip_fast.index.ingest import AddReport, Existing, Ingest, one_ahead
+from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
 from finelip_fast.kernels import clim_scores
-from finelip_fast.preprocess import walk_folder
 from finelip_fast.tokenizer import Overflow
 
 
@@ -140,12 +139,12 @@ class Retriever:
         """
         report, total = AddReport(), None
         if isinstance(images, (str, PathLike)) and Path(images).is_dir():
-            total = sum(kind == "image" for _, kind in walk_folder(images))
-            pictures: Iterable[Any] = _pictures(images, report)
+            total = count_pictures(images)
+            given: Iterable[Any] = pictures(images, report.skipped)
         else:
-            pictures = _listed(images)
+            given = _listed(images)
         ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
-        chunks = ingest.chunks(pictures, ids, metadata, total=total, progress=progress)
+        chunks = ingest.chunks(given, ids, metadata, total=total, progress=progress)
         with ThreadPoolExecutor() as pool, ingest:
             for chunk in one_ahead(self._decoded(pool, chunk) for chunk in chunks):
                 readable = []
@@ -291,13 +290,3 @@ def _listed(images: Any) -> Any:
     """One picture as a list of it; lists, generators and stacks of pictures as they are."""
     single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
     return [images] if single or getattr(images, "ndim", None) in (2, 3) else images
-
-
-def _pictures(folder: str | PathLike[str], report: AddReport) -> Iterator[Path]:
-    """The images of a folder; what is none is reported."""
-    for path, kind in walk_folder(folder):
-        if kind == "image":
-            yield path
-        else:
-            reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
-            report.skipped.append((str(path), reason))

@@ -21,7 +21,7 @@ LAYERS = [
     },
     {"engines", "index"},
     {"retriever"},
-    {"evaluation", "explain", "demo", "info"},
+    {"evaluation", "explain", "demo", "info", "distributed"},
     {"cli", "_index_commands"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from finelip_fast._errors import InputError
 from finelip_fast.index.index import Index
+from finelip_fast.preprocess import walk_folder
 
 Existing = Literal["error", "skip", "replace"]
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
@@ -38,8 +40,54 @@ class AddReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.added)} added, {len(self.skipped)} skipped"]
-        return "\n".join(lines + [f"  {item}: {reason}" for item, reason in self.skipped])
+        return _told(len(self.added), self.skipped)
+
+
+@dataclass
+class FolderReport:
+    """What became of a folder, however large.
+
+    Attributes:
+        added: How many.
+        skipped: ``(path, reason)`` of what could not be read.
+    """
+
+    added: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return _told(self.added, self.skipped)
+
+
+def _told(added: int, skipped: Sequence[tuple[str, str]]) -> str:
+    return "\n".join([f"{added} added, {len(skipped)} skipped", *(f"  {item}: {reason}" for item, reason in skipped)])
+
+
+def count_pictures(folder: str | PathLike[str]) -> int:
+    """How many :func:`pictures` will give."""
+    return sum(kind == "image" for _, kind in walk_folder(folder))
+
+
+def pictures(
+    folder: str | PathLike[str], skipped: list[tuple[str, str]], *, index: str | PathLike[str] | None = None
+) -> Iterator[Path]:
+    """The pictures of a folder and those below, in order, one by one.
+
+    Args:
+        folder: Where.
+        skipped: Gets what is no picture, with the reason.
+        index: A folder of an index, which may lie in the other and is not reported; None: there is none.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    own = None if index is None else Path(index).resolve()
+    for path, kind in walk_folder(folder):
+        if kind == "image":
+            yield path
+        elif own is None or own not in path.resolve().parents:
+            reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
+            skipped.append((str(path), reason))
 
 
 class Ingest:
@@ -134,7 +182,7 @@ class Ingest:
     def _chunks(
         self, named: Iterator[tuple[str, Any, dict[str, Any]]], total: int | None, progress: bool | tqdm[Any]
     ) -> Iterator[Chunk]:
-        with _bar(progress, total, self._kind) as bar:
+        with progress_bar(progress, total, self._kind) as bar:
             while chunk := list(islice(named, self._batch_size)):
                 if new := self._new(chunk):
                     yield new
@@ -181,7 +229,8 @@ class Ingest:
 
 
 @contextmanager
-def _bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
+def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
+    """A bar of its own, hidden if ``progress`` is False; or the one that is given."""
     if isinstance(progress, bool):
         with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
             yield bar

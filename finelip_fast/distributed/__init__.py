@@ -1,0 +1,6 @@
+"""Several processes or machines, by Ray: bulk indexing, and a search over many index folders."""
+
+from finelip_fast.distributed.bulk import index_images
+from finelip_fast.distributed.shards import ShardItem, Shards, ShardsFound
+
+__all__ = ["ShardItem", "Shards", "ShardsFound", "index_images"]

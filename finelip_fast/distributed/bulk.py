@@ -1,0 +1,382 @@
+"""Bulk indexing: several workers read, encode and write segments, and the driver takes them over into the index.
+
+Embeddings go from a worker straight into a file of the index, so the folder must be on storage that all workers see: one
+machine, or a shared filesystem. Only names, checksums and reasons come back. A worker that dies is started again by Ray, and
+its files are encoded again; what it had written belongs to nobody until the driver takes it over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast import _errors
+from finelip_fast._errors import EngineError, ImageError, InputError
+from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.engines import Engine, open_engine
+from finelip_fast.index import Index, Written
+from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar
+from finelip_fast.index.segments import encode, write_segment
+from finelip_fast.retriever import Retriever
+
+# Files of a task, which makes one segment; fewer where there would be less than so many tasks for each worker.
+_FILES_PER_TASK, _TASKS_PER_WORKER = 1024, 4
+# Finished tasks are taken over so often; what a stopped job loses.
+_KEPT_SECONDS = 30.0
+# Of workers at one task, before the job ends.
+_MOST_DEATHS = 16
+
+
+def index_images(
+    files: Iterable[str | PathLike[str]] | str | PathLike[str],
+    index: str | PathLike[str],
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    engine: str = "auto",
+    precision: str | None = None,
+    workers: int = 2,
+    cpus: float = 1,
+    gpus: float = 0,
+    batch_size: int = 64,
+    part: int = 100_000,
+    dtype: str | None = None,
+    metadata: Callable[[str], dict[str, Any]] | None = None,
+    progress: bool | tqdm[Any] = True,
+) -> FolderReport:
+    """Embed pictures by several workers and add them to an index; one that cannot be read is skipped and reported.
+
+    Files whose ids are in the index are left out, so a job that was stopped goes on when it is started again: half a minute
+    of work is lost. The items come in the order of the files, whichever worker encodes them. Many small segments are left
+    behind; ``finelip index maintain`` makes few of them.
+
+    Ray is used as this process is connected to it, or by ``RAY_ADDRESS``, or else started on this machine for the job.
+
+    Args:
+        files: A folder, or any iterable of files, read as it goes. Workers open them by the same paths.
+        index: Folder of the index, made if missing; on storage that all workers see.
+        checkpoint, engine, precision: As for :class:`finelip_fast.Retriever`; opened here, and by each worker what was chosen
+            here.
+        workers: Processes that encode, each with the model.
+        cpus, gpus: What each takes of the cluster. With ``gpus=0`` they encode on the CPU; 0.5 lets two share a GPU.
+        batch_size: Pictures at once.
+        part: Files of which the driver knows at once. The workers start anew for each part.
+        dtype: How a new index keeps embeddings; None: as the index that is there, or float16.
+        metadata: Makes an item's dictionary of JSON values from its id, the path as it was given; None: empty ones.
+        progress: Show a progress bar; or one of tqdm's to move.
+
+    Returns:
+        How many were added, and what was skipped, with reasons. A file on which workers die is among these.
+
+    Raises:
+        InputError: A number below 1, or metadata that JSON cannot hold.
+        EngineError: Ray is not installed or cannot be reached, or the workers die again and again.
+        CheckpointError, StoreError: As for :class:`finelip_fast.Retriever`; what was taken over before stays.
+    """
+    for name, value in (("workers", workers), ("batch_size", batch_size), ("part", part)):
+        if value < 1:
+            raise InputError(f"expected {name} of at least 1, got {value}")
+    report = FolderReport()
+    total, listed = _listed(files, index, report)
+    with cluster(workers * cpus) as ray:
+        here = None if gpus else "cpu"
+        retriever = Retriever(checkpoint, engine=engine, precision=precision, device=here, index=index, dtype=dtype)
+        target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size)
+        del retriever  # and its model
+        pool = _Pool(ray, job, workers, cpus, gpus)
+        with closing(target), progress_bar(progress, total, "image") as bar:
+            while some := list(islice(listed, part)):
+                ids = list(dict.fromkeys(map(str, some)))
+                there = target.catalogue.find(ids)
+                new = [item for item in ids if item not in there]
+                bar.update(len(some) - len(new))
+                try:
+                    if new:
+                        _add(new, target, pool, metadata or (lambda _: {}), report, bar)
+                finally:
+                    job.clean_up()
+    return report
+
+
+def _listed(
+    files: Iterable[str | PathLike[str]] | str | PathLike[str], index: str | PathLike[str], report: FolderReport
+) -> tuple[int | None, Iterator[str | PathLike[str]]]:
+    """How many pictures there are, if that can be told, and all of them; what else is in a folder is reported."""
+    if not isinstance(files, (str, PathLike)):
+        return len(files) if isinstance(files, Sequence) else None, iter(files)
+    if not Path(files).is_dir():
+        return 1, iter([files])
+    return count_pictures(files), pictures(files, report.skipped, index=index)
+
+
+def _add(
+    ids: list[str],
+    index: Index,
+    pool: _Pool,
+    metadata: Callable[[str], dict[str, Any]],
+    report: FolderReport,
+    bar: tqdm[Any],
+) -> None:
+    """Encode files that are new; finished tasks are taken over in the order of the files."""
+    size = pool.files_per_task(len(ids))
+    tasks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    finished: dict[int, dict[str, Any]] = {}
+    taken = 0
+
+    def take() -> None:
+        nonlocal taken
+        written = []
+        while taken in finished:
+            one, own = finished.pop(taken), tasks[taken]
+            taken += 1
+            report.skipped += [(own[row], reason) for row, reason in one["skipped"]]
+            if one["name"]:
+                names = [own[row] for row in one["rows"]]
+                written.append(Written(one["name"], names, one["crcs"], [metadata(item) for item in names]))
+        if written:
+            index.adopt(written)
+            report.added += sum(len(one.ids) for one in written)
+
+    since = time.monotonic()
+    try:
+        for done in pool.run(tasks):
+            finished[done["task"]] = done
+            bar.update(len(tasks[done["task"]]))
+            if time.monotonic() - since >= _KEPT_SECONDS:
+                take()
+                since = time.monotonic()
+    finally:
+        take()
+
+
+class _Job:
+    """What all workers are told; sent to them.
+
+    Their files begin with the job's name, so that what dead ones have left can be removed.
+    """
+
+    def __init__(self, retriever: Retriever, device: str, batch_size: int) -> None:
+        engine, spec = retriever.engine, retriever.index.spec
+        # The runtime that was chosen here, so that all embeddings are made alike.
+        export = getattr(engine, "export", None)
+        self.opening: dict[str, Any] = {
+            "name": engine.name,
+            "checkpoint": engine.source or None,
+            "device": device,
+            "precision": export.manifest.precision if export else None,
+        }
+        self.fingerprint, self.dtype, self.batch_size = spec.checkpoint, spec.dtype, batch_size
+        self.name = uuid.uuid4().hex[:12]
+        self.folder = retriever.index.incoming.absolute()
+
+    def journal(self, what: str) -> _Journal:
+        return _Journal(self.folder / f"{self.name}-{what}.txt")
+
+    def clean_up(self) -> None:
+        for path in self.folder.glob(f"{self.name}-*"):
+            path.unlink(missing_ok=True)
+
+
+class Worker:
+    """One of the pool: opens the engine once, then makes a segment of each list of files.
+
+    A list on which a worker has died is gone through file by file, each named in the journal before it is touched; so the
+    next worker knows which one it was, and leaves it out.
+    """
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.readers = ThreadPoolExecutor()
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[str]]:
+        """One task, as ``{"report": [JSON]}``: what :meth:`encode` returns, or its error, which Ray would bury."""
+        (task,), (files,) = batch["task"], batch["files"]
+        report: dict[str, Any] = {"task": int(task)}
+        try:
+            report |= self.encode([os.fsdecode(file) for file in files.split(b"\0")], self.job.journal(str(task)))
+        except Exception as error:
+            report["error"] = [type(error).__name__, str(error)]
+        return {"report": [json.dumps(report)]}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Opened when it is first needed, so that its errors are a task's."""
+        opening, expected = self.job.opening, self.job.fingerprint
+        engine = open_engine(**opening)
+        if engine.fingerprint != expected:
+            raise EngineError(
+                f"expected checkpoint {opening['checkpoint']!r} to be the same for all workers, {expected}, got "
+                f"{engine.fingerprint}: put it where all see it"
+            )
+        return engine
+
+    def encode(self, files: Sequence[str], journal: _Journal) -> dict[str, Any]:
+        """Write the segment of some files.
+
+        Returns:
+            The segment's ``name`` (None: no file could be read), the ``rows`` of ``files`` in it and their checksums ``crcs``,
+            and who was ``skipped``.
+
+        Raises:
+            EngineError: Workers have died on too many of them, or on the way to the first.
+            StoreError: The disk refuses.
+        """
+        before = journal.begin()
+        fatal = journal.named_last(before)
+        if before.count("begin") >= _MOST_DEATHS:
+            named = ", ".join(files[row] for row in fatal)
+            raise EngineError(
+                f"workers have died {_MOST_DEATHS} times at the same {len(files)} files: "
+                + (f"take out {named}" if fatal else "is there memory for so many workers?")
+            )
+        engine = self.engine  # opened before the readers ask for it, all at once
+        skipped = dict.fromkeys(fatal, "the worker died on this file")
+        rows: list[int] = []
+        embeddings: list[Tensor] = []
+        for some in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
+            good = {row: pixels for row, pixels in some.items() if isinstance(pixels, Tensor)}
+            skipped |= {row: str(reason) for row, reason in some.items() if row not in good}
+            if good:
+                embeddings.append(engine.encode_image(torch.stack(list(good.values()))).to("cpu", torch.float16))
+                rows += good
+        name: str | None = None
+        crcs: list[int] = []
+        if rows:
+            plain, crcs = write_segment(self.job.folder, encode(torch.cat(embeddings), self.job.dtype))
+            name = f"{self.job.name}-{plain}"
+            (self.job.folder / plain).rename(self.job.folder / name)
+        journal.end()
+        return {"name": name, "rows": rows, "crcs": crcs, "skipped": sorted(skipped.items())}
+
+    def _in_batches(self, files: Sequence[str]) -> Iterator[dict[int, Tensor | ImageError]]:
+        """Rows and their pixels; the next batch is read while one is encoded."""
+        ahead: deque[dict[int, Future[Tensor | ImageError]]] = deque()
+        size = self.job.batch_size
+        for start in range(0, len(files), size):
+            rows = range(start, min(start + size, len(files)))
+            ahead.append({row: self.readers.submit(self.read, files[row]) for row in rows})
+            if len(ahead) > 1:
+                yield {row: future.result() for row, future in ahead.popleft().items()}
+        for last in ahead:
+            yield {row: future.result() for row, future in last.items()}
+
+    def _one_by_one(
+        self, files: Sequence[str], left_out: Iterable[int], journal: _Journal
+    ) -> Iterator[dict[int, Tensor | ImageError]]:
+        for row in sorted(set(range(len(files))) - set(left_out)):
+            journal.write(str(row))
+            yield {row: self.read(files[row])}
+        journal.write("through")
+
+    def read(self, file: str) -> Tensor | ImageError:
+        """Pixels, or why there are none."""
+        try:
+            return self.engine.preprocess(file)
+        except ImageError as error:
+            return error
+
+
+class _Pool:
+    """Workers by Ray Data.
+
+    Args:
+        ray: The module, connected.
+        job: What they are told.
+        workers, cpus, gpus: How many, and what each takes.
+    """
+
+    worker = Worker
+
+    def __init__(self, ray: Any, job: _Job, workers: int, cpus: float, gpus: float) -> None:
+        self._ray, self._job, self._workers, self._cpus, self._gpus = ray, job, workers, cpus, gpus
+
+    def files_per_task(self, files: int) -> int:
+        """How many make a task, in whole batches, when there are so many."""
+        size = self._job.batch_size
+        fair = math.ceil(files / (_TASKS_PER_WORKER * self._workers * size))
+        return size * max(1, min(_FILES_PER_TASK // size, fair))
+
+    def run(self, tasks: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """What :class:`Worker` returns for each task, in any order.
+
+        Raises:
+            EngineError: The workers cannot go on.
+            FineLIPError: What one of them has raised.
+        """
+        from ray.data import ActorPoolStrategy, from_items
+
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
+        # Paths as bytes, since some are no text, and absolute, since a worker may start elsewhere.
+        rows = [
+            {"task": number, "files": b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)}
+            for number, files in enumerate(tasks)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Ray about itself
+            # A block a task: so Ray repeats no more than what a dead worker was at.
+            data = from_items(rows, override_num_blocks=len(rows)).map_batches(
+                self.worker,
+                batch_size=1,
+                num_cpus=self._cpus,
+                num_gpus=self._gpus,
+                compute=ActorPoolStrategy(size=min(self._workers, len(rows)), max_tasks_in_flight_per_actor=2),
+                fn_constructor_args=(self._job,),
+            )
+            data.context.enable_progress_bars = data.context.print_on_execution_start = False
+        reports = iter(data.iter_rows())
+        while True:
+            try:
+                report = json.loads(next(reports)["report"])
+            except StopIteration:
+                return
+            except self._ray.exceptions.RayError as error:
+                raise EngineError(f"the workers cannot go on: {told(error)}") from None
+            if "error" in report:
+                kind, text = report["error"]
+                known = getattr(_errors, kind, None)
+                raise known(text) if known else EngineError(f"a worker has failed: {kind}: {text}")
+            yield report
+
+
+class _Journal:
+    """A file that outlives its process: a line ``begin`` for each attempt, and rows as they are touched one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def begin(self) -> list[str]:
+        """Begin an attempt; the lines of those before, none of which came to its end."""
+        before = self._path.read_text(encoding="ascii").split() if self._path.exists() else []
+        self.write("begin")
+        return before
+
+    def write(self, line: str) -> None:
+        with self._path.open("a", encoding="ascii") as file:
+            file.write(f"{line}\n")
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    @staticmethod
+    def named_last(lines: Sequence[str]) -> list[int]:
+        """The rows after which an attempt wrote nothing more."""
+        following = [*lines, "begin"][1:]
+        return [int(line) for line, after in zip(lines, following, strict=True) if line.isdigit() and after == "begin"]

@@ -1,0 +1,336 @@
+"""A search over many index folders, each held by a process of its own on one machine or several.
+
+    engine = open_engine("auto", checkpoint)
+    with Shards(["/data/a", "/data/b"], partial="mark") as shards:
+        found = shards.search(engine.embed_texts(["A red house …"]), k=10)
+
+Every shard answers with its ``k`` best, and these are merged by score: the result of one index of all items. A process that
+dies is started again and opens its folder anew; meanwhile searches are refused, or answered from the other shards and marked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.index import Index, IndexSpec, stored_index
+from finelip_fast.index.catalogue import Item
+from finelip_fast.index.search import Mode
+
+Partial = Literal["refuse", "mark"]
+
+# For all shards to open their folders at the beginning.
+_START_SECONDS = 120.0
+
+
+class ShardItem(NamedTuple):
+    """A found item: the folder of its shard, and what the catalogue there knows of it."""
+
+    shard: str
+    id: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardsFound:
+    """What a search of ``Q`` queries found, best first, ties by the order of the shards and in each that of insertion.
+
+    Attributes:
+        scores, global_scores, fine_scores: float32 ``[Q, k]``.
+        items: What was found, ``Q`` lists of ``k``.
+        modes: How each shard searched, by its folder.
+        covered: Share of the items that were searched, by what is known of the missing shards; 1: all.
+        missing: The shards that did not answer, and why.
+    """
+
+    scores: Tensor
+    global_scores: Tensor
+    fine_scores: Tensor
+    items: list[list[ShardItem]]
+    modes: dict[str, Mode]
+    covered: float
+    missing: dict[str, str]
+
+
+class Shards:
+    """Index folders of one checkpoint, searched together.
+
+    May be used from several threads. Ray is used as this process is connected to it, or by ``RAY_ADDRESS``, or else started
+    on this machine.
+
+    Args:
+        folders: Of the indexes, each once; where the processes run they must have the same paths.
+        partial: When shards are missing: ``"refuse"`` raises, ``"mark"`` answers from the others and says so.
+        timeout: Seconds to wait for the answers to a search.
+        cpus, gpus: What each shard takes of the cluster. With ``gpus=0`` it searches on the CPU, by ``cpus`` threads.
+
+    Raises:
+        InputError: No folder, one twice, or no such ``partial``.
+        EngineError: Ray is not installed or cannot be reached.
+        StoreError: A folder without an index, indexes of different checkpoints, or shards that do not start.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | PathLike[str]],
+        *,
+        partial: Partial = "refuse",
+        timeout: float = 30.0,
+        cpus: float = 1,
+        gpus: float = 0,
+    ) -> None:
+        names = [str(folder) for folder in folders]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"expected folders of indexes, each once, got {names}")
+        if partial not in get_args(Partial):
+            raise InputError(f"expected partial among {', '.join(get_args(Partial))}, got {partial!r}")
+        self.partial, self.timeout = partial, timeout
+        self._lock = threading.Lock()
+        self._resources = ExitStack()
+        try:
+            self._ray = self._resources.enter_context(cluster(len(names) * cpus))
+            options = {
+                "max_restarts": -1,
+                "max_task_retries": 0,
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "scheduling_strategy": "SPREAD",
+            }
+            make = self._ray.remote(_Server).options(**options)
+            self._shards = [_Shard(self._ray, make, name, "cuda" if gpus else "cpu") for name in names]
+            self._resources.callback(self._stop)
+            self.spec = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> IndexSpec:
+        """Wait for all shards; what their items have in common."""
+        self._ray.wait([one.waking for one in self._shards], num_returns=len(self._shards), timeout=_START_SECONDS)
+        first = self._shards[0]
+        for shard in self._shards:
+            if reason := shard.asleep():
+                raise StoreError(f"the shard {shard.folder} cannot be opened: {reason}")
+            if different := shard.differs(first.spec):
+                raise StoreError(
+                    f"expected shards of one checkpoint, got {first.folder} and {shard.folder} that differ in {different}"
+                )
+        for shard in self._shards:
+            shard.expected = first.spec
+        assert first.spec is not None
+        return first.spec
+
+    def __len__(self) -> int:
+        """Items of all shards, as they were at their last answers."""
+        return sum(shard.size for shard in self._shards)
+
+    def search(
+        self, queries: Tensor, k: int, *, alpha: float | None = None, mode: str = "auto", where: str | None = None
+    ) -> ShardsFound:
+        """The ``k`` best items of each query, over all shards.
+
+        In the exact modes these are those of one index of all items in the order of the shards, the scores to the bit. In two
+        stages every shard chooses candidates of its own, more in all than one index would.
+
+        Args:
+            queries: Embeddings ``[Q, L_q, D]``, unit rows.
+            k: How many; fewer come back when there are fewer.
+            alpha: Weight of the global cosine; None: the spec's.
+            mode: See :mod:`finelip_fast.index.search`; ``"auto"``: each shard by its own tuning.
+            where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
+
+        Raises:
+            InputError: ``k < 1``, no such mode, or a filter that cannot be read.
+            StoreError: With ``partial="refuse"``: shards are missing; names them.
+        """
+        if k < 1:
+            raise InputError(f"expected k of at least 1, got {k}")
+        answers, missing = self._ask(_as_array(queries), k, alpha, mode, where)
+        if missing and self.partial == "refuse":
+            named = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())
+            raise StoreError(
+                f"{len(missing)} of {len(self._shards)} shards did not answer ({named}): search again when they are back, "
+                "or take what the others find with partial='mark'"
+            )
+        return self._merge(answers, missing, len(queries), k)
+
+    def _ask(self, *request: Any) -> tuple[dict[str, _Answer], dict[str, str]]:
+        """Answers, and reasons why there is none, by folder, in the order of the shards."""
+        asked: dict[Any, _Shard] = {}
+        missing: dict[str, str] = {}
+        with self._lock:
+            for shard in self._shards:
+                if reason := shard.asleep():
+                    missing[shard.folder] = reason
+                else:
+                    asked[shard.server.search.remote(*request)] = shard
+        if asked:
+            self._ray.wait(list(asked), num_returns=len(asked), timeout=self.timeout)
+        answers: dict[str, _Answer] = {}
+        for ref, shard in asked.items():
+            try:
+                answers[shard.folder] = answer = self._ray.get(ref, timeout=0)
+                shard.size = answer.size
+            except self._ray.exceptions.GetTimeoutError:
+                self._ray.cancel(ref)  # where it still waits for its turn
+                missing[shard.folder] = f"no answer within {self.timeout:g} seconds"
+            except self._ray.exceptions.RayError as error:
+                if isinstance(cause := getattr(error, "cause", None), InputError):
+                    raise cause from None
+                missing[shard.folder] = told(error)
+            if shard.folder in missing:
+                with self._lock:
+                    shard.wake()
+        return answers, {one.folder: missing[one.folder] for one in self._shards if one.folder in missing}
+
+    def _merge(self, answers: dict[str, _Answer], missing: dict[str, str], count: int, k: int) -> ShardsFound:
+        def joined(which: int) -> Tensor:
+            empty = np.empty((count, 0), np.float32)
+            return torch.from_numpy(np.concatenate([empty, *(one.scores[which] for one in answers.values())], axis=1))
+
+        # Stable, so that ties stay in the order of the shards.
+        order = joined(0).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        items = [
+            [
+                ShardItem(folder, item.id, item.metadata)
+                for folder, answer in answers.items()
+                for item in answer.items[query]
+            ]
+            for query in range(count)
+        ]
+        searched, total = sum(one.size for one in answers.values()), len(self)
+        return ShardsFound(
+            scores=joined(0).gather(1, order),
+            global_scores=joined(1).gather(1, order),
+            fine_scores=joined(2).gather(1, order),
+            items=[[found[at] for at in own] for found, own in zip(items, order.tolist(), strict=True)],
+            modes={folder: answer.mode for folder, answer in answers.items()},
+            covered=searched / total if total else float(not missing),
+            missing=missing,
+        )
+
+    def _stop(self) -> None:
+        for shard in self._shards:
+            self._ray.kill(shard.server)
+
+    def close(self) -> None:
+        """End the processes, and Ray if it was started here."""
+        self._resources.close()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Answer(NamedTuple):
+    """Of one shard: scores, global and fine ones, each ``[Q, k]``; items; how many it has."""
+
+    scores: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    items: list[list[Item]]
+    mode: Mode
+    size: int
+
+
+class _Server:
+    """The process of a shard. It opens its folder when it is first asked, so a folder that cannot be opened is an answer."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        self._folder, self._device = folder, device
+        self._index: Index | None = None
+
+    def describe(self) -> tuple[IndexSpec, int]:
+        index = self._opened()
+        return index.spec, len(index)
+
+    def search(
+        self, queries: np.ndarray[Any, Any], k: int, alpha: float | None, mode: str, where: str | None
+    ) -> _Answer:
+        index = self._opened()
+        try:
+            # Copied, since what Ray hands over may not be written to, of which PyTorch warns.
+            found = index.search(torch.tensor(queries), k, alpha=alpha, mode=mode, where=where)
+            scores = (found.scores.numpy(), found.global_scores.numpy(), found.fine_scores.numpy())
+            return _Answer(scores, found.items, found.mode, len(index))
+        except InputError:
+            raise
+        except Exception:
+            self._index = None  # opened anew, it may be whole again
+            raise
+
+    def _opened(self) -> Index:
+        if self._index is None:
+            self._index = stored_index(self._folder, device=self._device)
+        return self._index
+
+
+class _Shard:
+    """What is known here of a shard.
+
+    Attributes:
+        server: The actor; another one where Ray has given up the first.
+        waking: A question to a server that did not answer, or has just been started; it is not searched until it answers.
+        spec, size: As of its last answers.
+        expected: What the spec must agree with.
+    """
+
+    def __init__(self, ray: Any, make: Any, folder: str, device: str) -> None:
+        self.folder, self._ray = folder, ray
+        self._make = lambda: make.remote(str(Path(folder).absolute()), device)
+        self.spec: IndexSpec | None = None
+        self.expected: IndexSpec | None = None
+        self.size = 0
+        self.server = self._make()
+        self.waking: Any = None
+        self.wake()
+
+    def wake(self) -> None:
+        """Ask for a sign of life, unless that is under way."""
+        if self.waking is None:
+            self.waking = self.server.describe.remote()
+
+    def asleep(self) -> str | None:
+        """Why it cannot be searched; None: it can. Does not wait."""
+        if self.waking is None:
+            return None
+        try:
+            self.spec, self.size = self._ray.get(self.waking, timeout=0)
+        except self._ray.exceptions.GetTimeoutError:
+            return "it is starting, busy, or waits for a free core"
+        except self._ray.exceptions.RayError as error:
+            if isinstance(error, self._ray.exceptions.ActorDiedError):
+                self.server = self._make()
+            self.waking = None
+            self.wake()
+            return told(error)
+        self.waking = None
+        if different := self.differs(self.expected):
+            self.wake()
+            return f"it now holds another index, which differs in {different}"
+        return None
+
+    def differs(self, spec: IndexSpec | None) -> str:
+        """In what the shard is not of the checkpoint of others; empty: in nothing. How embeddings are kept is its own."""
+        if spec is None or self.spec is None:
+            return ""
+        own, other = asdict(self.spec), asdict(spec)
+        return ", ".join(
+            f"{name}: {other[name]!r} and {own[name]!r}" for name in own if name != "dtype" and own[name] != other[name]
+        )
+
+
+def _as_array(queries: Tensor) -> np.ndarray[Any, Any]:
+    queries = queries.detach().cpu()
+    return (queries.float() if queries.dtype == torch.bfloat16 else queries).numpy()

@@ -1,0 +1,34 @@
+"""The Ray cluster: what is said where there is none, and whose it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finelip_fast._errors import EngineError
+from finelip_fast.distributed import Shards, index_images
+from finelip_fast.distributed.cluster import _connect, cluster
+
+
+def test_without_ray_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for use in (lambda: index_images([], tmp_path / "index"), lambda: Shards([tmp_path])):
+        with pytest.raises(EngineError, match=r"ray is not installed .*pip install 'finelip-fast\[distributed\]'"):
+            use()
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(EngineError, match=f"RAY_ADDRESS='{address}' cannot be used: .*refused; start it, or unset"):
+        _connect(None, 1)
+
+
+def test_the_cluster_lives_as_long_as_its_users(ray: Any) -> None:
+    with cluster(2) as same:
+        assert same is ray
+    assert ray.is_initialized()

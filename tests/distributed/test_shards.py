@@ -1,0 +1,241 @@
+"""Shards: together they find what one index of all items finds, and say what was not searched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError, StoreError
+from finelip_fast.distributed import Shards, ShardsFound
+from finelip_fast.index import Index, IndexSpec
+
+SPEC = IndexSpec(checkpoint="abc", tokens=5, width=64, alpha=0.6)
+SIZES = (300, 0, 410)
+BACK_SECONDS = 30
+
+
+def random(rows: int, seed: int) -> Tensor:
+    values = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+QUERIES = random(3, seed=99)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Index]:
+    """Folders, and one index of the same items in the same order; some items are alike."""
+    folder = tmp_path_factory.mktemp("shards")
+    one, folders = Index(SPEC), []
+    for shard, size in enumerate(SIZES):
+        items = random(size, seed=shard)
+        items[5:20:5] = QUERIES[0]  # ties in a shard, and from shard to shard
+        ids = [f"{shard}-{number}" for number in range(size)]
+        metadata = [{"number": number} for number in range(size)]
+        folders.append(folder / str(shard))
+        with closing(Index(SPEC, folders[-1])) as index:
+            index.add(ids, items, metadata)
+        one.add(ids, items, metadata)
+    return folders, one
+
+
+@pytest.fixture(scope="module")
+def opened(ray: Any, together: tuple[list[Path], Index]) -> Iterator[Shards]:
+    with Shards(together[0], partial="mark", cpus=0) as shards:
+        yield shards
+
+
+@pytest.fixture
+def shards(opened: Shards) -> Iterator[Shards]:
+    """Whole at the beginning; as it was at the end."""
+    assert until_whole(opened).covered == 1
+    before = opened.partial, opened.timeout
+    yield opened
+    opened.partial, opened.timeout = before
+
+
+def until_whole(shards: Shards) -> ShardsFound:
+    partial, shards.partial = shards.partial, "mark"
+    end = time.monotonic() + BACK_SECONDS
+    while (found := shards.search(QUERIES, 10)).missing and time.monotonic() < end:
+        time.sleep(0.1)
+    shards.partial = partial
+    assert found.missing == {}
+    return found
+
+
+def ids(found: Any) -> list[list[str]]:
+    return [[item.id for item in own] for own in found.items]
+
+
+def pid(ray: Any, shards: Shards, number: int) -> int:
+    return int(ray.get(shards._shards[number].server.__ray_call__.remote(lambda self: os.getpid())))
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact", "exact-int8"])
+@pytest.mark.parametrize("where", [None, "number < 12", "number = 400", "number < 0"])
+@pytest.mark.parametrize(("k", "alpha"), [(1, None), (10, 0.0), (1000, 0.9)])
+def test_they_find_what_one_index_finds(
+    shards: Shards, together: tuple[list[Path], Index], mode: str, where: str | None, k: int, alpha: float | None
+) -> None:
+    options: dict[str, Any] = {"mode": mode, "where": where, "alpha": alpha}
+    expected = together[1].search(QUERIES, k, **options)
+    found = shards.search(QUERIES, k, **options)
+    assert ids(found) == ids(expected)
+    assert torch.equal(found.scores, expected.scores)
+    for name in ("global_scores", "fine_scores"):  # computed again, of as many hits as a shard has
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
+    assert found.items == [
+        [(str(together[0][int(item.id[0])]), item.id, item.metadata) for item in own] for own in expected.items
+    ]
+    assert found.covered == 1
+    assert found.missing == {}
+    assert found.modes.keys() == set(map(str, together[0]))
+
+
+def test_ties_come_in_the_order_of_the_shards(shards: Shards) -> None:
+    found = shards.search(QUERIES[:1], 6, mode="exact")
+    assert len(set(found.scores[0].tolist())) == 1
+    assert ids(found) == [[f"{shard}-{number}" for shard in (0, 2) for number in (5, 10, 15)]]
+
+
+def test_in_two_stages_they_find_no_less(shards: Shards, together: tuple[list[Path], Index]) -> None:
+    found = shards.search(QUERIES, 10, mode="two-stage")
+    assert set(found.modes.values()) == {"two-stage"}
+    assert (found.scores >= together[1].search(QUERIES, 10, mode="two-stage").scores).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_queries_of_any_dtype(shards: Shards, together: tuple[list[Path], Index], dtype: torch.dtype) -> None:
+    queries = QUERIES.to(dtype)
+    assert torch.equal(shards.search(queries, 5).scores, together[1].search(queries, 5).scores)
+
+
+def test_no_queries(shards: Shards) -> None:
+    found = shards.search(QUERIES[:0], 5)
+    assert found.scores.shape[0] == 0
+    assert found.items == []
+
+
+def test_they_know_how_many_items_there_are(shards: Shards) -> None:
+    assert len(shards) == sum(SIZES)
+    assert shards.spec == SPEC
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "expected k of at least 1, got 0"),
+        ({"k": 1, "mode": "fast"}, "expected a mode among"),
+        ({"k": 1, "where": "number <"}, "filter|expected"),
+    ],
+)
+def test_wrong_arguments_are_refused_as_by_an_index(shards: Shards, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        shards.search(QUERIES, **options)
+    assert shards.search(QUERIES, 1).missing == {}
+
+
+def test_a_killed_shard_is_missed_and_comes_back(ray: Any, shards: Shards, together: tuple[list[Path], Index]) -> None:
+    whole = shards.search(QUERIES, 10)
+    os.kill(pid(ray, shards, 0), signal.SIGKILL)
+    shards.partial = "refuse"
+    dead = str(together[0][0])
+    with pytest.raises(StoreError, match=rf"1 of 3 shards did not answer \({dead}: .*partial='mark'"):
+        shards.search(QUERIES, 10)
+    shards.partial = "mark"
+    found = shards.search(QUERIES, 10)
+    assert list(found.missing) == [dead]
+    assert found.covered == pytest.approx(1 - SIZES[0] / sum(SIZES))
+    expected = shards.search(QUERIES, 1000).items
+    assert {item.shard for own in expected for item in own} == {str(together[0][2])}
+    rest = together[1].search(QUERIES, 1000)
+    assert ids(found) == [[item for item in own if item[0] != "0"][:10] for own in ids(rest)]
+    again = until_whole(shards)
+    assert ids(again) == ids(whole)
+    assert torch.equal(again.scores, whole.scores)
+
+
+def test_a_shard_that_ray_gave_up_is_made_anew(ray: Any, shards: Shards) -> None:
+    whole = shards.search(QUERIES, 10)
+    ray.kill(shards._shards[2].server)
+    while not (found := shards.search(QUERIES, 10)).missing:
+        time.sleep(0.05)
+    assert len(found.missing) == 1
+    assert ids(until_whole(shards)) == ids(whole)
+
+
+def test_a_shard_that_hangs_is_not_waited_for_again(ray: Any, shards: Shards) -> None:
+    shards.timeout = 1.0
+    process = pid(ray, shards, 2)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        (reason,) = shards.search(QUERIES, 10).missing.values()
+        assert reason == "no answer within 1 seconds"
+        started = time.monotonic()
+        (reason,) = shards.search(QUERIES, 10).missing.values()
+        assert reason == "it is starting, busy, or waits for a free core"
+        assert time.monotonic() - started < 1
+    finally:
+        os.kill(process, signal.SIGCONT)
+    until_whole(shards)
+
+
+def test_a_folder_that_is_gone_is_named_and_may_come_back(
+    ray: Any, shards: Shards, together: tuple[list[Path], Index]
+) -> None:
+    folder = together[0][2]
+    away = folder.with_name("away")
+    folder.rename(away)
+    os.kill(pid(ray, shards, 2), signal.SIGKILL)
+    end = time.monotonic() + BACK_SECONDS
+    while "there is no index" not in (reason := shards.search(QUERIES, 10).missing.get(str(folder), "")):
+        assert time.monotonic() < end, reason
+        time.sleep(0.1)
+    other = Index(replace(SPEC, checkpoint="other"), folder)
+    other.close()
+    while "another index" not in (reason := shards.search(QUERIES, 10).missing.get(str(folder), "")):
+        assert time.monotonic() < end, reason
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+    away.rename(folder)
+    os.kill(pid(ray, shards, 2), signal.SIGKILL)  # what it has open is gone
+    until_whole(shards)
+
+
+@pytest.mark.usefixtures("ray")
+def test_shards_of_another_checkpoint_are_refused(together: tuple[list[Path], Index], tmp_path: Path) -> None:
+    Index(replace(SPEC, checkpoint="other", dtype="int8"), tmp_path / "other").close()
+    with pytest.raises(StoreError, match=r"0 and .*other that differ in checkpoint: 'abc' and 'other'"):
+        Shards([together[0][0], tmp_path / "other"], cpus=0)
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_folder_without_an_index_is_refused(together: tuple[list[Path], Index], tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be opened: there is no index at"):
+        Shards([together[0][0], tmp_path], cpus=0)
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "message"),
+    [
+        ([], {}, "expected folders of indexes, each once, got []"),
+        (["a", "a"], {}, "each once, got ['a', 'a']"),
+        (["a"], {"partial": "some"}, "expected partial among refuse, mark, got 'some'"),
+    ],
+)
+def test_wrong_settings_are_refused(folders: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Shards(folders, **options)
+    assert message in str(caught.value)
