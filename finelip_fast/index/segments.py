@@ -19,8 +19,8 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,28 +91,37 @@ class Segment:
         """Of embeddings when they are taken out."""
         return torch.float16 if "tokens" in self.arrays else torch.float32
 
-    def read(self, rows: Tensor, target: Tensor) -> None:
-        """Fetch some embeddings from the file itself, so that what is not in memory comes all at once.
+    def reading(self, rows: Tensor, target: Tensor, resources: ExitStack) -> Callable[[], object]:
+        """Begin to fetch some embeddings from the file itself: what is not in memory is on its way, of all segments at once.
 
         Args:
             rows: ``[m]``.
             target: Where to, ``[m, L, D]`` of :attr:`dtype`, contiguous.
+            resources: Holds the file open.
+
+        Returns:
+            What ends it: then they are there. May raise :class:`StoreError`: the file cannot be read.
 
         Raises:
             FileNotFoundError: The file is gone; what was mapped from it is not.
-            StoreError: It cannot be read.
         """
         if self._path is None or not self.is_current:
-            target.copy_(self.embeddings(rows))
-        elif self.dtype == torch.float16:
-            self._read_file(self._path, {"tokens": target}, rows.tolist())
-        else:
-            kept = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
-            parts = {name: torch.empty(len(rows), *one.shape[1:], dtype=one.dtype) for name, one in kept.items()}
-            self._read_file(self._path, parts, rows.tolist())
+            return lambda: target.copy_(self.embeddings(rows))
+        if self.dtype == torch.float16:
+            return self._reading_file(self._path, {"tokens": target}, rows.tolist(), resources)
+        kept = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
+        parts = {name: torch.empty(len(rows), *one.shape[1:], dtype=one.dtype) for name, one in kept.items()}
+        finish = self._reading_file(self._path, parts, rows.tolist(), resources)
+
+        def finish_int8() -> None:
+            finish()
             target.copy_(dequantize(*parts.values()))
 
-    def _read_file(self, path: Path, targets: dict[str, Tensor], rows: Sequence[int]) -> None:
+        return finish_int8
+
+    def _reading_file(
+        self, path: Path, targets: dict[str, Tensor], rows: Sequence[int], resources: ExitStack
+    ) -> Callable[[], None]:
         wanted = []
         for name, target in targets.items():
             size = target.nbytes // max(1, len(rows))
@@ -121,17 +130,22 @@ class Segment:
                 (self._starts[name] + size * row, memory[size * at : size * (at + 1)]) for at, row in enumerate(rows)
             ]
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if hasattr(os, "posix_fadvise"):  # all of it is on its way while the first is waited for
-                for offset, part in wanted:
-                    os.posix_fadvise(descriptor, offset, len(part), os.POSIX_FADV_WILLNEED)
+        resources.callback(os.close, descriptor)
+        if hasattr(os, "posix_fadvise"):
             for offset, part in wanted:
-                if os.preadv(descriptor, [part], offset) != len(part):
-                    raise StoreError(f"segment {path} has become shorter: restore it, or finelip index repair")
-        except OSError as error:
-            raise StoreError(f"segment {path} cannot be read: {error.strerror}; restore it or index again") from None
-        finally:
-            os.close(descriptor)
+                os.posix_fadvise(descriptor, offset, len(part), os.POSIX_FADV_WILLNEED)
+
+        def finish() -> None:
+            try:
+                for offset, part in wanted:
+                    if os.preadv(descriptor, [part], offset) != len(part):
+                        raise StoreError(f"segment {path} has become shorter: restore it, or finelip index repair")
+            except OSError as error:
+                raise StoreError(
+                    f"segment {path} cannot be read: {error.strerror}; restore it, or finelip index repair"
+                ) from None
+
+        return finish
 
     @cached_property
     def _starts(self) -> dict[str, int]:

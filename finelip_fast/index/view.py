@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from finelip_fast.kernels import QuantizedItems
 
 # More pieces than this are put together once, rather than gone through at each search.
 _MOST_PIECES = 32
+# Files that are read from at the same time; systems allow 1024 or less.
+_OPEN_FILES = 128
 # The share of a GPU's free memory that an index may take.
 _GPU_SHARE = 0.7
 
@@ -102,14 +106,18 @@ class View:
         device = self.device if on_gpu else "cpu"
         result = torch.empty(len(rows), *shape, dtype=self.segments[0].dtype, device=device)
         numbers, counts = segments.unique_consecutive(return_counts=True)
-        for one, part, own in zip(
-            numbers.tolist(), result.split(counts.tolist()), rows.split(counts.tolist()), strict=True
-        ):
-            own = own - self._offsets[one]
-            if on_gpu:
-                part.copy_(on_gpu[one][own.to(device)])
-            else:
-                self.segments[one].read(own, part)
+        parts = zip(numbers.tolist(), result.split(counts.tolist()), rows.split(counts.tolist()), strict=True)
+        while some := list(islice(parts, _OPEN_FILES)):
+            with ExitStack() as resources:
+                reading = []
+                for one, part, own in some:
+                    own = own - self._offsets[one]
+                    if on_gpu:
+                        part.copy_(on_gpu[one][own.to(device)])
+                    else:
+                        reading.append(self.segments[one].reading(own, part, resources))
+                for finish in reading:
+                    finish()
         is_sorted = bool((order.diff() > 0).all())
         return result if is_sorted else result[order.argsort().to(device)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def written(folder: Path, embeddings: torch.Tensor, dtype: str = "float16") -> t
 
 def read(segment: Segment, rows: torch.Tensor) -> torch.Tensor:
     target = torch.empty(len(rows), 3, 8, dtype=segment.dtype)
-    segment.read(rows, target)
+    with ExitStack() as resources:
+        segment.reading(rows, target, resources)()
     return target
 
 
