@@ -138,7 +138,7 @@ class Segment:
         def finish() -> None:
             try:
                 for offset, part in wanted:
-                    if os.preadv(descriptor, [part], offset) != len(part):
+                    if _read_into(part, descriptor, offset) != len(part):
                         raise StoreError(f"segment {path} has become shorter: restore it, or finelip index repair")
             except OSError as error:
                 raise StoreError(
@@ -185,6 +185,14 @@ class Segment:
         except (OSError, SafetensorError, KeyError):  # not there, or of a process that was killed
             _write(cache, name, quantize_items(self.arrays["tokens"])._asdict())
         return QuantizedItems(*(_mapped(cache / name)[each] for each in names))
+
+
+def _read_into(part: memoryview, descriptor: int, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [part], offset)
+    content = os.pread(descriptor, len(part), offset)  # macOS
+    part[: len(content)] = content
+    return len(content)
 
 
 def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:

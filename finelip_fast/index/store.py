@@ -382,7 +382,9 @@ class Store:
 
 def _prepare_folder(folder: Path) -> None:
     try:
-        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
+        if not (folder / SEGMENTS).is_dir():
+            (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
+            sync_folder(folder)
         orphaned = not (folder / CATALOGUE).exists() and any((folder / SEGMENTS).iterdir())
     except OSError as error:
         raise StoreError(f"cannot make the index folder {folder}: {error.strerror}") from None
