@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from finelip_fast._errors import InputError
 from finelip_fast.index.catalogue import Layout, SegmentRow
 from finelip_fast.index.search import best_rows
-from finelip_fast.index.segments import Segment, encode
+from finelip_fast.index.segments import DTYPES, Segment, encode
 from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 
@@ -103,10 +103,12 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
         candidates: Of a search in two stages.
 
     Raises:
-        InputError: Fewer than one item.
+        InputError: Fewer than one item, or no such dtype.
     """
     if items < 1:
         raise InputError(f"expected at least one item, got {items}")
+    if dtype not in DTYPES:
+        raise InputError(f"expected a dtype of {' or '.join(DTYPES)}, got {dtype!r}")
     quantized = tokens * width + 4 * tokens + 4 * 6 + 2 * width
     stored = quantized if dtype == "int8" else 2 * tokens * width
     globals_ = width + 4

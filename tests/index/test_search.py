@@ -239,6 +239,8 @@ def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
         assert sizes["cache/*"] == pytest.approx(planned.int8_copies, rel=0.05)
     with pytest.raises(InputError, match="expected at least one item, got 0"):
         plan(0, 3, 16, rates)
+    with pytest.raises(InputError, match="expected a dtype of float16 or int8, got 'int4'"):
+        plan(1, 3, 16, rates, dtype="int4")
 
 
 def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
