@@ -165,6 +165,7 @@ def parts_of_scores(view: View, queries: Tensor, rows: Tensor) -> tuple[Tensor, 
     for number, (query, own) in enumerate(zip(queries, rows, strict=True)):
         found = view.read(own).to(view.device)
         if len(found):
-            cosines[number] = found[:, 0].float() @ query[0].float()
+            # Row by row: a matrix product may round otherwise among other rows.
+            cosines[number] = (found[:, 0].float() * query[0].float()).sum(dim=1)
             fine[number] = clim_scores(query[None], found, alpha=0.0)[0]
     return cosines, fine
