@@ -1,9 +1,20 @@
-"""Retrieval metrics over a score matrix."""
+"""Retrieval metrics over a score matrix, and how far to trust them.
+
+From scores to ranks (:func:`ranks`, :func:`best_ranks`, :func:`pair_ranks`), from ranks to numbers (:func:`recall`,
+:func:`summary`), and from numbers of a finite test set to what they say of others (:func:`bootstrap_interval`,
+:func:`mcnemar`).
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+_DRAWS = 1 << 22  # items that the bootstrap draws at once: 100 MiB at most, unless one resample alone is larger
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -17,6 +28,64 @@ def ranks(scores: Tensor) -> Tensor:
     """
     own = scores.diagonal()[:, None]
     return (~(scores < own)).sum(dim=1)  # so written that NaN counts against, too
+
+
+def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """Rank of each query's best right item, where several may be right: 1 is best, ties count against it.
+
+    Right items do not count against each other; a wrong item that ties or is NaN counts against. A right item that is
+    NaN is behind all wrong ones. With ``right`` the unit matrix this is :func:`ranks`.
+
+    Args:
+        scores: Floats ``[Q, N]``, a row for each query.
+        right: Bool ``[Q, N]``, True where the item answers the query.
+
+    Returns:
+        int64 ``[Q]``, from 1 to one more than the query's wrong items.
+
+    Raises:
+        InputError: Other shapes or dtypes, nothing to rank, or a query without a right item.
+    """
+    if scores.ndim != 2 or not scores.numel() or not scores.is_floating_point():
+        raise InputError(f"expected scores [Q, N] of floats, not empty, got {_described(scores)}")
+    if right.shape != scores.shape or right.dtype != torch.bool:
+        raise InputError(
+            f"expected right of bools in the shape {list(scores.shape)} of scores, got {_described(right)}"
+        )
+    answered = right.any(dim=1)
+    if not answered.all():
+        query = int((~answered).nonzero()[0])
+        raise InputError(f"expected a right item for each query, query {query} has none; leave such queries out")
+    best = scores.masked_fill(~right | scores.isnan(), -torch.inf).amax(dim=1, keepdim=True)
+    return 1 + (~(scores < best) & ~right).sum(dim=1)
+
+
+def pair_ranks(scores: Tensor, picture_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks in both directions where a picture may have several captions.
+
+    The protocol of COCO and Flickr30k: a picture is found at ``k`` when any of its captions is among its ``k`` best, a
+    caption when its one picture is.
+
+    Args:
+        scores: Floats ``[P, C]``, a row for each picture, a column for each caption.
+        picture_of: int64 ``[C]``, the row of the picture that each caption describes.
+
+    Returns:
+        ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, ties counted as by :func:`best_ranks`.
+
+    Raises:
+        InputError: Other shapes or dtypes, nothing to rank, a row that does not exist, or a picture without a caption.
+    """
+    if scores.ndim != 2 or not scores.numel():
+        raise InputError(f"expected scores [P, C] of floats, not empty, got {_described(scores)}")
+    pictures, captions = scores.shape
+    if picture_of.shape != (captions,) or picture_of.dtype != torch.int64:
+        raise InputError(f"expected picture_of [{captions}] of int64, got {_described(picture_of)}")
+    first, last = int(picture_of.min()), int(picture_of.max())
+    if first < 0 or last >= pictures:
+        raise InputError(f"expected picture_of from 0 to {pictures - 1}, got {first} to {last}")
+    right = picture_of.to(scores.device) == torch.arange(pictures, device=scores.device)[:, None]
+    return best_ranks(scores, right), best_ranks(scores.T, right.T)
 
 
 def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
@@ -33,5 +102,125 @@ def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     for direction, matrix in (("i2t", scores), ("t2i", scores.T)):
         position = ranks(matrix)
         for k in ks:
-            result[f"{direction}_recall@{k}"] = (position <= k).to(torch.float64).mean().item()
+            result[f"{direction}_recall@{k}"] = _share_within(position, k)
     return result
+
+
+def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """The usual numbers of one direction's ranks.
+
+    Args:
+        ranks: Integers ``[Q]``, 1 is best.
+        ks: Cut-offs.
+
+    Returns:
+        ``recall@k`` for each cut-off, in [0, 1]; ``mean_rank``; ``median_rank``, the mean of the middle two where ``Q``
+        is even; ``mrr``, the mean of 1 / rank (Voorhees, TREC-8, 1999).
+
+    Raises:
+        InputError: Another shape or dtype, no ranks, or a rank below 1.
+    """
+    if ranks.ndim != 1 or not ranks.numel() or ranks.is_floating_point() or ranks.dtype == torch.bool:
+        raise InputError(f"expected ranks [Q] of integers, not empty, got {_described(ranks)}")
+    if ranks.min() < 1:
+        raise InputError(f"expected ranks from 1, got {int(ranks.min())}")
+    position = ranks.sort().values.to(torch.float64)
+    middle = position[(len(position) - 1) // 2 : len(position) // 2 + 1]  # torch.median takes the lower of two
+    return {
+        **{f"recall@{k}": _share_within(ranks, k) for k in ks},
+        "mean_rank": position.mean().item(),
+        "median_rank": middle.mean().item(),
+        "mrr": position.reciprocal().mean().item(),
+    }
+
+
+def bootstrap_interval(
+    values: Tensor,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    *,
+    groups: Tensor | None = None,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. With ``groups`` whole groups are drawn
+    (Cameron, Gelbach and Miller, Bootstrap-Based Improvements for Inference with Clustered Errors, 2008): the captions
+    of one picture are found and missed together, and drawing them one by one would make the interval too narrow.
+
+    Args:
+        values: Numbers or bools ``[n]``, one for each query, such as hits ``ranks <= k`` or ``1 / ranks``.
+        confidence: Share of intervals that should hold the true mean, in (0, 1).
+        resamples: Test sets to draw.
+        seed: Equal seeds give equal intervals, on any device.
+        groups: Integers ``[n]``, equal for values that belong together, such as ``picture_of``; None: each by itself.
+
+    Returns:
+        ``(low, high)``, in the unit of ``values``.
+
+    Raises:
+        InputError: Other shapes or dtypes, no values, a value that is not finite, or an option out of its range.
+    """
+    if values.ndim != 1 or not values.numel() or values.is_complex():
+        raise InputError(f"expected values [n] of numbers, not empty, got {_described(values)}")
+    if not values.isfinite().all():
+        raise InputError("expected finite values, got NaN or infinity")
+    if not 0 < confidence < 1:
+        raise InputError(f"expected confidence in (0, 1), got {confidence}")
+    if resamples < 1:
+        raise InputError(f"expected at least 1 resample, got {resamples}")
+    sums = values.to("cpu", torch.float64)  # draws on the CPU, since generators of devices differ
+    sizes = torch.ones_like(sums)
+    if groups is not None:
+        if groups.shape != values.shape or groups.is_floating_point() or groups.is_complex():
+            raise InputError(f"expected groups [{len(values)}] of integers, got {_described(groups)}")
+        member_of = groups.cpu().unique(return_inverse=True)[1]
+        empty = sums.new_zeros(int(member_of.max()) + 1)
+        sums, sizes = empty.index_add(0, member_of, sums), empty.index_add(0, member_of, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    block, means = max(1, _DRAWS // len(sums)), []
+    for first in range(0, resamples, block):
+        drawn = torch.randint(len(sums), (min(block, resamples - first), len(sums)), generator=generator)
+        means.append(sums[drawn].sum(dim=1) / sizes[drawn].sum(dim=1))
+    tail = (1 - confidence) / 2
+    low, high = torch.cat(means).quantile(sums.new_tensor([tail, 1 - tail])).tolist()
+    return low, high
+
+
+def mcnemar(a: Tensor, b: Tensor) -> float:
+    """Probability that two equally good runs differ by at least as much as these do, on the same queries.
+
+    The exact test of McNemar, Note on the Sampling Error of the Difference between Correlated Proportions, 1947: only
+    queries that one run finds and the other misses count, and each falls to either side with probability 1/2. Of ``n``
+    such, with ``m`` on the rarer side, ``p = min(1, 2 * sum_{i <= m} binomial(n, i) / 2^n)``. Queries are taken as
+    independent, so among captions that share a picture the p-value comes out too small.
+
+    Args:
+        a, b: Bool ``[n]``, the hits of each run at one cut-off, query by query.
+
+    Returns:
+        The two-sided p-value, in [0, 1]; 1 when no query tells the runs apart.
+
+    Raises:
+        InputError: Shapes that differ, other shapes or dtypes, or no queries.
+    """
+    for name, hits in (("a", a), ("b", b)):
+        if hits.ndim != 1 or not hits.numel() or hits.dtype != torch.bool:
+            raise InputError(f"expected {name} [n] of bools, not empty, got {_described(hits)}")
+    if a.shape != b.shape:
+        raise InputError(f"expected hits on the same queries, got {len(a)} and {len(b)}")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = torch.tensor(float(only_a + only_b), dtype=torch.float64)
+    i = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
+    # In logarithms, since 2^n overflows from 1024 on.
+    log_binomial = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
+    log_tail = log_binomial.logsumexp(dim=0) - n * math.log(2)
+    return min(1.0, 2 * log_tail.exp().item())
+
+
+def _share_within(ranks: Tensor, k: int) -> float:
+    return (ranks <= k).to(torch.float64).mean().item()
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
