@@ -98,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--where", help="only items whose metadata fit: \"camera = 'front' and year >= 2024\"")
 
     evaluate = add("eval", _evaluate, "Recall@1/5/10 on pairs of pictures and captions, both directions.", model)
-    evaluate.add_argument("data", help="scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE or sharegpt4v:FILE")
+    evaluate.add_argument(
+        "data",
+        help="scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE, sharegpt4v:FILE, or a folder as published: urban1k:ROOT, "
+        "docci:ROOT:SPLIT, dci:ROOT:SPLIT, coco:ROOT, flickr30k:ROOT:SPLIT",
+    )
     evaluate.add_argument("--root", help="folder that relative picture paths start from")
     evaluate.add_argument("--context", type=int, nargs="+", default=[], help="cut captions at these lengths in tokens")
     evaluate.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")

@@ -14,7 +14,7 @@ from finelip_fast._errors import InputError
 from finelip_fast.datasets import PairDataset
 from finelip_fast.engines import Engine
 from finelip_fast.kernels import clim_scores
-from finelip_fast.metrics import recall
+from finelip_fast.metrics import pair_ranks, summary
 from finelip_fast.tokenizer import expected_truncation
 
 
@@ -38,12 +38,14 @@ class Evaluation:
     """What :func:`evaluate` measured.
 
     Attributes:
-        pairs: Pictures, and as many captions.
+        pictures: How many.
+        pairs: How many captions; a picture may have several.
         alpha: Weight of the global cosine in the combined score.
         rows: One for each context and score.
         image_seconds, text_seconds: Time to read and encode all pictures, and all captions at the longest context.
     """
 
+    pictures: int
     pairs: int
     alpha: float
     rows: list[Row]
@@ -78,7 +80,8 @@ def evaluate(
 
     Args:
         engine: The encoders.
-        pairs: Pair ``i`` belongs together; one caption a picture.
+        pairs: What belongs together; pairs of one ``image_id`` share the picture, which is found at ``k`` when any of its
+            captions is.
         contexts: Caption lengths in tokens to cut at; none: the model's own.
         alpha: Weight of the global cosine in the combined score; None: the model's own.
         batch_size: Pictures or captions at once.
@@ -102,12 +105,18 @@ def evaluate(
         raise InputError(f"expected alpha in [0, 1], got {alpha}")
     started = time.perf_counter()
     captions: list[str] = []
+    picture_of: list[int] = []
+    numbers: dict[str, int] = {}
     blocks = []
     for first in tqdm(range(0, len(pairs), batch_size), unit="batch", disable=not progress, mininterval=0.5):
         examples = [pairs[index] for index in range(first, min(first + batch_size, len(pairs)))]
         captions += [example.caption for example in examples]
-        blocks.append(engine.embed_images([example.image for example in examples], batch_size=batch_size))
-    images = torch.cat(blocks)
+        new = {example.image_id: example.image for example in examples if example.image_id not in numbers}
+        numbers |= {name: len(numbers) + number for number, name in enumerate(new)}
+        picture_of += [numbers[example.image_id] for example in examples]
+        if new:
+            blocks.append(engine.embed_images(list(new.values()), batch_size=batch_size))
+    images, owners = torch.cat(blocks), torch.tensor(picture_of)
     image_seconds, rows = time.perf_counter() - started, []
     for context in contexts:
         started = time.perf_counter()
@@ -115,5 +124,12 @@ def evaluate(
             texts = engine.embed_texts(captions, batch_size=batch_size, context_length=context)
         text_seconds = time.perf_counter() - started
         for name, weight in (("global", 1.0), ("fine", 0.0), ("combined", alpha)):
-            rows.append(Row(context, name, recall(clim_scores(images, texts, alpha=weight))))
-    return Evaluation(len(pairs), alpha, rows, image_seconds, text_seconds)
+            i2t, t2i = pair_ranks(clim_scores(images, texts, alpha=weight), owners)
+            metrics = {
+                f"{way}_{key}": value
+                for way, ranks in (("i2t", i2t), ("t2i", t2i))
+                for key, value in summary(ranks).items()
+                if key.startswith("recall")
+            }
+            rows.append(Row(context, name, metrics))
+    return Evaluation(len(numbers), len(pairs), alpha, rows, image_seconds, text_seconds)

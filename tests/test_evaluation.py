@@ -126,11 +126,28 @@ def test_arguments_are_checked_before_any_work(options: dict, count: int, messag
     assert engine.batches == []
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_picture_may_have_several_captions(batch_size: int) -> None:
+    """It is embedded once, and found when any of its captions is."""
+    images = torch.eye(3)[:, None]
+    texts = images[[0, 1, 1, 2, 0]]  # captions of pictures 0, 1, 0, 2, 1: the third and the fifth are swapped
+    owners = [0, 1, 0, 2, 1]
+    engine = Table(images, texts)
+    given = [Example(owner, str(n), str(owner)) for n, owner in enumerate(owners)]
+    report = evaluate(engine, given, batch_size=batch_size, progress=False)
+    assert (report.pictures, report.pairs, sum(engine.batches)) == (3, 5, 3)
+    # Pictures 0 and 1 tie with the other's swapped caption (rank 2), picture 2 is right; captions 0, 1 and 3 are right.
+    for row in report.rows:
+        assert row.metrics["i2t_recall@1"] == pytest.approx(1 / 3)
+        assert row.metrics["t2i_recall@1"] == pytest.approx(3 / 5)
+        assert row.metrics["i2t_recall@5"] == row.metrics["t2i_recall@5"] == 1
+
+
 def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
     report = evaluate(engine, pairs(3), contexts=[20, 64], progress=False)
     values = json.loads(json.dumps(report.to_dict()))
-    assert values["pairs"] == 3
+    assert (values["pictures"], values["pairs"]) == (3, 3)
     assert values["alpha"] == 0.8
     assert values["image_seconds"] >= 0
     assert values["text_seconds"] >= 0

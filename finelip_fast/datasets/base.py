@@ -8,7 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
+from finelip_fast.datasets.published import read_coco, read_dci, read_docci, read_flickr30k, read_urban1k
 from finelip_fast.datasets.scenes import Scene, Scenes
+
+_WHOLE = {"urban1k": read_urban1k, "coco": read_coco}
+_IN_SPLITS = {"docci": read_docci, "dci": read_dci, "flickr30k": read_flickr30k}
 
 
 class Region(NamedTuple):
@@ -86,15 +90,18 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
 
     Args:
         spec: ``"scenes:SPLIT"`` or ``"scenes:SPLIT:SIZE"`` or ``"scenes:SPLIT:SIZE:VARIANT"``, ``"jsonl:FILE"`` (one object
-            a line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON).
+            a line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON), or a folder as published:
+            ``"urban1k:ROOT"``, ``"docci:ROOT"`` or ``"docci:ROOT:SPLIT"`` (test unless told otherwise), ``"dci:ROOT"`` (all)
+            or ``"dci:ROOT:SPLIT"``, ``"coco:ROOT"`` (val2017), ``"flickr30k:ROOT"`` or ``"flickr30k:ROOT:SPLIT"`` (test).
         image_size: Side of drawn scenes, in pixels.
-        root: Folder that relative picture paths start from; None: the file's own folder.
+        root: Folder that relative picture paths start from; None: the file's own folder. Of a published folder: ROOT where
+            the name leaves it empty, as in ``"urban1k"`` and ``"docci::train"``.
 
     Returns:
         A map-style dataset of :class:`Example`.
 
     Raises:
-        InputError: An unknown name, or a file that is not of that layout.
+        InputError: An unknown name, a missing file, or one that is not of that layout.
     """
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
@@ -109,4 +116,15 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
     if kind in ("jsonl", "sharegpt4v"):
         read = read_json_lines if kind == "jsonl" else read_sharegpt4v
         return FileExamples(read(Path(rest), root=Path(root) if root else None))
-    raise InputError(f"expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, got {spec!r}")
+    if kind in _WHOLE and (place := rest or root):
+        return FileExamples(_WHOLE[kind](Path(place)))
+    if kind in _IN_SPLITS:
+        folder, colon, split = rest.rpartition(":")
+        if not colon or "/" in split or "\\" in split:  # the colon, if any, is a drive's
+            folder, split = rest, ""
+        if place := folder or root:
+            return FileExamples(_IN_SPLITS[kind](Path(place), split or None))
+    raise InputError(
+        "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, or a published folder as urban1k:ROOT, coco:ROOT, "
+        f"docci:ROOT:SPLIT, dci:ROOT:SPLIT or flickr30k:ROOT:SPLIT, got {spec!r}"
+    )

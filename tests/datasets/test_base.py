@@ -68,7 +68,7 @@ def test_pairs_of_one_picture_share_its_id(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("coco:train", "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, got 'coco:train'"),
+        ("imagenet:train", "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, .* got 'imagenet:train'"),
         ("", "expected scenes:SPLIT"),
         ("scenes:trian", "expected split .*'trian'"),
         ("scenes:val:many", "with SIZE a number, got 'scenes:val:many'"),

@@ -1,0 +1,236 @@
+"""Readers of published caption datasets, each from its folder as published: nothing is moved, renamed or converted.
+
+Pictures and captions are matched by name, never by the order of a directory. Each reader returns ``(picture, caption)``
+pairs, several captions of a picture one after another, in the published order where there is one, else by picture name.
+Captions lose the white space around them. Every reader raises InputError for what is missing, and says where to get it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets.json_files import _read
+
+Pairs = list[tuple[Path, str]]
+Key = TypeVar("Key", bound=Hashable)
+Kind = TypeVar("Kind")
+
+URBAN1K = "Urban1k is published at https://huggingface.co/datasets/BeichenZhang/Urban1k"
+DOCCI = "DOCCI is published at https://google.github.io/docci/"
+DCI = "DCI is published at https://github.com/facebookresearch/DCI"
+COCO = "COCO is published at https://cocodataset.org/#download"
+FLICKR30K = (
+    "Flickr30k's pictures are published at https://shannon.cs.illinois.edu/DenotationGraph/, "
+    "dataset_flickr30k.json at https://cs.stanford.edu/people/karpathy/deepimagesent/"
+)
+
+
+def read_urban1k(root: Path) -> Pairs:
+    """Long-CLIP's Urban1k: ``image/NAME.jpg`` and ``caption/NAME.txt``, one caption a picture.
+
+    Args:
+        root: The folder that holds ``image`` and ``caption``, or the one that holds ``Urban1k``.
+
+    Raises:
+        InputError: A missing folder, a picture without caption, a caption without picture.
+    """
+    root = _inner(root, "Urban1k", "image")
+    pictures = {path.stem: path for path in _list(root / "image", ".jpg", URBAN1K)}
+    captions = {path.stem: [_read(path)] for path in _list(root / "caption", ".txt", URBAN1K)}
+    return _match(pictures, captions, root, URBAN1K)
+
+
+def read_docci(root: Path, split: str | None = None) -> Pairs:
+    """DOCCI: ``docci_descriptions.jsonlines`` and ``images``, one description a picture.
+
+    Args:
+        root: The folder that holds both.
+        split: "test" (None), "train", "qual_dev" or "qual_test".
+
+    Raises:
+        InputError: A missing file, folder or picture, a line of another layout, an unknown split.
+    """
+    path = root / "docci_descriptions.jsonlines"
+    images = _folder(root / "images", DOCCI)
+    splits: dict[str, Pairs] = {}
+    for number, line in enumerate(_text(path, DOCCI).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        record = _parse(line, where)
+        pair = images / _field(record, "image_file", str, where), _field(record, "description", str, where).strip()
+        splits.setdefault(_field(record, "split", str, where), []).append(pair)
+    return _present(_choose(splits, split or "test", path), DOCCI)
+
+
+def read_dci(root: Path, split: str | None = None) -> Pairs:
+    """Densely Captioned Images: ``annotations/*.json`` and ``photos``, one caption a picture.
+
+    The caption is ``short_caption`` and ``extra_caption`` with a space between; captions of masks are left out.
+
+    Args:
+        root: The folder that holds both, or the one that holds ``densely_captioned_images``.
+        split: "train", "valid" or "test", of ``splits.json``; None: every annotation, by picture name.
+
+    Raises:
+        InputError: A missing file, folder or picture, an annotation of another layout, an unknown split.
+    """
+    root = _inner(root, "densely_captioned_images", "annotations")
+    annotations, photos = _folder(root / "annotations", DCI), _folder(root / "photos", DCI)
+    if split is None:
+        paths = _list(annotations, ".json", DCI)
+    else:
+        where = root / "splits.json"
+        splits = _parse(_text(where, DCI), where)
+        if not isinstance(splits, dict):
+            raise InputError(f"{where}: expected an object of splits, got {splits!r:.80}")
+        paths = [annotations / str(name) for name in _field({split: _choose(splits, split, where)}, split, list, where)]
+    pairs = []
+    for path in paths:
+        record = _parse(_text(path, DCI), path)
+        short, extra = (_field(record, name, str, path).strip() for name in ("short_caption", "extra_caption"))
+        pairs.append((photos / _field(record, "image", str, path), f"{short} {extra}".strip()))
+    return _present(sorted(pairs) if split is None else pairs, DCI)
+
+
+def read_coco(root: Path) -> Pairs:
+    """COCO's 5,000 validation pictures of 2017: ``annotations/captions_val2017.json`` and ``val2017``.
+
+    Five captions a picture, the first ones in the file's order: a few pictures have more, and the usual protocol leaves
+    those out.
+
+    Args:
+        root: The folder that holds ``annotations`` and ``val2017``.
+
+    Raises:
+        InputError: A missing file, folder or picture, a file of another layout, a picture or a caption without the other.
+    """
+    path = root / "annotations" / "captions_val2017.json"
+    content = _parse(_text(path, COCO), path)
+    folder = _folder(root / "val2017", COCO)
+    pictures = {
+        _field(image, "id", int, path): folder / _field(image, "file_name", str, path)
+        for image in _field(content, "images", list, path)
+    }
+    captions: dict[int, list[str]] = {}
+    for annotation in _field(content, "annotations", list, path):
+        told = captions.setdefault(_field(annotation, "image_id", int, path), [])
+        told.append(_field(annotation, "caption", str, path))
+    first = {image: told[:5] for image, told in captions.items()}
+    return _present(_match(pictures, first, path, COCO), COCO)
+
+
+def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
+    """Flickr30k, five captions a picture: Karpathy's ``dataset_flickr30k.json``, or ``results_20130124.token`` without it.
+
+    Pictures are in ``flickr30k-images`` or in ``images``.
+
+    Args:
+        root: The folder that holds the captions and the folder of pictures.
+        split: "test" (None), "train" or "val" of Karpathy's; the token file knows no splits and gives every picture.
+
+    Raises:
+        InputError: A missing file, folder or picture, a file of another layout, an unknown split.
+    """
+    path, token = root / "dataset_flickr30k.json", root / "results_20130124.token"
+    folder = root / "flickr30k-images"
+    folder = folder if folder.is_dir() else _folder(root / "images", FLICKR30K)
+    if path.exists() or not token.exists():
+        splits: dict[str, Pairs] = {}
+        content = _parse(_text(path, FLICKR30K), path)
+        for image in _field(content, "images", list, path):
+            picture = folder / _field(image, "filename", str, path)
+            captions = [_field(said, "raw", str, path).strip() for said in _field(image, "sentences", list, path)]
+            pairs = splits.setdefault(_field(image, "split", str, path), [])
+            pairs += [(picture, caption) for caption in captions]
+        return _present(_choose(splits, split or "test", path), FLICKR30K)
+    if split is not None:
+        raise InputError(
+            f"{token} knows no splits, got {split!r}; add {path.name}, or leave the split out. {FLICKR30K}"
+        )
+    told: dict[str, list[str]] = {}
+    for number, line in enumerate(_text(token, FLICKR30K).split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        name, mark, _ = name.rpartition("#")
+        if not (tab and mark):
+            raise InputError(f"{token}, line {number}: expected NAME#NUMBER, a tab and a caption, got {line[:80]!r}")
+        told.setdefault(name, []).append(caption.strip())
+    return _present([(folder / name, caption) for name, captions in told.items() for caption in captions], FLICKR30K)
+
+
+# --- Files and folders -------------------------------------------------------------------------------------------
+
+
+def _inner(root: Path, name: str, needed: str) -> Path:
+    """``root / name``, which the published archive unpacks to, unless ``root`` is that folder already."""
+    return root / name if (root / name).is_dir() and not (root / needed).exists() else root
+
+
+def _folder(path: Path, published: str) -> Path:
+    if not path.is_dir():
+        raise InputError(f"expected a folder {path}, found none. {published}")
+    return path
+
+
+def _list(folder: Path, suffix: str, published: str) -> list[Path]:
+    return sorted(path for path in _folder(folder, published).iterdir() if path.suffix == suffix)
+
+
+def _text(path: Path, published: str) -> str:
+    try:
+        return _read(path)
+    except InputError as error:
+        raise InputError(f"{error}. {published}") from None
+
+
+def _present(pairs: Pairs, published: str) -> Pairs:
+    """The pairs, once every picture is known to be there: better now than an hour into an evaluation."""
+    pictures = dict.fromkeys(path for path, _ in pairs)
+    missing = [path for path in pictures if not os.path.exists(path)]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(pictures)} pictures are missing, first {missing[0]}. {published}")
+    return pairs
+
+
+# --- What files hold ---------------------------------------------------------------------------------------------
+
+
+def _parse(text: str, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where}: expected JSON: {error}") from None
+
+
+def _field(record: Any, name: str, kind: type[Kind], where: Path | str) -> Kind:
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: expected an object with {name!r} of type {kind.__name__}, got {record!r:.80}")
+    return value
+
+
+def _choose(splits: Mapping[str, Kind], split: str, where: Path) -> Kind:
+    if split not in splits:
+        raise InputError(f"{where}: expected split to be one of {', '.join(sorted(splits)) or '(none)'}; got {split!r}")
+    return splits[split]
+
+
+def _match(pictures: Mapping[Key, Path], captions: Mapping[Key, Iterable[str]], where: Path, published: str) -> Pairs:
+    """Pairs in the order of ``pictures``; what is on one side only is an error."""
+    for what, other, lone in (
+        ("picture", "caption", [key for key in pictures if key not in captions]),
+        ("caption", "picture", [key for key in captions if key not in pictures]),
+    ):
+        if lone:
+            names = ", ".join(map(str, lone[:3])) + (", ..." if len(lone) > 3 else "")
+            raise InputError(
+                f"{where}: expected a {other} for each {what}, {len(lone)} have none: {names}. {published}"
+            )
+    return [(path, caption.strip()) for key, path in pictures.items() for caption in captions[key]]

@@ -1,0 +1,367 @@
+"""Published datasets: each layout in small, what pairs come of it, and what an error says."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from PIL import Image
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets import Example, open_dataset
+from finelip_fast.datasets.published import read_coco, read_dci, read_docci, read_flickr30k, read_urban1k
+
+NAMES = ("1", "10", "2", "a b", "é")  # as they sort; not as numbers do
+
+
+def write_pictures(folder, names, seed=0):
+    """Tiny pictures, made in an order that is not the order of their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(names)
+    random.Random(seed).shuffle(names)
+    for name in names:
+        Image.new("RGB", (2, 2)).save(folder / name)
+    return folder
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def named(pairs):
+    return [(path.name, caption) for path, caption in pairs]
+
+
+# --- The layouts -------------------------------------------------------------------------------------------------
+
+
+def make_urban1k(root, seed=0):
+    write_pictures(root / "image", [f"{name}.jpg" for name in NAMES], seed)
+    (root / "caption").mkdir()
+    for name in random.Random(seed + 1).sample(NAMES, len(NAMES)):
+        (root / "caption" / f"{name}.txt").write_text(f" caption of {name}\n", encoding="utf-8")
+    return root
+
+
+DOCCI = (("test", "test_1"), ("train", "train_0"), ("test", "test_0"), ("qual_dev", "dev_0"), ("qual_test", "qual_0"))
+
+
+def make_docci(root):
+    write_pictures(root / "images", [f"{name}.jpg" for _, name in DOCCI])
+    lines = [
+        json.dumps({"split": split, "image_file": f"{name}.jpg", "description": f"{name}. ", "example_id": name})
+        for split, name in DOCCI
+    ]
+    (root / "docci_descriptions.jsonlines").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return root
+
+
+def make_dci(root, splits=True):
+    write_pictures(root / "photos", ["sa_1.jpg", "sa_2.jpg", "sa_3.jpg"])
+    # The annotations are named against the order of their pictures.
+    for annotation, picture, extra in (("x.json", 3, "More."), ("y.json", 2, ""), ("z.json", 1, "Yet more. ")):
+        write_json(
+            root / "annotations" / annotation,
+            {"image": f"sa_{picture}.jpg", "short_caption": f"Picture {picture}.", "extra_caption": extra},
+        )
+    if splits:
+        write_json(root / "splits.json", {"train": ["z.json"], "valid": [], "test": ["x.json", "y.json"]})
+    return root
+
+
+def coco():
+    said = [(7, f"seven {number}") for number in range(6)] + [(3, f"three {number}\n") for number in range(5)]
+    random.Random(0).shuffle(said)
+    return {
+        "images": [{"id": 7, "file_name": "000000000007.jpg"}, {"id": 3, "file_name": "000000000003.jpg"}],
+        "annotations": [{"id": n, "image_id": image, "caption": caption} for n, (image, caption) in enumerate(said)],
+    }
+
+
+def make_coco(root, content=None):
+    write_pictures(root / "val2017", ["000000000003.jpg", "000000000007.jpg"])
+    write_json(root / "annotations" / "captions_val2017.json", coco() if content is None else content)
+    return root
+
+
+def make_flickr30k(root, folder="flickr30k-images"):
+    write_pictures(root / folder, ["2.jpg", "1.jpg", "3.jpg"])
+    images = [
+        {"filename": f"{name}.jpg", "split": split, "sentences": [{"raw": f"{name}{n}. "} for n in range(5)]}
+        for name, split in ((2, "test"), (3, "train"), (1, "test"))
+    ]
+    write_json(root / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    return root
+
+
+def make_token(root):
+    write_pictures(root / "images", ["2.jpg", "1.jpg"])
+    lines = ["2.jpg#0\ttwo 0 .", "1.jpg#0\tone\t0 .", "2.jpg#1\ttwo 1 .", "1.jpg#1\tone 1 .", ""]
+    (root / "results_20130124.token").write_text("\n".join(lines), encoding="utf-8")
+    return root
+
+
+# --- What is read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("inner", ["", "Urban1k"])
+def test_urban1k_pairs_by_name(tmp_path, seed, inner):
+    root = make_urban1k(tmp_path / inner if inner else tmp_path, seed)
+    (root / "image" / "Thumbs.db").write_bytes(b"")
+    expected = [(root / "image" / f"{name}.jpg", f"caption of {name}") for name in NAMES]
+    assert read_urban1k(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        (None, ["test_1", "test_0"]),
+        ("test", ["test_1", "test_0"]),
+        ("train", ["train_0"]),
+        ("qual_dev", ["dev_0"]),
+        ("qual_test", ["qual_0"]),
+    ],
+)
+def test_docci_in_the_order_of_the_file(tmp_path, split, names):
+    root = make_docci(tmp_path)
+    assert read_docci(root, split) == [(root / "images" / f"{name}.jpg", f"{name}.") for name in names]
+
+
+@pytest.mark.parametrize("inner", ["", "densely_captioned_images"])
+def test_dci_joins_both_captions(tmp_path, inner):
+    root = make_dci(tmp_path / inner)
+    one, two, three = ((root / "photos" / f"sa_{number}.jpg") for number in (1, 2, 3))
+    everything = [(one, "Picture 1. Yet more."), (two, "Picture 2."), (three, "Picture 3. More.")]
+    assert read_dci(tmp_path) == everything
+    assert read_dci(tmp_path, "test") == [everything[2], everything[1]]
+    assert read_dci(tmp_path, "train") == everything[:1]
+    assert read_dci(tmp_path, "valid") == []
+
+
+def test_dci_without_splits_gives_everything(tmp_path):
+    assert len(read_dci(make_dci(tmp_path, splits=False))) == 3
+
+
+def test_coco_gives_the_first_five_captions_of_each_picture(tmp_path):
+    pairs = read_coco(make_coco(tmp_path))
+    told = {key: [a["caption"].strip() for a in coco()["annotations"] if a["image_id"] == key] for key in (7, 3)}
+    assert (len(told[7]), len(told[3])) == (6, 5)
+    assert pairs == [(tmp_path / "val2017" / f"{key:012d}.jpg", caption) for key in (7, 3) for caption in told[key][:5]]
+
+
+@pytest.mark.parametrize("folder", ["flickr30k-images", "images"])
+def test_flickr30k_in_karpathys_splits(tmp_path, folder):
+    root = make_flickr30k(tmp_path, folder)
+    (root / "results_20130124.token").write_text("1.jpg#0\tleft alone\n")
+    expected = [(root / folder / f"{name}.jpg", f"{name}{n}.") for name in (2, 1) for n in range(5)]
+    assert read_flickr30k(root) == read_flickr30k(root, "test") == expected
+    assert named(read_flickr30k(root, "train")) == [("3.jpg", f"3{n}.") for n in range(5)]
+
+
+def test_flickr30k_of_the_token_file_brings_a_pictures_captions_together(tmp_path):
+    assert named(read_flickr30k(make_token(tmp_path))) == [
+        ("2.jpg", "two 0 ."),
+        ("2.jpg", "two 1 ."),
+        ("1.jpg", "one\t0 ."),
+        ("1.jpg", "one 1 ."),
+    ]
+
+
+# --- What is missing ---------------------------------------------------------------------------------------------
+
+HOMES = {
+    read_urban1k: "https://huggingface.co/datasets/BeichenZhang/Urban1k",
+    read_docci: "https://google.github.io/docci/",
+    read_dci: "https://github.com/facebookresearch/DCI",
+    read_coco: "https://cocodataset.org/#download",
+    read_flickr30k: "https://shannon.cs.illinois.edu/DenotationGraph/",
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "make", "lost", "reason"),
+    [
+        (read_urban1k, make_urban1k, "image", "expected a folder {}, found none"),
+        (read_urban1k, make_urban1k, "caption", "expected a folder {}, found none"),
+        (read_docci, make_docci, "images", "expected a folder {}, found none"),
+        (read_docci, make_docci, "docci_descriptions.jsonlines", "cannot read {}: No such file"),
+        (read_docci, make_docci, "images/test_0.jpg", "1 of 2 pictures are missing, first {}"),
+        (read_dci, make_dci, "annotations", "expected a folder {}, found none"),
+        (read_dci, make_dci, "photos", "expected a folder {}, found none"),
+        (read_dci, make_dci, "photos/sa_2.jpg", "1 of 3 pictures are missing, first {}"),
+        (read_coco, make_coco, "val2017", "expected a folder {}, found none"),
+        (read_coco, make_coco, "annotations/captions_val2017.json", "cannot read {}: No such file"),
+        (read_coco, make_coco, "val2017/000000000003.jpg", "1 of 2 pictures are missing, first {}"),
+        (read_flickr30k, make_token, "images", "expected a folder {}, found none"),
+        (read_flickr30k, make_flickr30k, "dataset_flickr30k.json", "cannot read {}: No such file"),
+        (read_flickr30k, make_flickr30k, "flickr30k-images/1.jpg", "1 of 2 pictures are missing, first {}"),
+        (read_flickr30k, make_token, "images/2.jpg", "1 of 2 pictures are missing, first {}"),
+    ],
+)
+def test_what_is_missing_is_named_and_where_it_is_published(tmp_path, read, make, lost, reason):
+    path = make(tmp_path) / lost
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert reason.format(path) in str(caught.value)
+    assert HOMES[read] in str(caught.value)
+
+
+def test_dci_names_a_missing_annotation_or_file_of_splits(tmp_path):
+    make_dci(tmp_path)
+    (tmp_path / "annotations" / "y.json").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*y\.json: No such file.* published at https://github\.com"):
+        read_dci(tmp_path, "test")
+    (tmp_path / "splits.json").unlink()
+    with pytest.raises(
+        InputError, match=r"cannot read .*splits\.json: No such file.* published at https://github\.com"
+    ):
+        read_dci(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        (["caption/10.txt"], "expected a caption for each picture, 1 have none: 10. Urban1k is published at https"),
+        (["image/10.jpg", "image/2.jpg"], "expected a picture for each caption, 2 have none: 10, 2. Urban1k is"),
+        ([f"image/{name}.jpg" for name in NAMES], "expected a picture for each caption, 5 have none: 1, 10, 2, ..."),
+    ],
+)
+def test_urban1k_names_the_first_few_without_the_other(tmp_path, lost, reason):
+    make_urban1k(tmp_path)
+    for name in lost:
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError) as caught:
+        read_urban1k(tmp_path)
+    assert f"{tmp_path}: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "make", "reason"),
+    [
+        (read_docci, make_docci, "expected split to be one of qual_dev, qual_test, test, train; got 'val'"),
+        (read_dci, make_dci, "expected split to be one of test, train, valid; got 'val'"),
+        (read_flickr30k, make_flickr30k, "expected split to be one of test, train; got 'val'"),
+        (read_flickr30k, make_token, "knows no splits, got 'val'; add dataset_flickr30k.json"),
+    ],
+)
+def test_an_unknown_split_is_answered_with_those_there_are(tmp_path, read, make, reason):
+    with pytest.raises(InputError, match=reason):
+        read(make(tmp_path), "val")
+
+
+def test_an_empty_file_has_no_splits(tmp_path):
+    (make_docci(tmp_path) / "docci_descriptions.jsonlines").write_text("\n")
+    with pytest.raises(InputError, match=r"expected split to be one of \(none\); got 'test'"):
+        read_docci(tmp_path)
+
+
+# --- Files of another layout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("{", "line 2: expected JSON: "),
+        ("[]", "line 2: expected an object with 'image_file' of type str, got \\[\\]"),
+        ('{"image_file": "a.jpg", "description": 3}', "line 2: expected an object with 'description' of type str"),
+        ('{"image_file": "a.jpg", "description": ""}', "line 2: expected an object with 'split' of type str"),
+    ],
+)
+def test_docci_names_the_line(tmp_path, bad, reason):
+    path = make_docci(tmp_path) / "docci_descriptions.jsonlines"
+    path.write_text(f"\n{bad}\n")
+    with pytest.raises(InputError, match=reason):
+        read_docci(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("annotations/x.json", {"image": "sa_3.jpg", "short_caption": "A."}, "'extra_caption' of type str"),
+        ("annotations/x.json", [], "'short_caption' of type str"),
+        ("splits.json", ["x.json"], "expected an object of splits, got "),
+        ("splits.json", {"test": "x.json"}, "'test' of type list"),
+    ],
+)
+def test_dci_names_the_file(tmp_path, name, content, reason):
+    write_json(make_dci(tmp_path) / name, content)
+    with pytest.raises(InputError, match=reason) as caught:
+        read_dci(tmp_path, "test")
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": None}, "'images' of type list"),
+        ({"images": [{"id": "7", "file_name": "7.jpg"}]}, "'id' of type int"),
+        ({"annotations": [{"image_id": 7}]}, "'caption' of type str"),
+        ({"annotations": [{"image_id": 7, "caption": "seven"}]}, "a caption for each picture, 1 have none: 3"),
+        ({"images": coco()["images"][:1]}, "a picture for each caption, 1 have none: 3"),
+    ],
+)
+def test_coco_of_another_layout(tmp_path, change, reason):
+    make_coco(tmp_path, coco() | change)
+    with pytest.raises(InputError, match=rf"captions_val2017\.json: expected .*{reason}"):
+        read_coco(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([], "'images' of type list"),
+        ({"images": [{"filename": "1.jpg", "split": "test"}]}, "'sentences' of type list"),
+        ({"images": [{"filename": "1.jpg", "split": "test", "sentences": ["one"]}]}, "'raw' of type str, got 'one'"),
+    ],
+)
+def test_flickr30k_of_another_layout(tmp_path, content, reason):
+    write_json(make_flickr30k(tmp_path) / "dataset_flickr30k.json", content)
+    with pytest.raises(InputError, match=rf"dataset_flickr30k\.json: expected an object with {reason}"):
+        read_flickr30k(tmp_path)
+
+
+@pytest.mark.parametrize("bad", ["1.jpg#0 no tab", "1.jpg\tno number"])
+def test_flickr30k_names_the_line_of_the_token_file(tmp_path, bad):
+    (make_token(tmp_path) / "results_20130124.token").write_text(f"2.jpg#0\ttwo\n{bad}\n")
+    with pytest.raises(InputError, match=r"token, line 2: expected NAME#NUMBER, a tab and a caption, got '1\.jpg"):
+        read_flickr30k(tmp_path)
+
+
+# --- By name -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "split", "expected"),
+    [
+        ("urban1k", make_urban1k, "", read_urban1k),
+        ("coco", make_coco, "", read_coco),
+        ("docci", make_docci, "", read_docci),
+        ("docci", make_docci, ":train", lambda root: read_docci(root, "train")),
+        ("dci", make_dci, "", read_dci),
+        ("dci", make_dci, ":test", lambda root: read_dci(root, "test")),
+        ("flickr30k", make_flickr30k, "", read_flickr30k),
+        ("flickr30k", make_flickr30k, ":train", lambda root: read_flickr30k(root, "train")),
+    ],
+)
+def test_opened_by_name(tmp_path, kind, make, split, expected):
+    root = make(tmp_path / "drive:c")  # a colon before a separator is part of the folder
+    pairs = expected(root / "")
+    examples = [Example(path, caption, str(path)) for path, caption in pairs]
+    assert examples
+    specs = [(f"{kind}:{root}/{split}", None), (f"{kind}:{root}/{split}", "unused"), (f"{kind}:{split}", root)]
+    if not split:
+        specs += [(kind, str(root))]
+    for spec, folder in specs:
+        opened = open_dataset(spec, root=folder)
+        assert [opened[index] for index in range(len(opened))] == examples
+
+
+@pytest.mark.parametrize("spec", ["urban1k", "coco:", "docci", "docci::train", "dci:", "flickr30k::test"])
+def test_a_name_without_a_folder_says_what_is_expected(spec):
+    with pytest.raises(InputError, match=rf"urban1k:ROOT, coco:ROOT, docci:ROOT:SPLIT, .*, got '{spec}'"):
+        open_dataset(spec)
