@@ -554,7 +554,7 @@ def command(request, monkeypatch):
         (["scenes", "--precision", "fp8"], "error: expected precision bf16 or fp32, got 'fp8'"),
         (["scene"], "error: cannot read recipe 'scene'"),
         (
-            ["scenes-start", "--train", "coco:x", "--grounding", "0", "--out", "OUT"],
+            ["scenes-start", "--train", "imagenet:x", "--grounding", "0", "--out", "OUT"],
             "error: expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE",
         ),
     ],
