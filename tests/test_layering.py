@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels"},
     {
         *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),
-        *("embed", "metrics", "datasets", "artefacts"),
+        *("embed", "metrics", "records", "datasets", "artefacts"),
     },
     {"engines", "index"},
     {"retriever"},

@@ -7,6 +7,7 @@ is the caller's choice: ``global`` cosine, ``fine`` late interaction or the ``co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ from finelip_fast.kernels import clim_scores
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
 SCORES = ("global", "fine", "combined")
 COMBINED_ALPHA = 0.8
+
+
+def fine_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """Late interaction alone: embeddings ``[B, L, D]`` to float32 ``[B, B]``."""
+    return clim_scores(images, texts, alpha=0.0)
 
 
 def contrastive_loss(
@@ -187,12 +193,14 @@ class Criterion:
         margin: Of the triplet losses.
         gamma: Of the adaptive margins.
         label_smoothing: Of the contrastive loss.
+        late_interaction: Fine scores ``[B, B]`` of embeddings of pictures and of captions.
     """
 
     terms: tuple[LossTerm, ...]
     margin: float = 0.2
     gamma: float = 0.5
     label_smoothing: float = 0.1
+    late_interaction: Callable[[Tensor, Tensor], Tensor] = fine_scores
 
     def __call__(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, logit_scale: Tensor
@@ -209,7 +217,7 @@ class Criterion:
         """
         scores = {"global": images[:, 0].float() @ texts[:, 0].float().T}
         if any(term.on != "global" for term in self.terms):
-            scores["fine"] = clim_scores(images, texts, alpha=0.0)
+            scores["fine"] = self.late_interaction(images, texts)
             scores["combined"] = COMBINED_ALPHA * scores["global"] + (1 - COMBINED_ALPHA) * scores["fine"]
         values = {str(term): self._term(term, scores[term.on], texts, image_ids, logit_scale) for term in self.terms}
         total = torch.stack([term.weight * values[str(term)] for term in self.terms]).sum()

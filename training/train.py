@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = choose_device(config)
     with process_group(device) as (rank, world):
         return Trainer(config, device, rank, world).run()
 
@@ -91,7 +91,7 @@ class Trainer:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
-        self.model = _start_model(config).to(device).train()
+        self.model = self._start_model().to(device).train()
         self.model.gradient_checkpointing(config.gradient_checkpointing)
         if config.freeze_positions:
             self.model.text.positional_embedding.register_hook(self._freeze)
@@ -114,25 +114,23 @@ class Trainer:
 
     # The loop ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, float]:
+    def run(self, *, progress: bool = True) -> dict[str, float]:
         """Train to the last step; an interrupt saves the state first."""
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         log = Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
         try:
-            return self._run(log)
+            return self._run(log, progress and self.rank == 0)
         finally:
             if log:
                 log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _run(self, log: Log | None) -> dict[str, float]:
+    def _run(self, log: Log | None, show: bool) -> dict[str, float]:
         validation = self._open(self.config.val) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from val={self.config.val!r}")
-        progress = tqdm(
-            total=self.config.last_step, initial=self.step, unit="step", disable=self.rank != 0, mininterval=2
-        )
+        progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=not show, mininterval=2)
         batches = iter(self.data)
         started, first = time.monotonic(), self.step
         while self.step < self.config.last_step:
@@ -332,6 +330,18 @@ class Trainer:
 
     # Small parts -------------------------------------------------------------------------------------------------------
 
+    def _start_model(self) -> FineLIP:
+        config = self.config
+        trains_aggregators = any(term.on != "global" for term in config.criterion.terms)
+        if not config.init:
+            return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # its advice is to do this
+            model = checkpoint.load(config.init, context_length=config.context_length)
+        if trains_aggregators:
+            model.config = model.config.replace(trained_aggregators=True)
+        return model
+
     def _open(self, spec: str) -> Any:
         return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.image_root or None)
 
@@ -388,24 +398,12 @@ class Trainer:
         return bool(gather(torch.tensor([self._stop], dtype=torch.int32, device=self.device)).any())
 
 
-def _start_model(config: TrainConfig) -> FineLIP:
-    trains_aggregators = any(term.on != "global" for term in config.criterion.terms)
-    if not config.init:
-        return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # its advice is to do this
-        model = checkpoint.load(config.init, context_length=config.context_length)
-    if trains_aggregators:
-        model.config = model.config.replace(trained_aggregators=True)
-    return model
-
-
 def _quality(metrics: dict[str, float]) -> float:
     """What the best checkpoint is chosen by: mean recall@1 of both directions."""
     return (metrics.get("val_i2t_recall@1", -1.0) + metrics.get("val_t2i_recall@1", -1.0)) / 2
 
 
-def _device(config: TrainConfig) -> torch.device:
+def choose_device(config: TrainConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

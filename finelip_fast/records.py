@@ -1,0 +1,218 @@
+"""What a study leaves behind: tables and plots, with the command, commit and machine that they come from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finelip_fast._errors import InputError
+
+_PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
+
+# Told apart without colour as well.
+_MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of equal keys, which are the columns; a column's name states its unit."""
+
+    title: str
+    rows: list[dict[str, Any]]
+
+    def lines(self) -> Iterator[list[str]]:
+        """The head, then each row, as texts."""
+        yield list(self.rows[0])
+        yield from ([_told(value) for value in row.values()] for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = list(self.lines())
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def markdown(self) -> str:
+        head, *rows = self.lines()
+        return "\n".join("|" + "|".join(line) + "|" for line in (head, ["---"] * len(head), *rows))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: ``y`` over ``x`` (numbers or names), and the interval from ``low`` to ``high`` around it."""
+
+    label: str
+    x: list[Any]
+    y: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Series over one axis; names on ``x`` become categories."""
+
+    name: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    log_x: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of a study.
+
+    Attributes:
+        name: Of its files.
+        title: Its question.
+        tables, plots: What was measured.
+        settings: What it was measured with; plain values.
+        finding: What it shows, in a few sentences.
+    """
+
+    name: str
+    title: str
+    tables: tuple[Table, ...]
+    plots: tuple[Plot, ...]
+    settings: dict[str, Any]
+    finding: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{table.title}\n{table}" for table in self.tables]
+        return "\n\n".join([self.title, *parts, *([self.finding] if self.finding else [])])
+
+    def save(self, folder: str | Path, *, command: str) -> list[Path]:
+        """Write ``NAME.json``, ``NAME.md`` and a picture of each plot.
+
+        Args:
+            folder: Made where it is missing.
+            command: What a reader types to repeat it.
+
+        Returns:
+            The files.
+
+        Raises:
+            InputError: There are plots, and no matplotlib.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
+        source = {"command": command, **_commit(), "machine": _machine(), "versions": _versions()}
+        source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
+        data.write_text(json.dumps({**source, **self.to_dict()}, indent=2) + "\n", encoding="utf-8")
+        page.write_text(self._page(source, pictures), encoding="utf-8")
+        return [data, page, *pictures]
+
+    def _page(self, source: dict[str, Any], pictures: list[Path]) -> str:
+        machine = source["machine"]
+        on = ", ".join([*machine["gpus"], machine["cpu"], f"{machine['threads']} threads"])
+        state = ", with changes" if source["dirty"] else ""
+        commit = f"commit {source['commit'][:10]}{state}, " if source["commit"] else ""
+        parts = [
+            f"# {self.title}",
+            self.finding,
+            f"`{source['command']}` on {on}; PyTorch {source['versions']['torch']}; {commit}{source['date']}.",
+            *(f"## {table.title}\n\n{table.markdown()}" for table in self.tables),
+            *(f"![{plot.y} by {plot.x or plot.name}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
+        ]  # fmt: skip
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _draw(plot: Plot, path: Path) -> Path:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'finelip-fast[plots]'") from None
+    named = any(isinstance(value, str) for series in plot.series for value in series.x)
+    figure = Figure(figsize=(7, 0.5 * len(plot.series[0].x) + 1.5 if named else 4.5), layout="constrained", dpi=120)
+    axes = figure.add_subplot()
+    for number, series in enumerate(plot.series):
+        error = None
+        if series.low is not None and series.high is not None:
+            error = [
+                [y - low for y, low in zip(series.y, series.low, strict=True)],
+                [high - y for y, high in zip(series.y, series.high, strict=True)],
+            ]
+        style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "label": series.label, "capsize": 3}
+        if named:  # names are read from left to right, so they stand on the upright axis
+            axes.errorbar(series.y, series.x, xerr=error, linestyle="none", **style)
+        else:
+            axes.errorbar(series.x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
+    across, up = (plot.y, plot.x) if named else (plot.x, plot.y)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    if named:
+        axes.invert_yaxis()
+    if plot.log_x:
+        axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    if any(series.label for series in plot.series):
+        axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the checkout that this file is in, and whether it was changed; None where there is none."""
+    head, status = (
+        _git("rev-parse", "HEAD"),
+        _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"),
+    )
+    return {"commit": head, "dirty": bool(status)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
