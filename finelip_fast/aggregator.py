@@ -44,6 +44,16 @@ class TokenAggregator(nn.Module):
             anchor=anchor.to(dtype),
         )
 
+    def weights(self, x: Tensor) -> Tensor:
+        """What each aggregated token is mixed of: features ``[N, D]`` to distributions over them, float32 ``[K, N]``."""
+        parameters = {name: value.float() for name, value in self.named_parameters()}
+        normalised = F.layer_norm(
+            x.float(), x.shape[-1:], parameters["norm.weight"], parameters["norm.bias"], self.norm.eps
+        )
+        hidden = F.gelu(F.linear(normalised, parameters["hidden.weight"], parameters["hidden.bias"]))
+        logits = F.linear(hidden, parameters["logits.weight"], parameters["logits.bias"]) * parameters["scale"]
+        return logits.T.softmax(dim=1)
+
 
 def join_windows(embeddings: Tensor, owner: Tensor) -> Tensor:
     """Join the windows of long captions into one embedding per caption.

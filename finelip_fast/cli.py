@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import FineLIPError, KernelError
+from finelip_fast._explain_command import add_command as add_explain
 from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
 
 _DEFAULT_INDEX = "finelip-index"
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
     search.add_argument("--mode", default="auto", help="auto (default), exact, exact-int8 or two-stage")
     search.add_argument("--where", help="only items whose metadata fit: \"camera = 'front' and year >= 2024\"")
+
+    add_explain(add, model)
 
     evaluate = add("eval", _evaluate, "Recall@1/5/10 on pairs of pictures and captions, both directions.", model)
     evaluate.add_argument(

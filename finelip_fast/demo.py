@@ -108,8 +108,16 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
         hits = retriever.search(captions[at], k=_SHOWN_HITS)
         times.append(1e3 * (time.perf_counter() - started))
         cut = index.search(short[at : at + 1], _SHOWN_HITS, alpha=1.0).items[0]
+        why = f"why-{at:04d}.html"
+        retriever.explain(paths[at], captions[at]).to_html(folder / why)
         results.append(
-            (captions[at], paths[at].name, [Path(hit.id).name for hit in hits], [Path(item.id).name for item in cut])
+            (
+                why,
+                captions[at],
+                paths[at].name,
+                [Path(hit.id).name for hit in hits],
+                [Path(item.id).name for item in cut],
+            )
         )
 
     page = folder / "index.html"
@@ -146,7 +154,7 @@ img { width: 100%; border-radius: .5rem; display: block; }
 """
 
 
-def _page(report: DemoReport, results: Sequence[tuple[str, str, list[str], list[str]]]) -> str:
+def _page(report: DemoReport, results: Sequence[tuple[str, str, str, list[str], list[str]]]) -> str:
     names = list(next(iter(report.rows.values())))
     head = "".join(f"<th>{name.replace('_recall@', ' R@')}</th>" for name in names)
     body = "".join(
@@ -168,14 +176,15 @@ A green frame marks the right picture.</p>
 """
 
 
-def _section(number: int, caption: str, own: str, found: list[str], cut: list[str]) -> str:
+def _section(number: int, why: str, caption: str, own: str, found: list[str], cut: list[str]) -> str:
     split = _seen(caption, CLIP_CONTEXT)
     text = f'{html.escape(caption[:split])}<span class="cut">{html.escape(caption[split:])}</span>'
     rows = ""
     for label, names in (("whole description", found), (f"first {CLIP_CONTEXT} tokens, global only", cut)):
         figures = "".join(_figure(name, rank, own) for rank, name in enumerate(names, start=1))
         rows += f'<div class="row"><strong>{label}</strong>{figures}</div>'
-    return f"<section><p><strong>{number}.</strong> {text}</p>{rows}</section>\n"
+    link = f'<a href="{why}">Why the right picture is right</a>'
+    return f"<section><p><strong>{number}.</strong> {text} {link}</p>{rows}</section>\n"
 
 
 def _figure(name: str, rank: int, own: str) -> str:

@@ -106,7 +106,7 @@ class FineLIP(nn.Module):
             InputError: Ids of another shape or longer than the context.
         """
         check_ids(ids, self.config)
-        return self._aggregate_text(*self._text_tokens(ids))
+        return self._aggregate_text(*self.text_tokens(ids))
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
         """Score every picture against every caption.
@@ -124,7 +124,7 @@ class FineLIP(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor) -> TrainingOutput:
         """What a training step differentiates, of pixels ``[B, 3, H, W]`` and ids ``[B, T]``."""
         patches = self.visual(pixels)
-        tokens, lengths = self._text_tokens(ids)
+        tokens, lengths = self.text_tokens(ids)
         return TrainingOutput(
             self._aggregate_image(patches),
             self._aggregate_text(tokens, lengths),
@@ -133,8 +133,8 @@ class FineLIP(nn.Module):
             tokens,
         )
 
-    def _text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
+    def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
         lengths = caption_lengths(ids)
         if not torch.compiler.is_compiling() and len(ids):
             ids = ids[:, : max(1, int(lengths.max()))]

@@ -14,11 +14,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast import checkpoint as checkpoints
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.engines import Engine, open_engine
+from finelip_fast.engines.torch import TorchEngine
+from finelip_fast.explain import Explanation, explain
 from finelip_fast.index import Index, IndexSpec, stored_dtype
 from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
 from finelip_fast.kernels import clim_scores
+from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import Overflow
 
 
@@ -92,6 +96,7 @@ class Retriever:
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
+        self._explained: FineLIP | None = None  # loaded when asked for
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
@@ -256,6 +261,26 @@ class Retriever:
             return torch.zeros(len(images), len(texts))
         embedded = self._engine.embed_images(images)
         return clim_scores(embedded, self._engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
+
+    def explain(self, image: Any, text: str) -> Explanation:
+        """Take the score of a picture and a description apart: which words met which patches, and what each adds.
+
+        Computed by the model in PyTorch whatever the engine: exported encoders do not tell what they aggregated.
+
+        Args:
+            image: A picture as :meth:`add_images` takes it, or a hit whose id is a picture's path.
+            text: Cut at the context.
+
+        Raises:
+            ImageError: A picture that cannot be read.
+            InputError: A text that is no string.
+        """
+        if self._explained is None:
+            engine = self._engine
+            self._explained = (
+                engine.model if isinstance(engine, TorchEngine) else checkpoints.load(engine.source or None)
+            )
+        return explain(self._explained, image.id if isinstance(image, Hit) else image, text, alpha=self.alpha)
 
     def _read(self, image: Any) -> Tensor | ImageError:
         try:

@@ -20,9 +20,10 @@ LAYERS = [
         *("embed", "metrics", "records", "datasets", "artefacts"),
     },
     {"engines", "index"},
+    {"explain"},  # of the model alone; the retriever offers it
     {"retriever"},
-    {"evaluation", "explain", "demo", "info", "distributed"},
-    {"cli", "_index_commands"},
+    {"evaluation", "demo", "info", "distributed"},
+    {"cli", "_explain_command", "_index_commands"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BESIDE = {"training", "export"}  # may import up to the model modules; only the command line may import them

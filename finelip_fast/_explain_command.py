@@ -1,0 +1,36 @@
+"""``finelip explain``: why a picture and a description score as they do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
+    """Give the ``finelip`` command its ``explain``; ``add`` makes one of name, function, description and parent parsers."""
+    explain = add(
+        "explain", _explain, "Show which words met which parts of a picture, and what each adds to the score.", model
+    )
+    explain.add_argument("image", help="the picture")
+    explain.add_argument("text", help="the description")
+    explain.add_argument("--out", metavar="FILE.html", help="write a page: move over words and over the picture")
+    explain.add_argument("--phrase", help="words of the description; with --overlay")
+    explain.add_argument("--overlay", metavar="FILE.png", help="write the picture, lit where --phrase is found")
+    explain.add_argument("--tokens", default="raw", help="map of --overlay: raw (default) or aggregated")
+    explain.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+
+
+def _explain(options: argparse.Namespace) -> Any:
+    from finelip_fast._errors import InputError
+    from finelip_fast.checkpoint import load
+    from finelip_fast.explain import explain
+
+    if (options.phrase is None) != (options.overlay is None):
+        raise InputError("expected --phrase and --overlay together, got one of them")
+    explanation = explain(load(options.checkpoint, options.device), options.image, options.text, alpha=options.alpha)
+    if options.overlay:
+        explanation.overlay(options.phrase, tokens=options.tokens).savefig(options.overlay)
+    if options.out:
+        explanation.to_html(options.out)
+    return explanation

@@ -1,0 +1,8 @@
+"""Seeing why: which words met which parts of a picture, and what each adds to the score."""
+
+from __future__ import annotations
+
+from finelip_fast.explain.explanation import Explanation, Word, explain
+from finelip_fast.explain.pointing import pointing_game
+
+__all__ = ["Explanation", "Word", "explain", "pointing_game"]

@@ -1,0 +1,276 @@
+"""The score of one picture and one caption, taken apart into words and patches.
+
+Row ``r`` of a caption's embedding is a fixed mixture of its tokens' features: ``t_r = (a_r @ x) / |a_r @ x|``, with ATRM's
+weights ``a_r`` over the tokens (row 0: the end token alone); a picture's rows ``v_s = (b_s @ y) / |b_s @ y|`` likewise. The
+score is a weighted sum of cosines, with the weights ``c`` that the global cosine and late interaction's matches give them::
+
+    score = sum_rs c[r,s] <t_r, v_s> = sum_np <x_n, y_p> * sum_rs a[r,n] / |a_r @ x| * c[r,s] * b[s,p] / |b_s @ y|
+
+Each term of the right side belongs to one token ``n`` and one patch ``p``, and nothing is left over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
+
+_LEAK = 0.1  # slope of CLIM below zero
+
+MAPS = ("raw", "aggregated")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the caption: ``caption[start:end]`` are its tokens ``first .. last``, the last not included."""
+
+    text: str
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a picture and a caption score as they do.
+
+    ``N`` tokens of the caption, start and end token included; ``P`` patches, row by row; ``L_t`` and ``L_i`` rows of the
+    embeddings.
+
+    Attributes:
+        caption: As given; words beyond the context do not count.
+        words: Those that were read.
+        score: ``alpha * global_score + (1 - alpha) * fine_score``.
+        global_score, fine_score, alpha: Its parts.
+        contributions: float32 ``[N, 1 + P]``, what each token with each patch adds to the score; the last row is the end
+            token, column 0 is CLS. The sum is the score.
+        text_weights: float32 ``[L_t, N]``, rows 1 and up: ATRM's distribution over the tokens; row 0: the end token.
+        image_weights: float32 ``[L_i, 1 + P]``, the same over the patches; row 0: CLS.
+        similarity: float32 ``[L_t, L_i]``, cosines of the embeddings' rows.
+        pixels: ``[3, H, W]`` in [0, 1], the picture as the model sees it.
+    """
+
+    caption: str
+    words: tuple[Word, ...]
+    score: float
+    global_score: float
+    fine_score: float
+    alpha: float
+    contributions: Tensor
+    text_weights: Tensor
+    image_weights: Tensor
+    similarity: Tensor
+    pixels: Tensor
+    _features: tuple[Tensor, Tensor]
+
+    @property
+    def side(self) -> int:
+        """Patches of a row, and of a column, of the picture."""
+        return round((self.contributions.shape[1] - 1) ** 0.5)
+
+    @property
+    def text_matches(self) -> Tensor:
+        """int64 ``[L_t]``, the row of the picture that late interaction chose for each row of the caption."""
+        return self.similarity.argmax(dim=1)
+
+    @property
+    def image_matches(self) -> Tensor:
+        """int64 ``[L_i]``, the row of the caption that late interaction chose for each row of the picture."""
+        return self.similarity.argmax(dim=0)
+
+    def tokens_of(self, phrase: str) -> tuple[int, int]:
+        """The tokens ``(first, last + 1)`` of the first place where the caption says ``phrase``, grown to whole words.
+
+        Raises:
+            InputError: The caption does not say it, or not within the context.
+        """
+        at = self.caption.lower().find(phrase.lower()) if phrase.strip() else -1
+        if at < 0:
+            raise InputError(f"expected words of the caption, got {phrase!r}; the caption is {self.caption!r}")
+        said = [word for word in self.words if word.end > at and word.start < at + len(phrase)]
+        if not said or said[-1].end < at + len(phrase.rstrip()):
+            raise InputError(f"{phrase!r} lies beyond the tokens that the model reads; shorten the caption")
+        return said[0].first, said[-1].last
+
+    def heatmap(self, phrase: str, *, tokens: str = "raw") -> Tensor:
+        """Where in the picture a phrase is found.
+
+        Args:
+            phrase: Words of the caption.
+            tokens: ``"raw"``: cosines of the phrase's mean feature and the patches, before ATRM; ``"aggregated"``: what the
+                phrase adds to the score with each patch. Aggregated maps are the score's own parts; raw maps more often peak
+                where the phrase is true (``finelip study pointing``), since aggregated tokens mix many patches.
+
+        Returns:
+            float32 ``[side, side]``, not normalised.
+
+        Raises:
+            InputError: No such words, or no such map.
+        """
+        if tokens not in MAPS:
+            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+        first, last = self.tokens_of(phrase)
+        return self.map_of_tokens(first, last, tokens=tokens).reshape(self.side, self.side)
+
+    def map_of_tokens(self, first: int, last: int, *, tokens: str) -> Tensor:
+        """As :meth:`heatmap`, of the tokens ``first .. last``, the last not included; float32 ``[P]``."""
+        if tokens == "aggregated":
+            return self.contributions[first:last, 1:].sum(dim=0)
+        texts, patches = self._features
+        return F.normalize(patches[1:], dim=-1) @ F.normalize(texts[first:last].mean(dim=0), dim=-1)
+
+    def words_at(self, box: tuple[float, float, float, float], *, tokens: str = "raw") -> list[tuple[Word, float]]:
+        """The words that met a region, the most first.
+
+        Args:
+            box: ``x0, y0, x1, y1`` in [0, 1], y downwards; patches count whose centre is inside.
+            tokens: ``"raw"``: cosine of the word's and the region's mean feature; ``"aggregated"``: what both add to the
+                score.
+
+        Raises:
+            InputError: A box that holds no patch's centre, or no such map.
+        """
+        if tokens not in MAPS:
+            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+        x, y = patch_centres(self.side)
+        inside = (x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3])
+        if not inside.any():
+            raise InputError(f"expected a box (x0, y0, x1, y1) in [0, 1] around a patch's centre, got {box}")
+        if tokens == "aggregated":
+            per_token = self.contributions[:, 1:][:, inside].sum(dim=1)
+            values = [float(per_token[word.first : word.last].sum()) for word in self.words]
+        else:
+            texts, patches = self._features
+            region = F.normalize(patches[1:][inside].mean(dim=0), dim=-1)
+            values = [
+                float(F.normalize(texts[word.first : word.last].mean(dim=0), dim=-1) @ region) for word in self.words
+            ]
+        return sorted(zip(self.words, values, strict=True), key=lambda pair: -pair[1])
+
+    def overlay(self, phrase: str, *, tokens: str = "raw") -> Any:
+        """The picture beside the map of a phrase, as a matplotlib figure; needs matplotlib."""
+        from finelip_fast.explain.pictures import overlay
+
+        return overlay(self, phrase, tokens=tokens)
+
+    def to_html(self, path: str | PathLike[str] | None = None) -> str:
+        """One page without anything from elsewhere: move over words to see where, over the picture to see what.
+
+        Args:
+            path: File to write, too.
+        """
+        from finelip_fast.explain.pictures import page
+
+        return page(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the scores, and each word with what it adds and where its map peaks."""
+        words = []
+        for word in self.words:
+            peak = int(self.map_of_tokens(word.first, word.last, tokens="raw").argmax())
+            added = float(self.contributions[word.first : word.last].sum())
+            words.append(
+                {"text": word.text, "start": word.start, "end": word.end, "adds": added}
+                | {"row": peak // self.side, "column": peak % self.side}
+            )
+        scores = {name: getattr(self, name) for name in ("score", "global_score", "fine_score", "alpha")}
+        return {**scores, "side": self.side, "words": words}
+
+    def __str__(self) -> str:
+        told = self.to_dict()
+        most = sorted(told["words"], key=lambda word: -abs(word["adds"]))[:12]
+        lines = [
+            f"score {self.score:.4f} = {self.alpha:g} x global {self.global_score:.4f} "
+            f"+ {1 - self.alpha:g} x fine {self.fine_score:.4f}",
+            f"words that add most (of {len(self.words)}), and which of {self.side} x {self.side} patches is most like each:",
+        ]
+        lines += [
+            f"  {word['adds']:+.4f}  {word['text']:20} row {word['row'] + 1}, column {word['column'] + 1}"
+            for word in most
+        ]
+        ends = float(self.contributions[-1].sum() + self.contributions[0].sum())
+        return "\n".join([*lines, f"  {ends:+.4f}  start and end of the caption"])
+
+
+def patch_centres(side: int) -> tuple[Tensor, Tensor]:
+    """``x`` and ``y`` of the patches' centres, ``[P]`` each, in [0, 1], row by row."""
+    along = (torch.arange(side) + 0.5) / side
+    return along.repeat(side), along.repeat_interleave(side)
+
+
+@torch.inference_mode()
+def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = None) -> Explanation:
+    """Take the score of a picture and a caption apart.
+
+    Args:
+        model: In any precision; the explanation is computed in float32.
+        image: Anything that :func:`finelip_fast.preprocess.open_image` takes.
+        caption: Cut at the context.
+        alpha: Weight of the global cosine; None: the model's own.
+
+    Raises:
+        ImageError: A picture that cannot be read.
+        InputError: A caption that is no text, or an alpha outside [0, 1].
+    """
+    alpha = model.alpha if alpha is None else alpha
+    if not isinstance(caption, str) or not 0 <= alpha <= 1:
+        raise InputError(f"expected a caption and alpha in [0, 1], got {caption!r} and {alpha!r}")
+    pixels = model.preprocess(image)
+    with expected_truncation():
+        ids = tokenize([caption], model.config.context_length)
+    patches = model.visual(pixels[None].to(model.device, model.dtype))[0].float()
+    tokens, lengths = model.text_tokens(ids.to(model.device))
+    tokens = tokens[0, : int(lengths[0])].float()
+
+    # A picture's rows mix its patches alone, a caption's all tokens before the end token.
+    image_weights = F.pad(model.image_aggregator.weights(patches[1:]), (1, 0))
+    image_weights = torch.cat([F.one_hot(torch.tensor([0]), len(patches)).to(image_weights), image_weights])
+    text_weights = F.pad(model.text_aggregator.weights(tokens[:-1]), (0, 1))
+    text_weights = torch.cat([F.one_hot(torch.tensor([len(tokens) - 1]), len(tokens)).to(text_weights), text_weights])
+
+    image_rows, text_rows = image_weights @ patches, text_weights @ tokens
+    image_norms, text_norms = (rows.norm(dim=1).clamp(min=1e-12) for rows in (image_rows, text_rows))
+    similarity = (text_rows / text_norms[:, None]) @ (image_rows / image_norms[:, None]).T
+
+    fine = _matches(similarity)
+    weights = (1 - alpha) * fine
+    weights[0, 0] += alpha
+    spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
+    spans = [match.span() for match in re.finditer(r"\S+", caption)]
+    found = zip(spans, token_spans(caption, spans), strict=True)
+    words = (Word(caption[slice(*span)], *span, *place) for span, place in found)
+    return Explanation(
+        caption,
+        tuple(word for word in words if word.first < word.last < len(tokens)),
+        float((weights * similarity).sum()),
+        float(similarity[0, 0]),
+        float((fine * similarity).sum()),
+        alpha,
+        (tokens @ patches.T * spread).cpu(),
+        text_weights.cpu(),
+        image_weights.cpu(),
+        similarity.cpu(),
+        (pixels * std + mean).clamp(0, 1),
+        (tokens.cpu(), patches.cpu()),
+    )
+
+
+def _matches(similarity: Tensor) -> Tensor:
+    """Weights of the cosines in the fine score: ``[L_t, L_i]``; their products with the cosines add up to it."""
+    texts, images = similarity.shape
+    weights = torch.zeros_like(similarity)
+    weights[torch.arange(texts), similarity.argmax(dim=1)] += 1 / texts
+    weights[similarity.argmax(dim=0), torch.arange(images)] += 1 / images
+    return weights * torch.where(similarity < 0, _LEAK, 1.0)

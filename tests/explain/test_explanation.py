@@ -1,0 +1,140 @@
+"""An explanation adds up to the score, and says where and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import tokenize
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.datasets import Scenes
+from finelip_fast.explain import Explanation, explain
+from finelip_fast.model import FineLIP
+
+SCENE = Scenes("val", image_size=128)[0]
+
+# Sums of thousands of float32 products.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> FineLIP:
+    return finelip_fast.load()
+
+
+@pytest.fixture(scope="module")
+def explanation(model: FineLIP) -> Explanation:
+    return explain(model, SCENE.draw(), SCENE.caption)
+
+
+@torch.no_grad()
+def test_it_explains_the_models_score(model: FineLIP, explanation: Explanation) -> None:
+    images = model.encode_image(model.preprocess(SCENE.draw())[None])
+    texts = model.encode_text(tokenize([SCENE.caption]))
+    for alpha, value in ((None, explanation.score), (1.0, explanation.global_score), (0.0, explanation.fine_score)):
+        assert value == pytest.approx(float(model.score(images, texts, alpha=alpha)), abs=TOLERANCE)
+    expected = explanation.alpha * explanation.global_score + (1 - explanation.alpha) * explanation.fine_score
+    assert explanation.score == pytest.approx(expected, abs=TOLERANCE)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    alpha=st.floats(0, 1),
+    caption=st.text(st.sampled_from("ab cd, ef. "), max_size=60),
+    opposed=st.booleans(),
+)
+def test_the_parts_add_up_to_the_score(seed: int, alpha: float, caption: str, opposed: bool) -> None:
+    """With random weights, whose cosines are of both signs."""
+    torch.manual_seed(seed)
+    sizes = {"embed_dim": 16, "image_size": 32, "patch_size": 8, "vision_width": 64, "text_width": 64}
+    one = {"vision_layers": 1, "vision_heads": 1, "text_layers": 1, "text_heads": 1}
+    model = FineLIP(FineLIPConfig(**sizes, **one)).eval()
+    if opposed:
+        with torch.no_grad():
+            model.text.text_projection.neg_()
+    image = Image.new("RGB", (40, 32), (200, 30, 60))
+    found = explain(model, image, caption, alpha=alpha)
+    with torch.no_grad():
+        images, texts = model.encode_image(model.preprocess(image)[None]), model.encode_text(tokenize([caption]))
+        score = float(model.score(images, texts, alpha=alpha))
+    assert found.score == pytest.approx(score, abs=TOLERANCE)
+    assert float(found.contributions.sum()) == pytest.approx(score, abs=TOLERANCE)
+    for weights in (found.text_weights, found.image_weights):
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
+
+
+def test_matches_are_those_of_late_interaction(explanation: Explanation) -> None:
+    similarity = explanation.similarity
+    rows = torch.arange(len(similarity))
+    leaky = torch.nn.functional.leaky_relu(similarity, 0.1)
+    fine = leaky[rows, explanation.text_matches].mean() + leaky[explanation.image_matches, rows].mean()
+    assert explanation.fine_score == pytest.approx(float(fine), abs=TOLERANCE)
+
+
+def test_a_phrase_is_found_where_it_is_true(explanation: Explanation) -> None:
+    """Most phrases of a scene peak inside their box; so do the words of a box name what is there."""
+    hits = []
+    for part in SCENE.parts:
+        heat = explanation.heatmap(part.text)
+        assert heat.shape == (8, 8)
+        row, column = divmod(int(heat.argmax()), 8)
+        x0, y0, x1, y1 = part.box
+        hits.append(x0 <= (column + 0.5) / 8 < x1 and y0 <= (row + 0.5) / 8 < y1)
+    assert sum(hits) > len(hits) / 2
+    part = max(SCENE.parts, key=lambda part: (part.box[2] - part.box[0]) * (part.box[3] - part.box[1]))
+    best = [word for word, _ in explanation.words_at(part.box)[:10]]
+    assert any(part.start <= word.start < part.end for word in best)
+
+
+def test_aggregated_maps_are_parts_of_the_score(explanation: Explanation) -> None:
+    whole = sum(explanation.heatmap(word.text, tokens="aggregated").sum() for word in explanation.words[:1])
+    first = explanation.words[0]
+    assert float(whole) == pytest.approx(float(explanation.contributions[first.first : first.last, 1:].sum()), abs=1e-6)
+
+
+def test_words_are_the_captions(explanation: Explanation) -> None:
+    assert [word.text for word in explanation.words] == SCENE.caption.split()
+    first, last = explanation.tokens_of(explanation.words[3].text.upper())
+    assert explanation.words[0].first == 1
+    assert first < last
+
+
+def test_words_beyond_the_context_are_left_out(model: FineLIP) -> None:
+    long = explain(model, SCENE.draw(), "red " * 300 + "dog")
+    assert len(long.words) == 254
+    with pytest.raises(finelip_fast.FineLIPError, match="beyond the tokens"):
+        long.heatmap("dog")
+
+
+def test_bad_requests_say_what_is_wrong(model: FineLIP, explanation: Explanation) -> None:
+    with pytest.raises(ValueError, match="expected words of the caption, got 'giraffe'"):
+        explanation.heatmap("giraffe")
+    with pytest.raises(ValueError, match="expected tokens of"):
+        explanation.heatmap(explanation.words[0].text, tokens="fine")
+    with pytest.raises(ValueError, match="around a patch's centre"):
+        explanation.words_at((0.0, 0.0, 0.01, 0.01))
+    with pytest.raises(ValueError, match="alpha in"):
+        explain(model, SCENE.draw(), SCENE.caption, alpha=2)
+
+
+def test_an_empty_caption_has_no_words(model: FineLIP) -> None:
+    empty = explain(model, SCENE.draw(), "")
+    assert empty.words == ()
+    assert float(empty.contributions.sum()) == pytest.approx(empty.score, abs=TOLERANCE)
+    assert "0" in str(empty)
+
+
+def test_the_retriever_explains_what_it_finds(tmp_path: object) -> None:
+    from pathlib import Path
+
+    path = Path(str(tmp_path)) / "scene.png"
+    SCENE.draw().save(path)
+    retriever = finelip_fast.Retriever(engine="torch")
+    retriever.add_images([path], progress=False)
+    hit = retriever.search(SCENE.caption, k=1)[0]
+    assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # float16 in the index

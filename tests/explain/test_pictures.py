@@ -1,0 +1,73 @@
+"""Explanations as pictures and pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import finelip_fast
+from finelip_fast.cli import main
+from finelip_fast.datasets import Scenes
+from finelip_fast.explain import Explanation, explain
+
+SCENE = Scenes("val", image_size=128)[1]
+
+
+@pytest.fixture(scope="module")
+def explanation() -> Explanation:
+    return explain(finelip_fast.load(), SCENE.draw(), SCENE.caption + " <b>R&B</b>")
+
+
+def test_the_page_holds_every_word_and_nothing_from_elsewhere(explanation: Explanation, tmp_path: Path) -> None:
+    text = explanation.to_html(tmp_path / "why.html")
+    assert (tmp_path / "why.html").read_text(encoding="utf-8") == text
+    assert len(text) < 1_000_000
+    assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+    assert text.count("data-word=") == len(explanation.words)
+    assert "&lt;b&gt;R&amp;B&lt;/b&gt;" in text
+    assert f"{explanation.score:.4f}" in text
+
+
+def test_the_pages_maps_are_the_explanations(explanation: Explanation) -> None:
+    found = re.search(r"const data = (\{.*?\}), view", explanation.to_html())
+    assert found
+    data = json.loads(found[1])
+    word = explanation.words[5]
+    levels = torch.tensor(list(bytes.fromhex(data["maps"][5])))
+    heat = explanation.map_of_tokens(word.first, word.last, tokens="raw")
+    assert levels.argmax() == heat.argmax()
+    assert (levels.min(), levels.max()) == (0, 255)
+    assert len(data["words"]) == explanation.side**2
+    assert all(len(bytes.fromhex(row)) == len(explanation.words) for row in data["words"])
+
+
+def test_an_overlay_is_lit_where_the_phrase_is(explanation: Explanation) -> None:
+    phrase = SCENE.parts[0].text
+    figure = explanation.overlay(phrase)
+    picture, lit = (axis.images[0].get_array() for axis in figure.axes[:2])
+    light = torch.tensor(lit.sum(-1) / (picture.sum(-1) + 1e-6))
+    row, column = divmod(int(light.argmax()), light.shape[1])
+    best = divmod(int(explanation.heatmap(phrase).argmax()), explanation.side)
+    cell = light.shape[0] // explanation.side
+    assert abs(row // cell - best[0]) <= 1
+    assert abs(column // cell - best[1]) <= 1
+
+
+def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scene.png"
+    SCENE.draw().save(path)
+    phrase = SCENE.parts[0].text
+    command = ["explain", str(path), SCENE.caption, "--out", str(tmp_path / "why.html")]
+    assert main([*command, "--phrase", phrase, "--overlay", str(tmp_path / "lit.png")]) == 0
+    assert "words that add most" in capsys.readouterr().out
+    assert (tmp_path / "why.html").exists()
+    assert (tmp_path / "lit.png").exists()
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["words"]) == len(SCENE.caption.split())
+    assert main([*command, "--phrase", phrase]) == 2
+    assert "--phrase and --overlay together" in capsys.readouterr().err
