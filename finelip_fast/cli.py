@@ -16,6 +16,7 @@ from typing import Any
 from finelip_fast._errors import FineLIPError, KernelError
 from finelip_fast._explain_command import add_command as add_explain
 from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
+from finelip_fast._study_command import add_command as add_study
 
 _DEFAULT_INDEX = "finelip-index"
 _PART = 8192  # files that are looked at before the next are
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(arguments[1:])
     if arguments[:1] == ["export"]:
         return _export(arguments[1:])
+    if arguments[:2] == ["study", "ablation"]:  # trains, too
+        from finelip_fast.training.ablation import main as ablation
+
+        return ablation(arguments[2:])
     parser = _parser()
     if arguments[:1] == ["index"] and " ".join(arguments[:2]) in INDEX_COMMANDS:
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
@@ -109,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--root", help="folder that relative picture paths start from")
     evaluate.add_argument("--context", type=int, nargs="+", default=[], help="cut captions at these lengths in tokens")
     evaluate.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
+
+    add_study(add, model)
 
     commands.add_parser("train", help="Train a checkpoint; see finelip train --help.", add_help=False)
 

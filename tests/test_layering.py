@@ -22,8 +22,8 @@ LAYERS = [
     {"engines", "index"},
     {"explain"},  # of the model alone; the retriever offers it
     {"retriever"},
-    {"evaluation", "demo", "info", "distributed"},
-    {"cli", "_explain_command", "_index_commands"},
+    {"evaluation", "studies", "demo", "info", "distributed"},
+    {"cli", "_explain_command", "_index_commands", "_study_command"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BESIDE = {"training", "export"}  # may import up to the model modules; only the command line may import them

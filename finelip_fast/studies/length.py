@@ -1,0 +1,70 @@
+"""Recall and the cost of encoding by how much of a description is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from finelip_fast.engines import Engine
+from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.studies.setting import Measured, Setting, median_ms, peak_memory, text_to_image
+from finelip_fast.tokenizer import encode_batch, expected_truncation
+
+_CONTEXTS = (77, 128, 192, 256)
+_BATCH = 64
+
+
+def length(engine: Engine, setting: Setting) -> Record:
+    """Recall at 77, 128, 192 and 256 tokens, at the model's own context, and in windows where captions are longer."""
+    own = engine.config.context_length
+    pairs = setting.embed(engine)
+    tokens = encode_batch(pairs.captions, 100_000).lengths
+    settings: list[tuple[str, dict[str, Any]]] = [
+        (str(context), {"context_length": context}) for context in sorted({*_CONTEXTS, own}) if context <= own
+    ]
+    if (tokens > own).any():
+        settings.append(("windows", {"overflow": "window"}))
+    rows: list[dict[str, Any]] = []
+    measured: list[Measured] = []
+    few = pairs.captions[:_BATCH]
+    for name, options in settings:
+        with expected_truncation():
+            found = pairs.measure(engine.embed_texts(pairs.captions, batch_size=_BATCH, **options), engine.alpha)
+            encode: Callable[[list[str]], Tensor] = partial(engine.embed_texts, batch_size=_BATCH, **options)
+            encode(few)
+            with peak_memory() as memory:
+                encode(few)
+            batch = median_ms(partial(encode, few), 5)
+            one = median_ms(partial(encode, few[:1]))
+        read = tokens.clamp(max=options.get("context_length", int(tokens.max())))
+        measured.append(found)
+        rows.append(
+            {"tokens": name, "read (%)": round(100 * float(read.sum() / tokens.sum()), 1), **found.row()}
+            | {"1 caption (ms)": one, "captions/s": 1e3 * len(few) / batch, "memory of 64 (MiB)": memory[0]}
+        )
+    names = [name for name, _ in settings]
+    speed = Series("batches of 64", names, [row["captions/s"] for row in rows])
+    plots = (
+        Plot("recall", "tokens read", "text to image, recall@1 (%)", text_to_image(names, measured)),
+        Plot("speed", "tokens read", "captions/s", (speed,)),
+    )
+    first, last = measured[0], measured[-1]
+    finding = (
+        f"Reading {names[-1]} in place of {names[0]} tokens takes combined recall@1 (mean of both directions) "
+        f"from {first.recall('combined'):.1f} to {last.recall('combined'):.1f} %, and encodes {rows[-1]['captions/s']:.0f} "
+        f"in place of {rows[0]['captions/s']:.0f} captions a second. {_better(last)}"
+    )
+    about = {"data": setting.data, "engine": engine.name, "pairs": len(pairs.captions), "alpha": engine.alpha}
+    return Record("length", "What more tokens are worth", (Table("Recall and cost", rows),), plots, about, finding)
+
+
+def _better(measured: Measured) -> str:
+    fine, combined = measured.recall("fine"), measured.recall("combined")
+    return (
+        f"At the longest, late interaction alone reaches {fine:.1f} %, "
+        f"the global cosine alone {measured.recall('global'):.1f} %"
+        + (": the combined score is not the best of the three." if fine > combined else ".")
+    )

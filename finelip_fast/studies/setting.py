@@ -1,0 +1,177 @@
+"""What all studies share: pairs, their embeddings, their metrics, and what encoding takes."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.datasets import PairDataset, open_dataset
+from finelip_fast.engines import Engine
+from finelip_fast.kernels import clim_scores
+from finelip_fast.metrics import bootstrap_interval, pair_ranks, summary
+from finelip_fast.records import Series
+
+SCORES = ("global", "fine", "combined")
+_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a study is about.
+
+    Attributes:
+        data: Pairs, as in :func:`finelip_fast.datasets.open_dataset`.
+        validation: Pairs on which something is chosen.
+        root: Folder that relative paths start from.
+        progress: Show progress bars.
+    """
+
+    data: str
+    validation: str = "scenes:val:200"
+    root: str | None = None
+    progress: bool = True
+
+    def open(self, engine: Engine, data: str | None = None) -> PairDataset:
+        """The pairs, or others, with pictures of the model's size."""
+        pairs = open_dataset(data or self.data, image_size=engine.config.image_size, root=self.root)
+        if not len(pairs):
+            raise InputError(f"expected pairs to study, got none from {data or self.data}")
+        return pairs
+
+    def embed(self, engine: Engine, data: str | None = None) -> Pairs:
+        """The pairs' captions, and their pictures embedded."""
+        pairs = self.open(engine, data)
+        pictures: dict[str, int] = {}
+        captions, owners, blocks = [], [], []
+        batch: list[Any] = []
+        for index in tqdm(range(len(pairs)), unit="pair", disable=not self.progress, mininterval=0.5):
+            example = pairs[index]
+            if example.image_id not in pictures:
+                pictures[example.image_id] = len(pictures)
+                batch.append(example.image)
+            captions.append(example.caption)
+            owners.append(pictures[example.image_id])
+            if len(batch) == 64 or (batch and index == len(pairs) - 1):
+                blocks.append(engine.embed_images(batch))
+                batch = []
+        return Pairs(captions, torch.tensor(owners), torch.cat(blocks))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Captions, and embedded pictures ``[P, L, D]``; caption ``i`` is of picture ``owners[i]``."""
+
+    captions: list[str]
+    owners: Tensor
+    images: Tensor
+
+    def measure(self, texts: Tensor, alpha: float) -> Measured:
+        """Ranks of the captions' embeddings ``[C, L, D]`` and the pictures, by each score."""
+        ranks = {
+            name: pair_ranks(clim_scores(self.images, texts, alpha=weight).cpu(), self.owners)
+            for name, weight in zip(SCORES, (1.0, 0.0, alpha), strict=True)
+        }
+        return Measured(ranks, self.owners)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Ranks of pictures' and of captions' searches by score, and the captions' pictures."""
+
+    ranks: dict[str, tuple[Tensor, Tensor]]
+    owners: Tensor
+
+    def row(self) -> dict[str, float]:
+        """Recall in %: all cut-offs of the combined score, and rank 1 of the others."""
+        row = {}
+        for score in reversed(SCORES):
+            for way, ranks in zip(("i2t", "t2i"), self.ranks[score], strict=True):
+                values = summary(ranks)
+                for k in (1, 5, 10) if score == "combined" else (1,):
+                    row[f"{score} {way} R@{k} (%)"] = round(100 * values[f"recall@{k}"], 1)
+        return row
+
+    def recall(self, score: str) -> float:
+        """Mean recall@1 of both directions, in %."""
+        return 50 * sum(summary(ranks)["recall@1"] for ranks in self.ranks[score])
+
+
+def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[Series, ...]:
+    """Recall@1 of captions' searches in %, with intervals of 95 %, a series for each score."""
+    series = []
+    for score in SCORES:
+        hits = [one.ranks[score][1] <= 1 for one in measured]
+        bounds = [bootstrap_interval(own, groups=one.owners) for own, one in zip(hits, measured, strict=True)]
+        series.append(
+            Series(
+                score,
+                list(names),
+                [100 * own.double().mean().item() for own in hits],
+                [100 * low for low, _ in bounds],
+                [100 * high for _, high in bounds],
+            )
+        )
+    return tuple(series)
+
+
+def median_ms(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
+    """Median time of a call in milliseconds, the device's work included, after two to warm up."""
+    times = []
+    for number in range(repeats + 2):
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """MiB that a block needs at most beyond those in use before it: of the GPU where there is one, else of the process.
+
+    The list holds one number once the block has ended. A process is looked at every two milliseconds; what its allocator
+    had kept from before is not seen.
+    """
+    found: list[float] = []
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    before, most, done = _resident(), [_resident()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], _resident())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found.append(max(0, max(most[0], _resident()) - before) / 2**20)
+
+
+def _resident() -> int:
+    """Bytes of the process in memory; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,102 @@
+"""Recall, bytes and search time by how many aggregated tokens are kept, and how precisely."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finelip_fast.engines import Engine
+from finelip_fast.index import Index, IndexSpec
+from finelip_fast.metrics import summary
+from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.studies.setting import Pairs, Setting, median_ms
+
+_DTYPES = ("float16", "int8")
+_HITS = 10
+_QUERIES = 50  # that are timed
+
+
+def most_matched(pairs: Pairs, texts: Tensor) -> Tensor:
+    """Rows of pictures' embeddings in order of use: row 0, then those that their own captions' rows chose most.
+
+    Args:
+        pairs: Pictures ``[P, L, D]``.
+        texts: Their captions ``[C, L, D]``.
+
+    Returns:
+        int64 ``[L]``.
+    """
+    images = pairs.images[pairs.owners.to(pairs.images.device)]
+    chosen = (texts.float() @ images.float().transpose(1, 2)).argmax(dim=2)
+    uses = torch.bincount(chosen.flatten().cpu(), minlength=images.shape[1])
+    uses[0] = int(uses.sum()) + 1
+    return uses.argsort(descending=True, stable=True)
+
+
+def tokens(engine: Engine, setting: Setting) -> Record:
+    """Search the pictures with the captions, with fewer of the aggregated tokens than were trained, in each precision.
+
+    Rows are left out of trained embeddings, not trained away: a model trained with fewer may do better. Those that stay are
+    the ones that captions of the validation pairs chose most often.
+    """
+    known = setting.embed(engine, setting.validation)
+    order = most_matched(known, engine.embed_texts(known.captions))
+    pairs = setting.embed(engine)
+    texts = engine.embed_texts(pairs.captions)
+    trained = len(order) - 1
+    counts = sorted({0, 1, 2, 4, 8, 16, 32, trained} & set(range(trained + 1)))
+    rows: list[dict[str, Any]] = []
+    series = []
+    for dtype in _DTYPES:
+        recalls = []
+        for count in counts:
+            kept = order[: count + 1].sort().values
+            images, queries = pairs.images[:, kept], texts[:, kept]
+            alpha = engine.alpha if count else 1.0
+            spec = IndexSpec(engine.fingerprint, count + 1, engine.config.embed_dim, alpha, dtype)
+            with TemporaryDirectory() as folder, closing(Index(spec, folder, device=engine.device)) as index:
+                empty = _bytes(folder)
+                index.add([str(number) for number in range(len(images))], images, [{}] * len(images))
+                size = (_bytes(folder) - empty) / len(images)
+                found = index.search(queries, min(_HITS, len(images)), mode="exact").numbers.cpu()
+                one = _search_ms(index, queries)
+            right = found == pairs.owners[:, None]
+            ranks = torch.where(right.any(dim=1), right.int().argmax(dim=1) + 1, len(images) + 1)
+            recall = summary(ranks)
+            recalls.append(100 * recall["recall@1"])
+            rows.append(
+                {"aggregated tokens": count, "precision": dtype}
+                | {f"t2i R@{k} (%)": round(100 * recall[f"recall@{k}"], 1) for k in (1, 5, 10)}
+                | {"bytes an item": round(size), "1 search (ms)": one}
+            )
+        series.append(Series(dtype, counts, recalls))
+    half = {row["aggregated tokens"]: row["t2i R@1 (%)"] for row in rows if row["precision"] == "float16"}
+    small = {row["aggregated tokens"]: row["t2i R@1 (%)"] for row in rows if row["precision"] == "int8"}
+    finding = (
+        f"Text to image, recall@1 is {half[trained]:.1f} % with all {trained} aggregated tokens, {half[0]:.1f} % with none; "
+        f"int8 in place of float16 changes it by {small[trained] - half[trained]:+.1f} points. "
+        "Rows were left out, not trained away."
+    )
+    about = {
+        "data": setting.data,
+        "validation": setting.validation,
+        "engine": engine.name,
+        "pictures": len(pairs.images),
+    }
+    plots = (Plot("recall", "aggregated tokens kept", "text to image, recall@1 (%)", tuple(series)),)
+    return Record("tokens", "What aggregated tokens are worth", (Table("Search", rows),), plots, about, finding)
+
+
+def _search_ms(index: Index, queries: Tensor) -> float:
+    turn = cycle(queries.split(1))
+    return median_ms(lambda: index.search(next(turn), 1, mode="exact"), _QUERIES)
+
+
+def _bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

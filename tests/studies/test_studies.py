@@ -1,0 +1,114 @@
+"""Each study on a few scenes: what it says can be checked, and its command writes table and plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from finelip_fast._study_command import NAMES
+from finelip_fast.cli import main
+from finelip_fast.engines import Engine, open_engine
+from finelip_fast.studies import STUDIES, Setting
+from finelip_fast.studies.noise import NOISES, irrelevant, sentences
+
+CAPTION = "A red house stands on the left. It has three floors. A dog sits there! Is it black? Yes."
+FEW = Setting("scenes:test:16", "scenes:val:8", progress=False)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return open_engine("torch", None)
+
+
+def test_every_study_has_a_line_of_help() -> None:
+    assert set(NAMES) == {*STUDIES, "ablation"}
+
+
+def test_length_reads_more_and_finds_more(engine: Engine) -> None:
+    record = STUDIES["length"].run(engine, Setting("scenes:test:40", progress=False))
+    rows = record.tables[0].rows
+    assert [row["tokens"] for row in rows] == ["77", "128", "192", "256"]
+    assert [row["read (%)"] for row in rows] == sorted(row["read (%)"] for row in rows)
+    assert rows[-1]["read (%)"] == 100
+    assert rows[-1]["combined t2i R@1 (%)"] > rows[0]["combined t2i R@1 (%)"] + 20
+    assert all(row["captions/s"] > 0 and row["1 caption (ms)"] > 0 for row in rows)
+    for series in record.plots[0].series:
+        assert series.low
+        assert series.high
+        assert all(low <= y <= high for low, y, high in zip(series.low, series.y, series.high, strict=True))
+
+
+def test_long_captions_are_read_in_windows(engine: Engine) -> None:
+    record = STUDIES["beyond"].run(engine, Setting("scenes:very_long:8", progress=False))
+    assert [row["captions are"] for row in record.tables[0].rows] == ["cut at 77", "cut at 256", "windows"]
+    assert [row["read (%)"] for row in record.tables[0].rows][-1] == 100
+    assert record.finding.startswith("8 of 8 captions are longer than 256 tokens")
+    with pytest.raises(ValueError, match="more than 256 tokens"):
+        STUDIES["beyond"].run(engine, FEW)
+
+
+def test_noise_loses_recall_and_names_the_worst(engine: Engine) -> None:
+    record = STUDIES["noise"].run(engine, FEW)
+    rows = {row["captions"]: row for row in record.tables[0].rows}
+    assert set(rows) == {*NOISES, *(f"{count} of other captions added" for count in (1, 2, 4))}
+    assert rows["a quarter dropped"]["combined t2i R@1 (%)"] <= rows["clean"]["combined t2i R@1 (%)"]
+    assert rows["4 of other captions added"]["cut at the context"] >= rows["clean"]["cut at the context"]
+
+
+def test_noises_do_what_they_say() -> None:
+    said = sentences(CAPTION)
+    assert len(said) == 5
+    spoilt = {name: change(CAPTION, Random(1)) for name, change in NOISES.items()}
+    assert spoilt["clean"] == CAPTION
+    assert len(sentences(spoilt["a quarter dropped"])) == 4
+    assert len(sentences(spoilt["a quarter repeated"])) == 6
+    assert sorted(sentences(spoilt["shuffled"])) == sorted(said)
+    assert spoilt["lower case, no punctuation"] == CAPTION.lower().translate(str.maketrans("", "", ".!?"))
+    mixed = NOISES["typos"]("elephants " * 100, Random(1)).split()
+    assert 0 < sum(word != "elephants" for word in mixed) < 30
+    assert all(sorted(word) == sorted("elephants") for word in mixed)
+    more = irrelevant([CAPTION, "Nothing to see."], 0, 2, Random(1))
+    assert [sentence for sentence in sentences(more) if sentence != "Nothing to see."] == said
+    assert len(sentences(more)) == 7
+    for change in NOISES.values():
+        assert change("one", Random(1)) in ("one", "one one")
+        assert isinstance(change("", Random(1)), str)
+
+
+def test_fewer_tokens_take_fewer_bytes(engine: Engine) -> None:
+    record = STUDIES["tokens"].run(engine, FEW)
+    rows = record.tables[0].rows
+    assert [row["aggregated tokens"] for row in rows] == 2 * [0, 1, 2, 4, 8, 12]
+    half, small = rows[5], rows[-1]
+    # Tokens of two bytes and their global row in int8 with its scale.
+    assert half["bytes an item"] >= 13 * 128 * 2 + 128
+    assert small["bytes an item"] < half["bytes an item"] - 1000  # of 16 items, whose files have heads, too
+    assert half["t2i R@1 (%)"] > 75
+
+
+def test_overhead_counts_what_is_added(engine: Engine) -> None:
+    record = STUDIES["overhead"].run(engine, FEW)
+    clip77, clip256, atrm = record.tables[0].rows[:3]
+    assert [clip77["tokens"], clip256["tokens"]] == [77, 256]
+    assert clip77["parameters (M)"] < clip256["parameters (M)"] < atrm["parameters (M)"]
+    assert clip256["parameters (M)"] - clip77["parameters (M)"] == pytest.approx(179 * 128 / 1e6, abs=1e-3)
+    assert [row["pictures"] for row in record.tables[1].rows] == [1_000, 10_000]
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["study", "pointing", "--data", "scenes:val:4", "--quiet", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "raw tokens (%)" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "pointing.json").read_text())
+    assert stored["tables"][0]["rows"][0]["phrases of"] == "all"
+    assert stored["command"].startswith("finelip ")
+    assert {"commit", "dirty", "machine", "versions", "date"} <= set(stored)
+    page = (tmp_path / "pointing.md").read_text()
+    assert "|all|" in page
+    assert "](pointing-hits.png)" in page
+    assert (tmp_path / "pointing-hits.png").stat().st_size > 1000
+    assert main(["study", "noise", "--data", "scenes:test:0", "--quiet", "--out", str(tmp_path)]) == 2
+    assert "expected pairs to study" in capsys.readouterr().err
