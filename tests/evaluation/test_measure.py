@@ -20,6 +20,7 @@ from finelip_fast.evaluation import evaluate
 from finelip_fast.metrics import ranks, recall
 
 CONFIG = FineLIPConfig.preset("scenes", context_length=64)
+KS = ("recall@1", "recall@5", "recall@10")
 METRICS = [f"{direction}_recall@{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
 
 
@@ -27,6 +28,8 @@ class Table(Engine):
     """An engine whose pictures and captions are numbers of rows in two tables; remembers the contexts asked for."""
 
     name, config, alpha = "table", CONFIG, 0.8
+
+    name, source, description = "table", "", "in memory"
 
     def __init__(self, images: Tensor, texts: Tensor) -> None:
         self.images, self.texts, self.contexts, self.batches = images, texts, [], []
@@ -55,6 +58,11 @@ def run(images: Tensor, texts: Tensor, **options: Any) -> dict[str, dict[str, fl
     return {row.score: row.metrics for row in report.rows}
 
 
+def shares(metrics: dict[str, float]) -> dict[str, float]:
+    """Recall alone."""
+    return {name: value for name, value in metrics.items() if "recall" in name}
+
+
 def test_recall_by_hand() -> None:
     # Captions 0 and 1 both describe picture 0; picture 1 resembles nothing.
     images, texts = torch.eye(3)[:, None], torch.eye(3)[[0, 0, 2], None]
@@ -66,9 +74,15 @@ def test_recall_by_hand() -> None:
                 "i2t_recall@1": 1 / 3,
                 "i2t_recall@5": 1,
                 "i2t_recall@10": 1,
+                "i2t_mean_rank": 2,
+                "i2t_median_rank": 2,
+                "i2t_mrr": (1 / 2 + 1 / 3 + 1) / 3,
                 "t2i_recall@1": 2 / 3,
                 "t2i_recall@5": 1,
                 "t2i_recall@10": 1,
+                "t2i_mean_rank": 5 / 3,
+                "t2i_median_rank": 1,
+                "t2i_mrr": (1 + 1 / 3 + 1) / 3,
             }
         )
 
@@ -78,8 +92,9 @@ def test_each_score_counts_for_itself() -> None:
     same, own = torch.eye(7)[:1].expand(6, 7), torch.eye(7)[1:]
     items = torch.stack([same, own], dim=1)
     result = run(items, items)
-    assert result["global"] == pytest.approx(dict(zip(METRICS, (0, 0, 1) * 2, strict=True)))  # all tie: rank 6
-    assert result["fine"] == result["combined"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert shares(result["global"]) == pytest.approx(dict(zip(METRICS, (0, 0, 1) * 2, strict=True)))  # all tie: rank 6
+    assert result["fine"] == result["combined"]
+    assert shares(result["fine"]) == pytest.approx(dict.fromkeys(METRICS, 1.0))
     assert run(items, items, alpha=1.0)["combined"] == result["global"]
 
     # Global embeddings that mislead: each picture's is the next caption's.
@@ -151,12 +166,17 @@ def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
     assert values["alpha"] == 0.8
     assert values["image_seconds"] >= 0
     assert values["text_seconds"] >= 0
-    assert values["rows"][0] == {"context": 20, "score": "global", **dict.fromkeys(METRICS, 1.0)}
+    row = values["rows"][0]
+    assert (row["context"], row["score"], row["i2t_ranks"], row["t2i_ranks"]) == (20, "global", [1] * 3, [1] * 3)
+    assert shares(row) == dict.fromkeys(METRICS, 1.0)
+    assert row["intervals"]["i2t_recall@1"] == [1.0, 1.0]
+    assert set(row["intervals"]) == {f"{way}_{name}" for way in ("i2t", "t2i") for name in (*KS, "mrr")}
     assert len(values["rows"]) == 6
     lines = str(report).splitlines()
-    heads = [part for way in ("i2t", "t2i") for k in (1, 5, 10) for part in (way, f"R@{k}")]
-    assert lines[0].split() == ["context", "score", *heads]
-    assert lines[1].split() == ["20", "global", *["1.000"] * 6]
+    heads = [part for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "MRR") for part in (way, name)]
+    assert lines[0].split()[:18] == ["context", "score", *heads]
+    assert lines[1].split()[:10] == ["20", "global", *["1.000"] * 8]
+    assert max(map(len, lines)) <= 150
     assert len(lines) == 7
 
 
@@ -184,10 +204,33 @@ def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
             texts = model.encode_text(ids)
         alpha = {"global": 1.0, "fine": 0.0, "combined": 0.8}[row.score]
         expected = recall(model.score(images, texts, alpha=alpha))
-        assert row.metrics == pytest.approx(expected, abs=1 / 8)  # rounding may turn one rank
+        assert shares(row.metrics) == pytest.approx(expected, abs=1 / 8)  # rounding may turn one rank
 
 
 def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"image": "lost.png", "caption": "a house"}\n')
     with pytest.raises(ImageError, match=r"lost\.png"):
         evaluate(engine, open_dataset(f"jsonl:{tmp_path / 'pairs.jsonl'}"), progress=False)
+
+
+def test_alpha_is_chosen_on_other_pairs() -> None:
+    """Global embeddings that mislead, tokens that tell: the fewer of the first, the better."""
+    own = torch.eye(7)[1:]
+    engine = Table(torch.stack([own.roll(1, 0), own, own], dim=1), torch.stack([own, own, own], dim=1))
+    other = [Example(n, str(n), f"other-{n}") for n in reversed(range(6))]
+    report = evaluate(engine, pairs(6), validation=other, progress=False)
+    assert report.sweep[0.0] == 1.0
+    assert report.sweep[1.0] == 0.0
+    assert len(report.sweep) == 21
+    assert report.sweep[report.alpha] == 1.0
+    combined = next(row for row in report.rows if row.score == "combined")
+    assert combined.metrics["i2t_recall@1"] == 1.0
+    assert f"alpha {report.alpha:g} was the best of 21" in str(report)
+
+
+def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
+    with pytest.raises(InputError, match="other than the measured ones"):
+        evaluate(engine, pairs(3), validation=pairs(3), progress=False)
+    with pytest.raises(InputError, match="got both"):
+        evaluate(engine, pairs(3), validation=pairs(2), alpha=0.5, progress=False)

@@ -1,0 +1,140 @@
+"""Embeddings in parts, in memory or in files that outlive a run that was stopped.
+
+A set of embeddings is a folder, named by a hash of all that they depend on, of files of :data:`PART` rows each. A file is
+there whole or not at all, and says the hash of its rows: what does not fit is encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finelip_fast._errors import StoreError
+from finelip_fast._weight_files import write_whole
+
+PART = 1024  # rows of a file: about 130 MB of 64 tokens in float32, and the most that is lost when a run is stopped
+
+_ROWS = "rows"
+
+
+class StoredRows:
+    """Embeddings ``[N, L, D]`` in parts of ``size`` rows: tensors, or files, which are mapped one at a time.
+
+    Args:
+        parts: All but the last of ``size`` rows.
+        count: ``N``.
+        size: Rows of a part.
+    """
+
+    def __init__(self, parts: list[Tensor | Path], count: int, size: int) -> None:
+        self._parts, self._count, self._size = parts, count, size
+        self._mapped: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, which: slice | Tensor, /) -> Tensor:
+        """Rows of a slice without steps, or of int64 numbers."""
+        if isinstance(which, slice):
+            first, last, _ = which.indices(self._count)
+            pieces = []
+            for number in range(first // self._size, -(-last // self._size)):
+                start = number * self._size
+                pieces.append(self._part(number)[max(0, first - start) : last - start])
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return torch.stack([self._part(row // self._size)[row % self._size] for row in which.tolist()])
+
+    def _part(self, number: int) -> Tensor:
+        part = self._parts[number]
+        if isinstance(part, Tensor):
+            return part
+        if self._mapped is None or self._mapped[0] != number:
+            with safe_open(part, framework="pt") as file:
+                self._mapped = number, file.get_tensor(_ROWS)  # a view of the mapped file: read when used
+        return self._mapped[1]
+
+
+class PartFolder:
+    """Files of one set of embeddings.
+
+    Args:
+        cache: Folder of all sets; made where it is missing.
+        key: All that the embeddings depend on, as plain values.
+
+    Raises:
+        StoreError: A folder that cannot be made.
+    """
+
+    def __init__(self, cache: Path, key: Mapping[str, Any]) -> None:
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.folder = cache / self.key[:32]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make the cache {self.folder}: {error.strerror}") from error
+
+    def path(self, number: int) -> Path:
+        """Where part ``number`` is, or will be."""
+        return self.folder / f"{number:05d}.safetensors"
+
+    def holds(self, number: int, rows: int) -> bool:
+        """Whether part ``number`` is there, of so many rows, and as it was written; reads all of it."""
+        try:
+            with safe_open(self.path(number), framework="pt") as file:
+                said, found = file.metadata() or {}, file.get_tensor(_ROWS)
+        except (SafetensorError, OSError):  # none there, or a damaged one
+            return False
+        return said.get("key") == self.key and len(found) == rows and said.get("sha256") == _hash(found)
+
+    def write(self, number: int, rows: Tensor) -> Path:
+        """Write part ``number``, whole or not at all.
+
+        Raises:
+            StoreError: A file that cannot be written.
+        """
+        rows, path = rows.cpu().contiguous(), self.path(number)
+        metadata = {"key": self.key, "sha256": _hash(rows)}
+        try:
+            write_whole(path, lambda temporary: save_file({_ROWS: rows}, temporary, metadata))
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"cannot write {path}: {error}; free some space, or use another --cache") from error
+        return path
+
+
+def embed_in_parts(
+    count: int,
+    embed: Callable[[int, int], Tensor],
+    folder: PartFolder | None,
+    skipped: Callable[[int], object],
+) -> StoredRows:
+    """Embed items part by part, those alone that are not in ``folder``.
+
+    Args:
+        count: Items.
+        embed: Embeds items from a first one up to another: ``[n, L, D]``.
+        folder: None keeps everything in memory, where and as ``embed`` gives it.
+        skipped: Is told how many items were there already.
+    """
+    parts: list[Tensor | Path] = []
+    for number, first in enumerate(range(0, count, PART)):
+        last = min(first + PART, count)
+        if folder is None:
+            parts.append(embed(first, last))
+        elif folder.holds(number, last - first):
+            parts.append(folder.path(number))
+            skipped(last - first)
+        else:
+            parts.append(folder.write(number, embed(first, last)))
+    return StoredRows(parts, count, PART)
+
+
+def _hash(rows: Tensor) -> str:
+    return hashlib.sha256(rows.view(torch.uint8).numpy()).hexdigest()

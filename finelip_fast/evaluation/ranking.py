@@ -1,0 +1,120 @@
+"""Ranks in both directions from tiles of scores: a whole matrix of scores is never there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import clim_scores
+
+# A pair's own score and its tile come from calls of different shapes, which may add the products in another order: equal
+# embeddings then differ by some units in the last place of float32, 1.2e-7 near 1. Ties count against us also then, so
+# that a wrong item within this of the right one's score does.
+TOLERANCE = 1e-6
+
+_OWN = 32  # captions whose own scores are found at once: of such a tile only one row in so many is wanted
+
+
+class Rows(Protocol):
+    """Embeddings ``[N, L, D]``, read by slices or by int64 numbers of rows, such as a tensor."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, which: slice | Tensor, /) -> Tensor: ...
+
+
+def ranks_by_tiles(
+    images: Rows,
+    texts: Rows,
+    picture_of: Tensor,
+    alphas: Sequence[float],
+    *,
+    device: torch.device | None = None,
+    block: int = 1024,
+    progress: bool = False,
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """What :func:`finelip_fast.metrics.pair_ranks` gives for the matrix of scores, for several weights in one pass.
+
+    Scores of two parts are found once for each tile, the global cosine and ``fine``; those of each weight are
+    ``alpha * global + (1 - alpha) * fine``. A wrong item within :data:`TOLERANCE` of the right one counts as a tie, and
+    ties count against; right items of one picture do not count against each other.
+
+    Args:
+        images: Embeddings of ``P`` pictures.
+        texts: Embeddings of ``C`` captions.
+        picture_of: int64 ``[C]``, the number of the picture that each caption describes; each picture has one.
+        alphas: Weights of the global cosine.
+        device: Where to score; None: where the embeddings are.
+        block: Pictures and captions of a tile.
+        progress: Show a progress bar.
+
+    Returns:
+        For each weight ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, on the CPU. Memory beside the embeddings: two
+        blocks of them, ``block * block`` scores and a few numbers for each item and weight.
+
+    Raises:
+        InputError: Nothing to rank, another shape of ``picture_of``, or a picture without a caption.
+    """
+    pictures, captions = len(images), len(texts)
+    if not pictures or picture_of.shape != (captions,) or not torch.equal(picture_of.unique(), torch.arange(pictures)):
+        raise InputError(
+            f"expected picture_of [{captions}] with each of the {pictures} pictures, got {list(picture_of.shape)} with "
+            f"{len(picture_of.unique())} pictures"
+        )
+    own_global, own_fine = _own_scores(images, texts, picture_of, device)
+    device, owners = own_global.device, picture_of.to(own_global.device)
+    to_beat, counts = [], []
+    for alpha in alphas:
+        # A right item that is NaN is behind all wrong ones.
+        own = _combined(own_global, own_fine, alpha).nan_to_num(nan=-torch.inf)
+        best = torch.full((pictures,), -torch.inf, device=device).scatter_reduce(0, owners, own, "amax")
+        to_beat.append((best - TOLERANCE, own - TOLERANCE))
+        counts.append((torch.ones(pictures, dtype=torch.int64, device=device), torch.ones_like(owners)))
+    tiles = -(-pictures // block) * -(-captions // block)
+    with tqdm(total=tiles, unit="tile", desc="ranks", disable=not progress, mininterval=0.5) as bar, torch.no_grad():
+        for top in range(0, pictures, block):
+            some_images = images[top : top + block].to(device)
+            rows = slice(top, top + len(some_images))
+            numbers = torch.arange(rows.start, rows.stop, device=device)[:, None]
+            for left in range(0, captions, block):
+                columns = slice(left, min(left + block, captions))
+                global_scores, fine = _both_scores(some_images, texts[columns].to(device))
+                wrong = owners[columns] != numbers
+                for alpha, (best, own), (i2t, t2i) in zip(alphas, to_beat, counts, strict=True):
+                    scores = _combined(global_scores, fine, alpha)
+                    # So written that NaN counts against, too.
+                    i2t[rows] += (wrong & ~(scores < best[rows, None])).sum(dim=1)
+                    t2i[columns] += (wrong & ~(scores < own[columns])).sum(dim=0)
+                bar.update()
+    return {alpha: (i2t.cpu(), t2i.cpu()) for alpha, (i2t, t2i) in zip(alphas, counts, strict=True)}
+
+
+def _own_scores(
+    images: Rows, texts: Rows, picture_of: Tensor, device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    """The global cosine and ``fine`` of each caption with its own picture, ``[C]`` each."""
+    found = []
+    for owners, first in zip(picture_of.split(_OWN), range(0, len(picture_of), _OWN), strict=True):
+        numbers, row_of = owners.unique(return_inverse=True)
+        some_texts = texts[first : first + len(owners)]
+        both = _both_scores(
+            images[numbers].to(device or some_texts.device), some_texts.to(device or some_texts.device)
+        )
+        column = torch.arange(len(owners))
+        found.append([scores[row_of.to(scores.device), column.to(scores.device)] for scores in both])
+    own_global, own_fine = zip(*found, strict=True)
+    return torch.cat(own_global), torch.cat(own_fine)
+
+
+@torch.no_grad()
+def _both_scores(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    # With the first rows alone there is nothing but the cosine to compute.
+    return clim_scores(images[:, :1], texts[:, :1], alpha=1.0), clim_scores(images, texts, alpha=0.0)
+
+
+def _combined(global_scores: Tensor, fine: Tensor, alpha: float) -> Tensor:
+    return alpha * global_scores + (1 - alpha) * fine
