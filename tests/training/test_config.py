@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -99,11 +100,14 @@ def test_is_written_as_it_is_read():
 # --- Recipes -----------------------------------------------------------------------------------------------------
 
 
+SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-long", "scenes-start"}
+
+
 def test_the_shipped_recipes_are_these():
-    assert {path.stem for path in RECIPES.glob("*.json")} == {"finelip", "scenes", "scenes-start"}
+    assert {path.stem for path in RECIPES.glob("*.json")} == SHIPPED
 
 
-@pytest.mark.parametrize("name", ["finelip", "scenes", "scenes-start"])
+@pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_shipped_recipe_loads(name):
     config = from_arguments([name], prog="train.py")
     for field, value in load_recipe(name).items():
@@ -156,7 +160,7 @@ def test_refuses_an_unknown_recipe_and_a_run_without_places():
         from_arguments(["scene"], prog="train.py")
     with pytest.raises(
         ConfigError,
-        match=r"expected --train, --val, or a recipe that gives them \(\['finelip', 'scenes', 'scenes-start'\]\)",
+        match=re.escape(f"expected --train, --val, or a recipe that gives them ({sorted(SHIPPED)})"),
     ):
         from_arguments(["--out", "somewhere"], prog="train.py")
 
