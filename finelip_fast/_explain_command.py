@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ from typing import Any
 def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
     """Give the ``finelip`` command its ``explain``; ``add`` makes one of name, function, description and parent parsers."""
     explain = add(
-        "explain", _explain, "Show which words met which parts of a picture, and what each adds to the score.", model
+        "explain",
+        _explain,
+        "Show which words met which parts of a picture, and what each adds to the score; always by PyTorch.",
+        model,
     )
     explain.add_argument("image", help="the picture")
     explain.add_argument("text", help="the description")
@@ -24,13 +28,17 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
 def _explain(options: argparse.Namespace) -> Any:
     from finelip_fast._errors import InputError
     from finelip_fast.checkpoint import load
-    from finelip_fast.explain import explain
+    from finelip_fast.explain import MAPS, explain
 
     if (options.phrase is None) != (options.overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
+    if options.tokens not in MAPS:
+        raise InputError(f"expected --tokens of {MAPS}, got {options.tokens!r}")
     explanation = explain(load(options.checkpoint, options.device), options.image, options.text, alpha=options.alpha)
     if options.overlay:
         explanation.overlay(options.phrase, tokens=options.tokens).savefig(options.overlay)
     if options.out:
         explanation.to_html(options.out)
+    for path in filter(None, (options.overlay, options.out)):
+        print(path, file=sys.stderr)
     return explanation

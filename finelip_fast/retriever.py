@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -273,14 +274,20 @@ class Retriever:
 
         Raises:
             ImageError: A picture that cannot be read.
-            InputError: A text that is no string.
+            InputError: A text that is no string, or a hit whose id is no picture's path.
         """
+        if isinstance(image, Hit):
+            if not os.path.isfile(image.id):  # unlike Path's, never raises
+                raise InputError(
+                    f"expected a hit whose id is a picture's path, got {image.id!r}; pass the picture itself"
+                )
+            image = image.id
         if self._explained is None:
             engine = self._engine
             self._explained = (
                 engine.model if isinstance(engine, TorchEngine) else checkpoints.load(engine.source or None)
             )
-        return explain(self._explained, image.id if isinstance(image, Hit) else image, text, alpha=self.alpha)
+        return explain(self._explained, image, text, alpha=self.alpha)
 
     def _read(self, image: Any) -> Tensor | ImageError:
         try:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -200,9 +200,15 @@ def token_spans(caption: str, spans: Iterable[tuple[int, int]]) -> list[tuple[in
     cuts = sorted({0, len(caption), *(edge for span in spans for edge in span)})
     position, count = {0: 1}, 1
     for start, end in pairwise(cuts):
-        count += len(_tokens(caption[start:end])) - 2
+        count += _size(caption[start:end])
         position[end] = count
     return [(position[start], position[end]) for start, end in spans]
+
+
+@lru_cache(maxsize=1 << 16)  # words come back, and repairing text is slow
+def _size(text: str) -> int:
+    """Tokens of a stretch of text."""
+    return len(_tokens(text)) - 2
 
 
 @cache

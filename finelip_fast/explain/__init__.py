@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finelip_fast.explain.explanation import Explanation, Word, explain
+from finelip_fast.explain.explanation import MAPS, Explanation, Match, Word, explain
 from finelip_fast.explain.pointing import pointing_game
 
-__all__ = ["Explanation", "Word", "explain", "pointing_game"]
+__all__ = ["MAPS", "Explanation", "Match", "Word", "explain", "pointing_game"]

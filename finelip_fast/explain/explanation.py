@@ -12,7 +12,8 @@ Each term of the right side belongs to one token ``n`` and one patch ``p``, and 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -38,6 +39,26 @@ class Word:
     end: int
     first: int
     last: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two rows of the embeddings that late interaction compared: at least one is the other's most similar.
+
+    Attributes:
+        text_row, image_row: Their places; 0: the end token, and CLS.
+        similarity: Their cosine.
+        adds: What the match adds to the score.
+        words: The words that most went into the caption's row, with their weights, the most first; none for row 0.
+        patches: The same of the picture's row, by number.
+    """
+
+    text_row: int
+    image_row: int
+    similarity: float
+    adds: float
+    words: tuple[tuple[Word, float], ...]
+    patches: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -88,44 +109,84 @@ class Explanation:
         """int64 ``[L_i]``, the row of the caption that late interaction chose for each row of the picture."""
         return self.similarity.argmax(dim=0)
 
-    def tokens_of(self, phrase: str) -> tuple[int, int]:
-        """The tokens ``(first, last + 1)`` of the first place where the caption says ``phrase``, grown to whole words.
+    def matches(self, k: int = 8, *, parts: int = 3) -> list[Match]:
+        """The matches that add most to the score, at most ``k``, each with at most ``parts`` words and patches.
+
+        The global cosine is no match; where its two rows match each other, that is counted here as the fine score does.
+        """
+        adds = (1 - self.alpha) * _matches(self.similarity) * self.similarity
+        order = adds.abs().flatten().argsort(descending=True, stable=True)[: min(k, int(adds.count_nonzero()))]
+        found = []
+        for text_row, image_row in (divmod(at, adds.shape[1]) for at in order.tolist()):
+            shares = [float(self.text_weights[text_row, word.first : word.last].sum()) for word in self.words]
+            words = sorted(zip(self.words, shares, strict=True), key=lambda pair: -pair[1]) if text_row else []
+            weights, patches = self.image_weights[image_row, 1:].topk(min(parts, self.side**2) if image_row else 0)
+            found.append(
+                Match(
+                    text_row,
+                    image_row,
+                    float(self.similarity[text_row, image_row]),
+                    float(adds[text_row, image_row]),
+                    tuple(words[:parts]),
+                    tuple(zip(patches.tolist(), weights.tolist(), strict=True)),
+                )
+            )
+        return found
+
+    def tokens_of(self, phrase: str | tuple[int, int]) -> tuple[int, int]:
+        """The tokens ``(first, last + 1)`` of a phrase, grown to whole words.
+
+        Args:
+            phrase: Words of the caption, in any case, found where it first says them; or ``(start, end)`` in characters.
 
         Raises:
             InputError: The caption does not say it, or not within the context.
         """
-        at = self.caption.lower().find(phrase.lower()) if phrase.strip() else -1
-        if at < 0:
-            raise InputError(f"expected words of the caption, got {phrase!r}; the caption is {self.caption!r}")
-        said = [word for word in self.words if word.end > at and word.start < at + len(phrase)]
-        if not said or said[-1].end < at + len(phrase.rstrip()):
+        if isinstance(phrase, str):
+            # Not by lower(): it can change the length of the text.
+            said = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
+            if said is None:
+                raise InputError(f"expected words of the caption, got {phrase!r}; the caption is {self.caption!r}")
+            start, end = said.span()
+        else:
+            start, end = phrase
+            if not 0 <= start < end <= len(self.caption) or not self.caption[start:end].strip():
+                raise InputError(f"expected (start, end) around words in 0..{len(self.caption)}, got {phrase!r}")
+            end -= len(self.caption[start:end]) - len(self.caption[start:end].rstrip())
+        words = [word for word in self.words if word.end > start and word.start < end]
+        if not words or words[-1].end < end:
             raise InputError(f"{phrase!r} lies beyond the tokens that the model reads; shorten the caption")
-        return said[0].first, said[-1].last
+        return words[0].first, words[-1].last
 
-    def heatmap(self, phrase: str, *, tokens: str = "raw") -> Tensor:
+    def heatmap(self, phrase: str | tuple[int, int], *, tokens: str = "raw") -> Tensor:
         """Where in the picture a phrase is found.
 
         Args:
-            phrase: Words of the caption.
-            tokens: ``"raw"``: cosines of the phrase's mean feature and the patches, before ATRM; ``"aggregated"``: what the
-                phrase adds to the score with each patch. Aggregated maps are the score's own parts; raw maps more often peak
-                where the phrase is true (``finelip study pointing``), since aggregated tokens mix many patches.
+            phrase: Words of the caption, or ``(start, end)`` in characters.
+            tokens: ``"raw"``: cosines of the phrase's mean feature and the patches, before ATRM. ``"aggregated"``: the
+                phrase's share of what all words add to the score with the patch, in [-1, 1].
 
         Returns:
             float32 ``[side, side]``, not normalised.
 
         Raises:
             InputError: No such words, or no such map.
+
+        Where maps peak is learned: with the bundled model, trained to find phrases (``--grounding``), aggregation costs
+        localisation, so the raw map is what is shown unless asked otherwise. Without that training neither is to be relied
+        on; :func:`pointing_game` measures both. Aggregated maps are made of :attr:`contributions`, the parts of the score
+        itself: they tell what counted, and are 0 throughout where the fine score does not count (``alpha=1``).
         """
-        if tokens not in MAPS:
-            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
         first, last = self.tokens_of(phrase)
         return self.map_of_tokens(first, last, tokens=tokens).reshape(self.side, self.side)
 
     def map_of_tokens(self, first: int, last: int, *, tokens: str) -> Tensor:
         """As :meth:`heatmap`, of the tokens ``first .. last``, the last not included; float32 ``[P]``."""
+        _check_map(tokens)
         if tokens == "aggregated":
-            return self.contributions[first:last, 1:].sum(dim=0)
+            # Shares, since some patches add much with every word; without the end token, which is the whole caption.
+            added = self.contributions[:-1, 1:]
+            return added[first:last].sum(dim=0) / added.abs().sum(dim=0).clamp(min=1e-12)
         texts, patches = self._features
         return F.normalize(patches[1:], dim=-1) @ F.normalize(texts[first:last].mean(dim=0), dim=-1)
 
@@ -140,10 +201,8 @@ class Explanation:
         Raises:
             InputError: A box that holds no patch's centre, or no such map.
         """
-        if tokens not in MAPS:
-            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
-        x, y = patch_centres(self.side)
-        inside = (x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3])
+        _check_map(tokens)
+        inside = patches_inside(box, self.side)
         if not inside.any():
             raise InputError(f"expected a box (x0, y0, x1, y1) in [0, 1] around a patch's centre, got {box}")
         if tokens == "aggregated":
@@ -157,7 +216,7 @@ class Explanation:
             ]
         return sorted(zip(self.words, values, strict=True), key=lambda pair: -pair[1])
 
-    def overlay(self, phrase: str, *, tokens: str = "raw") -> Any:
+    def overlay(self, phrase: str | tuple[int, int], *, tokens: str = "raw") -> Any:
         """The picture beside the map of a phrase, as a matplotlib figure; needs matplotlib."""
         from finelip_fast.explain.pictures import overlay
 
@@ -174,7 +233,7 @@ class Explanation:
         return page(self, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the scores, and each word with what it adds and where its map peaks."""
+        """Plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches."""
         words = []
         for word in self.words:
             peak = int(self.map_of_tokens(word.first, word.last, tokens="raw").argmax())
@@ -184,7 +243,7 @@ class Explanation:
                 | {"row": peak // self.side, "column": peak % self.side}
             )
         scores = {name: getattr(self, name) for name in ("score", "global_score", "fine_score", "alpha")}
-        return {**scores, "side": self.side, "words": words}
+        return {**scores, "side": self.side, "words": words, "matches": [asdict(match) for match in self.matches()]}
 
     def __str__(self) -> str:
         told = self.to_dict()
@@ -202,13 +261,18 @@ class Explanation:
         return "\n".join([*lines, f"  {ends:+.4f}  start and end of the caption"])
 
 
-def patch_centres(side: int) -> tuple[Tensor, Tensor]:
-    """``x`` and ``y`` of the patches' centres, ``[P]`` each, in [0, 1], row by row."""
+def patches_inside(box: tuple[float, float, float, float], side: int) -> Tensor:
+    """bool ``[P]``, row by row: the patches of ``side x side`` whose centre lies in ``x0, y0, x1, y1``, in [0, 1]."""
     along = (torch.arange(side) + 0.5) / side
-    return along.repeat(side), along.repeat_interleave(side)
+    across, down = ((along >= box[at]) & (along < box[at + 2]) for at in (0, 1))
+    return (down[:, None] & across).flatten()
 
 
-@torch.inference_mode()
+def _check_map(tokens: str) -> None:
+    if tokens not in MAPS:
+        raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+
+
 def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = None) -> Explanation:
     """Take the score of a picture and a caption apart.
 
@@ -222,16 +286,36 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
         ImageError: A picture that cannot be read.
         InputError: A caption that is no text, or an alpha outside [0, 1].
     """
-    alpha = model.alpha if alpha is None else alpha
-    if not isinstance(caption, str) or not 0 <= alpha <= 1:
-        raise InputError(f"expected a caption and alpha in [0, 1], got {caption!r} and {alpha!r}")
-    pixels = model.preprocess(image)
-    with expected_truncation():
-        ids = tokenize([caption], model.config.context_length)
-    patches = model.visual(pixels[None].to(model.device, model.dtype))[0].float()
-    tokens, lengths = model.text_tokens(ids.to(model.device))
-    tokens = tokens[0, : int(lengths[0])].float()
+    return explain_pairs(model, [image], [caption], alpha=alpha)[0]
 
+
+@torch.inference_mode()
+def explain_pairs(
+    model: FineLIP, images: Sequence[Any], captions: Sequence[str], *, alpha: float | None = None
+) -> list[Explanation]:
+    """As :func:`explain`, of pairs that are encoded as one batch."""
+    alpha = model.alpha if alpha is None else alpha
+    if not 0 <= alpha <= 1:
+        raise InputError(f"expected alpha in [0, 1], got {alpha!r}")
+    with expected_truncation():
+        ids = tokenize(captions, model.config.context_length)
+    pixels = model.preprocess.batch(images)
+    patches = model.visual(pixels.to(model.device, model.dtype)).float()
+    tokens, lengths = model.text_tokens(ids.to(model.device))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
+    shown = (pixels * std + mean).clamp(0, 1)
+    return [
+        _explain(model, caption, own_patches, own_tokens[:length].float(), own_shown, alpha)
+        for caption, own_patches, own_tokens, length, own_shown in zip(
+            captions, patches, tokens, lengths.tolist(), shown, strict=True
+        )
+    ]
+
+
+def _explain(
+    model: FineLIP, caption: str, patches: Tensor, tokens: Tensor, pixels: Tensor, alpha: float
+) -> Explanation:
+    """Of projected features, patches ``[1 + P, D]`` with CLS and tokens ``[N, D]`` to the end token, float32."""
     # A picture's rows mix its patches alone, a caption's all tokens before the end token.
     image_weights = F.pad(model.image_aggregator.weights(patches[1:]), (1, 0))
     image_weights = torch.cat([F.one_hot(torch.tensor([0]), len(patches)).to(image_weights), image_weights])
@@ -247,7 +331,6 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
     weights[0, 0] += alpha
     spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
 
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
     spans = [match.span() for match in re.finditer(r"\S+", caption)]
     found = zip(spans, token_spans(caption, spans), strict=True)
     words = (Word(caption[slice(*span)], *span, *place) for span, place in found)
@@ -262,7 +345,7 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
         text_weights.cpu(),
         image_weights.cpu(),
         similarity.cpu(),
-        (pixels * std + mean).clamp(0, 1),
+        pixels,
         (tokens.cpu(), patches.cpu()),
     )
 

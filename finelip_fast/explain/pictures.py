@@ -19,14 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.explain.explanation import MAPS
 
 if TYPE_CHECKING:
-    from finelip_fast.explain.explanation import Explanation
+    from finelip_fast.explain.explanation import Explanation, Match
 
 _SHOWN = 384  # pixels of the picture's side on the page
 
 
-def overlay(explanation: Explanation, phrase: str, *, tokens: str) -> Any:
+def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: str) -> Any:
     """The picture, and beside it the same picture lit where the phrase is found.
 
     Raises:
@@ -45,34 +46,29 @@ def overlay(explanation: Explanation, phrase: str, *, tokens: str) -> Any:
         axis.imshow(shown.numpy())
         axis.set_axis_off()
     axes[1].contour(light.numpy(), levels=[0.5, 0.8], colors="white", linewidths=[1, 2])
-    figure.suptitle(phrase if len(phrase) < 80 else phrase[:77] + "…")
+    said = phrase if isinstance(phrase, str) else explanation.caption[slice(*phrase)]
+    figure.suptitle(said if len(said) < 80 else said[:77] + "…", parse_math=False, fontsize=10)
     return figure
 
 
 def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     """The page as text, written to ``path`` where there is one."""
-    maps = torch.stack([explanation.map_of_tokens(word.first, word.last, tokens="raw") for word in explanation.words])
     added = [float(explanation.contributions[word.first : word.last].sum()) for word in explanation.words]
-    data = {
-        "side": explanation.side,
-        # Two hexadecimal digits for each word and patch.
-        "maps": [(_levels(one) * 255).round().to(torch.uint8).numpy().tobytes().hex() for one in maps],
-        # For each patch its words: cosines below zero say nothing.
-        "words": [(_levels(one.clamp(min=0)) * 255).round().to(torch.uint8).numpy().tobytes().hex() for one in maps.T],
-    }
     parts, at = [], 0
-    for number, word in enumerate(explanation.words):
+    for number, (word, value) in enumerate(zip(explanation.words, added, strict=True)):
         parts.append(html.escape(explanation.caption[at : word.start]))
         parts.append(
-            f'<span tabindex="0" data-word="{number}" title="adds {added[number]:+.4f}">{html.escape(word.text)}</span>'
+            f'<span tabindex="0" data-word="{number}" data-adds="{value:+.4f}">{html.escape(word.text)}</span>'
         )
         at = word.end
-    parts.append(f'<s title="beyond the context">{html.escape(explanation.caption[at:])}</s>')
+    if explanation.caption[at:].strip():
+        parts.append(f'<s title="beyond the context">{html.escape(explanation.caption[at:])}</s>')
     whole = float(explanation.contributions[1:-1, 1:].sum())
     text = _PAGE.format(
         picture=_data_uri(explanation.pixels),
         caption="".join(parts),
-        data=json.dumps(data),
+        data=json.dumps({"side": explanation.side, **{kind: _tables(explanation, kind) for kind in MAPS}}),
+        matches="".join(_match(match, explanation.side) for match in explanation.matches()),
         size=_SHOWN,
         score=f"{explanation.score:.4f}",
         alpha=f"{explanation.alpha:g}",
@@ -87,17 +83,42 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     return text
 
 
+def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
+    """For each word its patches and for each patch its words, two hexadecimal digits each."""
+    maps = torch.zeros(len(explanation.words), explanation.side**2)
+    for row, word in zip(maps, explanation.words, strict=True):
+        row.copy_(explanation.map_of_tokens(word.first, word.last, tokens=kind))
+    # What is below zero speaks against a word, not for it.
+    return {
+        "maps": [_bytes(_levels(row)) for row in maps],
+        "words": [_bytes(_levels(row.clamp(min=0))) for row in maps.T],
+    }
+
+
+def _match(match: Match, side: int) -> str:
+    words = ", ".join(f"{html.escape(word.text)} {weight:.0%}" for word, weight in match.words) or "the end token"
+    patches = ", ".join(f"row {at // side + 1} column {at % side + 1} {weight:.0%}" for at, weight in match.patches)
+    cells = (f"{match.adds:+.4f}", f"{match.similarity:.3f}", words, patches or "the whole picture (CLS)")
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
 def _levels(values: Tensor) -> Tensor:
     """Values to [0, 1], the lowest to the highest."""
+    if not values.numel():
+        return values
     low, high = values.min(), values.max()
     return (values - low) / (high - low).clamp(min=1e-12)
+
+
+def _bytes(levels: Tensor) -> str:
+    return (levels * 255).round().to(torch.uint8).numpy().tobytes().hex()
 
 
 def _data_uri(pixels: Tensor) -> str:
     array = (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(array).save(buffer, format="JPEG", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 _PAGE = """<!doctype html>
@@ -108,54 +129,88 @@ body {{ font: 16px/1.7 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 main {{ display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; }}
 #view {{ position: relative; width: {size}px; height: {size}px; flex: none; }}
 #view img, #view canvas {{ position: absolute; inset: 0; width: 100%; height: 100%; }}
-p {{ flex: 1; min-width: 20rem; margin: 0; }}
+#text {{ flex: 1; min-width: 20rem; margin: 0; }}
+#told {{ min-height: 1.7em; font-weight: 600; }}
 span {{ cursor: pointer; }}
-span:hover, span:focus {{ outline: 2px solid currentColor; outline-offset: 1px; }}
+span:hover, span:focus, #view:focus {{ outline: 2px solid currentColor; outline-offset: 1px; }}
+label {{ margin-right: 1.5rem; }}
+td, th {{ padding: .1rem .8rem .1rem 0; text-align: left; vertical-align: top; }}
 </style></head><body>
 <h1>Why this picture</h1>
 <p>Score {score} = {alpha} &times; global {global_score} + {rest} &times; fine {fine_score}. Words with patches add {words}
 of it, what the whole picture or the whole caption takes part in adds {others}.</p>
-<p>Move over a word (or reach it with the tab key) to light the parts of the picture that are most like it; move over the
-picture to underline the words that are most like that part.</p>
-<main><div id="view"><img src="{picture}" alt="the picture"><canvas width="{size}" height="{size}"></canvas></div>
-<p>{caption}</p></main>
+<p>Point at a word, or reach it with the tab key, to light the parts of the picture that go with it. Point at the picture, or
+reach it with the tab key and move with the arrow keys, to underline the words that go with that part. Each map runs from its
+own lowest value to its own highest, however far apart they are.</p>
+<p><label><input type="radio" name="kind" value="raw" checked> most alike</label>
+<label><input type="radio" name="kind" value="aggregated"> adds most to the fine score</label></p>
+<p id="told" role="status"></p>
+<main><div id="view" tabindex="0" role="application" aria-label="the picture's parts"><img src="{picture}" alt="the picture">
+<canvas width="{size}" height="{size}"></canvas></div><p id="text">{caption}</p></main>
+<h2>Matches that add most</h2>
+<p>Late interaction compares mixtures of words with mixtures of patches; each is told by what most went into it.</p>
+<table><tr><th>adds</th><th>cosine</th><th>words</th><th>patches</th></tr>{matches}</table>
 <script>
 const data = {data}, view = document.getElementById("view"), canvas = view.querySelector("canvas");
 const draw = canvas.getContext("2d"), words = [...document.querySelectorAll("span[data-word]")];
+const told = document.getElementById("told"), cell = canvas.width / data.side, last = data.side - 1;
 const level = (hex, at) => parseInt(hex.substr(2 * at, 2), 16) / 255;
+const kind = () => data[document.querySelector("input:checked").value];
+const clamp = (at) => Math.min(last, Math.max(0, at));
+let row = 0, column = 0;
 function clear() {{
   draw.clearRect(0, 0, canvas.width, canvas.height);
   for (const word of words) word.style.cssText = "";
+  told.textContent = "";
 }}
 function light(word) {{
   clear();
-  const cell = canvas.width / data.side, map = data.maps[word.dataset.word];
+  const map = kind().maps[word.dataset.word];
+  let best = 0;
   for (let at = 0; at < data.side ** 2; at++) {{
+    if (level(map, at) > level(map, best)) best = at;
     draw.fillStyle = `rgba(0, 0, 0, ${{0.85 * (1 - level(map, at))}})`;
     draw.fillRect((at % data.side) * cell, Math.floor(at / data.side) * cell, cell + 1, cell + 1);
   }}
+  told.textContent = `${{word.textContent}}: adds ${{word.dataset.adds}}, `
+    + `most at row ${{Math.floor(best / data.side) + 1}}, column ${{best % data.side + 1}}`;
 }}
-function mark(event) {{
+function mark() {{
   clear();
-  const box = view.getBoundingClientRect(), place = (where, start, size) =>
-    Math.min(data.side - 1, Math.max(0, Math.floor((where - start) / size * data.side)));
-  const column = place(event.clientX, box.left, box.width), row = place(event.clientY, box.top, box.height);
-  const found = data.words[row * data.side + column], cell = canvas.width / data.side;
+  const levels = words.map((_, at) => level(kind().words[row * data.side + column], at));
   words.forEach((word, at) => {{
-    const value = level(found, at);
-    if (value > 0.5) word.style.cssText = `background: rgba(128, 128, 128, ${{value - 0.4}});`
-      + `text-decoration: underline ${{(6 * value - 2).toFixed(1)}}px; text-decoration-skip-ink: none`;
+    if (levels[at] > 0.5) word.style.cssText = `background: rgba(128, 128, 128, ${{levels[at] - 0.4}});`
+      + `text-decoration: underline ${{(6 * levels[at] - 2).toFixed(1)}}px; text-decoration-skip-ink: none`;
   }});
   for (const [colour, width] of [["black", 5], ["white", 2]]) {{
     draw.strokeStyle = colour; draw.lineWidth = width;
     draw.strokeRect(column * cell, row * cell, cell, cell);
   }}
+  const best = levels.map((value, at) => [value, at]).filter(([value]) => value > 0).sort((a, b) => b[0] - a[0]).slice(0, 3);
+  told.textContent = `row ${{row + 1}}, column ${{column + 1}}: `
+    + best.map(([value, at]) => `${{words[at].textContent}} ${{Math.round(100 * value)}} %`).join(", ");
+}}
+function point(event) {{
+  const box = view.getBoundingClientRect();
+  row = clamp(Math.floor((event.clientY - box.top) / box.height * data.side));
+  column = clamp(Math.floor((event.clientX - box.left) / box.width * data.side));
+  mark();
 }}
 for (const word of words) {{
   for (const event of ["mouseenter", "focus", "click"]) word.addEventListener(event, () => light(word));
   for (const event of ["mouseleave", "blur"]) word.addEventListener(event, clear);
 }}
-view.addEventListener("pointermove", mark);
-view.addEventListener("pointerleave", clear);
+for (const event of ["pointermove", "pointerdown"]) view.addEventListener(event, point);
+view.addEventListener("pointerleave", (event) => {{ if (event.pointerType === "mouse") clear(); }});
+view.addEventListener("focus", mark);
+view.addEventListener("blur", clear);
+view.addEventListener("keydown", (event) => {{
+  const move = {{ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}}[event.key];
+  if (!move) return;
+  event.preventDefault();
+  row = clamp(row + move[0]);
+  column = clamp(column + move[1]);
+  mark();
+}});
 </script></body></html>
 """

@@ -6,24 +6,27 @@ pixels around the box.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from finelip_fast._errors import InputError
-from finelip_fast.datasets import PairDataset
-from finelip_fast.explain.explanation import MAPS, Explanation, explain, patch_centres
+from finelip_fast.datasets import Example, PairDataset
+from finelip_fast.explain.explanation import MAPS, Explanation, explain_pairs, patches_inside
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import token_spans
 
 
-def pointing_game(model: FineLIP, pairs: PairDataset, *, progress: bool = True) -> list[dict[str, Any]]:
+def pointing_game(
+    model: FineLIP, pairs: PairDataset, *, batch_size: int = 64, progress: bool = True
+) -> list[dict[str, Any]]:
     """Play it with every phrase whose place is known.
 
     Args:
         model: The model.
         pairs: Their ``regions`` are the phrases; those beyond the context, and boxes without a patch's centre, are left out.
+        batch_size: Pairs at once.
         progress: Show a progress bar.
 
     Returns:
@@ -33,22 +36,26 @@ def pointing_game(model: FineLIP, pairs: PairDataset, *, progress: bool = True) 
     Raises:
         InputError: No phrase is left.
     """
-    played = []
-    for index in tqdm(range(len(pairs)), unit="picture", disable=not progress, mininterval=0.5):
-        example = pairs[index]
-        explanation = explain(model, example.image, example.caption)
-        x, y = patch_centres(explanation.side)
-        spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
-        for region, (first, last) in zip(example.regions, spans, strict=True):
-            inside = (x >= region.box[0]) & (x < region.box[2]) & (y >= region.box[1]) & (y < region.box[3])
-            if inside.any() and first < last < len(explanation.contributions):
-                played.append({"label": region.label, "chance": float(inside.float().mean())} | {
-                    kind: _hits(explanation, first, last, kind, inside) for kind in MAPS
-                })  # fmt: skip
+    played: list[dict[str, Any]] = []
+    with tqdm(total=len(pairs), unit="picture", disable=not progress, mininterval=0.5) as bar:
+        for first in range(0, len(pairs), batch_size):
+            examples = [pairs[at] for at in range(first, min(first + batch_size, len(pairs)))]
+            explanations = explain_pairs(
+                model, [example.image for example in examples], [example.caption for example in examples]
+            )
+            for example, explanation in zip(examples, explanations, strict=True):
+                played += _played(example, explanation)
+            bar.update(len(examples))
     if not played:
         raise InputError("expected pairs whose phrases have boxes (regions), as those of scenes:test; found none")
     return played
 
 
-def _hits(explanation: Explanation, first: int, last: int, kind: str, inside: torch.Tensor) -> bool:
-    return bool(inside[explanation.map_of_tokens(first, last, tokens=kind).argmax()])
+def _played(example: Example, explanation: Explanation) -> Iterator[dict[str, Any]]:
+    spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
+    for region, (first, last) in zip(example.regions, spans, strict=True):
+        inside = patches_inside(region.box, explanation.side)
+        if inside.any() and first < last < len(explanation.contributions):
+            peaks = {kind: explanation.map_of_tokens(first, last, tokens=kind).argmax() for kind in MAPS}
+            hits = {kind: bool(inside[peak]) for kind, peak in peaks.items()}
+            yield {"label": region.label, "chance": float(inside.float().mean()), **hits}

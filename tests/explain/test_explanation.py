@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +16,13 @@ from finelip_fast import tokenize
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Scenes
 from finelip_fast.explain import Explanation, explain
+from finelip_fast.explain.explanation import explain_pairs
 from finelip_fast.model import FineLIP
 
 SCENE = Scenes("val", image_size=128)[0]
 
 # Sums of thousands of float32 products.
-TOLERANCE = 2e-5
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +95,55 @@ def test_a_phrase_is_found_where_it_is_true(explanation: Explanation) -> None:
     assert any(part.start <= word.start < part.end for word in best)
 
 
-def test_aggregated_maps_are_parts_of_the_score(explanation: Explanation) -> None:
-    whole = sum(explanation.heatmap(word.text, tokens="aggregated").sum() for word in explanation.words[:1])
+def test_matches_come_in_the_order_of_what_they_add(explanation: Explanation) -> None:
+    matches = explanation.matches(1000)
+    assert sum(match.adds for match in matches) == pytest.approx(0.2 * explanation.fine_score, abs=TOLERANCE)
+    assert [match.adds for match in matches] == sorted((match.adds for match in matches), key=abs, reverse=True)
+    assert explanation.matches(3) == matches[:3]
+    for match in matches:
+        assert match.image_row == explanation.text_matches[match.text_row] or (
+            match.text_row == explanation.image_matches[match.image_row]
+        )
+        assert bool(match.words) == (match.text_row > 0)
+        assert bool(match.patches) == (match.image_row > 0)
+        for place, weight in match.patches:
+            assert weight == pytest.approx(float(explanation.image_weights[match.image_row, 1 + place]))
+
+
+def test_aggregated_maps_are_shares_of_what_words_add(explanation: Explanation) -> None:
+    """The maps of all words, and of the start token, leave nothing over where all add with one sign."""
+    edges = [(0, 1), *((word.first, word.last) for word in explanation.words)]
+    maps = torch.stack([explanation.map_of_tokens(*edge, tokens="aggregated") for edge in edges])
+    added = explanation.contributions[:-1, 1:]
+    torch.testing.assert_close(maps.sum(dim=0), added.sum(dim=0) / added.abs().sum(dim=0))
+    strongest = maps.sum(dim=0).argmax()
+    assert (maps[:, strongest] * added.sum(dim=0)[strongest]).sum() > 0
     first = explanation.words[0]
-    assert float(whole) == pytest.approx(float(explanation.contributions[first.first : first.last, 1:].sum()), abs=1e-6)
+    heat = explanation.heatmap((first.start, first.end), tokens="aggregated")
+    assert torch.equal(heat.flatten(), maps[1])
+
+
+def test_without_the_fine_score_only_the_ends_count(model: FineLIP) -> None:
+    found = explain(model, SCENE.draw(), SCENE.caption, alpha=1)
+    assert float(found.contributions[-1, 0]) == pytest.approx(found.score, abs=TOLERANCE)
+    assert not found.heatmap(SCENE.parts[0].text, tokens="aggregated").any()
+    assert found.matches() == []
+
+
+def test_a_batch_explains_each_pair_as_alone(model: FineLIP) -> None:
+    scenes = Scenes("val", image_size=128)
+    some = [scenes[at] for at in range(3)]
+    together = explain_pairs(model, [one.draw() for one in some], [one.caption for one in some])
+    for scene, found in zip(some, together, strict=True):
+        alone = explain(model, scene.draw(), scene.caption)
+        assert found.words == alone.words
+        torch.testing.assert_close(found.contributions, alone.contributions, atol=1e-6, rtol=1e-3)
 
 
 def test_words_are_the_captions(explanation: Explanation) -> None:
     assert [word.text for word in explanation.words] == SCENE.caption.split()
+    assert all(SCENE.caption[word.start : word.end] == word.text for word in explanation.words)
+    assert explanation.words[-1].last == len(explanation.contributions) - 1
     first, last = explanation.tokens_of(explanation.words[3].text.upper())
     assert explanation.words[0].first == 1
     assert first < last
@@ -114,6 +159,9 @@ def test_words_beyond_the_context_are_left_out(model: FineLIP) -> None:
 def test_bad_requests_say_what_is_wrong(model: FineLIP, explanation: Explanation) -> None:
     with pytest.raises(ValueError, match="expected words of the caption, got 'giraffe'"):
         explanation.heatmap("giraffe")
+    for place in ((5, 5), (-1, 3), (0, 10_000)):
+        with pytest.raises(ValueError, match="expected \\(start, end\\) around words"):
+            explanation.heatmap(place)
     with pytest.raises(ValueError, match="expected tokens of"):
         explanation.heatmap(explanation.words[0].text, tokens="fine")
     with pytest.raises(ValueError, match="around a patch's centre"):
@@ -129,12 +177,18 @@ def test_an_empty_caption_has_no_words(model: FineLIP) -> None:
     assert "0" in str(empty)
 
 
-def test_the_retriever_explains_what_it_finds(tmp_path: object) -> None:
-    from pathlib import Path
+def test_a_phrase_is_grown_to_whole_words(explanation: Explanation) -> None:
+    word = max(explanation.words, key=lambda word: len(word.text))
+    assert explanation.tokens_of((word.start + 1, word.end - 1)) == (word.first, word.last)
+    assert explanation.tokens_of(word.text[1:-1].upper()) == explanation.tokens_of(word.text[1:-1])
 
-    path = Path(str(tmp_path)) / "scene.png"
+
+def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:
+    path = tmp_path / "scene.png"
     SCENE.draw().save(path)
     retriever = finelip_fast.Retriever(engine="torch")
     retriever.add_images([path], progress=False)
     hit = retriever.search(SCENE.caption, k=1)[0]
     assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # float16 in the index
+    with pytest.raises(ValueError, match="expected a hit whose id is a picture's path, got 'image-0'"):
+        retriever.explain(replace(hit, id="image-0"), SCENE.caption)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import finelip_fast
 from finelip_fast.cli import main
 from finelip_fast.datasets import Scenes
-from finelip_fast.explain import Explanation, explain
+from finelip_fast.explain import MAPS, Explanation, explain
+from finelip_fast.model import FineLIP
 
 SCENE = Scenes("val", image_size=128)[1]
 
@@ -32,22 +36,38 @@ def test_the_page_holds_every_word_and_nothing_from_elsewhere(explanation: Expla
     assert f"{explanation.score:.4f}" in text
 
 
-def test_the_pages_maps_are_the_explanations(explanation: Explanation) -> None:
+@pytest.mark.parametrize("kind", MAPS)
+def test_the_pages_maps_are_the_explanations(explanation: Explanation, kind: str) -> None:
     found = re.search(r"const data = (\{.*?\}), view", explanation.to_html())
     assert found
-    data = json.loads(found[1])
+    data = json.loads(found[1])[kind]
     word = explanation.words[5]
     levels = torch.tensor(list(bytes.fromhex(data["maps"][5])))
-    heat = explanation.map_of_tokens(word.first, word.last, tokens="raw")
-    assert levels.argmax() == heat.argmax()
-    assert (levels.min(), levels.max()) == (0, 255)
+    heat = explanation.map_of_tokens(word.first, word.last, tokens=kind)
+    assert levels[heat.argmax()] == 255
+    assert levels[heat.argmin()] == 0
     assert len(data["words"]) == explanation.side**2
     assert all(len(bytes.fromhex(row)) == len(explanation.words) for row in data["words"])
+
+
+def test_a_long_caption_on_a_fine_grid_stays_small() -> None:
+    """As ViT-B/16 at 224 pixels and a caption that fills the context."""
+    config = replace(finelip_fast.load().config, image_size=224)
+    noise = Image.effect_noise((224, 224), 100).convert("RGB")
+    explanation = explain(FineLIP(config).eval(), noise, "red " * 300)
+    assert (explanation.side, len(explanation.words)) == (14, 254)
+    assert len(explanation.to_html()) < 1_000_000
+
+
+def test_a_page_without_words_opens() -> None:
+    text = explain(finelip_fast.load(), SCENE.draw(), "").to_html()
+    assert "data-word=" not in text
 
 
 def test_an_overlay_is_lit_where_the_phrase_is(explanation: Explanation) -> None:
     phrase = SCENE.parts[0].text
     figure = explanation.overlay(phrase)
+    assert figure.get_suptitle().rstrip("…") == phrase[:77]
     picture, lit = (axis.images[0].get_array() for axis in figure.axes[:2])
     light = torch.tensor(lit.sum(-1) / (picture.sum(-1) + 1e-6))
     row, column = divmod(int(light.argmax()), light.shape[1])
@@ -63,7 +83,9 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     phrase = SCENE.parts[0].text
     command = ["explain", str(path), SCENE.caption, "--out", str(tmp_path / "why.html")]
     assert main([*command, "--phrase", phrase, "--overlay", str(tmp_path / "lit.png")]) == 0
-    assert "words that add most" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "words that add most" in told.out
+    assert told.err.splitlines()[-2:] == [str(tmp_path / "lit.png"), str(tmp_path / "why.html")]
     assert (tmp_path / "why.html").exists()
     assert (tmp_path / "lit.png").exists()
     assert main([*command, "--json"]) == 0
@@ -71,3 +93,13 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     assert len(told["words"]) == len(SCENE.caption.split())
     assert main([*command, "--phrase", phrase]) == 2
     assert "--phrase and --overlay together" in capsys.readouterr().err
+    assert main([*command, "--tokens", "fine"]) == 2
+    assert "expected --tokens of" in capsys.readouterr().err
+
+
+def test_without_matplotlib_overlays_say_what_to_install(
+    explanation: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(finelip_fast.FineLIPError, match=r"pip install 'finelip-fast\[plots\]'"):
+        explanation.overlay(SCENE.parts[0].text)
