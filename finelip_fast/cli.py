@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import FineLIPError, KernelError
+from finelip_fast._eval_commands import EVAL_COMMANDS
+from finelip_fast._eval_commands import add_commands as add_eval
 from finelip_fast._explain_command import add_command as add_explain
 from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
 from finelip_fast._study_command import add_command as add_study
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return ablation(arguments[2:])
     parser = _parser()
-    if " ".join(arguments[:2]) in (*INDEX_COMMANDS, "eval compare"):
+    if " ".join(arguments[:2]) in (*INDEX_COMMANDS, *EVAL_COMMANDS):
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], Any] = options.command
@@ -105,32 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_explain(add, model)
 
-    evaluate = add(
-        "eval",
-        _evaluate,
-        "Recall, ranks and their intervals on pairs of pictures and captions, both directions.",
-        model,
-    )
-    evaluate.add_argument(
-        "data",
-        help="scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE, sharegpt4v:FILE, or a folder as published: urban1k:ROOT, "
-        "docci:ROOT:SPLIT, dci:ROOT:SPLIT, coco:ROOT, flickr30k:ROOT:SPLIT",
-    )
-    evaluate.add_argument("--root", help="folder that relative picture paths start from")
-    evaluate.add_argument("--context", type=int, nargs="+", default=[], help="cut captions at these lengths in tokens")
-    evaluate.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
-    evaluate.add_argument(
-        "--alpha-sweep",
-        metavar="DATA",
-        help="choose the weight on these pairs, which must be others than the measured ones",
-    )
-    evaluate.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the result with all ranks, for finelip eval compare"
-    )
-
-    comparison = add("eval compare", _compare, "Results of finelip eval --out side by side, the first as the baseline.")
-    comparison.add_argument("files", nargs="+", metavar="FILE", help="two or more, of the same pairs")
-    comparison.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    add_eval(add, model)
 
     add_study(add, model)
 
@@ -231,34 +208,6 @@ def _retriever(options: argparse.Namespace) -> Any:
         alpha=getattr(options, "alpha", None),
         dtype=getattr(options, "dtype", None),
     )
-
-
-def _evaluate(options: argparse.Namespace) -> Any:
-    from finelip_fast.datasets import open_dataset
-    from finelip_fast.engines import open_engine
-    from finelip_fast.evaluation import evaluate
-
-    engine = open_engine(options.engine, options.checkpoint, options.device, precision=options.precision)
-    pairs, validation = (
-        data and open_dataset(data, image_size=engine.config.image_size, root=options.root)
-        for data in (options.data, options.alpha_sweep)
-    )
-    result = evaluate(
-        engine, pairs, contexts=options.context, alpha=options.alpha, validation=validation, progress=not options.quiet
-    )
-    if options.out:
-        told = {**result.to_dict(), "data": options.data}
-        partial = options.out.with_name(options.out.name + ".partial")
-        partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        partial.replace(options.out)
-    return result
-
-
-def _compare(options: argparse.Namespace) -> Any:
-    from finelip_fast.evaluation import compare
-
-    comparison = compare(options.files)
-    return comparison.table.markdown() if options.markdown and not options.json else comparison
 
 
 def _convert(options: argparse.Namespace) -> Any:

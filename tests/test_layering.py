@@ -23,7 +23,7 @@ LAYERS = [
     {"explain"},  # of the model alone; the retriever offers it
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
-    {"cli", "_explain_command", "_index_commands", "_study_command"},
+    {"cli", "_eval_commands", "_explain_command", "_index_commands", "_study_command"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BESIDE = {"training", "export"}  # may import up to the model modules; only the command line may import them

@@ -8,10 +8,17 @@ from typing import Any, NamedTuple, Protocol
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
-from finelip_fast.datasets.published import read_coco, read_dci, read_docci, read_flickr30k, read_urban1k
+from finelip_fast.datasets.published import (
+    read_coco,
+    read_dci,
+    read_docci,
+    read_flickr30k,
+    read_long_dci,
+    read_urban1k,
+)
 from finelip_fast.datasets.scenes import Scene, Scenes
 
-_WHOLE = {"urban1k": read_urban1k, "coco": read_coco}
+_WHOLE = {"urban1k": read_urban1k, "coco": read_coco, "long-dci": read_long_dci}
 _IN_SPLITS = {"docci": read_docci, "dci": read_dci, "flickr30k": read_flickr30k}
 
 
@@ -47,7 +54,10 @@ class Example(NamedTuple):
 
 
 class PairDataset(Protocol):
-    """A map-style dataset of pairs."""
+    """A map-style dataset of pairs.
+
+    One whose pictures take time to make may offer ``without_image(index)`` too, the pair with None as its picture.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
@@ -65,6 +75,11 @@ class SceneExamples:
     def __getitem__(self, index: int, /) -> Example:
         scene = self.scenes[index]
         return Example(scene.draw(), scene.caption, scene.id, tuple(self._regions(scene)))
+
+    def without_image(self, index: int, /) -> Example:
+        """The pair with None as its picture: nothing is drawn."""
+        scene = self.scenes[index]
+        return Example(None, scene.caption, scene.id, tuple(self._regions(scene)))
 
     def _regions(self, scene: Scene) -> Iterator[Region]:
         if self.scenes.variant == "clean":  # phrases are known by their place in the clean caption
@@ -92,7 +107,8 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
         spec: ``"scenes:SPLIT"`` or ``"scenes:SPLIT:SIZE"`` or ``"scenes:SPLIT:SIZE:VARIANT"``, ``"jsonl:FILE"`` (one object
             a line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON), or a folder as published:
             ``"urban1k:ROOT"``, ``"docci:ROOT"`` or ``"docci:ROOT:SPLIT"`` (test unless told otherwise), ``"dci:ROOT"`` (all)
-            or ``"dci:ROOT:SPLIT"``, ``"coco:ROOT"`` (val2017), ``"flickr30k:ROOT"`` or ``"flickr30k:ROOT:SPLIT"`` (test).
+            or ``"dci:ROOT:SPLIT"``, ``"long-dci:ROOT"``, ``"coco:ROOT"`` (val2017), ``"flickr30k:ROOT"`` or
+            ``"flickr30k:ROOT:SPLIT"`` (test).
         image_size: Side of drawn scenes, in pixels.
         root: Folder that relative picture paths start from; None: the file's own folder. Of a published folder: ROOT where
             the name leaves it empty, as in ``"urban1k"`` and ``"docci::train"``.
@@ -126,5 +142,5 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
             return FileExamples(_IN_SPLITS[kind](Path(place), split or None))
     raise InputError(
         "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, or a published folder as urban1k:ROOT, coco:ROOT, "
-        f"docci:ROOT:SPLIT, dci:ROOT:SPLIT or flickr30k:ROOT:SPLIT, got {spec!r}"
+        f"docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT or flickr30k:ROOT:SPLIT, got {spec!r}"
     )

@@ -7,6 +7,8 @@ Captions lose the white space around them. Every reader raises InputError for wh
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping
@@ -23,6 +25,10 @@ Kind = TypeVar("Kind")
 URBAN1K = "Urban1k is published at https://huggingface.co/datasets/BeichenZhang/Urban1k"
 DOCCI = "DOCCI is published at https://google.github.io/docci/"
 DCI = "DCI is published at https://github.com/facebookresearch/DCI"
+LONG_DCI = (
+    "Long-DCI's dci_long.csv is published at https://huggingface.co/datasets/mderakhshani/Long-DCI, "
+    "its pictures are DCI's, https://github.com/facebookresearch/DCI"
+)
 COCO = "COCO is published at https://cocodataset.org/#download"
 FLICKR30K = (
     "Flickr30k's pictures are published at https://shannon.cs.illinois.edu/DenotationGraph/, "
@@ -96,6 +102,42 @@ def read_dci(root: Path, split: str | None = None) -> Pairs:
         short, extra = (_field(record, name, str, path).strip() for name in ("short_caption", "extra_caption"))
         pairs.append((photos / _field(record, "image", str, path), f"{short} {extra}".strip()))
     return _present(sorted(pairs) if split is None else pairs, DCI)
+
+
+def read_long_dci(root: Path) -> Pairs:
+    """Long-DCI of TULIP (arXiv 2410.10034): ``dci_long.csv``, one caption a picture, with DCI's pictures.
+
+    The file has the columns ``filepath``, a picture's name, and ``title``, its caption (DCI's ``extra_caption``), parted by
+    tabs, or by commas. Pictures are in ``photos``, as DCI has them, in ``images``, or beside the file.
+
+    Args:
+        root: The folder that holds the file.
+
+    Raises:
+        InputError: A missing file or picture, a file of other columns, a row that lacks one.
+    """
+    path = root / "dci_long.csv"
+    text = _text(path, LONG_DCI).removeprefix("\ufeff")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
+    columns = rows.fieldnames or []
+    if not {"filepath", "title"} <= set(columns):
+        raise InputError(
+            f"{path}: expected the columns 'filepath' and 'title', found {', '.join(columns) or 'none'}. {LONG_DCI}"
+        )
+    folder = next((one for one in (root / "photos", root / "images") if one.is_dir()), root)
+    pairs: Pairs = []
+    try:
+        for row in rows:
+            if not row["filepath"] or row["title"] is None:
+                raise InputError(
+                    f"{path}, line {rows.line_num}: expected a picture's name and a caption, got {row!r:.80}"
+                )
+            pairs.append((folder / row["filepath"], row["title"].strip()))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {rows.line_num}: expected rows of a picture's name and a caption: {error}"
+        ) from None
+    return _present(pairs, LONG_DCI)
 
 
 def read_coco(root: Path) -> Pairs:

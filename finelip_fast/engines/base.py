@@ -33,6 +33,7 @@ class Engine(ABC):
         fingerprint: Identifies the checkpoint; an index refuses another one.
         source: What the checkpoint was opened as; empty for the bundled one, absolute for a path.
         device: Where embeddings come out.
+        precision: Of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
         description: Runtime, device and precision in a few words.
         reason: Why this engine and not another.
     """
@@ -44,6 +45,7 @@ class Engine(ABC):
     fingerprint: str
     source: str
     device: torch.device
+    precision: str
     description: str
     reason: str
 

@@ -50,6 +50,7 @@ class ExportedEngine(Engine):
         manifest = export.manifest
         export.check(self.fingerprint, rebuild_command(checkpoint, self.name, manifest.precision), **expected)
         self.export, self.device, self.reason = export, device, reason
+        self.precision = manifest.precision
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels, self.config)

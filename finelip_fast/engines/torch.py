@@ -38,6 +38,7 @@ class TorchEngine(Engine):
         self._identify(model, checkpoint)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.model = model.to(self.device, dtype).eval()
+        self.precision = "fp16" if dtype == torch.float16 else "fp32"
         self.description = f"{self.device}, {str(dtype).removeprefix('torch.')}"
         self.reason = reason
 

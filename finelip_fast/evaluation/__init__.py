@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finelip_fast.evaluation.compare import Comparison, compare
-from finelip_fast.evaluation.result import Evaluation, Row, read_evaluation
-from finelip_fast.evaluation.run import evaluate
+from finelip_fast.evaluation.measure import evaluate
+from finelip_fast.evaluation.result import Evaluation, Row, Sweep, read_evaluation
 
-__all__ = ["Comparison", "Evaluation", "Row", "compare", "evaluate", "read_evaluation"]
+__all__ = ["Comparison", "Evaluation", "Row", "Sweep", "compare", "evaluate", "read_evaluation"]

@@ -137,4 +137,4 @@ def embed_in_parts(
 
 
 def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(rows.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()

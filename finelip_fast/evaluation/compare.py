@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 
 from finelip_fast._errors import InputError
-from finelip_fast.metrics import mcnemar
-from finelip_fast.records import Table
+from finelip_fast.evaluation.result import WAYS, Evaluation, Row, read_evaluation
+from finelip_fast.metrics import bootstrap_interval, mcnemar
 
-_ABOUT = ("checkpoint", "engine", "context", "score")
+_NAMES = ("recall@1", "recall@5", "recall@10", "mrr")
+_HEADS = ("R@1", "R@5", "R@10", "MRR")
 
 
 @dataclass(frozen=True)
@@ -22,37 +22,53 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        rows: One for each run, context and score. ``i2t_p`` and ``t2i_p``: how probable so great a difference of recall@1 from
-            the first run would be if both were equally good (McNemar's exact test); None in the first run's rows.
+        data: What the pairs are called.
+        rows: One for each run, context and score: ``run``, ``checkpoint``, ``engine``, ``precision``, ``context``, ``score``,
+            ``alpha``, and of each direction recall@1, @5, @10 and mrr, as ``i2t_recall@1``. ``against``: the baseline's
+            context that the row was tested against; None in the baseline's own rows, and where the baseline lacks the score.
+            ``i2t_difference``: of recall@1 from the baseline, and ``i2t_interval`` around it, ``(low, high)``, a paired
+            bootstrap of 95 % that draws pictures with all their captions. ``i2t_p``: how probable so great a difference would
+            be if both were equally good (McNemar's exact test). ``t2i_p`` is None where pictures have several captions: these
+            are found and missed together, and the test would claim too much; the interval does not.
     """
 
+    data: str
     rows: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"rows": self.rows}
-
-    @property
-    def table(self) -> Table:
-        """For people: shares in %."""
-        shown = []
-        for row in self.rows:
-            told: dict[str, Any] = {name: row[name] for name in ("run", *_ABOUT)}
-            for way in ("i2t", "t2i"):
-                told |= {f"{way} R@{k}": f"{100 * row[f'{way}_recall@{k}']:.1f}" for k in (1, 5, 10)}
-                told[f"{way} p"] = "" if row[f"{way}_p"] is None else f"{row[f'{way}_p']:.2g}"
-            shown.append(told)
-        return Table("Comparison", shown)
+        return {"data": self.data, "rows": self.rows}
 
     def __str__(self) -> str:
-        return str(self.table)
+        return "\n\n".join(_aligned(lines) for lines in self._tables(short=True))
+
+    def markdown(self) -> str:
+        """Two tables: the runs, and their differences from the first."""
+        tables = self._tables(short=False)
+        return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in _ruled(lines)) for lines in tables)
+
+    def _tables(self, *, short: bool) -> list[list[list[str]]]:
+        """Heads and rows of texts; recall in %."""
+        metrics = [f"{way} {head}" if head == "R@1" or not short else head for way in WAYS for head in _HEADS]
+        runs = [["run", "checkpoint", "engine", "context", "score", *metrics]]
+        tests = [
+            ["run", "context", "score", "against", *(f"{way} R@1 {what}" for way in WAYS for what in ("[95 %]", "p"))]
+        ]
+        for row in self.rows:
+            name = Path(row["checkpoint"]).name[-24:] if short else row["checkpoint"]
+            about = [row["run"], name, f"{row['engine']} {row['precision']}", str(row["context"]), row["score"]]
+            runs.append([*about, *(f"{100 * row[f'{way}_{metric}']:.1f}" for way in WAYS for metric in _NAMES)])
+            if row["against"] is not None:
+                told = [text for way in WAYS for text in _told(row, way)]
+                tests.append([row["run"], str(row["context"]), row["score"], f"context {row['against']}", *told])
+        return [runs, tests] if len(tests) > 1 else [runs]
 
 
 def compare(files: Sequence[str | Path]) -> Comparison:
     """Compare what ``finelip eval --out FILE`` wrote, with the first file as the baseline.
 
-    Each row of a later run is compared with the first run's row of the same context and score, or with its only row of that
-    score.
+    Each row of a later run is tested against the first run's row of the same score: that of the same context, or of the
+    longest.
 
     Args:
         files: At least two, of the same pairs.
@@ -62,39 +78,78 @@ def compare(files: Sequence[str | Path]) -> Comparison:
     """
     if len(files) < 2:
         raise InputError(f"expected at least two results of finelip eval --out, got {len(files)}")
-    runs = [_read(Path(file)) for file in files]
+    runs = [read_evaluation(file) for file in files]
     baseline = runs[0]
+    stems = [Path(file).stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
     rows = []
-    for file, run in zip(files, runs, strict=True):
-        if run["pairs_fingerprint"] != baseline["pairs_fingerprint"]:
+    for file, name, run in zip(files, names, runs, strict=True):
+        if run.pairs_fingerprint != baseline.pairs_fingerprint:
             raise InputError(
-                f"{file} is of other pairs ({run['data']}, {run['pairs']}) than {files[0]} ({baseline['data']}, "
-                f"{baseline['pairs']}): evaluate both on the same data"
+                f"{file} is of other pairs than {files[0]}, {_described(run)} and {_described(baseline)}: "
+                f"{_differs(run, baseline)}; evaluate both on the same data"
             )
-        for row in run["rows"]:
-            other = None if run is baseline else _counterpart(baseline["rows"], row)
-            about = {"run": Path(file).stem, **{name: row.get(name, run.get(name)) for name in _ABOUT}}
-            metrics = {name: value for name, value in row.items() if isinstance(value, float)}
-            tests = {f"{way}_p": None if other is None else _p_value(other, row, way) for way in ("i2t", "t2i")}
-            rows.append(about | metrics | tests)
-    return Comparison(rows)
+        for row in run.rows:
+            other = None if run is baseline else _counterpart(baseline.rows, row)
+            about = {"run": name, **{key: getattr(run, key) for key in ("checkpoint", "engine", "precision", "alpha")}}
+            metrics = {f"{way}_{metric}": row.metrics[f"{way}_{metric}"] for way in WAYS for metric in _NAMES}
+            tests = {"against": other and other.context, **_tests(other, row, run.picture_of)}
+            rows.append(about | {"context": row.context, "score": row.score} | metrics | tests)
+    return Comparison(baseline.data, rows)
 
 
-def _p_value(a: dict[str, Any], b: dict[str, Any], way: str) -> float:
-    return mcnemar(*(torch.tensor(row[f"{way}_ranks"]) <= 1 for row in (a, b)))
+def _tests(baseline: Row | None, row: Row, picture_of: list[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        if baseline is None:
+            found |= {f"{way}_{name}": None for name in ("difference", "interval", "p")}
+            continue
+        before, after = (torch.tensor(one.ranks[way]) <= 1 for one in (baseline, row))
+        differences = after.double() - before.double()
+        shared = way == "t2i" and len(set(picture_of)) < len(picture_of)
+        groups = torch.tensor(picture_of) if shared else None
+        found[f"{way}_difference"] = differences.mean().item()
+        found[f"{way}_interval"] = bootstrap_interval(differences, groups=groups)
+        found[f"{way}_p"] = None if shared else mcnemar(before, after)
+    return found
 
 
-def _counterpart(rows: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    same = [one for one in rows if one["score"] == row["score"]]
-    exact = [one for one in same if one["context"] == row["context"]]
-    return exact[0] if exact else same[0] if len(same) == 1 else None
+def _counterpart(rows: list[Row], row: Row) -> Row | None:
+    same = {one.context: one for one in rows if one.score == row.score}
+    return same.get(row.context) or (same[max(same)] if same else None)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["rows"][0]["i2t_ranks"] and found["pairs_fingerprint"]:
-            return dict(found)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path} is no result of finelip eval --out ({error!r}); make one") from None
-    raise InputError(f"{path} is no result of finelip eval --out; make one")
+def _described(run: Evaluation) -> str:
+    return f"{run.data or 'data without a name'} ({run.pictures} pictures, {run.pairs} captions)"
+
+
+def _differs(run: Evaluation, baseline: Evaluation) -> str:
+    for name in ("pictures", "pairs", "picture_of"):
+        if getattr(run, name) != getattr(baseline, name):
+            return {"pictures": "the numbers of pictures differ", "pairs": "the numbers of captions differ"}.get(
+                name, "captions belong to other pictures"
+            )
+    return "captions, names of pictures or their order differ"
+
+
+def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
+    low, high = row[f"{way}_interval"]
+    p = row[f"{way}_p"]
+    return (
+        f"{100 * row[f'{way}_difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+        "-" if p is None else f"{p:.2g}",
+    )
+
+
+def _ruled(lines: list[list[str]]) -> list[list[str]]:
+    return [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Columns of texts to the left, of numbers to the right."""
+    columns = []
+    for column in zip(*lines, strict=True):
+        width = max(map(len, column))
+        number = all(text[:1] in "+-" or text[:1].isdigit() for text in column[1:])
+        columns.append([text.rjust(width) if number else text.ljust(width) for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

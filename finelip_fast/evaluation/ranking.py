@@ -27,16 +27,16 @@ class Rows(Protocol):
     def __getitem__(self, which: slice | Tensor, /) -> Tensor: ...
 
 
-def ranks_by_tiles(
+def tiled_ranks(
     images: Rows,
     texts: Rows,
     picture_of: Tensor,
     alphas: Sequence[float],
     *,
     device: torch.device | None = None,
-    block: int = 1024,
+    tile: int = 1024,
     progress: bool = False,
-) -> dict[float, tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """What :func:`finelip_fast.metrics.pair_ranks` gives for the matrix of scores, for several weights in one pass.
 
     Scores of two parts are found once for each tile, the global cosine and ``fine``; those of each weight are
@@ -49,12 +49,12 @@ def ranks_by_tiles(
         picture_of: int64 ``[C]``, the number of the picture that each caption describes; each picture has one.
         alphas: Weights of the global cosine.
         device: Where to score; None: where the embeddings are.
-        block: Pictures and captions of a tile.
+        tile: Pictures and captions of a tile.
         progress: Show a progress bar.
 
     Returns:
         For each weight ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, on the CPU. Memory beside the embeddings: two
-        blocks of them, ``block * block`` scores and a few numbers for each item and weight.
+        blocks of them, ``tile * tile`` scores and a few numbers for each item and weight.
 
     Raises:
         InputError: Nothing to rank, another shape of ``picture_of``, or a picture without a caption.
@@ -74,14 +74,14 @@ def ranks_by_tiles(
         best = torch.full((pictures,), -torch.inf, device=device).scatter_reduce(0, owners, own, "amax")
         to_beat.append((best - TOLERANCE, own - TOLERANCE))
         counts.append((torch.ones(pictures, dtype=torch.int64, device=device), torch.ones_like(owners)))
-    tiles = -(-pictures // block) * -(-captions // block)
+    tiles = -(-pictures // tile) * -(-captions // tile)
     with tqdm(total=tiles, unit="tile", desc="ranks", disable=not progress, mininterval=0.5) as bar, torch.no_grad():
-        for top in range(0, pictures, block):
-            some_images = images[top : top + block].to(device)
+        for top in range(0, pictures, tile):
+            some_images = images[top : top + tile].to(device)
             rows = slice(top, top + len(some_images))
             numbers = torch.arange(rows.start, rows.stop, device=device)[:, None]
-            for left in range(0, captions, block):
-                columns = slice(left, min(left + block, captions))
+            for left in range(0, captions, tile):
+                columns = slice(left, min(left + tile, captions))
                 global_scores, fine = _both_scores(some_images, texts[columns].to(device))
                 wrong = owners[columns] != numbers
                 for alpha, (best, own), (i2t, t2i) in zip(alphas, to_beat, counts, strict=True):
@@ -90,20 +90,16 @@ def ranks_by_tiles(
                     i2t[rows] += (wrong & ~(scores < best[rows, None])).sum(dim=1)
                     t2i[columns] += (wrong & ~(scores < own[columns])).sum(dim=0)
                 bar.update()
-    return {alpha: (i2t.cpu(), t2i.cpu()) for alpha, (i2t, t2i) in zip(alphas, counts, strict=True)}
+    return [(i2t.cpu(), t2i.cpu()) for i2t, t2i in counts]
 
 
-def _own_scores(
-    images: Rows, texts: Rows, picture_of: Tensor, device: torch.device | None
-) -> tuple[Tensor, Tensor]:
+def _own_scores(images: Rows, texts: Rows, picture_of: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """The global cosine and ``fine`` of each caption with its own picture, ``[C]`` each."""
     found = []
     for owners, first in zip(picture_of.split(_OWN), range(0, len(picture_of), _OWN), strict=True):
         numbers, row_of = owners.unique(return_inverse=True)
         some_texts = texts[first : first + len(owners)]
-        both = _both_scores(
-            images[numbers].to(device or some_texts.device), some_texts.to(device or some_texts.device)
-        )
+        both = _both_scores(images[numbers].to(device or some_texts.device), some_texts.to(device or some_texts.device))
         column = torch.arange(len(owners))
         found.append([scores[row_of.to(scores.device), column.to(scores.device)] for scores in both])
     own_global, own_fine = zip(*found, strict=True)

@@ -44,7 +44,10 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
     if not len(pairs):
         raise InputError("expected at least one pair to evaluate, got none")
     look = getattr(pairs, "without_image", pairs.__getitem__)
-    captions, picture_of, first, found = [], [], [], []
+    captions: list[str] = []
+    picture_of: list[int] = []
+    first: list[int] = []
+    found: list[tuple[int, int] | None] = []
     numbers: dict[str, int] = {}
     for index in range(len(pairs)):
         example = look(index)

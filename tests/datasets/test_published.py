@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 
@@ -10,7 +11,14 @@ from PIL import Image
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets import Example, open_dataset
-from finelip_fast.datasets.published import read_coco, read_dci, read_docci, read_flickr30k, read_urban1k
+from finelip_fast.datasets.published import (
+    read_coco,
+    read_dci,
+    read_docci,
+    read_flickr30k,
+    read_long_dci,
+    read_urban1k,
+)
 
 NAMES = ("1", "10", "2", "a b", "é")  # as they sort; not as numbers do
 
@@ -69,6 +77,14 @@ def make_dci(root, splits=True):
         )
     if splits:
         write_json(root / "splits.json", {"train": ["z.json"], "valid": [], "test": ["x.json", "y.json"]})
+    return root
+
+
+def make_long_dci(root, folder="photos", delimiter="\t"):
+    write_pictures(root / folder, ["sa_1.jpg", "sa_2.jpg"])
+    with (root / "dci_long.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        rows.writerows([["filepath", "title"], ["sa_2.jpg", 'A "house",\ton\ntwo lines. '], ["sa_1.jpg", "A street."]])
     return root
 
 
@@ -146,6 +162,31 @@ def test_dci_without_splits_gives_everything(tmp_path):
     assert len(read_dci(make_dci(tmp_path, splits=False))) == 3
 
 
+@pytest.mark.parametrize("folder", ["photos", "images", ""])
+@pytest.mark.parametrize("delimiter", ["\t", ","])
+def test_long_dci_in_the_order_of_the_file(tmp_path, folder, delimiter):
+    root = make_long_dci(tmp_path, folder, delimiter)
+    assert read_long_dci(root) == [
+        (root / folder / "sa_2.jpg", 'A "house",\ton\ntwo lines.'),
+        (root / folder / "sa_1.jpg", "A street."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("image,caption\na.jpg,A.\n", r"expected the columns 'filepath' and 'title', found image, caption. Long-DCI"),
+        ("", "found none"),
+        ("filepath,title\nsa_1.jpg,A.\nsa_2.jpg\n", "line 3: expected a picture's name and a caption"),
+        (f"filepath,title\nsa_1.jpg,{'A' * 200_000}\n", "line 1: expected rows of .*limit"),
+    ],
+)
+def test_long_dci_of_another_layout(tmp_path, content, reason):
+    (make_long_dci(tmp_path) / "dci_long.csv").write_text(content)
+    with pytest.raises(InputError, match=rf"dci_long\.csv.*{reason}"):
+        read_long_dci(tmp_path)
+
+
 def test_coco_gives_the_first_five_captions_of_each_picture(tmp_path):
     pairs = read_coco(make_coco(tmp_path))
     told = {key: [a["caption"].strip() for a in coco()["annotations"] if a["image_id"] == key] for key in (7, 3)}
@@ -177,6 +218,7 @@ HOMES = {
     read_urban1k: "https://huggingface.co/datasets/BeichenZhang/Urban1k",
     read_docci: "https://google.github.io/docci/",
     read_dci: "https://github.com/facebookresearch/DCI",
+    read_long_dci: "https://huggingface.co/datasets/mderakhshani/Long-DCI",
     read_coco: "https://cocodataset.org/#download",
     read_flickr30k: "https://shannon.cs.illinois.edu/DenotationGraph/",
 }
@@ -193,6 +235,8 @@ HOMES = {
         (read_dci, make_dci, "annotations", "expected a folder {}, found none"),
         (read_dci, make_dci, "photos", "expected a folder {}, found none"),
         (read_dci, make_dci, "photos/sa_2.jpg", "1 of 3 pictures are missing, first {}"),
+        (read_long_dci, make_long_dci, "dci_long.csv", "cannot read {}: No such file"),
+        (read_long_dci, make_long_dci, "photos/sa_1.jpg", "1 of 2 pictures are missing, first {}"),
         (read_coco, make_coco, "val2017", "expected a folder {}, found none"),
         (read_coco, make_coco, "annotations/captions_val2017.json", "cannot read {}: No such file"),
         (read_coco, make_coco, "val2017/000000000003.jpg", "1 of 2 pictures are missing, first {}"),
@@ -340,6 +384,7 @@ def test_flickr30k_names_the_line_of_the_token_file(tmp_path, bad):
     [
         ("urban1k", make_urban1k, "", read_urban1k),
         ("coco", make_coco, "", read_coco),
+        ("long-dci", make_long_dci, "", read_long_dci),
         ("docci", make_docci, "", read_docci),
         ("docci", make_docci, ":train", lambda root: read_docci(root, "train")),
         ("dci", make_dci, "", read_dci),

@@ -7,18 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from finelip_fast._errors import InputError
 from finelip_fast.cli import main
-from finelip_fast.evaluation import compare
+from finelip_fast.evaluation import Evaluation, Row, compare
+
+SHARED = [0] * 5 + [1] * 5  # ten captions of two pictures
 
 
-def result(path: Path, ranks: list[int], *, pairs: str = "same", context: int = 256, engine: str = "torch") -> Path:
-    row: dict[str, Any] = {"context": context, "score": "combined", "intervals": {}}
-    for way in ("i2t", "t2i"):
-        row[f"{way}_ranks"] = ranks
-        row |= {f"{way}_recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
-    told = {"checkpoint": "ours", "engine": engine, "pairs_fingerprint": pairs, "pairs": len(ranks), "data": pairs}
-    path.write_text(json.dumps({**told, "rows": [row]}))
+def result(
+    path: Path,
+    ranks: list[int],
+    *,
+    i2t: list[int] | None = None,
+    picture_of: list[int] | None = None,
+    contexts: tuple[int, ...] = (256,),
+    **changes: Any,
+) -> Path:
+    """An evaluation with these ranks of captions, and of pictures where there are fewer of them."""
+    owners = picture_of or list(range(len(ranks)))
+    found = {"i2t": torch.tensor(i2t or ranks), "t2i": torch.tensor(ranks)}
+    about = {
+        "data": "some",
+        "checkpoint": "models/ours",
+        "checkpoint_fingerprint": "f",
+        "engine": "torch",
+        "precision": "fp32",
+        "device": "cpu",
+        "version": "0",
+        "pairs_fingerprint": "same",
+    }
+    Evaluation(
+        **(about | changes),
+        pictures=len(found["i2t"]),
+        pairs=len(ranks),
+        picture_of=owners,
+        alpha=0.8,
+        sweep=None,
+        rows=[Row.of(context, "combined", found, torch.tensor(owners)) for context in contexts],
+        image_seconds=1.0,
+        text_seconds=1.0,
+    ).save(path)
     return path
 
 
@@ -26,21 +56,57 @@ def test_a_difference_is_tested_query_by_query(tmp_path: Path) -> None:
     a = result(tmp_path / "a.json", [1] * 10 + [2] * 10)
     b = result(tmp_path / "b.json", [1] * 20, engine="onnx")
     first, second = compare([a, b]).rows
-    assert (first["run"], first["i2t_p"], second["run"], second["engine"]) == ("a", None, "b", "onnx")
-    assert second["i2t_p"] == pytest.approx(2 / 2**10)  # ten to none
-    assert second["t2i_recall@1"] == 1.0
+    assert (first["run"], first["against"], first["i2t_p"], first["t2i_interval"]) == ("a", None, None, None)
+    assert (second["run"], second["engine"], second["against"], second["t2i_recall@1"]) == ("b", "onnx", 256, 1.0)
+    assert second["i2t_p"] == second["t2i_p"] == pytest.approx(2 / 2**10)  # ten to none
+    assert second["i2t_difference"] == 0.5
+    assert second["i2t_interval"] == pytest.approx((0.28, 0.72), abs=0.05)
+    assert compare([b, a]).rows[1]["i2t_difference"] == -0.5
+
+
+def test_captions_of_one_picture_are_no_evidence_of_their_own(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", [2] * 10, i2t=[1, 2], picture_of=SHARED)
+    b = result(tmp_path / "b.json", [1] * 5 + [2] * 5, i2t=[1, 1], picture_of=SHARED)
+    row = compare([a, b]).rows[1]
+    assert row["t2i_p"] is None
+    assert row["t2i_difference"] == 0.5
+    assert row["t2i_interval"] == (0.0, 1.0)  # by picture; ten captions alone would give about 0.2 to 0.8
+    assert row["i2t_p"] == 1.0
+
+
+def test_the_row_of_the_same_context_is_the_baseline_or_that_of_the_longest(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", [1, 2], contexts=(77, 128, 248))
+    b = result(tmp_path / "b.json", [1, 1], contexts=(77, 256))
+    assert [row["against"] for row in compare([a, b]).rows] == [None, None, None, 77, 248]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    files = [result(tmp_path / name / "result.json", [1, 2]) for name in "ab"]
+    assert [row["run"] for row in compare(files).rows] == [str(file) for file in files]
 
 
 def test_the_command_prints_three_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(result(tmp_path / f"{name}.json", ranks)) for name, ranks in (("a", [1, 2]), ("b", [1, 1]))]
     assert main(["eval", "compare", *files]) == 0
-    assert "i2t R@1" in capsys.readouterr().out
-    assert main(["eval", "compare", *files, "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("|---|")
-    assert lines[2].startswith("|a|ours|torch|256|combined|50.0|")
-    assert main(["eval", "compare", *files, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][1]["t2i_p"] == 1.0
+    assert lines[1].split() == [
+        *("a", "ours", "torch", "fp32", "256", "combined"),
+        *("50.0", "100.0", "100.0", "75.0") * 2,
+    ]
+    assert lines[-1].split()[:6] == ["b", "256", "combined", "context", "256", "+50.0"]
+    assert max(map(len, lines)) <= 120
+    assert main(["eval", "compare", *files, "--format", "markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("| --- |")
+    assert lines[2].startswith("| a | models/ours | torch fp32 | 256 | combined | 50.0 |")
+    assert {line.count("|") for line in lines[:4]} == {14}
+    for form in (["--format", "json"], ["--json"], ["--json", "--format", "markdown"]):
+        assert main(["eval", "compare", *files, *form]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["data"] == "some"
+        assert told["rows"][1]["t2i_p"] == 1.0
 
 
 def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,20 +114,50 @@ def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: p
     short, long = str(tmp_path / "short.json"), str(tmp_path / "long.json")
     assert main([*command, "--context", "77", "--out", short]) == 0
     assert main([*command, "--alpha-sweep", "scenes:val:8", "--out", long]) == 0
+    assert "validation pairs scenes:val:8" in capsys.readouterr().out
     assert main(["eval", "compare", short, long]) == 0
     told = capsys.readouterr().out
     assert "long" in told
     assert "bundled" in told
 
 
+def test_a_place_to_write_to_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path, tmp_path / "missing" / "result.json"):
+        assert main(["eval", "scenes:test:8", "--checkpoint", "missing", "--out", str(out)]) == 2
+        assert "expected --out to be a file in a folder that is there" in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, other = result(tmp_path / "a.json", [1]), result(tmp_path / "b.json", [1], pairs="other")
+    a, other = result(tmp_path / "a.json", [1]), result(tmp_path / "b.json", [1, 1], pairs_fingerprint="other")
     (tmp_path / "c.json").write_text("{}")
     for files, message in (
-        ([a, other], "of other pairs"),
+        ([a, other], "some (2 pictures, 2 captions) and some (1 pictures, 1 captions): the numbers of pictures differ"),
         ([a], "at least two"),
-        ([a, tmp_path / "c.json"], "is no result of finelip eval"),
-        ([a, tmp_path / "none.json"], "is no result of finelip eval"),
+        ([a, tmp_path / "c.json"], "expected a result of finelip eval"),
+        ([a, tmp_path / "none.json"], "cannot read"),
     ):
         assert main(["eval", "compare", *map(str, files)]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("picture_of", "message"),
+    [
+        ([0, 1, 1], "captions belong to other pictures"),
+        ([0, 0, 1], "captions, names of pictures or their order differ"),
+    ],
+)
+def test_what_differs_is_said(tmp_path: Path, picture_of: list[int], message: str) -> None:
+    a = result(tmp_path / "a.json", [1, 1, 1], i2t=[1, 1], picture_of=[0, 0, 1])
+    b = result(tmp_path / "b.json", [1, 1, 1], i2t=[1, 1], picture_of=picture_of, pairs_fingerprint="other")
+    with pytest.raises(InputError, match=message):
+        compare([a, b])
+
+
+def test_a_result_with_ranks_cut_off_is_refused(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", [1, 2])
+    found = json.loads(a.read_text())
+    found["rows"][0]["t2i_ranks"].pop()
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"b\.json.*ranks of .* queries"):
+        compare([a, tmp_path / "b.json"])

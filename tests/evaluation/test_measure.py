@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast._errors import ImageError, InputError
+from finelip_fast._errors import ImageError, InputError, StoreError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example, open_dataset
 from finelip_fast.engines import Engine, open_engine
-from finelip_fast.evaluation import evaluate
+from finelip_fast.evaluation import Sweep, evaluate, read_evaluation
+from finelip_fast.evaluation.survey import survey
 from finelip_fast.metrics import ranks, recall
 
 CONFIG = FineLIPConfig.preset("scenes", context_length=64)
@@ -28,8 +29,7 @@ class Table(Engine):
     """An engine whose pictures and captions are numbers of rows in two tables; remembers the contexts asked for."""
 
     name, config, alpha = "table", CONFIG, 0.8
-
-    name, source, description = "table", "", "in memory"
+    source, fingerprint, precision, preprocess, device = "", "a table", "fp32", None, torch.device("cpu")
 
     def __init__(self, images: Tensor, texts: Tensor) -> None:
         self.images, self.texts, self.contexts, self.batches = images, texts, [], []
@@ -173,11 +173,51 @@ def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
     assert set(row["intervals"]) == {f"{way}_{name}" for way in ("i2t", "t2i") for name in (*KS, "mrr")}
     assert len(values["rows"]) == 6
     lines = str(report).splitlines()
-    heads = [part for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "MRR") for part in (way, name)]
-    assert lines[0].split()[:18] == ["context", "score", *heads]
-    assert lines[1].split()[:10] == ["20", "global", *["1.000"] * 8]
-    assert max(map(len, lines)) <= 150
+    heads = [[way, "R@1", "[95", "%]", "R@5", "R@10", "MRR", "median"] for way in ("i2t", "t2i")]
+    assert lines[0].split() == ["context", "score", *heads[0], *heads[1]]
+    assert lines[1].split() == ["20", "global", *["1.000", "[1.000,", "1.000]", "1.000", "1.000", "1.000", "1"] * 2]
+    assert max(map(len, lines)) <= 120
     assert len(lines) == 7
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[[0, 0, 1, 2, 2], None])
+    given = [Example(owner, str(n), f"folder/{owner}.jpg") for n, owner in enumerate((0, 0, 1, 2, 2))]
+    report = evaluate(engine, given, validation=pairs(3), data="three", validation_data="more", progress=False)
+    report.save(tmp_path / "result.json")
+    assert read_evaluation(tmp_path / "result.json") == report
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (report.data, report.picture_of, report.checkpoint) == ("three", [0, 0, 1, 2, 2], "bundled")
+    assert (report.engine, report.precision, report.device) == ("table", "fp32", "cpu")
+    assert report.version == finelip_fast.__version__
+    with pytest.raises(StoreError, match="cannot write"):
+        report.save(tmp_path / "missing" / "result.json")
+
+
+def test_the_same_data_in_another_folder_has_the_same_fingerprint() -> None:
+    def fingerprint(*given: tuple[str, str]) -> str:
+        return survey([Example(None, caption, name) for name, caption in given]).fingerprint
+
+    same = fingerprint(("here/1.jpg", "one"), ("here/2.jpg", "two"))
+    assert fingerprint(("there/1.jpg", "one"), ("there/2.jpg", "two")) == same
+    others = [
+        (("here/1.jpg", "one"), ("here/3.jpg", "two")),
+        (("here/1.jpg", "one"), ("here/2.jpg", "too")),
+        (("here/1.jpg", "one"), ("here/1.jpg", "two")),
+        (("here/2.jpg", "two"), ("here/1.jpg", "one")),
+        (("here/1.jpg", "one"),),
+    ]
+    assert len({same, *(fingerprint(*other) for other in others)}) == 6
+
+
+def test_scenes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer to draw than to look through."""
+    scenes, drawn = open_dataset("scenes:val:3", image_size=32), []
+    monkeypatch.setattr(type(scenes), "__getitem__", lambda self, index: drawn.append(index))
+    known = survey(scenes)
+    assert (known.picture_of, known.first, drawn) == ([0, 1, 2], [0, 1, 2], [])
+    monkeypatch.undo()
+    assert known.captions == [scenes[n].caption for n in range(3)]
 
 
 # On a model -----------------------------------------------------------------------------------------------------------
@@ -219,13 +259,25 @@ def test_alpha_is_chosen_on_other_pairs() -> None:
     engine = Table(torch.stack([own.roll(1, 0), own, own], dim=1), torch.stack([own, own, own], dim=1))
     other = [Example(n, str(n), f"other-{n}") for n in reversed(range(6))]
     report = evaluate(engine, pairs(6), validation=other, progress=False)
-    assert report.sweep[0.0] == 1.0
-    assert report.sweep[1.0] == 0.0
-    assert len(report.sweep) == 21
-    assert report.sweep[report.alpha] == 1.0
+    tried = {one["alpha"]: one for one in report.to_dict()["sweep"]["tried"]}
+    assert list(tried) == pytest.approx([step / 20 for step in range(21)])
+    assert tried[0.0] == {
+        "alpha": 0.0,
+        **{f"{way}_{name}": 1.0 for way in ("i2t", "t2i") for name in ("recall@1", "mrr")},
+    }
+    assert tried[1.0]["i2t_recall@1"] == tried[1.0]["t2i_recall@1"] == 0.0
+    assert tried[report.alpha]["i2t_recall@1"] == 1.0
     combined = next(row for row in report.rows if row.score == "combined")
     assert combined.metrics["i2t_recall@1"] == 1.0
-    assert f"alpha {report.alpha:g} was the best of 21" in str(report)
+    assert f"alpha {report.alpha:g}: best of 21 on 6 validation pairs" in str(report)
+
+
+def test_of_equal_recall_the_better_reciprocal_rank_decides() -> None:
+    tried = [
+        {"alpha": alpha, "i2t_recall@1": recall, "t2i_recall@1": 0.5, "i2t_mrr": mrr, "t2i_mrr": 0.5}
+        for alpha, recall, mrr in ((0.0, 0.5, 0.6), (0.5, 0.5, 0.7), (0.6, 0.5, 0.7), (1.0, 0.4, 0.9))
+    ]
+    assert Sweep("", "", 4, 64, tried).best == 0.5
 
 
 def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:
@@ -234,3 +286,4 @@ def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:
         evaluate(engine, pairs(3), validation=pairs(3), progress=False)
     with pytest.raises(InputError, match="got both"):
         evaluate(engine, pairs(3), validation=pairs(2), alpha=0.5, progress=False)
+    assert engine.batches == []

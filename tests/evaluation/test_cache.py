@@ -1,0 +1,225 @@
+"""Embeddings that outlive a run: what is missing is encoded, what is damaged too, and what changed is not mistaken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from finelip_fast._errors import StoreError
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.datasets import Example
+from finelip_fast.engines import Engine
+from finelip_fast.evaluation import Evaluation, cache, evaluate
+from finelip_fast.evaluation.cache import StoredRows
+
+CONFIG = FineLIPConfig.preset("scenes", context_length=64)
+COUNT = 11
+
+
+class Counting(Engine):
+    """Embeds numbers and texts at random but always alike; counts them, and breaks down after so many."""
+
+    name, config, alpha, source, fingerprint = "counting", CONFIG, 0.8, "", "weights"
+    precision, preprocess, device = "fp32", None, torch.device("cpu")
+
+    def __init__(self, breaks_after: int | None = None) -> None:
+        self.images, self.texts, self.left = 0, 0, breaks_after
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    encode_text = encode_image
+
+    def embed_images(self, images: Sequence[Any], *, batch_size: int = 64) -> Tensor:
+        self._spend(len(images))
+        self.images += len(images)
+        return self._rows([Path(str(image)).stem for image in images], noise=0.3)
+
+    def embed_texts(self, texts: Sequence[str], *, context_length: int | None = None, **_: Any) -> Tensor:
+        self._spend(len(texts))
+        self.texts += len(texts)
+        return self._rows([text.split()[-1] for text in texts])
+
+    def _spend(self, count: int) -> None:
+        if self.left is not None:
+            self.left -= count
+            if self.left < 0:
+                raise RuntimeError("killed")
+
+    def _rows(self, names: list[str], noise: float = 0.0) -> Tensor:
+        rows = []
+        for name in names:
+            generator = torch.Generator().manual_seed(int(name))
+            row = torch.randn(3, 8, generator=generator)
+            rows.append(row + noise * torch.randn(3, 8, generator=generator))
+        return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PART", 4)
+
+
+def pairs() -> list[Example]:
+    """Eleven pictures, the first of which has a second caption."""
+    return [*(Example(n, f"caption {n}", f"picture {n}") for n in range(COUNT)), Example(0, "again 0", "picture 0")]
+
+
+def run(engine: Engine, given: list[Example] | None = None, **options: Any) -> Evaluation:
+    return evaluate(engine, given or pairs(), batch_size=2, progress=False, **options)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_the_cache_changes_nothing_and_saves_everything(tmp_path: Path) -> None:
+    expected = run(Counting()).rows
+    first, second = Counting(), Counting()
+    assert run(first, cache=tmp_path).rows == expected
+    assert run(second, cache=tmp_path).rows == expected
+    assert (first.images, first.texts, second.images, second.texts) == (COUNT, COUNT + 1, 0, 0)
+    assert len(files(tmp_path)) == 6  # three parts each of pictures and captions
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files(tmp_path))  # nothing left over
+
+
+def test_without_a_cache_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Counting())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("breaks_after", "images", "texts"),
+    [
+        (3, 11, 12),  # in the first part: all of it is lost
+        (5, 7, 12),  # in the second
+        (10, 3, 12),
+        (15, 0, 8),  # all pictures, and the first part of captions
+        (22, 0, 4),
+    ],
+)
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, breaks_after: int, images: int, texts: int) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Counting(breaks_after), cache=tmp_path)
+    again = Counting()
+    assert run(again, cache=tmp_path).rows == run(Counting()).rows
+    assert (again.images, again.texts) == (images, texts)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes(content)
+
+
+def lost(path: Path) -> None:
+    path.unlink()
+
+
+def another(path: Path) -> None:
+    """Whole in itself, and of another set."""
+    other = next(one for one in files(path.parent.parent) if one.parent != path.parent)
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, flipped, lost, another])
+def test_damaged_parts_are_encoded_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    expected = run(Counting(), cache=tmp_path).rows
+    damage(files(tmp_path)[0])
+    again = Counting()
+    assert run(again, cache=tmp_path).rows == expected
+    assert again.images + again.texts == 4
+    mended = Counting()
+    run(mended, cache=tmp_path)
+    assert mended.images + mended.texts == 0
+
+
+def test_a_part_of_another_length_is_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(Counting(), cache=tmp_path).rows
+    monkeypatch.setattr(cache, "PART", 5)
+    again = Counting()
+    assert run(again, cache=tmp_path).rows == expected
+    assert (again.images, again.texts) == (COUNT, COUNT + 1)
+
+
+def renamed(examples: list[Example]) -> list[Example]:
+    return [one._replace(image_id=f"new {one.image_id}") for one in examples]
+
+
+def retold(examples: list[Example]) -> list[Example]:
+    return [examples[0]._replace(caption="told anew 0"), *examples[1:]]
+
+
+@pytest.mark.parametrize(("change", "images", "texts"), [(renamed, COUNT, 0), (retold, 0, COUNT + 1)])
+def test_other_data_is_not_mistaken(tmp_path: Path, change: Callable, images: int, texts: int) -> None:
+    run(Counting(), cache=tmp_path)
+    again = Counting()
+    run(again, change(pairs()), cache=tmp_path)
+    assert (again.images, again.texts) == (images, texts)
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "x"}, {"name": "x"}, {"precision": "fp16"}, {"preprocess": "x"}])
+def test_other_encoders_are_not_mistaken(tmp_path: Path, change: dict[str, Any]) -> None:
+    run(Counting(), cache=tmp_path)
+    again = Counting()
+    vars(again).update(change)
+    run(again, cache=tmp_path)
+    assert again.images == COUNT
+    assert again.texts == (0 if "preprocess" in change else COUNT + 1)
+
+
+def test_each_context_has_its_own_captions_and_all_share_the_pictures(tmp_path: Path) -> None:
+    engine = Counting()
+    run(engine, contexts=[20], cache=tmp_path)
+    run(engine, contexts=[20, 64], cache=tmp_path)
+    assert (engine.images, engine.texts) == (COUNT, 2 * (COUNT + 1))
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    pictures = [tmp_path / f"{n}.png" for n in range(3)]
+    for picture in pictures:
+        picture.write_bytes(b"one")
+    given = [Example(picture, picture.stem, str(picture)) for picture in pictures]
+    engine = Counting()
+    for count in (3, 3):
+        run(engine, given, cache=tmp_path / "cache")
+        assert engine.images == count
+    pictures[1].write_bytes(b"other")
+    run(engine, given, cache=tmp_path / "cache")
+    assert (engine.images, engine.texts) == (6, 3)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"cannot make the cache .*file"):
+        run(Counting(), cache=tmp_path / "file")
+
+
+def test_rows_come_alike_from_memory_and_from_files(tmp_path: Path) -> None:
+    run(Counting(), cache=tmp_path)
+    folder = max({path.parent for path in files(tmp_path)}, key=lambda one: len(files(one)))
+    paths = files(folder)
+    tensors = []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            tensors.append(file.get_tensor("rows"))
+    whole = torch.cat(tensors)
+    for rows in (StoredRows(list(paths), len(whole), 4), StoredRows(list(tensors), len(whole), 4)):
+        assert len(rows) == len(whole)
+        for which in (slice(0, 3), slice(3, 9), slice(4, 8), slice(8, 99), torch.tensor([9, 0, 5, 5])):
+            assert torch.equal(rows[which], whole[which])
