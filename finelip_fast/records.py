@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 
 from finelip_fast._errors import InputError
+
+# A folder with what is in it, at the start of a word or after the colon or equals sign of an option: /home/me/photos
+_ABSOLUTE = re.compile(r"""(?<![^\s:='"])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'"]+[/\\])*([^\s/\\:'"]+)[/\\]?""")
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
@@ -100,7 +104,8 @@ class Record:
 
         Args:
             folder: Made where it is missing.
-            command: What a reader types to repeat it.
+            command: What a reader types to repeat it. Of absolute paths, here and in the settings, only the last part is
+                written.
 
         Returns:
             The files.
@@ -111,10 +116,12 @@ class Record:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
-        source = {"command": command, **_commit(), "machine": _machine(), "versions": _versions()}
+        source = {"command": _named(command), **_commit(), "machine": _machine(), "versions": _versions()}
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
-        data.write_text(json.dumps({**source, **self.to_dict()}, indent=2) + "\n", encoding="utf-8")
+        settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
+        values = {**source, **self.to_dict(), "settings": settings}
+        data.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         page.write_text(self._page(source, pictures), encoding="utf-8")
         return [data, page, *pictures]
 
@@ -131,6 +138,11 @@ class Record:
             *(f"![{plot.y} by {plot.x or plot.name}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
         ]  # fmt: skip
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _named(text: str) -> str:
+    """A command or a setting without the folders of this machine."""
+    return _ABSOLUTE.sub(r"\1", text)
 
 
 def _told(value: Any) -> str:

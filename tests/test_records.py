@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def test_a_record_is_saved_with_where_it_comes_from(tmp_path: Path) -> None:
     assert str(Path.home()) not in page + written[0].read_text()
     for path in written[2:]:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    settings = {"data": f"urban1k:{tmp_path}/urban1k", "init": "open_clip:ViT-B-16/openai"}
+    record = dataclasses.replace(RECORD, settings=settings, plots=())
+    command = f"finelip study x --checkpoint {tmp_path}/model/ --data={tmp_path}/a.jsonl --out bench/results s3://a/b"
+    data, page = record.save(tmp_path, command=command)
+    assert str(tmp_path) not in data.read_text() + page.read_text()
+    stored = json.loads(data.read_text())
+    assert stored["command"] == "finelip study x --checkpoint model --data=a.jsonl --out bench/results s3://a/b"
+    assert stored["settings"] == {"data": "urban1k:urban1k", "init": "open_clip:ViT-B-16/openai"}
 
 
 def test_a_record_prints_its_tables() -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from random import Random
 
+from finelip_fast._errors import InputError
 from finelip_fast.engines import Engine
 from finelip_fast.records import Plot, Record, Table
 from finelip_fast.studies.setting import Setting, text_to_image
@@ -21,18 +22,19 @@ def sentences(caption: str) -> list[str]:
 
 
 def typos(caption: str, random: Random) -> str:
-    """Two neighbouring letters change places in a tenth of the words."""
+    """Two neighbouring letters, unlike and not the first, change places in a tenth of the words of over three letters."""
     words = caption.split(" ")
-    for at in range(len(words)):
-        if len(words[at]) > 3 and random.random() < _TYPOS:
-            cut = random.randrange(len(words[at]) - 2)
-            words[at] = words[at][:cut] + words[at][cut + 1] + words[at][cut] + words[at][cut + 2 :]
+    for at, word in enumerate(words):
+        unlike = [cut for cut in range(1, len(word) - 1) if word[cut] != word[cut + 1]]
+        if len(word) > 3 and unlike and random.random() < _TYPOS:
+            cut = random.choice(unlike)
+            words[at] = word[:cut] + word[cut + 1] + word[cut] + word[cut + 2 :]
     return " ".join(words)
 
 
 def plain(caption: str, _: Random) -> str:
-    """Lower case, no punctuation."""
-    return re.sub(r"[^\w\s]", "", caption.lower())
+    """Lower case, and blanks in place of punctuation: "two-storey" stays two words."""
+    return " ".join(re.sub(r"[^\w\s]|_", " ", caption.lower()).split())
 
 
 def dropped(caption: str, random: Random) -> str:
@@ -67,12 +69,21 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 }
 
 
-def irrelevant(captions: list[str], at: int, count: int, random: Random) -> str:
-    """A caption with ``count`` sentences of other captions among its own."""
+def irrelevant(captions: list[str], owners: list[int], at: int, count: int, random: Random) -> str:
+    """A caption with ``count`` sentences of other pictures' captions among its own; ``owners`` are the captions' pictures.
+
+    Raises:
+        InputError: There is no other picture.
+    """
+    if len(set(owners)) < 2:
+        raise InputError(
+            "expected pairs of at least 2 pictures, whose sentences are mixed, got 1; give --data with more"
+        )
     said = sentences(captions[at])
     for _ in range(count):
-        other = captions[(at + random.randrange(1, len(captions))) % len(captions)] if len(captions) > 1 else ""
-        said.insert(random.randrange(len(said) + 1), random.choice(sentences(other)))
+        while owners[other := random.randrange(len(captions))] == owners[at]:
+            pass
+        said.insert(random.randrange(len(said) + 1), random.choice(sentences(captions[other])))
     return " ".join(said)
 
 
@@ -83,10 +94,11 @@ def noise(engine: Engine, setting: Setting) -> Record:
         name: [change(caption, Random(f"{name}/{at}")) for at, caption in enumerate(pairs.captions)]
         for name, change in NOISES.items()
     }
+    owners = pairs.owners.tolist()
     for count in (1, 2, 4):
         name = f"{count} of other captions added"
         spoilt[name] = [
-            irrelevant(pairs.captions, at, count, Random(f"{name}/{at}")) for at in range(len(pairs.captions))
+            irrelevant(pairs.captions, owners, at, count, Random(f"{name}/{at}")) for at in range(len(pairs.captions))
         ]
     rows, measured = [], []
     for name, captions in spoilt.items():
@@ -96,17 +108,19 @@ def noise(engine: Engine, setting: Setting) -> Record:
         measured.append(found)
         rows.append({"captions": name, "cut at the context": cut, **found.row()})
     names = list(spoilt)
-    losses = {
-        name: measured[0].recall("combined") - one.recall("combined") for name, one in zip(names, measured, strict=True)
-    }
+    losses = {name: measured[0].recall() - one.recall() for name, one in zip(names, measured, strict=True)}
     worst = max(losses, key=lambda name: losses[name])
     least = min(names[1:], key=lambda name: losses[name])
-    gains = [one.recall("fine") - one.recall("global") for one in measured]
     finding = (
-        f"Combined recall@1 (mean of both directions) is {measured[0].recall('combined'):.1f} % with clean captions. It loses "
-        f"most with {worst} ({losses[worst]:.1f} points), least with {least} ({losses[least]:.1f}). Late interaction alone is "
-        f"ahead of the global cosine alone by {min(gains):.1f} to {max(gains):.1f} points."
+        f"{measured[0].main.capitalize()} recall@1 (mean of both directions) is {measured[0].recall():.1f} % with clean "
+        f"captions. It loses most with {worst} ({losses[worst]:.1f} points), least with {least} ({losses[least]:.1f})."
     )
+    if measured[0].main == "combined":
+        gains = [one.recall("fine") - one.recall("global") for one in measured]
+        finding += (
+            " Late interaction alone less the global cosine alone is "
+            f"{min(gains):+.1f} to {max(gains):+.1f} points over the rows."
+        )
     plots = (Plot("recall", "", "text to image, recall@1 (%)", text_to_image(names, measured)),)
-    about = {"data": setting.data, "engine": engine.name, "pairs": len(pairs.captions), "alpha": engine.alpha}
+    about = setting.about(engine, pairs=len(pairs.captions))
     return Record("noise", "What spoilt descriptions lose", (Table("Recall", rows),), plots, about, finding)

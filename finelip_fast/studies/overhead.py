@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from finelip_fast.checkpoint import load
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.kernels import clim_scores
 from finelip_fast.records import Plot, Record, Series, Table
-from finelip_fast.studies.setting import Setting, median_ms, peak_memory
+from finelip_fast.studies.setting import Setting, median_ms, medians_ms, peak_memory
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 _BATCH = 64
@@ -54,12 +55,14 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         ("CLIP + ATRM", towers + aggregators, model.encode_image, model.encode_text, own),
     ]
     rows: list[dict[str, Any]] = []
+    runs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]] = []
     with torch.inference_mode():
         for name, parameters, encode_image, encode_text, context in stages:
             rows.append(
                 {"model": name, "tokens": context, "engine": "torch fp32", "parameters (M)": round(parameters / 1e6, 3)}
-                | _times(encode_image, encode_text, pixels, ids(context))
+                | _memory(encode_image, encode_text, pixels, ids(context))
             )
+            runs.append((encode_image, encode_text, ids(context)))
     for name, precision in _EXPORTED:
         try:
             other = open_engine(name, engine.source or None, engine.device, precision=precision)
@@ -68,8 +71,12 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         rows.append(
             {"model": "CLIP + ATRM", "tokens": own, "engine": f"{name} {precision}"}
             | {"parameters (M)": round((towers + aggregators) / 1e6, 3)}
-            | _times(other.encode_image, other.encode_text, pixels, ids(own))
+            | _memory(other.encode_image, other.encode_text, pixels, ids(own))
         )
+        runs.append((other.encode_image, other.encode_text, ids(own)))
+    with torch.inference_mode():
+        for row, times in zip(rows, _times(runs, pixels), strict=True):
+            row |= times
 
     scores = [_score(model.device, count, model.config.tokens, model.config.embed_dim) for count in (1_000, 10_000)]
     labels = [f"{row['model']}, {row['tokens']} tokens, {row['engine']}" for row in rows]
@@ -84,15 +91,15 @@ def overhead(engine: Engine, setting: Setting) -> Record:
             ),
         ),
     )
-    captions, pictures = ([row[f"{kind}/s"] for row in rows] for kind in ("captions", "pictures"))
+    text, image = ([row[f"{kind}/s"] for row in rows] for kind in ("captions", "pictures"))
     finding = (
-        f"ATRM adds {100 * aggregators / towers:.2f} % of parameters and takes encoding from {captions[1]:.0f} to "
-        f"{captions[2]:.0f} captions a second, from {pictures[1]:.0f} to {pictures[2]:.0f} pictures; reading {own} tokens in "
-        f"place of {_CLIP_CONTEXT} takes CLIP from {captions[0]:.0f} to {captions[1]:.0f} captions. One caption against "
+        f"ATRM adds {100 * aggregators / towers:.2f} % of parameters and takes encoding from {text[1]:.0f} to "
+        f"{text[2]:.0f} captions a second, from {image[1]:.0f} to {image[2]:.0f} pictures; reading {own} tokens in "
+        f"place of {_CLIP_CONTEXT} takes CLIP from {text[0]:.0f} to {text[1]:.0f} captions. One caption against "
         f"10,000 pictures takes {scores[1]['CLIM (ms)']:.1f} ms by CLIM, {scores[1]['global (ms)']:.2f} ms by the cosine."
     )
     tables = (Table("Encoding", rows), Table("Scores of one caption", scores))
-    about = {"data": setting.data, "batch": _BATCH, "alpha": engine.alpha}
+    about = setting.about(engine, batch=len(captions))
     return Record("overhead", "What FineLIP adds to CLIP", tables, plots, about, finding)
 
 
@@ -100,19 +107,32 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _times(
+def _memory(
     encode_image: Callable[[Tensor], Tensor], encode_text: Callable[[Tensor], Tensor], pixels: Tensor, ids: Tensor
-) -> dict[str, Any]:
+) -> dict[str, float]:
+    encode_image(pixels[:1])
+    encode_text(ids[:1])
     with peak_memory() as memory:
         encode_image(pixels)
         encode_text(ids)
-    return {
-        "1 picture (ms)": median_ms(lambda: encode_image(pixels[:1])),
-        "1 caption (ms)": median_ms(lambda: encode_text(ids[:1])),
-        "pictures/s": 1e3 * len(pixels) / median_ms(lambda: encode_image(pixels), 5),
-        "captions/s": 1e3 * len(ids) / median_ms(lambda: encode_text(ids), 5),
-        "memory of a batch (MiB)": memory[0],
-    }
+    return {"memory of a batch (MiB)": round(memory[0], 1)}
+
+
+def _times(
+    runs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]], pixels: Tensor
+) -> list[dict[str, float]]:
+    """Of encoders of pictures and of captions with their ids, all in turns."""
+    images = [partial(encode, pixels) for encode, _, _ in runs]
+    texts = [partial(encode, ids) for _, encode, ids in runs]
+    image = medians_ms([partial(encode, pixels[:1]) for encode, _, _ in runs])
+    text = medians_ms([partial(encode, ids[:1]) for _, encode, ids in runs])
+    return [
+        {"1 picture (ms)": one_image, "1 caption (ms)": one_text}
+        | {"pictures/s": 1e3 * len(pixels) / all_images, "captions/s": 1e3 * len(pixels) / all_texts}
+        for one_image, one_text, all_images, all_texts in zip(
+            image, text, medians_ms(images, 9), medians_ms(texts, 9), strict=True
+        )
+    ]
 
 
 def _score(device: torch.device, pictures: int, tokens: int, width: int) -> dict[str, Any]:

@@ -48,4 +48,4 @@ def pointing(engine: Engine, setting: Setting) -> Record:
         )
     )
     plots = (Plot("hits", "", "peaks inside the box (%)", tuple(series)),)
-    return Record("pointing", "Where phrases are found", (Table("Hits", rows),), plots, {"data": setting.data}, finding)
+    return Record("pointing", "Where phrases are found", (Table("Hits", rows),), plots, setting.about(engine), finding)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,11 @@ class Setting:
             raise InputError(f"expected pairs to study, got none from {data or self.data}")
         return pairs
 
+    def about(self, engine: Engine, **more: Any) -> dict[str, Any]:
+        """Settings for a record: which data, which weights."""
+        checkpoint = {"checkpoint": Path(engine.source).name or "bundled", "fingerprint": engine.fingerprint[:12]}
+        return {"data": self.data, **checkpoint, "engine": engine.name, "alpha": engine.alpha, **more}
+
     def embed(self, engine: Engine, data: str | None = None) -> Pairs:
         """The pairs' captions, and their pictures embedded."""
         pairs = self.open(engine, data)
@@ -77,10 +84,14 @@ class Pairs:
     images: Tensor
 
     def measure(self, texts: Tensor, alpha: float) -> Measured:
-        """Ranks of the captions' embeddings ``[C, L, D]`` and the pictures, by each score."""
+        """Ranks of the captions' embeddings ``[C, L, D]`` and the pictures, by each score.
+
+        With ``alpha`` of 1 by the global cosine alone: the aggregators of such a checkpoint are untrained.
+        """
+        weights = {"global": 1.0} if alpha == 1 else dict(zip(SCORES, (1.0, 0.0, alpha), strict=True))
         ranks = {
             name: pair_ranks(clim_scores(self.images, texts, alpha=weight).cpu(), self.owners)
-            for name, weight in zip(SCORES, (1.0, 0.0, alpha), strict=True)
+            for name, weight in weights.items()
         }
         return Measured(ranks, self.owners)
 
@@ -92,25 +103,30 @@ class Measured:
     ranks: dict[str, tuple[Tensor, Tensor]]
     owners: Tensor
 
+    @property
+    def main(self) -> str:
+        """The score that the checkpoint searches by."""
+        return list(self.ranks)[-1]
+
     def row(self) -> dict[str, float]:
-        """Recall in %: all cut-offs of the combined score, and rank 1 of the others."""
+        """Recall in %: all cut-offs of the main score, and rank 1 of the others."""
         row = {}
-        for score in reversed(SCORES):
+        for score in reversed(self.ranks):
             for way, ranks in zip(("i2t", "t2i"), self.ranks[score], strict=True):
                 values = summary(ranks)
-                for k in (1, 5, 10) if score == "combined" else (1,):
+                for k in (1, 5, 10) if score == self.main else (1,):
                     row[f"{score} {way} R@{k} (%)"] = round(100 * values[f"recall@{k}"], 1)
         return row
 
-    def recall(self, score: str) -> float:
-        """Mean recall@1 of both directions, in %."""
-        return 50 * sum(summary(ranks)["recall@1"] for ranks in self.ranks[score])
+    def recall(self, score: str | None = None) -> float:
+        """Mean recall@1 of both directions by a score, or by the main one, in %."""
+        return 50 * sum(summary(ranks)["recall@1"] for ranks in self.ranks[score or self.main])
 
 
 def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[Series, ...]:
     """Recall@1 of captions' searches in %, with intervals of 95 %, a series for each score."""
     series = []
-    for score in SCORES:
+    for score in measured[0].ranks:
         hits = [one.ranks[score][1] <= 1 for one in measured]
         bounds = [bootstrap_interval(own, groups=one.owners) for own, one in zip(hits, measured, strict=True)]
         series.append(
@@ -127,23 +143,29 @@ def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[S
 
 def median_ms(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
     """Median time of a call in milliseconds, the device's work included, after two to warm up."""
-    times = []
+    return medians_ms([run], repeats)[0]
+
+
+def medians_ms(runs: Sequence[Callable[[], Any]], repeats: int = _REPEATS) -> list[float]:
+    """:func:`median_ms` of several calls that are compared: timed in turns, so that none has a better minute to itself."""
+    times: list[list[float]] = [[] for _ in runs]
     for number in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if number >= 2:
-            times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+        for own, run in zip(times, runs, strict=True):
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= 2:
+                own.append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(own) for own in times]
 
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
     """MiB that a block needs at most beyond those in use before it: of the GPU where there is one, else of the process.
 
-    The list holds one number once the block has ended. A process is looked at every two milliseconds; what its allocator
-    had kept from before is not seen.
+    The list holds one number once the block has ended. A process is looked at every two milliseconds. Where the C library is
+    not glibc, memory that its allocator had kept from before is not seen.
     """
     found: list[float] = []
     if torch.cuda.is_available():
@@ -152,6 +174,7 @@ def peak_memory() -> Iterator[list[float]]:
         yield found
         found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
+    _give_back()
     before, most, done = _resident(), [_resident()], threading.Event()
 
     def look() -> None:
@@ -166,6 +189,12 @@ def peak_memory() -> Iterator[list[float]]:
         done.set()
         thread.join()
         found.append(max(0, max(most[0], _resident()) - before) / 2**20)
+
+
+def _give_back() -> None:
+    """Return to the system what glibc's allocator keeps, so that a block's use of it is seen."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident() -> int:

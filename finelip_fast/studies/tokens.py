@@ -23,7 +23,9 @@ _QUERIES = 50  # that are timed
 
 
 def most_matched(pairs: Pairs, texts: Tensor) -> Tensor:
-    """Rows of pictures' embeddings in order of use: row 0, then those that their own captions' rows chose most.
+    """Rows of embeddings in order of use: row 0, then those that won most often within matching pairs, on either side.
+
+    One order for both sides: trained aggregators pair up, and a row without its partner of the other side is of little use.
 
     Args:
         pairs: Pictures ``[P, L, D]``.
@@ -33,8 +35,9 @@ def most_matched(pairs: Pairs, texts: Tensor) -> Tensor:
         int64 ``[L]``.
     """
     images = pairs.images[pairs.owners.to(pairs.images.device)]
-    chosen = (texts.float() @ images.float().transpose(1, 2)).argmax(dim=2)
-    uses = torch.bincount(chosen.flatten().cpu(), minlength=images.shape[1])
+    cosines = texts.float() @ images.float().transpose(1, 2)
+    winners = torch.cat([cosines.argmax(dim=side).flatten().cpu() for side in (1, 2)])
+    uses = torch.bincount(winners, minlength=images.shape[1])
     uses[0] = int(uses.sum()) + 1
     return uses.argsort(descending=True, stable=True)
 
@@ -43,7 +46,7 @@ def tokens(engine: Engine, setting: Setting) -> Record:
     """Search the pictures with the captions, with fewer of the aggregated tokens than were trained, in each precision.
 
     Rows are left out of trained embeddings, not trained away: a model trained with fewer may do better. Those that stay are
-    the ones that captions of the validation pairs chose most often.
+    the ones that won most often in the validation pairs.
     """
     known = setting.embed(engine, setting.validation)
     order = most_matched(known, engine.embed_texts(known.captions))
@@ -83,12 +86,7 @@ def tokens(engine: Engine, setting: Setting) -> Record:
         f"int8 in place of float16 changes it by {small[trained] - half[trained]:+.1f} points. "
         "Rows were left out, not trained away."
     )
-    about = {
-        "data": setting.data,
-        "validation": setting.validation,
-        "engine": engine.name,
-        "pictures": len(pairs.images),
-    }
+    about = setting.about(engine, validation=setting.validation, pictures=len(pairs.images))
     plots = (Plot("recall", "aggregated tokens kept", "text to image, recall@1 (%)", tuple(series)),)
     return Record("tokens", "What aggregated tokens are worth", (Table("Search", rows),), plots, about, finding)
 

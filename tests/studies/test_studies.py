@@ -7,12 +7,15 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from finelip_fast._study_command import NAMES
 from finelip_fast.cli import main
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.studies import STUDIES, Setting
 from finelip_fast.studies.noise import NOISES, irrelevant, sentences
+from finelip_fast.studies.setting import Pairs, medians_ms, peak_memory
+from finelip_fast.studies.tokens import most_matched
 
 CAPTION = "A red house stands on the left. It has three floors. A dog sits there! Is it black? Yes."
 FEW = Setting("scenes:test:16", "scenes:val:8", progress=False)
@@ -66,13 +69,18 @@ def test_noises_do_what_they_say() -> None:
     assert len(sentences(spoilt["a quarter dropped"])) == 4
     assert len(sentences(spoilt["a quarter repeated"])) == 6
     assert sorted(sentences(spoilt["shuffled"])) == sorted(said)
-    assert spoilt["lower case, no punctuation"] == CAPTION.lower().translate(str.maketrans("", "", ".!?"))
+    assert spoilt["lower case, no punctuation"] == " ".join(
+        CAPTION.lower().translate(str.maketrans(".!?", "   ")).split()
+    )
+    assert NOISES["lower case, no punctuation"]("A two-storey house", Random(1)) == "a two storey house"
     mixed = NOISES["typos"]("elephants " * 100, Random(1)).split()
     assert 0 < sum(word != "elephants" for word in mixed) < 30
-    assert all(sorted(word) == sorted("elephants") for word in mixed)
-    more = irrelevant([CAPTION, "Nothing to see."], 0, 2, Random(1))
+    assert all(sorted(word) == sorted("elephants") and word[0] == "e" for word in mixed)
+    more = irrelevant([CAPTION, "Of the same picture.", "Nothing to see."], [0, 0, 1], 0, 2, Random(1))
     assert [sentence for sentence in sentences(more) if sentence != "Nothing to see."] == said
     assert len(sentences(more)) == 7
+    with pytest.raises(ValueError, match="pairs of at least 2 pictures"):
+        irrelevant([CAPTION, "Of the same picture."], [0, 0], 0, 1, Random(1))
     for change in NOISES.values():
         assert change("one", Random(1)) in ("one", "one one")
         assert isinstance(change("", Random(1)), str)
@@ -96,6 +104,37 @@ def test_overhead_counts_what_is_added(engine: Engine) -> None:
     assert clip77["parameters (M)"] < clip256["parameters (M)"] < atrm["parameters (M)"]
     assert clip256["parameters (M)"] - clip77["parameters (M)"] == pytest.approx(179 * 128 / 1e6, abs=1e-3)
     assert [row["pictures"] for row in record.tables[1].rows] == [1_000, 10_000]
+
+
+def test_untrained_aggregators_are_not_ranked_by(engine: Engine) -> None:
+    pairs = FEW.embed(engine)
+    found = pairs.measure(engine.embed_texts(pairs.captions), 1.0)
+    assert found.main == "global"
+    assert list(found.row()) == [f"global {way} R@{k} (%)" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+
+
+def test_rows_are_kept_in_order_of_wins_on_either_side() -> None:
+    """Each row of the caption chooses its own; row 2 of the picture, too, chooses row 3."""
+    images, texts = torch.eye(4)[None], torch.eye(4)[None].clone()
+    texts[0, 3] = torch.tensor([0.0, 0.0, 2.0, 3.0])
+    assert most_matched(Pairs([""], torch.tensor([0]), images), texts).tolist() == [0, 3, 1, 2]
+
+
+def test_what_is_compared_is_timed_in_turns() -> None:
+    asked: list[str] = []
+    medians_ms([lambda: asked.append("a"), lambda: asked.append("b")], 3)
+    assert asked == ["a", "b"] * 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_memory_is_seen_that_was_used_and_kept_before() -> None:
+    for _ in range(2):
+        with peak_memory() as found:
+            blocks = [torch.ones(1 << 12) for _ in range(4000)]
+            assert len(blocks) == 4000
+            del blocks
+        if not torch.cuda.is_available():
+            assert 30 < found[0] < 200  # 62 MiB in small blocks
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
