@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import ConfigError, FineLIPError
+from finelip_fast._weight_files import write_whole
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import pair_ranks, summary
@@ -193,9 +194,8 @@ def run_one(config: TrainConfig, variant: Variant, data: str) -> Measures:
     trainer = AblationTrainer(config, variant, choose_device(config))
     trainer.run(progress=False)  # the bar of all runs is the caller's
     measured = measure(trainer.model.eval(), data)
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(json.dumps({**asked, "measured": measured}, indent=2) + "\n", encoding="utf-8")
-    partial_file.replace(path)
+    text = json.dumps({**asked, "measured": measured}, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return measured
 
 
@@ -273,7 +273,7 @@ def record(results: dict[Variant, list[Measures]], settings: dict[str, Any]) -> 
 
 
 def _finding(results: dict[Variant, list[Measures]]) -> str:
-    """The best of each group, and where a part costs recall."""
+    """Each group in order of recall@1."""
     sentences = []
     for group, variants in GROUPS.items():
         recalls = {name: 100 - 100 * _error(results[own]) for name, own in variants.items() if own in results}
