@@ -28,14 +28,14 @@ _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equal keys, which are the columns; a column's name states its unit."""
+    """Rows of equal keys, which are the columns; a column's name states its unit. There may be none."""
 
     title: str
     rows: list[dict[str, Any]]
 
     def lines(self) -> Iterator[list[str]]:
-        """The head, then each row, as texts."""
-        yield list(self.rows[0])
+        """The head, then each row, as texts; nothing without rows."""
+        yield from (list(row) for row in self.rows[:1])
         yield from ([_told(value) for value in row.values()] for row in self.rows)
 
     def __str__(self) -> str:
@@ -46,8 +46,9 @@ class Table:
         )
 
     def markdown(self) -> str:
-        head, *rows = self.lines()
-        return "\n".join("|" + "|".join(line) + "|" for line in (head, ["---"] * len(head), *rows))
+        lines = [[cell.replace("|", r"\|") for cell in line] for line in self.lines()]
+        lines[1:1] = [["---"] * len(line) for line in lines[:1]]
+        return "\n".join("|" + "|".join(line) + "|" for line in lines)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
     n_queries, tokens, width = block.shape
     token_major = n_queries >= _BLOCK_QUERIES
     anchors = _anchors(block, scales).T
-    arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width)
+    # Of one row in many, such as row 0 of each, a reshape is a view, and oneDNN takes hundreds of times as long on it.
+    arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width).contiguous()
     if scales is not None:
         scales = (scales.T if token_major else scales).reshape(1, -1)
     return _Columns(arranged, scales, anchors, (n_queries, tokens), token_major, reused)

@@ -58,6 +58,11 @@ def test_a_record_prints_its_tables() -> None:
     assert str(RECORD).splitlines()[3:5] == ["name    value (%)", "a       12.35"]
 
 
+def test_a_table_may_have_bars_in_its_cells_and_no_rows() -> None:
+    assert Table("", [{"a|b": "c|d"}]).markdown() == "|a\\|b|\n|---|\n|c\\|d|"
+    assert str(Table("", [])) == Table("", []).markdown() == ""
+
+
 def test_plots_without_matplotlib_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'finelip-fast\[plots\]'"):
