@@ -25,7 +25,11 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
     study.formatter_class = argparse.RawDescriptionHelpFormatter
     study.epilog = "\n".join(f"{name:10}{question}" for name, question in NAMES.items())
     study.add_argument(
-        "name", choices=[name for name in NAMES if name != "ablation"], metavar="NAME", help=", ".join(NAMES)
+        "name",
+        nargs="?",
+        choices=[name for name in NAMES if name != "ablation"],
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}; without one, tell what each asks",
     )
     study.add_argument(
         "--data", help="pairs, as finelip eval takes them (default: scenes:test; beyond: scenes:very_long)"
@@ -33,17 +37,24 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
     study.add_argument("--validation", default="scenes:val:200", help="pairs to choose on (default: scenes:val:200)")
     study.add_argument("--root", help="folder that relative picture paths start from")
     study.add_argument("--out", default="studies", help="folder of the record (default: studies)")
+    study.add_argument(
+        "--build", action="store_true", help="overhead: first export the checkpoint to ONNX where that was not done"
+    )
 
 
 def _study(options: argparse.Namespace) -> Any:
+    if options.name is None:
+        return NAMES
     from finelip_fast.engines import open_engine
     from finelip_fast.studies import STUDIES, Setting
 
     study = STUDIES[options.name]
     engine = open_engine(options.engine, options.checkpoint, options.device, precision=options.precision)
-    setting = Setting(options.data or study.data, options.validation, options.root, progress=not options.quiet)
+    setting = Setting(
+        options.data or study.data, options.validation, options.root, progress=not options.quiet, build=options.build
+    )
     record = study.run(engine, setting)
-    written = record.save(options.out, command=f"finelip {shlex.join(sys.argv[1:])}")
+    written = record.save(options.out, command=shlex.join(["finelip", *options.arguments]))
     for path in written:
         print(path, file=sys.stderr)
     return record

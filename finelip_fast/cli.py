@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if " ".join(arguments[:2]) in (*INDEX_COMMANDS, *EVAL_COMMANDS):
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     options = parser.parse_args(arguments)
+    options.arguments = arguments
     command: Callable[[argparse.Namespace], Any] = options.command
     try:
         result = command(options)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from finelip_fast._errors import EngineError
+from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.checkpoint import load
+from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines import Engine, open_engine
+from finelip_fast.engines.onnx import OnnxEngine
 from finelip_fast.kernels import clim_scores
 from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.studies.setting import Setting, median_ms, medians_ms, peak_memory
@@ -19,13 +23,30 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 _BATCH = 64
 _CLIP_CONTEXT = 77
+_FINELIP = "CLIP + ATRM"
+_SIDES = ("image", "text")
 _EXPORTED = (("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("trt", "fp32"), ("trt", "fp16"), ("trt", "int8"))
+_BUILT = (("onnx", "fp32"), ("onnx", "int8"))
+
+Encoder = Callable[[Tensor], Tensor]
+
+
+class _Run(NamedTuple):
+    """A row of the table: a model on an engine, reading ids ``[B, T]``."""
+
+    model: str
+    engine: str
+    parameters: int
+    encode_image: Encoder
+    encode_text: Encoder
+    ids: Tensor
 
 
 def overhead(engine: Engine, setting: Setting) -> Record:
     """Plain CLIP at 77 tokens, at the whole context, with ATRM, and scores by CLIM, on every engine that is there.
 
-    CLIP is the same model's towers with the pictures' and captions' global features alone.
+    CLIP is the same model's towers with the pictures' and captions' global features alone; of TensorRT's engines, which
+    cannot be cut, there is none.
     """
     model = load(engine.source or None, engine.device)
     pairs = setting.open(engine)
@@ -36,7 +57,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     def ids(context: int) -> Tensor:
         with expected_truncation():
             batch = encode_batch(captions, context)
-        return batch.ids
+        return batch.ids[:, : int(batch.lengths.max())]
 
     def clip_image(batch: Tensor) -> Tensor:
         return model.visual(batch.to(model.device))[:, 0]
@@ -46,38 +67,39 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         return tokens[torch.arange(len(batch)), lengths - 1]
 
     own = model.config.context_length
+    short, whole = ids(min(own, _CLIP_CONTEXT)), ids(own)
     towers = _count(model.visual) + _count(model.text)
-    positions = model.text.positional_embedding.shape[1]
     aggregators = _count(model.image_aggregator) + _count(model.text_aggregator)
-    stages: list[tuple[str, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]] = [
-        ("CLIP", towers - (own - _CLIP_CONTEXT) * positions, clip_image, clip_text, min(own, _CLIP_CONTEXT)),
-        ("CLIP", towers, clip_image, clip_text, own),
-        ("CLIP + ATRM", towers + aggregators, model.encode_image, model.encode_text, own),
-    ]
-    rows: list[dict[str, Any]] = []
-    runs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]] = []
-    with torch.inference_mode():
-        for name, parameters, encode_image, encode_text, context in stages:
-            rows.append(
-                {"model": name, "tokens": context, "engine": "torch fp32", "parameters (M)": round(parameters / 1e6, 3)}
-                | _memory(encode_image, encode_text, pixels, ids(context))
-            )
-            runs.append((encode_image, encode_text, ids(context)))
-    for name, precision in _EXPORTED:
-        try:
-            other = open_engine(name, engine.source or None, engine.device, precision=precision)
-        except EngineError:
-            continue
-        rows.append(
-            {"model": "CLIP + ATRM", "tokens": own, "engine": f"{name} {precision}"}
-            | {"parameters (M)": round((towers + aggregators) / 1e6, 3)}
-            | _memory(other.encode_image, other.encode_text, pixels, ids(own))
-        )
-        runs.append((other.encode_image, other.encode_text, ids(own)))
-    with torch.inference_mode():
-        for row, times in zip(rows, _times(runs, pixels), strict=True):
-            row |= times
+    at_77 = towers - max(0, own - _CLIP_CONTEXT) * model.text.positional_embedding.shape[1]
 
+    def rows_of(name: str, image: Encoder, text: Encoder) -> list[_Run]:
+        return [_Run("CLIP", name, at_77, image, text, short), _Run("CLIP", name, towers, image, text, whole)]
+
+    runs = rows_of("torch fp32", clip_image, clip_text)
+    runs.append(_Run(_FINELIP, "torch fp32", towers + aggregators, model.encode_image, model.encode_text, whole))
+    for name, precision in _EXPORTED:
+        build = setting.build and (name, precision) in _BUILT
+        try:
+            other = open_engine(name, engine.source or None, engine.device, precision=precision, build=build)
+        except EngineError:
+            if build:
+                raise
+            continue
+        if isinstance(other, OnnxEngine):
+            graphs = [OnnxGraph(clip_alone(other.export.folder / f"{side}.onnx"), other.device) for side in _SIDES]
+            runs += rows_of(f"{name} {precision}", *graphs)
+        runs.append(
+            _Run(_FINELIP, f"{name} {precision}", towers + aggregators, other.encode_image, other.encode_text, whole)
+        )
+    with torch.inference_mode():
+        memories = [_memory(run, pixels) for run in runs]
+        times = _times(runs, pixels)
+    rows: list[dict[str, Any]] = [
+        {"model": run.model, "tokens": own if run.ids is whole else min(own, _CLIP_CONTEXT), "engine": run.engine}
+        | {"parameters (M)": round(run.parameters / 1e6, 3), "memory of a batch (MiB)": memory}
+        | time
+        for run, memory, time in zip(runs, memories, times, strict=True)
+    ]
     scores = [_score(model.device, count, model.config.tokens, model.config.embed_dim) for count in (1_000, 10_000)]
     labels = [f"{row['model']}, {row['tokens']} tokens, {row['engine']}" for row in rows]
     plots = (
@@ -107,31 +129,44 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _memory(
-    encode_image: Callable[[Tensor], Tensor], encode_text: Callable[[Tensor], Tensor], pixels: Tensor, ids: Tensor
-) -> dict[str, float]:
-    encode_image(pixels[:1])
-    encode_text(ids[:1])
+def clip_alone(path: Path) -> bytes:
+    """An exported graph up to the global feature: the first of the rows that it puts together before it scales them."""
+    import onnx
+
+    graph = onnx.load(path)
+    made_by = {name: node for node in graph.graph.node for name in node.output}
+    node = made_by[graph.graph.output[0].name]
+    while node.op_type != "Concat":
+        node = made_by[node.input[0]]
+    inputs = [one.name for one in graph.graph.input]
+    alone: bytes = onnx.utils.Extractor(graph).extract_model(inputs, [node.input[0]]).SerializeToString()
+    return alone
+
+
+def _first(ids: Tensor) -> Tensor:
+    """The first caption without padding."""
+    return ids[:1, : int(caption_lengths(ids[:1]))]
+
+
+def _memory(run: _Run, pixels: Tensor) -> float:
+    run.encode_image(pixels[:1])
+    run.encode_text(run.ids[:1])
     with peak_memory() as memory:
-        encode_image(pixels)
-        encode_text(ids)
-    return {"memory of a batch (MiB)": round(memory[0], 1)}
+        run.encode_image(pixels)
+        run.encode_text(run.ids)
+    return round(memory[0], 1)
 
 
-def _times(
-    runs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]], pixels: Tensor
-) -> list[dict[str, float]]:
-    """Of encoders of pictures and of captions with their ids, all in turns."""
-    images = [partial(encode, pixels) for encode, _, _ in runs]
-    texts = [partial(encode, ids) for _, encode, ids in runs]
-    image = medians_ms([partial(encode, pixels[:1]) for encode, _, _ in runs])
-    text = medians_ms([partial(encode, ids[:1]) for _, encode, ids in runs])
+def _times(runs: list[_Run], pixels: Tensor) -> list[dict[str, float]]:
+    """What all runs take, in turns."""
+    image = medians_ms([partial(run.encode_image, pixels[:1]) for run in runs])
+    text = medians_ms([partial(run.encode_text, _first(run.ids)) for run in runs])
+    images = medians_ms([partial(run.encode_image, pixels) for run in runs], 9)
+    texts = medians_ms([partial(run.encode_text, run.ids) for run in runs], 9)
     return [
         {"1 picture (ms)": one_image, "1 caption (ms)": one_text}
         | {"pictures/s": 1e3 * len(pixels) / all_images, "captions/s": 1e3 * len(pixels) / all_texts}
-        for one_image, one_text, all_images, all_texts in zip(
-            image, text, medians_ms(images, 9), medians_ms(texts, 9), strict=True
-        )
+        for one_image, one_text, all_images, all_texts in zip(image, text, images, texts, strict=True)
     ]
 
 

@@ -37,12 +37,14 @@ class Setting:
         validation: Pairs on which something is chosen.
         root: Folder that relative paths start from.
         progress: Show progress bars.
+        build: Export the checkpoint first where a study compares engines and finds no files.
     """
 
     data: str
     validation: str = "scenes:val:200"
     root: str | None = None
     progress: bool = True
+    build: bool = False
 
     def open(self, engine: Engine, data: str | None = None) -> PairDataset:
         """The pairs, or others, with pictures of the model's size."""

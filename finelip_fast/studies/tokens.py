@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finelip_fast.engines import Engine
 from finelip_fast.index import Index, IndexSpec
-from finelip_fast.metrics import summary
+from finelip_fast.metrics import bootstrap_interval, summary
 from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.studies.setting import Pairs, Setting, median_ms
 
@@ -57,7 +57,7 @@ def tokens(engine: Engine, setting: Setting) -> Record:
     rows: list[dict[str, Any]] = []
     series = []
     for dtype in _DTYPES:
-        recalls = []
+        recalls, bounds = [], []
         for count in counts:
             kept = order[: count + 1].sort().values
             images, queries = pairs.images[:, kept], texts[:, kept]
@@ -73,12 +73,14 @@ def tokens(engine: Engine, setting: Setting) -> Record:
             ranks = torch.where(right.any(dim=1), right.int().argmax(dim=1) + 1, len(images) + 1)
             recall = summary(ranks)
             recalls.append(100 * recall["recall@1"])
+            bounds.append([100 * bound for bound in bootstrap_interval(ranks <= 1, groups=pairs.owners)])
             rows.append(
                 {"aggregated tokens": count, "precision": dtype}
                 | {f"t2i R@{k} (%)": round(100 * recall[f"recall@{k}"], 1) for k in (1, 5, 10)}
                 | {"bytes an item": round(size), "1 search (ms)": one}
             )
-        series.append(Series(dtype, counts, recalls))
+        low, high = map(list, zip(*bounds, strict=True))
+        series.append(Series(dtype, counts, recalls, low, high))
     half = {row["aggregated tokens"]: row["t2i R@1 (%)"] for row in rows if row["precision"] == "float16"}
     small = {row["aggregated tokens"]: row["t2i R@1 (%)"] for row in rows if row["precision"] == "int8"}
     finding = (

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from finelip_fast import checkpoint
 from finelip_fast._study_command import NAMES
+from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.cli import main
 from finelip_fast.engines import Engine, open_engine
+from finelip_fast.model import FineLIP
 from finelip_fast.studies import STUDIES, Setting
 from finelip_fast.studies.noise import NOISES, irrelevant, sentences
+from finelip_fast.studies.overhead import clip_alone
 from finelip_fast.studies.setting import Pairs, medians_ms, peak_memory
 from finelip_fast.studies.tokens import most_matched
 
@@ -26,8 +33,10 @@ def engine() -> Engine:
     return open_engine("torch", None)
 
 
-def test_every_study_has_a_line_of_help() -> None:
+def test_every_study_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(NAMES) == {*STUDIES, "ablation"}
+    assert main(["study"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
 
 
 def test_length_reads_more_and_finds_more(engine: Engine) -> None:
@@ -106,6 +115,29 @@ def test_overhead_counts_what_is_added(engine: Engine) -> None:
     assert [row["pictures"] for row in record.tables[1].rows] == [1_000, 10_000]
 
 
+def test_overhead_takes_clip_out_of_exported_graphs(
+    make_model: Callable[..., FineLIP], make_captions: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from finelip_fast.export.to_onnx import export_onnx
+
+    model = make_model()
+    checkpoint.save(model, tmp_path)
+    folder = export_onnx(tmp_path, pairs="scenes:test:8", progress=False)
+    graphs = [OnnxGraph(clip_alone(folder / f"{side}.onnx"), torch.device("cpu")) for side in ("image", "text")]
+    side = model.config.image_size
+    inputs = [torch.randn(3, 3, side, side), make_captions([9, 4], 9)]
+    with torch.inference_mode():
+        whole = [model.encode_image(inputs[0]), model.encode_text(inputs[1])]
+    for graph, given, rows in zip(graphs, inputs, whole, strict=True):
+        torch.testing.assert_close(F.normalize(graph(given).flatten(1), dim=-1), rows[:, 0], atol=1e-4, rtol=0)
+    record = STUDIES["overhead"].run(open_engine("torch", tmp_path), FEW)
+    models = [(row["model"], row["engine"]) for row in record.tables[0].rows]
+    assert models == [
+        (name, engine) for engine in ("torch fp32", "onnx fp32") for name in ("CLIP", "CLIP", "CLIP + ATRM")
+    ]
+
+
 def test_untrained_aggregators_are_not_ranked_by(engine: Engine) -> None:
     pairs = FEW.embed(engine)
     found = pairs.measure(engine.embed_texts(pairs.captions), 1.0)
@@ -143,7 +175,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert "raw tokens (%)" in capsys.readouterr().out
     stored = json.loads((tmp_path / "pointing.json").read_text())
     assert stored["tables"][0]["rows"][0]["phrases of"] == "all"
-    assert stored["command"].startswith("finelip ")
+    assert stored["command"] == f"finelip study pointing --data scenes:val:4 --quiet --out {tmp_path.name}"
     assert {"commit", "dirty", "machine", "versions", "date"} <= set(stored)
     page = (tmp_path / "pointing.md").read_text()
     assert "|all|" in page
