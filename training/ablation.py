@@ -239,17 +239,21 @@ def run(
     return {variant: [measured[variant, seed] for seed in seeds] for variant in names}
 
 
-def record(results: dict[Variant, list[Measures]], settings: dict[str, Any]) -> Record:
-    """Tables and plots of what :func:`run` returned."""
+def record(results: dict[Variant, list[Measures]], settings: dict[str, Any], *, name: str = "ablation") -> Record:
+    """Tables and plots of what :func:`run` returned; a group of which one variant was tried compares nothing."""
     tables, plots = [], []
-    for group, variants in GROUPS.items():
-        tried = {name: results[variant] for name, variant in variants.items() if variant in results}
-        if not tried:
+    groups = {
+        group: {name: results[variant] for name, variant in variants.items() if variant in results}
+        for group, variants in GROUPS.items()
+    }
+    most = max(map(len, groups.values()))
+    for group, tried in groups.items():
+        if len(tried) < min(2, most):
             continue
         theirs = _error(results[LOSSES[_PAPER]]) if LOSSES[_PAPER] in results else None
         rows = []
-        for name, runs in tried.items():
-            row: dict[str, Any] = {group: name}
+        for variant, runs in tried.items():
+            row: dict[str, Any] = {group: variant}
             row |= {
                 f"{key} (%)": _spread([100 * _score(one)[f"{key}_recall@1"] for one in runs]) for key in ("i2t", "t2i")
             }
@@ -269,7 +273,7 @@ def record(results: dict[Variant, list[Measures]], settings: dict[str, Any]) -> 
             Plot(group, "", "recall@1, both directions", (Series("mean, range", list(tried), means, low, high),))
         )
     title = "Which parts and which losses help"
-    return Record("ablation", title, tuple(tables), tuple(plots), settings, _finding(results))
+    return Record(name, title, tuple(tables), tuple(plots), settings, _finding(results))
 
 
 def _finding(results: dict[Variant, list[Measures]]) -> str:
@@ -324,6 +328,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
     parser.add_argument("--data", default="scenes:test", help="pairs to measure on (default: scenes:test)")
     parser.add_argument("--runs", help="folder of the runs (default: the recipe's out)")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the record (default: studies)")
+    parser.add_argument("--name", default="ablation", help="of the record's files (default: ablation)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     try:
@@ -337,7 +342,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
             base, chosen, data=options.data, seeds=options.seeds, jobs=options.jobs, progress=not options.quiet
         )
         shown = {name: value for name, value in base.items() if name not in ("out", "threads")}
-        made = record(results, {**shown, "seeds": options.seeds, "data": options.data})
+        made = record(results, {**shown, "seeds": options.seeds, "data": options.data}, name=options.name)
         print(made)
         for path in made.save(options.out, command=" ".join([prog, *arguments])):
             print(path)

@@ -124,8 +124,20 @@ def test_the_command_trains_once_and_records(
     assert [row["losses"] for row in losses["rows"]] == ["global contrast", "triplet (the paper's)", "contrast"]
     assert losses["rows"][1]["error beside the triplet's"] == "1.00x"
     written = [path.stat().st_mtime_ns for path in results]
-    assert ablation.main(command) == 0
+    assert ablation.main([*command, "--name", "again"]) == 0
+    assert (tmp_path / "studies/again-losses.png").exists()
     assert [path.stat().st_mtime_ns for path in results] == written
+
+
+def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path: Path) -> None:
+    for names, tables in (
+        (["global contrast", "triplet (the paper's)"], ["losses"]),
+        (["neither"], ["parts", "losses"]),
+    ):
+        command = [*recipes, "--variants", *names, "--seeds", "0", "--data", "scenes:test:4", "--out", str(tmp_path)]
+        assert ablation.main(command) == 0
+        recorded = json.loads((tmp_path / "ablation.json").read_text())
+        assert [table["title"].partition(":")[0] for table in recorded["tables"]] == tables
 
 
 def test_runs_of_other_options_are_refused(
