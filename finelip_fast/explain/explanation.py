@@ -12,6 +12,7 @@ Each term of the right side belongs to one token ``n`` and one patch ``p``, and 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -39,6 +40,12 @@ class Word:
     end: int
     first: int
     last: int
+
+    @property
+    def bare(self) -> str:
+        """The word without the punctuation around it, as it is named in a sentence; a word of nothing else as it is."""
+        kept = [at for at, letter in enumerate(self.text) if not unicodedata.category(letter).startswith("P")]
+        return self.text[kept[0] : kept[-1] + 1] if kept else self.text
 
 
 @dataclass(frozen=True)

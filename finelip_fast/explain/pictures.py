@@ -58,7 +58,8 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     for number, (word, value) in enumerate(zip(explanation.words, added, strict=True)):
         parts.append(html.escape(explanation.caption[at : word.start]))
         parts.append(
-            f'<span tabindex="0" data-word="{number}" data-adds="{value:+.4f}">{html.escape(word.text)}</span>'
+            f'<span tabindex="0" data-word="{number}" data-name="{html.escape(word.bare)}" data-adds="{value:+.4f}">'
+            f"{html.escape(word.text)}</span>"
         )
         at = word.end
     if explanation.caption[at:].strip():
@@ -96,7 +97,7 @@ def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
 
 
 def _match(match: Match, side: int) -> str:
-    words = ", ".join(f"{html.escape(word.text)} {weight:.0%}" for word, weight in match.words) or "the end token"
+    words = ", ".join(f"{html.escape(word.bare)} {weight:.0%}" for word, weight in match.words) or "the end token"
     patches = ", ".join(f"row {at // side + 1} column {at % side + 1} {weight:.0%}" for at, weight in match.patches)
     cells = (f"{match.adds:+.4f}", f"{match.similarity:.3f}", words, patches or "the whole picture (CLS)")
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -156,6 +157,7 @@ const draw = canvas.getContext("2d"), words = [...document.querySelectorAll("spa
 const told = document.getElementById("told"), cell = canvas.width / data.side, last = data.side - 1;
 const level = (hex, at) => parseInt(hex.substr(2 * at, 2), 16) / 255;
 const kind = () => data[document.querySelector("input:checked").value];
+const edge = (at) => Math.round(at * cell); // on whole pixels, where neighbours neither overlap nor leave a gap
 const clamp = (at) => Math.min(last, Math.max(0, at));
 let row = 0, column = 0;
 function clear() {{
@@ -170,9 +172,10 @@ function light(word) {{
   for (let at = 0; at < data.side ** 2; at++) {{
     if (level(map, at) > level(map, best)) best = at;
     draw.fillStyle = `rgba(0, 0, 0, ${{0.85 * (1 - level(map, at))}})`;
-    draw.fillRect((at % data.side) * cell, Math.floor(at / data.side) * cell, cell + 1, cell + 1);
+    const x = at % data.side, y = Math.floor(at / data.side);
+    draw.fillRect(edge(x), edge(y), edge(x + 1) - edge(x), edge(y + 1) - edge(y));
   }}
-  told.textContent = `${{word.textContent}}: adds ${{word.dataset.adds}}, `
+  told.textContent = `${{word.dataset.name}}: adds ${{word.dataset.adds}}, `
     + `most at row ${{Math.floor(best / data.side) + 1}}, column ${{best % data.side + 1}}`;
 }}
 function mark() {{
@@ -188,7 +191,7 @@ function mark() {{
   }}
   const best = levels.map((value, at) => [value, at]).filter(([value]) => value > 0).sort((a, b) => b[0] - a[0]).slice(0, 3);
   told.textContent = `row ${{row + 1}}, column ${{column + 1}}: `
-    + best.map(([value, at]) => `${{words[at].textContent}} ${{Math.round(100 * value)}} %`).join(", ");
+    + best.map(([value, at]) => `${{words[at].dataset.name}} ${{Math.round(100 * value)}} %`).join(", ");
 }}
 function point(event) {{
   const box = view.getBoundingClientRect();

@@ -16,7 +16,7 @@ from finelip_fast import tokenize
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Scenes
 from finelip_fast.explain import Explanation, explain
-from finelip_fast.explain.explanation import explain_pairs
+from finelip_fast.explain.explanation import Word, explain_pairs
 from finelip_fast.model import FineLIP
 
 SCENE = Scenes("val", image_size=128)[0]
@@ -147,6 +147,13 @@ def test_words_are_the_captions(explanation: Explanation) -> None:
     first, last = explanation.tokens_of(explanation.words[3].text.upper())
     assert explanation.words[0].first == 1
     assert first < last
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"), [("dog.", "dog"), ("(two-storey)", "two-storey"), ("¿Qué?", "Qué"), ("—", "—"), ("$5,", "$5")]
+)
+def test_words_are_named_without_the_punctuation_around_them(text: str, bare: str) -> None:
+    assert Word(text, 0, len(text), 0, 1).bare == bare
 
 
 def test_words_beyond_the_context_are_left_out(model: FineLIP) -> None:
