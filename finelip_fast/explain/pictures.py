@@ -39,7 +39,7 @@ def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: 
     except ImportError:
         raise InputError("overlays need matplotlib: pip install 'finelip-fast[plots]'") from None
     picture = explanation.pixels.permute(1, 2, 0)
-    light = torch.nn.functional.interpolate(_levels(heat)[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
+    light = torch.nn.functional.interpolate(_light(heat)[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
     figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=120)
     axes = figure.subplots(1, 2)
     for axis, shown in zip(axes, (picture, picture * (0.15 + 0.85 * light[..., None])), strict=True):
@@ -91,7 +91,7 @@ def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
         row.copy_(explanation.map_of_tokens(word.first, word.last, tokens=kind))
     # What is below zero speaks against a word, not for it.
     return {
-        "maps": [_bytes(_levels(row)) for row in maps],
+        "maps": [_bytes(_light(row)) for row in maps],
         "words": [_bytes(_levels(row.clamp(min=0))) for row in maps.T],
     }
 
@@ -101,6 +101,11 @@ def _match(match: Match, side: int) -> str:
     patches = ", ".join(f"row {at // side + 1} column {at % side + 1} {weight:.0%}" for at, weight in match.patches)
     cells = (f"{match.adds:+.4f}", f"{match.similarity:.3f}", words, patches or "the whole picture (CLS)")
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _light(values: Tensor) -> Tensor:
+    """A map to [0, 1]: dark for the lower half of the picture, so that a single dark place does not pale the rest."""
+    return _levels((values - values.median()).clamp(min=0)) if values.numel() else values
 
 
 def _levels(values: Tensor) -> Tensor:
@@ -141,8 +146,8 @@ td, th {{ padding: .1rem .8rem .1rem 0; text-align: left; vertical-align: top; }
 <p>Score {score} = {alpha} &times; global {global_score} + {rest} &times; fine {fine_score}. Words with patches add {words}
 of it, what the whole picture or the whole caption takes part in adds {others}.</p>
 <p>Point at a word, or reach it with the tab key, to light the parts of the picture that go with it. Point at the picture, or
-reach it with the tab key and move with the arrow keys, to underline the words that go with that part. Each map runs from its
-own lowest value to its own highest, however far apart they are.</p>
+reach it with the tab key and move with the arrow keys, to underline the words that go with that part. The lower half
+of each map is dark, and its highest value light, however near they are.</p>
 <p><label><input type="radio" name="kind" value="raw" checked> most alike</label>
 <label><input type="radio" name="kind" value="aggregated"> adds most to the fine score</label></p>
 <p id="told" role="status"></p>
