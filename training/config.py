@@ -30,7 +30,7 @@ class TrainConfig:
     preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
     context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
     loss: tuple[str, ...] = field(
-        default=("triplet:fine",),
+        default=("contrastive:global", "contrastive:fine", "contrastive:combined"),
         metadata={"help": "terms LOSS:SCORE[:WEIGHT], such as contrastive:global triplet:fine"},
     )
     grounding: float = field(
@@ -39,7 +39,7 @@ class TrainConfig:
     )
     margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the contrastive loss"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of the contrastive loss"})
     batch_size: int = field(default=128, metadata={"help": "pairs of one process in one pass"})
     accumulate: int = field(default=1, metadata={"help": "passes per optimizer step"})
     accumulation: str = field(

@@ -21,7 +21,7 @@ NOWHERE = {"out": "nowhere/run", "train": "jsonl:nowhere/train.jsonl", "val": "j
 
 def test_defaults_need_three_places_alone():
     config = TrainConfig(**NOWHERE)
-    assert config.criterion.terms == (LossTerm("triplet", "fine"),)
+    assert config.criterion.terms == tuple(LossTerm("contrastive", score) for score in ("global", "fine", "combined"))
     assert config.model_config == PRESETS["scenes"]
 
 
@@ -116,9 +116,15 @@ def test_a_shipped_recipe_loads(name):
 
 def test_the_authors_recipe():
     config = from_arguments(["finelip"], prog="train.py")
+    assert (config.loss, config.label_smoothing) == (("triplet:fine", "contrastive:global"), 0.1)
     assert (config.batch_size * config.accumulate, config.accumulation) == (512, "separate")
     assert (config.encoder_lr, config.aggregator_lr, config.weight_decay) == (1e-6, 2e-4, 1e-2)
     assert (config.warmup_steps, config.margin, config.context_length, config.freeze_positions) == (200, 0.2, 256, 20)
+
+
+def test_the_default_loss_is_the_bundled_models():
+    default, bundled = TrainConfig(**NOWHERE), from_arguments(["scenes-long"], prog="train.py")
+    assert (default.loss, default.label_smoothing) == (bundled.loss, bundled.label_smoothing)
 
 
 def test_options_override_a_recipe():
