@@ -50,12 +50,14 @@ class Variant:
         image, text: ``"aggregated"``: row 0 and what ATRM makes of the tokens; ``"raw"``: row 0 and the tokens themselves;
             ``"pooled"``: one row, the mean of what ATRM makes.
         grounding: Weight of the grounding loss.
+        rate: Learning rates, as multiples of the recipe's.
     """
 
     loss: tuple[str, ...]
     image: str = "aggregated"
     text: str = "aggregated"
     grounding: float = 0.0
+    rate: float = 1.0
 
     @property
     def is_fine(self) -> bool:
@@ -80,7 +82,7 @@ LOSSES = {
     "contrast": PARTS["ATRM and CLIM"],
     "adaptive margins": Variant(("adaptive_margin:global", "adaptive_margin:fine")),
     "contrast on three scores": Variant((*_BOTH, "contrastive:combined")),
-    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0),
+    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0, rate=2.0),
 }
 GROUPS = {"parts": PARTS, "losses": LOSSES}
 
@@ -219,11 +221,16 @@ def run(
         ConfigError: A folder holds a run of other options.
     """
     names = {variant: name for name, variant in reversed(variants.items())}
+    shared = TrainConfig(**base)
     configs = {
-        (variant, seed): TrainConfig(
-            **{**base, "out": str(Path(base["out"]) / f"{_slug(name)}-{seed}"), "seed": seed},
+        (variant, seed): dataclasses.replace(
+            shared,
+            out=str(Path(shared.out) / f"{_slug(name)}-{seed}"),
+            seed=seed,
             loss=variant.loss,
             grounding=variant.grounding,
+            encoder_lr=variant.rate * shared.encoder_lr,
+            aggregator_lr=variant.rate * shared.aggregator_lr,
         )
         for seed in seeds
         for variant, name in names.items()
