@@ -260,7 +260,7 @@ def record(results: dict[Variant, list[Measures]], settings: dict[str, Any], *, 
         theirs = _error(results[LOSSES[_PAPER]]) if LOSSES[_PAPER] in results else None
         rows = []
         for variant, runs in tried.items():
-            row: dict[str, Any] = {group: variant}
+            row: dict[str, Any] = {group: variant, "learning rates": f"{GROUPS[group][variant].rate:g}x"}
             row |= {
                 f"{key} (%)": _spread([100 * _score(one)[f"{key}_recall@1"] for one in runs]) for key in ("i2t", "t2i")
             }

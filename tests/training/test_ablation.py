@@ -129,6 +129,17 @@ def test_the_command_trains_once_and_records(
     assert [path.stat().st_mtime_ns for path in results] == written
 
 
+def test_a_variant_has_its_own_learning_rates(recipes: list[str], tmp_path: Path) -> None:
+    names = ["contrast on three scores", "contrast on three scores, grounding"]
+    command = [*recipes, "--variants", *names, "--seeds", "0", "--data", "scenes:test:4", "--out", str(tmp_path)]
+    assert ablation.main(command) == 0
+    rows = json.loads((tmp_path / "ablation.json").read_text())["tables"][0]["rows"]
+    assert [row["learning rates"] for row in rows] == ["1x", "2x"]
+    slow, fast = (json.loads((tmp_path / f"runs/{ablation._slug(name)}-0/config.json").read_text()) for name in names)
+    assert fast["encoder_lr"] == 2 * slow["encoder_lr"]
+    assert fast["aggregator_lr"] == 2 * slow["aggregator_lr"]
+
+
 def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path: Path) -> None:
     for names, tables in (
         (["global contrast", "triplet (the paper's)"], ["losses"]),
