@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -351,7 +352,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
         shown = {name: value for name, value in base.items() if name not in ("out", "threads")}
         made = record(results, {**shown, "seeds": options.seeds, "data": options.data}, name=options.name)
         print(made)
-        for path in made.save(options.out, command=" ".join([prog, *arguments])):
+        for path in made.save(options.out, command=shlex.join([*prog.split(), *arguments])):
             print(path)
     except FineLIPError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -119,6 +119,7 @@ def test_the_command_trains_once_and_records(
         *("triplet-the-paper-s-0", "triplet-the-paper-s-1"),
     ]
     recorded = json.loads((tmp_path / "studies/ablation.json").read_text())
+    assert "'triplet (the paper'\"'\"'s)'" in recorded["command"]
     parts, losses = recorded["tables"]
     assert [row["parts"] for row in parts["rows"]] == ["neither", "CLIM only", "ATRM and CLIM"]
     assert [row["losses"] for row in losses["rows"]] == ["global contrast", "triplet (the paper's)", "contrast"]
