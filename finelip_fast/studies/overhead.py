@@ -133,13 +133,17 @@ def clip_alone(path: Path) -> bytes:
     """An exported graph up to the global feature: the first of the rows that it puts together before it scales them."""
     import onnx
 
-    graph = onnx.load(path)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path))
     made_by = {name: node for node in graph.graph.node for name in node.output}
     node = made_by[graph.graph.output[0].name]
     while node.op_type != "Concat":
         node = made_by[node.input[0]]
+    feature = node.input[0]
+    if feature not in {one.name for one in graph.graph.value_info}:
+        # Shapes are not inferred past quantised products, whose results are float32.
+        graph.graph.value_info.append(onnx.helper.make_tensor_value_info(feature, onnx.TensorProto.FLOAT, None))
     inputs = [one.name for one in graph.graph.input]
-    alone: bytes = onnx.utils.Extractor(graph).extract_model(inputs, [node.input[0]]).SerializeToString()
+    alone: bytes = onnx.utils.Extractor(graph).extract_model(inputs, [feature]).SerializeToString()
     return alone
 
 
