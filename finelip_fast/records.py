@@ -123,10 +123,10 @@ class Record:
         settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
         values = {**source, **self.to_dict(), "settings": settings}
         data.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        page.write_text(self._page(source, pictures), encoding="utf-8")
+        page.write_text(self._page(source, settings, pictures), encoding="utf-8")
         return [data, page, *pictures]
 
-    def _page(self, source: dict[str, Any], pictures: list[Path]) -> str:
+    def _page(self, source: dict[str, Any], settings: dict[str, Any], pictures: list[Path]) -> str:
         machine = source["machine"]
         on = ", ".join([*machine["gpus"], machine["cpu"], f"{machine['threads']} threads"])
         state = ", with changes" if source["dirty"] else ""
@@ -134,7 +134,9 @@ class Record:
         parts = [
             f"# {self.title}",
             self.finding,
-            f"`{source['command']}` on {on}; PyTorch {source['versions']['torch']}; {commit}{source['date']}.",
+            f"`{source['command']}` on {on}; PyTorch {source['versions']['torch']}; {commit}{source['date']}. With "
+            + "; ".join(f"{name} {value}" for name, value in settings.items())
+            + ".",
             *(f"## {table.title}\n\n{table.markdown()}" for table in self.tables),
             *(f"![{plot.y} by {plot.x or plot.name}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
         ]  # fmt: skip

@@ -38,6 +38,7 @@ def test_a_record_is_saved_with_where_it_comes_from(tmp_path: Path) -> None:
     page = written[1].read_text()
     assert "|name|value (%)|\n|---|---|\n|a|12.35|\n|longer||" in page
     assert "It is so." in page
+    assert "With data nothing." in page
     assert str(Path.home()) not in page + written[0].read_text()
     for path in written[2:]:
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -122,6 +122,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     )
     tables = (Table("Encoding", rows), Table("Scores of one caption", scores))
     about = setting.about(engine, batch=len(captions))
+    del about["engine"]  # each row names its own
     return Record("overhead", "What FineLIP adds to CLIP", tables, plots, about, finding)
 
 

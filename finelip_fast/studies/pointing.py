@@ -48,4 +48,5 @@ def pointing(engine: Engine, setting: Setting) -> Record:
         )
     )
     plots = (Plot("hits", "", "peaks inside the box (%)", tuple(series)),)
-    return Record("pointing", "Where phrases are found", (Table("Hits", rows),), plots, setting.about(engine), finding)
+    about = setting.about(engine) | {"engine": "torch fp32"}
+    return Record("pointing", "Where phrases are found", (Table("Hits", rows),), plots, about, finding)

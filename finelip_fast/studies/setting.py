@@ -56,7 +56,13 @@ class Setting:
     def about(self, engine: Engine, **more: Any) -> dict[str, Any]:
         """Settings for a record: which data, which weights."""
         checkpoint = {"checkpoint": Path(engine.source).name or "bundled", "fingerprint": engine.fingerprint[:12]}
-        return {"data": self.data, **checkpoint, "engine": engine.name, "alpha": engine.alpha, **more}
+        return {
+            "data": self.data,
+            **checkpoint,
+            "engine": f"{engine.name} {engine.precision}",
+            "alpha": engine.alpha,
+            **more,
+        }
 
     def embed(self, engine: Engine, data: str | None = None) -> Pairs:
         """The pairs' captions, and their pictures embedded."""
