@@ -205,16 +205,25 @@ def in_plain_pytorch(grad_out, arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
-    grad_out, arguments = make(23, 65, lengths=[23, 7, 16], device=device)
-    arguments[0] += mean
-    grad_out = grad_out.to(dtype)
-    arguments = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in arguments]
-    expected = by_autograd(grad_out, arguments, torch.float64)
-    actual = gradient(grad_out, *arguments, settings=SMALL)
-    assert all(ours.dtype == dtype for ours in actual)
-    ours, plain = errors(actual, expected), errors(in_plain_pytorch(grad_out, arguments), expected)
+    """The worst of several draws on both sides: one draw's rounding is luck, and differs between processors' products."""
+    ours, plain = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    for seed in range(8):
+        grad_out, arguments = make(23, 65, lengths=[23, 7, 16], device=device, seed=seed)
+        arguments[0] += mean
+        grad_out = grad_out.to(dtype)
+        arguments = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in arguments]
+        expected = by_autograd(grad_out, arguments, torch.float64)
+        actual = gradient(grad_out, *arguments, settings=SMALL)
+        assert all(grad.dtype == dtype for grad in actual)
+        for worst, found in ((ours, actual), (plain, in_plain_pytorch(grad_out, arguments))):
+            worst.update({name: max(error, worst[name]) for name, error in errors(found, expected).items()})
+    slack = torch.finfo(dtype).eps + 2e-6
+    if (
+        INTERPRETED
+    ):  # its products are NumPy's, which sum less exactly with AVX-512 than PyTorch's: by a rounding of the mean
+        slack += mean * torch.finfo(torch.float32).eps
     for name, error in ours.items():
-        assert error <= 2 * plain[name] + torch.finfo(dtype).eps + 2e-6, name
+        assert error <= 2 * plain[name] + slack, name
 
 
 def test_each_gradient_has_its_own_tensors_dtype(device):
