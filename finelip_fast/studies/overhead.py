@@ -46,7 +46,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     """Plain CLIP at 77 tokens, at the whole context, with ATRM, and scores by CLIM, on every engine that is there.
 
     CLIP is the same model's towers with the pictures' and captions' global features alone; of TensorRT's engines, which
-    cannot be cut, there is none.
+    cannot be cut, there is none. Memory of an exported engine is what its allocator grew by for the first large batch.
     """
     model = load(engine.source or None, engine.device)
     pairs = setting.open(engine)
@@ -82,7 +82,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         try:
             other = open_engine(name, engine.source or None, engine.device, precision=precision, build=build)
         except EngineError:
-            if build:
+            if build and precision == "fp32":  # int8 cannot run on every processor, nor on a GPU
                 raise
             continue
         if isinstance(other, OnnxEngine):

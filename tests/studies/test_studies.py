@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast import checkpoint
+from finelip_fast._errors import EngineError
 from finelip_fast._study_command import NAMES
 from finelip_fast.artefacts.onnx import OnnxGraph, adds_bytes_exactly
 from finelip_fast.cli import main
@@ -143,6 +146,22 @@ def test_overhead_takes_clip_out_of_exported_graphs(
     assert models == [
         (name, engine) for engine in ("torch fp32", f"onnx {precision}") for name in ("CLIP", "CLIP", "CLIP + ATRM")
     ]
+
+
+def test_overhead_insists_on_building_what_runs_everywhere(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def refuse(name: str, *_: object, precision: str, build: bool) -> Engine:
+        asked.append((f"{name} {precision}", build))
+        if (name, precision) == ("onnx", "fp32") and len(asked) == 1:
+            return engine
+        raise EngineError("not here")
+
+    monkeypatch.setattr(sys.modules[clip_alone.__module__], "open_engine", refuse)  # its name is the study's, too
+    STUDIES["overhead"].run(engine, replace(FEW, build=True))
+    assert [name for name, build in asked if build] == ["onnx fp32", "onnx int8"]
+    with pytest.raises(EngineError, match="not here"):
+        STUDIES["overhead"].run(engine, replace(FEW, build=True))
 
 
 def test_untrained_aggregators_are_not_ranked_by(engine: Engine) -> None:
