@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from finelip_fast._errors import ConfigError
+
 NAMES = {
     "length": "what more tokens are worth, and what they cost",
     "overhead": "what ATRM and CLIM add to CLIP in parameters, memory and time",
@@ -45,6 +47,8 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
 def _study(options: argparse.Namespace) -> Any:
     if options.name is None:
         return NAMES
+    if options.build and options.name != "overhead":
+        raise ConfigError(f"expected --build with overhead, which compares engines, got {options.name}")
     from finelip_fast.engines import open_engine
     from finelip_fast.studies import STUDIES, Setting
 

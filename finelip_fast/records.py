@@ -117,7 +117,7 @@ class Record:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
-        source = {"command": _named(command), **_commit(), "machine": _machine(), "versions": _versions()}
+        source = {"command": _named(command), **commit(), "machine": _machine(), "versions": _versions()}
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
         settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
@@ -186,7 +186,7 @@ def _draw(plot: Plot, path: Path) -> Path:
     return path
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """The commit of the checkout that this file is in, and whether it was changed; None where there is none."""
     head, status = (
         _git("rev-parse", "HEAD"),

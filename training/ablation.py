@@ -1,8 +1,9 @@
 """Which parts of FineLIP help: ``finelip study ablation``, short runs from one start at equal budget, several seeds each.
 
 All runs go on from one checkpoint, as FineLIP goes on from CLIP; the one that the recipe ``ablation-start`` trains has learned
-the global contrast and where phrases are, and its aggregators are untrained. A run that was stopped goes on, a finished one is
-not trained again.
+the global contrast and where phrases are, and its aggregators are untrained. Losses differ in the learning rate that suits
+them: each variant is first trained at every one of ``--rates`` with the first seed, and keeps the one that is best on
+validation pairs. A run that was stopped goes on, a finished one is not trained again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import pair_ranks, summary
 from finelip_fast.model import FineLIP
-from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.records import Plot, Record, Series, Table, commit
 from finelip_fast.training.config import TrainConfig, load_recipe
 from finelip_fast.training.train import Trainer, choose_device, train
 
@@ -40,6 +41,14 @@ _PAPER = "triplet (the paper's)"
 
 # Metrics of each score: "global", and with late interaction "fine" and "combined".
 Measures = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a trained run leaves: the commit whose code finished it, and its measures by the data they were taken on."""
+
+    commit: str
+    measured: dict[str, Measures]
 
 
 @dataclass(frozen=True)
@@ -51,19 +60,24 @@ class Variant:
         image, text: ``"aggregated"``: row 0 and what ATRM makes of the tokens; ``"raw"``: row 0 and the tokens themselves;
             ``"pooled"``: one row, the mean of what ATRM makes.
         grounding: Weight of the grounding loss.
-        rate: Learning rates, as multiples of the recipe's.
     """
 
     loss: tuple[str, ...]
     image: str = "aggregated"
     text: str = "aggregated"
     grounding: float = 0.0
-    rate: float = 1.0
 
     @property
     def is_fine(self) -> bool:
         """Whether the score compares tokens."""
         return any(not term.startswith(("contrastive:global", "adaptive_margin:global")) for term in self.loss)
+
+
+class Arm(NamedTuple):
+    """A variant and its learning rates, as multiples of the recipe's."""
+
+    variant: Variant
+    rate: float
 
 
 _GLOBAL = ("contrastive:global",)
@@ -82,8 +96,9 @@ LOSSES = {
     _PAPER: Variant(("triplet:fine",)),
     "contrast": PARTS["ATRM and CLIM"],
     "adaptive margins": Variant(("adaptive_margin:global", "adaptive_margin:fine")),
+    "contrast on the combined score, grounding": Variant(("contrastive:combined",), grounding=1.0),
     "contrast on three scores": Variant((*_BOTH, "contrastive:combined")),
-    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0, rate=2.0),
+    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0),
 }
 GROUPS = {"parts": PARTS, "losses": LOSSES}
 
@@ -177,91 +192,126 @@ def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
     return result
 
 
-def run_one(config: TrainConfig, variant: Variant, data: str) -> Measures:
-    """Train one variant with one seed, measure it, and keep the result in its folder; a finished one is read there.
+def run_one(config: TrainConfig, variant: Variant, data: str) -> Run:
+    """Train one variant with one seed, measure it, and keep the result in its folder.
+
+    What is there is not done again: a finished run is only measured on what it was not measured on.
 
     Raises:
         ConfigError: The folder holds a run of other options.
     """
     path = Path(config.out) / "result.json"
-    asked = {"data": data, "variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
+    asked = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        measured: Measures = stored.pop("measured")
-        if stored != asked:
-            raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
-        return measured
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    trainer = AblationTrainer(config, variant, choose_device(config))
-    trainer.run(progress=False)  # the bar of all runs is the caller's
-    measured = measure(trainer.model.eval(), data)
-    text = json.dumps({**asked, "measured": measured}, indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return measured
+    now = {**commit(), "measured": {}}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**asked, **now}
+    if {name: stored.get(name) for name in asked} != asked:
+        raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
+    if data not in stored["measured"]:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        trainer = AblationTrainer(config, variant, choose_device(config))
+        trainer.run(progress=False)  # the bar of all runs is the caller's
+        stored["measured"][data] = measure(trainer.model.eval(), data)
+        text = json.dumps(stored, indent=2) + "\n"
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    changed = ", with changes" if stored["dirty"] else ""
+    return Run(f"{(stored['commit'] or 'unknown')[:10]}{changed}", stored["measured"])
 
 
 def run(
-    base: dict[str, Any], variants: dict[str, Variant], *, data: str, seeds: list[int], jobs: int, progress: bool = True
-) -> dict[Variant, list[Measures]]:
-    """Train and measure all variants with all seeds.
+    base: dict[str, Any], arms: dict[Arm, str], *, data: str, seeds: list[int], jobs: int, progress: bool = True
+) -> dict[Arm, list[Run]]:
+    """Train and measure all arms with all seeds.
 
     Args:
         base: What all runs share: values of :class:`TrainConfig`; ``out`` is the folder above the runs' own.
-        variants: By name; what two names share is trained once.
+        arms: With the names of their variants.
         data: Pairs to measure on.
         seeds: Of the order of the training data.
         jobs: Runs at once, each in a process.
         progress: Show a progress bar.
 
     Returns:
-        What :func:`measure` says of each variant, seed by seed.
+        The runs of each arm, seed by seed.
 
     Raises:
         ConfigError: A folder holds a run of other options.
     """
-    names = {variant: name for name, variant in reversed(variants.items())}
     shared = TrainConfig(**base)
     configs = {
-        (variant, seed): dataclasses.replace(
+        (arm, seed): dataclasses.replace(
             shared,
-            out=str(Path(shared.out) / f"{_slug(name)}-{seed}"),
+            out=str(Path(shared.out) / f"{_slug(name)}-{arm.rate:g}x-{seed}"),
             seed=seed,
-            loss=variant.loss,
-            grounding=variant.grounding,
-            encoder_lr=variant.rate * shared.encoder_lr,
-            aggregator_lr=variant.rate * shared.aggregator_lr,
+            loss=arm.variant.loss,
+            grounding=arm.variant.grounding,
+            encoder_lr=arm.rate * shared.encoder_lr,
+            aggregator_lr=arm.rate * shared.aggregator_lr,
         )
         for seed in seeds
-        for variant, name in names.items()
+        for arm, name in arms.items()
     }
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_one, config, key[0], data): key for key, config in configs.items()}
+        futures = {pool.submit(run_one, config, key[0].variant, data): key for key, config in configs.items()}
         try:
             finished = tqdm(as_completed(futures), total=len(futures), unit="run", disable=not progress)
-            measured = {futures[future]: future.result() for future in finished}
+            runs = {futures[future]: future.result() for future in finished}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {variant: [measured[variant, seed] for seed in seeds] for variant in names}
+    return {arm: [runs[arm, seed] for seed in seeds] for arm in arms}
 
 
-def record(results: dict[Variant, list[Measures]], settings: dict[str, Any], *, name: str = "ablation") -> Record:
-    """Tables and plots of what :func:`run` returned; a group of which one variant was tried compares nothing."""
+def choose_rates(
+    base: dict[str, Any], names: dict[Variant, str], rates: list[float], *, data: str, seed: int, **how: Any
+) -> tuple[dict[Arm, str], list[Table]]:
+    """Each variant at the learning rate of the best recall@1, mean of both directions; the first of equals.
+
+    A single rate is taken untried.
+
+    Args:
+        base: As in :func:`run`.
+        names: Of the variants.
+        rates: To try, as multiples of the recipe's.
+        data: Pairs to choose on; what is chosen should be measured on others.
+        seed: Of the runs.
+        how: ``jobs`` and ``progress`` of :func:`run`.
+
+    Returns:
+        The arms chosen with the names of their variants, and a table of what each rate reached.
+    """
+    if len(rates) == 1:
+        return {Arm(variant, rates[0]): name for variant, name in names.items()}, []
+    arms = {Arm(variant, rate): name for variant, name in names.items() for rate in rates}
+    runs = run(base, arms, data=data, seeds=[seed], **how)
+    recalls = {arm: _recall(_score(own[0].measured[data])) for arm, own in runs.items()}
+    rows = [
+        {"variant": name, **{f"{rate:g}x": f"{100 * recalls[Arm(variant, rate)]:.1f}" for rate in rates}}
+        for variant, name in names.items()
+    ]
+    best = [max((Arm(variant, rate) for rate in rates), key=lambda arm: recalls[arm]) for variant in names]
+    table = Table(f"recall@1 (%) on {data} by learning rate, seed {seed}", rows)
+    return {arm: names[arm.variant] for arm in best}, [table]
+
+
+def record(results: dict[Arm, list[Measures]], settings: dict[str, Any], *, name: str) -> Record:
+    """Tables and plots of what the runs of each arm measured; a group of which one variant was tried compares nothing."""
+    rates = {arm.variant: arm.rate for arm in results}
+    measured = {arm.variant: runs for arm, runs in results.items()}
     tables, plots = [], []
     groups = {
-        group: {name: results[variant] for name, variant in variants.items() if variant in results}
-        for group, variants in GROUPS.items()
+        group: {name: measured[variant] for name, variant in members.items() if variant in measured}
+        for group, members in GROUPS.items()
     }
     most = max(map(len, groups.values()))
     for group, tried in groups.items():
         if len(tried) < min(2, most):
             continue
-        theirs = _error(results[LOSSES[_PAPER]]) if LOSSES[_PAPER] in results else None
+        theirs = _error(measured[LOSSES[_PAPER]]) if LOSSES[_PAPER] in measured else None
         rows = []
         for variant, runs in tried.items():
-            row: dict[str, Any] = {group: variant, "learning rates": f"{GROUPS[group][variant].rate:g}x"}
+            row: dict[str, Any] = {group: variant, "learning rates": f"{rates[GROUPS[group][variant]]:g}x"}
             row |= {
                 f"{key} (%)": _spread([100 * _score(one)[f"{key}_recall@1"] for one in runs]) for key in ("i2t", "t2i")
             }
@@ -281,14 +331,14 @@ def record(results: dict[Variant, list[Measures]], settings: dict[str, Any], *, 
             Plot(group, "", "recall@1, both directions", (Series("mean, range", list(tried), means, low, high),))
         )
     title = "Which parts and which losses help"
-    return Record(name, title, tuple(tables), tuple(plots), settings, _finding(results))
+    return Record(name, title, tuple(tables), tuple(plots), settings, _finding(groups))
 
 
-def _finding(results: dict[Variant, list[Measures]]) -> str:
+def _finding(groups: dict[str, dict[str, list[Measures]]]) -> str:
     """Each group in order of recall@1."""
     sentences = []
-    for group, variants in GROUPS.items():
-        recalls = {name: 100 - 100 * _error(results[own]) for name, own in variants.items() if own in results}
+    for group, tried in groups.items():
+        recalls = {name: 100 - 100 * _error(runs) for name, runs in tried.items()}
         if len(recalls) > 1:
             ordered = sorted(recalls, key=lambda name: -recalls[name])
             told = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
@@ -332,6 +382,16 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
     parser.add_argument(
         "--variants", nargs="+", choices=variants, default=list(variants), metavar="NAME", help=", ".join(variants)
     )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="learning rates to choose from for each variant, as multiples of the recipe's (default: 1)",
+    )
+    parser.add_argument(
+        "--choose-on", default="scenes:val", help="pairs to choose the learning rates on (default: scenes:val)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each in a process (default: 1)")
     parser.add_argument("--data", default="scenes:test", help="pairs to measure on (default: scenes:test)")
     parser.add_argument("--runs", help="folder of the runs (default: the recipe's out)")
@@ -345,12 +405,18 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
         start = TrainConfig(**load_recipe(options.start))
         if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
             train(start)
-        chosen = {name: variants[name] for name in options.variants}
-        results = run(
-            base, chosen, data=options.data, seeds=options.seeds, jobs=options.jobs, progress=not options.quiet
-        )
-        shown = {name: value for name, value in base.items() if name not in ("out", "threads")}
-        made = record(results, {**shown, "seeds": options.seeds, "data": options.data}, name=options.name)
+        names: dict[Variant, str] = {}
+        for name in options.variants:
+            names.setdefault(variants[name], name)  # what two names share is trained once
+        how = {"jobs": options.jobs, "progress": not options.quiet}
+        chosen, tables = choose_rates(base, names, options.rates, data=options.choose_on, seed=options.seeds[0], **how)
+        runs = run(base, chosen, data=options.data, seeds=options.seeds, **how)
+        settings = {name: value for name, value in base.items() if name not in ("out", "threads")}
+        settings |= {"seeds": options.seeds, "data": options.data}
+        settings["trained at commit"] = ", ".join(sorted({one.commit for own in runs.values() for one in own}))
+        measured = {arm: [one.measured[options.data] for one in own] for arm, own in runs.items()}
+        made = record(measured, settings, name=options.name)
+        made = dataclasses.replace(made, tables=(*made.tables, *tables))
         print(made)
         for path in made.save(options.out, command=shlex.join([*prog.split(), *arguments])):
             print(path)

@@ -172,8 +172,8 @@ def medians_ms(runs: Sequence[Callable[[], Any]], repeats: int = _REPEATS) -> li
 def peak_memory() -> Iterator[list[float]]:
     """MiB that a block needs at most beyond those in use before it: of the GPU where there is one, else of the process.
 
-    The list holds one number once the block has ended. A process is looked at every two milliseconds. Where the C library is
-    not glibc, memory that its allocator had kept from before is not seen.
+    The list holds one number once the block has ended. A process is looked at every two milliseconds. Memory that an allocator
+    kept from before is not seen: ONNX Runtime's own, and the C library's where that is not glibc.
     """
     found: list[float] = []
     if torch.cuda.is_available():

@@ -42,6 +42,11 @@ def test_every_study_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
 
 
+def test_only_overhead_builds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "length", "--build"]) == 2
+    assert "got length" in capsys.readouterr().err
+
+
 def test_length_reads_more_and_finds_more(engine: Engine) -> None:
     record = STUDIES["length"].run(engine, Setting("scenes:test:40", progress=False))
     rows = record.tables[0].rows

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.training import ablation
-from finelip_fast.training.ablation import LOSSES, PARTS, AblatedFineLIP, Variant
+from finelip_fast.training.ablation import LOSSES, PARTS, AblatedFineLIP, Run, Variant
+from finelip_fast.training.config import TrainConfig
 
 TINY = FineLIPConfig(
     embed_dim=32,
@@ -115,8 +119,7 @@ def test_the_command_trains_once_and_records(
     results = sorted((tmp_path / "runs").glob("*/result.json"))
     # "contrast" and "ATRM and CLIM" are one variant.
     assert [path.parent.name for path in results] == [
-        *("clim-only-0", "clim-only-1", "contrast-0", "contrast-1", "neither-0", "neither-1"),
-        *("triplet-the-paper-s-0", "triplet-the-paper-s-1"),
+        f"{name}-1x-{seed}" for name in ("clim-only", "contrast", "neither", "triplet-the-paper-s") for seed in (0, 1)
     ]
     recorded = json.loads((tmp_path / "studies/ablation.json").read_text())
     assert "'triplet (the paper'\"'\"'s)'" in recorded["command"]
@@ -130,15 +133,58 @@ def test_the_command_trains_once_and_records(
     assert [path.stat().st_mtime_ns for path in results] == written
 
 
-def test_a_variant_has_its_own_learning_rates(recipes: list[str], tmp_path: Path) -> None:
-    names = ["contrast on three scores", "contrast on three scores, grounding"]
-    command = [*recipes, "--variants", *names, "--seeds", "0", "--data", "scenes:test:4", "--out", str(tmp_path)]
+class AtOnce:
+    """An executor without processes."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
+    recipes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed chooses; the others and the reported figures come after it, and nothing is trained twice."""
+    names = ["neither", "triplet (the paper's)"]
+    command = [*recipes, "--variants", *names, "--rates", "0.5", "2", "4", "--choose-on", "scenes:val:4"]
+    command += ["--seeds", "1", "0", "--data", "scenes:test:8", "--out", str(tmp_path / "studies")]
+    best = {PARTS["neither"]: 2.0, LOSSES["triplet (the paper's)"]: 0.5}
+
+    def run_one(config: TrainConfig, variant: Variant, data: str) -> Run:
+        run = ablation_run_one(config, variant, data)
+        won = config.encoder_lr == best[variant] * TrainConfig.encoder_lr
+        return Run(run.commit, {data: {"global": dict.fromkeys(run.measured[data]["global"], float(won))}})
+
+    ablation_run_one = ablation.run_one
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(ablation, "run_one", run_one)
     assert ablation.main(command) == 0
-    rows = json.loads((tmp_path / "ablation.json").read_text())["tables"][0]["rows"]
-    assert [row["learning rates"] for row in rows] == ["1x", "2x"]
-    slow, fast = (json.loads((tmp_path / f"runs/{ablation._slug(name)}-0/config.json").read_text()) for name in names)
-    assert fast["encoder_lr"] == 2 * slow["encoder_lr"]
-    assert fast["aggregator_lr"] == 2 * slow["aggregator_lr"]
+    folders = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")}
+    assert set(folders) == {
+        *("neither-0.5x-1", "neither-2x-1", "neither-4x-1", "neither-2x-0"),
+        *(f"triplet-the-paper-s-{rate}x-1" for rate in ("0.5", "2", "4")),
+        "triplet-the-paper-s-0.5x-0",
+    }
+    assert set(folders["neither-2x-1"]["measured"]) == {"scenes:val:4", "scenes:test:8"}
+    assert set(folders["neither-4x-1"]["measured"]) == {"scenes:val:4"}
+    assert folders["neither-4x-1"]["config"]["encoder_lr"] == 4 * TrainConfig.encoder_lr
+    assert folders["neither-4x-1"]["config"]["aggregator_lr"] == 4 * TrainConfig.aggregator_lr
+    recorded = json.loads((tmp_path / "studies/ablation.json").read_text())
+    losses, rates = (table["rows"] for table in recorded["tables"])
+    assert [(row["losses"], row["learning rates"]) for row in losses] == [("global contrast", "2x"), (names[1], "0.5x")]
+    assert rates == [
+        {"variant": "neither", "0.5x": "0.0", "2x": "100.0", "4x": "0.0"},
+        {"variant": "triplet (the paper's)", "0.5x": "100.0", "2x": "0.0", "4x": "0.0"},
+    ]
+    assert recorded["settings"]["trained at commit"].startswith(folders["neither-2x-1"]["commit"][:10])
 
 
 def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path: Path) -> None:
@@ -152,10 +198,22 @@ def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path
         assert [table["title"].partition(":")[0] for table in recorded["tables"]] == tables
 
 
+def test_a_finished_run_is_measured_on_other_pairs_without_training(recipes: list[str], tmp_path: Path) -> None:
+    command = [*recipes, "--variants", "neither", "--seeds", "0", "--out", str(tmp_path / "studies")]
+    weights = tmp_path / "runs/neither-1x-0/state.pt"
+    assert ablation.main([*command, "--data", "scenes:test:8"]) == 0
+    trained = weights.stat().st_mtime_ns
+    assert ablation.main([*command, "--data", "scenes:test:4"]) == 0
+    assert weights.stat().st_mtime_ns == trained
+    result = json.loads((tmp_path / "runs/neither-1x-0/result.json").read_text())
+    assert set(result["measured"]) == {"scenes:test:8", "scenes:test:4"}
+
+
 def test_runs_of_other_options_are_refused(
     recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*recipes, "--variants", "neither", "--seeds", "0", "--out", str(tmp_path / "studies")]
-    assert ablation.main([*command, "--data", "scenes:test:8"]) == 0
-    assert ablation.main([*command, "--data", "scenes:test:4"]) == 2
+    command = [*recipes, "--variants", "neither", "--seeds", "0", "--data", "scenes:test:4"]
+    command += ["--out", str(tmp_path / "studies")]
+    assert ablation.main(command) == 0
+    assert ablation.main([*command, "--steps", "3"]) == 2
     assert "holds a run of other options" in capsys.readouterr().err
