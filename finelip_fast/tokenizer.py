@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -202,6 +202,9 @@ def token_spans(caption: str, spans: Iterable[tuple[int, int]]) -> list[tuple[in
     for start, end in pairwise(cuts):
         count += _size(caption[start:end])
         position[end] = count
+    if not caption.isascii() and count != 1 + _size(caption):  # mojibake that is repaired across a blank
+        ends = cuts[::-1]
+        position = dict(zip(ends, accumulate((1 + _size(caption[:end]) for end in ends), min), strict=True))
     return [(position[start], position[end]) for start, end in spans]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -204,3 +205,21 @@ def test_spans_of_words_hold_the_tokens_of_those_words(words, data):
     ((begin, stop),) = token_spans(caption, [(start, end)])
     row, part = (tokenize(text, 128)[0].tolist() for text in (caption, caption[start:end]))
     assert row[begin:stop] == part[1 : part.index(EOT_TOKEN)]
+
+
+@pytest.mark.parametrize("blank", [" ", "\N{NO-BREAK SPACE} "])
+def test_spans_after_mojibake_with_a_blank_in_it(blank: str) -> None:
+    """The second half of what was an "à" is a blank, at which the words are told apart."""
+    caption = f"voilÃ{blank}une maison Ã{blank}vendre, rouge"
+    row = tokenize(caption)[0].tolist()
+    assert (
+        row[1 : row.index(EOT_TOKEN)]
+        == tokenize("voilà une maison à vendre, rouge")[0].tolist()[1 : row.index(EOT_TOKEN)]
+    )
+    words = [match.span() for match in re.finditer(r"\S+", caption)]
+    spans = dict(zip((caption[slice(*word)] for word in words), token_spans(caption, words), strict=True))
+    for word in ("une", "maison", "vendre,", "rouge"):
+        part = tokenize(word)[0].tolist()
+        first, last = spans[word]
+        assert row[first:last] == part[1 : part.index(EOT_TOKEN)]
+    assert row[slice(*spans["voilÃ"])] == tokenize("voilà")[0, 1:4].tolist()
