@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,13 @@ _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnxruntime"
 
 # Told apart without colour as well.
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
+
+
+def markdown_table(lines: Iterable[list[str]]) -> str:
+    """The head, then each row, as texts; nothing without lines."""
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    cells[1:1] = [["---"] * len(line) for line in cells[:1]]
+    return "\n".join("|" + "|".join(line) + "|" for line in cells)
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,7 @@ class Table:
         )
 
     def markdown(self) -> str:
-        lines = [[cell.replace("|", r"\|") for cell in line] for line in self.lines()]
-        lines[1:1] = [["---"] * len(line) for line in lines[:1]]
-        return "\n".join("|" + "|".join(line) + "|" for line in lines)
+        return markdown_table(self.lines())
 
 
 @dataclass(frozen=True)

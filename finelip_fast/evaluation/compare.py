@@ -12,6 +12,7 @@ import torch
 from finelip_fast._errors import InputError
 from finelip_fast.evaluation.result import WAYS, Evaluation, Row, read_evaluation
 from finelip_fast.metrics import bootstrap_interval, mcnemar
+from finelip_fast.records import markdown_table
 
 _NAMES = ("recall@1", "recall@5", "recall@10", "mrr")
 _HEADS = ("R@1", "R@5", "R@10", "MRR")
@@ -44,8 +45,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """Two tables: the runs, and their differences from the first."""
-        tables = self._tables(short=False)
-        return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in _ruled(lines)) for lines in tables)
+        return "\n\n".join(map(markdown_table, self._tables(short=False)))
 
     def _tables(self, *, short: bool) -> list[list[list[str]]]:
         """Heads and rows of texts; recall in %."""
@@ -139,10 +139,6 @@ def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
         f"{100 * row[f'{way}_difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
         "-" if p is None else f"{p:.2g}",
     )
-
-
-def _ruled(lines: list[list[str]]) -> list[list[str]]:
-    return [lines[0], ["---"] * len(lines[0]), *lines[1:]]
 
 
 def _aligned(lines: list[list[str]]) -> str:
