@@ -400,6 +400,10 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     try:
+        if len(options.rates) > 1 and options.choose_on == options.data:
+            raise ConfigError(
+                f"expected --choose-on to be other pairs than those measured, got {options.data} for both"
+            )
         base = load_recipe(options.recipe) | {"threads": max(1, torch.get_num_threads() // options.jobs)}
         base |= {name: value for name, value in (("steps", options.steps), ("out", options.runs)) if value}
         start = TrainConfig(**load_recipe(options.start))

@@ -187,6 +187,15 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     assert recorded["settings"]["trained at commit"].startswith(folders["neither-2x-1"]["commit"][:10])
 
 
+def test_rates_are_not_chosen_on_the_pairs_that_are_measured(
+    recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*recipes, "--variants", "neither", "--rates", "1", "2", "--out", str(tmp_path / "studies")]
+    assert ablation.main([*command, "--choose-on", "scenes:test:4", "--data", "scenes:test:4"]) == 2
+    assert "other pairs than those measured" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()  # said before anything was trained
+
+
 def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path: Path) -> None:
     for names, tables in (
         (["global contrast", "triplet (the paper's)"], ["losses"]),
