@@ -408,7 +408,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
         base |= {name: value for name, value in (("steps", options.steps), ("out", options.runs)) if value}
         start = TrainConfig(**load_recipe(options.start))
         if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
-            train(start)
+            train(start, progress=not options.quiet)
         names: dict[Variant, str] = {}
         for name in options.variants:
             names.setdefault(variants[name], name)  # what two names share is trained once

@@ -67,8 +67,12 @@ _FREE_TO_CHANGE = (
 _MAX_LOGIT_SCALE = math.log(100)
 
 
-def train(config: TrainConfig) -> dict[str, float]:
+def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
     """Run, or go on with, the training that ``config`` describes.
+
+    Args:
+        config: Its ``out`` is the folder of the run.
+        progress: Show a progress bar.
 
     Returns:
         The best validation's metrics, with its ``step``.
@@ -81,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     device = choose_device(config)
     with process_group(device) as (rank, world):
-        return Trainer(config, device, rank, world).run()
+        return Trainer(config, device, rank, world).run(progress=progress)
 
 
 class Trainer:

@@ -115,7 +115,9 @@ def test_the_command_trains_once_and_records(
     command = [*recipes, "--variants", *names, "--seeds", "0", "1", "--data", "scenes:test:8"]
     command += ["--out", str(tmp_path / "studies")]
     assert ablation.main(command) == 0
-    assert "CLIM only" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "CLIM only" in printed.out
+    assert printed.err == ""  # no bar of the start's training either
     results = sorted((tmp_path / "runs").glob("*/result.json"))
     # "contrast" and "ATRM and CLIM" are one variant.
     assert [path.parent.name for path in results] == [
