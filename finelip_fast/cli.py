@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["export"]:
         return _export(arguments[1:])
     if arguments[:2] == ["study", "ablation"]:  # trains, too
-        from finelip_fast.training.ablation import main as ablation
+        from finelip_fast.training.ablation.command import main as ablation
 
         return ablation(arguments[2:])
     parser = _parser()

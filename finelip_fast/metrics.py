@@ -1,18 +1,22 @@
 """Retrieval metrics over a score matrix, and how far to trust them.
 
 From scores to ranks (:func:`ranks`, :func:`best_ranks`, :func:`pair_ranks`), from ranks to numbers (:func:`recall`,
-:func:`summary`), and from numbers of a finite test set to what they say of others (:func:`bootstrap_interval`,
-:func:`mcnemar`).
+:func:`summary`), from numbers to what is chosen by them (:func:`quality`), and from numbers of a finite test set to what they
+say of others (:func:`bootstrap_interval`, :func:`mcnemar`).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+
+ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))  # weights of the global cosine, where one is to be chosen
 
 _DRAWS = 1 << 22  # items that the bootstrap draws at once: 100 MiB at most, unless one resample alone is larger
 
@@ -132,6 +136,22 @@ def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
         "median_rank": middle.mean().item(),
         "mrr": position.reciprocal().mean().item(),
     }
+
+
+def quality(*measured: Mapping[str, float]) -> tuple[float, float]:
+    """What is chosen by: recall@1, and where that is equal mrr, each the mean of both directions.
+
+    Args:
+        measured: Numbers of :func:`summary` by direction, as ``i2t_recall@1``; of several runs, their mean counts.
+
+    Returns:
+        ``(recall, mrr)``, in [0, 1], rounded: means of equal shares in another order differ in their last bits.
+    """
+    recall, mrr = (
+        round(statistics.fmean(one[f"{way}_{name}"] for one in measured for way in ("i2t", "t2i")), 9)
+        for name in ("recall@1", "mrr")
+    )
+    return recall, mrr
 
 
 def bootstrap_interval(

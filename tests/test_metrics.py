@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finelip_fast import metrics
 from finelip_fast._errors import InputError
-from finelip_fast.metrics import best_ranks, bootstrap_interval, mcnemar, pair_ranks, ranks, recall, summary
+from finelip_fast.metrics import best_ranks, bootstrap_interval, mcnemar, pair_ranks, quality, ranks, recall, summary
 
 SCORES = torch.tensor(
     [
@@ -208,6 +208,12 @@ def test_summary_is_what_the_standard_library_counts(values):
 def test_summary_refuses(values, message):
     with pytest.raises(InputError, match=message):
         summary(values)
+
+
+def test_quality_by_eye():
+    found = {"i2t_recall@1": 0.2, "i2t_mrr": 0.3, "t2i_recall@1": 0.4, "t2i_mrr": 0.6}
+    assert quality(found) == (0.3, 0.45)
+    assert quality(found, dict.fromkeys(found, 0.5)) == (0.4, 0.475)
 
 
 def test_bootstrap_has_the_width_of_the_normal_interval():

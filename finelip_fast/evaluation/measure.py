@@ -21,10 +21,8 @@ from finelip_fast.evaluation.cache import PartFolder, StoredRows, embed_in_parts
 from finelip_fast.evaluation.ranking import tiled_ranks
 from finelip_fast.evaluation.result import WAYS, Evaluation, Row, Sweep
 from finelip_fast.evaluation.survey import Survey, hash_of, survey
-from finelip_fast.metrics import summary
+from finelip_fast.metrics import ALPHAS, summary
 from finelip_fast.tokenizer import expected_truncation
-
-_ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 
 
 def evaluate(
@@ -122,10 +120,10 @@ def evaluate(
 def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, data: str) -> Sweep:
     images, texts, picture_of = encoder.images(pairs, known), encoder.texts(known, context), known.picture_of
     found = tiled_ranks(
-        images, texts, torch.tensor(picture_of), _ALPHAS, device=encoder.engine.device, progress=encoder.progress
+        images, texts, torch.tensor(picture_of), ALPHAS, device=encoder.engine.device, progress=encoder.progress
     )
     tried = []
-    for alpha, ranks in zip(_ALPHAS, found, strict=True):
+    for alpha, ranks in zip(ALPHAS, found, strict=True):
         metrics = {way: summary(own) for way, own in zip(WAYS, ranks, strict=True)}
         wanted = {f"{way}_{name}": metrics[way][name] for way in WAYS for name in ("recall@1", "mrr")}
         tried.append({"alpha": alpha, **wanted})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast._weight_files import write_whole
-from finelip_fast.metrics import bootstrap_interval, summary
+from finelip_fast.metrics import bootstrap_interval, quality, summary
 
 WAYS = ("i2t", "t2i")
 
@@ -80,11 +80,7 @@ class Sweep:
     @property
     def best(self) -> float:
         """The weight of the best mean recall@1 of both directions; of equals, of the best mean mrr; then the smaller."""
-        means = {
-            one["alpha"]: tuple(sum(one[f"{way}_{name}"] for way in WAYS) for name in ("recall@1", "mrr"))
-            for one in self.tried
-        }
-        return max(means, key=lambda alpha: means[alpha])
+        return max(self.tried, key=quality)["alpha"]
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,15 @@ def test_of_equal_recall_the_better_reciprocal_rank_decides() -> None:
     assert Sweep("", "", 4, 64, tried).best == 0.5
 
 
+def test_equal_recall_is_equal_however_it_is_summed() -> None:
+    """0.6 + 0.7 is a little less than 0.5 + 0.8 in floating point."""
+    tried = [
+        {"alpha": alpha, "i2t_recall@1": i2t, "t2i_recall@1": t2i, "i2t_mrr": mrr, "t2i_mrr": mrr}
+        for alpha, i2t, t2i, mrr in ((0.0, 0.5, 0.8, 0.7), (0.5, 0.6, 0.7, 0.8))
+    ]
+    assert Sweep("", "", 10, 64, tried).best == 0.5
+
+
 def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
     with pytest.raises(InputError, match="other than the measured ones"):

@@ -15,8 +15,11 @@ from finelip_fast import checkpoint, tokenize
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
-from finelip_fast.training import ablation
-from finelip_fast.training.ablation import LOSSES, PARTS, AblatedFineLIP, Run, Variant
+from finelip_fast.training.ablation import command as ablation
+from finelip_fast.training.ablation import runs as ablation_runs
+from finelip_fast.training.ablation.record import record
+from finelip_fast.training.ablation.runs import Run, choose_weight
+from finelip_fast.training.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 
 TINY = FineLIPConfig(
@@ -105,7 +108,8 @@ def recipes(tmp_path: Path, model: FineLIP) -> list[str]:
     after = {**shared, "out": str(runs), "init": f"{start}/last", "steps": 2}
     for name, values in (("start", first), ("after", after)):
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
-    return ["--recipe", str(tmp_path / "after.json"), "--start", str(tmp_path / "start.json"), "--quiet"]
+    files = ["--recipe", str(tmp_path / "after.json"), "--start", str(tmp_path / "start.json")]
+    return [*files, "--choose-on", "scenes:val:4", "--quiet"]
 
 
 def test_the_command_trains_once_and_records(
@@ -160,14 +164,14 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     command += ["--seeds", "1", "0", "--data", "scenes:test:8", "--out", str(tmp_path / "studies")]
     best = {PARTS["neither"]: 2.0, LOSSES["triplet (the paper's)"]: 0.5}
 
-    def run_one(config: TrainConfig, variant: Variant, data: str) -> Run:
-        run = ablation_run_one(config, variant, data)
+    def run_one(config: TrainConfig, variant: Variant, data: list[str]) -> Run:
+        run = real_run_one(config, variant, data)
         won = config.encoder_lr == best[variant] * TrainConfig.encoder_lr
-        return Run(run.commit, {data: {"global": dict.fromkeys(run.measured[data]["global"], float(won))}})
+        return Run(run.commit, {pairs: {"1": dict.fromkeys(run.measured[pairs]["1"], float(won))} for pairs in data})
 
-    ablation_run_one = ablation.run_one
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", AtOnce)
-    monkeypatch.setattr(ablation, "run_one", run_one)
+    real_run_one = ablation_runs.run_one
+    monkeypatch.setattr(ablation_runs, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(ablation_runs, "run_one", run_one)
     assert ablation.main(command) == 0
     folders = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")}
     assert set(folders) == {
@@ -177,6 +181,7 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     }
     assert set(folders["neither-2x-1"]["measured"]) == {"scenes:val:4", "scenes:test:8"}
     assert set(folders["neither-4x-1"]["measured"]) == {"scenes:val:4"}
+    assert set(folders["neither-2x-0"]["measured"]) == {"scenes:val:4", "scenes:test:8"}
     assert folders["neither-4x-1"]["config"]["encoder_lr"] == 4 * TrainConfig.encoder_lr
     assert folders["neither-4x-1"]["config"]["aggregator_lr"] == 4 * TrainConfig.aggregator_lr
     recorded = json.loads((tmp_path / "studies/ablation.json").read_text())
@@ -189,10 +194,42 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     assert recorded["settings"]["trained at commit"].startswith(folders["neither-2x-1"]["commit"][:10])
 
 
-def test_rates_are_not_chosen_on_the_pairs_that_are_measured(
+def measures(**recalls: float) -> dict[str, dict[str, float]]:
+    """Of a run, by weight: ``_0_8=0.5`` is recall@1 and mrr of 0.5 both ways at a weight of 0.8."""
+    names = [f"{way}_{name}" for way in ("i2t", "t2i") for name in ("recall@1", "mrr")]
+    return {weight.strip("_").replace("_", "."): dict.fromkeys(names, value) for weight, value in recalls.items()}
+
+
+def test_the_weight_of_an_arm_is_that_of_the_best_mean_over_its_runs() -> None:
+    runs = [measures(_0=0.5, _0_8=0.6, _1=0.4), measures(_0=0.9, _0_8=0.7, _1=0.4)]
+    assert choose_weight(runs) == "0"
+    runs[1]["0"] = measures(_0=0.8)["0"]
+    runs[0]["0.8"]["i2t_mrr"] = 0.9  # equal recall: the better reciprocal rank decides
+    assert choose_weight(runs) == "0.8"
+    assert choose_weight([measures(_1=0.3)]) == "1"
+
+
+def test_errors_are_compared_at_the_papers_weight_and_at_chosen_ones() -> None:
+    """Each loss at the weight that validation pairs chose, not at the one that is best on the pairs it is told for."""
+    told = {
+        "global contrast": (measures(_1=0.2), measures(_1=0.2)),
+        "triplet (the paper's)": (measures(_0=0.9, _0_8=0.1, _1=0.1), measures(_0=0.6, _0_8=0.5, _1=0.3)),
+        "contrast": (measures(_0=0.3, _0_8=0.9, _1=0.1), measures(_0=0.9, _0_8=0.7, _1=0.3)),
+    }
+    runs = {Arm(LOSSES[name], 1.0): [Run("0" * 10, {"val": val, "test": test})] for name, (val, test) in told.items()}
+    rows = record(runs, {}, data="test", validation="val", name="ablation").tables[-1].rows
+    ours, error = "at chosen alpha (%)", "error beside the triplet's"
+    assert [(row["chosen alpha"], row["fine alone (%)"], row[ours]) for row in rows] == [
+        *(("", "", "20.0"), ("0", "60.0", "60.0"), ("0.8", "90.0", "70.0"))
+    ]
+    assert [row[error] for row in rows] == ["1.60x", "1.00x", "0.60x"]
+    assert [row[f"{error}, at chosen alphas"] for row in rows] == ["2.00x", "1.00x", "0.75x"]
+
+
+def test_nothing_is_chosen_on_the_pairs_that_are_measured(
     recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*recipes, "--variants", "neither", "--rates", "1", "2", "--out", str(tmp_path / "studies")]
+    command = [*recipes, "--variants", "neither", "--out", str(tmp_path / "studies")]
     assert ablation.main([*command, "--choose-on", "scenes:test:4", "--data", "scenes:test:4"]) == 2
     assert "other pairs than those measured" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()  # said before anything was trained
@@ -217,7 +254,7 @@ def test_a_finished_run_is_measured_on_other_pairs_without_training(recipes: lis
     assert ablation.main([*command, "--data", "scenes:test:4"]) == 0
     assert weights.stat().st_mtime_ns == trained
     result = json.loads((tmp_path / "runs/neither-1x-0/result.json").read_text())
-    assert set(result["measured"]) == {"scenes:test:8", "scenes:test:4"}
+    assert set(result["measured"]) == {"scenes:val:4", "scenes:test:8", "scenes:test:4"}
 
 
 def test_runs_of_other_options_are_refused(

@@ -1,0 +1,118 @@
+"""Tables and plots of the ablation's runs."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+from finelip_fast.metrics import quality
+from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.training.ablation.runs import (
+    FINE_ALONE,
+    GLOBAL_ALONE,
+    PAPERS_WEIGHT,
+    Measures,
+    Run,
+    choose_weight,
+)
+from finelip_fast.training.ablation.variants import GROUPS, LOSSES, PAPER, Arm
+
+
+def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, validation: str, name: str) -> Record:
+    """Tables and plots of the runs of each arm; a group of which one variant was tried compares nothing.
+
+    Args:
+        runs: Measured on ``data`` and on ``validation``.
+        settings: What all runs share.
+        data: Pairs whose figures are told.
+        validation: Pairs on which each arm's weight of the global cosine is chosen.
+        name: Of the record.
+    """
+    tried = {arm.variant: _Tried.of(arm, own, data, validation) for arm, own in runs.items()}
+    groups = {
+        group: {name: tried[variant] for name, variant in members.items() if variant in tried}
+        for group, members in GROUPS.items()
+    }
+    tables, plots = [], []
+    most = max(map(len, groups.values()))
+    for group, members in groups.items():
+        if len(members) < min(2, most):
+            continue
+        rows = [{group: name, **one.row(beside=tried.get(LOSSES[PAPER]))} for name, one in members.items()]
+        title = (
+            f"{group}: recall@1 on {data} at alpha {PAPERS_WEIGHT} or as named, mean and standard deviation over seeds"
+        )
+        tables.append(Table(title, rows))
+        recalls = [one.recalls() for one in members.values()]
+        means, low, high = ([f(values) for values in recalls] for f in (statistics.mean, min, max))
+        series = Series("mean, range", list(members), means, low, high)
+        plots.append(Plot(group, "", "recall@1, both directions, %", (series,)))
+    return Record(name, "Which parts and which losses help", tuple(tables), tuple(plots), settings, _finding(groups))
+
+
+class _Tried(NamedTuple):
+    """What is told of a variant's runs: the measures of each seed, and the weight chosen on other pairs."""
+
+    rate: float
+    weight: str
+    runs: list[Measures]
+
+    @classmethod
+    def of(cls, arm: Arm, runs: list[Run], data: str, validation: str) -> _Tried:
+        weight = choose_weight([one.measured[validation] for one in runs])
+        return cls(arm.rate, weight, [one.measured[data] for one in runs])
+
+    def at(self, weight: str) -> list[dict[str, float]]:
+        """Metrics of each run; of one without late interaction those of the cosine, whatever the weight."""
+        return [one.get(weight, one[GLOBAL_ALONE]) for one in self.runs]
+
+    def recalls(self, weight: str = PAPERS_WEIGHT) -> list[float]:
+        """Recall@1 of each run in %, mean of both directions."""
+        return [100 * quality(metrics)[0] for metrics in self.at(weight)]
+
+    def row(self, beside: _Tried | None) -> dict[str, str]:
+        """Of the table; with errors as shares of another variant's, each at its own chosen weight where weights are chosen."""
+        paper = self.at(PAPERS_WEIGHT)
+        row = {"learning rates": f"{self.rate:g}x"}
+        row |= {f"{way} (%)": _spread([100 * one[f"{way}_recall@1"] for one in paper]) for way in ("i2t", "t2i")}
+        row["mrr"] = _spread([quality(one)[1] for one in paper], digits=3)
+        if beside:
+            row["error beside the triplet's"] = _ratio(self.recalls(), beside.recalls())
+        row["global alone (%)"] = _spread(self.recalls(GLOBAL_ALONE))
+        is_fine = FINE_ALONE in self.runs[0]
+        row["fine alone (%)"] = _spread(self.recalls(FINE_ALONE)) if is_fine else ""
+        row["chosen alpha"] = self.weight if is_fine else ""
+        row["at chosen alpha (%)"] = _spread(self.recalls(self.weight))
+        if beside:
+            row["error beside the triplet's, at chosen alphas"] = _ratio(
+                self.recalls(self.weight), beside.recalls(beside.weight)
+            )
+        return row
+
+
+def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
+    """Each group in order of recall@1, at the paper's weight and at the chosen ones."""
+    sentences = []
+    for group, members in groups.items():
+        if len(members) < 2:
+            continue
+        for where, weights in (
+            (f"alpha {PAPERS_WEIGHT}", dict.fromkeys(members, PAPERS_WEIGHT)),
+            ("each one's chosen alpha", {name: one.weight for name, one in members.items()}),
+        ):
+            recalls = {name: statistics.mean(one.recalls(weights[name])) for name, one in members.items()}
+            ordered = sorted(recalls, key=lambda name: -recalls[name])
+            told = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
+            sentences.append(f"Recall@1 of {group} at {where}, from the best: {told}.")
+    return " ".join(sentences)
+
+
+def _ratio(recalls: list[float], theirs: list[float]) -> str:
+    """Of the errors, of recalls in %."""
+    missed, their_missed = 100 - statistics.mean(recalls), 100 - statistics.mean(theirs)
+    return f"{missed / their_missed:.2f}x" if their_missed else "-"
+
+
+def _spread(values: list[float], digits: int = 1) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -1,0 +1,212 @@
+"""Training and measuring the ablation's runs, and what is chosen from validation pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finelip_fast._errors import ConfigError
+from finelip_fast._weight_files import write_whole
+from finelip_fast.datasets import open_dataset
+from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary
+from finelip_fast.model import FineLIP
+from finelip_fast.records import Table, commit
+from finelip_fast.training.ablation.variants import AblatedFineLIP, Arm, Variant
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.train import Trainer, choose_device
+
+# Metrics of the score by the weight of the global cosine in it, as text: "1" is the cosine alone, which is all that a model
+# without late interaction has, "0" late interaction alone.
+Measures = dict[str, dict[str, float]]
+GLOBAL_ALONE, FINE_ALONE, PAPERS_WEIGHT = "1", "0", "0.8"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a trained run leaves: the commit whose code finished it, and its measures by the data they were taken on."""
+
+    commit: str
+    measured: dict[str, Measures]
+
+
+class AblationTrainer(Trainer):
+    """A training run of one variant."""
+
+    def __init__(self, config: TrainConfig, variant: Variant, device: torch.device) -> None:
+        self.variant = variant
+        super().__init__(config, device)
+        late_interaction = partial(self.model.score, alpha=0.0)
+        self.criterion = dataclasses.replace(config.criterion, late_interaction=late_interaction)
+
+    def _start_model(self) -> FineLIP:
+        return AblatedFineLIP(super()._start_model(), self.variant)
+
+
+@torch.inference_mode()
+def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
+    """Recall and mean reciprocal rank of a variant, by the weight of the global cosine.
+
+    Args:
+        model: Its late interaction is measured where its aggregators are trained.
+        data: Pairs, as in :func:`open_dataset`.
+        batch_size: Pictures or captions at once.
+
+    Returns:
+        ``{"0": {"i2t_recall@1": ..., ...}, "0.05": ..., "1": ...}``; without late interaction only the last.
+    """
+    pairs = open_dataset(data, image_size=model.config.image_size)
+    examples = [pairs[index] for index in range(len(pairs))]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(example.image_id for example in examples))}
+    owners = torch.tensor([numbers[example.image_id] for example in examples])
+    pictures = {example.image_id: example.image for example in examples}
+    images = embed_images(
+        lambda pixels: model.encode_image(pixels.to(model.device)),
+        model.preprocess,
+        [pictures[name] for name in numbers],
+        batch_size=batch_size,
+    )
+    texts = embed_texts(
+        lambda ids: model.encode_text(ids.to(model.device)),
+        [example.caption for example in examples],
+        context_length=model.config.context_length,
+        batch_size=batch_size,
+    )
+    global_scores, fine, weights = (images[:, 0] @ texts[:, 0].T).cpu(), torch.tensor(0.0), [1.0]
+    if model.config.trained_aggregators:
+        fine, weights = model.score(images, texts, alpha=0.0).cpu(), list(ALPHAS)
+    result = {}
+    for weight in weights:
+        ways = zip(("i2t", "t2i"), pair_ranks(weight * global_scores + (1 - weight) * fine, owners), strict=True)
+        result[f"{weight:g}"] = {f"{way}_{key}": value for way, ranks in ways for key, value in summary(ranks).items()}
+    return result
+
+
+def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
+    """Train one variant with one seed, measure it on each of ``data``, and keep the result in its folder.
+
+    What is there is not done again: a finished run is only measured on what it was not measured on.
+
+    Raises:
+        ConfigError: The folder holds a run of other options.
+    """
+    path = Path(config.out) / "result.json"
+    asked = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
+    asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
+    now = {**commit(), "measured": {}}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**asked, **now}
+    if {name: stored.get(name) for name in asked} != asked:
+        raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
+    missing = [pairs for pairs in data if pairs not in stored["measured"]]
+    if missing:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        trainer = AblationTrainer(config, variant, choose_device(config))
+        trainer.run(progress=False)  # the bar of all runs is the caller's
+        stored["measured"] |= {pairs: measure(trainer.model.eval(), pairs) for pairs in missing}
+        text = json.dumps(stored, indent=2) + "\n"
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    changed = ", with changes" if stored["dirty"] else ""
+    return Run(f"{(stored['commit'] or 'unknown')[:10]}{changed}", stored["measured"])
+
+
+def run(
+    base: dict[str, Any],
+    arms: dict[Arm, str],
+    *,
+    data: Sequence[str],
+    seeds: list[int],
+    jobs: int,
+    progress: bool = True,
+) -> dict[Arm, list[Run]]:
+    """Train and measure all arms with all seeds.
+
+    Args:
+        base: What all runs share: values of :class:`TrainConfig`; ``out`` is the folder above the runs' own.
+        arms: With the names of their variants.
+        data: What to measure on: one set of pairs or several.
+        seeds: Of the order of the training data.
+        jobs: Runs at once, each in a process.
+        progress: Show a progress bar.
+
+    Returns:
+        The runs of each arm, seed by seed.
+
+    Raises:
+        ConfigError: A folder holds a run of other options.
+    """
+    shared = TrainConfig(**base)
+    configs = {
+        (arm, seed): dataclasses.replace(
+            shared,
+            out=str(Path(shared.out) / f"{_slug(name)}-{arm.rate:g}x-{seed}"),
+            seed=seed,
+            loss=arm.variant.loss,
+            grounding=arm.variant.grounding,
+            encoder_lr=arm.rate * shared.encoder_lr,
+            aggregator_lr=arm.rate * shared.aggregator_lr,
+        )
+        for seed in seeds
+        for arm, name in arms.items()
+    }
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_one, config, key[0].variant, data): key for key, config in configs.items()}
+        try:
+            finished = tqdm(as_completed(futures), total=len(futures), unit="run", disable=not progress)
+            runs = {futures[future]: future.result() for future in finished}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {arm: [runs[arm, seed] for seed in seeds] for arm in arms}
+
+
+def choose_rates(
+    base: dict[str, Any], names: dict[Variant, str], rates: list[float], *, data: str, seed: int, **how: Any
+) -> tuple[dict[Arm, str], list[Table]]:
+    """Each variant at its best learning rate, each with the weight of the global cosine that is best at it.
+
+    The first of equals; a single rate is taken untried.
+
+    Args:
+        base: As in :func:`run`.
+        names: Of the variants.
+        rates: To try, as multiples of the recipe's.
+        data: Pairs to choose on; what is chosen should be measured on others.
+        seed: Of the runs.
+        how: ``jobs`` and ``progress`` of :func:`run`.
+
+    Returns:
+        The arms chosen with the names of their variants, and a table of what each rate reached.
+    """
+    if len(rates) == 1:
+        return {Arm(variant, rates[0]): name for variant, name in names.items()}, []
+    arms = {Arm(variant, rate): name for variant, name in names.items() for rate in rates}
+    runs = run(base, arms, data=[data], seeds=[seed], **how)
+    reached = {arm: max(map(quality, own[0].measured[data].values())) for arm, own in runs.items()}
+    rows = [
+        {"variant": name, **{f"{rate:g}x": f"{100 * reached[Arm(variant, rate)][0]:.1f}" for rate in rates}}
+        for variant, name in names.items()
+    ]
+    best = [max((Arm(variant, rate) for rate in rates), key=lambda arm: reached[arm]) for variant in names]
+    table = Table(f"recall@1 (%) on {data} by learning rate, seed {seed}", rows)
+    return {arm: names[arm.variant] for arm in best}, [table]
+
+
+def choose_weight(runs: Sequence[Measures]) -> str:
+    """The weight of the global cosine that is best over all runs; of equals the smallest."""
+    return max(runs[0], key=lambda weight: quality(*(one[weight] for one in runs)))
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

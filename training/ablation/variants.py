@@ -1,0 +1,102 @@
+"""What runs of the ablation differ in: parts of the model, losses, and their learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast.model import FineLIP
+
+PAPER = "triplet (the paper's)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one group of runs differs in.
+
+    Args:
+        loss: Terms, as in :class:`TrainConfig`.
+        image, text: ``"aggregated"``: row 0 and what ATRM makes of the tokens; ``"raw"``: row 0 and the tokens themselves;
+            ``"pooled"``: one row, the mean of what ATRM makes.
+        grounding: Weight of the grounding loss.
+    """
+
+    loss: tuple[str, ...]
+    image: str = "aggregated"
+    text: str = "aggregated"
+    grounding: float = 0.0
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether the score compares tokens."""
+        return any(not term.startswith(("contrastive:global", "adaptive_margin:global")) for term in self.loss)
+
+
+class Arm(NamedTuple):
+    """A variant and its learning rates, as multiples of the recipe's."""
+
+    variant: Variant
+    rate: float
+
+
+_GLOBAL = ("contrastive:global",)
+_BOTH = ("contrastive:global", "contrastive:fine")
+
+PARTS = {
+    "neither": Variant(_GLOBAL),
+    "ATRM only": Variant(_GLOBAL, "pooled", "pooled"),
+    "CLIM only": Variant(_BOTH, "raw", "raw"),
+    "ATRM on the picture's side, CLIM": Variant(_BOTH, "aggregated", "raw"),
+    "ATRM on the text's side, CLIM": Variant(_BOTH, "raw", "aggregated"),
+    "ATRM and CLIM": Variant(_BOTH),
+}
+LOSSES = {
+    "global contrast": PARTS["neither"],
+    PAPER: Variant(("triplet:fine",)),
+    "contrast": PARTS["ATRM and CLIM"],
+    "adaptive margins": Variant(("adaptive_margin:global", "adaptive_margin:fine")),
+    "contrast on the combined score, grounding": Variant(("contrastive:combined",), grounding=1.0),
+    "contrast on three scores": Variant((*_BOTH, "contrastive:combined")),
+    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0),
+}
+GROUPS = {"parts": PARTS, "losses": LOSSES}
+
+
+class AblatedFineLIP(FineLIP):
+    """FineLIP with parts left out; its captions' raw tokens are followed by rows of zeros, which are no tokens."""
+
+    def __init__(self, model: FineLIP, variant: Variant) -> None:
+        super().__init__(model.config.replace(trained_aggregators=variant.is_fine))
+        self.load_state_dict(model.state_dict())
+        self.variant = variant
+
+    def _aggregate_image(self, tokens: Tensor) -> Tensor:
+        if self.variant.image == "raw":
+            return F.normalize(tokens.float(), dim=-1)
+        return self._pooled(super()._aggregate_image(tokens), self.variant.image)
+
+    def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        rows = super()._aggregate_text(tokens, lengths)
+        if self.variant.text == "raw":
+            unit = F.normalize(tokens.float(), dim=-1)
+            beyond = torch.arange(unit.shape[1], device=unit.device) >= lengths[:, None] - 1
+            rows = torch.cat([rows[:, :1], unit.masked_fill(beyond[..., None], 0.0)], dim=1)
+            return F.pad(rows, (0, 0, 0, 1 + self.config.context_length - rows.shape[1]))
+        return self._pooled(rows, self.variant.text)
+
+    def _pooled(self, rows: Tensor, kind: str) -> Tensor:
+        return F.normalize(rows.mean(dim=1, keepdim=True), dim=-1) if kind == "pooled" else rows
+
+    def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
+        """As :meth:`FineLIP.score`; texts may end in rows of zeros.
+
+        Captions of equal length are scored together, since late interaction knows no rows that do not count.
+        """
+        counts = texts.detach().any(dim=-1).sum(dim=1)
+        groups = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
+        parts = [super(AblatedFineLIP, self).score(images, texts[own, : counts[own[0]]], alpha=alpha) for own in groups]
+        return torch.cat(parts, dim=1)[:, torch.cat(groups).argsort()]
