@@ -217,13 +217,18 @@ def test_errors_are_compared_at_the_papers_weight_and_at_chosen_ones() -> None:
         "contrast": (measures(_0=0.3, _0_8=0.9, _1=0.1), measures(_0=0.9, _0_8=0.7, _1=0.3)),
     }
     runs = {Arm(LOSSES[name], 1.0): [Run("0" * 10, {"val": val, "test": test})] for name, (val, test) in told.items()}
-    rows = record(runs, {}, data="test", validation="val", name="ablation").tables[-1].rows
+    made = record(runs, {}, data="test", validation="val", name="ablation")
+    rows = made.tables[-1].rows
     ours, error = "at chosen alpha (%)", "error beside the triplet's"
     assert [(row["chosen alpha"], row["fine alone (%)"], row[ours]) for row in rows] == [
         *(("", "", "20.0"), ("0", "60.0", "60.0"), ("0.8", "90.0", "70.0"))
     ]
     assert [row[error] for row in rows] == ["1.60x", "1.00x", "0.60x"]
     assert [row[f"{error}, at chosen alphas"] for row in rows] == ["2.00x", "1.00x", "0.75x"]
+    assert {one.label: one.y for one in made.plots[-1].series} == {
+        "alpha 0.8": pytest.approx([20, 50, 70]),
+        "chosen alpha": pytest.approx([20, 60, 70]),
+    }
 
 
 def test_nothing_is_chosen_on_the_pairs_that_are_measured(

@@ -43,10 +43,11 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
             f"{group}: recall@1 on {data} at alpha {PAPERS_WEIGHT} or as named, mean and standard deviation over seeds"
         )
         tables.append(Table(title, rows))
-        recalls = [one.recalls() for one in members.values()]
-        means, low, high = ([f(values) for values in recalls] for f in (statistics.mean, min, max))
-        series = Series("mean, range", list(members), means, low, high)
-        plots.append(Plot(group, "", "recall@1, both directions, %", (series,)))
+        series = tuple(
+            Series(label, list(members), *_range([one.recalls(weight or one.weight) for one in members.values()]))
+            for label, weight in ((f"alpha {PAPERS_WEIGHT}", PAPERS_WEIGHT), ("chosen alpha", None))
+        )
+        plots.append(Plot(group, "", "recall@1, both directions, mean and range, %", series))
     return Record(name, "Which parts and which losses help", tuple(tables), tuple(plots), settings, _finding(groups))
 
 
@@ -105,6 +106,12 @@ def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
             told = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
             sentences.append(f"Recall@1 of {group} at {where}, from the best: {told}.")
     return " ".join(sentences)
+
+
+def _range(runs: list[list[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Mean, least and greatest of each variant's runs."""
+    mean, least, greatest = ([function(values) for values in runs] for function in (statistics.mean, min, max))
+    return mean, least, greatest
 
 
 def _ratio(recalls: list[float], theirs: list[float]) -> str:
