@@ -18,7 +18,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.training.ablation import command as ablation
 from finelip_fast.training.ablation import runs as ablation_runs
 from finelip_fast.training.ablation.record import record
-from finelip_fast.training.ablation.runs import Run, choose_weight
+from finelip_fast.training.ablation.runs import Run, choose_alpha
 from finelip_fast.training.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 
@@ -202,11 +202,11 @@ def measures(**recalls: float) -> dict[str, dict[str, float]]:
 
 def test_the_weight_of_an_arm_is_that_of_the_best_mean_over_its_runs() -> None:
     runs = [measures(_0=0.5, _0_8=0.6, _1=0.4), measures(_0=0.9, _0_8=0.7, _1=0.4)]
-    assert choose_weight(runs) == "0"
+    assert choose_alpha(runs) == "0"
     runs[1]["0"] = measures(_0=0.8)["0"]
     runs[0]["0.8"]["i2t_mrr"] = 0.9  # equal recall: the better reciprocal rank decides
-    assert choose_weight(runs) == "0.8"
-    assert choose_weight([measures(_1=0.3)]) == "1"
+    assert choose_alpha(runs) == "0.8"
+    assert choose_alpha([measures(_1=0.3)]) == "1"
 
 
 def test_errors_are_compared_at_the_papers_weight_and_at_chosen_ones() -> None:

@@ -10,10 +10,10 @@ from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.training.ablation.runs import (
     FINE_ALONE,
     GLOBAL_ALONE,
-    PAPERS_WEIGHT,
+    PAPERS_ALPHA,
     Measures,
     Run,
-    choose_weight,
+    choose_alpha,
 )
 from finelip_fast.training.ablation.variants import GROUPS, LOSSES, PAPER, Arm
 
@@ -25,7 +25,7 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
         runs: Measured on ``data`` and on ``validation``.
         settings: What all runs share.
         data: Pairs whose figures are told.
-        validation: Pairs on which each arm's weight of the global cosine is chosen.
+        validation: Pairs on which each arm's alpha is chosen.
         name: Of the record.
     """
     tried = {arm.variant: _Tried.of(arm, own, data, validation) for arm, own in runs.items()}
@@ -40,40 +40,40 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
             continue
         rows = [{group: name, **one.row(beside=tried.get(LOSSES[PAPER]))} for name, one in members.items()]
         title = (
-            f"{group}: recall@1 on {data} at alpha {PAPERS_WEIGHT} or as named, mean and standard deviation over seeds"
+            f"{group}: recall@1 on {data} at alpha {PAPERS_ALPHA} or as named, mean and standard deviation over seeds"
         )
         tables.append(Table(title, rows))
         series = tuple(
-            Series(label, list(members), *_range([one.recalls(weight or one.weight) for one in members.values()]))
-            for label, weight in ((f"alpha {PAPERS_WEIGHT}", PAPERS_WEIGHT), ("chosen alpha", None))
+            Series(label, list(members), *_range([one.recalls(alpha or one.alpha) for one in members.values()]))
+            for label, alpha in ((f"alpha {PAPERS_ALPHA}", PAPERS_ALPHA), ("chosen alpha", None))
         )
         plots.append(Plot(group, "", "recall@1, both directions, mean and range, %", series))
     return Record(name, "Which parts and which losses help", tuple(tables), tuple(plots), settings, _finding(groups))
 
 
 class _Tried(NamedTuple):
-    """What is told of a variant's runs: the measures of each seed, and the weight chosen on other pairs."""
+    """What is told of a variant's runs: the measures of each seed, and the alpha chosen on other pairs."""
 
     rate: float
-    weight: str
+    alpha: str
     runs: list[Measures]
 
     @classmethod
     def of(cls, arm: Arm, runs: list[Run], data: str, validation: str) -> _Tried:
-        weight = choose_weight([one.measured[validation] for one in runs])
-        return cls(arm.rate, weight, [one.measured[data] for one in runs])
+        alpha = choose_alpha([one.measured[validation] for one in runs])
+        return cls(arm.rate, alpha, [one.measured[data] for one in runs])
 
-    def at(self, weight: str) -> list[dict[str, float]]:
-        """Metrics of each run; of one without late interaction those of the cosine, whatever the weight."""
-        return [one.get(weight, one[GLOBAL_ALONE]) for one in self.runs]
+    def at(self, alpha: str) -> list[dict[str, float]]:
+        """Metrics of each run; of one without late interaction those of the cosine, whatever alpha."""
+        return [one.get(alpha, one[GLOBAL_ALONE]) for one in self.runs]
 
-    def recalls(self, weight: str = PAPERS_WEIGHT) -> list[float]:
+    def recalls(self, alpha: str = PAPERS_ALPHA) -> list[float]:
         """Recall@1 of each run in %, mean of both directions."""
-        return [100 * quality(metrics)[0] for metrics in self.at(weight)]
+        return [100 * quality(metrics)[0] for metrics in self.at(alpha)]
 
     def row(self, beside: _Tried | None) -> dict[str, str]:
-        """Of the table; with errors as shares of another variant's, each at its own chosen weight where weights are chosen."""
-        paper = self.at(PAPERS_WEIGHT)
+        """Of the table; with errors as shares of another variant's, each at its own chosen alpha where alphas are chosen."""
+        paper = self.at(PAPERS_ALPHA)
         row = {"learning rates": f"{self.rate:g}x"}
         row |= {f"{way} (%)": _spread([100 * one[f"{way}_recall@1"] for one in paper]) for way in ("i2t", "t2i")}
         row["mrr"] = _spread([quality(one)[1] for one in paper], digits=3)
@@ -82,26 +82,26 @@ class _Tried(NamedTuple):
         row["global alone (%)"] = _spread(self.recalls(GLOBAL_ALONE))
         is_fine = FINE_ALONE in self.runs[0]
         row["fine alone (%)"] = _spread(self.recalls(FINE_ALONE)) if is_fine else ""
-        row["chosen alpha"] = self.weight if is_fine else ""
-        row["at chosen alpha (%)"] = _spread(self.recalls(self.weight))
+        row["chosen alpha"] = self.alpha if is_fine else ""
+        row["at chosen alpha (%)"] = _spread(self.recalls(self.alpha))
         if beside:
             row["error beside the triplet's, at chosen alphas"] = _ratio(
-                self.recalls(self.weight), beside.recalls(beside.weight)
+                self.recalls(self.alpha), beside.recalls(beside.alpha)
             )
         return row
 
 
 def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
-    """Each group in order of recall@1, at the paper's weight and at the chosen ones."""
+    """Each group in order of recall@1, at the paper's alpha and at the chosen ones."""
     sentences = []
     for group, members in groups.items():
         if len(members) < 2:
             continue
-        for where, weights in (
-            (f"alpha {PAPERS_WEIGHT}", dict.fromkeys(members, PAPERS_WEIGHT)),
-            ("each one's chosen alpha", {name: one.weight for name, one in members.items()}),
+        for where, alphas in (
+            (f"alpha {PAPERS_ALPHA}", dict.fromkeys(members, PAPERS_ALPHA)),
+            ("each one's chosen alpha", {name: one.alpha for name, one in members.items()}),
         ):
-            recalls = {name: statistics.mean(one.recalls(weights[name])) for name, one in members.items()}
+            recalls = {name: statistics.mean(one.recalls(alphas[name])) for name, one in members.items()}
             ordered = sorted(recalls, key=lambda name: -recalls[name])
             told = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
             sentences.append(f"Recall@1 of {group} at {where}, from the best: {told}.")

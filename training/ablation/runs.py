@@ -30,7 +30,7 @@ from finelip_fast.training.train import Trainer, choose_device
 # Metrics of the score by the weight of the global cosine in it, as text: "1" is the cosine alone, which is all that a model
 # without late interaction has, "0" late interaction alone.
 Measures = dict[str, dict[str, float]]
-GLOBAL_ALONE, FINE_ALONE, PAPERS_WEIGHT = "1", "0", "0.8"
+GLOBAL_ALONE, FINE_ALONE, PAPERS_ALPHA = "1", "0", "0.8"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
         context_length=model.config.context_length,
         batch_size=batch_size,
     )
-    global_scores, fine, weights = (images[:, 0] @ texts[:, 0].T).cpu(), torch.tensor(0.0), [1.0]
+    global_scores, fine, alphas = (images[:, 0] @ texts[:, 0].T).cpu(), torch.tensor(0.0), [1.0]
     if model.config.trained_aggregators:
-        fine, weights = model.score(images, texts, alpha=0.0).cpu(), list(ALPHAS)
+        fine, alphas = model.score(images, texts, alpha=0.0).cpu(), list(ALPHAS)
     result = {}
-    for weight in weights:
-        ways = zip(("i2t", "t2i"), pair_ranks(weight * global_scores + (1 - weight) * fine, owners), strict=True)
-        result[f"{weight:g}"] = {f"{way}_{key}": value for way, ranks in ways for key, value in summary(ranks).items()}
+    for alpha in alphas:
+        ways = zip(("i2t", "t2i"), pair_ranks(alpha * global_scores + (1 - alpha) * fine, owners), strict=True)
+        result[f"{alpha:g}"] = {f"{way}_{key}": value for way, ranks in ways for key, value in summary(ranks).items()}
     return result
 
 
@@ -203,9 +203,9 @@ def choose_rates(
     return {arm: names[arm.variant] for arm in best}, [table]
 
 
-def choose_weight(runs: Sequence[Measures]) -> str:
+def choose_alpha(runs: Sequence[Measures]) -> str:
     """The weight of the global cosine that is best over all runs; of equals the smallest."""
-    return max(runs[0], key=lambda weight: quality(*(one[weight] for one in runs)))
+    return max(runs[0], key=lambda alpha: quality(*(one[alpha] for one in runs)))
 
 
 def _slug(name: str) -> str:
