@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finelip_fast._errors import EngineError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 from finelip_fast.artefacts import trt as runtime
 from finelip_fast.kernels._settings import cache_folder
 

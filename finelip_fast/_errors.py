@@ -8,6 +8,7 @@
     ├── KernelError (RuntimeError)   a kernel that was asked for by name and cannot run here
     ├── EngineError (RuntimeError)   an engine that was asked for by name and cannot run here
     ├── StoreError                   an index folder that cannot be opened, read or written
+    ├── WriteError (OSError)         a file that cannot be written: a full disk, a folder of someone else
     └── TrainingError (RuntimeError) a run that cannot go on
 
 Catch :class:`FineLIPError` to catch them all.
@@ -25,6 +26,7 @@ __all__ = [
     "KernelError",
     "StoreError",
     "TrainingError",
+    "WriteError",
 ]
 
 
@@ -58,6 +60,13 @@ class EngineError(FineLIPError, RuntimeError):
 
 class StoreError(FineLIPError):
     """An index folder cannot be opened, read or written."""
+
+
+class WriteError(FineLIPError, OSError):
+    """A file cannot be written. Says which and why; what was there before is what it was."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
 
 
 class TrainingError(FineLIPError, RuntimeError):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from finelip_fast._errors import CheckpointError, ConfigError, InputError
+from finelip_fast._files import write_whole
 from finelip_fast._foreign import (
     LAYOUTS,
     config_from_open_clip,
@@ -35,7 +36,7 @@ from finelip_fast._foreign import (
     some,
     translate,
 )
-from finelip_fast._weight_files import read_json, read_safetensors, read_weights, write_whole
+from finelip_fast._weight_files import read_json, read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
 from finelip_fast.model import FineLIP

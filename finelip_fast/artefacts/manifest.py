@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import EngineError, InputError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 from finelip_fast.kernels._settings import cache_folder
 
 FORMAT = "finelip_fast_export/1"

@@ -19,7 +19,7 @@ import torch
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._errors import EngineError, InputError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 from finelip_fast.artefacts import manifest, onnx, trt
 from finelip_fast.artefacts.manifest import Export
 from finelip_fast.config import EOT_TOKEN, START_TOKEN

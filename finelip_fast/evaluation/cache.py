@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finelip_fast._errors import StoreError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 
 PART = 1024  # rows of a file: about 130 MB of 64 tokens in float32, and the most that is lost when a run is stopped
 

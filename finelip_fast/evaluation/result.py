@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 from finelip_fast.metrics import bootstrap_interval, quality, summary
 
 WAYS = ("i2t", "t2i")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from finelip_fast._errors import ConfigError
-from finelip_fast._weight_files import write_whole
+from finelip_fast._files import write_whole
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary

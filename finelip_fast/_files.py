@@ -1,0 +1,129 @@
+"""Files: read when they are ones, written whole or not at all, and named by plain names."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from finelip_fast._errors import FineLIPError, WriteError
+
+_MAX_NAME = 255  # bytes, of every file system in use
+
+
+def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        error: There is none, it is larger than ``max_bytes``, or it is a pipe, a device or a folder: none is waited for.
+    """
+    try:
+        # Without O_NONBLOCK the opening of a pipe waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(descriptor)
+            is_file = stat.S_ISREG(status.st_mode)
+            with open(descriptor, "rb", closefd=False) if is_file else io.BytesIO() as file:
+                content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+        finally:
+            os.close(descriptor)
+    except OSError as fault:
+        raise error(f"cannot read {path}: {fault.strerror}") from None
+    except ValueError as fault:  # a name with NUL
+        raise error(f"cannot read {os.fspath(path)!r}: {fault}") from None
+    if not is_file:
+        raise error(f"{path}: expected a file, found a folder, a pipe or a device")
+    if status.st_size > max_bytes or len(content) > max_bytes:
+        raise error(f"{path}: expected at most {max_bytes} bytes, found {max(status.st_size, len(content))}")
+    return content
+
+
+def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str:
+    """A name that one file of a folder can have, and that leads nowhere else.
+
+    Args:
+        name: As a catalogue, a manifest, an archive or a configuration has it.
+        where: What names it, for the message.
+        error: Raised for any other.
+
+    Returns:
+        The name.
+
+    Raises:
+        error: No text; empty; ``.`` or ``..``; with a separator of any system, a drive's colon or a control character; or
+            longer than a file system takes.
+    """
+    plain = (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(character in "/\\:" or not character.isprintable() for character in name)
+        and len(name.encode("utf-8")) <= _MAX_NAME
+    )
+    if not plain:
+        raise error(f"{where}: expected the plain name of a file in its folder, found {name!r:.80}")
+    assert isinstance(name, str)
+    return name
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and wait until the disk has it.
+
+    Args:
+        path: The file; its folder must be there.
+        write: Writes the content to the path that it is given.
+
+    Raises:
+        WriteError: The disk refuses; says what is missing. A file that was there before is what it was.
+    """
+    # Of its own, since several processes may write one file; short, since the name may be as long as names can be.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors makes its files private, whatever the umask says
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a full disk is no OSError to all of them
+        raise write_error(path, error) from error
+
+
+def write_error(path: str | PathLike[str], error: Exception) -> WriteError:
+    """The error for a file or folder that cannot be written, with the room that is left where it may be a lack of room."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    folder = Path(path).absolute().parent
+    with suppress(OSError):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if not isinstance(error, OSError) or free < 1 << 26:
+            reason += f"; {free / (1 << 20):.1f} MiB are free at {folder}"
+    number = error.errno if isinstance(error, OSError) else None
+    return WriteError(number, f"cannot write {path}: {reason}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk knows the files of a folder by their names."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,122 @@
+"""The one reader of JSON: size, depth, numbers and text are bounded, and an error says in which file and where in it.
+
+What comes out can be printed, compared, copied and written again: no NaN, no infinity, no integer beyond 64 bits, no nesting
+that overflows a stack, and no half of a surrogate pair, which UTF-8 cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from os import PathLike
+from typing import Any
+
+from finelip_fast._errors import FineLIPError
+from finelip_fast._files import read_bytes
+
+MAX_BYTES = 1 << 30
+MAX_DEPTH = 64
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_KINDS: dict[type, str] = {dict: "an object", list: "a list"}
+
+
+def read_json(
+    path: str | PathLike[str],
+    *,
+    error: type[FineLIPError],
+    expected: str = "JSON",
+    kind: type | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """The value in a file.
+
+    Args:
+        path: A regular file: a pipe or a device is refused, not waited for.
+        error: Raised for whatever is wrong; its message starts with the path.
+        expected: What the file should hold, as a noun phrase for the message.
+        kind: ``dict`` or ``list`` where the outermost value must be one.
+        max_bytes: Size from which a file is refused unread.
+
+    Raises:
+        error: A file that cannot be read or is too large, or as :func:`parse_json`.
+    """
+    return parse_json(
+        read_bytes(path, error=error, max_bytes=max_bytes), path, error=error, expected=expected, kind=kind
+    )
+
+
+def parse_json(
+    text: str | bytes,
+    where: object,
+    *,
+    error: type[FineLIPError],
+    expected: str = "JSON",
+    kind: type | None = None,
+) -> Any:
+    """The value in a text.
+
+    Args:
+        text: JSON; bytes are UTF-8.
+        where: What the message starts with: a path, or a path and a line.
+        error, expected, kind: As for :func:`read_json`.
+
+    Raises:
+        error: No JSON, another kind of value, nesting deeper than ``MAX_DEPTH``, a number that is not finite or beyond 64
+            bits, or half of a surrogate pair.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+        check_value(value, surrogates=not _ESCAPED_SURROGATE.search(text) and not _SURROGATE.search(text))
+    except json.JSONDecodeError as fault:
+        reason = f"{fault.msg} at line {fault.lineno}, column {fault.colno}"
+    except RecursionError:
+        reason = f"nesting deeper than {MAX_DEPTH}"
+    except ValueError as fault:  # of the checks, and of bytes that are no UTF-8
+        reason = str(fault)
+    else:
+        if kind is None or isinstance(value, kind):
+            return value
+        reason = f"found {_KINDS.get(type(value), f'the value {value!r:.40}')} instead of {_KINDS[kind]}"
+    raise error(f"{where}: expected {expected}: {reason}")
+
+
+def check_value(value: Any, *, surrogates: bool = False, depth: int = MAX_DEPTH) -> None:
+    """Refuse a value of JSON that is nested deeper than ``depth``, or holds half of a surrogate pair.
+
+    Args:
+        value: Of dictionaries, lists, strings and numbers.
+        surrogates: Pass halves of pairs; where the text is known to have none, this saves looking.
+
+    Raises:
+        ValueError: Says which.
+    """
+    if isinstance(value, str):
+        if not surrogates and _SURROGATE.search(value):
+            raise ValueError(f"half of a surrogate pair in the text {value!r:.40}, which UTF-8 cannot hold")
+    elif isinstance(value, (dict, list, tuple)):
+        if depth == 0:
+            raise ValueError(f"nesting deeper than {MAX_DEPTH}")
+        if isinstance(value, dict):
+            for key in value:
+                check_value(key, surrogates=surrogates, depth=depth - 1)
+            value = value.values()
+        for part in value:
+            check_value(part, surrogates=surrogates, depth=depth - 1)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= (number := int(digits)) < 1 << 64:
+        raise ValueError(f"an integer beyond 64 bits, {digits:.20}…")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"a number that is not finite, {digits:.20}")
+    return number

@@ -1,0 +1,109 @@
+"""Files are read when they are ones, written whole or not at all, and named by plain names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from finelip_fast._errors import InputError, StoreError, WriteError
+from finelip_fast._files import plain_name, read_bytes, write_whole
+
+
+@pytest.mark.parametrize("name", ["a", "model.safetensors", "ä ö.bin", "..a", "-rf", "a" * 255])
+def test_plain_names_stay(name: str) -> None:
+    assert plain_name(name, "catalogue", error=StoreError) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/etc/passwd",
+        "..\\x",
+        "C:x",
+        "a\nb",
+        "a\0b",
+        "a\x1b[2J",
+        "\ud800",
+        "a" * 256,
+        7,
+        None,
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_refused(name: object) -> None:
+    with pytest.raises(StoreError, match="catalogue: expected the plain name of a file in its folder, found"):
+        plain_name(name, "catalogue", error=StoreError)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"^[^ ]*pipe: expected a file, found a folder, a pipe or a device$"):
+        read_bytes(tmp_path / "pipe", error=InputError, max_bytes=10)
+
+
+def test_what_is_no_file_or_too_large_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"12345678901")
+    with pytest.raises(InputError, match="large: expected at most 10 bytes, found 11"):
+        read_bytes(tmp_path / "large", error=InputError, max_bytes=10)
+    with pytest.raises(InputError, match="found a folder"):
+        read_bytes(tmp_path, error=InputError, max_bytes=10)
+    with pytest.raises(InputError, match=r"cannot read .*absent: No such file"):
+        read_bytes(tmp_path / "absent", error=InputError, max_bytes=10)
+    with pytest.raises(InputError, match="cannot read 'a"):
+        read_bytes("a\0b", error=InputError, max_bytes=10)
+    with pytest.raises(InputError, match="/dev/zero: expected a file"):
+        read_bytes("/dev/zero", error=InputError, max_bytes=10)
+
+
+def test_a_file_is_written_whole_with_the_mode_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_whole(tmp_path / "file", lambda path: path.write_text("new"))
+    assert (tmp_path / "file").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_disk_that_refuses_leaves_the_old_file_and_says_what_is_missing(tmp_path: Path, fault: Exception) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def write(path: Path) -> None:
+        path.write_text("ha")
+        raise fault
+
+    with pytest.raises(WriteError, match=r"cannot write .*file: (No space left|write failed)") as caught:
+        write_whole(tmp_path / "file", write)
+    assert caught.value.errno == getattr(fault, "errno", None)
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Each writes its own temporary file, so that the one that is renamed last is whole."""
+    barrier, faults = threading.Barrier(8), []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(20):
+                barrier.wait()
+                write_whole(tmp_path / "file", lambda path: path.write_bytes(content))
+        except Exception as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=write, args=[bytes([48 + n]) * 100_000]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    content = (tmp_path / "file").read_bytes()
+    assert content == content[:1] * 100_000
+    assert os.listdir(tmp_path) == ["file"]

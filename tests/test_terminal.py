@@ -1,0 +1,31 @@
+"""What a stranger named is shown, and not obeyed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finelip_fast._terminal import printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a photo, größer 写真 😀.png", "a photo, größer 写真 😀.png"),
+        ("a\nb\r", "a\\nb\\r"),
+        ("\x1b[2Jx", "\\x1b[2Jx"),
+        ("a\u202egnp.exe", "a\\u202egnp.exe"),
+        ("a\udcff", "a\\udcff"),
+        ("\u2028", "\\u2028"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text(st.characters()))
+def test_any_text_is_one_line_that_can_be_printed(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    shown.encode()
