@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
@@ -19,6 +20,14 @@ from finelip_fast.model import FineLIP
 
 # Small tensors: with more threads than free cores, nearly all the time goes into threads waiting for each other.
 torch.set_num_threads(1)
+
+# Of the fuzzers, as `@settings(settings.get_profile("fuzz"))`: bounded here, `FINELIP_FUZZ=100000` for a long run.
+settings.register_profile(
+    "fuzz",
+    max_examples=int(os.environ.get("FINELIP_FUZZ", "50")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def _version(text: str) -> tuple[int, ...]:
