@@ -32,7 +32,8 @@ def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_byte
             status = os.fstat(descriptor)
             is_file = stat.S_ISREG(status.st_mode)
             with open(descriptor, "rb", closefd=False) if is_file else io.BytesIO() as file:
-                content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+                # As large as it was when it was opened: reading "up to max_bytes" would ask for so much memory first.
+                content = file.read(status.st_size) if status.st_size <= max_bytes else b""
         finally:
             os.close(descriptor)
     except OSError as fault:
@@ -41,8 +42,8 @@ def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_byte
         raise error(f"cannot read {os.fspath(path)!r}: {fault}") from None
     if not is_file:
         raise error(f"{path}: expected a file, found a folder, a pipe or a device")
-    if status.st_size > max_bytes or len(content) > max_bytes:
-        raise error(f"{path}: expected at most {max_bytes} bytes, found {max(status.st_size, len(content))}")
+    if status.st_size > max_bytes:
+        raise error(f"{path}: expected at most {max_bytes} bytes, found {status.st_size}")
     return content
 
 

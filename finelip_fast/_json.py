@@ -70,8 +70,12 @@ def parse_json(
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
-        check_value(value, surrogates=not _ESCAPED_SURROGATE.search(text) and not _SURROGATE.search(text))
+        value = _DECODER.decode(text)
+        is_text = not _ESCAPED_SURROGATE.search(text) and not _SURROGATE.search(text)
+        if (
+            not is_text or text.count("[") + text.count("{") > MAX_DEPTH
+        ):  # a line of a data file has few, and need not be walked
+            check_value(value, surrogates=is_text)
     except json.JSONDecodeError as fault:
         reason = f"{fault.msg} at line {fault.lineno}, column {fault.colno}"
     except RecursionError:
@@ -120,3 +124,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"a number that is not finite, {digits:.20}")
     return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite)
