@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from finelip_fast._errors import InputError
+from finelip_fast._files import write_error, write_whole
+from finelip_fast._markup import in_markdown
+from finelip_fast._terminal import printable
 
 # A folder with what is in it, at the start of a word or after the colon or equals sign of an option: /home/me/photos
 _ABSOLUTE = re.compile(r"""(?<![^\s:='"])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'"]+[/\\])*([^\s/\\:'"]+)[/\\]?""")
@@ -28,7 +31,7 @@ _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 
 def markdown_table(lines: Iterable[list[str]]) -> str:
     """The head, then each row, as texts; nothing without lines."""
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    cells = [[in_markdown(cell) for cell in line] for line in lines]
     cells[1:1] = [["---"] * len(line) for line in cells[:1]]
     return "\n".join("|" + "|".join(line) + "|" for line in cells)
 
@@ -46,7 +49,7 @@ class Table:
         yield from ([_told(value) for value in row.values()] for row in self.rows)
 
     def __str__(self) -> str:
-        lines = list(self.lines())
+        lines = [[printable(cell) for cell in line] for line in self.lines()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -118,17 +121,21 @@ class Record:
 
         Raises:
             InputError: There are plots, and no matplotlib.
+            WriteError: A file that cannot be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder, error) from error
         pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
         source = {"command": _named(command), **commit(), "machine": _machine(), "versions": _versions()}
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
         settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
         values = {**source, **self.to_dict(), "settings": settings}
-        data.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        page.write_text(self._page(source, settings, pictures), encoding="utf-8")
+        _write(data, json.dumps(values, indent=2) + "\n")
+        _write(page, self._page(source, settings, pictures))
         return [data, page, *pictures]
 
     def _page(self, source: dict[str, Any], settings: dict[str, Any], pictures: list[Path]) -> str:
@@ -136,16 +143,21 @@ class Record:
         on = ", ".join([*machine["gpus"], machine["cpu"], f"{machine['threads']} threads"])
         state = ", with changes" if source["dirty"] else ""
         commit = f"commit {source['commit'][:10]}{state}, " if source["commit"] else ""
+        command = printable(source["command"]).replace("`", "'")
         parts = [
-            f"# {self.title}",
-            self.finding,
-            f"`{source['command']}` on {on}; PyTorch {source['versions']['torch']}; {commit}{source['date']}. With "
-            + "; ".join(f"{name} {value}" for name, value in settings.items())
+            f"# {in_markdown(self.title)}",
+            in_markdown(self.finding),
+            f"`{command}` on {on}; PyTorch {source['versions']['torch']}; {commit}{source['date']}. With "
+            + "; ".join(in_markdown(f"{name} {value}") for name, value in settings.items())
             + ".",
-            *(f"## {table.title}\n\n{table.markdown()}" for table in self.tables),
+            *(f"## {in_markdown(table.title)}\n\n{table.markdown()}" for table in self.tables),
             *(f"![{plot.y} by {plot.x or plot.name}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
         ]  # fmt: skip
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _named(text: str) -> str:
@@ -187,7 +199,7 @@ def _draw(plot: Plot, path: Path) -> Path:
     axes.grid(alpha=0.3)
     if any(series.label for series in plot.series):
         axes.legend()
-    figure.savefig(path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
@@ -122,3 +125,43 @@ def make_captions() -> Callable[..., Tensor]:
         return ids
 
     return build
+
+
+_DEEP = "a list in a list in a list"
+_HOSTILE = [
+    *(None, True, False, 0, 1, -1, 3, 1000, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e308, float("nan"), float("inf")),
+    *("", "x", " ", "\x00", "\ud800", "\u202e", "a" * 5000, "../../etc/passwd", "/dev/zero", "http://a/b", "~", "\n"),
+    *([], {}, [[]], [None], {"": {}}, [1, "a"], [0] * 100, _DEEP),
+]
+
+
+@pytest.fixture(scope="session")
+def damage_json() -> Callable[[st.DataObject, Any], bytes]:
+    """Writes a value as JSON, with parts exchanged, left out, doubled or added, and now and then the text itself damaged."""
+
+    def change(data: st.DataObject, value: Any) -> Any:
+        parts = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+        if not parts or data.draw(st.integers(0, 5)) == 0:
+            return data.draw(st.sampled_from(_HOSTILE))
+        at, value = data.draw(st.sampled_from(parts)), value.copy()
+        way = data.draw(st.integers(0, 9))
+        if way == 0:
+            del value[at]
+        elif way == 1:
+            value = {**value, "more": 1} if isinstance(value, dict) else [*value, value[at]]
+        elif way == 2:
+            value[at] = value[data.draw(st.sampled_from(parts))]
+        else:
+            value[at] = change(data, value[at])
+        return value
+
+    def damage(data: st.DataObject, value: Any) -> bytes:
+        for _ in range(data.draw(st.integers(1, 3))):
+            value = change(data, value)
+        text = json.dumps(value).replace(json.dumps(_DEEP), "[" * 20_000 + "]" * 20_000).encode()
+        if data.draw(st.integers(0, 4)) == 0:
+            at = data.draw(st.integers(0, len(text)))
+            text = text[:at] + data.draw(st.binary(max_size=4)) + text[at + data.draw(st.integers(0, 4)) :]
+        return text
+
+    return damage

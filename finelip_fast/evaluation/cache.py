@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
-from finelip_fast._files import write_whole
+from finelip_fast._files import write_error, write_whole
 
 PART = 1024  # rows of a file: about 130 MB of 64 tokens in float32, and the most that is lost when a run is stopped
 
@@ -70,7 +69,7 @@ class PartFolder:
         key: All that the embeddings depend on, as plain values.
 
     Raises:
-        StoreError: A folder that cannot be made.
+        WriteError: A folder that cannot be made.
     """
 
     def __init__(self, cache: Path, key: Mapping[str, Any]) -> None:
@@ -79,7 +78,7 @@ class PartFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"cannot make the cache {self.folder}: {error.strerror}") from error
+            raise write_error(self.folder, error) from error
 
     def path(self, number: int) -> Path:
         """Where part ``number`` is, or will be."""
@@ -87,25 +86,25 @@ class PartFolder:
 
     def holds(self, number: int, rows: int) -> bool:
         """Whether part ``number`` is there, of so many rows, and as it was written; reads all of it."""
+        if not self.path(number).is_file():  # a pipe would be waited for
+            return False
         try:
             with safe_open(self.path(number), framework="pt") as file:
                 said, found = file.metadata() or {}, file.get_tensor(_ROWS)
-        except (SafetensorError, OSError):  # none there, or a damaged one
+        except (SafetensorError, OSError):  # a damaged one
             return False
-        return said.get("key") == self.key and len(found) == rows and said.get("sha256") == _hash(found)
+        fits = found.ndim == 3 and len(found) == rows
+        return fits and said.get("key") == self.key and said.get("sha256") == _hash(found)
 
     def write(self, number: int, rows: Tensor) -> Path:
         """Write part ``number``, whole or not at all.
 
         Raises:
-            StoreError: A file that cannot be written.
+            WriteError: A file that cannot be written; the parts before it stay.
         """
         rows, path = rows.cpu().contiguous(), self.path(number)
         metadata = {"key": self.key, "sha256": _hash(rows)}
-        try:
-            write_whole(path, lambda temporary: save_file({_ROWS: rows}, temporary, metadata))
-        except (SafetensorError, OSError) as error:
-            raise StoreError(f"cannot write {path}: {error}; free some space, or use another --cache") from error
+        write_whole(path, lambda temporary: save_file({_ROWS: rows}, temporary, metadata))
         return path
 
 
@@ -137,4 +136,7 @@ def embed_in_parts(
 
 
 def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
+    """Of the values and of how they are to be read."""
+    digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)}".encode())
+    digest.update(rows.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finelip_fast._errors import InputError
+from finelip_fast._terminal import printable
 from finelip_fast.evaluation.result import WAYS, Evaluation, Row, read_evaluation
 from finelip_fast.metrics import bootstrap_interval, mcnemar
 from finelip_fast.records import markdown_table
@@ -84,7 +85,7 @@ def compare(files: Sequence[str | Path]) -> Comparison:
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
     rows = []
     for file, name, run in zip(files, names, runs, strict=True):
-        if run.pairs_fingerprint != baseline.pairs_fingerprint:
+        if (run.pairs_fingerprint, run.picture_of) != (baseline.pairs_fingerprint, baseline.picture_of):
             raise InputError(
                 f"{file} is of other pairs than {files[0]}, {_described(run)} and {_described(baseline)}: "
                 f"{_differs(run, baseline)}; evaluate both on the same data"
@@ -120,7 +121,7 @@ def _counterpart(rows: list[Row], row: Row) -> Row | None:
 
 
 def _described(run: Evaluation) -> str:
-    return f"{run.data or 'data without a name'} ({run.pictures} pictures, {run.pairs} captions)"
+    return f"{printable(run.data)[:80] or 'data without a name'} ({run.pictures} pictures, {run.pairs} captions)"
 
 
 def _differs(run: Evaluation, baseline: Evaluation) -> str:
@@ -144,7 +145,7 @@ def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
 def _aligned(lines: list[list[str]]) -> str:
     """Columns of texts to the left, of numbers to the right."""
     columns = []
-    for column in zip(*lines, strict=True):
+    for column in zip(*([printable(cell) for cell in line] for line in lines), strict=True):
         width = max(map(len, column))
         number = all(text[:1] in "+-" or text[:1].isdigit() for text in column[1:])
         columns.append([text.rjust(width) if number else text.ljust(width) for text in column])

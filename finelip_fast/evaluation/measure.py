@@ -19,7 +19,7 @@ from finelip_fast.datasets import PairDataset
 from finelip_fast.engines import Engine
 from finelip_fast.evaluation.cache import PartFolder, StoredRows, embed_in_parts
 from finelip_fast.evaluation.ranking import tiled_ranks
-from finelip_fast.evaluation.result import WAYS, Evaluation, Row, Sweep
+from finelip_fast.evaluation.result import SCORES, WAYS, Evaluation, Row, Sweep
 from finelip_fast.evaluation.survey import Survey, hash_of, survey
 from finelip_fast.metrics import ALPHAS, summary
 from finelip_fast.tokenizer import expected_truncation
@@ -64,7 +64,7 @@ def evaluate(
         InputError: No pairs, a context below 3 or longer than the model's, an alpha outside [0, 1], a batch size below 1,
             both ``alpha`` and ``validation``, or validation pairs that are the measured ones.
         ImageError: A picture that cannot be read.
-        StoreError: A cache that cannot be written.
+        WriteError: A cache that cannot be written; what is in it is found again.
     """
     contexts = sorted(set(contexts)) or [engine.config.context_length]
     longest = engine.config.context_length
@@ -95,7 +95,7 @@ def evaluate(
         texts = encoder.texts(known, context)
         text_seconds = time.perf_counter() - started
         found = tiled_ranks(images, texts, picture_of, (1.0, 0.0, alpha), device=engine.device, progress=progress)
-        for score, ranks in zip(("global", "fine", "combined"), found, strict=True):
+        for score, ranks in zip(SCORES, found, strict=True):
             rows.append(Row.of(context, score, dict(zip(WAYS, ranks, strict=True)), picture_of))
     return Evaluation(
         data=data,

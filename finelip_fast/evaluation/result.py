@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import InputError
 from finelip_fast._files import write_whole
+from finelip_fast._json import read_json
+from finelip_fast._terminal import printable
+from finelip_fast._typed import typed
 from finelip_fast.metrics import bootstrap_interval, quality, summary
 
 WAYS = ("i2t", "t2i")
+SCORES = ("global", "fine", "combined")
+
+_MAX_BYTES = 1 << 28  # some 70 bytes for each picture, caption, context and score
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,11 @@ class Evaluation:
         """Write :meth:`to_dict` as JSON, whole or not at all.
 
         Raises:
-            StoreError: A file that cannot be written.
+            WriteError: A file that cannot be written.
         """
-        path, text = Path(path), json.dumps(self.to_dict()) + "\n"
-        try:
-            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}") from error
+        # A name of a file that is no UTF-8 has halves of surrogate pairs in it, which no JSON should have.
+        content = json.dumps(self.to_dict(), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        write_whole(Path(path), lambda temporary: temporary.write_bytes(content))
 
     def __str__(self) -> str:
         heads = "".join(f"  {f'{way} R@1 [95 %]':20}{'R@5':>6}{'R@10':>6}{'MRR':>6}{'median':>7}" for way in WAYS)
@@ -148,8 +154,8 @@ class Evaluation:
                 line += f"{row.metrics[f'{way}_median_rank']:7g}"
             lines.append(line)
         if self.sweep:
-            tried = f"best of {len(self.sweep.tried)} on {self.sweep.pairs} validation pairs {self.sweep.data}".rstrip()
-            lines.append(f"alpha {self.alpha:g}: {tried}")
+            pairs = f"{self.sweep.pairs} validation pairs {printable(self.sweep.data)}".rstrip()
+            lines.append(f"alpha {self.alpha:g}: best of {len(self.sweep.tried)} on {pairs}")
         return "\n".join(lines)
 
 
@@ -157,28 +163,75 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """What :meth:`Evaluation.save` wrote.
 
     Raises:
-        InputError: Another file, or none.
+        InputError: Another file, or none; or one whose numbers do not follow from its ranks.
     """
+    expected = "a result of finelip eval DATA --out FILE of this version"
+    values = read_json(path, error=InputError, expected=expected, kind=dict, max_bytes=_MAX_BYTES)
+    if isinstance(rows := values.get("rows"), list):
+        values["rows"] = [_nested(row) if isinstance(row, dict) else row for row in rows]
+    sweep = values.get("sweep")
+    chosen = sweep.pop("chosen", None) if isinstance(sweep, dict) else None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [_row(one) for one in found.pop("rows")]
-        if sweep := found.pop("sweep"):
-            del sweep["chosen"]
-        evaluation = Evaluation(**found, rows=rows, sweep=Sweep(**sweep) if sweep else None)
-        sizes = {"i2t": evaluation.pictures, "t2i": evaluation.pairs}
-        for row in rows:
-            if {way: len(ranks) for way, ranks in row.ranks.items()} != sizes:
-                raise ValueError(f"expected ranks of {sizes} queries")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: expected a result of finelip eval DATA --out FILE of this version ({error}); evaluate anew"
-        ) from None
+        evaluation: Evaluation = typed(values, Evaluation)
+        _check(evaluation)
+        _require(not evaluation.sweep or chosen == evaluation.sweep.best, "'chosen' the best of what was tried", chosen)
+    except ValueError as error:
+        raise InputError(f"{path}: expected {expected} ({error}); evaluate anew") from None
     return evaluation
 
 
-def _row(values: dict[str, Any]) -> Row:
-    ranks = {way: values.pop(f"{way}_ranks") for way in WAYS}
-    intervals = {name: (low, high) for name, (low, high) in values.pop("intervals").items()}
-    return Row(values.pop("context"), values.pop("score"), values, intervals, ranks)
+def _nested(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`Row`, of what :meth:`Row.to_dict` gave."""
+    ranks = {way: row.pop(f"{way}_ranks", None) for way in WAYS}
+    about = {name: row.pop(name, None) for name in ("context", "score", "intervals")}
+    return {**about, "ranks": ranks, "metrics": row}
+
+
+def _check(found: Evaluation) -> None:
+    """Refuse what no evaluation gives; of the types that it gives are its values already."""
+    described = set(found.picture_of)
+    _require(len(found.picture_of) == found.pairs > 0, f"picture_of of {found.pairs} captions", len(found.picture_of))
+    _require(
+        len(described) == found.pictures and min(described) == 0 and max(described) == found.pictures - 1,
+        f"picture_of with each of the {found.pictures} pictures",
+        len(described),
+    )
+    _require(0 <= found.alpha <= 1, "alpha in [0, 1]", found.alpha)
+    _require(min(found.image_seconds, found.text_seconds) >= 0, "times of at least 0 s", found.image_seconds)
+    _require(bool(found.rows), "rows", found.rows)
+    kinds = [(row.context, row.score) for row in found.rows]
+    _require(len(set(kinds)) == len(kinds), "each context and score once", kinds)
+    for row in found.rows:
+        _require(row.context >= 3 and row.score in SCORES, f"a context and one of {SCORES}", (row.context, row.score))
+        for way, count, others in (("i2t", found.pictures, found.pairs), ("t2i", found.pairs, found.pictures)):
+            ranks = row.ranks[way]
+            _require(len(ranks) == count, f"{way} ranks of {count} queries", len(ranks))
+            _require(
+                min(ranks) >= 1 and max(ranks) <= others, f"{way} ranks from 1 to {others}", (min(ranks), max(ranks))
+            )
+        metrics = {
+            f"{way}_{name}": value for way in WAYS for name, value in summary(torch.tensor(row.ranks[way])).items()
+        }
+        _require(
+            row.metrics.keys() == metrics.keys()
+            and all(math.isclose(row.metrics[name], value, rel_tol=1e-6) for name, value in metrics.items()),
+            "metrics that follow from the ranks",
+            row.metrics,
+        )
+        shares = {name for name in metrics if not name.endswith("_rank")}
+        _require(row.intervals.keys() == shares, f"intervals of {sorted(shares)}", sorted(row.intervals))
+        for low, high in row.intervals.values():
+            _require(0 <= low <= high <= 1, "intervals (low, high) in [0, 1]", (low, high))
+    if sweep := found.sweep:
+        names = {"alpha", *(f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))}
+        _require(sweep.pairs > 0 and sweep.context >= 3, "a sweep of pairs at a context", (sweep.pairs, sweep.context))
+        _require(bool(sweep.tried), "weights that were tried", sweep.tried)
+        for tried in sweep.tried:
+            fits = tried.keys() == names and all(0 <= value <= 1 for value in tried.values())
+            _require(fits, f"{sorted(names)} in [0, 1]", tried)
+        _require(found.alpha == sweep.best, f"the best alpha of the sweep, {sweep.best}", found.alpha)
+
+
+def _require(condition: bool, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"expected {expected}, found {value!r:.80}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast._errors import FineLIPError, InputError
 from finelip_fast.cli import main
-from finelip_fast.evaluation import Evaluation, Row, compare
+from finelip_fast.evaluation import Evaluation, Row, Sweep, compare, read_evaluation
 
 SHARED = [0] * 5 + [1] * 5  # ten captions of two pictures
 
@@ -23,6 +26,7 @@ def result(
     i2t: list[int] | None = None,
     picture_of: list[int] | None = None,
     contexts: tuple[int, ...] = (256,),
+    sweep: Sweep | None = None,
     **changes: Any,
 ) -> Path:
     """An evaluation with these ranks of captions, and of pictures where there are fewer of them."""
@@ -44,7 +48,7 @@ def result(
         pairs=len(ranks),
         picture_of=owners,
         alpha=0.8,
-        sweep=None,
+        sweep=sweep,
         rows=[Row.of(context, "combined", found, torch.tensor(owners)) for context in contexts],
         image_seconds=1.0,
         text_seconds=1.0,
@@ -162,3 +166,90 @@ def test_a_result_with_ranks_cut_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(found))
     with pytest.raises(InputError, match=r"b\.json.*ranks of .* queries"):
         compare([a, tmp_path / "b.json"])
+
+
+METRICS = {f"{way}_{name}": 0.5 for way in ("i2t", "t2i") for name in ("recall@1", "mrr")}
+SWEEP = Sweep("other", "fingerprint", 20, 256, [{"alpha": alpha, **METRICS} for alpha in (0.8, 1)])
+
+
+def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = result(tmp_path / "a.json", [1, 2, 3], sweep=SWEEP)
+    assert read_evaluation(path).sweep == SWEEP
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.data())
+def test_a_damaged_result_is_refused_or_right(tmp_path: Path, damage_json: Any, data: st.DataObject) -> None:
+    sound = result(tmp_path / "sound.json", [1, 2, 3, 2], picture_of=[0, 0, 1, 2], i2t=[1, 2, 4], sweep=SWEEP)
+    sound_values = json.loads(sound.read_text())
+    path = tmp_path / "damaged.json"
+    path.write_bytes(damage_json(data, sound_values))
+    try:
+        found = read_evaluation(path)
+    except InputError as error:
+        message = str(error)
+    else:
+        for row, before in zip(found.rows, read_evaluation(sound).rows, strict=True):
+            assert row.metrics == pytest.approx(before.metrics)
+        found.save(path)
+        assert read_evaluation(path) == found
+        with suppress(FineLIPError):  # of other pairs
+            compared = compare([path, sound])
+            assert len(str(compared).splitlines()) <= 6
+            assert len(compared.markdown().splitlines()) <= 8
+        return
+    assert message.startswith((f"{path}: expected ", f"cannot read {path}: "))
+    assert len(message) < 1000
+
+
+def edit(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 2}, r"alpha in \[0, 1\], found 2"),
+        ({"alpha": True}, "a finite number as alpha, found True"),
+        ({"pictures": 10**12}, "picture_of with each of the 1000000000000 pictures, found 3"),
+        ({"picture_of": [0, 0, 0]}, "each of the 3 pictures, found 1"),
+        ({"rows": []}, r"expected rows, found \[\]"),
+        ({"rows": [5]}, r"an object as rows\[0\], found 5"),
+        ({"rows": {}}, r"a list as rows, found \{\}"),
+        ({"image_seconds": -1}, "times of at least 0 s"),
+        ({"data": "a" * 10 + "\ud800"}, "half of a surrogate pair"),
+        ({"engine": None}, "a text as engine, found None"),
+        ({"unheard": 1}, "an unknown field 'unheard'"),
+    ],
+)
+def test_a_value_that_no_evaluation_has_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = edit(result(tmp_path / "a.json", [1, 2, 3]), **changes)
+    with pytest.raises(InputError, match=rf"a\.json: expected a result of finelip eval .*{message}"):
+        read_evaluation(path)
+
+
+def test_numbers_that_do_not_follow_from_the_ranks_are_refused(tmp_path: Path) -> None:
+    path = result(tmp_path / "a.json", [1, 2, 3])
+    [row] = json.loads(path.read_text())["rows"]
+    edit(path, rows=[row | {"t2i_recall@1": 0.9}])
+    with pytest.raises(InputError, match="metrics that follow from the ranks"):
+        read_evaluation(path)
+
+
+def test_runs_that_claim_the_same_pairs_must_have_them(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", [1, 2, 3])
+    b = result(tmp_path / "b.json", [1, 2, 3], picture_of=[0, 2, 1])
+    with pytest.raises(InputError, match="captions belong to other pictures"):
+        compare([a, b])
+
+
+def test_names_in_a_comparison_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", [1, 2, 3], checkpoint="x|y\n|forged|\x1b[2J<script>")
+    b = result(tmp_path / "b.json", [1, 2, 3], data="caf\udce9", checkpoint="[a](javascript:b)")
+    table = compare([a, b])
+    assert len(str(table).splitlines()) == 6
+    assert "\x1b" not in str(table) + table.markdown()
+    assert r"x\|y\\n\|forged\|" in table.markdown()
+    assert r"[a]\(javascript:b)" in table.markdown()
+    assert read_evaluation(b).data == "caf?"

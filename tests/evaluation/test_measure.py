@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast._errors import ImageError, InputError, StoreError
+from finelip_fast._errors import ImageError, InputError, WriteError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example, open_dataset
 from finelip_fast.engines import Engine, open_engine
@@ -190,7 +190,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (report.data, report.picture_of, report.checkpoint) == ("three", [0, 0, 1, 2, 2], "bundled")
     assert (report.engine, report.precision, report.device) == ("table", "fp32", "cpu")
     assert report.version == finelip_fast.__version__
-    with pytest.raises(StoreError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         report.save(tmp_path / "missing" / "result.json")
 
 
