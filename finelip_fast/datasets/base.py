@@ -119,16 +119,18 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
     Raises:
         InputError: An unknown name, a missing file, or one that is not of that layout.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"expected the name of a dataset as a text, got {spec!r:.80}")
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
         split, size, variant, *more = [*rest.split(":"), "", ""]
         if any(more) or (size and not size.isdecimal()):
-            raise InputError(f"expected scenes:SPLIT:SIZE:VARIANT with SIZE a number, got {spec!r}")
-        count = int(size) if size else None
+            raise InputError(f"expected scenes:SPLIT:SIZE:VARIANT with SIZE a number, got {spec!r:.80}")
         try:
+            count = int(size) if size else None
             return SceneExamples(Scenes(split or "train", count, image_size=image_size, variant=variant or "clean"))
         except ValueError as error:
-            raise InputError(f"{spec!r}: {error}") from None
+            raise InputError(f"{spec!r:.80}: {error}") from None
     if kind in ("jsonl", "sharegpt4v"):
         read = read_json_lines if kind == "jsonl" else read_sharegpt4v
         return FileExamples(read(Path(rest), root=Path(root) if root else None))
@@ -142,5 +144,5 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
             return FileExamples(_IN_SPLITS[kind](Path(place), split or None))
     raise InputError(
         "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, or a published folder as urban1k:ROOT, coco:ROOT, "
-        f"docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT or flickr30k:ROOT:SPLIT, got {spec!r}"
+        f"docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT or flickr30k:ROOT:SPLIT, got {spec!r:.80}"
     )

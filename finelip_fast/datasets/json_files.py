@@ -1,12 +1,22 @@
-"""Readers of caption files in JSON: plain JSON lines, and ShareGPT4V's published layout."""
+"""Readers of caption files in JSON: plain JSON lines, and ShareGPT4V's published layout.
+
+Pictures are files, and such a file may name any of this machine, by absolute paths too: what it names is read as a picture or
+not at all.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import InputError
+from finelip_fast._files import read_bytes
+from finelip_fast._json import parse_json
+
+_MAX_BYTES = 1 << 32  # ShareGPT4V's 1.2 million records take a third of it
+_MAX_PATH = 4096  # characters, which no system takes more of
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path, str]]:
@@ -24,17 +34,12 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
     """
     pairs = []
     # Not splitlines(), which also splits at separators that may stand inside a JSON string.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            item = json.loads(line)
-            image, caption = item["image"], item["caption"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object with 'image' and 'caption', got {line[:80]!r} ({error!r})"
-            ) from None
-        pairs.append(_pair(image, caption, root or path.parent, f"{path}, line {number}"))
+        where = f"{path}, line {number}"
+        item = parse_json(line, where, error=InputError, expected="a JSON object with 'image' and 'caption'", kind=dict)
+        pairs.append(_pair(item.get("image"), item.get("caption"), root or path.parent, where))
     return pairs
 
 
@@ -53,17 +58,13 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
     Raises:
         InputError: A missing file, or one of another layout; names the record.
     """
-    try:
-        records = json.loads(_read(path))
-    except ValueError as error:
-        raise InputError(f"{path}: expected ShareGPT4V's JSON, a list of records: {error}") from None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected ShareGPT4V's JSON, a list of records, got a {type(records).__name__}")
+    expected = "ShareGPT4V's JSON, a list of records"
+    records = parse_json(read_text(path), path, error=InputError, expected=expected, kind=list)
     pairs = []
     for index, record in enumerate(records):
         where = f"{path}, record {index}"
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-            raise InputError(f"{where}: expected an object with 'image' and 'conversations', got {str(record)[:80]}")
+            raise InputError(f"{where}: expected an object with 'image' and 'conversations', got {record!r:.80}")
         if "image" not in record:
             continue
         turns = [turn for turn in record["conversations"] if isinstance(turn, dict)]
@@ -74,16 +75,33 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
     return pairs
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file of UTF-8, with its line ends as ``\\n``.
+
+    Raises:
+        InputError: None that can be read, a pipe or a device, other text, or more than 4 GiB.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        text = read_bytes(path, error=InputError, max_bytes=_MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text: {error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def picture_name(name: object, where: str) -> str:
+    """A name that a file could have.
+
+    Raises:
+        InputError: No text, none, one with NUL or too long, or an address.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > _MAX_PATH:
+        raise InputError(f"{where}: expected the path of a picture, got {name!r:.80}")
+    if _SCHEME.match(name):
+        raise InputError(f"{where}: expected a picture that is a file, got {name!r:.80}; download it first")
+    return name
 
 
 def _pair(image: Any, caption: Any, root: Path, where: str) -> tuple[Path, str]:
     if not isinstance(image, str) or not isinstance(caption, str):
         raise InputError(f"{where}: expected text for picture and caption, got {image!r:.80} and {caption!r:.80}")
-    return root / image, caption
+    return root / picture_name(image, where), caption

@@ -3,20 +3,22 @@
 Pictures and captions are matched by name, never by the order of a directory. Each reader returns ``(picture, caption)``
 pairs, several captions of a picture one after another, in the published order where there is one, else by picture name.
 Captions lose the white space around them. Every reader raises InputError for what is missing, and says where to get it.
+Names that a file gives stay within the published folder; links there lead where whoever made them wants.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finelip_fast._errors import InputError
-from finelip_fast.datasets.json_files import _read
+from finelip_fast._json import parse_json
+from finelip_fast.datasets.json_files import picture_name, read_text
 
 Pairs = list[tuple[Path, str]]
 Key = TypeVar("Key", bound=Hashable)
@@ -47,7 +49,7 @@ def read_urban1k(root: Path) -> Pairs:
     """
     root = _inner(root, "Urban1k", "image")
     pictures = {path.stem: path for path in _list(root / "image", ".jpg", URBAN1K)}
-    captions = {path.stem: [_read(path)] for path in _list(root / "caption", ".txt", URBAN1K)}
+    captions = {path.stem: [read_text(path)] for path in _list(root / "caption", ".txt", URBAN1K)}
     return _match(pictures, captions, root, URBAN1K)
 
 
@@ -69,7 +71,10 @@ def read_docci(root: Path, split: str | None = None) -> Pairs:
             continue
         where = f"{path}, line {number}"
         record = _parse(line, where)
-        pair = images / _field(record, "image_file", str, where), _field(record, "description", str, where).strip()
+        pair = (
+            _inside(images, _field(record, "image_file", str, where), where),
+            _field(record, "description", str, where).strip(),
+        )
         splits.setdefault(_field(record, "split", str, where), []).append(pair)
     return _present(_choose(splits, split or "test", path), DOCCI)
 
@@ -95,12 +100,13 @@ def read_dci(root: Path, split: str | None = None) -> Pairs:
         splits = _parse(_text(where, DCI), where)
         if not isinstance(splits, dict):
             raise InputError(f"{where}: expected an object of splits, got {splits!r:.80}")
-        paths = [annotations / str(name) for name in _field({split: _choose(splits, split, where)}, split, list, where)]
+        names = _field({split: _choose(splits, split, where)}, split, list, where)
+        paths = [_inside(annotations, name, where) for name in names]
     pairs = []
     for path in paths:
         record = _parse(_text(path, DCI), path)
         short, extra = (_field(record, name, str, path).strip() for name in ("short_caption", "extra_caption"))
-        pairs.append((photos / _field(record, "image", str, path), f"{short} {extra}".strip()))
+        pairs.append((_inside(photos, _field(record, "image", str, path), path), f"{short} {extra}".strip()))
     return _present(sorted(pairs) if split is None else pairs, DCI)
 
 
@@ -117,22 +123,22 @@ def read_long_dci(root: Path) -> Pairs:
         InputError: A missing file or picture, a file of other columns, a row that lacks one.
     """
     path = root / "dci_long.csv"
-    text = _text(path, LONG_DCI).removeprefix("\ufeff")
+    text = _text(path, LONG_DCI)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
-    columns = rows.fieldnames or []
-    if not {"filepath", "title"} <= set(columns):
-        raise InputError(
-            f"{path}: expected the columns 'filepath' and 'title', found {', '.join(columns) or 'none'}. {LONG_DCI}"
-        )
-    folder = next((one for one in (root / "photos", root / "images") if one.is_dir()), root)
+    folder = next((one for one in (root / "photos", root / "images") if os.path.isdir(one)), root)
     pairs: Pairs = []
     try:
+        columns = rows.fieldnames or []
+        if not {"filepath", "title"} <= set(columns):
+            raise InputError(
+                f"{path}: expected the columns 'filepath' and 'title', found {', '.join(columns)[:80] or 'none'}. {LONG_DCI}"
+            )
         for row in rows:
             if not row["filepath"] or row["title"] is None:
                 raise InputError(
                     f"{path}, line {rows.line_num}: expected a picture's name and a caption, got {row!r:.80}"
                 )
-            pairs.append((folder / row["filepath"], row["title"].strip()))
+            pairs.append((_inside(folder, row["filepath"], f"{path}, line {rows.line_num}"), row["title"].strip()))
     except csv.Error as error:
         raise InputError(
             f"{path}, line {rows.line_num}: expected rows of a picture's name and a caption: {error}"
@@ -155,10 +161,12 @@ def read_coco(root: Path) -> Pairs:
     path = root / "annotations" / "captions_val2017.json"
     content = _parse(_text(path, COCO), path)
     folder = _folder(root / "val2017", COCO)
+    images = _field(content, "images", list, path)
     pictures = {
-        _field(image, "id", int, path): folder / _field(image, "file_name", str, path)
-        for image in _field(content, "images", list, path)
+        _field(image, "id", int, path): _inside(folder, _field(image, "file_name", str, path), path) for image in images
     }
+    if len(pictures) < len(images):
+        raise InputError(f"{path}: expected an id of its own for each of {len(images)} images, found {len(pictures)}")
     captions: dict[int, list[str]] = {}
     for annotation in _field(content, "annotations", list, path):
         told = captions.setdefault(_field(annotation, "image_id", int, path), [])
@@ -181,12 +189,12 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
     """
     path, token = root / "dataset_flickr30k.json", root / "results_20130124.token"
     folder = root / "flickr30k-images"
-    folder = folder if folder.is_dir() else _folder(root / "images", FLICKR30K)
-    if path.exists() or not token.exists():
+    folder = folder if os.path.isdir(folder) else _folder(root / "images", FLICKR30K)
+    if os.path.exists(path) or not os.path.exists(token):
         splits: dict[str, Pairs] = {}
         content = _parse(_text(path, FLICKR30K), path)
         for image in _field(content, "images", list, path):
-            picture = folder / _field(image, "filename", str, path)
+            picture = _inside(folder, _field(image, "filename", str, path), path)
             captions = [_field(said, "raw", str, path).strip() for said in _field(image, "sentences", list, path)]
             pairs = splits.setdefault(_field(image, "split", str, path), [])
             pairs += [(picture, caption) for caption in captions]
@@ -195,7 +203,7 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
         raise InputError(
             f"{token} knows no splits, got {split!r}; add {path.name}, or leave the split out. {FLICKR30K}"
         )
-    told: dict[str, list[str]] = {}
+    told: dict[Path, list[str]] = {}
     for number, line in enumerate(_text(token, FLICKR30K).split("\n"), start=1):
         if not line.strip():
             continue
@@ -203,8 +211,8 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
         name, mark, _ = name.rpartition("#")
         if not (tab and mark):
             raise InputError(f"{token}, line {number}: expected NAME#NUMBER, a tab and a caption, got {line[:80]!r}")
-        told.setdefault(name, []).append(caption.strip())
-    return _present([(folder / name, caption) for name, captions in told.items() for caption in captions], FLICKR30K)
+        told.setdefault(_inside(folder, name, f"{token}, line {number}"), []).append(caption.strip())
+    return _present([(picture, caption) for picture, captions in told.items() for caption in captions], FLICKR30K)
 
 
 # --- Files and folders -------------------------------------------------------------------------------------------
@@ -212,30 +220,33 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
 
 def _inner(root: Path, name: str, needed: str) -> Path:
     """``root / name``, which the published archive unpacks to, unless ``root`` is that folder already."""
-    return root / name if (root / name).is_dir() and not (root / needed).exists() else root
+    return root / name if os.path.isdir(root / name) and not os.path.exists(root / needed) else root
 
 
 def _folder(path: Path, published: str) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"expected a folder {path}, found none. {published}")
     return path
 
 
 def _list(folder: Path, suffix: str, published: str) -> list[Path]:
-    return sorted(path for path in _folder(folder, published).iterdir() if path.suffix == suffix)
+    try:
+        return sorted(path for path in _folder(folder, published).iterdir() if path.suffix == suffix)
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from None
 
 
 def _text(path: Path, published: str) -> str:
     try:
-        return _read(path)
+        return read_text(path)
     except InputError as error:
         raise InputError(f"{error}. {published}") from None
 
 
 def _present(pairs: Pairs, published: str) -> Pairs:
-    """The pairs, once every picture is known to be there: better now than an hour into an evaluation."""
+    """The pairs, once every picture is known to be there as a file: better now than an hour into an evaluation."""
     pictures = dict.fromkeys(path for path, _ in pairs)
-    missing = [path for path in pictures if not os.path.exists(path)]
+    missing = [path for path in pictures if not os.path.isfile(path)]
     if missing:
         raise InputError(f"{len(missing)} of {len(pictures)} pictures are missing, first {missing[0]}. {published}")
     return pairs
@@ -244,23 +255,30 @@ def _present(pairs: Pairs, published: str) -> Pairs:
 # --- What files hold ---------------------------------------------------------------------------------------------
 
 
+def _inside(folder: Path, name: object, where: Path | str) -> Path:
+    """The file of a name within a folder."""
+    name = picture_name(name, str(where))
+    if name[0] in "/\\" or ":" in name[1:2] or ".." in re.split(r"[/\\]", name):
+        raise InputError(f"{where}: expected a name within {folder}, got {name!r:.80}")
+    return folder / name
+
+
 def _parse(text: str, where: Path | str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where}: expected JSON: {error}") from None
+    return parse_json(text, where, error=InputError)
 
 
 def _field(record: Any, name: str, kind: type[Kind], where: Path | str) -> Kind:
     value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise InputError(f"{where}: expected an object with {name!r} of type {kind.__name__}, got {record!r:.80}")
     return value
 
 
 def _choose(splits: Mapping[str, Kind], split: str, where: Path) -> Kind:
     if split not in splits:
-        raise InputError(f"{where}: expected split to be one of {', '.join(sorted(splits)) or '(none)'}; got {split!r}")
+        raise InputError(
+            f"{where}: expected split to be one of {', '.join(sorted(splits))[:200] or '(none)'}; got {split!r:.80}"
+        )
     return splits[split]
 
 
@@ -271,7 +289,7 @@ def _match(pictures: Mapping[Key, Path], captions: Mapping[Key, Iterable[str]], 
         ("caption", "picture", [key for key in captions if key not in pictures]),
     ):
         if lone:
-            names = ", ".join(map(str, lone[:3])) + (", ..." if len(lone) > 3 else "")
+            names = ", ".join(str(key)[:80] for key in lone[:3]) + (", ..." if len(lone) > 3 else "")
             raise InputError(
                 f"{where}: expected a {other} for each {what}, {len(lone)} have none: {names}. {published}"
             )

@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 SPLITS = {"train": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
+MAX_SIZE = 10_000_000  # scenes, which take a day to draw
+MAX_IMAGE_SIZE = 4096
 VARIANTS = words.VARIANTS
 
 
@@ -128,7 +130,7 @@ class Scene:
             An RGB image, ``size x size``.
 
         Raises:
-            InputError: ``size`` is below 16.
+            InputError: ``size`` is below 16 or above 4096.
         """
         size = self.image_size if size is None else size
         _check_image_size(size)
@@ -150,7 +152,7 @@ class Scenes:
             (a quarter of the statements left out), "repeated" (some said twice) or "reordered".
 
     Raises:
-        InputError: An unknown split or variant, a negative size, an image size below 16.
+        InputError: An unknown split or variant, a size or an image size out of its range.
     """
 
     def __init__(
@@ -166,8 +168,10 @@ class Scenes:
         _check_name("variant", variant, VARIANTS)
         _check_image_size(image_size)
         size = SPLITS[split] if size is None else size
-        if size < 0:
-            raise InputError(f"expected size >= 0, got {size}; leave it out for the split's own size")
+        if not 0 <= size <= MAX_SIZE:
+            raise InputError(
+                f"expected size from 0 to {MAX_SIZE}, got {f'{size}'[:40]}; leave it out for the split's own size"
+            )
         self.split, self.size, self.image_size, self.seed, self.variant = split, size, image_size, seed, variant
 
     def __repr__(self) -> str:
@@ -203,9 +207,11 @@ class Scenes:
 
 def _check_name(what: str, got: str, known: tuple[str, ...]) -> None:
     if got not in known:
-        raise InputError(f"expected {what} to be one of {', '.join(known)}; got {got!r}; choose one of these")
+        raise InputError(f"expected {what} to be one of {', '.join(known)}; got {got!r:.80}; choose one of these")
 
 
 def _check_image_size(size: int) -> None:
-    if size < 16:
-        raise InputError(f"expected an image size of at least 16 pixels, got {size}; 128 and more show every detail")
+    if not 16 <= size <= MAX_IMAGE_SIZE:
+        raise InputError(
+            f"expected an image size from 16 to {MAX_IMAGE_SIZE} pixels, got {size}; 128 and more show every detail"
+        )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets import Example, Scenes, open_dataset
@@ -83,3 +86,51 @@ def test_pairs_of_one_picture_share_its_id(tmp_path):
 def test_refuses_what_it_cannot_open(spec, reason):
     with pytest.raises(InputError, match=reason):
         open_dataset(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(
+            "scenes:test:1000000000000",
+            "scenes:test:" + "9" * 5000,
+            "scenes:test:٣٤٥٦٧٨٩٠",
+            "scenes:\ud800",
+            "scenes:test:5:\n",
+        ),
+        *(
+            "jsonl:a\0b",
+            "jsonl:" + "a" * 5000,
+            "jsonl:~",
+            "jsonl:",
+            "jsonl:\n",
+            "jsonl:\ud800",
+            "jsonl:/dev/zero",
+            "jsonl:/dev/stdin",
+        ),
+        *(
+            "coco:" + "a" * 300,
+            "coco:a\0b",
+            "docci:" + "a/" * 3000,
+            "docci:x:" + "y" * 300,
+            "flickr30k:\ud800",
+            "urban1k:" + "a" * 300,
+        ),
+        *("", ":", "a" * 100_000, "http://a/b", "webdataset:pipe:id", None, 3, b"scenes:test"),
+    ],
+    ids=lambda spec: f"{spec!r:.40}",
+)
+def test_a_hostile_name_is_refused(spec):
+    with pytest.raises(InputError) as caught:
+        open_dataset(spec)
+    assert len(str(caught.value)) < 11_000
+
+
+@settings(settings.get_profile("fuzz"))
+@given(
+    st.text()
+    | st.builds("{}:{}".format, st.sampled_from(["scenes", "jsonl", "docci", "coco", "dci", "urban1k"]), st.text())
+)
+def test_any_name_opens_a_dataset_or_is_refused(spec):
+    with suppress(InputError):
+        len(open_dataset(spec))

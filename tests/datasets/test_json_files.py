@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
@@ -55,12 +58,22 @@ def test_an_empty_file_has_no_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("{", "expected a JSON object with 'image' and 'caption', got '{'"),
-        ('{"image": "a.jpg"}', "KeyError.*caption"),
+        ("{", "expected a JSON object with 'image' and 'caption': Expecting property name .* line 1, column 2"),
+        ('{"image": "a.jpg"}', "expected text for picture and caption, got 'a.jpg' and None"),
         ("[1, 2]", "expected a JSON object"),
         ("7", "expected a JSON object"),
         (line(caption=3), "expected text for picture and caption, got 'a.jpg' and 3"),
         (line(image=None), "expected text for picture and caption, got None"),
+        (line(image=""), "expected the path of a picture, got ''"),
+        (line(image="a\0.jpg"), r"expected the path of a picture, got 'a\\x00\.jpg'"),
+        (line(image="a" * 5000), "expected the path of a picture, got 'aaa"),
+        (
+            line(image="https://a.b/c.jpg"),
+            "expected a picture that is a file, got 'https://a.b/c.jpg'; download it first",
+        ),
+        (r'{"image": "a.jpg", "caption": "a \ud800"}', "half of a surrogate pair"),
+        ('{"image": "a.jpg", "caption": ' + "[" * 100_000, "nesting deeper than 64"),
+        ('{"image": "a.jpg", "caption": ' + "9" * 5000 + "}", "an integer beyond 64 bits"),
     ],
 )
 def test_an_error_names_file_and_line(tmp_path, bad, reason):
@@ -116,7 +129,8 @@ def test_sharegpt4v_error_names_the_record(tmp_path, bad, reason):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [('{"a": 1}', "a list of records, got a dict"), ("[{", "list of records: ")]
+    ("content", "reason"),
+    [('{"a": 1}', "a list of records: found an object instead of a list"), ("[{", "list of records: ")],
 )
 def test_sharegpt4v_refuses_another_layout(tmp_path, content, reason):
     path = tmp_path / "s.json"
@@ -132,9 +146,41 @@ def test_sharegpt4v_refuses_another_layout(tmp_path, content, reason):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
     with pytest.raises(InputError, match=r"cannot read .*missing\.json: No such file"):
         read(tmp_path / "missing.json")
-    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match="expected a file, found a folder, a pipe or a device"):
         read(tmp_path)
     latin = tmp_path / "latin.json"
     latin.write_bytes('{"image": "a.jpg", "caption": "café"}'.encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.json: expected UTF-8 text"):
         read(latin)
+
+
+@pytest.mark.parametrize("read", [read_json_lines, read_sharegpt4v])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="expected a file, found a folder, a pipe or a device"):
+        read(tmp_path / "pipe")
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.data())
+def test_a_damaged_file_is_refused_or_right(tmp_path, damage_json, data):
+    lines = [line("b/2.jpg", "two", id=4), line("1.jpg", "one", boxes=[[0.5, 1]])]
+    number = data.draw(st.integers(0, 1))
+    damaged = [text.encode() for text in lines]
+    damaged[number] = damage_json(data, json.loads(lines[number]))
+    records = [record(), record("sam/images/sa_1.jpg", "A street.")]
+    (tmp_path / "lines").write_bytes(b"\n".join(damaged))
+    (tmp_path / "records").write_bytes(damage_json(data, records))
+    for read, path in ((read_json_lines, tmp_path / "lines"), (read_sharegpt4v, tmp_path / "records")):
+        try:
+            pairs = read(path)
+        except InputError as error:
+            message = str(error)
+        else:
+            assert len(pairs) <= 4
+            for picture, caption in pairs:
+                os.path.exists(picture)
+                f"{picture} {caption}".encode()
+            continue
+        assert message.startswith(str(path))
+        assert len(message) < 1000

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from finelip_fast._errors import InputError
@@ -410,3 +413,131 @@ def test_opened_by_name(tmp_path, kind, make, split, expected):
 def test_a_name_without_a_folder_says_what_is_expected(spec):
     with pytest.raises(InputError, match=rf"urban1k:ROOT, coco:ROOT, docci:ROOT:SPLIT, .*, got '{spec}'"):
         open_dataset(spec)
+
+
+# --- Files of strangers ------------------------------------------------------------------------------------------
+
+OUTSIDE = [
+    "../outside.jpg",
+    "/etc/passwd",
+    "a/../../outside.jpg",
+    "..\\outside.jpg",
+    "C:\\outside.jpg",
+    "\\outside.jpg",
+    "..",
+    "",
+    "a\0",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=repr)
+@pytest.mark.parametrize("layout", ["docci", "dci", "dci-splits", "long-dci", "coco", "flickr30k", "token"])
+def test_a_name_stays_within_the_published_folder(tmp_path, layout, name):
+    root = tmp_path / "root"
+    (tmp_path / "outside.jpg").write_bytes(b"")
+    if layout == "docci":
+        make_docci(root)
+        line = {"split": "test", "image_file": name, "description": "a cat"}
+        (root / "docci_descriptions.jsonlines").write_text(json.dumps(line))
+        read = read_docci
+    elif layout == "dci":
+        write_json(
+            make_dci(root) / "annotations" / "x.json", {"image": name, "short_caption": "a", "extra_caption": "b"}
+        )
+        read = read_dci
+    elif layout == "dci-splits":
+        write_json(make_dci(root) / "splits.json", {"test": [name]})
+        read = lambda root: read_dci(root, "test")  # noqa: E731
+    elif layout == "long-dci":
+        (make_long_dci(root) / "dci_long.csv").write_text(f"filepath,title\n{name},a cat\n", encoding="utf-8")
+        read = read_long_dci
+    elif layout == "coco":
+        content = coco()
+        content["images"][0]["file_name"] = name
+        make_coco(root, content)
+        read = read_coco
+    elif layout == "flickr30k":
+        image = {"filename": name, "sentences": [{"raw": "a cat"}], "split": "test"}
+        write_json(make_flickr30k(root) / "dataset_flickr30k.json", {"images": [image]})
+        read = read_flickr30k
+    else:
+        (make_token(root) / "results_20130124.token").write_text(f"{name}#0\ta cat\n", encoding="utf-8")
+        read = read_flickr30k
+    expected = "a picture's name|the path of a picture|a name within|NAME#NUMBER|line contains NUL"
+    with pytest.raises(InputError, match=expected):
+        read(root)
+
+
+def test_coco_gives_each_picture_an_id_of_its_own(tmp_path):
+    content = coco()
+    content["images"].append({**content["images"][0], "file_name": "other.jpg"})
+    with pytest.raises(InputError, match="expected an id of its own for each of"):
+        read_coco(make_coco(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "content", ["filepath" + "x" * 200_000 + "\n", "filepath,title\na.jpg," + "x" * 200_000, "filepath,title\0\n"]
+)
+def test_long_dci_with_fields_beyond_csvs_limits(tmp_path, content):
+    (make_long_dci(tmp_path) / "dci_long.csv").write_text(content)
+    with pytest.raises(InputError, match=r"dci_long\.csv.*expected") as caught:
+        read_long_dci(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_picture_that_is_a_pipe_is_missing(tmp_path):
+    make_docci(tmp_path)
+    (tmp_path / "images" / "test_0.jpg").unlink()
+    os.mkfifo(tmp_path / "images" / "test_0.jpg")
+    with pytest.raises(InputError, match=r"1 of 2 pictures are missing, first .*test_0\.jpg"):
+        read_docci(tmp_path)
+
+
+MAKERS = {
+    "docci": (read_docci, make_docci),
+    "dci": (read_dci, make_dci),
+    "dci-test": (lambda root: read_dci(root, "test"), make_dci),
+    "long-dci": (read_long_dci, make_long_dci),
+    "coco": (read_coco, make_coco),
+    "flickr30k": (read_flickr30k, make_flickr30k),
+    "token": (read_flickr30k, make_token),
+    "urban1k": (read_urban1k, make_urban1k),
+}
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.data())
+def test_a_damaged_folder_is_refused_or_right(tmp_path_factory, damage_json, data):
+    layout = data.draw(st.sampled_from(sorted(MAKERS)))
+    read, make = MAKERS[layout]
+    root = make(tmp_path_factory.mktemp("root"))
+    path = data.draw(
+        st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".jpg"))
+    )
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        content = damage_json(data, json.loads(content))
+    elif path.suffix == ".jsonlines":
+        lines = content.splitlines()
+        lines[0] = damage_json(data, json.loads(lines[0]))
+        content = b"\n".join(lines)
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            at = data.draw(st.integers(0, len(content)))
+            piece = st.binary(max_size=3) | st.sampled_from(
+                [b"\0", b'"', b"\t", b",", b"\r", b"../", b"\xff", b"x" * 140_000, b"\n" * 9]
+            )
+            content = content[:at] + data.draw(piece) + content[at + data.draw(st.integers(0, 3)) :]
+    path.write_bytes(content)
+    try:
+        pairs = read(root)
+    except InputError as error:
+        message = str(error)
+    else:
+        for picture, caption in pairs:
+            assert picture.resolve().is_relative_to(root.resolve())
+            assert picture.is_file()
+            caption.encode()
+        return
+    assert str(root) in message
+    assert len(message) < 1500

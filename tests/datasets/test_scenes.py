@@ -87,8 +87,8 @@ def test_an_empty_dataset_has_nothing_to_give():
     [
         ({"split": "dev"}, "expected split to be one of train, val, test, very_long; got 'dev'; choose one"),
         ({"variant": "upper"}, "expected variant to be one of clean, typos, .*; got 'upper'; choose one"),
-        ({"size": -1}, "expected size >= 0, got -1; leave it out"),
-        ({"image_size": 15}, "expected an image size of at least 16 pixels, got 15; 128 and more"),
+        ({"size": -1}, "expected size from 0 to 10000000, got -1; leave it out"),
+        ({"image_size": 15}, "expected an image size from 16 to 4096 pixels, got 15; 128 and more"),
     ],
 )
 def test_errors_say_what_was_expected(arguments, message):
@@ -97,7 +97,7 @@ def test_errors_say_what_was_expected(arguments, message):
 
 
 def test_drawing_refuses_a_size_without_pixels():
-    with pytest.raises(InputError, match="expected an image size of at least 16 pixels, got 0"):
+    with pytest.raises(InputError, match="expected an image size from 16 to 4096 pixels, got 0"):
         Scenes()[0].draw(0)
 
 
