@@ -17,6 +17,12 @@ from typing import TypeVar
 import torch
 
 from finelip_fast._errors import KernelError
+from finelip_fast._files import write_error, write_whole
+from finelip_fast._json import read_json
+from finelip_fast._typed import typed
+
+_MAX_BYTES = 1 << 24
+_LARGEST = 1 << 16  # no block is as large, on any GPU
 
 SHIPPED = Path(__file__).with_name("settings.json")
 
@@ -80,13 +86,19 @@ def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        KernelError: A table that cannot be read.
+        WriteError: One that cannot be written.
     """
     path = path or cache_file()
     table = (_read(path) if path.exists() else {}) | found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     _tables.cache_clear()
     return path
 
@@ -98,10 +110,13 @@ def _tables(own: Path) -> dict[str, Numbers]:
 
 def _read(path: Path) -> dict[str, Numbers]:
     try:
-        table: dict[str, Numbers] = json.loads(path.read_text(encoding="utf-8"))
-        table.items()
-    except (OSError, ValueError, AttributeError) as error:
-        raise KernelError(
-            f"cannot read launch settings from {path}: {error}; delete it to go back to the defaults"
-        ) from error
+        values = read_json(path, error=KernelError, expected="launch settings", kind=dict, max_bytes=_MAX_BYTES)
+        table: dict[str, Numbers] = typed(values, dict[str, Numbers], str(path))
+        for case, numbers in table.items():
+            if not all(1 <= number <= _LARGEST for number in numbers.values()):
+                raise ValueError(
+                    f"{path}: expected numbers from 1 to {_LARGEST} for {case!r:.80}, found {numbers!r:.80}"
+                )
+    except (KernelError, ValueError) as error:
+        raise KernelError(f"{error}; delete it to go back to the defaults") from None
     return table

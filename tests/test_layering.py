@@ -145,8 +145,9 @@ def test_the_public_names_come_from_below_the_command_line(imports: list[Import]
     complain([one for one in imports if one.importer == ROOT and one.rooms[1] not in allowed])
 
 
-def test_kernels_import_only_errors(imports: list[Import]) -> None:
-    complain([one for one in imports if one.rooms[0] == "kernels" and one.rooms[1] not in ("kernels", "_errors")])
+def test_kernels_import_the_ground_floor_alone_and_no_model(imports: list[Import]) -> None:
+    allowed = ("kernels", *(LAYERS[0] - {"config"}))
+    complain([one for one in imports if one.rooms[0] == "kernels" and one.rooms[1] not in allowed])
 
 
 def test_training_and_export_are_imported_by_the_command_line_alone_and_late(imports: list[Import]) -> None:

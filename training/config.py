@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,10 +14,18 @@ from typing import Any, get_type_hints
 import torch
 
 from finelip_fast._errors import ConfigError
+from finelip_fast._json import read_json
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
 from finelip_fast.training.losses import Criterion, LossTerm
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# Beyond these no machine follows: so many processes, threads, pairs of a pass, and tokens.
+_AT_MOST = {"workers": 1024, "threads": 1024, "batch_size": 1 << 20, "accumulate": 1 << 20, "context_length": 1 << 16}
+_LARGEST = (1 << 63) - 1
+_MAX_TERMS = 64
+_MAX_TEXT = 4096
+_MAX_RECIPE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +105,23 @@ class TrainConfig:
                 fits = isinstance(value, (int, float) if kind is float else kind)
                 fits = fits and isinstance(value, bool) == (kind is bool)
                 _require(fits, f"{name} of type {kind.__name__}", value)
+                if kind is str:
+                    _require("\0" not in value and len(value) <= _MAX_TEXT, f"{name} of {_MAX_TEXT} characters", value)
             else:
                 fits = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
                 _require(fits, f"{name} as a list of texts", value)
         object.__setattr__(self, "loss", tuple(self.loss))
-        for term in self.loss:
-            LossTerm.parse(term)
-        at_least = {"batch_size": 2, "accumulate": 1, "steps": 1, "warmup_steps": 0, "group": 1, "workers": 0}
+        _require(bool(self.out), "out, a folder", self.out)
+        at_least = {
+            "batch_size": 2,
+            "accumulate": 1,
+            "steps": 1,
+            "context_length": 3,
+            "seed": -_LARGEST,
+            "warmup_steps": 0,
+            "group": 1,
+            "workers": 0,
+        }
         at_least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "freeze_positions": 0, "clip_norm": 0}
         at_least |= {
             "encoder_lr": 0,
@@ -114,7 +134,17 @@ class TrainConfig:
         }
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
+        for name, kind in get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            if kind is int:
+                most = _AT_MOST.get(name, _LARGEST)
+                _require(value <= most, f"{name} of at most {most}", value)
+            elif kind is float:
+                _require(math.isfinite(value), f"{name} as a finite number", value)
         _require(bool(self.loss), "at least one loss term", self.loss)
+        _require(len(self.loss) <= _MAX_TERMS, f"at most {_MAX_TERMS} loss terms", len(self.loss))
+        for term in self.loss:
+            LossTerm.parse(term)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
@@ -184,7 +214,7 @@ def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
             parser.add_argument(flag, nargs="+", metavar="TERM", **shared)
     values = vars(parser.parse_args(arguments))
     recipe = values.pop("recipe", None)
-    values = (load_recipe(recipe) if recipe else {}) | values
+    values = (load_recipe(recipe, out=values.get("out")) if recipe else {}) | values
     missing = [name for name in ("out", "train", "val") if name not in values]
     if missing:
         raise ConfigError(
@@ -193,28 +223,38 @@ def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
     """Values of a shipped recipe, or of a JSON file.
 
+    Args:
+        name: Of a shipped one, or a path that ends in ``.json``.
+        out: Folder of the run in place of the recipe's.
+
     Raises:
-        ConfigError: No such recipe, or fields that no run has.
+        ConfigError: No such recipe, fields that no run has, or a folder of the run outside the one that we are in: where a
+            recipe comes from someone else, it does not choose what is written over.
     """
-    path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read recipe {name!r} at {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"expected recipe {name!r} to be a JSON object, got a {type(values).__name__}")
+    shipped = {path.stem: path for path in RECIPES.glob("*.json")}
+    if not name.endswith(".json") and name not in shipped:
+        raise ConfigError(f"expected one of the recipes {', '.join(sorted(shipped))}, or a JSON file, got {name!r:.80}")
+    path = shipped.get(name, Path(name))
+    values: dict[str, Any] = read_json(path, error=ConfigError, expected="a recipe", kind=dict, max_bytes=_MAX_RECIPE)
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
-        raise ConfigError(f"recipe {name!r} has unknown fields {unknown}; see --help")
+        raise ConfigError(f"{path}: expected fields of a recipe, found {str(unknown)[:200]}; see --help")
+    if out is not None:
+        return values | {"out": out}
+    folder = values.get("out")
+    if isinstance(folder, str) and not Path(os.path.abspath(folder)).is_relative_to(os.getcwd()):
+        raise ConfigError(
+            f"{path}: expected 'out' within {os.getcwd()}, found {folder!r:.80}; give --out to write there"
+        )
     return values
 
 
 def _require(condition: bool, expected: str, got: object) -> None:
     if not condition:
-        raise ConfigError(f"expected {expected}, got {got!r}")
+        raise ConfigError(f"expected {expected}, got {got!r:.80}")
 
 
 def _needs(package: str, purpose: str) -> None:

@@ -7,15 +7,27 @@ import math
 from pathlib import Path
 from typing import Any
 
+from finelip_fast._errors import TrainingError
+from finelip_fast._files import read_bytes, write_error, write_whole
+from finelip_fast._json import parse_json
+
+_MAX_BYTES = 1 << 30
+
 
 class Log:
-    """``log.jsonl``, and TensorBoard events beside it."""
+    """``log.jsonl``, and TensorBoard events beside it.
+
+    Raises:
+        TrainingError: A log that cannot be read.
+        WriteError: A file that cannot be written.
+    """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
         if self.path.exists():  # lines behind the state that the run goes on from would be written twice
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            lines = read_bytes(self.path, error=TrainingError, max_bytes=_MAX_BYTES).splitlines()
+            kept = b"".join(line + b"\n" for line in lines if _logged_step(line) <= step)
+            write_whole(self.path, lambda temporary: temporary.write_bytes(kept))
         self.events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -23,21 +35,26 @@ class Log:
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
-        if self.events:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **rounded}) + "\n")
+            if self.events:
+                for name, value in values.items():
+                    self.events.add_scalar(name, value, step)
+                self.events.flush()
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
     def close(self) -> None:
         if self.events:
             self.events.close()
 
 
-def _logged_step(line: str) -> float:
+def _logged_step(line: bytes) -> float:
+    """The step of a line; none of a line that was cut short by a crash, or that is damaged."""
     try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # cut short by a crash
-        return math.inf
+        step = parse_json(line, "log.jsonl", error=TrainingError, kind=dict).get("step")
+    except TrainingError:
+        step = None
+    return step if isinstance(step, (int, float)) else math.inf

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finelip_fast._errors import KernelError
 from finelip_fast.kernels import _settings
@@ -64,12 +68,47 @@ def test_what_was_tuned_before_stays(own):
     assert [path.name for path in own.parent.iterdir()] == [own.name]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            "3",
+            '{"a": 3}',
+            '{"a": []}',
+            '{"a": {"b": "16"}}',
+            '{"a": {"b": null}}',
+            '{"a": {"b": true}}',
+        ),
+        *('{"a": {"b": 1.5}}', '{"a": {"b": -16}}', '{"a": {"b": 0}}', '{"a": {"b": 1000000000}}', "[" * 100_000),
+    ],
+    ids=lambda content: content[:30],
+)
 def test_a_broken_table_says_what_to_do(own, content):
     own.parent.mkdir(parents=True)
     own.write_text(content)
-    with pytest.raises(KernelError, match=r"cannot read launch settings from .*settings\.json: .*; delete it"):
+    with pytest.raises(KernelError, match=r"settings\.json.*(expected|found) .*; delete it to go back to the defaults"):
         _settings.tuned(CASE, Cut)
+
+
+def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(own):
+    own.parent.mkdir(parents=True)
+    os.mkfifo(own)
+    with pytest.raises(KernelError, match="found a folder, a pipe or a device; delete"):
+        _settings.tuned(CASE, Cut)
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.data())
+def test_a_damaged_table_is_refused_or_right(own, damage_json, data):
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_bytes(damage_json(data, {CASE: {"block_items": 16}, "other": {"block_items": 32}}))
+    _settings._tables.cache_clear()
+    with suppress(KernelError):
+        tuned = _settings.tuned(CASE, Cut)
+        assert tuned is None or 1 <= tuned.block_items <= 1 << 16
 
 
 @pytest.mark.parametrize("numbers", [{}, {"block_items": 16, "swizzle": 2}], ids=str)

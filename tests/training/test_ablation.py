@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from finelip_fast import checkpoint, tokenize
+from finelip_fast._errors import ConfigError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.training.ablation import command as ablation
 from finelip_fast.training.ablation import runs as ablation_runs
 from finelip_fast.training.ablation.record import record
-from finelip_fast.training.ablation.runs import Run, choose_alpha
+from finelip_fast.training.ablation.runs import Run, _stored, choose_alpha
 from finelip_fast.training.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 
@@ -89,8 +90,9 @@ def test_only_variants_with_a_fine_loss_are_scored_by_tokens() -> None:
 
 
 @pytest.fixture
-def recipes(tmp_path: Path, model: FineLIP) -> list[str]:
+def recipes(tmp_path: Path, model: FineLIP, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A start and what follows it, in small."""
+    monkeypatch.chdir(tmp_path)  # recipes write within the folder that we are in
     shared = {
         "train": "scenes:train:64",
         "val": "scenes:val:4",
@@ -270,3 +272,31 @@ def test_runs_of_other_options_are_refused(
     assert ablation.main(command) == 0
     assert ablation.main([*command, "--steps", "3"]) == 2
     assert "holds a run of other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"measured": []},
+        {"measured": {"scenes:test:4": {}}},
+        {"measured": {"scenes:test:4": {"1": {"i2t_mrr": 1}}}},
+        {"dirty": None},
+        {"config": 5},
+        {"commit": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_result_of_a_run_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "result.json"
+    sound = {
+        "variant": {},
+        "config": {},
+        "commit": None,
+        "dirty": False,
+        "measured": {"scenes:test:4": measures(_1=0.5)},
+    }
+    path.write_text(json.dumps(sound))
+    assert _stored(path) == sound
+    path.write_text(json.dumps(sound | changes))
+    with pytest.raises(ConfigError, match=r"result\.json: expected a run's result .*; delete that folder"):
+        _stored(path)

@@ -9,6 +9,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finelip_fast._errors import ConfigError
 from finelip_fast.config import PRESETS
@@ -62,6 +64,19 @@ def test_defaults_need_three_places_alone():
         ({"margin": "wide"}, "expected margin of type float, got 'wide'"),
         ({"compile": 1}, "expected compile of type bool, got 1"),
         ({"train": None}, "expected train of type str, got None"),
+        ({"margin": float("inf")}, "expected margin as a finite number, got inf"),
+        ({"gamma": float("nan")}, "expected gamma as a finite number, got nan"),
+        ({"workers": 10**9}, "expected workers of at most 1024, got 1000000000"),
+        ({"batch_size": 10**12}, "expected batch_size of at most"),
+        ({"context_length": 10**9}, "expected context_length of at most"),
+        ({"context_length": 0}, "expected context_length of at least 3"),
+        ({"seed": 10**30}, "expected seed of at most"),
+        ({"out": ""}, "expected out, a folder"),
+        ({"out": "a\0b"}, "expected out of 4096 characters"),
+        ({"val": "a" * 10**6}, "expected val of 4096 characters, got 'aaa"),
+        ({"loss": ("triplet:fine",) * 1000}, "expected at most 64 loss terms, got 1000"),
+        ({"loss": ("triplet:fine:nan",)}, "got"),
+        ({"loss": ("triplet:fine:1:1:1:1",)}, "got"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -146,10 +161,13 @@ def test_a_recipe_from_a_file_and_options_alone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"step": 3, "steps": 4, "lr": 1}', r"unknown fields \['lr', 'step'\]; see --help"),
-        ("[1]", "to be a JSON object, got a list"),
-        ("{", "cannot read recipe"),
-        (None, "cannot read recipe"),
+        ('{"step": 3, "steps": 4, "lr": 1}', r"expected fields of a recipe, found \['lr', 'step'\]; see --help"),
+        ("[1]", "expected a recipe: found a list instead of an object"),
+        ("{", "expected a recipe: Expecting property name"),
+        (None, "cannot read .*: No such file"),
+        ('{"steps": ' + "[" * 100_000, "nesting deeper than 64"),
+        ('{"margin": 1e999}', "a number that is not finite"),
+        (" " * (1 << 20) + "{}", "expected at most 1048576 bytes"),
     ],
 )
 def test_refuses_a_recipe_that_is_none(tmp_path, content, reason):
@@ -162,13 +180,52 @@ def test_refuses_a_recipe_that_is_none(tmp_path, content, reason):
 
 
 def test_refuses_an_unknown_recipe_and_a_run_without_places():
-    with pytest.raises(ConfigError, match="cannot read recipe 'scene' at"):
+    with pytest.raises(ConfigError, match=r"expected one of the recipes ablation, .*, or a JSON file, got 'scene'"):
         from_arguments(["scene"], prog="train.py")
     with pytest.raises(
         ConfigError,
         match=re.escape(f"expected --train, --val, or a recipe that gives them ({sorted(SHIPPED)})"),
     ):
         from_arguments(["--out", "somewhere"], prog="train.py")
+
+
+@pytest.mark.parametrize(
+    "name", ["../recipes/scenes", "/etc/passwd", "scenes\0", "", "a" * 5000, "\ud800"], ids=lambda name: f"{name!r:.40}"
+)
+def test_a_recipe_is_a_shipped_one_or_a_file_of_json(name):
+    with pytest.raises(ConfigError, match=r"expected one of the recipes ablation, .*, or a JSON file"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("out", ["/somewhere/else", "../run", "a/../../run", "~/../../run/../../.."])
+def test_a_recipe_writes_within_this_folder_unless_told_otherwise(tmp_path, monkeypatch, out):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({**NOWHERE, "out": out}))
+    with pytest.raises(ConfigError, match=r"expected 'out' within .*here, found .*; give --out to write there"):
+        from_arguments([str(path)], prog="train.py")
+    assert from_arguments([str(path), "--out", "/somewhere/else"], prog="train.py").out == "/somewhere/else"
+    path.write_text(json.dumps({**NOWHERE, "out": str(here / "run")}))
+    assert from_arguments([str(path)], prog="train.py").out == str(here / "run")
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.data())
+def test_a_damaged_recipe_is_refused_or_right(tmp_path, damage_json, data):
+    path = tmp_path / "recipe.json"
+    recipe = data.draw(st.sampled_from(sorted(SHIPPED)))
+    path.write_bytes(damage_json(data, json.loads(TrainConfig(**load_recipe(recipe)).to_json())))
+    try:
+        config = from_arguments([str(path), "--device", "cpu"], prog="train.py")
+    except ConfigError as error:
+        message = str(error)
+    else:
+        assert TrainConfig(**json.loads(config.to_json())) == config
+        assert config.criterion.terms
+        return
+    assert len(message) < 1000
 
 
 def test_help_names_every_option_and_recipe(capsys):

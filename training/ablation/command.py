@@ -63,8 +63,9 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
             raise ConfigError(
                 f"expected --choose-on to be other pairs than those measured, got {options.data} for both"
             )
-        base = load_recipe(options.recipe) | {"threads": max(1, torch.get_num_threads() // options.jobs)}
-        base |= {name: value for name, value in (("steps", options.steps), ("out", options.runs)) if value}
+        base = load_recipe(options.recipe, out=options.runs or None)
+        base |= {"threads": max(1, torch.get_num_threads() // options.jobs)}
+        base |= {"steps": options.steps} if options.steps else {}
         start = TrainConfig(**load_recipe(options.start))
         if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
             train(start, progress=not options.quiet)

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from finelip_fast._errors import ConfigError
 from finelip_fast._files import write_whole
+from finelip_fast._json import read_json
+from finelip_fast._typed import typed
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary
@@ -99,14 +101,13 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
     What is there is not done again: a finished run is only measured on what it was not measured on.
 
     Raises:
-        ConfigError: The folder holds a run of other options.
+        ConfigError: The folder holds a run of other options, or a result that is damaged.
     """
     path = Path(config.out) / "result.json"
     asked = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
-    now = {**commit(), "measured": {}}
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**asked, **now}
-    if {name: stored.get(name) for name in asked} != asked:
+    stored = _stored(path) if path.exists() else {**asked, **commit(), "measured": {}}
+    if {name: stored[name] for name in asked} != asked:
         raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
     missing = [pairs for pairs in data if pairs not in stored["measured"]]
     if missing:
@@ -201,6 +202,28 @@ def choose_rates(
     best = [max((Arm(variant, rate) for rate in rates), key=lambda arm: reached[arm]) for variant in names]
     table = Table(f"recall@1 (%) on {data} by learning rate, seed {seed}", rows)
     return {arm: names[arm.variant] for arm in best}, [table]
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What :func:`run_one` wrote.
+
+    Raises:
+        ConfigError: Another file.
+    """
+    values: dict[str, Any] = read_json(path, error=ConfigError, expected="a run's result", kind=dict, max_bytes=1 << 24)
+    kinds = {"variant": dict[str, Any], "config": dict[str, Any], "commit": str | None, "dirty": bool}
+    kinds["measured"] = dict[str, dict[str, dict[str, float]]]
+    try:
+        for name, kind in kinds.items():
+            typed(values.get(name), kind, name)
+        for pairs, measures in values["measured"].items():
+            if GLOBAL_ALONE not in measures:
+                raise ValueError(f"no measures at alpha {GLOBAL_ALONE} on {pairs!r:.80}")
+            for measured in measures.values():
+                quality(measured)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: expected a run's result ({error}); delete that folder to train it anew") from None
+    return values
 
 
 def choose_alpha(runs: Sequence[Measures]) -> str:
