@@ -5,11 +5,15 @@ The files are compared with the model before anyone gets them (:mod:`finelip_fas
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+    from finelip_fast._command_line import run_module
+
+    raise SystemExit(run_module("finelip_fast.export.to_onnx"))
+
 import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +26,8 @@ from onnx import ModelProto
 from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import EngineError, FineLIPError, InputError
+from finelip_fast._command_line import run_command
+from finelip_fast._errors import EngineError, InputError
 from finelip_fast.artefacts.manifest import (
     PRECISIONS,
     Export,
@@ -268,17 +273,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "to_onnx.py") -> int:
-    """The command line; 0 on success, 2 on an error that its message explains."""
+    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
     parser = argparse.ArgumentParser(prog=prog, description="Export a checkpoint's encoders to ONNX, proven.")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_arguments(parser)
-    try:
-        print(json.dumps(run(parser.parse_args(arguments)), indent=1))
-    except FineLIPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return run_command(lambda: print(json.dumps(run(parser.parse_args(arguments)), indent=1)))

@@ -6,13 +6,17 @@ are for: plans for another one, named by its compute capability, are proven ther
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+    from finelip_fast._command_line import run_module
+
+    raise SystemExit(run_module("finelip_fast.export.to_trt"))
+
 import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ import onnx
 import torch
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import EngineError, FineLIPError, InputError
+from finelip_fast._command_line import run_command
+from finelip_fast._errors import EngineError, InputError
 from finelip_fast.artefacts import trt as runtime
 from finelip_fast.artefacts.manifest import Export, Manifest, exports_folder, installed, read, rebuild_command
 from finelip_fast.config import FineLIPConfig
@@ -411,17 +416,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "to_trt.py") -> int:
-    """The command line; 0 on success, 2 on an error that its message explains."""
+    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
     parser = argparse.ArgumentParser(prog=prog, description="Build a checkpoint's encoders as TensorRT plans.")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_arguments(parser)
-    try:
-        print(json.dumps(run(parser.parse_args(arguments)), indent=1))
-    except FineLIPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return run_command(lambda: print(json.dumps(run(parser.parse_args(arguments)), indent=1)))

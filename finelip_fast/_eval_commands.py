@@ -75,7 +75,7 @@ def _evaluate(options: argparse.Namespace) -> Any:
         validation_data=options.alpha_sweep or "",
     )
     if options.out:
-        result.save(options.out)
+        options.write.append(lambda: result.save(options.out))
     return result
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from finelip_fast._terminal import printable
+
 
 def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
     """Give the ``finelip`` command its ``explain``; ``add`` makes one of name, function, description and parent parsers."""
@@ -27,6 +29,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
 
 def _explain(options: argparse.Namespace) -> Any:
     from finelip_fast._errors import InputError
+    from finelip_fast._files import write_error
     from finelip_fast.checkpoint import load
     from finelip_fast.explain import MAPS, explain
 
@@ -35,10 +38,17 @@ def _explain(options: argparse.Namespace) -> Any:
     if options.tokens not in MAPS:
         raise InputError(f"expected --tokens of {MAPS}, got {options.tokens!r}")
     explanation = explain(load(options.checkpoint, options.device), options.image, options.text, alpha=options.alpha)
-    if options.overlay:
-        explanation.overlay(options.phrase, tokens=options.tokens).savefig(options.overlay)
+    figure = explanation.overlay(options.phrase, tokens=options.tokens) if options.overlay else None
+
+    def write(path: str, how: Callable[[str], object]) -> None:
+        try:
+            how(path)
+        except OSError as error:
+            raise write_error(path, error) from None
+        print(printable(path), file=sys.stderr)
+
+    if figure is not None:
+        options.write.append(lambda: write(options.overlay, figure.savefig))
     if options.out:
-        explanation.to_html(options.out)
-    for path in filter(None, (options.overlay, options.out)):
-        print(path, file=sys.stderr)
+        options.write.append(lambda: write(options.out, explanation.to_html))
     return explanation

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finelip_fast._errors import ConfigError
+from finelip_fast._terminal import printable
 
 NAMES = {
     "length": "what more tokens are worth, and what they cost",
@@ -58,7 +59,10 @@ def _study(options: argparse.Namespace) -> Any:
         options.data or study.data, options.validation, options.root, progress=not options.quiet, build=options.build
     )
     record = study.run(engine, setting)
-    written = record.save(options.out, command=shlex.join(["finelip", *options.arguments]))
-    for path in written:
-        print(path, file=sys.stderr)
+
+    def write() -> None:
+        for path in record.save(options.out, command=shlex.join(["finelip", *options.arguments])):
+            print(printable(path), file=sys.stderr)
+
+    options.write.append(write)
     return record

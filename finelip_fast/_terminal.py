@@ -12,3 +12,14 @@ def printable(text: object) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
     )
+
+
+def printable_lines(text: object) -> str:
+    """A text of several lines, each as :func:`printable`: for tables, whose values have been made printable themselves."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def paragraph(text: object) -> str:
+    """A message of one or several lines, all but the first indented: none can be taken for a message of its own."""
+    first, *others = (printable(line.strip()) for line in str(text).split("\n"))
+    return "\n  ".join([first, *filter(None, others)])

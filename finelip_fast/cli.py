@@ -1,7 +1,4 @@
-"""The ``finelip`` command.
-
-Exit codes: 0 done; 2 an error that its message explains; 130 interrupted.
-"""
+"""The ``finelip`` command; its exit codes are those of :mod:`finelip_fast._command_line`."""
 
 from __future__ import annotations
 
@@ -11,14 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from finelip_fast._errors import FineLIPError, KernelError
+from finelip_fast._command_line import run_command
+from finelip_fast._errors import InputError, KernelError, StoreError
 from finelip_fast._eval_commands import EVAL_COMMANDS
 from finelip_fast._eval_commands import add_commands as add_eval
 from finelip_fast._explain_command import add_command as add_explain
 from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
 from finelip_fast._study_command import add_command as add_study
+from finelip_fast._terminal import paragraph, printable, printable_lines
 
 _DEFAULT_INDEX = "finelip-index"
 _PART = 8192  # files that are looked at before the next are
@@ -26,9 +25,12 @@ _PART = 8192  # files that are looked at before the next are
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if hasattr(sys.stdout, "reconfigure"):  # a path may hold what the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    return run_command(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int | None:
+    if any("\0" in argument for argument in arguments):  # no system passes such a one, but a caller may
+        raise InputError("expected arguments without NUL characters, which no name of a file can have")
     if arguments[:1] == ["train"]:  # its options are the training configuration's own
         from finelip_fast.training.train import main as train
 
@@ -44,24 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     options = parser.parse_args(arguments)
     options.arguments = arguments
-    command: Callable[[argparse.Namespace], Any] = options.command
-    try:
-        result = command(options)
-    except FineLIPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    options.write = []
+    result = options.command(options)
     if options.json:
         print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, default=vars))
     else:
         print(_text(result))
-    return 0
+    # After the result has been told: a file that cannot be written does not take it along.
+    for write in options.write:
+        write()
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(paragraph(message))  # it quotes arguments, which a shell may have taken from the names of files
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="finelip",
         description="Search pictures with long descriptions.",
         epilog="Start with: finelip demo. Then: finelip index PHOTOS --checkpoint CKPT; finelip search 'a long description'.",
@@ -147,14 +150,10 @@ def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="finelip export", description="Write encoders for another runtime, proven.")
     parser.add_argument("runtime", choices=("onnx", "trt"), help="ONNX Runtime or TensorRT")
     runtime = parser.parse_args(arguments[:1]).runtime
-    try:
-        if runtime == "onnx":
-            from finelip_fast.export.to_onnx import main as export
-        else:
-            from finelip_fast.export.to_trt import main as export
-    except FineLIPError as error:  # a package that is missing
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if runtime == "onnx":
+        from finelip_fast.export.to_onnx import main as export
+    else:
+        from finelip_fast.export.to_trt import main as export
     return export(arguments[1:], prog=f"finelip export {runtime}")
 
 
@@ -181,7 +180,6 @@ def _index(options: argparse.Namespace) -> Any:
 
 
 def _search(options: argparse.Namespace) -> Any:
-    from finelip_fast._errors import InputError, StoreError
     from finelip_fast.index import stored_source
 
     if (options.text is None) == (options.image is None):
@@ -247,21 +245,22 @@ def _text(result: Any) -> str:
     """What a person reads: hits as lines, dictionaries as indented names, everything else as it prints itself."""
     if isinstance(result, list):
         return "\n".join(
-            f"{rank:3}  {hit['score']:.4f}  (global {hit['global_score']:.4f}, fine {hit['fine_score']:.4f})  {hit['id']}"
+            f"{rank:3}  {hit['score']:.4f}  (global {hit['global_score']:.4f}, fine {hit['fine_score']:.4f})  "
+            f"{printable(hit['id'])}"
             for rank, hit in enumerate(result, start=1)
         ) or "the index is empty"  # fmt: skip
     if isinstance(result, dict):
         return "\n".join(_lines(result))
-    return str(result)
+    return printable_lines(result)
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{printable(name)}:", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name}: {value}")
+            lines.append(f"{indent}{printable(name)}: {printable(value)}")
     return lines
 
 

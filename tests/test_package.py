@@ -39,15 +39,18 @@ def test_the_public_names_are_these() -> None:
         assert value.__doc__, f"{name} has no docstring"
     # Whatever else has no underscore is a module.
     others = {name for name in vars(finelip_fast) if not name.startswith("_")} - set(finelip_fast.__all__)
-    assert not {name for name in others if not isinstance(vars(finelip_fast)[name], type(sys))} - {"version"}
+    assert not {name for name in others if not isinstance(vars(finelip_fast)[name], type(sys))}
     assert finelip_fast.__version__
 
 
 def test_importing_is_lean() -> None:
     code = (
-        "import json, sys, finelip_fast, torch\nprint(json.dumps([sorted(sys.modules), torch.cuda.is_initialized()]))"
+        "import json, sys, finelip_fast\nbefore = 'torch' in sys.modules\n"
+        "from finelip_fast import *\nimport torch\n"
+        "print(json.dumps([before, sorted(sys.modules), torch.cuda.is_initialized()]))"
     )
-    modules, cuda = json.loads(fresh_python(code).splitlines()[-1])
+    torch_at_once, modules, cuda = json.loads(fresh_python(code).splitlines()[-1])
+    assert torch_at_once is False, "the command line is slow, and cannot be interrupted quietly"
     assert "finelip_fast.retriever" in modules
     unwanted = {
         *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorboard", "webdataset", "sklearn", "matplotlib"),
@@ -56,6 +59,15 @@ def test_importing_is_lean() -> None:
     }
     assert not unwanted & set(modules)
     assert cuda is False
+
+
+def test_names_come_when_they_are_asked_for() -> None:
+    code = (
+        "import finelip_fast\nassert 'Retriever' in dir(finelip_fast)\nassert callable(finelip_fast.kernels.clim_scores)\n"
+        "assert finelip_fast.index.Index and finelip_fast.load\n"
+        "try:\n    finelip_fast.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    assert fresh_python(code) == "module 'finelip_fast' has no attribute 'nothing'\n"
 
 
 def test_the_mapped_folders_have_no_bare_names() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finelip_fast._terminal import printable
+from finelip_fast._terminal import paragraph, printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_any_text_is_one_line_that_can_be_printed(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     shown.encode()
+
+
+def test_lines_of_a_message_cannot_be_taken_for_messages() -> None:
+    assert paragraph("a\n  b\n\nerror: c\r\x1b[A") == "a\n  b\n  error: c\\r\\x1b[A"
+    assert printable_lines("a\tb\n c\x1b") == "a\\tb\n c\\x1b"

@@ -11,6 +11,11 @@ its own negatives: cheaper by a third, and another loss.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+    from finelip_fast._command_line import run_module
+
+    raise SystemExit(run_module("finelip_fast.training.train"))
+
 import dataclasses
 import json
 import math
@@ -31,7 +36,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from finelip_fast import checkpoint
-from finelip_fast._errors import ConfigError, FineLIPError, ImageError, TrainingError
+from finelip_fast._command_line import run_command
+from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_texts
 from finelip_fast.metrics import recall
@@ -419,17 +425,11 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 on success, 2 on an error that its message explains."""
-    try:
-        config = from_arguments(sys.argv[1:] if arguments is None else arguments, prog="train.py")
-        best = train(config)
-    except FineLIPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if best:
-        print(json.dumps(best))
-    return 0
+    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
 
+    def command() -> None:
+        best = train(from_arguments(sys.argv[1:] if arguments is None else arguments, prog="train.py"))
+        if best:
+            print(json.dumps(best))
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return run_command(command)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from finelip_fast._errors import ConfigError, FineLIPError
+from finelip_fast._command_line import run_command
+from finelip_fast._errors import ConfigError
 from finelip_fast.training.ablation.record import record
 from finelip_fast.training.ablation.runs import choose_rates, run
 from finelip_fast.training.ablation.variants import GROUPS, Variant
@@ -26,8 +27,11 @@ from finelip_fast.training.train import train
 
 
 def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablation") -> int:
-    """The command line; 0 on success, 2 on an error that its message explains."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
+    return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog))
+
+
+def _run(arguments: list[str], prog: str) -> None:
     variants = {name: variant for group in GROUPS.values() for name, variant in group.items()}
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="ablation", help="what all runs share: a recipe's name or a JSON file")
@@ -58,32 +62,25 @@ def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablat
     parser.add_argument("--name", default="ablation", help="of the record's files (default: ablation)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    try:
-        if options.choose_on == options.data:
-            raise ConfigError(
-                f"expected --choose-on to be other pairs than those measured, got {options.data} for both"
-            )
-        base = load_recipe(options.recipe, out=options.runs or None)
-        base |= {"threads": max(1, torch.get_num_threads() // options.jobs)}
-        base |= {"steps": options.steps} if options.steps else {}
-        start = TrainConfig(**load_recipe(options.start))
-        if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
-            train(start, progress=not options.quiet)
-        names: dict[Variant, str] = {}
-        for name in options.variants:
-            names.setdefault(variants[name], name)  # what two names share is trained once
-        how = {"jobs": options.jobs, "progress": not options.quiet}
-        chosen, tables = choose_rates(base, names, options.rates, data=options.choose_on, seed=options.seeds[0], **how)
-        runs = run(base, chosen, data=[options.choose_on, options.data], seeds=options.seeds, **how)
-        settings = {name: value for name, value in base.items() if name not in ("out", "threads")}
-        settings |= {"seeds": options.seeds, "data": options.data, "chosen on": options.choose_on}
-        settings["trained at commit"] = ", ".join(sorted({one.commit for own in runs.values() for one in own}))
-        made = record(runs, settings, data=options.data, validation=options.choose_on, name=options.name)
-        made = dataclasses.replace(made, tables=(*made.tables, *tables))
-        print(made)
-        for path in made.save(options.out, command=shlex.join([*prog.split(), *arguments])):
-            print(path)
-    except FineLIPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.choose_on == options.data:
+        raise ConfigError(f"expected --choose-on to be other pairs than those measured, got {options.data} for both")
+    base = load_recipe(options.recipe, out=options.runs or None)
+    base |= {"threads": max(1, torch.get_num_threads() // options.jobs)}
+    base |= {"steps": options.steps} if options.steps else {}
+    start = TrainConfig(**load_recipe(options.start))
+    if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
+        train(start, progress=not options.quiet)
+    names: dict[Variant, str] = {}
+    for name in options.variants:
+        names.setdefault(variants[name], name)  # what two names share is trained once
+    how = {"jobs": options.jobs, "progress": not options.quiet}
+    chosen, tables = choose_rates(base, names, options.rates, data=options.choose_on, seed=options.seeds[0], **how)
+    runs = run(base, chosen, data=[options.choose_on, options.data], seeds=options.seeds, **how)
+    settings = {name: value for name, value in base.items() if name not in ("out", "threads")}
+    settings |= {"seeds": options.seeds, "data": options.data, "chosen on": options.choose_on}
+    settings["trained at commit"] = ", ".join(sorted({one.commit for own in runs.values() for one in own}))
+    made = record(runs, settings, data=options.data, validation=options.choose_on, name=options.name)
+    made = dataclasses.replace(made, tables=(*made.tables, *tables))
+    print(made)
+    for path in made.save(options.out, command=shlex.join([*prog.split(), *arguments])):
+        print(path)
