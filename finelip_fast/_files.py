@@ -74,12 +74,13 @@ def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str
     return name
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -> None:
     """Write a file whole or not at all, and wait until the disk has it.
 
     Args:
         path: The file; its folder must be there.
         write: Writes the content to the path that it is given.
+        mode: Permissions of the file, less what the process's mask takes away.
 
     Raises:
         WriteError: The disk refuses; says what is missing. A file that was there before is what it was.
@@ -88,10 +89,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         try:
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode
+            temporary.touch(mode, exist_ok=False)
+            permissions = temporary.stat().st_mode
             write(temporary)
-            temporary.chmod(mode)  # safetensors makes its files private, whatever the umask says
+            temporary.chmod(permissions)  # safetensors makes its files private, whatever the umask says
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
