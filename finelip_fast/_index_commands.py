@@ -91,12 +91,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.Ar
 
 def _bulk(options: argparse.Namespace) -> Any:
     from finelip_fast.distributed import index_images
-    from finelip_fast.index import stored_source
+    from finelip_fast.known_checkpoints import checkpoint_of
 
     return index_images(
         options.folder,
         options.index,
-        checkpoint=options.checkpoint or stored_source(options.index) or None,
+        checkpoint=options.checkpoint or checkpoint_of(options.index) or None,
         engine=options.engine,
         precision=options.precision,
         dtype=options.dtype,
@@ -169,12 +169,12 @@ def _tune(options: argparse.Namespace) -> dict[str, Any]:
         index = stored_index(options.index)
         queries = sample_queries(index, options.samples)
     else:
-        from finelip_fast.index import stored_source
+        from finelip_fast.known_checkpoints import checkpoint_of
         from finelip_fast.retriever import Retriever
 
         texts, answers = _read_queries(options.queries, options.samples)
         retriever = Retriever(
-            options.checkpoint or stored_source(options.index) or None,
+            options.checkpoint or checkpoint_of(options.index) or None,
             engine=options.engine,
             precision=options.precision,
             device=options.device,

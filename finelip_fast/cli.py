@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Search pictures with long descriptions.",
         epilog="Start with: finelip demo. Then: finelip index PHOTOS --checkpoint CKPT; finelip search 'a long description'.",
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     model = argparse.ArgumentParser(add_help=False)
@@ -195,11 +195,11 @@ def _search(options: argparse.Namespace) -> Any:
 
 
 def _retriever(options: argparse.Namespace) -> Any:
-    from finelip_fast.index import stored_source
+    from finelip_fast.known_checkpoints import checkpoint_of
     from finelip_fast.retriever import Retriever
 
     return Retriever(
-        options.checkpoint or stored_source(options.index) or None,
+        options.checkpoint or checkpoint_of(options.index) or None,
         engine=options.engine,
         precision=options.precision,
         device=options.device,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import ImageError, InputError
+from finelip_fast import known_checkpoints
+from finelip_fast._errors import EngineError, ImageError, InputError
+from finelip_fast._numbers import share, whole_number
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.engines.torch import TorchEngine
 from finelip_fast.explain import Explanation, explain
@@ -24,7 +27,7 @@ from finelip_fast.index import Index, IndexSpec, stored_dtype
 from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
-from finelip_fast.tokenizer import Overflow
+from finelip_fast.tokenizer import Overflow, check_overflow
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,14 @@ class Retriever:
         build: Export what is asked for where it is not there yet; takes a minute or more.
         dtype: How a new index keeps embeddings: ``"float16"``, or ``"int8"``, half the size; None: as the index that is there.
 
-    May be used from several threads at once; several processes may have the same index open.
+    May be used from several threads at once; several processes may have the same index open. One with an index folder can be
+    pickled, as what it was opened with; in a process made by fork it raises EngineError.
+
+    A checkpoint that is opened here by its name together with an index folder is one that ``finelip`` may load for an index,
+    see :mod:`finelip_fast.known_checkpoints`.
 
     Raises:
+        InputError: An argument that is none: an alpha that is not in [0, 1], a number of threads below 1.
         EngineError, CheckpointError, StoreError: What was asked for cannot be opened; says why and what to do.
 
     Example:
@@ -92,21 +100,69 @@ class Retriever:
         build: bool = False,
         dtype: str | None = None,
     ) -> None:
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise InputError(f"expected alpha in [0, 1], got {alpha}")
+        # All that can be known to be wrong before a model is loaded.
+        _check_path("checkpoint", checkpoint)
+        _check_path("index", index)
+        alpha = None if alpha is None else share("alpha", alpha)
+        threads = None if threads is None else whole_number("threads", threads)
+        check_overflow(overflow)
+        self._process = os.getpid()
+        self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
+        self._threads = threads
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
         self._explained: FineLIP | None = None  # loaded when asked for
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
-        self.index = Index(spec, index, source=self._engine.source, device=self._engine.device)
+        self._index = Index(spec, index, source=self._engine.source, device=self._engine.device)
+        if index is not None and checkpoint is not None:
+            known_checkpoints.note(self._engine.source, self._engine.fingerprint)
 
     @property
     def engine(self) -> Engine:
         """The engine in use; printed, it says what runs, on what, and why it was chosen."""
+        self._refuse_after_fork()
         return self._engine
+
+    @property
+    def index(self) -> Index:
+        """The items."""
+        self._refuse_after_fork()
+        return self._index
+
+    def __reduce__(self) -> tuple[Callable[[], Retriever], tuple[()]]:
+        """Pickled as what it was opened with: who unpickles it opens the same folder by the same engine.
+
+        Raises:
+            InputError: Its index is in memory.
+        """
+        engine = self.engine
+        if self._folder is None:
+            raise InputError(
+                "expected a retriever with an index folder to pickle, got one whose items are in this process's memory: "
+                "open it with index=FOLDER"
+            )
+        opening = partial(
+            Retriever,
+            engine.source or None,
+            engine=engine.name,
+            index=self._folder,
+            device=str(engine.device),
+            alpha=self.alpha,
+            overflow=self.overflow,
+            precision=None if isinstance(engine, TorchEngine) else engine.precision,
+            threads=self._threads if engine.name == "onnx" else None,
+        )
+        return opening, ()
+
+    def _refuse_after_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineError(
+                "this retriever was opened before the process was forked, and neither PyTorch's threads nor the connection to "
+                "its index go along: open one in the child, or start children by spawn, where its pickle opens anew"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -130,7 +186,7 @@ class Retriever:
             images: A folder, one picture, or any iterable of files, encoded bytes, PIL images, arrays and tensors (see
                 :func:`finelip_fast.preprocess.open_image`). Read batch by batch.
             ids: One a picture; None: the path, or ``image-N`` where there is none.
-            metadata: One dictionary of JSON values a picture.
+            metadata: One dictionary of JSON values a picture. Checked before anything is embedded.
             existing: Of ids that are in the index already: an ``"error"``, ``"skip"`` them, or ``"replace"`` the items.
             batch_size: Pictures at once.
             progress: Show a progress bar; or one of tqdm's to move.
@@ -139,8 +195,8 @@ class Retriever:
             What was added and what was skipped, with reasons.
 
         Raises:
-            InputError: An id that is in the index already, metadata that JSON cannot hold, or lists of different lengths.
-                Batches before it are kept.
+            InputError: An id that is in the index already, metadata that JSON cannot hold, or lists of different lengths;
+                before any work where the lists show it. Of a generator, the batches before are kept.
             StoreError: The index cannot be written; the report of what was kept is lost, and ``existing="skip"`` finds it.
         """
         report, total = AddReport(), None
@@ -161,7 +217,7 @@ class Retriever:
                     else:
                         readable.append((item, meta, pixels))
                 if readable:
-                    embeddings = self._engine.encode_image(torch.stack([pixels for *_, pixels in readable]))
+                    embeddings = self.engine.encode_image(torch.stack([pixels for *_, pixels in readable]))
                     ingest.add([item for item, *_ in readable], embeddings, [meta for _, meta, _ in readable])
         return report
 
@@ -182,7 +238,7 @@ class Retriever:
         chunks = ingest.chunks(texts, ids, metadata, progress=progress)
         with ingest:
             for chunk in chunks:
-                embeddings = self._engine.embed_texts(
+                embeddings = self.engine.embed_texts(
                     [text for _, text, _ in chunk], batch_size=batch_size, overflow=self.overflow
                 )
                 ingest.add([item for item, *_ in chunk], embeddings, [meta for *_, meta in chunk])
@@ -231,23 +287,24 @@ class Retriever:
             Hits best first, ties in order of insertion: a list for one query, a list of lists for a list.
 
         Raises:
-            InputError: Not exactly one of text and image, a text that is no string, ``k < 1``, no such mode, or a filter that
-                cannot be read.
+            InputError: Not exactly one of text and image, a text that is no string, a ``k`` that is no whole number or below
+                1, no such mode, or a filter that cannot be read.
             ImageError: A query picture that cannot be read.
         """
         if (text is None) == (image is None):
             raise InputError("expected either a text or image=..., " + ("got neither" if text is None else "got both"))
-        if k < 1:
-            raise InputError(f"expected k of at least 1, got {k}")
+        k = whole_number("k", k)
+        if where is not None and not isinstance(where, str):
+            raise InputError(f"expected where as an expression in a str, got {where!r:.80}")
         given = image if text is None else text
         many = isinstance(given, (list, tuple))
         queries: list[Any] = list(given) if many else [given]
         if not queries:
             return []
         if text is None:
-            embedded = self._engine.embed_images(queries)
+            embedded = self.engine.embed_images(queries)
         else:
-            embedded = self._engine.embed_texts(queries, overflow=self.overflow)
+            embedded = self.engine.embed_texts(queries, overflow=self.overflow)
         hits = self._hits(embedded, k, mode, where)
         return hits if many else hits[0]
 
@@ -260,8 +317,8 @@ class Retriever:
         images, texts = list(_listed(images)), [texts] if isinstance(texts, str) else list(texts)
         if not images or not texts:
             return torch.zeros(len(images), len(texts))
-        embedded = self._engine.embed_images(images)
-        return clim_scores(embedded, self._engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
+        embedded = self.engine.embed_images(images)
+        return clim_scores(embedded, self.engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
 
     def explain(self, image: Any, text: str) -> Explanation:
         """Take the score of a picture and a description apart: which words met which patches, and what each adds.
@@ -283,7 +340,7 @@ class Retriever:
                 )
             image = image.id
         if self._explained is None:
-            engine = self._engine
+            engine = self.engine
             self._explained = (
                 engine.model if isinstance(engine, TorchEngine) else checkpoints.load(engine.source or None)
             )
@@ -291,7 +348,7 @@ class Retriever:
 
     def _read(self, image: Any) -> Tensor | ImageError:
         try:
-            return self._engine.preprocess(image)
+            return self.engine.preprocess(image)
         except ImageError as error:
             return error
 
@@ -316,6 +373,11 @@ class Retriever:
     ) -> list[tuple[str, dict[str, Any], Future[Tensor | ImageError]]]:
         # Decoding and resizing release the interpreter's lock.
         return [(item, meta, pool.submit(self._read, image)) for item, image, meta in chunk]
+
+
+def _check_path(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, PathLike)):
+        raise InputError(f"expected {name} as a path or a name, got {value!r:.80}")
 
 
 def _listed(images: Any) -> Any:

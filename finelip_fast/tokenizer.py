@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -234,19 +234,35 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
         raise InputError(f"expected captions as str, got {type(texts).__name__}; decode or convert it first")
     captions = list(texts)
-    for index, text in enumerate(captions):
-        if not isinstance(text, str):
-            raise InputError(
-                f"expected captions as str, got {type(text).__name__} as caption {index}; "
-                'convert it first ("" stands for no text)'
-            )
+    for number, text in enumerate(captions):
+        check_caption(text, number)
     return captions
+
+
+def check_caption(text: Any, number: int) -> None:
+    """
+    Raises:
+        InputError: A caption that is no string; says the ``number`` of it.
+    """
+    if not isinstance(text, str):
+        raise InputError(
+            f"expected captions as str, got {type(text).__name__} as caption {number}; "
+            'convert it first ("" stands for no text)'
+        )
+
+
+def check_overflow(overflow: Any) -> None:
+    """
+    Raises:
+        InputError: Anything but ``"truncate"``, ``"error"`` and ``"window"``.
+    """
+    if overflow not in get_args(Overflow):
+        raise InputError(f"expected overflow to be one of {get_args(Overflow)}, got {overflow!r}")
 
 
 def _checked_overlap(context_length: int, overflow: Overflow, overlap: int | None) -> int:
     """Check the options against each other; the overlap to use."""
-    if overflow not in get_args(Overflow):
-        raise InputError(f"expected overflow to be one of {get_args(Overflow)}, got {overflow!r}")
+    check_overflow(overflow)
     if not isinstance(context_length, int) or context_length < 3:
         raise InputError(
             f"expected context_length as an int of at least 3 (START, one token, EOT), got {context_length!r}; "

@@ -13,14 +13,17 @@ REPOSITORY = Path(__file__).parent.parent
 
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
-    {"_command_line", "_errors", "_files", "_json", "_markup", "_terminal", "_typed", "config"},
+    {"_command_line", "_errors", "_files", "_json", "_markup", "_numbers", "_terminal", "_typed", "config"},
     {"kernels"},
     {
         *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),
         *("embed", "metrics", "records", "datasets", "artefacts"),
     },
     {"engines", "index"},
-    {"explain"},  # of the model alone; the retriever offers it
+    {
+        "explain",
+        "known_checkpoints",
+    },  # the first of the model alone, the second of the index; the retriever offers both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
     {"cli", "_eval_commands", "_explain_command", "_index_commands", "_study_command"},

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast import Hit, Retriever
+from finelip_fast import AddReport, Hit, Retriever
 from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.engines import why_not
@@ -188,6 +193,11 @@ def test_an_empty_text_is_a_query_like_any_other(retriever: Retriever) -> None:
         ({"text": ["fine", None]}, "expected captions as str, got NoneType as caption 1"),
         ({"text": "a", "k": 0}, "expected k of at least 1, got 0"),
         ({"text": [], "k": -3}, "expected k of at least 1, got -3"),
+        ({"text": "a", "k": True}, "expected k as a whole number, got True"),
+        ({"text": "a", "k": 2.5}, "expected k as a whole number, got 2.5"),
+        ({"text": "a", "k": "3"}, "expected k as a whole number, got '3'"),
+        ({"text": "a", "mode": 5}, "expected a mode among"),
+        ({"text": "a", "where": 5}, "expected where as an expression in a str, got 5"),
     ],
     ids=lambda value: None if isinstance(value, str) else ",".join(value) or "nothing",
 )
@@ -225,10 +235,31 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
     assert torch.equal(generated, expected)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_alpha_lies_between_nothing_and_everything(checkpoint: Path, alpha: float) -> None:
-    with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got"):
-        Retriever(checkpoint, alpha=alpha)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -0.1}, r"expected alpha in \[0, 1\], got -0.1"),
+        ({"alpha": float("nan")}, r"expected alpha in \[0, 1\], got nan"),
+        ({"alpha": True}, r"expected alpha in \[0, 1\], got True"),
+        ({"alpha": "x"}, r"expected alpha in \[0, 1\], got 'x'"),
+        ({"threads": 0}, "expected threads of at least 1, got 0"),
+        ({"threads": "2"}, "expected threads as a whole number, got '2'"),
+        ({"threads": 2.5}, "expected threads as a whole number, got 2.5"),
+        ({"overflow": "cut"}, "expected overflow to be one of"),
+        ({"overflow": None}, "expected overflow to be one of"),
+        ({"engine": 5}, "expected engine to be one of"),
+        ({"precision": 16}, "expected precision to be one of"),
+        ({"checkpoint": 5}, "expected checkpoint as a path or a name, got 5"),
+        ({"index": 5}, "expected index as a path or a name, got 5"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_arguments_are_checked_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, options: dict, message: str
+) -> None:
+    monkeypatch.setattr("finelip_fast.checkpoint.load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match=message):
+        Retriever(**options)
 
 
 def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_model, tmp_path: Path) -> None:
@@ -421,9 +452,113 @@ def test_lists_of_other_lengths_are_refused(retriever: Retriever, name: str, giv
     assert len(retriever) == 0
 
 
-def test_metadata_that_json_cannot_hold_is_refused(retriever: Retriever) -> None:
-    with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values"):
-        retriever.add_texts(["a"], metadata=[{"where": Path("a")}], progress=False)
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
+DEEP: list[object] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"fine": 1, "where": Path("a")}, r"PosixPath\('a'\) as 'where', of text 45"),
+        ({"when": datetime(2024, 1, 2)}, r"datetime.date.* as 'when', of text 45"),
+        ({"score": float("nan")}, "nan as 'score', of text 45"),
+        ({"a": {1: "x", "1": "y"}}, "{1: 'x', '1': 'y'} as 'a', of text 45"),
+        ({1: "x", "1": "y"}, r"two keys that are one in JSON among \['1', '1'\], of text 45"),
+        ({(1, 2): "x"}, r"'x' as \(1, 2\), of text 45"),
+        ({"a": CIRCLE}, r"as 'a', of text 45"),
+        ({"a": DEEP}, r"as 'a', of text 45"),
+        ({"a": b"x" * 5_000_000}, "as 'a', of text 45"),
+        (b"x" * 5_000_000, "got b'x*.*x', of text 45"),
+        (["a"], r"got \['a'\], of text 45"),
+        (None, "got None, of text 45"),
+    ],
+    ids=lambda value: value[-30:] if isinstance(value, str) else "",
+)
+def test_metadata_that_json_cannot_hold_is_refused_before_any_work(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch, values: object, named: str
+) -> None:
+    monkeypatch.setattr(retriever.engine, "encode_text", lambda _: pytest.fail("work was begun"))
+    metadata = [{1: "a key that JSON makes a text of"}] * 60
+    metadata[45] = values
+    with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values, got ") as caught:
+        retriever.add_texts((str(n) for n in range(60)), metadata=metadata, batch_size=8, progress=False)
+    assert re.search(named, str(caught.value))
+    assert len(str(caught.value)) < 300
+    assert len(retriever) == 0
+
+
+def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) -> None:
+    with pytest.raises(InputError, match="nan as 'score', of 'second'"):
+        retriever.add_texts(["a", "b"], ids=["first", "second"], metadata=[{}, {"score": float("nan")}], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ids": "ab"}, "expected ids as a list, got 'ab'"),
+        ({"ids": 5}, "expected ids as a list, got 5"),
+        ({"ids": ["a", b"b" * 5_000_000]}, "expected ids as str, got b'bbb"),
+        ({"ids": ["a", None]}, "expected ids as str, got None"),
+        ({"ids": ["a" * 5_000_000] * 2}, "expected ids that differ, got 'aaa"),
+        ({"metadata": {"a": 1, "b": 2}}, "expected metadata as a list, got {'a': 1, 'b': 2}"),
+        ({"existing": "x" * 5_000_000}, "expected existing among error, skip, replace, got 'xxx"),
+        ({"existing": None}, "expected existing among error, skip, replace, got None"),
+        ({"existing": ["skip"]}, r"expected existing among error, skip, replace, got \['skip'\]"),
+        ({"batch_size": 2.0}, "expected batch_size as a whole number, got 2.0"),
+        ({"batch_size": True}, "expected batch_size as a whole number, got True"),
+        ({"batch_size": "8"}, "expected batch_size as a whole number, got '8'"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_arguments_of_another_kind_are_refused_before_any_work(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch, kind: str, arguments: dict, message: str
+) -> None:
+    monkeypatch.setattr(retriever.engine, "encode_text", lambda _: pytest.fail("work was begun"))
+    monkeypatch.setattr(retriever.engine, "encode_image", lambda _: pytest.fail("work was begun"))
+    add, given = (retriever.add_images, PICTURES[:2]) if kind == "images" else (retriever.add_texts, TEXTS[:2])
+    with pytest.raises(InputError, match=message) as caught:
+        add(given, **arguments, progress=False)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("given", [5, None, torch.tensor(5)])
+def test_nothing_that_can_be_added_is_refused(retriever: Retriever, given: object) -> None:
+    for add in (retriever.add_images, retriever.add_texts):
+        with pytest.raises(InputError, match="in a list or another iterable, got"):
+            add(given, progress=False)
+
+
+def test_ids_and_metadata_may_be_generated(retriever: Retriever) -> None:
+    report = retriever.add_texts(
+        TEXTS[:2], ids=(name for name in "ab"), metadata=({"n": n} for n in range(2)), progress=False
+    )
+    assert report.added == ["a", "b"]
+    assert retriever.index.metadata == [{"n": 0}, {"n": 1}]
+
+
+def test_what_is_no_picture_among_pictures_is_skipped(retriever: Retriever) -> None:
+    report = retriever.add_images([PICTURES[0], None, 5, PICTURES[1]], progress=False)
+    assert report.added == ["image-0", "image-3"]
+    assert [item for item, _ in report.skipped] == ["image-1", "image-2"]
+
+
+def test_texts_that_are_none_are_found_before_any_work_or_leave_what_came_before(retriever: Retriever) -> None:
+    texts = ["a", "b", "c", 5]
+    with pytest.raises(InputError, match="expected captions as str, got int as caption 3"):
+        retriever.add_texts(texts, batch_size=2, progress=False)
+    assert len(retriever) == 0
+    with pytest.raises(InputError, match="expected captions as str, got int as caption 3"):
+        retriever.add_texts(iter(texts), batch_size=2, progress=False)
+    assert retriever.index.ids == ["text-0", "text-1"]
+
+
+def test_names_of_skipped_files_are_shown_and_not_obeyed() -> None:
+    report = AddReport(["a"], [("b\n7 added, 0 skipped\x1b[A", "no\rpicture")])
+    assert str(report) == "1 added, 1 skipped\n  b\\n7 added, 0 skipped\\x1b[A: no\\rpicture"
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -685,3 +820,71 @@ def test_a_file_in_the_indexs_place_is_refused(build: Callable[..., Retriever], 
     (tmp_path / "index").write_text("a file")
     with pytest.raises(StoreError, match="cannot make the index folder"):
         build(index=tmp_path / "index")
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_retriever_is_pickled_as_what_it_was_opened_with(
+    build: Callable[..., Retriever], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    retriever = build(index="index", alpha=0.25, overflow="error", engine="torch")
+    add_all(retriever)
+    expected = retriever.search(TEXTS[0])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    content = pickle.dumps(retriever)
+    assert len(content) < 2000
+    for again in (pickle.loads(content), copy.copy(retriever)):
+        assert (again.alpha, again.overflow, again.engine.name) == (0.25, "error", "torch")
+        assert again.search(TEXTS[0]) == expected
+        again.index.close()
+
+
+def test_an_index_in_memory_is_not_pickled(retriever: Retriever) -> None:
+    with pytest.raises(
+        InputError, match="expected a retriever with an index folder to pickle, got one whose items are in"
+    ):
+        pickle.dumps(retriever)
+
+
+def test_a_spawned_process_opens_anew(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    retriever = build(index=tmp_path / "index", engine="torch")
+    add_all(retriever)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(Retriever.search, retriever, TEXTS[0]).result(120) == retriever.search(TEXTS[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="for systems with fork")
+def test_a_forked_process_is_told_to_open_anew(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    retriever = build(index=tmp_path / "index")
+    add_all(retriever)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        retriever.search(TEXTS[0])  # starts threads that a child does not have
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for attempt in (
+                lambda: retriever.search("a"),
+                lambda: retriever.add_texts(["a"]),
+                lambda: retriever.add_images([]),
+                lambda: retriever.delete("a"),
+                lambda: retriever.score(PICTURES, TEXTS),
+                lambda: retriever.explain(PICTURES[0], "a"),
+                lambda: len(retriever),
+            ):
+                try:
+                    attempt()
+                except EngineError as error:
+                    os.write(writer, b"." if "before the process was forked" in str(error) else b"?")
+            os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with open(reader, "rb") as file:
+            assert file.read() == b"......."
+    finally:
+        torch.set_num_threads(before)
+    assert retriever.search(TEXTS[0])

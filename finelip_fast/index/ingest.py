@@ -16,8 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import InputError
+from finelip_fast._numbers import whole_number
+from finelip_fast._terminal import printable
 from finelip_fast.index.index import Index
+from finelip_fast.index.store import as_json
 from finelip_fast.preprocess import walk_folder
+from finelip_fast.tokenizer import check_caption
 
 Existing = Literal["error", "skip", "replace"]
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
@@ -60,7 +64,8 @@ class FolderReport:
 
 
 def _told(added: int, skipped: Sequence[tuple[str, str]]) -> str:
-    return "\n".join([f"{added} added, {len(skipped)} skipped", *(f"  {item}: {reason}" for item, reason in skipped)])
+    lines = (f"  {printable(item)}: {printable(reason)}" for item, reason in skipped)
+    return "\n".join([f"{added} added, {len(skipped)} skipped", *lines])
 
 
 def count_pictures(folder: str | PathLike[str]) -> int:
@@ -101,16 +106,15 @@ class Ingest:
         batch_size: Items of a chunk.
 
     Raises:
-        InputError: Another word than these, or a ``batch_size`` below 1.
+        InputError: Another word than these, or a ``batch_size`` that is no whole number or below 1.
     """
 
     def __init__(
         self, index: Index, kind: str, report: AddReport, *, existing: Existing = "error", batch_size: int = 64
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"expected batch_size of at least 1, got {batch_size}")
+        batch_size = whole_number("batch_size", batch_size)
         if existing not in get_args(Existing):
-            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r}")
+            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r:.80}")
         self._index, self._kind, self._report = index, kind, report
         self._existing, self._batch_size = existing, batch_size
         self._batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
@@ -169,15 +173,25 @@ class Ingest:
             progress: Show a progress bar; or one of tqdm's to move.
 
         Raises:
-            InputError: Ids that are there already or come twice, or lists of different lengths; before any work where that
-                can be known.
+            InputError: Ids that are there already or come twice, metadata that JSON cannot hold, texts that are none, or lists
+                of different lengths; before any work where that can be known.
         """
+        ids, metadata = _as_list("ids", ids), _as_list("metadata", metadata)
+        try:
+            named = self._named(iter(items), ids, metadata)
+            total = len(items) if isinstance(items, Sized) else total
+        except TypeError:  # as of an array without dimensions, which claims to have both
+            raise InputError(f"expected {self._kind}s in a list or another iterable, got {items!r:.80}") from None
         if isinstance(items, Sized):
-            total = len(items)
-            self._check_lengths(total, ids, metadata)
+            self._check_lengths(len(items), ids, metadata)
+        if isinstance(items, Sequence) and self._kind == "text":
+            for number, item in enumerate(items):
+                check_caption(item, number)
         if ids is not None:
             self._index.check_ids(ids, replace=self._existing != "error")
-        return self._chunks(self._named(items, ids, metadata), total, progress)
+        for number, values in enumerate(metadata or ()):
+            _check_metadata(values, f"{self._kind} {number}" if ids is None else repr(ids[number]))
+        return self._chunks(named, total, progress)
 
     def _chunks(
         self, named: Iterator[tuple[str, Any, dict[str, Any]]], total: int | None, progress: bool | tqdm[Any]
@@ -213,6 +227,8 @@ class Ingest:
         for item in items:
             if any(given is not None and len(given) == total for given in (ids, metadata)):
                 self._check_lengths(total + 1, ids, metadata)
+            if self._kind == "text":
+                check_caption(item, total)
             if ids is not None:
                 name = ids[total]
             else:
@@ -226,6 +242,21 @@ class Ingest:
         for name, given in (("ids", ids), ("metadata", metadata)):
             if given is not None and len(given) != total:
                 raise InputError(f"expected as many {name} as {self._kind}s, got {len(given)} for {total}")
+
+
+def _as_list(name: str, given: Any) -> list[Any] | None:
+    if given is None:
+        return None
+    if isinstance(given, (str, bytes, dict)) or not isinstance(given, Iterable):
+        raise InputError(f"expected {name} as a list, got {given!r:.80}")
+    return list(given)
+
+
+def _check_metadata(values: Any, whose: str) -> None:
+    try:
+        as_json(values)
+    except InputError as error:
+        raise InputError(f"{error}, of {whose:.200}") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -403,23 +404,42 @@ def check_ids(ids: Sequence[str]) -> None:
     new: set[str] = set()
     for item in ids:
         if not isinstance(item, str):
-            raise InputError(f"expected ids as str, got {item!r}; convert it first")
+            raise InputError(f"expected ids as str, got {item!r:.80}; convert it first")
         if item in new:
-            raise InputError(f"expected ids that differ, got {item!r} again; give each item once")
+            raise InputError(f"expected ids that differ, got {item!r:.80} again; give each item once")
         new.add(item)
 
 
 def as_json(metadata: Any) -> str:
     """
     Raises:
-        InputError: Anything but a dictionary of JSON values.
+        InputError: Anything but a dictionary of JSON values, or keys that are one in JSON, as 1 and "1"; names the key.
     """
+    if not isinstance(metadata, dict):
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {reprlib.repr(metadata)}")
     try:
-        if isinstance(metadata, dict):
-            return json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError):
-        pass
-    raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r}")
+        return _to_json(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error)
+    for key, value in metadata.items():
+        try:
+            _to_json({key: value})
+        except (TypeError, ValueError, RecursionError):
+            reason = f"{reprlib.repr(value)} as {reprlib.repr(key)}"
+            break
+    raise InputError(f"expected metadata as a dictionary of JSON values, got {reason}")
+
+
+def _to_json(metadata: dict[Any, Any]) -> str:
+    text = json.dumps(metadata, allow_nan=False)
+    json.loads(text, object_pairs_hook=_as_different)
+    return text
+
+
+def _as_different(pairs: list[tuple[str, Any]]) -> None:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"two keys that are one in JSON among {reprlib.repr(keys)}")
 
 
 # Without the checkpoint -------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""Which checkpoints this user has opened: what an index may have loaded.
+
+An index says by which checkpoint it was made. Were that simply loaded, whoever made the index would choose what is: a file
+that came with it, or anything on a hub. So, as ssh knows hosts, each user knows checkpoints by their fingerprints: one is
+noted in this user's cache when it is opened by its name together with an index, and an index is opened by the one that is
+noted under the fingerprint that it names. Whether that one still has this fingerprint, the index compares.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import stat
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+
+from finelip_fast._errors import StoreError
+from finelip_fast._files import read_bytes, write_whole
+from finelip_fast.index.catalogue import read_spec
+from finelip_fast.index.store import CATALOGUE
+from finelip_fast.kernels._settings import cache_folder
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+def checkpoint_of(folder: str | PathLike[str]) -> str | None:
+    """The checkpoint to open an index folder by, as this user has named it; empty for the bundled one, None where there is no
+    index.
+
+    Raises:
+        StoreError: The index names a checkpoint that this user has not opened, or one that came with the index; or it cannot
+            be read.
+    """
+    spec = read_spec(Path(folder) / CATALOGUE)
+    if spec is None or not spec["source"]:
+        return None if spec is None else ""
+    known = _noted(str(spec["checkpoint"]))
+    if known is None or Path(folder).resolve() in Path(known).resolve().parents:
+        named = str(spec["source"])
+        raise StoreError(
+            f"the index at {folder} names the checkpoint {named!r:.500}, which this user has not opened on this machine: "
+            f"if you trust it, pass --checkpoint {shlex.quote(named):.500}, or the place where it lies now; it is remembered"
+        )
+    return known
+
+
+def note(source: str, fingerprint: str) -> None:
+    """Remember that this user has opened a checkpoint by its name; where the cache cannot be written, it is forgotten."""
+    # A file each: processes that note at once cannot lose each other's.
+    with suppress(OSError, RuntimeError):  # the latter where there is no home
+        if _noted(fingerprint) != source:
+            path = _file(fingerprint)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: temporary.write_bytes(os.fsencode(source)), mode=0o600)
+
+
+def _noted(fingerprint: str) -> str | None:
+    """What is noted under a fingerprint, in a file that none but this user can have written."""
+    if not _FINGERPRINT.fullmatch(fingerprint):
+        return None
+    try:
+        path = _file(fingerprint)
+        status = path.lstat()
+        owner = os.geteuid() if hasattr(os, "geteuid") else status.st_uid
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None
+        return os.fsdecode(read_bytes(path, error=StoreError, max_bytes=1 << 16)) or None
+    except (OSError, RuntimeError, StoreError):
+        return None
+
+
+def _file(fingerprint: str) -> Path:
+    return cache_folder() / "known_checkpoints" / f"{fingerprint}.txt"
