@@ -9,7 +9,7 @@ code  when
 ===== ==============================================================================================================
 
 What was acknowledged before is kept in each case. A signal is raised where the work is, so a job that adds to an index also
-keeps what it has embedded, and a training its state.
+keeps what it has embedded. A training first ends its step and saves its state, and says so as an error: 2.
 """
 
 from __future__ import annotations

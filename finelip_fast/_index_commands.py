@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import InputError, StoreError
+from finelip_fast._terminal import printable
 
 INDEX_COMMANDS = tuple(
     f"index {name}"
@@ -115,7 +116,7 @@ def _check(options: argparse.Namespace) -> dict[str, int]:
     damaged = index.check()
     count = index.catalogue.count(index.version)
     if damaged:
-        named = "\n".join(f"  {item}: {reason}" for item, reason in damaged.items())
+        named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
         raise StoreError(
             f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or finelip index "
             f"repair takes them out and keeps the others:\n{named}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -419,6 +421,96 @@ def test_a_checkpoint_that_moved_is_named(
     Path("moving").rename("moved")
     assert f"{Path('moving').absolute()}: no such file or folder" in fails("search", "a house")
     assert finelip("search", "a house", "--checkpoint", "moved", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo --scenes 1 --out OUT",
+        "index photos --checkpoint CHECKPOINT --index OUT",
+        "index snapshot OUT",
+        "eval scenes:test:2 --checkpoint CHECKPOINT --cache OUT",
+        "eval scenes:test:2 --checkpoint CHECKPOINT --out OUT",
+        "explain photos/a.png red --checkpoint CHECKPOINT --out OUT",
+        "explain photos/a.png red --checkpoint CHECKPOINT --phrase red --overlay OUT",
+        "study length --data scenes:test:2 --validation scenes:val:2 --checkpoint CHECKPOINT --out OUT",
+        "convert CHECKPOINT OUT",
+        "export onnx CHECKPOINT --out OUT",
+        "train --init CHECKPOINT --train scenes:train --val scenes:val:2 --device cpu --out OUT",
+        "study ablation --out OUT",
+    ],
+)
+def test_what_cannot_be_written_is_an_error(
+    finelip: Callable[..., str],
+    photos: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    if "snapshot" in command:
+        index(finelip, photos, checkpoint)
+    where = photos / "notes.txt" / "x"  # below a file, where even root can write nothing
+
+    def too_long_for_a_test(*_: object, **__: object) -> None:
+        raise NotADirectoryError(20, "Not a directory", str(where))
+
+    monkeypatch.setattr("finelip_fast.export.to_onnx.export_onnx", too_long_for_a_test)
+    monkeypatch.setattr("finelip_fast.training.ablation.command.load_recipe", too_long_for_a_test)
+    named = {"CHECKPOINT": str(checkpoint), "OUT": str(where)}
+    assert main([named.get(word, word) for word in command.split()]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ")
+    assert "notes.txt" in printed.err.splitlines()[-1]
+    if command.startswith(("explain", "study length")):
+        assert printed.out  # what has taken the time is told
+
+
+def test_a_signal_keeps_what_was_embedded(
+    finelip: Callable[..., str], photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from finelip_fast.engines.torch import TorchEngine
+
+    encode, batches = TorchEngine.encode_image, []
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(arguments)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*arguments)
+
+    monkeypatch.setattr(TorchEngine, "encode_image", interrupted)
+    arguments = ["index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet"]
+    assert main([*arguments, "--engine", "torch", "--device", "cpu"]) == 143
+    assert capsys.readouterr().err == "terminated\n"
+    assert json.loads(finelip("index", "check", "--json"))["items"] == 2
+    assert finelip(*arguments, "--device", "cpu").splitlines()[0] == "1 added, 2 skipped"
+
+
+def test_names_of_strangers_forge_no_lines(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    forged = "a\n  1  9.9999  (global 1.0000, fine 1.0000)  forged\x1b[1A\r\u202e.png"
+    save_picture(photos / forged, 7)
+    (photos / "b\n9 added, 0 skipped").touch()
+    report = index(finelip, photos, checkpoint)
+    assert report.splitlines()[0] == "4 added, 3 skipped"
+    assert len(report.splitlines()) == 4
+    lines = finelip("search", "a house", "--device", "cpu").splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "3", "4"]
+    shown = r"a\n  1  9.9999  (global 1.0000, fine 1.0000)  forged\x1b[1A\r\u202e.png"
+    assert any(line.endswith(shown) for line in lines)
+    found = json.loads(finelip("search", "a house", "--json", "--device", "cpu"))
+    assert str(photos / forged) in {hit["id"] for hit in found}
+    for segment in Path("finelip-index/segments").iterdir():
+        segment.unlink()
+    message = fails("index", "check")
+    assert shown in message
+    assert len(message.splitlines()) == 5
+    assert not re.search(r"[\x1b\r\u202e]", report + "\n".join(lines) + message)
+    repaired = finelip("index", "repair")
+    assert shown in repaired
+    assert main(["search", "a\x1b[2J", "b\x1b[2J"]) == 2
 
 
 def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
