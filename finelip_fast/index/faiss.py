@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import EngineError, InputError, StoreError
-from finelip_fast.index.segments import sync_folder
+from finelip_fast._files import sync_folder
 from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 

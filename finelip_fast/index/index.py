@@ -104,6 +104,7 @@ class Index(Store):
         items = self.catalogue.at(positions.flatten().tolist(), view.version)
         if items is None:
             return None
+        view.refuse_damaged(items.values())
         global_scores, fine_scores = parts_of_scores(view, queries, rows)
         found = [[items[position] for position in own] for own in positions.tolist()]
         return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)

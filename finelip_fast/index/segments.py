@@ -15,22 +15,31 @@ Files in NumPy's format, of older indexes, hold ``tokens`` alone.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
+from finelip_fast._errors import StoreError, WriteError
+from finelip_fast._files import plain_name
+from finelip_fast.index.arrays import (
+    Contents,
+    UnavailableError,
+    checksum,
+    file_checksum,
+    in_parallel,
+    map_arrays,
+    memory_of,
+    opened,
+    read_contents,
+    refuse_link,
+    write_arrays,
+)
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels._quantize import error_terms
 from finelip_fast.kernels._rows import dequantize
@@ -39,9 +48,8 @@ DTYPES = ("float16", "int8")
 
 # What makes an embedding; the rest of a segment follows from it.
 _STORED = ("tokens", "values", "scales", "anchors")
-_NAMES = {"F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
-_ALIGNMENT = 64  # bytes, a cache line
 _ROWS_AT_ONCE = 1024
+_DIGEST = "rows"  # the note of a file: the checksum of its embeddings' checksums
 
 
 class Segment:
@@ -53,9 +61,12 @@ class Segment:
         copies: On a GPU, by any names; they go with the segment.
     """
 
-    def __init__(self, name: str, arrays: dict[str, Tensor], path: Path | None = None) -> None:
-        self.name, self.arrays, self._path = name, arrays, path
+    def __init__(
+        self, name: str, arrays: dict[str, Tensor], path: Path | None = None, contents: Contents | None = None
+    ) -> None:
+        self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
+        self._mapped = {} if path is None or contents is None else {path: contents.size}
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -82,9 +93,18 @@ class Segment:
 
     def is_quantized(self, cache: Path | None) -> bool:
         """Whether what a search in int8 needs is there already."""
-        return "values" in self.arrays or (
-            cache is not None and (cache / f"{Path(self.name).stem}.safetensors").exists()
-        )
+        return "values" in self.arrays or (cache is not None and self._cached(cache) is not None)
+
+    def refuse_shortened(self) -> None:
+        """Look whether the files that are mapped still have their lengths: the system ends a process that reads behind an end.
+
+        Raises:
+            StoreError: One has not.
+        """
+        for path, size in self._mapped.items():
+            with suppress(OSError):  # a file that is gone can still be read from
+                if os.stat(path).st_size < size:
+                    raise _shortened(path)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,13 +125,13 @@ class Segment:
         Raises:
             FileNotFoundError: The file is gone; what was mapped from it is not.
         """
-        if self._path is None or not self.is_current:
+        if self._path is None or self._contents is None:
             return lambda: target.copy_(self.embeddings(rows))
         if self.dtype == torch.float16:
-            return self._reading_file(self._path, {"tokens": target}, rows.tolist(), resources)
+            return self._reading_file(self._path, self._contents, {"tokens": target}, rows, resources)
         kept = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
         parts = {name: torch.empty(len(rows), *one.shape[1:], dtype=one.dtype) for name, one in kept.items()}
-        finish = self._reading_file(self._path, parts, rows.tolist(), resources)
+        finish = self._reading_file(self._path, self._contents, parts, rows, resources)
 
         def finish_int8() -> None:
             finish()
@@ -120,17 +140,25 @@ class Segment:
         return finish_int8
 
     def _reading_file(
-        self, path: Path, targets: dict[str, Tensor], rows: Sequence[int], resources: ExitStack
+        self, path: Path, contents: Contents, targets: dict[str, Tensor], rows: Tensor, resources: ExitStack
     ) -> Callable[[], None]:
+        try:
+            descriptor = resources.enter_context(opened(path))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            # No file can be opened any more, but this one is mapped.
+            self.refuse_shortened()
+            return lambda: _copy_rows(self.arrays, rows, targets)
+        if os.fstat(descriptor).st_size != contents.size:
+            raise _shortened(path)
         wanted = []
         for name, target in targets.items():
             size = target.nbytes // max(1, len(rows))
-            memory = target.numpy().reshape(-1).view(np.uint8).data
+            memory, start = memory_of(target), contents.places[name].start
             wanted += [
-                (self._starts[name] + size * row, memory[size * at : size * (at + 1)]) for at, row in enumerate(rows)
+                (start + size * row, memory[size * at : size * (at + 1)]) for at, row in enumerate(rows.tolist())
             ]
-        descriptor = os.open(path, os.O_RDONLY)
-        resources.callback(os.close, descriptor)
         if hasattr(os, "posix_fadvise"):
             for offset, part in wanted:
                 os.posix_fadvise(descriptor, offset, len(part), os.POSIX_FADV_WILLNEED)
@@ -139,52 +167,138 @@ class Segment:
             try:
                 for offset, part in wanted:
                     if _read_into(part, descriptor, offset) != len(part):
-                        raise StoreError(f"segment {path} has become shorter: restore it, or finelip index repair")
+                        raise _shortened(path)
             except OSError as error:
-                raise StoreError(
-                    f"segment {path} cannot be read: {error.strerror}; restore it, or finelip index repair"
-                ) from None
+                raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_REMEDY}") from None
 
         return finish
 
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where in the file each array begins."""
-        assert self._path is not None
-        with self._path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+    def checksum(self, row: int) -> int:
+        """CRC-32 of an embedding, as it is in memory."""
+        crc = 0
+        for name in _STORED:
+            if name in self.arrays:
+                crc = zlib.crc32(memory_of(self.arrays[name][row]), crc)
+        return crc
 
-    def damaged(self, crcs: Sequence[int | None]) -> list[int]:
-        """Rows that are not what was written: by their checksums where there are any, and by what follows from them."""
-        wrong: list[int] = []
-        for start in range(0, len(self), _ROWS_AT_ONCE):
-            some = {name: values[start : start + _ROWS_AT_ONCE] for name, values in self.arrays.items()}
-            found = checksums(some)
-            differs = torch.tensor([crc not in (None, own) for crc, own in zip(crcs[start:], found)])  # noqa: B905
-            for name, expected in _derived(some).items():
-                differs |= (expected != some[name]).reshape(len(expected), -1).any(dim=1)
-            wrong += (differs.nonzero()[:, 0] + start).tolist()
-        return wrong
+    def damaged(self, crcs: Sequence[int | None], rows: Tensor | None = None) -> dict[int, str]:
+        """Rows that are not what was written, by their checksums where there are any and by what follows from them, or that
+        no search can compare; and what is wrong with each.
+
+        Args:
+            crcs: Of all rows, or of the chosen.
+            rows: The only rows to look at, ``[m]``; None: all, by all cores.
+        """
+        chosen = torch.arange(len(self)) if rows is None else rows
+        starts = list(range(0, len(chosen), _ROWS_AT_ONCE))
+
+        def look(start: int) -> dict[int, str]:
+            own = chosen[start : start + _ROWS_AT_ONCE]
+            at = slice(start, start + len(own)) if rows is None else own
+            return _damaged({name: values[at] for name, values in self.arrays.items()}, crcs[start:], own.tolist())
+
+        return {row: reason for part in in_parallel(look, starts) for row, reason in part.items()}
 
     def quantized(self, cache: Path | None) -> QuantizedItems:
-        """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there.
+        """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged.
+
+        What is kept there is never needed: where it cannot be, it is made in memory.
 
         Raises:
-            StoreError: The disk refuses.
+            StoreError: The embeddings are damaged.
         """
-        names = QuantizedItems._fields
         if "values" in self.arrays:
-            return QuantizedItems(*self._kept(*names))
+            return QuantizedItems(*self._kept(*QuantizedItems._fields))
         if cache is None:
             return quantize_items(self.arrays["tokens"])
-        name = Path(self.name).stem + ".safetensors"
+        kept = self._from_cache(cache)
+        if kept is None:
+            digest = _digest(checksums({"tokens": self.arrays["tokens"]}))
+            if self._contents is not None and digest != self._contents.notes.get(_DIGEST, digest):
+                raise StoreError(f"segment {self.name} is not what was written: finelip index check names the items")
+            kept = quantize_items(self.arrays["tokens"])
+            sums = {name: checksum(values.nbytes, _slices(values)) for name, values in kept._asdict().items()}
+            with suppress(StoreError, WriteError):
+                write_arrays(cache / cache_name(self.name), kept._asdict(), {_DIGEST: digest, **sums})
+                kept = self._from_cache(cache) or kept
+        return kept
+
+    def _cached(self, cache: Path) -> Contents | None:
+        """The contents of the file that is kept, if it says that it was made of these embeddings."""
         try:
-            return QuantizedItems(*(_mapped(cache / name)[each] for each in names))
-        except (OSError, SafetensorError, KeyError):  # not there, or of a process that was killed
-            _write(cache, name, quantize_items(self.arrays["tokens"])._asdict())
-        return QuantizedItems(*(_mapped(cache / name)[each] for each in names))
+            refuse_link(cache)
+            contents = read_contents(cache / cache_name(self.name))
+        except (OSError, StoreError):
+            return None
+        rows, tokens, width = self.arrays["tokens"].shape
+        shapes = {
+            "values": (rows, tokens, width),
+            "scales": (rows, tokens),
+            "terms": (rows, 6),
+            "anchors": (rows, 1, width),
+        }
+        dtypes = {"values": torch.int8, "anchors": torch.float16}
+        is_right = {name: (place.dtype, place.shape) for name, place in contents.places.items()} == {
+            name: (dtypes.get(name, torch.float32), shape) for name, shape in shapes.items()
+        }
+        said = contents.notes.get(_DIGEST)
+        known = None if self._contents is None else self._contents.notes.get(_DIGEST)
+        return contents if is_right and said and known in (None, said) else None
+
+    def _from_cache(self, cache: Path) -> QuantizedItems | None:
+        """What is kept, compared with its checksums."""
+        contents = self._cached(cache)
+        if contents is None:
+            return None
+        path = cache / cache_name(self.name)
+        try:
+            for name, place in contents.places.items():
+                if file_checksum(path, place.start, place.stop) != contents.notes.get(name):
+                    return None
+            arrays = map_arrays(path, contents)
+        except (OSError, StoreError):
+            return None
+        self._mapped[path] = contents.size
+        return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
+
+    def drop_foreign_copies(self, cache: Path) -> None:
+        """Remove what is kept in int8 if it was made of other embeddings: of damaged ones, before they were restored.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        contents = self._cached(cache) if "tokens" in self.arrays else None
+        if contents and contents.notes[_DIGEST] != _digest(checksums({"tokens": self.arrays["tokens"]})):
+            (cache / cache_name(self.name)).unlink(missing_ok=True)
+
+
+_REMEDY = "restore it, or finelip index repair"
+
+
+def _shortened(path: Path) -> StoreError:
+    return StoreError(f"segment {path} has become shorter or longer since it was opened: {_REMEDY}")
+
+
+def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(arrays[name][rows])
+
+
+def _slices(values: Tensor) -> Callable[[int, int], memoryview]:
+    memory = memory_of(values)
+    return lambda start, stop: memory[start:stop]
+
+
+def _damaged(some: dict[str, Tensor], crcs: Sequence[int | None], rows: Sequence[int]) -> dict[int, str]:
+    wrong = [crc not in (None, found) for crc, found in zip(crcs, checksums(some))]  # noqa: B905 (crcs of later rows)
+    differs = torch.tensor(wrong, dtype=torch.bool)
+    for name, expected in _derived(some).items():
+        differs |= (expected != some[name]).reshape(len(expected), -1).any(dim=1)
+    floats = [some[name].flatten(1) for name in _STORED if name in some and some[name].is_floating_point()]
+    infinite = torch.stack([~values.isfinite().all(dim=1) for values in floats]).any(dim=0)
+    return {rows[at]: "holds numbers that are not finite" for at in infinite.nonzero()[:, 0].tolist()} | {
+        rows[at]: "is not what was written" for at in (differs & ~infinite).nonzero()[:, 0].tolist()
+    }
 
 
 def _read_into(part: memoryview, descriptor: int, offset: int) -> int:
@@ -225,12 +339,13 @@ def _derived(kept: dict[str, Tensor]) -> dict[str, Tensor]:
     return derived
 
 
-def write_segment(folder: Path, arrays: dict[str, Tensor]) -> tuple[str, list[int]]:
+def write_segment(folder: Path, arrays: dict[str, Tensor], *, prefix: str = "") -> tuple[str, list[int]]:
     """Write a new file and wait until the disk has it.
 
     Args:
         folder: Where to.
         arrays: Of :func:`encode` or :func:`joined`.
+        prefix: What the file's name begins with.
 
     Returns:
         The file's name (until a catalogue names it too, it belongs to nobody), and the checksum of each embedding.
@@ -238,9 +353,13 @@ def write_segment(folder: Path, arrays: dict[str, Tensor]) -> tuple[str, list[in
     Raises:
         StoreError: The disk refuses; nothing is left there.
     """
-    name = f"{uuid.uuid4().hex}.safetensors"
-    _write(folder, name, arrays)
-    return name, checksums(arrays)
+    name = f"{prefix}{uuid.uuid4().hex}.safetensors"
+    crcs = checksums(arrays)
+    try:
+        write_arrays(folder / name, arrays, {_DIGEST: _digest(crcs)})
+    except WriteError as error:
+        raise StoreError(str(error)) from error
+    return name, crcs
 
 
 def checksums(kept: dict[str, Tensor]) -> list[int]:
@@ -251,40 +370,13 @@ def checksums(kept: dict[str, Tensor]) -> list[int]:
     return result
 
 
-def _write(folder: Path, name: str, arrays: dict[str, Tensor]) -> None:
-    """By hand, since the library's own writer neither waits for the disk nor tells a full one by an OSError."""
-    header: dict[str, Any] = {}
-    end = 0
-    for each, values in arrays.items():
-        (dtype,) = (short for short, one in _NAMES.items() if one == values.dtype)
-        header[each] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [end, end + values.nbytes]}
-        end += values.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    path, partial = folder / name, folder / f"{name}.part"
-    try:
-        folder.mkdir(exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for values in arrays.values():
-                file.write(values.contiguous().numpy().reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(folder)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise StoreError(f"cannot write {path}: {error.strerror}") from None
+def _digest(crcs: Sequence[int]) -> str:
+    return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in crcs)):08x}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk knows the files of a folder by their names."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def cache_name(segment: str) -> str:
+    """The file in ``cache`` that belongs to a segment."""
+    return segment if segment.endswith(".safetensors") else f"{segment}.safetensors"
 
 
 def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], dtype: str) -> Segment:
@@ -296,20 +388,32 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
 
     Raises:
         FileNotFoundError: There is none.
-        StoreError: A short or foreign file; names it.
+        UnavailableError: It cannot be read now, for want of memory, open files or permission.
+        StoreError: A name that is no file's, a link, a short or foreign file; names it.
     """
-    path = folder / name
+    path = folder / plain_name(name, f"segments of {folder.parent}", error=StoreError)
     try:
-        if path.suffix == ".npy":
-            # A copy on write, because PyTorch warns of memory that it may not write to.
-            arrays = {"tokens": torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))}
-        else:
-            arrays = _mapped(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error  # not all name it
-    except (OSError, ValueError, EOFError, TypeError, SafetensorError) as error:
-        raise StoreError(f"segment {path} cannot be read: {error}; restore it, or finelip index repair") from None
-    for each, (kind, tail) in _expected(shape, dtype, derived=path.suffix != ".npy").items():
+        refuse_link(folder)
+        contents = read_contents(path)
+        expected = _expected(shape, dtype, derived=path.suffix != ".npy")
+        arrays = map_arrays(
+            path,
+            contents._replace(places={each: contents.places[each] for each in expected if each in contents.places}),
+        )
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_REMEDY}") from None
+        raise UnavailableError(
+            f"segment {path} cannot be read: {error.strerror}; give the process more open files (ulimit -n), memory or the "
+            "permission"
+        ) from None
+    except UnavailableError:
+        raise
+    except StoreError as error:
+        raise StoreError(f"segment {path} cannot be read: {error}; {_REMEDY}") from None
+    for each, (kind, tail) in expected.items():
         values = arrays.get(each)
         if (
             values is None
@@ -320,7 +424,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
         ):
             got = "none" if values is None else f"{_short(values.dtype)} {list(values.shape)}"
             raise StoreError(f"segment {path}: expected {each} {_short(kind)} {[rows, *tail]}, got {got}")
-    return Segment(name, arrays, path)
+    return Segment(name, arrays, path, contents)
 
 
 def _expected(shape: tuple[int, int], dtype: str, *, derived: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -337,8 +441,3 @@ def _expected(shape: tuple[int, int], dtype: str, *, derived: bool) -> dict[str,
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _mapped(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

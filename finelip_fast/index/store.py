@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
+from finelip_fast._files import sync_folder
+from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
-from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, sync_folder, write_segment
+from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, write_segment
 from finelip_fast.index.view import View
 
 CATALOGUE, SEGMENTS, CACHE, INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
@@ -79,6 +81,8 @@ class Store:
         device: Where to search.
         version: Of a folder: how it was after so many changes; such an index takes no changes. None: always the newest.
         skip_damaged: Open what can be read.
+        verify: Compare all embeddings of each segment with their checksums when it is first opened, by all cores. Without it,
+            those that a search finds are compared, and no others.
 
     Raises:
         StoreError: A folder that holds another index, cannot be read or written, or misses a segment; a version that is not
@@ -94,10 +98,15 @@ class Store:
         device: torch.device | str = "cpu",
         version: int | None = None,
         skip_damaged: bool = False,
+        verify: bool = False,
     ) -> None:
+        if verify and skip_damaged:
+            raise InputError(
+                "expected verify or skip_damaged, got both: a segment with a damaged row can be opened without verify"
+            )
         self.spec, self.source, self.device = spec, source, torch.device(device)
         self.damaged: dict[str, str] = {}
-        self.fixed, self._skip_damaged = version, skip_damaged
+        self.fixed, self._skip_damaged, self._verify = version, skip_damaged, verify
         self.folder = None if folder is None else Path(folder)
         self.lock = threading.RLock()
         self._opened: dict[str, Segment] = {}
@@ -158,14 +167,26 @@ class Store:
         for row in layout.segments:
             try:
                 if row.name not in self._opened:
-                    self._opened[row.name] = self.open_segment(row)
+                    segment = self.open_segment(row)
+                    if self._verify:
+                        self._refuse_damaged(row, segment, layout.version)
+                    self._opened[row.name] = segment
                 kept.append(row)
             except (StoreError, FileNotFoundError) as error:
-                if not self._skip_damaged:
+                if not self._skip_damaged or isinstance(error, UnavailableError):
                     raise
                 self.damaged[row.name] = str(error)
         segments = [self._opened[row.name] for row in kept]
         return View(layout._replace(segments=kept), segments, self.device, self.cache_folder)
+
+    def _refuse_damaged(self, row: SegmentRow, segment: Segment, version: int) -> None:
+        items = {item.position - row.first: item for item in self.catalogue.items(version, within=row)}
+        damaged = segment.damaged([items[at].crc if at in items else None for at in range(row.rows)])
+        for at in sorted(damaged.keys() & items.keys()):
+            raise StoreError(
+                f"item {items[at].id!r} is damaged: row {at} of segment {row.name} {damaged[at]}; restore the file, or keep "
+                "the rest with finelip index repair"
+            )
 
     def open_segment(self, row: SegmentRow) -> Segment:
         """

@@ -1,25 +1,41 @@
-"""Looking after an index folder: checking, repairing, compacting, copying."""
+"""Looking after an index folder: checking, repairing, compacting, copying.
+
+What another process may still need is never removed. A segment goes when a change has replaced it, which the catalogue notes
+in that change; a temporary file when no one holds its lock; a worker's files when their job is over. No clock is asked. A
+segment that nothing names stays: it may be all that is left of changes whose record was damaged.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterable
-from itertools import chain
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast.index import faiss
-from finelip_fast.index.segments import joined, write_segment
+from finelip_fast._files import plain_name, write_error
+from finelip_fast.index.arrays import UnavailableError, files_in, opened, remove_abandoned, remove_unlocked
+from finelip_fast.index.catalogue import SegmentRow
+from finelip_fast.index.segments import cache_name, joined, write_segment
 from finelip_fast.index.store import CACHE, CATALOGUE, INCOMING, SEGMENTS, Store
 from finelip_fast.index.view import View
 
-# What workers have left in ``incoming`` for so many seconds, no one is going to adopt.
-_ABANDONED = 7 * 86400
 # What compaction makes of small segments, in bytes; one of at least half of it is left alone.
 _FULL = 1 << 29
+_REPLACED = "replaced"  # the note in the catalogue of segments that a change has replaced
+# A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
+JOB = "job-"
+
+
+class Damage(NamedTuple):
+    """An item that is not what was written."""
+
+    position: int
+    id: str
+    reason: str
 
 
 def maintain(store: Store) -> dict[str, int]:
@@ -28,7 +44,8 @@ def maintain(store: Store) -> dict[str, int]:
     Older versions can no longer be opened afterwards. The order of items and the results of searches stay.
 
     Returns:
-        ``segments`` before and ``after``, ``strays`` (files of changes that never ended), and ``bytes`` that became free.
+        ``segments`` before and ``after``, ``strays`` (segments that nothing names, which stay: see :func:`repair`), and
+        ``bytes`` that became free.
 
     Raises:
         StoreError: As :meth:`add`; or an item is damaged, which a new checksum would hide.
@@ -39,20 +56,16 @@ def maintain(store: Store) -> dict[str, int]:
     size = _size(store.folder)
     with store.lock, store.catalogue.changing():
         view = store.load()
-        before = [row.name for row in view.layout.segments]
-        strays = _remove(
-            store.segments_folder, keep={*before, *store.damaged}
-        )  # no one is writing: who does is in here
-        if damaged := _damaged(store, view, chain(*_runs(view))) | _lost(store, view):
-            raise StoreError(
-                f"{len(damaged)} items are damaged, {next(iter(damaged))!r} among them (finelip index check "
-                "names all): take them out with finelip index repair, or restore their files"
-            )
+        before = len(view.segments)
+        rewritten = [view.layout.segments[at] for run in _runs(view) for at in run]
+        lost = [row for row in store.catalogue.layout(view.version).segments if row.name in store.damaged]
+        if damaged := _damaged(store, view.version, rewritten + lost):
+            raise _refusal(damaged)
         after = _rewrite(store, view)
-        strays += _remove_abandoned(store.folder / INCOMING)
     store.reload()
     _sweep(store)
-    return {"segments": len(before), "after": after, "strays": strays, "bytes": size - _size(store.folder)}
+    strays = len(unnamed(store))
+    return {"segments": before, "after": after, "strays": strays, "bytes": size - _size(store.folder)}
 
 
 def repair(store: Store) -> dict[str, str]:
@@ -68,22 +81,24 @@ def repair(store: Store) -> dict[str, str]:
     """
     store.refuse_if_fixed()
     with store.lock:
-        damaged = check(store)
-        if not damaged:
+        if not check(store):
             return {}
         with store.catalogue.changing():
-            store.catalogue.remove(store.catalogue.find(damaged).values())
+            view = store.load()
+            # Again, since others may have changed the index meanwhile.
+            damaged = _damaged(store, view.version, store.catalogue.layout(view.version).segments)
+            store.catalogue.remove(damage.position for damage in damaged)
             _rewrite(store, store.load())
         store.reload()
         _sweep(store)
-    return damaged
+    return {damage.id: damage.reason for damage in damaged}
 
 
 def _rewrite(store: Store, view: View) -> int:
     """Inside a change: compact what gains by it; how many segments there are then."""
-    lost = [row for row in store.catalogue.layout().segments if row.name in store.damaged]
+    replaced = [row for row in store.catalogue.layout().segments if row.name in store.damaged]
     store.catalogue.forget()
-    for row in lost:
+    for row in replaced:
         store.catalogue.replace([row], None, [])
     count = len(view.segments)
     for run in _runs(view):
@@ -96,51 +111,112 @@ def _rewrite(store: Store, view: View) -> int:
         else:
             store.catalogue.replace(rows, None, [])
             count -= len(run)
+        replaced += rows
+    store.catalogue.keep(_REPLACED, sorted({*_replaced(store), *(row.name for row in replaced)}))
     return count
 
 
+def _replaced(store: Store) -> list[str]:
+    """Names of segments that changes have replaced and whose files may still be there."""
+    names = store.catalogue.note(_REPLACED) or []
+    where = f"the catalogue of {store.folder}, note {_REPLACED!r}"
+    if not isinstance(names, list):
+        raise StoreError(f"{where}: expected names of segments, found {names!r:.80}")
+    return [plain_name(name, where, error=StoreError) for name in names]
+
+
 def _sweep(store: Store) -> None:
-    """Remove the files that the newest version does not need, after a change has made it so."""
+    """Remove what no one needs: see the module."""
     assert store.folder is not None
+    cache, incoming = store.folder / CACHE, store.folder / INCOMING
     with store.catalogue.undisturbed():
-        names = {row.name for row in store.catalogue.layout().segments}
-        _remove(store.segments_folder, keep=names)
-        _remove(store.folder / CACHE, keep={*(Path(name).stem for name in names), Path(faiss.FILE).stem})
+        named = {row.name for row in store.catalogue.layout().segments}
+        replaced = set(_replaced(store)) - named
+        for path in files_in(store.segments_folder):
+            if path.name in replaced or path.name.partition(".")[0] in {name.partition(".")[0] for name in replaced}:
+                _remove(path)
+        if replaced:
+            store.catalogue.keep(_REPLACED, [])
+        kept = {cache_name(name) for name in named}
+        for path in files_in(cache):
+            if path.suffix in (".safetensors", ".part") and path.name not in kept:
+                _remove(path)
+        for path in files_in(incoming):
+            if path.name in named:  # taken over by a process that was killed then
+                _remove(path)
+    for folder in (store.segments_folder, cache, incoming):
+        remove_abandoned(folder)
+    _remove_finished_jobs(incoming)
+
+
+def _remove_finished_jobs(incoming: Path) -> None:
+    """Remove the files of jobs whose processes are gone: their locks are free, or gone too, as they go last."""
+    files = [path for path in files_in(incoming) if path.name.startswith(JOB)]
+    for path in files:
+        if path.suffix == ".lock":
+            remove_unlocked(path, lambda job=path.stem: _remove_job(files, job))  # type: ignore[misc]
+    for path in files:
+        job = "-".join(path.name.split("-")[:2])
+        if path.suffix != ".lock" and not (incoming / f"{job}.lock").exists():
+            _remove(path)
+
+
+def _remove_job(files: Iterable[Path], job: str) -> None:
+    for path in files:
+        if path.name.startswith(f"{job}-"):
+            _remove(path)
+
+
+def unnamed(store: Store) -> list[str]:
+    """Segments that no version names: of changes that never ended, or whose record is lost."""
+    if store.folder is None:
+        return []
+    with store.catalogue.undisturbed():
+        named = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
+        files = files_in(store.segments_folder)
+    return [path.name for path in files if path.suffix in (".safetensors", ".npy") and path.name not in named]
 
 
 def check(store: Store) -> dict[str, str]:
-    """Read every item of a folder again and compare it with its checksum.
+    """Read every item of a folder again and compare it with its checksum; copies in int8 that are not of it are removed.
 
     Returns:
         What is wrong with each damaged item, by its id; empty: all is as it was written.
+
+    Raises:
+        StoreError: A segment cannot be read now, for want of memory, open files or permission.
     """
     if store.folder is None:
         return {}
-    view = store.view()
-    return _damaged(store, view, range(len(view.segments))) | _lost(store, view)
+    version = store.view().version
+    damaged = _damaged(store, version, store.catalogue.layout(version).segments)
+    return {damage.id: damage.reason for damage in damaged}
 
 
-def _lost(store: Store, view: View) -> dict[str, str]:
-    """The items of segments that could not be opened."""
-    rows = [row for row in store.catalogue.layout(view.version).segments if row.name in store.damaged]
-    return {
-        item.id: store.damaged[row.name] for row in rows for item in store.catalogue.items(view.version, within=row)
-    }
-
-
-def _damaged(store: Store, view: View, segments: Iterable[int]) -> dict[str, str]:
-    damaged: dict[str, str] = {}
-    for at in segments:
-        row = view.layout.segments[at]
-        items = {item.position - row.first: item for item in store.catalogue.items(view.version, within=row)}
+def _damaged(store: Store, version: int, segments: Iterable[SegmentRow]) -> list[Damage]:
+    damaged = []
+    for row in segments:
+        items = {item.position - row.first: item for item in store.catalogue.items(version, within=row)}
         try:
             segment = store.open_segment(row)  # anew: what was mapped may be older than the damage
-            wrong = segment.damaged([items[n].crc if n in items else None for n in range(row.rows)])
-            reason = "row {} of segment {} is not what was written"
+            wrong = segment.damaged([items[at].crc if at in items else None for at in range(row.rows)])
+            reasons = {at: f"row {at} of segment {row.name} {reason}" for at, reason in wrong.items()}
+            if store.cache_folder:
+                with suppress(OSError):
+                    segment.drop_foreign_copies(store.cache_folder)
+        except UnavailableError:
+            raise
         except (StoreError, FileNotFoundError) as error:
-            wrong, reason = list(items), str(error).replace("{", "{{").replace("}", "}}")
-        damaged |= {items[one].id: reason.format(one, row.name) for one in wrong if one in items}
+            reasons = dict.fromkeys(items, str(error))
+        damaged += [Damage(items[at].position, items[at].id, why) for at, why in reasons.items() if at in items]
     return damaged
+
+
+def _refusal(damaged: list[Damage]) -> StoreError:
+    return StoreError(
+        f"{len(damaged)} items are damaged, {damaged[0].id!r} among them (finelip index check names all): take them out with "
+        "finelip index repair, or restore their files"
+    )
 
 
 def snapshot(store: Store, folder: str | PathLike[str]) -> None:
@@ -151,26 +227,42 @@ def snapshot(store: Store, folder: str | PathLike[str]) -> None:
 
     Raises:
         InputError: An index in memory.
-        StoreError: A folder that is not empty, or the disk refuses.
+        StoreError: A folder that is not empty, an item is damaged, or the disk refuses.
     """
     if store.folder is None:
         raise InputError("expected an index with a folder to take a snapshot of, got one in memory")
     catalogue, target = store.catalogue, Path(folder)
 
     def copy_segments() -> None:
-        for row in catalogue.layout().segments:
-            shutil.copyfile(store.segments_folder / row.name, target / SEGMENTS / row.name)
-            with (target / SEGMENTS / row.name).open("rb") as file:
-                os.fsync(file.fileno())
+        layout = catalogue.layout()
+        if damaged := _damaged(store, layout.version, layout.segments):
+            raise _refusal(damaged)
+        named = {row.name.partition(".")[0] for row in layout.segments}
+        for path in files_in(store.segments_folder):
+            if path.name.partition(".")[0] in named:
+                _copy(path, target / SEGMENTS / path.name)
 
     try:
         target.mkdir(parents=True, exist_ok=True)
         if any(target.iterdir()):
             raise StoreError(f"expected a new or empty folder for a snapshot, got {target} with files in it")
         (target / SEGMENTS).mkdir()
-        catalogue.copy(target / CATALOGUE, copy_segments)  # last: before, the folder is no index
+        try:
+            catalogue.copy(target / CATALOGUE, copy_segments)  # last: before, the folder is no index
+        except BaseException:
+            for path in [*files_in(target / SEGMENTS), target / CATALOGUE]:
+                path.unlink(missing_ok=True)
+            (target / SEGMENTS).rmdir()
+            raise
     except OSError as error:
-        raise StoreError(f"cannot write the snapshot {target}: {error.strerror}") from None
+        raise StoreError(f"cannot write the snapshot {target}: {write_error(target, error)}") from None
+
+
+def _copy(path: Path, target: Path) -> None:
+    with opened(path) as descriptor, open(descriptor, "rb", closefd=False) as source, target.open("xb") as file:
+        shutil.copyfileobj(source, file, 1 << 24)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _runs(view: View) -> list[list[int]]:
@@ -194,24 +286,16 @@ def _runs(view: View) -> list[list[int]]:
     return [run for run in runs if len(run) > 1 or (run and not view.is_complete(run[0]))]
 
 
-def _remove(folder: Path, *, keep: set[str]) -> int:
-    """Remove the files of a folder that have other names, with ending or without; how many there were."""
-    others = (
-        [path for path in folder.iterdir() if not {path.name, path.name.split(".")[0]} & keep]
-        if folder.exists()
-        else []
-    )
-    for path in others:
+def _remove(path: Path) -> None:
+    try:
         path.unlink(missing_ok=True)
-    return len(others)
-
-
-def _remove_abandoned(folder: Path) -> int:
-    old = [path for path in folder.glob("*") if path.stat().st_mtime < time.time() - _ABANDONED]
-    for path in old:
-        path.unlink(missing_ok=True)
-    return len(old)
+    except OSError as error:
+        raise StoreError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.parent.name in (SEGMENTS, CACHE, INCOMING))
+    size = 0
+    for path in (path for name in (SEGMENTS, CACHE, INCOMING) for path in files_in(folder / name)):
+        with suppress(FileNotFoundError):
+            size += path.lstat().st_size
+    return size

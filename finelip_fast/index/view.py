@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finelip_fast.index.catalogue import Layout
+from finelip_fast._errors import StoreError
+from finelip_fast.index.catalogue import Item, Layout
 from finelip_fast.index.segments import Segment
 from finelip_fast.kernels import QuantizedItems
 
@@ -120,6 +121,30 @@ class View:
                     finish()
         is_sorted = bool((order.diff() > 0).all())
         return result if is_sorted else result[order.argsort().to(device)]
+
+    def refuse_shortened(self) -> None:
+        """Look whether what is mapped is still as long as it was: where it is not, a search would end the process.
+
+        Raises:
+            StoreError: It is not.
+        """
+        for segment in self.segments:
+            segment.refuse_shortened()
+
+    def refuse_damaged(self, items: Iterable[Item]) -> None:
+        """Compare the embeddings of items that were found with their checksums, where they have any.
+
+        Raises:
+            StoreError: One differs; names it.
+        """
+        for item in items:
+            at = int(torch.searchsorted(self._firsts, item.position, right=True)) - 1
+            row = item.position - int(self._firsts[at])
+            if item.crc not in (None, self.segments[at].checksum(row)):
+                raise StoreError(
+                    f"item {item.id!r} is damaged: row {row} of segment {self.segments[at].name} is not what was written; "
+                    "restore the file, or keep the rest with finelip index repair"
+                )
 
     @cached_property
     def tokens(self) -> list[Tensor] | None:
