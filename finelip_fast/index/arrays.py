@@ -264,29 +264,36 @@ def memory_of(values: Tensor) -> memoryview:
     return values.detach().contiguous().numpy().reshape(-1).view(np.uint8).data
 
 
-def checksum(length: int, read: Callable[[int, int], bytes | memoryview]) -> str:
-    """Of ``length`` bytes, by all cores: CRC-32 of the CRC-32 of pieces of 16 MiB; 4 GB/s on two cores.
-
-    Args:
-        length: How many.
-        read: Gives those from a place up to another.
-    """
-    crcs = in_parallel(
-        lambda start: zlib.crc32(read(start, min(start + _PIECE, length))), list(range(0, length, _PIECE))
-    )
-    return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in crcs)):08x}"
+def array_checksums(arrays: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of arrays in memory, by name."""
+    memories = {name: memory_of(values) for name, values in arrays.items()}
+    return {name: _checksum(len(memory), memory.__getitem__) for name, memory in memories.items()}
 
 
-def file_checksum(path: Path, start: int = 0, stop: int | None = None) -> str:
-    """Of a file, or a part of it; read rather than mapped, so that one that becomes shorter meanwhile differs and no more.
+def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
+    """Of the arrays of a file; it is read rather than mapped, so one that becomes shorter meanwhile differs and no more.
 
     Raises:
         StoreError: A link, or no file.
         OSError: It cannot be read.
     """
     with opened(path) as descriptor:
-        stop = os.fstat(descriptor).st_size if stop is None else stop
-        return checksum(stop - start, lambda first, last: os.pread(descriptor, last - first, start + first))
+
+        def read(place: Place) -> Callable[[slice], bytes]:
+            return lambda part: os.pread(descriptor, part.stop - part.start, place.start + part.start)
+
+        return {name: _checksum(place.stop - place.start, read(place)) for name, place in contents.places.items()}
+
+
+def _checksum(length: int, read: Callable[[slice], bytes | memoryview]) -> str:
+    """By all cores: CRC-32 of the CRC-32 of pieces."""
+    pieces = [slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE)]
+    return digest(in_parallel(lambda piece: zlib.crc32(read(piece)), pieces))
+
+
+def digest(crcs: Sequence[int]) -> str:
+    """One checksum of several."""
+    return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in crcs)):08x}"
 
 
 def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:

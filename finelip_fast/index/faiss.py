@@ -1,30 +1,46 @@
 """Candidates from faiss, for more items than their global embeddings can be gone through: some millions.
 
-An inverted file of 8-bit global embeddings, mapped from ``cache/globals.faiss``. It can be made again at any time, so it is
+An inverted file of 8-bit global embeddings, mapped from ``cache/globals.lists``. It can be made again at any time, so it is
 never the only place of anything, and it says which segments it was made of: as long as the index begins with those it is used,
 and what was added since is gone through. Compaction may change them; then the file is out of date and not used.
+
+It is a file of arrays, compared with its checksums before it is used. faiss reads no file of its own format: its readers trust
+what they read, and an index may come from a stranger. In ``lists`` stand, for each list, the codes of its items and then
+their rows as int64, as faiss maps them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import EngineError, InputError, StoreError
-from finelip_fast._files import sync_folder
+from finelip_fast._errors import EngineError, InputError, StoreError, WriteError
+from finelip_fast._json import parse_json
+from finelip_fast.index.arrays import (
+    array_checksums,
+    file_checksums,
+    map_arrays,
+    read_contents,
+    refuse_link,
+    write_arrays,
+)
 from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 
-FILE, _STAMP = "globals.faiss", "globals.json"
+FILE = "globals.lists"
+_SEGMENTS = "segments"  # the note of what it was made of
 # Of a list's length; and items that a list's centre is trained from.
 _LISTS_PER_ROOT, _TRAINED_PER_LIST = 4, 64
 _AT_ONCE = 65_536
+_ROW_BYTES = 8  # of an item's row in its list
 
 
 class FaissSource:
@@ -32,15 +48,21 @@ class FaissSource:
 
     Args:
         view: Whose rows.
-        file: What :func:`build` wrote, of the first ``covered`` rows.
+        file: What :func:`build` wrote, of the first ``covered`` rows, as faiss has it.
+        path, size: Where it is mapped from, and its length.
         probes: How many lists are looked into for a query; None: an eighth of all, at least 16.
     """
 
-    def __init__(self, view: View, file: Any, covered: int, *, probes: int | None = None) -> None:
-        self._view, self._file, self._covered = view, file, covered
+    def __init__(
+        self, view: View, file: Any, covered: int, path: Path, size: int, *, probes: int | None = None
+    ) -> None:
+        self._view, self._file, self._covered, self._path, self._size = view, file, covered, path, size
         self.probes = probes or max(16, file.nlist // 8)
 
     def __call__(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
+        with suppress(OSError):  # one that is gone can still be read from
+            if self._path.stat().st_size < self._size:
+                return self._flat(queries, count, among)
         faiss = _faiss()
         old = among if among is None else among[among < self._covered]
         if old is not None and len(old) < 4 * count:  # so few are all candidates, if they fit
@@ -89,31 +111,95 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
     for first in tqdm(range(0, view.rows, _AT_ONCE), desc="faiss", disable=not progress):
         rows = torch.arange(first, min(first + _AT_ONCE, view.rows))
         file.add_with_ids(_rows(view, rows), rows.numpy())
-    stamp = {"segments": [list(row) for row in view.layout.segments]}
+    arrays = _arrays(file)
+    notes = {_SEGMENTS: json.dumps([list(row) for row in view.layout.segments]), **array_checksums(arrays)}
     try:
-        folder.mkdir(exist_ok=True)
-        (folder / _STAMP).unlink(missing_ok=True)  # while it does not fit, there is no file
-        faiss.write_index(file, str(folder / f"{FILE}.part"))
-        (folder / f"{FILE}.part").replace(folder / FILE)
-        sync_folder(folder)
-        (folder / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-    except (OSError, RuntimeError) as error:
-        raise StoreError(f"cannot write {folder / FILE}: {error}") from None
+        write_arrays(folder / FILE, arrays, notes)
+    except WriteError as error:
+        raise StoreError(str(error)) from error
 
 
 def find(view: View, folder: Path | None) -> FaissSource | None:
-    """The source of a view, if there is a file that was made of it or of its beginning."""
-    if folder is None or not (folder / _STAMP).exists():
+    """The source of a view, if there is a whole file that was made of it or of its beginning."""
+    if folder is None or not (folder / FILE).exists():
         return None
     try:
-        segments = json.loads((folder / _STAMP).read_text(encoding="utf-8"))["segments"]
         faiss = _faiss()
+        refuse_link(folder)
+        path = folder / FILE
+        contents = read_contents(path)
+        segments = parse_json(contents.notes.get(_SEGMENTS, ""), path, error=StoreError, kind=list)
         if segments != [list(row) for row in view.layout.segments[: len(segments)]]:
             return None
-        file = faiss.read_index(str(folder / FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-    except (OSError, ValueError, KeyError, RuntimeError, EngineError):
+        covered = sum(row.rows for row in view.layout.segments[: len(segments)])
+        if file_checksums(path, contents) != {name: contents.notes.get(name) for name in contents.places}:
+            return None
+        arrays = map_arrays(path, contents)
+        file = _opened(faiss, path, arrays, contents.places["lists"].start, covered, view.globals[0][0].shape[1])
+    except (OSError, KeyError, RuntimeError, StoreError, EngineError):
         return None  # it can be made again, and all global embeddings give the same candidates or better
-    return FaissSource(view, file, sum(rows for *_, rows in segments))
+    return None if file is None else FaissSource(view, file, covered, path, contents.size)
+
+
+def _arrays(file: Any) -> dict[str, Tensor]:
+    """What makes an inverted file; its lists are emptied on the way."""
+    faiss, lists = _faiss(), file.invlists
+    sizes = [lists.list_size(number) for number in range(file.nlist)]
+    parts = []
+    for number, size in enumerate(sizes):
+        if size:
+            parts.append(faiss.rev_swig_ptr(lists.get_codes(number), size * file.code_size).copy())
+            parts.append(faiss.rev_swig_ptr(lists.get_ids(number), size).copy().view(np.uint8))
+            lists.resize(number, 0)
+    centres = faiss.rev_swig_ptr(faiss.downcast_index(file.quantizer).get_xb(), file.nlist * file.d)
+    return {
+        "centres": torch.from_numpy(centres.reshape(file.nlist, file.d).copy()),
+        "ranges": torch.from_numpy(faiss.vector_to_array(file.sq.trained)),
+        "sizes": torch.tensor(sizes),
+        "lists": torch.from_numpy(np.concatenate(parts)),
+    }
+
+
+def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, covered: int, width: int) -> Any:
+    """The inverted file that arrays make, its lists mapped from ``start``; None: they make none of ``covered`` rows."""
+    centres, ranges, lists, sizes = arrays["centres"], arrays["ranges"], arrays["lists"], arrays["sizes"].tolist()
+    bytes_per_row = width + _ROW_BYTES
+    kinds = [(values.dtype, list(values.shape)) for values in (centres, ranges, lists)]
+    expected = [
+        (torch.float32, [len(sizes), width]),
+        (torch.float32, [2 * width]),
+        (torch.uint8, [covered * bytes_per_row]),
+    ]
+    if kinds != expected or min(sizes, default=-1) < 0 or sum(sizes) != covered:
+        return None
+    mapped = faiss.OnDiskInvertedLists()
+    mapped.nlist, mapped.code_size, mapped.read_only = len(sizes), width, True
+    mapped.filename, mapped.totsize = str(path), start + len(lists)
+    mapped.lists.clear()
+    seen = np.zeros(covered, bool)
+    at = 0
+    for size in sizes:
+        each = faiss.OnDiskOneList()
+        each.size, each.capacity, each.offset = size, size, start + at
+        mapped.lists.push_back(each)
+        rows = lists[at + size * width : at + size * bytes_per_row].numpy().view(np.int64)
+        if size and not 0 <= rows.min() <= rows.max() < covered:
+            return None
+        seen[rows] = True
+        at += size * bytes_per_row
+    if not seen.all():
+        return None
+    mapped.do_mmap()
+    quantizer = faiss.IndexFlatIP(width)
+    quantizer.add(centres.numpy())
+    file = faiss.IndexIVFScalarQuantizer(
+        quantizer, width, len(sizes), faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    faiss.copy_array_to_vector(ranges.numpy(), file.sq.trained)
+    file.is_trained, file.ntotal = True, covered
+    mapped.this.disown()
+    file.replace_invlists(mapped, True)
+    return file
 
 
 def _rows(view: View, rows: Tensor) -> Any:

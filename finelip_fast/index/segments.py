@@ -30,8 +30,9 @@ from finelip_fast._files import plain_name
 from finelip_fast.index.arrays import (
     Contents,
     UnavailableError,
-    checksum,
-    file_checksum,
+    array_checksums,
+    digest,
+    file_checksums,
     in_parallel,
     map_arrays,
     memory_of,
@@ -213,13 +214,13 @@ class Segment:
             return quantize_items(self.arrays["tokens"])
         kept = self._from_cache(cache)
         if kept is None:
-            digest = _digest(checksums({"tokens": self.arrays["tokens"]}))
-            if self._contents is not None and digest != self._contents.notes.get(_DIGEST, digest):
+            rows = digest(checksums({"tokens": self.arrays["tokens"]}))
+            if self._contents is not None and rows != self._contents.notes.get(_DIGEST, rows):
                 raise StoreError(f"segment {self.name} is not what was written: finelip index check names the items")
             kept = quantize_items(self.arrays["tokens"])
-            sums = {name: checksum(values.nbytes, _slices(values)) for name, values in kept._asdict().items()}
+            sums = array_checksums(kept._asdict())
             with suppress(StoreError, WriteError):
-                write_arrays(cache / cache_name(self.name), kept._asdict(), {_DIGEST: digest, **sums})
+                write_arrays(cache / cache_name(self.name), kept._asdict(), {_DIGEST: rows, **sums})
                 kept = self._from_cache(cache) or kept
         return kept
 
@@ -252,9 +253,8 @@ class Segment:
             return None
         path = cache / cache_name(self.name)
         try:
-            for name, place in contents.places.items():
-                if file_checksum(path, place.start, place.stop) != contents.notes.get(name):
-                    return None
+            if file_checksums(path, contents) != {name: contents.notes.get(name) for name in contents.places}:
+                return None
             arrays = map_arrays(path, contents)
         except (OSError, StoreError):
             return None
@@ -268,7 +268,7 @@ class Segment:
             OSError: It cannot be removed.
         """
         contents = self._cached(cache) if "tokens" in self.arrays else None
-        if contents and contents.notes[_DIGEST] != _digest(checksums({"tokens": self.arrays["tokens"]})):
+        if contents and contents.notes[_DIGEST] != digest(checksums({"tokens": self.arrays["tokens"]})):
             (cache / cache_name(self.name)).unlink(missing_ok=True)
 
 
@@ -282,11 +282,6 @@ def _shortened(path: Path) -> StoreError:
 def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tensor]) -> None:
     for name, target in targets.items():
         target.copy_(arrays[name][rows])
-
-
-def _slices(values: Tensor) -> Callable[[int, int], memoryview]:
-    memory = memory_of(values)
-    return lambda start, stop: memory[start:stop]
 
 
 def _damaged(some: dict[str, Tensor], crcs: Sequence[int | None], rows: Sequence[int]) -> dict[int, str]:
@@ -356,7 +351,7 @@ def write_segment(folder: Path, arrays: dict[str, Tensor], *, prefix: str = "") 
     name = f"{prefix}{uuid.uuid4().hex}.safetensors"
     crcs = checksums(arrays)
     try:
-        write_arrays(folder / name, arrays, {_DIGEST: _digest(crcs)})
+        write_arrays(folder / name, arrays, {_DIGEST: digest(crcs)})
     except WriteError as error:
         raise StoreError(str(error)) from error
     return name, crcs
@@ -368,10 +363,6 @@ def checksums(kept: dict[str, Tensor]) -> list[int]:
     for values in (kept[name].contiguous().numpy() for name in _STORED if name in kept):
         result = [zlib.crc32(row, crc) for row, crc in zip(values, result or [0] * len(values), strict=True)]
     return result
-
-
-def _digest(crcs: Sequence[int]) -> str:
-    return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in crcs)):08x}"
 
 
 def cache_name(segment: str) -> str:
