@@ -17,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from itertools import islice
 from os import PathLike
@@ -30,12 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import _errors
-from finelip_fast._errors import EngineError, ImageError, InputError
+from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast._files import read_bytes, write_error
 from finelip_fast.distributed.cluster import cluster, told
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.index import Index, Written
+from finelip_fast.index.arrays import locked
 from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar
 from finelip_fast.index.segments import encode, write_segment
+from finelip_fast.index.upkeep import JOB
 from finelip_fast.retriever import Retriever
 
 # Files of a task, which makes one segment; fewer where there would be less than so many tasks for each worker.
@@ -44,6 +47,7 @@ _FILES_PER_TASK, _TASKS_PER_WORKER = 1024, 4
 _KEPT_SECONDS = 30.0
 # Of workers at one task, before the job ends.
 _MOST_DEATHS = 16
+_MOST_JOURNAL = 1 << 24  # bytes
 
 
 def index_images(
@@ -102,7 +106,7 @@ def index_images(
         target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size)
         del retriever  # and its model
         pool = _Pool(ray, job, workers, cpus, gpus)
-        with closing(target), progress_bar(progress, total, "image") as bar:
+        with closing(target), job.running(), progress_bar(progress, total, "image") as bar:
             while some := list(islice(listed, part)):
                 ids = list(dict.fromkeys(map(str, some)))
                 there = target.catalogue.find(ids)
@@ -170,7 +174,8 @@ def _add(
 class _Job:
     """What all workers are told; sent to them.
 
-    Their files begin with the job's name, so that what dead ones have left can be removed.
+    Their files begin with the job's name, so that what dead ones have left can be removed: here, or by upkeep once nobody
+    holds the job's lock.
     """
 
     def __init__(self, retriever: Retriever, device: str, batch_size: int) -> None:
@@ -184,11 +189,29 @@ class _Job:
             "precision": export.manifest.precision if export else None,
         }
         self.fingerprint, self.dtype, self.batch_size = spec.checkpoint, spec.dtype, batch_size
-        self.name = uuid.uuid4().hex[:12]
+        self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()
 
     def journal(self, what: str) -> _Journal:
         return _Journal(self.folder / f"{self.name}-{what}.txt")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the job's lock.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        path = self.folder / f"{self.name}.lock"
+        with ExitStack() as resources:
+            try:
+                resources.enter_context(locked(path))
+            except OSError as error:
+                raise StoreError(str(write_error(path, error))) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def clean_up(self) -> None:
         for path in self.folder.glob(f"{self.name}-*"):
@@ -240,7 +263,7 @@ class Worker:
             StoreError: The disk refuses.
         """
         before = journal.begin()
-        fatal = journal.named_last(before)
+        fatal = [row for row in journal.named_last(before) if row < len(files)]
         if before.count("begin") >= _MOST_DEATHS:
             named = ", ".join(files[row] for row in fatal)
             raise EngineError(
@@ -260,9 +283,8 @@ class Worker:
         name: str | None = None
         crcs: list[int] = []
         if rows:
-            plain, crcs = write_segment(self.job.folder, encode(torch.cat(embeddings), self.job.dtype))
-            name = f"{self.job.name}-{plain}"
-            (self.job.folder / plain).rename(self.job.folder / name)
+            arrays = encode(torch.cat(embeddings), self.job.dtype)
+            name, crcs = write_segment(self.job.folder, arrays, prefix=f"{self.job.name}-")
         journal.end()
         return {"name": name, "rows": rows, "crcs": crcs, "skipped": sorted(skipped.items())}
 
@@ -364,13 +386,20 @@ class _Journal:
 
     def begin(self) -> list[str]:
         """Begin an attempt; the lines of those before, none of which came to its end."""
-        before = self._path.read_text(encoding="ascii").split() if self._path.exists() else []
+        before = []
+        if self._path.exists():
+            before = (
+                read_bytes(self._path, error=StoreError, max_bytes=_MOST_JOURNAL).decode("ascii", "replace").split()
+            )
         self.write("begin")
         return before
 
     def write(self, line: str) -> None:
-        with self._path.open("a", encoding="ascii") as file:
-            file.write(f"{line}\n")
+        try:
+            with self._path.open("a", encoding="ascii") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            raise StoreError(str(write_error(self._path, error))) from None
 
     def end(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -379,4 +408,5 @@ class _Journal:
     def named_last(lines: Sequence[str]) -> list[int]:
         """The rows after which an attempt wrote nothing more."""
         following = [*lines, "begin"][1:]
-        return [int(line) for line, after in zip(lines, following, strict=True) if line.isdigit() and after == "begin"]
+        rows = [line for line, after in zip(lines, following, strict=True) if after == "begin"]
+        return [int(row) for row in rows if row.isdigit() and len(row) < 10]

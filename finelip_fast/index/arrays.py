@@ -47,6 +47,26 @@ class UnavailableError(StoreError):
     """What cannot be read now, for want of memory, open files or permission, and is not damaged for all that is known."""
 
 
+# What PyTorch and Python say where memory, or threads, cannot be had.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread")
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """
+    Raises:
+        UnavailableError: Memory or threads could not be had.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(reason in str(error) for reason in _NO_MEMORY):
+            raise
+        raise UnavailableError(
+            f"there is too little memory: {error!s:.200}; give the process more (ulimit -v, -u)"
+        ) from None
+
+
 class Place(NamedTuple):
     """Where in a file an array lies: ``start`` in bytes."""
 
@@ -196,7 +216,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, s
     with ExitStack() as resources:
 
         def write(temporary: Path) -> None:
-            file = resources.enter_context(_locked(temporary))
+            file = resources.enter_context(locked(temporary))
             file.write(len(text).to_bytes(8, "little") + text)
             for values in arrays.values():
                 file.write(memory_of(values))
@@ -206,8 +226,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, s
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is written, made anew should it have been taken for abandoned before it was locked."""
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is written and locked, made anew should it have been taken for abandoned before it was locked.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     while True:
         with path.open("ab") as file:
             with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned either
@@ -297,6 +321,7 @@ def digest(crcs: Sequence[int]) -> str:
 
 
 def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
+    """What a function makes of each of some values, by as many threads as there are cores."""
     if len(values) < 2:
         return list(map(function, values))
     with ThreadPoolExecutor(min(len(values), os.cpu_count() or 1)) as pool:

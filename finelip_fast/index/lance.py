@@ -18,7 +18,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import FineLIPError, InputError, StoreError
+from finelip_fast._json import check_value, parse_json
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.index import Found
 from finelip_fast.index.segments import checksums
@@ -45,6 +46,10 @@ _CHANGE = 1 << 28  # bytes of embeddings
 _ROWS = 8192  # of a change, and of keys at a time
 _SCAN = 1 << 26  # bytes of embeddings that a search or an iteration has at a time
 _CACHED = 1 << 28  # bytes that Lance may keep of what it knows of its files
+
+
+class _NotFound(Exception):
+    """There is no table."""
 
 
 class Keys(NamedTuple):
@@ -70,10 +75,32 @@ class Batch(NamedTuple):
     tokens: Tensor
 
     def damaged(self) -> list[str]:
-        """Ids of rows that are not what was written."""
-        own = zip(checksums({"tokens": self.tokens}), map(text_checksum, self.texts), strict=True)
+        """Ids of rows that are not what was written, or that no search can compare."""
+        found = zip(checksums({"tokens": self.tokens}), map(text_checksum, self.texts), strict=True)
         kept = zip(self.crcs, self.metadata_crcs, strict=True)
-        return [item for item, mine, right in zip(self.ids, own, kept, strict=True) if mine != right]
+        finite = self.tokens.flatten(1).isfinite().all(dim=1).tolist()
+        rows = zip(self.ids, found, kept, finite, strict=True)
+        return [item for item, mine, right, is_finite in rows if mine != right or not is_finite]
+
+    def metadata(self, uri: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Of some rows, None: of all.
+
+        Raises:
+            StoreError: Those of one are no object of JSON, or too deep; names it.
+        """
+        metadata = []
+        for row in range(len(self.ids)) if rows is None else rows:
+            try:
+                value = json.loads(self.texts[row])
+                check_value(value, surrogates=True)  # of paths that are no text, in stores of old
+                if not isinstance(value, dict):
+                    raise ValueError("no object")
+            except (ValueError, RecursionError) as error:
+                raise StoreError(
+                    f"item {self.ids[row]!r:.80} of the store at {uri}: expected metadata as an object of JSON: {error!s:.200}"
+                ) from None
+            metadata.append(value)
+        return metadata
 
 
 class LanceStore:
@@ -121,6 +148,8 @@ class LanceStore:
             self._make()
             dataset = self.dataset()
         self._compare(_stored(dataset, self.uri))
+        if not dataset.schema.equals(self._schema, check_metadata=False):
+            raise StoreError(f"expected a store at {self.uri} with the columns {self._schema}, got {dataset.schema}")
 
     def _find(self, version: int | None) -> Any:
         return _find_dataset(self.uri, version, storage_options=self._options, session=self._session)
@@ -205,7 +234,7 @@ class LanceStore:
         """
         for batch in self._scan(self.dataset(), _COLUMNS):
             refuse_damaged(batch.damaged(), self.uri)
-            yield batch.ids, batch.tokens, [json.loads(text) for text in batch.texts], batch.crcs
+            yield batch.ids, batch.tokens, batch.metadata(self.uri), batch.crcs
 
     def _scan(self, dataset: Any, columns: Sequence[str]) -> Iterator[Batch]:
         with _reading(self.uri):
@@ -351,10 +380,8 @@ class LanceStore:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         self._refuse_if_fixed()
-        try:
+        with _errors_of_lance(f"the store at {self.uri} cannot be written"):
             yield
-        except (OSError, ValueError, RuntimeError) as error:
-            raise StoreError(f"the store at {self.uri} cannot be written: {_reason(error)}") from None
 
     def _refuse_if_fixed(self) -> None:
         if self._fixed is not None:
@@ -401,8 +428,8 @@ class LanceStore:
             return Found(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
         batch = self.take(dataset, chosen.tolist())
         refuse_damaged(batch.damaged(), self.uri)
-        known = zip(chosen.tolist(), batch.ids, batch.crcs, map(json.loads, batch.texts), strict=True)
-        items = [Item(*one) for one in known]
+        known = zip(chosen.tolist(), batch.ids, batch.crcs, batch.metadata(self.uri), strict=True)
+        items = [Item(*row) for row in known]
         tokens = batch.tokens.to(queries.device)
         cosines = (queries[:, 0].float() @ tokens[:, 0].float().T).cpu().gather(1, at)
         fine = clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
@@ -473,12 +500,14 @@ def _lance() -> Any:
 
 def _find_dataset(uri: str, version: int | None, **options: Any) -> Any:
     """The table at a place; None: there is none, or not that version."""
-    try:
-        return _lance().dataset(uri, version=version, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        if "was not found" in str(error):
-            return None
-        raise StoreError(f"the store at {uri} cannot be opened: {_reason(error)}") from None
+    with _errors_of_lance(f"the store at {uri} cannot be opened"), suppress(_NotFound):
+        try:
+            return _lance().dataset(uri, version=version, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            if "was not found" in str(error):
+                raise _NotFound from None
+            raise
+    return None
 
 
 def _stored(dataset: Any, uri: str) -> dict[str, Any]:
@@ -487,18 +516,43 @@ def _stored(dataset: Any, uri: str) -> dict[str, Any]:
         raise StoreError(
             f"expected a store that finelip_fast made, got a table of {dataset.schema.names} at {uri}: give another place"
         )
-    stored: dict[str, Any] = json.loads(said)
+    where = f"the store at {uri}"
+    stored: dict[str, Any] = parse_json(
+        said, where, error=StoreError, expected="what a store says of itself", kind=dict
+    )
+    texts = [stored.get("source"), stored.get("checkpoint"), stored.get("dtype", "float16")]
+    sizes, alpha = [stored.get("tokens"), stored.get("width")], stored.get("alpha", 1)
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not all(type(size) is int and 0 < size < 1 << 20 for size in sizes)
+        or type(alpha) not in (int, float)
+    ):
+        raise StoreError(f"{where}: expected source, checkpoint, dtype, tokens, width and alpha, found {stored!r:.300}")
     return stored
 
 
+def _reading(uri: str) -> AbstractContextManager[None]:
+    return _errors_of_lance(f"the store at {uri} cannot be read")
+
+
 @contextmanager
-def _reading(uri: str) -> Iterator[None]:
+def _errors_of_lance(what: str) -> Iterator[None]:
+    """
+    Raises:
+        StoreError: Whatever Lance and Arrow raise; also what ends a thread of theirs, which is no ``Exception``.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StoreError(f"the store at {uri} cannot be read: {_reason(error)}") from None
+    except FineLIPError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
+        raise StoreError(f"{what}: {_reason(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise StoreError(f"{what}: {_reason(error)}") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What Lance says, without where in its sources it says so."""
-    return str(error).partition(", /")[0]
+    return f"{str(error).partition(', /')[0]:.500}"

@@ -12,22 +12,18 @@ The result does not depend on how items are spread over segments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import InputError
 from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
 
 Mode = Literal["auto", "exact", "exact-int8", "two-stage"]
 
-# What PyTorch and Python say where memory, or threads, cannot be had.
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread")
 # Candidates of a search in two stages that was not tuned: so many, or so many times k.
 _CANDIDATES, _CANDIDATES_PER_HIT = 256, 16
 
@@ -118,23 +114,9 @@ def best_rows(
         ``(scores [Q, k], rows [Q, k])``, float32 and int64, best first, ties by lower row.
 
     Raises:
-        StoreError: A segment cannot be read, or there is not so much memory.
+        StoreError: A segment cannot be read.
     """
     view.refuse_shortened()
-    with _within_memory():
-        return _best_rows(view, queries, k, alpha, mode, candidates, among, source)
-
-
-def _best_rows(
-    view: View,
-    queries: Tensor,
-    k: int,
-    alpha: float,
-    mode: Mode,
-    candidates: int | None,
-    among: Tensor | None,
-    source: CandidateSource | None,
-) -> tuple[Tensor, Tensor]:
     among = view.living if among is None else among
     count = view.rows if among is None else len(among)
     if not count or not len(queries):
@@ -181,38 +163,13 @@ def _two_stages(
 
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The global cosine and the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``.
-
-    Raises:
-        StoreError: As :func:`best_rows`.
-    """
-    with _within_memory():
-        queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
-        cosines, fine = torch.empty(rows.shape), torch.empty(rows.shape)
-        for number, (query, own) in enumerate(zip(queries, rows, strict=True)):
-            found = view.read(own).to(view.device)
-            if len(found):
-                # Row by row: a matrix product may round otherwise among other rows.
-                cosines[number] = (found[:, 0].float() * query[0].float()).sum(dim=1)
-                fine[number] = clim_scores(query[None], found, alpha=0.0)[0]
-        return cosines, fine
-
-
-@contextmanager
-def _within_memory() -> Iterator[None]:
-    """
-    Raises:
-        StoreError: Memory or threads could not be had.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            said in str(error) for said in _NO_MEMORY
-        )
-        if not known:
-            raise
-        raise StoreError(
-            f"there is too little memory for this search ({error!s:.200}): search with fewer queries at a time or in mode "
-            "'two-stage', or give the process more (ulimit -v, -u)"
-        ) from None
+    """The global cosine and the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
+    queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
+    cosines, fine = torch.empty(rows.shape), torch.empty(rows.shape)
+    for number, (query, own) in enumerate(zip(queries, rows, strict=True)):
+        found = view.read(own).to(view.device)
+        if len(found):
+            # Row by row: a matrix product may round otherwise among other rows.
+            cosines[number] = (found[:, 0].float() * query[0].float()).sum(dim=1)
+            fine[number] = clim_scores(query[None], found, alpha=0.0)[0]
+    return cosines, fine

@@ -67,7 +67,9 @@ class Segment:
     ) -> None:
         self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
-        self._mapped = {} if path is None or contents is None else {path: contents.size}
+        self._copies: tuple[Path, int] | None = (
+            None  # of embeddings in int8: where they are mapped from, and its length
+        )
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -97,15 +99,18 @@ class Segment:
         return "values" in self.arrays or (cache is not None and self._cached(cache) is not None)
 
     def refuse_shortened(self) -> None:
-        """Look whether the files that are mapped still have their lengths: the system ends a process that reads behind an end.
+        """Look whether the file that is mapped still has its length: the system ends a process that reads behind an end.
 
         Raises:
-            StoreError: One has not.
+            StoreError: It has not.
         """
-        for path, size in self._mapped.items():
-            with suppress(OSError):  # a file that is gone can still be read from
-                if os.stat(path).st_size < size:
-                    raise _shortened(path)
+        if self._path and self._contents and _is_shorter(self._path, self._contents.size):
+            raise _shortened(self._path)
+
+    @property
+    def has_lost_copies(self) -> bool:
+        """Whether the copies in int8 are mapped from a file that has become shorter: they must not be read."""
+        return self._copies is not None and _is_shorter(*self._copies)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,31 +187,24 @@ class Segment:
                 crc = zlib.crc32(memory_of(self.arrays[name][row]), crc)
         return crc
 
-    def damaged(self, crcs: Sequence[int | None], rows: Tensor | None = None) -> dict[int, str]:
+    def damaged(self, crcs: Sequence[int | None]) -> dict[int, str]:
         """Rows that are not what was written, by their checksums where there are any and by what follows from them, or that
-        no search can compare; and what is wrong with each.
-
-        Args:
-            crcs: Of all rows, or of the chosen.
-            rows: The only rows to look at, ``[m]``; None: all, by all cores.
+        no search can compare; and what is wrong with each. All rows are looked at, by all cores.
         """
-        chosen = torch.arange(len(self)) if rows is None else rows
-        starts = list(range(0, len(chosen), _ROWS_AT_ONCE))
+        self.refuse_shortened()
 
         def look(start: int) -> dict[int, str]:
-            own = chosen[start : start + _ROWS_AT_ONCE]
-            at = slice(start, start + len(own)) if rows is None else own
-            return _damaged({name: values[at] for name, values in self.arrays.items()}, crcs[start:], own.tolist())
+            some = {name: values[start : start + _ROWS_AT_ONCE] for name, values in self.arrays.items()}
+            return {start + row: reason for row, reason in _damaged(some, crcs[start : start + _ROWS_AT_ONCE]).items()}
 
-        return {row: reason for part in in_parallel(look, starts) for row, reason in part.items()}
+        parts = in_parallel(look, range(0, len(self), _ROWS_AT_ONCE))
+        return {row: reason for part in parts for row, reason in part.items()}
 
     def quantized(self, cache: Path | None) -> QuantizedItems:
         """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged.
 
-        What is kept there is never needed: where it cannot be, it is made in memory.
-
-        Raises:
-            StoreError: The embeddings are damaged.
+        What is kept there is never needed: where it cannot be written, and of embeddings that are not what was written, it is
+        made in memory.
         """
         if "values" in self.arrays:
             return QuantizedItems(*self._kept(*QuantizedItems._fields))
@@ -214,14 +212,14 @@ class Segment:
             return quantize_items(self.arrays["tokens"])
         kept = self._from_cache(cache)
         if kept is None:
-            rows = digest(checksums({"tokens": self.arrays["tokens"]}))
-            if self._contents is not None and rows != self._contents.notes.get(_DIGEST, rows):
-                raise StoreError(f"segment {self.name} is not what was written: finelip index check names the items")
+            self.refuse_shortened()
             kept = quantize_items(self.arrays["tokens"])
-            sums = array_checksums(kept._asdict())
-            with suppress(StoreError, WriteError):
-                write_arrays(cache / cache_name(self.name), kept._asdict(), {_DIGEST: rows, **sums})
-                kept = self._from_cache(cache) or kept
+            rows = digest(checksums({"tokens": self.arrays["tokens"]}))
+            if self._written in (None, rows):
+                notes = {_DIGEST: rows, **array_checksums(kept._asdict())}
+                with suppress(StoreError, WriteError):
+                    write_arrays(cache / cache_name(self.name), kept._asdict(), notes)
+                    kept = self._from_cache(cache) or kept
         return kept
 
     def _cached(self, cache: Path) -> Contents | None:
@@ -242,9 +240,13 @@ class Segment:
         is_right = {name: (place.dtype, place.shape) for name, place in contents.places.items()} == {
             name: (dtypes.get(name, torch.float32), shape) for name, shape in shapes.items()
         }
-        said = contents.notes.get(_DIGEST)
-        known = None if self._contents is None else self._contents.notes.get(_DIGEST)
-        return contents if is_right and said and known in (None, said) else None
+        rows_of = contents.notes.get(_DIGEST)
+        return contents if is_right and rows_of and self._written in (None, rows_of) else None
+
+    @property
+    def _written(self) -> str | None:
+        """The digest of the embeddings when they were written; None: of a time when it was not kept, or in memory."""
+        return None if self._contents is None else self._contents.notes.get(_DIGEST)
 
     def _from_cache(self, cache: Path) -> QuantizedItems | None:
         """What is kept, compared with its checksums."""
@@ -258,7 +260,7 @@ class Segment:
             arrays = map_arrays(path, contents)
         except (OSError, StoreError):
             return None
-        self._mapped[path] = contents.size
+        self._copies = path, contents.size
         return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
 
     def drop_foreign_copies(self, cache: Path) -> None:
@@ -275,6 +277,12 @@ class Segment:
 _REMEDY = "restore it, or finelip index repair"
 
 
+def _is_shorter(path: Path, size: int) -> bool:
+    with suppress(OSError):  # a file that is gone can still be read from
+        return os.stat(path).st_size < size
+    return False
+
+
 def _shortened(path: Path) -> StoreError:
     return StoreError(f"segment {path} has become shorter or longer since it was opened: {_REMEDY}")
 
@@ -284,16 +292,16 @@ def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tenso
         target.copy_(arrays[name][rows])
 
 
-def _damaged(some: dict[str, Tensor], crcs: Sequence[int | None], rows: Sequence[int]) -> dict[int, str]:
-    wrong = [crc not in (None, found) for crc, found in zip(crcs, checksums(some))]  # noqa: B905 (crcs of later rows)
+def _damaged(some: dict[str, Tensor], crcs: Sequence[int | None]) -> dict[int, str]:
+    wrong = [crc not in (None, found) for crc, found in zip(crcs, checksums(some), strict=True)]
     differs = torch.tensor(wrong, dtype=torch.bool)
     for name, expected in _derived(some).items():
         differs |= (expected != some[name]).reshape(len(expected), -1).any(dim=1)
     floats = [some[name].flatten(1) for name in _STORED if name in some and some[name].is_floating_point()]
     infinite = torch.stack([~values.isfinite().all(dim=1) for values in floats]).any(dim=0)
-    return {rows[at]: "holds numbers that are not finite" for at in infinite.nonzero()[:, 0].tolist()} | {
-        rows[at]: "is not what was written" for at in (differs & ~infinite).nonzero()[:, 0].tolist()
-    }
+    return dict.fromkeys(infinite.nonzero()[:, 0].tolist(), "holds numbers that are not finite") | dict.fromkeys(
+        (differs & ~infinite).nonzero()[:, 0].tolist(), "is not what was written"
+    )
 
 
 def _read_into(part: memoryview, descriptor: int, offset: int) -> int:

@@ -156,7 +156,11 @@ def _transfer(
     sound = [at for at, item in enumerate(batch.ids) if item not in wrong]
     ids = [batch.ids[at] for at in sound]
     tokens = batch.tokens[sound] if wrong else batch.tokens
-    index.upsert(ids, tokens, [json.loads(batch.texts[at]) for at in sound])
+    metadata = batch.metadata(store.uri, sound)
+    try:
+        index.upsert(ids, tokens, metadata)
+    except InputError as error:
+        raise StoreError(f"an item of the store at {store.uri} cannot be kept in a folder: {error}") from None
     replaced = sum(wanted[item][1] == _OTHER for item in ids)
     counts["replaced"] += replaced
     counts["added"] += len(ids) - replaced
@@ -243,10 +247,19 @@ def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
             "expected the newest version of an index to push, got an older one; open its folder without version"
         )
     copy = index.catalogue.note(_COPY)
-    if remove and copy and (copy["part"][1] > 1 or copy["version"] is None):
-        what = "part {} of {}".format(*copy["part"]) if copy["part"][1] > 1 else "what an interrupted pull has left"
+    if not copy or not remove:
+        return
+    try:
+        (number, parts), version, store_of_copy = copy["part"], copy["version"], copy["store"]
+        is_part = parts > 1
+    except (TypeError, ValueError, LookupError):
+        raise StoreError(
+            f"the catalogue's note of what was pulled into {index.folder} cannot be read, {copy!r:.80}: pull again"
+        ) from None
+    if is_part or version is None:
+        what = f"part {number} of {parts}" if is_part else "what an interrupted pull has left"
         raise InputError(
-            f"expected a whole index to push, got {what} of {copy['store']}: all else would be taken out of {store.uri}; pull "
+            f"expected a whole index to push, got {what} of {store_of_copy}: all else would be taken out of {store.uri}; pull "
             "all of it, or let stay what the index lacks with remove=False (--keep)"
         )
 

@@ -17,7 +17,14 @@ from typing import NamedTuple
 
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast._files import plain_name, write_error
-from finelip_fast.index.arrays import UnavailableError, files_in, opened, remove_abandoned, remove_unlocked
+from finelip_fast.index.arrays import (
+    UnavailableError,
+    files_in,
+    opened,
+    remove_abandoned,
+    remove_unlocked,
+    within_memory,
+)
 from finelip_fast.index.catalogue import SegmentRow
 from finelip_fast.index.segments import cache_name, joined, write_segment
 from finelip_fast.index.store import CACHE, CATALOGUE, INCOMING, SEGMENTS, Store
@@ -26,6 +33,7 @@ from finelip_fast.index.view import View
 # What compaction makes of small segments, in bytes; one of at least half of it is left alone.
 _FULL = 1 << 29
 _REPLACED = "replaced"  # the note in the catalogue of segments that a change has replaced
+_OUTDATED = ("globals.faiss", "globals.json")  # of a time when faiss kept its own files
 # A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
 JOB = "job-"
 
@@ -54,7 +62,7 @@ def maintain(store: Store) -> dict[str, int]:
     if store.folder is None:
         return {"segments": 0, "after": 0, "strays": 0, "bytes": 0}
     size = _size(store.folder)
-    with store.lock, store.catalogue.changing():
+    with store.lock, within_memory(), store.catalogue.changing():
         view = store.load()
         before = len(view.segments)
         rewritten = [view.layout.segments[at] for run in _runs(view) for at in run]
@@ -83,7 +91,7 @@ def repair(store: Store) -> dict[str, str]:
     with store.lock:
         if not check(store):
             return {}
-        with store.catalogue.changing():
+        with within_memory(), store.catalogue.changing():
             view = store.load()
             # Again, since others may have changed the index meanwhile.
             damaged = _damaged(store, view.version, store.catalogue.layout(view.version).segments)
@@ -139,7 +147,7 @@ def _sweep(store: Store) -> None:
             store.catalogue.keep(_REPLACED, [])
         kept = {cache_name(name) for name in named}
         for path in files_in(cache):
-            if path.suffix in (".safetensors", ".part") and path.name not in kept:
+            if path.name not in kept and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
                 _remove(path)
         for path in files_in(incoming):
             if path.name in named:  # taken over by a process that was killed then
@@ -189,7 +197,8 @@ def check(store: Store) -> dict[str, str]:
     if store.folder is None:
         return {}
     version = store.view().version
-    damaged = _damaged(store, version, store.catalogue.layout(version).segments)
+    with within_memory():
+        damaged = _damaged(store, version, store.catalogue.layout(version).segments)
     return {damage.id: damage.reason for damage in damaged}
 
 

@@ -130,6 +130,8 @@ class View:
         """
         for segment in self.segments:
             segment.refuse_shortened()
+            if segment.has_lost_copies:
+                vars(self).pop("quantized", None)
 
     def refuse_damaged(self, items: Iterable[Item]) -> None:
         """Compare the embeddings of items that were found with their checksums, where they have any.
