@@ -1,0 +1,143 @@
+"""Folders with any file but the catalogue damaged: a right answer or our error, from every operation."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from finelip_fast._errors import EngineError, StoreError
+from finelip_fast.index import Index, IndexSpec, stored_index
+
+EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 12))
+MODES = ("exact", "exact-int8", "two-stage")
+ITEMS = 24
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    values = torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+QUERIES = embeddings(3, seed=99)
+
+
+@dataclass(repr=False)
+class Whole:
+    """A folder with all that can be derived: its answers by mode, the score of every item for each query, and embeddings."""
+
+    folder: Path
+    answers: dict[str, list[tuple[str, float]]]
+    scores: list[dict[str, float]]
+    embeddings: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=["float16", "int8"])
+def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Whole:
+    folder = tmp_path_factory.mktemp("folders") / "whole"
+    with closing(Index(IndexSpec("abc", 3, 8, dtype=request.param), folder)) as index:
+        for first in range(0, ITEMS, 8):
+            ids = [str(number) for number in range(first, first + 8)]
+            index.add(ids, embeddings(8, first), [{"n": int(item)} for item in ids])
+        with suppress(EngineError):  # without faiss
+            index.build_candidates(lists=2, progress=False)
+        answers = {mode: answer(index, mode) for mode in MODES}
+        found = index.search(QUERIES, ITEMS, mode="exact")
+        scores = [
+            {item.id: score for item, score in zip(items, row, strict=True)}
+            for items, row in zip(found.items, found.scores.tolist(), strict=True)
+        ]
+        return Whole(folder, answers, scores, dict(zip(index.ids, index.embeddings, strict=True)))
+
+
+def answer(index: Index, mode: str) -> list[tuple[str, float]]:
+    found = index.search(QUERIES, 5, mode=mode, candidates=12 if mode == "two-stage" else None)
+    return [
+        (item.id, round(score, 5))
+        for items, scores in zip(found.items, found.scores.tolist(), strict=True)
+        for item, score in zip(items, scores, strict=True)
+    ]
+
+
+def damage(folder: Path, choose: random.Random) -> Path:
+    """Change one file of an index in one way."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("catalogue")]
+    path = choose.choice(files)
+    content = bytearray(path.read_bytes())
+    at = choose.choice([choose.randrange(len(content)), choose.randrange(min(len(content), 400))])
+    kind = choose.choice(["flip", "flip", "flip", "cut", "append", "zeros", "remove", "text", "other"])
+    if kind == "flip":
+        content[at] ^= 1 << choose.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "append":
+        content += bytes(choose.randrange(1, 100))
+    elif kind == "zeros":
+        content[at : at + 64] = bytes(len(content[at : at + 64]))
+    elif kind == "text":  # a number of the header
+        digit = next((place for place in range(at, len(content)) if 48 <= content[place] < 58), at)
+        content[digit : digit + 1] = choose.choice(
+            [b"-1", b"1e9", b"99999999999999999999", b"null", b"[]", b"{}", b'""']
+        )
+    elif kind == "other":
+        content[:] = choose.choice(files).read_bytes()
+    path.unlink()
+    if kind != "remove":
+        path.write_bytes(content)
+    return path
+
+
+def tried(run: Callable[[], object]) -> object:
+    """What comes out; None: our error."""
+    try:
+        return run() or "done"
+    except StoreError:
+        return None
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
+    """``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more."""
+    folder = whole.folder.with_name("damaged")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.with_name("copy"), ignore_errors=True)
+    shutil.copytree(whole.folder, folder)
+    path = damage(folder, random.Random(seed))
+    is_derived = path.parent.name == "cache"
+
+    def search(mode: str, **options: bool) -> list[tuple[str, float]]:
+        with closing(stored_index(folder, **options)) as index:
+            return answer(index, mode)
+
+    for mode in MODES:
+        found = tried(lambda mode=mode: search(mode, verify=True))
+        assert found in (None, whole.answers[mode]), f"{mode}, verified, {path.name}"
+        assert found is not None or not is_derived, f"a search failed on {path.name}"
+        # Not verified: perhaps not the best, but what is found is what it says.
+        for number, (item, score) in enumerate(tried(lambda mode=mode: search(mode)) or ()):
+            assert whole.scores[number // 5][item] == pytest.approx(score, abs=2e-5)
+    with closing(stored_index(folder, skip_damaged=True)) as index:
+        damaged = index.check()
+        assert not (is_derived and damaged)
+        if not damaged:
+            assert {mode: answer(index, mode) for mode in MODES} == whole.answers
+        for number, run in enumerate((index.maintain, lambda: index.snapshot(folder.with_name("copy")))):
+            assert (tried(run) is None) == bool(damaged), (number, damaged)
+        assert index.repair() == damaged
+        assert index.check() == index.repair() == {}
+    with closing(stored_index(folder, verify=True)) as index:
+        assert set(index.ids) == set(whole.embeddings) - set(damaged)
+        for item, kept in zip(index.ids, index.embeddings, strict=True):
+            assert torch.equal(kept, whole.embeddings[item])
+        assert all(tried(lambda mode=mode: answer(index, mode)) is not None for mode in MODES)
