@@ -74,13 +74,14 @@ def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str
     return name
 
 
-def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o666, size: int = 0) -> None:
     """Write a file whole or not at all, and wait until the disk has it.
 
     Args:
         path: The file; its folder must be there.
         write: Writes the content to the path that it is given.
         mode: Permissions of the file, less what the process's mask takes away.
+        size: Bytes that it will write, where they are known: a full disk's error then says how many are missing.
 
     Raises:
         WriteError: The disk refuses; says what is missing. A file that was there before is what it was.
@@ -105,19 +106,32 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         RuntimeError,
         SafetensorError,
     ) as error:  # a full disk is no OSError to all of them
-        raise write_error(path, error) from error
+        raise write_error(path, error, size=size) from error
 
 
-def write_error(path: str | PathLike[str], error: Exception) -> WriteError:
-    """The error for a file or folder that cannot be written, with the room that is left where it may be a lack of room."""
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed :func:`write_whole` left. Only where no other process writes to the folder."""
+    for path in folder.glob(f".{'?' * 32}.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -> WriteError:
+    """The error for a file or folder that cannot be written, with the room that is left where it may be a lack of room.
+
+    Args:
+        path: What could not be written.
+        error: What its writer raised.
+        size: Bytes that were to be written; 0 where they are not known.
+    """
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     folder = Path(path).absolute().parent
     with suppress(OSError):
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        if not isinstance(error, OSError) or free < 1 << 26:
-            reason += f"; {free / (1 << 20):.1f} MiB are free at {folder}"
+        if not isinstance(error, OSError) or free < max(size, 1 << 26):
+            needed = f"{size / (1 << 20):.1f} MiB are needed, " if size else ""
+            reason += f"; {needed}{free / (1 << 20):.1f} MiB are free at {folder}"
     number = error.errno if isinstance(error, OSError) else None
     return WriteError(number, f"cannot write {path}: {reason}")
 
