@@ -85,7 +85,7 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         The weights and whose layout they came in. Whether they are complete is the caller's question.
 
     Raises:
-        CheckpointError: No tensors, or Long-CLIP tables of positions that do not agree.
+        CheckpointError: No tensors, two of one name, or Long-CLIP tables of positions that do not agree.
     """
     theirs = _weights(entries)
     layout = _layout(theirs)
@@ -93,10 +93,12 @@ def translate(entries: Mapping[str, Any]) -> Translation:
     names: dict[str, str] = {}
     for name, tensor in theirs.items():
         ours = _rename(name)
-        tensors[ours] = tensor.T if name in _TRANSFORMERS_PROJECTIONS and tensor.dim() == 2 else tensor
         names[ours] = name
-        if ours == "logit_scale" or ours.endswith("_aggregator.scale"):
-            tensors[ours] = tensor.reshape(()) if tensor.numel() == 1 else tensor
+        if name in _TRANSFORMERS_PROJECTIONS and tensor.dim() == 2:
+            tensor = tensor.T
+        elif tensor.numel() == 1 and (ours == "logit_scale" or ours.endswith("_aggregator.scale")):
+            tensor = tensor.reshape(())
+        _add(tensors, ours, tensor)
     _join_attention(tensors)
     _join_positions(tensors)
     return Translation(layout, tensors, names)
@@ -172,8 +174,9 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
     Raises:
         CheckpointError: An option that plain CLIP vision transformers do not have, by name, or a missing size.
     """
-    preprocess = preprocess_cfg or {}
-    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
+    preprocess = _object("preprocess_cfg", preprocess_cfg)
+    model_cfg = _object("model_cfg", model_cfg)
+    vision, text = (_object(name, model_cfg.get(name)) for name in ("vision_cfg", "text_cfg"))
     vision_defaults, text_defaults = asdict(CLIPVisionCfg()), asdict(CLIPTextCfg())
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
     training = {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict"}
@@ -186,17 +189,17 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
         *_unsupported("text_cfg.", text, sizes | {"heads", "context_length"}, text_defaults),
     ]
     vision, text = {**vision_defaults, **vision}, {**text_defaults, **text}
-    for name, value in {
-        "vision_cfg.layers": vision["layers"],
-        "vision_cfg.image_size": vision["image_size"],
-        "vision_cfg.patch_size": vision["patch_size"],
+    numbers = {
         "embed_dim": model_cfg.get("embed_dim"),
-    }.items():
-        if not isinstance(value, int):
-            refused.append(f"{name}={value!r}")
+        **{f"vision_cfg.{name}": vision[name] for name in ("layers", "width", "head_width", "patch_size", "image_size")},
+        **{f"text_cfg.{name}": text[name] for name in ("layers", "width", "heads", "context_length")},
+    }
+    refused += [f"{name}={value!r:.40}" for name, value in numbers.items() if type(value) is not int or value < 1]
+    gelus = [options.get("quick_gelu") for options in (model_cfg, preprocess)]
+    refused += [f"quick_gelu={value!r:.40}" for value in gelus if value not in (None, True, False)]
     resize_mode: Any = preprocess.get("resize_mode") or "shortest"
-    if resize_mode not in ("shortest", "squash"):
-        refused.append(f"preprocess_cfg.resize_mode={resize_mode!r}")
+    if resize_mode not in ["shortest", "squash"]:
+        refused.append(f"preprocess_cfg.resize_mode={resize_mode!r:.40}")
     if refused:
         raise CheckpointError(
             "expected a plain CLIP vision transformer with CLIP's own text transformer and tokenizer, got "
@@ -215,9 +218,9 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
         text_heads=text["heads"],
         text_mlp_ratio=text["mlp_ratio"],
         context_length=text["context_length"],
-        quick_gelu=bool(model_cfg.get("quick_gelu") or preprocess.get("quick_gelu")),
-        image_mean=tuple(preprocess.get("mean") or CLIP_MEAN),
-        image_std=tuple(preprocess.get("std") or CLIP_STD),
+        quick_gelu=any(gelus),
+        image_mean=preprocess.get("mean") or CLIP_MEAN,
+        image_std=preprocess.get("std") or CLIP_STD,
         resize_mode=resize_mode,
     )
 
@@ -237,26 +240,27 @@ def config_from_transformers(
     """
     # Old files repeat a tower's settings under `*_dict`, which wins.
     vision, text = (
-        {**(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}
+        _object(f"{tower}_config", config.get(f"{tower}_config"))
+        | _object(f"{tower}_config_dict", config.get(f"{tower}_config_dict"))
         for tower in ("vision", "text")
     )
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
-    epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)}
-    if activations not in ({"quick_gelu"}, {"gelu"}) or epsilons != {1e-5}:
+    activations = [tower.get("hidden_act", "quick_gelu") for tower in (vision, text)]
+    epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
+    if activations not in [["quick_gelu"] * 2, ["gelu"] * 2] or epsilons != [1e-5] * 2:
         raise CheckpointError(
             "expected hidden_act 'quick_gelu' or 'gelu', the same in both towers, and layer_norm_eps 1e-05, "
-            f"got hidden_act {sorted(map(str, activations))} and layer_norm_eps {sorted(map(str, epsilons))}"
+            f"got hidden_act {activations!r:.80} and layer_norm_eps {epsilons!r:.80}"
         )
     pictures = preprocessor or {}
     size = pictures.get("size")
     return config_from_tensors(
         tensors,
-        quick_gelu=activations == {"quick_gelu"},
+        quick_gelu=activations[0] == "quick_gelu",
         vision_heads=vision.get("num_attention_heads", 12),
         text_heads=text.get("num_attention_heads", 8),
     ).replace(
-        image_mean=tuple(pictures.get("image_mean") or CLIP_MEAN),
-        image_std=tuple(pictures.get("image_std") or CLIP_STD),
+        image_mean=pictures.get("image_mean") or CLIP_MEAN,
+        image_std=pictures.get("image_std") or CLIP_STD,
         resize_mode="squash" if isinstance(size, dict) and "height" in size else "shortest",
     )
 
@@ -285,23 +289,28 @@ def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
 
 def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict, out of its nests and without wrappers' prefixes."""
-    while isinstance(entries, Mapping):
-        nest = next((entries[key] for key in _NESTS if isinstance(entries.get(key), Mapping)), None)
-        if nest is None:
-            break
-        entries = nest
-    else:
+    if not isinstance(entries, Mapping):
         raise CheckpointError(f"expected a state dict, names to tensors, got a {type(entries).__name__}")
-    tensors = {
-        _WRAPPERS.sub("", str(name)): value
-        for name, value in entries.items()
-        if isinstance(value, Tensor) and str(name).rpartition(".")[2] not in _IGNORED
-    }
+    for _ in _NESTS:
+        entries = next((entries[key] for key in _NESTS if isinstance(entries.get(key), Mapping)), entries)
+    tensors: dict[str, Tensor] = {}
+    for name, value in entries.items():
+        plain = _WRAPPERS.sub("", str(name))
+        if isinstance(value, Tensor) and plain.rpartition(".")[2] not in _IGNORED:
+            _add(tensors, plain, value)
     if not tensors:
         raise CheckpointError(
             f"expected a state dict, names to tensors, got a dictionary with {some(map(str, entries))}"
         )
     return tensors
+
+
+def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name in tensors:
+        raise CheckpointError(
+            f"expected one weight of the name {name!r:.80}, got two, under a prefix or another layout's name"
+        )
+    tensors[name] = tensor
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> str:
@@ -342,7 +351,8 @@ def _join_attention(tensors: dict[str, Tensor]) -> None:
     """transformers' three projections of an attention become CLIP's single one, in place."""
     for query in [name for name in tensors if ".attn.q_proj." in name]:
         three = [query.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(name in tensors for name in three):
+        rows = tensors[query]
+        if rows.dim() and all(name in tensors and tensors[name].shape == rows.shape for name in three):
             tensors[query.replace(".q_proj.", ".in_proj_")] = torch.cat([tensors.pop(name) for name in three])
 
 
@@ -352,7 +362,7 @@ def _join_positions(tensors: dict[str, Tensor]) -> None:
     if rest is None:
         return
     kept = tensors.get("text.positional_embedding")
-    if kept is None or kept.shape != rest.shape:
+    if kept is None or kept.shape != rest.shape or rest.dim() != 2:
         found = "none" if kept is None else str(list(kept.shape))
         raise CheckpointError(
             "expected positional_embedding and positional_embedding_res of one shape, "
@@ -399,14 +409,21 @@ def _unsupported(
 ) -> list[str]:
     """Options beyond the understood ones that are not at their neutral value."""
     return [
-        f"{prefix}{name}={value!r}"
+        f"{prefix}{name:.40}={value!r:.40}"
         for name, value in options.items()
         if name not in understood and not (name in neutral and neutral[name] == value)
     ]
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    """A part of a configuration; an absent one is empty."""
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"expected {name} as an object, got {value!r:.40}")
+    return value or {}
 
 
 def some(names: Iterable[str], limit: int = 10) -> str:
     """Names for an error message, ten at most."""
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(listed[:limit]) or "nothing") + more
+    return (", ".join(f"{name:.120}" for name in listed[:limit]) or "nothing") + more

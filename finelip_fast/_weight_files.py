@@ -2,84 +2,270 @@
 
 from __future__ import annotations
 
-import json
+import io
+import mmap
 import pickle
-import warnings
+import re
+import struct
+import sys
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from finelip_fast import _tensor_pickle
 from finelip_fast._errors import CheckpointError
 from finelip_fast._foreign import some
+from finelip_fast._tensor_pickle import Module, read_pickle
+
+# All that is read of a zip archive besides its tensors: the pickle, TorchScript's sources, the directory.
+_MAX_RECORDS = 1 << 26
+_MAX_DIRECTORY = 1 << 22
+
+# Behind the two bytes that name the protocol, 0x1950a86a20f9469cfc6c: how torch.save began its files before 1.6.
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+# In the sources of a TorchScript class, what of its attributes are weights.
+_SCRIPT_CLASS = re.compile(
+    r"^class (\w+)\(Module\):\n  __parameters__ = \[([^\]]*)\]\n  __buffers__ = \[([^\]]*)\]", re.MULTILINE
+)
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """A file's state dict. What kind of file it is, its content says: suffixes lie."""
+    """A file's state dict. What kind of file it is, its content says: suffixes lie.
+
+    Args:
+        path: A file that ``torch.save`` or ``torch.jit.save`` wrote, or a safetensors file. No code in it runs: it is read
+            by :mod:`finelip_fast._tensor_pickle`.
+
+    Returns:
+        What was saved. Its tensors lie in the file, mapped: what is written to them stays in memory.
+
+    Raises:
+        CheckpointError: No such file, another kind of file, a damaged one, or one that holds more than tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found none, or a folder, a pipe or a device")
     try:
-        with path.open("rb") as file:
+        with _Reader(io.FileIO(path)) as file:
             head = file.read(9)
+            is_zip = head[:4] == b"PK\x03\x04"
+            if is_zip or head[:1] == b"\x80":
+                # A private copy of the pages that are written to; unmapped with the last tensor that lies in it.
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                value = _read_zip(_Archive(file, data)) if is_zip else _read_legacy(data)
+            elif head[8:] == b"{":
+                value = read_safetensors(path)
+            else:
+                found = f"a file that starts with {head!r}" if head else "an empty file"
+                raise CheckpointError(
+                    f"{path}: expected a checkpoint (PyTorch, TorchScript or safetensors), found {found}"
+                )
     except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file: {error}") from error
-    if head[:4] == b"PK\x03\x04":
-        return _read_zip(path)
-    if head[:1] == b"\x80":
-        return _read_pickle(path, mmap=False)
-    if head[8:] == b"{":
-        return read_safetensors(path)
-    found = f"a file that starts with {head!r}" if head else "an empty file"
-    raise CheckpointError(f"{path}: expected a checkpoint (PyTorch, TorchScript or safetensors), found {found}")
-
-
-def _read_zip(path: Path) -> Mapping[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.partition("/")[2] for name in archive.namelist()]
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: expected a PyTorch file, found a cut or damaged one: copy it again") from error
-    if "constants.pkl" in names:
-        try:
-            with warnings.catch_warnings():
-                # OpenAI's files are TorchScript and stay so, whatever becomes of the rest of it.
-                warnings.simplefilter("ignore")
-                return torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: a TorchScript archive that cannot be read: {error}") from error
-    if "data.pkl" in names:
-        return _read_pickle(path, mmap=True)
-    raise CheckpointError(f"{path}: expected a PyTorch file, found a zip archive with {some(names)}")
-
-
-def _read_pickle(path: Path, *, mmap: bool) -> Mapping[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on how a file was pickled, which no reader can change
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        raise CheckpointError(f"{path}: expected a readable file: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: expected a state dict of tensors, found other Python objects, which are not executed here: "
-            "where you trust it, load it and save its state dict again, torch.save(model.state_dict(), path)"
+            f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are not executed "
+            "here: where you trust it, load it and save its state dict again, torch.save(model.state_dict(), path)"
         ) from error
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        raise CheckpointError(f"{path}: expected a PyTorch file, found a damaged one: {error}") from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: expected a PyTorch file, found another or a cut or damaged one: {error}"
+        ) from error
+    if isinstance(value, Mapping):
+        return value
+    raise CheckpointError(f"{path}: expected a state dict, names to tensors, got a {type(value).__name__}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+    except Exception as error:  # a damaged header raises whatever its sizes happen to mean to PyTorch
         raise CheckpointError(f"{path}: expected a safetensors file, found a damaged or cut one: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(values).__name__}")
-    return values
+def damaged_records(path: Path) -> list[str] | None:
+    """Records of a PyTorch file whose content is not what its checksum says; None where it keeps no checksums."""
+    with _Reader(io.FileIO(path)) as file:
+        if not zipfile.is_zipfile(file):
+            return None
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        records = _Archive(file, data).records
+    # Zero is what PyTorch writes when it is told to save the time.
+    kept = {name: record for name, record in records.items() if record.checksum and not record.is_compressed}
+    return (
+        [name for name, record in kept.items() if zlib.crc32(record.content(data)) != record.checksum] if kept else None
+    )
+
+
+# ---- Zip archives: torch.save since 1.6, and TorchScript
+
+
+class _Record(NamedTuple):
+    """Where in the file a record lies."""
+
+    start: int
+    length: int
+    is_compressed: bool
+    checksum: int
+
+    def content(self, data: mmap.mmap) -> memoryview:
+        return memoryview(data)[self.start : self.start + self.length]
+
+
+class _Reader(io.BufferedReader):
+    """A file of which zipfile can read the directory: at once, whatever size the file gives."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes")
+        return super().read(size)
+
+
+class _Archive:
+    """The records of a mapped zip archive, by their names below its one folder."""
+
+    def __init__(self, file: _Reader, data: mmap.mmap) -> None:
+        self.data = data
+        self._room = _MAX_RECORDS
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+        except (NotImplementedError, UnicodeDecodeError, struct.error, OverflowError) as error:
+            raise ValueError(f"a directory that makes no sense: {error}") from error
+        self.records: dict[str, _Record] = {}
+        for entry in entries:
+            name = entry.filename.partition("/")[2]
+            if name in self.records:
+                raise ValueError(f"two records with the name {name!r:.80}")
+            self.records[name] = self._place(entry)
+        if sum(record.length for record in self.records.values()) > len(data):
+            raise ValueError("records that overlap")
+
+    def _place(self, entry: zipfile.ZipInfo) -> _Record:
+        header = self.data[max(0, entry.header_offset) : max(0, entry.header_offset + 30)]
+        known = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04" or entry.flag_bits & 1 or entry.compress_type not in known:
+            raise ValueError(
+                f"a record {entry.filename!r:.80} without its header, encrypted, or compressed in another way"
+            )
+        start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+        if start + entry.compress_size > len(self.data):
+            raise ValueError(f"a record {entry.filename!r:.80} beyond the end of the file")
+        return _Record(start, entry.compress_size, entry.compress_type == zipfile.ZIP_DEFLATED, entry.CRC)
+
+    def read(self, name: str) -> bytes:
+        """A record in memory; all that is read so is bounded, however much it is when it is unpacked."""
+        record = self.records[name]
+        content = record.content(self.data)
+        if record.is_compressed:
+            try:
+                unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self._room + 1)
+            except zlib.error as error:
+                raise ValueError(f"a record {name!r} that cannot be unpacked: {error}") from error
+        else:
+            unpacked = bytes(content[: self._room + 1])
+        self._room -= len(unpacked)
+        if self._room < 0:
+            raise ValueError(f"a record {name!r} that is larger than all of the kind together should be")
+        if record.checksum not in (0, zlib.crc32(unpacked)):
+            raise ValueError(f"a record {name!r} with another checksum")
+        return unpacked
+
+    def storage(self, dtype: torch.dtype, key: str, count: int) -> Tensor:
+        record = self.records.get(f"data/{key}")
+        if record is None or record.is_compressed or count * dtype.itemsize > record.length:
+            raise ValueError(f"no record 'data/{key:.40}' of {count} elements, uncompressed")
+        return _flat(self.data, record.start, count, dtype)
+
+
+def _read_zip(archive: _Archive) -> Any:
+    names = archive.records
+    if "data.pkl" not in names:
+        raise ValueError(f"a zip archive with {some(names)}")
+    order = archive.read("byteorder").decode("ascii", "replace") if "byteorder" in names else sys.byteorder
+    if order != sys.byteorder:
+        raise ValueError(f"numbers in the byte order {order!r:.40}, which this machine does not have")
+    is_script = "constants.pkl" in names
+    content = archive.read("data.pkl")
+    if len(content) > _tensor_pickle.MAX_BYTES:
+        raise ValueError(f"a pickle of {len(content)} bytes, of at most {_tensor_pickle.MAX_BYTES}")
+    value = read_pickle(io.BytesIO(content), archive.storage, room=len(archive.data), modules=is_script)
+    return dict(_script_weights(value, _Sources(archive), "")) if isinstance(value, Module) else value
+
+
+class _Sources:
+    """Which attributes of a TorchScript class are weights: its source says it, which is read and not run."""
+
+    def __init__(self, archive: _Archive) -> None:
+        self._archive = archive
+        self._known: dict[str, dict[str, set[str]]] = {}
+
+    def weights(self, qualified: str) -> set[str] | None:
+        """Names of the weights of a class; None where the archive does not say."""
+        module, _, name = qualified.rpartition(".")
+        if module not in self._known:
+            record = f"code/{module.replace('.', '/')}.py"
+            source = self._archive.read(record).decode("utf-8", "replace") if record in self._archive.records else ""
+            self._known[module] = {
+                found[1]: set(re.findall(r'"([^"]*)"', found[2] + found[3])) for found in _SCRIPT_CLASS.finditer(source)
+            }
+        return self._known[module].get(name)
+
+
+def _script_weights(module: Module, sources: _Sources, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    weights = sources.weights(module.name)
+    for name, value in module.attributes.items():
+        if isinstance(value, Module):
+            yield from _script_weights(value, sources, f"{prefix}{name}.")
+        elif isinstance(value, Tensor) and (weights is None or name in weights):
+            yield prefix + name, value
+
+
+# ---- Files of torch.save before 1.6
+
+
+def _read_legacy(data: mmap.mmap) -> Any:
+    """Pickles of a magic number, a version, the system, the value and the storages' keys; then the storages."""
+    stream = io.BytesIO(data[: _tensor_pickle.MAX_BYTES])
+    if stream.read(2 + len(_LEGACY_MAGIC))[2:] != _LEGACY_MAGIC:
+        raise pickle.UnpicklingError("a pickle that torch.save did not write")
+    read_pickle(stream)
+    system = read_pickle(stream)
+    if not isinstance(system, dict) or system.get("little_endian") != (sys.byteorder == "little"):
+        raise ValueError("numbers in a byte order that this machine does not have")
+    begin = stream.tell()
+    declared: dict[str, tuple[torch.dtype, int]] = {}
+
+    def declare(dtype: torch.dtype, key: str, count: int) -> Tensor:
+        if count * dtype.itemsize > len(data) or declared.setdefault(key, (dtype, count)) != (dtype, count):
+            raise ValueError(f"a storage {key:.40} larger than the file, or of two kinds")
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    # The storages follow the value that names them: read once to learn what there is, and again with what they hold.
+    read_pickle(stream, declare, room=len(data))
+    places: dict[str, int] = {}
+    keys, position = read_pickle(stream), stream.tell()
+    for key in keys if isinstance(keys, list) else ():
+        if key not in declared or int.from_bytes(data[position : position + 8], "little") != declared[key][1]:
+            raise ValueError("storages that are not those of the pickle")
+        places[key] = position + 8
+        position += 8 + declared[key][0].itemsize * declared[key][1]
+    stream.seek(begin)
+    return read_pickle(stream, lambda dtype, key, count: _flat(data, places[key], count, dtype), room=len(data))
+
+
+def _flat(data: mmap.mmap, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Elements of a mapped file, as a tensor of one dimension."""
+    length = count * dtype.itemsize
+    if start + length > len(data):
+        raise ValueError("a storage beyond the end of the file")
+    if not length:
+        return torch.empty(0, dtype=dtype)
+    elements = torch.frombuffer(data, dtype=torch.uint8, count=length, offset=start)
+    return (elements if start % dtype.itemsize == 0 else elements.clone()).view(dtype)

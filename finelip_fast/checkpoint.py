@@ -2,7 +2,7 @@
 
 Our format is one folder, read without pickle::
 
-    config.json          {"format": "finelip_fast/1", the fields of FineLIPConfig, "metadata": {...}}
+    config.json          {"format": "finelip_fast/1", the fields of FineLIPConfig, "weights_sha256": ..., "metadata": {...}}
     model.safetensors    the model's state dict, float32 or half precision
 
 Everything else is translated when it is read (:mod:`finelip_fast._foreign`).
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import safetensors.torch
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from finelip_fast._errors import CheckpointError, ConfigError, InputError
-from finelip_fast._files import write_whole
+from finelip_fast._files import write_error, write_whole
 from finelip_fast._foreign import (
     LAYOUTS,
     config_from_open_clip,
@@ -36,7 +36,8 @@ from finelip_fast._foreign import (
     some,
     translate,
 )
-from finelip_fast._weight_files import read_json, read_safetensors, read_weights
+from finelip_fast._json import parse_json, read_json
+from finelip_fast._weight_files import damaged_records, read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
 from finelip_fast.model import FineLIP
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "save",
     "stretch_positions",
+    "verify",
 ]
 
 FORMAT = "finelip_fast/1"
@@ -65,6 +67,11 @@ _WEIGHTS = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
 _CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+# Bytes: what is read, and what is written of metadata, which indenting makes larger by far.
+_MAX_CONFIG = 1 << 26
+_MAX_METADATA = 1 << 20
+# Parameters that a model may have beyond its weights before it is refused unbuilt.
+_SMALL = 1 << 24
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 Describe = Callable[[Mapping[str, Tensor]], FineLIPConfig]
@@ -114,7 +121,7 @@ def load(
     Warns:
         UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
     """
-    model, layout = _open(checkpoint, context_length)
+    model, layout, _ = _open(checkpoint, context_length)
     if not model.config.trained_aggregators:
         warnings.warn(
             f"{checkpoint} ({layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used and "
@@ -144,17 +151,30 @@ def save(
 
     Raises:
         InputError: Metadata that JSON cannot hold.
+        WriteError: The disk is full, or the folder someone else's; says how much is missing.
     """
     folder = Path(folder)
-    values = {"format": FORMAT, **model.config.to_dict(), "metadata": dict(metadata or {})}
     try:
-        config = json.dumps(values, indent=2).encode()
-    except (TypeError, ValueError) as error:
-        raise InputError(f"expected metadata of plain values for JSON, got {metadata!r}: {error}") from error
+        kept = json.dumps(dict(metadata or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"expected metadata of plain values for JSON, got {metadata!r:.80}: {error}") from error
+    if len(kept) > _MAX_METADATA:
+        raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(kept)}")
+    values = parse_json(kept, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
-    write_whole(folder / "config.json", lambda path: path.write_bytes(config + b"\n"))
+    digests = []
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+        digests.append(_sha256(path))
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    write_whole(folder / "model.safetensors", write, size=sum(tensor.nbytes for tensor in tensors.values()))
+    config = {"format": FORMAT, **model.config.to_dict(), "weights_sha256": digests[0], "metadata": values}
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def convert(
@@ -179,11 +199,13 @@ def convert(
     Raises:
         CheckpointError, ConfigError: As :func:`load`.
     """
-    model, layout = _open(source, context_length)
+    model, layout, _ = _open(source, context_length)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
-    history = read_json(ours).get("metadata", {}) if ours is not None and ours.is_file() else {}
+    history = _read_config(ours).get("metadata") if ours is not None and ours.is_file() else {}
+    if not isinstance(history, dict):
+        raise CheckpointError(f"{ours}: expected metadata as an object, found {history!r:.40}")
     save(model, folder, dtype=dtype, metadata={**history, "source": name, "layout": layout})
     config = model.config
     return {
@@ -213,12 +235,51 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
         CheckpointError: As :func:`load`.
     """
     if not isinstance(model, FineLIP):
-        model, _ = _open(model, None)
+        model = _open(model, None).model
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy())
     return digest.hexdigest()
+
+
+def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Load a checkpoint, and compare the file of its weights with what was recorded when it was written.
+
+    :func:`load` does not: hashing takes a quarter of the time that loading does.
+
+    Args:
+        checkpoint: As :func:`load` takes it.
+
+    Returns:
+        ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path. ``sha256``: of
+        that file. ``recorded_sha256``: by our ``config.json``; None where there is none. ``damaged``: records of a PyTorch
+        file that are not what their own checksums say; None where the file has none. ``status``: ``"ok"``,
+        ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+    """
+    model, layout, weights = _open(checkpoint, None)
+    ours = weights.parent / "config.json"
+    recorded = _read_config(ours).get("weights_sha256") if layout == "finelip_fast" and ours.is_file() else None
+    try:
+        actual, damaged = _sha256(weights), damaged_records(weights)
+    except OSError as error:
+        raise CheckpointError(f"{weights}: cannot be read: {error}") from error
+    if recorded is None and damaged is None:
+        status = "none recorded"
+    else:
+        status = "ok" if recorded in (None, actual) and not damaged else "mismatch"
+    return {
+        "format": layout,
+        "fingerprint": fingerprint(model),
+        "weights": os.fspath(weights),
+        "sha256": actual,
+        "recorded_sha256": recorded,
+        "damaged": damaged,
+        "status": status,
+    }
 
 
 def import_state_dict(
@@ -249,37 +310,53 @@ def import_state_dict(
         ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
     """
     describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
-    return _import(state_dict, describe, "the state dict", context_length)[0]
+    return _translated(state_dict, describe, "the state dict", context_length)[0]
 
 
 # ---- Where a checkpoint is
 
 
-def _open(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> tuple[FineLIP, str]:
-    """The model behind a name and the layout that it came in."""
+class _Opened(NamedTuple):
+    model: FineLIP
+    layout: str
+    weights: Path
+
+
+def _open(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> _Opened:
+    """The model behind a name, the layout that it came in, and the file of its weights."""
     if checkpoint is None:
         if not BUNDLED.is_dir():
             raise CheckpointError(
                 f"this installation lacks the bundled model {BUNDLED}: reinstall finelip-fast, or name a checkpoint"
             )
         return _open_folder(BUNDLED, context_length)
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise InputError(f"expected a checkpoint's path or name, got {checkpoint!r:.80}")
     name = os.fspath(checkpoint)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _open_folder(path, context_length)
-    if path.is_file():
-        return _open_file(path, context_length)
-    if name.startswith("open_clip:"):
-        return _open_by_open_clip_name(name, context_length)
-    if _HUB_NAME.fullmatch(name.removeprefix("hf-hub:")) and path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
-        return _open_folder(_download(name.removeprefix("hf-hub:")), context_length)
+    path = _path(name)
+    try:
+        if path.is_dir():
+            return _open_folder(path, context_length)
+        if path.is_file():
+            return _open_file(path, context_length)
+        if name.startswith("open_clip:"):
+            return _open_by_open_clip_name(name, context_length)
+        hub_name, files = name.removeprefix("hf-hub:"), (".pt", ".pth", ".bin", ".safetensors")
+        if _HUB_NAME.fullmatch(hub_name) and path.suffix not in files:
+            return _open_folder(_download(hub_name), context_length)
+    except OSError as error:  # of someone else, or too long for a name
+        raise CheckpointError(f"{name:.200}: cannot be read: {error.strerror or error}") from error
     raise CheckpointError(
-        f"{name}: no such file or folder. Expected a checkpoint's folder or file, 'open_clip:MODEL/TAG', "
+        f"{name:.200}: no such file or folder. Expected a checkpoint's folder or file, 'open_clip:MODEL/TAG', "
         "or 'org/name' of a Hugging Face hub repository"
     )
 
 
-def _open_folder(folder: Path, context_length: int | None, weights: Path | None = None) -> tuple[FineLIP, str]:
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
+
+
+def _open_folder(folder: Path, context_length: int | None, weights: Path | None = None) -> _Opened:
     kind = _folder_kind(folder)
     if kind is None:
         raise CheckpointError(
@@ -293,23 +370,40 @@ def _open_folder(folder: Path, context_length: int | None, weights: Path | None 
             f"{folder}: expected {' or '.join(names)} beside its configuration, found {_listing(folder)}"
         )
     if kind == "finelip_fast":
-        return _open_ours(folder / "config.json", weights, context_length), kind
+        return _Opened(_open_ours(folder / "config.json", weights, context_length), kind, weights)
     if kind == "open_clip":
-        values = read_json(folder / "open_clip_config.json")
-        described = config_from_open_clip(values.get("model_cfg", values), values.get("preprocess_cfg"))
-        return _import(read_weights(weights), lambda tensors: described, str(weights), context_length)
+        path = folder / "open_clip_config.json"
+        values = _read_config(path)
+        described = _described(
+            path, config_from_open_clip, values.get("model_cfg", values), values.get("preprocess_cfg")
+        )
+        return _import(weights, lambda tensors: described, str(weights), context_length)
     pictures = folder / "preprocessor_config.json"
     describe = partial(
         config_from_transformers,
-        config=read_json(folder / "config.json"),
-        preprocessor=read_json(pictures) if pictures.is_file() else None,
+        config=_read_config(folder / "config.json"),
+        preprocessor=_read_config(pictures) if pictures.is_file() else None,
     )
-    return _import(read_weights(weights), describe, str(weights), context_length)
+    return _import(weights, describe, str(weights), context_length)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_json(
+        path, error=CheckpointError, expected="a model's configuration in JSON", kind=dict, max_bytes=_MAX_CONFIG
+    )
+
+
+def _described(where: object, describe: Callable[..., FineLIPConfig], *arguments: Any) -> FineLIPConfig:
+    """A configuration, or an error that says whose."""
+    try:
+        return describe(*arguments)
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _folder_kind(folder: Path) -> str | None:
     """Whose folder it is, a key of ``_WEIGHTS``; None for nobody's."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     if str(config.get("format", "")).startswith("finelip_fast/"):
         return "finelip_fast"
     if (folder / "open_clip_config.json").is_file():
@@ -318,36 +412,39 @@ def _folder_kind(folder: Path) -> str | None:
 
 
 def _open_ours(path: Path, weights: Path, context_length: int | None) -> FineLIP:
-    values = read_json(path)
+    values = _read_config(path)
     if values.pop("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT!r}, a newer library wrote it: upgrade finelip-fast")
-    values.pop("metadata", None)
+    for name in ("metadata", "weights_sha256"):
+        values.pop(name, None)
     try:
         config = FineLIPConfig.from_dict(values)
-    except (ArithmeticError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+    except ConfigError as error:
         raise CheckpointError(f"{path}: no sizes of a model: {error}") from error
-    model = _build(config, read_safetensors(weights), str(weights))
+    tensors = read_safetensors(weights)
+    _check_room(config, tensors, str(weights))
+    model = _build(config, tensors, str(weights))
     return _lengthen(model, context_length or config.context_length, str(weights))
 
 
-def _open_file(path: Path, context_length: int | None) -> tuple[FineLIP, str]:
+def _open_file(path: Path, context_length: int | None) -> _Opened:
     # A file by one of the known names belongs to the configuration beside it; any other stands alone.
     known = any(path.name in names for names in _WEIGHTS.values())
     kind = _folder_kind(path.parent) if known else None
     if kind is not None and path.name in _WEIGHTS[kind]:
         return _open_folder(path.parent, context_length, weights=path)
-    return _import(read_weights(path), config_from_tensors, str(path), context_length)
+    return _import(path, config_from_tensors, str(path), context_length)
 
 
-def _open_by_open_clip_name(name: str, context_length: int | None) -> tuple[FineLIP, str]:
+def _open_by_open_clip_name(name: str, context_length: int | None) -> _Opened:
     model_name, _, tag = name.removeprefix("open_clip:").partition("/")
     if model_name not in open_clip.list_models():
         raise CheckpointError(
-            f"{name}: open_clip has no model {model_name!r}; expected 'open_clip:MODEL/TAG' such as "
+            f"{name:.200}: open_clip has no model {model_name!r:.80}; expected 'open_clip:MODEL/TAG' such as "
             "'open_clip:ViT-B-16/openai', and open_clip.list_models() names them"
         )
     pretrained = open_clip.get_pretrained_cfg(model_name, tag)
-    file = Path(tag).expanduser()
+    file = _path(tag)
     if not pretrained and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
         raise CheckpointError(f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file, got {tag!r}")
@@ -358,7 +455,7 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> tuple[Fine
             file = Path(open_clip.download_pretrained(pretrained))
         except Exception as error:  # every client and proxy raises its own
             raise _unreachable(name, pretrained.get("hf_hub") or pretrained.get("url"), error) from error
-    return _import(read_weights(file), lambda tensors: config, name, context_length)
+    return _import(file, lambda tensors: config, name, context_length)
 
 
 def _download(name: str) -> Path:
@@ -389,24 +486,37 @@ def _unreachable(name: str, tried: object, error: Exception) -> CheckpointError:
 # ---- From weights to a model
 
 
-def _import(
+def _import(path: Path, describe: Describe, source: str, context_length: int | None) -> _Opened:
+    return _Opened(*_translated(read_weights(path), describe, source, context_length), path)
+
+
+def _translated(
     entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None
 ) -> tuple[FineLIP, str]:
     try:
         found = translate(entries)
-        config = describe(found.tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    tensors = found.tensors
-    logits = tensors.get("image_aggregator.logits.weight")
-    if found.has_aggregators and logits is not None and logits.dim() == 2:
-        config = config.replace(aggregated_tokens=logits.shape[0], aggregator_hidden=logits.shape[1])
-    config = config.replace(trained_aggregators=found.has_aggregators)
+        config = describe(found.tensors).replace(trained_aggregators=found.has_aggregators)
+        tensors = found.tensors
+        logits = tensors.get("image_aggregator.logits.weight")
+        if found.has_aggregators and logits is not None and logits.dim() == 2:
+            config = config.replace(aggregated_tokens=logits.shape[0], aggregator_hidden=logits.shape[1])
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{source}: {error}") from error
+    _check_room(config, tensors, source)
     if not found.has_aggregators:
         tensors = {**tensors, **initial_aggregators(config)}
     model = _build(config, tensors, source, found.names)
     longer = LONG_CONTEXT if config.context_length <= CLIP_CONTEXT else config.context_length
     return _lengthen(model, context_length or longer, source), found.layout
+
+
+def _check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse sizes far beyond the weights before anything is made of them; which weights are missing, the model tells."""
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if config.parameters > 2 * held + _SMALL:
+        raise CheckpointError(
+            f"{source}: expected the weights of a model of {config.parameters} parameters, as it is configured, found {held}"
+        )
 
 
 def _build(
@@ -450,11 +560,11 @@ def _lengthen(model: FineLIP, length: int, source: str) -> FineLIP:
             "shorter captions need no shorter table: tokenize them to the length you want"
         )
     if length > rows:
-        text = model.text
+        config, text = model.config.replace(context_length=length), model.text
         text.positional_embedding = nn.Parameter(stretch_positions(text.positional_embedding.detach(), length))
         text.num_pos = text.context_length = length
         text.attn_mask = text.build_causal_mask()
-        model.config = model.config.replace(context_length=length)
+        model.config = config
     return model
 
 
@@ -462,6 +572,14 @@ def _listing(folder: Path) -> str:
     """A folder's contents for an error message, with what its config.json says of itself."""
     says = ""
     if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        says = f" (config.json has format {config.get('format')!r}, model_type {config.get('model_type')!r})"
+        config = _read_config(folder / "config.json")
+        says = f" (config.json has format {config.get('format')!r:.40}, model_type {config.get('model_type')!r:.40})"
     return some(sorted(entry.name for entry in folder.iterdir())) + says
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -21,6 +21,26 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _DERIVED = ("aggregated_tokens", "aggregator_hidden")
 
+# Several times what the largest CLIP has. A configuration may come from anyone, and building what it says must end.
+_LIMITS = {
+    "embed_dim": 16_384,
+    "image_size": 16_384,
+    "patch_size": 16_384,
+    "vision_width": 16_384,
+    "vision_layers": 256,
+    "vision_heads": 1_024,
+    "text_width": 16_384,
+    "text_layers": 256,
+    "text_heads": 1_024,
+    "context_length": 8_192,
+    "vocab_size": 1_048_576,
+    "aggregated_tokens": 16_384,
+    "aggregator_hidden": 16_384,
+}
+_MAX_PATCHES = 16_384
+_MAX_RATIO = 64
+_MAX_PIXEL = 65_536
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineLIPConfig:
@@ -70,21 +90,37 @@ class FineLIPConfig:
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(getattr(type(self), name, 1)) is int:
-                derived = name in _DERIVED
-                least = "0 (the default)" if derived else "1"
-                _require(
-                    isinstance(value, int) and value >= (not derived), f"{name} as an int of at least {least}", value
-                )
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
+            derived = name in _DERIVED
+            _require(
+                type(value) is int and (not derived) <= value <= most,
+                f"{name} as an int of {'0 (the default)' if derived else '1'} to {most}",
+                value,
+            )
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
-            _require(getattr(self, name) > 0, f"{name} above 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(type(value) in (int, float) and 0 < value <= _MAX_RATIO, f"{name} above 0, to {_MAX_RATIO}", value)
+        for name in ("quick_gelu", "trained_aggregators"):
+            _require(type(getattr(self, name)) is bool, f"{name} as True or False", getattr(self, name))
+        for name, least in {"image_mean": -_MAX_PIXEL, "image_std": 0}.items():
+            value = getattr(self, name)
+            _require(
+                isinstance(value, (list, tuple))
+                and len(value) == 3
+                and all(type(part) in (int, float) and least < part < _MAX_PIXEL for part in value),
+                f"{name} as three numbers between {least} and {_MAX_PIXEL}",
+                value,
+            )
         _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)
+        _require(self.patches <= _MAX_PATCHES, f"at most {_MAX_PATCHES} patches of a picture", self.patches)
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             _require(width % heads == 0, f"{tower}_width a multiple of {tower}_heads", width)
+            ratio = getattr(self, f"{tower}_mlp_ratio")
+            _require(width * ratio >= 1, f"{tower}_mlp_ratio that leaves a hidden width", ratio)
         _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
-        _require(self.resize_mode in ("shortest", "squash"), "resize_mode 'shortest' or 'squash'", self.resize_mode)
+        _require(self.resize_mode in ["shortest", "squash"], "resize_mode 'shortest' or 'squash'", self.resize_mode)
         for name, default in self._derived().items():
             object.__setattr__(self, name, getattr(self, name) or default)
         object.__setattr__(self, "image_mean", tuple(self.image_mean))  # lists, when read from JSON
@@ -99,6 +135,21 @@ class FineLIPConfig:
     def tokens(self) -> int:
         """``L = K + 1``, rows of an embedding."""
         return self.aggregated_tokens + 1
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in a model of these sizes; nothing is built to count them."""
+        towers = 0
+        for name in ("vision", "text"):
+            width, layers = getattr(self, f"{name}_width"), getattr(self, f"{name}_layers")
+            hidden = int(width * getattr(self, f"{name}_mlp_ratio"))
+            block = 4 * width * (width + 1) + 2 * 2 * width + hidden * (width + 1) + width * (hidden + 1)
+            towers += layers * block + width * self.embed_dim + 2 * width
+        vision = self.vision_width * (3 * self.patch_size**2 + self.patches + 1 + 1 + 2)
+        text = self.text_width * (self.vocab_size + self.context_length)
+        hidden, tokens = self.aggregator_hidden, self.aggregated_tokens
+        aggregator = 1 + 2 * self.embed_dim + hidden * (self.embed_dim + 1) + tokens * (hidden + 1)
+        return towers + vision + text + 2 * aggregator + 1
 
     def _derived(self) -> dict[str, int]:
         """Sizes that follow from others where none is given."""
@@ -124,7 +175,7 @@ class FineLIPConfig:
             ConfigError: Unknown or missing fields, by name.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+        unknown = sorted(name[:40] for name in set(values) - set(fields))[:10]
         missing = sorted(
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
         )
@@ -142,13 +193,13 @@ class FineLIPConfig:
             ConfigError: An unknown name.
         """
         if name not in PRESETS:
-            raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r}")
+            raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
         return PRESETS[name].replace(**changes)
 
 
 def _require(condition: bool, expected: str, got: object) -> None:
     if not condition:
-        raise ConfigError(f"expected {expected}, got {got!r}")
+        raise ConfigError(f"expected {expected}, got {got!r:.80}")
 
 
 def _vit(patch: int, width: int, layers: int, embed_dim: int, text_width: int, image_size: int = 224) -> FineLIPConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -93,6 +94,8 @@ def test_the_folder_holds_two_files_and_no_pickle(model, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     assert values.pop("format") == "finelip_fast/1"
     assert values.pop("metadata") == {"run": 7}
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert values.pop("weights_sha256") == digest
     assert FineLIPConfig.from_dict(values) == model.config
     assert safetensors.torch.load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
@@ -248,8 +251,11 @@ def change_weights(folder, change):
     [
         (lambda f: (f / "config.json").unlink(), r"expected config\.json .*found model\.safetensors"),
         (lambda f: [path.unlink() for path in f.iterdir()], "found nothing"),
-        (lambda f: (f / "config.json").write_text("{"), r"config\.json: expected JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            r"config\.json: expected a model's configuration in JSON: .* line 1",
+        ),
+        (lambda f: (f / "config.json").write_text("[]"), "found a list instead of an object"),
         (lambda f: change_config(f, format="other/1", model_type="bert"), "has format 'other/1', model_type 'bert'"),
         (lambda f: change_config(f, format="finelip_fast/2"), r"expected format 'finelip_fast/1'.*upgrade"),
         (

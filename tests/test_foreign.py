@@ -398,7 +398,7 @@ def test_transformers_settings(clip):
     ("settings", "found"),
     [
         ({"vision_config": {"hidden_act": "gelu"}}, r"hidden_act \['gelu', 'quick_gelu'\]"),
-        ({"text_config": {"layer_norm_eps": 1e-6}}, r"layer_norm_eps \['1e-05', '1e-06'\]"),
+        ({"text_config": {"layer_norm_eps": 1e-6}}, r"layer_norm_eps \[1e-05, 1e-06\]"),
     ],
 )
 def test_other_transformers_settings_are_refused(clip, settings, found):

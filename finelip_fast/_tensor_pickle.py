@@ -1,0 +1,301 @@
+"""Pickles of tensors, read by an interpreter of our own: there is nothing in it that could run what a file names.
+
+A pickle is a program. Python's machine for it imports what the program names and calls it, and an object's own
+``__setstate__`` runs with what the file says. This one knows numbers, texts, lists, dictionaries, tensors and a fixed table
+of names. A TorchScript module becomes :class:`Module`, which only holds its attributes. Whatever else a file names is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+# Far beyond any state dict with its optimizer: a few hundred kilobytes, some 50 operations for each tensor.
+MAX_BYTES = 1 << 24
+_MAX_OPERATIONS = 2_000_000
+_MAX_DEPTH = 64
+
+# What tensors that share memory may together take, in sizes of their file, and a little for small files.
+_SHARED = 4
+_SPARE = 1 << 24
+
+# The flat tensor of a storage: its dtype, key and number of elements to a tensor of one dimension.
+Storage = Callable[[torch.dtype, str, int], Tensor]
+
+
+@dataclass
+class Module:
+    """What TorchScript stores of a module: the name of its class and its attributes."""
+
+    name: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name on the stack: of the table, or of a TorchScript class."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A storage on the stack, from which tensors are made."""
+
+    elements: Tensor
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _all(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _dictionary(items: Any = None) -> dict[Any, Any]:
+    pairs = _of(items, list) if isinstance(items, list) else _of(items or {}, dict).items()
+    return _with_items({}, [part for pair in pairs for part in _of(pair, (list, tuple))])
+
+
+# What a call makes, for all that may be called besides the tensors' rebuilders.
+_CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch.Size": _first,
+    "torch.device": _all,
+    "torch.jit._pickle.build_boollist": _first,
+    "torch.jit._pickle.build_doublelist": _first,
+    "torch.jit._pickle.build_intlist": _first,
+    "torch.jit._pickle.build_tensorlist": _first,
+    "torch.jit._pickle.restore_type_tag": _first,
+    "collections.OrderedDict": _dictionary,
+    "collections.Counter": _dictionary,
+    "builtins.set": _first,
+    "builtins.complex": _all,
+    "_codecs.encode": _first,
+}
+_TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter"}
+_REBUILDERS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
+_WITH_TYPE = "torch._tensor._rebuild_from_type_v2"
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_ATOMS = {"BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINFLOAT"}
+_INTEGERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4"}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int = 0, modules: bool = False) -> Any:
+    """The value of the pickle at the stream's position; the stream then stands behind it.
+
+    Args:
+        stream: Of bytes in memory.
+        storage: Gives the memory of tensors. None: a pickle without tensors.
+        room: Size of the whole file in bytes: tensors cannot come to many times more.
+        modules: Take ``__torch__`` classes, as in a TorchScript archive.
+
+    Returns:
+        Of dictionaries, lists, tuples, texts, numbers, None, tensors and :class:`Module`; what the format has besides
+        (sets, sizes, devices) comes as one of them. No deeper than 64, and without cycles.
+
+    Raises:
+        pickle.UnpicklingError: The pickle names an object that is not in the table; nothing of it ran.
+        ValueError: A damaged pickle, or one that asks for more than its file holds.
+    """
+    machine = _Machine(storage, room * _SHARED + _SPARE, modules)
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count > _MAX_OPERATIONS:
+                raise ValueError(f"a pickle of more than {_MAX_OPERATIONS} operations")
+            machine.step(opcode.name, argument)
+        value = machine.stack.pop()
+    except pickle.UnpicklingError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"a pickle that makes no sense: {type(error).__name__}: {error!s:.200}") from error
+    _check_size(value, [_MAX_OPERATIONS], _MAX_DEPTH)
+    return value
+
+
+class _Machine:
+    """Stack, marks and memo of one pickle."""
+
+    def __init__(self, storage: Storage | None, room: int, modules: bool) -> None:
+        self.storage, self.room, self.modules = storage, room, modules
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in _ATOMS:
+            stack.append(argument)
+        elif name in _INTEGERS:
+            if not -(1 << 63) <= argument < 1 << 64:
+                raise ValueError("an integer beyond 64 bits")
+            stack.append(argument)
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._marked()))
+        elif name in _TUPLES:
+            stack.append(tuple(self._taken(_TUPLES[name])))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._taken(2) if name == "SETITEM" else self._marked()
+            _with_items(stack[-1], items)
+        elif name in ("APPEND", "APPENDS"):
+            items = self._taken(1) if name == "APPEND" else self._marked()
+            _of(stack[-1], list).extend(items)
+        elif name == "GLOBAL":
+            stack.append(self._global(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(self._global(*self._taken(2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, arguments = self._taken(2)
+            stack.append(self._call(_of(function, _Global).name, _of(arguments, tuple)))
+        elif name == "BUILD":
+            self._build(stack[-2], stack.pop())
+        elif name == "BINPERSID":
+            stack.append(self._persistent(stack.pop()))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise pickle.UnpicklingError(f"an object by the operation {name}")
+
+    def _taken(self, count: int) -> list[Any]:
+        taken = self.stack[-count:]
+        del self.stack[-count:]
+        if len(taken) < count:
+            raise ValueError("an empty stack")
+        return taken
+
+    def _marked(self) -> list[Any]:
+        start = self.marks.pop()
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    def _global(self, module: Any, name: Any) -> Any:
+        full = f"{_of(module, str)}.{_of(name, str)}".replace("__builtin__.", "builtins.", 1)
+        if full.startswith("torch.") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        is_module = self.modules and (module == "__torch__" or module.startswith("__torch__."))
+        if is_module or full in _CALLS or full in _REBUILDERS or full in _TYPES or full == _WITH_TYPE:
+            return _Global(full)
+        raise pickle.UnpicklingError(f"{full:.80}")
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name in _REBUILDERS:
+            return self._tensor(*arguments)
+        if name in _CALLS:
+            return _CALLS[name](*arguments)
+        if name == _WITH_TYPE:
+            function, _, inner, _ = arguments
+            return self._call(_of(function, _Global).name, _of(inner, tuple))
+        if name.startswith("__torch__."):
+            return Module(name)
+        raise pickle.UnpicklingError(f"{name:.80}")
+
+    @staticmethod
+    def _build(target: Any, state: Any) -> None:
+        if isinstance(target, Module):
+            # A class with a __getstate__ of its own stores anything else, which only its code could read.
+            target.attributes = {_of(name, str): value for name, value in _of(state, dict).items()}
+        elif not isinstance(target, (dict, Tensor)):  # of which only remarks are stored so, nothing that is read here
+            raise pickle.UnpicklingError(f"a state of {type(target).__name__}")
+
+    def _persistent(self, reference: Any) -> _Flat:
+        kind, dtype, key, _, count, *view = _of(reference, tuple)
+        if _of(kind, str) != "storage" or self.storage is None:
+            raise pickle.UnpicklingError(f"a persistent object {kind!r:.40}")
+        elements = self.storage(_of(dtype, torch.dtype), _of(key, str), _natural(count))
+        if view and view[0] is not None:  # a part of a storage, as old files have it
+            _, start, size = _of(view[0], tuple)
+            if _natural(start) + _natural(size) > count:
+                raise ValueError("a view beyond its storage")
+            elements = elements[start : start + size]
+        return _Flat(elements)
+
+    def _tensor(self, flat: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
+        """A tensor in its storage; ``more`` is whether it wants gradients, its hooks, and a dtype."""
+        elements = _of(flat, _Flat).elements
+        for dtype in more[2:]:  # no dtype: a remark that the values are conjugated or negated when they are read
+            elements = elements.view(_of(dtype, torch.dtype))
+        size, stride = ([_natural(number) for number in _of(numbers, tuple)] for numbers in (size, stride))
+        count = math.prod(size)
+        last = _natural(offset) + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if count and last >= elements.numel():
+            raise ValueError(f"a tensor {size} with strides {stride} beyond its {elements.numel()} elements")
+        self.room -= count * elements.itemsize
+        if self.room < 0:
+            raise ValueError("tensors of many times the size of the file")
+        return elements.as_strided(size, stride, offset)
+
+
+def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
+    target = _of(target, dict)
+    keys = items[::2]
+    if len(items) % 2 or not all(
+        isinstance(key, (str, int)) for key in keys
+    ):  # a nested tuple's hash may take for ever
+        raise ValueError("a dictionary whose keys are neither texts nor numbers")
+    target.update(zip(keys, items[1::2], strict=True))
+    return target
+
+
+def _of(value: Any, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} in the place of a {getattr(kind, '__name__', 'pair')}")
+    return value
+
+
+def _natural(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 48:
+        raise ValueError("a size, stride or offset that is no natural number")
+    return number
+
+
+def _check_size(value: Any, left: list[int], depth: int) -> None:
+    """Refuse cycles, and values that are small as a pickle and endless when they are walked through."""
+    left[0] -= 1
+    if depth == 0 or left[0] < 0:
+        raise ValueError(f"nesting deeper than {_MAX_DEPTH}, or too many values")
+    if isinstance(value, Module):
+        value = value.attributes
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        _check_size(part, left, depth - 1)
