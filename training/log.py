@@ -35,6 +35,11 @@ class Log:
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Append a line.
+
+        Raises:
+            WriteError: The disk is full.
+        """
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:

@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,9 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import ConfigError, ImageError, TrainingError
+from finelip_fast._errors import CheckpointError, ConfigError, FineLIPError, ImageError, TrainingError
+from finelip_fast._files import remove_unfinished, write_error, write_whole
+from finelip_fast._weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_texts
 from finelip_fast.metrics import recall
@@ -85,7 +88,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
 
     Raises:
         ConfigError: The folder holds a run of another configuration.
+        CheckpointError: The folder's ``state.pt`` is damaged, or no run's.
         TrainingError: The loss is no longer a number, or too many pictures cannot be read.
+        WriteError: The disk is full; the same command goes on from the last state that was kept.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -299,7 +304,7 @@ class Trainer:
         return cast("FineLIP", self.ema.module) if self.ema else self.model
 
     def _save_state(self) -> None:
-        state = {
+        state: dict[str, Any] = {
             "step": self.step,
             "seen": self.seen,
             "broken": self.broken,
@@ -310,28 +315,47 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "config": {**dataclasses.asdict(self.config), "processes": self.world},
         }
-        partial = self.out / "state.pt.partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.out / "state.pt")
+        moments = (value for values in state["optimizer"]["state"].values() for value in values.values())
+        tensors = [*state["model"].values(), *(state["ema"] or {}).values(), *moments]
+        size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        write_whole(self.out / "state.pt", lambda path: torch.save(state, path), size=size)
 
     def _resume(self) -> None:
         path = self.out / "state.pt"
+        if self.rank == 0:
+            for folder in (self.out, self.out / "best", self.out / "last"):
+                remove_unfinished(folder)
         if not path.exists():
             if self.rank == 0:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+                self._begin()
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = read_weights(path)
+        try:
+            self._restore(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, FineLIPError):
+                raise
+            raise CheckpointError(
+                f"{path}: expected the state of a run, found something else ({type(error).__name__}: {error!s:.200}); "
+                "begin again with another --out, and --init with its last/ where that is whole"
+            ) from error
+
+    def _begin(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.out, error) from error
+        write_whole(self.out / "config.json", lambda path: path.write_text(self.config.to_json(), encoding="utf-8"))
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         now = {**dataclasses.asdict(self.config), "processes": self.world}
         changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != state["config"].get(name)]
         if changed:
             was = {name: state["config"].get(name) for name in changed}
             raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: now[name] for name in changed})}; "
                               "give the same options to go on, or another --out")  # fmt: skip
-        self.step, self.seen, self.broken, self.best = (state[name] for name in ("step", "seen", "broken", "best"))
+        self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))
+        self.best = {name: float(value) for name, value in state["best"].items()}
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
