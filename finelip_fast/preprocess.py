@@ -6,10 +6,9 @@ says why it cannot; :class:`Preprocess` resizes, crops and normalises it as CLIP
 
 from __future__ import annotations
 
-import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 from torch import Tensor
 
+from finelip_fast._decode import FORMATS, UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.config import CLIP_MEAN, CLIP_STD
 
@@ -39,24 +39,16 @@ ImageSource: TypeAlias = (
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# Formats that Pillow recognises but cannot draw by itself: containers, and languages that need an interpreter, which no
-# untrusted file should start.
-_NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-
-# EXIF orientation -> what turns the picture upright. Orientation 1 is upright already.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 # A strip longer than this many times its width is cut to its middle before resizing: the crop keeps only the middle
 # square, and one pixel by 100,000 would otherwise grow to 5 billion pixels on the way.
 _MAX_ASPECT = 8
+
+# Pictures up to this many pixels are resized from all of them. Larger ones are first shrunk by a whole number that leaves at
+# least this many pixels for each that is wanted, in either direction: it hardly shows, and takes a fraction of the memory.
+_EXACT_PIXELS, _SPARE = 1 << 26, 3
+
+# Pixels converted at once: a conversion takes several copies.
+_STRIP_PIXELS = 1 << 22
 
 # Floats a hair outside [0, 1] come from resampling and rounding; more than this is another scale.
 _FLOAT_SLACK = 1e-2
@@ -65,6 +57,8 @@ _FLOAT_SLACK = 1e-2
 @dataclass(frozen=True)
 class Preprocess:
     """CLIP's evaluation transform: resize, centre crop, scale to [0, 1], normalise.
+
+    Pictures above 67 megapixels are shrunk while they are decoded, to no less than three times the size that is wanted.
 
     Attributes:
         image_size: Side ``S`` of the square result, in pixels.
@@ -103,7 +97,8 @@ class Preprocess:
         Raises:
             ImageError: The picture cannot be read; see :func:`open_image`.
         """
-        image = self._fit(open_image(source))
+        with _upright(source, self._reduction) as upright:
+            image = self._fit(upright)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
@@ -123,6 +118,13 @@ class Preprocess:
             pixels[index] = self(source)
         return pixels
 
+    def _reduction(self, width: int, height: int) -> tuple[int, int]:
+        if width * height <= _EXACT_PIXELS:
+            return 1, 1
+        wanted = _SPARE * self.image_size
+        across, down = max(1, width // wanted), max(1, height // wanted)
+        return (across, down) if self.resize_mode == "squash" else (min(across, down),) * 2
+
     def _fit(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, _FILTERS[self.interpolation]
         if self.resize_mode == "squash":
@@ -141,6 +143,11 @@ def open_image(source: ImageSource) -> Image.Image:
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, an animation gives
     its first frame. The result shares nothing with the source and no file stays open.
 
+    Files are JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, binary PPM, AVIF or JPEG 2000, and HEIF where pillow-heif is registered.
+    What decoding takes is computed from the header, and must not exceed 1 GiB a picture: 268 megapixels of JPEG, half as many
+    of formats that are decoded whole, fewer of WebP, AVIF and JPEG 2000. ``FINELIP_PICTURE_MEMORY`` sets another limit in MiB.
+    The threads of a process together take at most twice the limit, and wait for each other beyond it.
+
     Args:
         source: One of
 
@@ -150,18 +157,14 @@ def open_image(source: ImageSource) -> Image.Image:
             - a tensor ``[1 | 3 | 4, H, W]`` of the same types.
 
     Raises:
-        ImageError: The picture cannot be read; names the file or the array, and the reason.
+        ImageError: The picture cannot be read, or is too large; names the file or the array, and the reason.
+        InputError: ``FINELIP_PICTURE_MEMORY`` is no positive number.
     """
-    if isinstance(source, Image.Image):
-        with _blaming(f"PIL image of mode {source.mode}"):
-            return _upright_rgb(source)
-    if isinstance(source, np.ndarray):
-        return _flat(_from_array(source, f"array of shape {source.shape}"))
-    if isinstance(source, Tensor):
-        return _flat(_from_tensor(source))
-    name, file = _named_file(source)
-    with _blaming(name), Image.open(file, formats=_formats()) as image:
-        return _upright_rgb(image)
+    with _upright(source) as upright:
+        shared = upright is source or isinstance(upright, ImageFile.ImageFile)
+        image = upright.copy() if shared else upright
+    image.info = {}  # the orientation is spent: opening the result again must not turn it again
+    return image
 
 
 class FolderScan(NamedTuple):
@@ -230,21 +233,14 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     return scan_folder(folder, recursive).images
 
 
-def _formats() -> tuple[str, ...]:
-    """Pillow's picture formats here and now, with those of plugins; the commonest come first."""
-    Image.init()
-    return tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
-
-
 def _suffixes() -> frozenset[str]:
-    formats = set(_formats())
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
-def _named_file(source: object) -> tuple[str, str | io.BytesIO]:
-    """The name that an error gives to a path or to encoded bytes, and what Pillow opens."""
+def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryview]:
+    """The name that an error gives to a path or to encoded bytes, and the path or the bytes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
+        return f"{memoryview(source).nbytes} bytes", source
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ImageError(f"expected a path, encoded bytes, a PIL image, an array or a tensor, got {kind}")
@@ -268,58 +264,95 @@ def _blaming(name: str) -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(f"cannot read {name}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"cannot read {name}: not an image, or of a format that Pillow lacks here") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"cannot read {name}: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS") from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read {name}: there is not enough memory to decode it") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise ImageError(f"cannot read {name}: {str(error) or type(error).__name__}") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ImageError(f"expected a picture of at least one pixel, got {image.width} x {image.height}")
-    image.load()  # first: TIFF turns itself upright while loading, and then says so
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # broken metadata is no reason to lose a sound picture
-        orientation = None
-    rgb = _flat(image)
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    rgb.info = {}  # the orientation is spent: opening the result again must not turn it again
-    return rgb
+@contextmanager
+def _upright(source: ImageSource, reduction: Reduction | None = None) -> Iterator[Image.Image]:
+    """A picture as upright RGB, for reading only: it may be the source, or a file that is closed afterwards."""
+    if isinstance(source, (np.ndarray, Tensor)):
+        name = f"{'array' if isinstance(source, np.ndarray) else 'tensor'} of shape {tuple(source.shape)}"
+        with _blaming(name):
+            yield _from_values(source, name, reduction)
+        return
+    if isinstance(source, Image.Image):
+        name = f"PIL image of mode {source.mode}"
+        if 0 in source.size:
+            raise ImageError(f"expected a picture of at least one pixel, got {source.width} x {source.height}")
+        with _blaming(name), quiet, within_budget(source, None, reduction):
+            source.load()
+            yield _upright_rgb(source, reduction)
+        return
+    name, file = _named_file(source)
+    with _blaming(name), quiet, decoded(file, reduction) as image:
+        yield _upright_rgb(image, reduction)
+
+
+def _upright_rgb(image: Image.Image, reduction: Reduction | None) -> Image.Image:
+    def part(top: int, bottom: int) -> Image.Image:
+        return _flat(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
+
+    rgb, turn = _in_strips(image.size, part, reduction), UPRIGHT.get(orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _in_strips(
+    size: tuple[int, int], part: Callable[[int, int], Image.Image], reduction: Reduction | None
+) -> Image.Image:
+    """An RGB image from its rows ``top .. bottom``, shrunk where it may be."""
+    width, height = size
+    across, down = reduction(width, height) if reduction else (1, 1)
+    rows = max(1, _STRIP_PIXELS // (width * down)) * down
+    if rows >= height and across == down == 1:
+        return part(0, height)
+    image = Image.new("RGB", (-(-width // across), -(-height // down)))
+    for top in range(0, height, rows):
+        strip = part(top, min(top + rows, height))
+        image.paste(strip.reduce((across, down)), (0, top // down))
+    return image
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """A new RGB image: deep grey scaled, transparency over white."""
+    """The image as RGB: deep grey scaled, transparency over white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
             values = values.astype(np.uint16)  # how Pillow holds some 16-bit files
-        image = _from_array(values, f"mode {image.mode}")
+        image = Image.fromarray(_eight_bits(values, f"mode {image.mode}"))
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
-def _from_tensor(tensor: Tensor) -> Image.Image:
-    name = f"tensor of shape {tuple(tensor.shape)}"
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
-        raise ImageError(f"expected one picture as [1 | 3 | 4, H, W], got {name}; put the colours first")
-    tensor = tensor.detach().cpu().permute(1, 2, 0)
-    return _from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy(), name)
-
-
-def _from_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError(f"expected one picture as [H, W] or [H, W, 1 | 3 | 4], got {name}; put the colours last")
-    if array.size == 0:
+def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Reduction | None) -> Image.Image:
+    """An array or a tensor as RGB."""
+    if isinstance(source, Tensor):
+        if source.ndim != 3 or source.shape[0] not in (1, 3, 4):
+            raise ImageError(f"expected one picture as [1 | 3 | 4, H, W], got {name}; put the colours first")
+        height, width = source.shape[1:]
+    else:
+        if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
+            raise ImageError(f"expected one picture as [H, W] or [H, W, 1 | 3 | 4], got {name}; put the colours last")
+        height, width = source.shape[:2]
+    if not height * width:
         raise ImageError(f"expected a picture of at least one pixel, got {name}")
-    grey = array.ndim == 3 and array.shape[2] == 1
-    return Image.fromarray(_eight_bits(array[..., 0] if grey else array, name))
+    check_size(width, height)
+
+    def part(top: int, bottom: int) -> Image.Image:
+        if isinstance(source, Tensor):
+            rows = source[:, top:bottom].detach().cpu().permute(1, 2, 0)
+            values = (rows.float() if rows.is_floating_point() else rows).numpy()
+        else:
+            values = source[top:bottom]
+        grey = values.ndim == 3 and values.shape[2] == 1
+        return _flat(Image.fromarray(_eight_bits(values[..., 0] if grey else values, name)))
+
+    return _in_strips((width, height), part, reduction)
 
 
 def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:

@@ -79,7 +79,6 @@ def test_orientation_is_applied_once(tmp_path: Path, suffix: str, orientation: i
         assert read_corners(open_image(lazy)) == CORNERS
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")  # Pillow's own, and welcome
 def test_broken_exif_does_not_lose_the_picture(tmp_path: Path) -> None:
     path = tmp_path / "broken exif.jpg"
     corners().save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -234,7 +233,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "damaged": ("damaged.png", lambda p: png(noise(64, 64), p)[:200] + bytes(9000), r"cannot read .*: \w"),
     "16-bit file beyond 16 bits": ("deep.tif", lambda p: tiff("I", 70000, p), "got int32 in mode I; convert to uint8"),
     "float file beyond 1": ("float.tif", lambda p: tiff("F", 255.0, p), r"in \[0, 1\], got 255.0 to 255.0 in mode F"),
-    "postscript": ("figure.eps", lambda p: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "postscript": ("figure.eps", lambda p: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got EPS; conv"),
 }
 
 
@@ -252,14 +251,6 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: Ca
     assert str(path) in str(error.value)
     with pytest.raises(ImageError, match=rf"{path.stat().st_size} bytes"):
         open_image(path.read_bytes())
-
-
-def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "bomb.png"
-    Image.new("1", (100, 100)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"bomb\.png.*exceeds limit.*MAX_IMAGE_PIXELS"):
-        open_image(path)
 
 
 REFUSED: dict[str, tuple[object, str]] = {

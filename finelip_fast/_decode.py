@@ -1,0 +1,334 @@
+"""Files of pictures, opened and decoded within bounds.
+
+Pillow reads some fifty formats, some of which start a program, and believes what a header says: 34 bytes can ask for
+gigabytes. So formats are an allow-list, what decoding takes is known from the header before anything is allocated, and the
+threads of a process share one budget: small pictures are decoded side by side, large ones one after another.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from PIL import ExifTags, Image, ImageFile
+
+from finelip_fast._errors import ImageError, InputError
+
+VARIABLE = "FINELIP_PICTURE_MEMORY"
+_DEFAULT_MEMORY = 1024  # MiB
+
+# What cameras, phones, editors and data sets write; the commonest come first. HEIF is there once pillow-heif is registered.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "HEIF")
+
+# Peak bytes a pixel of decoding, measured: what a format's library keeps beside the picture, and the picture. Of JPEG only
+# what is wanted of it is decoded, so it is counted apart.
+_BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24, "HEIF": 18}
+_WHOLE = 8  # of all others: the picture, and a strip or its conversion to RGB
+
+MAX_SIDE = 1 << 20  # every row costs, however short
+_MIN_BYTES_PER_PIXEL = 4  # bounds the time that the formats of few bytes take
+_MAX_SCANNED = 1 << 35  # pixels times scans of a progressive JPEG: each goes over the whole picture
+_MAX_INTERPRETED = 1 << 20  # pixels of what Pillow decodes in Python, at about a second a million
+_MAX_HEADER_READS = 1 << 15
+
+# EXIF orientation -> what turns the picture upright. Orientation 1 is upright already.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Reduction = Callable[[int, int], tuple[int, int]]
+
+
+def memory_limit() -> int:
+    """Bytes that one picture may take: ``FINELIP_PICTURE_MEMORY`` in MiB, or 1 GiB; pictures at once share twice as many.
+
+    Raises:
+        InputError: The variable is no positive integer.
+    """
+    text = os.environ.get(VARIABLE) or str(_DEFAULT_MEMORY)
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise InputError(f"expected {VARIABLE} as a positive number of MiB, got {text!r:.80}; unset it for 1024")
+    return int(text) << 20
+
+
+def check_size(width: int, height: int, need: float = 0.0) -> None:
+    """Refuse a picture that is too large to decode.
+
+    Args:
+        need: Bytes that it takes, if known to be more than the least.
+
+    Raises:
+        ImageError: Says the limit and how to raise it.
+    """
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; cut or shrink it")
+    need, limit = max(need, width * height * _MIN_BYTES_PER_PIXEL), memory_limit()
+    if need > limit:
+        raise ImageError(
+            f"{width} x {height} pixels would take {need / (1 << 20):.0f} MiB to decode, and {limit >> 20} are allowed for a "
+            f"picture; shrink it, save it as a baseline JPEG, or set {VARIABLE} to more MiB"
+        )
+
+
+class _Budget:
+    """Bytes that decoding may take at once, over all threads of the process; first come, first served."""
+
+    def __init__(self) -> None:
+        self._turn, self._freed, self._taken = threading.Lock(), threading.Condition(), 0
+
+    @contextmanager
+    def share(self, need: int) -> Iterator[None]:
+        total = 2 * memory_limit()
+        need = min(need, total)  # who needs more than all has it alone
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: self._taken + need <= total)
+            self._taken += need
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._taken -= need
+                self._freed.notify_all()
+
+
+_budget = _Budget()
+
+
+def _renew_budget() -> None:
+    global _budget
+    _budget = _Budget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_budget)  # a thread of the parent may hold the lock, or bytes
+
+
+class _Quiet:
+    """Keeps Pillow's warnings on odd files from showing, and from being raised, while any thread decodes.
+
+    ``warnings.catch_warnings`` in one thread undoes what another does meanwhile; here one filter comes and goes.
+    """
+
+    _FILTER: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+    def __init__(self) -> None:
+        self._lock, self._threads = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._FILTER not in warnings.filters:  # also where another's catch_warnings has taken it away
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                with suppress(ValueError):
+                    warnings.filters.remove(self._FILTER)  # type: ignore[attr-defined]
+
+
+quiet = _Quiet()
+
+
+class _Header:
+    """A file that gives a header in a bounded number of reads, and its pixels in any."""
+
+    reads_left: float = _MAX_HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ImageError("the header is in too many pieces")
+        return super().read(size)  # type: ignore[misc,no-any-return]
+
+
+class _PictureFile(_Header, io.BufferedReader):
+    pass
+
+
+class _PictureBytes(_Header, io.BytesIO):
+    pass
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # of a pipe, which has taken the file's place
+
+
+@contextmanager
+def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction | None) -> Iterator[Image.Image]:
+    """A file's first picture, as it is stored, while its memory is set aside.
+
+    Args:
+        source: Path of a regular file, or what one holds.
+        reduction: By how much a large picture may be shrunk, from its width and height; None: not at all.
+
+    Raises:
+        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+    """
+    if isinstance(source, str):
+        raw = io.FileIO(source, opener=_open_without_waiting)
+        file: Any = _PictureFile(raw, 1 << 16)
+    else:
+        file = _PictureBytes(source)
+    with file, _identified(file) as image:
+        file.reads_left = float("inf")
+        with within_budget(image, file, reduction):
+            image.load()
+            yield image
+
+
+@contextmanager
+def within_budget(image: Image.Image, file: Any = None, reduction: Reduction | None = None) -> Iterator[None]:
+    """Set memory aside for an image that is still to be loaded.
+
+    Raises:
+        ImageError: It is too large, or of a format or a kind of its format that is not read.
+    """
+    width, height = image.size
+    check_size(width, height)
+    pending = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    if pending and image.format not in FORMATS:
+        raise _not_read(str(image.format))
+    across, down = reduction(width, height) if reduction else (1, 1)
+    pixels = width * height
+    need = pixels * (_file_bytes_per_pixel(image, file, min(across, down)) if pending else 0.0)
+    need += pixels * 4 / (across * down) * ((image.mode != "RGB") + (orientation(image) in UPRIGHT))
+    if pending:
+        need += _tile_bytes(image)
+        check_size(width, height, need)
+        _refuse_slow(image)
+    with _budget.share(int(need)):
+        yield
+
+
+@contextmanager
+def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
+    """The picture of the first format that takes the file.
+
+    ``Image.open`` has a limit of its own, which warns, and which photographs exceed: what it does besides is this loop.
+    """
+    Image.init()
+    prefix = file.read(16)
+    for name in FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or not _accepts(accept, prefix):
+            continue
+        for width, height in _claims(name, file):
+            check_size(width, height, width * height * _BYTES_PER_PIXEL.get(name, 0))
+        file.seek(0)
+        try:
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # not of this format after all
+        with image:
+            yield image
+        return
+    for name, (_, accept) in Image.OPEN.items():
+        if name not in FORMATS and accept and _accepts(accept, prefix):
+            raise _not_read(name)
+    raise ImageError("not an image, or of a format that Pillow lacks here")
+
+
+def _accepts(accept: Any, prefix: bytes) -> bool:
+    taken = accept is None or accept(prefix)
+    return bool(taken) and not isinstance(taken, str)  # a text says what is not installed
+
+
+def _not_read(name: str) -> ImageError:
+    return ImageError(f"expected one of the formats {', '.join(FORMATS)}, got {name}; convert it")
+
+
+def _claims(name: str, file: Any) -> list[tuple[int, int]]:
+    """Sizes that a file gives, where its format's library believes them before Pillow tells one, or other ones than Pillow."""
+    if name not in ("WEBP", "AVIF", "JPEG2000"):
+        return []
+    file.seek(0)
+    content = file.read()
+    if name == "AVIF":
+        return [struct.unpack(">II", match[1]) for match in re.finditer(rb"ispe.{4}(.{8})", content, re.DOTALL)]  # type: ignore[misc]
+    if name == "JPEG2000":
+        sizes = (
+            struct.unpack(">IIII", match[1])
+            for match in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", content, re.DOTALL)
+        )
+        return [(right - left, bottom - top) for right, bottom, left, top in sizes]
+    kind, head = content[12:16], content[20:30]
+    if len(head) < 10:
+        return []
+    if kind == b"VP8X":
+        return [(1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little"))]
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return [((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)]
+    return [(int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF)]
+
+
+def _file_bytes_per_pixel(image: Any, file: Any, reduction: int) -> float:
+    if image.format not in ("JPEG", "MPO"):
+        return _BYTES_PER_PIXEL.get(image.format, _WHOLE)
+    buffered = _coefficient_bytes(image, file)
+    if not file:
+        return 4 + buffered
+    scale = next((scale for scale in (8, 4, 2) if scale <= reduction), 1)
+    if buffered:
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        if scans * image.width * image.height > _MAX_SCANNED:
+            raise ImageError(f"a progressive JPEG of {scans} scans; save it as a baseline JPEG")
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+    return 4 / scale**2 + buffered
+
+
+def _coefficient_bytes(image: Any, file: Any) -> float:
+    """Bytes a pixel of the coefficients that libjpeg keeps of the whole picture when it comes in several scans."""
+    if file and image.format == "JPEG" and not image.info.get("progressive"):
+        # Pillow has read as far as the end of the first scan's header.
+        length = 6 + 2 * image.layers
+        end = file.tell()
+        file.seek(max(end - length - 2, 0))
+        if file.read(5) == b"\xff\xda" + struct.pack(">HB", length, image.layers):
+            return 0.0  # all components in one scan
+    areas = [across * down for _, across, down, _ in image.layer]
+    widest = max((across for _, across, _, _ in image.layer), default=1)
+    tallest = max((down for _, _, down, _ in image.layer), default=1)
+    return 2.0 * sum(areas) / max(widest * tallest, 1)
+
+
+def orientation(image: Image.Image) -> Any:
+    """What EXIF says of how the picture was held, if anything."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken metadata is no reason to lose a sound picture
+        return None
+
+
+def _tile_bytes(image: Any) -> int:
+    """Bytes of a tile of a TIFF, which may be larger than the picture."""
+    sides = [image.tag_v2.get(tag, 0) for tag in (322, 323)] if image.format == "TIFF" else [0]
+    return 16 * sides[0] * sides[-1] if all(isinstance(side, int) for side in sides) else 0
+
+
+def _refuse_slow(image: Any) -> None:
+    codecs = {tile[0] for tile in image.tile}
+    if "ppm_plain" in codecs:
+        raise ImageError("expected a binary PPM, got one in plain text; convert it")
+    if image.width * image.height > _MAX_INTERPRETED and codecs & set(Image.DECODERS):
+        raise ImageError(
+            f"{image.width} x {image.height} pixels of a rare kind of {image.format} that takes minutes to decode; "
+            "convert it to PNG"
+        )

@@ -1,0 +1,380 @@
+"""Files of pictures within bounds: what is refused before it costs anything, and what decoding may take."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from finelip_fast import _decode
+from finelip_fast._errors import ImageError, InputError
+from finelip_fast.preprocess import Preprocess, open_image
+
+EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 50))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, colour_type: int = 2, depth: int = 8, *, rows: int = 0) -> bytes:
+    """A PNG of any size with a few rows of zeros, which costs little to make."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    channels = {0: 1, 2: 3, 6: 4}[colour_type]
+    packer = zlib.compressobj(1)
+    row = bytes(1 + (width * channels * depth + 7) // 8)
+    content = b"".join(packer.compress(row) for _ in range(rows)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def webp(kind: bytes, width: int, height: int) -> bytes:
+    """34 bytes that promise a picture."""
+    if kind == b"VP8X":
+        content = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    elif kind == b"VP8L":
+        content = b"\x2f" + ((width - 1) | (height - 1) << 14).to_bytes(4, "little") + bytes(9)
+    else:
+        content = b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height) + bytes(4)
+    content = kind + struct.pack("<I", len(content)) + content
+    return b"RIFF" + struct.pack("<I", 4 + len(content)) + b"WEBP" + content
+
+
+def lying(kind: str, mark: bytes, skip: int, *sizes: tuple[int, int], **options: object) -> bytes:
+    """A small file in which the size behind ``mark`` is another."""
+    content = bytearray(encoded(Image.new("RGB", (16, 16)), kind, **options))
+    at = content.index(mark) + len(mark) + skip
+    for size in sizes:
+        content[at : at + 8] = struct.pack(">II", *size)
+        at += 16
+    return bytes(content)
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG of a large empty picture whose second scan comes again and again."""
+    content = encoded(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    frame, second = content.index(b"\xff\xc2"), content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
+    content = content[: frame + 5] + struct.pack(">HH", 15000, 15000) + content[frame + 9 :]
+    return content[:second] + content[second : second + 10] * count + b"\xff\xd9"
+
+
+def tiff_tiles(side: int) -> bytes:
+    """A TIFF of 16 x 16 pixels in a tile of another size."""
+    content = encoded(Image.new("RGB", (16, 16)), "TIFF", compression="tiff_lzw")
+    entries, offset = struct.unpack_from("<I", content, 4)[0], []
+    tags = [content[at : at + 12] for at in range(entries + 2, entries + 2 + 12 * content[entries], 12)]
+    rename = {273: 324, 279: 325}  # strips to tiles
+    for tag in tags:
+        number = struct.unpack_from("<H", tag)[0]
+        if number != 278:
+            offset.append(struct.pack("<H", rename.get(number, number)) + tag[2:])
+    offset += [struct.pack("<HHII", tag, 4, 1, side) for tag in (322, 323)]
+    offset.sort(key=lambda tag: struct.unpack_from("<H", tag))
+    return (
+        content[:4]
+        + struct.pack("<I", len(content))
+        + content[8:]
+        + struct.pack("<H", len(offset))
+        + b"".join(offset)
+        + bytes(4)
+    )
+
+
+TOO_LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "png of a strip": (lambda: png(1, 178_000_000), "sides of at most 1048576 pixels, got 1 x 178000000"),
+    "wide png": (lambda: png(178_000_000, 1, 0, 1), "sides of at most 1048576 pixels, got 178000000 x 1"),
+    "png of 178 megapixels": (
+        lambda: png(13400, 13300),
+        "take 1360 MiB to decode, and 1024 are allowed.*FINELIP_PICTURE",
+    ),
+    "png of one bit": (lambda: png(13400, 13300, 0, 1), "13400 x 13300 pixels would take"),
+    "png with alpha": (lambda: png(13400, 13300, 6), "13400 x 13300 pixels would take"),
+    "webp, extended": (lambda: webp(b"VP8X", 16384, 16384), "16384 x 16384 pixels would take"),
+    "webp, widest": (lambda: webp(b"VP8X", 1 << 24, 255), "sides of at most"),
+    "webp, lossless": (lambda: webp(b"VP8L", 16384, 16384), "16384 x 16384 pixels would take"),
+    "webp, lossy": (lambda: webp(b"VP8 ", 16383, 16383), "16383 x 16383 pixels would take"),
+    "avif": (lambda: lying("AVIF", b"ispe", 4, (16000, 16000)), "16000 x 16000 pixels would take"),
+    "jpeg 2000": (
+        lambda: lying("JPEG2000", b"\xff\x4f\xff\x51", 4, (30000, 30000), (30000, 30000)),
+        "30000 x 30000 pixels would take",
+    ),
+    "gif": (
+        lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + bytes(9) + b"\2\0;",
+        "65535 x 65535",
+    ),
+    "bmp": (
+        lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0),
+        "60000 x 60000",
+    ),
+    "ppm": (lambda: b"P6 60000 60000 255\n", "60000 x 60000 pixels would take"),
+    "scans of a jpeg": (lambda: scans(400), "progressive JPEG of 40. scans"),
+    "tile of a tiff": (lambda: tiff_tiles(1 << 16), "16 x 16 pixels would take 65536 MiB"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), TOO_LARGE.values(), ids=TOO_LARGE.keys())
+def test_what_would_take_too_much_is_refused_by_its_header(tmp_path: Path, make: Callable, reason: str) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(make())
+    for source in (path, make()):
+        for read in (open_image, Preprocess()):
+            with pytest.raises(ImageError, match=reason):
+                read(source)
+
+
+def test_the_limit_is_raised_by_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = encoded(Image.new("RGB", (1000, 1000)), "PNG")
+    monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "7")
+    with pytest.raises(ImageError, match="would take 8 MiB to decode, and 7 are allowed for a picture"):
+        open_image(picture)
+    monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "8")
+    assert open_image(picture).size == (1000, 1000)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e9", "much", "١", "9" * 40])
+def test_the_limit_is_a_positive_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("FINELIP_PICTURE_MEMORY", value)
+    with pytest.raises(InputError, match="expected FINELIP_PICTURE_MEMORY as a positive number of MiB"):
+        open_image(np.zeros((2, 2), np.uint8))
+
+
+ARRAYS = {
+    "array": np.broadcast_to(np.uint8(0), (60000, 60000)),
+    "array of floats": np.broadcast_to(np.float64(0), (60000, 60000, 3)),
+    "long array": np.broadcast_to(np.uint8(0), (1, 1 << 21)),
+    "tensor": torch.zeros(1, 1, 1).expand(3, 60000, 60000),
+}
+
+
+@pytest.mark.parametrize("source", ARRAYS.values(), ids=ARRAYS.keys())
+def test_large_arrays_are_refused(source: object) -> None:
+    with pytest.raises(ImageError, match=r"60000 x 60000 pixels would take|sides of at most"):
+        Preprocess()(source)
+
+
+UNUSUAL = {
+    "sparse tensor": torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(),
+    "tensor without values": torch.empty(3, 4, 4, device="meta"),
+    "complex tensor": torch.zeros(3, 4, 4, dtype=torch.complex64),
+    "dates": np.zeros((4, 4), "datetime64[s]"),
+    "records": np.zeros((4, 4), [("a", "u1")]),
+    "bytes": np.full((4, 4), b"a"),
+    "void": np.zeros((4, 4), "V3"),
+}
+
+
+@pytest.mark.parametrize("source", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_unusual_arrays_are_refused(source: object) -> None:
+    with pytest.raises(ImageError, match=r"(array|tensor) of shape"):
+        open_image(source)
+
+
+# Formats -----------------------------------------------------------------------------------------------------------
+
+NOT_READ = ("BLP", "DDS", "EPS", "ICNS", "ICO", "MSP", "PCX", "PDF", "QOI", "SGI", "SPIDER", "TGA", "XBM", "PALM")
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_other_formats_are_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    modes = {"MSP": "1", "XBM": "1", "SPIDER": "F", "BLP": "P", "PALM": "P"}
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(Image.new(modes.get(kind, "RGB"), (64, 64)), kind))
+    with pytest.raises(
+        ImageError, match=r"expected one of the formats JPEG, PNG, .*, got [A-Z]+; convert it|not an image"
+    ):
+        open_image(path)
+
+
+def test_an_unread_picture_of_another_format_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "figure.eps")
+    with Image.open(tmp_path / "figure.eps") as image, pytest.raises(ImageError, match="got EPS; convert it"):
+        open_image(image)
+
+
+@pytest.mark.parametrize("content", [b"P1 2 2\n0 1 0 1", b"P2 2 2 255\n1 2 3 4", b"P3 1 1 255\n1 2 3"])
+def test_plain_text_pictures_are_refused(content: bytes) -> None:
+    with pytest.raises(ImageError, match="expected a binary PPM, got one in plain text"):
+        open_image(content)
+
+
+def test_what_is_decoded_in_python_is_bounded() -> None:
+    assert open_image(b"P5 2 1 100\n\x00\x64").getpixel((1, 0)) == (255, 255, 255)
+    with pytest.raises(ImageError, match="1025 x 1024 pixels of a rare kind of PPM"):
+        open_image(b"P5 1025 1024 100\n" + bytes(1025 * 1024))
+
+
+PNG_CHUNK = b"\0\0\0\0abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+PIECES = {
+    "jpeg": b"\xff\xd8" + b"\xff" * 100_000,
+    "png": png(1, 1)[:33] + PNG_CHUNK * 40_000,
+    "gif": b"GIF89a\1\0\1\0\0\0\0" + b"!\xfe\1a\0" * 40_000,
+}
+
+
+@pytest.mark.parametrize("head", PIECES.values(), ids=PIECES.keys())
+def test_a_header_in_countless_pieces_is_refused(head: bytes) -> None:
+    with pytest.raises(ImageError, match="the header is in too many pieces"):
+        open_image(head)
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os.path, "isfile", lambda _: True)
+    monkeypatch.setattr(os.path, "getsize", lambda _: 1)
+    with pytest.raises(ImageError, match=r"cannot read .*pipe"):
+        open_image(tmp_path / "pipe")
+
+
+def test_pillows_warnings_neither_show_nor_kill() -> None:
+    odd = encoded(
+        Image.new("RGB", (8, 8)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\3\0\xff\xff\xff\xff\x09\0\0\0"
+    )
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(open_image, [odd] * 64))
+    assert not shown
+    assert list(warnings.filters) == before
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lack_of_memory_is_the_pictures_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", scarce)
+    with pytest.raises(ImageError, match=r"cannot read \d+ bytes: there is not enough memory to decode it"):
+        open_image(encoded(Image.new("RGB", (8, 8)), "PNG"))
+
+
+def test_large_pictures_wait_for_each_other_and_small_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "1")
+    budget, lock = _decode._Budget(), threading.Lock()
+    now, most = [0, 0], [0, 0]
+
+    def take(need: int) -> None:
+        kind = int(need > 1000)
+        with budget.share(need):
+            with lock:
+                now[kind] += 1
+                most[kind] = max(most[kind], now[kind])
+            time.sleep(0.005)
+            with lock:
+                now[kind] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [1000] * 40 + [3 << 20] * 10 + [1000] * 40))
+    assert most[0] > 1
+    assert most[1] == 1
+    assert budget._taken == 0
+
+
+def test_a_picture_that_fails_gives_its_memory_back() -> None:
+    broken = encoded(Image.effect_noise((300, 300), 50), "PNG")[:9000]
+    for _ in range(3):
+        with pytest.raises(ImageError):
+            open_image(broken)
+    assert _decode._budget._taken == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_does_not_wait_for_the_parents_threads() -> None:
+    with _decode._budget.share(1 << 60):
+        child = os.fork()
+        if not child:
+            open_image(encoded(Image.new("RGB", (8, 8)), "PNG"))
+            os._exit(0)
+        for _ in range(1000):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, 9)
+            pytest.fail("the child waits")
+    assert status == 0
+
+
+PEAK = """
+import resource, sys
+from PIL import Image
+from finelip_fast.preprocess import Preprocess
+Image.init()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Preprocess()(Image.new("RGB", (300, 300)))
+before = peak()
+pixels = Preprocess()(sys.argv[1])
+assert pixels.shape == (3, 224, 224) and bool(pixels.isfinite().all())
+print((peak() - before) >> 10)
+"""
+
+
+def peak(path: Path) -> int:
+    """MiB that a picture takes in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", PEAK, str(path)], capture_output=True, text=True, timeout=300, check=True
+    )
+    return int(run.stdout)
+
+
+# The most pixels that are let through, of pictures that are made and decoded fast.
+LIMITS = {
+    "png": (lambda: png(11500, 11500, 2, rows=11500), 600),
+    "png with alpha": (lambda: png(11500, 11500, 6, rows=11500), 600),
+    "png of one bit": (lambda: png(11500, 11500, 0, 1, rows=11500), 250),
+    "png just below shrinking": (lambda: png(8192, 8192, 6, rows=8192), 700),
+    "jpeg": (lambda: blank_jpeg(16384), 50),
+}
+
+
+def blank_jpeg(side: int) -> bytes:
+    """A grey JPEG whose data end early; Pillow takes it with an end marker."""
+    content = encoded(Image.new("L", (side, 1024)), "JPEG")
+    frame = content.index(b"\xff\xc0")
+    return content[: frame + 5] + struct.pack(">HH", side, side) + content[frame + 9 :]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures peak memory as Linux tells it")
+@pytest.mark.parametrize(("make", "most"), LIMITS.values(), ids=LIMITS.keys())
+def test_a_picture_at_the_limit_takes_less_than_a_gibibyte(tmp_path: Path, make: Callable, most: int) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(make())
+    assert peak(path) < most
+
+
+def test_a_photograph_of_200_megapixels_is_shrunk_while_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = np.meshgrid(np.linspace(0, 9, 900), np.linspace(0, 7, 700))
+    photograph = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.cos(x * y / 9)], -1) + 1) * 127).astype(np.uint8))
+    files = [encoded(photograph, kind) for kind in ("JPEG", "PNG", "TIFF")]
+    for transform in (Preprocess(32), Preprocess(16, resize_mode="squash")):
+        exact = transform(photograph)
+        with monkeypatch.context() as patch:
+            patch.setattr("finelip_fast.preprocess._EXACT_PIXELS", 1 << 16)
+            for source in (photograph, np.asarray(photograph), *files):
+                assert (transform(source) - exact).abs().max() < 0.1
+    assert photograph.size == (900, 700)
