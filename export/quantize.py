@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from finelip_fast.artefacts.onnx import session_options
+from finelip_fast.artefacts.onnx import load_onnxruntime, session_options
 from finelip_fast.export.graphs import write
 
 LEAST_COLUMNS = 128
@@ -154,7 +153,7 @@ def _ranges(proto: ModelProto, names: list[str], batches: Iterable[dict[str, np.
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     with tempfile.TemporaryDirectory() as scratch:
         write(watched, Path(scratch) / "watched.onnx")
-        session = onnxruntime.InferenceSession(
+        session = load_onnxruntime().InferenceSession(
             Path(scratch) / "watched.onnx", session_options(), providers=["CPUExecutionProvider"]
         )
     ranges = dict.fromkeys(names, 1e-6)

@@ -41,7 +41,7 @@ class Port(NamedTuple):
 def why_not() -> str | None:
     """Why ONNX Runtime cannot run here; None if it can."""
     try:
-        _onnxruntime()
+        load_onnxruntime()
     except EngineError as error:
         return str(error)
     return None
@@ -49,12 +49,12 @@ def why_not() -> str | None:
 
 def has_cuda() -> bool:
     """Whether the installed ONNX Runtime was built for CUDA."""
-    return _CUDA in _onnxruntime().get_available_providers()
+    return _CUDA in load_onnxruntime().get_available_providers()
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options of a session: ``threads`` for its products, None for as many as PyTorch uses."""
-    options = _onnxruntime().SessionOptions()
+    options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Its threads otherwise go on spinning for some milliseconds after a run, in the way of the other graph's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -77,7 +77,7 @@ class OnnxGraph:
     def __init__(
         self, source: str | os.PathLike[str] | bytes, device: torch.device, *, threads: int | None = None
     ) -> None:
-        runtime = _onnxruntime()
+        runtime = load_onnxruntime()
         self.device = device
         name = "the graph" if isinstance(source, bytes) else Path(source).name
         if device.type == "cuda" and not has_cuda():
@@ -161,7 +161,7 @@ def adds_bytes_exactly(threads: int = 1) -> bool:
         [weight],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    session = _onnxruntime().InferenceSession(
+    session = load_onnxruntime().InferenceSession(
         model.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
     )
     (products,) = session.run(None, {"rows": np.full((2, depth), 255, np.uint8)})
@@ -177,7 +177,15 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def _onnxruntime() -> Any:
+def load_onnxruntime() -> Any:
+    """The module. Everything imports it here, so that it neither identifies this machine nor reports to its maker.
+
+    Raises:
+        EngineError: It is not installed.
+    """
+    # Read when it is imported: it otherwise writes a device's id and a database of events under ~/.cache/Microsoft, and
+    # connects to send them. What the user has set stays.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -76,31 +76,31 @@ def test_a_session_that_went_to_the_cpu_unasked_is_refused(monkeypatch: pytest.M
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
-    real = runtime._onnxruntime()
+    real = runtime.load_onnxruntime()
     fake = SimpleNamespace(
         InferenceSession=Session,
         SessionOptions=real.SessionOptions,
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
         __version__="1.99",
     )
-    monkeypatch.setattr(runtime, "_onnxruntime", lambda: fake)
+    monkeypatch.setattr(runtime, "load_onnxruntime", lambda: fake)
     with pytest.raises(EngineError, match=r"lists CUDA but could not start it: .*onnxruntime-gpu 1\.99"):
         OnnxGraph(doubling(), torch.device("cuda", 0))
 
 
 def test_without_onnx_runtime_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    runtime._onnxruntime.cache_clear()
+    runtime.load_onnxruntime.cache_clear()
     try:
         assert "pip install 'finelip-fast[onnx]'" in str(runtime.why_not())
     finally:
-        runtime._onnxruntime.cache_clear()
+        runtime.load_onnxruntime.cache_clear()
 
 
 def test_saturating_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    real = runtime._onnxruntime()
+    real = runtime.load_onnxruntime()
 
     class Session:
         """A processor that adds pairs of products in 16 bits."""
@@ -112,7 +112,7 @@ def test_saturating_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
             return [np.full((2, 64), 32767 * 32, np.int32)]
 
     fake = SimpleNamespace(InferenceSession=Session, SessionOptions=real.SessionOptions)
-    monkeypatch.setattr(runtime, "_onnxruntime", lambda: fake)
+    monkeypatch.setattr(runtime, "load_onnxruntime", lambda: fake)
     assert adds_bytes_exactly.__wrapped__() is False
 
 
