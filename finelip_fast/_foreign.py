@@ -191,7 +191,9 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
     vision, text = {**vision_defaults, **vision}, {**text_defaults, **text}
     numbers = {
         "embed_dim": model_cfg.get("embed_dim"),
-        **{f"vision_cfg.{name}": vision[name] for name in ("layers", "width", "head_width", "patch_size", "image_size")},
+        **{
+            f"vision_cfg.{name}": vision[name] for name in ("layers", "width", "head_width", "patch_size", "image_size")
+        },
         **{f"text_cfg.{name}": text[name] for name in ("layers", "width", "heads", "context_length")},
     }
     refused += [f"{name}={value!r:.40}" for name, value in numbers.items() if type(value) is not int or value < 1]

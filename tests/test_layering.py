@@ -13,7 +13,18 @@ REPOSITORY = Path(__file__).parent.parent
 
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
-    {"_command_line", "_errors", "_files", "_json", "_markup", "_numbers", "_tensor_pickle", "_terminal", "_typed", "config"},
+    {
+        "_command_line",
+        "_errors",
+        "_files",
+        "_json",
+        "_markup",
+        "_numbers",
+        "_tensor_pickle",
+        "_terminal",
+        "_typed",
+        "config",
+    },
     {"kernels"},
     {
         *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),

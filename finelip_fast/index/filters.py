@@ -22,7 +22,9 @@ What holds is what SQLite finds, and is true or false, never unknown:
 * Text is ordered by code points, false before true, and numbers as numbers: 1 = 1.0. Integers past 64 bits are floats.
 * ``like`` is SQLite's: ``%`` is any text, ``_`` any one character, and A to Z equal a to z.
 
-An expression has at most 50 parentheses inside each other, 200 comparisons and 32,000 values, for SQLite to take it.
+An expression has at most 1,000,000 characters, 50 parentheses inside each other, 200 comparisons and 32,000 values, for SQLite
+to take it; a field at most 64 names of 1,000 characters together; and a pattern of ``like`` at most 1,000 bytes with 32 ``%``,
+for one comparison to end soon.
 Older versions of SQLite read a text of the metadata up to its first NUL, and some read floats of many digits and a far
 exponent one digit off.
 """
@@ -39,12 +41,17 @@ from finelip_fast._errors import InputError
 _DEEPEST = 50  # SQLite before 3.46 parses with a stack of 100, and the query around it needs some
 _LONGEST = 200  # comparisons: a chain of and is as deep as it is long, and SQLite's limit is 1,000, with queries around
 _MOST_VALUES = 32_000  # SQLite binds 32,766, and the query around it needs some
-_LONGEST_PATTERN = 50_000  # bytes, SQLite's
+_LONGEST_PATTERN, _MOST_WILDCARDS = 1000, 32  # of like, which takes as long as pattern times text; bytes, and %
+_LONGEST_TEXT, _LONGEST_SQL = (
+    1_000_000,
+    950_000,
+)  # characters; SQLite takes 1,000,000 bytes, the query around it among them
+_LONGEST_FIELD, _MOST_NAMES = 1000, 64
 
 _TOKEN = re.compile(
     r"""\s* (?:
       (?P<field>  (?: [^\W\d]\w* | "[^"]*" ) (?: \. (?: [^\W\d]\w* | "[^"]*" ) )* )
-    | (?P<number> [+-]? (?: [0-9]+ \.? [0-9]* | \.[0-9]+ ) (?: [eE][+-]?[0-9]+ )? (?![\w.]) )
+    | (?P<number> [+-]? (?: [0-9]+ (?: \.[0-9]* )? | \.[0-9]+ ) (?: [eE][+-]?[0-9]+ )? (?![\w.]) )
     | (?P<text>   ' (?: [^'] | '' )* ' (?!') )
     | (?P<sign>   == | != | <> | <= | >= | [=<>(),] )
     | (?P<end>    \Z )
@@ -69,6 +76,11 @@ def compile_filter(where: str) -> tuple[str, list[Any]]:
         InputError: Not an expression of the grammar above, or one that SQLite could not take.
     """
     condition = _Parser(where).parse()
+    if len(condition.sql) > _LONGEST_SQL:
+        raise InputError(
+            f"expected a shorter where expression, got one of {len(condition.sql)} characters as SQL, where {_LONGEST_SQL} "
+            "are possible; compare fewer fields of long names, or ask in parts"
+        )
     return f"({condition.sql})", condition.parameters
 
 
@@ -84,7 +96,7 @@ def field_expression(field: str) -> str:
     first, *rest = _tokens(field)
     if first.kind != "field" or len(rest) > 1 or first.text == "id":
         raise InputError(
-            f"expected a field of the metadata, got {field!r}; name one as in an expression: camera, place.city or "
+            f"expected a field of the metadata, got {field!r:.80}; name one as in an expression: camera, place.city or "
             '"any name" (id is the item\'s own, "id" would be the metadata\'s)'
         )
     return f"json_extract(metadata, {_path(first.text)})"
@@ -100,6 +112,10 @@ def _tokens(where: str) -> Iterator[_Token]:
     """The tokens of an expression, ``end`` the last."""
     if not isinstance(where, str):
         raise InputError(f"expected an expression as str, got {type(where).__name__}; write e.g. \"camera = 'X100'\"")
+    if len(where) > _LONGEST_TEXT:
+        raise InputError(
+            f"expected an expression of at most {_LONGEST_TEXT} characters, got {len(where)}; ask in parts"
+        )
     for match in _TOKEN.finditer(where):
         kind = str(match.lastgroup)
         text, column = match[kind], match.start(kind) + 1
@@ -109,6 +125,11 @@ def _tokens(where: str) -> Iterator[_Token]:
                 _Token(kind, text, column),
                 "texts stand in 'single quotes', with '' for a quote in one, and fields of other characters than letters, "
                 'digits and _ in "double quotes"',
+            )
+        if kind == "field" and (len(text) > _LONGEST_FIELD or text.count(".") >= _MOST_NAMES):
+            limit = f"a field of at most {_MOST_NAMES} names and {_LONGEST_FIELD} characters"
+            raise _error(
+                limit, _Token(kind, text, column), "metadata are not nested deeper, and texts stand in 'single quotes'"
             )
         yield _Token(text.lower() if kind == "sign" or text.lower() in _KEYWORDS else kind, text, column)
         if kind == "end":  # which also is after trailing blanks
@@ -277,6 +298,8 @@ class _Parser:
         token, pattern = self._next, self._value()
         if not isinstance(pattern, str) or len(pattern.encode("utf-8", "surrogatepass")) > _LONGEST_PATTERN:
             raise _error(f"a 'pattern' of at most {_LONGEST_PATTERN} bytes", token, "give a text, as in like 'X1%'")
+        if pattern.count("%") > _MOST_WILDCARDS:
+            raise _error(f"a 'pattern' with at most {_MOST_WILDCARDS} %", token, "give a simpler one, as in like 'X1%'")
         return pattern
 
     def _value(self) -> Any:

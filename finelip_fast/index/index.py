@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import operator
+from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import faiss, upkeep
-from finelip_fast.index.catalogue import Item, read_spec
+from finelip_fast.index.catalogue import Item
+from finelip_fast.index.database import RESTORE
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
-from finelip_fast.index.store import CATALOGUE, IndexSpec, Store
+from finelip_fast.index.store import Store, stored_spec
 from finelip_fast.index.view import View
 
 _TUNING = "tuning"
@@ -64,10 +65,19 @@ class Index(Store):
             candidates: Of a search in two stages; None: as it was tuned.
 
         Raises:
-            InputError: ``k < 1``, no such mode, or a filter that cannot be read.
-            StoreError: The index is closed, or cannot be read.
+            InputError: ``k`` or ``candidates`` that are no integers from 1 on, ``alpha`` that is no number in [0, 1], queries
+                of another shape or that are not finite, no such mode, or a filter that cannot be read.
+            StoreError: The index is closed, cannot be read, or needs more memory or open files than this process may have.
         """
         alpha = self.spec.alpha if alpha is None else alpha
+        k, candidates = _whole("k", k), None if candidates is None else _whole("candidates", candidates)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise InputError(f"expected alpha as a number in [0, 1], got {alpha!r:.40}")
+        if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[2] != self.spec.width:
+            got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
+            raise InputError(f"expected queries [Q, L, {self.spec.width}], got {got}")
+        if not queries.isfinite().all():
+            raise InputError("expected queries of finite numbers, got NaN or infinity: look where they were made")
         while True:
             view = self.view()
             try:
@@ -78,6 +88,15 @@ class Index(Store):
                         f"segment {error.filename} is missing: restore it, or finelip index repair"
                     ) from None
                 continue
+            except FineLIPError:
+                raise
+            except (OSError, MemoryError, RuntimeError) as error:  # of mapping, reading and computing
+                if isinstance(error, RuntimeError) and "alloc" not in str(error) and "mmap" not in str(error):
+                    raise
+                raise StoreError(
+                    f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n, "
+                    "ulimit -v), or search fewer items at once"
+                ) from None
             if found is not None:
                 return found
             # Another process has compacted the index meanwhile.
@@ -106,12 +125,17 @@ class Index(Store):
             return None
         view.refuse_damaged(items.values())
         global_scores, fine_scores = parts_of_scores(view, queries, rows)
-        found = [[items[position] for position in own] for own in positions.tolist()]
+        try:
+            found = [[items[position] for position in row] for row in positions.tolist()]
+        except KeyError as error:
+            raise StoreError(
+                f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; {RESTORE}"
+            ) from None
         return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)
 
     def source_for(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
-        with self.lock:
+        with self.view_lock:
             if self._source is None or self._source[0] is not view:
                 self._source = view, faiss.find(view, self.cache_folder)
             return self._source[1]
@@ -133,7 +157,12 @@ class Index(Store):
     def tuning(self) -> Tuning | None:
         """What :func:`finelip_fast.index.tune.tune` has found; None: it has not been run."""
         kept = self.catalogue.note(_TUNING)
-        return None if kept is None else Tuning(**kept)
+        try:
+            return None if kept is None else _tuning(**kept)
+        except (TypeError, ValueError, KeyError):
+            raise StoreError(
+                f"what was tuned of the index at {self.folder} cannot be read, {kept!r:.80}: run finelip index tune again"
+            ) from None
 
     @tuning.setter
     def tuning(self, tuning: Tuning | None) -> None:
@@ -159,6 +188,35 @@ class Index(Store):
         upkeep.snapshot(self, folder)
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise InputError(f"expected {name} of at least 1, got {value!r:.40}")
+    return number
+
+
+def _tuning(**kept: Any) -> Tuning:
+    """
+    Raises:
+        TypeError, ValueError, KeyError: Not of the kinds that a tuning has.
+    """
+    tuning = Tuning(**kept)
+    numbers = [
+        tuning.agreement,
+        tuning.target,
+        tuning.alpha,
+        *(tuning.seconds[mode] for mode in ("exact", "two-stage")),
+    ]
+    if any(type(number) not in (int, float) for number in numbers):
+        raise ValueError
+    if any(type(count) is not int or count < 1 for count in (tuning.candidates, tuning.k, tuning.items)):
+        raise ValueError
+    return tuning
+
+
 def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
     """The index in a folder, opened without its checkpoint: to look after it, or to search with embeddings.
 
@@ -169,8 +227,8 @@ def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
     Raises:
         StoreError: There is none, or it cannot be read.
     """
-    stored = read_spec(Path(folder) / CATALOGUE)
+    stored = stored_spec(folder)
     if stored is None:
         raise StoreError(f"there is no index at {folder}: make one with finelip index FOLDER --index {folder}")
-    spec = IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec) if one.name in stored})
-    return Index(spec, folder, source=stored["source"], **options)
+    spec, source = stored
+    return Index(spec, folder, source=source, **options)

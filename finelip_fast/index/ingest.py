@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from finelip_fast._errors import InputError
 from finelip_fast._numbers import whole_number
 from finelip_fast._terminal import printable
 from finelip_fast.index.index import Index
-from finelip_fast.index.store import as_json
+from finelip_fast.index.store import Existing, as_json
 from finelip_fast.preprocess import walk_folder
 from finelip_fast.tokenizer import check_caption
 
-Existing = Literal["error", "skip", "replace"]
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
 T = TypeVar("T")
 
@@ -145,12 +144,7 @@ class Ingest:
         ids = [item for some, *_ in self._batches for item in some]
         embeddings = torch.cat([some for _, some, _ in self._batches])
         metadata = [meta for *_, some in self._batches for meta in some]
-        if self._existing == "skip":  # another process may have added some meanwhile
-            there = self._index.catalogue.find(ids)
-            new = [at for at, item in enumerate(ids) if item not in there]
-            ids, embeddings, metadata = [ids[at] for at in new], embeddings[new], [metadata[at] for at in new]
-        (self._index.upsert if self._existing == "replace" else self._index.add)(ids, embeddings, metadata)
-        self._report.added += ids
+        self._report.added += self._index.add(ids, embeddings, metadata, existing=self._existing)
         self._pending.difference_update(ids)
         self._batches.clear()
 

@@ -8,28 +8,39 @@ was acknowledged, and writers wait for each other.
 from __future__ import annotations
 
 import json
+import math
 import os
-import reprlib
+import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
-from finelip_fast._files import sync_folder
+from finelip_fast._files import plain_name, sync_folder
+from finelip_fast._json import MAX_DEPTH
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
+from finelip_fast.index.database import survive_forks
 from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, write_segment
 from finelip_fast.index.view import View
 
 CATALOGUE, SEGMENTS, CACHE, INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
+Existing = Literal["error", "skip", "replace"]
+
+_LONGEST_ID, _LONGEST_METADATA = (1 << 16) - 1, 1 << 26  # bytes
+_LARGEST = 1 << 1024  # an integer that no float can hold
+_TOLERANCE = 0.05  # of a row's length: int8 rounds that far in few dimensions
+_ROWS_AT_ONCE = 4096
+_LARGEST_SIZE = 1 << 20  # of L and D
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Store:
         self.damaged: dict[str, str] = {}
         self.fixed, self._skip_damaged, self._verify = version, skip_damaged, verify
         self.folder = None if folder is None else Path(folder)
-        self.lock = threading.RLock()
+        self._new_locks()
         self._opened: dict[str, Segment] = {}
         if self.folder is None and version is not None:
             raise InputError(
@@ -118,8 +129,27 @@ class Store:
             _prepare_folder(self.folder)
         path = None if self.folder is None else self.folder / CATALOGUE
         self._catalogue: Catalogue | None = Catalogue(path, asdict(spec), source=source)
-        self._seen = self._catalogue.changes_of_others
-        self._view = self.load()
+        self._seen = -1
+        try:
+            self.view()
+        except BaseException:
+            self.close()
+            raise
+        survive_forks(self)
+
+    def _new_locks(self) -> None:
+        self.lock = threading.RLock()  # of upkeep, which runs once at a time; who reads does not take it
+        self.view_lock = threading.RLock()
+
+    after_fork = _new_locks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is None:
+            raise InputError(
+                "expected an index with a folder to pickle, got one in memory, which is in this process alone"
+            )
+        options = {"source": self.source, "device": str(self.device), "version": self.fixed}
+        return _reopened, (type(self), self.spec, self.folder, options | {"skip_damaged": self._skip_damaged})
 
     # What is there -----------------------------------------------------------------------------------------------------
 
@@ -140,10 +170,10 @@ class Store:
         Raises:
             StoreError: The index is closed; or a segment cannot be read, or that version is no more.
         """
-        with self.lock:
-            seen = self.catalogue.changes_of_others
-            if seen != self._seen:
-                self._view, self._seen = self.load(), seen
+        with self.view_lock:
+            newest = self.catalogue.version
+            if newest != self._seen:
+                self._view, self._seen = self.load(), newest
             return self._view
 
     def load(self) -> View:
@@ -160,24 +190,26 @@ class Store:
                 # It was compacted meanwhile.
 
     def _open(self, layout: Layout) -> View:
-        names = {one.name for one in layout.segments}
-        self._opened = {name: one for name, one in self._opened.items() if name in names}
-        self.damaged = {}
-        kept = []
-        for row in layout.segments:
-            try:
-                if row.name not in self._opened:
-                    segment = self.open_segment(row)
-                    if self._verify:
-                        self._refuse_damaged(row, segment, layout.version)
-                    self._opened[row.name] = segment
-                kept.append(row)
-            except (StoreError, FileNotFoundError) as error:
-                if not self._skip_damaged or isinstance(error, UnavailableError):
-                    raise
-                self.damaged[row.name] = str(error)
-        segments = [self._opened[row.name] for row in kept]
-        return View(layout._replace(segments=kept), segments, self.device, self.cache_folder)
+        with self.view_lock:
+            if self.folder is not None:  # in memory there is nothing but what is opened
+                names = {row.name for row in layout.segments}
+                self._opened = {name: segment for name, segment in self._opened.items() if name in names}
+            self.damaged = {}
+            kept = []
+            for row in layout.segments:
+                try:
+                    if row.name not in self._opened:
+                        segment = self.open_segment(row)
+                        if self._verify:
+                            self._refuse_damaged(row, segment, layout.version)
+                        self._opened[row.name] = segment
+                    kept.append(row)
+                except (StoreError, FileNotFoundError) as error:
+                    if not self._skip_damaged or isinstance(error, UnavailableError):
+                        raise
+                    self.damaged[row.name] = str(error)
+            segments = [self._opened[row.name] for row in kept]
+            return View(layout._replace(segments=kept), segments, self.device, self.cache_folder)
 
     def _refuse_damaged(self, row: SegmentRow, segment: Segment, version: int) -> None:
         items = {item.position - row.first: item for item in self.catalogue.items(version, within=row)}
@@ -243,46 +275,65 @@ class Store:
 
     # Changing ----------------------------------------------------------------------------------------------------------
 
-    def add(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+    def add(
+        self,
+        ids: Sequence[str],
+        embeddings: Tensor,
+        metadata: Sequence[dict[str, Any]],
+        *,
+        existing: Existing = "error",
+    ) -> list[str]:
         """Append items; with a folder they are on disk when this returns.
 
         Args:
-            ids: ``n`` new ids.
+            ids: ``n`` ids, any text of at most 65,535 bytes in UTF-8: also an empty one, and one that is no UTF-8, as names of
+                files may be.
             embeddings: ``[n, L, D]``, unit rows.
-            metadata: One dictionary of JSON values for each.
+            metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
+                64 MiB.
+            existing: Of ids that are there, as it turns out when no one else can write: an ``"error"``, ``"skip"`` the new
+                items, or ``"replace"`` the old ones, all in one change.
+
+        Returns:
+            The ids that were added.
 
         Raises:
-            InputError: An id that is there already, embeddings of another shape, or metadata that JSON cannot hold.
-            StoreError: The disk refuses, or the index is closed; nothing was added.
+            InputError: An id that is there already, embeddings of another shape or that are no unit rows, or metadata that
+                JSON cannot hold.
+            StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
         """
-        self._put(ids, embeddings, metadata, replace=False)
-
-    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
-        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
-        self._put(ids, embeddings, metadata, replace=True)
-
-    def _put(
-        self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]], *, replace: bool
-    ) -> None:
+        if existing not in get_args(Existing):
+            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r:.40}")
         check_ids(ids)
+        ids = list(ids)
         shape = (len(ids), self.spec.tokens, self.spec.width)
         if embeddings.shape != shape or len(metadata) != len(ids):
             raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
-        texts = [as_json(one) for one in metadata]
+        check_embeddings(ids, embeddings)
+        texts = [as_json(values, item) for item, values in zip(ids, metadata, strict=True)]
         self.refuse_if_fixed()
         if not ids:
-            return
+            return []
         arrays = encode(embeddings, self.spec.dtype)
         with self.catalogue.changing():
             there = self.catalogue.find(ids)
-            if there and not replace:
-                raise InputError(
-                    f"expected ids that are new, got {next(iter(there))!r} again; give other ids, or replace them"
-                )
-            self.catalogue.remove(there.values())
-            name, crcs = self._write(arrays)
-            self.catalogue.add(ids, name, crcs, texts)
+            if there and existing == "error":
+                raise _there_already(there)
+            if there and existing == "skip":
+                new = [at for at, item in enumerate(ids) if item not in there]
+                ids, texts = [ids[at] for at in new], [texts[at] for at in new]
+                arrays = {name: values[new] for name, values in arrays.items()}
+            elif there:
+                self.catalogue.remove(there.values())
+            if ids:
+                name, crcs = self._write(arrays)
+                self.catalogue.add(ids, name, crcs, texts)
         self.reload()
+        return ids
+
+    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
+        self.add(ids, embeddings, metadata, existing="replace")
 
     @property
     def incoming(self) -> Path:
@@ -315,13 +366,15 @@ class Store:
         incoming = self.incoming
         ids = [item for one in written for item in one.ids]
         check_ids(ids)
-        texts = [[as_json(meta) for meta in one.metadata] for one in written]
+        texts = [[as_json(*pair) for pair in zip(one.metadata, one.ids, strict=True)] for one in written]
         shape = (self.spec.tokens, self.spec.width)
         with self.catalogue.changing():
             self.check_ids(ids)
             for one, metadata in zip(written, texts, strict=True):
                 try:
-                    open_segment(incoming, one.name, rows=len(one.ids), shape=shape, dtype=self.spec.dtype)
+                    name = plain_name(one.name, incoming, error=StoreError)
+                    opened = open_segment(incoming, name, rows=len(one.ids), shape=shape, dtype=self.spec.dtype)
+                    check_embeddings(one.ids, opened.embeddings(slice(None)))
                     with suppress(FileExistsError):  # of a change that failed
                         os.link(incoming / one.name, self.segments_folder / one.name)  # not moved: this may fail too
                 except OSError as error:
@@ -355,15 +408,14 @@ class Store:
             absent = [item for item in ids if item not in there]
             if absent:
                 raise InputError(
-                    f"expected ids of the index, got {absent[0]!r} and {len(absent) - 1} more that are not in it"
+                    f"expected ids of the index, got {absent[0]!r:.80} and {len(absent) - 1} more that are not in it"
                 )
             self.catalogue.remove(there.values())
         self.reload()
 
     def reload(self) -> None:
         """After an own change."""
-        with self.lock:
-            self._view = self.load()
+        self.view()
 
     def refuse_if_fixed(self) -> None:
         """
@@ -382,9 +434,7 @@ class Store:
         check_ids(ids)
         there = {} if replace else self.catalogue.find(ids)
         if there:
-            raise InputError(
-                f"expected ids that are new, got {next(iter(there))!r} again; give other ids, or replace them"
-            )
+            raise _there_already(there)
 
     def speed_up(self, field: str) -> None:
         """Make filters fast that compare a field of the metadata.
@@ -417,53 +467,133 @@ def _prepare_folder(folder: Path) -> None:
         )
 
 
+def _reopened(kind: type[Store], spec: IndexSpec, folder: Path, options: dict[str, Any]) -> Store:
+    """An index that was pickled, opened as it was."""
+    return kind(spec, folder, **options)
+
+
 def check_ids(ids: Sequence[str]) -> None:
     """
     Raises:
-        InputError: An id that is no string, or comes twice; names it.
+        InputError: An id that is no string, is too long, or comes twice; names it.
     """
     new: set[str] = set()
     for item in ids:
         if not isinstance(item, str):
             raise InputError(f"expected ids as str, got {item!r:.80}; convert it first")
+        if len(item) > _LONGEST_ID // 4 and len(item.encode("utf-8", "surrogatepass")) > _LONGEST_ID:
+            raise InputError(
+                f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"
+            )
         if item in new:
             raise InputError(f"expected ids that differ, got {item!r:.80} again; give each item once")
         new.add(item)
 
 
-def as_json(metadata: Any) -> str:
+def _there_already(there: Iterable[str]) -> InputError:
+    return InputError(
+        f"expected ids that are new, got {next(iter(there))!r:.80} again; give other ids, or replace them"
+    )
+
+
+def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
     """
     Raises:
-        InputError: Anything but a dictionary of JSON values, or keys that are one in JSON, as 1 and "1"; names the key.
+        InputError: A row that is not of length 1, as one with NaN is not; names the item.
     """
+    if not embeddings.is_floating_point():
+        raise InputError(f"expected embeddings of a floating dtype, got {embeddings.dtype}")
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        lengths = torch.linalg.vector_norm(embeddings[start : start + _ROWS_AT_ONCE], dim=-1, dtype=torch.float32)
+        wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also of NaN
+        if wrong.any():
+            at, row = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"expected embeddings of unit rows, got row {row} of item {ids[start + at]!r:.80} with a length of "
+                f"{lengths[at, row]:.4g}; normalize it, and look for NaN where it was made"
+            )
+
+
+def as_json(metadata: Any, item: str | None = None) -> str:
+    """
+    Args:
+        metadata: Of one item.
+        item: Its id, for the message.
+
+    Raises:
+        InputError: Anything but a dictionary of JSON values; names the key.
+    """
+    whose = "" if item is None else f" of item {item!r:.80}"
     if not isinstance(metadata, dict):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {reprlib.repr(metadata)}")
-    try:
-        return _to_json(metadata)
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error)
-    for key, value in metadata.items():
-        try:
-            _to_json({key: value})
-        except (TypeError, ValueError, RecursionError):
-            reason = f"{reprlib.repr(value)} as {reprlib.repr(key)}"
-            break
-    raise InputError(f"expected metadata as a dictionary of JSON values, got {reason}")
-
-
-def _to_json(metadata: dict[Any, Any]) -> str:
-    text = json.dumps(metadata, allow_nan=False)
-    json.loads(text, object_pairs_hook=_as_different)
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{whose}")
+    if fault := _fault(metadata, "", MAX_DEPTH):
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{whose}")
+    text = json.dumps(metadata)
+    if len(text) > _LONGEST_METADATA:
+        raise InputError(
+            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{whose}: keep it in a file"
+        )
     return text
 
 
-def _as_different(pairs: list[tuple[str, Any]]) -> None:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"two keys that are one in JSON among {reprlib.repr(keys)}")
+def _fault(value: Any, key: str, depth: int) -> str | None:
+    """What JSON cannot hold, or not without becoming something else."""
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return (
+            None
+            if value.isascii() or not _SURROGATE.search(value)
+            else f"half of a surrogate pair, {value!r:.40},{key}"
+        )
+    if isinstance(value, int):
+        return None if abs(value) < _LARGEST else f"an integer beyond the largest float{key}"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number {value}, which is not finite,{key}"
+    if not isinstance(value, (dict, list, tuple)):
+        return f"{value!r:.80}{key}"
+    if not depth:
+        return f"nesting deeper than {MAX_DEPTH}"
+    parts = value.items() if isinstance(value, dict) else ((str(at), part) for at, part in enumerate(value))
+    for name, part in parts:
+        if not isinstance(name, str):
+            return f"the key {name!r:.80}, which is no str{key}"
+        if fault := _fault(name, " as a key", depth - 1) or _fault(
+            part, key or f" under the key {name!r:.80}", depth - 1
+        ):
+            return fault
+    return None
 
 
 # Without the checkpoint -------------------------------------------------------------------------------------------------
+
+
+def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:
+    """What an index folder holds, and the checkpoint that it was written with; None where there is no index.
+
+    Raises:
+        StoreError: The folder's catalogue cannot be read, or says what no index can be.
+    """
+    stored = read_spec(Path(folder) / CATALOGUE)
+    return None if stored is None else _checked_spec(stored, folder)
+
+
+def _checked_spec(stored: dict[str, Any], folder: str | PathLike[str]) -> tuple[IndexSpec, str]:
+    values = {field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored}
+    sizes, alpha, source = (values.get("tokens"), values.get("width")), values.get("alpha", 0.8), stored.get("source")
+    if not (
+        isinstance(values.get("checkpoint"), str)
+        and isinstance(source, str)
+        and all(type(size) is int and 0 < size <= _LARGEST_SIZE for size in sizes)
+        and type(alpha) in (int, float)
+        and 0 <= alpha <= 1
+        and values.get("dtype", DTYPES[0]) in DTYPES
+    ):
+        raise StoreError(
+            f"{Path(folder) / CATALOGUE}: expected the spec of an index, got {values!r:.200} of {source!r:.80}: restore it "
+            "from a snapshot"
+        )
+    return IndexSpec(**values), source
 
 
 def stored_source(folder: str | PathLike[str]) -> str | None:
@@ -473,8 +603,8 @@ def stored_source(folder: str | PathLike[str]) -> str | None:
     Raises:
         StoreError: The folder's catalogue cannot be read.
     """
-    spec = read_spec(Path(folder) / CATALOGUE)
-    return None if spec is None else str(spec["source"])
+    stored = stored_spec(folder)
+    return None if stored is None else stored[1]
 
 
 def stored_dtype(folder: str | PathLike[str]) -> str | None:
@@ -483,5 +613,5 @@ def stored_dtype(folder: str | PathLike[str]) -> str | None:
     Raises:
         StoreError: The folder's catalogue cannot be read.
     """
-    spec = read_spec(Path(folder) / CATALOGUE)
-    return None if spec is None else spec.get("dtype")
+    stored = read_spec(Path(folder) / CATALOGUE)
+    return None if stored is None or "dtype" not in stored else _checked_spec(stored, folder)[0].dtype

@@ -192,10 +192,11 @@ def check(store: Store) -> dict[str, str]:
         What is wrong with each damaged item, by its id; empty: all is as it was written.
 
     Raises:
-        StoreError: A segment cannot be read now, for want of memory, open files or permission.
+        StoreError: The catalogue is damaged; or a segment cannot be read now, for want of memory, open files or permission.
     """
     if store.folder is None:
         return {}
+    store.catalogue.refuse_damaged()
     version = store.view().version
     with within_memory():
         damaged = _damaged(store, version, store.catalogue.layout(version).segments)

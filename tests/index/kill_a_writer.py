@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 
@@ -14,6 +15,12 @@ import torch
 from finelip_fast.index import Index, IndexSpec
 
 SPEC = IndexSpec("abc", 3, 8)
+
+
+def unit_row(value: int) -> list[float]:
+    """A row of length 1 that tells the value."""
+    angle = value / 1000
+    return [math.cos(angle), math.sin(angle), *[0.0] * 6]
 
 
 def main(folder: str, seed: int) -> None:
@@ -36,7 +43,7 @@ def main(folder: str, seed: int) -> None:
         if kind == "delete":
             index.delete(ids)
         else:
-            embeddings = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).expand(-1, 3, 8)
+            embeddings = torch.tensor([unit_row(value) for value in values]).reshape(-1, 1, 8).expand(-1, 3, 8)
             (index.add if kind == "add" else index.upsert)(ids, embeddings, [{"value": one} for one in values])
         print(json.dumps(["done"]), flush=True)
 

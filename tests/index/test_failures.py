@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import sqlite3
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -122,15 +122,23 @@ def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path) -> Non
         assert index.ids == ["a", "b"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_not_read_without_its_last_changes(folder: Path) -> None:
-    with closing(sqlite3.connect(folder / "catalogue.sqlite")) as open_elsewhere:
-        open_elsewhere.execute("INSERT INTO spec VALUES ('note', '1')")
-        open_elsewhere.commit()
-        with (
-            as_a_guest(folder),
-            pytest.raises(StoreError, match=r"its last changes are still in catalogue\.sqlite-wal"),
-        ):
-            Index(SPEC, folder)
+def as_a_writer_was_killed(folder: Path, target: Path) -> Path:
+    """A copy of the folder whose last change is in the log alone."""
+    with closing(Index(SPEC, folder)) as index:
+        index.add(["c"], embeddings(1, 2), [{}])
+        shutil.copytree(folder, target)
+    assert (target / "catalogue.sqlite-wal").stat().st_size
+    (target / "catalogue.sqlite-shm").unlink()
+    return target
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_with_its_last_changes(folder: Path, tmp_path: Path) -> None:
+    killed = as_a_writer_was_killed(folder, tmp_path / "killed")
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    with as_a_guest(killed), closing(Index(SPEC, killed)) as index:
+        assert index.ids == ["a", "b", "c"]
+        assert index.check() == {}
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path) -> None:

@@ -161,10 +161,10 @@ def test_metadata_must_be_json(open_index: Callable[[], Index], metadata: object
 
 
 def test_metadata_is_a_copy_and_reads_alike_before_and_after_closing(folder: Path) -> None:
-    given = {"size": (640, 480), 1: ["x"]}
+    given = {"size": (640, 480), "1": ["x"]}
     with closing(Index(SPEC, folder)) as index:
         index.add(["a"], embeddings(1), [given])
-        given[1].append("changed later")
+        given["1"].append("changed later")
         before = index.metadata
     with closing(Index(SPEC, folder)) as index:
         assert index.metadata == before == [{"size": [640, 480], "1": ["x"]}]

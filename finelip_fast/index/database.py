@@ -1,0 +1,519 @@
+"""Connections to the SQLite file of a catalogue: one that writes, and a few that read and never wait for it.
+
+A file that comes from elsewhere is not trusted: every new connection is hardened and its schema compared before anything else
+is asked, every statement ends after a time or by Ctrl-C, and reading needs no right to write.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finelip_fast._errors import StoreError
+
+# How long a statement may take, and how long another writer is waited for: one that compacts takes its time.
+_SECONDS, _PATIENCE = 60.0, 30.0
+# SQLite's own waiting cannot be interrupted, so it waits this long at once.
+_WAIT = 0.1
+_STEPS = 10_000  # of SQLite's machine, between two looks at the clock
+_READERS = 8  # connections of one process
+_LONGEST = 1 << 27  # bytes of one value
+_MOST_COPIED = 1 << 32  # bytes
+_LOGS = ("-wal", "-journal")
+
+
+class Connection(sqlite3.Connection):
+    """A connection whose statements end.
+
+    Attributes:
+        frozen: Of one that does not see changes of others: how the files were; None: it sees them.
+        sealed: Whether the rows carry checksums.
+    """
+
+    frozen: tuple[Any, ...] | None = None
+    sealed = True
+    _deadline = math.inf
+    _expired = False
+
+    def harden(self) -> None:
+        self.text_factory = bytes  # what is damaged need not be UTF-8
+        self.set_progress_handler(self._watch, _STEPS)
+        if hasattr(self, "setlimit"):  # Python 3.11
+            self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)  # type: ignore[attr-defined]
+            self.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)  # type: ignore[attr-defined]
+        if hasattr(self, "setconfig"):  # Python 3.12
+            self.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE)  # type: ignore[attr-defined]
+        self.run("PRAGMA cell_size_check = ON")
+
+    def run(self, query: str, *values: Any, seconds: float = _SECONDS) -> list[Any]:
+        """All rows of a statement."""
+        with self._bounded(seconds):
+            return self.execute(query, values).fetchall()
+
+    def run_each(self, query: str, rows: Iterable[Iterable[Any]]) -> None:
+        """A statement for each row, without a limit on their time."""
+        with self._bounded(math.inf):
+            self.executemany(query, rows)  # type: ignore[arg-type]
+
+    def _watch(self) -> bool:
+        self._expired = time.monotonic() > self._deadline
+        return self._expired
+
+    @contextmanager
+    def _bounded(self, seconds: float) -> Iterator[None]:
+        self._deadline, self._expired = time.monotonic() + seconds, False
+        try:
+            with _gate:
+                yield
+        except sqlite3.OperationalError as error:
+            if str(error) != "interrupted":
+                raise
+            if not self._expired:  # a signal's exception came up in the handler, which sqlite3 does not pass on
+                raise KeyboardInterrupt from None
+            raise sqlite3.OperationalError(f"a statement took more than {seconds:.0f} seconds") from None
+
+
+class Database:
+    """One database, in a file or in memory.
+
+    May be used from several threads, and in a forked process: that opens the file anew, and has a copy of what is in memory.
+
+    Args:
+        path: The file; None: in memory.
+        prepare: Is given every new connection to a file, and raises what is wrong with what is there.
+    """
+
+    def __init__(self, path: Path | None, prepare: Callable[[Connection], object]) -> None:
+        self.path, self._prepare = path, prepare
+        self.is_closed = False
+        self._identity: tuple[int, int] | None = None
+        self._writer: Connection | None = None
+        self._idle: list[Connection] = []
+        self._new_locks()
+        self._owned: set[Connection] = set()
+        weakref.finalize(self, _close, self._owned, os.getpid())
+        if path is None:
+            self._writer = self._connect(":memory:")
+        survive_forks(self)
+
+    def _new_locks(self) -> None:
+        self._writing = threading.RLock()
+        self._readers = threading.BoundedSemaphore(_READERS)
+        self._current = threading.local()
+
+    def after_fork(self) -> None:
+        self._new_locks()
+        if self.path is None:
+            assert self._writer is not None
+            if self._writer.in_transaction:  # of another thread, which is not here
+                self._writer.execute("ROLLBACK")
+            return
+        _inherited.append(self._owned)  # closing them here would close what the parent has open
+        self._owned, self._writer, self._idle = set(), None, []
+        weakref.finalize(self, _close, self._owned, os.getpid())
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the folder cannot be written to."""
+        return self.path is not None and not _is_writable(self.path.parent)
+
+    @property
+    def folder(self) -> str:
+        return "(in memory)" if self.path is None else str(self.path.parent)
+
+    # Transactions -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """All that is read is of one moment; inside :meth:`writing` it is what is written there.
+
+        Raises:
+            StoreError: The file cannot be read, or is another one than was opened.
+        """
+        current = getattr(self._current, "connection", None)
+        if current is not None:
+            yield current
+            return
+        if self.path is None:
+            with self._writing:
+                writer = self._writer
+                assert writer is not None
+                with self._errors(f"the index at {self.folder} cannot be read"):
+                    yield writer
+            return
+        with self._readers, self._errors(f"the index at {self.folder} cannot be read"):
+            connection = self._take()
+            try:
+                connection.run("BEGIN")
+                self._current.connection = connection
+                try:
+                    yield connection
+                finally:
+                    self._current.connection = None
+                    with suppress(sqlite3.Error):
+                        connection.run("ROLLBACK")
+            finally:
+                self._give_back(connection)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Commits at the end, and rolls back on an error; other writers wait. Inside another one it is a part of that.
+
+        Raises:
+            StoreError: Another process writes all the time, the file cannot be written, or is another one than was opened:
+                then nothing that was written is there.
+        """
+        before = getattr(self._current, "connection", None)
+        if before is not None and before is self._writer:
+            yield before
+            return
+        with self._writing, self._errors(f"the index at {self.folder} cannot be written"):
+            if self.path is not None:
+                self.check_place()
+                self._writer = self._writer or self._open_writer()
+            writer = self._writer
+            assert writer is not None
+            self._begin(writer)
+            self._current.connection = writer
+            try:
+                self.check_place()
+                yield writer
+                writer.run("COMMIT", seconds=math.inf)
+            except BaseException:
+                if writer.in_transaction:  # a full disk has ended it already
+                    writer.run("ROLLBACK")
+                raise
+            finally:
+                self._current.connection = before
+            self.check_place()
+
+    def _begin(self, writer: Connection) -> None:
+        patience = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                writer.run("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > patience:
+                    raise
+
+    def check_place(self) -> None:
+        """
+        Raises:
+            StoreError: The file lies no longer where it was opened.
+        """
+        if self._identity is not None and _identity(self.path) != self._identity:
+            raise StoreError(
+                f"the index at {self.folder} was removed, moved or replaced since it was opened, and nothing is kept of this "
+                "change: open its folder again"
+            )
+
+    def forget_readers(self) -> None:
+        """What is read from now on is read by new connections."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            self._close(connection)
+
+    def close(self) -> None:
+        with self._writing:
+            self.is_closed = True
+            _close(self._owned, os.getpid())
+            self._idle, self._writer = [], None
+
+    # Opening ------------------------------------------------------------------------------------------------------------
+
+    def _take(self) -> Connection:
+        if self.is_closed:
+            raise StoreError("the index is closed: open its folder again")
+        self.check_place()
+        with suppress(IndexError):
+            connection = self._idle.pop()
+            if connection.frozen in (None, _state(self.path)):
+                return connection
+            self._close(connection)
+        with self._errors(f"{self.path} cannot be opened as an index catalogue"):
+            return self._open_reader()
+
+    def _give_back(self, connection: Connection) -> None:
+        if self.is_closed or connection not in self._owned:
+            self._close(connection)
+        else:
+            self._idle.append(connection)
+
+    def _close(self, connection: Connection) -> None:
+        self._owned.discard(connection)
+        connection.close()
+
+    def create(self) -> None:
+        """Make the file where there is none."""
+        assert self.path is not None
+        _check_files(self.path)
+        with self._errors(f"the index at {self.folder} cannot be written"):
+            self._writer = self._connect(f"{self.path.absolute().as_uri()}?mode=rwc")
+            self._configure(self._writer)
+        self._identity = _identity(self.path)
+
+    def _open_writer(self) -> Connection:
+        assert self.path is not None
+        if self.path.is_symlink():
+            raise StoreError(f"{self.path} is a link to another file, which is not written to: copy it to its place")
+        if self.read_only:
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        connection = self._checked(lambda: self._connect(f"{self._uri}?mode=rw"))
+        self._configure(connection)
+        return connection
+
+    @staticmethod
+    def _configure(connection: Connection) -> None:
+        # A short log: what is in it is lost where the log is damaged, and is taken back from the segments alone.
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "wal_autocheckpoint = 100"):
+            connection.run(f"PRAGMA {pragma}")
+
+    @property
+    def _uri(self) -> str:
+        assert self.path is not None
+        return self.path.resolve().as_uri()
+
+    def _open_reader(self) -> Connection:
+        assert self.path is not None
+        modes = ["mode=ro"] if self.read_only else ["mode=rw", "mode=ro", "mode=ro&readonly_shm=1"]
+        for mode in modes:
+            # Fails where the files beside it, which writers and readers share, are not there and cannot be made.
+            with suppress(sqlite3.OperationalError):
+                return self._checked(partial(self._connect, f"{self._uri}?{mode}", read=True))
+        return self._checked(self._open_frozen)
+
+    def _open_frozen(self) -> Connection:
+        """Without the files beside it: nobody writes, or the log is read in a copy."""
+        assert self.path is not None
+        before = _state(self.path)
+        if not any(_size(Path(f"{self.path.resolve()}{log}")) for log in _LOGS):
+            connection = self._connect(f"{self._uri}?mode=ro&immutable=1", read=True)
+        else:
+            connection = self._copied()
+        connection.frozen = before
+        return connection
+
+    def _copied(self) -> Connection:
+        """In memory, with what only the log has."""
+        assert self.path is not None
+        files = [Path(f"{self.path.resolve()}{ending}") for ending in ("", *_LOGS)]
+        if sum(map(_size, files)) > _MOST_COPIED:
+            raise sqlite3.OperationalError(
+                f"its last changes are still in {self.path.name}-wal: open it once where it can be written to"
+            )
+        try:
+            with tempfile.TemporaryDirectory(prefix="finelip-") as folder:
+                for file in files:
+                    if file.exists():
+                        shutil.copyfile(file, Path(folder, file.name))
+                with closing(self._connect(f"{Path(folder, files[0].name).as_uri()}?mode=rw")) as copy:
+                    copy.run("SELECT 1 FROM sqlite_master")
+                    connection = self._connect(":memory:")
+                    copy.backup(connection)
+        except OSError as error:
+            raise sqlite3.OperationalError(
+                f"its last changes are still in {self.path.name}-wal, which cannot be copied to read them ({error.strerror}): "
+                "open it once where it can be written to"
+            ) from None
+        connection.run("PRAGMA query_only = ON")
+        return connection
+
+    def _checked(self, connect: Callable[[], Connection]) -> Connection:
+        """A new connection to the file that is known, with the schema that is expected."""
+        assert self.path is not None
+        _check_files(self.path)
+        identity = _identity(self.path)
+        connection = connect()
+        try:
+            connection.run("PRAGMA trusted_schema = OFF")
+            self._prepare(connection)
+            connection.run("PRAGMA trusted_schema = ON")  # indexes on fields are refused without it
+            if self._identity is None and _identity(self.path) == identity:
+                self._identity = identity
+            self.check_place()
+        except BaseException:
+            self._close(connection)
+            raise
+        return connection
+
+    def _connect(self, target: str, *, read: bool = False) -> Connection:
+        with _gate:
+            connection = sqlite3.connect(
+                target,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=target != ":memory:",
+                timeout=_PATIENCE if read else _WAIT,
+                factory=Connection,
+            )
+        self._owned.add(connection)
+        try:
+            connection.harden()
+            if read:
+                connection.run("SELECT 1 FROM sqlite_master")  # opens the log
+        except BaseException:
+            self._close(connection)
+            raise
+        return connection
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self.failure(error, what) from None
+
+    def failure(self, error: sqlite3.Error, what: str) -> StoreError:
+        """What SQLite says, as an error that says what to do."""
+        reason = str(error)
+        if self.is_closed:
+            return StoreError("the index is closed: open its folder again")
+        if "locked" in reason:
+            return StoreError(
+                f"another process is writing to the index at {self.folder}: wait for it to end and try again"
+            )
+        if "unable to open" in reason and self.path is not None:
+            reason += _hindrance(self.path)
+        if any(word in reason for word in ("malformed", "not a database", "corrupt", "out of order")):
+            reason += f"; the catalogue is damaged: {RESTORE}"
+        return StoreError(f"{what}: {reason}")
+
+
+RESTORE = "finelip index repair --restore makes it anew, or restore a snapshot"
+
+
+def _check_files(path: Path) -> None:
+    """
+    Raises:
+        StoreError: What SQLite would wait for, or write through: a pipe, or a link in the place of a file of its own.
+    """
+    for ending in ("", *_LOGS, "-shm"):
+        file = Path(f"{path.resolve()}{ending}")
+        with suppress(OSError):
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise StoreError(
+                    f"{file} cannot be opened as an index catalogue: expected a file, found a folder, a link, a pipe or a "
+                    "device"
+                )
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    assert path is not None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _state(path: Path | None) -> tuple[Any, ...]:
+    """Changes with every change of the files."""
+    state: list[Any] = []
+    for ending in ("", *_LOGS):
+        with suppress(OSError):
+            status = os.stat(f"{path}{ending}")
+            state += [ending, status.st_ino, status.st_size, status.st_mtime_ns]
+    return tuple(state)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _hindrance(path: Path) -> str:
+    """Why a file cannot be opened, which SQLite does not say."""
+    files = []
+    try:
+        for _ in range(4):  # as SQLite needs for a database and its log
+            files.append(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        return f" ({error.strerror})"
+    finally:
+        for file in files:
+            os.close(file)
+    return ""
+
+
+def _close(connections: set[Connection], process: int) -> None:
+    if os.getpid() == process:  # not a forked one at its end
+        while connections:
+            with suppress(KeyError, sqlite3.Error):
+                connections.pop().close()
+
+
+# Forks ------------------------------------------------------------------------------------------------------------------
+
+
+class _Gate:
+    """No process is forked while SQLite works in another thread: in the child its locks would be held for ever."""
+
+    _PATIENCE = 5.0
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._inside = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._closed:
+                self._changed.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        self._changed.acquire()
+        self._closed = True
+        self._changed.wait_for(lambda: not self._inside, self._PATIENCE)
+
+    def after_fork(self) -> None:
+        self._closed = False
+        self._changed.notify_all()
+        self._changed.release()
+
+
+_gate = _Gate()
+_survivors: weakref.WeakSet[Any] = weakref.WeakSet()
+_inherited: list[object] = []
+
+
+def survive_forks(user: Any) -> None:
+    """Call the method ``after_fork`` of what is given in every process that is forked, to replace its locks."""
+    _survivors.add(user)
+
+
+def _in_child() -> None:
+    global _gate
+    _gate = _Gate()
+    for user in list(_survivors):
+        user.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _gate.before_fork(), after_in_parent=lambda: _gate.after_fork(), after_in_child=_in_child
+    )

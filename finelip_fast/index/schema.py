@@ -1,0 +1,200 @@
+"""What a catalogue's database looks like: its format, how older ones become it, and the checksums of its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sqlite3
+import struct
+import zlib
+from typing import Any
+
+from finelip_fast.index.database import Connection
+from finelip_fast.index.filters import field_expression
+
+FORMAT = 4
+
+_TABLES = (
+    """CREATE TABLE spec (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL,
+    seal INTEGER NOT NULL  -- the checksum of all of the row, here and below
+) STRICT""",
+    """CREATE TABLE segment (
+    first INTEGER PRIMARY KEY,  -- position of its first item
+    name TEXT NOT NULL UNIQUE,
+    rows INTEGER NOT NULL,
+    born INTEGER NOT NULL,  -- the version that it came with
+    seal INTEGER NOT NULL
+) STRICT""",
+    """CREATE TABLE item (
+    position INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    crc INTEGER,  -- CRC-32 of the row's bytes; NULL: written before there were any
+    metadata TEXT NOT NULL,
+    died INTEGER,  -- the version that it went with; NULL: it is there
+    seal INTEGER NOT NULL
+) STRICT""",
+)
+_INDEXES = (
+    "CREATE UNIQUE INDEX living ON item (id) WHERE died IS NULL",
+    "CREATE INDEX dead ON item (died) WHERE died IS NOT NULL",
+)
+_SPEC_1 = "CREATE TABLE spec (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
+_ITEM_1 = """CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, segment TEXT NOT NULL,
+    metadata TEXT NOT NULL) STRICT"""
+_ITEM_2 = """CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL, segment TEXT NOT NULL, row INTEGER NOT NULL,
+    crc INTEGER, metadata TEXT NOT NULL, born INTEGER NOT NULL, died INTEGER) STRICT"""
+_TABLES_3 = (
+    """CREATE TABLE segment (first INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, rows INTEGER NOT NULL,
+    born INTEGER NOT NULL) STRICT""",
+    """CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL, crc INTEGER, metadata TEXT NOT NULL,
+    died INTEGER) STRICT""",
+)
+# What a database of each format holds; of the second, not all have the index.
+_CONTENTS = {
+    1: (_SPEC_1, _ITEM_1),
+    2: (_SPEC_1, _ITEM_2, _INDEXES[0]),
+    3: (_SPEC_1, *_TABLES_3, *_INDEXES),
+    4: (*_TABLES, *_INDEXES),
+}
+# What a catalogue of an older format needs to become one of the next.
+_MIGRATIONS = {
+    1: (
+        "ALTER TABLE item RENAME TO item_1",
+        _ITEM_2,
+        "INSERT INTO item SELECT position, id, segment, position - MIN(position) OVER (PARTITION BY segment), NULL, metadata, "
+        "0, NULL FROM item_1",
+        "DROP TABLE item_1",
+        "INSERT INTO spec VALUES ('version', '0'), ('oldest', '0')",
+    ),
+    2: (
+        "DROP INDEX IF EXISTS living",
+        "ALTER TABLE item RENAME TO item_2",
+        *_TABLES_3,
+        *_INDEXES,
+        "INSERT INTO segment SELECT MIN(position - row), segment, MAX(row) + 1, MIN(born) FROM item_2 GROUP BY segment",
+        "INSERT INTO item SELECT MIN(position - row) OVER (PARTITION BY segment) + row, id, crc, metadata, died FROM item_2",
+        "DROP TABLE item_2",
+    ),
+    3: (
+        *(f"ALTER TABLE {name} RENAME TO {name}_3" for name in ("spec", "segment", "item")),
+        *_TABLES,
+        "INSERT INTO spec SELECT key, value, seal(CAST(key AS BLOB), CAST(value AS BLOB)) FROM spec_3",
+        "INSERT INTO segment SELECT first, name, rows, born, seal(first, CAST(name AS BLOB), rows, born) FROM segment_3",
+        "INSERT INTO item SELECT position, id, crc, metadata, died, seal(position, CAST(id AS BLOB), crc, "
+        "CAST(metadata AS BLOB), died) FROM item_3",
+        *(f"DROP TABLE {name}_3" for name in ("spec", "segment", "item")),
+        *_INDEXES,
+    ),
+}
+# A database of the third format is read as one of this whose rows have no seals; of older ones, the spec alone.
+_AS_NOW = (
+    "CREATE TEMP VIEW spec AS SELECT key, value, NULL AS seal FROM main.spec",
+    "CREATE TEMP VIEW segment AS SELECT first, name, rows, born, NULL AS seal FROM main.segment",
+    "CREATE TEMP VIEW item AS SELECT position, id, crc, metadata, died, NULL AS seal FROM main.item",
+)
+_MOST_FIELDS = 1000
+_FIELD = re.compile(rb"json_extract\(metadata, '\$(?:[^']|'')*'\)", re.DOTALL)
+_INTEGER = struct.Struct("<q")
+
+
+def seal(*values: Any) -> int:
+    """The checksum of a row: CRC-32 of its values, which are integers, bytes and None."""
+    crc = 0
+    for value in values:
+        if value is None:
+            crc = zlib.crc32(b"\0", crc)
+        elif isinstance(value, bytes):
+            crc = zlib.crc32(value, zlib.crc32(_INTEGER.pack(len(value)), crc))
+        else:
+            crc = zlib.crc32(_INTEGER.pack(value), crc)
+    return crc
+
+
+def create(connection: Connection) -> None:
+    for statement in (*_TABLES, *_INDEXES):
+        connection.run(statement)
+
+
+def prepare(connection: Connection) -> int | None:
+    """Compare a database with what a catalogue holds, before anything of it is used.
+
+    Returns:
+        Its format; None: there is nothing in it.
+
+    Raises:
+        sqlite3.DatabaseError: It holds anything else.
+    """
+    objects = connection.run("SELECT type, name, sql FROM main.sqlite_master LIMIT ?", _MOST_FIELDS + 16)
+    if not objects:
+        return None
+    held, fields = set(), 0
+    for kind, name, sql in objects:
+        if sql is None and kind == b"index" and name.startswith(b"sqlite_autoindex_"):
+            continue  # of a UNIQUE or PRIMARY KEY in the text of its table
+        if _is_field(name, sql):
+            fields += 1
+        else:
+            held.add(_plain(sql))
+    for number, contents in _CONTENTS.items():
+        expected = set(map(_plain, contents))
+        if fields <= _MOST_FIELDS and (held == expected or (number == 2 and held == expected - {_plain(_INDEXES[0])})):
+            connection.sealed = number >= 4
+            if number < FORMAT:
+                for view in _AS_NOW if number == 3 else _AS_NOW[:1]:
+                    connection.run(view)
+            return number
+    raise sqlite3.DatabaseError(
+        "its tables are not those of an index, or of one that a newer version of this library made"
+    )
+
+
+def field_index(field: str) -> str:
+    """The statement that makes an index on a field of the metadata.
+
+    Raises:
+        InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
+    """
+    expression = field_expression(field)
+    name = "field " + expression.replace('"', '""')
+    return f'CREATE INDEX IF NOT EXISTS "{name}" ON item ({expression})'
+
+
+def _is_field(name: Any, sql: Any) -> bool:
+    """Whether it is what :func:`field_index` makes."""
+    expression = name[len(b"field ") :] if isinstance(name, bytes) and name.startswith(b"field ") else b""
+    if not _FIELD.fullmatch(expression):
+        return False
+    return bool(sql == b'CREATE INDEX "field %b" ON item (%b)' % (expression.replace(b'"', b'""'), expression))
+
+
+def _plain(sql: Any) -> str:
+    """A statement without what makes no difference."""
+    if not isinstance(sql, (str, bytes)):
+        return repr(sql)
+    text = sql if isinstance(sql, str) else sql.decode("utf-8", "replace")
+    return re.sub(r"--[^\n]*\n|\s", "", text)
+
+
+def migrate(connection: Connection, spec: dict[str, Any]) -> None:
+    """Inside a change: make a catalogue of an older format one of this.
+
+    Args:
+        connection: To what :func:`prepare` found.
+        spec: What it says of itself, and what the older format did not tell.
+    """
+    fields = connection.run("SELECT sql FROM main.sqlite_master WHERE type = 'index' AND name LIKE 'field %'")
+    for view in ("spec", "segment", "item"):
+        connection.run(f"DROP VIEW IF EXISTS temp.{view}")
+    connection.create_function("seal", -1, seal, deterministic=True)
+    for number in range(spec["format"], FORMAT):
+        if number == FORMAT - 1:
+            rows = [(key, json.dumps(value)) for key, value in {**spec, "format": FORMAT}.items()]
+            connection.run_each("INSERT OR REPLACE INTO spec VALUES (?, ?)", rows)
+        for statement in _MIGRATIONS[number]:
+            connection.run(statement, seconds=math.inf)
+    for (statement,) in fields:
+        connection.run(statement.decode(), seconds=math.inf)
+    connection.sealed = True
