@@ -27,7 +27,17 @@ LAYERS = [
     },
     {"kernels"},
     {
-        *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),
+        *(
+            "tokenizer",
+            "preprocess",
+            "encoders",
+            "aggregator",
+            "model",
+            "checkpoint",
+            "_decode",
+            "_foreign",
+            "_weight_files",
+        ),
         *("embed", "metrics", "records", "datasets", "artefacts"),
     },
     {"engines", "index"},
