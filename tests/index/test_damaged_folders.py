@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,7 +105,7 @@ def tried(run: Callable[[], object]) -> object:
         return None
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32))
 def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
     """``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more."""

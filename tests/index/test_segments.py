@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import zlib
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finelip_fast._errors import StoreError
+from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.segments import Segment, encode, joined, open_segment, write_segment
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
 
@@ -131,6 +136,116 @@ def test_int8_copies_are_kept_and_made_again_where_they_are_spoilt(tmp_path: Pat
     assert isinstance(kept.quantized(None), QuantizedItems)
 
 
+@pytest.mark.parametrize("kind", ["a flipped byte", "of other embeddings", "of another time", "a link"])
+def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path, kind: str) -> None:
+    segment, _ = written(tmp_path / "segments", random(5))
+    other, _ = written(tmp_path / "segments", random(5, seed=1))
+    cache = tmp_path / "cache"
+    expected = QuantizedItems(*(values.clone() for values in segment.quantized(cache)))
+    path = cache / segment.name
+    content = path.read_bytes()
+    damaged = []
+    if kind == "a flipped byte":
+        damaged = [content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :] for at in range(0, len(content), 3)]
+    elif kind == "of other embeddings":
+        other.quantized(cache)
+        damaged = [(cache / other.name).read_bytes()]
+    elif kind == "of another time":  # without checksums
+        save_file(expected._asdict(), path)
+        damaged = [path.read_bytes()]
+    else:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        assert not segment.is_quantized(cache)
+    for some in damaged:
+        path.write_bytes(some)
+        for mine, right in zip(
+            reopened(tmp_path / "segments", segment.name, 5).quantized(cache), expected, strict=True
+        ):
+            assert torch.equal(mine, right)
+    for mine, right in zip(segment.quantized(cache), expected, strict=True):
+        assert torch.equal(mine, right)
+    assert segment.is_quantized(cache)
+
+
+def test_int8_copies_of_damaged_embeddings_are_not_kept(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path / "segments", random(5))
+    path = tmp_path / "segments" / segment.name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(random(5)[0, 1].half().numpy().tobytes(), bytes(16)))
+    reopened(tmp_path / "segments", segment.name, 5).quantized(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    path.write_bytes(content)
+    copies = reopened(tmp_path / "segments", segment.name, 5).quantized(tmp_path / "cache")
+    assert torch.equal(copies.values, quantize_items(random(5).half()).values)
+
+
+def test_where_int8_copies_cannot_be_kept_they_are_made_in_memory(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path / "segments", random(5))
+    expected = quantize_items(random(5).half())
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").symlink_to(tmp_path / "segments")
+    for cache in (tmp_path / "file", tmp_path / "linked", tmp_path / "none" / "below"):
+        assert torch.equal(segment.quantized(cache).values, expected.values)
+    assert len(list((tmp_path / "segments").iterdir())) == 1
+
+
+def test_two_processes_make_int8_copies_at_once(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path / "segments", random(5))
+    segments = [reopened(tmp_path / "segments", segment.name, 5) for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda one: one.quantized(tmp_path / "cache"), segments))
+    assert all(torch.equal(one.values, found[0].values) for one in found)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["../../escaped.conf", "/etc/passwd", "..", "", "a/b", "a\0b", "x" * 300, None, 7])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StoreError, match="expected the plain name of a file"):
+        reopened(tmp_path / "segments", name, 1)
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    segment, _ = written(tmp_path / "elsewhere", random(2))
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "link.safetensors").symlink_to(tmp_path / "elsewhere" / segment.name)
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="is a link, which is not followed"):
+        reopened(tmp_path / "segments", "link.safetensors", 2)
+    with pytest.raises(StoreError, match="is a link to another folder"):
+        reopened(tmp_path / "linked", segment.name, 2)
+
+
+def test_rows_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    for dtype, row in (("float16", 2), ("int8", 0)):
+        embeddings = random(3)
+        embeddings[1, row, 3] = torch.inf
+        segment, crcs = written(tmp_path, embeddings, dtype)
+        assert segment.damaged(crcs) == {1: "holds numbers that are not finite"}
+
+
+def test_where_no_more_files_can_be_opened_what_is_mapped_is_read(tmp_path: Path) -> None:
+    for dtype in ("float16", "int8"):
+        segment, _ = written(tmp_path, random(4), dtype)
+        rows = torch.tensor([3, 1])
+        expected = read(segment, rows)
+        held = []
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            found = read(segment, rows)
+            with pytest.raises(UnavailableError, match=r"Too many open files; give the process more open files"):
+                reopened(tmp_path, segment.name, 4, dtype)
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert torch.equal(found, expected)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=f"cannot write {re.escape(str(tmp_path / 'file'))}.*"):
@@ -151,8 +266,13 @@ def test_a_segment_that_has_become_shorter_or_is_gone_is_not_read(tmp_path: Path
     path = tmp_path / segment.name
     read(segment, torch.tensor([0]))
     path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(StoreError, match="has become shorter"):
-        read(segment, torch.tensor([0, 3]))
+    for use in (
+        lambda: read(segment, torch.tensor([0, 3])),
+        segment.refuse_shortened,
+        lambda: segment.damaged([None] * 4),
+    ):
+        with pytest.raises(StoreError, match="has become shorter"):
+            use()
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read(segment, torch.tensor([0]))
