@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import html
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from tqdm import tqdm
 
 from finelip_fast._errors import InputError
+from finelip_fast._files import write_error, write_whole
+from finelip_fast._markup import in_html
 from finelip_fast.datasets import Scenes
+from finelip_fast.index.store import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
 from finelip_fast.retriever import Retriever
@@ -69,18 +73,23 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
 
     Raises:
         InputError: Fewer than one scene, or one query.
+        WriteError: A picture or a page that cannot be written.
     """
     if scenes < 1 or shown < 1:
         raise InputError(f"expected at least one scene and one query, got {scenes} and {shown}")
     folder = Path(folder)
     pictures = folder / "scenes"
-    pictures.mkdir(parents=True, exist_ok=True)
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(pictures, error) from error
     world = list(Scenes("test", scenes, image_size=256))
     paths = [pictures / f"{scene.id}.png" for scene in world]
     for scene, path in tqdm(list(zip(world, paths, strict=True)), desc="draw", disable=not progress):
-        scene.draw().save(path)
+        write_whole(path, partial(scene.draw().save, format="png"))
 
-    shutil.rmtree(folder / "index", ignore_errors=True)  # of an earlier demo, perhaps with another model
+    if (folder / "index" / CATALOGUE).exists():  # of an earlier demo, perhaps with another model
+        shutil.rmtree(folder / "index", ignore_errors=True)
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
     retriever.add_images(paths, progress=progress)
@@ -122,7 +131,8 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
 
     page = folder / "index.html"
     report = DemoReport(scenes, rows, statistics.median(times), index_seconds, str(page))
-    page.write_text(_page(report, results), encoding="utf-8")
+    text = _page(report, results)
+    write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return report
 
 
@@ -158,7 +168,7 @@ def _page(report: DemoReport, results: Sequence[tuple[str, str, str, list[str], 
     names = list(next(iter(report.rows.values())))
     head = "".join(f"<th>{name.replace('_recall@', ' R@')}</th>" for name in names)
     body = "".join(
-        f"<tr><td>{html.escape(setting)}</td>" + "".join(f"<td>{metrics[name]:.3f}</td>" for name in names) + "</tr>"
+        f"<tr><td>{in_html(setting)}</td>" + "".join(f"<td>{metrics[name]:.3f}</td>" for name in names) + "</tr>"
         for setting, metrics in report.rows.items()
     )
     sections = "".join(_section(number, *result) for number, result in enumerate(results, start=1))
@@ -178,7 +188,7 @@ A green frame marks the right picture.</p>
 
 def _section(number: int, why: str, caption: str, own: str, found: list[str], cut: list[str]) -> str:
     split = _seen(caption, CLIP_CONTEXT)
-    text = f'{html.escape(caption[:split])}<span class="cut">{html.escape(caption[split:])}</span>'
+    text = f'{in_html(caption[:split])}<span class="cut">{in_html(caption[split:])}</span>'
     rows = ""
     for label, names in (("whole description", found), (f"first {CLIP_CONTEXT} tokens, global only", cut)):
         figures = "".join(_figure(name, rank, own) for rank, name in enumerate(names, start=1))
@@ -189,4 +199,4 @@ def _section(number: int, why: str, caption: str, own: str, found: list[str], cu
 
 def _figure(name: str, rank: int, own: str) -> str:
     mark, label = (' class="own"', f"{rank}: right") if name == own else ("", str(rank))
-    return f'<figure{mark}><img src="scenes/{name}" alt="hit {rank}: {name}" loading="lazy">{label}</figure>'
+    return f'<figure{mark}><img src="scenes/{quote(name)}" alt="hit {rank}: {in_html(name)}" loading="lazy">{label}</figure>'

@@ -6,6 +6,8 @@ refused, or split into overlapping windows; in every case the caller can learn w
 
 from __future__ import annotations
 
+import html
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,15 @@ __all__ = [
 ]
 
 Overflow = Literal["truncate", "error", "window"]
+
+# Repairing text takes time by the square of a line's length, byte pairs by the square of a word's: lines and words beyond
+# these are taken in pieces. Few words that people write come near, and the time of all else is linear.
+MAX_CHARACTERS = 1 << 18
+_LINE, _WORD = 4096, 256
+
+_PIECES = re.compile(rf"[\s\S]{{1,{_LINE - 1}}}(?:\s|\Z)|[\s\S]{{1,{_LINE}}}")
+_SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # nothing that is ever repaired
+_LONG_NUMBER = re.compile(r"&#[0-9]{1000,};?")  # of a character: none, and more digits than Python reads
 
 
 class TruncationWarning(UserWarning):
@@ -90,7 +101,8 @@ def tokenize(
         int64 ``[B_t, T]``, zero-padded.
 
     Raises:
-        InputError: A caption is not a string or, with ``overflow="error"``, too long; or an argument is out of range.
+        InputError: A caption is not a string, is longer than 262,144 characters or, with ``overflow="error"``, than the
+            context; or an argument is out of range.
 
     Warns:
         TruncationWarning: Captions were cut; says how many and the largest loss.
@@ -223,14 +235,29 @@ def _spelled_out(token: int) -> list[int]:
 @cache
 def _bpe() -> SimpleTokenizer:
     """CLIP's BPE with its vocabulary. Imported on first use: open_clip takes seconds."""
+    import regex  # comes with open_clip, as ftfy does
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer()
+    bpe = SimpleTokenizer()
+    bpe.clean_fn = _cleaned
+    bpe.pat = regex.compile(bpe.pat.pattern.replace("]+", f"]{{1,{_WORD}}}"), regex.IGNORECASE)
+    return bpe
+
+
+def _cleaned(text: str) -> str:
+    """As open_clip cleans it: mojibake repaired, HTML entities resolved, white space collapsed, lower case."""
+    from ftfy import fix_text
+
+    if not _SOUND.fullmatch(text):
+        text = "".join(map(fix_text, _PIECES.findall(text)))
+    for _ in range(2):
+        text = html.unescape(_LONG_NUMBER.sub("\ufffd", text))
+    return " ".join(text.split()).lower()
 
 
 def _as_list(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str):
-        return [texts]
+        texts = [texts]
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
         raise InputError(f"expected captions as str, got {type(texts).__name__}; decode or convert it first")
     captions = list(texts)
@@ -242,12 +269,16 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
 def check_caption(text: Any, number: int) -> None:
     """
     Raises:
-        InputError: A caption that is no string; says the ``number`` of it.
+        InputError: A caption that is no string, or too long; says the ``number`` of it.
     """
     if not isinstance(text, str):
         raise InputError(
             f"expected captions as str, got {type(text).__name__} as caption {number}; "
             'convert it first ("" stands for no text)'
+        )
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"expected captions of at most {MAX_CHARACTERS} characters, got {len(text)} in caption {number}; cut it first"
         )
 
 

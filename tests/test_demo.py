@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import InputError
+from finelip_fast._errors import InputError, WriteError
 from finelip_fast.demo import DemoReport, _seen, run_demo
 from finelip_fast.tokenizer import encode_batch
 
@@ -108,3 +108,16 @@ def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
     assert encode_batch([kept], 1000).lengths <= context
     longer = " ".join(caption.split(" ")[: len(kept.split()) + 1])
     assert kept == caption or encode_batch([longer], 1000).lengths > context
+
+
+def test_a_folder_that_is_no_index_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "notes.txt").write_text("mine")
+    run_demo(tmp_path, scenes=1, shown=1, progress=False)
+    assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"cannot write .*file/scenes: Not a directory"):
+        run_demo(tmp_path / "file", scenes=1)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import signal
 import warnings
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.tokenizer import TruncationWarning, encode_batch, token_spans, tokenize
+from finelip_fast.tokenizer import (
+    MAX_CHARACTERS,
+    TruncationWarning,
+    _bpe,
+    encode_batch,
+    expected_truncation,
+    token_spans,
+    tokenize,
+)
 
 CAPTIONS = {
     "empty": "",
@@ -223,3 +232,104 @@ def test_spans_after_mojibake_with_a_blank_in_it(blank: str) -> None:
         first, last = spans[word]
         assert row[first:last] == part[1 : part.index(EOT_TOKEN)]
     assert row[slice(*spans["voilÃ"])] == tokenize("voilà")[0, 1:4].tolist()
+
+
+# --- Captions of strangers ---------------------------------------------------------------------------------------
+
+REFERENCE = open_clip.tokenizer.SimpleTokenizer()
+PIECES = st.sampled_from(
+    [
+        *"abc éÃ©漢İ 123!?'s\n\t\xa0Ａ\x00\x1b\ud800\u0345\u200d\ufeff&;#<",
+        "&amp;",
+        "amp;",
+        "&#39;",
+        "&#x26;",
+        "â€™",
+        "<|endoftext|>",
+        "&#" + "9" * 5000,
+    ]
+)
+
+
+@settings(settings.get_profile("fuzz"))
+@given(st.lists(PIECES, max_size=60).map("".join) | st.text(st.characters(exclude_categories=[]), max_size=60))
+def test_any_text_has_clips_tokens(text: str) -> None:
+    try:
+        expected = REFERENCE.encode(text)
+    except ValueError:  # an entity of more digits than Python reads
+        assert "&#" in text
+        tokenize(text, 10_000)
+    else:
+        assert _bpe().encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *(
+            "a",
+            "1",
+            " ",
+            "\n",
+            "é\n",
+            "'s",
+            "👩\u200d",
+            "\u0345",
+            "e\u0301",
+            "&",
+            "&amp;",
+            "&#",
+            "Ã©",
+            "â€™",
+            "\ud800",
+            "\0",
+            "!",
+        ),
+        *(
+            "\x80",
+            "Ã ",
+            "İ",
+            "漢",
+            "ﬁ",
+            "Ａ",
+            "<|endoftext|>",
+            "\x1b[",
+            "&#x27;",
+            "amp;",
+            "&#97;mp;",
+            "\0amp;",
+            "#38;",
+            "ampamp",
+        ),
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("start", ["", "&", "ï¼†", "&#"], ids=ascii)
+def test_the_time_of_a_long_caption_is_bounded(start: str, unit: str) -> None:
+    text = start + unit * (MAX_CHARACTERS // 8 // len(unit))
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)  # most take 0.1 s; with time that grows with the square, minutes
+    try:
+        with expected_truncation():
+            assert tokenize(text).shape == (1, 256)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_word_that_no_one_writes_is_bounded_too() -> None:
+    test_the_time_of_a_long_caption_is_bounded(
+        "", "".join(chr(0x4E00 + (31 * at * at + at) % 20_000) for at in range(MAX_CHARACTERS // 32))
+    )
+
+
+def test_a_long_caption_of_words_has_clips_tokens() -> None:
+    text = "A café with naÃ¯ve façades &amp; a house, " * 1000
+    assert _bpe().encode(text) == REFERENCE.encode(text)
+
+
+def test_a_file_given_as_a_caption_is_refused() -> None:
+    with pytest.raises(
+        InputError, match="expected captions of at most 262144 characters, got 262145 in caption 1; cut it"
+    ):
+        tokenize(["a cat", "a" * (MAX_CHARACTERS + 1)])

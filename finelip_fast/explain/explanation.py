@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -23,10 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast._terminal import printable
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
 _LEAK = 0.1  # slope of CLIM below zero
+
+_LETTERS = 32  # of one token on average, white space included, in any caption that people write
 
 MAPS = ("raw", "aggregated")
 
@@ -153,7 +157,9 @@ class Explanation:
             # Not by lower(): it can change the length of the text.
             said = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
             if said is None:
-                raise InputError(f"expected words of the caption, got {phrase!r}; the caption is {self.caption!r}")
+                raise InputError(
+                    f"expected words of the caption, got {phrase!r:.80}; the caption is {self.caption!r:.400}"
+                )
             start, end = said.span()
         else:
             start, end = phrase
@@ -234,6 +240,9 @@ class Explanation:
 
         Args:
             path: File to write, too.
+
+        Raises:
+            WriteError: A file that cannot be written.
         """
         from finelip_fast.explain.pictures import page
 
@@ -261,7 +270,7 @@ class Explanation:
             f"words that add most (of {len(self.words)}), and which of {self.side} x {self.side} patches is most like each:",
         ]
         lines += [
-            f"  {word['adds']:+.4f}  {word['text']:20} row {word['row'] + 1}, column {word['column'] + 1}"
+            f"  {word['adds']:+.4f}  {printable(word['text']):20} row {word['row'] + 1}, column {word['column'] + 1}"
             for word in most
         ]
         ends = float(self.contributions[-1].sum() + self.contributions[0].sum())
@@ -338,8 +347,10 @@ def _explain(
     weights[0, 0] += alpha
     spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
 
-    spans = [match.span() for match in re.finditer(r"\S+", caption)]
-    found = zip(spans, token_spans(caption, spans), strict=True)
+    # A word has a token, and a token few letters: what lies beyond these is behind the context.
+    read = caption[: _LETTERS * len(tokens)]
+    spans = [match.span() for match in islice(re.finditer(r"\S+", read), 2 * len(tokens))]
+    found = zip(spans, token_spans(read, spans), strict=True)
     words = (Word(caption[slice(*span)], *span, *place) for span, place in found)
     return Explanation(
         caption,

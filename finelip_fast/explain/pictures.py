@@ -7,7 +7,6 @@ and for every kind of colour vision; words are marked by shade and by the thickn
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from os import PathLike
@@ -19,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast._files import write_whole
+from finelip_fast._markup import in_html
+from finelip_fast._terminal import printable
 from finelip_fast.explain.explanation import MAPS
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: 
         axis.set_axis_off()
     axes[1].contour(light.numpy(), levels=[0.5, 0.8], colors="white", linewidths=[1, 2])
     said = phrase if isinstance(phrase, str) else explanation.caption[slice(*phrase)]
+    said = printable(" ".join(said.split()))
     figure.suptitle(said if len(said) < 80 else said[:77] + "…", parse_math=False, fontsize=10)
     return figure
 
@@ -56,14 +59,14 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     added = [float(explanation.contributions[word.first : word.last].sum()) for word in explanation.words]
     parts, at = [], 0
     for number, (word, value) in enumerate(zip(explanation.words, added, strict=True)):
-        parts.append(html.escape(explanation.caption[at : word.start]))
+        parts.append(in_html(explanation.caption[at : word.start]))
         parts.append(
-            f'<span tabindex="0" data-word="{number}" data-name="{html.escape(word.bare)}" data-adds="{value:+.4f}">'
-            f"{html.escape(word.text)}</span>"
+            f'<span tabindex="0" data-word="{number}" data-name="{in_html(word.bare)}" data-adds="{value:+.4f}">'
+            f"{in_html(word.text)}</span>"
         )
         at = word.end
     if explanation.caption[at:].strip():
-        parts.append(f'<s title="beyond the context">{html.escape(explanation.caption[at:])}</s>')
+        parts.append(f'<s title="beyond the context">{in_html(explanation.caption[at:])}</s>')
     whole = float(explanation.contributions[1:-1, 1:].sum())
     text = _PAGE.format(
         picture=_data_uri(explanation.pixels),
@@ -80,7 +83,7 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
         others=f"{explanation.score - whole:.4f}",
     )
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return text
 
 
@@ -97,7 +100,7 @@ def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
 
 
 def _match(match: Match, side: int) -> str:
-    words = ", ".join(f"{html.escape(word.bare)} {weight:.0%}" for word, weight in match.words) or "the end token"
+    words = ", ".join(f"{in_html(word.bare)} {weight:.0%}" for word, weight in match.words) or "the end token"
     patches = ", ".join(f"row {at // side + 1} column {at % side + 1} {weight:.0%}" for at, weight in match.patches)
     cells = (f"{match.adds:+.4f}", f"{match.similarity:.3f}", words, patches or "the whole picture (CLS)")
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

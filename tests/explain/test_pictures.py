@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import finelip_fast
+from finelip_fast._errors import WriteError
 from finelip_fast.cli import main
 from finelip_fast.datasets import Scenes
 from finelip_fast.explain import MAPS, Explanation, explain
@@ -103,3 +105,35 @@ def test_without_matplotlib_overlays_say_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(finelip_fast.FineLIPError, match=r"pip install 'finelip-fast\[plots\]'"):
         explanation.overlay(SCENE.parts[0].text)
+
+
+HOSTILE = (
+    "\ud800 </script><script>alert(1)</script> \"quoted' \x00 \u202edesrever <img src=x onerror=alert(1)> {size} a\tcat"
+)
+
+
+def test_a_hostile_caption_is_text_of_the_page(tmp_path: Path) -> None:
+    explanation = explain(finelip_fast.load(), SCENE.draw(), HOSTILE)
+    plain = explain(finelip_fast.load(), SCENE.draw(), "a cat")
+    page = explanation.to_html(tmp_path / "why.html")
+    assert (tmp_path / "why.html").read_bytes().decode("utf-8") == page
+    for element in ("<script", "<img", "</script"):
+        assert page.count(element) == plain.to_html().count(element)
+    assert "onerror=alert(1)&gt;" in page
+    assert r"\u202edesrever" in page
+    assert r"\ud800" in page
+    assert not re.search("[\x00\u202e]", page)
+    str(explanation).encode()
+
+
+def test_a_caption_as_long_as_may_be_is_explained_in_time() -> None:
+    caption = "cafÃ© Ã  la crÃ¨me " * 13_000
+    explanation = explain(finelip_fast.load(), SCENE.draw(), caption)
+    assert 20 < len(explanation.words) < 256
+    assert len(explanation.to_html()) < 2 * len(caption)
+
+
+def test_a_page_that_cannot_be_written_is_named(explanation: Explanation, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"cannot write .*missing/why\.html: No such file"):
+        explanation.to_html(tmp_path / "missing/why.html")
+    assert os.listdir(tmp_path) == []
