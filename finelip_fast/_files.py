@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -84,11 +85,14 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         size: Bytes that it will write, where they are known: a full disk's error then says how many are missing.
 
     Raises:
-        WriteError: The disk refuses; says what is missing. A file that was there before is what it was.
+        WriteError: The disk refuses, and what is missing; or something else than a file is there. A file that was there
+            before is what it was.
     """
     # Of its own, since several processes may write one file; short, since the name may be as long as names can be.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        if path.exists() and not path.is_file():  # renaming would put a file in a device's place
+            raise FileExistsError(errno.EEXIST, "expected a file, found a folder, a pipe or a device")
         try:
             temporary.touch(mode, exist_ok=False)
             permissions = temporary.stat().st_mode

@@ -55,6 +55,7 @@ def parse_json(
     error: type[FineLIPError],
     expected: str = "JSON",
     kind: type | None = None,
+    surrogates: bool = False,
 ) -> Any:
     """The value in a text.
 
@@ -62,6 +63,7 @@ def parse_json(
         text: JSON; bytes are UTF-8.
         where: What the message starts with: a path, or a path and a line.
         error, expected, kind: As for :func:`read_json`.
+        surrogates: Pass halves of surrogate pairs: so Python has names of files that are no UTF-8.
 
     Raises:
         error: No JSON, another kind of value, nesting deeper than ``MAX_DEPTH``, a number that is not finite or beyond 64
@@ -71,7 +73,7 @@ def parse_json(
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         value = _DECODER.decode(text)
-        is_text = not _ESCAPED_SURROGATE.search(text) and not _SURROGATE.search(text)
+        is_text = surrogates or not (_ESCAPED_SURROGATE.search(text) or _SURROGATE.search(text))
         if (
             not is_text or text.count("[") + text.count("{") > MAX_DEPTH
         ):  # a line of a data file has few, and need not be walked

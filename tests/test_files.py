@@ -107,3 +107,16 @@ def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     content = (tmp_path / "file").read_bytes()
     assert content == content[:1] * 100_000
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to(os.devnull)
+    for name in ("pipe", "folder", "device"):
+        with pytest.raises(
+            WriteError, match=f"cannot write .*{name}: expected a file, found a folder, a pipe or a device"
+        ):
+            write_whole(tmp_path / name, lambda path: path.write_text("new"))
+    assert (tmp_path / "device").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 3

@@ -77,3 +77,7 @@ def test_the_kind_of_the_outermost_value_is_held(tmp_path: Path) -> None:
         read_json(tmp_path / "list.json", error=InputError, expected="settings", kind=dict)
     with pytest.raises(InputError, match=r"list.json: expected at most 2 bytes, found 3"):
         read_json(tmp_path / "list.json", error=InputError, max_bytes=2)
+
+
+def test_names_that_are_no_utf8_are_passed_where_they_are_expected() -> None:
+    assert parse_json(r'"caf\udce9"', "here", error=InputError, surrogates=True) == "caf\udce9"

@@ -528,7 +528,8 @@ def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
     where = f"{path or 'the catalogue'}, {key!r:.40}"
     try:
         if not is_sealed or sealed == seal(key, value):
-            return parse_json(value, where, error=StoreError, expected="a value of the catalogue")
+            # The checkpoint may lie where names are no UTF-8.
+            return parse_json(value, where, error=StoreError, expected="a value of the catalogue", surrogates=True)
     except _DAMAGE:
         pass
     raise StoreError(f"{where}: the catalogue is damaged: {RESTORE}")
