@@ -31,13 +31,15 @@ def _explain(options: argparse.Namespace) -> Any:
     from finelip_fast._errors import InputError
     from finelip_fast._files import write_error
     from finelip_fast.checkpoint import load
+    from finelip_fast.engines.base import find_device
     from finelip_fast.explain import MAPS, explain
 
     if (options.phrase is None) != (options.overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
     if options.tokens not in MAPS:
         raise InputError(f"expected --tokens of {MAPS}, got {options.tokens!r}")
-    explanation = explain(load(options.checkpoint, options.device), options.image, options.text, alpha=options.alpha)
+    model = load(options.checkpoint, find_device(options.device or "cpu"))
+    explanation = explain(model, options.image, options.text, alpha=options.alpha)
     figure = explanation.overlay(options.phrase, tokens=options.tokens) if options.overlay else None
 
     def write(path: str, how: Callable[[str], object]) -> None:

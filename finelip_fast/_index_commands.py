@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import InputError, StoreError
+from finelip_fast._files import read_bytes
+from finelip_fast._json import parse_json
 from finelip_fast._terminal import printable
 
 INDEX_COMMANDS = tuple(
     f"index {name}"
     for name in ("bulk", "check", "maintain", "repair", "snapshot", "field", "faiss", "tune", "plan", "push", "pull")
 )
+
+_MAX_QUERIES = 1 << 28  # bytes
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.ArgumentParser, model: Any) -> None:
@@ -200,18 +203,21 @@ def _read_queries(path: Path, count: int) -> tuple[list[str], list[str] | None]:
     texts: list[str] = []
     answers: list[str | None] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the queries {path}: {error.strerror}") from None
+        lines = read_bytes(path, error=InputError, max_bytes=_MAX_QUERIES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"cannot read the queries {path}: expected UTF-8, {error.reason} at byte {error.start}"
+        ) from None
     for number, line in enumerate(lines, start=1):
         if len(texts) == count:
             break
-        try:
-            query = json.loads(line)
-            texts.append(str(query["text"]))
-            answers.append(query.get("id"))
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f'{path}, line {number}: expected {{"text": ..., "id": ...}}, got {line[:60]!r}') from None
+        where, expected = f"{path}, line {number}", '{"text": ..., "id": ...}'
+        query = parse_json(line, where, error=InputError, expected=expected, kind=dict)
+        text, answer = query.get("text"), query.get("id")
+        if not isinstance(text, str) or not isinstance(answer, (str, type(None))):
+            raise InputError(f"{where}: expected {expected}, got {line:.60}")
+        texts.append(text)
+        answers.append(answer)
     if not texts:
         raise InputError(f"expected queries in {path}, got none")
     known = [answer for answer in answers if answer is not None]

@@ -49,7 +49,7 @@ def checkpoint_of(folder: str | PathLike[str]) -> str | None:
 def note(source: str, fingerprint: str) -> None:
     """Remember that this user has opened a checkpoint by its name; where the cache cannot be written, it is forgotten."""
     # A file each: processes that note at once cannot lose each other's.
-    with suppress(OSError, RuntimeError):  # the latter where there is no home
+    with suppress(OSError):
         if _noted(fingerprint) != source:
             path = _file(fingerprint)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _noted(fingerprint: str) -> str | None:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
         return os.fsdecode(read_bytes(path, error=StoreError, max_bytes=1 << 16)) or None
-    except (OSError, RuntimeError, StoreError):
+    except (OSError, StoreError):
         return None
 
 

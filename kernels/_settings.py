@@ -31,8 +31,11 @@ S = TypeVar("S")
 
 
 def cache_folder() -> Path:
-    """Where this user's own files lie: ``FINELIP_CACHE``, or ``~/.cache/finelip_fast``."""
-    return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast")
+    """Where this user's own files lie: ``FINELIP_CACHE``, or ``~/.cache/finelip_fast``; all of them can be done without."""
+    try:
+        return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast")
+    except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
+        return Path(os.devnull) / "finelip_fast"
 
 
 def cache_file() -> Path:

@@ -230,11 +230,19 @@ def test_two_stages_are_tuned_with_items_or_with_texts(
         ("", "expected queries in"),
         ('{"text": "a", "id": "lost"}', "expected answers that are in the index, got 'lost'"),
         ('{"text": "a", "id": "x"}\n{"text": "b"}', "expected an id with every query"),
+        ('{"text": 5}', "line 1: expected"),
+        ('{"text": "a", "id": 5}', "line 1: expected"),
+        ("[" * 100_000, "line 1: expected"),
+        ('["a"]', "line 1: expected"),
     ):
         Path("queries.jsonl").write_text(line)
         assert message in fails(*arguments)
+    Path("queries.jsonl").write_bytes(b"\x89PNG")
+    assert "cannot read the queries queries.jsonl: expected UTF-8" in fails(*arguments)
     Path("queries.jsonl").unlink()
-    assert "cannot read the queries" in fails(*arguments)
+    assert "cannot read queries.jsonl: No such file" in fails(*arguments)
+    os.mkfifo("queries.jsonl")
+    assert "queries.jsonl: expected a file, found a folder, a pipe or a device" in fails(*arguments)
 
 
 def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,6 +493,28 @@ def test_a_signal_keeps_what_was_embedded(
     assert capsys.readouterr().err == "terminated\n"
     assert json.loads(finelip("index", "check", "--json"))["items"] == 2
     assert finelip(*arguments, "--device", "cpu").splitlines()[0] == "1 added, 2 skipped"
+
+
+def test_a_user_without_a_home_can_do_all(
+    finelip: Callable[..., str],
+    fails: Callable[..., str],
+    photos: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FINELIP_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    index(finelip, photos, checkpoint)
+    assert len(finelip("search", "a house", "--checkpoint", checkpoint, "--device", "cpu").splitlines()) == 3
+    assert "3 added" in finelip("index", photos, "--index", "bundled", "--device", "cpu", "--quiet")
+    assert finelip("info")
+    assert "~nobody-here/x: no such file or folder" in fails("search", "a house", "--checkpoint", "~nobody-here/x")
+    assert "device='tpux' cannot be used" in fails(
+        "explain", photos / "a.png", "red", "--checkpoint", checkpoint, "--device", "tpux"
+    )
 
 
 def test_names_of_strangers_forge_no_lines(

@@ -462,18 +462,17 @@ for _ in range(100_000):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"fine": 1, "where": Path("a")}, r"PosixPath\('a'\) as 'where', of text 45"),
-        ({"when": datetime(2024, 1, 2)}, r"datetime.date.* as 'when', of text 45"),
-        ({"score": float("nan")}, "nan as 'score', of text 45"),
-        ({"a": {1: "x", "1": "y"}}, "{1: 'x', '1': 'y'} as 'a', of text 45"),
-        ({1: "x", "1": "y"}, r"two keys that are one in JSON among \['1', '1'\], of text 45"),
-        ({(1, 2): "x"}, r"'x' as \(1, 2\), of text 45"),
-        ({"a": CIRCLE}, r"as 'a', of text 45"),
-        ({"a": DEEP}, r"as 'a', of text 45"),
-        ({"a": b"x" * 5_000_000}, "as 'a', of text 45"),
-        (b"x" * 5_000_000, "got b'x*.*x', of text 45"),
-        (["a"], r"got \['a'\], of text 45"),
-        (None, "got None, of text 45"),
+        ({"fine": 1, "where": Path("a")}, r"PosixPath\('a'\) .*where"),
+        ({"when": datetime(2024, 1, 2)}, r"datetime.datetime\(2024, 1, 2, 0, 0\) .*when"),
+        ({"score": float("nan")}, "nan, .*score"),
+        ({1: "x", "1": "y"}, "the key 1, which is no str"),
+        ({"a": {1: "x", "1": "y"}}, "the key 1, which is no str"),
+        ({"a": CIRCLE}, "nesting deeper than 64"),
+        ({"a": DEEP}, "nesting deeper than 64"),
+        ({"a": b"x" * 5_000_000}, "got b'xxx"),
+        (b"x" * 5_000_000, "got b'xxx"),
+        (["a"], r"got \['a'\]"),
+        (None, "got None"),
     ],
     ids=lambda value: value[-30:] if isinstance(value, str) else "",
 )
@@ -481,17 +480,17 @@ def test_metadata_that_json_cannot_hold_is_refused_before_any_work(
     retriever: Retriever, monkeypatch: pytest.MonkeyPatch, values: object, named: str
 ) -> None:
     monkeypatch.setattr(retriever.engine, "encode_text", lambda _: pytest.fail("work was begun"))
-    metadata = [{1: "a key that JSON makes a text of"}] * 60
+    metadata = [{}] * 60
     metadata[45] = values
     with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values, got ") as caught:
         retriever.add_texts((str(n) for n in range(60)), metadata=metadata, batch_size=8, progress=False)
-    assert re.search(named, str(caught.value))
+    assert re.search(f"{named}.* of item 'text 45'", str(caught.value))
     assert len(str(caught.value)) < 300
     assert len(retriever) == 0
 
 
 def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) -> None:
-    with pytest.raises(InputError, match="nan as 'score', of 'second'"):
+    with pytest.raises(InputError, match=r"nan, .*score.* of item 'second'"):
         retriever.add_texts(["a", "b"], ids=["first", "second"], metadata=[{}, {"score": float("nan")}], progress=False)
 
 
@@ -502,7 +501,7 @@ def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) 
         ({"ids": 5}, "expected ids as a list, got 5"),
         ({"ids": ["a", b"b" * 5_000_000]}, "expected ids as str, got b'bbb"),
         ({"ids": ["a", None]}, "expected ids as str, got None"),
-        ({"ids": ["a" * 5_000_000] * 2}, "expected ids that differ, got 'aaa"),
+        ({"ids": ["a" * 60_000] * 2}, "expected ids that differ, got 'aaa"),
         ({"metadata": {"a": 1, "b": 2}}, "expected metadata as a list, got {'a': 1, 'b': 2}"),
         ({"existing": "x" * 5_000_000}, "expected existing among error, skip, replace, got 'xxx"),
         ({"existing": None}, "expected existing among error, skip, replace, got None"),

@@ -40,6 +40,7 @@ from finelip_fast import checkpoint
 from finelip_fast._command_line import run_command
 from finelip_fast._errors import CheckpointError, ConfigError, FineLIPError, ImageError, TrainingError
 from finelip_fast._files import remove_unfinished, write_error, write_whole
+from finelip_fast._terminal import printable
 from finelip_fast._weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_texts
@@ -292,7 +293,7 @@ class Trainer:
                 pixels.append(self.preprocess(example.image))
                 captions.append(example.caption)
             except ImageError as error:
-                tqdm.write(f"skipped in validation: {error}", file=sys.stderr)
+                tqdm.write(f"skipped in validation: {printable(error)}", file=sys.stderr)
         return pixels, captions
 
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
@@ -400,7 +401,7 @@ class Trainer:
         self.seen += len(batch.pixels)
         self.broken += len(batch.broken)
         for message in batch.broken:
-            tqdm.write(f"skipped: {message}", file=sys.stderr)
+            tqdm.write(f"skipped: {printable(message)}", file=sys.stderr)
         if self.seen >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * self.seen:
             raise TrainingError(
                 f"{self.broken} of {self.seen + self.broken} pictures cannot be read, more than the share of "

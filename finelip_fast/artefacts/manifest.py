@@ -150,7 +150,7 @@ def check_precision(precision: str) -> None:
 def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:
     """Where a checkpoint's exports lie: ``exports`` in its folder, ``FILE.exports`` beside its file; for the bundled one and
     those of a hub, in this user's cache."""
-    if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
+    if checkpoint is not None and (path := Path(os.path.expanduser(checkpoint))).exists():
         return path / "exports" if path.is_dir() else path.with_name(f"{path.name}.exports")
     name = "bundled" if checkpoint is None else re.sub(r"[^\w.-]+", "--", os.fspath(checkpoint))
     return cache_folder() / "exports" / name

@@ -184,7 +184,7 @@ class Ingest:
         if ids is not None:
             self._index.check_ids(ids, replace=self._existing != "error")
         for number, values in enumerate(metadata or ()):
-            _check_metadata(values, f"{self._kind} {number}" if ids is None else repr(ids[number]))
+            as_json(values, f"{self._kind} {number}" if ids is None else ids[number])
         return self._chunks(named, total, progress)
 
     def _chunks(
@@ -244,13 +244,6 @@ def _as_list(name: str, given: Any) -> list[Any] | None:
     if isinstance(given, (str, bytes, dict)) or not isinstance(given, Iterable):
         raise InputError(f"expected {name} as a list, got {given!r:.80}")
     return list(given)
-
-
-def _check_metadata(values: Any, whose: str) -> None:
-    try:
-        as_json(values)
-    except InputError as error:
-        raise InputError(f"{error}, of {whose:.200}") from None
 
 
 @contextmanager
