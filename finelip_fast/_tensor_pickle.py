@@ -20,7 +20,7 @@ from torch import Tensor
 
 # Far beyond any state dict with its optimizer: a few hundred kilobytes, some 50 operations for each tensor.
 MAX_BYTES = 1 << 24
-_MAX_OPERATIONS = 2_000_000
+_MAX_OPERATIONS = 1_000_000
 _MAX_DEPTH = 64
 
 # What tensors that share memory may together take, in sizes of their file, and a little for small files.
