@@ -164,8 +164,9 @@ class _PictureBytes(_Header, io.BytesIO):
     pass
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # of a pipe, which has taken the file's place
+def open_without_waiting(path: str, flags: int) -> int:
+    """An ``opener`` that does not wait for a writer, should the path be a pipe's."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager
@@ -180,7 +181,7 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
     """
     if isinstance(source, str):
-        raw = io.FileIO(source, opener=_open_without_waiting)
+        raw = io.FileIO(source, opener=open_without_waiting)
         file: Any = _PictureFile(raw, 1 << 16)
     else:
         file = _PictureBytes(source)

@@ -17,6 +17,7 @@ from finelip_fast._errors import ConfigError
 from finelip_fast._json import read_json
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
 from finelip_fast.training.losses import Criterion, LossTerm
+from finelip_fast.training.shards import shard_names
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -81,6 +82,9 @@ class TrainConfig:
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
     group: int = field(
         default=1, metadata={"help": "neighbouring examples that stay in one batch (scenes: 4, a family)"}
+    )
+    remote_data: bool = field(
+        default=False, metadata={"help": "let webdataset shards come from the network; not from a recipe"}
     )
     epoch_batches: int = field(default=0, metadata={"help": "batches of an epoch; needed with webdataset"})
     workers: int = field(default=2, metadata={"help": "data loading processes"})
@@ -163,6 +167,7 @@ class TrainConfig:
             _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
             _require(self.group == 1, "group 1 with webdataset", self.group)
             _needs("webdataset", "webdataset shards")
+            shard_names(self.train.removeprefix("webdataset:"), remote=self.remote_data)
         if self.tensorboard:
             _needs("tensorboard", "TensorBoard (or pass --no-tensorboard)")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -242,6 +247,8 @@ def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"{path}: expected fields of a recipe, found {str(unknown)[:200]}; see --help")
+    if values.pop("remote_data", False):  # who received the recipe says so
+        raise ConfigError(f"{path} asks for remote_data; give --remote-data on the command line if you trust it")
     if out is not None:
         return values | {"out": out}
     folder = values.get("out")

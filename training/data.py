@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from finelip_fast._errors import ConfigError, ImageError, TrainingError
+from finelip_fast._json import parse_json
+from finelip_fast._terminal import printable
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
+from finelip_fast.training.shards import PICTURES, shard_names, shard_samples
 
 # Examples tried in place of an unreadable one before the data is called unusable.
 _SUBSTITUTES = 100
@@ -130,7 +133,7 @@ def encode_example(example: Example, preprocess: Preprocess, context_length: int
 
 def _number(name: str) -> int:
     """63 bits that stand for a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 def collate(items: Sequence[Encoding]) -> Batch:
@@ -190,10 +193,16 @@ class ShardExamples(IterableDataset[Encoding]):
 
     The order is fixed by seed, epoch and number of workers; a restart reads past what was already seen. Needs the
     ``webdataset`` package.
+
+    Raises:
+        ConfigError: A pattern that :func:`finelip_fast.training.shards.shard_names` does not take.
     """
 
-    def __init__(self, pattern: str, preprocess: Preprocess, context_length: int, *, seed: int) -> None:
-        self.pattern, self.preprocess, self.context_length, self.seed = pattern, preprocess, context_length, seed
+    def __init__(
+        self, pattern: str, preprocess: Preprocess, context_length: int, *, seed: int, remote: bool = False
+    ) -> None:
+        self.shards, self.remote = shard_names(pattern, remote=remote), remote
+        self.preprocess, self.context_length, self.seed = preprocess, context_length, seed
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Encoding]:
@@ -201,45 +210,39 @@ class ShardExamples(IterableDataset[Encoding]):
 
         import webdataset as wds
 
-        shards = list(wds.shardlists.expand_urls(self.pattern))
+        shards = list(self.shards)
         random.Random(self.seed * 1_000_003 + self.epoch).shuffle(shards)
-        pipeline = wds.DataPipeline(
-            wds.SimpleShardList(shards), wds.split_by_node, wds.split_by_worker, wds.tarfile_to_samples()
-        )
         broken: list[str] = []
-        for sample in _readable(pipeline):
-            name = f"{sample['__url__']}:{sample['__key__']}"
-            try:
-                encoded = encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
-            except ImageError as error:
-                broken.append(f"{name}: {error}")
-                if len(broken) == _SUBSTITUTES:
-                    raise _unusable(broken) from None
-                continue
-            yield encoded._replace(broken=broken)
-            broken = []
-
-
-def _readable(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import tarfile
-
-    try:
-        yield from samples
-    except (OSError, EOFError, tarfile.TarError) as error:  # webdataset adds the shard's name to it
-        raise TrainingError(f"cannot read a webdataset shard: {error}") from error
+        for shard in wds.split_by_worker(wds.split_by_node(shards)):
+            for sample in shard_samples(shard, remote=self.remote):
+                name = f"{shard}:{sample['__key__']}"
+                try:
+                    encoded = encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
+                except ImageError as error:
+                    broken.append(f"{printable(name)}: {error}")
+                    if len(broken) == _SUBSTITUTES:
+                        raise _unusable(broken) from None
+                    continue
+                yield encoded._replace(broken=broken)
+                broken = []
 
 
 def _shard_example(sample: dict[str, Any], name: str) -> Example:
-    import json
-
-    image = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
+    image = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
+    caption, reason = None, ""
     try:
-        caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
-    except (KeyError, TypeError, ValueError):  # absent, or neither UTF-8 nor such an object
-        caption = None
+        if "txt" in sample:
+            caption = sample["txt"].decode()
+        elif "json" in sample:
+            caption = parse_json(sample["json"], "json", error=TrainingError, kind=dict).get("caption")
+    except (UnicodeDecodeError, TrainingError) as error:
+        reason = f": {error}"
     if image is None or not isinstance(caption, str):
         present = sorted(key for key in sample if not key.startswith("__"))
-        raise TrainingError(f"{name}: expected a picture (jpg, png, webp) and a caption (txt, json), found {present}")
+        raise TrainingError(
+            f"{printable(name)}: expected a picture (jpg, png, webp) and a caption (txt, json), "
+            f"found {present!r:.200}{reason:.200}"
+        )
     return Example(image, caption, name)
 
 
@@ -252,6 +255,7 @@ class TrainingData:
         batch_size: Pairs of one process at a time.
         epoch_batches: Batches of an epoch; needed for shards, derived for map-style data.
         position: Batches already taken, to go on behind them.
+        remote: Whether shards may come from the network.
     """
 
     def __init__(
@@ -269,13 +273,14 @@ class TrainingData:
         world: int = 1,
         position: int = 0,
         pin_memory: bool = False,
+        remote: bool = False,
     ) -> None:
         self.position = position
         loader_options: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin_memory}
         if isinstance(source, str):
             if epoch_batches < 1:
                 raise ConfigError("expected epoch_batches with webdataset shards: their length is not known beforehand")
-            self._order: Any = ShardExamples(source, preprocess, context_length, seed=seed)
+            self._order: Any = ShardExamples(source, preprocess, context_length, seed=seed, remote=remote)
             self._loader = DataLoader(self._order, batch_size=batch_size, drop_last=True, **loader_options)
             self.epoch_batches = epoch_batches
         else:

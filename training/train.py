@@ -71,6 +71,7 @@ _FREE_TO_CHANGE = (
     "save_every",
     "tensorboard",
     "max_broken_share",
+    "remote_data",
 )
 
 # CLIP's upper bound of exp(logit_scale).
@@ -395,6 +396,7 @@ class Trainer:
             world=self.world,
             position=self.step * self.config.accumulate,
             pin_memory=self.device.type == "cuda",
+            remote=self.config.remote_data,
         )
 
     def _count_broken(self, batch: Batch) -> None:

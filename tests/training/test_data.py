@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import tarfile
@@ -19,16 +18,6 @@ from finelip_fast.datasets import Example, Region
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import tokenize
 from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example
-
-# webdataset leaves a shard's file to the garbage collector, which must come while its warning is expected.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close_shards():
-    yield
-    gc.collect()
-
 
 CONTEXT = 12
 PREPROCESS = Preprocess(8)
