@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels import _cpu
+from finelip_fast.kernels import _cpu, _derivatives
+from finelip_fast.kernels._checks import check_at_least_one, check_floats
 from finelip_fast.kernels._quantize import quantize
 from finelip_fast.kernels._rows import Pieces, Rows, chunks
 
@@ -44,12 +45,14 @@ def cosine_candidates(
 
     Raises:
         InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, or ``count < 1``.
+        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative.
 
     Example:
         >>> values, scales = quantize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]))
         >>> cosine_candidates(torch.tensor([[1.0, 0.1]]), values, scales, 2)
         tensor([[0, 2]])
     """
+    _derivatives.refuse("cosine_candidates", "take the cosines of the items that it finds", queries, items, item_scales)
     pieces, their_scales = Pieces(items), Pieces(item_scales)
     _check(queries, pieces, their_scales, count)
     pieces, their_scales = pieces.only(among), their_scales.only(among)
@@ -109,6 +112,7 @@ def _first_best(scores: Tensor, count: int) -> Tensor:
 
 
 def _check(queries: Tensor, items: Pieces, item_scales: Pieces, count: int) -> None:
+    check_floats("queries", queries)
     if queries.ndim != 2 or len(items.shape) != 2 or queries.shape[1] != items.shape[1]:
         raise InputError(f"expected queries [Q, D] and items [N, D], got {list(queries.shape)} and {list(items.shape)}")
     if items.dtype != torch.int8:
@@ -118,5 +122,4 @@ def _check(queries: Tensor, items: Pieces, item_scales: Pieces, count: int) -> N
             f"expected scales [{items.shape[0]}] in float32, got {list(item_scales.shape)} in {item_scales.dtype};"
             " see quantize"
         )
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"expected count of at least 1, got {count!r}")
+    check_at_least_one("count", count)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels._checks import check_floats
 from finelip_fast.kernels._rows import Rows
 
 _LARGEST = 127
@@ -63,12 +64,13 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
         scores come out as NaN.
 
     Raises:
-        InputError: Rows without a width.
+        InputError: Rows of no float dtype or without a width.
 
     Example:
         >>> quantize(torch.tensor([[0.5, -1.0, 0.0]]))
         (tensor([[  64, -127,    0]], dtype=torch.int8), tensor([0.0079]))
     """
+    check_floats("rows", rows)
     if rows.dim() < 2 or rows.shape[-1] == 0:
         raise InputError(f"expected rows [..., L, D] with D of at least 1, got {list(rows.shape)}")
     rows = rows.float()
@@ -79,7 +81,14 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_items(items: Tensor) -> QuantizedItems:
-    """All that an int8 search needs of ``items [N, L, D]``, made in blocks of 64 MiB of float64."""
+    """All that an int8 search needs of ``items [N, L, D]``, made in blocks of 64 MiB of float64.
+
+    Raises:
+        InputError: Items of another shape, of no float dtype or without a width.
+    """
+    check_floats("items", items)
+    if items.ndim != 3:
+        raise InputError(f"expected items [N, L, D], got {list(items.shape)}")
     _, tokens, width = items.shape
     blocks = []
     for some in items.split(max(1, _BLOCK_ELEMENTS // max(1, tokens * width))):

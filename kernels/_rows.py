@@ -41,7 +41,7 @@ class Pieces:
     """
 
     def __init__(self, rows: Rows) -> None:
-        given = [rows] if isinstance(rows, (Tensor, np.ndarray)) else list(rows)
+        given = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
         if not given:
             raise InputError("expected one piece or more of items, got none: give an empty tensor of the items' shape")
         pieces = [_tensor(piece) for piece in given]
@@ -191,11 +191,18 @@ class _Writable:
 def _tensor(piece: Piece) -> Tensor:
     if isinstance(piece, Tensor):
         return piece.detach()
+    if not isinstance(piece, np.ndarray):
+        raise InputError(
+            f"expected items as tensors or numpy arrays, or a sequence of them, got {type(piece).__name__}"
+        )
     if any(stride < 0 or stride % piece.itemsize for stride in piece.strides):
         piece = piece.copy()  # PyTorch has no view of such
     elif not piece.flags.writeable:
         piece = np.asarray(_Writable(piece))
-    return torch.from_numpy(piece)
+    try:
+        return torch.from_numpy(piece)
+    except (TypeError, ValueError) as exc:  # text, objects, another byte order
+        raise InputError(f"expected items in a dtype of PyTorch, got {piece.dtype}: convert them (.astype)") from exc
 
 
 def _kind(piece: Tensor) -> str:
@@ -205,6 +212,8 @@ def _kind(piece: Tensor) -> str:
 
 def _checked(among: Tensor, n_items: int) -> Tensor:
     wanted = f"expected among as int64 [n], ascending, each item once, from 0 to {n_items - 1}"
+    if not isinstance(among, Tensor):
+        raise InputError(f"{wanted}, got {type(among).__name__}: make it a tensor (torch.as_tensor)")
     if among.dtype != torch.int64 or among.ndim != 1:
         raise InputError(f"{wanted}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
     among = among.detach().cpu().contiguous()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast.kernels._checks import check_at_least_one
 from finelip_fast.kernels._quantize import (
     QuantizedItems,
     cosine_rounding,
@@ -173,6 +174,12 @@ def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
     for wanted, field in zip(expected, fields, strict=True):
         if list(field.shape) != wanted:
             raise InputError(f"expected quantized items {wanted}, got {list(field.shape)}; quantize these items")
+    values, *others, anchors = [field.dtype for field in fields]
+    if [values, *others] != [torch.int8, torch.float32, torch.float32] or not anchors.is_floating_point:
+        got = ", ".join(str(field.dtype) for field in fields)
+        raise InputError(
+            f"expected quantized items in int8, float32, float32 and floats, got {got}; quantize these items"
+        )
 
 
 def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
@@ -192,8 +199,7 @@ def _search(
     queries: Tensor, items: Pieces, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, positions, and how many pairs of each query were scored again."""
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"expected k of at least 1, got {k!r}")
+    check_at_least_one("k", k)
     k = min(k, items.shape[0])
     with torch.no_grad():
         query, item = _candidates(len(queries), k, brackets, finer, queries.device)

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels import _cpu, _dispatch
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _cpu, _derivatives, _dispatch
+from finelip_fast.kernels._checks import check_counts, check_floats
 
 LAYER_NORM_EPS = 1e-5
 
@@ -186,16 +187,19 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, grad_anchor = _gradient(grad_out, *ctx.saved_tensors)
+    *tensors, lengths, anchor = ctx.saved_tensors
+    if torch.is_grad_enabled() or _derivatives.transformed():
+
+        def reference(anchor: Tensor, *tensors: Tensor) -> Tensor:
+            return atrm_reference(*(*tensors, lengths, anchor))
+
+        grad_anchor, *grads = _derivatives.again(reference, grad_out, anchor, *tensors)
+    else:
+        *grads, grad_anchor = _gradient(grad_out, *tensors, lengths, anchor)
     return *grads, None, grad_anchor
 
 
-def _no_second_gradient(ctx: Any, *_: Any) -> None:
-    raise KernelError("token aggregation has no second gradient; differentiate atrm_reference instead")
-
-
 _atrm.register_autograd(_backward, setup_context=_keep_inputs)
-_gradient.register_autograd(_no_second_gradient)
 
 
 # --- Public function -----------------------------------------------------------------------------------------------
@@ -217,21 +221,23 @@ def atrm(
     """Aggregate the tokens of each item and put its anchor in front.
 
     Args:
-        x: Token features ``[B, N, D]`` in float32, float16 or bfloat16, without CLS or EOT.
+        x: Token features ``[B, N, D]`` in float32, float16 or bfloat16, ``D`` at least 1, without CLS or EOT.
         norm_weight, norm_bias: LayerNorm ``[D]``.
         w1, b1: First linear layer ``[h, D]``, ``[h]``.
         w2, b2: Second linear layer ``[K, h]``, ``[K]``.
         scale: Learned scalar, any shape of one element.
-        lengths: Valid tokens of each item ``[B]``, integers in ``0..N``; None: all ``N``. Tokens at and after the length
-            are never looked at. An item of length 0 has zero rows after its anchor.
+        lengths: Valid tokens of each item ``[B]``, integers in ``0..N``; None: all ``N``. One below 0 counts as 0, one
+            above ``N`` as ``N``. Tokens at and after the length are never looked at. An item of length 0 has zero rows after
+            its anchor.
         anchor: CLS or EOT features ``[B, D]``; row 0 of the result.
 
     Returns:
-        ``[B, K + 1, D]`` in ``x``'s dtype, every row of unit length (a zero row stays zero). Differentiable; computed in
-        float32.
+        ``[B, K + 1, D]`` in ``x``'s dtype, every row of unit length (a zero row stays zero); computed in float32.
+        Differentiable: a gradient by autograd is the kernels', a gradient's gradient, forward mode (``torch.func.jvp``) and
+        any transformation of ``torch.func`` are the plain reference's.
 
     Raises:
-        InputError: Shapes that do not fit together.
+        InputError: Shapes, dtypes or devices that do not fit together.
 
     Example:
         >>> one = torch.ones
@@ -240,12 +246,17 @@ def atrm(
         tensor([[[0.6000, 0.8000],
                  [0.6000, 0.8000]]])
     """
+    given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    check_floats("x", x)
+    for name, tensor in (*given.items(), ("scale", scale), ("anchor", anchor)):
+        check_floats(name, tensor, x.device)
     if x.dim() != 3 or anchor.shape != (x.shape[0], x.shape[2]):
         raise InputError(f"expected x [B, N, D] and anchor [B, D], got {tuple(x.shape)} and {tuple(anchor.shape)}")
-    width, hidden = x.shape[2], w1.shape[0]
+    width, hidden, aggregated = x.shape[2], w1.shape[:1].numel(), w2.shape[:1].numel()
+    if 0 in (width, hidden):
+        raise InputError(f"expected D and h of at least 1, got x {list(x.shape)} and w1 {list(w1.shape)}")
     expected = {"norm_weight": (width,), "norm_bias": (width,), "w1": (hidden, width), "b1": (hidden,)}
-    expected |= {"w2": (w2.shape[0], hidden), "b2": (w2.shape[0],)}
-    given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    expected |= {"w2": (aggregated, hidden), "b2": (aggregated,)}
     for name, shape in expected.items():
         if given[name].shape != shape:
             raise InputError(
@@ -253,9 +264,11 @@ def atrm(
             )
     if scale.numel() != 1:
         raise InputError(f"expected scale of one element, got {list(scale.shape)}")
-    if lengths is not None and lengths.shape != x.shape[:1]:
-        raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
+    if lengths is not None:
+        check_counts("lengths", lengths, x.device)
+        if lengths.shape != x.shape[:1]:
+            raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
     # An exported graph is made of PyTorch's own operations: other runtimes know no others.
-    operation = atrm_reference if torch.compiler.is_exporting() else _atrm
+    operation = atrm_reference if torch.compiler.is_exporting() or _derivatives.transformed() else _atrm
     with torch.autocast(x.device.type, enabled=False):
         return operation(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)

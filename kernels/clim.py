@@ -14,18 +14,17 @@ and :func:`clim_topk` ranks those last.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError, KernelError
-from finelip_fast.kernels import _dispatch
+from finelip_fast._errors import InputError
+from finelip_fast.kernels import _derivatives, _dispatch
+from finelip_fast.kernels._checks import check_alpha, check_floats, check_tensor
+from finelip_fast.kernels._quantize import QuantizedItems
 from finelip_fast.kernels._rows import Dequantized, Pieces, Rows
-
-if TYPE_CHECKING:
-    from finelip_fast.kernels._quantize import QuantizedItems
 
 LEAKY_SLOPE = 0.1
 
@@ -98,10 +97,14 @@ def _(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _reference_in_blocks(
-    queries: Tensor, items: Tensor, *, alpha: float, query_scales: Tensor | None, item_scales: Tensor | None
+    queries: Tensor,
+    items: Tensor,
+    *,
+    alpha: float,
+    query_scales: Tensor | None = None,
+    item_scales: Tensor | None = None,
 ) -> Tensor:
-    if query_scales is not None and item_scales is not None:
-        queries, items = queries * query_scales[..., None], items * item_scales[..., None]
+    queries, items = _rows(queries, query_scales), _rows(items, item_scales)
     per_pair = max(1, queries.shape[1] * items.shape[1])
     block_items = max(1, min(items.shape[0], TILE_ELEMENTS // per_pair))
     block_queries = max(1, min(queries.shape[0], TILE_ELEMENTS // (per_pair * block_items)))
@@ -110,6 +113,11 @@ def _reference_in_blocks(
         for some_queries in queries.split(block_queries)
     ]
     return torch.cat(rows)
+
+
+def _rows(values: Tensor, scales: Tensor | None) -> Tensor:
+    """What numbers with scales stand for."""
+    return values if scales is None else values.float() * scales[..., None]
 
 
 def _limit(queries: Tensor, items: Tensor) -> str:
@@ -160,15 +168,17 @@ def _keep_winners(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[
 
 
 def _backward(ctx: Any, grad_scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    return *_gradient(grad_scores, *ctx.saved_tensors, ctx.alpha), None
-
-
-def _no_second_gradient(ctx: Any, *_: Any) -> None:
-    raise KernelError("late interaction has no second gradient; take it of the reference (FINELIP_KERNELS=reference)")
+    queries, items, *winners = ctx.saved_tensors
+    if torch.is_grad_enabled() or _derivatives.transformed():
+        grad_queries, grad_items = _derivatives.again(
+            partial(_reference_in_blocks, alpha=ctx.alpha), grad_scores, queries, items
+        )
+    else:
+        grad_queries, grad_items = _gradient(grad_scores, queries, items, *winners, ctx.alpha)
+    return grad_queries, grad_items, None
 
 
 _scores_with_winners.register_autograd(_backward, setup_context=_keep_winners)
-_gradient.register_autograd(_no_second_gradient)
 
 
 # --- Public functions ----------------------------------------------------------------------------------------------
@@ -193,12 +203,15 @@ def clim_scores(
         query_scales, item_scales: float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its numbers times its scale.
 
     Returns:
-        float32 ``[Q, N]``. Differentiable once, not with scales; products are accumulated in float32. Memory beside inputs
-        and result is bounded, to about 64 MiB on a CPU; a gradient keeps ``L_q + L_i`` bytes a pair for up to 128 tokens.
+        float32 ``[Q, N]``; products are accumulated in float32. Memory beside inputs and result is bounded, to about 64 MiB
+        on a CPU. Differentiable: a gradient by autograd is the kernels' and keeps ``L_q + L_i`` bytes a pair for up to 128
+        tokens; a gradient's gradient, forward mode (``torch.func.jvp``), any transformation of ``torch.func``, and gradients
+        of scales are the plain reference's, slower, and gradients of those keep ``L_q * L_i`` numbers a pair. A maximum's
+        derivative is its first winner's.
 
     Raises:
-        InputError: Shapes or scales that do not fit together.
-        KernelError: ``FINELIP_KERNELS=triton`` where the fused kernels cannot run; a second gradient.
+        InputError: Shapes, dtypes, devices or scales that do not fit together, or an alpha outside [0, 1].
+        KernelError: ``FINELIP_KERNELS=triton`` where the fused kernels cannot run.
 
     Example:
         >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
@@ -206,18 +219,27 @@ def clim_scores(
         >>> clim_scores(a, b, alpha=0.0)  # mean(1, 0) + 1
         tensor([[1.5000]])
     """
+    check_tensor("queries", queries)
+    check_tensor("items", items, queries.device)
     _check(queries, items)
     _check_scales(queries, items, query_scales, item_scales)
+    check_alpha(alpha)
     with torch.autocast(queries.device.type, enabled=False):
         if torch.compiler.is_exporting():  # other runtimes know PyTorch's own operations alone
-            return clim_reference(queries, items, alpha)
-        if torch.is_grad_enabled() and (queries.requires_grad or items.requires_grad):
+            return clim_reference(_rows(queries, query_scales), _rows(items, item_scales), alpha)
+        if _derivatives.transformed() or (torch.is_grad_enabled() and _any_requires_grad(query_scales, item_scales)):
+            return _reference_in_blocks(queries, items, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
+        if torch.is_grad_enabled() and _any_requires_grad(queries, items):
             if 0 in (*queries.shape, *items.shape):
                 return clim_reference(queries, items, alpha)
             scores: Tensor = _scores_with_winners(queries, items, alpha)[0]
             return scores
         result: Tensor = _scores(queries, items, query_scales, item_scales, alpha)
         return result
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def clim_topk(
@@ -242,11 +264,13 @@ def clim_topk(
         items of all pieces, also those not in ``among``.
 
     Raises:
-        InputError: Shapes or pieces that do not fit together, ``among`` that is not as above, ``k < 1``, or a best item whose
-            rows are longer than 1.
+        InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, ``k < 1``, an alpha
+            outside [0, 1], or a best item whose rows are longer than 1.
+        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative. What it finds for tensors that
+            require a gradient requires none; :func:`clim_scores` of the items found does.
     """
     pieces = Pieces(items)
-    _check(queries, pieces)
+    _check_search("clim_topk", queries, items, pieces, alpha)
     from finelip_fast.kernels._topk import topk
 
     search = partial(topk, queries, pieces, k, alpha=alpha, score=clim_scores, among=among)
@@ -289,14 +313,25 @@ def clim_topk_int8(
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored again in float64.
 
     Raises:
-        InputError: Shapes or pieces that do not fit together, ``among`` that is not ascending numbers of items, or ``k < 1``.
+        InputError, KernelError: As :func:`clim_topk`.
     """
+    if not isinstance(quantized, QuantizedItems):
+        raise InputError(f"expected quantized as QuantizedItems, got {type(quantized).__name__}; see quantize_items")
     pieces = Dequantized(quantized.values, quantized.scales, quantized.anchors) if items is None else Pieces(items)
-    _check(queries, pieces)
+    _check_search("clim_topk_int8", queries, items, pieces, alpha)
     from finelip_fast.kernels._topk import exact_topk_int8
 
     with torch.no_grad():
         return exact_topk_int8(queries, pieces, quantized, k, alpha=alpha, score=clim_scores, among=among)
+
+
+def _check_search(name: str, queries: Tensor, items: Rows | None, pieces: Pieces, alpha: float) -> None:
+    _derivatives.refuse(name, "take clim_scores of the items that it finds", queries, items)
+    check_floats("queries", queries)
+    if not pieces.dtype.is_floating_point:
+        raise InputError(f"expected items in a float dtype, got {pieces.dtype}: convert them")
+    _check(queries, pieces)
+    check_alpha(alpha)
 
 
 def _check(queries: Tensor, items: Tensor | Pieces) -> None:
@@ -314,7 +349,13 @@ def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, i
             f"expected both sides quantised or neither, got {queries.dtype} and {items.dtype}; see quantize"
         )
     for name, rows, scales in given:
+        if rows.dtype not in _QUANTISED:
+            check_floats(name, rows)
+        if scales is not None:
+            check_tensor(f"scales of {name}", scales, rows.device)
         expected = rows.shape[:2] if rows.dtype in _QUANTISED else None
         got = None if scales is None else scales.shape
         if got != expected:
             raise InputError(f"expected scales {expected} for {name} {list(rows.shape)} in {rows.dtype}, got {got}")
+        if scales is not None and scales.dtype != torch.float32:
+            raise InputError(f"expected scales in float32 for {name}, got {scales.dtype}")

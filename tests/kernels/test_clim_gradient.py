@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import KernelError
 from finelip_fast.kernels import _clim_gradient, _cpu, clim, clim_scores
 
 
@@ -109,13 +108,6 @@ def test_only_the_side_that_asks_gets_a_gradient():
     clim_scores(queries, items).sum().backward()
     assert queries.grad is not None
     assert items.grad is None
-
-
-def test_a_second_gradient_is_refused():
-    queries, items = rows(2, 3, 8).requires_grad_(), rows(4, 5, 8)
-    (grad,) = torch.autograd.grad(clim_scores(queries, items).sum(), queries, create_graph=True)
-    with pytest.raises(KernelError, match="late interaction has no second gradient"):
-        grad.sum().backward()
 
 
 def test_the_same_bits_twice():

@@ -1,0 +1,53 @@
+"""What the public functions check of their arguments, so that nothing is dropped, read elsewhere or guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import InputError
+
+_COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
+    """Refuse what is no dense tensor, or not on ``device``: a kernel would read memory that is not the tensor's."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        got = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"expected {name} as a dense torch.Tensor, got {got}")
+    if device is not None and value.device != device:
+        raise InputError(f"expected all tensors on one device, got {name} on {value.device} and others on {device}")
+
+
+def check_floats(name: str, value: Any, device: torch.device | None = None) -> None:
+    """Refuse what is no dense tensor of a float dtype; imaginary parts would be dropped, results cut to integers."""
+    check_tensor(name, value, device)
+    if not value.is_floating_point():
+        raise InputError(f"expected {name} in a float dtype, got {value.dtype}: convert it (.float())")
+
+
+def check_counts(name: str, value: Any, device: torch.device) -> None:
+    """Refuse what is no dense tensor of whole numbers."""
+    check_tensor(name, value, device)
+    if value.dtype not in _COUNTS:
+        raise InputError(f"expected {name} in an integer dtype, got {value.dtype}: convert it (.long())")
+
+
+def check_alpha(alpha: Any) -> None:
+    """Refuse what is no weight; a tensor too, whose gradient would be lost."""
+    if isinstance(alpha, Tensor):
+        raise InputError(
+            "expected alpha as a number, got a tensor, which would get no gradient: float(alpha), or for a weight that learns"
+            " alpha * clim_scores(..., alpha=1.0) + (1 - alpha) * clim_scores(..., alpha=0.0)"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, (float, int, np.floating)) or not 0 <= alpha <= 1:
+        raise InputError(f"expected alpha in [0, 1], got {alpha!r:.80}")
+
+
+def check_at_least_one(name: str, value: Any) -> None:
+    """Refuse what is no count of items to find."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"expected {name} of at least 1, got {value!r:.80}")
