@@ -185,7 +185,7 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
     sample, size, count = None, 0, 0
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # else it keeps them all
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
             stream.between = 0
             if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
                 continue

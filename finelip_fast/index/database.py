@@ -175,7 +175,7 @@ class Database:
             StoreError: Another process writes all the time, the file cannot be written, or is another one than was opened:
                 then nothing that was written is there.
         """
-        before = getattr(self._current, "connection", None)
+        before: Connection | None = getattr(self._current, "connection", None)
         if before is not None and before is self._writer:
             yield before
             return
