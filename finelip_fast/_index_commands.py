@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import InputError
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
-from finelip_fast._terminal import printable
 
 INDEX_COMMANDS = tuple(
     f"index {name}"
@@ -113,18 +112,9 @@ def _bulk(options: argparse.Namespace) -> Any:
 
 
 def _check(options: argparse.Namespace) -> dict[str, int]:
-    from finelip_fast.index import stored_index
+    from finelip_fast.info import check_index
 
-    index = stored_index(options.index, skip_damaged=True)
-    damaged = index.check()
-    count = index.catalogue.count(index.version)
-    if damaged:
-        named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
-        raise StoreError(
-            f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or finelip index "
-            f"repair takes them out and keeps the others:\n{named}"
-        )
-    return {"items": count, "damaged": 0}
+    return {"items": check_index(options.index), "damaged": 0}
 
 
 def _maintain(options: argparse.Namespace) -> dict[str, int]:

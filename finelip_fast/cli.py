@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--alpha", type=float, help="weight of the global score (default: the checkpoint's)")
     search.add_argument("--mode", default="auto", help="auto (default), exact, exact-int8 or two-stage")
     search.add_argument("--where", help="only items whose metadata fit: \"camera = 'front' and year >= 2024\"")
+    search.add_argument("--verify", action="store_true", help="first compare the whole index with its checksums")
 
     add_explain(add, model)
 
@@ -141,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--again", action="store_true", help="tune what was tuned before, too")
     tune.add_argument("--out", type=Path, help="table to write (default: this user's, which every later run reads)")
 
-    add("info", _info, "Versions, devices, and which kernels and engines can run here.")
+    info = add("info", _info, "Versions, devices, and which kernels and engines can run here; or of what is named.")
+    info.add_argument("checkpoint", nargs="?", help="with --verify: folder, file or name (default: the bundled one)")
+    info.add_argument("--index", help="folder of an index: what it holds, and what of it is verified when")
+    info.add_argument(
+        "--verify", action="store_true", help="compare files with what was recorded when they were written"
+    )
     return parser
 
 
@@ -206,6 +213,7 @@ def _retriever(options: argparse.Namespace) -> Any:
         index=options.index,
         alpha=getattr(options, "alpha", None),
         dtype=getattr(options, "dtype", None),
+        verify=getattr(options, "verify", False),
     )
 
 
@@ -235,10 +243,16 @@ def _tune(options: argparse.Namespace) -> Any:
     } or "nothing to tune: --again tunes what was tuned before"
 
 
-def _info(_: argparse.Namespace) -> Any:
-    from finelip_fast.info import info
+def _info(options: argparse.Namespace) -> Any:
+    from finelip_fast.info import checkpoint_info, index_info, info
 
-    return info()
+    if options.checkpoint is not None and (options.index is not None or not options.verify):
+        raise InputError(
+            f"expected a checkpoint with --verify and without --index: finelip info {shlex.quote(options.checkpoint)} --verify"
+        )
+    if options.index is not None:
+        return index_info(options.index, verify=options.verify)
+    return checkpoint_info(options.checkpoint) if options.verify else info()
 
 
 def _text(result: Any) -> str:

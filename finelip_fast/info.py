@@ -1,14 +1,20 @@
-"""What runs here: versions, devices, kernels, engines."""
+"""What runs here: versions, devices, kernels, engines; and what a checkpoint or an index is, and whether it is sound."""
 
 from __future__ import annotations
 
 import platform
+import shlex
 from importlib import metadata
+from os import PathLike
 from typing import Any
 
 import torch
 
+from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import CheckpointError, StoreError
+from finelip_fast._terminal import printable
 from finelip_fast.engines import ENGINES, why_not
+from finelip_fast.index import stored_index
 from finelip_fast.kernels import describe, tuned_settings
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -26,6 +32,72 @@ def info() -> dict[str, Any]:
         "kernels": f"{kernel} ({reason})",
         "tuned settings": tuned_settings(),
         "engines": {name: why_not(name) or "runs here" for name in ENGINES if name != "auto"},
+    }
+
+
+def checkpoint_info(checkpoint: str | PathLike[str] | None = None) -> dict[str, Any]:
+    """What :func:`finelip_fast.checkpoint.verify` finds.
+
+    Raises:
+        CheckpointError: The weights are not those that were recorded, or it cannot be loaded.
+    """
+    found = checkpoints.verify(checkpoint)
+    if found["status"] == "mismatch":
+        raise CheckpointError(
+            f"{found['weights']}: expected the weights of SHA-256 {found['recorded_sha256']}, found {found['sha256']}"
+            + (f", with damaged records: {found['damaged']}" if found["damaged"] else "")
+            + "; get it again from where it came from"
+        )
+    return found
+
+
+def check_index(folder: str | PathLike[str]) -> int:
+    """Read all of an index folder again, and compare it with its checksums.
+
+    Returns:
+        How many items there are.
+
+    Raises:
+        StoreError: There is no index, it cannot be read, or items are damaged; names these.
+    """
+    index = stored_index(folder, skip_damaged=True)
+    damaged = index.check()
+    count = index.catalogue.count(index.version)
+    if damaged:
+        named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
+        raise StoreError(
+            f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or take them out and "
+            f"keep the others with finelip index repair --index {shlex.quote(str(folder))}:\n{named}"
+        )
+    return count
+
+
+def index_info(folder: str | PathLike[str], *, verify: bool = False) -> dict[str, Any]:
+    """What an index folder holds, and what of it is compared with checksums when.
+
+    Args:
+        folder: Of the index.
+        verify: Compare all of it now.
+
+    Raises:
+        StoreError: There is no index, it cannot be read, or with ``verify`` it is damaged.
+    """
+    if verify:
+        check_index(folder)
+    index = stored_index(folder)
+    spec = index.spec
+    return {
+        "items": len(index),
+        "version": index.version,
+        "checkpoint": index.source or "the bundled one",
+        "fingerprint": spec.checkpoint,
+        "embeddings": f"{spec.tokens} x {spec.width}, {spec.dtype}",
+        "verified": {
+            "now": "everything" if verify else "nothing but what was read of the catalogue (--verify: everything)",
+            "whenever it is opened": "the catalogue's tables, and every row of it that is read",
+            "by each search": "the embeddings and metadata of the hits, no others (finelip search --verify: all embeddings)",
+            "never": "who made it: a stranger's index gives what answers the stranger likes",
+        },
     }
 
 

@@ -69,6 +69,8 @@ class Retriever:
         threads: Of ONNX Runtime on the CPU; None: as many as PyTorch uses.
         build: Export what is asked for where it is not there yet; takes a minute or more.
         dtype: How a new index keeps embeddings: ``"float16"``, or ``"int8"``, half the size; None: as the index that is there.
+        verify: Compare all embeddings of the index folder with their checksums before they are searched; otherwise only those
+            of what a search finds.
 
     May be used from several threads at once; several processes may have the same index open. One with an index folder can be
     pickled, as what it was opened with; in a process made by fork it raises EngineError.
@@ -99,6 +101,7 @@ class Retriever:
         threads: int | None = None,
         build: bool = False,
         dtype: str | None = None,
+        verify: bool = False,
     ) -> None:
         # All that can be known to be wrong before a model is loaded.
         _check_path("checkpoint", checkpoint)
@@ -109,14 +112,14 @@ class Retriever:
         self._process = os.getpid()
         self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
-        self._threads = threads
+        self._threads, self._verify = threads, verify
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
         self._explained: FineLIP | None = None  # loaded when asked for
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
-        self._index = Index(spec, index, source=self._engine.source, device=self._engine.device)
+        self._index = Index(spec, index, source=self._engine.source, device=self._engine.device, verify=verify)
         if index is not None and checkpoint is not None:
             known_checkpoints.note(self._engine.source, self._engine.fingerprint)
 
@@ -154,6 +157,7 @@ class Retriever:
             overflow=self.overflow,
             precision=None if isinstance(engine, TorchEngine) else engine.precision,
             threads=self._threads if engine.name == "onnx" else None,
+            verify=self._verify,
         )
         return opening, ()
 

@@ -360,6 +360,49 @@ def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:
     assert "  torch: runs here" in text
 
 
+def test_info_verifies_a_checkpoint(
+    finelip: Callable[..., str],
+    fails: Callable[..., str],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(finelip("info", "--verify", "--json"))["status"] in ("ok", "none recorded")
+    shutil.copytree(checkpoint, "copy")
+    assert json.loads(finelip("info", "copy", "--verify", "--json"))["status"] == "ok"
+    content = bytearray(Path("copy/model.safetensors").read_bytes())
+    content[-3] ^= 1
+    Path("copy/model.safetensors").write_bytes(content)
+    assert "expected the weights of SHA-256" in fails("info", "copy", "--verify")
+    assert "lost: no such file or folder" in fails("info", "lost", "--verify")
+    assert "finelip info copy --verify" in fails("info", "copy")
+    assert "expected a checkpoint with --verify and without --index" in fails(
+        "info", "copy", "--verify", "--index", "x"
+    )
+
+
+def test_info_says_what_of_an_index_is_verified(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    index(finelip, photos, checkpoint)
+    told = json.loads(finelip("info", "--index", "finelip-index", "--json"))
+    assert (told["items"], told["checkpoint"]) == (3, str(checkpoint))
+    assert "no others" in told["verified"]["by each search"]
+    assert (
+        json.loads(finelip("info", "--index", "finelip-index", "--verify", "--json"))["verified"]["now"] == "everything"
+    )
+    search = ["search", "a house", "--device", "cpu", "-k", "1"]
+    assert finelip(*search, "--verify") == finelip(*search)
+    (segment,) = Path("finelip-index/segments").iterdir()
+    content = bytearray(segment.read_bytes())
+    content[-1] ^= 1  # of the last item
+    segment.write_bytes(content)
+    assert "1 of 3 items are damaged" in fails("info", "--index", "finelip-index", "--verify")
+    assert "is not what was written" in fails(*search, "--verify")
+    assert "there is no index at lost" in fails("info", "--index", "lost")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_tuning_needs_the_gpu_that_is_tuned(fails: Callable[..., str]) -> None:
     assert "expected a GPU that runs the fused kernels" in fails("tune")
