@@ -553,14 +553,14 @@ def _build(
 
 def _lengthen(model: FineLIP, length: int, source: str) -> FineLIP:
     """Stretch the model's context to ``length`` tokens, in place."""
-    rows = model.config.context_length
+    rows, config = model.config.context_length, model.config.replace(context_length=length)
     if length < rows:
         raise ConfigError(
             f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
             "shorter captions need no shorter table: tokenize them to the length you want"
         )
     if length > rows:
-        config, text = model.config.replace(context_length=length), model.text
+        text = model.text
         text.positional_embedding = nn.Parameter(stretch_positions(text.positional_embedding.detach(), length))
         text.num_pos = text.context_length = length
         text.attn_mask = text.build_causal_mask()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import open_clip
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast.checkpoint as checkpoint
-from finelip_fast._errors import CheckpointError, ConfigError, InputError
-from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, save
+from finelip_fast._errors import CheckpointError, ConfigError, InputError, WriteError
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, save, verify
 from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
 
 
@@ -461,3 +468,192 @@ def test_converting_our_own_keeps_what_is_known_of_it(model, tmp_path):
     convert(tmp_path / "trained", tmp_path / "half", dtype=torch.float16)
     metadata = json.loads((tmp_path / "half" / "config.json").read_text())["metadata"]
     assert metadata == {"step": 7, "source": "trained", "layout": "finelip_fast"}
+
+
+# Whose weights --------------------------------------------------------------------------------------------------------
+
+
+def test_verify_compares_the_weights_with_what_was_saved(folder, model):
+    found = verify(folder)
+    assert found["status"] == "ok"
+    assert found["recorded_sha256"] == found["sha256"]
+    assert found["fingerprint"] == fingerprint(model)
+    assert (found["format"], found["weights"]) == ("finelip_fast", str(folder / "model.safetensors"))
+
+
+def test_verify_finds_weights_that_were_exchanged_in_the_header(folder, model):
+    """Two weights of one shape exchange their names: a sound file, with other weights."""
+    path = folder / "model.safetensors"
+    content, (first, second) = path.read_bytes(), (b"resblocks.0.ln_1.weight", b"resblocks.1.ln_1.weight")
+    path.unlink()
+    path.write_bytes(content.replace(first, b"@" * 23).replace(second, first).replace(b"@" * 23, second))
+    assert not torch.equal(load(folder).state_dict()["visual.transformer.resblocks.0.ln_1.weight"],
+                           model.state_dict()["visual.transformer.resblocks.0.ln_1.weight"])  # fmt: skip
+    assert verify(folder)["status"] == "mismatch"
+
+
+def test_verify_knows_what_it_cannot_compare(folder, clip_state, tmp_path):
+    values = json.loads((folder / "config.json").read_text())
+    del values["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert verify(folder)["status"] == "none recorded"
+
+    torch.save(clip_state, tmp_path / "clip.pt")
+    assert (verify(tmp_path / "clip.pt")["status"], verify(tmp_path / "clip.pt")["damaged"]) == ("ok", [])
+    content = bytearray((tmp_path / "clip.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "clip.pt").write_bytes(content)
+    found = verify(tmp_path / "clip.pt")
+    assert found["status"] == "mismatch"
+    assert len(found["damaged"]) == 1
+
+
+def test_the_bundled_model_is_what_was_recorded():
+    assert verify()["status"] == "ok"
+
+
+# What others may write ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\0b", "x" * 5000, "~nosuchuser/x", "../" * 2000, "a/..", "open_clip:", "open_clip:a\0b/c", "open_clip:ViT-B-32/\0",
+     "open_clip:ViT-B-32/" + "x" * 5000, "open_clip:ViT-B-32/~nosuchuser", "\x1b[2J", "hf-hub:", "hf-hub:a/b/c", "\udcff",
+     "/dev/zero", "/dev/null"],
+)  # fmt: skip
+def test_names_of_nothing_are_errors(name):
+    with pytest.raises(CheckpointError) as caught:
+        load(name)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_name_is_a_text():
+    with pytest.raises(InputError, match="expected a checkpoint's path or name, got 5"):
+        load(5)
+
+
+@pytest.mark.parametrize("kind", ["config.json", "model.safetensors"])
+def test_a_pipe_in_a_folder_is_not_waited_for(folder, kind):
+    (folder / kind).unlink()
+    os.mkfifo(folder / kind)
+    with pytest.raises(CheckpointError, match="expected"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_layers": 1_000_000_000}, "no sizes of a model: expected vision_layers"),
+        ({"vision_layers": 256, "vision_width": 1024}, r"a model of 32\d{8} parameters, as it is configured, found"),
+        ({"metadata": 5}, None),
+    ],
+)
+def test_sizes_are_refused_before_anything_is_built(folder, changes, message):
+    change_config(folder, **changes)
+    if message is None:
+        with pytest.raises(CheckpointError, match="expected metadata as an object"):
+            convert(folder, folder / "x")
+        return
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [1 << 40, True, "x", 8193])
+def test_a_context_length_beyond_bounds(folder, length):
+    with pytest.raises((ConfigError, CheckpointError), match="context_length"):
+        load(folder, context_length=length)
+
+
+def test_nests_that_contain_themselves(tmp_path):
+    nest: dict = {}
+    nest["model"] = nest
+    with pytest.raises(CheckpointError, match="expected a state dict"):
+        checkpoint.import_state_dict(nest)
+
+
+def test_two_weights_for_one_name(clip_state):
+    with pytest.raises(CheckpointError, match=r"one weight of the name 'ln_final\.bias', got two"):
+        checkpoint.import_state_dict(clip_state | {"module.ln_final.bias": clip_state["ln_final.bias"]})
+    with pytest.raises(CheckpointError, match=r"one weight of the name 'text\.ln_final\.bias', got two"):
+        checkpoint.import_state_dict(clip_state | {"text.ln_final.bias": clip_state["ln_final.bias"]})
+
+
+@pytest.mark.parametrize("metadata", [{"a": float("nan")}, {"a": "\ud800"}, {"a": 1 << 70}, {"a": "x" * (1 << 21)}])
+def test_what_is_saved_can_be_loaded(model, tmp_path, metadata):
+    with pytest.raises(InputError, match="metadata"):
+        save(model, tmp_path / "x", metadata=metadata)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_says_what_is_missing(model, folder, make_model, monkeypatch):
+    def fill(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    other = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
+    monkeypatch.setattr(safetensors.torch, "save_file", fill)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(
+        WriteError, match=r"cannot write .*model\.safetensors: No space.*; 12\.9 MiB are needed, 1\.0 MiB are free"
+    ):
+        save(other, folder)
+    assert_same_weights(load(folder), model)
+
+
+def test_a_folder_that_cannot_be_made(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write .*file/x: "):
+        save(model, tmp_path / "file" / "x")
+
+
+STRANGE = st.sampled_from(
+    [None, True, False, 0, -1, 1, 2, 3, 64, 1 << 20, 10**9, 1 << 62, 0.5, 1e308, -0.0, "", "x", "64", "\x1b[0m", [], {}, [1],
+     [0.5] * 3, [[[]]], {"a": {}}, ["gelu"], {"width": 64}]
+)  # fmt: skip
+TEXTS = st.sampled_from(["NaN", "Infinity", "-Infinity", "1e999", "9" * 30, "[" * 1000, '"\\ud800"', "{", "\x00", "﻿"])
+
+
+def places(value, path=()):
+    """Paths of all values in nested objects and lists."""
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(part, (dict, list)):
+            yield from places(part, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def configured(model, clip_state, tmp_path_factory):
+    """A folder of every kind, and its configurations."""
+    folders = {}
+    for kind in ("ours", "open_clip", "transformers"):
+        folder = tmp_path_factory.mktemp(kind)
+        save(model, folder) if kind == "ours" else write_hub_folder(kind, clip_state, folder)
+        folders[kind] = folder, {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return folders
+
+
+@settings(max_examples=int(os.environ.get("FINELIP_FUZZ", 50)), deadline=None)
+@given(data=st.data())
+def test_any_configuration_is_an_error_or_a_model(configured, data):
+    folder, files = configured[data.draw(st.sampled_from(sorted(configured)))]
+    path = data.draw(st.sampled_from(sorted(files)))
+    values = json.loads(json.dumps(files[path]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, last = data.draw(st.sampled_from(sorted(places(values), key=str)))
+        inner = values
+        for key in above:
+            inner = inner[key]
+        inner[last] = copy.deepcopy(data.draw(STRANGE))
+    text = json.dumps(values)
+    if data.draw(st.booleans()):
+        place = data.draw(st.integers(0, len(text)))
+        text = text[:place] + data.draw(TEXTS) + text[place + data.draw(st.integers(0, 4)) :]
+    path.write_text(text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedAggregatorsWarning)
+            load(folder)
+    except (CheckpointError, ConfigError):
+        pass
+    finally:
+        path.write_text(json.dumps(files[path]))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
+import torch
 
 from finelip_fast._errors import ConfigError, FineLIPError
 from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.model import FineLIP
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,3 +101,37 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
         FineLIPConfig.preset("scenes", **changes)
     assert isinstance(caught.value, FineLIPError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_layers": 1_000_000_000}, r"vision_layers as an int of 1 to 256, got 1000000000"),
+        ({"text_layers": 0}, "text_layers as an int of 1 to 256, got 0"),
+        ({"text_heads": True}, "text_heads as an int .*, got True"),
+        ({"vision_width": 192.0}, "vision_width as an int .*, got 192.0"),
+        ({"embed_dim": "128"}, "embed_dim as an int .*, got '128'"),
+        ({"context_length": 1 << 40}, "context_length as an int of 1 to 8192"),
+        ({"aggregated_tokens": -1}, "aggregated_tokens as an int of 0 .the default. to 16384, got -1"),
+        ({"image_size": 16384, "patch_size": 1}, "at most 16384 patches of a picture"),
+        ({"vision_mlp_ratio": math.nan}, "vision_mlp_ratio above 0, to 64, got nan"),
+        ({"text_mlp_ratio": math.inf}, "text_mlp_ratio above 0, to 64, got inf"),
+        ({"text_mlp_ratio": 1e-9}, "text_mlp_ratio that leaves a hidden width"),
+        ({"quick_gelu": 1}, "quick_gelu as True or False, got 1"),
+        ({"image_std": [0.1, 0.0, 0.1]}, "image_std as three numbers between 0 and"),
+        ({"image_mean": "abc"}, "image_mean as three numbers"),
+        ({"image_mean": (0.1, math.nan, 0.1)}, "image_mean as three numbers"),
+        ({"resize_mode": ["squash"]}, "resize_mode 'shortest' or 'squash'"),
+    ],
+)
+def test_values_are_of_their_type_and_within_bounds(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        FineLIPConfig.from_dict(FineLIPConfig.preset("scenes").to_dict() | changes)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_model(name):
+    config = FineLIPConfig.preset(name, vision_mlp_ratio=3.3)
+    with torch.device("meta"):
+        model = FineLIP(config)
+    assert config.parameters == sum(tensor.numel() for tensor in model.state_dict().values())

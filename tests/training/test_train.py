@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,8 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast import checkpoint
-from finelip_fast._errors import ConfigError, TrainingError
+from finelip_fast._errors import CheckpointError, ConfigError, TrainingError, WriteError
+from finelip_fast._weight_files import read_weights
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.cli import main as finelip
 from finelip_fast.config import PRESETS, FineLIPConfig
@@ -579,3 +583,90 @@ def test_a_model_without_trained_aggregators_says_so_when_it_is_loaded(configure
     train(config)
     with pytest.warns(UntrainedAggregatorsWarning):
         assert finelip_fast.load(Path(config.out) / "last").alpha == 1.0
+
+
+# --- What is left when the disk is full, and what is taken from it -------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_and_the_run_goes_on(configure, tmp_path, uninterrupted, monkeypatch, capsys):
+    save_state, full = training.torch.save, [False]
+
+    def save(state, path):
+        if full[0] and state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_state(state, path)
+
+    monkeypatch.setattr(training.torch, "save", save)
+    config, full[0] = configure(**LASTING), True
+    with pytest.raises(WriteError, match=r"cannot write .*state\.pt: No space left on device"):
+        train(config)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert read_weights(tmp_path / "run" / "state.pt")["step"] == 2
+    full[0] = False
+    assert_same_run(tmp_path / "run", train(config), uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_is_an_error_of_the_command(configure, tmp_path, capsys):
+    config = configure(**LASTING)
+    Path(config.out).mkdir()
+    (Path(config.out) / "log.jsonl").symlink_to("/dev/full")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(config.to_json())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training.Log, "__init__", lambda self, folder, *_: vars(self).update(path=folder / "log.jsonl", events=None)
+        )
+        assert main([str(recipe)]) == 2
+    assert re.search(r"error: cannot write .*log\.jsonl: No space left on device", capsys.readouterr().err)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KiB."""
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path / "disk")]
+    if os.name != "posix" or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def test_a_disk_that_is_really_full(configure, small_disk, tmp_path, capsys):
+    config = dataclasses.replace(configure(**LASTING), out=str(small_disk / "run"))
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    assert main([str(tmp_path / "recipe.json")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: cannot write .*: .*; \d+\.\d MiB are needed, 0\.\d MiB are free at .*disk/run", error)
+    assert not list(small_disk.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("model"),
+        lambda state: state.update(step="x"),
+        lambda state: state.update(best=[1]),
+        lambda state: state.update(optimizer={}),
+        lambda state: state.update(rng=torch.zeros(3)),
+        lambda state: state["model"].pop("logit_scale"),
+        lambda state: state.update(config=5),
+        lambda state: state.update(code=os.getcwd),
+    ],
+)
+def test_a_state_of_something_else_is_refused(configure, tmp_path, uninterrupted, change):
+    state = torch.load(uninterrupted[0] / "state.pt", weights_only=True)
+    change(state)
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt: expected .*"):
+        train(configure(**LASTING))
+
+
+def test_what_a_killed_writer_left_is_removed(configure, tmp_path):
+    left = tmp_path / "run" / "best" / f".{'0' * 32}.tmp"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    train(configure(**LASTING, stop_at=1))
+    assert not left.exists()
