@@ -1,14 +1,6 @@
 """The model as ONNX graphs in float32: what the other precisions are made from.
 
-============  =====================================================  ==============================================
-graph         input                                                  output, float32
-============  =====================================================  ==============================================
-image         ``pixels`` float32 ``[batch, 3, S, S]``, normalised    ``embeddings [batch, L, D]``
-text          ``ids`` int64 ``[batch, length]``                      ``embeddings [batch, L, D]``
-image_uint8   ``pixels`` uint8 ``[batch, S, S, 3]``                  ``embeddings [batch, L, D]``
-scorer        ``queries [queries, L, D]``, ``items [items, L, D]``   ``scores [queries, items]``
-============  =====================================================  ==============================================
-
+Which there are, and what they take and give, is in :mod:`finelip_fast.artefacts.graph`.
 Encoder, aggregation and L2 norms are inside, row 0 of an embedding is the global one. ``length`` is 1 to the context.
 """
 
@@ -18,12 +10,14 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from finelip_fast._files import write_error
+from finelip_fast.artefacts.graph import Port, interface
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
@@ -79,35 +73,6 @@ class _Scorer(nn.Module):
         return clim_scores(queries, items, alpha=self.alpha)
 
 
-class Port(NamedTuple):
-    """An input or output: its element type by ONNX's name, and its axes, named where they are free."""
-
-    dtype: str
-    axes: tuple[str | int, ...]
-
-
-class Interface(NamedTuple):
-    """What a graph takes and gives."""
-
-    inputs: dict[str, Port]
-    outputs: dict[str, Port]
-
-
-def interface(graph: str, config: FineLIPConfig) -> Interface:
-    """What a graph of this model must take and give; ``graph`` is a name of the module's table."""
-    side, rows, width = config.image_size, config.tokens, config.embed_dim
-    embeddings = {"embeddings": Port("FLOAT", ("batch", rows, width))}
-    return {
-        "image": Interface({"pixels": Port("FLOAT", ("batch", 3, side, side))}, embeddings),
-        "text": Interface({"ids": Port("INT64", ("batch", "length"))}, embeddings),
-        "image_uint8": Interface({"pixels": Port("UINT8", ("batch", side, side, 3))}, embeddings),
-        "scorer": Interface(
-            {"queries": Port("FLOAT", ("queries", rows, width)), "items": Port("FLOAT", ("items", rows, width))},
-            {"scores": Port("FLOAT", ("queries", "items"))},
-        ),
-    }[graph]
-
-
 def build(
     model: FineLIP, graph: str, *, opset: int = OPSET, metadata: Mapping[str, Any] | None = None
 ) -> onnx.ModelProto:
@@ -115,7 +80,7 @@ def build(
 
     Args:
         model: On the CPU, in float32.
-        graph: A name of the module's table.
+        graph: A name of that table.
         opset: ONNX's operator set, at least 18.
         metadata: More values for JSON to write into the file, beside sizes, normalisation and tokenizer.
 
@@ -150,9 +115,16 @@ def build(
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; weights past what one file holds go to ``NAME.onnx.data`` beside it, and are then gone from ``proto``."""
+    """Write a graph; weights past what one file holds go to ``NAME.onnx.data`` beside it, and are then gone from ``proto``.
+
+    Raises:
+        WriteError: The disk refuses.
+    """
     size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    onnx.save(proto, path, save_as_external_data=size > LARGEST_FILE, location=f"{path.name}.data")
+    try:
+        onnx.save(proto, path, save_as_external_data=size > LARGEST_FILE, location=f"{path.name}.data")
+    except (OSError, RuntimeError) as error:  # the latter of what is written in native code
+        raise write_error(path, error) from error
 
 
 def _example(name: str, port: Port, config: FineLIPConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be seen in an exported graph without running it: what it takes and gives, and whose weights it holds."""
+"""Whose weights an exported graph holds, which shows without running it."""
 
 from __future__ import annotations
 
@@ -6,42 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
-from finelip_fast.config import FineLIPConfig
-from finelip_fast.export.graphs import Port, interface
 from finelip_fast.export.precision import rounded
 from finelip_fast.export.quantize import quantize_weight
 from finelip_fast.model import FineLIP
 
 _WEIGHT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8}
-
-
-def interface_problems(graph: ModelProto, name: str, config: FineLIPConfig) -> list[str]:
-    """How names, axes and element types differ from what the graph's name promises; none: they are right."""
-    expected = interface(name, config)
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    wrong = []
-    for kind, ports, values in (
-        ("input", expected.inputs, [one for one in graph.graph.input if one.name not in weights]),
-        ("output", expected.outputs, graph.graph.output),
-    ):
-        found = {value.name: _port(value) for value in values}
-        if list(found) != list(ports):
-            wrong.append(f"expected {kind}s {list(ports)}, got {list(found)}")
-            continue
-        for port, (dtype, axes) in ports.items():
-            if found[port].dtype != dtype:
-                wrong.append(f"{port}: expected {dtype}, got {found[port].dtype}")
-            if len(found[port].axes) != len(axes):
-                wrong.append(f"{port}: expected {len(axes)} axes, got {len(found[port].axes)}")
-                continue
-            for number, (want, got) in enumerate(zip(axes, found[port].axes, strict=True)):
-                if isinstance(want, str) and isinstance(got, int):
-                    wrong.append(f"{port}: axis {number} ({want}) is frozen at {got}, expected any size")
-                elif isinstance(want, int) and got != want:
-                    wrong.append(f"{port}: axis {number} is {got!r}, expected {want}")
-    return wrong
 
 
 def weight_problems(graph: ModelProto, model: FineLIP) -> tuple[int, list[str]]:
@@ -108,9 +79,3 @@ class _Weights:
         if key not in self._quantized:
             self._quantized[key] = quantize_weight(rounded(weight, np.dtype(dtype)))
         return self._quantized[key]
-
-
-def _port(value: ValueInfoProto) -> Port:
-    tensor = value.type.tensor_type
-    axes = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
-    return Port(TensorProto.DataType.Name(tensor.elem_type), axes)

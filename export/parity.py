@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._errors import FineLIPError, InputError
+from finelip_fast.artefacts.graph import interface_problems
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.encoders import caption_lengths
@@ -302,7 +303,7 @@ class _Gate:
 
     def files(self) -> None:
         for name, graph in self.encoders.graphs.items():
-            wrong = inspection.interface_problems(graph, name, self.reference.model.config)
+            wrong = interface_problems(graph, name, self.reference.model.config)
             self._say(f"{name}: interface", not wrong, "; ".join(wrong) or "names, axes and types")
         for name, graph in self.encoders.graphs.items():
             if name != "scorer":

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finelip_fast._errors import EngineError
-from finelip_fast._files import write_whole
+from finelip_fast._files import read_bytes, write_whole
 from finelip_fast.artefacts import trt as runtime
 from finelip_fast.kernels._settings import cache_folder
 
@@ -91,7 +91,7 @@ def refit_plan(plan: Path, graph: Path, module: str) -> bytes:
         EngineError: TensorRT cannot read the plan, or some of its weights are not in the graph.
     """
     trt, log = runtime.load_module(module), runtime.logger(module)
-    engine = runtime.read_plan(plan, module)
+    engine = runtime.read_plan(plan.read_bytes(), plan.name, module)
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_file(os.fspath(graph)) or not refitter.refit_cuda_engine():
@@ -133,7 +133,10 @@ class _Timings:
         if target.module == "tensorrt" and hasattr(config, "create_timing_cache"):
             gpu = re.sub(r"\W+", "-", str(target.gpu))
             self._path = cache_folder() / f"trt-{target.version}-{gpu}.timings"
-            self._cache = config.create_timing_cache(self._path.read_bytes() if self._path.is_file() else b"")
+            kept = b""
+            with contextlib.suppress(EngineError):
+                kept = read_bytes(self._path, error=EngineError, max_bytes=1 << 28)
+            self._cache = config.create_timing_cache(kept)
             if not config.set_timing_cache(self._cache, False):  # of another driver, say
                 self._cache = config.create_timing_cache(b"")
                 config.set_timing_cache(self._cache, False)

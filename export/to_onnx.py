@@ -15,8 +15,9 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._command_line import run_command
 from finelip_fast._errors import EngineError, InputError
+from finelip_fast._files import write_error
 from finelip_fast.artefacts.manifest import (
     PRECISIONS,
     Export,
@@ -84,6 +86,7 @@ def export_onnx(
         InputError: An unknown precision, extra or data set; an opset that is too old.
         CheckpointError: A checkpoint that cannot be loaded.
         EngineError: The files did not prove to be the model.
+        WriteError: The folder cannot be written; an export that was there before is there still.
     """
     check_precision(precision)
     if unknown := set(extras) - set(EXTRAS):
@@ -98,13 +101,10 @@ def export_onnx(
     if not again and _up_to_date(folder, fingerprint, options, names):
         return folder
     reference = reference or parity.Reference(model, pairs, progress=progress)
-    protos = {}
-    for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
-        proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
-        protos[name] = _in_precision(proto, name, precision, model, calibration)
-    with being_written(folder, keep_failed) as partial:
-        for name, proto in protos.items():
-            graphs.write(proto, partial / f"{name}.onnx")
+    with being_written(folder, keep_failed) as partial:  # first of all, so that what cannot be written fails at once
+        for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
+            proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
+            graphs.write(_in_precision(proto, name, precision, model, calibration), partial / f"{name}.onnx")
         report, devices = _prove(reference, partial, names, precision)
         finish(
             partial,
@@ -128,26 +128,40 @@ def export_onnx(
 
 @contextmanager
 def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
-    """A hidden folder that takes the place of ``folder`` when all went well; else it is deleted, or kept as ``failed-…``."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """A hidden folder that takes the place of ``folder`` when all went well; else it is deleted, or kept as ``failed-…``.
+
+    Raises:
+        WriteError: The disk refuses. What was there before is there still.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
+        partial.mkdir(parents=True)
         yield partial
-    except BaseException as error:
+        _take_place(partial, folder)
+    except FineLIPError as error:
         if keep_failed and isinstance(error, EngineError):
             failed = folder.with_name(f"failed-{folder.name}")
             shutil.rmtree(failed, ignore_errors=True)
-            partial.rename(failed)
+            with suppress(OSError):
+                partial.rename(failed)
         raise
-    else:
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    old = partial.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(partial: Path, report: parity.Report, manifest: Manifest) -> None:

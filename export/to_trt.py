@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._command_line import run_command
 from finelip_fast._errors import EngineError, InputError
 from finelip_fast.artefacts import trt as runtime
+from finelip_fast.artefacts.graph import parse
 from finelip_fast.artefacts.manifest import Export, Manifest, exports_folder, installed, read, rebuild_command
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.export import parity, to_onnx
@@ -81,6 +83,7 @@ def export_trt(
         CheckpointError: A checkpoint that cannot be loaded.
         EngineError: No TensorRT that can build this here, a failed build, weights that do not fit the plans of ``refit``, or
             plans that did not prove to be the model.
+        WriteError: The folder cannot be written; plans that were there before are there still.
     """
     if precision not in PRECISIONS:
         raise InputError(f"expected precision to be one of {PRECISIONS}, got {precision!r}")
@@ -149,6 +152,7 @@ def prove_trt(
     Raises:
         EngineError: No TensorRT or no GPU here, plans that are not for it or not of this checkpoint, or that are not the
             model: those are deleted.
+        WriteError: The folder cannot be written; the plans are there still.
     """
     found = read(folder)
     here = runtime.machine(module=found.manifest.options.get("module"))
@@ -160,11 +164,14 @@ def prove_trt(
         stripped=False,
     )
     report = _compare(folder, found.manifest, checkpoint, pairs, progress)
-    with to_onnx.being_written(folder, keep_failed) as partial:  # what is refused is found no more
-        for path in list(folder.iterdir()):
-            path.rename(partial / path.name)
-        folder.rmdir()
-        to_onnx.finish(partial, report, dataclasses.replace(found.manifest, proof=report.summary()))
+    try:
+        with to_onnx.being_written(folder, keep_failed) as partial:
+            for name in found.manifest.files:
+                shutil.copy2(folder / name, partial / name)
+            to_onnx.finish(partial, report, dataclasses.replace(found.manifest, proof=report.summary()))
+    except EngineError:
+        shutil.rmtree(folder)  # what is refused is found no more
+        raise
     return folder
 
 
@@ -237,7 +244,7 @@ def structure(path: Path) -> str:
 
     Two checkpoints can differ in it: the exporter merges constants that are equal and drops those that do nothing.
     """
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = parse(path.read_bytes(), path.name).graph
     digest = hashlib.sha256()
     for node in graph.node:
         digest.update(node.SerializeToString(deterministic=True))
@@ -314,7 +321,8 @@ def _compare(
     device = torch.device("cuda", torch.cuda.current_device())
     image, text = (
         runtime.TrtPlan(
-            folder / f"{name}.plan",
+            (folder / f"{name}.plan").read_bytes(),
+            f"{name}.plan",
             device,
             module=manifest.options["module"],
             host_code=manifest.options["version_compatible"],

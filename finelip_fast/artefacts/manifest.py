@@ -16,20 +16,22 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finelip_fast._errors import EngineError, InputError
-from finelip_fast._files import write_whole
+from finelip_fast._files import plain_name, read_bytes, write_whole
+from finelip_fast._json import read_json
 from finelip_fast.kernels._settings import cache_folder
 
 FORMAT = "finelip_fast_export/1"
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnx", "trt")
+FILES = {"onnx": ("image.onnx", "text.onnx"), "trt": ("image.plan", "text.plan")}  # what an engine runs
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-calibrated")
 
 
@@ -87,23 +89,57 @@ class Export:
         Raises:
             EngineError: Says every difference and the command.
         """
+        wrong = self.differences(checkpoint, **expected)
+        for name, digest in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                wrong.append(f"{name}: missing")
+            elif file_hash(path) != digest:
+                wrong.append(_CHANGED.format(name))
+        if wrong:
+            raise self.refused(wrong, rebuild)
+
+    def differences(self, checkpoint: str, **expected: Any) -> list[str]:
+        """What the manifest alone says against running the files; the arguments are those of :meth:`check`."""
         manifest = self.manifest
         wrong = []
         if manifest.checkpoint != checkpoint:
             wrong.append(f"checkpoint: made from {manifest.checkpoint[:12]}…, this one is {checkpoint[:12]}…")
         for name, value in expected.items():
             if manifest.options.get(name) != value:
-                wrong.append(f"{name}: made for {manifest.options.get(name)!r}, here it is {value!r}")
-        for name, digest in manifest.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                wrong.append(f"{name}: missing")
-            elif file_hash(path) != digest:
-                wrong.append(f"{name}: not the file that was proven (another SHA-256)")
+                wrong.append(f"{name}: made for {manifest.options.get(name)!r:.80}, here it is {value!r:.80}")
+        wrong += [_UNNAMED.format(name) for name in FILES[manifest.runtime] if name not in manifest.files]
         if not manifest.proven:
             wrong.append("proof: it was never compared with the model")
-        if wrong:
-            raise EngineError(f"{self.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {rebuild}")
+        return wrong
+
+    def content(self, name: str, rebuild: str, *, max_bytes: int) -> bytes:
+        """A file's bytes, which are just those that the manifest names: they can be run, whatever happens to the file.
+
+        Args:
+            name: The file.
+            rebuild: The command that makes the export anew.
+            max_bytes: Size from which the file is refused unread.
+
+        Raises:
+            EngineError: The manifest does not name it, or it is missing, too large, or another one.
+        """
+        if name not in self.manifest.files:
+            raise self.refused([_UNNAMED.format(name)], rebuild)
+        if not (self.folder / name).exists():
+            raise self.refused([f"{name}: missing"], rebuild)
+        content = read_bytes(self.folder / name, error=EngineError, max_bytes=max_bytes)
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[name]:
+            raise self.refused([_CHANGED.format(name)], rebuild)
+        return content
+
+    def refused(self, wrong: Sequence[str], rebuild: str) -> EngineError:
+        """The error for an export of which all this is wrong."""
+        return EngineError(f"{self.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {rebuild}")
+
+
+_UNNAMED = "{}: the manifest does not name it"
+_CHANGED = "{}: not the file that was proven (another SHA-256)"
 
 
 def read(folder: Path) -> Export:
@@ -114,31 +150,145 @@ def read(folder: Path) -> Export:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}")
-        unknown = set(values) - {one.name for one in fields(Manifest)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        return Export(folder, Manifest(**values))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{path}: no manifest of an export: {error}; make the export anew") from error
+        values = read_json(path, error=EngineError, expected="a manifest", kind=dict, max_bytes=_MAX_BYTES)
+        return Export(folder, _parse(values, path))
+    except EngineError as error:
+        raise EngineError(f"{error}; make the export anew") from None
 
 
-def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str | None = None) -> list[Export]:
+def _parse(values: dict[str, Any], path: Path) -> Manifest:
+    if (found := values.pop("format", None)) != FORMAT:
+        raise EngineError(f"{path}: expected format {FORMAT!r}, got {found!r:.40}")
+    names = {entry.name for entry in fields(Manifest)}
+    if unknown := set(values) - names:
+        raise EngineError(f"{path}: unknown fields {sorted(unknown)!r:.80}")
+    if missing := names - set(values) - {"options", "proof"}:
+        raise EngineError(f"{path}: missing fields {sorted(missing)}")
+    _require(values, _FIELDS, path)
+    for name in values["files"]:
+        plain_name(name, f"{path}: files", error=EngineError)
+    options = values.get("options", {})
+    if values["runtime"] == "trt" and (missing := _TRT_OPTIONS - set(options)):
+        raise EngineError(f"{path}: missing options {sorted(missing)}")
+    _require(options, _OPTIONS, path)
+    _require(values.get("proof", {}), _PROOF, path)
+    return Manifest(**values)
+
+
+# ---- What each value of a manifest must be
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_capability(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\d{1,3}\.\d", value) is not None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_count, value))
+
+
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_hash, value.values()))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_profile(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("batches"), (list, tuple))
+        and all(map(_are_counts, value["batches"]))
+        and _are_counts(value.get("lengths"))
+    )
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+_Rules = dict[str, tuple[Callable[[Any], bool], str]]
+_MAX_BYTES = 1 << 20
+_FIELDS: _Rules = {
+    "runtime": (RUNTIMES.__contains__, f"one of {RUNTIMES}"),
+    "precision": (PRECISIONS.__contains__, f"one of {PRECISIONS}"),
+    "checkpoint": (_is_hash, "a SHA-256 in hex"),
+    "config": (_is(dict), "an object"),
+    "files": (_are_hashes, "names of files with their SHA-256 in hex"),
+    "versions": (_are_texts, "names of packages with their versions"),
+    "options": (_is(dict), "an object"),
+    "proof": (_is(dict), "an object"),
+}
+_OPTIONS: _Rules = {
+    "opset": (_is_count, "a number"),
+    "module": (_is(str), "a name"),
+    "version": (_is(str), "a version"),
+    "gpu": (_is(str, type(None)), "a name or null"),
+    "compute_capability": (_is_capability, "a number such as '8.9'"),
+    "profile": (_is_profile, "a name, batches and lengths"),
+    "onnx": (_are_hashes, "names of files with their SHA-256 in hex"),
+    "structure": (_are_hashes, "names of files with their SHA-256 in hex"),
+    "workspace": (lambda value: value is None or _is_count(value), "a number of MiB or null"),
+    **dict.fromkeys(
+        ("version_compatible", "hardware_compatible", "refittable", "stripped"), (_is(bool), "true or false")
+    ),
+}
+_TRT_OPTIONS = set(_OPTIONS) - {"opset"}
+_PROOF: _Rules = {
+    "passed": (_is(bool), "true or false"),
+    "devices": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value), "names"),
+}
+
+
+def _require(values: dict[str, Any], rules: _Rules, path: Path) -> None:
+    for name, (is_right, expected) in rules.items():
+        if name in values and not is_right(values[name]):
+            raise EngineError(f"{path}: {name}: expected {expected}, got {values[name]!r:.80}")
+
+
+class Found(NamedTuple):
+    """What lies beside a checkpoint: exports, and why others cannot be read, by the names of their folders."""
+
+    exports: list[Export]
+    damaged: dict[str, str]
+
+
+def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str | None = None) -> Found:
     """The exports beside a checkpoint, by the names of their folders.
 
     Args:
         checkpoint: As :func:`finelip_fast.load` takes it.
         runtime: ``"onnx"`` or ``"trt"``.
         precision: Of this precision alone.
-
-    Raises:
-        EngineError: A folder whose manifest cannot be read.
     """
     folders = sorted(path.parent for path in exports_folder(checkpoint).glob(f"{runtime}-*/{MANIFEST}"))
-    found = [read(folder) for folder in folders]
-    return [export for export in found if precision in (None, export.manifest.precision)]
+    found = Found([], {})
+    for folder in folders:
+        try:
+            export = read(folder)
+            if export.manifest.runtime != runtime:
+                raise EngineError(
+                    f"{folder}: expected an export for {runtime}, found one for {export.manifest.runtime}"
+                )
+        except EngineError as error:
+            # The folder's name is all that tells what it should be.
+            named = [name for name in PRECISIONS if f"{folder.name}-".startswith(f"{runtime}-{name}-")]
+            if precision is None or precision in named:
+                remedy = f"; {rebuild_command(checkpoint, runtime, named[-1])}" if named else ", or delete the folder"
+                found.damaged[folder.name] = f"{error}{remedy}"
+        else:
+            if precision in (None, export.manifest.precision):
+                found.exports.append(export)
+    return found
 
 
 def check_precision(precision: str) -> None:

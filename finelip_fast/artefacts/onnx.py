@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,8 +68,10 @@ class OnnxGraph:
     """A graph of one output, loaded; may be called from several threads at once.
 
     Args:
-        source: The file, or a graph as bytes.
+        source: The file, or its content.
         device: ``cpu`` or ``cuda``.
+        name: What messages call a graph that is given as its content.
+        beside: Contents of the files that such a graph has weights in, by name. No other file is read for it.
         threads: For products on the CPU; None: as many as PyTorch uses.
 
     Raises:
@@ -75,11 +79,17 @@ class OnnxGraph:
     """
 
     def __init__(
-        self, source: str | os.PathLike[str] | bytes, device: torch.device, *, threads: int | None = None
+        self,
+        source: str | os.PathLike[str] | bytes,
+        device: torch.device,
+        *,
+        name: str = "the graph",
+        beside: Mapping[str, bytes] | None = None,
+        threads: int | None = None,
     ) -> None:
         runtime = load_onnxruntime()
         self.device = device
-        name = "the graph" if isinstance(source, bytes) else Path(source).name
+        name = name if isinstance(source, bytes) else Path(source).name
         if device.type == "cuda" and not has_cuda():
             raise EngineError(
                 f"{name}: expected ONNX Runtime with CUDA, got {runtime.get_available_providers()}: "
@@ -90,11 +100,14 @@ class OnnxGraph:
             # Products of float32 stay float32: TensorFloat-32 keeps ten bits of them.
             [(_CUDA, {"device_id": index, "use_tf32": 0})] if device.type == "cuda" else ["CPUExecutionProvider"]
         )
+        options = session_options(threads)
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # and not what else a file may pretend
         try:
+            if beside:
+                sizes = [len(content) for content in beside.values()]
+                options.add_external_initializers_from_files_in_memory(list(beside), list(beside.values()), sizes)
             self._session = runtime.InferenceSession(
-                source if isinstance(source, bytes) else os.fspath(source),
-                session_options(threads),
-                providers=providers,
+                source if isinstance(source, bytes) else os.fspath(source), options, providers=providers
             )
         except Exception as error:  # every kind of failure has its own class there
             raise EngineError(f"{name}: ONNX Runtime cannot run it on {device}: {_first_line(error)}") from error
@@ -105,6 +118,7 @@ class OnnxGraph:
                 f"onnxruntime-gpu {runtime.__version__} names, or use device='cpu'"
             )
         self._index = index
+        _graphs.add(self)
         self.inputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_inputs()]
         self.outputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_outputs()]
 
@@ -143,6 +157,19 @@ class OnnxGraph:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return result
+
+
+# A session joins its threads when it is deleted, and a forked process, which has none of them, would wait for ever.
+_graphs: weakref.WeakSet[OnnxGraph] = weakref.WeakSet()
+
+
+def _keep_sessions() -> None:
+    for graph in list(_graphs):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_sessions)
 
 
 @functools.cache

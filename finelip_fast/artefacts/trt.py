@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -191,11 +189,15 @@ class Recent(Generic[T]):
 # ---- Running
 
 
-def read_plan(path: Path, module: str, *, host_code: bool = False) -> Any:
+def read_plan(content: bytes, name: str, module: str, *, host_code: bool = False) -> Any:
     """Deserialise a plan on the current GPU.
 
+    A plan is machine code: no check can tell what a stranger's would do, so what comes here has been built by this library,
+    or has the hash that the manifest beside a trusted checkpoint names.
+
     Args:
-        path: The file.
+        content: Of its file.
+        name: What messages call it.
         module: Of :data:`MODULES`.
         host_code: Let the plan bring code of its own, as version-compatible ones do.
 
@@ -207,9 +209,9 @@ def read_plan(path: Path, module: str, *, host_code: bool = False) -> Any:
     runtime = trt.Runtime(log)
     if host_code:
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise EngineError(f"{path.name}: {module} {trt.__version__} cannot read it: {log.take()}")
+        raise EngineError(f"{name}: {module} {trt.__version__} cannot read it: {log.take()}")
     return engine
 
 
@@ -219,7 +221,8 @@ class TrtPlan:
     Every call takes a stream with scratch memory of its own, and leaves it to the next one: as many are made as calls overlap.
 
     Args:
-        path: The file.
+        content: Of its file.
+        name: What messages call it.
         device: A CUDA device.
         module: ``"tensorrt"`` or ``"tensorrt_rtx"``, the one that built it. Default: what is installed.
         host_code: Let the plan bring code of its own, as version-compatible ones do.
@@ -233,7 +236,8 @@ class TrtPlan:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        content: bytes,
+        name: str,
         device: torch.device,
         *,
         module: str | None = None,
@@ -241,12 +245,12 @@ class TrtPlan:
     ) -> None:
         if (reason := why_not()) is not None:
             raise EngineError(reason)
-        self.name = Path(path).name
+        self.name = name
         self.module = module or importable()[0]
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         trt = load_module(self.module)
         with torch.cuda.device(self.device):
-            self.engine = read_plan(Path(path), self.module, host_code=host_code)
+            self.engine = read_plan(content, name, self.module, host_code=host_code)
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         inputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         if len(names) != 2 or len(inputs) != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -24,6 +26,10 @@ ENGINES = ("auto", "torch", "onnx", "trt")
 
 class Engine(ABC):
     """A runtime that holds one checkpoint's encoders.
+
+    An engine is pickled as what it was opened with, and opened again where it is unpickled: the same checkpoint, files, device
+    and threads, or an EngineError. In a process that was forked off after it was opened, an engine on the CPU goes on with one
+    thread, since the others are not copied; one on a GPU raises an EngineError.
 
     Attributes:
         name: ``"torch"``, ``"onnx"`` or ``"trt"``.
@@ -78,13 +84,54 @@ class Engine(ABC):
     def __str__(self) -> str:
         return f"{self.name}: {self.description} ({self.reason})"
 
+    @abstractmethod
+    def _opened_with(self) -> tuple[Any, ...]:
+        """Positional arguments that open the same engine in any process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (type(self), self._opened_with(), self.fingerprint, self.reason)
+
+    def _check_process(self) -> None:
+        """Go on in a forked process, or raise EngineError where that cannot be."""
+        if self._process != os.getpid():
+            if self.device.type == "cuda":
+                raise EngineError(
+                    f"{self.name} on {self.device}: a GPU cannot be used in a forked process; start processes by "
+                    'multiprocessing.get_context("spawn")'
+                )
+            self._follow_fork()
+            self._process = os.getpid()
+
+    def _follow_fork(self) -> None:  # noqa: B027, for most engines there is nothing
+        """Make anew what a forked process has no copy of."""
+
     def _identify(self, model: FineLIP, checkpoint: str | PathLike[str] | None) -> None:
         """What follows from the checkpoint alone."""
+        _use_one_thread_after_fork()
+        self._process = os.getpid()
         self.fingerprint = checkpoints.fingerprint(model)
         self.source = (
             "" if checkpoint is None else str(Path(checkpoint).absolute() if Path(checkpoint).exists() else checkpoint)
         )
         self.config, self.preprocess, self.alpha = model.config, model.preprocess, model.alpha
+
+
+def _open_again(kind: type[Engine], opened_with: tuple[Any, ...], fingerprint: str, reason: str) -> Engine:
+    engine = kind(*opened_with)
+    if engine.fingerprint != fingerprint:
+        raise EngineError(
+            f"{engine.source or 'the bundled checkpoint'} is not what the pickled engine was opened on: made from "
+            f"{fingerprint[:12]}…, this one is {engine.fingerprint[:12]}…; open it anew"
+        )
+    engine.reason = reason
+    return engine
+
+
+@functools.cache
+def _use_one_thread_after_fork() -> None:
+    """A forked process has no copy of PyTorch's threads, and its first product would wait for them for ever."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def find_device(wanted: str | torch.device | None) -> torch.device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ import torch
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._errors import EngineError, InputError
 from finelip_fast._files import write_whole
+from finelip_fast._json import read_json
 from finelip_fast.artefacts import manifest, onnx, trt
 from finelip_fast.artefacts.manifest import Export
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
@@ -78,20 +81,19 @@ def open_engine(
     candidates: list[Candidate] = []
     absent: dict[str, str] = {}
     for runtime in runtimes:
-        reason, found = why_not(runtime), []
-        try:
-            found = [] if reason else manifest.find(checkpoint, runtime, precision)
-        except EngineError as error:  # a damaged manifest
-            if name != "auto":
-                raise
-            reason = str(error)
-        candidates += [_exported(checkpoint, device, export, threads) for export in found]
-        if not found:
-            absent[runtime] = reason or _none_found(checkpoint, runtime, precision)
+        if (reason := why_not(runtime)) is not None:
+            absent[runtime] = reason
+            continue
+        found = manifest.find(checkpoint, runtime, precision)
+        candidates += [_exported(checkpoint, device, export, threads) for export in found.exports]
+        absent |= found.damaged
+        if not found.exports and not found.damaged:
+            absent[runtime] = _none_found(checkpoint, runtime, precision)
     if name != "auto":
         if not candidates:
-            raise EngineError(f"engine={name!r} cannot run: {absent[name]}; or use engine='torch' or engine='auto'")
-        if len(candidates) == 1:
+            reason = "; ".join(absent.values())
+            raise EngineError(f"engine={name!r} cannot run: {reason}; or use engine='torch' or engine='auto'")
+        if len(candidates) == 1 and not absent:
             return candidates[0].open("asked for")
     else:
         label = f"torch {'float16' if find_device(device).type == 'cuda' else 'float32'}"
@@ -187,11 +189,10 @@ class _Times:
 
     def __init__(self) -> None:
         self._path = cache_folder() / "engine_times.json"
-        try:
-            self._seconds: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8"))
-            self._seconds.items()
-        except (OSError, ValueError, AttributeError):
-            self._seconds = {}  # lost times are measured again
+        self._seconds: dict[str, float] = {}
+        with contextlib.suppress(EngineError):  # lost times are measured again
+            kept = read_json(self._path, error=EngineError, kind=dict, max_bytes=1 << 22)
+            self._seconds = {key: time for key, time in kept.items() if type(time) is float and time > 0}
 
     def known(self, candidate: Candidate) -> float | None:
         return self._seconds.get(self._key(candidate))
@@ -255,10 +256,13 @@ def _build(
     if (reason := why_not(name)) is not None:
         raise EngineError(f"engine={name!r} cannot be built: {reason}")
     precision = precision or default_precision(name)
-    there = manifest.find(checkpoint, name, precision)
-    if there and any(export.manifest.checkpoint == checkpoints.fingerprint(checkpoint) for export in there):
-        return
-    command = [sys.executable, "-m", "finelip_fast.cli", *manifest.rebuild_arguments(checkpoint, name, precision)]
+    fingerprint = checkpoints.fingerprint(checkpoint)
+    for export in manifest.find(checkpoint, name, precision).exports:
+        with contextlib.suppress(EngineError):
+            export.check(fingerprint, "")
+            return
+    arguments = manifest.rebuild_arguments(checkpoint, name, precision)
+    command = [sys.executable, "-m", "finelip_fast.cli", *arguments]
     told = b""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stderr is not None
@@ -267,5 +271,4 @@ def _build(
             sys.stderr.flush()
             told = (told + part)[-2000:]
     if process.returncode:
-        named = manifest.rebuild_command(checkpoint, name, precision)
-        raise EngineError(f"{named} failed: {told.decode(errors='replace').strip()}")
+        raise EngineError(f"{shlex.join(['finelip', *arguments])} failed: {told.decode(errors='replace').strip()}")

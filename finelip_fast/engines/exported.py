@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._errors import EngineError
 from finelip_fast.artefacts.manifest import Export, rebuild_command
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines.base import Engine
 from finelip_fast.model import check_ids, check_pixels
+
+# Of a file beside a checkpoint, so that none fills the memory: twice the weights in float32, and what else it may hold.
+_BYTES_A_WEIGHT = 8
+_LARGEST_BESIDE_WEIGHTS = 1 << 28
 
 
 class ExportedEngine(Engine):
@@ -20,7 +27,8 @@ class ExportedEngine(Engine):
 
     Args:
         checkpoint: As :func:`finelip_fast.load` takes it.
-        export: The files, checked against the checkpoint before any of them is loaded.
+        export: The files. Their manifest is compared with the checkpoint before any of them is read, and what is run are
+            the bytes whose hash it names.
         device: Where they run.
         reason: Why this engine was chosen.
         expected: Options of the manifest that must have these values.
@@ -46,17 +54,33 @@ class ExportedEngine(Engine):
         reason: str,
         **expected: object,
     ) -> None:
-        self._identify(checkpoints.load(checkpoint), checkpoint)
+        model = checkpoints.load(checkpoint)
+        self._identify(model, checkpoint)
         manifest = export.manifest
-        export.check(self.fingerprint, rebuild_command(checkpoint, self.name, manifest.precision), **expected)
-        self.export, self.device, self.reason = export, device, reason
+        # Whatever is wrong, without --again what has the right hashes would be left as it is.
+        self._rebuild = rebuild_command(checkpoint, self.name, manifest.precision, ["--again"])
+        # Before a byte of the files is read.
+        wrong = export.differences(self.fingerprint, **expected)
+        made, here = (json.loads(json.dumps(config)) for config in (manifest.config, self.config.to_dict()))
+        wrong += [f"config: made for another {name!r:.40}" for name, value in made.items() if here.get(name) != value]
+        if wrong:
+            raise export.refused(wrong, self._rebuild)
+        self._largest_file = _LARGEST_BESIDE_WEIGHTS + _BYTES_A_WEIGHT * sum(x.numel() for x in model.parameters())
+        # Wherever another process stands, the folder is where it is.
+        self.export = Export(export.folder.absolute(), manifest)
+        self.device, self.reason = device, reason
         self.precision = manifest.precision
 
+    def _opened_with(self) -> tuple[Any, ...]:
+        return self.source or None, self.export, str(self.device)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
+        self._check_process()
         check_pixels(pixels, self.config)
         return self._in_parts(self._image, pixels.to(torch.float32))
 
     def encode_text(self, ids: Tensor) -> Tensor:
+        self._check_process()
         check_ids(ids, self.config)
         longest = max(1, int(caption_lengths(ids).max())) if len(ids) else 1
         step = self._positions_at_once
@@ -64,8 +88,18 @@ class ExportedEngine(Engine):
         ids = torch.nn.functional.pad(ids[:, :width], (0, max(0, width - ids.shape[1])))
         return self._in_parts(self._text, ids.to(torch.int64))
 
+    def _content(self, name: str) -> bytes:
+        """A file of the export, which is the one that was proven."""
+        return self.export.content(name, self._rebuild, max_bytes=self._largest_file)
+
     def _in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         if not len(batch):
             return torch.zeros(0, self.config.tokens, self.config.embed_dim, device=self.device)
         parts = [run(part) for part in batch.split(self._largest_batch or len(batch))]
+        shape = (self.config.tokens, self.config.embed_dim)
+        if any(part.shape[1:] != shape for part in parts):
+            raise EngineError(
+                f"{self.export.folder}: expected embeddings [B, {shape[0]}, {shape[1]}], got {list(parts[0].shape)}; "
+                f"make it anew: {self._rebuild}"
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import Any
 
 import torch
 
 from finelip_fast._errors import EngineError
+from finelip_fast.artefacts import graph
 from finelip_fast.artefacts.manifest import Export, rebuild_command
 from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
 from finelip_fast.engines.base import find_device
@@ -35,8 +37,8 @@ class OnnxEngine(ExportedEngine):
         checkpoint: str | PathLike[str] | None,
         export: Export,
         device: str | torch.device | None = None,
-        *,
         threads: int | None = None,
+        *,
         reason: str = "asked for",
     ) -> None:
         super().__init__(checkpoint, export, _device(device), reason=reason)
@@ -56,9 +58,29 @@ class OnnxEngine(ExportedEngine):
             )
         if self.device.type == "cuda":
             self._positions_at_once = 32
-        self._image = OnnxGraph(export.folder / "image.onnx", self.device, threads=threads)
-        self._text = OnnxGraph(export.folder / "text.onnx", self.device, threads=threads)
+        self._threads = threads
+        self._image, self._text = (self._graph(name) for name in ("image", "text"))
         self.description = f"{self.device}, {precision}"
+
+    def _opened_with(self) -> tuple[Any, ...]:
+        return *super()._opened_with(), self._threads
+
+    def _follow_fork(self) -> None:
+        self._image, self._text = (self._graph(name) for name in ("image", "text"))
+
+    def _graph(self, name: str) -> OnnxGraph:
+        """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""
+        file = f"{name}.onnx"
+        content = self._content(file)
+        proto = graph.parse(content, file)
+        wrong = graph.interface_problems(proto, name, self.config)
+        opset = {entry.domain: entry.version for entry in proto.opset_import}.get("")
+        if opset != (named := self.export.manifest.options.get("opset", opset)):
+            wrong.append(f"opset: made for {named}, found {opset}")
+        if wrong:
+            raise self.export.refused([f"{file}: {problem}" for problem in wrong], self._rebuild)
+        beside = {other: self._content(other) for other in graph.external_files(proto, file)}
+        return OnnxGraph(content, self.device, name=file, beside=beside, threads=self._threads)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

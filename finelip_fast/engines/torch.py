@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +43,15 @@ class TorchEngine(Engine):
         self.description = f"{self.device}, {str(dtype).removeprefix('torch.')}"
         self.reason = reason
 
+    def _opened_with(self) -> tuple[Any, ...]:
+        return self.source or None, str(self.device)
+
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
+        self._check_process()
         return self.model.encode_image(pixels.to(self.device, self.model.dtype))
 
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
+        self._check_process()
         return self.model.encode_text(ids.to(self.device))

@@ -55,15 +55,15 @@ class TrtEngine(ExportedEngine):
         here = trt.machine(found, made.options.get("module"))
         expected = expected_options(made.options, here)
         if not made.proven and all(made.options.get(name) == value for name, value in expected.items()):
-            command = rebuild_command(checkpoint, "trt", made.precision, ["--prove"])
+            command = rebuild_command(checkpoint, "trt", made.precision, ["--prove", "--out", str(export.folder)])
             raise EngineError(
                 f"{export.folder} cannot be used: proof: it was never compared with the model. Prove it here: {command}"
             )
         super().__init__(checkpoint, export, found, reason=reason, **expected, **_graphs_beside(checkpoint, made))
         host_code = bool(made.options.get("version_compatible"))
         image, text = (
-            TrtPlan(export.folder / f"{name}.plan", found, module=here.module, host_code=host_code)
-            for name in ("image", "text")
+            TrtPlan(self._content(name), name, found, module=here.module, host_code=host_code)
+            for name in ("image.plan", "text.plan")
         )
         self._image, self._text = image, text
         self._largest_batch = min(image.largest_batch, text.largest_batch)
@@ -73,7 +73,7 @@ class TrtEngine(ExportedEngine):
 def _graphs_beside(checkpoint: str | PathLike[str] | None, made: Manifest) -> dict[str, Any]:
     """The option ``onnx`` that plans must have where the graphs of their precision are there, too: made from just those."""
     precision = trt.ONNX_PRECISION.get(made.precision, made.precision)
-    beside = find(checkpoint, "onnx", precision)
+    beside = find(checkpoint, "onnx", precision).exports
     return {"onnx": {name: beside[0].manifest.files.get(name) for name in made.options["onnx"]}} if beside else {}
 
 

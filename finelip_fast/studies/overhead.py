@@ -134,7 +134,9 @@ def clip_alone(path: Path) -> bytes:
     """An exported graph up to the global feature: the first of the rows that it puts together before it scales them."""
     import onnx
 
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path))
+    from finelip_fast.artefacts.graph import parse
+
+    graph = onnx.shape_inference.infer_shapes(parse(path.read_bytes(), path.name))
     made_by = {name: node for node in graph.graph.node for name in node.output}
     node = made_by[graph.graph.output[0].name]
     while node.op_type != "Concat":

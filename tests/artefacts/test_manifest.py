@@ -24,13 +24,14 @@ from finelip_fast.artefacts.manifest import (
 def export(tmp_path: Path) -> Export:
     folder = tmp_path / "checkpoint" / "exports" / "onnx-fp32"
     folder.mkdir(parents=True)
-    (folder / "image.onnx").write_bytes(b"weights")
+    for name in ("image.onnx", "text.onnx"):
+        (folder / name).write_bytes(b"weights")
     manifest = Manifest(
         runtime="onnx",
         precision="fp32",
         checkpoint="a" * 64,
         config={"embed_dim": 48},
-        files={"image.onnx": file_hash(folder / "image.onnx")},
+        files={name: file_hash(folder / name) for name in ("image.onnx", "text.onnx")},
         versions={"torch": "2.11"},
         options={"opset": 20},
         proof={"passed": True},
@@ -41,10 +42,10 @@ def export(tmp_path: Path) -> Export:
 
 def test_what_was_written_is_read(export: Export, tmp_path: Path) -> None:
     assert read(export.folder) == export
-    assert find(tmp_path / "checkpoint", "onnx") == [export]
-    assert find(tmp_path / "checkpoint", "onnx", "fp32") == [export]
-    assert find(tmp_path / "checkpoint", "onnx", "int8") == []
-    assert find(tmp_path / "checkpoint", "trt") == []
+    assert find(tmp_path / "checkpoint", "onnx").exports == [export]
+    assert find(tmp_path / "checkpoint", "onnx", "fp32").exports == [export]
+    assert find(tmp_path / "checkpoint", "onnx", "int8") == ([], {})
+    assert find(tmp_path / "checkpoint", "trt") == ([], {})
     export.check("a" * 64, "", opset=20)
 
 
@@ -54,8 +55,11 @@ def test_what_was_written_is_read(export: Export, tmp_path: Path) -> None:
         ({"checkpoint": "b" * 64}, "checkpoint: made from bbbbbbbbbbbb…, this one is aaaaaaaaaaaa…"),
         ({"options": {"opset": 18}}, "opset: made for 18, here it is 20"),
         ({"options": {}}, "opset: made for None, here it is 20"),
-        ({"files": {"image.onnx": "0"}}, r"image\.onnx: not the file that was proven"),
-        ({"files": {"text.onnx": "0"}}, r"text\.onnx: missing"),
+        ({"files": {"image.onnx": "0", "text.onnx": "0"}}, r"image\.onnx: not the file that was proven"),
+        (
+            {"files": {"image.onnx": "0", "other": "0"}},
+            r"text\.onnx: the manifest does not name it; .*; other: missing",
+        ),
         ({"proof": {}}, "proof: it was never compared"),
         ({"proof": {"passed": False}}, "proof: it was never compared"),
     ],
@@ -71,7 +75,7 @@ def test_every_difference_is_refused_and_told(export: Export, change: dict[str, 
 )
 def test_a_manifest_that_is_none_is_refused(export: Export, content: str) -> None:
     (export.folder / "manifest.json").write_text(content)
-    with pytest.raises(EngineError, match=r"manifest\.json: no manifest of an export"):
+    with pytest.raises(EngineError, match=r"manifest\.json: (expected|missing|unknown) .*; make the export anew"):
         read(export.folder)
 
 
@@ -79,7 +83,7 @@ def test_half_written_and_refused_exports_are_not_found(export: Export, tmp_path
     export.folder.rename(export.folder.with_name(".onnx-fp32.1.partial"))
     (export.folder.with_name("failed-onnx-fp32")).mkdir()
     export.manifest.write(export.folder.with_name("failed-onnx-fp32"))
-    assert find(tmp_path / "checkpoint", "onnx") == []
+    assert find(tmp_path / "checkpoint", "onnx") == ([], {})
 
 
 def test_exports_lie_beside_what_was_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

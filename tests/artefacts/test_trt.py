@@ -95,7 +95,7 @@ def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "importable", lambda: ("tensorrt",))
     assert runtime.why_not() == "TensorRT runs on NVIDIA GPUs, and PyTorch finds none here"
     with pytest.raises(EngineError, match="PyTorch finds none"):
-        TrtPlan("image.plan", torch.device("cuda"))
+        TrtPlan(b"", "image.plan", torch.device("cuda"))
     with pytest.raises(EngineError, match="PyTorch finds none"):
         runtime.machine()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -130,11 +130,10 @@ def test_the_one_here_is_taken_or_the_one_that_built_the_plan(monkeypatch: pytes
     assert runtime.machine(module="tensorrt_rtx").module == "tensorrt"
 
 
-def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_plan_is_refused() -> None:
     module = pytest.importorskip("tensorrt_rtx")
-    (tmp_path / "image.plan").write_bytes(b"no plan")
     with pytest.raises(EngineError, match=rf"image\.plan: tensorrt_rtx {module.__version__} cannot read it: .+"):
-        runtime.read_plan(tmp_path / "image.plan", "tensorrt_rtx")
+        runtime.read_plan(b"no plan", "image.plan", "tensorrt_rtx")
 
 
 def test_what_is_called_is_there() -> None:
@@ -176,8 +175,7 @@ def test_on_a_gpu_plans_give_the_models_embeddings(make_model, make_captions, tm
     shapes = to_trt.input_shapes("text", model.config, [(1, 1, 1), (1, 4, 16)])
     target = runtime.machine(module=module)
     plan = to_trt.build_plan(tmp_path / "text.onnx", shapes, target, to_trt.Builder(), progress=False)
-    (tmp_path / "text.plan").write_bytes(plan)
-    run = TrtPlan(tmp_path / "text.plan", torch.device("cuda"), module=module)
+    run = TrtPlan(plan, "text.plan", torch.device("cuda"), module=module)
     assert run.largest_batch == 16
     batches = [make_captions([context] * size, context, seed=size) for size in (1, 2, 16, 40)]
     batches += [ids[:, :32] for ids in batches]

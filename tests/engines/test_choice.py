@@ -188,9 +188,11 @@ def test_a_damaged_manifest_stops_the_named_engine_alone(bare: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("damaged")
     try:
-        with pytest.raises(EngineError, match=r"manifest\.json: no manifest of an export"):
+        with pytest.raises(
+            EngineError, match=r"manifest\.json: expected a manifest: .*; make the export anew; finelip"
+        ):
             open_engine("onnx", bare, "cpu")
-        assert "not onnx: " in open_engine("auto", bare, "cpu").reason
+        assert "not onnx-fp32: " in open_engine("auto", bare, "cpu").reason
     finally:
         shutil.rmtree(path.parent)
 

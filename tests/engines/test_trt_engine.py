@@ -66,8 +66,8 @@ class Plan:
 
     largest_batch = 16
 
-    def __init__(self, path: Path, device: torch.device, *, module: str, host_code: bool) -> None:
-        self.path, self.module, self.host_code = path, module, host_code
+    def __init__(self, content: bytes, name: str, device: torch.device, *, module: str, host_code: bool) -> None:
+        self.content, self.module, self.host_code = content, module, host_code
         self.shapes: list[tuple[int, ...]] = []
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_plans_that_fit_are_loaded(on, plans, checkpoint: Path, capability: str,
     assert opened.fingerprint == checkpoints.fingerprint(checkpoint)
     for name, plan in (("image", opened._image), ("text", opened._text)):
         assert isinstance(plan, Plan)
-        assert plan.path == plans[capability].folder / f"{name}.plan"
+        assert plan.content == (plans[capability].folder / f"{name}.plan").read_bytes()
         assert (plan.module, plan.host_code) == ("tensorrt_rtx", False)
 
 
@@ -191,12 +191,12 @@ def test_plans_of_other_graphs_are_refused(on, plans, checkpoint: Path) -> None:
 def test_an_unproven_plan_is_refused_with_what_proves_it(on, plans, checkpoint: Path) -> None:
     unproven = Export(plans["8.9"].folder, dataclasses.replace(plans["8.9"].manifest, proof={}))
     on(ADA)
-    command = rf"finelip export trt {checkpoint} --precision fp16 --prove$"
+    command = rf"finelip export trt {checkpoint} --precision fp16 --prove --out {plans['8.9'].folder}$"
     with pytest.raises(EngineError, match=rf"proof: it was never compared with the model\. Prove it here: {command}"):
         TrtEngine(checkpoint, unproven)
     on(BLACKWELL)  # it cannot be proven there
     with pytest.raises(
-        EngineError, match=r"compute_capability: .*proof: it was never.*Make it anew: .*--precision fp16$"
+        EngineError, match=r"compute_capability: .*proof: it was never.*Make it anew: .*--precision fp16 --again$"
     ):
         TrtEngine(checkpoint, unproven)
 

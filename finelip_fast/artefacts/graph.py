@@ -1,0 +1,156 @@
+"""What an ONNX file holds, seen before anything runs it: what it takes and gives, its operators, and files beside it.
+
+============  =====================================================  ==============================================
+graph         input                                                  output, float32
+============  =====================================================  ==============================================
+image         ``pixels`` float32 ``[batch, 3, S, S]``, normalised    ``embeddings [batch, L, D]``
+text          ``ids`` int64 ``[batch, length]``                      ``embeddings [batch, L, D]``
+image_uint8   ``pixels`` uint8 ``[batch, S, S, 3]``                  ``embeddings [batch, L, D]``
+scorer        ``queries [queries, L, D]``, ``items [items, L, D]``   ``scores [queries, items]``
+============  =====================================================  ==============================================
+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from finelip_fast._errors import EngineError
+from finelip_fast._files import plain_name
+from finelip_fast.artefacts.onnx import INSTALL
+from finelip_fast.config import FineLIPConfig
+
+try:
+    import onnx
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+except ImportError as error:
+    raise EngineError(f"onnx is not installed ({error}): {INSTALL}") from None
+
+_DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
+
+
+class Port(NamedTuple):
+    """An input or output: its element type by ONNX's name, and its axes, named where they are free."""
+
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+class Interface(NamedTuple):
+    """What a graph takes and gives."""
+
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+
+
+def interface(graph: str, config: FineLIPConfig) -> Interface:
+    """What a graph of this model must take and give; ``graph`` is a name of the module's table."""
+    side, rows, width = config.image_size, config.tokens, config.embed_dim
+    embeddings = {"embeddings": Port("FLOAT", ("batch", rows, width))}
+    return {
+        "image": Interface({"pixels": Port("FLOAT", ("batch", 3, side, side))}, embeddings),
+        "text": Interface({"ids": Port("INT64", ("batch", "length"))}, embeddings),
+        "image_uint8": Interface({"pixels": Port("UINT8", ("batch", side, side, 3))}, embeddings),
+        "scorer": Interface(
+            {"queries": Port("FLOAT", ("queries", rows, width)), "items": Port("FLOAT", ("items", rows, width))},
+            {"scores": Port("FLOAT", ("queries", "items"))},
+        ),
+    }[graph]
+
+
+def parse(content: bytes, name: str) -> ModelProto:
+    """The graph in a file's content; weights beside it stay there.
+
+    Raises:
+        EngineError: It is no graph, or holds what no export has: operators of another domain than ONNX's own, functions, or
+            weights in a file that is not beside it.
+    """
+    try:
+        proto = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's own, of which there are two implementations
+        raise EngineError(f"{name}: expected an ONNX graph: {str(error).strip()[:200]}") from None
+    if proto.functions or proto.training_info:
+        raise EngineError(f"{name}: expected a graph of operators alone, found functions of its own")
+    for node in _nodes(proto.graph):
+        if node.domain not in _DOMAINS:
+            raise EngineError(
+                f"{name}: expected operators of ONNX's own, found {node.domain!r:.80}.{node.op_type!r:.80}"
+            )
+    external_files(proto, name)
+    return proto
+
+
+def external_files(proto: ModelProto, name: str) -> list[str]:
+    """Names of the files beside a graph that its weights are in, each once.
+
+    Raises:
+        EngineError: One that leads elsewhere.
+    """
+    names = {}
+    for tensor in _tensors(proto.graph):
+        if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
+            location = {entry.key: entry.value for entry in tensor.external_data}.get("location")
+            names[plain_name(location, f"{name}, weights of {tensor.name!r:.80}", error=EngineError)] = None
+    return list(names)
+
+
+def interface_problems(graph: ModelProto, name: str, config: FineLIPConfig) -> list[str]:
+    """How names, axes and element types differ from what the graph's name promises; none: they are right."""
+    expected = interface(name, config)
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    wrong = []
+    for kind, ports, values in (
+        ("input", expected.inputs, [one for one in graph.graph.input if one.name not in weights]),
+        ("output", expected.outputs, graph.graph.output),
+    ):
+        found = {value.name: _port(value) for value in values}
+        if list(found) != list(ports):
+            wrong.append(f"expected {kind}s {list(ports)}, got {list(found)}")
+            continue
+        for port, (dtype, axes) in ports.items():
+            if found[port].dtype != dtype:
+                wrong.append(f"{port}: expected {dtype}, got {found[port].dtype}")
+            if len(found[port].axes) != len(axes):
+                wrong.append(f"{port}: expected {len(axes)} axes, got {len(found[port].axes)}")
+                continue
+            for number, (want, got) in enumerate(zip(axes, found[port].axes, strict=True)):
+                if isinstance(want, str) and isinstance(got, int):
+                    wrong.append(f"{port}: axis {number} ({want}) is frozen at {got}, expected any size")
+                elif isinstance(want, int) and got != want:
+                    wrong.append(f"{port}: axis {number} is {got!r}, expected {want}")
+    return wrong
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes, those of inner graphs as well."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in _inner(attribute):
+                yield from _nodes(inner)
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """All constants, wherever they can be."""
+    sparse = list(graph.sparse_initializer)
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            for inner in _inner(attribute):
+                yield from _tensors(inner)
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
+
+
+def _inner(attribute: AttributeProto) -> list[GraphProto]:
+    return [attribute.g, *attribute.graphs] if attribute.HasField("g") else list(attribute.graphs)
+
+
+def _port(value: ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    axes = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
+    known = tensor.elem_type in TensorProto.DataType.values()
+    return Port(TensorProto.DataType.Name(tensor.elem_type) if known else f"type {tensor.elem_type}", axes)

@@ -1,0 +1,148 @@
+"""Exports on a disk that refuses: an error that says why, nothing half written, and what was there is there still."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import finelip_fast
+from finelip_fast._errors import EngineError, WriteError
+from finelip_fast.artefacts.manifest import find, read
+from finelip_fast.engines import open_engine
+from finelip_fast.export import graphs, to_onnx, to_trt
+from finelip_fast.export.to_onnx import being_written, export_onnx
+
+resource = pytest.importorskip("resource", reason="limits of files are Unix's")
+
+PAIRS = "scenes:test:8"
+
+
+@pytest.fixture(scope="module")
+def exported(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("writing") / "checkpoint"
+    finelip_fast.save(make_model(context_length=24, vision_layers=1, text_layers=1), folder)
+    export_onnx(folder, pairs=PAIRS, progress=False)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "checkpoint"))
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Nobody can write more than so many bytes into a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# The graphs, the report and the manifest are what does not fit.
+@pytest.mark.parametrize("size", [0, 1000, 100_000])
+@pytest.mark.parametrize("external", [False, True])
+def test_a_full_disk_is_an_error_and_costs_nothing(
+    checkpoint: Path, size: int, external: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if external:
+        monkeypatch.setattr(graphs, "LARGEST_FILE", 0)
+    with full_disk(size), pytest.raises(WriteError, match=r"cannot write .*image\.onnx"):
+        export_onnx(checkpoint, pairs=PAIRS, progress=False, again=True)
+    assert names(checkpoint / "exports") == ["onnx-fp32"]
+    assert open_engine("onnx", checkpoint, "cpu").embed_texts(["a cat"]).isfinite().all()
+
+
+def test_a_manifest_that_does_not_fit_leaves_the_earlier_export(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = to_onnx.finish
+
+    def finish(*given: object) -> None:
+        with full_disk(100):
+            real(*given)
+
+    monkeypatch.setattr(to_onnx, "finish", finish)
+    before = read(checkpoint / "exports" / "onnx-fp32")
+    with pytest.raises(WriteError, match=r"cannot write .*onnx-fp32: File too large"):
+        export_onnx(checkpoint, pairs=PAIRS, progress=False, again=True)
+    assert find(checkpoint, "onnx") == ([before], {})
+    assert names(checkpoint / "exports") == ["onnx-fp32"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(graphs, "build", lambda *_, **__: pytest.fail("it worked for nothing"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    with pytest.raises(WriteError, match=f"cannot write {out}: Not a directory"):
+        export_onnx(checkpoint, out=out, pairs=PAIRS, progress=False)
+    assert to_onnx.main([str(checkpoint), "--out", str(out), "--quiet", "--pairs", PAIRS]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {out}: Not a directory")
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "earlier").touch()
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(WriteError, match=r"cannot write .*out: No space left on device"), being_written(folder, False):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(folder) == ["earlier"]
+
+
+def test_errors_of_the_work_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="refused"), being_written(tmp_path / "out", True):
+        raise EngineError("refused")
+    assert names(tmp_path) == ["failed-out"]
+    with pytest.raises(ZeroDivisionError), being_written(tmp_path / "out", True):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["failed-out"]
+
+
+def test_plans_are_there_still_when_their_proof_does_not_fit(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until now the plans were moved away first, and deleted with what could not be written."""
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    (plans / "image.plan").write_bytes(b"x" * 5000)
+    made = read(checkpoint / "exports" / "onnx-fp32").manifest
+    files = to_onnx.hashes(plans)
+
+    class Found:
+        manifest = type(made)("trt", "fp16", made.checkpoint, made.config, files, {}, {"module": "tensorrt"})
+
+    monkeypatch.setattr(to_trt, "read", lambda folder: Found)
+    monkeypatch.setattr(to_trt.runtime, "machine", lambda **_: None)
+    monkeypatch.setattr(to_trt.runtime, "expected_options", lambda *_: {})
+    monkeypatch.setattr(to_trt, "_check_but_proof", lambda *_, **__: None)
+    monkeypatch.setattr(to_trt, "_compare", lambda *_: to_onnx.parity.Report("fp16"))
+    with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*plans: File too large"):
+        to_trt.prove_trt(checkpoint, plans, progress=False)
+    assert names(tmp_path) == ["checkpoint", "plans"]
+    assert names(plans) == ["image.plan"]
+    with pytest.raises(EngineError, match="the fp16 export is refused"):
+        to_trt.prove_trt(checkpoint, plans, progress=False)
+    assert names(tmp_path) == ["checkpoint"]
