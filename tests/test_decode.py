@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from finelip_fast import _decode
@@ -378,3 +382,115 @@ def test_a_photograph_of_200_megapixels_is_shrunk_while_it_is_decoded(monkeypatc
             for source in (photograph, np.asarray(photograph), *files):
                 assert (transform(source) - exact).abs().max() < 0.1
     assert photograph.size == (900, 700)
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+SEVERAL = {"save_all": True, "append_images": [Image.new("RGB", (24, 16), "red")]}
+
+# Every format and kind that Pillow can write here, small.
+KINDS: list[tuple[str, str, dict[str, object]]] = [
+    *[("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")],
+    *[("JPEG", "RGB", {"progressive": True}), ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0", "subsampling": 0})],
+    *[("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
+    *[("WEBP", mode, options) for mode in ("RGB", "RGBA") for options in ({}, {"lossless": True})],
+    *[("TIFF", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr")],
+    *[("TIFF", "RGB", {"compression": f"tiff_{name}"}) for name in ("lzw", "adobe_deflate")],
+    *[("TIFF", "RGB", {"compression": name}) for name in ("jpeg", "packbits", "zstd", "lzma", "webp")],
+    *[("TIFF", "1", {"compression": name}) for name in ("group3", "group4", "tiff_ccitt")],
+    *[("TIFF", "RGB", {"big_tiff": True})],
+    *[("GIF", mode, {}) for mode in ("L", "P", "RGB")],
+    *[(kind, "RGB", SEVERAL) for kind in ("GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF")],
+    *[("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")],
+    *[("PPM", mode, {}) for mode in ("1", "L", "RGB", "I;16", "F")],
+    *[("AVIF", mode, {}) for mode in ("RGB", "RGBA")],
+    *[("JPEG2000", mode, {}) for mode in ("L", "LA", "RGB", "RGBA", "I;16")],
+    *[("JPEG2000", "RGB", options) for options in ({"no_jp2": True}, {"tile_size": (8, 8)})],
+    *[(kind, "RGB", {}) for kind in ("DDS", "EPS", "ICNS", "ICO", "IM", "PCX", "PDF", "QOI", "SGI", "TGA")],
+]  # fmt: skip
+
+
+@cache
+def sound() -> list[bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    files = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind, mode, options in KINDS:
+            if mode == "I;16":
+                image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+            elif mode == "F":
+                image = Image.fromarray(noise[..., 0].astype(np.float32) / 255)
+            else:
+                image = Image.fromarray(noise).convert(mode)
+            try:
+                files.append(encoded(image, kind, **options))
+            except (KeyError, OSError, RuntimeError, ValueError):  # without the library for it
+                continue
+    return files
+
+
+LARGE = [struct.pack(order + size, value) for order in "<>" for size in "HIQ" for value in (0, 1, 255, 4096, 65535)]
+LARGE += [
+    struct.pack(order + "I", value) for order in "<>" for value in (40_000, 1 << 20, 1 << 24, 1 << 31, (1 << 32) - 1)
+]
+
+
+def damaged(seed: int) -> bytes:
+    """A small picture with some of its bytes changed, cut, doubled, or another number in their place; mostly in its header."""
+    chance = random.Random(seed)
+    content = bytearray(chance.choice(sound()))
+    for _ in range(chance.choice((1, 1, 2, 3, 8))):
+        end = len(content) if chance.random() < 0.4 else min(len(content), 200)
+        at = chance.randrange(max(end, 1))
+        match chance.randrange(7):
+            case 0:
+                content[at : at + 1] = bytes([chance.randrange(256)])
+            case 1:
+                content[at : at + 1] = bytes([(content or b"\0")[at] ^ 1 << chance.randrange(8)])
+            case 2:
+                del content[at:]
+            case 3:
+                del content[at : at + chance.randrange(1, 32)]
+            case 4:
+                content[at:at] = content[at : at + chance.randrange(1, 256)]
+            case 5:
+                number = chance.choice(LARGE)
+                content[at : at + len(number)] = number
+            case 6:
+                other = chance.choice(sound())
+                content[at:] = other[chance.randrange(len(other)) :]
+        content = content or bytearray(b"\0")
+    if content.startswith(b"\x89PNG") and chance.random() < 0.8:  # sound checksums let more through
+        at = 8
+        while at + 12 <= len(content):
+            length = struct.unpack_from(">I", content, at)[0]
+            if at + 12 + length > len(content):
+                break
+            content[at + 8 + length : at + 12 + length] = struct.pack(
+                ">I", zlib.crc32(content[at + 4 : at + 8 + length])
+            )
+            at += 12 + length
+    return bytes(content)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(seed=st.integers(0, 2**48))
+def test_damaged_pictures_are_read_or_refused(seed: int) -> None:
+    try:
+        pixels = Preprocess(8)(damaged(seed))
+    except ImageError:
+        return
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.isfinite().all()
+
+
+def test_what_is_damaged_is_read_when_it_is_sound() -> None:
+    refused = []
+    for content in sound():
+        try:
+            Preprocess(8)(content)
+        except ImageError as error:
+            refused.append(str(error))
+    assert len(sound()) - len(refused) > 50
+    assert all("convert it" in reason or "not an image" in reason for reason in refused)

@@ -16,7 +16,7 @@ import stat
 import tarfile
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from finelip_fast._decode import open_without_waiting
 from finelip_fast._errors import ConfigError, FineLIPError, TrainingError
@@ -176,17 +176,16 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import base_plus_ext
 
     head = file.read(6)
-    packed: Any = _Counted(_Joined(head, file))
-    stream: Any = packed
+    stream = packed = _Counted(_Joined(head, file))
     if head.startswith(b"\x1f\x8b"):
-        stream = _Counted(gzip.GzipFile(fileobj=packed), packed)
+        stream = _Counted(gzip.GzipFile(fileobj=cast(Any, packed)), packed)
     elif head.startswith(b"BZh"):
-        stream = _Counted(bz2.BZ2File(packed), packed)
+        stream = _Counted(bz2.BZ2File(cast(Any, packed)), packed)
     sample, size, count = None, 0, 0
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=cast(Any, stream), mode="r|") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
-            stream.between = 0
+            stream.between = packed.between = 0
             if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
                 continue
             if len(member.name) > _MAX_PATTERN or member.issparse() or member.size < 0:
