@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import EngineError, StoreError
+from finelip_fast._errors import EngineError, FineLIPError
 from finelip_fast.index import Index, IndexSpec, stored_index
 
 EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 12))
@@ -40,6 +40,9 @@ class Whole:
     answers: dict[str, list[tuple[str, float]]]
     scores: list[dict[str, float]]
     embeddings: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Whole({self.folder})"
 
 
 @pytest.fixture(scope="module", params=["float16", "int8"])
@@ -101,7 +104,7 @@ def tried(run: Callable[[], object]) -> object:
     """What comes out; None: our error."""
     try:
         return run() or "done"
-    except StoreError:
+    except FineLIPError:
         return None
 
 

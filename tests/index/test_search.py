@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast._errors import InputError
-from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index import Index, IndexSpec, faiss
+from finelip_fast.index.arrays import array_checksums, map_arrays, read_contents, write_arrays
 from finelip_fast.index.plan import Rates, measure, plan
 from finelip_fast.index.search import Tuning
 from finelip_fast.index.tune import sample_queries, tune
@@ -302,6 +303,41 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
             index.build_candidates(lists=1000, progress=False)
     with pytest.raises(InputError, match="expected an index with a folder"):
         Index(SPEC).build_candidates()
+
+
+def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    queries = embeddings(3, seed=9)
+    with closing(Index(SPEC, tmp_path)) as index:
+        fill(index, 60, 2)
+        index.build_candidates(lists=3, progress=False)
+        expected = ids(index, queries, 5, mode="exact")
+        view, cache = index.view(), tmp_path / "cache"
+        path = cache / faiss.FILE
+        content = path.read_bytes()
+        contents = read_contents(path)
+        for at in range(0, len(content), 41):
+            path.unlink()
+            path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+            assert faiss.find(view, cache) is None or at < contents.places["centres"].start  # a space of the header
+            assert ids(index, queries, 5, mode="two-stage", candidates=30) == expected
+        # Of a stranger, with checksums that are right.
+        path.write_bytes(content)
+        arrays = {name: values.clone() for name, values in map_arrays(path, contents).items()}
+        for name, change in {
+            "sizes": lambda values: values.fill_(1 << 40),
+            "lists": lambda values: values.fill_(255),  # rows of -1
+            "centres": lambda values: values.resize_(1, SPEC.width),
+        }.items():
+            hostile = {**arrays, name: change(arrays[name].clone())}
+            write_arrays(path, hostile, {"segments": contents.notes["segments"], **array_checksums(hostile)})
+            assert faiss.find(view, cache) is None
+        path.write_bytes(content)
+        source = faiss.find(view, cache)
+        assert source is not None
+        path.write_bytes(content[:400])  # while it is mapped
+        anchors = queries[:, 0].contiguous()
+        assert torch.equal(source(anchors, 60, None).sort().values, torch.arange(60).expand(3, -1))
 
 
 @pytest.mark.gpu

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import json
+import os
+import resource
+import sqlite3
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, upkeep
+from finelip_fast.index.arrays import locked
 from finelip_fast.index.catalogue import Catalogue, Layout
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
@@ -201,3 +207,154 @@ def test_what_is_not_damaged_can_be_searched_and_kept(folder: Path, dtype: str) 
         add(index, "a", "b")
         assert index.ids == ["e", "g", "h", "a", "b"]
         assert index.check() == {}
+
+
+def test_any_damaged_row_that_is_found_is_named(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b", "c")
+        (row,) = index.view().layout.segments
+        path = folder / "segments" / row.name
+        content = path.read_bytes()
+        at = content.index(index.embeddings[1].numpy().tobytes())
+        path.write_bytes(content[: at + 48 + 3] + bytes([content[at + 48 + 3] ^ 1]) + content[at + 48 + 4 :])
+    with closing(Index(SPEC, folder)) as index:
+        for mode in ("exact", "exact-int8", "two-stage"):
+            with pytest.raises(StoreError, match=r"item 'c' is damaged: row 2 of segment .* finelip index repair"):
+                index.search(embeddings(1), 3, mode=mode)
+    with pytest.raises(StoreError, match=r"item 'c' is damaged: row 2 of segment .* is not what was written; restore"):
+        Index(SPEC, folder, verify=True)
+    with pytest.raises(InputError, match="expected verify or skip_damaged, got both"):
+        Index(SPEC, folder, verify=True, skip_damaged=True)
+    path.write_bytes(content)
+    with closing(Index(SPEC, folder, verify=True)) as index:
+        assert index.check() == {}
+
+
+def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restored(folder: Path) -> None:
+    """Also of a time when segments did not tell the checksum of their rows."""
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b", "c")
+        (row,) = index.view().layout.segments
+        path = folder / "segments" / row.name
+        segment = index.view().segments[0]
+        save_file({name: values.clone() for name, values in segment.arrays.items()}, path)
+        whole = path.read_bytes()
+        damaged = whole.replace(index.embeddings[1].numpy().tobytes(), bytes(48))
+        assert damaged != whole
+    path.write_bytes(damaged)
+    with closing(Index(SPEC, folder)) as index:
+        index.view().quantized  # noqa: B018 (made and kept)
+        assert set(index.check()) == {"b"}
+    assert len(list((folder / "cache").iterdir())) == 1
+    path.write_bytes(whole)
+    with closing(Index(SPEC, folder)) as index:
+        assert index.check() == {}
+        assert list((folder / "cache").iterdir()) == []
+
+
+def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
+    """Whatever the files' times say."""
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        incoming = index.incoming
+        (segment,) = (folder / "segments").iterdir()
+        index.search(embeddings(1), 1, mode="exact-int8")
+        mine = [
+            folder / "cache" / "a note.txt",
+            folder / "segments" / "unnamed.safetensors",
+            incoming / "of a worker.safetensors",
+        ]
+        taken_over = incoming / segment.name
+        jobs = [
+            incoming / f"job-{number}{'-segment.safetensors' if kind else '.lock'}"
+            for number in "ab"
+            for kind in (0, 1)
+        ]
+        gone = incoming / "job-c-segment.safetensors"
+        for path in (*mine, *jobs, gone):
+            path.write_bytes(b"content")
+            os.utime(path, (0, 0))
+        os.link(segment, taken_over)
+        with locked(jobs[2]), locked(incoming / f".{'a' * 32}.tmp") as temporary:
+            report = index.maintain()
+            assert report["strays"] == 1
+            assert all(path.exists() for path in (*mine, *jobs[2:], segment))
+            assert not any(path.exists() for path in (*jobs[:2], gone, taken_over))
+            assert os.fstat(temporary.fileno()).st_nlink == 1
+        assert len(list((folder / "cache").iterdir())) == 2
+        index.maintain()
+        assert {path.name for path in incoming.iterdir()} == {mine[2].name}
+
+
+def test_a_segment_that_was_replaced_goes_though_its_process_was_killed_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        add(index, "b", seed=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(upkeep, "_sweep", lambda store: None)
+            index.maintain()
+        assert len(list((folder / "segments").iterdir())) == 3
+        assert index.maintain()["strays"] == 0
+        assert len(list((folder / "segments").iterdir())) == 1
+
+
+@pytest.mark.parametrize("note", ['["../../precious"]', '["/etc/passwd"]', "7", '[["a"]]'])
+def test_no_note_removes_what_is_elsewhere(folder: Path, note: str) -> None:
+    (folder.parent / "precious").touch()
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        add(index, "b", seed=1)
+        index.catalogue.keep("replaced", json.loads(note))
+        with pytest.raises(StoreError, match=r"expected (names of segments|the plain name of a file)"):
+            index.maintain()
+    assert (folder.parent / "precious").exists()
+
+
+def test_a_snapshot_stays_in_its_folder(folder: Path, tmp_path: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a")
+        (segment,) = (folder / "segments").iterdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / segment.name).write_bytes(segment.read_bytes())
+        segment.unlink()
+        segment.symlink_to(tmp_path / "elsewhere" / segment.name)
+        with pytest.raises(StoreError, match="1 items are damaged, 'a' among them"):
+            index.snapshot(tmp_path / "copy")
+        assert "is a link" in index.check()["a"]
+    assert list((tmp_path / "copy").iterdir()) == []
+    with closing(sqlite3.connect(folder / "catalogue.sqlite")) as catalogue:
+        catalogue.execute("UPDATE segment SET name = '../../escaped.conf'")
+        catalogue.commit()
+    (folder.parent / "escaped.conf").write_bytes((tmp_path / "elsewhere" / segment.name).read_bytes())
+    for use in (
+        lambda index: index.snapshot(tmp_path / "copy"),
+        lambda index: index.maintain(),
+        lambda index: index.view(),
+    ):
+        with pytest.raises(StoreError), closing(stored_index(folder)) as index:
+            use(index)
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "elsewhere", "escaped.conf", "index"}
+    assert not (tmp_path / "copy" / "segments").exists()
+
+
+def test_a_want_of_open_files_is_no_damage(folder: Path) -> None:
+    with closing(Index(SPEC, folder, skip_damaged=True)) as index:
+        add(index, "a")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            for use in (index.check, index.repair, index.maintain):
+                with pytest.raises(StoreError):
+                    use()
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert index.check() == {}
+        assert index.ids == ["a"]
