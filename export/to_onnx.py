@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import EngineError, InputError
+from finelip_fast._errors import EngineError, FineLIPError, InputError
 from finelip_fast._files import write_error
 from finelip_fast.artefacts.manifest import (
     PRECISIONS,

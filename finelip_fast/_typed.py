@@ -8,7 +8,6 @@ import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", type(None): "null"}
-_SCALARS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 
 
 def typed(value: Any, kind: Any, place: str = "") -> Any:
@@ -41,9 +40,9 @@ def typed(value: Any, kind: Any, place: str = "") -> Any:
         return tuple(
             typed(part, own, f"{place}[{at}]") for at, (part, own) in enumerate(zip(value, parts, strict=True))
         )
-    if not {type(part) for part in value} <= {
-        *_SCALARS.get(parts[0], ())
-    }:  # long lists of numbers are not gone through
+    if parts[0] not in (int, str) or {type(part) for part in value} - {
+        parts[0]
+    }:  # long lists of numbers are looked at once
         value = [typed(part, parts[0], f"{place}[{at}]") for at, part in enumerate(value)]
     return tuple(value) if origin is tuple else value
 
@@ -58,7 +57,7 @@ def _fields(values: Any, hints: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _scalar(value: Any, kind: type, place: str) -> Any:
-    fits = isinstance(value, _SCALARS.get(kind, (kind,))) and isinstance(value, bool) == (kind is bool)
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     _require(fits and not (isinstance(value, float) and not math.isfinite(value)), value, _NAMES[kind], place)
     return value
 

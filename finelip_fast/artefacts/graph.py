@@ -87,7 +87,7 @@ def external_files(proto: ModelProto, name: str) -> list[str]:
     Raises:
         EngineError: One that leads elsewhere.
     """
-    names = {}
+    names: dict[str, None] = {}
     for tensor in _tensors(proto.graph):
         if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
             location = {entry.key: entry.value for entry in tensor.external_data}.get("location")

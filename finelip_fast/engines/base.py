@@ -54,6 +54,7 @@ class Engine(ABC):
     precision: str
     description: str
     reason: str
+    _process: int
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:

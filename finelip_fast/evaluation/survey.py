@@ -79,6 +79,6 @@ def _stamp(image: Any) -> tuple[int, int] | None:
         return None
     try:
         found = os.stat(image)
-    except OSError:  # said when the picture is read
+    except (OSError, ValueError):  # said when the picture is read; ValueError: a name that no file can have
         return None
     return found.st_size, found.st_mtime_ns

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as cases
+from hypothesis import settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
@@ -16,7 +20,7 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example
 from finelip_fast.engines import Engine
 from finelip_fast.evaluation import Evaluation, cache, evaluate
-from finelip_fast.evaluation.cache import StoredRows
+from finelip_fast.evaluation.cache import PartFolder, StoredRows
 
 CONFIG = FineLIPConfig.preset("scenes", context_length=64)
 COUNT = 11
@@ -223,3 +227,58 @@ def test_rows_come_alike_from_memory_and_from_files(tmp_path: Path) -> None:
         assert len(rows) == len(whole)
         for which in (slice(0, 3), slice(3, 9), slice(4, 8), slice(8, 99), torch.tensor([9, 0, 5, 5])):
             assert torch.equal(rows[which], whole[which])
+
+
+# Where in the file, and what stands there instead: mostly within the header, which says how the values are to be read.
+DAMAGE = st.tuples(st.integers(0, 400) | st.integers(0, 10_000), st.binary(max_size=3), st.integers(0, 3))
+
+
+@settings(settings.get_profile("fuzz"))
+@cases(st.lists(DAMAGE, min_size=1, max_size=4), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_a_damaged_part_is_not_taken_for_the_part(
+    tmp_path: Path, damage: list[tuple[int, bytes, int]], dtype: Any
+) -> None:
+    folder, rows = PartFolder(tmp_path, {"of": str(dtype)}), torch.arange(96.0).reshape(4, 3, 8).to(dtype)
+    path = folder.write(0, rows)
+    content = path.read_bytes()
+    for at, piece, gone in damage:
+        content = content[:at] + piece + content[at + gone :]
+    path.write_bytes(content)
+    if folder.holds(0, 4):
+        found = StoredRows([path], 4, 4)[:]
+        assert found.dtype == dtype
+        assert torch.equal(found, rows)
+
+
+@pytest.mark.parametrize("old", ["F16", "BF16"])
+def test_values_are_not_read_as_another_type(tmp_path: Path, old: str) -> None:
+    folder, dtype = PartFolder(tmp_path, {}), {"F16": torch.float16, "BF16": torch.bfloat16}[old]
+    path = folder.write(0, torch.ones(4, 3, 8, dtype=dtype))
+    new = {"F16": b'"I16"', "BF16": b'"U16" '}[old]
+    path.write_bytes(path.read_bytes().replace(f'"{old}"'.encode(), new))
+    assert not folder.holds(0, 4)
+
+
+def test_a_pipe_in_the_place_of_a_part_is_not_waited_for(tmp_path: Path) -> None:
+    folder = PartFolder(tmp_path, {})
+    os.mkfifo(folder.path(0))
+    assert not folder.holds(0, 4)
+
+
+def test_parts_before_a_full_disk_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, written = cache.save_file, []
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(WriteError, match=r"cannot write .*00002\.safetensors: No space left on device"):
+        run(Counting(), cache=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "PART", 4)
+    engine = Counting()
+    assert run(engine, cache=tmp_path).rows == run(Counting()).rows
+    assert engine.images == COUNT - 8

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import FineLIPError, InputError
+from finelip_fast._errors import FineLIPError, InputError, WriteError
 from finelip_fast.cli import main
 from finelip_fast.evaluation import Evaluation, Row, Sweep, compare, read_evaluation
 
@@ -130,6 +130,20 @@ def test_a_place_to_write_to_is_looked_at_first(tmp_path: Path, capsys: pytest.C
     for out in (tmp_path, tmp_path / "missing" / "result.json"):
         assert main(["eval", "scenes:test:8", "--checkpoint", "missing", "--out", str(out)]) == 2
         assert "expected --out to be a file in a folder that is there" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_told_where_it_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise WriteError(28, "cannot write result.json: No space left on device")
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    command = ["eval", "scenes:test:8", "--quiet", "--engine", "torch", "--out", str(tmp_path / "result.json")]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert "i2t R@1" in printed.out
+    assert "No space left on device" in printed.err
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
