@@ -29,6 +29,11 @@ except ImportError as error:
 
 _DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
 
+# Fields of onnx.proto by number: from a model to the values of its graph's constants.
+_WEIGHTS = (7, 5, 9)
+# Bytes of a graph beside those: nodes take many times as much memory, and the largest model has a tenth of it.
+_LARGEST_REST = 1 << 22
+
 
 class Port(NamedTuple):
     """An input or output: its element type by ONNX's name, and its axes, named where they are free."""
@@ -59,15 +64,21 @@ def interface(graph: str, config: FineLIPConfig) -> Interface:
     }[graph]
 
 
-def parse(content: bytes, name: str) -> ModelProto:
+def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
     """The graph in a file's content; weights beside it stay there.
 
+    Args:
+        content: Of the file.
+        name: What messages call it.
+        weights: Keep the values of the graph's constants; without them it takes next to no time and memory.
+
     Raises:
-        EngineError: It is no graph, or holds what no export has: operators of another domain than ONNX's own, functions, or
-            weights in a file that is not beside it.
+        EngineError: It is no graph, or holds what no export has: operators of another domain than ONNX's own, functions,
+            weights in a file that is not beside it, or many times more than the nodes of a large model.
     """
     try:
-        proto = onnx.load_model_from_string(content)
+        rest = _without_weights(memoryview(content))
+        proto = onnx.load_model_from_string(content if weights else rest)
     except Exception as error:  # protobuf's own, of which there are two implementations
         raise EngineError(f"{name}: expected an ONNX graph: {str(error).strip()[:200]}") from None
     if proto.functions or proto.training_info:
@@ -79,6 +90,63 @@ def parse(content: bytes, name: str) -> ModelProto:
             )
     external_files(proto, name)
     return proto
+
+
+def _without_weights(message: memoryview, fields: tuple[int, ...] = _WEIGHTS, room: int = _LARGEST_REST) -> bytes:
+    """A message of protobuf without the field that a path of numbers leads to.
+
+    Raises:
+        ValueError: It is cut off, or what is left has more bytes than there is room.
+    """
+    parts: list[bytes | memoryview] = []
+    at = 0
+    while at < len(message):
+        start = at
+        tag, at = _number(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _number(message, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            size, at = _number(message, at)
+            inner, at = message[at : at + size], at + size
+            if tag >> 3 == fields[0]:
+                if len(fields) > 1 and at <= len(message):
+                    rest = _without_weights(inner, fields[1:], room)
+                    parts.append(b"".join((_varint(tag), _varint(len(rest)), rest)))
+                    room -= len(parts[-1])
+                start = at
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if at > len(message):
+            raise ValueError("it is cut off")
+        parts.append(message[start:at])
+        room -= at - start
+        if room < 0:
+            raise ValueError(f"more than {_LARGEST_REST} bytes beside its weights")
+    return b"".join(parts)
+
+
+def _number(message: memoryview, at: int) -> tuple[int, int]:
+    """The number that starts at a place, seven bits a byte, and the place behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at == len(message):
+            break
+        byte = message[at]
+        value, at = value | (byte & 127) << shift, at + 1
+        if byte < 128:
+            return value, at
+    raise ValueError("it is cut off")
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def external_files(proto: ModelProto, name: str) -> list[str]:

@@ -72,7 +72,7 @@ class OnnxEngine(ExportedEngine):
         """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""
         file = f"{name}.onnx"
         content = self._content(file)
-        proto = graph.parse(content, file)
+        proto = graph.parse(content, file, weights=False)
         wrong = graph.interface_problems(proto, name, self.config)
         opset = {entry.domain: entry.version for entry in proto.opset_import}.get("")
         if opset != (named := self.export.manifest.options.get("opset", opset)):

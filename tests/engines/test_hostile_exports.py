@@ -320,6 +320,23 @@ def test_what_is_no_graph_is_told(checkpoint: Path, folder: Path, content: bytes
     refused(checkpoint, r"text\.onnx")
 
 
+def test_a_graph_without_its_weights_is_the_same_in_all_else(exported: Path, exported_apart: Path) -> None:
+    for folder in (exported / "exports" / "onnx-fp32", exported_apart):
+        content = (folder / "image.onnx").read_bytes()
+        whole, rest = (contents.parse(content, "image.onnx", weights=weights) for weights in (True, False))
+        for tensor in whole.graph.initializer:
+            tensor.ClearField("raw_data")
+        assert rest == whole
+
+
+@pytest.mark.parametrize("part", [b"\x0a\x00", b"\x2a\x00", b"\x62\x00"], ids=["nodes", "constants", "outputs"])
+def test_a_graph_that_would_fill_the_memory_is_not_read(part: bytes) -> None:
+    many = part * (3 << 20)
+    proto = onnx.ModelProto(ir_version=10).SerializeToString() + b"\x3a" + contents._varint(len(many)) + many
+    with pytest.raises(EngineError, match="more than 4194304 bytes beside its weights"):
+        contents.parse(proto, "image.onnx")
+
+
 # ---- Manifests
 
 
@@ -385,7 +402,7 @@ def test_any_bytes_are_a_graph_or_an_error(data: st.DataObject | None) -> None:
         for _ in range(data.draw(st.integers(1, 4))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        proto = contents.parse(bytes(content), "text.onnx")
+        proto = contents.parse(bytes(content), "text.onnx", weights=False)
         contents.interface_problems(proto, "text", finelip_fast.FineLIPConfig.preset("scenes"))
     except EngineError:
         pass
