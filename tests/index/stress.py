@@ -245,8 +245,13 @@ def describe(error: Exception, kind: str) -> tuple[str, str, str, str]:
     """What it is called, what it says without names of files, where it was, and whether it is a fault."""
     words = [word for word in str(error).split() if "/" not in word and not any(map(str.isdigit, word))]
     text = f"{type(error).__name__} from {kind}: {' '.join(words)[:160]}"
-    fault = "" if isinstance(error, FineLIPError) and BUSY in str(error) else "fault"
-    return fault, text, str(error)[:300], "".join(traceback.format_exception(error)[-12:])[-3000:]
+    documented = isinstance(error, FineLIPError) and any(text in str(error) for text in (BUSY, COMPACTED))
+    return (
+        "" if documented else "fault",
+        text,
+        str(error)[:300],
+        "".join(traceback.format_exception(error)[-12:])[-3000:],
+    )
 
 
 def run_threads(
