@@ -295,29 +295,43 @@ def _upright_rgb(image: Image.Image, reduction: Reduction | None) -> Image.Image
     def part(top: int, bottom: int) -> Image.Image:
         return _flat(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
 
-    rgb, turn = _in_strips(image.size, part, reduction), UPRIGHT.get(orientation(image))
+    simple = not (_is_deep(image.mode) or image.has_transparency_data)
+    rgb, turn = _in_strips(image.size, part, reduction, simple=simple), UPRIGHT.get(orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _in_strips(
-    size: tuple[int, int], part: Callable[[int, int], Image.Image], reduction: Reduction | None
+    size: tuple[int, int],
+    part: Callable[[int, int], Image.Image],
+    reduction: Reduction | None,
+    *,
+    simple: bool = False,
 ) -> Image.Image:
-    """An RGB image from its rows ``top .. bottom``, shrunk where it may be."""
+    """An RGB image from its rows ``top .. bottom``, shrunk where it may be.
+
+    Args:
+        simple: Whether a part takes no copies beside itself, so that they may all be one.
+    """
     width, height = size
     across, down = reduction(width, height) if reduction else (1, 1)
+    shrinks = across > 1 or down > 1
     rows = max(1, _STRIP_PIXELS // (width * down)) * down
-    if rows >= height and across == down == 1:
+    if not shrinks and (simple or rows >= height):
         return part(0, height)
     image = Image.new("RGB", (-(-width // across), -(-height // down)))
     for top in range(0, height, rows):
         strip = part(top, min(top + rows, height))
-        image.paste(strip.reduce((across, down)), (0, top // down))
+        image.paste(strip.reduce((across, down)) if shrinks else strip, (0, top // down))
     return image
+
+
+def _is_deep(mode: str) -> bool:
+    return mode in ("I", "F") or mode.startswith("I;")
 
 
 def _flat(image: Image.Image) -> Image.Image:
     """The image as RGB: deep grey scaled, transparency over white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if _is_deep(image.mode):
         values = np.asarray(image)
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
             values = values.astype(np.uint16)  # how Pillow holds some 16-bit files
