@@ -41,7 +41,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], index: argparse.Ar
     bulk.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: 64)")
     add("index check", _check, "Read all of an index again and say what is damaged.", index)
     add("index maintain", _maintain, "Put an index in order: few files without gaps. Older versions go.", index)
-    add("index repair", _repair, "Take damaged items out of an index, so that the others can be searched.", index)
+    repair = add(
+        "index repair",
+        _repair,
+        "Take damaged items out of an index, so that the others can be searched, and take lost ones back.",
+        index,
+    )
+    repair.add_argument(
+        "--restore",
+        action="store_true",
+        help="first put the copy of the last upkeep in the place of a damaged catalogue; what was deleted since comes back",
+    )
     snapshot = add("index snapshot", _snapshot, "Copy an index as it is now, while others may use it.", index)
     snapshot.add_argument("out", help="folder to write, new or empty")
     field = add("index field", _field, "Make filters fast that compare a field of the metadata.", index)
@@ -114,7 +124,7 @@ def _bulk(options: argparse.Namespace) -> Any:
 def _check(options: argparse.Namespace) -> dict[str, int]:
     from finelip_fast.info import check_index
 
-    return {"items": check_index(options.index), "damaged": 0}
+    return check_index(options.index)
 
 
 def _maintain(options: argparse.Namespace) -> dict[str, int]:
@@ -124,11 +134,13 @@ def _maintain(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _repair(options: argparse.Namespace) -> dict[str, Any]:
-    from finelip_fast.index import stored_index
+    from finelip_fast.index import restore, stored_index
 
+    if options.restore:
+        restore(options.index)
     index = stored_index(options.index, skip_damaged=True)
     removed = index.repair()
-    return {"items": len(index), "removed": removed}
+    return {"items": len(index), "removed": removed, "lost": sum(index.lost().values())}
 
 
 def _snapshot(options: argparse.Namespace) -> str:

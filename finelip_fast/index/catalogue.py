@@ -31,6 +31,7 @@ from finelip_fast._json import check_value, parse_json
 from finelip_fast.index import schema
 from finelip_fast.index.database import RESTORE, Connection, Database
 from finelip_fast.index.filters import compile_filter
+from finelip_fast.index.lists import write_list
 from finelip_fast.index.schema import FORMAT, field_index, seal
 
 # Of a query, and of a list of positions in one: below the least limit of any SQLite.
@@ -78,13 +79,15 @@ class Catalogue:
         path: The file, made if missing; None: in memory.
         spec: What the index must be: written when new, compared when not.
         source: What the checkpoint was opened as; kept for messages and for the next opening, not compared.
+        lists: Folder of the segments, where each gets a list of its items, see :mod:`finelip_fast.index.lists`; None: they
+            get none.
 
     Raises:
         StoreError: Not a catalogue, of another format, or of another spec; both are named.
     """
 
-    def __init__(self, path: Path | None, spec: dict[str, Any], *, source: str) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, spec: dict[str, Any], *, source: str, lists: Path | None = None) -> None:
+        self.path, self._lists = path, lists
         self._wanted = {"format": FORMAT, **spec}
         self._database = Database(path, schema.prepare)
         try:
@@ -405,11 +408,18 @@ class Catalogue:
             segments = self._segments(connection, self.version)
             first = segments[-1][0].first + segments[-1][0].rows if segments else 0
             self._put_segment(connection, first, segment, len(ids))
+            self._write_list(segment, zip(ids, crcs, metadata, strict=True))
             rows = zip(range(first, first + len(ids)), map(_to_text, ids), crcs, map(_to_text, metadata), strict=True)
             connection.run_each(
                 "INSERT INTO item VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), NULL, ?)",
                 ((*row, seal(*row, None)) for row in rows),
             )
+
+    def _write_list(self, segment: str, rows: Iterable[tuple[str, int | None, str]]) -> None:
+        if self._lists is not None:
+            stored = self._stored()
+            spec = {key: stored[key] for key in (*self._wanted, "source", "version") if key != "format"}
+            write_list(self._lists, segment, spec, rows)
 
     def _put_segment(self, connection: Connection, first: int, name: str, rows: int) -> None:
         version = self.version
@@ -457,6 +467,8 @@ class Catalogue:
             )
             for row in rows:
                 self._item(row, connection.sealed)
+            listed = ((_from_text(row[1]), crc, row[3].decode()) for crc, row in zip(crcs, rows, strict=True))
+            self._write_list(name, listed)
             # Ascending, and never to a higher position: so none is taken when it is needed.
             connection.run_each(
                 "UPDATE item SET position = ?, crc = ?, seal = ? WHERE position = ?",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from finelip_fast._errors import FineLIPError, InputError, StoreError
-from finelip_fast.index import faiss, upkeep
+from finelip_fast.index import faiss, recovery, upkeep
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.database import RESTORE
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
@@ -176,12 +176,26 @@ class Index(Store):
         return upkeep.check(self)
 
     def repair(self) -> dict[str, str]:
-        """Take out what is damaged, and keep the rest; see :func:`finelip_fast.index.upkeep.repair`."""
-        return upkeep.repair(self)
+        """Take out what is damaged, keep the rest, and take back what nothing names any more.
+
+        See :func:`finelip_fast.index.upkeep.repair` and :func:`finelip_fast.index.recovery.take_back`.
+        """
+        removed = upkeep.repair(self)
+        recovery.take_back(self)
+        recovery.keep_copy(self)
+        return removed
 
     def maintain(self) -> dict[str, int]:
-        """Compact, and remove files that nothing needs; see :func:`finelip_fast.index.upkeep.maintain`."""
-        return upkeep.maintain(self)
+        """Compact, remove files that nothing needs, and keep a copy of the catalogue; see
+        :func:`finelip_fast.index.upkeep.maintain`.
+        """
+        report = upkeep.maintain(self)
+        recovery.keep_copy(self)
+        return report
+
+    def lost(self) -> dict[str, int]:
+        """How many items each segment has that nothing names, by its name; :meth:`repair` takes them back."""
+        return {name: len(listed.ids) for name, listed in recovery.lost(self).items()}
 
     def snapshot(self, folder: str | PathLike[str]) -> None:
         """Copy a folder's index to another; see :func:`finelip_fast.index.upkeep.snapshot`."""

@@ -13,7 +13,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -22,12 +22,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._files import plain_name, sync_folder
 from finelip_fast._json import MAX_DEPTH
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
 from finelip_fast.index.database import survive_forks
+from finelip_fast.index.lists import remove_segment
 from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, write_segment
 from finelip_fast.index.view import View
 
@@ -125,8 +126,8 @@ class Store:
             )
         if self.folder is not None:
             _prepare_folder(self.folder)
-        path = None if self.folder is None else self.folder / CATALOGUE
-        self._catalogue: Catalogue | None = Catalogue(path, asdict(spec), source=source)
+        path, lists = (None, None) if self.folder is None else (self.folder / CATALOGUE, self.folder / SEGMENTS)
+        self._catalogue: Catalogue | None = Catalogue(path, asdict(spec), source=source, lists=lists)
         self._seen = -1
         try:
             self.view()
@@ -146,8 +147,9 @@ class Store:
             raise InputError(
                 "expected an index with a folder to pickle, got one in memory, which is in this process alone"
             )
-        options = {"source": self.source, "device": str(self.device), "version": self.fixed}
-        return _reopened, (type(self), self.spec, self.folder, options | {"skip_damaged": self._skip_damaged})
+        options: dict[str, Any] = {"source": self.source, "device": str(self.device), "version": self.fixed}
+        options |= {"skip_damaged": self._skip_damaged, "verify": self._verify}
+        return _reopened, (type(self), self.spec, self.folder, options)
 
     # What is there -----------------------------------------------------------------------------------------------------
 
@@ -313,7 +315,7 @@ class Store:
         if not ids:
             return []
         arrays = encode(embeddings, self.spec.dtype)
-        with self.catalogue.changing():
+        with self._written() as names, self.catalogue.changing():
             there = self.catalogue.find(ids)
             if there and existing == "error":
                 raise _there_already(there)
@@ -325,6 +327,7 @@ class Store:
                 self.catalogue.remove(there.values())
             if ids:
                 name, crcs = self._write(arrays)
+                names.append(name)
                 self.catalogue.add(ids, name, crcs, texts)
         self.reload()
         return ids
@@ -366,7 +369,7 @@ class Store:
         check_ids(ids)
         texts = [[as_json(*pair) for pair in zip(one.metadata, one.ids, strict=True)] for one in written]
         shape = (self.spec.tokens, self.spec.width)
-        with self.catalogue.changing():
+        with self._written() as names, self.catalogue.changing():
             self.check_ids(ids)
             for one, metadata in zip(written, texts, strict=True):
                 try:
@@ -377,11 +380,26 @@ class Store:
                         os.link(incoming / one.name, self.segments_folder / one.name)  # not moved: this may fail too
                 except OSError as error:
                     raise StoreError(f"cannot take over {incoming / one.name}: {error.strerror}") from None
+                names.append(name)
                 self.catalogue.add(one.ids, one.name, one.crcs, metadata)
             sync_folder(self.segments_folder)
         for one in written:
             (incoming / one.name).unlink(missing_ok=True)
         self.reload()
+
+    @contextmanager
+    def _written(self) -> Iterator[list[str]]:
+        """Takes names of new segments, and removes their files where the change fails."""
+        names: list[str] = []
+        try:
+            yield names
+        except Exception:  # not of a signal, after which the change may be there
+            with suppress(FineLIPError):
+                for name in {*names} - {row.name for row in self.catalogue.layout().segments}:
+                    self._opened.pop(name, None)
+                    if self.folder is not None:
+                        remove_segment(self.segments_folder, name)
+            raise
 
     def _write(self, arrays: dict[str, Tensor]) -> tuple[str, Sequence[int | None]]:
         """A new segment, and its checksums."""

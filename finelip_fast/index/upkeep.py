@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -120,8 +120,13 @@ def _rewrite(store: Store, view: View) -> int:
             store.catalogue.replace(rows, None, [])
             count -= len(run)
         replaced += rows
-    store.catalogue.keep(_REPLACED, sorted({*_replaced(store), *(row.name for row in replaced)}))
+    retire(store, [row.name for row in replaced])
     return count
+
+
+def retire(store: Store, names: Iterable[str]) -> None:
+    """Inside a change: note that the files of segments may go."""
+    store.catalogue.keep(_REPLACED, sorted({*_replaced(store), *names}))
 
 
 def _replaced(store: Store) -> list[str]:
@@ -179,7 +184,8 @@ def unnamed(store: Store) -> list[str]:
     """Segments that no version names: of changes that never ended, or whose record is lost."""
     if store.folder is None:
         return []
-    with store.catalogue.undisturbed():
+    # The files of a change that has not ended are not taken for others; where none can be made, none is.
+    with nullcontext() if store.catalogue.read_only else store.catalogue.undisturbed():
         named = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
         files = files_in(store.segments_folder)
     return [path.name for path in files if path.suffix in (".safetensors", ".npy") and path.name not in named]

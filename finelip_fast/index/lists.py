@@ -1,0 +1,83 @@
+"""Lists: beside every segment ``NAME.safetensors`` lies ``NAME.items``, which says what the catalogue says of its items.
+
+A list is on the disk before the catalogue names its segment, so what was acknowledged outlives its record, see
+:mod:`finelip_fast.index.recovery`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finelip_fast._errors import StoreError, WriteError
+from finelip_fast._files import read_bytes, write_whole
+from finelip_fast._json import parse_json
+
+_LARGEST = 1 << 32  # bytes of a list
+
+
+class Listed(NamedTuple):
+    """A list: the spec of the index and the version that the segment came with, ids, checksums, and metadata as JSON."""
+
+    spec: dict[str, Any]
+    version: int
+    ids: list[str]
+    crcs: list[int | None]
+    texts: list[str]
+
+
+def list_path(folder: Path, segment: str) -> Path:
+    return folder / f"{segment.partition('.')[0]}.items"
+
+
+def write_list(folder: Path, segment: str, spec: dict[str, Any], rows: Iterable[tuple[str, int | None, str]]) -> None:
+    """
+    Args:
+        folder, segment: The segment's file.
+        spec: What the catalogue says of itself.
+        rows: Id, checksum, and metadata as JSON of each item.
+
+    Raises:
+        StoreError: The disk refuses.
+    """
+    lines = [f"[{json.dumps(item)}, {json.dumps(crc)}, {text}]\n" for item, crc, text in rows]
+    content = "".join(lines).encode("utf-8", "surrogatepass")
+    head = json.dumps({"spec": spec, "rows": len(lines), "crc": zlib.crc32(content)}).encode()
+    path = list_path(folder, segment)
+    try:
+        write_whole(path, lambda temporary: temporary.write_bytes(head + b"\n" + content))
+    except WriteError as error:
+        raise StoreError(str(error)) from None
+
+
+def read_list(folder: Path, segment: str) -> Listed:
+    """
+    Raises:
+        StoreError: There is none, or it is not what was written.
+    """
+    path = list_path(folder, segment)
+    head, _, content = read_bytes(path, error=StoreError, max_bytes=_LARGEST).partition(b"\n")
+    header = parse_json(head, path, error=StoreError, expected="the list of a segment", kind=dict)
+    spec, lines = header.get("spec"), content.splitlines()
+    version = spec.get("version") if isinstance(spec, dict) else None
+    if type(version) is not int or [header.get("rows"), header.get("crc")] != [len(lines), zlib.crc32(content)]:
+        raise StoreError(f"{path}: expected the list of a segment as it was written, found other content")
+    try:
+        rows = [json.loads(line) for line in lines]
+        ids, crcs = [str(item) for item, _, _ in rows], [None if crc is None else int(crc) for _, crc, _ in rows]
+        texts = [json.dumps(values) for *_, values in rows if isinstance(values, dict)]
+    except (ValueError, TypeError, RecursionError):
+        texts = []
+    if len(texts) != len(lines):
+        raise StoreError(f"{path}: expected [id, checksum, metadata] in each line of the list of a segment")
+    return Listed(spec, version, ids, crcs, texts)
+
+
+def remove_segment(folder: Path, segment: str) -> None:
+    for path in (folder / segment, list_path(folder, segment)):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
