@@ -23,7 +23,7 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> N
 
 
 def check_floats(name: str, value: Any, device: torch.device | None = None) -> None:
-    """Refuse what is no dense tensor of a float dtype; imaginary parts would be dropped, results cut to integers."""
+    """Refuse what is no dense tensor of a float dtype: imaginary parts would be dropped, results cut to integers."""
     check_tensor(name, value, device)
     if not value.is_floating_point():
         raise InputError(f"expected {name} in a float dtype, got {value.dtype}: convert it (.float())")

@@ -248,8 +248,9 @@ def atrm(
     """
     given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     check_floats("x", x)
+    device = x.device
     for name, tensor in (*given.items(), ("scale", scale), ("anchor", anchor)):
-        check_floats(name, tensor, x.device)
+        check_floats(name, tensor, device)
     if x.dim() != 3 or anchor.shape != (x.shape[0], x.shape[2]):
         raise InputError(f"expected x [B, N, D] and anchor [B, D], got {tuple(x.shape)} and {tuple(anchor.shape)}")
     width, hidden, aggregated = x.shape[2], w1.shape[:1].numel(), w2.shape[:1].numel()
