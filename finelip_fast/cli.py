@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int | None:
-    if any("\0" in argument for argument in arguments):  # no system passes such a one, but a caller may
-        raise InputError("expected arguments without NUL characters, which no name of a file can have")
+    for argument in arguments:  # a system passes no others, but a caller may
+        if "\0" in argument or re.search("[\ud800-\udc7f\udd00-\udfff]", argument):
+            raise InputError(f"expected arguments that can be names of files, got {argument!r:.80}")
     if arguments[:1] == ["train"]:  # its options are the training configuration's own
         from finelip_fast.training.train import main as train
 
