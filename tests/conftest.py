@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -165,3 +166,27 @@ def damage_json() -> Callable[[st.DataObject, Any], bytes]:
         return text
 
     return damage
+
+
+@pytest.fixture
+def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
+    """What is done inside is done by someone who may read a folder and all around it, and write nothing."""
+
+    @contextmanager
+    def guest(folder: Path) -> Iterator[None]:
+        closed = [path for path in folder.absolute().parents if path.stat().st_mode & 0o777 == 0o700]
+        before = {path: path.stat().st_mode for path in [*folder.rglob("*"), folder, *closed]}
+        for path in before:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        is_root = os.geteuid() == 0
+        if is_root:  # who may write everywhere
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+            for path, mode in before.items():
+                path.chmod(mode)
+
+    return guest

@@ -538,6 +538,53 @@ def test_a_signal_keeps_what_was_embedded(
     assert finelip(*arguments, "--device", "cpu").splitlines()[0] == "1 added, 2 skipped"
 
 
+def test_a_folder_that_cannot_be_written_to_is_read_by_every_reading_command(
+    finelip: Callable[..., str],
+    fails: Callable[..., str],
+    photos: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    as_a_guest: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = Path(shutil.copytree(checkpoint, "checkpoint"))
+    index(finelip, photos, checkpoint)
+    options = ["--checkpoint", checkpoint, "--device", "cpu"]
+    searches = [
+        ["search", "a house", *options, "--json", *more]
+        for more in (
+            [],
+            ["--mode", "exact-int8"],
+            ["--mode", "two-stage"],
+            ["--where", "id like '%b.png'"],
+            ["--verify"],
+            ["--engine", "torch"],
+        )
+    ]
+
+    def scores() -> list[dict[str, float]]:
+        return [{hit["id"]: hit["score"] for hit in json.loads(finelip(*search))} for search in searches]
+
+    expected = scores()
+    shutil.rmtree("finelip-index/cache", ignore_errors=True)
+    before = {path: path.read_bytes() for path in Path("finelip-index").rglob("*") if path.is_file()}
+    save_picture(photos / "d.png", 9)  # that could be added
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "finelip-index"))  # where nothing can be written, too
+    with as_a_guest(tmp_path):
+        assert scores() == expected
+        retriever = finelip_fast.Retriever(checkpoint, index="finelip-index", device="cpu")
+        assert len(retriever.search("a house")) == len(retriever) == 3
+        assert json.loads(finelip("index", "check", "--json"))["items"] == 3
+        assert json.loads(finelip("info", "--index", "finelip-index", "--json"))["items"] == 3
+        for command in (
+            ["index", photos, *options, "--quiet"],
+            ["index", "field", "camera"],
+            ["index", "snapshot", "copy"],
+        ):
+            assert "cannot" in fails(*command)
+    assert {path: path.read_bytes() for path in Path("finelip-index").rglob("*") if path.is_file()} == before
+
+
 def test_a_user_without_a_home_can_do_all(
     finelip: Callable[..., str],
     fails: Callable[..., str],
