@@ -1,0 +1,66 @@
+"""What messages advise can be followed: every ``finelip`` command that they name is one, with the options that they name."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finelip_fast import cli
+
+REPOSITORY = Path(__file__).parent.parent
+ELSEWHERE = {"train", "export", "study ablation"}  # have command lines of their own
+# A command's words are in lower case; behind them stand options, FILES in capitals, and what a message fills in.
+COMMAND = re.compile(r"finelip ((?:[a-z0-9]+ ?)+)((?: ?(?:--?[a-z][a-z-]*|[A-Z]{3,}[A-Z_.]*|\0))*)")
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Every text of the sources that is no docstring, and where it is; ``\\0`` stands for what is filled in."""
+    for folder in ("finelip_fast", "kernels", "training", "export"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+            inside |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                    text = "".join(map(str, parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                    text = node.value
+                else:
+                    continue
+                if "finelip " in text:
+                    yield f"{path.relative_to(REPOSITORY)}, line {node.lineno}", text
+
+
+def options_of_commands() -> dict[str, set[str]]:
+    (commands,) = (action for action in cli._parser()._actions if hasattr(action, "_name_parser_map"))
+    return {name: set(parser._option_string_actions) for name, parser in commands._name_parser_map.items()}
+
+
+def advised() -> list[tuple[str, str, list[str]]]:
+    """Where, the words of the command with what may be prose behind them, and its options."""
+    return [
+        (where, match[1].strip(), re.findall(r"--?[a-z][a-z-]*", match[2]))
+        for where, text in messages()
+        for match in COMMAND.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize(("where", "words", "options"), advised())
+def test_the_commands_that_messages_name_can_be_run(where: str, words: str, options: list[str]) -> None:
+    known = options_of_commands()
+    first, second = words.split()[0], " ".join(words.split()[:2])
+    name = second if second in known or second in ELSEWHERE else first
+    assert name in known or name in ELSEWHERE, f"{where}: there is no command finelip {words}"
+    if name not in ELSEWHERE and first not in ELSEWHERE:
+        assert set(options) <= known[name], f"{where}: finelip {name} has no {options}"
+
+
+def test_the_commands_are_found() -> None:
+    named = {words for _, words, _ in advised()}
+    assert {"index repair", "search"} <= {" ".join(words.split()[:2]) for words in named}
+    assert any("--index" in options for _, _, options in advised())
