@@ -108,6 +108,24 @@ _ATOMS = {"BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BIN
 _INTEGERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4"}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OTHERS = {
+    *(
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "TUPLE",
+        "BINGET",
+        "LONG_BINGET",
+        "BINPUT",
+        "LONG_BINPUT",
+        "MEMOIZE",
+        "SETITEM",
+    ),
+    *("SETITEMS", "APPEND", "APPENDS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+}
+_KNOWN = _ATOMS | _INTEGERS | _OTHERS | _CONSTANTS.keys() | _EMPTY.keys() | _TUPLES.keys()
+_OPERATIONS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int = 0, modules: bool = False) -> Any:
@@ -129,10 +147,15 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
     """
     machine = _Machine(storage, room * _SHARED + _SPARE, modules)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > _MAX_OPERATIONS:
-                raise ValueError(f"a pickle of more than {_MAX_OPERATIONS} operations")
-            machine.step(opcode.name, argument)
+        for _ in range(_MAX_OPERATIONS):
+            opcode = _OPERATIONS[stream.read(1)]
+            if opcode.name not in _KNOWN:  # before its argument is read
+                raise pickle.UnpicklingError(f"an object by the operation {opcode.name}")
+            machine.step(opcode.name, opcode.arg.reader(stream) if opcode.arg else None)
+            if opcode.name == "STOP":
+                break
+        else:
+            raise ValueError(f"a pickle of more than {_MAX_OPERATIONS} operations")
         value = machine.stack.pop()
     except pickle.UnpicklingError:
         raise
@@ -192,8 +215,6 @@ class _Machine:
             self._build(stack[-2], stack.pop())
         elif name == "BINPERSID":
             stack.append(self._persistent(stack.pop()))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise pickle.UnpicklingError(f"an object by the operation {name}")
 
     def _taken(self, count: int) -> list[Any]:
         taken = self.stack[-count:]
