@@ -66,9 +66,9 @@ def take_back(store: Store) -> list[str]:
                 continue
             there = store.catalogue.find(listed.ids)
             new = [at for at, item in enumerate(listed.ids) if item not in there and at not in damaged]
-            ids, texts, crcs = ([values[at] for at in new] for values in (listed.ids, listed.texts, listed.crcs))
+            ids, texts = ([values[at] for at in new] for values in (listed.ids, listed.texts))
             if len(ids) == len(listed.ids):
-                store.catalogue.add(ids, name, crcs, texts)
+                store.catalogue.add(ids, name, listed.crcs, texts)
                 added += ids
                 continue
             if ids:
