@@ -49,9 +49,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# The graphs, the report and the manifest are what does not fit.
-@pytest.mark.parametrize("size", [0, 1000, 100_000])
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(("size", "external"), [(0, False), (100_000, False), (1000, True)])
 def test_a_full_disk_is_an_error_and_costs_nothing(
     checkpoint: Path, size: int, external: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
