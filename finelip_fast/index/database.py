@@ -75,14 +75,15 @@ class Connection(sqlite3.Connection):
     def _bounded(self, seconds: float) -> Iterator[None]:
         self._deadline, self._expired = time.monotonic() + seconds, False
         try:
-            with _gate:
-                yield
+            yield
         except sqlite3.OperationalError as error:
             if str(error) != "interrupted":
                 raise
             if not self._expired:  # a signal's exception came up in the handler, which sqlite3 does not pass on
                 raise KeyboardInterrupt from None
             raise sqlite3.OperationalError(f"a statement took more than {seconds:.0f} seconds") from None
+        except (UnicodeDecodeError, OverflowError) as error:  # of names in a damaged schema; of numbers past 64 bits
+            raise sqlite3.DatabaseError(f"malformed text or number, {error}") from None
 
 
 class Database:
@@ -113,15 +114,17 @@ class Database:
         self._readers = threading.BoundedSemaphore(_READERS)
         self._current = threading.local()
 
+    def before_fork(self) -> None:
+        """SQLite's own record of which files this process has locked would be the child's too."""
+        if self.path is not None:
+            _close(self._owned, os.getpid())
+            self._idle, self._writer = [], None
+
     def after_fork(self) -> None:
         self._new_locks()
-        if self.path is None:
-            assert self._writer is not None
-            if self._writer.in_transaction:  # of another thread, which is not here
-                self._writer.execute("ROLLBACK")
-            return
-        _inherited.append(self._owned)  # closing them here would close what the parent has open
-        self._owned, self._writer, self._idle = set(), None, []
+        if self._owned and self.path is not None:
+            _inherited.append(self._owned)  # closing them here would let go of what the parent holds
+            self._owned, self._writer, self._idle = set(), None, []
         weakref.finalize(self, _close, self._owned, os.getpid())
 
     @property
@@ -147,13 +150,13 @@ class Database:
             yield current
             return
         if self.path is None:
-            with self._writing:
+            with _gate, self._writing:
                 writer = self._writer
                 assert writer is not None
                 with self._errors(f"the index at {self.folder} cannot be read"):
                     yield writer
             return
-        with self._readers, self._errors(f"the index at {self.folder} cannot be read"):
+        with _gate, self._readers, self._errors(f"the index at {self.folder} cannot be read"):
             connection = self._take()
             try:
                 connection.run("BEGIN")
@@ -179,7 +182,7 @@ class Database:
         if before is not None and before is self._writer:
             yield before
             return
-        with self._writing, self._errors(f"the index at {self.folder} cannot be written"):
+        with _gate, self._writing, self._errors(f"the index at {self.folder} cannot be written"):
             if self.path is not None:
                 self.check_place()
                 self._writer = self._writer or self._open_writer()
@@ -260,7 +263,7 @@ class Database:
         """Make the file where there is none."""
         assert self.path is not None
         _check_files(self.path)
-        with self._errors(f"the index at {self.folder} cannot be written"):
+        with _gate, self._errors(f"the index at {self.folder} cannot be written"):
             self._writer = self._connect(f"{self.path.absolute().as_uri()}?mode=rwc")
             self._configure(self._writer)
         self._identity = _identity(self.path)
@@ -338,9 +341,7 @@ class Database:
         identity = _identity(self.path)
         connection = connect()
         try:
-            connection.run("PRAGMA trusted_schema = OFF")
             self._prepare(connection)
-            connection.run("PRAGMA trusted_schema = ON")  # indexes on fields are refused without it
             if self._identity is None and _identity(self.path) == identity:
                 self._identity = identity
             self.check_place()
@@ -350,15 +351,14 @@ class Database:
         return connection
 
     def _connect(self, target: str, *, read: bool = False) -> Connection:
-        with _gate:
-            connection = sqlite3.connect(
-                target,
-                isolation_level=None,
-                check_same_thread=False,
-                uri=target != ":memory:",
-                timeout=_PATIENCE if read else _WAIT,
-                factory=Connection,
-            )
+        connection = sqlite3.connect(
+            target,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=target != ":memory:",
+            timeout=_PATIENCE if read else _WAIT,
+            factory=Connection,
+        )
         self._owned.add(connection)
         try:
             connection.harden()
@@ -465,35 +465,56 @@ def _close(connections: set[Connection], process: int) -> None:
 
 
 class _Gate:
-    """No process is forked while SQLite works in another thread: in the child its locks would be held for ever."""
+    """No process is forked while another thread uses SQLite: in the child its locks would be held for ever.
 
-    _PATIENCE = 5.0
+    Transactions and searches are inside, and are so before they take any lock. Where one does not end in time the process is
+    forked all the same, and the child is told.
+    """
 
-    def __init__(self) -> None:
+    _PATIENCE = 10.0
+
+    def __init__(self, is_broken: bool = False) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._inside = 0
-        self._closed = False
+        self._depth = threading.local()
+        self._is_closed, self._is_broken = False, is_broken
 
     def __enter__(self) -> None:
-        with self._changed:
-            while self._closed:
-                self._changed.wait()
-            self._inside += 1
+        if self._is_broken:
+            raise StoreError(
+                "an index was in use in another thread when this process was forked, and cannot be used here: start processes "
+                "by spawn or forkserver, or fork before"
+            )
+        depth = getattr(self._depth, "value", 0)
+        if not depth:
+            with self._changed:
+                while self._is_closed:
+                    self._changed.wait()
+                self._inside += 1
+        self._depth.value = depth + 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
+        self._depth.value -= 1
+        if not self._depth.value:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
     def before_fork(self) -> None:
         self._changed.acquire()
-        self._closed = True
-        self._changed.wait_for(lambda: not self._inside, self._PATIENCE)
+        self._is_closed = True
+        if self._changed.wait_for(lambda: not self._inside, 0 if getattr(self._depth, "value", 0) else self._PATIENCE):
+            for user in list(_survivors):
+                user.before_fork()
 
     def after_fork(self) -> None:
-        self._closed = False
+        self._is_closed = False
         self._changed.notify_all()
         self._changed.release()
+
+    def in_child(self) -> _Gate:
+        """That of a forked process."""
+        return _Gate(is_broken=bool(self._inside))
 
 
 _gate = _Gate()
@@ -501,14 +522,19 @@ _survivors: weakref.WeakSet[Any] = weakref.WeakSet()
 _inherited: list[object] = []
 
 
+def between_forks() -> _Gate:
+    """A context in which no other thread forks this process."""
+    return _gate
+
+
 def survive_forks(user: Any) -> None:
-    """Call the method ``after_fork`` of what is given in every process that is forked, to replace its locks."""
+    """Call ``before_fork`` and, in the child, ``after_fork`` of what is given, for a process that is forked."""
     _survivors.add(user)
 
 
 def _in_child() -> None:
     global _gate
-    _gate = _Gate()
+    _gate = _gate.in_child()
     for user in list(_survivors):
         user.after_fork()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import faiss, recovery, upkeep
 from finelip_fast.index.catalogue import Item
-from finelip_fast.index.database import RESTORE
+from finelip_fast.index.database import RESTORE, between_forks
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
 from finelip_fast.index.store import Store, stored_spec
 from finelip_fast.index.view import View
@@ -81,7 +81,8 @@ class Index(Store):
         while True:
             view = self.view()
             try:
-                found = self._search(view, queries, k, alpha, mode, where, candidates)
+                with between_forks():
+                    found = self._search(view, queries, k, alpha, mode, where, candidates)
             except FileNotFoundError as error:
                 if self.view() is view:
                     raise StoreError(
@@ -135,7 +136,7 @@ class Index(Store):
 
     def source_for(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
-        with self.view_lock:
+        with between_forks(), self.view_lock:
             if self._source is None or self._source[0] is not view:
                 self._source = view, faiss.find(view, self.cache_folder)
             return self._source[1]

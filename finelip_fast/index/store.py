@@ -27,7 +27,7 @@ from finelip_fast._files import plain_name, sync_folder
 from finelip_fast._json import MAX_DEPTH
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
-from finelip_fast.index.database import survive_forks
+from finelip_fast.index.database import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
 from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, write_segment
 from finelip_fast.index.view import View
@@ -140,6 +140,9 @@ class Store:
         self.lock = threading.RLock()  # of upkeep, which runs once at a time; who reads does not take it
         self.view_lock = threading.RLock()
 
+    def before_fork(self) -> None:
+        pass
+
     after_fork = _new_locks
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -170,7 +173,7 @@ class Store:
         Raises:
             StoreError: The index is closed; or a segment cannot be read, or that version is no more.
         """
-        with self.view_lock:
+        with between_forks(), self.view_lock:
             newest = self.catalogue.version
             if newest != self._seen:
                 self._view, self._seen = self.load(), newest
@@ -190,7 +193,7 @@ class Store:
                 # It was compacted meanwhile.
 
     def _open(self, layout: Layout) -> View:
-        with self.view_lock:
+        with between_forks(), self.view_lock:
             if self.folder is not None:  # in memory there is nothing but what is opened
                 names = {row.name for row in layout.segments}
                 self._opened = {name: segment for name, segment in self._opened.items() if name in names}

@@ -170,6 +170,80 @@ def test_metadata_is_a_copy_and_reads_alike_before_and_after_closing(folder: Pat
         assert index.metadata == before == [{"size": [640, 480], "1": ["x"]}]
 
 
+CIRCLE: dict = {}
+CIRCLE["x"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    ("metadata", "fault"),
+    [
+        ({1: 0, "1": 1}, r"the key 1, which is no str of item 'b'"),
+        ({"a": {"b": {(1,): 0}}}, r"the key \(1,\), which is no str under the key 'a'"),
+        ({"a": [float("inf")]}, "the number inf, which is not finite, under the key 'a'"),
+        ({"a": 10**400}, "an integer beyond the largest float under the key 'a'"),
+        ({"a": Path("x" * 999)}, r"got PosixPath\('x{67} under the key 'a' of item 'b'$"),
+        (CIRCLE, "nesting deeper than 64"),
+    ],
+    ids=["both", "deep", "infinite", "huge", "object", "circle"],
+)
+def test_what_json_cannot_hold_is_named(open_index: Callable[[], Index], metadata: dict, fault: str) -> None:
+    index = open_index()
+    with pytest.raises(InputError, match=fault) as caught:
+        index.add(["a", "b"], embeddings(2), [{}, metadata])
+    assert len(str(caught.value)) < 400
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1.0], ids=str)
+def test_rows_that_are_no_unit_rows_are_refused(open_index: Callable[[], Index], value: float) -> None:
+    index, rows = open_index(), embeddings(3)
+    rows[1, 2] = value
+    with pytest.raises(InputError, match="expected embeddings of unit rows, got row 2 of item 'b' with a length of"):
+        index.add(["a", "b", "c"], rows, [{}] * 3)
+    assert len(index) == 0
+    with pytest.raises(InputError, match=r"expected embeddings of a floating dtype, got torch\.int64"):
+        index.add(["a"], torch.ones(1, 3, 8, dtype=torch.int64), [{}])
+
+
+def test_an_id_may_be_any_text_that_is_not_too_long(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    ids = ["", "nul\0byte", "\ud800", "\n", "é" * 32_767]
+    index.add(ids, embeddings(5), [{}] * 5)
+    assert index.ids == ids
+    for long in ("x" * 65_536, "é" * 32_768):
+        with pytest.raises(InputError, match="expected ids of at most 65535 bytes, got one of") as caught:
+            index.add([long], embeddings(1), [{}])
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": True}, "expected k of at least 1, got True"),
+        ({"k": 0}, "expected k of at least 1, got 0"),
+        ({"k": "3"}, "expected k of at least 1, got '3'"),
+        ({"k": 2.5}, "expected k of at least 1, got 2.5"),
+        ({"candidates": True}, "expected candidates of at least 1, got True"),
+        ({"candidates": -1}, "expected candidates of at least 1, got -1"),
+        ({"alpha": "x"}, r"expected alpha as a number in \[0, 1\], got 'x'"),
+        ({"alpha": float("nan")}, r"expected alpha as a number in \[0, 1\], got nan"),
+        ({"alpha": 2}, r"expected alpha as a number in \[0, 1\], got 2"),
+        ({"alpha": True}, r"expected alpha as a number in \[0, 1\], got True"),
+        ({"mode": None}, "expected a mode among"),
+        ({"where": 3}, "expected an expression as str, got int"),
+        ({"queries": torch.full((1, 3, 8), torch.nan)}, "expected queries of finite numbers"),
+        ({"queries": torch.ones(1, 3, 7)}, r"expected queries \[Q, L, 8\], got \[1, 3, 7\]"),
+        ({"queries": [1]}, r"expected queries \[Q, L, 8\], got list"),
+    ],
+    ids=str,
+)
+def test_a_search_refuses_what_is_no_number(options: dict, message: str) -> None:
+    index = Index(SPEC)
+    add(index, "a")
+    with pytest.raises(InputError, match=message):
+        index.search(**({"queries": embeddings(1), "k": 1} | options))
+
+
 # Keeping --------------------------------------------------------------------------------------------------------------
 
 

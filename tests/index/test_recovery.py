@@ -1,0 +1,135 @@
+"""What was acknowledged outlives its record: lost segments are named and taken back, a damaged catalogue is made anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finelip_fast._errors import StoreError
+from finelip_fast.cli import main
+from finelip_fast.index import Index, IndexSpec, restore, stored_index
+from finelip_fast.index.lists import list_path, read_list
+
+SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    values = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1).half().float()
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A folder whose last two changes are in the log alone, as a killed writer leaves it."""
+    with closing(Index(SPEC, tmp_path / "index", source="mine")) as index:
+        index.add(["a", "b"], embeddings(2), [{"n": 0}, {"n": 1}])
+    with closing(Index(SPEC, tmp_path / "index")) as index:
+        index.add(["c", "caf\udce9"], embeddings(2, 1), [{"n": 2}, {"n": "é"}])
+        index.add(["d"], embeddings(1, 2), [{}])
+        shutil.copytree(tmp_path / "index", tmp_path / "killed")
+    return tmp_path / "killed"
+
+
+def cut(log: Path) -> None:
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+
+
+def flip(log: Path) -> None:
+    content = bytearray(log.read_bytes())
+    content[40] ^= 1
+    log.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda log: log.write_bytes(b"")], ids=["cut", "flipped", "emptied"])
+def test_what_a_damaged_log_has_lost_is_named_and_taken_back(killed: Path, damage: Callable[[Path], object]) -> None:
+    damage(killed / "catalogue.sqlite-wal")
+    (killed / "catalogue.sqlite-shm").unlink()
+    with closing(stored_index(killed)) as index:
+        there = index.ids
+        assert len(there) < 5
+        assert sum(index.lost().values()) == 5 - len(there)
+        index.maintain()  # leaves them
+        assert sum(index.lost().values()) == 5 - len(there)
+        assert index.repair() == {}
+        assert index.lost() == {}
+    with closing(stored_index(killed)) as index:
+        assert index.ids == ["a", "b", "c", "caf\udce9", "d"]
+        assert index.metadata == [{"n": 0}, {"n": 1}, {"n": 2}, {"n": "é"}, {}]
+        rows = torch.cat([embeddings(2), embeddings(2, 1), embeddings(1, 2)])
+        assert torch.equal(index.embeddings, rows.half())
+        assert index.check() == {}
+
+
+def test_ids_that_are_there_again_stay_as_they_are(killed: Path) -> None:
+    (killed / "catalogue.sqlite-wal").write_bytes(b"")
+    with closing(stored_index(killed)) as index:
+        index.add(["c", "d"], embeddings(2, 7), [{"new": 1}, {"new": 2}])
+        assert sum(index.lost().values()) == 3
+        index.repair()
+        assert index.ids == ["a", "b", "c", "d", "caf\udce9"]
+        assert index.metadata[2:4] == [{"new": 1}, {"new": 2}]
+        assert index.lost() == index.check() == {}
+        index.maintain()
+        assert len(list((killed / "segments").iterdir())) == 2  # one segment and its list
+
+
+@pytest.mark.parametrize("has_copy", [True, False], ids=["copy", "no copy"])
+def test_a_damaged_catalogue_is_made_anew(tmp_path: Path, has_copy: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "index"
+    with closing(Index(SPEC, folder, source="mine")) as index:
+        index.add(["a", "b"], embeddings(2), [{}, {}])
+        index.add(["c"], embeddings(1, 1), [{}])
+        index.delete(["b"])
+        if has_copy:
+            index.maintain()
+        index.add(["d"], embeddings(1, 2), [{"n": 1}])
+    content = bytearray((folder / "catalogue.sqlite").read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    (folder / "catalogue.sqlite").write_bytes(content)
+    with pytest.raises(StoreError, match="finelip index repair --restore"):
+        stored_index(folder)
+    assert main(["index", "repair", "--index", str(folder), "--restore"]) == 0
+    capsys.readouterr()
+    with closing(stored_index(folder)) as index:
+        # Without a copy, nothing tells what was deleted.
+        assert index.ids == (["a", "c", "d"] if has_copy else ["a", "b", "c", "d"])
+        assert index.metadata[-1] == {"n": 1}
+        assert index.source == "mine"
+        assert index.check() == index.lost() == {}
+    assert (folder / "catalogue.damaged.sqlite").read_bytes() == content
+
+
+def test_nothing_to_restore_from(tmp_path: Path) -> None:
+    with closing(Index(SPEC, tmp_path)):
+        pass
+    with pytest.raises(StoreError, match=r"there is neither .* nor a list"):
+        restore(tmp_path)
+    with closing(Index(SPEC, tmp_path)) as index:
+        assert index.ids == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}\n", b"\xff" * 99, b'{"spec": {"version": 1}, "rows": 1, "crc": 0}\n[1]\n']
+)
+def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    list_path(tmp_path, "x.safetensors").write_bytes(content)
+    with pytest.raises(StoreError, match="expected"):
+        read_list(tmp_path, "x.safetensors")
+
+
+def test_a_change_that_fails_leaves_no_segment_to_take_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Index(SPEC, tmp_path)) as index:
+
+        def refuse(*_: object) -> None:
+            raise StoreError("refused")
+
+        monkeypatch.setattr(index.catalogue, "add", refuse)
+        with pytest.raises(StoreError, match="refused"):
+            index.add(["a"], embeddings(1), [{}])
+        assert list((tmp_path / "segments").iterdir()) == []
