@@ -151,7 +151,11 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
             opcode = _OPERATIONS[stream.read(1)]
             if opcode.name not in _KNOWN:  # before its argument is read
                 raise pickle.UnpicklingError(f"an object by the operation {opcode.name}")
-            machine.step(opcode.name, opcode.arg.reader(stream) if opcode.arg else None)
+            if opcode.name == "GLOBAL":  # pickletools' reader warns of backslashes
+                argument: Any = [stream.readline().rstrip(b"\n").decode("ascii") for _ in range(2)]
+            else:
+                argument = opcode.arg.reader(stream) if opcode.arg else None
+            machine.step(opcode.name, argument)
             if opcode.name == "STOP":
                 break
         else:
@@ -205,7 +209,7 @@ class _Machine:
             items = self._taken(1) if name == "APPEND" else self._marked()
             _of(stack[-1], list).extend(items)
         elif name == "GLOBAL":
-            stack.append(self._global(*argument.split(" ", 1)))
+            stack.append(self._global(*argument))
         elif name == "STACK_GLOBAL":
             stack.append(self._global(*self._taken(2)))
         elif name in ("REDUCE", "NEWOBJ"):

@@ -246,7 +246,7 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
 def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Load a checkpoint, and compare the file of its weights with what was recorded when it was written.
 
-    :func:`load` does not: hashing takes a quarter of the time that loading does.
+    :func:`load` does not compare: hashing takes about as long as loading.
 
     Args:
         checkpoint: As :func:`load` takes it.
