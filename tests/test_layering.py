@@ -14,18 +14,8 @@ REPOSITORY = Path(__file__).parent.parent
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
     {
-        *(
-            "_command_line",
-            "_decode",
-            "_errors",
-            "_files",
-            "_json",
-            "_markup",
-            "_numbers",
-            "_tensor_pickle",
-            "_terminal",
-        ),
-        *("_typed", "config"),
+        *("_command_line", "_decode", "_errors", "_files", "_json", "_markup"),
+        *("_numbers", "_tensor_pickle", "_terminal", "_typed", "config"),
     },
     {"kernels"},
     {
@@ -33,10 +23,7 @@ LAYERS = [
         *("embed", "metrics", "records", "datasets", "artefacts"),
     },
     {"engines", "index"},
-    {
-        "explain",
-        "known_checkpoints",
-    },  # the first of the model alone, the second of the index; the retriever offers both
+    {"explain", "known_checkpoints"},  # of the model alone, and of the index; the retriever offers both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
     {"cli", "_eval_commands", "_explain_command", "_index_commands", "_study_command"},
