@@ -73,10 +73,11 @@ def parse_json(
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         value = _DECODER.decode(text)
-        is_text = surrogates or not (_ESCAPED_SURROGATE.search(text) or _SURROGATE.search(text))
-        if (
-            not is_text or text.count("[") + text.count("{") > MAX_DEPTH
-        ):  # a line of a data file has few, and need not be walked
+        is_text = surrogates or not (
+            _ESCAPED_SURROGATE.search(text) or (not text.isascii() and _SURROGATE.search(text))
+        )
+        # A line of a data file has few brackets, and need not be walked.
+        if not is_text or text.count("[") + text.count("{") > MAX_DEPTH:
             check_value(value, surrogates=is_text)
     except json.JSONDecodeError as fault:
         reason = f"{fault.msg} at line {fault.lineno}, column {fault.colno}"
