@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast._numbers import whole_number
 from finelip_fast.kernels import _cpu, _derivatives
-from finelip_fast.kernels._checks import check_at_least_one, check_floats
+from finelip_fast.kernels._checks import check_floats
 from finelip_fast.kernels._quantize import quantize
 from finelip_fast.kernels._rows import Pieces, Rows, chunks
 
@@ -122,4 +123,4 @@ def _check(queries: Tensor, items: Pieces, item_scales: Pieces, count: int) -> N
             f"expected scales [{items.shape[0]}] in float32, got {list(item_scales.shape)} in {item_scales.dtype};"
             " see quantize"
         )
-    check_at_least_one("count", count)
+    count = whole_number("count", count)

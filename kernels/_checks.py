@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from finelip_fast._errors import InputError
+from finelip_fast._numbers import share
 
 _COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -43,11 +43,4 @@ def check_alpha(alpha: Any) -> None:
             "expected alpha as a number, got a tensor, which would get no gradient: float(alpha), or for a weight that learns"
             " alpha * clim_scores(..., alpha=1.0) + (1 - alpha) * clim_scores(..., alpha=0.0)"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, (float, int, np.floating)) or not 0 <= alpha <= 1:
-        raise InputError(f"expected alpha in [0, 1], got {alpha!r:.80}")
-
-
-def check_at_least_one(name: str, value: Any) -> None:
-    """Refuse what is no count of items to find."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"expected {name} of at least 1, got {value!r:.80}")
+    share("alpha", alpha)

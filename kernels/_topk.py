@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._errors import InputError
-from finelip_fast.kernels._checks import check_at_least_one
+from finelip_fast._numbers import whole_number
 from finelip_fast.kernels._quantize import (
     QuantizedItems,
     cosine_rounding,
@@ -199,7 +199,7 @@ def _search(
     queries: Tensor, items: Pieces, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, positions, and how many pairs of each query were scored again."""
-    check_at_least_one("k", k)
+    k = whole_number("k", k)
     k = min(k, items.shape[0])
     with torch.no_grad():
         query, item = _candidates(len(queries), k, brackets, finer, queries.device)

@@ -632,7 +632,7 @@ def configured(model, clip_state, tmp_path_factory):
     return folders
 
 
-@settings(max_examples=int(os.environ.get("FINELIP_FUZZ", 50)), deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(data=st.data())
 def test_any_configuration_is_an_error_or_a_model(configured, data):
     folder, files = configured[data.draw(st.sampled_from(sorted(configured)))]

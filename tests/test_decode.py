@@ -28,8 +28,6 @@ from finelip_fast import _decode
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess, open_image
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 50))
-
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
@@ -474,7 +472,7 @@ def damaged(seed: int) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(seed=st.integers(0, 2**48))
 def test_damaged_pictures_are_read_or_refused(seed: int) -> None:
     try:

@@ -26,9 +26,6 @@ from torch import Tensor, nn
 from finelip_fast._errors import CheckpointError
 from finelip_fast._weight_files import damaged_records, read_weights
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 50))
-
-
 # What PyTorch writes ----------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +414,7 @@ def assert_error_or_weights(path: Path) -> None:
     assert sum(value.nbytes for value in found.values() if isinstance(value, Tensor)) < 1 << 26
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(kind=st.sampled_from(sorted(SEEDS)), edits=EDITS)
 def test_any_damaged_file_is_an_error_or_read(tmp_path_factory, kind, edits):
     path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
@@ -426,7 +423,7 @@ def test_any_damaged_file_is_an_error_or_read(tmp_path_factory, kind, edits):
     assert_error_or_weights(path)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(kind=st.sampled_from(sorted(PICKLES)), edits=EDITS)
 def test_any_damaged_pickle_is_an_error_or_read(tmp_path_factory, kind, edits):
     path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
@@ -447,7 +444,7 @@ HEADERS = st.recursive(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(
     header=HEADERS
     | st.dictionaries(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from finelip_fast._errors import FineLIPError, InputError, StoreError
+from finelip_fast._numbers import share, whole_number
 from finelip_fast.index import faiss, recovery, upkeep
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.database import RESTORE, between_forks
@@ -70,9 +70,8 @@ class Index(Store):
             StoreError: The index is closed, cannot be read, or needs more memory or open files than this process may have.
         """
         alpha = self.spec.alpha if alpha is None else alpha
-        k, candidates = _whole("k", k), None if candidates is None else _whole("candidates", candidates)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise InputError(f"expected alpha as a number in [0, 1], got {alpha!r:.40}")
+        k, candidates = whole_number("k", k), None if candidates is None else whole_number("candidates", candidates)
+        alpha = share("alpha", alpha)
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[2] != self.spec.width:
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
             raise InputError(f"expected queries [Q, L, {self.spec.width}], got {got}")
@@ -201,16 +200,6 @@ class Index(Store):
     def snapshot(self, folder: str | PathLike[str]) -> None:
         """Copy a folder's index to another; see :func:`finelip_fast.index.upkeep.snapshot`."""
         upkeep.snapshot(self, folder)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1:
-        raise InputError(f"expected {name} of at least 1, got {value!r:.40}")
-    return number
 
 
 def _tuning(**kept: Any) -> Tuning:

@@ -22,8 +22,9 @@ from finelip_fast.index.segments import DTYPES, Segment, encode
 from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 
-# Bytes of an item in the catalogue: a path of 60 characters, twice (row and index), and a line of metadata.
-_CATALOGUE_BYTES = 300
+# Bytes of an item in the catalogue: a path of 60 characters, twice (row and index), and a line of metadata; and of both again
+# in the list beside its segment.
+_CATALOGUE_BYTES = 300 + 150
 # What a person waits for without noticing, in seconds: an exact search of this is left exact.
 _UNNOTICED = 0.1
 # The global embeddings of a trial do not stay in a processor's cache.
@@ -54,7 +55,7 @@ class Plan:
 
     Attributes:
         items: How many.
-        disk: Embeddings, global embeddings and catalogue.
+        disk: Embeddings, global embeddings, catalogue and lists.
         int8_copies: More on disk when it is searched by ``exact-int8`` (float16 only).
         memory: Of each mode, for what a search goes through to stay in memory; a GPU's, where it searches.
         encode_seconds: To encode all on this machine; None: not measured.

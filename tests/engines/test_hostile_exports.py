@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -27,7 +27,7 @@ from finelip_fast.engines.onnx import OnnxEngine
 from finelip_fast.export import graphs
 from finelip_fast.export.to_onnx import export_onnx
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", "50"))
+EXAMPLES = settings.get_profile("fuzz").max_examples
 PAIRS = "scenes:test:8"
 CONTEXT = 24
 
@@ -360,7 +360,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(settings.get_profile("fuzz"))
 @given(data=st.data())
 def test_any_manifest_is_one_or_an_error(exported: Path, data: st.DataObject) -> None:
     folder = exported / "exports" / "onnx-fp32"
@@ -389,7 +389,7 @@ def test_any_manifest_is_one_or_an_error(exported: Path, data: st.DataObject) ->
         path.write_text(original)
 
 
-@settings(max_examples=EXAMPLES * 4, deadline=None)
+@settings(settings.get_profile("fuzz"), max_examples=EXAMPLES * 4)
 @given(data=st.data())
 @example(data=None)
 def test_any_bytes_are_a_graph_or_an_error(data: st.DataObject | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast._errors import StoreError
@@ -26,7 +26,6 @@ from finelip_fast.index.arrays import (
     write_arrays,
 )
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 200))
 ARRAYS = {"tokens": torch.arange(12.0).half().reshape(2, 2, 3), "scales": torch.ones(2)}
 ENTRY = {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}
 
@@ -195,7 +194,7 @@ def test_a_file_that_was_removed_before_it_was_locked_is_made_anew(
     assert path.read_bytes() == b"whole"
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(settings.get_profile("fuzz"))
 @given(data=st.data())
 def test_any_header_is_read_within_its_file_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

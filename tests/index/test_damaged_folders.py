@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast._errors import EngineError, FineLIPError
 from finelip_fast.index import Index, IndexSpec, stored_index
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 12))
+EXAMPLES = settings.get_profile("fuzz").max_examples // 4  # each searches, checks, copies and repairs a folder
 MODES = ("exact", "exact-int8", "two-stage")
 ITEMS = 24
 
@@ -108,7 +107,7 @@ def tried(run: Callable[[], object]) -> object:
         return None
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(settings.get_profile("fuzz"), max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**32))
 def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
     """``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more."""

@@ -233,10 +233,10 @@ def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
             index.search(embeddings(1), 5, mode="exact-int8")
         sizes = {
             name: sum(path.stat().st_size for path in (tmp_path / dtype).glob(name))
-            for name in ("segments/*", "cache/*")
+            for name in ("segments/*.safetensors", "cache/*")
         }
         planned = plan(500, SPEC.tokens, SPEC.width, rates, dtype=dtype)
-        assert sizes["segments/*"] == pytest.approx(planned.disk - 500 * 300, rel=0.05)
+        assert sizes["segments/*.safetensors"] == pytest.approx(planned.disk - 500 * 450, rel=0.05)
         assert sizes["cache/*"] == pytest.approx(planned.int8_copies, rel=0.05)
     with pytest.raises(InputError, match="expected at least one item, got 0"):
         plan(0, 3, 16, rates)

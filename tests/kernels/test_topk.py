@@ -397,7 +397,7 @@ def test_rows_that_are_longer_than_the_bound_counts_on_are_refused(longer):
 
 @pytest.mark.parametrize("k", [0, -1, 1.5])
 def test_k_below_one_is_refused(search, k):
-    with pytest.raises(InputError, match=f"expected k of at least 1, got {k}"):
+    with pytest.raises(InputError, match=f"expected k (as a whole number|of at least 1), got {k}"):
         search(make(2, 4, 16), make(9, 5, 16), k, alpha=0.8)
 
 

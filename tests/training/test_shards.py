@@ -31,8 +31,6 @@ from finelip_fast.training.shards import shard_names, shard_samples
 pytest.importorskip("webdataset")
 pytest.importorskip("braceexpand")
 
-EXAMPLES = int(os.environ.get("FINELIP_FUZZ", 50))
-
 
 def archive(*members: tuple[str, bytes] | tarfile.TarInfo, format: int = tarfile.PAX_FORMAT) -> bytes:
     file = io.BytesIO()
@@ -320,7 +318,7 @@ def sound() -> list[bytes]:
     return [*tars, gzip.compress(tars[0], mtime=0), bz2.compress(tars[0])]
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(settings.get_profile("fuzz"))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_damaged_shards_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance = random.Random(seed)
