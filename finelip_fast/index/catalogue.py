@@ -27,12 +27,12 @@ import numpy as np
 
 from finelip_fast._errors import StoreError
 from finelip_fast._files import plain_name
-from finelip_fast._json import check_value, parse_json
+from finelip_fast._json import MAX_DEPTH, check_value, parse_json
 from finelip_fast.index import schema
 from finelip_fast.index.database import RESTORE, Connection, Database
 from finelip_fast.index.filters import compile_filter
 from finelip_fast.index.lists import write_list
-from finelip_fast.index.schema import FORMAT, field_index, seal
+from finelip_fast.index.schema import FORMAT, field_index, seal, seal_item
 
 # Of a query, and of a list of positions in one: below the least limit of any SQLite.
 _AT_ONCE = 900
@@ -267,14 +267,15 @@ class Catalogue:
     def _item(self, row: tuple[Any, ...], is_sealed: bool) -> Item:
         position, name, crc, metadata, died, sealed = row
         try:
-            if is_sealed and sealed != seal(position, name, crc, metadata, died):
+            if is_sealed and sealed != seal_item(position, name, crc, metadata, died):
                 raise ValueError("not what was written")
             if not (died is None or 0 < died < _MOST):
                 raise ValueError(f"gone with version {died}")
             value = json.loads(metadata)
             if type(value) is not dict:
                 raise ValueError(f"no dictionary but {value!r:.40}")
-            check_value(value, surrogates=True)
+            if metadata.count(b"{") + metadata.count(b"[") > MAX_DEPTH:
+                check_value(value, surrogates=True)
             return Item(position, _from_text(name), None if crc is None else int(crc), value)
         except _DAMAGE as error:
             raise self._damaged(f"the item at position {position!r:.20} is {error}") from None
@@ -412,7 +413,7 @@ class Catalogue:
             rows = zip(range(first, first + len(ids)), map(_to_text, ids), crcs, map(_to_text, metadata), strict=True)
             connection.run_each(
                 "INSERT INTO item VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), NULL, ?)",
-                ((*row, seal(*row, None)) for row in rows),
+                ((at, item, crc, text, seal_item(at, item, crc, text, None)) for at, item, crc, text in rows),
             )
 
     def _write_list(self, segment: str, rows: Iterable[tuple[str, int | None, str]]) -> None:
@@ -438,7 +439,7 @@ class Catalogue:
                     self._item(row, connection.sealed)  # a new checksum would hide what is wrong with it
                 connection.run_each(
                     "UPDATE item SET died = ?, seal = ? WHERE position = ?",
-                    ((died, seal(*row[:4], died), row[0]) for row in rows),
+                    ((died, seal_item(*row[:4], died), row[0]) for row in rows),
                 )
                 dead = np.array([(row[0], died) for row in rows], dtype=np.int64)
                 self._count("dead", len(dead), _mixed(dead))
@@ -473,7 +474,7 @@ class Catalogue:
             connection.run_each(
                 "UPDATE item SET position = ?, crc = ?, seal = ? WHERE position = ?",
                 (
-                    (first + at, crc, seal(first + at, row[1], crc, row[3], None), row[0])
+                    (first + at, crc, seal_item(first + at, row[1], crc, row[3], None), row[0])
                     for at, (crc, row) in enumerate(zip(crcs, rows, strict=True))
                 ),
             )

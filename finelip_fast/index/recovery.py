@@ -66,15 +66,13 @@ def take_back(store: Store) -> list[str]:
                 continue
             there = store.catalogue.find(listed.ids)
             new = [at for at, item in enumerate(listed.ids) if item not in there and at not in damaged]
-            ids, texts = ([values[at] for at in new] for values in (listed.ids, listed.texts))
-            if len(ids) == len(listed.ids):
+            ids, texts = [listed.ids[at] for at in new], [listed.texts[at] for at in new]
+            if len(new) == len(listed.ids):
                 store.catalogue.add(ids, name, listed.crcs, texts)
-                added += ids
-                continue
-            if ids:
+            elif new:
                 kept, crcs = write_segment(store.segments_folder, joined([(segment, torch.tensor(new))]))
                 store.catalogue.add(ids, kept, crcs, texts)
-            if not damaged:
+            if len(new) < len(listed.ids) and not damaged:
                 upkeep.retire(store, [name])
         added += ids
     store.reload()

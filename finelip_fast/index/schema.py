@@ -83,7 +83,7 @@ _MIGRATIONS = {
         *_TABLES,
         "INSERT INTO spec SELECT key, value, seal(CAST(key AS BLOB), CAST(value AS BLOB)) FROM spec_3",
         "INSERT INTO segment SELECT first, name, rows, born, seal(first, CAST(name AS BLOB), rows, born) FROM segment_3",
-        "INSERT INTO item SELECT position, id, crc, metadata, died, seal(position, CAST(id AS BLOB), crc, "
+        "INSERT INTO item SELECT position, id, crc, metadata, died, seal_item(position, CAST(id AS BLOB), crc, "
         "CAST(metadata AS BLOB), died) FROM item_3",
         *(f"DROP TABLE {name}_3" for name in ("spec", "segment", "item")),
         *_INDEXES,
@@ -97,11 +97,11 @@ _AS_NOW = (
 )
 _MOST_FIELDS = 1000
 _FIELD = re.compile(rb"json_extract\(metadata, '\$(?:[^']|'')*'\)", re.DOTALL)
-_INTEGER = struct.Struct("<q")
+_INTEGER, _NUMBERS = struct.Struct("<q"), struct.Struct("<5q")
 
 
 def seal(*values: Any) -> int:
-    """The checksum of a row: CRC-32 of its values, which are integers, bytes and None."""
+    """The checksum of any other row: CRC-32 of its values, which are integers, bytes and None."""
     crc = 0
     for value in values:
         if value is None:
@@ -111,6 +111,14 @@ def seal(*values: Any) -> int:
         else:
             crc = zlib.crc32(_INTEGER.pack(value), crc)
     return crc
+
+
+def seal_item(position: int, name: bytes, crc: int | None, metadata: bytes, died: int | None) -> int:
+    """The checksum of an item's row, of which there are many."""
+    numbers = _NUMBERS.pack(
+        position, -1 if crc is None else crc, -1 if died is None else died, len(name), len(metadata)
+    )
+    return zlib.crc32(metadata, zlib.crc32(name, zlib.crc32(numbers)))
 
 
 def create(connection: Connection) -> None:
@@ -138,9 +146,8 @@ def prepare(connection: Connection) -> int | None:
             fields += 1
         else:
             held.add(_plain(sql))
-    for number, contents in _CONTENTS.items():
-        expected = set(map(_plain, contents))
-        if fields <= _MOST_FIELDS and (held == expected or (number == 2 and held == expected - {_plain(_INDEXES[0])})):
+    for number, expected in _EXPECTED.items():
+        if fields <= _MOST_FIELDS and (held == expected or (number == 2 and held == expected - _OPTIONAL)):
             connection.sealed = number >= 4
             if number < FORMAT:
                 for view in _AS_NOW if number == 3 else _AS_NOW[:1]:
@@ -178,6 +185,10 @@ def _plain(sql: Any) -> str:
     return re.sub(r"--[^\n]*\n|\s", "", text)
 
 
+_EXPECTED = {number: frozenset(map(_plain, contents)) for number, contents in _CONTENTS.items()}
+_OPTIONAL = {_plain(_INDEXES[0])}
+
+
 def migrate(connection: Connection, spec: dict[str, Any]) -> None:
     """Inside a change: make a catalogue of an older format one of this.
 
@@ -189,6 +200,7 @@ def migrate(connection: Connection, spec: dict[str, Any]) -> None:
     for view in ("spec", "segment", "item"):
         connection.run(f"DROP VIEW IF EXISTS temp.{view}")
     connection.create_function("seal", -1, seal, deterministic=True)
+    connection.create_function("seal_item", 5, seal_item, deterministic=True)
     for number in range(spec["format"], FORMAT):
         if number == FORMAT - 1:
             rows = [(key, json.dumps(value)) for key, value in {**spec, "format": FORMAT}.items()]

@@ -143,7 +143,9 @@ class Store:
     def before_fork(self) -> None:
         pass
 
-    after_fork = _new_locks
+    def after_fork(self) -> None:
+        self._new_locks()
+        torch.set_num_threads(1)  # the parent's threads are not here, and OpenMP would wait for them for ever
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import StoreError
-from finelip_fast.index import Index, IndexSpec, stored_index
+from finelip_fast.cli import main
+from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 
 SPEC = IndexSpec(checkpoint="abc", tokens=4, width=64)
 NOBODY = 65534
@@ -139,6 +140,25 @@ def test_a_folder_that_cannot_be_written_to_is_read_with_its_last_changes(folder
         assert index.ids == ["a", "b", "c"]
         assert index.check() == {}
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_reading_needs_no_room_on_the_disk(folder: Path, tmp_path: Path) -> None:
+    killed = as_a_writer_was_killed(folder, tmp_path / "killed")
+    for path, expected in ((folder, ["a", "b", "c"]), (killed, ["a", "b", "c"])):
+        with largest_file(0), closing(stored_index(path)) as index:
+            assert index.ids == expected
+            assert len(index.search(embeddings(1), 5, where="id > ''").items[0]) == 3
+            assert stored_source(path) == ""
+
+
+def test_every_reading_command_reads_what_others_may_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with as_a_guest(folder):
+        assert main(["index", "check", "--index", str(folder)]) == 0
+        assert stored_source(folder) == ""
+        with closing(stored_index(folder, verify=True)) as index:
+            assert index.lost() == index.check() == {}
+            assert "a" in index
+    assert '"lost": 0' in capsys.readouterr().out
 
 
 def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path) -> None:

@@ -181,7 +181,7 @@ CIRCLE["x"] = CIRCLE
         ({"a": {"b": {(1,): 0}}}, r"the key \(1,\), which is no str under the key 'a'"),
         ({"a": [float("inf")]}, "the number inf, which is not finite, under the key 'a'"),
         ({"a": 10**400}, "an integer beyond the largest float under the key 'a'"),
-        ({"a": Path("x" * 999)}, r"got PosixPath\('x{67} under the key 'a' of item 'b'$"),
+        ({"a": Path("x" * 999)}, r"got PosixPath\('x+ under the key 'a' of item 'b'$"),
         (CIRCLE, "nesting deeper than 64"),
     ],
     ids=["both", "deep", "infinite", "huge", "object", "circle"],
