@@ -439,7 +439,10 @@ class Catalogue:
                     self._item(row, connection.sealed)  # a new checksum would hide what is wrong with it
                 connection.run_each(
                     "UPDATE item SET died = ?, seal = ? WHERE position = ?",
-                    ((died, seal_item(*row[:4], died), row[0]) for row in rows),
+                    (
+                        (died, seal_item(position, name, crc, metadata, died), position)
+                        for position, name, crc, metadata, *_ in rows
+                    ),
                 )
                 dead = np.array([(row[0], died) for row in rows], dtype=np.int64)
                 self._count("dead", len(dead), _mixed(dead))
