@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from importlib import metadata
 from os import PathLike
 from typing import Any
@@ -14,7 +13,7 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._errors import CheckpointError, StoreError
 from finelip_fast._terminal import printable
 from finelip_fast.engines import ENGINES, why_not
-from finelip_fast.index import stored_index
+from finelip_fast.index import remedies, stored_index
 from finelip_fast.kernels import describe, tuned_settings
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -68,7 +67,7 @@ def check_index(folder: str | PathLike[str]) -> dict[str, int]:
         named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
         raise StoreError(
             f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or take them out and "
-            f"keep the others with finelip index repair --index {shlex.quote(str(folder))}:\n{named}"
+            f"keep the others with {remedies.repair(folder)}:\n{named}"
         )
     return {"items": count, "damaged": 0, "lost": sum(index.lost().values())}
 

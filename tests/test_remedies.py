@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from finelip_fast import cli
+from finelip_fast import Retriever, cli
 
 REPOSITORY = Path(__file__).parent.parent
 ELSEWHERE = {"train", "export", "study ablation"}  # have command lines of their own
@@ -64,3 +65,32 @@ def test_the_commands_are_found() -> None:
     named = {words for _, words, _ in advised()}
     assert {"index repair", "search"} <= {" ".join(words.split()[:2]) for words in named}
     assert any("--index" in options for _, _, options in advised())
+
+
+def damage_a_row(folder: Path) -> None:
+    (segment,) = (folder / "segments").glob("*.safetensors")
+    content = bytearray(segment.read_bytes())
+    content[600] ^= 64  # behind the header, in the first item's embedding
+    segment.write_bytes(content)
+
+
+def damage_the_catalogue(folder: Path) -> None:
+    (folder / "catalogue.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4000))
+
+
+@pytest.mark.parametrize("damage", [damage_a_row, damage_the_catalogue])
+def test_what_is_advised_for_a_damaged_index_mends_it(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "an index"
+    retriever = Retriever(index=folder, engine="torch", device="cpu")
+    retriever.add_texts(["a red house", "a blue car"], progress=False)
+    retriever.index.close()
+    damage(folder)
+    search = ["search", "a house", "--index", str(folder), "--engine", "torch", "--quiet"]
+    assert cli.main(search) == 2
+    error = capsys.readouterr().err
+    advice = re.search(r"finelip (index repair --index '[^']+'(?: --restore)?)", error)
+    assert advice, error
+    assert cli.main(shlex.split(advice[1])) == 0
+    assert cli.main(search) == 0

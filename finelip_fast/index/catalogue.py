@@ -28,8 +28,8 @@ import numpy as np
 from finelip_fast._errors import StoreError
 from finelip_fast._files import plain_name
 from finelip_fast._json import MAX_DEPTH, check_value, parse_json
-from finelip_fast.index import schema
-from finelip_fast.index.database import RESTORE, Connection, Database
+from finelip_fast.index import remedies, schema
+from finelip_fast.index.database import Connection, Database
 from finelip_fast.index.filters import compile_filter
 from finelip_fast.index.lists import write_list
 from finelip_fast.index.schema import FORMAT, field_index, seal, seal_item
@@ -281,7 +281,9 @@ class Catalogue:
             raise self._damaged(f"the item at position {position!r:.20} is {error}") from None
 
     def _damaged(self, reason: str) -> StoreError:
-        return StoreError(f"the catalogue of the index at {self._folder} is damaged: {reason:.200}; {RESTORE}")
+        return StoreError(
+            f"the catalogue of the index at {self._folder} is damaged: {reason:.200}; {remedies.restore(self._folder)}"
+        )
 
     def at(self, positions: Iterable[int], version: int) -> dict[int, Item] | None:
         """What lies at positions of a version; None: that version is no more.
@@ -548,7 +550,7 @@ def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
             return parse_json(value, where, error=StoreError, expected="a value of the catalogue", surrogates=True)
     except _DAMAGE:
         pass
-    raise StoreError(f"{where}: the catalogue is damaged: {RESTORE}")
+    raise StoreError(f"{where}: the catalogue is damaged: {remedies.restore(path and path.parent)}")
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:

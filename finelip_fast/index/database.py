@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_fast._errors import StoreError
+from finelip_fast.index import remedies
 
 # How long a statement may take, and how long another writer is waited for: one that compacts takes its time.
 _SECONDS, _PATIENCE = 60.0, 30.0
@@ -388,11 +389,8 @@ class Database:
         if "unable to open" in reason and self.path is not None:
             reason += _hindrance(self.path)
         if any(word in reason for word in ("malformed", "not a database", "corrupt", "out of order")):
-            reason += f"; the catalogue is damaged: {RESTORE}"
+            reason += f"; the catalogue is damaged: {remedies.restore(self.folder)}"
         return StoreError(f"{what}: {reason}")
-
-
-RESTORE = "finelip index repair --restore makes it anew, or restore a snapshot"
 
 
 def _check_files(path: Path) -> None:

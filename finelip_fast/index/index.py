@@ -10,9 +10,9 @@ from torch import Tensor
 
 from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._numbers import share, whole_number
-from finelip_fast.index import faiss, recovery, upkeep
+from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.catalogue import Item
-from finelip_fast.index.database import RESTORE, between_forks
+from finelip_fast.index.database import between_forks
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
 from finelip_fast.index.store import Store, stored_spec
 from finelip_fast.index.view import View
@@ -85,7 +85,7 @@ class Index(Store):
             except FileNotFoundError as error:
                 if self.view() is view:
                     raise StoreError(
-                        f"segment {error.filename} is missing: restore it, or finelip index repair"
+                        f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}"
                     ) from None
                 continue
             except FineLIPError:
@@ -129,7 +129,8 @@ class Index(Store):
             found = [[items[position] for position in row] for row in positions.tolist()]
         except KeyError as error:
             raise StoreError(
-                f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; {RESTORE}"
+                f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; "
+                f"{remedies.restore(self.folder)}"
             ) from None
         return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)
 

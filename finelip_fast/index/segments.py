@@ -28,6 +28,7 @@ from torch import Tensor
 
 from finelip_fast._errors import StoreError, WriteError
 from finelip_fast._files import plain_name
+from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
     Contents,
     UnavailableError,
@@ -69,9 +70,8 @@ class Segment:
     ) -> None:
         self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
-        self._copies: tuple[Path, int] | None = (
-            None  # of embeddings in int8: where they are mapped from, and its length
-        )
+        # Of embeddings in int8: where they are mapped from, and its length.
+        self._copies: tuple[Path, int] | None = None
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -86,6 +86,11 @@ class Segment:
 
     def _kept(self, *names: str) -> list[Tensor]:
         return [self.arrays[name] for name in names]
+
+    @property
+    def folder(self) -> Path | None:
+        """The index folder that it lies in; None: in memory."""
+        return self._path and self._path.parent.parent
 
     @property
     def bytes_per_item(self) -> int:
@@ -177,7 +182,7 @@ class Segment:
                     if _read_into(part, descriptor, offset) != len(part):
                         raise _shortened(path)
             except OSError as error:
-                raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_REMEDY}") from None
+                raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_remedy(path)}") from None
 
         return finish
 
@@ -283,7 +288,8 @@ class Segment:
             (cache / cache_name(self.name)).unlink(missing_ok=True)
 
 
-_REMEDY = "restore it, or finelip index repair"
+def _remedy(path: Path) -> str:
+    return f"restore it, or {remedies.repair(path.parent.parent)}"
 
 
 def _is_shorter(path: Path, size: int) -> bool:
@@ -293,7 +299,7 @@ def _is_shorter(path: Path, size: int) -> bool:
 
 
 def _shortened(path: Path) -> StoreError:
-    return StoreError(f"segment {path} has become shorter or longer since it was opened: {_REMEDY}")
+    return StoreError(f"segment {path} has become shorter or longer since it was opened: {_remedy(path)}")
 
 
 def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tensor]) -> None:
@@ -412,7 +418,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
         raise
     except OSError as error:
         if error.errno == errno.EIO:
-            raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_REMEDY}") from None
+            raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_remedy(path)}") from None
         raise UnavailableError(
             f"segment {path} cannot be read: {error.strerror}; give the process more open files (ulimit -n), memory or the "
             "permission"
@@ -420,7 +426,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
     except UnavailableError:
         raise
     except StoreError as error:
-        raise StoreError(f"segment {path} cannot be read: {error}; {_REMEDY}") from None
+        raise StoreError(f"segment {path} cannot be read: {error}; {_remedy(path)}") from None
     for each, (kind, tail) in expected.items():
         values = arrays.get(each)
         if (

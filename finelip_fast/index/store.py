@@ -25,6 +25,7 @@ from torch import Tensor
 from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._files import plain_name, sync_folder
 from finelip_fast._json import MAX_DEPTH
+from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
 from finelip_fast.index.database import between_forks, survive_forks
@@ -190,7 +191,8 @@ class Store:
             except FileNotFoundError as error:
                 if self.catalogue.layout(self.fixed) == layout:
                     raise StoreError(
-                        f"segment {error.filename} is missing: restore it, or keep the rest with finelip index repair"
+                        f"segment {error.filename} is missing: restore it, or keep the rest with "
+                        f"{remedies.repair(self.folder)}"
                     ) from None
                 # It was compacted meanwhile.
 
@@ -222,7 +224,7 @@ class Store:
         for at in sorted(damaged.keys() & items.keys()):
             raise StoreError(
                 f"item {items[at].id!r} is damaged: row {at} of segment {row.name} {damaged[at]}; restore the file, or keep "
-                "the rest with finelip index repair"
+                f"the rest with {remedies.repair(self.folder)}"
             )
 
     def open_segment(self, row: SegmentRow) -> Segment:

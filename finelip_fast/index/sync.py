@@ -14,6 +14,7 @@ from os import PathLike
 from typing import Any
 
 from finelip_fast._errors import InputError, StoreError
+from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
 from finelip_fast.index.lance import Keys, LanceStore, refuse_damaged, text_checksum
@@ -233,7 +234,7 @@ class _Local:
         if damaged:
             raise StoreError(
                 f"{len(damaged)} items of the index are damaged, {damaged[0]!r} among them, and were not pushed: take them "
-                "out with finelip index repair, or restore their files"
+                f"out with {remedies.repair(self.index.folder)}, or restore their files"
             )
         if items:
             put([item.id for item in items], tokens, [item.metadata for item in items])

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast._files import plain_name, write_error
+from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
     UnavailableError,
     files_in,
@@ -68,7 +69,7 @@ def maintain(store: Store) -> dict[str, int]:
         rewritten = [view.layout.segments[at] for run in _runs(view) for at in run]
         lost = [row for row in store.catalogue.layout(view.version).segments if row.name in store.damaged]
         if damaged := _damaged(store, view.version, rewritten + lost):
-            raise _refusal(damaged)
+            raise _refusal(store, damaged)
         after = _rewrite(store, view)
     store.reload()
     _sweep(store)
@@ -228,10 +229,10 @@ def _damaged(store: Store, version: int, segments: Iterable[SegmentRow]) -> list
     return damaged
 
 
-def _refusal(damaged: list[Damage]) -> StoreError:
+def _refusal(store: Store, damaged: list[Damage]) -> StoreError:
     return StoreError(
         f"{len(damaged)} items are damaged, {damaged[0].id!r} among them (finelip index check names all): take them out with "
-        "finelip index repair, or restore their files"
+        f"{remedies.repair(store.folder)}, or restore their files"
     )
 
 
@@ -252,7 +253,7 @@ def snapshot(store: Store, folder: str | PathLike[str]) -> None:
     def copy_segments() -> None:
         layout = catalogue.layout()
         if damaged := _damaged(store, layout.version, layout.segments):
-            raise _refusal(damaged)
+            raise _refusal(store, damaged)
         named = {row.name.partition(".")[0] for row in layout.segments}
         for path in files_in(store.segments_folder):
             if path.name.partition(".")[0] in named:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._errors import StoreError
+from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item, Layout
 from finelip_fast.index.segments import Segment
 from finelip_fast.kernels import QuantizedItems
@@ -145,7 +146,7 @@ class View:
             if item.crc not in (None, self.segments[at].checksum(row)):
                 raise StoreError(
                     f"item {item.id!r} is damaged: row {row} of segment {self.segments[at].name} is not what was written; "
-                    "restore the file, or keep the rest with finelip index repair"
+                    f"restore the file, or keep the rest with {remedies.repair(self.segments[at].folder)}"
                 )
 
     @cached_property
