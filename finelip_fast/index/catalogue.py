@@ -244,15 +244,19 @@ class Catalogue:
         for row in segments:
             position = row.first
             while position < row.first + row.rows:
-                items = self._some_items(version, position, row.first + row.rows)
-                position += len(items)
-                yield from (item for item, died in items if died is None or died > version)
+                rows, is_sealed = self._some_rows(version, position, row.first + row.rows)
+                position += len(rows)
+                # One by one: thousands of dictionaries at once would keep Python's collector busy.
+                for values in rows:
+                    item = self._item(values, is_sealed)
+                    if values[4] is None or values[4] > version:
+                        yield item
 
     def _refuse_forgotten(self, version: int) -> None:
         if self.oldest > version:
             raise StoreError(f"the index at {self._folder} was compacted while it was read: read it again")
 
-    def _some_items(self, version: int, start: int, stop: int) -> list[tuple[Item, int | None]]:
+    def _some_rows(self, version: int, start: int, stop: int) -> tuple[list[tuple[Any, ...]], bool]:
         with self._database.reading() as connection:
             self._refuse_forgotten(version)
             rows = connection.run(
@@ -262,7 +266,7 @@ class Catalogue:
             )
             if [row[0] for row in rows] != list(range(start, min(start + 4096, stop))):
                 raise self._damaged(f"items are missing among the positions {start} to {stop - 1}")
-            return [(self._item(row, connection.sealed), row[4]) for row in rows]
+            return rows, connection.sealed
 
     def _item(self, row: tuple[Any, ...], is_sealed: bool) -> Item:
         position, name, crc, metadata, died, sealed = row
@@ -441,10 +445,7 @@ class Catalogue:
                     self._item(row, connection.sealed)  # a new checksum would hide what is wrong with it
                 connection.run_each(
                     "UPDATE item SET died = ?, seal = ? WHERE position = ?",
-                    (
-                        (died, seal_item(position, name, crc, metadata, died), position)
-                        for position, name, crc, metadata, *_ in rows
-                    ),
+                    ((died, seal_item(at, item, crc, text, died), at) for at, item, crc, text, *_ in rows),
                 )
                 dead = np.array([(row[0], died) for row in rows], dtype=np.int64)
                 self._count("dead", len(dead), _mixed(dead))

@@ -6,11 +6,13 @@ import doctest
 import importlib
 import json
 import operator
+import os
 import random
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -304,6 +306,43 @@ def test_finds_what_python_finds(
             database.execute(f"CREATE INDEX by_{number} ON item ({expression})")
         expected = [item for item, metadata in items.items() if holds(tree, item, metadata)]
         assert found(database, written(tree, random.Random(seed))) == expected
+
+
+WORDS = [
+    *"()=<>,.'%_+-",
+    "x",
+    "y.z",
+    '"a b"',
+    "'t'",
+    "''",
+    "in",
+    "like",
+    "between",
+    "is",
+    "null",
+    "not",
+    "and",
+    "or",
+    "1",
+    "1.5e9",
+    "e",
+]
+
+
+@settings(max_examples=int(os.environ.get("FINELIP_FUZZ", 100)), deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([1, 1, 1, 3, 3000])), max_size=12),
+    st.sampled_from(["", " "]),
+)
+def test_any_text_is_refused_or_evaluated_soon(parts: list[tuple[str, int]], between: str) -> None:
+    where = between.join(word * times for word, times in parts)
+    begun = time.process_time()
+    with opened() as database:
+        fill(database, ITEMS)
+        with suppress(InputError):
+            condition, parameters = compile_filter(where)
+            database.execute(f"SELECT id FROM item WHERE {condition}", parameters).fetchall()
+    assert time.process_time() - begun < 20  # quadratic time would be minutes
 
 
 # Indexes --------------------------------------------------------------------------------------------------------------
