@@ -43,7 +43,7 @@ def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, c
     assert {"torch", "onnx", "onnxruntime"} <= set(made.versions)
     assert made.proven
     assert made.proof["pairs"] == PAIRS
-    assert [export.folder for export in find(checkpoint, "onnx")] == [exported]
+    assert [export.folder for export in find(checkpoint, "onnx").exports] == [exported]
     proto = onnx.load(exported / "text.onnx")
     facts = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert facts["finelip.checkpoint"] == made.checkpoint

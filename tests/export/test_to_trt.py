@@ -109,7 +109,7 @@ def on_ada(monkeypatch: pytest.MonkeyPatch, model) -> dict[str, Callable[[Tensor
     here = runtime.Machine("tensorrt_rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
     monkeypatch.setattr(runtime, "why_not", lambda: None)
     monkeypatch.setattr(runtime, "machine", lambda device="cuda", module=None: here)
-    monkeypatch.setattr(runtime, "TrtPlan", lambda path, device, **_: encoders[Path(path).name])
+    monkeypatch.setattr(runtime, "TrtPlan", lambda content, name, device, **_: encoders[name])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: here.gpu)
     return encoders
@@ -118,7 +118,7 @@ def on_ada(monkeypatch: pytest.MonkeyPatch, model) -> dict[str, Callable[[Tensor
 def test_plans_lie_beside_the_checkpoint_and_say_what_they_are(plans: Path, checkpoint: Path, asked) -> None:
     assert plans == checkpoint / "exports" / "trt-fp16-sm89"
     assert sorted(path.name for path in plans.iterdir()) == ["image.plan", "manifest.json", "text.plan"]
-    assert [export.folder for export in find(checkpoint, "trt", "fp16")] == [plans]
+    assert [export.folder for export in find(checkpoint, "trt", "fp16").exports] == [plans]
     assert asked[0] == {"checkpoint": checkpoint, "precision": "fp16", "pairs": PAIRS, "progress": False}
     made = read(plans).manifest
     source = read(exports_folder(checkpoint) / "onnx-fp16").manifest
