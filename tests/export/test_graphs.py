@@ -9,15 +9,16 @@ import onnx
 import pytest
 import torch
 
+from finelip_fast.artefacts.graph import interface_problems
 from finelip_fast.artefacts.onnx import OnnxGraph
-from finelip_fast.export import graphs, inspection
+from finelip_fast.export import graphs
 from finelip_fast.export.parity import levels
 
 
 @pytest.mark.parametrize("name", ["image", "text", "image_uint8", "scorer"])
 def test_a_graph_keeps_its_promise(protos, model, name):
     onnx.checker.check_model(protos[name], full_check=True)
-    assert inspection.interface_problems(protos[name], name, model.config) == []
+    assert interface_problems(protos[name], name, model.config) == []
     assert protos[name].opset_import[0].version == graphs.OPSET
     assert not [node.op_type for node in protos[name].graph.node if node.op_type in ("ArgMax", "TopK")]
     assert {node.domain for node in protos[name].graph.node} == {""}
