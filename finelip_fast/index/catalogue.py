@@ -560,8 +560,12 @@ def read_spec(path: Path) -> dict[str, Any] | None:
     Raises:
         StoreError: It cannot be read, or says what no index can be.
     """
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError) as error:  # the latter of a name with NUL
+        raise StoreError(f"{str(path)!r:.200} cannot be opened as an index catalogue: {error!s:.80}") from None
     database = Database(path, schema.prepare)
     try:
         with database.reading() as connection:
