@@ -146,7 +146,7 @@ def test_a_killed_job_goes_on_where_it_was(finelip: Callable[..., str], photos: 
     kept = json.loads(finelip("index", "check", "--json"))["items"]
     assert 2 <= kept < 63
     assert finelip(*arguments).splitlines()[0] == f"{63 - kept} added, 2 skipped"
-    assert json.loads(finelip("index", "check", "--json")) == {"items": 63, "damaged": 0}
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 63, "damaged": 0, "lost": 0}
     found = json.loads(finelip("search", "a house", "-k", "100", "--json", "--device", "cpu"))
     assert len({hit["id"] for hit in found}) == len(found) == 63
 
@@ -172,10 +172,10 @@ def test_an_index_is_looked_after(
 ) -> None:
     monkeypatch.setattr("finelip_fast.index.ingest._KEPT_BYTES", 1)
     finelip("index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
-    assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0}
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0, "lost": 0}
     finelip("index", "snapshot", "copy")
     assert json.loads(finelip("index", "maintain", "--json"))["segments"] == 3
-    (segment,) = Path("finelip-index/segments").iterdir()
+    (segment,) = Path("finelip-index/segments").glob("*.safetensors")
     content = bytearray(segment.read_bytes())
     content[-1] ^= 1
     segment.write_bytes(content)
@@ -183,10 +183,10 @@ def test_an_index_is_looked_after(
     repaired = json.loads(finelip("index", "repair", "--json"))
     assert repaired["items"] == 2
     assert list(repaired["removed"]) == [str(photos / "c.png")]
-    assert json.loads(finelip("index", "check", "--json")) == {"items": 2, "damaged": 0}
+    assert json.loads(finelip("index", "check", "--json")) == {"items": 2, "damaged": 0, "lost": 0}
     assert index(finelip, photos, checkpoint).splitlines()[0] == "1 added, 2 skipped"
     assert "3" in finelip("index", "check", "--index", "copy")
-    for segment in Path("finelip-index/segments").iterdir():
+    for segment in Path("finelip-index/segments").glob("*.safetensors"):
         segment.unlink()  # then it does not even open, and is looked into all the same
     assert "error: 3 of 3 items are damaged" in fails("index", "check")
     for command in ("check", "maintain", "repair", "tune"):
@@ -622,7 +622,7 @@ def test_names_of_strangers_forge_no_lines(
     assert any(line.endswith(shown) for line in lines)
     found = json.loads(finelip("search", "a house", "--json", "--device", "cpu"))
     assert str(photos / forged) in {hit["id"] for hit in found}
-    for segment in Path("finelip-index/segments").iterdir():
+    for segment in Path("finelip-index/segments").glob("*.safetensors"):
         segment.unlink()
     message = fails("index", "check")
     assert shown in message

@@ -809,7 +809,7 @@ def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], 
 
 def test_a_lost_segment_is_named(build: Callable[..., Retriever], tmp_path: Path) -> None:
     build(index=tmp_path / "index").add_texts(["a"], progress=False)
-    (segment,) = (tmp_path / "index" / "segments").iterdir()
+    (segment,) = (tmp_path / "index" / "segments").glob("*.safetensors")
     segment.unlink()
     with pytest.raises(StoreError, match=f"{segment.name} is missing"):
         build(index=tmp_path / "index")

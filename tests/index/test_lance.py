@@ -433,7 +433,7 @@ def test_damaged_rows_are_never_pulled(store: LanceStore, tmp_path: Path, what: 
 
 def test_a_damaged_item_is_not_pushed(index: Index, store: LanceStore, tmp_path: Path) -> None:
     add(index, *names(3))
-    (segment,) = (tmp_path / "index" / "segments").iterdir()
+    (segment,) = (tmp_path / "index" / "segments").glob("*.safetensors")
     raw, row = segment.read_bytes(), index.embeddings[1].numpy().tobytes()
     segment.write_bytes(raw.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
     with pytest.raises(StoreError, match=r"1 items of the index are damaged, 'photos/1.jpg' among them, and were not"):
