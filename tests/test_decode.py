@@ -338,7 +338,7 @@ print((peak() - before) >> 10)
 def peak(path: Path) -> int:
     """MiB that a picture takes in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-P", "-c", PEAK, str(path)], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-I", "-c", PEAK, str(path)], capture_output=True, text=True, timeout=300, check=True
     )
     return int(run.stdout)
 

@@ -58,7 +58,7 @@ def test_no_connection_and_no_file_elsewhere(make_model: Callable[..., FineLIP],
     traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(calls)]
     wrapped = [part for prefix in (alone, traced) if _works(*prefix) for part in prefix]
     done = subprocess.run(
-        [*wrapped, sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", JOURNEY, checkpoint, index],
+        [*wrapped, sys.executable, "-I", "-c", JOURNEY, checkpoint, index],
         env={"PATH": "/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -286,7 +286,7 @@ def run_processes(spec: IndexSpec, folder: Path, journals: Path, options: argpar
     """Returns how often the last process was killed."""
 
     def start(number: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", __file__, "--process", str(number), "--folder", str(folder)]
+        command = [sys.executable, __file__, "--process", str(number), "--folder", str(folder)]
         command += ["--journals", str(journals), "--threads", str(options.threads), "--seed", str(options.seed)]
         return subprocess.Popen([*command, "--dtype", options.dtype], stdin=PIPE, stdout=PIPE, text=True)
 

@@ -231,7 +231,7 @@ with index.catalogue._database.reading() as connection:
     except KeyboardInterrupt:
         print("interrupted", len(index))
 """
-    ended = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "a statement took more than 0 seconds\ninterrupted 0\n", ended.stderr
 
 
@@ -410,7 +410,7 @@ for free in range(9):
     os.close(files.pop())
 print(kinds <= {{True}} or kinds)
 """
-    ended = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "True\n", ended.stdout + ended.stderr
 
 

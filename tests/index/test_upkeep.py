@@ -257,7 +257,7 @@ def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
         incoming = index.incoming
-        (segment,) = (folder / "segments").iterdir()
+        (segment,) = (folder / "segments").glob("*.safetensors")
         index.search(embeddings(1), 1, mode="exact-int8")
         mine = [
             folder / "cache" / "a note.txt",
@@ -295,9 +295,9 @@ def test_a_segment_that_was_replaced_goes_though_its_process_was_killed_then(
         with monkeypatch.context() as patch:
             patch.setattr(upkeep, "_sweep", lambda store: None)
             index.maintain()
-        assert len(list((folder / "segments").iterdir())) == 3
+        assert len(list((folder / "segments").glob("*.safetensors"))) == 3
         assert index.maintain()["strays"] == 0
-        assert len(list((folder / "segments").iterdir())) == 1
+        assert len(list((folder / "segments").glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("note", ['["../../precious"]', '["/etc/passwd"]', "7", '[["a"]]'])
@@ -315,7 +315,7 @@ def test_no_note_removes_what_is_elsewhere(folder: Path, note: str) -> None:
 def test_a_snapshot_stays_in_its_folder(folder: Path, tmp_path: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
-        (segment,) = (folder / "segments").iterdir()
+        (segment,) = (folder / "segments").glob("*.safetensors")
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / segment.name).write_bytes(segment.read_bytes())
         segment.unlink()
