@@ -94,8 +94,9 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         if path.exists() and not path.is_file():  # renaming would put a file in a device's place
             raise FileExistsError(errno.EEXIST, "expected a file, found a folder, a pipe or a device")
         try:
-            temporary.touch(mode, exist_ok=False)
-            permissions = temporary.stat().st_mode
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+            permissions = os.fstat(descriptor).st_mode
+            os.close(descriptor)
             write(temporary)
             temporary.chmod(permissions)  # safetensors makes its files private, whatever the umask says
             with temporary.open("rb+") as file:
@@ -105,11 +106,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # a full disk is no OSError to all of them
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is no OSError to all of them
         raise write_error(path, error, size=size) from error
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from math import prod
@@ -194,9 +195,7 @@ def map_arrays(path: Path, contents: Contents) -> dict[str, Tensor]:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
-    """Write a file whole or not at all, and wait until the disk has it; its folder is made if missing.
-
-    Meanwhile its temporary file is locked, so that :func:`remove_abandoned` leaves it alone.
+    """Write a file as :func:`write_locked` does; its folder is made if missing.
 
     Raises:
         WriteError: The disk refuses.
@@ -213,13 +212,22 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, s
     refuse_link(path.parent)
     with suppress(OSError):  # then writing tells
         path.parent.mkdir(exist_ok=True)
+    write_locked(path, itertools.chain([len(text).to_bytes(8, "little") + text], map(memory_of, arrays.values())))
+
+
+def write_locked(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole or not at all, and wait until the disk has it.
+
+    Meanwhile its temporary file is locked, so that :func:`remove_abandoned` leaves it alone.
+
+    Raises:
+        WriteError: The disk refuses.
+    """
     with ExitStack() as resources:
 
         def write(temporary: Path) -> None:
             file = resources.enter_context(locked(temporary))
-            file.write(len(text).to_bytes(8, "little") + text)
-            for values in arrays.values():
-                file.write(memory_of(values))
+            file.writelines(parts)
             file.flush()
 
         write_whole(path, write)

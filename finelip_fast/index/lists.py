@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finelip_fast._errors import StoreError, WriteError
-from finelip_fast._files import read_bytes, write_whole
+from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
+from finelip_fast.index.arrays import write_locked
 
 _LARGEST = 1 << 32  # bytes of a list
 
@@ -49,7 +50,7 @@ def write_list(folder: Path, segment: str, spec: dict[str, Any], rows: Iterable[
     head = json.dumps({"spec": spec, "rows": len(lines), "crc": zlib.crc32(content)}).encode()
     path = list_path(folder, segment)
     try:
-        write_whole(path, lambda temporary: temporary.write_bytes(head + b"\n" + content))
+        write_locked(path, [head + b"\n", content])
     except WriteError as error:
         raise StoreError(str(error)) from None
 
