@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from finelip_fast.cli import main
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 
 SPEC = IndexSpec(checkpoint="abc", tokens=4, width=64)
-NOBODY = 65534
+Guest = Callable[[Path], AbstractContextManager[None]]
 
 
 def embeddings(rows: int, seed: int = 0) -> Tensor:
@@ -42,30 +41,6 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
-def as_a_guest(folder: Path) -> Iterator[None]:
-    """Of someone who may read the folder and write nothing."""
-    everything = [folder, *folder.rglob("*")]
-    parents = [
-        path for path in folder.parents if path.owner() == folder.owner() and path.stat().st_mode & 0o777 == 0o700
-    ]
-    before = {path: path.stat().st_mode for path in [*everything, *parents]}
-    for path in everything:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    for path in parents:
-        path.chmod(0o755)
-    is_root = os.geteuid() == 0
-    if is_root:  # who may write everywhere
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
-        for path, mode in before.items():
-            path.chmod(mode)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +79,7 @@ def test_compaction_on_a_full_disk_changes_nothing(folder: Path) -> None:
         assert index.ids == before
 
 
-def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path, as_a_guest: Guest) -> None:
     query = embeddings(1)
     with closing(Index(SPEC, folder)) as index:
         expected = index.search(query, 5).items
@@ -133,7 +108,9 @@ def as_a_writer_was_killed(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_a_folder_that_cannot_be_written_to_is_read_with_its_last_changes(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_read_with_its_last_changes(
+    folder: Path, tmp_path: Path, as_a_guest: Guest
+) -> None:
     killed = as_a_writer_was_killed(folder, tmp_path / "killed")
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     with as_a_guest(killed), closing(Index(SPEC, killed)) as index:
@@ -151,7 +128,9 @@ def test_reading_needs_no_room_on_the_disk(folder: Path, tmp_path: Path) -> None
             assert stored_source(path) == ""
 
 
-def test_every_reading_command_reads_what_others_may_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_reading_command_reads_what_others_may_write(
+    folder: Path, capsys: pytest.CaptureFixture[str], as_a_guest: Guest
+) -> None:
     with as_a_guest(folder):
         assert main(["index", "check", "--index", str(folder)]) == 0
         assert stored_source(folder) == ""
@@ -161,7 +140,7 @@ def test_every_reading_command_reads_what_others_may_write(folder: Path, capsys:
     assert "lost: 0" in capsys.readouterr().out
 
 
-def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path) -> None:
+def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path, as_a_guest: Guest) -> None:
     with as_a_guest(folder), pytest.raises(StoreError, match=r"cannot make the index folder .*Permission denied"):
         Index(SPEC, folder / "below")
 
