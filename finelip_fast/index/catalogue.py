@@ -18,7 +18,7 @@ import math
 import sqlite3
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -508,15 +508,18 @@ class Catalogue:
     def copy(self, path: Path, before: Callable[[], object] = lambda: None) -> None:
         """Write the catalogue as it is into a new file; what ``before`` does comes first, and no writer is in between.
 
+        Of a folder that cannot be written to, writers are not kept away: what ``before`` meets may change under it.
+
         Raises:
             StoreError: The disk refuses.
         """
         assert self.path is not None
         try:
-            with self._database.writing():
+            with self._database.reading() if self.read_only else self._database.writing() as connection:
                 before()
-                # By another connection: one that may write cannot be copied from.
-                with closing(sqlite3.connect(self.path)) as reader, closing(sqlite3.connect(path)) as target:
+                # By another connection where this one may write: such cannot be copied from.
+                source = nullcontext(connection) if self.read_only else closing(sqlite3.connect(self.path))
+                with source as reader, closing(sqlite3.connect(path)) as target:
                     reader.backup(target)
         except sqlite3.Error as error:
             raise StoreError(f"the catalogue cannot be copied to {path}: {error}") from None

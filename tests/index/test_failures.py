@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def test_every_reading_command_reads_what_others_may_write(
             assert index.lost() == index.check() == {}
             assert "a" in index
     assert "lost: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["closed", "with a log"])
+def test_a_snapshot_is_taken_of_a_folder_that_cannot_be_written_to(
+    folder: Path, tmp_path: Path, as_a_guest: Guest, is_killed: bool
+) -> None:
+    source = as_a_writer_was_killed(folder, tmp_path / "killed") if is_killed else folder
+    with as_a_guest(source), TemporaryDirectory() as place:
+        with closing(stored_index(source)) as index:
+            index.snapshot(Path(place) / "copy")
+            expected = index.ids
+        with closing(stored_index(Path(place) / "copy")) as copy:
+            assert copy.ids == expected
+            assert copy.check() == {}
+            copy.delete(["a"])
 
 
 def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path, as_a_guest: Guest) -> None:
