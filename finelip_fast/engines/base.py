@@ -85,9 +85,13 @@ class Engine(ABC):
     def __str__(self) -> str:
         return f"{self.name}: {self.description} ({self.reason})"
 
-    @abstractmethod
     def _opened_with(self) -> tuple[Any, ...]:
-        """Positional arguments that open the same engine in any process."""
+        """Positional arguments that open the same engine in any process.
+
+        Raises:
+            EngineError: An engine of another kind than this library's, which does not say.
+        """
+        raise EngineError(f"{type(self).__name__} cannot be pickled: open it in each process, or give it a __reduce__")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (type(self), self._opened_with(), self.fingerprint, self.reason)
