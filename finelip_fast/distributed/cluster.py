@@ -6,11 +6,12 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from finelip_fast._errors import EngineError
@@ -20,6 +21,7 @@ _OBJECT_STORE = 128 << 20
 
 _lock = threading.Lock()
 _users = 0  # of the connection that was made here
+_handler: Any = signal.SIG_DFL  # of SIGTERM, before it was made
 
 
 @contextmanager
@@ -35,12 +37,15 @@ def cluster(cpus: float) -> Iterator[Any]:
     Raises:
         EngineError: Ray is not installed, or the cluster of ``RAY_ADDRESS`` cannot be reached.
     """
-    global _users
+    global _users, _handler
     ray = import_ray()
     with _lock:
         own = _users > 0 or not ray.is_initialized()
         if own and not _users:
+            _handler = signal.getsignal(signal.SIGTERM)
             _connect(ray, cpus)
+            if callable(_handler):  # a command's own, which ends it as documented; Ray puts another in its place
+                _handle(_handler)
         _users += own
     try:
         yield ray
@@ -49,6 +54,12 @@ def cluster(cpus: float) -> Iterator[Any]:
             _users -= own
             if own and not _users:
                 ray.shutdown()
+                _handle(_handler)
+
+
+def _handle(handler: Any) -> None:
+    with suppress(ValueError, TypeError):  # only the main thread may; and there may be one that is not Python's
+        signal.signal(signal.SIGTERM, handler)
 
 
 def import_ray() -> Any:

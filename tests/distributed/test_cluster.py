@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,22 @@ def test_the_cluster_lives_as_long_as_its_users(ray: Any) -> None:
     with cluster(2) as same:
         assert same is ray
     assert ray.is_initialized()
+
+
+HANDLERS = """
+import signal
+from finelip_fast.distributed.cluster import cluster
+def mine(*_): pass
+for handler in (signal.SIG_DFL, mine):
+    signal.signal(signal.SIGTERM, handler)
+    with cluster(1):
+        print(signal.getsignal(signal.SIGTERM) is mine)
+    print(signal.getsignal(signal.SIGTERM) is handler)
+"""
+
+
+def test_a_cluster_leaves_the_process_its_signals() -> None:
+    """Ray puts a handler of its own in the place of a command's, and lets it stay behind."""
+    pytest.importorskip("ray")
+    ended = subprocess.run([sys.executable, "-I", "-c", HANDLERS], capture_output=True, text=True, timeout=300)
+    assert ended.stdout.split() == ["False", "True", "True", "True"], ended.stderr
