@@ -71,7 +71,7 @@ def parse_json(
     """
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")
+            text = text.decode().removeprefix("\ufeff")
         value = _DECODER.decode(text)
         is_text = surrogates or not (
             _ESCAPED_SURROGATE.search(text) or (not text.isascii() and _SURROGATE.search(text))

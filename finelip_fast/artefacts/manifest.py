@@ -270,8 +270,13 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
         runtime: ``"onnx"`` or ``"trt"``.
         precision: Of this precision alone.
     """
-    folders = sorted(path.parent for path in exports_folder(checkpoint).glob(f"{runtime}-*/{MANIFEST}"))
     found = Found([], {})
+    place = exports_folder(checkpoint)
+    try:
+        folders = sorted(path.parent for path in place.glob(f"{runtime}-*/{MANIFEST}"))
+    except OSError as error:  # of someone else
+        found.damaged[place.name] = f"{place} cannot be read: {error.strerror}; ask for the permission"
+        return found
     for folder in folders:
         try:
             export = read(folder)
@@ -300,8 +305,9 @@ def check_precision(precision: str) -> None:
 def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:
     """Where a checkpoint's exports lie: ``exports`` in its folder, ``FILE.exports`` beside its file; for the bundled one and
     those of a hub, in this user's cache."""
-    if checkpoint is not None and (path := Path(os.path.expanduser(checkpoint))).exists():
-        return path / "exports" if path.is_dir() else path.with_name(f"{path.name}.exports")
+    # Unlike Path's, these never raise, where a folder on the way belongs to someone else.
+    if checkpoint is not None and os.path.exists(path := Path(os.path.expanduser(checkpoint))):
+        return path / "exports" if os.path.isdir(path) else path.with_name(f"{path.name}.exports")
     name = "bundled" if checkpoint is None else re.sub(r"[^\w.-]+", "--", os.fspath(checkpoint))
     return cache_folder() / "exports" / name
 
