@@ -110,7 +110,8 @@ class TrainConfig:
                 fits = fits and isinstance(value, bool) == (kind is bool)
                 _require(fits, f"{name} of type {kind.__name__}", value)
                 if kind is str:
-                    _require("\0" not in value and len(value) <= _MAX_TEXT, f"{name} of {_MAX_TEXT} characters", value)
+                    fits = "\0" not in value and len(value) <= _MAX_TEXT
+                    _require(fits, f"{name} of at most {_MAX_TEXT} characters without NUL", value)
             else:
                 fits = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
                 _require(fits, f"{name} as a list of texts", value)
