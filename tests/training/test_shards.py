@@ -105,7 +105,7 @@ REFUSED = {
     "nested": ("{{0..9999}{0..9999},b}.tar", "none within others"),
     "open": ("{0..9.tar", "braces that are closed"),
     "newline": ("a.tar\npipe:x", "printable characters"),
-    "nul": ("a\0.tar", "characters without NUL"),
+    "nul": ("a\0.tar", "printable characters|characters without NUL"),
     "surrogate": ("a\udcff.tar", "printable characters"),
     "long": ("a" * 5000, "at most 4096"),
 }
