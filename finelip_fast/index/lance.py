@@ -1,9 +1,10 @@
 """A collection on object storage: a Lance table as the system of record, and index folders as copies of it that search.
 
 A row is an item: ``id`` text, ``metadata`` JSON, ``tokens`` float16 ``[L * D]`` as a list of fixed size, and CRC-32 checksums
-``crc`` of the embedding's bytes, the same that an index folder keeps, and ``metadata_crc`` of the JSON. Whatever reads Lance
-reads it. The store is as durable as what it lies on: object stores keep what they have acknowledged, but on local disks Lance
-waits for no disk, so that a power cut there may take changes that were acknowledged.
+``crc`` of the embedding's bytes, the same that an index folder keeps, and ``metadata_crc`` of id, ``crc`` and JSON (of the
+JSON alone in stores of format 1). Whatever reads Lance reads it. The store is as durable as what it lies on: object stores
+keep what they have acknowledged, but on local disks Lance waits for no disk, so that a power cut there may take changes that
+were acknowledged. Damage to the values of a row is an error; to files of Lance's own it may end the process, in Lance's code.
 
 A search takes about 1 GiB of memory, however large the collection is; :mod:`finelip_fast.index.sync` fills folders from a
 store and a store from folders.
@@ -38,7 +39,8 @@ from finelip_fast.kernels import clim_scores, clim_topk
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_FORMAT = 1
+_FORMAT = 2
+_FORMAT_OF_OLD = 1  # its checksums leave out the ids
 _SPEC = b"finelip_fast"  # in the metadata of the schema
 _COLUMNS = ["id", "metadata", "crc", "metadata_crc", "tokens"]
 # One change of a store or a folder has at most so much: that fits in memory, and a run that is killed goes on behind it.
@@ -73,14 +75,6 @@ class Batch(NamedTuple):
     crcs: list[int]
     metadata_crcs: list[int]
     tokens: Tensor
-
-    def damaged(self) -> list[str]:
-        """Ids of rows that are not what was written, or that no search can compare."""
-        found = zip(checksums({"tokens": self.tokens}), map(text_checksum, self.texts), strict=True)
-        kept = zip(self.crcs, self.metadata_crcs, strict=True)
-        finite = self.tokens.flatten(1).isfinite().all(dim=1).tolist()
-        rows = zip(self.ids, found, kept, finite, strict=True)
-        return [item for item, mine, right, is_finite in rows if mine != right or not is_finite]
 
     def metadata(self, uri: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Of some rows, None: of all.
@@ -147,9 +141,10 @@ class LanceStore:
         if dataset is None:
             self._make()
             dataset = self.dataset()
-        self._compare(_stored(dataset, self.uri))
-        if not dataset.schema.equals(self._schema, check_metadata=False):
-            raise StoreError(f"expected a store at {self.uri} with the columns {self._schema}, got {dataset.schema}")
+        schema = _schema_of(dataset, self.uri)
+        self._compare(_stored(schema, self.uri))
+        if not schema.equals(self._schema, check_metadata=False):
+            raise StoreError(f"expected a store at {self.uri} with the columns {self._schema}, got {schema}")
 
     def _find(self, version: int | None) -> Any:
         return _find_dataset(self.uri, version, storage_options=self._options, session=self._session)
@@ -171,7 +166,8 @@ class LanceStore:
                 raise StoreError(f"cannot make a store at {self.uri}: {_reason(error)}") from None
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        spec = {"format": _FORMAT, **asdict(self.spec)}
+        self._format = _FORMAT_OF_OLD if stored.get("format") == _FORMAT_OF_OLD else _FORMAT
+        spec = {"format": self._format, **asdict(self.spec)}
         different = [key for key in spec if stored.get(key) != spec[key]]
         if different:
             was, now = ({key: one.get(key) for key in different} for one in (stored, spec))
@@ -233,7 +229,7 @@ class LanceStore:
             StoreError: The store cannot be read, or rows are damaged; names them.
         """
         for batch in self._scan(self.dataset(), _COLUMNS):
-            refuse_damaged(batch.damaged(), self.uri)
+            refuse_damaged(self.damaged(batch), self.uri)
             yield batch.ids, batch.tokens, batch.metadata(self.uri), batch.crcs
 
     def _scan(self, dataset: Any, columns: Sequence[str]) -> Iterator[Batch]:
@@ -265,6 +261,21 @@ class LanceStore:
         with _reading(self.uri):
             for batch in dataset.to_batches(columns=columns, batch_size=_ROWS, scan_in_order=True):
                 yield Keys(*(batch[name].to_pylist() for name in columns))
+
+    def checksum(self, item: str, crc: int, text: str) -> int:
+        """What ``metadata_crc`` has to be: of id, embedding's checksum and metadata, so that none can come to another."""
+        whole = text if self._format == _FORMAT_OF_OLD else f"{item}\0{crc}\0{text}"
+        return zlib.crc32(whole.encode("utf-8", "surrogatepass"))
+
+    def damaged(self, batch: Batch) -> list[str]:
+        """Ids of rows that are not what was written, or that no search can compare."""
+        finite = batch.tokens.flatten(1).isfinite().all(dim=1).tolist()
+        rows = zip(*batch[:4], checksums({"tokens": batch.tokens}), finite, strict=True)
+        return [
+            item
+            for item, text, crc, metadata_crc, found, is_finite in rows
+            if crc != found or metadata_crc != self.checksum(item, crc, text) or not is_finite
+        ]
 
     def take(self, dataset: Any, numbers: Sequence[int]) -> Batch:
         """Rows by number."""
@@ -345,8 +356,9 @@ class LanceStore:
         self._refuse_if_fixed()
         tokens = embeddings.detach().cpu().to(torch.float16).contiguous()
         schema = self._schema
+        crcs = checksums({"tokens": tokens})
         columns = [
-            *(list(ids), texts, checksums({"tokens": tokens}), list(map(text_checksum, texts))),
+            *(list(ids), texts, crcs, list(map(self.checksum, ids, crcs, texts))),
             pa.FixedSizeListArray.from_arrays(pa.array(tokens.numpy().reshape(-1)), type=schema.field("tokens").type),
         ]
         return pa.table(columns, schema=schema)
@@ -427,7 +439,7 @@ class LanceStore:
         if not len(chosen):
             return Found(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
         batch = self.take(dataset, chosen.tolist())
-        refuse_damaged(batch.damaged(), self.uri)
+        refuse_damaged(self.damaged(batch), self.uri)
         known = zip(chosen.tolist(), batch.ids, batch.crcs, batch.metadata(self.uri), strict=True)
         items = [Item(*row) for row in known]
         tokens = batch.tokens.to(queries.device)
@@ -448,7 +460,7 @@ def open_store(
     dataset = _find_dataset(uri, None, storage_options=dict(storage_options or {}))
     if dataset is None:
         raise StoreError(f"there is no store at {uri}: make one with finelip index push {uri} --index FOLDER")
-    stored = _stored(dataset, uri)
+    stored = _stored(_schema_of(dataset, uri), uri)
     spec = IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec) if one.name in stored})
     return LanceStore(spec, uri, source=stored["source"], storage_options=storage_options, version=version)
 
@@ -481,10 +493,6 @@ def _check_texts(ids: Sequence[str]) -> None:
             ) from None
 
 
-def text_checksum(text: str) -> int:
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
-
-
 # Lance -------------------------------------------------------------------------------------------------------------------
 
 
@@ -510,11 +518,16 @@ def _find_dataset(uri: str, version: int | None, **options: Any) -> Any:
     return None
 
 
-def _stored(dataset: Any, uri: str) -> dict[str, Any]:
-    said = (dataset.schema.metadata or {}).get(_SPEC)
+def _schema_of(dataset: Any, uri: str) -> pa.Schema:
+    with _errors_of_lance(f"the store at {uri} cannot be opened"):
+        return dataset.schema
+
+
+def _stored(schema: pa.Schema, uri: str) -> dict[str, Any]:
+    said = (schema.metadata or {}).get(_SPEC)
     if said is None:
         raise StoreError(
-            f"expected a store that finelip_fast made, got a table of {dataset.schema.names} at {uri}: give another place"
+            f"expected a store that finelip_fast made, got a table of {schema.names} at {uri}: give another place"
         )
     where = f"the store at {uri}"
     stored: dict[str, Any] = parse_json(

@@ -17,7 +17,7 @@ from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
-from finelip_fast.index.lance import Keys, LanceStore, refuse_damaged, text_checksum
+from finelip_fast.index.lance import Keys, LanceStore, refuse_damaged
 from finelip_fast.index.segments import checksums
 
 _COPY = "copy"  # the note in the catalogue of a folder that pull fills
@@ -50,7 +50,7 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
 
     _check_pushed(index, store, remove)
     counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
-    local, limit = _Local(index, store.uri), store.rows_of_a_change
+    local, limit = _Local(index, store), store.rows_of_a_change
     gone: list[str] = []
     for keys in store.keys(store.dataset()):
         states = local.compare(keys)
@@ -120,7 +120,7 @@ def pull(
     with closing(Index(store.spec, folder, source=store.source)) as index:
         note = {"store": store.uri, "part": [number, parts]}
         _mark_copy(index, folder, {**note, "version": None})
-        local = _Local(index, store.uri)
+        local = _Local(index, store)
         with tqdm(total=len(store), unit="item", disable=not progress, mininterval=0.5) as bar:
             for keys in store.keys(dataset):
                 own = [at for at, item in enumerate(keys.ids) if zlib.crc32(item.encode()) % parts == number]
@@ -152,7 +152,7 @@ def _transfer(
     if not wanted:
         return []
     batch = store.take(dataset, [number for number, _ in wanted.values()])
-    damaged = batch.damaged()
+    damaged = store.damaged(batch)
     wrong = set(damaged)
     sound = [at for at, item in enumerate(batch.ids) if item not in wrong]
     ids = [batch.ids[at] for at in sound]
@@ -177,8 +177,8 @@ class _Local:
             grows with the collection.
     """
 
-    def __init__(self, index: Index, uri: str) -> None:
-        self.index, self.view, self._uri = index, index.view(), uri
+    def __init__(self, index: Index, store: LanceStore) -> None:
+        self.index, self.view, self._store = index, index.view(), store
         self.states = bytearray(max((row.first + row.rows for row in self.view.layout.segments), default=0))
 
     def compare(self, keys: Keys) -> list[int]:
@@ -199,7 +199,7 @@ class _Local:
                 states.append(_ABSENT)
                 continue
             if position >= len(self.states) or self.states[position] != _ABSENT:
-                raise _twice(item, self._uri)
+                raise _twice(item, self._store.uri)
             self.states[position] = _SAME if own[position] == tuple(right) else _OTHER
             states.append(self.states[position])
         return states
@@ -212,7 +212,11 @@ class _Local:
         if missing:
             rows = self.view.read(self.view.rows_at(missing))
             crcs |= dict(zip(missing, checksums({"tokens": rows}), strict=True))
-        return {item.position: (crcs[item.position] or 0, text_checksum(json.dumps(item.metadata))) for item in items}
+        keys = {}
+        for item in items:
+            crc = crcs[item.position] or 0
+            keys[item.position] = crc, self._store.checksum(item.id, crc, json.dumps(item.metadata))
+        return keys
 
     def items(self) -> Iterator[Item]:
         """Those that the index had at first, in order."""
