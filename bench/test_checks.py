@@ -43,7 +43,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("index")
     rows = unit_rows(COUNT, dtype=torch.float16, seed=0).cpu()
     with closing(Index(SPEC, folder, device="cpu")) as index:
-        index.add([f"pictures/{number:09}.jpg" for number in range(COUNT)], rows)
+        index.add([f"pictures/{number:09}.jpg" for number in range(COUNT)], rows, [{}] * COUNT)
         index.search(rows[:1], 10, mode="exact-int8")
     return folder
 

@@ -27,6 +27,7 @@ from onnx import ModelProto
 from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
 from finelip_fast._errors import EngineError, FineLIPError, InputError
 from finelip_fast._files import write_error
@@ -34,7 +35,6 @@ from finelip_fast.artefacts.manifest import (
     PRECISIONS,
     Export,
     Manifest,
-    check_precision,
     exports_folder,
     file_hash,
     installed,
@@ -88,7 +88,7 @@ def export_onnx(
         EngineError: The files did not prove to be the model.
         WriteError: The folder cannot be written; an export that was there before is there still.
     """
-    check_precision(precision)
+    one_of("precision", precision, PRECISIONS)
     if unknown := set(extras) - set(EXTRAS):
         raise InputError(f"expected extras of {EXTRAS}, got {sorted(unknown)}")
     if opset < graphs.LEAST_OPSET:

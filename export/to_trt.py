@@ -26,6 +26,7 @@ import onnx
 import torch
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
 from finelip_fast._errors import EngineError, InputError
 from finelip_fast.artefacts import trt as runtime
@@ -85,8 +86,7 @@ def export_trt(
             plans that did not prove to be the model.
         WriteError: The folder cannot be written; plans that were there before are there still.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"expected precision to be one of {PRECISIONS}, got {precision!r}")
+    one_of("precision", precision, PRECISIONS)
     batches = profile_batches(profile)
     builder = builder or Builder()
     target = find_target(compute_capability)

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from finelip_fast._arguments import find_device, floating_dtype, folder_path, whole_number
 from finelip_fast._errors import CheckpointError, ConfigError, InputError
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._foreign import (
@@ -117,10 +118,13 @@ def load(
     Raises:
         CheckpointError: Nothing there, not reachable, no checkpoint, or one that this library cannot run.
         ConfigError: A ``context_length`` below the checkpoint's positions.
+        EngineError: A device that is not here.
+        InputError: An argument of another kind.
 
     Warns:
         UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
     """
+    place, dtype = find_device("cpu" if device is None else device), floating_dtype("dtype", dtype)
     model, layout, _ = _open(checkpoint, context_length)
     if not model.config.trained_aggregators:
         warnings.warn(
@@ -129,7 +133,7 @@ def load(
             UntrainedAggregatorsWarning,
             stacklevel=2,
         )
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=place, dtype=dtype)
 
 
 def save(
@@ -150,12 +154,15 @@ def save(
         metadata: Values for JSON to keep with it, such as where it comes from.
 
     Raises:
-        InputError: Metadata that JSON cannot hold.
+        InputError: No model, folder or dtype, or metadata that JSON cannot hold.
         WriteError: The disk is full, or the folder someone else's; says how much is missing.
     """
-    folder = Path(folder)
+    folder = folder_path("folder", folder)
+    if not isinstance(model, FineLIP):
+        raise InputError(f"expected a FineLIP, got {model!r:.80}")
+    dtype = None if dtype is None else floating_dtype("dtype", dtype)
     try:
-        kept = json.dumps(dict(metadata or {}))
+        kept = json.dumps({} if metadata is None else dict(metadata))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"expected metadata of plain values for JSON, got {metadata!r:.80}: {error}") from error
     if len(kept) > _MAX_METADATA:
@@ -197,7 +204,7 @@ def convert(
         ``image_size``, ``patch_size``, ``context_length``, ``dtype``, ``folder``.
 
     Raises:
-        CheckpointError, ConfigError: As :func:`load`.
+        CheckpointError, ConfigError, InputError: As :func:`load`.
     """
     model, layout, _ = _open(source, context_length)
     # A path's last part: where it lay on one machine is no one else's business.
@@ -324,6 +331,7 @@ class _Opened(NamedTuple):
 
 def _open(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> _Opened:
     """The model behind a name, the layout that it came in, and the file of its weights."""
+    context_length = None if context_length is None else whole_number("context_length", context_length)
     if checkpoint is None:
         if not BUNDLED.is_dir():
             raise CheckpointError(

@@ -192,7 +192,7 @@ class FineLIPConfig:
         Raises:
             ConfigError: An unknown name.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
         return PRESETS[name].replace(**changes)
 

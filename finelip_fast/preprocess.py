@@ -6,6 +6,7 @@ says why it cannot; :class:`Preprocess` resizes, crops and normalises it as CLIP
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from finelip_fast._arguments import one_of, whole_number
 from finelip_fast._decode import FORMATS, UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
 from finelip_fast._errors import ImageError, InputError
 from finelip_fast.config import CLIP_MEAN, CLIP_STD
@@ -54,6 +56,18 @@ _STRIP_PIXELS = 1 << 22
 _FLOAT_SLACK = 1e-2
 
 
+def _colours(name: str, values: Any) -> tuple[float, float, float]:
+    """A number for each of red, green and blue; a list, when it was read from JSON."""
+    least = " above 0" if name == "std" else ""
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"expected {name} as 3 numbers{least}, got {values!r:.80}") from None
+    if not all(math.isfinite(value) and (value > 0 or not least) for value in (red, green, blue)):
+        raise InputError(f"expected {name} as 3 numbers{least}, got {values!r:.80}")
+    return red, green, blue
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """CLIP's evaluation transform: resize, centre crop, scale to [0, 1], normalise.
@@ -79,17 +93,11 @@ class Preprocess:
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int) or self.image_size < 1:
-            raise InputError(f"expected image_size as a positive int, got {self.image_size!r}; CLIP's is 224")
-        if self.interpolation not in _FILTERS:
-            raise InputError(f"expected interpolation to be one of {tuple(_FILTERS)}, got {self.interpolation!r}")
-        if self.resize_mode not in ("shortest", "squash"):
-            raise InputError(f'expected resize_mode "shortest" or "squash", got {self.resize_mode!r}')
+        object.__setattr__(self, "image_size", whole_number("image_size", self.image_size))
+        one_of("interpolation", self.interpolation, _FILTERS)
+        one_of("resize_mode", self.resize_mode, ("shortest", "squash"))
         for name in ("mean", "std"):
-            values = tuple(float(value) for value in getattr(self, name))  # a list, when read from JSON
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise InputError(f"expected {name} as 3 numbers{' above 0' * (name == 'std')}, got {values}")
-            object.__setattr__(self, name, values)
+            object.__setattr__(self, name, _colours(name, getattr(self, name)))
 
     def __call__(self, source: ImageSource) -> Tensor:
         """One picture as pixels, float32 ``[3, S, S]``.

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast import known_checkpoints
+from finelip_fast._arguments import listed, one_of, share, whole_number
 from finelip_fast._errors import EngineError, ImageError, InputError
-from finelip_fast._numbers import share, whole_number
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.engines.torch import TorchEngine
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.index import Index, IndexSpec, stored_dtype
 from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
+from finelip_fast.index.segments import DTYPES
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import Overflow, check_overflow
@@ -109,6 +110,8 @@ class Retriever:
         alpha = None if alpha is None else share("alpha", alpha)
         threads = None if threads is None else whole_number("threads", threads)
         check_overflow(overflow)
+        if dtype is not None:
+            one_of("dtype", dtype, DTYPES)
         self._process = os.getpid()
         self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
@@ -255,7 +258,7 @@ class Retriever:
             InputError: An id that is not there; nothing was taken out.
             StoreError: The index cannot be written.
         """
-        self.index.delete([ids] if isinstance(ids, str) else list(ids))
+        self.index.delete([ids] if isinstance(ids, str) else ids)
 
     @overload
     def search(self, text: str, *, k: int = 10, mode: str = "auto", where: str | None = None) -> list[Hit]: ...
@@ -317,8 +320,12 @@ class Retriever:
 
         Returns:
             float32 ``[n_images, n_texts]``.
+
+        Raises:
+            ImageError: A picture that cannot be read.
+            InputError: No lists, or a text that is no string.
         """
-        images, texts = list(_listed(images)), [texts] if isinstance(texts, str) else list(texts)
+        images, texts = listed("images", _listed(images)), listed("texts", [texts] if isinstance(texts, str) else texts)
         if not images or not texts:
             return torch.zeros(len(images), len(texts))
         embedded = self.engine.embed_images(images)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from finelip_fast._arguments import one_of
 from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
 
@@ -107,6 +108,7 @@ def tokenize(
     Warns:
         TruncationWarning: Captions were cut; says how many and the largest loss.
     """
+    one_of("overflow", overflow, get_args(Overflow))
     if overflow == "window":
         raise InputError(
             'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
@@ -235,7 +237,7 @@ def _spelled_out(token: int) -> list[int]:
 @cache
 def _bpe() -> SimpleTokenizer:
     """CLIP's BPE with its vocabulary. Imported on first use: open_clip takes seconds."""
-    import regex  # comes with open_clip, as ftfy does
+    import regex
     from open_clip.tokenizer import SimpleTokenizer
 
     bpe = SimpleTokenizer()
@@ -287,17 +289,16 @@ def check_overflow(overflow: Any) -> None:
     Raises:
         InputError: Anything but ``"truncate"``, ``"error"`` and ``"window"``.
     """
-    if overflow not in get_args(Overflow):
-        raise InputError(f"expected overflow to be one of {get_args(Overflow)}, got {overflow!r}")
+    one_of("overflow", overflow, get_args(Overflow))
 
 
 def _checked_overlap(context_length: int, overflow: Overflow, overlap: int | None) -> int:
     """Check the options against each other; the overlap to use."""
     check_overflow(overflow)
-    if not isinstance(context_length, int) or context_length < 3:
+    if not isinstance(context_length, int) or not 3 <= context_length <= MAX_CHARACTERS:
         raise InputError(
-            f"expected context_length as an int of at least 3 (START, one token, EOT), got {context_length!r}; "
-            "pass the model's own, e.g. 256"
+            f"expected context_length as an int of at least 3 (START, one token, EOT) and at most {MAX_CHARACTERS}, got "
+            f"{context_length!r:.80}; pass the model's own, e.g. 256"
         )
     if overlap is None:
         return context_length // 4

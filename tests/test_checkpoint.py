@@ -560,7 +560,7 @@ def test_sizes_are_refused_before_anything_is_built(folder, changes, message):
 
 @pytest.mark.parametrize("length", [1 << 40, True, "x", 8193])
 def test_a_context_length_beyond_bounds(folder, length):
-    with pytest.raises((ConfigError, CheckpointError), match="context_length"):
+    with pytest.raises((ConfigError, InputError), match="context_length"):
         load(folder, context_length=length)
 
 

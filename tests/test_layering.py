@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {
         *("_command_line", "_decode", "_errors", "_files", "_json", "_markup"),
-        *("_numbers", "_tensor_pickle", "_terminal", "_typed", "config"),
+        *("_arguments", "_tensor_pickle", "_terminal", "_typed", "config"),
     },
     {"kernels"},
     {

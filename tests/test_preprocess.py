@@ -385,12 +385,15 @@ def test_config_read_from_json_is_hashable() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Preprocess(0), "positive int, got 0"),
-        (lambda: Preprocess(224.0), "positive int, got 224.0"),
-        (lambda: Preprocess(interpolation="nearest"), r"one of \('bicubic', 'bilinear'\), got 'nearest'"),
-        (lambda: Preprocess(resize_mode="longest"), 'expected resize_mode "shortest" or "squash", got \'longest\''),
+        (lambda: Preprocess(0), "expected image_size of at least 1, got 0"),
+        (lambda: Preprocess(224.0), "expected image_size as a whole number, got 224.0"),
+        (lambda: Preprocess(interpolation="nearest"), "one of bicubic, bilinear, got 'nearest'"),
+        (
+            lambda: Preprocess(resize_mode="longest"),
+            "expected resize_mode to be one of shortest, squash, got 'longest'",
+        ),
         (lambda: Preprocess(mean=(0.5,)), r"expected mean as 3 numbers, got \(0.5,\)"),
-        (lambda: Preprocess(std=(1, 1, 0)), r"expected std as 3 numbers above 0, got \(1.0, 1.0, 0.0\)"),
+        (lambda: Preprocess(std=(1, 1, 0)), r"expected std as 3 numbers above 0, got \(1, 1, 0\)"),
         (lambda: Preprocess().batch("cat.jpg"), "got one str; wrap it in a list"),
         (lambda: Preprocess().batch(corners()), "got one Image; wrap it in a list"),
         (lambda: Preprocess().batch([noise(5, 5), "cat.jpg"]), "got 'cat.jpg': no such file"),

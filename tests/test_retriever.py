@@ -196,7 +196,7 @@ def test_an_empty_text_is_a_query_like_any_other(retriever: Retriever) -> None:
         ({"text": "a", "k": True}, "expected k as a whole number, got True"),
         ({"text": "a", "k": 2.5}, "expected k as a whole number, got 2.5"),
         ({"text": "a", "k": "3"}, "expected k as a whole number, got '3'"),
-        ({"text": "a", "mode": 5}, "expected a mode among"),
+        ({"text": "a", "mode": 5}, "expected mode to be one of"),
         ({"text": "a", "where": 5}, "expected where as an expression in a str, got 5"),
     ],
     ids=lambda value: None if isinstance(value, str) else ",".join(value) or "nothing",
@@ -251,6 +251,8 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
         ({"precision": 16}, "expected precision to be one of"),
         ({"checkpoint": 5}, "expected checkpoint as a path or a name, got 5"),
         ({"index": 5}, "expected index as a path or a name, got 5"),
+        ({"dtype": "int4"}, "expected dtype to be one of float16, int8, got 'int4'"),
+        ({"device": 0}, "expected device as cpu, cuda, cuda:1 or a torch.device, got 0"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -503,9 +505,9 @@ def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) 
         ({"ids": ["a", None]}, "expected ids as str, got None"),
         ({"ids": ["a" * 60_000] * 2}, "expected ids that differ, got 'aaa"),
         ({"metadata": {"a": 1, "b": 2}}, "expected metadata as a list, got {'a': 1, 'b': 2}"),
-        ({"existing": "x" * 5_000_000}, "expected existing among error, skip, replace, got 'xxx"),
-        ({"existing": None}, "expected existing among error, skip, replace, got None"),
-        ({"existing": ["skip"]}, r"expected existing among error, skip, replace, got \['skip'\]"),
+        ({"existing": "x" * 5_000_000}, "expected existing to be one of error, skip, replace, got 'xxx"),
+        ({"existing": None}, "expected existing to be one of error, skip, replace, got None"),
+        ({"existing": ["skip"]}, r"expected existing to be one of error, skip, replace, got \['skip'\]"),
         ({"batch_size": 2.0}, "expected batch_size as a whole number, got 2.0"),
         ({"batch_size": True}, "expected batch_size as a whole number, got True"),
         ({"batch_size": "8"}, "expected batch_size as a whole number, got '8'"),
@@ -784,7 +786,7 @@ def test_ids_that_are_there_are_skipped_or_replaced(build: Callable[..., Retriev
     for existing in ("replace", "error"):
         with pytest.raises(InputError, match="expected ids that differ, got 'n' again"):
             retriever.add_texts((text for text in TEXTS[:2]), ids=["n", "n"], existing=existing, progress=False)
-    with pytest.raises(InputError, match="expected existing among error, skip, replace, got 'ignore'"):
+    with pytest.raises(InputError, match="expected existing to be one of error, skip, replace, got 'ignore'"):
         retriever.add_texts(TEXTS[:1], existing="ignore", progress=False)
 
 
@@ -801,7 +803,7 @@ def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], 
         found = retriever.search(TEXTS[0], k=6, mode=mode, where="camera = 'b' and n > 1")
         assert [hit.id for hit in found] == [hit.id for hit in expected if hit.metadata["n"] in (3, 5)]
         assert retriever.search(TEXTS[0], mode=mode, where="camera = 'c'") == []
-    with pytest.raises(InputError, match="expected a mode among auto, exact, exact-int8, two-stage, got 'fast'"):
+    with pytest.raises(InputError, match="expected mode to be one of auto, exact, exact-int8, two-stage, got 'fast'"):
         retriever.search(TEXTS[0], mode="fast")
     with pytest.raises(InputError, match="expected a value, got the end"):
         retriever.search(TEXTS[0], where="camera =")

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finelip_fast._errors import EngineError, InputError
+from finelip_fast._errors import EngineError
 from finelip_fast._files import plain_name, read_bytes, write_whole
 from finelip_fast._json import read_json
 from finelip_fast.kernels._settings import cache_folder
@@ -294,12 +294,6 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
             if precision in (None, export.manifest.precision):
                 found.exports.append(export)
     return found
-
-
-def check_precision(precision: str) -> None:
-    """Raise InputError unless the precision is one of :data:`PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise InputError(f"expected precision to be one of {PRECISIONS}, got {precision!r}")
 
 
 def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:

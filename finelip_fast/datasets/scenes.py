@@ -21,6 +21,7 @@ from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
+from finelip_fast._arguments import one_of
 from finelip_fast._errors import InputError
 from finelip_fast.datasets import _scene_drawing as drawing
 from finelip_fast.datasets import _scene_words as words
@@ -164,8 +165,8 @@ class Scenes:
         seed: int = 0,
         variant: str = "clean",
     ) -> None:
-        _check_name("split", split, tuple(SPLITS))
-        _check_name("variant", variant, VARIANTS)
+        one_of("split", split, tuple(SPLITS))
+        one_of("variant", variant, VARIANTS)
         _check_image_size(image_size)
         size = SPLITS[split] if size is None else size
         if not 0 <= size <= MAX_SIZE:
@@ -203,11 +204,6 @@ class Scenes:
             telling=f"{key}/{member}",
             scenery=key,
         )
-
-
-def _check_name(what: str, got: str, known: tuple[str, ...]) -> None:
-    if got not in known:
-        raise InputError(f"expected {what} to be one of {', '.join(known)}; got {got!r:.80}; choose one of these")
 
 
 def _check_image_size(size: int) -> None:

@@ -137,20 +137,3 @@ def _use_one_thread_after_fork() -> None:
     """A forked process has no copy of PyTorch's threads, and its first product would wait for them for ever."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
-
-
-def find_device(wanted: str | torch.device | None) -> torch.device:
-    """The device to run on; None takes a GPU if there is one.
-
-    Raises:
-        EngineError: A device that is not here.
-    """
-    try:
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the former where torch is built without CUDA
-        reason = str(error).partition("\n")[0]
-        raise EngineError(
-            f"device={str(wanted)!r} cannot be used: {reason}; use device='cpu', or leave it out to take what is there"
-        ) from None
-    return device

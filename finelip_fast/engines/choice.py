@@ -20,13 +20,14 @@ from statistics import median
 import torch
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._arguments import find_device, one_of, whole_number
 from finelip_fast._errors import EngineError, InputError
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json
 from finelip_fast.artefacts import manifest, onnx, trt
 from finelip_fast.artefacts.manifest import Export
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.engines.base import ENGINES, Engine, find_device
+from finelip_fast.engines.base import ENGINES, Engine
 from finelip_fast.kernels._settings import cache_folder
 
 _ROUNDS = 3
@@ -62,12 +63,10 @@ def open_engine(
         EngineError: An engine or a device that cannot run here.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if name not in ENGINES:
-        raise InputError(f"expected engine to be one of {ENGINES}, got {name!r}")
-    if threads is not None and threads < 1:
-        raise InputError(f"expected threads of at least 1, got {threads}")
+    one_of("engine", name, ENGINES)
+    threads = None if threads is None else whole_number("threads", threads)
     if precision is not None:
-        manifest.check_precision(precision)
+        one_of("precision", precision, manifest.PRECISIONS)
     if name == "torch":
         if threads is not None or precision is not None:
             raise InputError(

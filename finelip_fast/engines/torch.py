@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast.engines.base import Engine, find_device
+from finelip_fast._arguments import find_device
+from finelip_fast.engines.base import Engine
 
 
 class TorchEngine(Engine):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast._arguments import whole_number
 from finelip_fast._errors import EngineError, InputError, StoreError, WriteError
 from finelip_fast._json import parse_json
 from finelip_fast.index.arrays import (
@@ -101,7 +102,7 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
         StoreError: The disk refuses.
     """
     faiss = _faiss()
-    lists = lists or max(1, _LISTS_PER_ROOT * math.isqrt(view.rows))
+    lists = max(1, _LISTS_PER_ROOT * math.isqrt(view.rows)) if lists is None else whole_number("lists", lists)
     if view.rows < lists:
         raise InputError(f"expected at least as many items as lists, got {view.rows} for {lists}: search these flat")
     width = view.globals[0][0].shape[1]

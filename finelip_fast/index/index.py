@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from finelip_fast._arguments import share, whole_number
 from finelip_fast._errors import FineLIPError, InputError, StoreError
-from finelip_fast._numbers import share, whole_number
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.database import between_forks

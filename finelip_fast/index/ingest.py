@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._errors import InputError
-from finelip_fast._numbers import whole_number
 from finelip_fast._terminal import printable
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing, as_json
@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 # How much is gathered before it is kept: embeddings, and seconds of work that a killed process may lose.
 _KEPT_BYTES, _KEPT_SECONDS = 1 << 26, 30.0
+_MOST_AT_ONCE = 1 << 20
 
 
 @dataclass
@@ -111,9 +112,8 @@ class Ingest:
     def __init__(
         self, index: Index, kind: str, report: AddReport, *, existing: Existing = "error", batch_size: int = 64
     ) -> None:
-        batch_size = whole_number("batch_size", batch_size)
-        if existing not in get_args(Existing):
-            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r:.80}")
+        batch_size = whole_number("batch_size", batch_size, most=_MOST_AT_ONCE)
+        one_of("existing", existing, get_args(Existing))
         self._index, self._kind, self._report = index, kind, report
         self._existing, self._batch_size = existing, batch_size
         self._batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
@@ -170,7 +170,8 @@ class Ingest:
             InputError: Ids that are there already or come twice, metadata that JSON cannot hold, texts that are none, or lists
                 of different lengths; before any work where that can be known.
         """
-        ids, metadata = _as_list("ids", ids), _as_list("metadata", metadata)
+        ids = None if ids is None else listed("ids", ids)
+        metadata = None if metadata is None else listed("metadata", metadata)
         try:
             named = self._named(iter(items), ids, metadata)
             total = len(items) if isinstance(items, Sized) else total
@@ -236,14 +237,6 @@ class Ingest:
         for name, given in (("ids", ids), ("metadata", metadata)):
             if given is not None and len(given) != total:
                 raise InputError(f"expected as many {name} as {self._kind}s, got {len(given)} for {total}")
-
-
-def _as_list(name: str, given: Any) -> list[Any] | None:
-    if given is None:
-        return None
-    if isinstance(given, (str, bytes, dict)) or not isinstance(given, Iterable):
-        raise InputError(f"expected {name} as a list, got {given!r:.80}")
-    return list(given)
 
 
 @contextmanager

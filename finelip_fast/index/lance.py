@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finelip_fast._arguments import listed, matrices
 from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._json import check_value, parse_json
 from finelip_fast.index.catalogue import Catalogue, Item
@@ -348,10 +349,11 @@ class LanceStore:
     def _table(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> pa.Table:
         import pyarrow as pa
 
+        ids, metadata = listed("ids", ids), listed("metadata", metadata)
         _check_texts(ids)
-        shape = (len(ids), self.spec.tokens, self.spec.width)
-        if embeddings.shape != shape or len(metadata) != len(ids):
-            raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
+        matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
+        if len(metadata) != len(ids):
+            raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")
         texts = [json.dumps(json.loads(as_json(one))) for one in metadata]
         self._refuse_if_fixed()
         tokens = embeddings.detach().cpu().to(torch.float16).contiguous()

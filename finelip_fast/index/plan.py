@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finelip_fast._errors import InputError
+from finelip_fast._arguments import one_of, whole_number
 from finelip_fast.index.catalogue import Layout, SegmentRow
 from finelip_fast.index.search import best_rows
 from finelip_fast.index.segments import DTYPES, Segment, encode
@@ -106,10 +106,8 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
     Raises:
         InputError: Fewer than one item, or no such dtype.
     """
-    if items < 1:
-        raise InputError(f"expected at least one item, got {items}")
-    if dtype not in DTYPES:
-        raise InputError(f"expected a dtype of {' or '.join(DTYPES)}, got {dtype!r}")
+    whole_number("items", items)
+    one_of("dtype", dtype, DTYPES)
     quantized = tokens * width + 4 * tokens + 4 * 6 + 2 * width
     stored = quantized if dtype == "int8" else 2 * tokens * width
     globals_ = width + 4

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast._arguments import one_of
 from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
 
@@ -77,8 +77,7 @@ def choose_mode(mode: str, view: View, tuning: Tuning | None, *, k: int, alpha: 
     Raises:
         InputError: No such mode.
     """
-    if mode not in get_args(Mode):
-        raise InputError(f"expected a mode among {', '.join(get_args(Mode))}, got {mode!r}")
+    one_of("mode", mode, get_args(Mode))
     if mode != "auto":
         return mode  # type: ignore[return-value]
     exact: Mode = "exact-int8" if view.is_quantized else "exact"

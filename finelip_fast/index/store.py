@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from finelip_fast._arguments import find_device, folder_path, listed, matrices, one_of, share, strings, whole_number
 from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._files import plain_name, sync_folder
 from finelip_fast._json import MAX_DEPTH
@@ -62,8 +63,12 @@ class IndexSpec:
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"expected a dtype of {' or '.join(DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.checkpoint, str):
+            raise InputError(f"expected checkpoint as a fingerprint, got {self.checkpoint!r:.80}")
+        for name in ("tokens", "width"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), most=_LARGEST_SIZE))
+        object.__setattr__(self, "alpha", share("alpha", self.alpha))
+        one_of("dtype", self.dtype, DTYPES)
 
 
 class Written(NamedTuple):
@@ -115,10 +120,13 @@ class Store:
             raise InputError(
                 "expected verify or skip_damaged, got both: a segment with a damaged row can be opened without verify"
             )
-        self.spec, self.source, self.device = spec, source, torch.device(device)
+        if not isinstance(spec, IndexSpec) or not isinstance(source, str):
+            raise InputError(f"expected an IndexSpec and source as str, got {spec!r:.80} and {source!r:.80}")
+        self.spec, self.source, self.device = spec, source, find_device(device)
         self.damaged: dict[str, str] = {}
         self.fixed, self._skip_damaged, self._verify = version, skip_damaged, verify
-        self.folder = None if folder is None else Path(folder)
+        # Where it is, wherever this process goes.
+        self.folder = None if folder is None else folder_path("folder", folder).absolute()
         self._new_locks()
         self._opened: dict[str, Segment] = {}
         if self.folder is None and version is not None:
@@ -309,13 +317,12 @@ class Store:
                 JSON cannot hold.
             StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
         """
-        if existing not in get_args(Existing):
-            raise InputError(f"expected existing among {', '.join(get_args(Existing))}, got {existing!r:.40}")
+        one_of("existing", existing, get_args(Existing))
+        ids, metadata = listed("ids", ids), listed("metadata", metadata)
         check_ids(ids)
-        ids = list(ids)
-        shape = (len(ids), self.spec.tokens, self.spec.width)
-        if embeddings.shape != shape or len(metadata) != len(ids):
-            raise InputError(f"expected embeddings {list(shape)} with as many metadata, got {list(embeddings.shape)}")
+        matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
+        if len(metadata) != len(ids):
+            raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")
         check_embeddings(ids, embeddings)
         texts = [as_json(values, item) for item, values in zip(ids, metadata, strict=True)]
         self.refuse_if_fixed()
@@ -420,10 +427,11 @@ class Store:
         """Take items out; with a folder they are gone for every later opening when this returns.
 
         Raises:
-            InputError: An id that is not there; nothing was taken out.
+            InputError: An id that is not there or no string, or no list; nothing was taken out.
             StoreError: The disk refuses, or the index is closed; nothing was taken out.
         """
         self.refuse_if_fixed()
+        ids = strings("ids", ids)
         if not ids:
             return
         with self.catalogue.changing():
@@ -501,9 +509,7 @@ def check_ids(ids: Sequence[str]) -> None:
         InputError: An id that is no string, is too long, or comes twice; names it.
     """
     new: set[str] = set()
-    for item in ids:
-        if not isinstance(item, str):
-            raise InputError(f"expected ids as str, got {item!r:.80}; convert it first")
+    for item in strings("ids", ids):
         if len(item) > _LONGEST_ID // 4 and len(item.encode("utf-8", "surrogatepass")) > _LONGEST_ID:
             raise InputError(
                 f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"

@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from finelip_fast._arguments import folder_path
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast._files import plain_name, write_error
 from finelip_fast.index import remedies
@@ -204,13 +205,23 @@ def check(store: Store) -> dict[str, str]:
     if store.folder is None:
         return {}
     store.catalogue.refuse_damaged()
-    version = store.view().version
-    with within_memory():
-        damaged = _damaged(store, version, store.catalogue.layout(version).segments)
-    return {damage.id: damage.reason for damage in damaged}
+    sound: set[str] = set()
+    while True:
+        version = store.view().version
+        try:
+            with within_memory():
+                segments = store.catalogue.layout(version).segments
+                damaged = _damaged(store, version, [row for row in segments if row.name not in sound], sound)
+            if store.catalogue.oldest <= version:
+                return {damage.id: damage.reason for damage in damaged}
+        except StoreError:
+            if store.fixed is not None or store.catalogue.oldest <= version:
+                raise
+        # Another process has compacted the index meanwhile: what it has written is still to be read.
 
 
-def _damaged(store: Store, version: int, segments: Iterable[SegmentRow]) -> list[Damage]:
+def _damaged(store: Store, version: int, segments: Iterable[SegmentRow], sound: set[str] | None = None) -> list[Damage]:
+    """What is wrong with the items of some segments; ``sound`` gets the names of those that have nothing."""
     damaged = []
     for row in segments:
         items = {item.position - row.first: item for item in store.catalogue.items(version, within=row)}
@@ -226,6 +237,8 @@ def _damaged(store: Store, version: int, segments: Iterable[SegmentRow]) -> list
         except (StoreError, FileNotFoundError) as error:
             reasons = dict.fromkeys(items, str(error))
         damaged += [Damage(items[at].position, items[at].id, why) for at, why in reasons.items() if at in items]
+        if sound is not None and not reasons:
+            sound.add(row.name)
     return damaged
 
 
@@ -248,7 +261,7 @@ def snapshot(store: Store, folder: str | PathLike[str]) -> None:
     """
     if store.folder is None:
         raise InputError("expected an index with a folder to take a snapshot of, got one in memory")
-    catalogue, target = store.catalogue, Path(folder)
+    catalogue, target = store.catalogue, folder_path("folder", folder)
 
     def copy_segments() -> None:
         layout = catalogue.layout()

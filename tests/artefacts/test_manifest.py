@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import EngineError, InputError
+from finelip_fast._errors import EngineError
 from finelip_fast.artefacts.manifest import (
     Export,
     Manifest,
-    check_precision,
     exports_folder,
     file_hash,
     find,
@@ -101,9 +100,3 @@ def test_commands_can_be_pasted() -> None:
     assert rebuild_command("my models/a", "trt", "fp16", ["--prove"]) == (
         "finelip export trt 'my models/a' --precision fp16 --prove"
     )
-
-
-def test_an_unknown_precision_is_refused() -> None:
-    check_precision("int8")
-    with pytest.raises(InputError, match=r"expected precision to be one of .*, got 'fp8'"):
-        check_precision("fp8")

@@ -85,8 +85,8 @@ def test_an_empty_dataset_has_nothing_to_give():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "dev"}, "expected split to be one of train, val, test, very_long; got 'dev'; choose one"),
-        ({"variant": "upper"}, "expected variant to be one of clean, typos, .*; got 'upper'; choose one"),
+        ({"split": "dev"}, "expected split to be one of train, val, test, very_long, got 'dev'"),
+        ({"variant": "upper"}, "expected variant to be one of clean, typos, .*, got 'upper'"),
         ({"size": -1}, "expected size from 0 to 10000000, got -1; leave it out"),
         ({"image_size": 15}, "expected an image size from 16 to 4096 pixels, got 15; 128 and more"),
     ],

@@ -199,7 +199,7 @@ def test_an_engine_that_cannot_run_says_what_to_do(name: str, checkpoint: Path) 
 
 
 def test_an_unknown_engine_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match=r"expected engine to be one of .*'torch'.*, got 'jax'"):
+    with pytest.raises(InputError, match=r"expected engine to be one of .*torch.*, got 'jax'"):
         open_engine("jax", checkpoint)
 
 

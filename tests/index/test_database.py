@@ -311,7 +311,7 @@ def test_of_two_jobs_that_skip_what_is_there_none_fails(tmp_path: Path) -> None:
     assert sorted(added) == sorted(ids) == sorted(jobs[0].ids)
     assert jobs[0].add([*ids[:2], "new"], embeddings(3), [{}] * 3, existing="skip") == ["new"]
     assert torch.equal(jobs[0].embeddings[-1], embeddings(3).half()[2])
-    with pytest.raises(InputError, match="expected existing among"):
+    with pytest.raises(InputError, match="expected existing to be one of"):
         jobs[0].add([], embeddings(0), [], existing="keep")  # type: ignore[arg-type]
     for index in jobs:
         index.close()

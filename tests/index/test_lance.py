@@ -171,7 +171,7 @@ def test_ids_must_be_new_texts(store: LanceStore, ids: list, message: str) -> No
 
 
 def test_embeddings_and_metadata_must_fit(store: LanceStore) -> None:
-    with pytest.raises(InputError, match=r"expected embeddings \[1, 3, 8\] with as many metadata, got \[2, 3, 8\]"):
+    with pytest.raises(InputError, match=r"expected embeddings as a tensor \[1, 3, 8\], got \[2, 3, 8\]"):
         store.add(["a"], embeddings(2), [{}])
     with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values"):
         store.upsert(["a"], embeddings(1), [{"path": Path("a")}])

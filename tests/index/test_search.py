@@ -238,9 +238,9 @@ def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
         planned = plan(500, SPEC.tokens, SPEC.width, rates, dtype=dtype)
         assert sizes["segments/*.safetensors"] == pytest.approx(planned.disk - 500 * 450, rel=0.05)
         assert sizes["cache/*"] == pytest.approx(planned.int8_copies, rel=0.05)
-    with pytest.raises(InputError, match="expected at least one item, got 0"):
+    with pytest.raises(InputError, match="expected items of at least 1, got 0"):
         plan(0, 3, 16, rates)
-    with pytest.raises(InputError, match="expected a dtype of float16 or int8, got 'int4'"):
+    with pytest.raises(InputError, match="expected dtype to be one of float16, int8, got 'int4'"):
         plan(1, 3, 16, rates, dtype="int4")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -145,9 +146,75 @@ def test_ids_must_be_new_strings(open_index: Callable[[], Index], ids: list, mes
 )
 def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, ...], metadata: int) -> None:
     index = open_index()
-    with pytest.raises(InputError, match=r"expected embeddings \[1, 3, 8\] with as many metadata, got"):
+    with pytest.raises(InputError, match=r"expected (embeddings as a tensor \[1, 3, 8\]|metadata for 1 ids), got"):
         index.add(["a"], torch.zeros(shape), [{}] * metadata)
     assert len(index) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ids": None}, "expected ids as a list, got None"),
+        ({"ids": "a"}, "expected ids as a list, got 'a'"),
+        ({"ids": 3}, "expected ids as a list, got 3"),
+        ({"embeddings": None}, r"expected embeddings as a tensor \[1, 3, 8\], got None"),
+        ({"embeddings": [[[0.0]]]}, r"expected embeddings as a tensor \[1, 3, 8\], got \[\[\[0.0\]\]\]"),
+        ({"metadata": None}, "expected metadata as a list, got None"),
+        ({"metadata": {}}, "expected metadata as a list, got {}"),
+        ({"metadata": [{}, {}]}, "expected metadata for 1 ids, got 2"),
+        ({"existing": ["skip"]}, r"expected existing to be one of error, skip, replace, got \['skip'\]"),
+    ],
+    ids=str,
+)
+def test_what_is_added_is_of_the_right_kind(open_index: Callable[[], Index], changed: dict, message: str) -> None:
+    index = open_index()
+    with pytest.raises(InputError, match=message):
+        index.add(**{"ids": ["a"], "embeddings": embeddings(1), "metadata": [{}], **changed})
+    with pytest.raises(InputError, match="expected ids as a list, got 3"):
+        index.delete(3)  # type: ignore[arg-type]
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"spec": "abc"}, "expected an IndexSpec and source as str, got 'abc'"),
+        ({"source": None}, "expected an IndexSpec and source as str, got .* and None"),
+        ({"folder": 3}, "expected folder as a path, got 3"),
+        ({"device": 3}, "expected device as cpu, cuda, cuda:1 or a torch.device, got 3"),
+    ],
+    ids=str,
+)
+def test_an_index_is_opened_with_arguments_of_the_right_kind(changed: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Index(**{"spec": SPEC, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"checkpoint": None}, "expected checkpoint as a fingerprint, got None"),
+        ({"tokens": 0}, "expected tokens of at least 1, got 0"),
+        ({"width": "8"}, "expected width as a whole number, got '8'"),
+        ({"alpha": None}, r"expected alpha in \[0, 1\], got None"),
+    ],
+    ids=str,
+)
+def test_a_spec_has_values_of_the_right_kind(changed: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        IndexSpec(**{"checkpoint": "abc", "tokens": 3, "width": 8, **changed})
+
+
+def test_an_index_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with closing(Index(SPEC, "index")) as index:
+        add(index, "a")
+        monkeypatch.chdir("elsewhere")
+        add(index, "b", seed=1)
+        with closing(pickle.loads(pickle.dumps(index))) as again:
+            assert again.ids == ["a", "b"]
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -229,7 +296,7 @@ def test_an_id_may_be_any_text_that_is_not_too_long(open_index: Callable[[], Ind
         ({"alpha": float("nan")}, r"expected alpha in \[0, 1\], got nan"),
         ({"alpha": 2}, r"expected alpha in \[0, 1\], got 2"),
         ({"alpha": True}, r"expected alpha in \[0, 1\], got True"),
-        ({"mode": None}, "expected a mode among"),
+        ({"mode": None}, "expected mode to be one of"),
         ({"where": 3}, "expected an expression as str, got int"),
         ({"queries": torch.full((1, 3, 8), torch.nan)}, "expected queries of finite numbers"),
         ({"queries": torch.ones(1, 3, 7)}, r"expected queries \[Q, L, 8\], got \[1, 3, 7\]"),

@@ -18,7 +18,8 @@ from torch import Tensor
 from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, upkeep
 from finelip_fast.index.arrays import locked
-from finelip_fast.index.catalogue import Catalogue, Layout
+from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
+from finelip_fast.index.segments import Segment
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 
@@ -228,6 +229,24 @@ def test_any_damaged_row_that_is_found_is_named(folder: Path) -> None:
     path.write_bytes(content)
     with closing(Index(SPEC, folder, verify=True)) as index:
         assert index.check() == {}
+
+
+def test_a_check_goes_on_when_another_compacts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as other:
+        for number in range(3):
+            add(index, f"old {number}", f"new {number}", seed=number)
+        read, compacted = index.open_segment, []
+
+        def open_segment(row: SegmentRow) -> Segment:
+            if not compacted:
+                other.delete(["old 0", "old 2"])
+                compacted.append(other.maintain())
+            return read(row)
+
+        monkeypatch.setattr(index, "open_segment", open_segment)
+        assert index.check() == {}
+        assert compacted
+        assert index.ids == ["new 0", "old 1", "new 1", "new 2"]
 
 
 def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restored(folder: Path) -> None:

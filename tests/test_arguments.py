@@ -1,0 +1,125 @@
+"""Arguments of another kind are refused by their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import finelip_fast
+from finelip_fast import FineLIPConfig, Preprocess
+from finelip_fast._arguments import (
+    find_device,
+    floating_dtype,
+    folder_path,
+    listed,
+    matrices,
+    one_of,
+    share,
+    strings,
+    whole_number,
+)
+from finelip_fast._errors import ConfigError, EngineError, InputError
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_whole_numbers_of_any_library(value: object) -> None:
+    number = whole_number("k", value)
+    assert number == 3
+    assert type(number) is int
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "expected k as a whole number, got True"),
+        (np.True_, "expected k as a whole number, got "),
+        (2.5, "expected k as a whole number, got 2.5"),
+        (3.0, "expected k as a whole number, got 3.0"),
+        ("3", "expected k as a whole number, got '3'"),
+        (None, "expected k as a whole number, got None"),
+        ([3], r"expected k as a whole number, got \[3\]"),
+        ("3" * 10**6, "expected k as a whole number, got '3{79}$"),
+        (0, "expected k of at least 1, got 0"),
+        (-(10**30), "expected k of at least 1, got -1000"),
+        (101, "expected k of at most 100, got 101"),
+    ],
+)
+def test_what_is_no_whole_number(value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        whole_number("k", value, most=100)
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, np.float32(0.5), np.int64(1), Fraction(1, 2)])
+def test_shares(value: float) -> None:
+    assert share("alpha", value) == float(value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 2, math.nan, math.inf, True, "x", "0.5", None, [0.5], 1j])
+def test_what_is_no_share(value: object) -> None:
+    with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got "):
+        share("alpha", value)
+
+
+# One that compares with every element, and has no truth value of its own.
+ARRAY = np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "message"),
+    [
+        (lambda value: one_of("mode", value, ("a", "b")), "c", "expected mode to be one of a, b, got 'c'"),
+        (lambda value: one_of("mode", value, ("a", "b")), ["a"], r"expected mode to be one of a, b, got \['a'\]"),
+        (lambda value: one_of("mode", value, ("a", "b")), ARRAY, "expected mode to be one of a, b, got array"),
+        (lambda value: listed("ids", value), "text", "expected ids as a list, got 'text'"),
+        (lambda value: listed("ids", value), {"a": 1}, "expected ids as a list, got {'a': 1}"),
+        (lambda value: listed("ids", value), None, "expected ids as a list, got None"),
+        (lambda value: listed("ids", value), np.array(3), "expected ids as a list, got array"),
+        (lambda value: strings("ids", value), "text", "expected ids as a list, got 'text'"),
+        (lambda value: strings("ids", value), ["a", b"b"], "expected ids as str, got b'b'; convert it first"),
+        (lambda value: folder_path("folder", value), "a\0b", "expected folder as a path, which has no NUL, got"),
+        (lambda value: folder_path("folder", value), 3, "expected folder as a path, got 3"),
+        (lambda value: folder_path("folder", value), b"folder", "expected folder as a path, got b'folder'"),
+        (lambda value: floating_dtype("dtype", value), "float16", r"expected dtype as a floating dtype .*, got 'float16'"),
+        (lambda value: floating_dtype("dtype", value), torch.int8, r"expected dtype as a floating dtype .*, got torch.int8"),
+        (lambda value: matrices("rows", value, (1, 2, 3)), None, r"expected rows as a tensor \[1, 2, 3\], got None"),
+        (lambda value: matrices("rows", value, (1, 2, 3)), ARRAY, r"expected rows as a tensor \[1, 2, 3\], got array"),
+        (find_device, 0, "expected device as cpu, cuda, cuda:1 or a torch.device, got 0"),
+        (find_device, ["cpu"], r"expected device as cpu, cuda, cuda:1 or a torch.device, got \['cpu'\]"),
+    ],
+)  # fmt: skip
+def test_other_kinds_are_refused_by_name(check: Callable[[object], object], value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(value)
+
+
+@pytest.mark.parametrize("device", ["", "tpu:0", "cuda:99", "cpu:-2"])
+def test_a_device_that_is_not_here_is_named(device: str) -> None:
+    with pytest.raises(EngineError, match=f"device='{device}' cannot be used: .*; use device='cpu', or leave it out"):
+        find_device(device)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: finelip_fast.load(device=3), "expected device as"),
+        (lambda: finelip_fast.load(dtype="half"), "expected dtype as"),
+        (lambda: finelip_fast.save(None, "folder"), "expected a FineLIP, got None"),
+        (lambda: finelip_fast.save(finelip_fast.load(), 3), "expected folder as a path, got 3"),
+        (lambda: finelip_fast.tokenize("a", 10**30), "expected context_length"),
+        (lambda: FineLIPConfig.preset(["ViT-B-16"]), "expected a preset of"),
+        (lambda: Preprocess(image_size=True), "expected image_size as a whole number, got True"),
+        (lambda: Preprocess(interpolation=["bicubic"]), "expected interpolation to be one of bicubic, bilinear"),
+        (lambda: Preprocess(mean=None), "expected mean as 3 numbers, got None"),
+        (lambda: Preprocess(mean=(0, 0, math.nan)), "expected mean as 3 numbers, got"),
+        (lambda: Preprocess(std=(1, 1, 0)), r"expected std as 3 numbers above 0, got \(1, 1, 0\)"),
+        (lambda: Preprocess(std=(1, 1)), r"expected std as 3 numbers above 0, got \(1, 1\)"),
+    ],
+)  # fmt: skip
+def test_the_library_looks_at_what_it_is_given(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((InputError, ConfigError), match=message):
+        call()
