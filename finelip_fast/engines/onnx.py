@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import Any
 
@@ -59,14 +60,18 @@ class OnnxEngine(ExportedEngine):
         if self.device.type == "cuda":
             self._positions_at_once = 32
         self._threads = threads
-        self._image, self._text = (self._graph(name) for name in ("image", "text"))
+        self._open_graphs()
         self.description = f"{self.device}, {precision}"
 
     def _opened_with(self) -> tuple[Any, ...]:
         return *super()._opened_with(), self._threads
 
     def _follow_fork(self) -> None:
-        self._image, self._text = (self._graph(name) for name in ("image", "text"))
+        self._open_graphs()
+
+    def _open_graphs(self) -> None:
+        with ThreadPoolExecutor() as pool:  # reading, hashing and ONNX Runtime release the interpreter's lock
+            self._image, self._text = pool.map(self._graph, ("image", "text"))
 
     def _graph(self, name: str) -> OnnxGraph:
         """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""
