@@ -48,8 +48,11 @@ class UnavailableError(StoreError):
     """What cannot be read now, for want of memory, open files or permission, and is not damaged for all that is known."""
 
 
-# What PyTorch and Python say where memory, or threads, cannot be had.
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread")
+# What PyTorch and Python say where memory, or threads, cannot be had; the last where Python's own code has none for an error.
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread"),
+    *("unable to mmap", "error return without exception set"),
+)
 
 
 @contextmanager
@@ -60,11 +63,11 @@ def within_memory() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SystemError) as error:
         if not isinstance(error, MemoryError) and not any(reason in str(error) for reason in _NO_MEMORY):
             raise
         raise UnavailableError(
-            f"there is too little memory: {error!s:.200}; give the process more (ulimit -v, -u)"
+            f"there is too little memory ({str(error) or type(error).__name__:.200}): give the process more (ulimit -v, -u)"
         ) from None
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from finelip_fast._arguments import share, whole_number
-from finelip_fast._errors import FineLIPError, InputError, StoreError
+from finelip_fast._errors import InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
+from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.database import between_forks
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
@@ -80,7 +81,7 @@ class Index(Store):
         while True:
             view = self.view()
             try:
-                with between_forks():
+                with between_forks(), within_memory():
                     found = self._search(view, queries, k, alpha, mode, where, candidates)
             except FileNotFoundError as error:
                 if self.view() is view:
@@ -88,14 +89,10 @@ class Index(Store):
                         f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}"
                     ) from None
                 continue
-            except FineLIPError:
-                raise
-            except (OSError, MemoryError, RuntimeError) as error:  # of mapping, reading and computing
-                if isinstance(error, RuntimeError) and "alloc" not in str(error) and "mmap" not in str(error):
-                    raise
+            except OSError as error:  # of mapping and reading
                 raise StoreError(
-                    f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n, "
-                    "ulimit -v), or search fewer items at once"
+                    f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n), or "
+                    "search fewer items at once"
                 ) from None
             if found is not None:
                 return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -159,6 +161,16 @@ def test_a_snapshot_is_taken_of_a_folder_that_cannot_be_written_to(
 def test_a_folder_cannot_be_made_where_nothing_may_be(folder: Path, as_a_guest: Guest) -> None:
     with as_a_guest(folder), pytest.raises(StoreError, match=r"cannot make the index folder .*Permission denied"):
         Index(SPEC, folder / "below")
+
+
+def test_little_memory_is_an_error(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("starve_an_index.py")
+    run = subprocess.run([sys.executable, script, tmp_path / "index"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    outcomes = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
+    assert [one for one in outcomes if one[2] not in ("right", "error")] == []
+    assert {outcome for *_, room, outcome in outcomes if room == "0"} == {"error"}
+    assert {outcome for *_, room, outcome in outcomes if room == "1000"} == {"right"}
 
 
 def test_a_lost_catalogue_is_not_taken_for_an_empty_index(folder: Path) -> None:

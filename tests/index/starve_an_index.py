@@ -1,0 +1,77 @@
+"""Search and look after an index in less and less memory, and say what each came to: run by test_failures.py.
+
+``python starve_an_index.py FOLDER`` prints the operation, how many MiB more it might have, and ``right``, ``error`` (one of
+ours), or what was raised. In a process of its own, whose memory can be bounded.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from finelip_fast import FineLIPError
+from finelip_fast.index import Index, IndexSpec
+
+SPEC = IndexSpec("abc", 40, 512)
+ITEMS = 1_000  # 41 MB
+MODES = ("exact", "exact-int8", "two-stage")
+ROOMS = (
+    0,
+    2,
+    20,
+    45,
+    60,
+    80,
+    100,
+    130,
+    160,
+    200,
+    300,
+    1_000,
+)  # MiB; what a mapped file or a thread's stack takes is counted
+
+
+def look(folder: str, what: str, query: torch.Tensor) -> bool:
+    with closing(Index(SPEC, folder)) as index:
+        if what == "check":
+            return index.check() == {}
+        if what == "maintain":
+            index.maintain()
+            return True
+        return index.search(query, 5, mode=what).items[0][0].id == "7"
+
+
+def outcome(run: Callable[[], bool], room: int) -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (room << 20), hard))
+    try:
+        return "right" if run() else "wrong"
+    except FineLIPError:
+        return "error"
+    except BaseException as error:
+        return f"raw {type(error).__name__}: {error!s:.200}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def main(folder: str) -> None:
+    values = torch.randn(ITEMS, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(values, dim=-1).half()
+    with closing(Index(SPEC, folder)) as index:
+        index.add([str(number) for number in range(ITEMS)], rows, [{}] * ITEMS)
+        index.search(rows[:1], 1, mode="exact-int8")
+    query = rows[7:8].clone()
+    del values, rows
+    for room in ROOMS:
+        for what in (*MODES, "check", "maintain"):
+            print(what, room, outcome(lambda what=what: look(folder, what, query), room), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
