@@ -48,10 +48,10 @@ class UnavailableError(StoreError):
     """What cannot be read now, for want of memory, open files or permission, and is not damaged for all that is known."""
 
 
-# What PyTorch and Python say where memory, or threads, cannot be had; the last where Python's own code has none for an error.
+# What PyTorch and Python say where memory, or threads, cannot be had; the last two where there was none for the error itself.
 _NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread"),
-    *("unable to mmap", "error return without exception set"),
+    *("unable to mmap", "error return without exception set", "without setting an exception"),
 )
 
 
