@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from finelip_fast._errors import EngineError
+from finelip_fast.errors import EngineError
 
 _MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
 if _MISSING:

@@ -27,11 +27,11 @@ from onnx import ModelProto
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import FineLIPError, InputError
 from finelip_fast.artefacts.graph import interface_problems
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.encoders import caption_lengths
+from finelip_fast.errors import FineLIPError, InputError
 from finelip_fast.export import inspection
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import EngineError, FineLIPError, InputError
 from finelip_fast._files import write_error
 from finelip_fast.artefacts.manifest import (
     PRECISIONS,
@@ -41,6 +40,7 @@ from finelip_fast.artefacts.manifest import (
     read,
 )
 from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, has_cuda
+from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
 from finelip_fast.model import FineLIP

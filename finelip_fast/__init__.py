@@ -8,9 +8,9 @@ import importlib.metadata
 import typing
 
 if typing.TYPE_CHECKING:
-    from finelip_fast._errors import FineLIPError
     from finelip_fast.checkpoint import load, save
     from finelip_fast.config import FineLIPConfig
+    from finelip_fast.errors import FineLIPError
     from finelip_fast.model import FineLIP
     from finelip_fast.preprocess import Preprocess, open_image
     from finelip_fast.retriever import AddReport, Hit, Retriever
@@ -34,7 +34,7 @@ __all__ = [
 
 # Each comes when it is first asked for: PyTorch takes seconds, in which a command can neither help nor be interrupted.
 _MODULES = {
-    "_errors": ("FineLIPError",),
+    "errors": ("FineLIPError",),
     "checkpoint": ("load", "save"),
     "config": ("FineLIPConfig",),
     "model": ("FineLIP",),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import EngineError, InputError
+from finelip_fast.errors import EngineError, InputError
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from finelip_fast._errors import FineLIPError
 from finelip_fast._terminal import paragraph, printable
+from finelip_fast.errors import FineLIPError
 
 
 def run_command(command: Callable[[], int | None]) -> int:

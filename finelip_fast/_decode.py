@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageFile
 
-from finelip_fast._errors import ImageError, InputError
+from finelip_fast.errors import ImageError, InputError
 
 VARIABLE = "FINELIP_PICTURE_MEMORY"
 _DEFAULT_MEMORY = 1024  # MiB

@@ -49,9 +49,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], model: argparse.Ar
 
 
 def _evaluate(options: argparse.Namespace) -> Any:
-    from finelip_fast._errors import InputError
     from finelip_fast.datasets import open_dataset
     from finelip_fast.engines import open_engine
+    from finelip_fast.errors import InputError
     from finelip_fast.evaluation import evaluate
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):  # better now than after an hour

@@ -29,9 +29,9 @@ def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.Arg
 
 def _explain(options: argparse.Namespace) -> Any:
     from finelip_fast._arguments import find_device
-    from finelip_fast._errors import InputError
     from finelip_fast._files import write_error
     from finelip_fast.checkpoint import load
+    from finelip_fast.errors import InputError
     from finelip_fast.explain import MAPS, explain
 
     if (options.phrase is None) != (options.overlay is None):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finelip_fast._errors import FineLIPError, WriteError
+from finelip_fast.errors import FineLIPError, WriteError
 
 _MAX_NAME = 255  # bytes, of every file system in use
 

@@ -18,8 +18,8 @@ import torch
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
-from finelip_fast._errors import CheckpointError
 from finelip_fast.config import CLIP_MEAN, CLIP_STD, KEEP_POSITIONS, VOCAB_SIZE, FineLIPConfig
+from finelip_fast.errors import CheckpointError
 
 LAYOUTS = "OpenAI CLIP, open_clip, Long-CLIP, FineLIP, transformers' CLIPModel or finelip_fast"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
+from finelip_fast.errors import InputError
 
 INDEX_COMMANDS = tuple(
     f"index {name}"

@@ -12,8 +12,8 @@ import re
 from os import PathLike
 from typing import Any
 
-from finelip_fast._errors import FineLIPError
 from finelip_fast._files import read_bytes
+from finelip_fast.errors import FineLIPError
 
 MAX_BYTES = 1 << 30
 MAX_DEPTH = 64

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from finelip_fast._errors import ConfigError
 from finelip_fast._terminal import printable
+from finelip_fast.errors import ConfigError
 
 NAMES = {
     "length": "what more tokens are worth, and what they cost",

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from finelip_fast import _tensor_pickle
-from finelip_fast._errors import CheckpointError
 from finelip_fast._foreign import some
 from finelip_fast._tensor_pickle import Module, read_pickle
+from finelip_fast.errors import CheckpointError
 
 # All that is read of a zip archive besides its tensors: the pickle, TorchScript's sources, the directory.
 _MAX_RECORDS = 1 << 26

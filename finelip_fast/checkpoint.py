@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from finelip_fast._arguments import find_device, floating_dtype, folder_path, whole_number
-from finelip_fast._errors import CheckpointError, ConfigError, InputError
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._foreign import (
     LAYOUTS,
@@ -41,6 +40,7 @@ from finelip_fast._json import parse_json, read_json
 from finelip_fast._weight_files import damaged_records, read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
+from finelip_fast.errors import CheckpointError, ConfigError, InputError
 from finelip_fast.model import FineLIP
 
 __all__ = [

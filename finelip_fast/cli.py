@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import InputError, KernelError, StoreError
 from finelip_fast._eval_commands import EVAL_COMMANDS
 from finelip_fast._eval_commands import add_commands as add_eval
 from finelip_fast._explain_command import add_command as add_explain
 from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
 from finelip_fast._study_command import add_command as add_study
 from finelip_fast._terminal import paragraph, printable, printable_lines
+from finelip_fast.errors import InputError, KernelError, StoreError
 
 _DEFAULT_INDEX = "finelip-index"
 _PART = 8192  # files that are looked at before the next are

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finelip_fast._errors import ConfigError
+from finelip_fast.errors import ConfigError
 
 # CLIP's own vocabulary and special tokens; zero pads.
 VOCAB_SIZE = 49_408

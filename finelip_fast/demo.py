@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._markup import in_html
 from finelip_fast.datasets import Scenes
+from finelip_fast.errors import InputError
 from finelip_fast.index.store import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall

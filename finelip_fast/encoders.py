@@ -10,8 +10,8 @@ import torch
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
+from finelip_fast.errors import InputError
 
 _MASKED = -1e4
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import CheckpointError, StoreError
 from finelip_fast._terminal import printable
 from finelip_fast.engines import ENGINES, why_not
+from finelip_fast.errors import CheckpointError, StoreError
 from finelip_fast.index import remedies, stored_index
 from finelip_fast.kernels import describe, tuned_settings
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))  # weights of the global cosine, where one is to be chosen
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finelip_fast._errors import InputError
 from finelip_fast.aggregator import TokenAggregator
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
 from finelip_fast._decode import FORMATS, UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
-from finelip_fast._errors import ImageError, InputError
 from finelip_fast.config import CLIP_MEAN, CLIP_STD
+from finelip_fast.errors import ImageError, InputError
 
 __all__ = [
     "FolderScan",

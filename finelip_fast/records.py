@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._markup import in_markdown
 from finelip_fast._terminal import printable
+from finelip_fast.errors import InputError
 
 # A folder with what is in it, at the start of a word or after the colon or equals sign of an option: /home/me/photos
 _ABSOLUTE = re.compile(r"""(?<![^\s:='"])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'"]+[/\\])*([^\s/\\:'"]+)[/\\]?""")

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast import known_checkpoints
 from finelip_fast._arguments import listed, one_of, share, whole_number
-from finelip_fast._errors import EngineError, ImageError, InputError
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.engines.torch import TorchEngine
+from finelip_fast.errors import EngineError, ImageError, InputError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.index import Index, IndexSpec, stored_dtype
 from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import one_of
-from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer

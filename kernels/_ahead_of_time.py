@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, mangle_type
 
-from finelip_fast._errors import InputError, KernelError
+from finelip_fast.errors import InputError, KernelError
 
 
 class Multiprocessor(NamedTuple):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 
 NORMALIZE_EPS = tl.constexpr(1e-12)  # of F.normalize
 # Below every logit, yet finite: lanes without a token then need no guard against inf - inf.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import whole_number
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _cpu, _derivatives
 from finelip_fast.kernels._checks import check_floats
 from finelip_fast.kernels._quantize import quantize

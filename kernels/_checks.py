@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import share
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 
 _COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

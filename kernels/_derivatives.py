@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 
 
 def transformed() -> bool:

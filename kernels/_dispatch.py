@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 
 VARIABLE = "FINELIP_KERNELS"
 

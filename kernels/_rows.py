@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 
 Piece = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
 Rows = Piece | Sequence[Piece]  # a sequence: one after another, all of one dtype, width and device

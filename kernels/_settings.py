@@ -16,10 +16,10 @@ from typing import TypeVar
 
 import torch
 
-from finelip_fast._errors import KernelError
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._json import read_json
 from finelip_fast._typed import typed
+from finelip_fast.errors import KernelError
 
 _MAX_BYTES = 1 << 24
 _LARGEST = 1 << 16  # no block is as large, on any GPU

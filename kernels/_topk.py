@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast._arguments import whole_number
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels._quantize import (
     QuantizedItems,
     cosine_rounding,

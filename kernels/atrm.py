@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _cpu, _derivatives, _dispatch
 from finelip_fast.kernels._checks import check_counts, check_floats
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _derivatives, _dispatch
 from finelip_fast.kernels._checks import check_alpha, check_floats, check_tensor
 from finelip_fast.kernels._quantize import QuantizedItems

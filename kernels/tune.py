@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _atrm_gradient_triton as atrm_gradient
 from finelip_fast.kernels import _atrm_triton as atrm
 from finelip_fast.kernels import _clim_gradient_triton as clim_gradient

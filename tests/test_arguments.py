@@ -23,7 +23,7 @@ from finelip_fast._arguments import (
     strings,
     whole_number,
 )
-from finelip_fast._errors import ConfigError, EngineError, InputError
+from finelip_fast.errors import ConfigError, EngineError, InputError
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])

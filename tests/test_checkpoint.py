@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast.checkpoint as checkpoint
-from finelip_fast._errors import CheckpointError, ConfigError, InputError, WriteError
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, save, verify
 from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
+from finelip_fast.errors import CheckpointError, ConfigError, InputError, WriteError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 
 REPOSITORY = Path(__file__).parent.parent
 WORK = """

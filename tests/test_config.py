@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from finelip_fast._errors import ConfigError, FineLIPError
 from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.errors import ConfigError, FineLIPError
 from finelip_fast.model import FineLIP
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from finelip_fast import _decode
-from finelip_fast._errors import ImageError, InputError
+from finelip_fast.errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess, open_image
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import InputError, WriteError
 from finelip_fast.demo import DemoReport, _seen, run_demo
+from finelip_fast.errors import InputError, WriteError
 from finelip_fast.tokenizer import encode_batch
 
 SCENES = 40

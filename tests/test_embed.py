@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finelip_fast._errors import ImageError, InputError
 from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import TruncationWarning, encode_batch, tokenize
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import InputError, StoreError, WriteError
 from finelip_fast._files import plain_name, read_bytes, write_whole
+from finelip_fast.errors import InputError, StoreError, WriteError
 
 
 @pytest.mark.parametrize("name", ["a", "model.safetensors", "ä ö.bin", "..a", "-rf", "a" * 255])

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finelip_fast._errors import CheckpointError, ConfigError
 from finelip_fast._foreign import config_from_transformers, translate
 from finelip_fast.checkpoint import config_from_open_clip, import_state_dict, stretch_positions
 from finelip_fast.config import CLIP_MEAN, FineLIPConfig
+from finelip_fast.errors import CheckpointError, ConfigError
 
 VISION = {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}

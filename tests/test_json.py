@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
 from finelip_fast._json import MAX_DEPTH, parse_json, read_json
+from finelip_fast.errors import InputError
 
 VALUES = st.recursive(
     st.none()

@@ -12,9 +12,9 @@ import pytest
 
 import finelip_fast
 from finelip_fast import Retriever
-from finelip_fast._errors import StoreError
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.cli import main
+from finelip_fast.errors import StoreError
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.known_checkpoints import checkpoint_of, note
 

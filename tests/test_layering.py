@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
     {
-        *("_command_line", "_decode", "_errors", "_files", "_json", "_markup"),
+        *("_command_line", "_decode", "errors", "_files", "_json", "_markup"),
         *("_arguments", "_tensor_pickle", "_terminal", "_typed", "config"),
     },
     {"kernels"},

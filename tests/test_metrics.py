@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast import metrics
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.metrics import best_ranks, bootstrap_interval, mcnemar, pair_ranks, quality, ranks, recall, summary
 
 SCORES = torch.tensor(

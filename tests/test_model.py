@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import ConfigError, InputError
 from finelip_fast.aggregator import join_windows
 from finelip_fast.config import EOT_TOKEN
 from finelip_fast.encoders import caption_lengths
+from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import ExifTags, Image
 
-from finelip_fast._errors import ImageError, InputError
+from finelip_fast.errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess, list_images, open_image, scan_folder, walk_folder
 
 RED, GREEN, BLUE, YELLOW, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255,) * 3, (0,) * 3

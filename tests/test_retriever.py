@@ -20,9 +20,9 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import AddReport, Hit, Retriever
-from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.engines import why_not
+from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.tokenizer import TruncationWarning
 

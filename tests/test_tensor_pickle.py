@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finelip_fast._errors import CheckpointError
 from finelip_fast._weight_files import damaged_records, read_weights
+from finelip_fast.errors import CheckpointError
 
 # What PyTorch writes ----------------------------------------------------------------------------------------------------
 
@@ -471,7 +471,7 @@ def test_any_header_of_safetensors_is_an_error_or_read(tmp_path_factory, header,
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from finelip_fast._errors import CheckpointError
+from finelip_fast.errors import CheckpointError
 from finelip_fast._weight_files import read_weights
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.errors import InputError
 from finelip_fast.tokenizer import (
     MAX_CHARACTERS,
     TruncationWarning,

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finelip_fast._errors import CheckpointError
 from finelip_fast._weight_files import read_weights
+from finelip_fast.errors import CheckpointError
 
 
 class Node(nn.Module):

@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 
 import torch
 
-from finelip_fast._errors import ConfigError
 from finelip_fast._json import read_json
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
+from finelip_fast.errors import ConfigError
 from finelip_fast.training.losses import Criterion, LossTerm
 from finelip_fast.training.shards import shard_names
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from finelip_fast._errors import ConfigError, ImageError, TrainingError
 from finelip_fast._json import parse_json
 from finelip_fast._terminal import printable
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.encoders import caption_lengths
+from finelip_fast.errors import ConfigError, ImageError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
 from finelip_fast.training.shards import PICTURES, shard_names, shard_samples

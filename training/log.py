@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import TrainingError
 from finelip_fast._files import read_bytes, write_error, write_whole
 from finelip_fast._json import parse_json
+from finelip_fast.errors import TrainingError
 
 _MAX_BYTES = 1 << 30
 

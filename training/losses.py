@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import ConfigError
+from finelip_fast.errors import ConfigError
 from finelip_fast.kernels import clim_scores
 
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from finelip_fast._decode import open_without_waiting
-from finelip_fast._errors import ConfigError, FineLIPError, TrainingError
 from finelip_fast._terminal import printable
+from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
 
 PICTURES, CAPTIONS = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finelip_fast._errors import EngineError
 from finelip_fast._files import plain_name
 from finelip_fast.artefacts.onnx import INSTALL
 from finelip_fast.config import FineLIPConfig
+from finelip_fast.errors import EngineError
 
 try:
     import onnx

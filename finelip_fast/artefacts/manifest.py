@@ -22,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finelip_fast._errors import EngineError
 from finelip_fast._files import plain_name, read_bytes, write_whole
 from finelip_fast._json import read_json
+from finelip_fast.errors import EngineError
 from finelip_fast.kernels._settings import cache_folder
 
 FORMAT = "finelip_fast_export/1"

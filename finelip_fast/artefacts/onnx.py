@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import EngineError
+from finelip_fast.errors import EngineError
 
 if TYPE_CHECKING:
     import onnxruntime

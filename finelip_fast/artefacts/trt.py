@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import EngineError
+from finelip_fast.errors import EngineError
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 INSTALL = "pip install 'finelip-fast[trt]', or on GeForce and RTX cards pip install 'finelip-fast[trt-rtx]'"

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
 from finelip_fast.datasets.published import (
     read_coco,
@@ -17,6 +16,7 @@ from finelip_fast.datasets.published import (
     read_urban1k,
 )
 from finelip_fast.datasets.scenes import Scene, Scenes
+from finelip_fast.errors import InputError
 
 _WHOLE = {"urban1k": read_urban1k, "coco": read_coco, "long-dci": read_long_dci}
 _IN_SPLITS = {"docci": read_docci, "dci": read_dci, "flickr30k": read_flickr30k}

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
+from finelip_fast.errors import InputError
 
 _MAX_BYTES = 1 << 32  # ShareGPT4V's 1.2 million records take a third of it
 _MAX_PATH = 4096  # characters, which no system takes more of

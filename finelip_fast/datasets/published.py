@@ -16,9 +16,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finelip_fast._errors import InputError
 from finelip_fast._json import parse_json
 from finelip_fast.datasets.json_files import picture_name, read_text
+from finelip_fast.errors import InputError
 
 Pairs = list[tuple[Path, str]]
 Key = TypeVar("Key", bound=Hashable)

@@ -22,7 +22,6 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from finelip_fast._arguments import one_of
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import _scene_drawing as drawing
 from finelip_fast.datasets import _scene_words as words
 from finelip_fast.datasets._scene_content import (
@@ -36,6 +35,7 @@ from finelip_fast.datasets._scene_content import (
     Vehicle,
     family,
 )
+from finelip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast import _errors
-from finelip_fast._errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast import errors as _errors
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.distributed.cluster import cluster, told
 from finelip_fast.engines import Engine, open_engine
+from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.index import Index, Written
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from finelip_fast._errors import EngineError
+from finelip_fast.errors import EngineError
 
 # Embeddings go through files, so little passes through Ray's own memory; bytes.
 _OBJECT_STORE = 128 << 20

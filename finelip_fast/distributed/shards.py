@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
 from finelip_fast.distributed.cluster import cluster, told
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import EngineError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.errors import EngineError
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import Overflow

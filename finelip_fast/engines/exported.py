@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast._errors import EngineError
 from finelip_fast.artefacts.manifest import Export, rebuild_command
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines.base import Engine
+from finelip_fast.errors import EngineError
 from finelip_fast.model import check_ids, check_pixels
 
 # Of a file beside a checkpoint, so that none fills the memory: twice the weights in float32, and what else it may hold.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from finelip_fast._arguments import find_device
-from finelip_fast._errors import EngineError
 from finelip_fast.artefacts import graph
 from finelip_fast.artefacts.manifest import Export, rebuild_command
 from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
 from finelip_fast.engines.exported import ExportedEngine
+from finelip_fast.errors import EngineError
 
 
 class OnnxEngine(ExportedEngine):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from finelip_fast._arguments import find_device
-from finelip_fast._errors import EngineError
 from finelip_fast.artefacts import trt
 from finelip_fast.artefacts.manifest import Export, Manifest, find, rebuild_command
 from finelip_fast.artefacts.trt import TrtPlan, expected_options
 from finelip_fast.engines.exported import ExportedEngine
+from finelip_fast.errors import EngineError
 
 
 class TrtEngine(ExportedEngine):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from finelip_fast._errors import InputError
 from finelip_fast._terminal import printable
+from finelip_fast.errors import InputError
 from finelip_fast.evaluation.result import WAYS, Evaluation, Row, read_evaluation
 from finelip_fast.metrics import bootstrap_interval, mcnemar
 from finelip_fast.records import markdown_table

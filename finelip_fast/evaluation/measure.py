@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import PairDataset
 from finelip_fast.engines import Engine
+from finelip_fast.errors import InputError
 from finelip_fast.evaluation.cache import PartFolder, StoredRows, embed_in_parts
 from finelip_fast.evaluation.ranking import tiled_ranks
 from finelip_fast.evaluation.result import SCORES, WAYS, Evaluation, Row, Sweep

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 
 # A pair's own score and its tile come from calls of different shapes, which may add the products in another order: equal

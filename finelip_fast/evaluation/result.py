@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json
 from finelip_fast._terminal import printable
 from finelip_fast._typed import typed
+from finelip_fast.errors import InputError
 from finelip_fast.metrics import bootstrap_interval, quality, summary
 
 WAYS = ("i2t", "t2i")

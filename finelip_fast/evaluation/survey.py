@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import PairDataset
+from finelip_fast.errors import InputError
 
 
 @dataclass(frozen=True)

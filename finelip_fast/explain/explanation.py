@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast._errors import InputError
 from finelip_fast._terminal import printable
+from finelip_fast.errors import InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finelip_fast._errors import InputError
 from finelip_fast._files import write_whole
 from finelip_fast._markup import in_html
 from finelip_fast._terminal import printable
+from finelip_fast.errors import InputError
 from finelip_fast.explain.explanation import MAPS
 
 if TYPE_CHECKING:

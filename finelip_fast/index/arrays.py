@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
 from finelip_fast._files import write_whole
 from finelip_fast._json import parse_json
+from finelip_fast.errors import StoreError
 
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8, "I64": torch.int64}
 _ALIGNMENT = 64  # bytes, a cache line

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finelip_fast._errors import StoreError
 from finelip_fast._files import plain_name
 from finelip_fast._json import MAX_DEPTH, check_value, parse_json
+from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies, schema
 from finelip_fast.index.database import Connection, Database
 from finelip_fast.index.filters import compile_filter

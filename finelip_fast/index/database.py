@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 
 # How long a statement may take, and how long another writer is waited for: one that compacts takes its time.

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import whole_number
-from finelip_fast._errors import EngineError, InputError, StoreError, WriteError
 from finelip_fast._json import parse_json
+from finelip_fast.errors import EngineError, InputError, StoreError, WriteError
 from finelip_fast.index.arrays import (
     array_checksums,
     file_checksums,

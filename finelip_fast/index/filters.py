@@ -36,7 +36,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 
 _DEEPEST = 50  # SQLite before 3.46 parses with a stack of 100, and the query around it needs some
 _LONGEST = 200  # comparisons: a chain of and is as deep as it is long, and SQLite's limit is 1,000, with queries around

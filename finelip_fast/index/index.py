@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from finelip_fast._arguments import share, whole_number
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item

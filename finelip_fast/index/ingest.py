@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
-from finelip_fast._errors import InputError
 from finelip_fast._terminal import printable
+from finelip_fast.errors import InputError
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing, as_json
 from finelip_fast.preprocess import walk_folder

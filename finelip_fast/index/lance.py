@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import listed, matrices
-from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._json import check_value, parse_json
+from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.index import Found
 from finelip_fast.index.segments import checksums

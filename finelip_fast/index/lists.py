@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finelip_fast._errors import StoreError, WriteError
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
+from finelip_fast.errors import StoreError, WriteError
 from finelip_fast.index.arrays import write_locked
 
 _LARGEST = 1 << 32  # bytes of a list

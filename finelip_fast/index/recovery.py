@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from finelip_fast._errors import FineLIPError, StoreError
 from finelip_fast._files import sync_folder, write_whole
+from finelip_fast.errors import FineLIPError, StoreError
 from finelip_fast.index import upkeep
 from finelip_fast.index.catalogue import Catalogue, SegmentRow, read_spec
 from finelip_fast.index.lists import Listed, read_list

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import StoreError, WriteError
 from finelip_fast._files import plain_name
+from finelip_fast.errors import StoreError, WriteError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
     Contents,

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import find_device, folder_path, listed, matrices, one_of, share, strings, whole_number
-from finelip_fast._errors import FineLIPError, InputError, StoreError
 from finelip_fast._files import plain_name, sync_folder
 from finelip_fast._json import MAX_DEPTH
+from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec

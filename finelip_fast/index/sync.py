@@ -13,7 +13,7 @@ from contextlib import closing
 from os import PathLike
 from typing import Any
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index

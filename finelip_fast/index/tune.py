@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.index.index import Index
 from finelip_fast.index.search import Mode, Tuning, best_rows
 from finelip_fast.index.view import View

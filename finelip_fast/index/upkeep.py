@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finelip_fast._arguments import folder_path
-from finelip_fast._errors import InputError, StoreError
 from finelip_fast._files import plain_name, write_error
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
     UnavailableError,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item, Layout
 from finelip_fast.index.segments import Segment

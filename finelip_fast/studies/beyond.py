@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finelip_fast._errors import InputError
 from finelip_fast.engines import Engine
+from finelip_fast.errors import InputError
 from finelip_fast.records import Plot, Record, Table
 from finelip_fast.studies.setting import Setting, medians_ms, text_to_image
 from finelip_fast.tokenizer import encode_batch, expected_truncation

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from random import Random
 
-from finelip_fast._errors import InputError
 from finelip_fast.engines import Engine
+from finelip_fast.errors import InputError
 from finelip_fast.records import Plot, Record, Table
 from finelip_fast.studies.setting import Setting, text_to_image
 from finelip_fast.tokenizer import encode_batch, expected_truncation

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finelip_fast._errors import EngineError
 from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.checkpoint import load
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.engines.onnx import OnnxEngine
+from finelip_fast.errors import EngineError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.studies.setting import Setting, median_ms, medians_ms, peak_memory

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import PairDataset, open_dataset
 from finelip_fast.engines import Engine
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import bootstrap_interval, pair_ranks, summary
 from finelip_fast.records import Series

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import EngineError
 from finelip_fast.artefacts.manifest import (
     Export,
     Manifest,
@@ -17,6 +16,7 @@ from finelip_fast.artefacts.manifest import (
     read,
     rebuild_command,
 )
+from finelip_fast.errors import EngineError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import Example, Scenes, open_dataset
+from finelip_fast.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
+from finelip_fast.errors import InputError
 
 
 def write_lines(path, *lines):

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets import Example, open_dataset
 from finelip_fast.datasets.published import (
     read_coco,
@@ -22,6 +21,7 @@ from finelip_fast.datasets.published import (
     read_long_dci,
     read_urban1k,
 )
+from finelip_fast.errors import InputError
 
 NAMES = ("1", "10", "2", "a b", "é")  # as they sort; not as numbers do
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
 from finelip_fast.datasets.scenes import FAMILY_SIZE, VARIANTS, Scenes
+from finelip_fast.errors import InputError
 
 PALETTE = {
     "red": (207, 62, 58),

@@ -19,9 +19,9 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast import Retriever
-from finelip_fast._errors import EngineError, FineLIPError, InputError
 from finelip_fast.cli import main
 from finelip_fast.distributed import bulk, index_images
+from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.index import Index, stored_index
 
 COUNT = 26

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from finelip_fast._errors import EngineError
 from finelip_fast.distributed import Shards, index_images
 from finelip_fast.distributed.cluster import _connect, cluster
+from finelip_fast.errors import EngineError
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
 from finelip_fast.distributed import Shards, ShardsFound
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec
 
 SPEC = IndexSpec(checkpoint="abc", tokens=5, width=64, alpha=0.6)

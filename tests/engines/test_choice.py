@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import finelip_fast
-from finelip_fast._errors import EngineError, InputError
 from finelip_fast.artefacts.manifest import read
 from finelip_fast.engines import choice, open_engine
 from finelip_fast.engines.choice import Candidate, fastest
+from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 
 CONTEXT = 24

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import finelip_fast
-from finelip_fast._errors import CheckpointError, EngineError, InputError
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.engines import ENGINES, Engine, open_engine, why_not
+from finelip_fast.errors import CheckpointError, EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.export.to_trt import export_trt
 from finelip_fast.tokenizer import TruncationWarning, encode_batch

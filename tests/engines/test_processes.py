@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import finelip_fast
-from finelip_fast._errors import EngineError
 from finelip_fast.engines import open_engine
+from finelip_fast.errors import EngineError
 from finelip_fast.export.to_onnx import export_onnx
 
 TEXTS = ["a red house", "a cat"]

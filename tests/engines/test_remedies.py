@@ -16,11 +16,11 @@ import pytest
 
 import finelip_fast
 from finelip_fast import cli
-from finelip_fast._errors import EngineError, FineLIPError
 from finelip_fast.artefacts import onnx as onnx_runtime
 from finelip_fast.artefacts import trt as trt_runtime
 from finelip_fast.artefacts.manifest import file_hash, rebuild_command
 from finelip_fast.engines import open_engine
+from finelip_fast.errors import EngineError, FineLIPError
 from finelip_fast.export import to_trt
 from finelip_fast.export.to_onnx import export_onnx
 

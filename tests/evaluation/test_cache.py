@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from finelip_fast._errors import WriteError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example
 from finelip_fast.engines import Engine
+from finelip_fast.errors import WriteError
 from finelip_fast.evaluation import Evaluation, cache, evaluate
 from finelip_fast.evaluation.cache import PartFolder, StoredRows
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import FineLIPError, InputError, WriteError
 from finelip_fast.cli import main
+from finelip_fast.errors import FineLIPError, InputError, WriteError
 from finelip_fast.evaluation import Evaluation, Row, Sweep, compare, read_evaluation
 
 SHARED = [0] * 5 + [1] * 5  # ten captions of two pictures

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast._errors import ImageError, InputError, WriteError
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example, open_dataset
 from finelip_fast.engines import Engine, open_engine
+from finelip_fast.errors import ImageError, InputError, WriteError
 from finelip_fast.evaluation import Sweep, evaluate, read_evaluation
 from finelip_fast.evaluation.survey import survey
 from finelip_fast.metrics import ranks, recall

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.evaluation.ranking import TOLERANCE, tiled_ranks
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import pair_ranks

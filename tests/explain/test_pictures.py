@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import finelip_fast
-from finelip_fast._errors import WriteError
 from finelip_fast.cli import main
 from finelip_fast.datasets import Scenes
+from finelip_fast.errors import WriteError
 from finelip_fast.explain import MAPS, Explanation, explain
 from finelip_fast.model import FineLIP
 

@@ -12,8 +12,8 @@ import torch
 from onnx import ModelProto, numpy_helper
 from PIL import Image
 
-from finelip_fast._errors import EngineError, InputError
 from finelip_fast.encoders import caption_lengths
+from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, precision, quantize
 from finelip_fast.model import FineLIP
 

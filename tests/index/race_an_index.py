@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.store import Written

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finelip_fast._errors import FineLIPError, StoreError
+from finelip_fast.errors import FineLIPError, StoreError
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.kernels import clim_scores
 

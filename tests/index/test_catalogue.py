@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index import database
 from finelip_fast.index.catalogue import Catalogue, Item, SegmentRow, read_spec
 from finelip_fast.index.schema import FORMAT, seal

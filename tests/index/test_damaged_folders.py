@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import EngineError, FineLIPError
+from finelip_fast.errors import EngineError, FineLIPError
 from finelip_fast.index import Index, IndexSpec, stored_index
 
 EXAMPLES = settings.get_profile("fuzz").max_examples // 4  # each searches, checks, copies and repairs a folder

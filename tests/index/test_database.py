@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import FineLIPError, InputError, StoreError
+from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 from finelip_fast.index.schema import FORMAT, seal, seal_item
 
@@ -389,7 +389,7 @@ def test_few_files_may_be_open(folder: Path) -> None:
     script = f"""
 import resource, os
 from finelip_fast.index import stored_index
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 import torch
 index = stored_index({str(folder)!r})
 files = []

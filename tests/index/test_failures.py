@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
 from finelip_fast.cli import main
+from finelip_fast.errors import StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 
 SPEC = IndexSpec(checkpoint="abc", tokens=4, width=64)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.index.filters import compile_filter, field_expression
 
 

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
 from finelip_fast.cli import main
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 from finelip_fast.index import lance as stores
 from finelip_fast.index.lance import LanceStore, open_store

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index.arrays import remove_abandoned, write_arrays
 from finelip_fast.index.lists import Listed, list_path, read_list, write_list
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finelip_fast._errors import StoreError
 from finelip_fast.cli import main
+from finelip_fast.errors import StoreError
 from finelip_fast.index import Index, IndexSpec, restore, stored_index
 from finelip_fast.index.lists import list_path, read_list
 

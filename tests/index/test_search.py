@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.index import Index, IndexSpec, faiss
 from finelip_fast.index.arrays import array_checksums, map_arrays, read_contents, write_arrays
 from finelip_fast.index.plan import Rates, measure, plan

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finelip_fast._errors import StoreError
+from finelip_fast.errors import StoreError
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.segments import Segment, encode, joined, open_segment, write_segment
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items

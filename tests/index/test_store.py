@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, Written, stored_source
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.index.segments import encode, write_segment

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finelip_fast._errors import InputError, StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, upkeep
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import atrm
 from finelip_fast.kernels.atrm import atrm_reference
 

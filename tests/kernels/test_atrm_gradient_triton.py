@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 from finelip_fast.kernels import _atrm_gradient_triton as kernels
 from finelip_fast.kernels._atrm_gradient_triton import AtrmGradientSettings, gradient
 

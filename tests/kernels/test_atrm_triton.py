@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 from finelip_fast.kernels import _atrm_triton as kernels
 from finelip_fast.kernels._atrm_triton import AtrmSettings, aggregate, aggregate_folded, fold
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _candidates, _cpu, _rows, cosine_candidates, quantize
 
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 from finelip_fast.kernels import (
     _clim_gradient,
     atrm,

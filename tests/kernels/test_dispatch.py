@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 from finelip_fast.kernels import _dispatch, atrm, clim_scores, describe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

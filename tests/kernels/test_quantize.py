@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _quantize
 from finelip_fast.kernels._clim_cpu import scores
 from finelip_fast.kernels._quantize import error_bound, error_terms, quantize, quantize_items

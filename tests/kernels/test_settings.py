@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import KernelError
+from finelip_fast.errors import KernelError
 from finelip_fast.kernels import _settings
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _rows, _topk, clim_topk, clim_topk_int8, quantize
 from finelip_fast.kernels._clim_cpu import scores
 from finelip_fast.kernels._quantize import QuantizedItems, error_terms, quantize_items

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from finelip_fast._errors import InputError
+from finelip_fast.errors import InputError
 from finelip_fast.kernels import _settings, tune
 from finelip_fast.kernels.tune import Case
 

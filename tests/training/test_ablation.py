@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from finelip_fast import checkpoint, tokenize
-from finelip_fast._errors import ConfigError
 from finelip_fast.config import FineLIPConfig
+from finelip_fast.errors import ConfigError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.training.ablation import command as ablation

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import ConfigError
 from finelip_fast.config import PRESETS
+from finelip_fast.errors import ConfigError
 from finelip_fast.training.config import RECIPES, TrainConfig, from_arguments, load_recipe
 from finelip_fast.training.losses import LossTerm
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finelip_fast._errors import ConfigError, TrainingError
 from finelip_fast.datasets import Example, Region
+from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import tokenize
 from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast._errors import TrainingError, WriteError
+from finelip_fast.errors import TrainingError, WriteError
 from finelip_fast.training.log import Log
 
 SOUND = b'{"step": 1, "loss": 0.5}'

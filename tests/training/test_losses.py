@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finelip_fast._errors import ConfigError
+from finelip_fast.errors import ConfigError
 from finelip_fast.training.losses import (
     LOSSES,
     SCORES,

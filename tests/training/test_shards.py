@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finelip_fast._errors import ConfigError, FineLIPError, TrainingError
+from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.training import shards as module
 from finelip_fast.training.config import TrainConfig, from_arguments, load_recipe

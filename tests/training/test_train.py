@@ -21,11 +21,11 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast import checkpoint
-from finelip_fast._errors import CheckpointError, ConfigError, TrainingError, WriteError
 from finelip_fast._weight_files import read_weights
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.cli import main as finelip
 from finelip_fast.config import PRESETS, FineLIPConfig
+from finelip_fast.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from finelip_fast.model import FineLIP
 from finelip_fast.training import train as training
 from finelip_fast.training.config import TrainConfig

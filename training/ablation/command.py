@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from finelip_fast._command_line import run_command
-from finelip_fast._errors import ConfigError
+from finelip_fast.errors import ConfigError
 from finelip_fast.training.ablation.record import record
 from finelip_fast.training.ablation.runs import choose_rates, run
 from finelip_fast.training.ablation.variants import GROUPS, Variant

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finelip_fast._errors import ConfigError
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json
 from finelip_fast._typed import typed
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
+from finelip_fast.errors import ConfigError
 from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Table, commit
