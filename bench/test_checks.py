@@ -23,12 +23,12 @@ from inputs import TOKENS, WIDTH, unit_rows
 from torch import Tensor
 
 from finelip_fast import FineLIPConfig, checkpoint
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.engines import open_engine
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.index import Index, IndexSpec
 from finelip_fast.index.view import View
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.onnx import OnnxGraph
 
 COUNT = int(os.environ.get("FINELIP_BENCH_CHECKED", 5_000))
 SPEC = IndexSpec("bench", TOKENS, WIDTH)

@@ -23,8 +23,6 @@ from inputs import DEVICE, ON_GPU
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast.artefacts import onnx, trt
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.datasets import Scenes
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.export import graphs, parity, quantize
@@ -32,6 +30,8 @@ from finelip_fast.export.plans import Builder, build_plan
 from finelip_fast.export.precision import in_half
 from finelip_fast.export.to_trt import input_shapes, profile_batches
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes import onnx, trt
+from finelip_fast.runtimes.onnx import OnnxGraph
 from finelip_fast.tokenizer import encode_batch
 
 BATCHES = (1, 32)

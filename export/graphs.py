@@ -1,6 +1,6 @@
 """The model as ONNX graphs in float32: what the other precisions are made from.
 
-Which there are, and what they take and give, is in :mod:`finelip_fast.artefacts.graph`.
+Which there are, and what they take and give, is in :mod:`finelip_fast.runtimes.graph`.
 Encoder, aggregation and L2 norms are inside, row 0 of an embedding is the global one. ``length`` is 1 to the context.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from finelip_fast._files import write_error
-from finelip_fast.artefacts.graph import Port, interface
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.graph import Port, interface
 
 OPSET = 20  # the first with Gelu as one operation
 LEAST_OPSET = 18

@@ -27,7 +27,6 @@ from onnx import ModelProto
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast.artefacts.graph import interface_problems
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.encoders import caption_lengths
@@ -36,6 +35,7 @@ from finelip_fast.export import inspection
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.graph import interface_problems
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 PAIRS = "scenes:test:200"

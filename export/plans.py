@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finelip_fast._files import read_bytes, write_whole
-from finelip_fast.artefacts import trt as runtime
 from finelip_fast.errors import EngineError
 from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.runtimes import trt as runtime
 
 
 class Builder(NamedTuple):

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from finelip_fast.artefacts.onnx import load_onnxruntime, session_options
 from finelip_fast.export.graphs import write
+from finelip_fast.runtimes.onnx import load_onnxruntime, session_options
 
 LEAST_COLUMNS = 128
 GREATEST = 127

@@ -30,7 +30,11 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
 from finelip_fast._files import write_error
-from finelip_fast.artefacts.manifest import (
+from finelip_fast.errors import EngineError, FineLIPError, InputError
+from finelip_fast.export import graphs, parity, quantize
+from finelip_fast.export.precision import HALF, in_half, rounding_twin
+from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.manifest import (
     PRECISIONS,
     Export,
     Manifest,
@@ -39,11 +43,7 @@ from finelip_fast.artefacts.manifest import (
     installed,
     read,
 )
-from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, has_cuda
-from finelip_fast.errors import EngineError, FineLIPError, InputError
-from finelip_fast.export import graphs, parity, quantize
-from finelip_fast.export.precision import HALF, in_half, rounding_twin
-from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, has_cuda
 
 EXTRAS = ("image_uint8", "scorer")
 CALIBRATION = "scenes:val:64"

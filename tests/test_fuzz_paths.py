@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 
 from finelip_fast import FineLIP, FineLIPError, Retriever, load, open_image, save
-from finelip_fast.artefacts import manifest
 from finelip_fast.checkpoint import convert, fingerprint
 from finelip_fast.datasets.base import open_dataset
 from finelip_fast.evaluation.compare import compare
 from finelip_fast.evaluation.result import read_evaluation
 from finelip_fast.index import stored_index
+from finelip_fast.runtimes import manifest
 from finelip_fast.training.config import load_recipe
 
 SECONDS = 10

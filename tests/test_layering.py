@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels"},
     {
         *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),
-        *("embed", "metrics", "records", "datasets", "artefacts"),
+        *("embed", "metrics", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},
     {"explain", "known_checkpoints"},  # of the model alone, and of the index; the retriever offers both

@@ -86,4 +86,4 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
     ]
     importing = {path.relative_to(folder).as_posix(): len(pattern.findall(path.read_text())) for path in sources}
     # The other one there is for type checkers.
-    assert {path: count for path, count in importing.items() if count} == {"finelip_fast/artefacts/onnx.py": 2}
+    assert {path: count for path, count in importing.items() if count} == {"finelip_fast/runtimes/onnx.py": 2}

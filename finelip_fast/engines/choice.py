@@ -23,12 +23,12 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device, one_of, whole_number
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json
-from finelip_fast.artefacts import manifest, onnx, trt
-from finelip_fast.artefacts.manifest import Export
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
 from finelip_fast.engines.base import ENGINES, Engine
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.runtimes import manifest, onnx, trt
+from finelip_fast.runtimes.manifest import Export
 
 _ROUNDS = 3
 

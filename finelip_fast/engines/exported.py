@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast.artefacts.manifest import Export, rebuild_command
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines.base import Engine
 from finelip_fast.errors import EngineError
 from finelip_fast.model import check_ids, check_pixels
+from finelip_fast.runtimes.manifest import Export, rebuild_command
 
 # Of a file beside a checkpoint, so that none fills the memory: twice the weights in float32, and what else it may hold.
 _BYTES_A_WEIGHT = 8

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from finelip_fast._arguments import find_device
-from finelip_fast.artefacts import graph
-from finelip_fast.artefacts.manifest import Export, rebuild_command
-from finelip_fast.artefacts.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
 from finelip_fast.engines.exported import ExportedEngine
 from finelip_fast.errors import EngineError
+from finelip_fast.runtimes import graph
+from finelip_fast.runtimes.manifest import Export, rebuild_command
+from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
 
 
 class OnnxEngine(ExportedEngine):
@@ -21,7 +21,7 @@ class OnnxEngine(ExportedEngine):
 
     Args:
         checkpoint: As :func:`finelip_fast.load` takes it.
-        export: Which graphs; see :func:`finelip_fast.artefacts.manifest.find`.
+        export: Which graphs; see :func:`finelip_fast.runtimes.manifest.find`.
         device: None takes a GPU if there is one and ONNX Runtime was built for it.
         threads: For products on the CPU; None: as many as PyTorch uses.
         reason: Why this engine was chosen.

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from finelip_fast._arguments import find_device
-from finelip_fast.artefacts import trt
-from finelip_fast.artefacts.manifest import Export, Manifest, find, rebuild_command
-from finelip_fast.artefacts.trt import TrtPlan, expected_options
 from finelip_fast.engines.exported import ExportedEngine
 from finelip_fast.errors import EngineError
+from finelip_fast.runtimes import trt
+from finelip_fast.runtimes.manifest import Export, Manifest, find, rebuild_command
+from finelip_fast.runtimes.trt import TrtPlan, expected_options
 
 
 class TrtEngine(ExportedEngine):
@@ -20,7 +20,7 @@ class TrtEngine(ExportedEngine):
 
     Args:
         checkpoint: As :func:`finelip_fast.load` takes it.
-        export: Which plans; see :func:`finelip_fast.artefacts.manifest.find`.
+        export: Which plans; see :func:`finelip_fast.runtimes.manifest.find`.
         device: A CUDA device; None takes the current one.
         precision: What the plans must be; None: whatever they are.
         profile: The optimisation profile that they must have, by its name; None: whichever it is.

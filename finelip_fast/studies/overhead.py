@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.checkpoint import load
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.engines import Engine, open_engine
@@ -18,6 +17,7 @@ from finelip_fast.engines.onnx import OnnxEngine
 from finelip_fast.errors import EngineError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.runtimes.onnx import OnnxGraph
 from finelip_fast.studies.setting import Setting, median_ms, medians_ms, peak_memory
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
@@ -134,7 +134,7 @@ def clip_alone(path: Path) -> bytes:
     """An exported graph up to the global feature: the first of the rows that it puts together before it scales them."""
     import onnx
 
-    from finelip_fast.artefacts.graph import parse
+    from finelip_fast.runtimes.graph import parse
 
     graph = onnx.shape_inference.infer_shapes(parse(path.read_bytes(), path.name))
     made_by = {name: node for node in graph.graph.node for name in node.output}

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import finelip_fast
-from finelip_fast.artefacts.manifest import read
 from finelip_fast.engines import choice, open_engine
 from finelip_fast.engines.choice import Candidate, fastest
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
+from finelip_fast.runtimes.manifest import read
 
 CONTEXT = 24
 PAIRS = "scenes:test:8"

@@ -35,7 +35,7 @@ def reference(model: FineLIP) -> parity.Reference:
 @pytest.fixture(scope="session")
 def prove(reference: parity.Reference) -> Callable[..., parity.Report]:
     """Puts graphs, as ONNX Runtime runs them, to the gate."""
-    from finelip_fast.artefacts.onnx import OnnxGraph
+    from finelip_fast.runtimes.onnx import OnnxGraph
 
     def run(image: ModelProto, text: ModelProto, precision: str = "fp32", **more: ModelProto) -> parity.Report:
         graphs_ = {"image": image, "text": text, **more}

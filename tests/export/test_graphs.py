@@ -9,10 +9,10 @@ import onnx
 import pytest
 import torch
 
-from finelip_fast.artefacts.graph import interface_problems
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.export import graphs
 from finelip_fast.export.parity import levels
+from finelip_fast.runtimes.graph import interface_problems
+from finelip_fast.runtimes.onnx import OnnxGraph
 
 
 @pytest.mark.parametrize("name", ["image", "text", "image_uint8", "scorer"])

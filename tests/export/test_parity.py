@@ -71,7 +71,7 @@ def test_an_overflow_is_refused(make_model):
         wild.text.transformer.resblocks[0].mlp.c_fc.weight.mul_(1e5)
         wild.text.transformer.resblocks[0].mlp.c_proj.weight.mul_(1e-5)
     own = parity.Reference(wild, "scenes:test:70", progress=False)
-    from finelip_fast.artefacts.onnx import OnnxGraph
+    from finelip_fast.runtimes.onnx import OnnxGraph
 
     halves = {name: precision.in_half(graphs.build(wild, name), "fp16") for name in ("image", "text")}
     twins = {name: precision.rounding_twin(proto) for name, proto in halves.items()}

@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from finelip_fast.artefacts import trt as runtime
 from finelip_fast.errors import EngineError
 from finelip_fast.export.plans import Builder, build_plan, capability
 from finelip_fast.export.precision import in_half
 from finelip_fast.export.quantize import calibrated
+from finelip_fast.runtimes import trt as runtime
 
 trt = pytest.importorskip("tensorrt_rtx")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.export.precision import HALF, PRODUCTS, in_half, rounding_twin
+from finelip_fast.runtimes.onnx import OnnxGraph
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 

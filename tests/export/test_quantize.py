@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.export import quantize
 from finelip_fast.export.precision import in_half
+from finelip_fast.runtimes.onnx import OnnxGraph
 
 CPU = torch.device("cpu")
 

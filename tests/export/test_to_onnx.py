@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import finelip_fast
-from finelip_fast.artefacts.manifest import find, read
-from finelip_fast.artefacts.onnx import OnnxGraph
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.errors import CheckpointError, EngineError, InputError
 from finelip_fast.export import graphs, parity, to_onnx
 from finelip_fast.export.to_onnx import export_onnx
+from finelip_fast.runtimes.manifest import find, read
+from finelip_fast.runtimes.onnx import OnnxGraph
 
 CONTEXT = 24
 PAIRS = "scenes:test:8"

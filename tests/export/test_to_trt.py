@@ -18,12 +18,12 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import checkpoint as checkpoints
-from finelip_fast.artefacts import trt as runtime
-from finelip_fast.artefacts.manifest import Manifest, exports_folder, file_hash, find, read
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, to_onnx, to_trt
 from finelip_fast.export import precision as half
 from finelip_fast.export.to_trt import Builder, export_trt, prove_trt
+from finelip_fast.runtimes import trt as runtime
+from finelip_fast.runtimes.manifest import Manifest, exports_folder, file_hash, find, read
 
 trt = pytest.importorskip("tensorrt_rtx")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import finelip_fast
-from finelip_fast.artefacts.manifest import find, read
 from finelip_fast.engines import open_engine
 from finelip_fast.errors import EngineError, WriteError
 from finelip_fast.export import graphs, to_onnx, to_trt
 from finelip_fast.export.to_onnx import being_written, export_onnx
+from finelip_fast.runtimes.manifest import find, read
 
 resource = pytest.importorskip("resource", reason="limits of files are Unix's")
 

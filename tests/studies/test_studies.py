@@ -16,11 +16,11 @@ from torch import Tensor
 
 from finelip_fast import checkpoint
 from finelip_fast._study_command import NAMES
-from finelip_fast.artefacts.onnx import OnnxGraph, adds_bytes_exactly
 from finelip_fast.cli import main
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import EngineError
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.onnx import OnnxGraph, adds_bytes_exactly
 from finelip_fast.studies import STUDIES, Setting
 from finelip_fast.studies.noise import NOISES, irrelevant, sentences
 from finelip_fast.studies.overhead import clip_alone

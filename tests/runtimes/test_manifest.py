@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast.artefacts.manifest import (
+from finelip_fast.errors import EngineError
+from finelip_fast.runtimes.manifest import (
     Export,
     Manifest,
     exports_folder,
@@ -16,7 +17,6 @@ from finelip_fast.artefacts.manifest import (
     read,
     rebuild_command,
 )
-from finelip_fast.errors import EngineError
 
 
 @pytest.fixture

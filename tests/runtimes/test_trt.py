@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finelip_fast.artefacts import trt as runtime
-from finelip_fast.artefacts.trt import Machine, Recent, TrtPlan, choose_profile, expected_options
 from finelip_fast.errors import EngineError
+from finelip_fast.runtimes import trt as runtime
+from finelip_fast.runtimes.trt import Machine, Recent, TrtPlan, choose_profile, expected_options
 
 HERE = Machine("tensorrt", "10.9.0.34", "NVIDIA H100", "9.0")
 

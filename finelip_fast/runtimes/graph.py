@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from finelip_fast._files import plain_name
-from finelip_fast.artefacts.onnx import INSTALL
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import EngineError
+from finelip_fast.runtimes.onnx import INSTALL
 
 try:
     import onnx

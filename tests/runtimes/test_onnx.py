@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finelip_fast.artefacts import onnx as runtime
-from finelip_fast.artefacts.onnx import OnnxGraph, adds_bytes_exactly, session_options
 from finelip_fast.errors import EngineError
+from finelip_fast.runtimes import onnx as runtime
+from finelip_fast.runtimes.onnx import OnnxGraph, adds_bytes_exactly, session_options
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
