@@ -27,11 +27,11 @@ import record
 import torch
 from torch import Tensor
 
-from finelip_fast.kernels import _atrm_gradient_triton as atrm_gradient
-from finelip_fast.kernels import _atrm_triton as atrm
-from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
-from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._ahead_of_time import Compiled, KernelLaunch, recorded_launches
+from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
+from finelip_fast.kernels.atrm import triton as atrm
+from finelip_fast.kernels.clim import gradient_triton as clim_gradient
+from finelip_fast.kernels.clim import triton as clim
 
 OUT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finelip_fast.kernels import _cpu
+from finelip_fast.kernels import cpu
 
 # More than the L2 cache of any GPU: what one run left there is gone in the next.
 _FLUSH_BYTES = 256 << 20
@@ -97,8 +97,8 @@ def _product_peak(dtype: torch.dtype, device: str) -> float:
     square = torch.randint(-8, 8, (side, side), device=device).to(dtype)
     product = torch._int_mm if dtype == torch.int8 else torch.mm  # the latter has no int8
     products = [partial(product, square, square)]
-    if device == "cpu" and dtype.is_floating_point and _cpu.has_onednn():  # where PyTorch's own is MKL's
-        products.append(partial(_cpu.linear, square, _cpu.packed(square)))
+    if device == "cpu" and dtype.is_floating_point and cpu.has_onednn():  # where PyTorch's own is MKL's
+        products.append(partial(cpu.linear, square, cpu.packed(square)))
     return float(2 * side**3 / min(map(seconds, products)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
 from finelip_fast.kernels import atrm
-from finelip_fast.kernels.atrm import atrm_reference
+from finelip_fast.kernels.atrm.formula import atrm_reference
 
 AGGREGATED = TOKENS - 1
 DTYPE = torch.float16 if ON_GPU else torch.float32

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from finelip_fast._files import read_bytes, write_whole
 from finelip_fast.errors import EngineError
-from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.kernels.settings import cache_folder
 from finelip_fast.runtimes import trt as runtime
 
 

@@ -20,7 +20,7 @@ from finelip_fast._files import read_bytes, write_whole
 from finelip_fast.errors import StoreError
 from finelip_fast.index.catalogue import read_spec
 from finelip_fast.index.store import CATALOGUE
-from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.kernels.settings import cache_folder
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 

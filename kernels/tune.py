@@ -1,6 +1,6 @@
 """Find the fastest launch settings on this GPU, and keep them for every later run.
 
-A case is one kind of launch: an operation, a dtype, sizes, as the tables name it (``_settings.py``). Candidates are variations
+A case is one kind of launch: an operation, a dtype, sizes, as the tables name it (``settings.py``). Candidates are variations
 of the default settings. One that cannot run here, or whose result is not the defaults', is out; of the others the fastest is
 kept. Each case is saved as soon as it is decided, so that a run that is stopped goes on where it was.
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _atrm_gradient_triton as atrm_gradient
-from finelip_fast.kernels import _atrm_triton as atrm
-from finelip_fast.kernels import _clim_gradient_triton as clim_gradient
-from finelip_fast.kernels import _clim_triton as clim
-from finelip_fast.kernels import _settings
-from finelip_fast.kernels._quantize import quantize
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
+from finelip_fast.kernels.atrm import triton as atrm
+from finelip_fast.kernels.clim import gradient_triton as clim_gradient
+from finelip_fast.kernels.clim import triton as clim
+from finelip_fast.kernels.clim.quantize import quantize
 
 OPERATIONS = ("clim", "clim_gradient", "atrm", "atrm_gradient")
 

@@ -26,7 +26,7 @@ from finelip_fast._json import read_json
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
 from finelip_fast.engines.base import ENGINES, Engine
 from finelip_fast.errors import EngineError, InputError
-from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.kernels.settings import cache_folder
 from finelip_fast.runtimes import manifest, onnx, trt
 from finelip_fast.runtimes.manifest import Export
 

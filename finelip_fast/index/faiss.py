@@ -205,7 +205,7 @@ def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, cover
 
 def _rows(view: View, rows: Tensor) -> Any:
     """Global embeddings, float32."""
-    from finelip_fast.kernels._rows import Pieces
+    from finelip_fast.kernels.clim.rows import Pieces
 
     values, scales = (Pieces(pieces) for pieces in view.globals)
     return (values.take(rows) * scales.take(rows)[:, None]).cpu().numpy()

@@ -44,8 +44,8 @@ from finelip_fast.index.arrays import (
     write_arrays,
 )
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
-from finelip_fast.kernels._quantize import error_terms
-from finelip_fast.kernels._rows import dequantize
+from finelip_fast.kernels.clim.quantize import error_terms
+from finelip_fast.kernels.clim.rows import dequantize
 
 DTYPES = ("float16", "int8")
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from finelip_fast._files import plain_name, read_bytes, write_whole
 from finelip_fast._json import read_json
 from finelip_fast.errors import EngineError
-from finelip_fast.kernels._settings import cache_folder
+from finelip_fast.kernels.settings import cache_folder
 
 FORMAT = "finelip_fast_export/1"
 MANIFEST = "manifest.json"

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels import _clim_triton as clim
 from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_for, recorded_launches
+from finelip_fast.kernels.clim import triton as clim
 
 
 @triton.jit

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finelip_fast.kernels import _cpu
+from finelip_fast.kernels import cpu
 
 
 @pytest.fixture(params=["as found", "plain processor"])
 def processor(request, monkeypatch):
     if request.param == "plain processor":
-        monkeypatch.setattr(_cpu, "has", lambda feature: False)
+        monkeypatch.setattr(cpu, "has", lambda feature: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -23,25 +23,25 @@ def test_products_of_operands_that_lie_any_way(processor, sizes, dtype):
     expected = a.double() @ b.double()
     for left in (a, a.T.contiguous().T, torch.stack([a, a], dim=-1)[..., 0]):
         for right in (b, b.T.contiguous().T):
-            found = _cpu.product(left, right)
+            found = cpu.product(left, right)
             assert found.dtype == dtype
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not _cpu.has_onednn(), reason="needs a PyTorch with oneDNN")
+@pytest.mark.skipif(not cpu.has_onednn(), reason="needs a PyTorch with oneDNN")
 def test_packed_columns_change_nothing():
     rows, columns = torch.randn(50, 64), torch.randn(9, 64)
-    torch.testing.assert_close(_cpu.linear(rows, _cpu.packed(columns)), _cpu.linear(rows, columns), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cpu.linear(rows, cpu.packed(columns)), cpu.linear(rows, columns), rtol=0, atol=1e-5)
 
 
 def test_what_pytorch_cannot_say_is_no():
-    assert _cpu.has("no_such_instructions") is False
+    assert cpu.has("no_such_instructions") is False
 
 
 def test_onednn_can_be_switched_off():
     torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of GPUs that are not here
     try:
-        assert not _cpu.has_onednn()
-        assert not _cpu.has_bfloat16()
+        assert not cpu.has_onednn()
+        assert not cpu.has_bfloat16()
     finally:
         torch._C._set_mkldnn_enabled(True)

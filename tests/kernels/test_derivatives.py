@@ -15,9 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finelip_fast.errors import KernelError
 from finelip_fast.kernels import (
-    _clim_gradient,
     atrm,
-    clim,
     clim_scores,
     clim_topk,
     clim_topk_int8,
@@ -25,6 +23,8 @@ from finelip_fast.kernels import (
     quantize,
     quantize_items,
 )
+from finelip_fast.kernels.clim import formula
+from finelip_fast.kernels.clim import gradient as clim_gradient
 
 # PyTorch's own rules of forward mode are scripted when the first is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -235,8 +235,8 @@ def test_legacy_products_equal_float64s(operation):
 def test_forward_meets_reverse_in_late_interaction(sizes, width, alpha, tile):
     operation = Clim((*sizes, width), alpha)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clim, "TILE_ELEMENTS", tile)
-        patch.setattr(_clim_gradient, "_CPU_ELEMENTS", tile)
+        patch.setattr(formula, "TILE_ELEMENTS", tile)
+        patch.setattr(clim_gradient, "_CPU_ELEMENTS", tile)
         assert_modes_meet(operation)
 
 

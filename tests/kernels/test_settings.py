@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import KernelError
-from finelip_fast.kernels import _settings
+from finelip_fast.kernels import settings as _settings
 
 
 class Cut(NamedTuple):
@@ -129,14 +129,14 @@ def test_another_table_can_be_written(own, tmp_path):
 
 # Every kernel's launcher, at sizes that its tests use.
 LAUNCHES = {
-    "_clim_triton": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
-    "_clim_gradient_triton": (
+    "clim.triton": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
+    "clim.gradient_triton": (
         "GradientSettings",
         (80, torch.float16, 512, 40),
         "clim_gradient sm_80 float16 D=512 L=40",
     ),
-    "_atrm_triton": ("AtrmSettings", (90, 512, 39, torch.bfloat16, 8), "atrm sm_90 bfloat16 D=512 K=39 B=1"),
-    "_atrm_gradient_triton": ("AtrmGradientSettings", (90, 512, 39), "atrm_gradient sm_90 float32 D=512 K=39"),
+    "atrm.triton": ("AtrmSettings", (90, 512, 39, torch.bfloat16, 8), "atrm sm_90 bfloat16 D=512 K=39 B=1"),
+    "atrm.gradient_triton": ("AtrmGradientSettings", (90, 512, 39), "atrm_gradient sm_90 float32 D=512 K=39"),
 }
 
 
@@ -158,6 +158,6 @@ def test_a_launch_takes_tuned_settings_before_its_defaults(name):
 
 
 def test_one_few_and_many_queries_are_cases_of_their_own():
-    clim = pytest.importorskip("finelip_fast.kernels._clim_triton")
+    clim = pytest.importorskip("finelip_fast.kernels.clim.triton")
     cases = [clim.Launch(90, torch.float16, 512, count, 40).case.split("Q=")[1] for count in (1, 2, 16, 17, 1000)]
     assert cases == ["1", "8", "8", "64", "64"]

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _settings, tune
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels import tune
 from finelip_fast.kernels.tune import Case
 
 

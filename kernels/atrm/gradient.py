@@ -1,4 +1,4 @@
-"""The gradient of token aggregation; the operation is defined in :mod:`finelip_fast.kernels.atrm`.
+"""The gradient of token aggregation; the operation is defined in :mod:`finelip_fast.kernels.atrm.formula`.
 
 Nothing is kept from the forward pass. For one item with logits ``l [N, K]``, ``w = softmax(l)`` over the tokens,
 ``p = w.T @ x``, ``r = max(|p|, eps)`` and the incoming gradient ``g``::
@@ -8,7 +8,7 @@ Nothing is kept from the forward pass. For one item with logits ``l [N, K]``, ``
     dx  = w @ dp                           the direct part; the rest comes through the logits
 
 The logits themselves, and the way from ``dl`` back through the linear layers and LayerNorm, are dense products over all
-tokens. What is between is in plain PyTorch here, and two launches in ``_atrm_gradient_triton.py``. All is float32, and runs
+tokens. What is between is in plain PyTorch here, and two launches in ``gradient_triton.py``. All is float32, and runs
 over blocks of items, so that what is made on the way is bounded, and on a CPU stays in the cache.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast.kernels.atrm import LAYER_NORM_EPS
+from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS
 
 _NORMALIZE_EPS = 1e-12  # of F.normalize
 

@@ -1,4 +1,4 @@
-"""Token aggregation as two Triton launches; the operation itself is defined in :mod:`finelip_fast.kernels.atrm`.
+"""Token aggregation as two Triton launches; the operation itself is defined in :mod:`finelip_fast.kernels.atrm.formula`.
 
 1. *Logits*, one program for each tile of an item's tokens. LayerNorm is folded into the first product,
    ``LayerNorm(x) @ W1.T + b1 = rstd * (x @ W'.T - mean * u) + c`` with ``W' = W1 * norm_weight``, ``u = W'.sum(1)`` and
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finelip_fast.kernels import _settings
-from finelip_fast.kernels._atrm_parts_triton import (
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS
+from finelip_fast.kernels.atrm.parts_triton import (
     INTERPRETED,
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
@@ -34,7 +35,6 @@ from finelip_fast.kernels._atrm_parts_triton import (
     unit_stride,
     valid_tokens,
 )
-from finelip_fast.kernels.atrm import LAYER_NORM_EPS
 
 _LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
 # With fewer items than this, an item is pooled by more programs, though each reads all of its tokens.

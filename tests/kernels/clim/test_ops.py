@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import (
-    QuantizedItems,
-    clim,
-    clim_scores,
-    clim_topk,
-    clim_topk_int8,
-    quantize,
-    quantize_items,
-)
+from finelip_fast.kernels import QuantizedItems, clim_scores, clim_topk, clim_topk_int8, quantize, quantize_items
+from finelip_fast.kernels.clim import formula
 
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
@@ -145,7 +138,7 @@ def test_the_blocks_of_the_reference_change_nothing(monkeypatch, device, element
     monkeypatch.setenv("FINELIP_KERNELS", "reference")
     queries, items = make(7, 5, 32, device=device), make(11, 6, 32, seed=1, device=device)
     whole = clim_scores(queries, items, alpha=alpha)
-    monkeypatch.setattr(clim, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(formula, "TILE_ELEMENTS", elements)
     torch.testing.assert_close(clim_scores(queries, items, alpha=alpha), whole, rtol=0, atol=1e-6)
 
 
@@ -423,6 +416,6 @@ def test_shapes_that_do_not_fit_are_refused(queries, items):
 
 
 def test_docstring_example():
-    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.clim"))
+    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.clim.ops"))
     assert results.attempted > 0
     assert results.failed == 0

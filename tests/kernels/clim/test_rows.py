@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _rows
-from finelip_fast.kernels._rows import Pieces, chunks
+from finelip_fast.kernels.clim import rows as _rows
+from finelip_fast.kernels.clim.rows import Pieces, chunks
 
 CPU = torch.device("cpu")
 

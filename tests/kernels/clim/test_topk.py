@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _rows, _topk, clim_topk, clim_topk_int8, quantize
-from finelip_fast.kernels._clim_cpu import scores
-from finelip_fast.kernels._quantize import QuantizedItems, error_terms, quantize_items
-from finelip_fast.kernels._rows import Pieces
-from finelip_fast.kernels._topk import exact_topk_int8, topk
+from finelip_fast.kernels import clim_topk, clim_topk_int8, quantize
+from finelip_fast.kernels.clim import rows as _rows
+from finelip_fast.kernels.clim import topk as _topk
+from finelip_fast.kernels.clim.cpu import scores
+from finelip_fast.kernels.clim.quantize import QuantizedItems, error_terms, quantize_items
+from finelip_fast.kernels.clim.rows import Pieces
+from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

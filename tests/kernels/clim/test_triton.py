@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels._clim_triton import ClimSettings, scores
+from finelip_fast.kernels.clim.triton import ClimSettings, scores
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast.kernels._cpu import has_bfloat16, product
-from finelip_fast.kernels.clim import LEAKY_SLOPE, TILE_ELEMENTS
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, TILE_ELEMENTS
+from finelip_fast.kernels.cpu import has_bfloat16, product
 
 # Of a tile on a CPU, 16 MiB in float32: it stays in the cache.
 _CPU_ELEMENTS = 1 << 22

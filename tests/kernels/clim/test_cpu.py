@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast.kernels import _clim_cpu, _cpu
-from finelip_fast.kernels._clim_cpu import scores
+from finelip_fast.kernels import cpu
+from finelip_fast.kernels.clim import cpu as clim_cpu
+from finelip_fast.kernels.clim.cpu import scores
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
@@ -29,14 +30,14 @@ def blocks(request):
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes[request.param].items():
-            patch.setattr(_cpu if name == "has" else _clim_cpu, name, value)
+            patch.setattr(cpu if name == "has" else clim_cpu, name, value)
         yield
 
 
 @pytest.fixture(params=["as shipped", "plain processor"])
 def processor(request, monkeypatch):
     if request.param != "as shipped":
-        monkeypatch.setattr(_cpu, "has", lambda feature: False)
+        monkeypatch.setattr(cpu, "has", lambda feature: False)
 
 
 def make(*shape, seed=0, dtype=torch.float32):
@@ -163,24 +164,24 @@ def test_zero_rows_and_constant_rows(blocks):
     torch.testing.assert_close(scores(ones, -ones, alpha=0.0), torch.full((3, 3), -0.2))
 
 
-@pytest.mark.skipif(not _cpu.has_bfloat16(), reason="needs a processor with bfloat16 instructions")
+@pytest.mark.skipif(not cpu.has_bfloat16(), reason="needs a processor with bfloat16 instructions")
 @given(size=sizes, alpha=st.sampled_from(ALPHAS), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=100, deadline=None)
 def test_rounded_products_are_off_by_no_more_than_is_said(method, blocks, size, alpha, dtype):
     queries, items = make_pair(size, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu, "has_bfloat16", lambda: True)
-        allowed = 5e-6 + 2 * abs(1 - alpha) * _clim_cpu.rounding_error(dtype)
+        patch.setattr(cpu, "has_bfloat16", lambda: True)
+        allowed = 5e-6 + 2 * abs(1 - alpha) * clim_cpu.rounding_error(dtype)
     actual = scores(queries, items, alpha=alpha, rounded=True)
     assert largest_error(method, actual, queries, items, alpha) <= allowed
 
 
 def test_rounding_is_for_processors_and_rows_that_it_makes_faster(monkeypatch):
-    monkeypatch.setattr(_cpu, "has_bfloat16", lambda: True)
-    assert _clim_cpu.rounding_error(torch.bfloat16) < _clim_cpu.rounding_error(torch.float16)
-    assert _clim_cpu.rounding_error(torch.float64) is None
-    monkeypatch.setattr(_cpu, "has_bfloat16", lambda: False)
-    assert _clim_cpu.rounding_error(torch.bfloat16) is None
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
+    assert clim_cpu.rounding_error(torch.bfloat16) < clim_cpu.rounding_error(torch.float16)
+    assert clim_cpu.rounding_error(torch.float64) is None
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    assert clim_cpu.rounding_error(torch.bfloat16) is None
 
 
 def test_needs_no_gradient():

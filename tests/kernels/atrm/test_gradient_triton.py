@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import KernelError
-from finelip_fast.kernels import _atrm_gradient_triton as kernels
-from finelip_fast.kernels._atrm_gradient_triton import AtrmGradientSettings, gradient
+from finelip_fast.kernels.atrm import gradient_triton as kernels
+from finelip_fast.kernels.atrm.gradient_triton import AtrmGradientSettings, gradient
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -1,6 +1,6 @@
 """The gradient of late interaction on the GPU: one byte saved for each maximum, and no atomics.
 
-Forward, the sweep of ``_clim_triton.py`` also keeps who won each maximum: 7 bits of index, and the high bit where the
+Forward, the sweep of ``triton.py`` also keeps who won each maximum: 7 bits of index, and the high bit where the
 maximum is not positive, so that leaky ReLU's slope applies. The gradient of ``S`` for one pair is then, for a score's
 gradient of 1, a matrix with one entry for each maximum and one for the global cosine::
 
@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _settings
-from finelip_fast.kernels._clim_triton import (
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, MAX_GRADIENT_TOKENS
+from finelip_fast.kernels.clim.triton import (
     FLOATS,
     INTERPRETED,
     ClimSettings,
@@ -35,9 +36,6 @@ from finelip_fast.kernels._clim_triton import (
     launch,
     readable,
 )
-from finelip_fast.kernels.clim import LEAKY_SLOPE
-
-MAX_TOKENS = 128  # an index of 7 bits
 
 _SLOPE = tl.constexpr(LEAKY_SLOPE)
 
@@ -166,7 +164,7 @@ def scores_with_winners(
         queries: ``[Q, L_q, D]``, float32, float16 or bfloat16.
         items: ``[N, L_i, D]`` in the same dtype. Both sides have at most 128 tokens.
         alpha: Weight of the global cosine.
-        settings: None: :func:`~finelip_fast.kernels._clim_triton.settings_for`.
+        settings: None: :func:`~finelip_fast.kernels.clim.triton.settings_for`.
 
     Returns:
         ``(scores float32 [Q, N], query_winners uint8 [Q, N, L_q], item_winners uint8 [Q, N, L_i])``. The low 7 bits of
@@ -279,9 +277,11 @@ def _one_side(
 
 def _check(queries: Tensor, items: Tensor) -> int:
     """The GPU's compute capability."""
-    capability = check_inputs(queries, items, MAX_TOKENS)
-    if items.shape[1] > MAX_TOKENS:
-        raise InputError(f"expected at most {MAX_TOKENS} item tokens, got {items.shape[1]}: use the reference gradient")
+    capability = check_inputs(queries, items, MAX_GRADIENT_TOKENS)
+    if items.shape[1] > MAX_GRADIENT_TOKENS:
+        raise InputError(
+            f"expected at most {MAX_GRADIENT_TOKENS} item tokens, got {items.shape[1]}: use the reference gradient"
+        )
     if queries.dtype not in FLOATS:
         raise InputError(f"expected float32, float16 or bfloat16 embeddings, got {queries.dtype}")
     return capability

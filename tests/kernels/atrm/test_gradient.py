@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from finelip_fast.kernels import atrm as operation
-from finelip_fast.kernels.atrm import atrm_reference
+from finelip_fast.kernels.atrm.formula import atrm_reference
 
 
 @pytest.fixture(scope="module")
 def module():
-    """`kernels/atrm.py`: the package's name for it is the function."""
+    """`kernels/atrm/ops.py`: the package's name for it is the function."""
     import importlib
 
-    return importlib.import_module("finelip_fast.kernels.atrm")
+    return importlib.import_module("finelip_fast.kernels.atrm.ops")
 
 
 def inputs(*, lengths=(0, 3, 7), scale=()):

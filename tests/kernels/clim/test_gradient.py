@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast.kernels import _clim_gradient, _cpu, clim, clim_scores
+from finelip_fast.kernels import clim_scores, cpu
+from finelip_fast.kernels.clim import gradient
+from finelip_fast.kernels.clim import ops as clim
 
 
 def rows(*shape, seed=0, dtype=torch.float32):
@@ -41,7 +43,7 @@ def test_equals_float64_whatever_the_blocks(sizes, alpha, tile):
     items = rows(n_items, item_tokens, width, seed=1).requires_grad_()
     grad = torch.randn(n_queries, n_items, generator=torch.Generator().manual_seed(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_clim_gradient, "_CPU_ELEMENTS", tile)
+        patch.setattr(gradient, "_CPU_ELEMENTS", tile)
         scores = clim_scores(queries, items, alpha=alpha)
         found = torch.autograd.grad(scores, (queries, items), grad)
     expected, *expected_grads = exact(queries, items, grad, alpha)
@@ -54,7 +56,7 @@ def test_equals_float64_whatever_the_blocks(sizes, alpha, tile):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_rounds_no_more_than_its_result(monkeypatch, dtype, instructions):
     if not instructions:
-        monkeypatch.setattr(_cpu, "has", lambda feature: False)
+        monkeypatch.setattr(cpu, "has", lambda feature: False)
     queries = rows(9, 40, 96, dtype=dtype).requires_grad_()
     items = rows(17, 12, 96, seed=1, dtype=dtype).requires_grad_()
     grad = torch.randn(9, 17, generator=torch.Generator().manual_seed(2))
@@ -77,7 +79,7 @@ def test_any_number_of_tokens(tokens):
 
 
 def test_a_winner_takes_one_byte_up_to_128_tokens():
-    scores, over_items, over_queries = _clim_gradient.scores_with_winners(rows(2, 128, 8), rows(3, 129, 8), alpha=0.8)
+    scores, over_items, over_queries = gradient.scores_with_winners(rows(2, 128, 8), rows(3, 129, 8), alpha=0.8)
     assert scores.dtype == torch.float32
     assert (over_items.shape, over_items.dtype) == ((2, 3, 128), torch.int16)
     assert (over_queries.shape, over_queries.dtype) == ((2, 3, 129), torch.uint8)

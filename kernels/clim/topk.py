@@ -22,7 +22,8 @@ from torch import Tensor
 
 from finelip_fast._arguments import whole_number
 from finelip_fast.errors import InputError
-from finelip_fast.kernels._quantize import (
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
+from finelip_fast.kernels.clim.quantize import (
     QuantizedItems,
     cosine_rounding,
     error_bound,
@@ -30,8 +31,7 @@ from finelip_fast.kernels._quantize import (
     quantize,
     rounding,
 )
-from finelip_fast.kernels._rows import Pieces, chunks
-from finelip_fast.kernels.clim import LEAKY_SLOPE
+from finelip_fast.kernels.clim.rows import Pieces, chunks
 
 Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
 Finer = Callable[
@@ -79,7 +79,7 @@ def topk(
             (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
         k: At least 1; more than there are is taken as all.
         alpha: Weight of the global cosine.
-        score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels._quantize`.
+        score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels.clim.quantize`.
         among: The items to search, int64 ``[n]``, ascending; None: all.
         coarse: A faster way for the first pass; None: there is none.
         product_error: How much more its product of two rows may be off, relative to their norms; not the global cosine.
@@ -134,7 +134,7 @@ def exact_topk_int8(
     Args:
         queries, items, k, alpha, among: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8
             leaves too many.
-        quantized: :func:`finelip_fast.kernels._quantize.quantize_items` of ``items``, wherever and in whatever pieces.
+        quantized: :func:`finelip_fast.kernels.clim.quantize.quantize_items` of ``items``, wherever and in whatever pieces.
         score: As for :func:`topk`, and for int8 with scales.
 
     Returns:

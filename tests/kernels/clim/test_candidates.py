@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _candidates, _cpu, _rows, cosine_candidates, quantize
+from finelip_fast.kernels import cosine_candidates, cpu, quantize
+from finelip_fast.kernels.clim import candidates
+from finelip_fast.kernels.clim import rows as _rows
 
 
 @pytest.fixture(scope="module", params=["as found", "plain processor"], autouse=True)
 def processor(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain processor":
-            patch.setattr(_cpu, "has", lambda feature: False)
+            patch.setattr(cpu, "has", lambda feature: False)
         yield
 
 
@@ -32,8 +34,8 @@ def chunks(request):
         if request.param == "small":
             for name, size in [("_SCORE_ELEMENTS", 12), ("_COPY_BYTES", 400), ("_TINY_BYTES", 60)]:
                 patch.setattr(_rows, name, size)
-            patch.setattr(_candidates, "_WAITING_ELEMENTS", 20)
-            patch.setattr(_candidates, "_PRODUCT_ELEMENTS", 50)
+            patch.setattr(candidates, "_WAITING_ELEMENTS", 20)
+            patch.setattr(candidates, "_PRODUCT_ELEMENTS", 50)
         yield
 
 
@@ -105,7 +107,7 @@ def test_products_are_rounded_once_however_wide(chunks, device, width, precision
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = _candidates._products(queries.to(device), values.to(device)).cpu()
+        found = candidates._products(queries.to(device), values.to(device)).cpu()
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(found, (queries.long() @ values.long().T).float())
@@ -127,7 +129,7 @@ def test_what_is_strided():
     same = cosine_candidates(queries[:1].expand(3, -1), values[:1, 0].expand(50, -1), scales[:1, 0].expand(50), 9)
     assert same.tolist() == [list(range(9))] * 3
     assert torch.equal(
-        _candidates._products(values[:1, 0].expand(2, -1), values[:1, 1].expand(5, -1)).unique(),
+        candidates._products(values[:1, 0].expand(2, -1), values[:1, 1].expand(5, -1)).unique(),
         (values[0, 0].long() @ values[0, 1].long()).float()[None],
     )
 
@@ -184,6 +186,6 @@ def test_what_does_not_fit_is_refused(changed, message):
 
 
 def test_docstring_example():
-    results = doctest.testmod(importlib.import_module("finelip_fast.kernels._candidates"))
+    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.clim.candidates"))
     assert results.attempted > 0
     assert results.failed == 0

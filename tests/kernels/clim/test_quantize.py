@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _quantize
-from finelip_fast.kernels._clim_cpu import scores
-from finelip_fast.kernels._quantize import error_bound, error_terms, quantize, quantize_items
+from finelip_fast.kernels.clim import quantize as _quantize
+from finelip_fast.kernels.clim.cpu import scores
+from finelip_fast.kernels.clim.quantize import error_bound, error_terms, quantize, quantize_items
 
 
 def make(*shape, seed=0):
@@ -161,6 +161,6 @@ def test_rows_without_a_width_are_refused():
 
 
 def test_docstring_example():
-    results = doctest.testmod(importlib.import_module("finelip_fast.kernels._quantize"))
+    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.clim.quantize"))
     assert results.attempted > 0
     assert results.failed == 0

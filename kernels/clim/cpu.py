@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast.kernels import _cpu
-from finelip_fast.kernels.clim import LEAKY_SLOPE
+from finelip_fast.kernels import cpu
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 
 # Fewer columns than this are not vectorised by a maximum over an axis further out.
 _BLOCK_QUERIES = 64
@@ -132,7 +132,7 @@ class _Columns:
 
     def _packed(self, tokens: Tensor) -> Tensor:
         """Laid out as oneDNN multiplies it, if that is not for one block alone: it would do so itself, for less."""
-        return _cpu.packed(tokens) if self.reused else tokens
+        return cpu.packed(tokens) if self.reused else tokens
 
 
 def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
@@ -203,8 +203,8 @@ class _Scratch:
 def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", *rows.shape).copy_(rows)
-    if _cpu.suits_onednn(rows):
-        product = _cpu.linear(rows, columns.wide_packed)
+    if cpu.suits_onednn(rows):
+        product = cpu.linear(rows, columns.wide_packed)
     else:
         product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))
     yield from product.split(height)
@@ -215,7 +215,7 @@ def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
         rows = scratch("rows", *rows.shape).copy_(rows)
     if rows.dtype != torch.bfloat16:
         rows = scratch("narrow", rows.shape[0], rows.shape[1], torch.bfloat16).copy_(rows)
-    for part in _cpu.linear(rows, columns.narrow_packed).split(height):
+    for part in cpu.linear(rows, columns.narrow_packed).split(height):
         yield scratch("wide", *part.shape).copy_(part)  # maxima in float32 are faster
 
 
@@ -234,7 +234,7 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
         return False
     # Two products are faster than one in float32 only with matrix instructions, and only oneDNN uses those.
     work = len(rows) * columns.numel()
-    return work >= _LEAST_BFLOAT16_WORK and _cpu.has("amx_tile") and _cpu.has_onednn()
+    return work >= _LEAST_BFLOAT16_WORK and cpu.has("amx_tile") and cpu.has_onednn()
 
 
 def rounding_error(dtype: torch.dtype) -> float | None:
@@ -243,7 +243,7 @@ def rounding_error(dtype: torch.dtype) -> float | None:
     One rounding is off by ``2^-8`` at most: that of the product, and of both rows where they are not bfloat16 already. A
     little more, for what the roundings multiply to, and for rows that are a little longer than 1.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not _cpu.has_bfloat16():
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not cpu.has_bfloat16():
         return None
     return (1.01 if dtype == torch.bfloat16 else 3.05) * 2.0**-8
 
@@ -252,7 +252,7 @@ def _int8_tiles(
     rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: _Scratch
 ) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
-    if _cpu.has("vnni"):
+    if cpu.has("vnni"):
         product = torch._int_mm(rows, columns, out=scratch("integers", *shape, dtype=torch.int32))
     else:  # whole numbers below 2^24 are exact in float32
         product = torch.mm(rows.float(), columns.float(), out=scratch("product", *shape))

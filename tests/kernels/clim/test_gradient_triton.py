@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels._clim_gradient_triton import GradientSettings, gradient, scores_with_winners
-from finelip_fast.kernels._clim_triton import ClimSettings
+from finelip_fast.kernels.clim.gradient_triton import GradientSettings, gradient, scores_with_winners
+from finelip_fast.kernels.clim.triton import ClimSettings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,6 +1,6 @@
 """The middle of token aggregation's gradient on the GPU: from the rows' gradients to the logits' and the tokens'.
 
-Formulas, and what is before and after: ``_atrm_gradient.py``. Two kernels, one over rows, one over tokens: every value has
+Formulas, and what is before and after: ``gradient.py``. Two kernels, one over rows, one over tokens: every value has
 one owner, so that there are no atomics and the bits are the same every time.
 """
 
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finelip_fast.kernels import _atrm_gradient, _settings
-from finelip_fast.kernels._atrm_parts_triton import (
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels.atrm import gradient as reference
+from finelip_fast.kernels.atrm.parts_triton import (
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
     capability_of,
@@ -210,17 +211,17 @@ def gradient(
     anchor: Tensor,
     *,
     settings: AtrmGradientSettings | None = None,
-) -> _atrm_gradient.Gradients:
-    """The gradient of :func:`finelip_fast.kernels._atrm_triton.aggregate`, the same bits every time.
+) -> reference.Gradients:
+    """The gradient of :func:`finelip_fast.kernels.atrm.triton.aggregate`, the same bits every time.
 
-    Arguments and result as :func:`finelip_fast.kernels._atrm_gradient.gradient`'s.
+    Arguments and result as :func:`finelip_fast.kernels.atrm.gradient.gradient`'s.
 
     Raises:
         KernelError: No GPU.
     """
     settings = settings or settings_for(Launch(capability_of(x.device), x.shape[2], w2.shape[0]))
     with torch.cuda.device_of(x):
-        return _atrm_gradient.gradient(
+        return reference.gradient(
             *(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor),
             through_softmax=partial(_through_softmax, settings=settings),
             block_elements=_BLOCK_ELEMENTS,

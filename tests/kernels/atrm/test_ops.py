@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import atrm
-from finelip_fast.kernels.atrm import atrm_reference
+from finelip_fast.kernels.atrm.formula import atrm_reference
 
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale")
 
@@ -348,12 +348,12 @@ def test_blocks_of_items_change_nothing(monkeypatch, lengths, at_once):
     x, parameters, anchor = make(7, 16, batch=5)
     lengths = None if lengths is None else torch.tensor(lengths)
     expected = atrm_reference(x, *parameters, lengths, anchor)
-    monkeypatch.setattr(sys.modules["finelip_fast.kernels.atrm"], "_BLOCK_ELEMENTS", at_once * 7 * 16)
+    monkeypatch.setattr(sys.modules["finelip_fast.kernels.atrm.ops"], "_BLOCK_ELEMENTS", at_once * 7 * 16)
     torch.testing.assert_close(atrm(x, *parameters, lengths=lengths, anchor=anchor), expected, rtol=0, atol=1e-6)
 
 
 def test_docstring_example():
     # By import_module: in the package, the module's name is the function's.
-    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.atrm"))
+    results = doctest.testmod(importlib.import_module("finelip_fast.kernels.atrm.ops"))
     assert results.attempted > 0
     assert results.failed == 0

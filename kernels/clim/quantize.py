@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels._checks import check_floats
-from finelip_fast.kernels._rows import Rows
+from finelip_fast.kernels.checks import check_floats
+from finelip_fast.kernels.clim.rows import Rows
 
 _LARGEST = 127
 _UNIT = 2.0**-23

@@ -1,71 +1,22 @@
-"""Token aggregation (ATRM, adaptive token refinement): ``N`` token features become ``K`` unit rows and an anchor row.
+"""Token aggregation as operations that PyTorch knows: which implementation runs, the gradient, and :func:`atrm`.
 
-For token features ``x [N, D]`` of one picture or caption (FineLIP, arXiv 2504.01916, section 3)::
-
-    H       = GELU(LayerNorm(x) @ W1.T + b1)       W1 [h, D], exact GELU, eps 1e-5
-    logits  = (H @ W2.T + b2) * scale              W2 [K, h]
-    weights = softmax(logits over the tokens)      one distribution per aggregated token
-    out     = l2_normalise(weights.T @ x)          mixes the raw features, not the normalised ones
-
-Row 0 of the result is the anchor (CLS or EOT), L2-normalised too.
+The contract is in :mod:`finelip_fast.kernels.atrm.formula`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _cpu, _derivatives, _dispatch
-from finelip_fast.kernels._checks import check_counts, check_floats
-
-LAYER_NORM_EPS = 1e-5
-
-# What the fused kernels take.
-MAX_WIDTH, MAX_AGGREGATED = 2048, 128
+from finelip_fast.kernels import cpu, derivatives, dispatch
+from finelip_fast.kernels.atrm.formula import MAX_AGGREGATED, MAX_WIDTH, atrm_reference
+from finelip_fast.kernels.checks import check_counts, check_floats
 
 # Elements of x that one block on the CPU holds, 16 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 22
-
-
-# --- Reference -----------------------------------------------------------------------------------------------------
-
-
-def atrm_reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-    *,
-    layer: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
-) -> Tensor:
-    """The operation in plain PyTorch, in float32 whatever the inputs; shapes as :func:`atrm`, ``layer`` as ``F.linear``."""
-    dtype = x.dtype
-    x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
-        t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
-    )
-    valid = None
-    if lengths is not None:
-        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-        # Before anything else: a NaN in the padding would come back as zero times NaN.
-        x = x.masked_fill(~valid, 0.0)
-    hidden = F.gelu(layer(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
-    logits = layer(hidden, w2, b2) * scale.reshape(())
-    if valid is not None:
-        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
-        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-    rows = torch.cat([anchor[:, None], logits.softmax(dim=1).transpose(1, 2) @ x], dim=1)
-    return F.normalize(rows, dim=-1).to(dtype)
 
 
 def _in_blocks(*arguments: Any) -> Tensor:
@@ -78,7 +29,7 @@ def _in_blocks(*arguments: Any) -> Tensor:
         some_lengths = None if lengths is None else lengths[some]
         longest = x.shape[1] if some_lengths is None or not len(some_lengths) else int(some_lengths.amax())
         block = (x[some, :longest], *parameters, some_lengths, anchor[some])
-        blocks.append(atrm_reference(*block, layer=_cpu.layer))
+        blocks.append(atrm_reference(*block, layer=cpu.layer))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -101,9 +52,9 @@ def _atrm(
     arguments = (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
     implementation = _choose(x, w2)
     if implementation == "triton":
-        from finelip_fast.kernels import _atrm_triton
+        from finelip_fast.kernels.atrm import triton
 
-        return _atrm_triton.aggregate(*arguments)
+        return triton.aggregate(*arguments)
     if implementation == "blocked" and x.device.type == "cpu":
         return _in_blocks(*arguments)
     return atrm_reference(*arguments)
@@ -140,9 +91,9 @@ def _gradient(
     anchor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _choose(x, w2) == "triton":
-        from finelip_fast.kernels._atrm_gradient_triton import gradient
+        from finelip_fast.kernels.atrm.gradient_triton import gradient
     else:
-        from finelip_fast.kernels._atrm_gradient import gradient
+        from finelip_fast.kernels.atrm.gradient import gradient
     return gradient(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
 
 
@@ -176,7 +127,7 @@ def _choose(x: Tensor, w2: Tensor) -> str:
         )
     elif x.dtype.itemsize > 4:
         limit = f"token aggregation's kernels take numbers of at most 32 bits, not {x.dtype}"
-    return _dispatch.choose(x.device, limit).implementation
+    return dispatch.choose(x.device, limit).implementation
 
 
 # --- Gradient ------------------------------------------------------------------------------------------------------
@@ -188,12 +139,12 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, lengths, anchor = ctx.saved_tensors
-    if torch.is_grad_enabled() or _derivatives.transformed():
+    if torch.is_grad_enabled() or derivatives.transformed():
 
         def reference(anchor: Tensor, *tensors: Tensor) -> Tensor:
             return atrm_reference(*(*tensors, lengths, anchor))
 
-        grad_anchor, *grads = _derivatives.again(reference, grad_out, anchor, *tensors)
+        grad_anchor, *grads = derivatives.again(reference, grad_out, anchor, *tensors)
     else:
         *grads, grad_anchor = _gradient(grad_out, *tensors, lengths, anchor)
     return *grads, None, grad_anchor
@@ -270,6 +221,6 @@ def atrm(
         if lengths.shape != x.shape[:1]:
             raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
     # An exported graph is made of PyTorch's own operations: other runtimes know no others.
-    operation = atrm_reference if torch.compiler.is_exporting() or _derivatives.transformed() else _atrm
+    operation = atrm_reference if torch.compiler.is_exporting() or derivatives.transformed() else _atrm
     with torch.autocast(x.device.type, enabled=False):
         return operation(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from finelip_fast._arguments import whole_number
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import _cpu, _derivatives
-from finelip_fast.kernels._checks import check_floats
-from finelip_fast.kernels._quantize import quantize
-from finelip_fast.kernels._rows import Pieces, Rows, chunks
+from finelip_fast.kernels import cpu, derivatives
+from finelip_fast.kernels.checks import check_floats
+from finelip_fast.kernels.clim.quantize import quantize
+from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks
 
 # Widths whose products of int8 rows stay exact: 2^14 * 2^10 = 2^24 in float32, 2^15 (oneDNN moves one side to uint8) * 2^16
 # = 2^31 in int32.
@@ -53,7 +53,7 @@ def cosine_candidates(
         >>> cosine_candidates(torch.tensor([[1.0, 0.1]]), values, scales, 2)
         tensor([[0, 2]])
     """
-    _derivatives.refuse("cosine_candidates", "take the cosines of the items that it finds", queries, items, item_scales)
+    derivatives.refuse("cosine_candidates", "take the cosines of the items that it finds", queries, items, item_scales)
     pieces, their_scales = Pieces(items), Pieces(item_scales)
     _check(queries, pieces, their_scales, count)
     pieces, their_scales = pieces.only(among), their_scales.only(among)
@@ -85,14 +85,14 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     """The dot products of int8 ``queries [Q, D]`` and ``rows [n, D]``, exact but for one rounding to float32, ``[Q, n]``."""
     width = rows.shape[1]
     # Rows of one number count as contiguous with any strides, and oneDNN reads beyond those.
-    if rows.device.type == "cpu" and _cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
+    if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
         return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()
     products = []
     for some in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
         exact = torch.zeros(len(queries), len(some), dtype=torch.float64, device=rows.device)
         for left, right in zip(queries.split(_FLOAT_WIDTH, dim=1), some.split(_FLOAT_WIDTH, dim=1), strict=True):
             # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
-            exact += _cpu.product(left.float(), right.float().T)
+            exact += cpu.product(left.float(), right.float().T)
         products.append(exact.float())
     return torch.cat(products, dim=1)
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import KernelError
-from finelip_fast.kernels import _atrm_triton as kernels
-from finelip_fast.kernels._atrm_triton import AtrmSettings, aggregate, aggregate_folded, fold
+from finelip_fast.kernels.atrm import triton as kernels
+from finelip_fast.kernels.atrm.triton import AtrmSettings, aggregate, aggregate_folded, fold
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 

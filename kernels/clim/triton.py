@@ -25,10 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels import _settings
-from finelip_fast.kernels.clim import LEAKY_SLOPE
-
-MAX_QUERY_TOKENS = 256
+from finelip_fast.kernels import settings as _settings
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, MAX_QUERY_TOKENS
 
 # A query's columns come in groups of 8, the width of a tensor core's tile: which query a register belongs to is then
 # known when the kernel is compiled, and masking the others costs nothing.

@@ -1,0 +1,101 @@
+"""Late interaction of a query with many items: the best of them, exactly, from full precision or by way of int8."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from finelip_fast.errors import InputError
+from finelip_fast.kernels import derivatives, dispatch
+from finelip_fast.kernels.checks import check_alpha, check_floats
+from finelip_fast.kernels.clim import cpu
+from finelip_fast.kernels.clim.ops import check_shapes, clim_scores
+from finelip_fast.kernels.clim.quantize import QuantizedItems
+from finelip_fast.kernels.clim.rows import Dequantized, Pieces, Rows
+from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
+
+
+def clim_topk(
+    queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items of each query, exactly.
+
+    A first pass scores all items and knows how far rounding can have moved each score; the few items that may be among the
+    best are scored again in float64. So neither the device nor the precision of the pass changes the result.
+
+    Args:
+        queries: Embeddings ``[Q, L_q, D]``, unit rows.
+        items: ``[N, L_i, D]``, unit rows too, on the device of the queries, in host memory, or mapped from a file
+            (``numpy.memmap``): what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
+            Or a sequence of such pieces ``[n_i, L_i, D]``, one after another, of one dtype and device.
+        k: How many; more than there are is taken as all.
+        alpha: As :func:`clim_scores`.
+        among: int64 ``[n]``, ascending, each once, on any device: search these items alone, and read no other; None: all.
+
+    Returns:
+        ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last. Indices count the
+        items of all pieces, also those not in ``among``.
+
+    Raises:
+        InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, ``k < 1``, an alpha
+            outside [0, 1], or a best item whose rows are longer than 1.
+        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative. What it finds for tensors that
+            require a gradient requires none; :func:`clim_scores` of the items found does.
+    """
+    pieces = Pieces(items)
+    _check_search("clim_topk", queries, items, pieces, alpha)
+    search = partial(topk, queries, pieces, k, alpha=alpha, score=clim_scores, among=among)
+    with torch.no_grad():
+        error = _rounding_error(queries, pieces.dtype)
+        if error is not None:
+            return search(coarse=partial(cpu.scores, rounded=True), product_error=error)
+        return search()
+
+
+def _rounding_error(queries: Tensor, dtype: torch.dtype) -> float | None:
+    """What a first pass of rounded products may be off by, where it makes a search faster."""
+    if dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
+        return None
+    return cpu.rounding_error(queries.dtype) if queries.dtype == dtype else None
+
+
+def clim_topk_int8(
+    queries: Tensor,
+    items: Rows | None,
+    quantized: QuantizedItems,
+    k: int,
+    *,
+    alpha: float = 0.8,
+    among: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of :func:`clim_topk`, found by a pass over int8 and full precision for the few items that it leaves.
+
+    Args:
+        queries, items, k, alpha, among: As :func:`clim_topk`; of ``items`` only the few rescored ones are read. Where
+            int8 leaves more than an eighth of a chunk open, all of the chunk is read and scored in float32 first. None: there
+            is nothing more exact than ``quantized``, whose anchors and integers times scales are the items.
+        quantized: :func:`quantize_items` of ``items``; each field whole, or in pieces as suits it.
+
+    Returns:
+        ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored again in float64.
+
+    Raises:
+        InputError, KernelError: As :func:`clim_topk`.
+    """
+    if not isinstance(quantized, QuantizedItems):
+        raise InputError(f"expected quantized as QuantizedItems, got {type(quantized).__name__}; see quantize_items")
+    pieces = Dequantized(quantized.values, quantized.scales, quantized.anchors) if items is None else Pieces(items)
+    _check_search("clim_topk_int8", queries, items, pieces, alpha)
+    with torch.no_grad():
+        return exact_topk_int8(queries, pieces, quantized, k, alpha=alpha, score=clim_scores, among=among)
+
+
+def _check_search(name: str, queries: Tensor, items: Rows | None, pieces: Pieces, alpha: float) -> None:
+    derivatives.refuse(name, "take clim_scores of the items that it finds", queries, items)
+    check_floats("queries", queries)
+    if not pieces.dtype.is_floating_point:
+        raise InputError(f"expected items in a float dtype, got {pieces.dtype}: convert them")
+    check_shapes(queries, pieces)
+    check_alpha(alpha)
