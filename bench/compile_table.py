@@ -25,9 +25,9 @@ from unittest.mock import patch
 import peers
 import record
 import torch
+from ahead_of_time import Compiled, KernelLaunch, recorded_launches
 from torch import Tensor
 
-from finelip_fast.kernels._ahead_of_time import Compiled, KernelLaunch, recorded_launches
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
 from finelip_fast.kernels.atrm import triton as atrm
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient

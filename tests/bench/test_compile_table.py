@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_table
+from ahead_of_time import Compiled
 from compile_table import GPUS, compile_best, table
-
-from finelip_fast.kernels._ahead_of_time import Compiled
 
 ROW = {
     "kernel": "clim, Q=1: scores_kernel",

@@ -274,7 +274,7 @@ def test_tensors_on_the_cpu_are_refused():
 @cache
 def compile_both(capability, width, aggregated):
     """The two kernels as the default settings launch them, with lengths and a float16 gradient."""
-    from finelip_fast.kernels._ahead_of_time import compile_launches
+    from ahead_of_time import compile_launches
 
     x, logits = (torch.empty(64, 256, size, device="meta") for size in (width, aggregated))
     grad_out = torch.empty(64, aggregated + 1, width, dtype=torch.float16, device="meta")
@@ -290,7 +290,7 @@ def compile_both(capability, width, aggregated):
 @pytest.mark.parametrize("case", [(80, 768, 51), (90, 512, 39), (90, 768, 51), (120, 768, 51)], ids=str)
 @pytest.mark.parametrize("kernel", ["rows", "tokens"])
 def test_the_kernels_fit_and_spill_nothing(case, kernel):
-    from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
+    from ahead_of_time import SHARED_MEMORY_LIMIT
 
     compiled = compile_both(*case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[case[0]]

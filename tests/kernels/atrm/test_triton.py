@@ -343,7 +343,7 @@ def test_default_settings_are_powers_of_two(capability, width, aggregated, dtype
 @cache
 def compile_both(capability, dtype, width, aggregated):
     """The two kernels as the default settings launch them, with lengths, for contiguous tokens."""
-    from finelip_fast.kernels._ahead_of_time import compile_launches
+    from ahead_of_time import compile_launches
 
     hidden = width // 5
     shapes = ((width,), (width,), (hidden, width), (hidden,), (aggregated, hidden), (aggregated,), ())
@@ -363,7 +363,7 @@ def compile_both(capability, dtype, width, aggregated):
 @pytest.mark.parametrize("case", [(torch.float16, 512, 39), (torch.bfloat16, 768, 51)], ids=str)
 @pytest.mark.parametrize("kernel", ["logits", "pool"])
 def test_the_kernels_fit_and_spill_nothing(capability, case, kernel):
-    from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
+    from ahead_of_time import SHARED_MEMORY_LIMIT
 
     compiled = compile_both(capability, *case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]

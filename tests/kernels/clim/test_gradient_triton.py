@@ -247,7 +247,7 @@ def test_tensors_on_the_cpu_are_refused():
 @cache
 def compile_all(capability, dtype, width, tokens):
     """The scores that keep their winners, and the gradient of one side; that of the other is the same kernel."""
-    from finelip_fast.kernels._ahead_of_time import compile_launches
+    from ahead_of_time import compile_launches
 
     queries, items = (torch.empty(512, tokens, width, dtype=dtype, device="meta") for _ in range(2))
 
@@ -266,7 +266,7 @@ def compile_all(capability, dtype, width, tokens):
 )
 @pytest.mark.parametrize("kernel", ["winners", "gradient"])
 def test_the_kernels_fit_and_spill_nothing(capability, case, kernel):
-    from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
+    from ahead_of_time import SHARED_MEMORY_LIMIT
 
     compiled = compile_all(capability, *case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]

@@ -229,7 +229,7 @@ def test_tensors_on_the_cpu_are_refused():
 
 @cache
 def compile_scores(capability, dtype, width, tokens, n_queries):
-    from finelip_fast.kernels._ahead_of_time import compile_launches
+    from ahead_of_time import compile_launches
 
     counts = n_queries, 1000
     queries, items = (torch.empty(count, tokens, width, dtype=dtype, device="meta") for count in counts)
@@ -257,7 +257,7 @@ CASES = [
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_fits_and_spills_nothing(capability, case):
-    from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT
+    from ahead_of_time import SHARED_MEMORY_LIMIT
 
     compiled = compile_scores(capability, *case)
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]

@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 import triton.language as tl
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_for, recorded_launches
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels._ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_for, recorded_launches
 from finelip_fast.kernels.clim import triton as clim
 
 
