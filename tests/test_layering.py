@@ -15,11 +15,11 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {
         *("_command_line", "_decode", "errors", "_files", "_json", "_markup"),
-        *("_arguments", "_tensor_pickle", "_terminal", "_typed", "config"),
+        *("_arguments", "_terminal", "_typed", "config"),
     },
     {"kernels"},
     {
-        *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint", "_foreign", "_weight_files"),
+        *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint"),
         *("embed", "metrics", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},
@@ -115,7 +115,7 @@ def test_the_imports_are_found(imports: list[Import]) -> None:
     found = {(one.importer, one.imported, one.in_function) for one in imports}
     assert ("model", "aggregator", False) in found
     assert ("datasets.scenes", "datasets._scene_words", False) in found
-    assert ("engines.torch", "checkpoint", False) in found
+    assert ("engines.torch", "checkpoint.__init__", False) in found
     assert ("engines.choice", "engines.torch", True) in found
     assert ("cli", "training.train", True) in found
     assert ("retriever", "kernels.__init__", False) in found

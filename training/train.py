@@ -40,7 +40,7 @@ from finelip_fast import checkpoint
 from finelip_fast._command_line import run_command
 from finelip_fast._files import remove_unfinished, write_error, write_whole
 from finelip_fast._terminal import printable
-from finelip_fast._weight_files import read_weights
+from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_texts
 from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, ImageError, TrainingError

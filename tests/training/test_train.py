@@ -21,8 +21,8 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast import checkpoint
-from finelip_fast._weight_files import read_weights
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
+from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.cli import main as finelip
 from finelip_fast.config import PRESETS, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError, WriteError

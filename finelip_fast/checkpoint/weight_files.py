@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from finelip_fast import _tensor_pickle
-from finelip_fast._foreign import some
-from finelip_fast._tensor_pickle import Module, read_pickle
+from finelip_fast.checkpoint import tensor_pickle
+from finelip_fast.checkpoint.foreign import some
+from finelip_fast.checkpoint.tensor_pickle import Module, read_pickle
 from finelip_fast.errors import CheckpointError
 
 # All that is read of a zip archive besides its tensors: the pickle, TorchScript's sources, the directory.
@@ -41,7 +41,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
     Args:
         path: A file that ``torch.save`` or ``torch.jit.save`` wrote, or a safetensors file. No code in it runs: it is read
-            by :mod:`finelip_fast._tensor_pickle`.
+            by :mod:`finelip_fast.checkpoint.tensor_pickle`.
 
     Returns:
         What was saved. Its tensors lie in the file, mapped: what is written to them stays in memory.
@@ -193,8 +193,8 @@ def _read_zip(archive: _Archive) -> Any:
         raise ValueError(f"numbers in the byte order {order!r:.40}, which this machine does not have")
     is_script = "constants.pkl" in names
     content = archive.read("data.pkl")
-    if len(content) > _tensor_pickle.MAX_BYTES:
-        raise ValueError(f"a pickle of {len(content)} bytes, of at most {_tensor_pickle.MAX_BYTES}")
+    if len(content) > tensor_pickle.MAX_BYTES:
+        raise ValueError(f"a pickle of {len(content)} bytes, of at most {tensor_pickle.MAX_BYTES}")
     value = read_pickle(io.BytesIO(content), archive.storage, room=len(archive.data), modules=is_script)
     return dict(_script_weights(value, _Sources(archive), "")) if isinstance(value, Module) else value
 
@@ -232,7 +232,7 @@ def _script_weights(module: Module, sources: _Sources, prefix: str) -> Iterator[
 
 def _read_legacy(data: mmap.mmap) -> Any:
     """Pickles of a magic number, a version, the system, the value and the storages' keys; then the storages."""
-    stream = io.BytesIO(data[: _tensor_pickle.MAX_BYTES])
+    stream = io.BytesIO(data[: tensor_pickle.MAX_BYTES])
     if stream.read(2 + len(_LEGACY_MAGIC))[2:] != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("a pickle that torch.save did not write")
     read_pickle(stream)

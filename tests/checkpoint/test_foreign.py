@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finelip_fast._foreign import config_from_transformers, translate
 from finelip_fast.checkpoint import config_from_open_clip, import_state_dict, stretch_positions
+from finelip_fast.checkpoint.foreign import config_from_transformers, translate
 from finelip_fast.config import CLIP_MEAN, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError
 
@@ -197,7 +197,7 @@ def test_sizes_that_no_default_covers(pixels, captions):
 
 @pytest.mark.parametrize("width", [1408, 1664, 192, 70])
 def test_a_ratio_gives_the_hidden_width_back(width):
-    from finelip_fast._foreign import _ratio
+    from finelip_fast.checkpoint.foreign import _ratio
 
     for hidden in range(width, 5 * width, 7):
         assert int(width * _ratio([hidden, width])) == hidden

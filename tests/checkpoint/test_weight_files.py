@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finelip_fast._weight_files import read_weights
+from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.errors import CheckpointError
 
 

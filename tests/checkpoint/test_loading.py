@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast.checkpoint as checkpoint
-from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, save, verify
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, loading, save, verify
 from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError, WriteError
 
@@ -167,9 +167,9 @@ def test_untrained_aggregators_warn_and_score_globally(make_model, tmp_path):
 
 
 def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(checkpoint, "BUNDLED", folder)
+    monkeypatch.setattr(loading, "BUNDLED", folder)
     assert_same_weights(load(), model)
-    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "absent")
+    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"lacks the bundled model .*reinstall"):
         load()
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finelip_fast._weight_files import damaged_records, read_weights
+from finelip_fast.checkpoint.weight_files import damaged_records, read_weights
 from finelip_fast.errors import CheckpointError
 
 # What PyTorch writes ----------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_no_reader_of_pytorch_is_called():
     """torch.load and torch.jit.load run what a file says, or once did."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for folder in ("finelip_fast", "training", "export", "kernels"):
         for source in (root / folder).rglob("*.py"):
             words = source.read_text()
@@ -472,7 +472,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from finelip_fast.errors import CheckpointError
-from finelip_fast._weight_files import read_weights
+from finelip_fast.checkpoint.weight_files import read_weights
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     read_weights(Path(sys.argv[1]))

@@ -1,0 +1,27 @@
+"""Checkpoints: our own folder, and other projects' files.
+
+Our format is one folder, read without pickle::
+
+    config.json          {"format": "finelip_fast/1", the fields of FineLIPConfig, "weights_sha256": ..., "metadata": {...}}
+    model.safetensors    the model's state dict, float32 or half precision
+
+Everything else is translated when it is read (:mod:`finelip_fast.checkpoint.foreign`).
+"""
+
+from finelip_fast.checkpoint.building import import_state_dict
+from finelip_fast.checkpoint.foreign import config_from_open_clip
+from finelip_fast.checkpoint.loading import UntrainedAggregatorsWarning, load
+from finelip_fast.checkpoint.saving import convert, fingerprint, save, verify
+from finelip_fast.encoders import stretch_positions
+
+__all__ = [
+    "UntrainedAggregatorsWarning",
+    "config_from_open_clip",
+    "convert",
+    "fingerprint",
+    "import_state_dict",
+    "load",
+    "save",
+    "stretch_positions",
+    "verify",
+]

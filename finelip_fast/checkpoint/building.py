@@ -1,0 +1,133 @@
+"""From another project's weights, or our own, to a model with exactly these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finelip_fast.checkpoint.foreign import LAYOUTS, config_from_tensors, initial_aggregators, some, translate
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.encoders import stretch_positions
+from finelip_fast.errors import CheckpointError, ConfigError
+from finelip_fast.model import FineLIP
+
+CLIP_CONTEXT = 77
+LONG_CONTEXT = 256
+
+# Parameters that a model may have beyond its weights before it is refused unbuilt.
+_SMALL = 1 << 24
+
+Describe = Callable[[Mapping[str, Tensor]], FineLIPConfig]
+
+
+def import_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    context_length: int | None = None,
+    quick_gelu: bool = True,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+) -> FineLIP:
+    """Build a model from another project's state dict.
+
+    The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
+    own. All sizes come from the tensors. Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start
+    and ``config.trained_aggregators`` is False.
+
+    Args:
+        state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
+        context_length: As in :func:`load`.
+        quick_gelu: Which GELU the weights were trained with: True for OpenAI's and all that started from them.
+        vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
+
+    Returns:
+        A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
+
+    Raises:
+        CheckpointError: Missing, unknown or misshapen weights, by name; heads that must be given.
+        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
+    """
+    describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
+    return translated(state_dict, describe, "the state dict", context_length)[0]
+
+
+def translated(
+    entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None
+) -> tuple[FineLIP, str]:
+    try:
+        found = translate(entries)
+        config = describe(found.tensors).replace(trained_aggregators=found.has_aggregators)
+        tensors = found.tensors
+        logits = tensors.get("image_aggregator.logits.weight")
+        if found.has_aggregators and logits is not None and logits.dim() == 2:
+            config = config.replace(aggregated_tokens=logits.shape[0], aggregator_hidden=logits.shape[1])
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{source}: {error}") from error
+    check_room(config, tensors, source)
+    if not found.has_aggregators:
+        tensors = {**tensors, **initial_aggregators(config)}
+    model = build(config, tensors, source, found.names)
+    longer = LONG_CONTEXT if config.context_length <= CLIP_CONTEXT else config.context_length
+    return lengthen(model, context_length or longer, source), found.layout
+
+
+def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse sizes far beyond the weights before anything is made of them; which weights are missing, the model tells."""
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if config.parameters > 2 * held + _SMALL:
+        raise CheckpointError(
+            f"{source}: expected the weights of a model of {config.parameters} parameters, as it is configured, found {held}"
+        )
+
+
+def build(
+    config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
+) -> FineLIP:
+    """A float32 model on the CPU with exactly these weights, copied."""
+    # On the meta device nothing is drawn at random: quick, and the caller's random numbers stay as they were.
+    with torch.device("meta"):
+        model = FineLIP(config)
+    expected = model.state_dict()
+    misshapen = [
+        f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in expected and (tensor.shape != expected[name].shape or not tensor.is_floating_point())
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unknown": [(names or {}).get(name, name) for name in tensors if name not in expected],
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
+        raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {found}")
+    model.load_state_dict(
+        {
+            name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
+        assign=True,
+    )
+    model.text.attn_mask = model.text.build_causal_mask()  # a buffer that no state dict carries
+    return model.eval()
+
+
+def lengthen(model: FineLIP, length: int, source: str) -> FineLIP:
+    """Stretch the model's context to ``length`` tokens, in place."""
+    rows, config = model.config.context_length, model.config.replace(context_length=length)
+    if length < rows:
+        raise ConfigError(
+            f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
+            "shorter captions need no shorter table: tokenize them to the length you want"
+        )
+    if length > rows:
+        text = model.text
+        text.positional_embedding = nn.Parameter(stretch_positions(text.positional_embedding.detach(), length))
+        text.num_pos = text.context_length = length
+        text.attn_mask = text.build_causal_mask()
+        model.config = config
+    return model

@@ -1,0 +1,184 @@
+"""Writing our own format, and telling whether what is on the disk is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from finelip_fast._arguments import floating_dtype, folder_path
+from finelip_fast._files import write_error, write_whole
+from finelip_fast._json import parse_json
+from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config
+from finelip_fast.checkpoint.weight_files import damaged_records
+from finelip_fast.errors import CheckpointError, InputError
+from finelip_fast.model import FineLIP
+
+_MAX_METADATA = 1 << 20  # bytes; indenting makes it larger by far
+
+
+def save(
+    model: FineLIP,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model in our format.
+
+    Each file is written beside its place and renamed, the configuration last: a reader meets a whole file or none.
+
+    Args:
+        model: The model.
+        folder: Where to; made where it is missing.
+        dtype: Precision on disk. Default: the model's.
+        metadata: Values for JSON to keep with it, such as where it comes from.
+
+    Raises:
+        InputError: No model, folder or dtype, or metadata that JSON cannot hold.
+        WriteError: The disk is full, or the folder someone else's; says how much is missing.
+    """
+    folder = folder_path("folder", folder)
+    if not isinstance(model, FineLIP):
+        raise InputError(f"expected a FineLIP, got {model!r:.80}")
+    dtype = None if dtype is None else floating_dtype("dtype", dtype)
+    try:
+        kept = json.dumps({} if metadata is None else dict(metadata))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"expected metadata of plain values for JSON, got {metadata!r:.80}: {error}") from error
+    if len(kept) > _MAX_METADATA:
+        raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(kept)}")
+    values = parse_json(kept, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    digests = []
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+        digests.append(_sha256(path))
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    write_whole(folder / "model.safetensors", write, size=sum(tensor.nbytes for tensor in tensors.values()))
+    config = {"format": FORMAT, **model.config.to_dict(), "weights_sha256": digests[0], "metadata": values}
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def convert(
+    source: str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str],
+    *,
+    context_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Write any checkpoint that :func:`load` reads in our format.
+
+    Args:
+        source: As :func:`load` takes it. A folder of ours passes its metadata on.
+        folder: Where to.
+        context_length: As in :func:`load`.
+        dtype: Precision on disk. Default: float32.
+
+    Returns:
+        What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``embed_dim``, ``tokens``,
+        ``image_size``, ``patch_size``, ``context_length``, ``dtype``, ``folder``.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: As :func:`load`.
+    """
+    model, layout, _ = open_checkpoint(source, context_length)
+    # A path's last part: where it lay on one machine is no one else's business.
+    name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
+    ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
+    history = read_config(ours).get("metadata") if ours is not None and ours.is_file() else {}
+    if not isinstance(history, dict):
+        raise CheckpointError(f"{ours}: expected metadata as an object, found {history!r:.40}")
+    save(model, folder, dtype=dtype, metadata={**history, "source": name, "layout": layout})
+    config = model.config
+    return {
+        "layout": layout,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_aggregators": config.trained_aggregators,
+        "embed_dim": config.embed_dim,
+        "tokens": config.tokens,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "context_length": config.context_length,
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
+        "folder": os.fspath(folder),
+    }
+
+
+def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
+    """Identify a checkpoint: equal for equal configurations and weights.
+
+    Args:
+        model: A model, or what :func:`load` takes. Casting a model to half precision changes its fingerprint.
+
+    Returns:
+        SHA-256 in hex, over the configuration and every weight's name, shape and float32 values.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+    """
+    if not isinstance(model, FineLIP):
+        model = open_checkpoint(model, None).model
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Load a checkpoint, and compare the file of its weights with what was recorded when it was written.
+
+    :func:`load` does not compare: hashing takes about as long as loading.
+
+    Args:
+        checkpoint: As :func:`load` takes it.
+
+    Returns:
+        ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path. ``sha256``: of
+        that file. ``recorded_sha256``: by our ``config.json``; None where there is none. ``damaged``: records of a PyTorch
+        file that are not what their own checksums say; None where the file has none. ``status``: ``"ok"``,
+        ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+    """
+    model, layout, weights = open_checkpoint(checkpoint, None)
+    ours = weights.parent / "config.json"
+    recorded = read_config(ours).get("weights_sha256") if layout == "finelip_fast" and ours.is_file() else None
+    try:
+        actual, damaged = _sha256(weights), damaged_records(weights)
+    except OSError as error:
+        raise CheckpointError(f"{weights}: cannot be read: {error}") from error
+    if recorded is None and damaged is None:
+        status = "none recorded"
+    else:
+        status = "ok" if recorded in (None, actual) and not damaged else "mismatch"
+    return {
+        "format": layout,
+        "fingerprint": fingerprint(model),
+        "weights": os.fspath(weights),
+        "sha256": actual,
+        "recorded_sha256": recorded,
+        "damaged": damaged,
+        "status": status,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
