@@ -114,7 +114,7 @@ def test_the_imports_are_found(imports: list[Import]) -> None:
     """The reader of imports sees what is known to be there: relative, through the package, and inside functions."""
     found = {(one.importer, one.imported, one.in_function) for one in imports}
     assert ("model", "aggregator", False) in found
-    assert ("datasets.scenes", "datasets._scene_words", False) in found
+    assert ("datasets.scenes.scenes", "datasets.scenes.words", False) in found
     assert ("engines.torch", "checkpoint.__init__", False) in found
     assert ("engines.choice", "engines.torch", True) in found
     assert ("cli", "training.train", True) in found

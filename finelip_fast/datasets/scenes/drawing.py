@@ -9,9 +9,9 @@ from random import Random
 
 from PIL import Image
 
-from finelip_fast.datasets._scene_canvas import FOOT_OF_HOUSES, ROAD, Canvas, Colour, darker, lighter, lit, mix
-from finelip_fast.datasets._scene_town import paint_building, paint_furniture, paint_tree
-from finelip_fast.datasets._scene_traffic import paint_person, paint_vehicle
+from finelip_fast.datasets.scenes.canvas import FOOT_OF_HOUSES, ROAD, Canvas, Colour, darker, lighter, lit, mix
+from finelip_fast.datasets.scenes.town import paint_building, paint_furniture, paint_tree
+from finelip_fast.datasets.scenes.traffic import paint_person, paint_vehicle
 
 __all__ = ["draw"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from finelip_fast.datasets._scene_canvas import (
+from finelip_fast.datasets.scenes.canvas import (
     FLOOR,
     GLASS,
     GROUND_FLOOR,

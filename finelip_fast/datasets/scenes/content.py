@@ -7,7 +7,7 @@ from itertools import pairwise
 from random import Random
 from typing import ClassVar, NamedTuple
 
-from finelip_fast.datasets import _scene_canvas as plan
+from finelip_fast.datasets.scenes import canvas as plan
 
 __all__ = ["FAMILY_SIZE", "Building", "Content", "Furniture", "Person", "Placed", "Tree", "Vehicle", "family"]
 

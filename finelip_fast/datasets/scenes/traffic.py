@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from finelip_fast.datasets._scene_canvas import INK, LAMPLIGHT, PALETTE, Canvas, Colour, darker, lighter, mix
+from finelip_fast.datasets.scenes.canvas import INK, LAMPLIGHT, PALETTE, Canvas, Colour, darker, lighter, mix
 
 __all__ = ["paint_person", "paint_vehicle"]
 

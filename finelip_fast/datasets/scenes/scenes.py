@@ -22,37 +22,17 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from finelip_fast._arguments import one_of
-from finelip_fast.datasets import _scene_drawing as drawing
-from finelip_fast.datasets import _scene_words as words
-from finelip_fast.datasets._scene_content import (
+from finelip_fast.datasets.scenes import drawing, words
+from finelip_fast.datasets.scenes.content import (
     FAMILY_SIZE,
-    Building,
     Content,
-    Furniture,
-    Person,
     Placed,
-    Tree,
-    Vehicle,
     family,
 )
 from finelip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = [
-    "FAMILY_SIZE",
-    "SPLITS",
-    "VARIANTS",
-    "Building",
-    "Furniture",
-    "Person",
-    "Phrase",
-    "Scene",
-    "Scenes",
-    "Tree",
-    "Vehicle",
-]
 
 SPLITS = {"train": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
 MAX_SIZE = 10_000_000  # scenes, which take a day to draw

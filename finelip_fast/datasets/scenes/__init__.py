@@ -1,0 +1,18 @@
+"""Generated street scenes with long descriptions: their words, their town and traffic, and how they are drawn."""
+
+from finelip_fast.datasets.scenes.content import FAMILY_SIZE, Building, Furniture, Person, Tree, Vehicle
+from finelip_fast.datasets.scenes.scenes import SPLITS, VARIANTS, Phrase, Scene, Scenes
+
+__all__ = [
+    "FAMILY_SIZE",
+    "SPLITS",
+    "VARIANTS",
+    "Building",
+    "Furniture",
+    "Person",
+    "Phrase",
+    "Scene",
+    "Scenes",
+    "Tree",
+    "Vehicle",
+]
