@@ -252,8 +252,8 @@ def _plan(options: argparse.Namespace) -> Any:
 
 def _push(options: argparse.Namespace) -> dict[str, int]:
     from finelip_fast.index import stored_index
-    from finelip_fast.index.lance import LanceStore
-    from finelip_fast.index.sync import push
+    from finelip_fast.index.remote.lance import LanceStore
+    from finelip_fast.index.remote.sync import push
 
     index = stored_index(options.index)
     store = LanceStore(index.spec, options.uri, source=index.source, storage_options=dict(options.storage_option))
@@ -261,8 +261,8 @@ def _push(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _pull(options: argparse.Namespace) -> dict[str, int]:
-    from finelip_fast.index.lance import open_store
-    from finelip_fast.index.sync import pull
+    from finelip_fast.index.remote.lance import open_store
+    from finelip_fast.index.remote.sync import pull
 
     store = open_store(options.uri, storage_options=dict(options.storage_option), version=options.version)
     return pull(store, options.index, part=options.part, progress=not options.quiet)

@@ -54,7 +54,7 @@ def test_importing_is_lean() -> None:
     assert "finelip_fast.retriever" in modules
     unwanted = {
         *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorboard", "webdataset", "sklearn", "matplotlib"),
-        *("faiss", "lance", "pyarrow", "ray", "finelip_fast.distributed", "finelip_fast.index.lance"),
+        *("faiss", "lance", "pyarrow", "ray", "finelip_fast.distributed", "finelip_fast.index.remote.lance"),
         *("finelip_fast.training", "finelip_fast.export", "finelip_fast.cli"),
     }
     assert not unwanted & set(modules)

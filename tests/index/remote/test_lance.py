@@ -23,9 +23,9 @@ from torch import Tensor
 from finelip_fast.cli import main
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
-from finelip_fast.index import lance as stores
-from finelip_fast.index.lance import LanceStore, open_store
-from finelip_fast.index.sync import pull, push
+from finelip_fast.index.remote import lance as stores
+from finelip_fast.index.remote.lance import LanceStore, open_store
+from finelip_fast.index.remote.sync import pull, push
 
 pytest.importorskip("lance")
 

@@ -16,7 +16,7 @@ import torch
 
 from finelip_fast import FineLIPError
 from finelip_fast.index import IndexSpec
-from finelip_fast.index.lance import LanceStore, open_store
+from finelip_fast.index.remote.lance import LanceStore, open_store
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 ITEMS = 40

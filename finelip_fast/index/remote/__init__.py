@@ -1,0 +1,1 @@
+"""Collections on object storage, and what goes between them and index folders."""
