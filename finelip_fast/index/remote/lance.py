@@ -6,8 +6,8 @@ JSON alone in stores of format 1). Whatever reads Lance reads it. The store is a
 keep what they have acknowledged, but on local disks Lance waits for no disk, so that a power cut there may take changes that
 were acknowledged. Damage to the values of a row is an error; to files of Lance's own it may end the process, in Lance's code.
 
-A search takes about 1 GiB of memory, however large the collection is; :mod:`finelip_fast.index.remote.sync` fills folders from a
-store and a store from folders.
+A search takes about 1 GiB of memory, however large the collection is; :mod:`finelip_fast.index.remote.sync` fills folders
+from a store and a store from folders.
 
 Lance runs threads, which a fork does not copy: processes that use a store start others by spawn or forkserver.
 """
