@@ -41,7 +41,7 @@ def _run(arguments: list[str]) -> int | None:
     if arguments[:1] == ["export"]:
         return _export(arguments[1:])
     if arguments[:2] == ["study", "ablation"]:  # trains, too
-        from finelip_fast.training.ablation.command import main as ablation
+        from finelip_fast.studies.ablation.command import main as ablation
 
         return ablation(arguments[2:])
     parser = _parser()

@@ -507,7 +507,7 @@ def test_what_cannot_be_written_is_an_error(
         raise NotADirectoryError(20, "Not a directory", str(where))
 
     monkeypatch.setattr("finelip_fast.export.to_onnx.export_onnx", too_long_for_a_test)
-    monkeypatch.setattr("finelip_fast.training.ablation.command.load_recipe", too_long_for_a_test)
+    monkeypatch.setattr("finelip_fast.studies.ablation.command.load_recipe", too_long_for_a_test)
     named = {"CHECKPOINT": str(checkpoint), "OUT": str(where)}
     assert main([named.get(word, word) for word in command.split()]) == 2
     printed = capsys.readouterr()

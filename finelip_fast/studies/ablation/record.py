@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from finelip_fast.metrics import quality
 from finelip_fast.records import Plot, Record, Series, Table
-from finelip_fast.training.ablation.runs import (
+from finelip_fast.studies.ablation.runs import (
     FINE_ALONE,
     GLOBAL_ALONE,
     PAPERS_ALPHA,
@@ -15,7 +15,7 @@ from finelip_fast.training.ablation.runs import (
     Run,
     choose_alpha,
 )
-from finelip_fast.training.ablation.variants import GROUPS, LOSSES, PAPER, Arm
+from finelip_fast.studies.ablation.variants import GROUPS, LOSSES, PAPER, Arm
 
 
 def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, validation: str, name: str) -> Record:

@@ -25,7 +25,7 @@ from finelip_fast.errors import ConfigError
 from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Table, commit
-from finelip_fast.training.ablation.variants import AblatedFineLIP, Arm, Variant
+from finelip_fast.studies.ablation.variants import AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.train import Trainer, choose_device
 

@@ -19,9 +19,9 @@ import torch
 
 from finelip_fast._command_line import run_command
 from finelip_fast.errors import ConfigError
-from finelip_fast.training.ablation.record import record
-from finelip_fast.training.ablation.runs import choose_rates, run
-from finelip_fast.training.ablation.variants import GROUPS, Variant
+from finelip_fast.studies.ablation.record import record
+from finelip_fast.studies.ablation.runs import choose_rates, run
+from finelip_fast.studies.ablation.variants import GROUPS, Variant
 from finelip_fast.training.config import TrainConfig, load_recipe
 from finelip_fast.training.train import train
 

@@ -16,11 +16,11 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import ConfigError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
-from finelip_fast.training.ablation import command as ablation
-from finelip_fast.training.ablation import runs as ablation_runs
-from finelip_fast.training.ablation.record import record
-from finelip_fast.training.ablation.runs import Run, _stored, choose_alpha
-from finelip_fast.training.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
+from finelip_fast.studies.ablation import command as ablation
+from finelip_fast.studies.ablation import runs as ablation_runs
+from finelip_fast.studies.ablation.record import record
+from finelip_fast.studies.ablation.runs import Run, _stored, choose_alpha
+from finelip_fast.studies.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 
 TINY = FineLIPConfig(
