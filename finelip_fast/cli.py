@@ -173,7 +173,7 @@ def _demo(options: argparse.Namespace) -> Any:
 
 
 def _index(options: argparse.Namespace) -> Any:
-    from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar
+    from finelip_fast.ingest import FolderReport, count_pictures, pictures, progress_bar
 
     total = count_pictures(options.folder)
     retriever = _retriever(options)

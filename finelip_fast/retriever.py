@@ -24,8 +24,8 @@ from finelip_fast.engines.torch import TorchEngine
 from finelip_fast.errors import EngineError, ImageError, InputError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.index import Index, IndexSpec, stored_dtype
-from finelip_fast.index.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
 from finelip_fast.index.segments import DTYPES
+from finelip_fast.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import Overflow, check_overflow

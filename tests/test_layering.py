@@ -23,7 +23,7 @@ LAYERS = [
         *("embed", "metrics", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},
-    {"explain", "known_checkpoints"},  # of the model alone, and of the index; the retriever offers both
+    {"explain", "ingest", "known_checkpoints"},  # of the model alone, and of the index; the retriever offers both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
     {"cli", "_eval_commands", "_explain_command", "_index_commands", "_study_command"},

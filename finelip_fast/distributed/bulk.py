@@ -36,9 +36,9 @@ from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.index import Index, Written
 from finelip_fast.index.arrays import locked
-from finelip_fast.index.ingest import FolderReport, count_pictures, pictures, progress_bar
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
+from finelip_fast.ingest import FolderReport, count_pictures, pictures, progress_bar
 from finelip_fast.retriever import Retriever
 
 # Files of a task, which makes one segment; fewer where there would be less than so many tasks for each worker.
