@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
-
-REPOSITORY = Path(__file__).parent.parent
+from house import ROOT, Import, circles, find_imports, find_modules, floors
 
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
@@ -29,85 +23,18 @@ LAYERS = [
     {"cli", "_eval_commands", "_explain_command", "_index_commands", "_study_command"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-BESIDE = {
-    "training",
-    "export",
-}  # may import up to the model modules; only the command line and, of training, studies may import them
+# May import up to the model modules; only the command line and, of training, studies may import them.
+BESIDE = {"training", "export"}
 STUDIES_TRAIN = ("studies", "training")
 MODEL_LAYER = LAYER["model"]
-ROOT = "__init__"  # the public names; nothing imports them from there
-
-
-class Import(NamedTuple):
-    """One import of ours: ``importer`` and ``imported`` are dotted names below ``finelip_fast``."""
-
-    importer: str
-    imported: str
-    in_function: bool
-    line: int
-
-    @property
-    def rooms(self) -> tuple[str, str]:
-        """The first parts of both names, which the table speaks of."""
-        return self.importer.split(".")[0], self.imported.split(".")[0]
-
-    def __str__(self) -> str:
-        return f"{self.importer}, line {self.line}: imports {self.imported}"
-
-
-def find_modules() -> dict[str, Path]:
-    """Dotted names below ``finelip_fast`` (packages end in ``.__init__``) to files, the mapped folders included."""
-    folders = {"": REPOSITORY / "finelip_fast"} | {
-        name: REPOSITORY / name for name in ("kernels", "training", "export")
-    }
-    return {
-        ".".join([*([prefix] if prefix else []), *path.relative_to(folder).with_suffix("").parts]): path
-        for prefix, folder in folders.items()
-        for path in sorted(folder.rglob("*.py"))
-    }
 
 
 MODULES = find_modules()
 
 
-def resolve(parts: list[str]) -> str:
-    """The module of ours that a dotted path leads to; a name inside a module leads to the module."""
-    while parts:
-        for name in (".".join(parts), ".".join([*parts, "__init__"])):
-            if name in MODULES:
-                return name
-        parts = parts[:-1]
-    return ROOT
-
-
-def imports_of(module: str, tree: ast.AST, in_function: bool = False) -> Iterator[Import]:
-    for node in ast.iter_child_nodes(tree):
-        targets: list[str] = []
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = ["finelip_fast", *module.split(".")]
-            base = [*package[: -node.level], *filter(None, [node.module])] if node.level else [node.module]
-            targets = [".".join([*base, alias.name]) for alias in node.names]
-        for target in targets:
-            first, *rest = target.split(".")
-            if first == "finelip_fast":
-                yield Import(module, resolve(rest), in_function, node.lineno)
-            elif first in ("kernels", *BESIDE):
-                pytest.fail(
-                    f"{module}, line {node.lineno}: imports {first} by its bare name; write finelip_fast.{first}"
-                )
-        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        yield from imports_of(module, node, in_function or is_function)
-
-
 @pytest.fixture(scope="module")
 def imports() -> list[Import]:
-    return [
-        one
-        for module, path in MODULES.items()
-        for one in imports_of(module, ast.parse(path.read_text(encoding="utf-8"), str(path)))
-    ]
+    return find_imports(MODULES)
 
 
 def complain(wrong: list[Import]) -> None:
@@ -164,16 +91,16 @@ def test_training_and_export_are_imported_by_the_command_line_and_studies_alone(
 
 
 def test_there_are_no_circles(imports: list[Import]) -> None:
-    """Imports at the top of modules, followed from each module, never lead back to it."""
-    onward: dict[str, set[str]] = {}
+    """Imports inside functions count: what needs them to get round a circle is one thing in two files."""
+    arrows: dict[str, set[str]] = {}
     for one in imports:
-        if not one.in_function:
-            onward.setdefault(one.importer, set()).add(one.imported)
-    for start in onward:
-        reached, ahead = set(), list(onward[start])
-        while ahead:
-            module = ahead.pop()
-            assert module != start, f"{start} imports itself by way of {sorted(reached)}"
-            if module not in reached:
-                reached.add(module)
-                ahead += onward.get(module, ())
+        if one.imported != one.importer:
+            arrows.setdefault(one.importer, set()).add(one.imported)
+    assert circles(arrows) == []
+
+
+def test_the_drawing_finds_circles_and_floors() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "e": {"d"}}
+    assert circles(arrows) == [["b", "c"]]
+    assert floors(arrows) == [["d"], ["b", "c", "e"], ["a"]]
+    assert floors({"a": {"b"}}) == [["b"], ["a"]]

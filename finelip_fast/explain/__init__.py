@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finelip_fast.explain.explanation import MAPS, Explanation, Match, Word, explain
+from finelip_fast.explain.explanation import Explanation, Match, Word, explain
+from finelip_fast.explain.pictures import MAPS
 from finelip_fast.explain.pointing import pointing_game
 
 __all__ = ["MAPS", "Explanation", "Match", "Word", "explain", "pointing_game"]

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
+from finelip_fast.explain import pictures
+from finelip_fast.explain.pictures import MAPS
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
 _LEAK = 0.1  # slope of CLIM below zero
 
 _LETTERS = 32  # of one token on average, white space included, in any caption that people write
-
-MAPS = ("raw", "aggregated")
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,7 @@ class Explanation:
 
     def overlay(self, phrase: str | tuple[int, int], *, tokens: str = "raw") -> Any:
         """The picture beside the map of a phrase, as a matplotlib figure; needs matplotlib."""
-        from finelip_fast.explain.pictures import overlay
-
-        return overlay(self, phrase, tokens=tokens)
+        return pictures.overlay(self, phrase, tokens=tokens)
 
     def to_html(self, path: str | PathLike[str] | None = None) -> str:
         """One page without anything from elsewhere: move over words to see where, over the picture to see what.
@@ -244,9 +242,7 @@ class Explanation:
         Raises:
             WriteError: A file that cannot be written.
         """
-        from finelip_fast.explain.pictures import page
-
-        return page(self, path)
+        return pictures.page(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches."""

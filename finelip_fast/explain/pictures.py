@@ -21,10 +21,11 @@ from finelip_fast._files import write_whole
 from finelip_fast._markup import in_html
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
-from finelip_fast.explain.explanation import MAPS
 
 if TYPE_CHECKING:
     from finelip_fast.explain.explanation import Explanation, Match
+
+MAPS = ("raw", "aggregated")  # of what a token found in each place
 
 _SHOWN = 384  # pixels of the picture's side on the page
 

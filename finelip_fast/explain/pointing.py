@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.errors import InputError
-from finelip_fast.explain.explanation import MAPS, Explanation, explain_pairs, patches_inside
+from finelip_fast.explain.explanation import Explanation, explain_pairs, patches_inside
+from finelip_fast.explain.pictures import MAPS
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import token_spans
 
