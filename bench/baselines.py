@@ -72,7 +72,7 @@ def plain_torch(
         ``[B_i, B_t]`` in the dtype of the inputs.
     """
     rows = [
-        torch.cat([block(some_images, some, alpha) for some in captions.split(at_once)], dim=1)
+        torch.cat([block(some_images, some_captions, alpha) for some_captions in captions.split(at_once)], dim=1)
         for some_images in images.split(images_at_once or max(1, len(images)))
     ]
     return torch.cat(rows)
@@ -98,5 +98,5 @@ def images_that_suit(images: Tensor, captions: Tensor) -> int:
 
 def exact_scores(images: Tensor, captions: Tensor, *, alpha: float = 0.8) -> Tensor:
     """``[B_i, B_t]`` in float64, few at a time."""
-    rows = [plain_torch(some.double(), captions.double(), alpha=alpha, at_once=4) for some in images.split(1_000)]
+    rows = [plain_torch(block.double(), captions.double(), alpha=alpha, at_once=4) for block in images.split(1_000)]
     return torch.cat(rows)

@@ -186,9 +186,9 @@ def rows_of(capability: int) -> list[Row]:
                 rows.append({"kernel": case.name, **row, "error": brief(error)})
             for candidates in launches:
                 kernel = f"{case.name}: {candidates[0].kernel.__name__}"
-                found = {"kernel": kernel, **row, **compile_best(candidates, capability)}
-                if found not in rows:  # a gradient kernel runs once a side
-                    rows.append(found)
+                row_of_kernel = {"kernel": kernel, **row, **compile_best(candidates, capability)}
+                if row_of_kernel not in rows:  # a gradient kernel runs once a side
+                    rows.append(row_of_kernel)
     return rows
 
 
@@ -208,11 +208,11 @@ def compile_best(candidates: Sequence[KernelLaunch], capability: int) -> Row:
     settings |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if len(candidates) > 1:
         fitting = [result for _, result in compiled if result.fits]
-        whole = sum(result.spilled_bytes == 0 for result in fitting)
+        unspilled = sum(result.spilled_bytes == 0 for result in fitting)
         wgmma = sum(result.uses_wgmma for result in fitting)
         settings["note"] = (
             f"best of {len(candidates)} that the package would try: "
-            f"{len(fitting)} fit, {whole} of these spill nothing, {wgmma} use wgmma"
+            f"{len(fitting)} fit, {unspilled} of these spill nothing, {wgmma} use wgmma"
         )
     return {
         "settings": settings,
@@ -271,11 +271,11 @@ def cell(row: Row) -> str:
     return numbers + (" wgmma" if row["wgmma"] else "") + ("" if row["fits"] else " does not fit")
 
 
-def page(found: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """A record as Markdown."""
-    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items() if version)
-    dirty = " with changes" if found["commit"]["dirty"] else ""
-    return PAGE.format(versions=versions, commit=found["commit"]["id"][:10] + dirty, table=table(found["rows"]))
+    versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items() if version)
+    dirty = " with changes" if record["commit"]["dirty"] else ""
+    return PAGE.format(versions=versions, commit=record["commit"]["id"][:10] + dirty, table=table(record["rows"]))
 
 
 def main() -> None:
@@ -283,14 +283,14 @@ def main() -> None:
     parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [row for rows in pool.map(rows_of, GPUS, chunksize=1) for row in rows] + missing()
-    found = {
+    compiled = {
         "commit": record.commit(),
         "versions": record.versions("torch", "triton", peers.LATE, peers.FLASH),
         "rows": rows,
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    OUT.with_name("README.md").write_text(page(found), encoding="utf-8")
+    OUT.write_text(json.dumps(compiled, indent=1) + "\n", encoding="utf-8")
+    OUT.with_name("README.md").write_text(page(compiled), encoding="utf-8")
 
 
 if __name__ == "__main__":

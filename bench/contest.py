@@ -94,11 +94,11 @@ def _check(contender: Contender, expected: Tensor) -> Result:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        given = contender.run()
+        raw = contender.run()
         result.info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     else:
-        given = contender.run()
-    answer = contender.answer(given)
+        raw = contender.run()
+    answer = contender.answer(raw)
     part = tuple(slice(size) for size in answer.shape)
     error = (answer.to(expected) - expected[part]).abs().max().item()
     result.info["max_error"] = error

@@ -24,27 +24,27 @@ MaxSim = Callable[[Tensor, Tensor], Tensor]  # queries [Q, L_q, D], items [N, L_
 
 def maxsims(*, gradient: bool = False) -> dict[str, MaxSim]:
     """Those that are installed and run here; with ``gradient``, those that autograd goes through."""
-    found: dict[str, MaxSim] = {}
+    installed: dict[str, MaxSim] = {}
     if importlib.util.find_spec("late_interaction_kernels"):
         if ON_GPU:
             from late_interaction_kernels import maxsim
         else:
             from late_interaction_kernels.reference import maxsim_reference as maxsim
 
-        found[LATE] = maxsim
+        installed[LATE] = maxsim
     if ON_GPU and importlib.util.find_spec("flash_maxsim"):
         from flash_maxsim import flash_maxsim_batched, flash_maxsim_batched_train
 
         # Its padding of the rows of a query is left out: it would copy all items in one of the directions.
-        found[FLASH] = flash_maxsim_batched_train if gradient else partial(flash_maxsim_batched, pad_lq=False)
-    return found
+        installed[FLASH] = flash_maxsim_batched_train if gradient else partial(flash_maxsim_batched, pad_lq=False)
+    return installed
 
 
 def scores(maxsim: MaxSim, queries: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor:
     """Scores ``[Q, N]`` of both directions, ours where every maximum is positive, as those of many random rows are."""
     chunks = items.split(AT_ONCE)
-    over_items = torch.cat([maxsim(queries, some) for some in chunks], dim=1).float() / queries.shape[1]
-    over_queries = torch.cat([maxsim(some, queries) for some in chunks]).T.float() / items.shape[1]
+    over_items = torch.cat([maxsim(queries, chunk) for chunk in chunks], dim=1).float() / queries.shape[1]
+    over_queries = torch.cat([maxsim(chunk, queries) for chunk in chunks]).T.float() / items.shape[1]
     cosine = queries[:, 0].float() @ items[:, 0].float().T
     return alpha * cosine + (1 - alpha) * (over_items + over_queries)
 

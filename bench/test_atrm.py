@@ -56,8 +56,8 @@ def race(batch: int, with_gradient: bool) -> dict[str, Result]:
 
         return run
 
-    def ours(*given: Any) -> Tensor:
-        *tensors, lengths, first_rows = given
+    def ours(*arguments: Any) -> Tensor:
+        *tensors, lengths, first_rows = arguments
         return atrm(*tensors, lengths=lengths, anchor=first_rows)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -100,9 +100,9 @@ def scores_race(n_queries: int) -> dict[str, Result]:
                 partial(peers.scores, maxsim, wide_queries[:few], wide_items), EXACT, torch.float32, part
             )
     if peers.has_chamfer():
-        some = items[:PAIRS]
+        pairs = items[:PAIRS]
         contenders[CHAMFER] = contender(
-            partial(peers.chamfer_scores, queries[0], some), ROUNDED, share=len(some) / (ITEMS * n_queries)
+            partial(peers.chamfer_scores, queries[0], pairs), ROUNDED, share=len(pairs) / (ITEMS * n_queries)
         )
     return compete(contenders, exact_scores(items[:CHECKED], queries).T, rounds=ROUNDS)
 
@@ -152,9 +152,9 @@ def topk_race(n_queries: int) -> dict[str, Result]:
     work, int8_work = (floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype) for dtype in (HALF, torch.int8))
     best = exact_scores(items, queries).T.topk(10)
 
-    def ranked(found: tuple[Tensor, ...]) -> Tensor:
+    def ranked(result: tuple[Tensor, ...]) -> Tensor:
         """The scores, then the indices, which must be float64's."""
-        return torch.cat([part.double() for part in found[:2]], dim=1)
+        return torch.cat([part.double() for part in result[:2]], dim=1)
 
     contenders = {
         TOPK: Contender(lambda: clim_topk(queries, items, 10), EXACT, work=work, answer=ranked),
@@ -173,12 +173,12 @@ TOPK, TOPK_INT8 = f"{OURS}, exact", f"{OURS}, exact by int8"
 
 def cases() -> list[Any]:
     scored = [OURS_HALF, OURS_FULL, OURS_INT8, PLAIN_HALF, PLAIN_FULL, LOOP, COMPILED, *PEERS.values(), CHAMFER]
-    tokens, found = [OURS_HALF, OURS_FULL, LOOP], [TOPK, TOPK_INT8, PLAIN_TOPK]
+    tokens, searches = [OURS_HALF, OURS_FULL, LOOP], [TOPK, TOPK_INT8, PLAIN_TOPK]
     plain = PLAIN_HALF if ON_GPU else PLAIN_FULL
     races = [
         *((f"{count} x {ITEMS} scores", partial(scores_race, count), plain, scored) for count in QUERIES),
         ("from tokens", from_tokens_race, LOOP, tokens),
-        *((f"best 10 of {ITEMS} for {count}", partial(topk_race, count), PLAIN_TOPK, found) for count in QUERIES),
+        *((f"best 10 of {ITEMS} for {count}", partial(topk_race, count), PLAIN_TOPK, searches) for count in QUERIES),
     ]
     return [(group, race, baseline, name) for group, race, baseline, names in races for name in names]
 

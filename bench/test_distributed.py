@@ -53,8 +53,8 @@ def indexed(folder: Path) -> dict[str, Result]:
     index_images(folder / "pictures", folder / "by two", engine="torch", workers=2, progress=False)
     by_two = time.perf_counter() - start
     with closing(Index(retriever.index.spec, folder / "by two")) as index:
-        same = index.ids == retriever.index.ids and index.check() == {}
-    two = Result([by_two], {"items_per_second": PICTURES / by_two}) if same else Result(refusal="other items")
+        is_same = index.ids == retriever.index.ids and index.check() == {}
+    two = Result([by_two], {"items_per_second": PICTURES / by_two}) if is_same else Result(refusal="other items")
     return {ONE: Result([by_one], {"items_per_second": PICTURES / by_one}), BULK: two}
 
 
@@ -67,38 +67,38 @@ def rows(count: int, seed: int) -> Tensor:
 def searched(folder: Path) -> dict[str, dict[str, Result]]:
     """By mode; and how long after a kill the answers were whole again."""
     names = [str(folder / name) for name in ("a", "b")]
-    whole = Index(SPEC, folder / "whole")
+    single = Index(SPEC, folder / "whole")
     for seed, name in enumerate(names):
         ids, values = [f"{seed}-{number}" for number in range(ITEMS)], rows(ITEMS, seed)
         with closing(Index(SPEC, name)) as part:
-            for index in (part, whole):
+            for index in (part, single):
                 index.add(ids, values, [{}] * ITEMS)
     queries = rows(QUERIES, 9)
     with Shards(names, partial="mark") as shards:
         results = {}
         for mode in ("exact", "two-stage"):
-            expected = whole.search(queries, 10, mode="exact").scores
+            expected = single.search(queries, 10, mode="exact").scores
             results[mode] = {
                 name: _timed(
                     lambda query, one=one, mode=mode: one.search(query, 10, mode=mode).scores, queries, expected
                 )
-                for name, one in ((ONE, whole), (SHARDS, shards))
+                for name, one in ((ONE, single), (SHARDS, shards))
             }
         results["kill"] = {SHARDS: Result([_until_whole(shards, queries[:1]) for _ in range(KILLS)])}
-    whole.close()
+    single.close()
     return results
 
 
 def _timed(search: Callable[[Tensor], Tensor], queries: Tensor, expected: Tensor) -> Result:
     search(queries[:1])
-    result, found = Result(), []
+    result, scores = Result(), []
     for query in queries.split(1):
         start = time.perf_counter()
-        found.append(search(query))
+        scores.append(search(query))
         result.seconds.append(time.perf_counter() - start)
     low, middle, high = np.quantile(result.seconds, [0.2, 0.5, 0.8]).tolist()
     result.info = {"p20": low, "p50": middle, "p80": high}
-    result.info["agreement"] = (torch.cat(found) == expected).float().mean().item()
+    result.info["agreement"] = (torch.cat(scores) == expected).float().mean().item()
     return result
 
 

@@ -57,7 +57,7 @@ class Ours:
     def write(self, ids: list[str], rows: Tensor) -> None:
         if not hasattr(self, "index"):
             self.index = Index(SPEC, self.folder, device=DEVICE)
-        self.index.add(ids, rows, [{"number": one} for one in ids])
+        self.index.add(ids, rows, [{"number": item} for item in ids])
 
     def load(self) -> Tensor:
         index = Index(SPEC, self.folder, device=DEVICE)
@@ -83,7 +83,7 @@ class Lance:
 
         values = pa.py_buffer(rows.to(torch.float16).contiguous().numpy())
         tokens = pa.FixedSizeBinaryArray.from_buffers(pa.binary(ITEM_BYTES), len(ids), [None, values])
-        metadata = [f'{{"number": "{one}"}}' for one in ids]
+        metadata = [f'{{"number": "{item}"}}' for item in ids]
         table = pa.table({"id": ids, "metadata": metadata, "tokens": tokens})
         lance.write_dataset(table, str(self.folder), mode="append" if self.folder.exists() else "create")
         self.dataset = lance.dataset(str(self.folder))
@@ -204,9 +204,9 @@ def rounds(prepare: Callable[[], object], run: Callable[[], Tensor], expected: T
     for _ in range(count):
         prepare()
         start = time.perf_counter()
-        found = run()
+        answer = run()
         result.seconds.append(time.perf_counter() - start)
-        if not torch.equal(found, expected):
+        if not torch.equal(answer, expected):
             return Result(refusal="a wrong answer")
     low, middle, high = np.quantile(result.seconds, [0.2, 0.5, 0.8]).tolist()
     result.info |= {"p20": low, "p50": middle, "p80": high}
@@ -256,20 +256,24 @@ def searched(count: int) -> dict[str, Result]:
         options = {"mode": mode, "candidates": CANDIDATES}
         index.search(queries[:1], BEST, **options)
         result = Result(info={})
-        found = []
+        numbers = []
         with watched(result.info):
             for query in queries.split(1) * (5 if mode == "two-stage" else 1):
                 start = time.perf_counter()
-                found.append(index.search(query, BEST, **options).numbers)
+                numbers.append(index.search(query, BEST, **options).numbers)
                 result.seconds.append(time.perf_counter() - start)
-        same = (
-            (torch.cat(found[: len(queries)])[:, :, None] == expected.numbers[:, None]).any(dim=2).float().mean().item()
+        agreement = (
+            (torch.cat(numbers[: len(queries)])[:, :, None] == expected.numbers[:, None])
+            .any(dim=2)
+            .float()
+            .mean()
+            .item()
         )
         result.info |= dict(zip(("p20", "p80"), np.quantile(result.seconds, [0.2, 0.8]).tolist(), strict=True))
         if mode == "two-stage":
             result.info["candidates"] = CANDIDATES
-        elif same < 1:
-            result = Result(refusal=f"only {same:.1%} of the exact best")
+        elif agreement < 1:
+            result = Result(refusal=f"only {agreement:.1%} of the exact best")
         results[mode] = result
     if LANCE in opened:
         store = opened[LANCE]
@@ -290,10 +294,10 @@ def scenes() -> dict[str, Result]:
     world = Scenes("train", SCENES, image_size=retriever.engine.config.image_size)
     missing = [world[number] for number in range(len(retriever), SCENES)]
     retriever.add_images((scene.draw() for scene in missing), ids=[scene.id for scene in missing], batch_size=256)
-    some = [world[number] for number in range(0, SCENES, max(1, SCENES // 200))][:200]
-    queries = retriever.engine.embed_texts([scene.caption for scene in some])
+    sample = [world[number] for number in range(0, SCENES, max(1, SCENES // 200))][:200]
+    queries = retriever.engine.embed_texts([scene.caption for scene in sample])
     retriever.index.search(queries[:1], BEST, mode="exact-int8")
-    tuning, _ = tune(retriever.index, queries, answers=[scene.id for scene in some], progress=False)
+    tuning, _ = tune(retriever.index, queries, answers=[scene.id for scene in sample], progress=False)
     measured = {"agreement": tuning.agreement, "candidates": tuning.candidates, "recall_change": tuning.recall_change}
     return {
         "exact-int8": Result([tuning.seconds["exact"]]),

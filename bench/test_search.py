@@ -86,30 +86,32 @@ def reference_operations() -> Iterator[None]:
 
 @cache
 def race(name: str, n_captions: int) -> dict[str, Result]:
-    this = case(name)
+    setting = case(name)
     captions = [scene.caption for scene in Scenes("test", n_captions)]
-    images = this.images.to(this.model.dtype)
+    images = setting.images.to(setting.model.dtype)
 
     def tokens() -> list[Tensor]:
         """Features of the tokens of each caption, the end token last."""
         ids = encode_batch(captions).ids.to(images.device)
-        return [row[:length] for row, length in zip(this.model.text(ids), caption_lengths(ids).tolist(), strict=True)]
+        return [
+            row[:length] for row, length in zip(setting.model.text(ids), caption_lengths(ids).tolist(), strict=True)
+        ]
 
     def aggregate(caption: Tensor) -> Tensor:
-        return this.model.text_aggregator(caption[:, :-1], anchor=caption[:, -1])
+        return setting.model.text_aggregator(caption[:, :-1], anchor=caption[:, -1])
 
     def research_way() -> Tensor:
-        scores = one_caption_at_a_time(images, tokens(), aggregate=aggregate, alpha=this.alpha).T
+        scores = one_caption_at_a_time(images, tokens(), aggregate=aggregate, alpha=setting.alpha).T
         return scores.topk(BEST).values
 
     def with_the_reference() -> Sequence[Any] | Tensor:
         with reference_operations():
-            return this.search(captions)
+            return setting.search(captions)
 
-    runs = {"finelip_fast": lambda: this.search(captions), REFERENCE: with_the_reference, RESEARCH: research_way}
+    runs = {"finelip_fast": lambda: setting.search(captions), REFERENCE: with_the_reference, RESEARCH: research_way}
     with torch.inference_mode(), reference_operations():
         queries = torch.cat([aggregate(caption[None]) for caption in tokens()])
-        exact = exact_scores(images, queries, alpha=this.alpha).T.topk(BEST).values
+        exact = exact_scores(images, queries, alpha=setting.alpha).T.topk(BEST).values
     with torch.inference_mode():
         return compete(
             {name: Contender(run, TOLERANCE, answer=torch.as_tensor) for name, run in runs.items()},

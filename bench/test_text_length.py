@@ -39,7 +39,7 @@ def case(request: Any) -> tuple[dict[str, Callable[[], Tensor]], int]:
     captions = [scene.caption for scene in Scenes("test", count)]
     batch = encode_batch(captions)  # both ways start from ids
     ways = {
-        "all 256 positions": lambda: torch.cat([_all_positions(model, some) for some in batch.ids.split(BATCH)]),
+        "all 256 positions": lambda: torch.cat([_all_positions(model, ids) for ids in batch.ids.split(BATCH)]),
         "up to the longest": lambda: embed_tokens(model.encode_text, batch, batch_size=BATCH),
     }
     with torch.inference_mode():

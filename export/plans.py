@@ -133,10 +133,10 @@ class _Timings:
         if target.module == "tensorrt" and hasattr(config, "create_timing_cache"):
             gpu = re.sub(r"\W+", "-", str(target.gpu))
             self._path = cache_folder() / f"trt-{target.version}-{gpu}.timings"
-            kept = b""
+            content = b""
             with contextlib.suppress(EngineError):
-                kept = read_bytes(self._path, error=EngineError, max_bytes=1 << 28)
-            self._cache = config.create_timing_cache(kept)
+                content = read_bytes(self._path, error=EngineError, max_bytes=1 << 28)
+            self._cache = config.create_timing_cache(content)
             if not config.set_timing_cache(self._cache, False):  # of another driver, say
                 self._cache = config.create_timing_cache(b"")
                 config.set_timing_cache(self._cache, False)

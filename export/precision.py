@@ -78,7 +78,7 @@ class _Halver:
     def run(self) -> ModelProto:
         graph = self.proto.graph
         types = _element_types(self.proto)
-        given = {output.name for output in graph.output}
+        outputs = {output.name for output in graph.output}
         for node in graph.node:
             floats = [name for name in node.input if name in self.constants or types.get(name) == TensorProto.FLOAT]
             moving = [name for name in floats if name not in self.constants]
@@ -87,17 +87,17 @@ class _Halver:
                 low = bool(floats)
             else:
                 low = node.op_type in FOLLOWERS and all(name in self.half for name in moving)
-            low = low and given.isdisjoint(node.output)
+            low = low and outputs.isdisjoint(node.output)
             for index, name in enumerate(node.input):
                 if name in floats:
                     node.input[index] = self._held(name, low)
             self.nodes.append(node)
             if low:
                 self.half.update(node.output)
-        kept = [t for t in graph.initializer if t.name not in self.constants or t.name in self.kept]
+        initializers = [t for t in graph.initializer if t.name not in self.constants or t.name in self.kept]
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.nodes)
-        graph.initializer.extend([*kept, *self.rounded])
+        graph.initializer.extend([*initializers, *self.rounded])
         return self.proto
 
     def _held(self, name: str, low: bool) -> str:

@@ -167,9 +167,9 @@ def _ranges(proto: ModelProto, names: list[str], batches: Iterable[dict[str, np.
 def _finish(result: ModelProto, nodes: list[NodeProto], constants: dict[str, np.ndarray]) -> ModelProto:
     graph = result.graph
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    initializers = [tensor for tensor in graph.initializer if tensor.name in used]
     added = [numpy_helper.from_array(np.asarray(values, order="C"), name) for name, values in constants.items()]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *added])
+    graph.initializer.extend([*initializers, *added])
     return result

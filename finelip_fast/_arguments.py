@@ -71,11 +71,11 @@ def strings(name: str, value: Any) -> list[str]:
     Raises:
         InputError: One value, or something else among them; says what it is called.
     """
-    found = listed(name, value)
-    for one in found:
-        if not isinstance(one, str):
-            raise InputError(f"expected {name} as str, got {one!r:.80}; convert it first")
-    return found
+    values = listed(name, value)
+    for text in values:
+        if not isinstance(text, str):
+            raise InputError(f"expected {name} as str, got {text!r:.80}; convert it first")
+    return values
 
 
 def folder_path(name: str, value: Any) -> Path:

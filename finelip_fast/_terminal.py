@@ -21,5 +21,5 @@ def printable_lines(text: object) -> str:
 
 def paragraph(text: object) -> str:
     """A message of one or several lines, all but the first indented: none can be taken for a message of its own."""
-    first, *others = (printable(line.strip()) for line in str(text).split("\n"))
-    return "\n  ".join([first, *filter(None, others)])
+    first, *rest = (printable(line.strip()) for line in str(text).split("\n"))
+    return "\n  ".join([first, *filter(None, rest)])

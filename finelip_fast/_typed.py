@@ -38,7 +38,8 @@ def typed(value: Any, kind: Any, place: str = "") -> Any:
     if origin is tuple and parts[-1] is not Ellipsis:
         _require(len(value) == len(parts), value, f"a list of {len(parts)}", place)
         return tuple(
-            typed(part, own, f"{place}[{at}]") for at, (part, own) in enumerate(zip(value, parts, strict=True))
+            typed(part, part_kind, f"{place}[{at}]")
+            for at, (part, part_kind) in enumerate(zip(value, parts, strict=True))
         )
     if parts[0] not in (int, str) or {type(part) for part in value} - {
         parts[0]

@@ -30,13 +30,13 @@ def again(reference: Callable[..., Tensor], grad_result: Tensor, *inputs: Tensor
     return gradients
 
 
-def refuse(name: str, instead: str, *given: Any) -> None:
+def refuse(name: str, instead: str, *tensors: Any) -> None:
     """Of an operation without any derivative; ``given`` are tensors, sequences of them, or anything else.
 
     Raises:
         KernelError: A tensor that is being transformed: a derivative would be taken for zero.
     """
-    if transformed() and any(map(_carries, given)):
+    if transformed() and any(map(_carries, tensors)):
         raise KernelError(
             f"{name} has no derivative, and takes no tensors that are transformed by jvp, grad or vmap: {instead}"
         )

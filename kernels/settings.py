@@ -70,8 +70,8 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
 
 def summary() -> str:
     """How many settings are in use, and where they come from."""
-    own = cache_file()
-    return f"{len(_read(SHIPPED))} shipped, {len(names())} of this user ({own})"
+    user_table = cache_file()
+    return f"{len(_read(SHIPPED))} shipped, {len(names())} of this user ({user_table})"
 
 
 def names(path: Path | None = None) -> set[str]:
@@ -80,7 +80,7 @@ def names(path: Path | None = None) -> set[str]:
     return set(_read(path)) if path.exists() else set()
 
 
-def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
+def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
     """Add settings to a table; it is written whole or not at all.
 
     Args:
@@ -95,7 +95,7 @@ def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
         WriteError: One that cannot be written.
     """
     path = path or cache_file()
-    table = (_read(path) if path.exists() else {}) | found
+    table = (_read(path) if path.exists() else {}) | measured
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def save(found: dict[str, Numbers], path: Path | None = None) -> Path:
 
 
 @functools.cache
-def _tables(own: Path) -> dict[str, Numbers]:
-    return _read(SHIPPED) | (_read(own) if own.exists() else {})
+def _tables(user_table: Path) -> dict[str, Numbers]:
+    return _read(SHIPPED) | (_read(user_table) if user_table.exists() else {})
 
 
 def _read(path: Path) -> dict[str, Numbers]:

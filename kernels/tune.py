@@ -102,7 +102,7 @@ def tune(
     """
     measure = measure or _do_bench
     known = _settings.names(out)
-    found = []
+    measured = []
     end = float("inf") if seconds is None else time.monotonic() + seconds
     with tqdm(cases, disable=not progress, unit="case") as bar:
         for case in bar:
@@ -112,8 +112,8 @@ def tune(
             if again or not known.issuperset(case.names):
                 tuned = _best(case, measure)
                 _settings.save(dict.fromkeys(case.names, asdict(tuned.settings)), out)
-                found.append(tuned)
-    return found
+                measured.append(tuned)
+    return measured
 
 
 def _best(case: Case, measure: Measure) -> Tuned:

@@ -59,20 +59,20 @@ def translated(
     entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None
 ) -> tuple[FineLIP, str]:
     try:
-        found = translate(entries)
-        config = describe(found.tensors).replace(trained_aggregators=found.has_aggregators)
-        tensors = found.tensors
+        translation = translate(entries)
+        config = describe(translation.tensors).replace(trained_aggregators=translation.has_aggregators)
+        tensors = translation.tensors
         logits = tensors.get("image_aggregator.logits.weight")
-        if found.has_aggregators and logits is not None and logits.dim() == 2:
+        if translation.has_aggregators and logits is not None and logits.dim() == 2:
             config = config.replace(aggregated_tokens=logits.shape[0], aggregator_hidden=logits.shape[1])
     except (CheckpointError, ConfigError) as error:
         raise type(error)(f"{source}: {error}") from error
     check_room(config, tensors, source)
-    if not found.has_aggregators:
+    if not translation.has_aggregators:
         tensors = {**tensors, **initial_aggregators(config)}
-    model = build(config, tensors, source, found.names)
+    model = build(config, tensors, source, translation.names)
     longer = LONG_CONTEXT if config.context_length <= CLIP_CONTEXT else config.context_length
-    return lengthen(model, context_length or longer, source), found.layout
+    return lengthen(model, context_length or longer, source), translation.layout
 
 
 def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -103,8 +103,8 @@ def build(
         "misshapen": misshapen,
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
-        raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {found}")
+        listing = "; ".join(f"{problem}: {some(entries)}" for problem, entries in problems.items() if entries)
+        raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {listing}")
     model.load_state_dict(
         {
             name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -363,14 +363,14 @@ def _join_positions(tensors: dict[str, Tensor]) -> None:
     rest = tensors.pop("text.positional_embedding_res", None)
     if rest is None:
         return
-    kept = tensors.get("text.positional_embedding")
-    if kept is None or kept.shape != rest.shape or rest.dim() != 2:
-        found = "none" if kept is None else str(list(kept.shape))
+    positions = tensors.get("text.positional_embedding")
+    if positions is None or positions.shape != rest.shape or rest.dim() != 2:
+        shape = "none" if positions is None else str(list(positions.shape))
         raise CheckpointError(
             "expected positional_embedding and positional_embedding_res of one shape, "
-            f"got {found} and {list(rest.shape)}: not a Long-CLIP checkpoint"
+            f"got {shape} and {list(rest.shape)}: not a Long-CLIP checkpoint"
         )
-    tensors["text.positional_embedding"] = torch.cat([kept[:KEEP_POSITIONS], rest[KEEP_POSITIONS:]])
+    tensors["text.positional_embedding"] = torch.cat([positions[:KEEP_POSITIONS], rest[KEEP_POSITIONS:]])
 
 
 def _shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> dict[str, list[int]]:

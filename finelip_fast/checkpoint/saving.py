@@ -49,12 +49,12 @@ def save(
         raise InputError(f"expected a FineLIP, got {model!r:.80}")
     dtype = None if dtype is None else floating_dtype("dtype", dtype)
     try:
-        kept = json.dumps({} if metadata is None else dict(metadata))
+        text = json.dumps({} if metadata is None else dict(metadata))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"expected metadata of plain values for JSON, got {metadata!r:.80}: {error}") from error
-    if len(kept) > _MAX_METADATA:
-        raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(kept)}")
-    values = parse_json(kept, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
+    if len(text) > _MAX_METADATA:
+        raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(text)}")
+    values = parse_json(text, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     digests = []
 

@@ -62,9 +62,9 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             elif head[8:] == b"{":
                 value = read_safetensors(path)
             else:
-                found = f"a file that starts with {head!r}" if head else "an empty file"
+                content = f"a file that starts with {head!r}" if head else "an empty file"
                 raise CheckpointError(
-                    f"{path}: expected a checkpoint (PyTorch, TorchScript or safetensors), found {found}"
+                    f"{path}: expected a checkpoint (PyTorch, TorchScript or safetensors), found {content}"
                 )
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file: {error.strerror or error}") from error
@@ -97,9 +97,11 @@ def damaged_records(path: Path) -> list[str] | None:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         records = _Archive(file, data).records
     # Zero is what PyTorch writes when it is told to save the time.
-    kept = {name: record for name, record in records.items() if record.checksum and not record.is_compressed}
+    checked = {name: record for name, record in records.items() if record.checksum and not record.is_compressed}
     return (
-        [name for name, record in kept.items() if zlib.crc32(record.content(data)) != record.checksum] if kept else None
+        [name for name, record in checked.items() if zlib.crc32(record.content(data)) != record.checksum]
+        if checked
+        else None
     )
 
 
@@ -213,7 +215,7 @@ class _Sources:
             record = f"code/{module.replace('.', '/')}.py"
             source = self._archive.read(record).decode("utf-8", "replace") if record in self._archive.records else ""
             self._known[module] = {
-                found[1]: set(re.findall(r'"([^"]*)"', found[2] + found[3])) for found in _SCRIPT_CLASS.finditer(source)
+                match[1]: set(re.findall(r'"([^"]*)"', match[2] + match[3])) for match in _SCRIPT_CLASS.finditer(source)
             }
         return self._known[module].get(name)
 

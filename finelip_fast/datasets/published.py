@@ -125,7 +125,7 @@ def read_long_dci(root: Path) -> Pairs:
     path = root / "dci_long.csv"
     text = _text(path, LONG_DCI)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
-    folder = next((one for one in (root / "photos", root / "images") if os.path.isdir(one)), root)
+    folder = next((candidate for candidate in (root / "photos", root / "images") if os.path.isdir(candidate)), root)
     pairs: Pairs = []
     try:
         columns = rows.fieldnames or []
@@ -169,9 +169,9 @@ def read_coco(root: Path) -> Pairs:
         raise InputError(f"{path}: expected an id of its own for each of {len(images)} images, found {len(pictures)}")
     captions: dict[int, list[str]] = {}
     for annotation in _field(content, "annotations", list, path):
-        told = captions.setdefault(_field(annotation, "image_id", int, path), [])
-        told.append(_field(annotation, "caption", str, path))
-    first = {image: told[:5] for image, told in captions.items()}
+        captions_of_image = captions.setdefault(_field(annotation, "image_id", int, path), [])
+        captions_of_image.append(_field(annotation, "caption", str, path))
+    first = {image: captions_of_image[:5] for image, captions_of_image in captions.items()}
     return _present(_match(pictures, first, path, COCO), COCO)
 
 
@@ -195,7 +195,9 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
         content = _parse(_text(path, FLICKR30K), path)
         for image in _field(content, "images", list, path):
             picture = _inside(folder, _field(image, "filename", str, path), path)
-            captions = [_field(said, "raw", str, path).strip() for said in _field(image, "sentences", list, path)]
+            captions = [
+                _field(sentence, "raw", str, path).strip() for sentence in _field(image, "sentences", list, path)
+            ]
             pairs = splits.setdefault(_field(image, "split", str, path), [])
             pairs += [(picture, caption) for caption in captions]
         return _present(_choose(splits, split or "test", path), FLICKR30K)
@@ -203,7 +205,7 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
         raise InputError(
             f"{token} knows no splits, got {split!r}; add {path.name}, or leave the split out. {FLICKR30K}"
         )
-    told: dict[Path, list[str]] = {}
+    by_picture: dict[Path, list[str]] = {}
     for number, line in enumerate(_text(token, FLICKR30K).split("\n"), start=1):
         if not line.strip():
             continue
@@ -211,8 +213,8 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
         name, mark, _ = name.rpartition("#")
         if not (tab and mark):
             raise InputError(f"{token}, line {number}: expected NAME#NUMBER, a tab and a caption, got {line[:80]!r}")
-        told.setdefault(_inside(folder, name, f"{token}, line {number}"), []).append(caption.strip())
-    return _present([(picture, caption) for picture, captions in told.items() for caption in captions], FLICKR30K)
+        by_picture.setdefault(_inside(folder, name, f"{token}, line {number}"), []).append(caption.strip())
+    return _present([(picture, caption) for picture, captions in by_picture.items() for caption in captions], FLICKR30K)
 
 
 # --- Files and folders -------------------------------------------------------------------------------------------
@@ -284,13 +286,13 @@ def _choose(splits: Mapping[str, Kind], split: str, where: Path) -> Kind:
 
 def _match(pictures: Mapping[Key, Path], captions: Mapping[Key, Iterable[str]], where: Path, published: str) -> Pairs:
     """Pairs in the order of ``pictures``; what is on one side only is an error."""
-    for what, other, lone in (
+    for kind, counterpart, lone in (
         ("picture", "caption", [key for key in pictures if key not in captions]),
         ("caption", "picture", [key for key in captions if key not in pictures]),
     ):
         if lone:
             names = ", ".join(str(key)[:80] for key in lone[:3]) + (", ..." if len(lone) > 3 else "")
             raise InputError(
-                f"{where}: expected a {other} for each {what}, {len(lone)} have none: {names}. {published}"
+                f"{where}: expected a {counterpart} for each {kind}, {len(lone)} have none: {names}. {published}"
             )
     return [(path, caption.strip()) for key, path in pictures.items() for caption in captions[key]]

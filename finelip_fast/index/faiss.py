@@ -74,13 +74,13 @@ class FaissSource:
         _, rows = self._file.search(
             queries.float().cpu().numpy(), min(count, self._covered), params=faiss.SearchParametersIVF(**options)
         )
-        found = torch.from_numpy(rows)
-        if (found < 0).any():  # the lists that were looked into hold too few
+        candidates = torch.from_numpy(rows)
+        if (candidates < 0).any():  # the lists that were looked into hold too few
             return self._flat(queries, count, among)
         if self._covered == self._view.rows:
-            return found
+            return candidates
         new = torch.arange(self._covered, self._view.rows) if among is None else among[among >= self._covered]
-        return torch.cat([found, self._flat(queries, count, new)], dim=1) if len(new) else found
+        return torch.cat([candidates, self._flat(queries, count, new)], dim=1) if len(new) else candidates
 
     def _flat(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
         values, scales = self._view.globals
@@ -180,9 +180,9 @@ def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, cover
     seen = np.zeros(covered, bool)
     at = 0
     for size in sizes:
-        each = faiss.OnDiskOneList()
-        each.size, each.capacity, each.offset = size, size, start + at
-        mapped.lists.push_back(each)
+        inverted_list = faiss.OnDiskOneList()
+        inverted_list.size, inverted_list.capacity, inverted_list.offset = size, size, start + at
+        mapped.lists.push_back(inverted_list)
         rows = lists[at + size * width : at + size * bytes_per_row].numpy().view(np.int64)
         if size and not 0 <= rows.min() <= rows.max() < covered:
             return None

@@ -137,8 +137,8 @@ def _tokens(where: str) -> Iterator[_Token]:
 
 
 def _error(expected: str, got: _Token, remedy: str) -> InputError:
-    what = "the end" if got.kind == "end" else repr(got.text if len(got.text) <= 40 else got.text[:40] + "…")
-    return InputError(f"expected {expected}, got {what} at column {got.column} of the where expression; {remedy}")
+    token = "the end" if got.kind == "end" else repr(got.text if len(got.text) <= 40 else got.text[:40] + "…")
+    return InputError(f"expected {expected}, got {token} at column {got.column} of the where expression; {remedy}")
 
 
 def _path(field: str) -> str:
@@ -188,7 +188,8 @@ def _join(word: str, terms: list[_Condition]) -> _Condition:
         return terms[0]
     # The deepest first: what stands before a parenthesis stays on the stack of SQLite's parser while it reads the inside.
     terms = sorted(terms, key=lambda term: -term.depth)
-    sql, parameters = f" {word} ".join(term.sql for term in terms), [one for term in terms for one in term.parameters]
+    sql = f" {word} ".join(term.sql for term in terms)
+    parameters = [parameter for term in terms for parameter in term.parameters]
     if word == "AND":
         return _Condition(sql, parameters, terms[0].depth)
     return _Condition(f"({sql})", parameters, terms[0].depth + 1)

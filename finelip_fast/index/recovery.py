@@ -38,8 +38,8 @@ def lost(store: Store) -> dict[str, Listed]:
         except FineLIPError:  # of a writer that was killed before it was whole
             continue
         items = catalogue.at(catalogue.find(listed.ids).values(), catalogue.version) or {}
-        there = {(item.id, item.crc) for item in items.values()}
-        if not there.issuperset(zip(listed.ids, listed.crcs, strict=True)):
+        known = {(item.id, item.crc) for item in items.values()}
+        if not known.issuperset(zip(listed.ids, listed.crcs, strict=True)):
             result[name] = listed
     return dict(sorted(result.items(), key=lambda pair: pair[1].version))
 
@@ -64,14 +64,14 @@ def take_back(store: Store) -> list[str]:
                 damaged = set(segment.damaged(listed.crcs))
             except (StoreError, FileNotFoundError):
                 continue
-            there = store.catalogue.find(listed.ids)
-            new = [at for at, item in enumerate(listed.ids) if item not in there and at not in damaged]
+            known = store.catalogue.find(listed.ids)
+            new = [at for at, item in enumerate(listed.ids) if item not in known and at not in damaged]
             ids, texts = [listed.ids[at] for at in new], [listed.texts[at] for at in new]
             if len(new) == len(listed.ids):
                 store.catalogue.add(ids, name, listed.crcs, texts)
             elif new:
-                kept, crcs = write_segment(store.segments_folder, joined([(segment, torch.tensor(new))]))
-                store.catalogue.add(ids, kept, crcs, texts)
+                segment_name, crcs = write_segment(store.segments_folder, joined([(segment, torch.tensor(new))]))
+                store.catalogue.add(ids, segment_name, crcs, texts)
             if len(new) < len(listed.ids) and not damaged:
                 upkeep.retire(store, [name])
         added += ids

@@ -96,10 +96,10 @@ def tune(
         trials: list[Trial] = []
         for number in tried:
             two_stages = partial(search, mode="two-stage", candidates=number)
-            found = _search(two_stages, queries, bar)
-            change = None if right is None else _recall(found, right) - _recall(best, right)
+            numbers = _search(two_stages, queries, bar)
+            change = None if right is None else _recall(numbers, right) - _recall(best, right)
             time_of_one = _seconds(two_stages, queries)
-            trials.append(Trial(number, _agreement(found, best), change, 1e3 * time_of_one))
+            trials.append(Trial(number, _agreement(numbers, best), change, 1e3 * time_of_one))
             if trials[-1].agreement >= agreement:
                 break  # more would only take longer
     chosen = trials[-1]
@@ -118,18 +118,18 @@ def tune(
 
 
 def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
-    found = index.catalogue.find(ids)
-    absent = [item for item in ids if item not in found]
+    positions = index.catalogue.find(ids)
+    absent = [item for item in ids if item not in positions]
     if absent:
         raise InputError(f"expected answers that are in the index, got {absent[0]!r} and {len(absent) - 1} more")
-    return torch.cat([view.rows_at([found[item]]) for item in ids])
+    return torch.cat([view.rows_at([positions[item]]) for item in ids])
 
 
 def _search(search: Callable[[Tensor], tuple[Tensor, Tensor]], queries: Tensor, bar: tqdm[Any]) -> Tensor:
     rows = []
-    for some in queries.split(16):
-        rows.append(search(some)[1].cpu())
-        bar.update(len(some))
+    for block in queries.split(16):
+        rows.append(search(block)[1].cpu())
+        bar.update(len(block))
     return torch.cat(rows)
 
 
@@ -142,10 +142,10 @@ def _seconds(search: Callable[[Tensor], tuple[Tensor, Tensor]], queries: Tensor)
     return statistics.median(times)
 
 
-def _agreement(found: Tensor, best: Tensor) -> float:
-    shared = (found[:, :, None] == best[:, None, :]).any(dim=1).float().mean(dim=1)
+def _agreement(numbers: Tensor, best: Tensor) -> float:
+    shared = (numbers[:, :, None] == best[:, None, :]).any(dim=1).float().mean(dim=1)
     return shared.mean().item()
 
 
-def _recall(found: Tensor, right: Tensor) -> float:
-    return (found[:, 0] == right).float().mean().item()
+def _recall(numbers: Tensor, right: Tensor) -> float:
+    return (numbers[:, 0] == right).float().mean().item()

@@ -152,9 +152,9 @@ def _sweep(store: Store) -> None:
                 _remove(path)
         if replaced:
             store.catalogue.keep(_REPLACED, [])
-        kept = {cache_name(name) for name in named}
+        named_copies = {cache_name(name) for name in named}
         for path in files_in(cache):
-            if path.name not in kept and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
+            if path.name not in named_copies and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
                 _remove(path)
         for path in files_in(incoming):
             if path.name in named:  # taken over by a process that was killed then

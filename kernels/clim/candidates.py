@@ -59,7 +59,7 @@ def cosine_candidates(
     pieces, their_scales = pieces.only(among), their_scales.only(among)
     n_items, device = pieces.shape[0], queries.device
     best = torch.empty(len(queries), 0, device=device)  # the highest cosines up to `start`, and their positions
-    found = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     start, waiting = 0, []  # cosines from `start` on, not compared yet
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         values = quantize(queries)[0]
@@ -68,11 +68,13 @@ def cosine_candidates(
             end = first + len(rows)
             if end == n_items or (end - start) * len(queries) >= _WAITING_ELEMENTS:
                 cosines = torch.cat([best, *waiting], dim=1)
-                numbers = torch.cat([found, torch.arange(start, end, device=device).expand(len(queries), -1)], dim=1)
+                numbers = torch.cat(
+                    [candidates, torch.arange(start, end, device=device).expand(len(queries), -1)], dim=1
+                )
                 chosen = _first_best(cosines, count)
-                best, found = cosines.gather(1, chosen), numbers.gather(1, chosen)
+                best, candidates = cosines.gather(1, chosen), numbers.gather(1, chosen)
                 start, waiting = end, []
-    return pieces.numbers(found)
+    return pieces.numbers(candidates)
 
 
 def _cosines(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
@@ -88,9 +90,9 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
         return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()
     products = []
-    for some in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
-        exact = torch.zeros(len(queries), len(some), dtype=torch.float64, device=rows.device)
-        for left, right in zip(queries.split(_FLOAT_WIDTH, dim=1), some.split(_FLOAT_WIDTH, dim=1), strict=True):
+    for block in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
+        exact = torch.zeros(len(queries), len(block), dtype=torch.float64, device=rows.device)
+        for left, right in zip(queries.split(_FLOAT_WIDTH, dim=1), block.split(_FLOAT_WIDTH, dim=1), strict=True):
             # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
             exact += cpu.product(left.float(), right.float().T)
         products.append(exact.float())

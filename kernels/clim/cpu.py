@@ -74,15 +74,15 @@ def scores(
     tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
     scratch = _Scratch()
     with torch.no_grad():
-        for some in _slices(n_queries, block_queries):
-            some_scales = None if query_scales is None else query_scales[some]
-            columns = _columns(queries[some], some_scales, reused=n_items > block_items)
-            for those in _slices(n_items, block_items):
-                scales = None if item_scales is None else item_scales[those]
-                tiles = _tiles(items[those], scales, columns, tile_items * item_tokens, rounded, scratch)
-                fine = _fine(tiles, len(items[those]), item_tokens, columns, tile_items, scratch)
-                cosine = _anchors(items[those], scales) @ columns.anchors
-                result[some, those] = (alpha * cosine + (1 - alpha) * fine).T
+        for query_block in _slices(n_queries, block_queries):
+            some_scales = None if query_scales is None else query_scales[query_block]
+            columns = _columns(queries[query_block], some_scales, reused=n_items > block_items)
+            for item_block in _slices(n_items, block_items):
+                scales = None if item_scales is None else item_scales[item_block]
+                tiles = _tiles(items[item_block], scales, columns, tile_items * item_tokens, rounded, scratch)
+                fine = _fine(tiles, len(items[item_block]), item_tokens, columns, tile_items, scratch)
+                cosine = _anchors(items[item_block], scales) @ columns.anchors
+                result[query_block, item_block] = (alpha * cosine + (1 - alpha) * fine).T
     return result
 
 

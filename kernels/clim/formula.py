@@ -54,7 +54,7 @@ def clim_reference_in_blocks(
     block_items = max(1, min(items.shape[0], TILE_ELEMENTS // per_pair))
     block_queries = max(1, min(queries.shape[0], TILE_ELEMENTS // (per_pair * block_items)))
     rows = [
-        torch.cat([clim_reference(some_queries, some, alpha) for some in items.split(block_items)], dim=1)
+        torch.cat([clim_reference(some_queries, some_items, alpha) for some_items in items.split(block_items)], dim=1)
         for some_queries in queries.split(block_queries)
     ]
     return torch.cat(rows)

@@ -94,8 +94,8 @@ def gradient(
 
 
 def _product_dtype(queries: Tensor, items: Tensor) -> torch.dtype:
-    both = queries.dtype == items.dtype == torch.bfloat16
-    return torch.bfloat16 if both and queries.device.type == "cpu" and has_bfloat16() else torch.float32
+    is_bfloat16 = queries.dtype == items.dtype == torch.bfloat16
+    return torch.bfloat16 if is_bfloat16 and queries.device.type == "cpu" and has_bfloat16() else torch.float32
 
 
 def _query_blocks(queries: Tensor, items: Tensor) -> Iterator[slice]:

@@ -141,9 +141,9 @@ def gradient_kernel(
         p = tl.where((by_s & 127)[:, :, None] == t[None, None, :], share_s[:, :, None], 0.0)
         p += tl.where((by_t & 127)[:, None, :] == s[None, :, None], share_t[:, None, :], 0.0)
         p += tl.where((s[:, None] == 0) & (t[None, :] == 0), alpha, 0.0)[None, :, :]
-        other = tl.load(y_rows, mask=is_y, other=0.0)
-        p = tl.reshape(p, [BLOCK_SETS * X_ROWS, Y_ROWS]).to(other.dtype)
-        product = tl.dot(p, other, input_precision="ieee")
+        y_tile = tl.load(y_rows, mask=is_y, other=0.0)
+        p = tl.reshape(p, [BLOCK_SETS * X_ROWS, Y_ROWS]).to(y_tile.dtype)
+        product = tl.dot(p, y_tile, input_precision="ieee")
         grad_rows = tl.reshape(tl.broadcast_to(grad[:, None], [BLOCK_SETS, X_ROWS]), [BLOCK_SETS * X_ROWS])
         total += grad_rows[:, None] * product
         y_rows += y_set_stride
@@ -215,9 +215,9 @@ def gradient(
     capability = _check(queries, items)
     pairs = (queries.shape[0], items.shape[0])
     expected = (pairs, (*pairs, queries.shape[1]), (*pairs, items.shape[1]))
-    given = (grad_scores.shape, query_winners.shape, item_winners.shape)
-    if given != expected:
-        shapes = [[list(shape) for shape in shapes] for shapes in (expected, given)]
+    got_shapes = (grad_scores.shape, query_winners.shape, item_winners.shape)
+    if got_shapes != expected:
+        shapes = [[list(shape) for shape in shapes] for shapes in (expected, got_shapes)]
         raise InputError(f"expected grad_scores, query_winners, item_winners of shapes {shapes[0]}, got {shapes[1]}")
     grad_queries, grad_items = (
         torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) for rows in (queries, items)

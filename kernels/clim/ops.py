@@ -202,13 +202,13 @@ def check_shapes(queries: Tensor, items: Tensor | Pieces) -> None:
 
 
 def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None) -> None:
-    given = ("queries", queries, query_scales), ("items", items, item_scales)
-    quantised = {rows.dtype in _QUANTISED for _, rows, _ in given}
+    sides = ("queries", queries, query_scales), ("items", items, item_scales)
+    quantised = {rows.dtype in _QUANTISED for _, rows, _ in sides}
     if len(quantised) > 1:
         raise InputError(
             f"expected both sides quantised or neither, got {queries.dtype} and {items.dtype}; see quantize"
         )
-    for name, rows, scales in given:
+    for name, rows, scales in sides:
         if rows.dtype not in _QUANTISED:
             check_floats(name, rows)
         if scales is not None:

@@ -91,9 +91,9 @@ def quantize_items(items: Tensor) -> QuantizedItems:
         raise InputError(f"expected items [N, L, D], got {list(items.shape)}")
     _, tokens, width = items.shape
     blocks = []
-    for some in items.split(max(1, _BLOCK_ELEMENTS // max(1, tokens * width))):
-        values, scales = quantize(some)
-        blocks.append((values, scales, error_terms(some, values, scales)))
+    for block in items.split(max(1, _BLOCK_ELEMENTS // max(1, tokens * width))):
+        values, scales = quantize(block)
+        blocks.append((values, scales, error_terms(block, values, scales)))
     values, scales, terms = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return QuantizedItems(values, scales, terms, items[:, :1].clone())
 
@@ -110,7 +110,7 @@ def error_terms(rows: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     exact, stored = rows.double(), values.double() * scales.double()[..., None]
     norms = torch.maximum(exact.norm(dim=-1), stored.norm(dim=-1))
     lost = (exact - stored).norm(dim=-1) + rounding(width, tokens) * norms
-    terms = [part for each in (lost, norms) for part in (each[..., 0], each.mean(dim=-1), each.amax(dim=-1))]
+    terms = [term for rows in (lost, norms) for term in (rows[..., 0], rows.mean(dim=-1), rows.amax(dim=-1))]
     return (torch.stack(terms, dim=-1) * _UP).float()
 
 

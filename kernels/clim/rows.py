@@ -41,10 +41,10 @@ class Pieces:
     """
 
     def __init__(self, rows: Rows) -> None:
-        given = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
-        if not given:
+        listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
+        if not listed:
             raise InputError("expected one piece or more of items, got none: give an empty tensor of the items' shape")
-        pieces = [_tensor(piece) for piece in given]
+        pieces = [_tensor(piece) for piece in listed]
         like = pieces[0].dtype, pieces[0].shape[1:], pieces[0].device
         for piece in pieces:
             if piece.ndim == 0 or (piece.dtype, piece.shape[1:], piece.device) != like:
@@ -55,7 +55,7 @@ class Pieces:
         starts = [0, *accumulate(len(piece) for piece in pieces)]
         self.shape = torch.Size([starts[-1], *pieces[0].shape[1:]])
         self.dtype, self.device = pieces[0].dtype, pieces[0].device
-        self.mapped = any(isinstance(piece, np.ndarray) for piece in given)
+        self.mapped = any(isinstance(piece, np.ndarray) for piece in listed)
         self._among: Tensor | None = None
         self._lay_out(pieces, starts, starts)
 
@@ -71,17 +71,17 @@ class Pieces:
         if among is None:
             return self
         among = _checked(among, self.shape[0])
-        some = copy.copy(self)
-        some.shape, some._among = torch.Size([len(among), *self.shape[1:]]), among
+        selection = copy.copy(self)
+        selection.shape, selection._among = torch.Size([len(among), *self.shape[1:]]), among
         starts = [*self._starts, self.shape[0]]
-        some._lay_out(self._pieces, starts, torch.searchsorted(among, torch.tensor(starts)).tolist())
-        return some
+        selection._lay_out(self._pieces, starts, torch.searchsorted(among, torch.tensor(starts)).tolist())
+        return selection
 
     def _lay_out(self, pieces: list[Tensor], starts: list[int], edges: list[int]) -> None:
         """Keep the pieces that have a position; they start at these items and positions, and the last ends there."""
-        kept = [at for at, (first, last) in enumerate(pairwise(edges)) if first < last]
-        self._pieces, self._starts = [pieces[at] for at in kept], [starts[at] for at in kept]
-        self._edges = [*(edges[at] for at in kept), edges[-1]]
+        filled = [at for at, (first, last) in enumerate(pairwise(edges)) if first < last]
+        self._pieces, self._starts = [pieces[at] for at in filled], [starts[at] for at in filled]
+        self._edges = [*(edges[at] for at in filled), edges[-1]]
         self.breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
         if self._among is not None:
             self.breaks = torch.cat([self.breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
@@ -107,8 +107,8 @@ class Pieces:
         pieces = torch.bucketize(numbers, torch.tensor(self._starts, device=self.device), right=True) - 1
         taken = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype, device=self.device)
         for at in pieces.unique().tolist():
-            here = pieces == at
-            taken[here] = self._pieces[at][numbers[here] - self._starts[at]]
+            in_piece = pieces == at
+            taken[in_piece] = self._pieces[at][numbers[in_piece] - self._starts[at]]
         return taken
 
     def read(self, first: int, last: int) -> Tensor:
@@ -153,10 +153,10 @@ class Dequantized(Pieces):
         self._parts = [Pieces(part) for part in (values, scales, anchors)]
 
     def only(self, among: Tensor | None) -> Dequantized:
-        some = super().only(among)
-        assert isinstance(some, Dequantized)
-        some._parts = [part.only(among) for part in self._parts]
-        return some
+        selection = super().only(among)
+        assert isinstance(selection, Dequantized)
+        selection._parts = [part.only(among) for part in self._parts]
+        return selection
 
     @property
     def pinned(self) -> bool:
@@ -238,10 +238,10 @@ def chunks(
         within: Positions, one after another; None: all.
     """
     within = range(sources[0].shape[0]) if within is None else within
-    here = all(source.device == device for source in sources)
+    is_on_device = all(source.device == device for source in sources)
     size = max(1, _SCORE_ELEMENTS // max(1, n_queries))
     copied = _affordable(sources, size, _COPY_BYTES)
-    if here:
+    if is_on_device:
         # Many queries read a chunk more than once: what is mapped from a file should still be in memory then.
         longest = copied if any(source.mapped for source in sources) else size
         # A CPU's memory for larger copies would come from the system page by page each time, which takes longer than they do.

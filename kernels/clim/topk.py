@@ -104,9 +104,9 @@ def topk(
     def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
         return _pass(queries, items, range(first, first + count), alpha, score), rounding_errors
 
-    found, positions, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
+    best, positions, _ = _search(queries, items, k, alpha, brackets(), finer if coarse else None)
     _check_norms(items, positions[:, :1].unique())
-    return found, items.numbers(positions)
+    return best, items.numbers(positions)
 
 
 def _check_norms(items: Pieces, positions: Tensor) -> None:
@@ -164,8 +164,8 @@ def exact_topk_int8(
         errors = _slack(queries, items, alpha) * torch.outer(terms[:, 5], norms)
         return _pass(queries, items, range(first, first + count), alpha, score), errors
 
-    found, positions, rescored = _search(queries, items, k, alpha, brackets(), finer)
-    return found, items.numbers(positions), rescored
+    best, positions, rescored = _search(queries, items, k, alpha, brackets(), finer)
+    return best, items.numbers(positions), rescored
 
 
 def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
@@ -174,8 +174,8 @@ def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
     for wanted, field in zip(expected, fields, strict=True):
         if list(field.shape) != wanted:
             raise InputError(f"expected quantized items {wanted}, got {list(field.shape)}; quantize these items")
-    values, *others, anchors = [field.dtype for field in fields]
-    if [values, *others] != [torch.int8, torch.float32, torch.float32] or not anchors.is_floating_point:
+    values, *scales, anchors = [field.dtype for field in fields]
+    if [values, *scales] != [torch.int8, torch.float32, torch.float32] or not anchors.is_floating_point:
         got = ", ".join(str(field.dtype) for field in fields)
         raise InputError(
             f"expected quantized items in int8, float32, float32 and floats, got {got}; quantize these items"
@@ -191,8 +191,8 @@ def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
 
 def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Score) -> Tensor:
     """The scores of the items at these positions, ``[Q, n]``."""
-    some = chunks([items], len(queries), queries.device, within)
-    return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in some], dim=1)
+    parts = chunks([items], len(queries), queries.device, within)
+    return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in parts], dim=1)
 
 
 def _search(
@@ -212,7 +212,7 @@ def _candidates(
     """The pairs (query, item) that may be among the ``k`` best: every one that is, and few that are not."""
     lowest = torch.empty(n_queries, 0, device=device)  # the k best lower ends so far
     empty = torch.empty(0, dtype=torch.int64, device=device)
-    kept = [(empty, empty, torch.empty(0, device=device))]
+    open_pairs = [(empty, empty, torch.empty(0, device=device))]
     threshold = _threshold(lowest, k)
     for first, scores, errors in brackets:
         lower, upper = _ends(scores, errors)
@@ -226,8 +226,8 @@ def _candidates(
             is_open = upper >= threshold[:, None]
         lowest = after
         query, item = is_open.nonzero(as_tuple=True)
-        kept.append((query, item + first, upper[query, item]))
-    query, item, upper = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        open_pairs.append((query, item + first, upper[query, item]))
+    query, item, upper = (torch.cat(parts) for parts in zip(*open_pairs, strict=True))
     still = upper >= threshold[query]  # the threshold has risen since
     return query[still], item[still]
 
@@ -239,8 +239,8 @@ def _ends(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best(lowest: Tensor, lower: Tensor, k: int) -> Tensor:
-    both = torch.cat([lowest, lower], dim=1)
-    return both.topk(min(k, both.shape[1]), dim=1).values
+    all_ends = torch.cat([lowest, lower], dim=1)
+    return all_ends.topk(min(k, all_ends.shape[1]), dim=1).values
 
 
 def _threshold(lowest: Tensor, k: int) -> Tensor:

@@ -125,8 +125,8 @@ def sum_by_query(x, owner, QUERIES: tl.constexpr, SLOTS: tl.constexpr):
     """``[ROWS, COLUMNS]`` to ``[ROWS, SLOTS]``: the sum over the columns of each query."""
     sums = tl.zeros([x.shape[0], SLOTS], tl.float32)
     for q in tl.static_range(QUERIES):
-        own = tl.sum(tl.where(owner[None, :] == q, x, 0.0), axis=1)
-        sums = tl.where(tl.arange(0, SLOTS)[None, :] == q, own[:, None], sums)
+        own_sum = tl.sum(tl.where(owner[None, :] == q, x, 0.0), axis=1)
+        sums = tl.where(tl.arange(0, SLOTS)[None, :] == q, own_sum[:, None], sums)
     return sums
 
 
@@ -211,11 +211,11 @@ def scores_kernel(
                 best_at = tl.where(s > best, j, best_at)  # strictly: the first of equals wins
             best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
             for q in tl.static_range(QUERIES):
-                own = tl.where(owner[None, :] == q, s, float("-inf"))
+                own_scores = tl.where(owner[None, :] == q, s, float("-inf"))
                 if item_winners is None:
-                    met = tl.max(own, axis=1)
+                    met = tl.max(own_scores, axis=1)
                 else:
-                    met, met_at = tl.max(own, axis=1, return_indices=True)
+                    met, met_at = tl.max(own_scores, axis=1, return_indices=True)
                     # Held inside the query: beside NaN, any column may come out.
                     met_at = tl.minimum(tl.maximum(met_at - q * QUERY_COLUMNS, 0), QUERY_TOKENS - 1)
                     pair = (first_query + q).to(tl.int64) * n_items + row

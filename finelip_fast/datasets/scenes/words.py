@@ -313,13 +313,13 @@ class _Teller:
 
     def relations(self) -> list[str]:
         """Which house is behind what, for everything that stands or drives clearly before one of them."""
-        choose, found = self.rng.choice, []
+        choose, relations = self.rng.choice, []
         for placed in self.content.objects:
             for house in self.houses:
                 if placed.what in _SUBJECTS and abs(placed.x - house.x) < house.width / 2 - 0.05:
                     subject = _SUBJECTS[placed.what].format(**self._terms(placed, choose))
-                    found.append(choose(_RELATIONS).format(subject=subject, **self._building(house, choose)))
-        return found
+                    relations.append(choose(_RELATIONS).format(subject=subject, **self._building(house, choose)))
+        return relations
 
 
 def _column(placed) -> tuple[str, ...]:
