@@ -130,7 +130,7 @@ class Replay:
 
         Args:
             benchmark: pytest-benchmark's fixture.
-            results: Of all contenders of the group.
+            results: Results of all contenders of the group.
             contender: The one of this test.
             group: What is done; contenders of a group are comparable.
             baseline: The contender that the others are compared with.

@@ -96,7 +96,7 @@ def check_value(value: Any, *, surrogates: bool = False, depth: int = MAX_DEPTH)
     """Refuse a value of JSON that is nested deeper than ``depth``, or holds half of a surrogate pair.
 
     Args:
-        value: Of dictionaries, lists, strings and numbers.
+        value: Nested dictionaries, lists, strings and numbers.
         surrogates: Pass halves of pairs; where the text is known to have none, this saves looking.
 
     Raises:

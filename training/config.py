@@ -95,7 +95,7 @@ class TrainConfig:
     tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard events beside the log"})
     threads: int = field(default=0, metadata={"help": "CPU threads of each process; 0: torch's choice"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda"})
-    seed: int = field(default=0, metadata={"help": "of weights and order"})
+    seed: int = field(default=0, metadata={"help": "seed of initial weights and of the order of pairs"})
 
     def __post_init__(self) -> None:
         """Refuse what cannot be honoured, before any data is read.
@@ -233,7 +233,7 @@ def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
     """Values of a shipped recipe, or of a JSON file.
 
     Args:
-        name: Of a shipped one, or a path that ends in ``.json``.
+        name: Name of a shipped recipe, or a path that ends in ``.json``.
         out: Folder of the run in place of the recipe's.
 
     Raises:

@@ -162,7 +162,7 @@ class GroupedSampler(Sampler[list[int]]):
 
     Args:
         size: Examples in the dataset; a last incomplete batch is left out.
-        batch_size: Of one process; a multiple of ``group``.
+        batch_size: Pairs in a batch of one process; a multiple of ``group``.
         group: Examples that stay together; 1 shuffles freely.
         rank, world: This process and how many there are.
     """

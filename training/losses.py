@@ -190,9 +190,9 @@ class Criterion:
 
     Args:
         terms: At least one.
-        margin: Of the triplet losses.
-        gamma: Of the adaptive margins.
-        label_smoothing: Of the contrastive loss.
+        margin: Margin of the triplet losses.
+        gamma: Rate of the adaptive margins.
+        label_smoothing: Label smoothing of the contrastive loss.
         late_interaction: Fine scores ``[B, B]`` of embeddings of pictures and of captions.
     """
 

@@ -117,7 +117,7 @@ def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]
     Members that are neither pictures nor captions are there as empty bytes.
 
     Args:
-        name: Of :func:`shard_names`.
+        name: A shard, as :func:`shard_names` gives it.
         remote: As there.
 
     Raises:

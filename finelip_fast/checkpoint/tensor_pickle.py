@@ -132,7 +132,7 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
     """The value of the pickle at the stream's position; the stream then stands behind it.
 
     Args:
-        stream: Of bytes in memory.
+        stream: Bytes in memory.
         storage: Gives the memory of tensors. None: a pickle without tensors.
         room: Size of the whole file in bytes: tensors cannot come to many times more.
         modules: Take ``__torch__`` classes, as in a TorchScript archive.

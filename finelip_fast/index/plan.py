@@ -57,9 +57,9 @@ class Plan:
         items: How many.
         disk: Embeddings, global embeddings, catalogue and lists.
         int8_copies: More on disk when it is searched by ``exact-int8`` (float16 only).
-        memory: Of each mode, for what a search goes through to stay in memory; a GPU's, where it searches.
+        memory: Bytes that each mode needs for what a search goes through to stay in memory; a GPU's, where it searches.
         encode_seconds: To encode all on this machine; None: not measured.
-        search_seconds: Of one query in each mode; ``two-stage`` is the sum of ``globals`` and ``candidates``.
+        search_seconds: Seconds of one query in each mode; ``two-stage`` is the sum of ``globals`` and ``candidates``.
         mode: Which to choose, and ``reason``.
     """
 
@@ -99,9 +99,9 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
     Args:
         items: How many.
         tokens, width: ``L`` and ``D``.
-        rates: Of this machine, see :func:`measure`.
+        rates: Rates of this machine, see :func:`measure`.
         dtype: How embeddings are kept.
-        candidates: Of a search in two stages.
+        candidates: Number of candidates of a search in two stages.
 
     Raises:
         InputError: Fewer than one item, or no such dtype.

@@ -37,7 +37,7 @@ class Tuning:
         agreement: Mean share of the exact ``k`` best that the search in two stages finds.
         target: What was asked for.
         k, alpha, items: What it was measured with.
-        recall_change: Of recall@1, in two stages against exact; None: the right answers were not known.
+        recall_change: Change of recall@1, two stages against exact; None: the right answers were not known.
         seconds: Median of a query in each mode, on the machine that measured.
     """
 
@@ -105,7 +105,7 @@ def best_rows(
         k: How many; fewer come back when there are fewer.
         alpha: Weight of the global cosine.
         mode: Not ``auto``.
-        candidates: Of a search in two stages; at least ``k``.
+        candidates: Number of candidates of a search in two stages; at least ``k``.
         among: The only rows to search, ascending; None: all that are items.
         source: The first stage; None: all global embeddings.
 

@@ -55,7 +55,7 @@ def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int
 
     Args:
         capability: Compute capability of the GPU: 80, 90, 120, ...
-        dtype: Of the embeddings.
+        dtype: Dtype of the embeddings.
         width: ``D``.
         tokens: The larger of ``L_q`` and ``L_i``.
     """

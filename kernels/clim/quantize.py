@@ -124,7 +124,7 @@ def error_bound(query_terms: Tensor, item_terms: Tensor, *, alpha: float) -> Ten
 
     Args:
         query_terms: :func:`error_terms` of ``Q`` queries, ``[Q, 6]``.
-        item_terms: Of ``N`` items, ``[N, 6]``.
+        item_terms: Error terms of ``N`` items, ``[N, 6]``.
         alpha: Weight of the global cosine.
 
     Returns:

@@ -32,7 +32,7 @@ class Pieces:
 
     Attributes:
         shape: ``[n, ...]``.
-        dtype, device: Of every piece.
+        dtype, device: Dtype and device of every piece.
         mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory.
         breaks: int64, ascending: positions whose items do not lie behind those of the position before.
 
@@ -66,7 +66,7 @@ class Pieces:
             among: int64 ``[n]``, ascending, on any device; None: all.
 
         Raises:
-            InputError: Of another dtype or shape, not ascending, or not numbers of items.
+            InputError: Numbers of another dtype or shape, not ascending, or beyond the items.
         """
         if among is None:
             return self

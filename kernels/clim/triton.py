@@ -64,7 +64,7 @@ def default_settings(
 
     Args:
         capability: Compute capability of the GPU: 80, 90, 120, ...
-        dtype: Of the embeddings.
+        dtype: Dtype of the embeddings.
         width: ``D``.
         n_queries, query_tokens: ``Q`` and ``L_q``.
         winners: Whether the kernel also keeps who won each maximum.

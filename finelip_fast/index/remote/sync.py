@@ -33,7 +33,7 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
 
     Args:
         index: In memory or in a folder; float16.
-        store: Of the same spec.
+        store: A store of the same spec.
         remove: False: what the index lacks stays in the store, so that several folders can be pushed to one store.
         progress: Show a bar.
 
@@ -92,7 +92,7 @@ def pull(
 
     Args:
         store: The newest version is pulled, or that at which it is open.
-        folder: Of the index; made if missing, otherwise one that was pulled.
+        folder: Folder of the index; made if missing, otherwise one that was pulled.
         part: ``(i, n)``: only the items whose ids have ``crc32(id in UTF-8) % n == i``, so that ``n`` machines hold a shard
             each.
         progress: Show a bar.
