@@ -65,8 +65,8 @@ def export_trt(
         precision: ``"fp16"``, ``"bf16"``, ``"fp32"``, or ``"int8"`` (linear layers, scales from calibration; the rest fp16).
         profile: Batches to build for: ``"latency"`` (1, and up to 16), ``"throughput"`` (up to 128, best at 32) or
             ``"1,OPT,MAX"``. Texts are of 1 to all positions, best at half of them.
-        compute_capability: Capability of the GPU to build for, ``"8.9"``. Needs ``tensorrt_rtx``. Default: the GPU that is here, with
-            ``tensorrt`` where both are installed.
+        compute_capability: Capability of the GPU to build for, ``"8.9"``. Needs ``tensorrt_rtx``. Default: the GPU that is
+            here, with ``tensorrt`` where both are installed.
         out: Folder to write; None: ``exports/trt-PRECISION-smCAPABILITY`` beside the checkpoint, where engines look
             (``exports/stripped-trt-…`` for plans without weights, which no engine can run).
         builder: What the builder is told.
