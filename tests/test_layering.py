@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from house import ROOT, Import, circles, find_imports, find_modules, floors
+from house import REPOSITORY, ROOT, Import, circles, find_imports, find_modules, floors
 
 # Each row may import its own row and those above. A new module needs a place here.
 LAYERS = [
@@ -104,3 +106,11 @@ def test_the_drawing_finds_circles_and_floors() -> None:
     assert circles(arrows) == [["b", "c"]]
     assert floors(arrows) == [["d"], ["b", "c", "e"], ["a"]]
     assert floors({"a": {"b"}}) == [["b"], ["a"]]
+
+
+def test_tests_lie_where_the_source_lies() -> None:
+    tests = REPOSITORY / "tests"
+    places = {Path(*module.split(".")[:-1]) for module in MODULES} | {
+        Path(name) for name in ("bench", "docs", "examples")
+    }
+    assert {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")} <= places
