@@ -1,44 +1,33 @@
 """Retrieval metrics over a score matrix, and how far to trust them.
 
-From scores to ranks (:func:`ranks`, :func:`best_ranks`, :func:`pair_ranks`), from ranks to numbers (:func:`recall`,
-:func:`summary`), from numbers to what is chosen by them (:func:`quality`), and from numbers of a finite test set to what they
-say of others (:func:`bootstrap_interval`, :func:`mcnemar`).
+From scores to ranks (:func:`best_ranks`, :func:`pair_ranks`), from ranks to numbers (:func:`summary`,
+:func:`pair_summary`, :func:`recall`), from numbers to what is chosen by them (:func:`quality`), and from numbers of a finite
+test set to what they say of others (:func:`bootstrap_interval`, :func:`mcnemar`).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from finelip_fast.errors import InputError
 
+WAYS = ("i2t", "t2i")  # a picture looks for its captions; a caption looks for its picture
+SCORES = ("global", "fine", "combined")
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))  # weights of the global cosine, where one is to be chosen
 
 _DRAWS = 1 << 22  # items that the bootstrap draws at once: 100 MiB at most, unless one resample alone is larger
-
-
-def ranks(scores: Tensor) -> Tensor:
-    """Rank of each query's own item: 1 is best, ties count against it.
-
-    Args:
-        scores: ``[N, N]``, a row for each query; the right item of query ``i`` is ``i``.
-
-    Returns:
-        int64 ``[N]``.
-    """
-    own = scores.diagonal()[:, None]
-    return (~(scores < own)).sum(dim=1)  # so written that NaN counts against, too
 
 
 def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
     """Rank of each query's best right item, where several may be right: 1 is best, ties count against it.
 
     Right items do not count against each other; a wrong item that ties or is NaN counts against. A right item that is
-    NaN is behind all wrong ones. With ``right`` the unit matrix this is :func:`ranks`.
+    NaN is behind all wrong ones.
 
     Args:
         scores: Floats ``[Q, N]``, a row for each query.
@@ -64,7 +53,7 @@ def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
     return 1 + (~(scores < best) & ~right).sum(dim=1)
 
 
-def pair_ranks(scores: Tensor, picture_of: Tensor) -> tuple[Tensor, Tensor]:
+def pair_ranks(scores: Tensor, picture_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Ranks in both directions where a picture may have several captions.
 
     The protocol of COCO and Flickr30k: a picture is found at ``k`` when any of its captions is among its ``k`` best, a
@@ -72,7 +61,8 @@ def pair_ranks(scores: Tensor, picture_of: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: Floats ``[P, C]``, a row for each picture, a column for each caption.
-        picture_of: int64 ``[C]``, the row of the picture that each caption describes.
+        picture_of: int64 ``[C]``, the row of the picture that each caption describes; None: caption ``i`` describes
+            picture ``i``.
 
     Returns:
         ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, ties counted as by :func:`best_ranks`.
@@ -83,6 +73,8 @@ def pair_ranks(scores: Tensor, picture_of: Tensor) -> tuple[Tensor, Tensor]:
     if scores.ndim != 2 or not scores.numel():
         raise InputError(f"expected scores [P, C] of floats, not empty, got {_described(scores)}")
     pictures, captions = scores.shape
+    if picture_of is None:
+        picture_of = torch.arange(captions)
     if picture_of.shape != (captions,) or picture_of.dtype != torch.int64:
         raise InputError(f"expected picture_of [{captions}] of int64, got {_described(picture_of)}")
     first, last = int(picture_of.min()), int(picture_of.max())
@@ -90,24 +82,6 @@ def pair_ranks(scores: Tensor, picture_of: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"expected picture_of from 0 to {pictures - 1}, got {first} to {last}")
     right = picture_of.to(scores.device) == torch.arange(pictures, device=scores.device)[:, None]
     return best_ranks(scores, right), best_ranks(scores.T, right.T)
-
-
-def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of queries whose own item is among the ``k`` best, both directions.
-
-    Args:
-        scores: ``[N, N]``, a row for each picture, a column for each caption; pair ``i`` belongs together.
-        ks: Cut-offs.
-
-    Returns:
-        ``{"i2t_recall@1": ..., "t2i_recall@1": ...}``, in [0, 1].
-    """
-    result = {}
-    for direction, matrix in (("i2t", scores), ("t2i", scores.T)):
-        position = ranks(matrix)
-        for k in ks:
-            result[f"{direction}_recall@{k}"] = _share_within(position, k)
-    return result
 
 
 def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
@@ -138,17 +112,53 @@ def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     }
 
 
+def pair_summary(ranks: Iterable[Tensor], ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """:func:`summary` of both directions.
+
+    Args:
+        ranks: ``i2t`` and ``t2i``, as :func:`pair_ranks` gives them.
+        ks: Cut-offs.
+
+    Returns:
+        ``{"i2t_recall@1": ..., "i2t_mrr": ..., "t2i_recall@1": ...}``.
+
+    Raises:
+        InputError: Ranks that :func:`summary` refuses.
+    """
+    return {
+        f"{way}_{name}": value
+        for way, values in zip(WAYS, ranks, strict=True)
+        for name, value in summary(values, ks).items()
+    }
+
+
+def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Share of queries whose right item is among the ``k`` best, both directions.
+
+    Args:
+        scores: Floats ``[N, N]``, a row for each picture, a column for each caption; pair ``i`` belongs together.
+        ks: Cut-offs.
+
+    Returns:
+        ``{"i2t_recall@1": ..., "t2i_recall@1": ...}``, in [0, 1].
+
+    Raises:
+        InputError: Scores that :func:`pair_ranks` refuses.
+    """
+    return {name: value for name, value in pair_summary(pair_ranks(scores), ks).items() if "_recall@" in name}
+
+
 def quality(*measured: Mapping[str, float]) -> tuple[float, float]:
     """What is chosen by: recall@1, and where that is equal mrr, each the mean of both directions.
 
     Args:
-        measured: Numbers of :func:`summary` by direction, as ``i2t_recall@1``; of several runs, their mean counts.
+        measured: Numbers of :func:`pair_summary`, as ``i2t_recall@1``; of several runs, their mean counts.
 
     Returns:
         ``(recall, mrr)``, in [0, 1], rounded: means of equal shares in another order differ in their last bits.
     """
     recall, mrr = (
-        round(statistics.fmean(one[f"{way}_{name}"] for one in measured for way in ("i2t", "t2i")), 9)
+        round(statistics.fmean(one[f"{way}_{name}"] for one in measured for way in WAYS), 9)
         for name in ("recall@1", "mrr")
     )
     return recall, mrr

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from finelip_fast import metrics
 from finelip_fast.errors import InputError
-from finelip_fast.metrics import best_ranks, bootstrap_interval, mcnemar, pair_ranks, quality, ranks, recall, summary
+from finelip_fast.metrics import (
+    WAYS,
+    best_ranks,
+    bootstrap_interval,
+    mcnemar,
+    pair_ranks,
+    pair_summary,
+    quality,
+    recall,
+    summary,
+)
 
 SCORES = torch.tensor(
     [
@@ -25,9 +35,10 @@ SCORES = torch.tensor(
 
 
 def test_ranks_by_eye():
-    assert ranks(SCORES).tolist() == [1, 2, 4, 1]
-    assert ranks(SCORES.T).tolist() == [1, 1, 3, 1]
-    assert ranks(SCORES).dtype == torch.int64
+    i2t, t2i = pair_ranks(SCORES)
+    assert i2t.tolist() == [1, 2, 4, 1]
+    assert t2i.tolist() == [1, 1, 3, 1]
+    assert i2t.dtype == t2i.dtype == torch.int64
 
 
 def test_recall_by_eye():
@@ -48,9 +59,9 @@ def test_ties_and_nan_count_against_the_query():
     assert recall(torch.zeros(5, 5), ks=(1, 4, 5)) == pytest.approx(
         {f"{way}_recall@{k}": value for way in ("i2t", "t2i") for k, value in ((1, 0), (4, 0), (5, 1))}
     )
-    assert ranks(torch.full((3, 3), torch.nan)).tolist() == [3, 3, 3]
-    own_is_nan = torch.eye(3).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan))
-    assert ranks(own_is_nan).tolist() == [3, 1, 1]
+    assert pair_ranks(torch.full((3, 3), torch.nan))[0].tolist() == [3, 3, 3]
+    right_is_nan = torch.eye(3).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan))
+    assert pair_ranks(right_is_nan)[0].tolist() == [3, 1, 1]
 
 
 @settings(deadline=None)
@@ -58,7 +69,7 @@ def test_ties_and_nan_count_against_the_query():
 def test_ranks_are_positions_in_sorted_order_and_recall_grows_with_k(seed, size):
     scores = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
     by_hand = [1 + sorted(row, reverse=True).index(row[index]) for index, row in enumerate(scores.tolist())]
-    assert ranks(scores).tolist() == by_hand
+    assert pair_ranks(scores)[0].tolist() == by_hand
     values = recall(scores, ks=tuple(range(1, size + 1)))
     by_direction = {way: [values[f"{way}_recall@{k}"] for k in range(1, size + 1)] for way in ("i2t", "t2i")}
     for shares in by_direction.values():
@@ -133,13 +144,42 @@ def test_pair_ranks_are_positions_in_pessimistic_order_and_follow_a_permutation(
     assert moved_t2i.equal(t2i[order])
 
 
+def counted_recall(scores: torch.Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """Recall of pairs counted along the diagonal: an item that is not below the right one counts against it."""
+    shares = {}
+    for way, matrix in (("i2t", scores), ("t2i", scores.T)):
+        ranks = (~(matrix < matrix.diagonal()[:, None])).sum(dim=1)
+        shares |= {f"{way}_recall@{k}": (ranks <= k).double().mean().item() for k in ks}
+    return shares
+
+
 @settings(deadline=None)
-@given(seed=st.integers(0, 10_000), size=st.integers(1, 12))
-def test_one_caption_a_picture_is_the_plain_protocol(seed, size):
-    scores = torch.randint(4, (size, size), generator=torch.Generator().manual_seed(seed)).float()
-    i2t, t2i = pair_ranks(scores, torch.arange(size))
-    assert i2t.equal(ranks(scores))
-    assert t2i.equal(ranks(scores.T))
+@given(data=st.data(), size=st.integers(1, 8), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_one_caption_a_picture_is_the_plain_protocol_to_the_bit(data, size, dtype):
+    values = st.sampled_from([NAN, -INF, -1.0, 0.0, 0.5, 1.0, INF])
+    scores = torch.tensor(data.draw(st.lists(values, min_size=size**2, max_size=size**2)), dtype=dtype).view(size, size)
+    assert recall(scores, ks=(1, 2, 5)) == counted_recall(scores, (1, 2, 5))
+    for found, given_rows in zip(pair_ranks(scores), pair_ranks(scores, torch.arange(size)), strict=True):
+        assert found.equal(given_rows)
+
+
+def test_more_captions_than_pictures_need_to_be_told_whose_they_are():
+    with pytest.raises(InputError, match="from 0 to 1, got 0 to 2"):
+        recall(torch.zeros(2, 3))
+
+
+def test_a_summary_of_both_directions_is_that_of_each():
+    ranks = torch.tensor([4, 1, 10]), torch.tensor([1, 2])
+    expected = {
+        f"{way}_{name}": value
+        for way, each in zip(WAYS, ranks, strict=True)
+        for name, value in summary(each, (1, 4)).items()
+    }
+    found = pair_summary(ranks, (1, 4))
+    assert found == expected
+    assert next(iter(found)) == "i2t_recall@1"
+    with pytest.raises(InputError, match="from 1, got 0"):
+        pair_summary((torch.tensor([1]), torch.tensor([0])))
 
 
 @pytest.mark.parametrize(

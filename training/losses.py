@@ -16,9 +16,9 @@ from torch import Tensor
 
 from finelip_fast.errors import ConfigError
 from finelip_fast.kernels import clim_scores
+from finelip_fast.metrics import SCORES
 
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
-SCORES = ("global", "fine", "combined")
 COMBINED_ALPHA = 0.8
 
 

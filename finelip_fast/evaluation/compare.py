@@ -11,8 +11,8 @@ import torch
 
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
-from finelip_fast.evaluation.result import WAYS, Evaluation, Row, read_evaluation
-from finelip_fast.metrics import bootstrap_interval, mcnemar
+from finelip_fast.evaluation.result import Evaluation, Row, read_evaluation
+from finelip_fast.metrics import WAYS, bootstrap_interval, mcnemar
 from finelip_fast.records import markdown_table
 
 _NAMES = ("recall@1", "recall@5", "recall@10", "mrr")

@@ -19,9 +19,9 @@ from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
 from finelip_fast.evaluation.cache import PartFolder, StoredRows, embed_in_parts
 from finelip_fast.evaluation.ranking import tiled_ranks
-from finelip_fast.evaluation.result import SCORES, WAYS, Evaluation, Row, Sweep
+from finelip_fast.evaluation.result import Evaluation, Row, Sweep
 from finelip_fast.evaluation.survey import Survey, hash_of, survey
-from finelip_fast.metrics import ALPHAS, summary
+from finelip_fast.metrics import ALPHAS, SCORES, WAYS, pair_summary
 from finelip_fast.tokenizer import expected_truncation
 
 
@@ -124,9 +124,9 @@ def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, d
     )
     tried = []
     for alpha, ranks in zip(ALPHAS, found, strict=True):
-        metrics = {way: summary(own) for way, own in zip(WAYS, ranks, strict=True)}
-        wanted = {f"{way}_{name}": metrics[way][name] for way in WAYS for name in ("recall@1", "mrr")}
-        tried.append({"alpha": alpha, **wanted})
+        metrics = pair_summary(ranks)
+        names = (f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))
+        tried.append({"alpha": alpha, **{name: metrics[name] for name in names}})
     return Sweep(data, known.fingerprint, len(known.captions), context, tried)
 
 

@@ -17,10 +17,7 @@ from finelip_fast._json import read_json
 from finelip_fast._terminal import printable
 from finelip_fast._typed import typed
 from finelip_fast.errors import InputError
-from finelip_fast.metrics import bootstrap_interval, quality, summary
-
-WAYS = ("i2t", "t2i")
-SCORES = ("global", "fine", "combined")
+from finelip_fast.metrics import SCORES, WAYS, bootstrap_interval, pair_summary, quality
 
 _MAX_BYTES = 1 << 28  # some 70 bytes for each picture, caption, context and score
 
@@ -48,18 +45,17 @@ class Row:
     def of(cls, context: int, score: str, ranks: Mapping[str, Tensor], picture_of: Tensor) -> Row:
         """The row of both directions' ranks; ``picture_of`` ``[C]`` says which captions share a picture."""
         several = picture_of.unique().numel() < len(picture_of)
-        metrics: dict[str, float] = {}
+        metrics = pair_summary(ranks[way] for way in WAYS)
         intervals: dict[str, tuple[float, float]] = {}
-        for way, own in ranks.items():
+        for name in metrics:
+            way, _, metric = name.partition("_")
             groups = picture_of if way == "t2i" and several else None
-            for name, value in summary(own).items():
-                metrics[f"{way}_{name}"] = value
-                if name.startswith("recall@"):
-                    hits = own <= int(name.removeprefix("recall@"))
-                    intervals[f"{way}_{name}"] = bootstrap_interval(hits, groups=groups)
-                elif name == "mrr":
-                    intervals[f"{way}_{name}"] = bootstrap_interval(own.double().reciprocal(), groups=groups)
-        return cls(context, score, metrics, intervals, {way: own.tolist() for way, own in ranks.items()})
+            if metric.startswith("recall@"):
+                hits = ranks[way] <= int(metric.removeprefix("recall@"))
+                intervals[name] = bootstrap_interval(hits, groups=groups)
+            elif metric == "mrr":
+                intervals[name] = bootstrap_interval(ranks[way].double().reciprocal(), groups=groups)
+        return cls(context, score, metrics, intervals, {way: values.tolist() for way, values in ranks.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -209,9 +205,7 @@ def _check(found: Evaluation) -> None:
             _require(
                 min(ranks) >= 1 and max(ranks) <= others, f"{way} ranks from 1 to {others}", (min(ranks), max(ranks))
             )
-        metrics = {
-            f"{way}_{name}": value for way in WAYS for name, value in summary(torch.tensor(row.ranks[way])).items()
-        }
+        metrics = pair_summary(torch.tensor(row.ranks[way]) for way in WAYS)
         _require(
             row.metrics.keys() == metrics.keys()
             and all(math.isclose(row.metrics[name], value, rel_tol=1e-6) for name, value in metrics.items()),

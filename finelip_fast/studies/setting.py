@@ -20,12 +20,13 @@ from tqdm import tqdm
 from finelip_fast.datasets import PairDataset, open_dataset
 from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
+from finelip_fast.evaluation.survey import survey
 from finelip_fast.kernels import clim_scores
-from finelip_fast.metrics import bootstrap_interval, pair_ranks, summary
+from finelip_fast.metrics import SCORES, WAYS, bootstrap_interval, pair_ranks, pair_summary
 from finelip_fast.records import Series
 
-SCORES = ("global", "fine", "combined")
 _REPEATS = 20
+_BATCH = 64  # pictures in memory at once
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,13 @@ class Setting:
     def embed(self, engine: Engine, data: str | None = None) -> Pairs:
         """The pairs' captions, and their pictures embedded."""
         pairs = self.open(engine, data)
-        pictures: dict[str, int] = {}
-        captions, owners, blocks = [], [], []
-        batch: list[Any] = []
-        for index in tqdm(range(len(pairs)), unit="pair", disable=not self.progress, mininterval=0.5):
-            example = pairs[index]
-            if example.image_id not in pictures:
-                pictures[example.image_id] = len(pictures)
-                batch.append(example.image)
-            captions.append(example.caption)
-            owners.append(pictures[example.image_id])
-            if len(batch) == 64 or (batch and index == len(pairs) - 1):
+        known, blocks = survey(pairs), []
+        with tqdm(total=len(known.ids), unit="image", disable=not self.progress, mininterval=0.5) as bar:
+            for start in range(0, len(known.ids), _BATCH):
+                batch = [pairs[number].image for number in known.first[start : start + _BATCH]]
                 blocks.append(engine.embed_images(batch))
-                batch = []
-        return Pairs(captions, torch.tensor(owners), torch.cat(blocks))
+                bar.update(len(batch))
+        return Pairs(known.captions, torch.tensor(known.picture_of), torch.cat(blocks))
 
 
 @dataclass(frozen=True)
@@ -120,15 +114,16 @@ class Measured:
         """Recall in %: all cut-offs of the main score, and rank 1 of the others."""
         row = {}
         for score in reversed(self.ranks):
-            for way, ranks in zip(("i2t", "t2i"), self.ranks[score], strict=True):
-                values = summary(ranks)
+            values = pair_summary(self.ranks[score])
+            for way in WAYS:
                 for k in (1, 5, 10) if score == self.main else (1,):
-                    row[f"{score} {way} R@{k} (%)"] = round(100 * values[f"recall@{k}"], 1)
+                    row[f"{score} {way} R@{k} (%)"] = round(100 * values[f"{way}_recall@{k}"], 1)
         return row
 
     def recall(self, score: str | None = None) -> float:
         """Mean recall@1 of both directions by a score, or by the main one, in %."""
-        return 50 * sum(summary(ranks)["recall@1"] for ranks in self.ranks[score or self.main])
+        values = pair_summary(self.ranks[score or self.main])
+        return 50 * sum(values[f"{way}_recall@1"] for way in WAYS)
 
 
 def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[Series, ...]:

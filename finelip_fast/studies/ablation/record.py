@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-from finelip_fast.metrics import quality
+from finelip_fast.metrics import WAYS, quality
 from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.studies.ablation.runs import (
     FINE_ALONE,
@@ -75,7 +75,7 @@ class _Tried(NamedTuple):
         """Of the table; with errors as shares of another variant's, each at its own chosen alpha where alphas are chosen."""
         paper = self.at(PAPERS_ALPHA)
         row = {"learning rates": f"{self.rate:g}x"}
-        row |= {f"{way} (%)": _spread([100 * one[f"{way}_recall@1"] for one in paper]) for way in ("i2t", "t2i")}
+        row |= {f"{way} (%)": _spread([100 * one[f"{way}_recall@1"] for one in paper]) for way in WAYS}
         row["mrr"] = _spread([quality(one)[1] for one in paper], digits=3)
         if beside:
             row["error beside the triplet's"] = _ratio(self.recalls(), beside.recalls())

@@ -22,7 +22,8 @@ from finelip_fast._typed import typed
 from finelip_fast.datasets import open_dataset
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.errors import ConfigError
-from finelip_fast.metrics import ALPHAS, pair_ranks, quality, summary
+from finelip_fast.evaluation.survey import survey
+from finelip_fast.metrics import ALPHAS, pair_ranks, pair_summary, quality
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Table, commit
 from finelip_fast.studies.ablation.variants import AblatedFineLIP, Arm, Variant
@@ -69,30 +70,27 @@ def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
         ``{"0": {"i2t_recall@1": ..., ...}, "0.05": ..., "1": ...}``; without late interaction only the last.
     """
     pairs = open_dataset(data, image_size=model.config.image_size)
-    examples = [pairs[index] for index in range(len(pairs))]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(example.image_id for example in examples))}
-    owners = torch.tensor([numbers[example.image_id] for example in examples])
-    pictures = {example.image_id: example.image for example in examples}
+    known = survey(pairs)
     images = embed_images(
         lambda pixels: model.encode_image(pixels.to(model.device)),
         model.preprocess,
-        [pictures[name] for name in numbers],
+        [pairs[number].image for number in known.first],
         batch_size=batch_size,
     )
     texts = embed_texts(
         lambda ids: model.encode_text(ids.to(model.device)),
-        [example.caption for example in examples],
+        known.captions,
         context_length=model.config.context_length,
         batch_size=batch_size,
     )
     global_scores, fine, alphas = (images[:, 0] @ texts[:, 0].T).cpu(), torch.tensor(0.0), [1.0]
     if model.config.trained_aggregators:
         fine, alphas = model.score(images, texts, alpha=0.0).cpu(), list(ALPHAS)
-    result = {}
-    for alpha in alphas:
-        ways = zip(("i2t", "t2i"), pair_ranks(alpha * global_scores + (1 - alpha) * fine, owners), strict=True)
-        result[f"{alpha:g}"] = {f"{way}_{key}": value for way, ranks in ways for key, value in summary(ranks).items()}
-    return result
+    picture_of = torch.tensor(known.picture_of)
+    return {
+        f"{alpha:g}": pair_summary(pair_ranks(alpha * global_scores + (1 - alpha) * fine, picture_of))
+        for alpha in alphas
+    }
 
 
 def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
