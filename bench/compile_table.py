@@ -30,6 +30,7 @@ from torch import Tensor
 
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
 from finelip_fast.kernels.atrm import triton as atrm
+from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
 from finelip_fast.kernels.clim import triton as clim
 
@@ -122,13 +123,13 @@ def aggregate(shape: Shape, capability: int) -> None:
     hidden, aggregated, width = shape.width // 5, shape.tokens - 1, shape.width
     parameters = [(width,), (width,), (hidden, width), (hidden,), (aggregated, hidden), (aggregated,), ()]
     launch = atrm.Launch(capability, width, aggregated, torch.float16, IMAGES)
-    atrm.aggregate(
+    inputs = AtrmInputs(
         empty(IMAGES, shape.patches, width),
         *(empty(*sizes) for sizes in parameters),
         lengths=empty(IMAGES, dtype=torch.int64),
         anchor=empty(IMAGES, width),
-        settings=atrm.settings_for(launch),
     )
+    atrm.aggregate(inputs, settings=atrm.settings_for(launch))
 
 
 def aggregate_backward(shape: Shape, capability: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
 from finelip_fast.kernels import atrm
-from finelip_fast.kernels.atrm.formula import atrm_reference
+from finelip_fast.kernels.atrm.formula import AtrmInputs, atrm_reference
 
 AGGREGATED = TOKENS - 1
 DTYPE = torch.float16 if ON_GPU else torch.float32
@@ -60,12 +60,15 @@ def race(batch: int, with_gradient: bool) -> dict[str, Result]:
         *tensors, lengths, first_rows = arguments
         return atrm(*tensors, lengths=lengths, anchor=first_rows)
 
+    def plain(*given: Any) -> Tensor:
+        return atrm_reference(AtrmInputs(*given))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the reference, as exact as can be
-        expected = prepared(atrm_reference, torch.float64)()
+        expected = prepared(plain, torch.float64)()
     tolerance = GRADIENT_TOLERANCE if with_gradient else TOLERANCE
     work = floor.atrm(batch, TOKENS_IN, WIDTH, HIDDEN, AGGREGATED, DTYPE, backward=with_gradient)
-    runs = {"finelip_fast": ours, BASELINE: atrm_reference, "torch.compile": torch.compile(atrm_reference)}
+    runs = {"finelip_fast": ours, BASELINE: plain, "torch.compile": torch.compile(plain)}
     return compete(
         {name: Contender(prepared(run, DTYPE), tolerance, work=work) for name, run in runs.items()},
         expected,

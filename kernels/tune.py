@@ -24,6 +24,7 @@ from finelip_fast.errors import InputError
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
 from finelip_fast.kernels.atrm import triton as atrm
+from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
 from finelip_fast.kernels.clim import triton as clim
 from finelip_fast.kernels.clim.quantize import quantize
@@ -234,8 +235,8 @@ def _atrm_cases(device: torch.device) -> Iterator[Case]:
 
 
 def _aggregate(launch: atrm.Launch, patches: int, device: torch.device) -> Run:
-    arguments = _aggregation(launch.items, patches, launch.width, launch.aggregated, device)
-    return lambda settings: atrm.aggregate(*arguments, settings=settings)
+    inputs = _aggregation(launch.items, patches, launch.width, launch.aggregated, device)
+    return lambda settings: atrm.aggregate(inputs, settings=settings)
 
 
 def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
@@ -258,9 +259,9 @@ def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
 
 
 def _aggregate_gradient(launch: atrm_gradient.Launch, patches: int, device: torch.device) -> Run:
-    arguments = _aggregation(_BATCH, patches, launch.width, launch.aggregated, device)
+    inputs = _aggregation(_BATCH, patches, launch.width, launch.aggregated, device)
     grad = torch.randn(_BATCH, launch.aggregated + 1, launch.width, device=device).half()
-    return lambda settings: atrm_gradient.gradient(grad, *arguments, settings=settings)[0]
+    return lambda settings: atrm_gradient.gradient(grad, inputs, settings=settings)[0]
 
 
 def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callable[[], Run]) -> Case:
@@ -284,14 +285,14 @@ def _unit_rows(count: int, tokens: int, width: int, device: torch.device) -> Ten
     return torch.cat(parts)
 
 
-def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: torch.device) -> tuple[Any, ...]:
+def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: torch.device) -> AtrmInputs:
     """Arguments of token aggregation in float16, every length full."""
     hidden = width // 5
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, device=device)).half()
 
-    return (
+    return AtrmInputs(
         draw(items, tokens, width),
         1 + draw(width, scale=0.1),
         draw(width, scale=0.1),

@@ -13,6 +13,7 @@ Row 0 of the result is the anchor (CLS or EOT), L2-normalised too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +21,52 @@ from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
 
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # a linear layer: of tokens, weight and bias
+
 # What the fused kernels take.
 MAX_WIDTH, MAX_AGGREGATED = 2048, 128
 
 
-def atrm_reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-    *,
-    layer: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
-) -> Tensor:
-    """The operation in plain PyTorch, in float32 whatever the inputs; shapes as :func:`atrm`, ``layer`` as ``F.linear``."""
-    dtype = x.dtype
-    x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor = (
-        t.float() for t in (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor)
-    )
-    valid = None
-    if lengths is not None:
-        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+class AtrmInputs(NamedTuple):
+    """The operation's tensors, in the order in which it is registered; shapes as :func:`finelip_fast.kernels.atrm`'s."""
+
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    scale: Tensor
+    lengths: Tensor | None
+    anchor: Tensor
+
+
+def atrm_reference(inputs: AtrmInputs, *, layer: Layer = F.linear) -> Tensor:
+    """The operation in plain PyTorch, in float32 whatever the inputs; ``layer`` as ``F.linear``."""
+    dtype, x = inputs.x.dtype, inputs.x.float()
+    if inputs.lengths is not None:
         # Before anything else: a NaN in the padding would come back as zero times NaN.
-        x = x.masked_fill(~valid, 0.0)
+        x = x.masked_fill(~_valid(inputs.lengths, x), 0.0)
+    weights = aggregation_weights(inputs._replace(x=x), layer=layer)
+    rows = torch.cat([inputs.anchor.float()[:, None], weights.transpose(1, 2) @ x], dim=1)
+    return F.normalize(rows, dim=-1).to(dtype)
+
+
+def aggregation_weights(inputs: AtrmInputs, *, layer: Layer = F.linear) -> Tensor:
+    """What each aggregated token is mixed of: a distribution over the item's tokens, float32 ``[B, N, K]``.
+
+    The anchor takes no part.
+    """
+    x, norm_weight, norm_bias, w1, b1, w2, b2, scale = (tensor.float() for tensor in inputs[:8])
     hidden = F.gelu(layer(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
     logits = layer(hidden, w2, b2) * scale.reshape(())
-    if valid is not None:
+    if inputs.lengths is not None:
         # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
-        logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-    rows = torch.cat([anchor[:, None], logits.softmax(dim=1).transpose(1, 2) @ x], dim=1)
-    return F.normalize(rows, dim=-1).to(dtype)
+        logits = logits.masked_fill(~_valid(inputs.lengths, x), torch.finfo(logits.dtype).min)
+    return logits.softmax(dim=1)
+
+
+def _valid(lengths: Tensor, x: Tensor) -> Tensor:
+    """bool ``[B, N, 1]``, True for the tokens that count."""
+    return (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]

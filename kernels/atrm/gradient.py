@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS
+from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS, AtrmInputs
 
 _NORMALIZE_EPS = 1e-12  # of F.normalize
 
@@ -35,16 +35,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 def gradient(
     grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
+    inputs: AtrmInputs,
     *,
     through_softmax: ThroughSoftmax | None = None,
     block_elements: int | None = None,
@@ -53,7 +44,7 @@ def gradient(
 
     Args:
         grad_out: ``[B, K + 1, D]``, any strides.
-        x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor: What the forward pass was given.
+        inputs: What the forward pass was given.
         through_softmax: None: in plain PyTorch.
         block_elements: Of ``x``, in one block; None: as many as suit a CPU.
 
@@ -61,9 +52,10 @@ def gradient(
         Gradients of ``x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``w2``, ``b2``, ``scale`` and ``anchor``, each in
         its tensor's shape and dtype. That of tokens at and after their item's length is 0.
     """
+    x, lengths, anchor = inputs.x, inputs.lengths, inputs.anchor
     items, tokens, width = x.shape
     through_softmax = through_softmax or _through_softmax
-    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, scale)
+    parameters = inputs[1:8]
     wide = [parameter.float() for parameter in parameters]
     grads = [torch.zeros_like(parameter) for parameter in wide]
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)

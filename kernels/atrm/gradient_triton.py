@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.atrm import gradient as reference
+from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.atrm.parts_triton import (
     LAUNCH_OPTIONS,
     NORMALIZE_EPS,
@@ -198,19 +199,7 @@ def settings_for(launch: Launch) -> AtrmGradientSettings:
 
 
 def gradient(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-    *,
-    settings: AtrmGradientSettings | None = None,
+    grad_out: Tensor, inputs: AtrmInputs, *, settings: AtrmGradientSettings | None = None
 ) -> reference.Gradients:
     """The gradient of :func:`finelip_fast.kernels.atrm.triton.aggregate`, the same bits every time.
 
@@ -219,10 +208,12 @@ def gradient(
     Raises:
         KernelError: No GPU.
     """
-    settings = settings or settings_for(Launch(capability_of(x.device), x.shape[2], w2.shape[0]))
+    x = inputs.x
+    settings = settings or settings_for(Launch(capability_of(x.device), x.shape[2], inputs.w2.shape[0]))
     with torch.cuda.device_of(x):
         return reference.gradient(
-            *(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor),
+            grad_out,
+            inputs,
             through_softmax=partial(_through_softmax, settings=settings),
             block_elements=_BLOCK_ELEMENTS,
         )

@@ -12,24 +12,24 @@ from torch import Tensor
 
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import cpu, derivatives, dispatch
-from finelip_fast.kernels.atrm.formula import MAX_AGGREGATED, MAX_WIDTH, atrm_reference
+from finelip_fast.kernels.atrm.formula import MAX_AGGREGATED, MAX_WIDTH, AtrmInputs, atrm_reference
 from finelip_fast.kernels.checks import check_counts, check_floats
 
 # Elements of x that one block on the CPU holds, 16 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def _in_blocks(*arguments: Any) -> Tensor:
+def _in_blocks(inputs: AtrmInputs) -> Tensor:
     """The reference a few items at a time, up to their longest length: what it makes on the way stays in the cache."""
-    x, *parameters, lengths, anchor = arguments
+    x, lengths = inputs.x, inputs.lengths
     at_once = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
     blocks = []
     for first in range(0, max(1, len(x)), at_once):
         some = slice(first, first + at_once)
         some_lengths = None if lengths is None else lengths[some]
         longest = x.shape[1] if some_lengths is None or not len(some_lengths) else int(some_lengths.amax())
-        block = (x[some, :longest], *parameters, some_lengths, anchor[some])
-        blocks.append(atrm_reference(*block, layer=cpu.layer))
+        block = inputs._replace(x=x[some, :longest], lengths=some_lengths, anchor=inputs.anchor[some])
+        blocks.append(atrm_reference(block, layer=cpu.layer))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -49,15 +49,15 @@ def _atrm(
     lengths: Tensor | None,
     anchor: Tensor,
 ) -> Tensor:
-    arguments = (x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
-    implementation = _choose(x, w2)
+    inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+    implementation = _choose(inputs)
     if implementation == "triton":
         from finelip_fast.kernels.atrm import triton
 
-        return triton.aggregate(*arguments)
+        return triton.aggregate(inputs)
     if implementation == "blocked" and x.device.type == "cpu":
-        return _in_blocks(*arguments)
-    return atrm_reference(*arguments)
+        return _in_blocks(inputs)
+    return atrm_reference(inputs)
 
 
 @_atrm.register_fake
@@ -90,11 +90,12 @@ def _gradient(
     lengths: Tensor | None,
     anchor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _choose(x, w2) == "triton":
+    inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+    if _choose(inputs) == "triton":
         from finelip_fast.kernels.atrm.gradient_triton import gradient
     else:
         from finelip_fast.kernels.atrm.gradient import gradient
-    return gradient(grad_out, x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+    return gradient(grad_out, inputs)
 
 
 @_gradient.register_fake
@@ -118,8 +119,8 @@ def _(
     )
 
 
-def _choose(x: Tensor, w2: Tensor) -> str:
-    limit = ""
+def _choose(inputs: AtrmInputs) -> str:
+    x, w2, limit = inputs.x, inputs.w2, ""
     if x.shape[2] > MAX_WIDTH or w2.shape[0] > MAX_AGGREGATED:
         limit = (
             f"token aggregation's kernels take D up to {MAX_WIDTH} and K up to {MAX_AGGREGATED}, "
@@ -138,15 +139,15 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, lengths, anchor = ctx.saved_tensors
+    inputs = AtrmInputs(*ctx.saved_tensors)
     if torch.is_grad_enabled() or derivatives.transformed():
 
         def reference(anchor: Tensor, *tensors: Tensor) -> Tensor:
-            return atrm_reference(*(*tensors, lengths, anchor))
+            return atrm_reference(AtrmInputs(*tensors, lengths=inputs.lengths, anchor=anchor))
 
-        grad_anchor, *grads = derivatives.again(reference, grad_out, anchor, *tensors)
+        grad_anchor, *grads = derivatives.again(reference, grad_out, inputs.anchor, *inputs[:8])
     else:
-        *grads, grad_anchor = _gradient(grad_out, *tensors, lengths, anchor)
+        *grads, grad_anchor = _gradient(grad_out, *inputs)
     return *grads, None, grad_anchor
 
 
@@ -221,6 +222,7 @@ def atrm(
         if lengths.shape != x.shape[:1]:
             raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
     # An exported graph is made of PyTorch's own operations: other runtimes know no others.
-    operation = atrm_reference if torch.compiler.is_exporting() or derivatives.transformed() else _atrm
+    plain = torch.compiler.is_exporting() or derivatives.transformed()
+    inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
     with torch.autocast(x.device.type, enabled=False):
-        return operation(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
+        return atrm_reference(inputs) if plain else _atrm(*inputs)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finelip_fast.kernels import settings as _settings
-from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS
+from finelip_fast.kernels.atrm.formula import LAYER_NORM_EPS, AtrmInputs
 from finelip_fast.kernels.atrm.parts_triton import (
     INTERPRETED,
     LAUNCH_OPTIONS,
@@ -200,19 +200,14 @@ class Folded(NamedTuple):
     constant: Tensor  # [h], float32
 
 
-def fold(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, *, dtype: torch.dtype) -> Folded:
-    """Fold LayerNorm's weights into the first linear layer; for fixed parameters, once is enough.
-
-    Args:
-        norm_weight, norm_bias, w1, b1: As :func:`finelip_fast.kernels.atrm`'s.
-        dtype: The tokens'.
-    """
-    wide = w1.float()
-    weight = (wide * norm_weight.float()).to(dtype)
+def fold(inputs: AtrmInputs) -> Folded:
+    """Fold LayerNorm's weights into the first linear layer; for the same parameters and dtype of ``x``, once is enough."""
+    wide = inputs.w1.float()
+    weight = (wide * inputs.norm_weight.float()).to(inputs.x.dtype)
     return Folded(
         weight=weight,
         column_sum=weight.sum(dim=1, dtype=torch.float32),
-        constant=(wide * norm_bias.float()).sum(dim=1) + b1.float(),
+        constant=(wide * inputs.norm_bias.float()).sum(dim=1) + inputs.b1.float(),
     )
 
 
@@ -293,20 +288,7 @@ def settings_for(launch: Launch) -> AtrmSettings:
     return _settings.tuned(launch.case, AtrmSettings) or default_settings(**launch._asdict())
 
 
-def aggregate(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-    *,
-    settings: AtrmSettings | None = None,
-) -> Tensor:
+def aggregate(inputs: AtrmInputs, *, settings: AtrmSettings | None = None) -> Tensor:
     """:func:`finelip_fast.kernels.atrm` without its checks: ``x [B, N, D]`` to ``[B, K + 1, D]`` in ``x``'s dtype.
 
     Any strides, any ``B``, ``N``, ``D``, ``h`` and ``K``; parameters and anchor may be of another dtype than ``x``.
@@ -314,30 +296,20 @@ def aggregate(
     Raises:
         KernelError: No GPU.
     """
-    folded = fold(norm_weight, norm_bias, w1, b1, dtype=x.dtype)
-    return aggregate_folded(x, folded, w2, b2, scale, lengths, anchor, settings=settings)
+    return aggregate_folded(inputs, fold(inputs), settings=settings)
 
 
-def aggregate_folded(
-    x: Tensor,
-    folded: Folded,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    anchor: Tensor,
-    *,
-    settings: AtrmSettings | None = None,
-) -> Tensor:
+def aggregate_folded(inputs: AtrmInputs, folded: Folded, *, settings: AtrmSettings | None = None) -> Tensor:
     """:func:`aggregate` with parameters that were folded before."""
+    x = inputs.x
     if INTERPRETED and x.dtype == torch.bfloat16:  # which the interpreter multiplies as integers
         folded = folded._replace(weight=folded.weight.float())
-        return aggregate_folded(x.float(), folded, w2, b2, scale, lengths, anchor, settings=settings).to(x.dtype)
-    (items, tokens, width), aggregated = x.shape, w2.shape[0]
+        return aggregate_folded(inputs._replace(x=x.float()), folded, settings=settings).to(x.dtype)
+    (items, tokens, width), aggregated = x.shape, inputs.w2.shape[0]
     settings = settings or settings_for(Launch(capability_of(x.device), width, aggregated, x.dtype, items))
-    x, anchor = unit_stride(x), unit_stride(anchor)
-    lengths = None if lengths is None else lengths.contiguous()
-    logits = token_logits(x, folded, w2, b2, scale, lengths, settings)
+    x, anchor = unit_stride(x), unit_stride(inputs.anchor)
+    lengths = None if inputs.lengths is None else inputs.lengths.contiguous()
+    logits = token_logits(inputs._replace(x=x, lengths=lengths), folded, settings)
     out = torch.empty(items, aggregated + 1, width, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         pool_kernel[(items * triton.cdiv(aggregated, settings.pool_rows),)](
@@ -362,17 +334,13 @@ def aggregate_folded(
     return out
 
 
-def token_logits(
-    x: Tensor,
-    folded: Folded,
-    w2: Tensor,
-    b2: Tensor,
-    scale: Tensor,
-    lengths: Tensor | None,
-    settings: AtrmSettings,
-) -> Tensor:
-    """The first launch: float32 ``[B, N, K]``, without a value at and after each item's length."""
-    (items, tokens, width), (aggregated, hidden) = x.shape, w2.shape
+def token_logits(inputs: AtrmInputs, folded: Folded, settings: AtrmSettings) -> Tensor:
+    """The first launch: float32 ``[B, N, K]``, without a value at and after each item's length.
+
+    ``x`` and ``lengths`` have a last dimension without gaps.
+    """
+    x = inputs.x
+    (items, tokens, width), (aggregated, hidden) = x.shape, inputs.w2.shape
     head, rest = split_hidden(hidden)
     logits = torch.empty(items, tokens, aggregated, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -381,10 +349,10 @@ def token_logits(
             folded.weight,
             folded.column_sum,
             folded.constant,
-            w2.contiguous(),
-            b2.contiguous(),
-            scale,
-            lengths,
+            inputs.w2.contiguous(),
+            inputs.b2.contiguous(),
+            inputs.scale,
+            inputs.lengths,
             logits,
             tokens,
             x.stride(0),

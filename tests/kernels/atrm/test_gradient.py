@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finelip_fast.kernels import atrm as operation
-from finelip_fast.kernels.atrm.formula import atrm_reference
+from finelip_fast.kernels.atrm.formula import AtrmInputs, atrm_reference
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def doubled(arguments):
 def exact(arguments, grad, monkeypatch):
     """By autograd of the reference in float64, which it otherwise leaves for float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return gradients(lambda given: atrm_reference(*given), doubled(arguments), grad.double())
+    return gradients(lambda given: atrm_reference(AtrmInputs(*given)), doubled(arguments), grad.double())
 
 
 @pytest.mark.parametrize("lengths", [None, (0, 3, 7), (7, 7, 1)], ids=str)

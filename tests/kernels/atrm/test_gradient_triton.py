@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import KernelError
 from finelip_fast.kernels.atrm import gradient_triton as kernels
+from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.atrm.gradient_triton import AtrmGradientSettings, gradient
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
@@ -104,7 +105,7 @@ def errors(actual, expected):
 )
 def test_equals_float64s(device, sizes):
     grad_out, arguments = make(**sizes, device=device)
-    actual = gradient(grad_out, *arguments, settings=SMALL)
+    actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     expected = by_autograd(grad_out, arguments, torch.float64)
     for ours, exact in zip(actual, expected, strict=True):
         assert ours.dtype == torch.float32
@@ -131,7 +132,7 @@ def cases(draw):
 @settings(max_examples=10, deadline=None)
 def test_equals_float64s_at_any_size(device, case):
     grad_out, arguments = make(**case, device=device)
-    actual = gradient(grad_out, *arguments, settings=SMALL)
+    actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     assert max(errors(actual, by_autograd(grad_out, arguments, torch.float64)).values()) <= 2e-5
 
 
@@ -141,7 +142,8 @@ def test_padding_takes_no_part(device, poison):
     x, lengths = arguments[0], arguments[-2]
     padding = (torch.arange(20, device=device) >= lengths[:, None])[..., None]
     clean, poisoned = (
-        gradient(grad_out, x.masked_fill(padding, value), *arguments[1:], settings=SMALL) for value in (0.0, poison)
+        gradient(grad_out, AtrmInputs(x.masked_fill(padding, value), *arguments[1:]), settings=SMALL)
+        for value in (0.0, poison)
     )
     for ours, expected in zip(poisoned, clean, strict=True):
         assert torch.equal(ours, expected)
@@ -151,9 +153,9 @@ def test_padding_takes_no_part(device, poison):
 @pytest.mark.parametrize("elements", [1, 2 * 9 * 16, 3 * 9 * 16 + 1])
 def test_blocks_of_items_change_nothing(monkeypatch, device, elements):
     grad_out, arguments = make(9, 16, lengths=[9, 0, 4, 7, 1], batch=5, device=device)
-    whole = gradient(grad_out, *arguments, settings=SMALL)
+    whole = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", elements)
-    blocked = gradient(grad_out, *arguments, settings=SMALL)
+    blocked = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     assert max(errors(blocked, whole).values()) <= 1e-6
 
 
@@ -162,21 +164,21 @@ def test_blocks_of_items_change_nothing(monkeypatch, device, elements):
 )
 def test_how_the_work_is_cut_changes_nothing(device, change):
     grad_out, arguments = make(37, 72, lengths=[37, 30, 5], hidden=12, aggregated=21, device=device)
-    whole = gradient(grad_out, *arguments, settings=SMALL)
-    cut = gradient(grad_out, *arguments, settings=replace(SMALL, **change))
+    whole = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
+    cut = gradient(grad_out, AtrmInputs(*arguments), settings=replace(SMALL, **change))
     assert max(errors(cut, whole).values()) <= 2e-5
 
 
 def test_the_same_bits_every_time(device):
     grad_out, arguments = make(37, 40, lengths=[37, 30, 5], aggregated=21, device=device)
-    first, second = (gradient(grad_out, *arguments) for _ in range(2))
+    first, second = (gradient(grad_out, AtrmInputs(*arguments)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0, "tokens": 5}, {"batch": 2, "tokens": 0}], ids=str)
 def test_without_tokens_only_the_anchor_gets_a_gradient(device, sizes):
     grad_out, arguments = make(width=16, **sizes, device=device)
-    actual = dict(zip(NAMES, gradient(grad_out, *arguments, settings=SMALL), strict=True))
+    actual = dict(zip(NAMES, gradient(grad_out, AtrmInputs(*arguments), settings=SMALL), strict=True))
     anchor = actual.pop("anchor")
     assert anchor.shape == (sizes["batch"], 16)
     assert anchor.isfinite().all()
@@ -188,7 +190,7 @@ def test_rows_of_length_zero_get_what_autograd_gives_them(device):
     """The norm stops at 1e-12: below, the gradient is the incoming one over 1e-12."""
     grad_out, arguments = make(9, 16, device=device)
     arguments[0][1], arguments[-1][2] = 0.0, 0.0
-    actual = gradient(grad_out, *arguments, settings=SMALL)
+    actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     expected = by_autograd(grad_out, arguments, torch.float64)
     assert errors(actual, expected)["x"] <= 1e-6
     for ours, exact in ((actual[0], expected[0]), (actual[-1], expected[-1])):
@@ -213,7 +215,7 @@ def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
         grad_out = grad_out.to(dtype)
         arguments = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in arguments]
         expected = by_autograd(grad_out, arguments, torch.float64)
-        actual = gradient(grad_out, *arguments, settings=SMALL)
+        actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
         assert all(grad.dtype == dtype for grad in actual)
         for worst, found in ((ours, actual), (plain, in_plain_pytorch(grad_out, arguments))):
             worst.update({name: max(error, worst[name]) for name, error in errors(found, expected).items()})
@@ -229,7 +231,7 @@ def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
 def test_each_gradient_has_its_own_tensors_dtype(device):
     grad_out, arguments = make(9, 16, device=device)
     arguments[0] = arguments[0].half()
-    x, *rest = gradient(grad_out.half(), *arguments, settings=SMALL)
+    x, *rest = gradient(grad_out.half(), AtrmInputs(*arguments), settings=SMALL)
     assert x.dtype == torch.float16
     assert all(grad.dtype == torch.float32 for grad in rest)
     expected = by_autograd(grad_out.half(), arguments, torch.float64)
@@ -239,9 +241,9 @@ def test_each_gradient_has_its_own_tensors_dtype(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing(device, dtype):
     grad_out, arguments = make(9, 16, device=device)
-    expected = gradient(grad_out, *arguments, settings=SMALL)
+    expected = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     with torch.autocast(device, dtype=dtype):
-        inside = gradient(grad_out, *arguments, settings=SMALL)
+        inside = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     assert all(torch.equal(ours, exact) for ours, exact in zip(inside, expected, strict=True))
 
 
@@ -250,14 +252,14 @@ def test_strided_and_expanded_inputs(device):
     tokens = arguments[0]
     ones = torch.ones((), device=device).expand(3, 5, 40)  # as the backward of a sum gives it
     rest = arguments[1:-1]
-    expected = gradient(ones.clone(), tokens[:, 1:].clone(), *rest, tokens[:, 0].clone(), settings=SMALL)
+    expected = gradient(ones.clone(), AtrmInputs(tokens[:, 1:].clone(), *rest, tokens[:, 0].clone()), settings=SMALL)
     views = [p if p is None or p.dim() == 0 else torch.stack([p, p], dim=-1)[..., 0] for p in rest]
-    actual = gradient(ones, tokens[:, 1:], *views, tokens[:, 0], settings=SMALL)
+    actual = gradient(ones, AtrmInputs(tokens[:, 1:], *views, tokens[:, 0]), settings=SMALL)
     assert all(grad.is_contiguous() for grad in actual)
     assert max(errors(actual, expected).values()) <= 2e-5  # PyTorch may add up strided operands in another order
     one = tokens[:1, 1:].expand(3, -1, -1)
-    actual = gradient(ones, one, *rest, tokens[:, 0], settings=SMALL)
-    expected = gradient(ones, one.clone(), *rest, tokens[:, 0], settings=SMALL)
+    actual = gradient(ones, AtrmInputs(one, *rest, tokens[:, 0]), settings=SMALL)
+    expected = gradient(ones, AtrmInputs(one.clone(), *rest, tokens[:, 0]), settings=SMALL)
     assert all(torch.equal(ours, exact) for ours, exact in zip(actual, expected, strict=True))
 
 
@@ -265,7 +267,7 @@ def test_strided_and_expanded_inputs(device):
 def test_tensors_on_the_cpu_are_refused():
     grad_out, arguments = make(7, 16)
     with pytest.raises(KernelError, match="expected tensors on a CUDA device, got cpu: use the reference"):
-        gradient(grad_out, *arguments)
+        gradient(grad_out, AtrmInputs(*arguments))
 
 
 # Compiled for GPUs that are not here -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import atrm
-from finelip_fast.kernels.atrm.formula import atrm_reference
+from finelip_fast.kernels.atrm.formula import AtrmInputs, aggregation_weights, atrm_reference
 
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "scale")
 
@@ -104,7 +104,7 @@ def test_values_and_gradients_at_the_sizes_of_models(method, device, size, dtype
     leaves = [t.to(dtype).requires_grad_() for t in (x, anchor, *parameters)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
     out = atrm(leaves[0], *leaves[2:], lengths=counts, anchor=leaves[1])
-    plain = atrm_reference(leaves[0], *leaves[2:], counts, leaves[1])
+    plain = atrm_reference(AtrmInputs(leaves[0], *leaves[2:], counts, leaves[1]))
     true = in_float64(exact[0], *exact[2:], lengths or [tokens] * 3, exact[1])
     floor = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert largest_error(out, true.detach().cpu().numpy()) <= floor
@@ -342,12 +342,25 @@ def test_shapes_that_do_not_fit_are_refused(name, shape, message):
         atrm(**given)
 
 
+@pytest.mark.parametrize("lengths", [None, [3, 7, 1]], ids=str)
+def test_the_weights_are_what_the_rows_are_mixed_of(lengths):
+    x, parameters, anchor = make(7, 16)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    weights = aggregation_weights(AtrmInputs(x, *parameters, lengths, anchor))
+    assert weights.shape == (3, 7, 4)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(3, 4))
+    if lengths is not None:
+        assert not weights[torch.arange(7) >= lengths[:, None]].any()
+    rows = F.normalize(weights.transpose(1, 2) @ x, dim=-1)
+    torch.testing.assert_close(rows, atrm(x, *parameters, lengths=lengths, anchor=anchor)[:, 1:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("lengths", [None, [3, 0, 7, 2, 0]], ids=str)
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_blocks_of_items_change_nothing(monkeypatch, lengths, at_once):
     x, parameters, anchor = make(7, 16, batch=5)
     lengths = None if lengths is None else torch.tensor(lengths)
-    expected = atrm_reference(x, *parameters, lengths, anchor)
+    expected = atrm_reference(AtrmInputs(x, *parameters, lengths, anchor))
     monkeypatch.setattr(sys.modules["finelip_fast.kernels.atrm.ops"], "_BLOCK_ELEMENTS", at_once * 7 * 16)
     torch.testing.assert_close(atrm(x, *parameters, lengths=lengths, anchor=anchor), expected, rtol=0, atol=1e-6)
 

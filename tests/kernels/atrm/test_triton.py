@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import KernelError
 from finelip_fast.kernels.atrm import triton as kernels
+from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.atrm.triton import AtrmSettings, aggregate, aggregate_folded, fold
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
@@ -89,7 +90,7 @@ def largest_error(actual, expected):
 def test_equals_the_method(method, device, sizes, lengths):
     x, parameters, anchor = make(**sizes, device=device)
     counts = None if lengths is None else torch.tensor(lengths, device=device)
-    out = aggregate(x, *parameters, counts, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, counts, anchor), settings=SMALL)
     expected = expected_embeddings(method, x, parameters, anchor, lengths)
     assert out.shape == expected.shape
     assert out.dtype == torch.float32
@@ -118,7 +119,7 @@ def test_equals_the_method_at_any_size(method, device, case):
     lengths = case.pop("lengths")
     x, parameters, anchor = make(**case, device=device)
     counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device=device)
-    out = aggregate(x, *parameters, counts, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, counts, anchor), settings=SMALL)
     expected = expected_embeddings(method, x, parameters, anchor, lengths)
     assert out.shape == expected.shape
     assert largest_error(out, expected) <= 1e-5
@@ -136,24 +137,23 @@ def test_equals_the_method_at_any_size(method, device, case):
 def test_how_the_work_is_cut_changes_nothing(device, change):
     x, parameters, anchor = make(37, 72, hidden=20, aggregated=21, device=device)
     lengths = torch.tensor([37, 30, 5], device=device)
-    whole = aggregate(x, *parameters, lengths, anchor, settings=SMALL)
-    cut = aggregate(x, *parameters, lengths, anchor, settings=replace(SMALL, **change))
+    whole = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=SMALL)
+    cut = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=replace(SMALL, **change))
     torch.testing.assert_close(cut, whole, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_default_settings_run(method, device, dtype):
     x, parameters, anchor = make(70, 96, batch=1, hidden=19, aggregated=12, device=device)
-    out = aggregate(x.to(dtype), *parameters, None, anchor.to(dtype))
+    out = aggregate(AtrmInputs(x.to(dtype), *parameters, None, anchor.to(dtype)))
     error = largest_error(out, expected_embeddings(method, x, parameters, anchor))
     assert error <= (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def test_parameters_folded_once_give_the_same(device):
     x, parameters, anchor = make(9, 40, device=device)
-    folded = fold(*parameters[:4], dtype=x.dtype)
-    out = aggregate_folded(x, folded, *parameters[4:], None, anchor, settings=SMALL)
-    assert torch.equal(out, aggregate(x, *parameters, None, anchor, settings=SMALL))
+    inputs = AtrmInputs(x, *parameters, None, anchor)
+    assert torch.equal(aggregate_folded(inputs, fold(inputs), settings=SMALL), aggregate(inputs, settings=SMALL))
 
 
 def logits_of(x, parameters):
@@ -167,15 +167,15 @@ def logits_of(x, parameters):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_tokens_of_a_large_mean_lose_no_more_than_in_pytorch(device, dtype, mean):
     """A folded LayerNorm subtracts what it should not have added; the result itself would hide it, being near the mean."""
-    x, parameters, _ = make(20, 96, hidden=19, device=device)
+    x, parameters, anchor = make(20, 96, hidden=19, device=device)
     x = (x + mean).to(dtype)
     parameters = [parameter.to(dtype) for parameter in parameters]
     expected = logits_of(x.double(), [parameter.double() for parameter in parameters])
     plain = (logits_of(x, parameters) - expected).abs().max().item()
     if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter cannot multiply
         x = x.float()
-    folded = fold(*parameters[:4], dtype=x.dtype)
-    ours = kernels.token_logits(x, folded, *parameters[4:], None, SMALL)
+    inputs = AtrmInputs(x, *parameters, None, anchor)
+    ours = kernels.token_logits(inputs, fold(inputs), SMALL)
     assert (ours - expected).abs().max().item() <= 2 * plain + 1e-6
 
 
@@ -191,7 +191,7 @@ def test_low_precision_is_at_most_twice_as_far_off_as_pytorch(method, device, dt
     x, parameters, anchor = make(tokens, width, device=device)
     x, anchor, *parameters = (t.to(dtype) for t in (x, anchor, *parameters))
     expected = expected_embeddings(method, x, parameters, anchor)
-    out = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     assert out.dtype == dtype
     plain = largest_error(in_plain_pytorch(x, parameters, anchor), expected)
     assert largest_error(out, expected) <= 2 * plain + 1e-6
@@ -202,7 +202,7 @@ def test_parameters_and_anchor_may_be_float32(method, device, dtype):
     x, parameters, anchor = make(23, 40, device=device)
     x = x.to(dtype)
     expected = expected_embeddings(method, x, parameters, anchor)
-    out = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     assert out.dtype == dtype
     rounded = in_plain_pytorch(x, [parameter.to(dtype) for parameter in parameters], anchor.to(dtype))
     assert largest_error(out, expected) <= 2 * largest_error(rounded, expected) + 1e-6
@@ -214,7 +214,7 @@ def test_padding_is_never_looked_at(device, poison):
     lengths = torch.tensor([21, 0, 18], device=device)
     padding = torch.arange(21, device=device) >= lengths[:, None]
     clean, poisoned = (
-        aggregate(x.masked_fill(padding[..., None], value), *parameters, lengths, anchor, settings=SMALL)
+        aggregate(AtrmInputs(x.masked_fill(padding[..., None], value), *parameters, lengths, anchor), settings=SMALL)
         for value in (0.0, poison)
     )
     assert torch.equal(poisoned, clean)
@@ -223,18 +223,18 @@ def test_padding_is_never_looked_at(device, poison):
 def test_lengths_outside_the_tokens_read_nothing_else(device):
     x, parameters, anchor = make(7, 16, device=device)
     given_, meant = (torch.tensor(lengths, device=device) for lengths in ([900, -3, 4], [7, 0, 4]))
-    out = aggregate(x, *parameters, given_, anchor, settings=SMALL)
-    assert torch.equal(out, aggregate(x, *parameters, meant, anchor, settings=SMALL))
+    out = aggregate(AtrmInputs(x, *parameters, given_, anchor), settings=SMALL)
+    assert torch.equal(out, aggregate(AtrmInputs(x, *parameters, meant, anchor), settings=SMALL))
 
 
 @pytest.mark.parametrize("lengths", [torch.int32, torch.int64], ids=str)
 def test_lengths_of_every_integer_type_are_taken(device, lengths):
     x, parameters, anchor = make(7, 16, device=device)
     strided = torch.tensor([[7, 0], [3, 0], [1, 0]], dtype=lengths, device=device)[:, 0]
-    out = aggregate(x, *parameters, strided, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, strided, anchor), settings=SMALL)
     for item, length in enumerate((7, 3, 1)):
         one = slice(item, item + 1)
-        alone = aggregate(x[one, :length], *parameters, None, anchor[one], settings=SMALL)
+        alone = aggregate(AtrmInputs(x[one, :length], *parameters, None, anchor[one]), settings=SMALL)
         torch.testing.assert_close(out[one], alone, rtol=0, atol=1e-6)
 
 
@@ -242,7 +242,7 @@ def test_lengths_of_every_integer_type_are_taken(device, lengths):
 def test_an_item_without_tokens_has_zero_rows_after_its_anchor(device, tokens):
     x, parameters, anchor = make(tokens, 40, device=device)
     lengths = torch.zeros(3, dtype=torch.int64, device=device)
-    out = aggregate(x, *parameters, lengths, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=SMALL)
     torch.testing.assert_close(out[:, 0], F.normalize(anchor, dim=-1))
     assert torch.equal(out[:, 1:], torch.zeros(3, 4, 40, device=device))
 
@@ -250,14 +250,14 @@ def test_an_item_without_tokens_has_zero_rows_after_its_anchor(device, tokens):
 def test_an_empty_batch(device):
     x, parameters, anchor = make(5, 16, batch=0, device=device)
     lengths = torch.zeros(0, dtype=torch.int64, device=device)
-    assert aggregate(x, *parameters, lengths, anchor, settings=SMALL).shape == (0, 5, 16)
+    assert aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=SMALL).shape == (0, 5, 16)
 
 
 def test_zero_rows_stay_zero_and_others_get_unit_length(device):
     x, parameters, anchor = make(13, 40, device=device)
     x, anchor = x * torch.tensor([100.0, 0.0, 1e-6], device=device)[:, None, None], anchor.clone()
     anchor[2] = 0.0
-    out = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     assert not out[1, 1:].any()
     assert not out[2, 0].any()
     norms = torch.cat([out[0], out[1, :1], out[2, 1:]]).norm(dim=-1)
@@ -266,7 +266,7 @@ def test_zero_rows_stay_zero_and_others_get_unit_length(device):
 
 def test_the_softmax_survives_a_large_scale(device):
     x, parameters, anchor = make(33, 40, device=device, scale=1e4)
-    out = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     # One token takes all the weight: every aggregated row is one of the item's own tokens.
     nearest = (out[:, 1:] @ F.normalize(x, dim=-1).transpose(1, 2)).amax(dim=-1)
     torch.testing.assert_close(nearest, torch.ones_like(nearest), rtol=0, atol=1e-5)
@@ -274,9 +274,9 @@ def test_the_softmax_survives_a_large_scale(device):
 
 def test_nan_in_a_valid_token_stays_in_its_item(device):
     x, parameters, anchor = make(20, 40, device=device)
-    clean = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    clean = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     x[1, 17, 3] = math.nan
-    out = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     assert out[1, 1:].isnan().all()
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert torch.equal(out[1, 0], clean[1, 0])
@@ -285,33 +285,33 @@ def test_nan_in_a_valid_token_stays_in_its_item(device):
 def test_strided_and_expanded_inputs(device):
     tokens, parameters, _ = make(20, 40, device=device)
     x, anchor = tokens[:, 1:], tokens[:, 0]  # how the image encoder gives them
-    expected = aggregate(x.clone(), *parameters, None, anchor.clone(), settings=SMALL)
-    assert torch.equal(aggregate(x, *parameters, None, anchor, settings=SMALL), expected)
+    expected = aggregate(AtrmInputs(x.clone(), *parameters, None, anchor.clone()), settings=SMALL)
+    assert torch.equal(aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL), expected)
 
     by_token = x.transpose(0, 1).contiguous().transpose(0, 1)
     last_strided = torch.stack([anchor, anchor], dim=-1)[..., 1]
     views = [p if p.dim() == 0 else torch.stack([p, p], dim=-1)[..., 0] for p in parameters]
-    assert torch.equal(aggregate(by_token, *views, None, last_strided, settings=SMALL), expected)
+    assert torch.equal(aggregate(AtrmInputs(by_token, *views, None, last_strided), settings=SMALL), expected)
     by_column = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(aggregate(by_column, *parameters, None, anchor, settings=SMALL), expected)
+    assert torch.equal(aggregate(AtrmInputs(by_column, *parameters, None, anchor), settings=SMALL), expected)
 
     one, first = x[:1].expand(3, -1, -1), anchor[:1].expand(3, -1)
-    assert torch.equal(aggregate(one, *parameters, None, first, settings=SMALL), expected[[0, 0, 0]])
+    assert torch.equal(aggregate(AtrmInputs(one, *parameters, None, first), settings=SMALL), expected[[0, 0, 0]])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
 def test_scale_of_any_shape_of_one_element(device, shape):
     x, parameters, anchor = make(7, 16, device=device)
-    expected = aggregate(x, *parameters, None, anchor, settings=SMALL)
+    expected = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
     scale = parameters[-1].reshape(shape)
-    assert torch.equal(aggregate(x, *parameters[:-1], scale, None, anchor, settings=SMALL), expected)
+    assert torch.equal(aggregate(AtrmInputs(x, *parameters[:-1], scale, None, anchor), settings=SMALL), expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors anywhere")
 def test_tensors_on_the_cpu_are_refused():
     x, parameters, anchor = make(7, 16)
     with pytest.raises(KernelError, match="expected tensors on a CUDA device, got cpu: use the reference"):
-        aggregate(x, *parameters, None, anchor)
+        aggregate(AtrmInputs(x, *parameters, None, anchor))
 
 
 @given(hidden=st.integers(1, 600))
@@ -353,7 +353,7 @@ def compile_both(capability, dtype, width, aggregated):
     lengths = torch.empty(64, dtype=torch.int64, device="meta")
     cut = kernels.default_settings(capability=capability, width=width, aggregated=aggregated, dtype=dtype)
     logits, pool = compile_launches(
-        capability, lambda: aggregate(x, *parameters, lengths=lengths, anchor=anchor, settings=cut)
+        capability, lambda: aggregate(AtrmInputs(x, *parameters, lengths=lengths, anchor=anchor), settings=cut)
     )
     return {"logits": logits, "pool": pool}
 
