@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finelip_fast.kernels import atrm
+from finelip_fast.kernels.atrm.formula import AtrmInputs, aggregation_weights
 
 
 class TokenAggregator(nn.Module):
@@ -31,8 +32,15 @@ class TokenAggregator(nn.Module):
         The features are taken to the parameters' dtype first: under autocast the embedding is float32.
         """
         dtype = self.norm.weight.dtype
-        return atrm(
-            x.to(dtype),
+        return atrm(**self._inputs(x.to(dtype), anchor.to(dtype), lengths)._asdict())
+
+    def weights(self, x: Tensor, anchor: Tensor) -> Tensor:
+        """What each aggregated token is mixed of, for :meth:`forward`'s arguments: distributions, float32 ``[B, K, N]``."""
+        return aggregation_weights(self._inputs(x, anchor)).transpose(1, 2)
+
+    def _inputs(self, x: Tensor, anchor: Tensor, lengths: Tensor | None = None) -> AtrmInputs:
+        return AtrmInputs(
+            x,
             self.norm.weight,
             self.norm.bias,
             self.hidden.weight,
@@ -40,19 +48,9 @@ class TokenAggregator(nn.Module):
             self.logits.weight,
             self.logits.bias,
             self.scale,
-            lengths=lengths,
-            anchor=anchor.to(dtype),
+            lengths,
+            anchor,
         )
-
-    def weights(self, x: Tensor) -> Tensor:
-        """What each aggregated token is mixed of: features ``[N, D]`` to distributions over them, float32 ``[K, N]``."""
-        parameters = {name: value.float() for name, value in self.named_parameters()}
-        normalised = F.layer_norm(
-            x.float(), x.shape[-1:], parameters["norm.weight"], parameters["norm.bias"], self.norm.eps
-        )
-        hidden = F.gelu(F.linear(normalised, parameters["hidden.weight"], parameters["hidden.bias"]))
-        logits = F.linear(hidden, parameters["logits.weight"], parameters["logits.bias"]) * parameters["scale"]
-        return logits.T.softmax(dim=1)
 
 
 def join_windows(embeddings: Tensor, owner: Tensor) -> Tensor:

@@ -27,10 +27,9 @@ from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
 from finelip_fast.explain import pictures
 from finelip_fast.explain.pictures import MAPS
+from finelip_fast.kernels.clim.formula import match_weights
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
-
-_LEAK = 0.1  # slope of CLIM below zero
 
 _LETTERS = 32  # of one token on average, white space included, in any caption that people write
 
@@ -125,7 +124,7 @@ class Explanation:
 
         The global cosine is no match; where its two rows match each other, that is counted here as the fine score does.
         """
-        adds = (1 - self.alpha) * _matches(self.similarity) * self.similarity
+        adds = (1 - self.alpha) * match_weights(self.similarity) * self.similarity
         order = adds.abs().flatten().argsort(descending=True, stable=True)[: min(k, int(adds.count_nonzero()))]
         found = []
         for text_row, image_row in (divmod(at, adds.shape[1]) for at in order.tolist()):
@@ -329,16 +328,16 @@ def _explain(
 ) -> Explanation:
     """Of projected features, patches ``[1 + P, D]`` with CLS and tokens ``[N, D]`` to the end token, float32."""
     # A picture's rows mix its patches alone, a caption's all tokens before the end token.
-    image_weights = F.pad(model.image_aggregator.weights(patches[1:]), (1, 0))
+    image_weights = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
     image_weights = torch.cat([F.one_hot(torch.tensor([0]), len(patches)).to(image_weights), image_weights])
-    text_weights = F.pad(model.text_aggregator.weights(tokens[:-1]), (0, 1))
+    text_weights = F.pad(model.text_aggregator.weights(tokens[None, :-1], tokens[-1:])[0], (0, 1))
     text_weights = torch.cat([F.one_hot(torch.tensor([len(tokens) - 1]), len(tokens)).to(text_weights), text_weights])
 
     image_rows, text_rows = image_weights @ patches, text_weights @ tokens
     image_norms, text_norms = (rows.norm(dim=1).clamp(min=1e-12) for rows in (image_rows, text_rows))
     similarity = (text_rows / text_norms[:, None]) @ (image_rows / image_norms[:, None]).T
 
-    fine = _matches(similarity)
+    fine = match_weights(similarity)
     weights = (1 - alpha) * fine
     weights[0, 0] += alpha
     spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
@@ -362,12 +361,3 @@ def _explain(
         pixels,
         (tokens.cpu(), patches.cpu()),
     )
-
-
-def _matches(similarity: Tensor) -> Tensor:
-    """Weights of the cosines in the fine score: ``[L_t, L_i]``; their products with the cosines add up to it."""
-    texts, images = similarity.shape
-    weights = torch.zeros_like(similarity)
-    weights[torch.arange(texts), similarity.argmax(dim=1)] += 1 / texts
-    weights[similarity.argmax(dim=0), torch.arange(images)] += 1 / images
-    return weights * torch.where(similarity < 0, _LEAK, 1.0)

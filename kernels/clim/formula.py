@@ -40,6 +40,23 @@ def clim_reference(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     return alpha * similarity[:, 0, :, 0] + (1 - alpha) * (over_items + over_queries)
 
 
+def match_weights(similarity: Tensor) -> Tensor:
+    """Which rows of one query and one item match, and what each match counts in ``fine``.
+
+    Args:
+        similarity: ``A @ B.T`` ``[L_q, L_i]``, floats.
+
+    Returns:
+        The weights of the cosines in ``fine``, ``[L_q, L_i]``: their products with ``similarity`` add up to it. 0 where
+        neither row is the other's most similar.
+    """
+    weights = torch.zeros_like(similarity)
+    rows, columns = (torch.arange(size, device=similarity.device) for size in similarity.shape)
+    weights[rows, similarity.argmax(dim=1)] += 1 / len(rows)
+    weights[similarity.argmax(dim=0), columns] += 1 / len(columns)
+    return weights * torch.where(similarity < 0, LEAKY_SLOPE, 1.0)
+
+
 def clim_reference_in_blocks(
     queries: Tensor,
     items: Tensor,

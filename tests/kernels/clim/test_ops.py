@@ -53,6 +53,17 @@ def make_pair(size, device):
     return queries, items
 
 
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_matches_add_up_to_the_fine_score(rows, columns, seed):
+    queries, items = make(1, rows, 8, seed=seed), make(1, columns, 8, seed=seed + 1)
+    similarity = queries[0] @ items[0].T
+    weights = formula.match_weights(similarity)
+    assert (weights * similarity).sum().item() == pytest.approx(clim_scores(queries, items, alpha=0.0).item(), abs=1e-6)
+    best = (similarity == similarity.amax(dim=1, keepdim=True)) | (similarity == similarity.amax(dim=0, keepdim=True))
+    assert torch.equal(weights > 0, best)
+
+
 @given(size=sizes, alpha=st.sampled_from(ALPHAS))
 @settings(max_examples=60, deadline=None)
 def test_equals_the_method(method, device, size, alpha):
