@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from importlib import metadata
 from typing import Any
+
+from finelip_fast._files import installed
 
 # Where the tree travels without .git: `git describe --always --dirty --abbrev=40` of where it came from.
 COMMIT = "FINELIP_BENCH_COMMIT"
@@ -24,7 +25,8 @@ def commit() -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The installed version of each package; None: it is not installed."""
-    return {name: _version(name) for name in packages}
+    found = installed(*packages)
+    return {name: found.get(name) for name in packages}
 
 
 def _git(*arguments: str) -> str | None:
@@ -33,10 +35,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

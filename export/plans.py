@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from finelip_fast._files import read_bytes, write_whole
+from finelip_fast._files import cache_folder, read_bytes, write_whole
 from finelip_fast.errors import EngineError
-from finelip_fast.kernels.settings import cache_folder
 from finelip_fast.runtimes import trt as runtime
 
 

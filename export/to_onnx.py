@@ -29,7 +29,7 @@ from tqdm import tqdm
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
-from finelip_fast._files import write_error
+from finelip_fast._files import installed, write_error
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
@@ -40,7 +40,6 @@ from finelip_fast.runtimes.manifest import (
     Manifest,
     exports_folder,
     file_hash,
-    installed,
     read,
 )
 from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, has_cuda

@@ -28,13 +28,14 @@ import torch
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
 from finelip_fast._command_line import run_command
+from finelip_fast._files import installed
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import parity, to_onnx
 from finelip_fast.export.plans import Builder, build_plan, capability, refit_plan
 from finelip_fast.runtimes import trt as runtime
 from finelip_fast.runtimes.graph import parse
-from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, installed, read, rebuild_command
+from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, read, rebuild_command
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 _GRAPHS = ("image", "text")

@@ -38,7 +38,8 @@ _MAX_SCANNED = 1 << 35  # pixels times scans of a progressive JPEG: each goes ov
 _MAX_INTERPRETED = 1 << 20  # pixels of what Pillow decodes in Python, at about a second a million
 _MAX_HEADER_READS = 1 << 15
 
-# EXIF orientation -> what turns the picture upright. Orientation 1 is upright already.
+# EXIF orientation -> what turns the picture upright; 1 is upright already. Not ImageOps.exif_transpose: it turns the picture
+# before it is shrunk, copies one that is upright, and fails where the rest of the metadata is broken.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -1,23 +1,47 @@
-"""Files: read when they are ones, written whole or not at all, and named by plain names."""
+"""Files: read when they are ones, written whole or not at all, and named by plain names; caches; installed packages."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import re
 import shutil
 import stat
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
 
+import platformdirs
 from safetensors import SafetensorError
 
 from finelip_fast.errors import FineLIPError, WriteError
 
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names of files that :func:`write_whole` has not finished
 _MAX_NAME = 255  # bytes, of every file system in use
+
+
+def cache_folder() -> Path:
+    """Where this user's own files lie: ``FINELIP_CACHE``, or the system's place; all of them can be done without."""
+    if named := os.environ.get("FINELIP_CACHE"):
+        return Path(named)
+    try:
+        Path.home()
+    except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
+        return Path(os.devnull) / "finelip_fast"
+    return platformdirs.user_cache_path("finelip_fast", appauthor=False)
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes: int) -> bytes:
@@ -110,10 +134,16 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         raise write_error(path, error, size=size) from error
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """:func:`write_whole` of a text in UTF-8."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed :func:`write_whole` left. Only where no other process writes to the folder."""
-    for path in folder.glob(f".{'?' * 32}.tmp"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -> WriteError:

@@ -16,11 +16,10 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
-from finelip_fast._files import read_bytes, write_whole
+from finelip_fast._files import cache_folder, read_bytes, write_whole
 from finelip_fast.errors import StoreError
 from finelip_fast.index.catalogue import read_spec
 from finelip_fast.index.store import CATALOGUE
-from finelip_fast.kernels.settings import cache_folder
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 

@@ -9,13 +9,12 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finelip_fast._files import write_error, write_whole
+from finelip_fast._files import installed, write_error, write_text_whole, write_whole
 from finelip_fast._markup import in_markdown
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
@@ -129,7 +128,7 @@ class Record:
         except OSError as error:
             raise write_error(folder, error) from error
         pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
-        source = {"command": _named(command), **commit(), "machine": _machine(), "versions": _versions()}
+        source = {"command": _named(command), **commit(), "machine": _machine(), "versions": installed(*_PACKAGES)}
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
         settings = {name: _named(value) if isinstance(value, str) else value for name, value in self.settings.items()}
@@ -157,7 +156,7 @@ class Record:
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text_whole(path, text)
 
 
 def _named(text: str) -> str:
@@ -238,13 +237,3 @@ def _cpu() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

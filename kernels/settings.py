@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from finelip_fast._files import write_error, write_whole
+from finelip_fast._files import cache_folder, write_error, write_text_whole
 from finelip_fast._json import read_json
 from finelip_fast._typed import typed
 from finelip_fast.errors import KernelError
@@ -28,14 +27,6 @@ SHIPPED = Path(__file__).with_name("settings.json")
 
 Numbers = dict[str, int]  # of a settings dataclass, by field
 S = TypeVar("S")
-
-
-def cache_folder() -> Path:
-    """Where this user's own files lie: ``FINELIP_CACHE``, or ``~/.cache/finelip_fast``; all of them can be done without."""
-    try:
-        return Path(os.environ.get("FINELIP_CACHE") or Path.home() / ".cache" / "finelip_fast")
-    except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
-        return Path(os.devnull) / "finelip_fast"
 
 
 def cache_file() -> Path:
@@ -101,7 +92,7 @@ def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text_whole(path, text)
     _tables.cache_clear()
     return path
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from finelip_fast._files import plain_name, read_bytes, write_whole
+from finelip_fast._files import (
+    cache_folder,
+    installed,
+    plain_name,
+    read_bytes,
+    remove_unfinished,
+    write_text_whole,
+    write_whole,
+)
 from finelip_fast.errors import InputError, StoreError, WriteError
 
 
@@ -120,3 +129,42 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
             write_whole(tmp_path / name, lambda path: path.write_text("new"))
     assert (tmp_path / "device").is_symlink()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_text_is_written_in_utf_8_and_what_was_not_finished_goes(tmp_path: Path) -> None:
+    write_text_whole(tmp_path / "file", "größer\n")
+    assert (tmp_path / "file").read_bytes() == "größer\n".encode()
+    for name in (f".{'0' * 32}.tmp", ".of a person.tmp", f".{'z' * 32}.tmp"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".of a person.tmp", f".{'z' * 32}.tmp", "file"]
+
+
+def test_the_variable_names_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other places")
+def test_the_cache_is_where_it_was_on_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FINELIP_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "finelip_fast"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert cache_folder() == tmp_path / "caches" / "finelip_fast"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FINELIP_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(NotADirectoryError):
+        cache_folder().mkdir(parents=True)
+
+
+def test_only_installed_packages_have_versions() -> None:
+    assert list(installed("finelip-fast", "no-such-package-here", "torch")) == ["finelip-fast", "torch"]

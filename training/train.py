@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint
 from finelip_fast._command_line import run_command
-from finelip_fast._files import remove_unfinished, write_error, write_whole
+from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
 from finelip_fast._terminal import printable
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
@@ -347,7 +347,7 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.out, error) from error
-        write_whole(self.out / "config.json", lambda path: path.write_text(self.config.to_json(), encoding="utf-8"))
+        write_text_whole(self.out / "config.json", self.config.to_json())
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         now = {**dataclasses.asdict(self.config), "processes": self.world}

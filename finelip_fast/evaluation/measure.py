@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast._files import installed
 from finelip_fast.datasets import PairDataset
 from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
@@ -104,7 +104,7 @@ def evaluate(
         engine=engine.name,
         precision=engine.precision,
         device=engine.device.type,
-        version=version("finelip-fast"),
+        version=installed("finelip-fast")["finelip-fast"],
         pairs_fingerprint=known.fingerprint,
         pictures=len(known.ids),
         pairs=len(known.captions),
@@ -184,7 +184,7 @@ class _Encoder:
                 "precision": engine.precision,
                 "device": engine.device.type,
                 "files": sorted(export.manifest.files.values()) if export else [],
-                "version": version("finelip-fast"),
+                "version": installed("finelip-fast")["finelip-fast"],
             },
         )
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._files import write_whole
+from finelip_fast._files import TEMPORARY, write_whole
 from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
 
@@ -37,7 +37,6 @@ _NUMPY = re.compile(
     rb"\((\d{1,12}), (\d{1,12}), (\d{1,12})\), \} *\n",
     re.DOTALL,
 )
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _PIECE = 1 << 24  # bytes of which a checksum is taken at once
 
 _T = TypeVar("_T")
@@ -260,7 +259,7 @@ def remove_abandoned(folder: Path) -> int:
     """
     count = 0
     for path in files_in(folder):
-        if _TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name):
             count += remove_unlocked(path)
     return count
 

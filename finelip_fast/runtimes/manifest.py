@@ -10,7 +10,6 @@ loaded that does not fit it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,14 +17,12 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finelip_fast._files import plain_name, read_bytes, write_whole
+from finelip_fast._files import cache_folder, plain_name, read_bytes, write_text_whole
 from finelip_fast._json import read_json
 from finelip_fast.errors import EngineError
-from finelip_fast.kernels.settings import cache_folder
 
 FORMAT = "finelip_fast_export/1"
 MANIFEST = "manifest.json"
@@ -68,7 +65,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it into a folder, whole or not at all."""
         text = json.dumps({"format": FORMAT, **vars(self)}, indent=1) + "\n"
-        write_whole(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text_whole(folder / MANIFEST, text)
 
 
 @dataclass(frozen=True)
@@ -319,15 +316,6 @@ def rebuild_command(
 ) -> str:
     """What to type to make an export."""
     return shlex.join(["finelip", *rebuild_arguments(checkpoint, runtime, precision, options)])
-
-
-def installed(*packages: str) -> dict[str, str]:
-    """Versions of the packages that are here."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def file_hash(path: Path) -> str:

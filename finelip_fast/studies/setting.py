@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import threading
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -201,9 +201,5 @@ def _give_back() -> None:
 
 
 def _resident() -> int:
-    """Bytes of the process in memory; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    """Bytes of the process in memory."""
+    return int(psutil.Process().memory_info().rss)

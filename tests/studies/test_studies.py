@@ -189,7 +189,6 @@ def test_what_is_compared_is_timed_in_turns() -> None:
     assert asked == ["a", "b"] * 5
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
 def test_memory_is_seen_that_was_used_and_kept_before() -> None:
     for _ in range(2):
         with peak_memory() as found:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finelip_fast._files import write_whole
+from finelip_fast._files import write_text_whole
 from finelip_fast._json import read_json
 from finelip_fast._typed import typed
 from finelip_fast.datasets import open_dataset
@@ -115,7 +115,7 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
         trainer.run(progress=False)  # the bar of all runs is the caller's
         stored["measured"] |= {pairs: measure(trainer.model.eval(), pairs) for pairs in missing}
         text = json.dumps(stored, indent=2) + "\n"
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text_whole(path, text)
     changed = ", with changes" if stored["dirty"] else ""
     return Run(f"{(stored['commit'] or 'unknown')[:10]}{changed}", stored["measured"])
 
