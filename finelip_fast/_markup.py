@@ -1,4 +1,4 @@
-"""Text on its way to a page: what captions, names and ids hold is shown, and is never markup.
+"""Text on its way to a page or to Markdown: what captions, names and ids hold is shown, and is never markup.
 
 Line breaks stay where a page lays text out by itself. Control characters, marks that reverse the direction of writing and
 halves of surrogate pairs, which UTF-8 cannot hold, become escapes, as Python writes them.
@@ -6,7 +6,6 @@ halves of surrogate pairs, which UTF-8 cannot hold, become escapes, as Python wr
 
 from __future__ import annotations
 
-import html
 import re
 
 from finelip_fast._terminal import printable
@@ -15,9 +14,9 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 _MARKDOWN = re.compile(r"[\\`*<|]|(?<=\])[(\[]")
 
 
-def in_html(text: str) -> str:
-    """A text as the content of an element, or of an attribute in quotes."""
-    return html.escape(_UNSEEN.sub(lambda found: printable(found[0]), text))
+def visible(text: str) -> str:
+    """A text whose every character can be seen; what it means to HTML, templates escape (:mod:`finelip_fast._pages`)."""
+    return _UNSEEN.sub(lambda match: printable(match[0]), text)
 
 
 def in_markdown(text: str) -> str:

@@ -81,7 +81,7 @@ def test_the_page_is_whole(report: DemoReport) -> None:
     assert page.count["section"] == 16
     assert len(page.sources) == 16 * 2 * 5
     assert all((path.parent / source).is_file() for source in page.sources)
-    assert 'class="own"' in text
+    assert 'class="right"' in text
     assert 'class="cut"' in text
     assert "http" not in text  # shows without a network
 

@@ -92,7 +92,8 @@ def test_every_package_is_listed() -> None:
         prefix = ["finelip_fast"] if folder == "finelip_fast" else ["finelip_fast", folder]
         for path in (REPOSITORY / folder).rglob("__init__.py"):
             found.add(".".join([*prefix, *path.parent.relative_to(REPOSITORY / folder).parts]))
-    data = {"finelip_fast.data.scenes", "finelip_fast.training.recipes"}  # folders of files, no code
+    # Folders of files, no code.
+    data = {"finelip_fast.data.pages", "finelip_fast.data.scenes", "finelip_fast.training.recipes"}
     assert set(settings["packages"]) == found | data
     assert settings["package-dir"] == {"finelip_fast": "finelip_fast"} | {
         f"finelip_fast.{name}": name for name in MAPPED

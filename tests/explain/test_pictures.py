@@ -40,7 +40,7 @@ def test_the_page_holds_every_word_and_nothing_from_elsewhere(explanation: Expla
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_the_pages_maps_are_the_explanations(explanation: Explanation, kind: str) -> None:
-    found = re.search(r"const data = (\{.*?\}), view", explanation.to_html())
+    found = re.search(r'<script type="application/json" id="maps">(.*?)</script>', explanation.to_html())
     assert found
     data = json.loads(found[1])[kind]
     word = explanation.words[5]
