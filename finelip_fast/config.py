@@ -137,6 +137,11 @@ class FineLIPConfig:
         return self.aggregated_tokens + 1
 
     @property
+    def alpha(self) -> float:
+        """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
+        return 0.8 if self.trained_aggregators else 1.0
+
+    @property
     def parameters(self) -> int:
         """Numbers in a model of these sizes; nothing is built to count them."""
         towers = 0

@@ -59,13 +59,12 @@ class FineLIP(nn.Module):
     @property
     def alpha(self) -> float:
         """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
-        return 0.8 if self.config.trained_aggregators else 1.0
+        return self.config.alpha
 
     @property
     def preprocess(self) -> Preprocess:
         """What makes pixels of a picture for :meth:`encode_image`."""
-        config = self.config
-        return Preprocess(config.image_size, config.image_mean, config.image_std, resize_mode=config.resize_mode)
+        return Preprocess.of(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
 from finelip_fast._decode import FORMATS, UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
-from finelip_fast.config import CLIP_MEAN, CLIP_STD
+from finelip_fast.config import CLIP_MEAN, CLIP_STD, FineLIPConfig
 from finelip_fast.errors import ImageError, InputError
 
 __all__ = [
@@ -98,6 +98,11 @@ class Preprocess:
         one_of("resize_mode", self.resize_mode, ("shortest", "squash"))
         for name in ("mean", "std"):
             object.__setattr__(self, name, _colours(name, getattr(self, name)))
+
+    @classmethod
+    def of(cls, config: FineLIPConfig) -> Preprocess:
+        """The transform that a model of this configuration was trained with."""
+        return cls(config.image_size, config.image_mean, config.image_std, resize_mode=config.resize_mode)
 
     def __call__(self, source: ImageSource) -> Tensor:
         """One picture as pixels, float32 ``[3, S, S]``.

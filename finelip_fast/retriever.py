@@ -16,11 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast import checkpoint as checkpoints
 from finelip_fast import known_checkpoints
 from finelip_fast._arguments import listed, one_of, share, whole_number
 from finelip_fast.engines import Engine, open_engine
-from finelip_fast.engines.torch import TorchEngine
 from finelip_fast.errors import EngineError, ImageError, InputError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.index import Index, IndexSpec, stored_dtype
@@ -115,7 +113,7 @@ class Retriever:
         self._process = os.getpid()
         self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
-        self._threads, self._verify = threads, verify
+        self._verify = verify
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
         self._explained: FineLIP | None = None  # loaded when asked for
@@ -144,7 +142,7 @@ class Retriever:
         Raises:
             InputError: Its index is in memory.
         """
-        engine = self.engine
+        settings = self.engine.settings
         if self._folder is None:
             raise InputError(
                 "expected a retriever with an index folder to pickle, got one whose items are in this process's memory: "
@@ -152,15 +150,13 @@ class Retriever:
             )
         opening = partial(
             Retriever,
-            engine.source or None,
-            engine=engine.name,
+            settings.pop("checkpoint"),
+            engine=settings.pop("name"),
             index=self._folder,
-            device=str(engine.device),
             alpha=self.alpha,
             overflow=self.overflow,
-            precision=None if isinstance(engine, TorchEngine) else engine.precision,
-            threads=self._threads if engine.name == "onnx" else None,
             verify=self._verify,
+            **settings,
         )
         return opening, ()
 
@@ -351,10 +347,7 @@ class Retriever:
                 )
             image = image.id
         if self._explained is None:
-            engine = self.engine
-            self._explained = (
-                engine.model if isinstance(engine, TorchEngine) else checkpoints.load(engine.source or None)
-            )
+            self._explained = self.engine.load_model()
         return explain(self._explained, image, text, alpha=self.alpha)
 
     def _read(self, image: Any) -> Tensor | ImageError:

@@ -11,14 +11,16 @@ Everything else is translated when it is read (:mod:`finelip_fast.checkpoint.for
 from finelip_fast.checkpoint.building import import_state_dict
 from finelip_fast.checkpoint.foreign import config_from_open_clip
 from finelip_fast.checkpoint.loading import UntrainedAggregatorsWarning, load
-from finelip_fast.checkpoint.saving import convert, fingerprint, save, verify
+from finelip_fast.checkpoint.saving import Identity, convert, fingerprint, identify, save, verify
 from finelip_fast.encoders import stretch_positions
 
 __all__ = [
+    "Identity",
     "UntrainedAggregatorsWarning",
     "config_from_open_clip",
     "convert",
     "fingerprint",
+    "identify",
     "import_state_dict",
     "load",
     "save",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finelip_fast.checkpoint.foreign import LAYOUTS, config_from_tensors, initial_aggregators, some, translate
 from finelip_fast.config import FineLIPConfig
@@ -18,10 +18,19 @@ from finelip_fast.model import FineLIP
 CLIP_CONTEXT = 77
 LONG_CONTEXT = 256
 
+_POSITIONS = "text.positional_embedding"
+
 # Parameters that a model may have beyond its weights before it is refused unbuilt.
 _SMALL = 1 << 24
 
 Describe = Callable[[Mapping[str, Tensor]], FineLIPConfig]
+
+
+class Contents(NamedTuple):
+    """All that a checkpoint is: the sizes of a model, and its weights, as they lie in the file."""
+
+    config: FineLIPConfig
+    tensors: Mapping[str, Tensor]
 
 
 def import_state_dict(
@@ -52,12 +61,14 @@ def import_state_dict(
         ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
     """
     describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
-    return translated(state_dict, describe, "the state dict", context_length)[0]
+    contents, _ = translated(state_dict, describe, "the state dict", context_length)
+    return build(contents)
 
 
 def translated(
     entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None
-) -> tuple[FineLIP, str]:
+) -> tuple[Contents, str]:
+    """What another project's entries say in our words, and the layout that they came in."""
     try:
         translation = translate(entries)
         config = describe(translation.tensors).replace(trained_aggregators=translation.has_aggregators)
@@ -70,9 +81,9 @@ def translated(
     check_room(config, tensors, source)
     if not translation.has_aggregators:
         tensors = {**tensors, **initial_aggregators(config)}
-    model = build(config, tensors, source, translation.names)
+    check_weights(config, tensors, source, translation.names)
     longer = LONG_CONTEXT if config.context_length <= CLIP_CONTEXT else config.context_length
-    return lengthen(model, context_length or longer, source), translation.layout
+    return lengthen(Contents(config, tensors), context_length or longer, source), translation.layout
 
 
 def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -84,14 +95,11 @@ def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str
         )
 
 
-def build(
+def check_weights(
     config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
-) -> FineLIP:
-    """A float32 model on the CPU with exactly these weights, copied."""
-    # On the meta device nothing is drawn at random: quick, and the caller's random numbers stay as they were.
-    with torch.device("meta"):
-        model = FineLIP(config)
-    expected = model.state_dict()
+) -> None:
+    """Refuse weights that are not exactly those of a model of these sizes; they are called by ``names`` where they came."""
+    expected = _outline(config).state_dict()
     misshapen = [
         f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)}"
         for name, tensor in tensors.items()
@@ -105,10 +113,35 @@ def build(
     if any(problems.values()):
         listing = "; ".join(f"{problem}: {some(entries)}" for problem, entries in problems.items() if entries)
         raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {listing}")
+
+
+def lengthen(contents: Contents, length: int, source: str) -> Contents:
+    """Stretch the context to ``length`` tokens.
+
+    Raises:
+        ConfigError: It is longer already.
+    """
+    config, tensors = contents
+    rows = config.context_length
+    if length < rows:
+        raise ConfigError(
+            f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
+            "shorter captions need no shorter table: tokenize them to the length you want"
+        )
+    if length == rows:
+        return contents
+    config = config.replace(context_length=length)  # refuses a length beyond bounds
+    table = stretch_positions(tensors[_POSITIONS].to(torch.float32), length)
+    return Contents(config, {**tensors, _POSITIONS: table})
+
+
+def build(contents: Contents) -> FineLIP:
+    """A float32 model on the CPU in eval mode, with copies of just these weights."""
+    model = _outline(contents.config)
     model.load_state_dict(
         {
             name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            for name, tensor in contents.tensors.items()
         },
         assign=True,
     )
@@ -116,18 +149,7 @@ def build(
     return model.eval()
 
 
-def lengthen(model: FineLIP, length: int, source: str) -> FineLIP:
-    """Stretch the model's context to ``length`` tokens, in place."""
-    rows, config = model.config.context_length, model.config.replace(context_length=length)
-    if length < rows:
-        raise ConfigError(
-            f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
-            "shorter captions need no shorter table: tokenize them to the length you want"
-        )
-    if length > rows:
-        text = model.text
-        text.positional_embedding = nn.Parameter(stretch_positions(text.positional_embedding.detach(), length))
-        text.num_pos = text.context_length = length
-        text.attn_mask = text.build_causal_mask()
-        model.config = config
-    return model
+def _outline(config: FineLIPConfig) -> FineLIP:
+    """A model without numbers: quick to make, and the caller's random numbers stay as they were."""
+    with torch.device("meta"):
+        return FineLIP(config)

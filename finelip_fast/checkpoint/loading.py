@@ -15,7 +15,7 @@ import torch
 
 from finelip_fast._arguments import find_device, floating_dtype, whole_number
 from finelip_fast._json import read_json
-from finelip_fast.checkpoint.building import Describe, build, check_room, lengthen, translated
+from finelip_fast.checkpoint.building import Contents, Describe, build, check_room, check_weights, lengthen, translated
 from finelip_fast.checkpoint.foreign import config_from_open_clip, config_from_tensors, config_from_transformers, some
 from finelip_fast.checkpoint.weight_files import read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
@@ -83,25 +83,38 @@ def load(
         UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
     """
     place, dtype = find_device("cpu" if device is None else device), floating_dtype("dtype", dtype)
-    model, layout, _ = open_checkpoint(checkpoint, context_length)
-    if not model.config.trained_aggregators:
-        warnings.warn(
-            f"{checkpoint} ({layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used and "
-            "only the global cosine counts. Train them with training/train.py, or load a FineLIP checkpoint.",
-            UntrainedAggregatorsWarning,
-            stacklevel=2,
-        )
-    return model.to(device=place, dtype=dtype)
+    opened = open_checkpoint(checkpoint, context_length)
+    warn_if_untrained(checkpoint, opened)
+    return build(opened.contents).to(device=place, dtype=dtype)
 
 
 class Opened(NamedTuple):
-    model: FineLIP
+    """A checkpoint before a model is built.
+
+    Attributes:
+        contents: The sizes and the weights, checked against each other.
+        layout: The layout that they came in.
+        weights: The file of the weights.
+    """
+
+    contents: Contents
     layout: str
     weights: Path
 
 
+def warn_if_untrained(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
+    """Warn that a checkpoint's fine scores mean nothing, where its aggregators are untrained."""
+    if not opened.contents.config.trained_aggregators:
+        warnings.warn(
+            f"{checkpoint} ({opened.layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used "
+            "and only the global cosine counts. Train them with training/train.py, or load a FineLIP checkpoint.",
+            UntrainedAggregatorsWarning,
+            stacklevel=stacklevel,
+        )
+
+
 def open_checkpoint(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> Opened:
-    """The model behind a name, the layout that it came in, and the file of its weights."""
+    """What is behind a name."""
     context_length = None if context_length is None else whole_number("context_length", context_length)
     if checkpoint is None:
         if not BUNDLED.is_dir():
@@ -190,7 +203,7 @@ def _folder_kind(folder: Path) -> str | None:
     return "transformers" if config.get("model_type") == "clip" else None
 
 
-def _open_ours(path: Path, weights: Path, context_length: int | None) -> FineLIP:
+def _open_ours(path: Path, weights: Path, context_length: int | None) -> Contents:
     values = read_config(path)
     if values.pop("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT!r}, a newer library wrote it: upgrade finelip-fast")
@@ -202,8 +215,8 @@ def _open_ours(path: Path, weights: Path, context_length: int | None) -> FineLIP
         raise CheckpointError(f"{path}: no sizes of a model: {error}") from error
     tensors = read_safetensors(weights)
     check_room(config, tensors, str(weights))
-    model = build(config, tensors, str(weights))
-    return lengthen(model, context_length or config.context_length, str(weights))
+    check_weights(config, tensors, str(weights))
+    return lengthen(Contents(config, tensors), context_length or config.context_length, str(weights))
 
 
 def _open_file(path: Path, context_length: int | None) -> Opened:

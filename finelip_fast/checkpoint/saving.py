@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -15,8 +15,10 @@ import torch
 from finelip_fast._arguments import floating_dtype, folder_path
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._json import parse_json
-from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config
+from finelip_fast.checkpoint.building import Contents, build
+from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config, warn_if_untrained
 from finelip_fast.checkpoint.weight_files import damaged_records
+from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.model import FineLIP
 
@@ -93,7 +95,8 @@ def convert(
     Raises:
         CheckpointError, ConfigError, InputError: As :func:`load`.
     """
-    model, layout, _ = open_checkpoint(source, context_length)
+    contents, layout, _ = open_checkpoint(source, context_length)
+    model = build(contents)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
@@ -128,12 +131,40 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
     Raises:
         CheckpointError: As :func:`load`.
     """
-    if not isinstance(model, FineLIP):
-        model = open_checkpoint(model, None).model
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    if isinstance(model, FineLIP):
+        return _fingerprint(Contents(model.config, model.state_dict()))
+    return _fingerprint(open_checkpoint(model, None).contents)
+
+
+class Identity(NamedTuple):
+    """What a checkpoint is: the sizes of its model, and its fingerprint."""
+
+    config: FineLIPConfig
+    fingerprint: str
+
+
+def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
+    """Tell what a checkpoint is from the weights in its file, without building the model.
+
+    Args:
+        checkpoint: As :func:`load` takes it.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+
+    Warns:
+        UntrainedAggregatorsWarning: As :func:`load`.
+    """
+    opened = open_checkpoint(checkpoint, None)
+    warn_if_untrained(checkpoint, opened)
+    return Identity(opened.contents.config, _fingerprint(opened.contents))
+
+
+def _fingerprint(contents: Contents) -> str:
+    digest = hashlib.sha256(json.dumps(contents.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(contents.tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()
 
 
@@ -154,7 +185,7 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: As :func:`load`.
     """
-    model, layout, weights = open_checkpoint(checkpoint, None)
+    contents, layout, weights = open_checkpoint(checkpoint, None)
     ours = weights.parent / "config.json"
     recorded = read_config(ours).get("weights_sha256") if layout == "finelip_fast" and ours.is_file() else None
     try:
@@ -167,7 +198,7 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         status = "ok" if recorded in (None, actual) and not damaged else "mismatch"
     return {
         "format": layout,
-        "fingerprint": fingerprint(model),
+        "fingerprint": _fingerprint(contents),
         "weights": os.fspath(weights),
         "sha256": actual,
         "recorded_sha256": recorded,

@@ -181,13 +181,7 @@ class _Job:
     def __init__(self, retriever: Retriever, device: str, batch_size: int) -> None:
         engine, spec = retriever.engine, retriever.index.spec
         # The runtime that was chosen here, so that all embeddings are made alike.
-        export = getattr(engine, "export", None)
-        self.opening: dict[str, Any] = {
-            "name": engine.name,
-            "checkpoint": engine.source or None,
-            "device": device,
-            "precision": export.manifest.precision if export else None,
-        }
+        self.opening = {**engine.settings, "device": device}
         self.fingerprint, self.dtype, self.batch_size = spec.checkpoint, spec.dtype, batch_size
         self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()

@@ -19,6 +19,7 @@ from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.errors import EngineError
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import Preprocess
+from finelip_fast.runtimes.manifest import Export
 from finelip_fast.tokenizer import Overflow
 
 ENGINES = ("auto", "torch", "onnx", "trt")
@@ -42,6 +43,7 @@ class Engine(ABC):
         precision: Of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
         description: Runtime, device and precision in a few words.
         reason: Why this engine and not another.
+        export: The files that it runs; None: it runs the model itself.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Engine(ABC):
     precision: str
     description: str
     reason: str
+    export: Export | None = None
     _process: int
 
     @abstractmethod
@@ -85,6 +88,18 @@ class Engine(ABC):
     def __str__(self) -> str:
         return f"{self.name}: {self.description} ({self.reason})"
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of :func:`finelip_fast.engines.open_engine` that give such an engine again."""
+        return {"name": self.name, "checkpoint": self.source or None, "device": str(self.device)}
+
+    def load_model(self) -> FineLIP:
+        """The model in PyTorch whose encoders these are, in eval mode; loaded at each call unless the engine runs it."""
+        return checkpoints.load(self.source or None)
+
     def _opened_with(self) -> tuple[Any, ...]:
         """Positional arguments that open the same engine in any process.
 
@@ -110,15 +125,15 @@ class Engine(ABC):
     def _follow_fork(self) -> None:  # noqa: B027, for most engines there is nothing
         """Make anew what a forked process has no copy of."""
 
-    def _identify(self, model: FineLIP, checkpoint: str | PathLike[str] | None) -> None:
+    def _identify(self, config: FineLIPConfig, fingerprint: str, checkpoint: str | PathLike[str] | None) -> None:
         """What follows from the checkpoint alone."""
         _use_one_thread_after_fork()
         self._process = os.getpid()
-        self.fingerprint = checkpoints.fingerprint(model)
+        self.fingerprint = fingerprint
         self.source = (
             "" if checkpoint is None else str(Path(checkpoint).absolute() if Path(checkpoint).exists() else checkpoint)
         )
-        self.config, self.preprocess, self.alpha = model.config, model.preprocess, model.alpha
+        self.config, self.preprocess, self.alpha = config, Preprocess.of(config), config.alpha
 
 
 def _open_again(kind: type[Engine], opened_with: tuple[Any, ...], fingerprint: str, reason: str) -> Engine:

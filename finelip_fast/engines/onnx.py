@@ -66,6 +66,10 @@ class OnnxEngine(ExportedEngine):
     def _opened_with(self) -> tuple[Any, ...]:
         return *super()._opened_with(), self._threads
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "threads": self._threads}
+
     def _follow_fork(self) -> None:
         self._open_graphs()
 

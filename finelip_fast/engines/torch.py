@@ -11,6 +11,7 @@ from torch import Tensor
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device
 from finelip_fast.engines.base import Engine
+from finelip_fast.model import FineLIP
 
 
 class TorchEngine(Engine):
@@ -37,7 +38,7 @@ class TorchEngine(Engine):
     ) -> None:
         self.device = find_device(device)
         model = checkpoints.load(checkpoint)
-        self._identify(model, checkpoint)
+        self._identify(model.config, checkpoints.fingerprint(model), checkpoint)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.model = model.to(self.device, dtype).eval()
         self.precision = "fp16" if dtype == torch.float16 else "fp32"
@@ -46,6 +47,9 @@ class TorchEngine(Engine):
 
     def _opened_with(self) -> tuple[Any, ...]:
         return self.source or None, str(self.device)
+
+    def load_model(self) -> FineLIP:
+        return self.model
 
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:

@@ -174,7 +174,6 @@ class _Encoder:
         if self.cache is None:
             return None
         engine = self.engine
-        export = getattr(engine, "export", None)  # files of the same precision may have been made otherwise
         return PartFolder(
             self.cache,
             {
@@ -183,7 +182,8 @@ class _Encoder:
                 "engine": engine.name,
                 "precision": engine.precision,
                 "device": engine.device.type,
-                "files": sorted(export.manifest.files.values()) if export else [],
+                # Of the same precision there may be files that were made otherwise.
+                "files": sorted(engine.export.manifest.files.values()) if engine.export else [],
                 "version": installed("finelip-fast")["finelip-fast"],
             },
         )

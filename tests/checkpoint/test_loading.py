@@ -23,9 +23,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast.checkpoint as checkpoint
-from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, fingerprint, load, loading, save, verify
+from finelip_fast.checkpoint import (
+    UntrainedAggregatorsWarning,
+    convert,
+    fingerprint,
+    identify,
+    load,
+    loading,
+    save,
+    verify,
+)
 from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError, WriteError
+from finelip_fast.model import FineLIP
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +185,25 @@ def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
 
 
 # Fingerprints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_checkpoint_is_identified_without_its_model(make_model, tmp_path, monkeypatch, dtype):
+    save(make_model(context_length=90), tmp_path, dtype=dtype)
+    model = load(tmp_path)
+    expected = fingerprint(model)
+    monkeypatch.setattr(FineLIP, "load_state_dict", lambda *_, **__: pytest.fail("the model was built"))
+    assert identify(tmp_path) == (model.config, expected)
+    assert fingerprint(tmp_path) == expected
+
+
+def test_a_foreign_checkpoint_is_identified_as_it_is_loaded(clip_state, tmp_path):
+    torch.save(clip_state, tmp_path / "clip.pt")
+    with pytest.warns(UntrainedAggregatorsWarning):
+        model = load(tmp_path / "clip.pt")
+    with pytest.warns(UntrainedAggregatorsWarning, match=r"clip\.pt"):
+        assert identify(tmp_path / "clip.pt") == (model.config, fingerprint(model))
+    assert model.config.context_length == 256  # stretched alike
 
 
 def test_a_fingerprint_follows_the_checkpoint(model, folder, make_model, tmp_path):

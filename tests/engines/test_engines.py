@@ -18,6 +18,7 @@ from finelip_fast.engines import ENGINES, Engine, open_engine, why_not
 from finelip_fast.errors import CheckpointError, EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.export.to_trt import export_trt
+from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import TruncationWarning, encode_batch
 
 # Each engine in its precisions, and how far its embeddings may be from the model's.
@@ -177,6 +178,26 @@ def test_an_engine_says_what_it_is(engine: Engine, checkpoint: Path) -> None:
     assert engine.fingerprint == fingerprint(checkpoint)
     assert engine.alpha == 0.8
     assert engine.device.type == ("cuda" if engine.name == "trt" else "cpu")
+    assert repr(engine) == f"<{type(engine).__name__} {engine}>"
+    assert (engine.export is None) == (engine.name == "torch")
+
+
+def test_an_engine_opens_again_by_its_settings(engine: Engine) -> None:
+    again = open_engine(**engine.settings)
+    assert (str(again), again.fingerprint, again.settings) == (str(engine), engine.fingerprint, engine.settings)
+
+
+def test_an_engine_gives_its_model(engine: Engine) -> None:
+    model = engine.load_model()
+    assert fingerprint(model) == engine.fingerprint
+    assert not model.training
+
+
+def test_an_exported_engine_needs_no_model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine.export is None:
+        pytest.skip("runs the model itself")
+    monkeypatch.setattr(FineLIP, "load_state_dict", lambda *_, **__: pytest.fail("the model was built"))
+    assert open_engine(**engine.settings).fingerprint == engine.fingerprint
 
 
 def test_auto_says_why(checkpoint: Path) -> None:
