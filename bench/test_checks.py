@@ -97,7 +97,7 @@ def hits(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
 def embeddings(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
     def read(verify: bool) -> None:
         with closing(Index(SPEC, index, device="cpu", verify=verify)) as opened:
-            touch(opened.view().tokens or [])
+            touch(opened._store.view().tokens or [])
 
     return {VERIFIED: lambda: read(True), UNVERIFIED: lambda: read(False)}
 
@@ -105,7 +105,7 @@ def embeddings(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
 def copies(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
     def read() -> None:
         with closing(Index(SPEC, index, device="cpu")) as opened:
-            touch(opened.view().quantized.values)
+            touch(opened._store.view().quantized.values)
 
     def unverified() -> None:
         with patch("finelip_fast.index.segments.file_checksums", lambda _, contents: _recorded(contents)):

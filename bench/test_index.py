@@ -61,14 +61,14 @@ class Ours:
 
     def load(self) -> Tensor:
         index = Index(SPEC, self.folder, device=DEVICE)
-        for piece in index.view().tokens or []:
+        for piece in index._store.view().tokens or []:
             piece.view(-1).view(torch.int32)[:: 4096 // 4].sum()  # a page of a mapped file comes when it is touched
-        first = index.view().read(torch.arange(5))
+        first = index._store.view().read(torch.arange(5))
         index.close()
         return first
 
     def fetch(self, rows: Tensor) -> Tensor:
-        return self.index.view().read(rows)
+        return self.index._store.view().read(rows)
 
 
 class Lance:

@@ -16,7 +16,7 @@ from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._pages import render
 from finelip_fast.datasets import Scenes
 from finelip_fast.errors import InputError
-from finelip_fast.index.store import CATALOGUE
+from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
 from finelip_fast.retriever import Retriever

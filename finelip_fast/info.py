@@ -62,7 +62,7 @@ def check_index(folder: str | PathLike[str]) -> dict[str, int]:
     """
     index = stored_index(folder, skip_damaged=True)
     damaged = index.check()
-    count = index.catalogue.count(index.version)
+    count = index.total
     if damaged:
         named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
         raise StoreError(

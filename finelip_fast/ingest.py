@@ -18,8 +18,9 @@ from tqdm import tqdm
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
+from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
-from finelip_fast.index.store import Existing, as_json
+from finelip_fast.index.store import Existing
 from finelip_fast.preprocess import walk_folder
 from finelip_fast.tokenizer import check_caption
 
@@ -183,7 +184,7 @@ class Ingest:
             for number, item in enumerate(items):
                 check_caption(item, number)
         if ids is not None:
-            self._index.check_ids(ids, replace=self._existing != "error")
+            self._check_ids(ids)
         for number, values in enumerate(metadata or ()):
             as_json(values, f"{self._kind} {number}" if ids is None else ids[number])
         return self._chunks(named, total, progress)
@@ -201,10 +202,10 @@ class Ingest:
         """Without what is skipped."""
         ids = [item for item, *_ in chunk]
         if self._existing == "error":
-            self._index.check_ids(ids)
+            self._check_ids(ids)
         there = set(self._pending)
         if self._existing == "skip":
-            there |= self._index.catalogue.find(ids).keys()
+            there |= self._index.present(ids)
         elif not there.isdisjoint(ids):
             again = next(item for item in ids if item in there)
             raise InputError(f"expected ids that differ, got {again!r} again; give each item once")
@@ -232,6 +233,11 @@ class Ingest:
             yield name, item, {} if metadata is None else metadata[total]
             total += 1
         self._check_lengths(total, ids, metadata)
+
+    def _check_ids(self, ids: Sequence[str]) -> None:
+        check_ids(ids)
+        if self._existing == "error" and (there := self._index.present(ids)):
+            raise taken(item for item in ids if item in there)
 
     def _check_lengths(self, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
         for name, given in (("ids", ids), ("metadata", metadata)):

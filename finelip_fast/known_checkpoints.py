@@ -19,7 +19,7 @@ from pathlib import Path
 from finelip_fast._files import cache_folder, read_bytes, write_whole
 from finelip_fast.errors import StoreError
 from finelip_fast.index.catalogue import read_spec
-from finelip_fast.index.store import CATALOGUE
+from finelip_fast.index.spec import CATALOGUE
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 

@@ -109,7 +109,7 @@ def index_images(
         with closing(target), job.running(), progress_bar(progress, total, "image") as bar:
             while some := list(islice(listed, part)):
                 ids = list(dict.fromkeys(map(str, some)))
-                there = target.catalogue.find(ids)
+                there = target.present(ids)
                 new = [item for item in ids if item not in there]
                 bar.update(len(some) - len(new))
                 try:

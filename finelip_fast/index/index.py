@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from finelip_fast._arguments import share, whole_number
+from finelip_fast._arguments import share, strings, whole_number
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.database import between_forks
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
-from finelip_fast.index.store import Store, stored_spec
+from finelip_fast.index.spec import IndexSpec, stored_spec
+from finelip_fast.index.store import Existing, Store, Written
 from finelip_fast.index.view import View
 
 _TUNING = "tuning"
@@ -40,10 +44,205 @@ class Found:
     mode: Mode
 
 
-class Index(Store):
-    """Items to search, in memory or kept in a folder; arguments as :class:`finelip_fast.index.store.Store`."""
+class Index:
+    """Items to search, in memory or kept in a folder.
 
-    _source: tuple[View, CandidateSource | None] | None = None
+    May be used from several threads; several processes may have a folder open. With a folder it can be pickled, as what it was
+    opened with. ``with Index(...) as index`` closes it at the end.
+
+    Attributes:
+        spec: What all embeddings have in common.
+        source: What the checkpoint was opened as.
+        device: Device that searches.
+        folder: Folder that keeps the items; None: they are in memory.
+
+    Args:
+        spec: What the embeddings have in common.
+        folder: Folder that keeps the items, made if it is missing; None: they are kept in memory.
+        source: What the checkpoint was opened as, for messages and :func:`finelip_fast.index.stored_source`.
+        device: Device that searches.
+        version: State of the folder after so many changes, which takes no more of them; None: always the newest.
+        skip_damaged: Open what can be read, and leave out the rest.
+        verify: Compare all embeddings of each segment with their checksums when it is first opened, by all cores. Without it,
+            those that a search finds are compared, and no others.
+
+    Raises:
+        StoreError: A folder that holds another index, cannot be read or written, or misses a segment; a version that is not
+            there.
+    """
+
+    def __init__(
+        self,
+        spec: IndexSpec,
+        folder: str | PathLike[str] | None = None,
+        *,
+        source: str = "",
+        device: torch.device | str = "cpu",
+        version: int | None = None,
+        skip_damaged: bool = False,
+        verify: bool = False,
+    ) -> None:
+        store = Store(
+            spec, folder, source=source, device=device, version=version, skip_damaged=skip_damaged, verify=verify
+        )
+        self._open(store)
+
+    def _open(self, store: Store) -> None:
+        self._store = store
+        self._stage: tuple[View, CandidateSource | None] | None = None
+        self.spec, self.source, self.device, self.folder = store.spec, store.source, store.device, store.folder
+
+    def __getstate__(self) -> Store:
+        return self._store
+
+    def __setstate__(self, store: Store) -> None:
+        self._open(store)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._store.close()
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.folder is None else f"in {str(self.folder)!r}"
+        try:
+            held = f"{len(self)} items"
+        except StoreError:
+            held = "cannot be read" if self._store.is_open else "closed"
+        return f"<Index {where}: {held}, [{self.spec.tokens}, {self.spec.width}] {self.spec.dtype}>"
+
+    # What is there -----------------------------------------------------------------------------------------------------
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """With ``skip_damaged``: why segments cannot be read, by their names."""
+        return self._store.damaged
+
+    @property
+    def version(self) -> int:
+        """Counts the changes up to what is searched."""
+        return self._store.view().version
+
+    def __len__(self) -> int:
+        return len(self._store.view())
+
+    @property
+    def total(self) -> int:
+        """Number of items, with those that ``skip_damaged`` leaves out."""
+        return self._store.catalogue.count(self.version)
+
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, str) and bool(self._store.catalogue.find([item]))
+
+    def items(self) -> Iterator[Item]:
+        """What the catalogue knows of each, in order of insertion; reads as it goes."""
+        view = self._store.view()
+        for row in view.layout.segments:
+            yield from self._store.catalogue.items(view.version, within=row)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all items, in order of insertion."""
+        return [item.id for item in self.items()]
+
+    @property
+    def metadata(self) -> list[dict[str, Any]]:
+        """Metadata of all items, in order of insertion."""
+        return [item.metadata for item in self.items()]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Embeddings ``[N, L, D]`` of all items, in order of insertion, copied into memory.
+
+        They are float16, or float32 where the index keeps int8.
+        """
+        view = self._store.view()
+        empty = torch.empty(0, self.spec.tokens, self.spec.width, dtype=torch.float16)
+        pieces = [segment.embeddings(slice(None)) for segment in view.segments]
+        rows = torch.cat(pieces or [empty])
+        return (rows if view.living is None else rows[view.living]).to(self.device)
+
+    def present(self, ids: Sequence[str]) -> set[str]:
+        """Those of some ids that are in the index.
+
+        Raises:
+            InputError: An id that is no string.
+            StoreError: The index is closed, or cannot be read.
+        """
+        return set(self._store.catalogue.find(strings("ids", ids)))
+
+    # Changing ----------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        ids: Sequence[str],
+        embeddings: Tensor,
+        metadata: Sequence[dict[str, Any]],
+        *,
+        existing: Existing = "error",
+    ) -> list[str]:
+        """Append items; with a folder they are on disk when this returns.
+
+        Args:
+            ids: ``n`` ids, any text of at most 65,535 bytes in UTF-8: also an empty one, and one that is no UTF-8, as names of
+                files may be.
+            embeddings: ``[n, L, D]``, unit rows.
+            metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
+                64 MiB.
+            existing: Of ids that are there, as it turns out when no one else can write: an ``"error"``, ``"skip"`` the new
+                items, or ``"replace"`` the old ones, all in one change.
+
+        Returns:
+            The ids that were added.
+
+        Raises:
+            InputError: An id that is there already, embeddings of another shape or that are no unit rows, or metadata that
+                JSON cannot hold.
+            StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
+        """
+        return self._store.add(ids, embeddings, metadata, existing=existing)
+
+    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
+        self.add(ids, embeddings, metadata, existing="replace")
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Take items out; with a folder they are gone for every later opening when this returns.
+
+        Raises:
+            InputError: An id that is not there or no string, or no list; nothing was taken out.
+            StoreError: The disk refuses, or the index is closed; nothing was taken out.
+        """
+        self._store.delete(ids)
+
+    @property
+    def incoming(self) -> Path:
+        """A folder of the index for segments that workers write, to be taken over by :meth:`adopt`; made if missing.
+
+        Raises:
+            InputError: An index in memory.
+            StoreError: It cannot be made.
+        """
+        return self._store.incoming
+
+    def adopt(self, written: Sequence[Written]) -> None:
+        """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
+
+        Args:
+            written: Segments in the order that their items shall have. Their files leave ``incoming``.
+
+        Raises:
+            InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
+            StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
+        """
+        self._store.adopt(written)
+
+    # Searching ---------------------------------------------------------------------------------------------------------
 
     def search(
         self,
@@ -79,12 +278,12 @@ class Index(Store):
         if not queries.isfinite().all():
             raise InputError("expected queries of finite numbers, got NaN or infinity: look where they were made")
         while True:
-            view = self.view()
+            view = self._store.view()
             try:
                 with between_forks(), within_memory():
                     found = self._search(view, queries, k, alpha, mode, where, candidates)
             except FileNotFoundError as error:
-                if self.view() is view:
+                if self._store.view() is view:
                     raise StoreError(
                         f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}"
                     ) from None
@@ -103,8 +302,8 @@ class Index(Store):
     ) -> Found | None:
         among = None
         if where is not None:
-            matching = self.catalogue.matching(where, view.version)
-            if self.catalogue.oldest > view.version:
+            matching = self._store.catalogue.matching(where, view.version)
+            if self._store.catalogue.oldest > view.version:
                 return None
             among = view.rows_at(matching)
         tuning = self.tuning
@@ -113,11 +312,18 @@ class Index(Store):
         if candidates is None and tuning is not None:
             candidates = tuning.candidates
         scores, rows = best_rows(
-            view, queries, k, alpha=alpha, mode=chosen, candidates=candidates, among=among, source=self.source_for(view)
+            view,
+            queries,
+            k,
+            alpha=alpha,
+            mode=chosen,
+            candidates=candidates,
+            among=among,
+            source=self._first_stage(view),
         )
         rows = rows.cpu()
         positions = view.positions(rows)
-        items = self.catalogue.at(positions.flatten().tolist(), view.version)
+        items = self._store.catalogue.at(positions.flatten().tolist(), view.version)
         if items is None:
             return None
         view.refuse_damaged(items.values())
@@ -131,12 +337,12 @@ class Index(Store):
             ) from None
         return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)
 
-    def source_for(self, view: View) -> CandidateSource | None:
+    def _first_stage(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
-        with between_forks(), self.view_lock:
-            if self._source is None or self._source[0] is not view:
-                self._source = view, faiss.find(view, self.cache_folder)
-            return self._source[1]
+        with between_forks(), self._store.view_lock:
+            if self._stage is None or self._stage[0] is not view:
+                self._stage = view, faiss.find(view, self._store.cache_folder)
+            return self._stage[1]
 
     def build_candidates(self, *, lists: int | None = None, progress: bool = True) -> None:
         """Make the first stage of two fast for many millions of items, with faiss; see :mod:`finelip_fast.index.faiss`.
@@ -146,15 +352,15 @@ class Index(Store):
             InputError: An index in memory, or too few items.
             StoreError: The index is closed, or the disk refuses.
         """
-        if self.cache_folder is None:
+        if self._store.cache_folder is None:
             raise InputError("expected an index with a folder that can be written to")
-        faiss.build(self.view(), self.cache_folder, lists=lists, progress=progress)
-        self._source = None
+        faiss.build(self._store.view(), self._store.cache_folder, lists=lists, progress=progress)
+        self._stage = None
 
     @property
     def tuning(self) -> Tuning | None:
         """What :func:`finelip_fast.index.tune.tune` has found; None: it has not been run."""
-        kept = self.catalogue.note(_TUNING)
+        kept = self._store.catalogue.note(_TUNING)
         try:
             return None if kept is None else _tuning(**kept)
         except (TypeError, ValueError, KeyError):
@@ -164,40 +370,49 @@ class Index(Store):
 
     @tuning.setter
     def tuning(self, tuning: Tuning | None) -> None:
-        self.refuse_if_fixed()
-        self.catalogue.keep(_TUNING, None if tuning is None else asdict(tuning))
+        self._store.refuse_if_fixed()
+        self._store.catalogue.keep(_TUNING, None if tuning is None else asdict(tuning))
 
     # Looking after a folder ---------------------------------------------------------------------------------------------
 
+    def speed_up(self, field: str) -> None:
+        """Make filters fast that compare a field of the metadata.
+
+        Raises:
+            InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
+            StoreError: The index is closed, or the disk refuses.
+        """
+        self._store.catalogue.speed_up(field)
+
     def check(self) -> dict[str, str]:
         """What is wrong with each damaged item, by its id; see :func:`finelip_fast.index.upkeep.check`."""
-        return upkeep.check(self)
+        return upkeep.check(self._store)
 
     def repair(self) -> dict[str, str]:
         """Take out what is damaged, keep the rest, and take back what nothing names any more.
 
         See :func:`finelip_fast.index.upkeep.repair` and :func:`finelip_fast.index.recovery.take_back`.
         """
-        removed = upkeep.repair(self)
-        recovery.take_back(self)
-        recovery.keep_copy(self)
+        removed = upkeep.repair(self._store)
+        recovery.take_back(self._store)
+        recovery.keep_copy(self._store)
         return removed
 
     def maintain(self) -> dict[str, int]:
         """Compact, remove files that nothing needs, and keep a copy of the catalogue; see
         :func:`finelip_fast.index.upkeep.maintain`.
         """
-        report = upkeep.maintain(self)
-        recovery.keep_copy(self)
+        report = upkeep.maintain(self._store)
+        recovery.keep_copy(self._store)
         return report
 
     def lost(self) -> dict[str, int]:
         """How many items each segment has that nothing names, by its name; :meth:`repair` takes them back."""
-        return {name: len(listed.ids) for name, listed in recovery.lost(self).items()}
+        return {name: len(listed.ids) for name, listed in recovery.lost(self._store).items()}
 
     def snapshot(self, folder: str | PathLike[str]) -> None:
         """Copy a folder's index to another; see :func:`finelip_fast.index.upkeep.snapshot`."""
-        upkeep.snapshot(self, folder)
+        upkeep.snapshot(self._store, folder)
 
 
 def _tuning(**kept: Any) -> Tuning:

@@ -20,7 +20,8 @@ from finelip_fast.index import upkeep
 from finelip_fast.index.catalogue import Catalogue, SegmentRow, read_spec
 from finelip_fast.index.lists import Listed, read_list
 from finelip_fast.index.segments import joined, write_segment
-from finelip_fast.index.store import CATALOGUE, SEGMENTS, Store
+from finelip_fast.index.spec import CATALOGUE, SEGMENTS
+from finelip_fast.index.store import Store
 
 _COPY, _DAMAGED = "catalogue.copy.sqlite", "catalogue.damaged.sqlite"
 

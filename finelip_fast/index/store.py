@@ -7,14 +7,12 @@ was acknowledged, and writers wait for each other.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,53 +20,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import find_device, folder_path, listed, matrices, one_of, share, strings, whole_number
+from finelip_fast._arguments import find_device, folder_path, listed, matrices, one_of, strings
 from finelip_fast._files import plain_name, sync_folder
-from finelip_fast._json import MAX_DEPTH
 from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
-from finelip_fast.index.catalogue import Catalogue, Item, Layout, SegmentRow, read_spec
+from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
+from finelip_fast.index.checks import as_json, check_embeddings, check_ids, taken
 from finelip_fast.index.database import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
-from finelip_fast.index.segments import DTYPES, Segment, encode, open_segment, write_segment
+from finelip_fast.index.segments import Segment, encode, open_segment, write_segment
+from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS, IndexSpec
 from finelip_fast.index.view import View
 
-CATALOGUE, SEGMENTS, CACHE, INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
 Existing = Literal["error", "skip", "replace"]
-
-_LONGEST_ID, _LONGEST_METADATA = (1 << 16) - 1, 1 << 26  # bytes
-_LARGEST = 1 << 1024  # an integer that no float can hold
-_TOLERANCE = 0.05  # of a row's length: int8 rounds that far in few dimensions
-_ROWS_AT_ONCE = 4096
-_LARGEST_SIZE = 1 << 20  # of L and D
-
-
-@dataclass(frozen=True)
-class IndexSpec:
-    """What every embedding of an index has in common.
-
-    Attributes:
-        checkpoint: Fingerprint of the checkpoint that made the embeddings.
-        tokens: ``L``.
-        width: ``D``.
-        alpha: Weight of the global cosine that the checkpoint was trained for.
-        dtype: How embeddings are kept: ``"float16"``, or ``"int8"`` with a scale a row, half the size.
-    """
-
-    checkpoint: str
-    tokens: int
-    width: int
-    alpha: float = 0.8
-    dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.checkpoint, str):
-            raise InputError(f"expected checkpoint as a fingerprint, got {self.checkpoint!r:.80}")
-        for name in ("tokens", "width"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), most=_LARGEST_SIZE))
-        object.__setattr__(self, "alpha", share("alpha", self.alpha))
-        one_of("dtype", self.dtype, DTYPES)
 
 
 class Written(NamedTuple):
@@ -81,28 +46,14 @@ class Written(NamedTuple):
 
 
 class Store:
-    """Items, in memory or kept in a folder; :class:`finelip_fast.index.Index` also searches them.
+    """What keeps the items of a :class:`finelip_fast.index.Index`: its versions, and the changes that lead to them.
 
-    May be used from several threads.
+    May be used from several threads. Arguments and errors are those of the index.
 
     Attributes:
         folder, segments_folder, cache_folder: Where things are; None: in memory, or the folder cannot be written to.
         fixed: The version that was asked for; None: the newest.
         damaged: With ``skip_damaged``: why segments cannot be read, by their names.
-
-    Args:
-        spec: What the embeddings are.
-        folder: Where to keep them; None: nowhere. Made if missing; opened if there.
-        source: What the checkpoint was opened as, for messages and :func:`stored_source`.
-        device: Where to search.
-        version: Of a folder: how it was after so many changes; such an index takes no changes. None: always the newest.
-        skip_damaged: Open what can be read.
-        verify: Compare all embeddings of each segment with their checksums when it is first opened, by all cores. Without it,
-            those that a search finds are compared, and no others.
-
-    Raises:
-        StoreError: A folder that holds another index, cannot be read or written, or misses a segment; a version that is not
-            there.
     """
 
     def __init__(
@@ -252,42 +203,6 @@ class Store:
     def cache_folder(self) -> Path | None:
         return None if self.folder is None or self.catalogue.read_only else self.folder / CACHE
 
-    @property
-    def version(self) -> int:
-        """Counts the changes up to what is searched."""
-        return self.view().version
-
-    def __len__(self) -> int:
-        return len(self.view())
-
-    def __contains__(self, item: object) -> bool:
-        return isinstance(item, str) and bool(self.catalogue.find([item]))
-
-    def items(self) -> Iterator[Item]:
-        """What the catalogue knows of each, in order of insertion; reads as it goes."""
-        view = self.view()
-        for row in view.layout.segments:
-            yield from self.catalogue.items(view.version, within=row)
-
-    @property
-    def ids(self) -> list[str]:
-        """Of all items, in order of insertion."""
-        return [item.id for item in self.items()]
-
-    @property
-    def metadata(self) -> list[dict[str, Any]]:
-        """Of all items, in order of insertion."""
-        return [item.metadata for item in self.items()]
-
-    @property
-    def embeddings(self) -> Tensor:
-        """Of all items, in order of insertion, copied into memory: float16 (kept in int8: float32) ``[N, L, D]``."""
-        view = self.view()
-        empty = torch.empty(0, self.spec.tokens, self.spec.width, dtype=torch.float16)
-        pieces = [segment.embeddings(slice(None)) for segment in view.segments]
-        rows = torch.cat(pieces or [empty])
-        return (rows if view.living is None else rows[view.living]).to(self.device)
-
     # Changing ----------------------------------------------------------------------------------------------------------
 
     def add(
@@ -298,25 +213,7 @@ class Store:
         *,
         existing: Existing = "error",
     ) -> list[str]:
-        """Append items; with a folder they are on disk when this returns.
-
-        Args:
-            ids: ``n`` ids, any text of at most 65,535 bytes in UTF-8: also an empty one, and one that is no UTF-8, as names of
-                files may be.
-            embeddings: ``[n, L, D]``, unit rows.
-            metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
-                64 MiB.
-            existing: Of ids that are there, as it turns out when no one else can write: an ``"error"``, ``"skip"`` the new
-                items, or ``"replace"`` the old ones, all in one change.
-
-        Returns:
-            The ids that were added.
-
-        Raises:
-            InputError: An id that is there already, embeddings of another shape or that are no unit rows, or metadata that
-                JSON cannot hold.
-            StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
-        """
+        """Append items, all in one change; returns the ids that were added."""
         one_of("existing", existing, get_args(Existing))
         ids, metadata = listed("ids", ids), listed("metadata", metadata)
         check_ids(ids)
@@ -332,7 +229,7 @@ class Store:
         with self._written() as names, self.catalogue.changing():
             there = self.catalogue.find(ids)
             if there and existing == "error":
-                raise _there_already(there)
+                raise taken(there)
             if there and existing == "skip":
                 new = [at for at, item in enumerate(ids) if item not in there]
                 ids, texts = [ids[at] for at in new], [texts[at] for at in new]
@@ -346,18 +243,9 @@ class Store:
         self.reload()
         return ids
 
-    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
-        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
-        self.add(ids, embeddings, metadata, existing="replace")
-
     @property
     def incoming(self) -> Path:
-        """A folder of the index for segments that workers write, to be taken over by :meth:`adopt`; made if missing.
-
-        Raises:
-            InputError: An index in memory.
-            StoreError: It cannot be made.
-        """
+        """The folder for what workers write; made if missing."""
         if self.folder is None:
             raise InputError("expected an index with a folder for workers to write to, got one in memory")
         folder = self.folder / INCOMING
@@ -368,15 +256,7 @@ class Store:
         return folder
 
     def adopt(self, written: Sequence[Written]) -> None:
-        """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
-
-        Args:
-            written: Segments in the order that their items shall have. Their files leave ``incoming``.
-
-        Raises:
-            InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
-            StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
-        """
+        """Append what workers wrote, all of it in one change."""
         self.refuse_if_fixed()
         incoming = self.incoming
         ids = [item for one in written for item in one.ids]
@@ -384,7 +264,8 @@ class Store:
         texts = [[as_json(*pair) for pair in zip(one.metadata, one.ids, strict=True)] for one in written]
         shape = (self.spec.tokens, self.spec.width)
         with self._written() as names, self.catalogue.changing():
-            self.check_ids(ids)
+            if there := self.catalogue.find(ids):
+                raise taken(there)
             for one, metadata in zip(written, texts, strict=True):
                 try:
                     name = plain_name(one.name, incoming, error=StoreError)
@@ -424,12 +305,7 @@ class Store:
         return name, [None] * len(self._opened[name])
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take items out; with a folder they are gone for every later opening when this returns.
-
-        Raises:
-            InputError: An id that is not there or no string, or no list; nothing was taken out.
-            StoreError: The disk refuses, or the index is closed; nothing was taken out.
-        """
+        """Take items out."""
         self.refuse_if_fixed()
         ids = strings("ids", ids)
         if not ids:
@@ -456,28 +332,11 @@ class Store:
         if self.catalogue and self.fixed is not None:
             raise StoreError("the index is open at an older version: open its folder again to change it")
 
-    def check_ids(self, ids: Sequence[str], *, replace: bool = False) -> None:
-        """Refuse what cannot be added.
-
-        Raises:
-            InputError: An id that is no string, is given twice, or is there already and not to be replaced; names it.
-        """
-        check_ids(ids)
-        there = {} if replace else self.catalogue.find(ids)
-        if there:
-            raise _there_already(there)
-
-    def speed_up(self, field: str) -> None:
-        """Make filters fast that compare a field of the metadata.
-
-        Raises:
-            InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
-            StoreError: The index is closed, or the disk refuses.
-        """
-        self.catalogue.speed_up(field)
+    @property
+    def is_open(self) -> bool:
+        return self._catalogue is not None
 
     def close(self) -> None:
-        """Release the folder."""
         if self._catalogue is not None:
             self._catalogue.close()
             self._catalogue = None
@@ -501,140 +360,3 @@ def _prepare_folder(folder: Path) -> None:
 def _reopened(kind: type[Store], spec: IndexSpec, folder: Path, options: dict[str, Any]) -> Store:
     """An index that was pickled, opened as it was."""
     return kind(spec, folder, **options)
-
-
-def check_ids(ids: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: An id that is no string, is too long, or comes twice; names it.
-    """
-    new: set[str] = set()
-    for item in strings("ids", ids):
-        if len(item) > _LONGEST_ID // 4 and len(item.encode("utf-8", "surrogatepass")) > _LONGEST_ID:
-            raise InputError(
-                f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"
-            )
-        if item in new:
-            raise InputError(f"expected ids that differ, got {item!r:.80} again; give each item once")
-        new.add(item)
-
-
-def _there_already(there: Iterable[str]) -> InputError:
-    return InputError(
-        f"expected ids that are new, got {next(iter(there))!r:.80} again; give other ids, or replace them"
-    )
-
-
-def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
-    """
-    Raises:
-        InputError: A row that is not of length 1, as one with NaN is not; names the item.
-    """
-    if not embeddings.is_floating_point():
-        raise InputError(f"expected embeddings of a floating dtype, got {embeddings.dtype}")
-    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
-        lengths = torch.linalg.vector_norm(embeddings[start : start + _ROWS_AT_ONCE], dim=-1, dtype=torch.float32)
-        wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also of NaN
-        if wrong.any():
-            at, row = wrong.nonzero()[0].tolist()
-            raise InputError(
-                f"expected embeddings of unit rows, got row {row} of item {ids[start + at]!r:.80} with a length of "
-                f"{lengths[at, row]:.4g}; normalize it, and look for NaN where it was made"
-            )
-
-
-def as_json(metadata: Any, item: str | None = None) -> str:
-    """
-    Args:
-        metadata: Of one item.
-        item: Its id, for the message.
-
-    Raises:
-        InputError: Anything but a dictionary of JSON values; names the key.
-    """
-    whose = "" if item is None else f" of item {item!r:.80}"
-    if not isinstance(metadata, dict):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{whose}")
-    if fault := _fault(metadata, "", MAX_DEPTH):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{whose}")
-    text = json.dumps(metadata)
-    if len(text) > _LONGEST_METADATA:
-        raise InputError(
-            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{whose}: keep it in a file"
-        )
-    return text
-
-
-def _fault(value: Any, key: str, depth: int) -> str | None:
-    """What JSON cannot hold, or not without becoming something else."""
-    if value is None or isinstance(value, (bool, str)):  # also of half a surrogate pair, as paths that are no text have
-        return None
-    if isinstance(value, int):
-        return None if abs(value) < _LARGEST else f"an integer beyond the largest float{key}"
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"the number {value}, which is not finite,{key}"
-    if not isinstance(value, (dict, list, tuple)):
-        return f"{value!r:.80}{key}"
-    if not depth:
-        return f"nesting deeper than {MAX_DEPTH}"
-    parts = value.items() if isinstance(value, dict) else ((str(at), part) for at, part in enumerate(value))
-    for name, part in parts:
-        if not isinstance(name, str):
-            return f"the key {name!r:.80}, which is no str{key}"
-        if fault := _fault(name, " as a key", depth - 1) or _fault(
-            part, key or f" under the key {name!r:.80}", depth - 1
-        ):
-            return fault
-    return None
-
-
-# Without the checkpoint -------------------------------------------------------------------------------------------------
-
-
-def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:
-    """What an index folder holds, and the checkpoint that it was written with; None where there is no index.
-
-    Raises:
-        StoreError: The folder's catalogue cannot be read, or says what no index can be.
-    """
-    stored = read_spec(Path(folder) / CATALOGUE)
-    return None if stored is None else _checked_spec(stored, folder)
-
-
-def _checked_spec(stored: dict[str, Any], folder: str | PathLike[str]) -> tuple[IndexSpec, str]:
-    values = {field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored}
-    sizes, alpha, source = (values.get("tokens"), values.get("width")), values.get("alpha", 0.8), stored.get("source")
-    if not (
-        isinstance(values.get("checkpoint"), str)
-        and isinstance(source, str)
-        and all(type(size) is int and 0 < size <= _LARGEST_SIZE for size in sizes)
-        and type(alpha) in (int, float)
-        and 0 <= alpha <= 1
-        and values.get("dtype", DTYPES[0]) in DTYPES
-    ):
-        raise StoreError(
-            f"{Path(folder) / CATALOGUE}: expected the spec of an index, got {values!r:.200} of {source!r:.80}: restore it "
-            "from a snapshot"
-        )
-    return IndexSpec(**values), source
-
-
-def stored_source(folder: str | PathLike[str]) -> str | None:
-    """The checkpoint that an index folder was written with, as it was named then: empty for the bundled one, None where there
-    is no index.
-
-    Raises:
-        StoreError: The folder's catalogue cannot be read.
-    """
-    stored = stored_spec(folder)
-    return None if stored is None else stored[1]
-
-
-def stored_dtype(folder: str | PathLike[str]) -> str | None:
-    """How an index folder keeps its embeddings; None where there is no index, or it is of a time when all were float16.
-
-    Raises:
-        StoreError: The folder's catalogue cannot be read.
-    """
-    stored = read_spec(Path(folder) / CATALOGUE)
-    return None if stored is None or "dtype" not in stored else _checked_spec(stored, folder)[0].dtype

@@ -40,7 +40,7 @@ def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
     Raises:
         InputError: An empty index.
     """
-    view = index.view()
+    view = index._store.view()
     if not len(view):
         raise InputError("expected an index with items to tune, got an empty one: add items first")
     numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -78,7 +78,7 @@ def tune(
         InputError: No queries, answers of another number or that are not in the index, or an index too small to choose from.
         StoreError: The choice cannot be kept.
     """
-    view = index.view()
+    view = index._store.view()
     alpha = index.spec.alpha if alpha is None else alpha
     if not len(queries) or (answers is not None and len(answers) != len(queries)):
         raise InputError(f"expected queries, each with its answer or none with any, got {len(queries)}")
@@ -90,7 +90,7 @@ def tune(
     right = None if answers is None else _rows_of(index, view, answers)
     exact: Mode = "exact-int8" if view.is_quantized else "exact"
     with tqdm(total=len(queries) * (1 + len(tried)), unit="query", disable=not progress) as bar:
-        search = partial(best_rows, view, k=k, alpha=alpha, source=index.source_for(view))
+        search = partial(best_rows, view, k=k, alpha=alpha, source=index._first_stage(view))
         best = _search(partial(search, mode=exact), queries, bar)
         seconds = {"exact": _seconds(partial(search, mode=exact), queries)}
         trials: list[Trial] = []
@@ -118,7 +118,7 @@ def tune(
 
 
 def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
-    positions = index.catalogue.find(ids)
+    positions = index._store.catalogue.find(ids)
     absent = [item for item in ids if item not in positions]
     if absent:
         raise InputError(f"expected answers that are in the index, got {absent[0]!r} and {len(absent) - 1} more")

@@ -29,7 +29,8 @@ from finelip_fast.index.arrays import (
 )
 from finelip_fast.index.catalogue import SegmentRow
 from finelip_fast.index.segments import cache_name, joined, write_segment
-from finelip_fast.index.store import CACHE, CATALOGUE, INCOMING, SEGMENTS, Store
+from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS
+from finelip_fast.index.store import Store
 from finelip_fast.index.view import View
 
 # What compaction makes of small segments, in bytes; one of at least half of it is left alone.

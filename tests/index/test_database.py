@@ -220,7 +220,7 @@ def test_a_long_statement_ends_by_time_and_by_a_signal() -> None:
 import signal, sqlite3, threading
 from finelip_fast.index import Index, IndexSpec
 index = Index(IndexSpec("abc", 3, 8))
-with index.catalogue._database.reading() as connection:
+with index._store.catalogue._database.reading() as connection:
     try:
         connection.run({ENDLESS!r}, seconds=0.1)
     except sqlite3.OperationalError as error:
@@ -380,7 +380,7 @@ def test_an_index_of_a_folder_is_pickled_by_what_it_was_opened_with(folder: Path
         closing(Index(SPEC, folder, source="mine", version=2)) as index,
         closing(pickle.loads(pickle.dumps(index))) as copy,
     ):
-        assert (copy.spec, copy.source, copy.fixed, copy.ids) == (SPEC, "mine", 2, ["a", "b", "c"])
+        assert (copy.spec, copy.source, copy._store.fixed, copy.ids) == (SPEC, "mine", 2, ["a", "b", "c"])
     with pytest.raises(InputError, match="expected an index with a folder to pickle"):
         pickle.dumps(Index(SPEC))
 
@@ -463,7 +463,7 @@ def test_a_folder_of_the_third_format_is_read_as_it_is_and_migrates_when_it_is_c
         assert other.ids == ["a", "c"]
         index.add(["d"], embeddings(1, 5), [{"n": 4}])
         assert index.ids == other.ids == ["a", "c", "d"]
-        assert index.catalogue.note("format") == FORMAT
+        assert index._store.catalogue.note("format") == FORMAT
         other.delete(["d"])
         assert index.check() == other.check() == {}
         assert index.search(embeddings(1), 3, where="n = 3").items[0][0].id == "c"
@@ -478,5 +478,5 @@ def test_any_change_makes_the_third_format_this(folder: Path, change: Callable[[
     as_the_third_format(folder)
     with closing(stored_index(folder)) as index:
         change(index)
-        assert index.catalogue.note("format") == FORMAT
+        assert index._store.catalogue.note("format") == FORMAT
         assert index.check() == {}

@@ -129,7 +129,7 @@ def test_a_change_that_fails_leaves_no_segment_to_take_back(tmp_path: Path, monk
         def refuse(*_: object) -> None:
             raise StoreError("refused")
 
-        monkeypatch.setattr(index.catalogue, "add", refuse)
+        monkeypatch.setattr(index._store.catalogue, "add", refuse)
         with pytest.raises(StoreError, match="refused"):
             index.add(["a"], embeddings(1), [{}])
         assert list((tmp_path / "segments").iterdir()) == []

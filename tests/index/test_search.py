@@ -277,9 +277,9 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         index.delete([str(n) for n in range(0, 400, 3)])
         options = {"mode": "two-stage", "candidates": 40}
         exact = ids(index, queries, 5, mode="exact")
-        assert index.source_for(index.view()) is None
+        assert index._first_stage(index._store.view()) is None
         index.build_candidates(lists=8, progress=False)
-        source = index.source_for(index.view())
+        source = index._first_stage(index._store.view())
         assert source is not None
         source.probes = 8
         assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # every list: as good as all
@@ -290,14 +290,14 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         assert [len(row) for row in ids(index, queries, 300, mode="two-stage", candidates=399)] == [266] * 5
         new = torch.nn.functional.normalize(queries[:1] + 0.01, dim=-1)
         index.add(["new"], new, [{"n": 0}])
-        assert index.source_for(index.view()) is not source
+        assert index._first_stage(index._store.view()) is not source
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         assert ids(index, queries[:1], 1, **options, where="n = 0") == [["new"]]
     with closing(Index(SPEC, tmp_path)) as index:
-        assert index.source_for(index.view()) is not None
+        assert index._first_stage(index._store.view()) is not None
         assert tune(index, queries, agreement=0.5, k=5, candidates=[20], progress=False)[0].agreement > 0.5
         index.maintain()
-        assert index.source_for(index.view()) is None
+        assert index._first_stage(index._store.view()) is None
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         with pytest.raises(InputError, match="expected at least as many items as lists, got 267 for 1000"):
             index.build_candidates(lists=1000, progress=False)
@@ -312,7 +312,7 @@ def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path
         fill(index, 60, 2)
         index.build_candidates(lists=3, progress=False)
         expected = ids(index, queries, 5, mode="exact")
-        view, cache = index.view(), tmp_path / "cache"
+        view, cache = index._store.view(), tmp_path / "cache"
         path = cache / faiss.FILE
         content = path.read_bytes()
         contents = read_contents(path)

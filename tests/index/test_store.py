@@ -402,8 +402,8 @@ def test_a_search_that_others_disturb_is_done_again(folder: Path, monkeypatch: p
             return original(*arguments)
 
         for name in ("at", "layout"):
-            original = getattr(reader.catalogue, name)
-            monkeypatch.setattr(reader.catalogue, name, compacted)
+            original = getattr(reader._store.catalogue, name)
+            monkeypatch.setattr(reader._store.catalogue, name, compacted)
             found = reader.search(embeddings(1, seed=3), 3, mode="two-stage").items
             assert found[0][0].id == "item 3"
             monkeypatch.undo()
@@ -557,3 +557,42 @@ def test_any_sequence_of_changes_is_a_dictionary(
     for one in (*found, everything):
         assert one.numbers[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
         np.testing.assert_allclose(one.scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
+
+
+# What users meet -------------------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_what_a_user_needs() -> None:
+    with Index(SPEC) as index:
+        names = {name for name in dir(index) if not name.startswith("_")}
+    assert names == {
+        *("spec", "source", "device", "folder", "version", "tuning", "damaged", "total"),
+        *("items", "ids", "metadata", "embeddings", "present", "search"),
+        *("add", "upsert", "delete", "incoming", "adopt", "close"),
+        *("check", "repair", "maintain", "lost", "snapshot", "speed_up", "build_candidates"),
+    }
+
+
+def test_an_index_says_what_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "an\nindex"
+    with Index(SPEC, folder) as index:
+        index.add(["a", "b"], embeddings(2), [{}, {}])
+        size = f"[{SPEC.tokens}, {SPEC.width}] {SPEC.dtype}"
+        assert repr(index) == f"<Index in {str(folder)!r}: 2 items, {size}>"
+    assert repr(index) == f"<Index in {str(folder)!r}: closed, {size}>"
+    assert repr(Index(SPEC)) == f"<Index in memory: 0 items, {size}>"
+
+
+def test_with_closes_it_also_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Index(SPEC, tmp_path / "index") as index:
+        raise KeyError
+    with pytest.raises(StoreError, match="the index is closed"):
+        index.ids  # noqa: B018
+
+
+def test_present_tells_which_ids_are_there() -> None:
+    index = Index(SPEC)
+    index.add(["a", "b"], embeddings(2), [{}, {}])
+    assert index.present(["b", "c", "a", "a"]) == {"a", "b"}
+    with pytest.raises(InputError, match="expected ids as str, got 5"):
+        index.present(["a", 5])

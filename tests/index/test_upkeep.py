@@ -104,7 +104,7 @@ def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.M
 
         def late(catalogue: Catalogue, version: int | None = None) -> Layout:
             found = layout(catalogue, version)
-            if catalogue is not writer.catalogue:
+            if catalogue is not writer._store.catalogue:
                 calls.append(found.version)
                 if len(calls) == 1:
                     writer.maintain()
@@ -122,16 +122,16 @@ def test_full_segments_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     with closing(Index(SPEC, folder)) as index:
         for number, size in enumerate([3, 1, 1, 1, 4, 2, 1]):
             add(index, *(f"{number}-{one}" for one in range(size)), seed=number)
-        before, names = (index.ids, index.embeddings), [row.name for row in index.view().layout.segments]
+        before, names = (index.ids, index.embeddings), [row.name for row in index._store.view().layout.segments]
         assert index.maintain()["after"] == 4
-        rows = index.view().layout.segments
+        rows = index._store.view().layout.segments
         assert [row.rows for row in rows] == [3, 3, 4, 3]
         assert (rows[0].name, rows[2].name) == (names[0], names[4])
         assert index.ids == before[0]
         assert torch.equal(index.embeddings, before[1])
         index.delete(["4-1"])
         assert index.maintain()["after"] == 4
-        assert [row.rows for row in index.view().layout.segments] == [3, 3, 3, 3]
+        assert [row.rows for row in index._store.view().layout.segments] == [3, 3, 3, 3]
         assert index.check() == {}
 
 
@@ -184,7 +184,7 @@ def test_what_is_not_damaged_can_be_searched_and_kept(folder: Path, dtype: str) 
         for number, names in enumerate(["ab", "cd", "ef", "gh"]):
             add(index, *names, seed=number)
         index.delete(["c"])
-        segments = [folder / "segments" / row.name for row in index.view().layout.segments]
+        segments = [folder / "segments" / row.name for row in index._store.view().layout.segments]
     segments[0].unlink()
     segments[1].write_bytes(segments[1].read_bytes()[:300])
     content = bytearray(segments[2].read_bytes())
@@ -213,7 +213,7 @@ def test_what_is_not_damaged_can_be_searched_and_kept(folder: Path, dtype: str) 
 def test_any_damaged_row_that_is_found_is_named(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a", "b", "c")
-        (row,) = index.view().layout.segments
+        (row,) = index._store.view().layout.segments
         path = folder / "segments" / row.name
         content = path.read_bytes()
         at = content.index(index.embeddings[1].numpy().tobytes())
@@ -235,7 +235,7 @@ def test_a_check_goes_on_when_another_compacts(folder: Path, monkeypatch: pytest
     with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as other:
         for number in range(3):
             add(index, f"old {number}", f"new {number}", seed=number)
-        read, compacted = index.open_segment, []
+        read, compacted = index._store.open_segment, []
 
         def open_segment(row: SegmentRow) -> Segment:
             if not compacted:
@@ -243,7 +243,7 @@ def test_a_check_goes_on_when_another_compacts(folder: Path, monkeypatch: pytest
                 compacted.append(other.maintain())
             return read(row)
 
-        monkeypatch.setattr(index, "open_segment", open_segment)
+        monkeypatch.setattr(index._store, "open_segment", open_segment)
         assert index.check() == {}
         assert compacted
         assert index.ids == ["new 0", "old 1", "new 1", "new 2"]
@@ -253,16 +253,16 @@ def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restore
     """Also of a time when segments did not tell the checksum of their rows."""
     with closing(Index(SPEC, folder)) as index:
         add(index, "a", "b", "c")
-        (row,) = index.view().layout.segments
+        (row,) = index._store.view().layout.segments
         path = folder / "segments" / row.name
-        segment = index.view().segments[0]
+        segment = index._store.view().segments[0]
         save_file({name: values.clone() for name, values in segment.arrays.items()}, path)
         whole = path.read_bytes()
         damaged = whole.replace(index.embeddings[1].numpy().tobytes(), bytes(48))
         assert damaged != whole
     path.write_bytes(damaged)
     with closing(Index(SPEC, folder)) as index:
-        index.view().quantized  # noqa: B018 (made and kept)
+        index._store.view().quantized  # noqa: B018 (made and kept)
         assert set(index.check()) == {"b"}
     assert len(list((folder / "cache").iterdir())) == 1
     path.write_bytes(whole)
@@ -325,7 +325,7 @@ def test_no_note_removes_what_is_elsewhere(folder: Path, note: str) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
         add(index, "b", seed=1)
-        index.catalogue.keep("replaced", json.loads(note))
+        index._store.catalogue.keep("replaced", json.loads(note))
         with pytest.raises(StoreError, match=r"expected (names of segments|the plain name of a file)"):
             index.maintain()
     assert (folder.parent / "precious").exists()
@@ -350,7 +350,7 @@ def test_a_snapshot_stays_in_its_folder(folder: Path, tmp_path: Path) -> None:
     for use in (
         lambda index: index.snapshot(tmp_path / "copy"),
         lambda index: index.maintain(),
-        lambda index: index.view(),
+        lambda index: index._store.view(),
     ):
         with pytest.raises(StoreError), closing(stored_index(folder)) as index:
             use(index)

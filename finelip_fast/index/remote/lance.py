@@ -32,9 +32,10 @@ from finelip_fast._arguments import listed, matrices
 from finelip_fast._json import check_value, parse_json
 from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue, Item
+from finelip_fast.index.checks import as_json, check_ids
 from finelip_fast.index.index import Found
 from finelip_fast.index.segments import checksums
-from finelip_fast.index.store import IndexSpec, as_json, check_ids
+from finelip_fast.index.spec import IndexSpec
 from finelip_fast.kernels import clim_scores, clim_topk
 
 if TYPE_CHECKING:

@@ -140,7 +140,7 @@ def pull(
         index.delete(gone)
         counts["removed"] = len(gone)
         if not damaged:
-            index.catalogue.keep(_COPY, {**note, "version": version})
+            index._store.catalogue.keep(_COPY, {**note, "version": version})
     refuse_damaged(damaged, store.uri)
     return counts | {"version": version}
 
@@ -178,7 +178,7 @@ class _Local:
     """
 
     def __init__(self, index: Index, store: LanceStore) -> None:
-        self.index, self.view, self._store = index, index.view(), store
+        self.index, self.view, self._store = index, index._store.view(), store
         self.states = bytearray(max((row.first + row.rows for row in self.view.layout.segments), default=0))
 
     def compare(self, keys: Keys) -> list[int]:
@@ -187,8 +187,8 @@ class _Local:
         Raises:
             StoreError: Another process has changed the index, or an id came before.
         """
-        found = self.index.catalogue.find(keys.ids)
-        items = self.index.catalogue.at(found.values(), self.view.version)
+        found = self.index._store.catalogue.find(keys.ids)
+        items = self.index._store.catalogue.at(found.values(), self.view.version)
         if items is None:
             raise StoreError("another process compacts the index: try again")
         own = self._keys_of(items.values())
@@ -221,7 +221,7 @@ class _Local:
     def items(self) -> Iterator[Item]:
         """Those that the index had at first, in order."""
         for row in self.view.layout.segments:
-            yield from self.index.catalogue.items(self.view.version, within=row)
+            yield from self.index._store.catalogue.items(self.view.version, within=row)
 
     def send(self, items: Sequence[Item], put: Callable[..., None]) -> None:
         """Add or upsert items, after comparing what is read with its checksum.
@@ -247,11 +247,11 @@ class _Local:
 def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
     if index.spec != store.spec:
         raise InputError(f"expected an index of the store's {store.spec}, got {index.spec}")
-    if index.fixed is not None:
+    if index._store.fixed is not None:
         raise InputError(
             "expected the newest version of an index to push, got an older one; open its folder without version"
         )
-    copy = index.catalogue.note(_COPY)
+    copy = index._store.catalogue.note(_COPY)
     if not copy or not remove:
         return
     try:
@@ -271,12 +271,12 @@ def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
 
 def _mark_copy(index: Index, folder: str | PathLike[str], note: dict[str, Any]) -> None:
     """Note that a folder is a copy; one that holds what may be nowhere else is refused."""
-    if index.catalogue.note(_COPY) is None and len(index):
+    if index._store.catalogue.note(_COPY) is None and len(index):
         raise StoreError(
             f"expected a new folder or one that was pulled, got {os.fspath(folder)} with {len(index)} items that a pull would "
             "replace: push them first, and pull into another folder"
         )
-    index.catalogue.keep(_COPY, note)
+    index._store.catalogue.keep(_COPY, note)
 
 
 def _twice(item: str, uri: str) -> StoreError:

@@ -1,0 +1,105 @@
+"""What items must be: ids, embeddings and metadata, refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finelip_fast._arguments import strings
+from finelip_fast._json import MAX_DEPTH
+from finelip_fast.errors import InputError
+
+_LONGEST_ID, _LONGEST_METADATA = (1 << 16) - 1, 1 << 26  # bytes
+_LARGEST = 1 << 1024  # an integer that no float can hold
+_TOLERANCE = 0.05  # of a row's length: int8 rounds that far in few dimensions
+_ROWS_AT_ONCE = 4096
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: An id that is no string, is too long, or comes twice; names it.
+    """
+    new: set[str] = set()
+    for item in strings("ids", ids):
+        if len(item) > _LONGEST_ID // 4 and len(item.encode("utf-8", "surrogatepass")) > _LONGEST_ID:
+            raise InputError(
+                f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"
+            )
+        if item in new:
+            raise InputError(f"expected ids that differ, got {item!r:.80} again; give each item once")
+        new.add(item)
+
+
+def taken(there: Iterable[str]) -> InputError:
+    return InputError(
+        f"expected ids that are new, got {next(iter(there))!r:.80} again; give other ids, or replace them"
+    )
+
+
+def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
+    """
+    Raises:
+        InputError: A row that is not of length 1, as one with NaN is not; names the item.
+    """
+    if not embeddings.is_floating_point():
+        raise InputError(f"expected embeddings of a floating dtype, got {embeddings.dtype}")
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        lengths = torch.linalg.vector_norm(embeddings[start : start + _ROWS_AT_ONCE], dim=-1, dtype=torch.float32)
+        wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also of NaN
+        if wrong.any():
+            at, row = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"expected embeddings of unit rows, got row {row} of item {ids[start + at]!r:.80} with a length of "
+                f"{lengths[at, row]:.4g}; normalize it, and look for NaN where it was made"
+            )
+
+
+def as_json(metadata: Any, item: str | None = None) -> str:
+    """
+    Args:
+        metadata: Of one item.
+        item: Its id, for the message.
+
+    Raises:
+        InputError: Anything but a dictionary of JSON values; names the key.
+    """
+    whose = "" if item is None else f" of item {item!r:.80}"
+    if not isinstance(metadata, dict):
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{whose}")
+    if fault := _fault(metadata, "", MAX_DEPTH):
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{whose}")
+    text = json.dumps(metadata)
+    if len(text) > _LONGEST_METADATA:
+        raise InputError(
+            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{whose}: keep it in a file"
+        )
+    return text
+
+
+def _fault(value: Any, key: str, depth: int) -> str | None:
+    """What JSON cannot hold, or not without becoming something else."""
+    if value is None or isinstance(value, (bool, str)):  # also of half a surrogate pair, as paths that are no text have
+        return None
+    if isinstance(value, int):
+        return None if abs(value) < _LARGEST else f"an integer beyond the largest float{key}"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number {value}, which is not finite,{key}"
+    if not isinstance(value, (dict, list, tuple)):
+        return f"{value!r:.80}{key}"
+    if not depth:
+        return f"nesting deeper than {MAX_DEPTH}"
+    parts = value.items() if isinstance(value, dict) else ((str(at), part) for at, part in enumerate(value))
+    for name, part in parts:
+        if not isinstance(name, str):
+            return f"the key {name!r:.80}, which is no str{key}"
+        if fault := _fault(name, " as a key", depth - 1) or _fault(
+            part, key or f" under the key {name!r:.80}", depth - 1
+        ):
+            return fault
+    return None

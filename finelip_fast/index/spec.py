@@ -1,0 +1,96 @@
+"""What every embedding of an index has in common, and what a folder's catalogue says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from finelip_fast._arguments import one_of, share, whole_number
+from finelip_fast.errors import InputError, StoreError
+from finelip_fast.index.catalogue import read_spec
+from finelip_fast.index.segments import DTYPES
+
+# What lies in an index folder.
+CATALOGUE, SEGMENTS, CACHE, INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
+
+StoredDtype = Literal["float16", "int8"]
+
+_LARGEST_SIZE = 1 << 20  # of L and D
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """What every embedding of an index has in common.
+
+    Attributes:
+        checkpoint: Fingerprint of the checkpoint that made the embeddings.
+        tokens: ``L``.
+        width: ``D``.
+        alpha: Weight of the global cosine that the checkpoint was trained for.
+        dtype: How embeddings are kept: ``"float16"``, or ``"int8"`` with a scale a row, half the size.
+    """
+
+    checkpoint: str
+    tokens: int
+    width: int
+    alpha: float = 0.8
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, str):
+            raise InputError(f"expected checkpoint as a fingerprint, got {self.checkpoint!r:.80}")
+        for name in ("tokens", "width"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), most=_LARGEST_SIZE))
+        object.__setattr__(self, "alpha", share("alpha", self.alpha))
+        one_of("dtype", self.dtype, DTYPES)
+
+
+def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:
+    """What an index folder holds, and the checkpoint that it was written with; None where there is no index.
+
+    Raises:
+        StoreError: The folder's catalogue cannot be read, or says what no index can be.
+    """
+    stored = read_spec(Path(folder) / CATALOGUE)
+    return None if stored is None else _checked_spec(stored, folder)
+
+
+def _checked_spec(stored: dict[str, Any], folder: str | PathLike[str]) -> tuple[IndexSpec, str]:
+    values = {field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored}
+    sizes, alpha, source = (values.get("tokens"), values.get("width")), values.get("alpha", 0.8), stored.get("source")
+    if not (
+        isinstance(values.get("checkpoint"), str)
+        and isinstance(source, str)
+        and all(type(size) is int and 0 < size <= _LARGEST_SIZE for size in sizes)
+        and type(alpha) in (int, float)
+        and 0 <= alpha <= 1
+        and values.get("dtype", DTYPES[0]) in DTYPES
+    ):
+        raise StoreError(
+            f"{Path(folder) / CATALOGUE}: expected the spec of an index, got {values!r:.200} of {source!r:.80}: restore it "
+            "from a snapshot"
+        )
+    return IndexSpec(**values), source
+
+
+def stored_source(folder: str | PathLike[str]) -> str | None:
+    """The checkpoint that an index folder was written with, as it was named then: empty for the bundled one, None where there
+    is no index.
+
+    Raises:
+        StoreError: The folder's catalogue cannot be read.
+    """
+    stored = stored_spec(folder)
+    return None if stored is None else stored[1]
+
+
+def stored_dtype(folder: str | PathLike[str]) -> str | None:
+    """How an index folder keeps its embeddings; None where there is no index, or it is of a time when all were float16.
+
+    Raises:
+        StoreError: The folder's catalogue cannot be read.
+    """
+    stored = read_spec(Path(folder) / CATALOGUE)
+    return None if stored is None or "dtype" not in stored else _checked_spec(stored, folder)[0].dtype
