@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finelip_fast import checkpoint
-from finelip_fast._study_command import NAMES
 from finelip_fast.cli import main
+from finelip_fast.cli.study import NAMES
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import EngineError
 from finelip_fast.model import FineLIP

@@ -17,7 +17,7 @@ import torch
 from finelip_fast._command_line import run_command
 from finelip_fast.errors import InputError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 WORK = """
 import sys
 from tqdm import tqdm

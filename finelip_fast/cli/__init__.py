@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finelip_fast._command_line import run_command
-from finelip_fast._eval_commands import EVAL_COMMANDS
-from finelip_fast._eval_commands import add_commands as add_eval
-from finelip_fast._explain_command import add_command as add_explain
-from finelip_fast._index_commands import INDEX_COMMANDS, add_commands
-from finelip_fast._study_command import add_command as add_study
 from finelip_fast._terminal import paragraph, printable, printable_lines
+from finelip_fast.cli.evaluate import EVAL_COMMANDS
+from finelip_fast.cli.evaluate import add_commands as add_eval
+from finelip_fast.cli.explain import add_command as add_explain
+from finelip_fast.cli.index import INDEX_COMMANDS, add_commands
+from finelip_fast.cli.study import add_command as add_study
 from finelip_fast.errors import InputError, KernelError, StoreError
 
 _DEFAULT_INDEX = "finelip-index"
@@ -278,7 +278,3 @@ def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
         else:
             lines.append(f"{indent}{printable(name)}: {printable(value)}")
     return lines
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
