@@ -1,12 +1,16 @@
-"""What was recorded, as tables and a picture.
+"""What was recorded, as tables and pictures.
 
 ``python bench/report.py`` writes, for each folder ``bench/results/MACHINE/``, a ``README.md`` with a table for each group of
-contenders, and ``roofline.png``; and the project's README between its marks::
+contenders, and ``roofline.png``; the plots of the studies; and the README and the pages of ``docs/`` between their marks::
 
     <!-- bench MACHINE/FILE.json: GROUP -->
     <!-- /bench -->
 
-A table is of one group of one file, so of one run: what it compares was timed in turns.
+    <!-- recall MACHINE/FILE.json -->
+    <!-- /recall -->
+
+A table of contenders is of one group of one file, so of one run: what it compares was timed in turns. A table of recall is of
+a file with ``rows``, one for each context and score.
 """
 
 from __future__ import annotations
@@ -18,12 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finelip_fast.records import redraw
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 Run = dict[str, Any]  # a file that pytest-benchmark wrote
 Row = dict[str, Any]  # a contender of it: what ``contest.py`` recorded
 
+_DIRECTIONS = (("i2t", "image→text"), ("t2i", "text→image"))
+
+_RECALL_MARK = re.compile(r"(<!-- recall (?P<file>[^\s:]+) -->\n).*?(<!-- /recall -->)", re.DOTALL)
 _MARK = re.compile(r"(<!-- bench (?P<file>[^\s:]+): (?P<group>.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -76,6 +85,17 @@ def table(rows: list[Row]) -> str:
     return "".join(f"|{line}|\n" for line in lines)
 
 
+def recall_table(rows: list[Row]) -> str:
+    """Recall in % by context and score, both directions, as Markdown."""
+    names = {f"{way}_recall@{k}": f"{title} R@{k}" for way, title in _DIRECTIONS for k in (1, 5, 10)}
+    lines = [
+        ["tokens read", "score", *names.values()],
+        ["---"] * (2 + len(names)),
+        *([str(row["context"]), row["score"], *(f"{100 * row[name]:.1f}" for name in names)] for row in rows),
+    ]
+    return "".join(f"|{'|'.join(line)}|\n" for line in lines)
+
+
 def source(run: Run) -> str:
     """Where a run was made: hardware, versions, commit."""
     machine, commit = run["machine_info"], run["commit_info"]
@@ -99,18 +119,30 @@ def page(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def filled(readme: str, results: Path = RESULTS) -> str:
+def marked() -> list[Path]:
+    """The pages that may have marks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
     """A text with the tables that its marks name.
 
     Raises:
         KeyError: A mark that names no group of its file.
     """
 
-    def fill(mark: re.Match[str]) -> str:
-        run = json.loads((results / mark["file"]).read_text(encoding="utf-8"))
-        return f"{mark[1]}{table(groups(run)[mark['group']])}\n{source(run)}\n{mark[4]}"
+    def read(mark: re.Match[str]) -> Run:
+        run: Run = json.loads((results / mark["file"]).read_text(encoding="utf-8"))
+        return run
 
-    return _MARK.sub(fill, readme)
+    def fill(mark: re.Match[str]) -> str:
+        run = read(mark)
+        return f"{mark[1]}\n{table(groups(run)[mark['group']])}\n{source(run)}\n\n{mark[4]}"
+
+    def fill_recall(mark: re.Match[str]) -> str:
+        return f"{mark[1]}\n{recall_table(read(mark)['rows'])}\n{mark[3]}"
+
+    return _RECALL_MARK.sub(fill_recall, _MARK.sub(fill, text))
 
 
 def _time(seconds: float) -> str:
@@ -141,13 +173,16 @@ def roofline(folder: Path) -> None:
     figure, panels = pyplot.subplots(1, len(counted), figsize=(6.4 * len(counted), 5), squeeze=False)
     for axes, (name, run, points) in zip(panels[0], counted, strict=True):
         _draw(axes, run, points)
-        axes.set_title(f"{name}; stars: finelip_fast, dots: the others", fontsize="medium")
+        axes.set_title(name, fontsize="medium")
+    figure.suptitle(f"Speed beside what the machine can do, {folder.name} (stars: finelip_fast, dots: the others)")
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
 
 def _draw(axes: Any, run: Run, points: list[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     peaks = run["machine_info"]["peaks"]
     intensities = [row["flops"] / row["bytes"] for row in points]
     low, high = min(intensities) / 2, max(intensities) * 2
@@ -157,7 +192,7 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
             continue
         colour, ridge = f"C{number}", peak / peaks["bytes/s"]
         roof = [(x, min(peak, x * peaks["bytes/s"])) for x in sorted({low, min(max(low, ridge), high), high})]
-        axes.plot(*zip(*roof, strict=True), color=colour, label=dtype)
+        axes.plot(*_billions(roof), color=colour, label=dtype)
         for ours, marker in ((True, "*"), (False, ".")):
             some = [
                 (row["flops"] / row["bytes"], row["flops"] / row["p50"])
@@ -165,9 +200,19 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
                 if row["work_dtype"] == dtype and row["contender"].startswith("finelip_fast") == ours
             ]
             if some:
-                axes.plot(*zip(*some, strict=True), marker, color=colour, markersize=12 if ours else 6, alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
-    axes.legend(title="roofs as measured")
+                axes.plot(*_billions(some), marker, color=colour, markersize=12 if ours else 6, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="billions of operations a second")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.legend(title="roofs as measured", fontsize="small", framealpha=0.5)
+
+
+def _billions(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Operations a byte, and billions of operations a second."""
+    return [x for x, _ in points], [y / 1e9 for _, y in points]
 
 
 def main() -> None:
@@ -176,8 +221,12 @@ def main() -> None:
     for folder in machines():
         (folder / "README.md").write_text(page(folder), encoding="utf-8")
         roofline(folder)
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for data in sorted((RESULTS / "studies").rglob("*.json")):
+        redraw(data)
+    for path in marked():
+        text = path.read_text(encoding="utf-8")
+        if filled(text) != text:
+            path.write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

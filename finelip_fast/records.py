@@ -71,7 +71,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Series over one axis; names on ``x`` become categories."""
+    """Series over one axis, which are drawn from zero; names on ``x`` become categories, numbers in texts numbers."""
 
     name: str
     x: str
@@ -85,7 +85,7 @@ class Record:
     """The result of a study.
 
     Attributes:
-        name: Of its files.
+        name: Stem of the saved files.
         title: Its question.
         tables, plots: What was measured.
         settings: What it was measured with; plain values.
@@ -127,7 +127,7 @@ class Record:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(folder, error) from error
-        pictures = [_draw(plot, folder / f"{self.name}-{plot.name}.png") for plot in self.plots]
+        pictures = _draw_all(self.plots, self.title, folder / self.name)
         source = {"command": _named(command), **commit(), "machine": _machine(), "versions": installed(*_PACKAGES)}
         source["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         data, page = folder / f"{self.name}.json", folder / f"{self.name}.md"
@@ -168,15 +168,42 @@ def _told(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _draw(plot: Plot, path: Path) -> Path:
+def redraw(data: str | Path) -> list[Path]:
+    """Draw the pictures of a saved record again, beside it.
+
+    Args:
+        data: The ``NAME.json`` that :meth:`Record.save` wrote.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        InputError: There are plots, and no matplotlib.
+        WriteError: A picture that cannot be written.
+    """
+    data = Path(data)
+    stored = json.loads(data.read_text(encoding="utf-8"))
+    plots = [
+        Plot(**values | {"series": tuple(Series(**series) for series in values["series"])})
+        for values in stored["plots"]
+    ]
+    return _draw_all(plots, stored["title"], data.with_suffix(""))
+
+
+def _draw_all(plots: Iterable[Plot], title: str, stem: Path) -> list[Path]:
+    return [_draw(plot, title, stem.with_name(f"{stem.name}-{plot.name}.png")) for plot in plots]
+
+
+def _draw(plot: Plot, title: str, path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'finelip-fast[plots]'") from None
-    named = any(isinstance(value, str) for series in plot.series for value in series.x)
+    points = [_numbers(series.x) for series in plot.series]
+    named = None in points
     figure = Figure(figsize=(7, 0.5 * len(plot.series[0].x) + 1.5 if named else 4.5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
-    for number, series in enumerate(plot.series):
+    for number, (series, x) in enumerate(zip(plot.series, points, strict=True)):
         error = None
         if series.low is not None and series.high is not None:
             error = [
@@ -184,22 +211,34 @@ def _draw(plot: Plot, path: Path) -> Path:
                 [high - y for y, high in zip(series.y, series.high, strict=True)],
             ]
         style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "label": series.label, "capsize": 3}
-        if named:  # names are read from left to right, so they stand on the upright axis
-            axes.errorbar(series.y, series.x, xerr=error, linestyle="none", **style)
+        if named or x is None:  # names are read from left to right, so they stand on the upright axis
+            axes.errorbar(series.y, list(map(str, series.x)), xerr=error, linestyle="none", **style)
         else:
-            axes.errorbar(series.x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
+            axes.errorbar(x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
     across, up = (plot.y, plot.x) if named else (plot.x, plot.y)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.update_datalim([(0, 0)], updatex=named or not plot.log_x, updatey=not named)  # so that zero is in sight
+    axes.autoscale_view()
     if named:
         axes.invert_yaxis()
-    if plot.log_x:
-        axes.set_xscale("log", base=2)
+    else:
+        values = sorted({0.0, *(value for x in points for value in x or ())})
+        if plot.log_x:  # a logarithm alone would leave out a zero
+            axes.set_xscale("symlog", base=2, linthresh=min((value for value in values if value > 0), default=1))
+        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.grid(alpha=0.3)
     if any(series.label for series in plot.series):
         axes.legend()
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
+
+
+def _numbers(values: list[Any]) -> list[float] | None:
+    """Values of an axis as numbers; None where one is a name."""
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return None
 
 
 def commit() -> dict[str, Any]:

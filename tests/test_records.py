@@ -6,9 +6,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finelip_fast import records
 from finelip_fast.records import Plot, Record, Series, Table
 
 RECORD = Record(
@@ -68,3 +70,52 @@ def test_plots_without_matplotlib_say_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'finelip-fast\[plots\]'"):
         RECORD.save(tmp_path, command="")
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plot: Plot) -> Any:
+    """The axes of a plot as they were when it was saved."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **named: (figures.append(self), save(self, *given, **named))
+    )
+    dataclasses.replace(RECORD, plots=(plot,)).save(tmp_path, command="")
+    return figures[0].axes[0]
+
+
+@pytest.mark.parametrize("log_x", [False, True], ids=["linear", "logarithmic"])
+def test_a_plot_has_a_title_numbers_and_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_x: bool) -> None:
+    """Tokens come as texts where another study has a name among them; zero of both axes is in sight."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    axes = drawn(
+        monkeypatch,
+        tmp_path,
+        Plot("x", "tokens", "recall (%)", (Series("a", ["0", "2", "64"], [90.0, 95, 97]),), log_x),
+    )
+    assert axes.get_title() == "A title"
+    assert axes.lines[0].get_xdata().tolist() == [0, 2, 64]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "2", "64"]
+    assert axes.get_xlim()[0] <= 0 <= axes.get_ylim()[1]
+    assert axes.get_ylim()[0] <= 0
+    positions = axes.transData.transform([(0, 0), (2, 0), (64, 0)])[:, 0]
+    assert 0 < positions[0] < positions[1] < positions[2]
+
+
+def test_names_stand_on_the_upright_axis_beside_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    axes = drawn(
+        monkeypatch, tmp_path, Plot("x", "tokens", "recall (%)", (Series("a", ["64", "windows"], [90.0, 95]),))
+    )
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["64", "windows"]
+    assert axes.get_xlim()[0] <= 0
+
+
+def test_a_saved_record_is_drawn_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    data, _, *pictures = RECORD.save(tmp_path, command="")
+    for path in pictures:
+        path.unlink()
+    assert records.redraw(data) == pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)

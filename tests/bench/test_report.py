@@ -97,8 +97,26 @@ def test_marks_are_filled_and_filled_again(machine):
         report.filled(text.replace("1 x 9 scores", "no such group"), machine.parent)
 
 
+def test_a_table_of_recall_has_both_directions(machine):
+    rows = [
+        {"context": 77, "score": "fine"} | {f"{way}_recall@{k}": k / 100 for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    ]
+    (machine / "recall.json").write_text(json.dumps({"rows": rows}))
+    filled = report.filled("<!-- recall machine/recall.json -->\nold\n<!-- /recall -->\n", machine.parent)
+    assert "|tokens read|score|image→text R@1|" in filled
+    assert "|77|fine|1.0|5.0|10.0|1.0|5.0|10.0|" in filled
+    assert "old" not in filled
+
+
 def test_the_pages_of_this_repository_are_current():
-    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(readme) == readme
+    for path in report.marked():
+        text = path.read_text(encoding="utf-8")
+        assert report.filled(text) == text, f"{path}: run python bench/report.py"
     for folder in report.machines():
         assert report.page(folder) == (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_plot_of_a_study_has_its_picture():
+    for path in (report.RESULTS / "studies").rglob("*.json"):
+        for plot in json.loads(path.read_text(encoding="utf-8"))["plots"]:
+            assert path.with_name(f"{path.stem}-{plot['name']}.png").is_file()
