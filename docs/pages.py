@@ -1,0 +1,111 @@
+"""Pages of the site that are made when it is built: the front page, the command line, and what was recorded.
+
+A hook of MkDocs (``mkdocs.yml``). Nothing here is kept twice: the front page is the README, records are the files of
+``bench/results``, and links between pages are written as they are true in the repository, so they lead somewhere there too.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from house import MAPPED, REPOSITORY
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+RESULTS = REPOSITORY / "bench" / "results"
+
+# Files of the repository, by the pages that they become.
+PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+COPIED = {"results": RESULTS, "examples": REPOSITORY / "examples"}
+
+_INSTALLED = tempfile.TemporaryDirectory(prefix="finelip-docs-")
+
+COMMAND_LINE = "reference/command-line.md"
+_CLICK_PAGE = """# The command line
+
+::: mkdocs-click
+    :module: finelip_fast.cli
+    :command: cli
+    :prog_name: finelip
+    :style: table
+    :depth: 1
+"""
+
+_ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>~?(.*?)</code>")
+
+
+def has_click() -> bool:
+    """Whether the command line is a Click command, which mkdocs-click describes; otherwise each ``--help`` is printed."""
+    from finelip_fast import cli
+
+    return hasattr(cli, "cli")
+
+
+def command_line() -> str:
+    """The page of all commands, as Markdown."""
+    if has_click():
+        return _CLICK_PAGE
+    names = re.findall(r"^    ((?:index |eval )?[a-z]+)(?=\s)", _help(), re.MULTILINE)
+    return "# The command line\n\n" + "\n".join(
+        f"## finelip {name}\n\n```text\n{_help(*name.split())}```\n" for name in names if name != "export"
+    )
+
+
+def _help(*command: str) -> str:
+    arguments = [sys.executable, "-m", "finelip_fast.cli", *command, "--help"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+
+
+@event_priority(100)  # before mkdocstrings reads its paths
+def on_config(config: Any) -> None:
+    """Show mkdocstrings the package as it is installed, with the folders that are mapped into it."""
+    installed = Path(_INSTALLED.name) / "finelip_fast"
+    if not installed.exists():  # where a server builds again, it is there
+        installed.mkdir()
+        for path in [*(REPOSITORY / "finelip_fast").iterdir(), *(REPOSITORY / name for name in MAPPED)]:
+            (installed / path.name).symlink_to(path)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_INSTALLED.name]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made."""
+    for file in _made(config):
+        files.append(file)
+    return files
+
+
+def _made(config: Any) -> Iterator[File]:
+    yield File.generated(config, COMMAND_LINE, content=command_line())
+    for page, source in PAGES.items():
+        yield File.generated(config, page, content=_from_root((REPOSITORY / source).read_text(encoding="utf-8")))
+    for name, folder in COPIED.items():
+        for path in sorted(folder.rglob("*.*")):
+            if path.suffix != ".pyc":
+                uri = f"{name}/{path.relative_to(folder).as_posix()}"
+                yield File.generated(config, uri, abs_src_path=str(path))
+
+
+def _from_root(text: str) -> str:
+    """A page of the repository's root with links that are true in the site."""
+    text = re.sub(r"\]\((?=bench/results/|examples/|CHANGELOG|CONTRIBUTING)", "](../", text)
+    return re.sub(r"(\]\(|src=\")docs/", r"\1", text)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that leave ``docs/`` for what the site holds lead there."""
+    up = r"\]\(((?:\.\./)*)\.\./"
+    markdown = re.sub(up + "bench/results/", r"](\1results/", markdown)
+    markdown = re.sub(up + "examples/", r"](\1examples/", markdown)
+    markdown = re.sub(up + "README.md", r"](\1index.md", markdown)
+    return re.sub(up + "(CHANGELOG|CONTRIBUTING).md", lambda link: f"]({link[1]}{link[2].lower()}.md", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Names in docstrings, which are written for Sphinx, are names."""
+    return _ROLE.sub(r"<code>\1</code>", html)
