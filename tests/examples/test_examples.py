@@ -1,0 +1,67 @@
+"""The scripts under ``examples/`` do what their first lines promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finelip_fast.datasets import Scenes
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CAPTIONS = {scene.id: scene.caption for scene in Scenes("test", 8, image_size=256)}
+
+
+def run(name: str, *arguments: str | Path, cwd: Path, given: str = "") -> str:
+    """What a script prints; it runs as a user runs it, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments],
+        cwd=cwd,
+        input=given,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= tests
+
+
+def test_search_folder(scenes: Path, tmp_path: Path) -> None:
+    name = "test-000003"
+    found = run("search_folder", scenes, CAPTIONS[name], "-k", "2", cwd=tmp_path).splitlines()
+    assert len(found) == 2
+    assert f"{name}.png" in found[0]
+    again = run("search_folder", scenes, CAPTIONS[name], "-k", "2", cwd=tmp_path).splitlines()
+    assert again == found
+
+
+def test_compare_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    printed = run("compare_checkpoints", checkpoint, checkpoint, "--data", "scenes:test:8", cwd=tmp_path)
+    assert "baseline" in printed
+    assert "candidate" in printed
+
+
+@pytest.mark.slow
+def test_serve_engine(scenes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    import finelip_fast
+
+    index = tmp_path / "index"
+    finelip_fast.Retriever(checkpoint, engine="torch", index=index).add_images(scenes, progress=False)
+    names = ["test-000002", "test-000005"]
+    given = "\n\n".join(CAPTIONS[name] for name in names)
+    answers = [
+        json.loads(line) for line in run("serve_engine", checkpoint, index, cwd=tmp_path, given=given).splitlines()
+    ]
+    assert [answer["query"] for answer in answers] == [CAPTIONS[name] for name in names]
+    assert [Path(answer["hits"][0]["id"]).stem for answer in answers] == names
