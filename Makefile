@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
 
 .PHONY: demo test lint docs bench record clean
 
-demo: $(READY)
+demo: $(INSTALLED)
 	$(BIN)/finelip demo
 
 test: $(READY)
@@ -36,11 +37,15 @@ record: $(READY)
 	done
 	$(BIN)/python bench/report.py
 
-# Installed again when the requirements change; the package itself is installed in place.
-$(READY): pyproject.toml
+# Installed again when the requirements change; the package itself is installed in place. The demo needs no more than users do.
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $(INSTALLED)
+
+$(READY): $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
