@@ -23,6 +23,7 @@ from typing import Any
 
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
+from finelip_fast.index.forks import between_forks, inherited, survive_forks
 
 # How long a statement may take, and how long another writer is waited for: one that compacts takes its time.
 _SECONDS, _PATIENCE = 60.0, 30.0
@@ -124,7 +125,7 @@ class Database:
     def after_fork(self) -> None:
         self._new_locks()
         if self._owned and self.path is not None:
-            _inherited.append(self._owned)  # closing them here would let go of what the parent holds
+            inherited.append(self._owned)  # closing them here would let go of what the parent holds
             self._owned, self._writer, self._idle = set(), None, []
         weakref.finalize(self, _close, self._owned, os.getpid())
 
@@ -151,13 +152,13 @@ class Database:
             yield current
             return
         if self.path is None:
-            with _gate, self._writing:
+            with between_forks(), self._writing:
                 writer = self._writer
                 assert writer is not None
                 with self._errors(f"the index at {self.folder} cannot be read"):
                     yield writer
             return
-        with _gate, self._readers, self._errors(f"the index at {self.folder} cannot be read"):
+        with between_forks(), self._readers, self._errors(f"the index at {self.folder} cannot be read"):
             connection = self._take()
             try:
                 connection.run("BEGIN")
@@ -183,7 +184,7 @@ class Database:
         if before is not None and before is self._writer:
             yield before
             return
-        with _gate, self._writing, self._errors(f"the index at {self.folder} cannot be written"):
+        with between_forks(), self._writing, self._errors(f"the index at {self.folder} cannot be written"):
             if self.path is not None:
                 self.check_place()
                 self._writer = self._writer or self._open_writer()
@@ -264,7 +265,7 @@ class Database:
         """Make the file where there is none."""
         assert self.path is not None
         _check_files(self.path)
-        with _gate, self._errors(f"the index at {self.folder} cannot be written"):
+        with between_forks(), self._errors(f"the index at {self.folder} cannot be written"):
             self._writer = self._connect(f"{self.path.absolute().as_uri()}?mode=rwc")
             self._configure(self._writer)
         self._identity = _identity(self.path)
@@ -457,87 +458,3 @@ def _close(connections: set[Connection], process: int) -> None:
         while connections:
             with suppress(KeyError, sqlite3.Error):
                 connections.pop().close()
-
-
-# Forks ------------------------------------------------------------------------------------------------------------------
-
-
-class _Gate:
-    """No process is forked while another thread uses SQLite: in the child its locks would be held for ever.
-
-    Transactions and searches are inside, and are so before they take any lock. Where one does not end in time the process is
-    forked all the same, and the child is told.
-    """
-
-    _PATIENCE = 10.0
-
-    def __init__(self, is_broken: bool = False) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._inside = 0
-        self._depth = threading.local()
-        self._is_closed, self._is_broken = False, is_broken
-
-    def __enter__(self) -> None:
-        if self._is_broken:
-            raise StoreError(
-                "an index was in use in another thread when this process was forked, and cannot be used here: start processes "
-                "by spawn or forkserver, or fork before"
-            )
-        depth = getattr(self._depth, "value", 0)
-        if not depth:
-            with self._changed:
-                while self._is_closed:
-                    self._changed.wait()
-                self._inside += 1
-        self._depth.value = depth + 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth.value -= 1
-        if not self._depth.value:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    def before_fork(self) -> None:
-        self._changed.acquire()
-        self._is_closed = True
-        if self._changed.wait_for(lambda: not self._inside, 0 if getattr(self._depth, "value", 0) else self._PATIENCE):
-            for user in list(_survivors):
-                user.before_fork()
-
-    def after_fork(self) -> None:
-        self._is_closed = False
-        self._changed.notify_all()
-        self._changed.release()
-
-    def in_child(self) -> _Gate:
-        """That of a forked process."""
-        return _Gate(is_broken=bool(self._inside))
-
-
-_gate = _Gate()
-_survivors: weakref.WeakSet[Any] = weakref.WeakSet()
-_inherited: list[object] = []
-
-
-def between_forks() -> _Gate:
-    """A context in which no other thread forks this process."""
-    return _gate
-
-
-def survive_forks(user: Any) -> None:
-    """Call ``before_fork`` and, in the child, ``after_fork`` of what is given, for a process that is forked."""
-    _survivors.add(user)
-
-
-def _in_child() -> None:
-    global _gate
-    _gate = _gate.in_child()
-    for user in list(_survivors):
-        user.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _gate.before_fork(), after_in_parent=lambda: _gate.after_fork(), after_in_child=_in_child
-    )
