@@ -14,26 +14,35 @@ Lance runs threads, which a fork does not copy: processes that use a store start
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finelip_fast._arguments import listed, matrices
-from finelip_fast._json import check_value, parse_json
-from finelip_fast.errors import FineLIPError, InputError, StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.checks import as_json, check_ids
 from finelip_fast.index.index import Found
+from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
+from finelip_fast.index.remote.tables import (
+    SPEC,
+    errors_of_lance,
+    find_dataset,
+    lance_module,
+    reading,
+    reason_of,
+    schema_of,
+    spec_of,
+)
 from finelip_fast.index.segments import checksums
 from finelip_fast.index.spec import IndexSpec
 from finelip_fast.kernels import clim_scores, clim_topk
@@ -43,60 +52,12 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _FORMAT_OF_OLD = 1  # its checksums leave out the ids
-_SPEC = b"finelip_fast"  # in the metadata of the schema
 _COLUMNS = ["id", "metadata", "crc", "metadata_crc", "tokens"]
 # One change of a store or a folder has at most so much: that fits in memory, and a run that is killed goes on behind it.
 _CHANGE = 1 << 28  # bytes of embeddings
 _ROWS = 8192  # of a change, and of keys at a time
 _SCAN = 1 << 26  # bytes of embeddings that a search or an iteration has at a time
 _CACHED = 1 << 28  # bytes that Lance may keep of what it knows of its files
-
-
-class _NotFound(Exception):
-    """There is no table."""
-
-
-class Keys(NamedTuple):
-    """What tells items apart, of some consecutive rows."""
-
-    ids: list[str]
-    crcs: list[int]
-    metadata_crcs: list[int]
-
-    def only(self, rows: Sequence[int]) -> Keys:
-        return Keys(
-            [self.ids[row] for row in rows], [self.crcs[row] for row in rows], [self.metadata_crcs[row] for row in rows]
-        )
-
-
-class Batch(NamedTuple):
-    """Some rows; ``texts`` are their metadata as JSON, ``tokens`` float16 ``[n, L, D]``."""
-
-    ids: list[str]
-    texts: list[str]
-    crcs: list[int]
-    metadata_crcs: list[int]
-    tokens: Tensor
-
-    def metadata(self, uri: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Of some rows, None: of all.
-
-        Raises:
-            StoreError: Those of one are no object of JSON, or too deep; names it.
-        """
-        metadata = []
-        for row in range(len(self.ids)) if rows is None else rows:
-            try:
-                value = json.loads(self.texts[row])
-                check_value(value, surrogates=True)  # of paths that are no text, in stores of old
-                if not isinstance(value, dict):
-                    raise ValueError("no object")
-            except (ValueError, RecursionError) as error:
-                raise StoreError(
-                    f"item {self.ids[row]!r:.80} of the store at {uri}: expected metadata as an object of JSON: {error!s:.200}"
-                ) from None
-            metadata.append(value)
-        return metadata
 
 
 class LanceStore:
@@ -136,20 +97,20 @@ class LanceStore:
             )
         self.spec, self.source, self.uri = spec, source, os.fspath(uri)
         self._fixed, self._options = version, dict(storage_options or {})
-        self._session = _lance().Session(metadata_cache_size_bytes=_CACHED)
+        self._session = lance_module().Session(metadata_cache_size_bytes=_CACHED)
         dataset = self._find(version)
         if dataset is None and version is not None:
             raise StoreError(f"there is no version {version} of a store at {self.uri}")
         if dataset is None:
             self._make()
             dataset = self.dataset()
-        schema = _schema_of(dataset, self.uri)
-        self._compare(_stored(schema, self.uri))
+        schema = schema_of(dataset, self.uri)
+        self._compare(spec_of(schema, self.uri))
         if not schema.equals(self._schema, check_metadata=False):
             raise StoreError(f"expected a store at {self.uri} with the columns {self._schema}, got {schema}")
 
     def _find(self, version: int | None) -> Any:
-        return _find_dataset(self.uri, version, storage_options=self._options, session=self._session)
+        return find_dataset(self.uri, version, storage_options=self._options, session=self._session)
 
     def dataset(self) -> Any:
         """A handle of its own, which stays at its version."""
@@ -160,12 +121,12 @@ class LanceStore:
 
     def _make(self) -> None:
         said = json.dumps({"format": _FORMAT, "source": self.source, **asdict(self.spec)})
-        empty = self._schema.with_metadata({_SPEC: said}).empty_table()
+        empty = self._schema.with_metadata({SPEC: said}).empty_table()
         try:
-            _lance().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
+            lance_module().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
         except (OSError, ValueError, RuntimeError) as error:
             if "already exists" not in str(error):  # another process was faster
-                raise StoreError(f"cannot make a store at {self.uri}: {_reason(error)}") from None
+                raise StoreError(f"cannot make a store at {self.uri}: {reason_of(error)}") from None
 
     def _compare(self, stored: dict[str, Any]) -> None:
         self._format = _FORMAT_OF_OLD if stored.get("format") == _FORMAT_OF_OLD else _FORMAT
@@ -207,7 +168,7 @@ class LanceStore:
 
     def __len__(self) -> int:
         dataset = self.dataset()
-        with _reading(self.uri):
+        with reading(self.uri):
             return int(dataset.count_rows())
 
     def __contains__(self, item: object) -> bool:
@@ -216,7 +177,7 @@ class LanceStore:
     def _those_of(self, ids: Sequence[str], dataset: Any) -> set[str]:
         """Those ids that are there."""
         found: set[str] = set()
-        with _reading(self.uri):
+        with reading(self.uri):
             for start in range(0, len(ids), _ROWS):
                 texts = ", ".join("'" + one.replace("'", "''") + "'" for one in ids[start : start + _ROWS])
                 found |= set(dataset.to_table(columns=["id"], filter=f"id IN ({texts})")["id"].to_pylist())
@@ -235,7 +196,7 @@ class LanceStore:
             yield batch.ids, batch.tokens, batch.metadata(self.uri), batch.crcs
 
     def _scan(self, dataset: Any, columns: Sequence[str]) -> Iterator[Batch]:
-        with _reading(self.uri):
+        with reading(self.uri):
             # By default Lance reads up to two gigabytes ahead.
             batches = dataset.to_batches(
                 columns=list(columns),
@@ -260,7 +221,7 @@ class LanceStore:
     def keys(self, dataset: Any) -> Iterator[Keys]:
         """Of all rows in order, which is how :meth:`take` counts them."""
         columns = ["id", "crc", "metadata_crc"]
-        with _reading(self.uri):
+        with reading(self.uri):
             for batch in dataset.to_batches(columns=columns, batch_size=_ROWS, scan_in_order=True):
                 yield Keys(*(batch[name].to_pylist() for name in columns))
 
@@ -281,7 +242,7 @@ class LanceStore:
 
     def take(self, dataset: Any, numbers: Sequence[int]) -> Batch:
         """Rows by number."""
-        with _reading(self.uri):
+        with reading(self.uri):
             table = dataset.take(list(numbers), columns=_COLUMNS)
         (batch,) = table.combine_chunks().to_batches()
         return self._batch(batch)
@@ -309,7 +270,7 @@ class LanceStore:
         self._refuse_known(ids, before)
         with self._writing():
             # Not by merge_insert, which would see to it that ids are new but shuffles the rows.
-            after = _lance().write_dataset(table, before, mode="append", storage_options=self._options)
+            after = lance_module().write_dataset(table, before, mode="append", storage_options=self._options)
         if after.version > version + 1:
             self._take_back(ids, after)
 
@@ -330,7 +291,7 @@ class LanceStore:
             return
         known = {one.fragment_id for one in last.get_fragments()}
         own = [one.fragment_id for one in dataset.get_fragments() if one.fragment_id not in known]
-        lance = _lance()
+        lance = lance_module()
         with self._writing():
             lance.LanceDataset.commit(
                 dataset,
@@ -395,7 +356,7 @@ class LanceStore:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         self._refuse_if_fixed()
-        with _errors_of_lance(f"the store at {self.uri} cannot be written"):
+        with errors_of_lance(f"the store at {self.uri} cannot be written"):
             yield
 
     def _refuse_if_fixed(self) -> None:
@@ -460,21 +421,12 @@ def open_store(
         StoreError: There is none, it cannot be read, or pylance is not installed.
     """
     uri = os.fspath(uri)
-    dataset = _find_dataset(uri, None, storage_options=dict(storage_options or {}))
+    dataset = find_dataset(uri, None, storage_options=dict(storage_options or {}))
     if dataset is None:
         raise StoreError(f"there is no store at {uri}: make one with finelip index push {uri} --index FOLDER")
-    stored = _stored(_schema_of(dataset, uri), uri)
+    stored = spec_of(schema_of(dataset, uri), uri)
     spec = IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec) if one.name in stored})
     return LanceStore(spec, uri, source=stored["source"], storage_options=storage_options, version=version)
-
-
-def refuse_damaged(ids: Sequence[str], uri: str) -> None:
-    if ids:
-        named = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        raise StoreError(
-            f"{len(ids)} rows of the store at {uri} are not what was written: {named}; take them out with LanceStore.delete, "
-            "and push them again from an index that has them"
-        )
 
 
 def _matching(batch: Batch, where: str) -> list[int]:
@@ -494,81 +446,3 @@ def _check_texts(ids: Sequence[str]) -> None:
             raise InputError(
                 f"expected ids that UTF-8 can hold, got {item!r}: a store cannot; rename the file, or give another id"
             ) from None
-
-
-# Lance -------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _lance() -> Any:
-    os.environ.setdefault("LANCE_LOG", "error")  # otherwise it prints warnings that no user can act on
-    try:
-        import lance
-    except ImportError as error:
-        raise StoreError(f"pylance is not installed ({error}): pip install 'finelip-fast[lance]'") from None
-    return lance
-
-
-def _find_dataset(uri: str, version: int | None, **options: Any) -> Any:
-    """The table at a place; None: there is none, or not that version."""
-    with _errors_of_lance(f"the store at {uri} cannot be opened"), suppress(_NotFound):
-        try:
-            return _lance().dataset(uri, version=version, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            if "was not found" in str(error):
-                raise _NotFound from None
-            raise
-    return None
-
-
-def _schema_of(dataset: Any, uri: str) -> pa.Schema:
-    with _errors_of_lance(f"the store at {uri} cannot be opened"):
-        return dataset.schema
-
-
-def _stored(schema: pa.Schema, uri: str) -> dict[str, Any]:
-    said = (schema.metadata or {}).get(_SPEC)
-    if said is None:
-        raise StoreError(
-            f"expected a store that finelip_fast made, got a table of {schema.names} at {uri}: give another place"
-        )
-    where = f"the store at {uri}"
-    stored: dict[str, Any] = parse_json(
-        said, where, error=StoreError, expected="what a store says of itself", kind=dict
-    )
-    texts = [stored.get("source"), stored.get("checkpoint"), stored.get("dtype", "float16")]
-    sizes, alpha = [stored.get("tokens"), stored.get("width")], stored.get("alpha", 1)
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not all(type(size) is int and 0 < size < 1 << 20 for size in sizes)
-        or type(alpha) not in (int, float)
-    ):
-        raise StoreError(f"{where}: expected source, checkpoint, dtype, tokens, width and alpha, found {stored!r:.300}")
-    return stored
-
-
-def _reading(uri: str) -> AbstractContextManager[None]:
-    return _errors_of_lance(f"the store at {uri} cannot be read")
-
-
-@contextmanager
-def _errors_of_lance(what: str) -> Iterator[None]:
-    """
-    Raises:
-        StoreError: Whatever Lance and Arrow raise; also what ends a thread of theirs, which is no ``Exception``.
-    """
-    try:
-        yield
-    except FineLIPError:
-        raise
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
-        raise StoreError(f"{what}: {_reason(error)}") from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise StoreError(f"{what}: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """What Lance says, without where in its sources it says so."""
-    return f"{str(error).partition(', /')[0]:.500}"

@@ -24,6 +24,7 @@ from finelip_fast.cli import main
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
 from finelip_fast.index.remote import lance as stores
+from finelip_fast.index.remote import tables
 from finelip_fast.index.remote.lance import LanceStore, open_store
 from finelip_fast.index.remote.sync import pull, push
 
@@ -213,10 +214,10 @@ def test_a_foreign_table_is_refused(tmp_path: Path) -> None:
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lance", None)
-    stores._lance.cache_clear()
+    tables.lance_module.cache_clear()
     with pytest.raises(StoreError, match=r"pylance is not installed .*: pip install 'finelip-fast\[lance\]'"):
         LanceStore(SPEC, tmp_path / "store")
-    stores._lance.cache_clear()
+    tables.lance_module.cache_clear()
 
 
 def test_of_two_additions_the_second_is_undone(store: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
