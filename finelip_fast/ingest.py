@@ -1,9 +1,13 @@
-"""Many items on their way into an index: in chunks, under ids, gathered to segments that are worth a file."""
+"""Many items on their way into an index: found in a folder, read ahead, in chunks, under ids, gathered to segments that are
+worth a file. The one path of the command line, the retriever and the workers of :mod:`finelip_fast.distributed`.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -12,20 +16,22 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
-from finelip_fast.errors import InputError
+from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
-from finelip_fast.preprocess import walk_folder
+from finelip_fast.preprocess import Preprocess, walk_folder
 from finelip_fast.tokenizer import check_caption
 
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
 T = TypeVar("T")
+Pixels = TypeVar("Pixels")
 
 # How much is gathered before it is kept: embeddings, and seconds of work that a killed process may lose.
 _KEPT_BYTES, _KEPT_SECONDS = 1 << 26, 30.0
@@ -44,6 +50,10 @@ class AddReport:
     added: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    def keep(self, ids: list[str]) -> None:
+        """Report ids as added."""
+        self.added += ids
+
     def __str__(self) -> str:
         return _told(len(self.added), self.skipped)
 
@@ -59,6 +69,10 @@ class FolderReport:
 
     added: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def keep(self, ids: list[str]) -> None:
+        """Report ids as added."""
+        self.added += len(ids)
 
     def __str__(self) -> str:
         return _told(self.added, self.skipped)
@@ -96,6 +110,28 @@ def pictures(
             skipped.append((str(path), reason))
 
 
+def as_images(images: Any) -> Any:
+    """One picture as a list of it; lists, generators and stacks of pictures as they are."""
+    single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
+    return [images] if single or getattr(images, "ndim", None) in (2, 3) else images
+
+
+def find_images(
+    images: Any, skipped: list[tuple[str, str]], *, index: str | PathLike[str] | None = None
+) -> tuple[int | None, Iterable[Any]]:
+    """How many pictures there are, if that can be told, and all of them.
+
+    Args:
+        images: A folder, one picture, or an iterable of pictures.
+        skipped: Gets what in the folder is no picture, with the reason.
+        index: As for :func:`pictures`.
+    """
+    if isinstance(images, (str, PathLike)) and os.path.isdir(images):
+        return count_pictures(images), pictures(images, skipped, index=index)
+    images = as_images(images)
+    return len(images) if isinstance(images, Sequence) else None, images
+
+
 class Ingest:
     """One job. Inside ``with``, what was given to :meth:`add` is kept at the end, also when something fails.
 
@@ -111,7 +147,13 @@ class Ingest:
     """
 
     def __init__(
-        self, index: Index, kind: str, report: AddReport, *, existing: Existing = "error", batch_size: int = 64
+        self,
+        index: Index,
+        kind: str,
+        report: AddReport | FolderReport,
+        *,
+        existing: Existing = "error",
+        batch_size: int = 64,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, most=_MOST_AT_ONCE)
         one_of("existing", existing, get_args(Existing))
@@ -138,6 +180,31 @@ class Ingest:
         if enough or time.monotonic() - self._since >= _KEPT_SECONDS:
             self._keep()
 
+    def add_images(
+        self, chunks: Iterable[Chunk], preprocess: Preprocess, encode_image: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Read and embed the pictures of :meth:`chunks` and add them; what cannot be read is reported.
+
+        Args:
+            chunks: Pictures with ids and metadata.
+            preprocess: What makes pixels of a picture.
+            encode_image: Pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
+
+        Raises:
+            InputError, StoreError: As :meth:`finelip_fast.index.Index.add`.
+        """
+        with ThreadPoolExecutor() as pool:
+            for chunk in read_ahead(chunks, lambda entry: read_picture(preprocess, entry[1]), pool):
+                readable = []
+                for (item, _, metadata), pixels in chunk:
+                    if isinstance(pixels, ImageError):
+                        self._report.skipped.append((item, str(pixels)))
+                    else:
+                        readable.append((item, metadata, pixels))
+                if readable:
+                    embeddings = encode_image(torch.stack([pixels for *_, pixels in readable]))
+                    self.add([item for item, *_ in readable], embeddings, [metadata for _, metadata, _ in readable])
+
     def _keep(self) -> None:
         self._since = time.monotonic()
         if not self._batches:
@@ -145,7 +212,7 @@ class Ingest:
         ids = [item for some, *_ in self._batches for item in some]
         embeddings = torch.cat([some for _, some, _ in self._batches])
         metadata = [meta for *_, some in self._batches for meta in some]
-        self._report.added += self._index.add(ids, embeddings, metadata, existing=self._existing)
+        self._report.keep(self._index.add(ids, embeddings, metadata, existing=self._existing))
         self._pending.difference_update(ids)
         self._batches.clear()
 
@@ -253,6 +320,28 @@ def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> It
             yield bar
     else:
         yield progress
+
+
+def read_picture(preprocess: Preprocess, image: Any) -> Tensor | ImageError:
+    """Pixels ``[3, S, S]`` of a picture, or why there are none."""
+    try:
+        return preprocess(image)
+    except ImageError as error:
+        return error
+
+
+def read_ahead(
+    batches: Iterable[list[T]], read: Callable[[T], Pixels], pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[T, Pixels]]]:
+    """The items of each batch with what is read of them; the next batch is read while one is used.
+
+    Args:
+        batches: Items in lists.
+        read: Reads an item, as :func:`read_picture` does.
+        pool: Threads that read: decoding and resizing release the interpreter's lock.
+    """
+    for batch in one_ahead([(item, pool.submit(read, item)) for item in batch] for batch in batches):
+        yield [(item, future.result()) for item, future in batch]
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -40,7 +40,8 @@ def checkpoint_of(folder: str | PathLike[str]) -> str | None:
         named = str(spec["source"])
         raise StoreError(
             f"the index at {folder} names the checkpoint {named!r:.500}, which this user has not opened on this machine: "
-            f"if you trust it, pass --checkpoint {shlex.quote(named):.500}, or the place where it lies now; it is remembered"
+            f"if you trust it, pass --checkpoint {shlex.quote(named):.500}, or the place where it lies now (in Python: "
+            "Retriever(checkpoint, index=...)); it is remembered"
         )
     return known
 

@@ -4,50 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import known_checkpoints
 from finelip_fast._arguments import listed, one_of, share, whole_number
-from finelip_fast.engines import Engine, open_engine
-from finelip_fast.errors import EngineError, ImageError, InputError
+from finelip_fast.engines import Engine, EngineName, open_engine
+from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
-from finelip_fast.index import Index, IndexSpec, stored_dtype
+from finelip_fast.hits import Hit, Hits
+from finelip_fast.index import Index, IndexSpec, StoredDtype, stored_dtype
+from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
-from finelip_fast.ingest import AddReport, Existing, Ingest, count_pictures, one_ahead, pictures
+from finelip_fast.ingest import (
+    AddReport,
+    Existing,
+    FolderReport,
+    Ingest,
+    as_images,
+    count_pictures,
+    find_images,
+)
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
+from finelip_fast.preprocess import ImageSource
+from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import Overflow, check_overflow
 
-
-@dataclass(frozen=True)
-class Hit:
-    """One found item.
-
-    Attributes:
-        id: What it was added as.
-        score: ``alpha * global_score + (1 - alpha) * fine_score``; hits are ordered by it.
-        global_score: Cosine of the two global embeddings, in [-1, 1].
-        fine_score: Late interaction of all tokens in both directions, in [-0.2, 2].
-        metadata: What was given with it.
-        mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result) or ``"two-stage"``.
-    """
-
-    id: str
-    score: float
-    global_score: float
-    fine_score: float
-    metadata: dict[str, Any]
-    mode: str = "exact"
+Picture = TypeVar("Picture", bound=ImageSource)
+Embeddings: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 
 
 class Retriever:
@@ -91,15 +83,15 @@ class Retriever:
         self,
         checkpoint: str | PathLike[str] | None = None,
         *,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         index: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
         alpha: float | None = None,
         overflow: Overflow = "truncate",
-        precision: str | None = None,
+        precision: Precision | None = None,
         threads: int | None = None,
         build: bool = False,
-        dtype: str | None = None,
+        dtype: StoredDtype | None = None,
         verify: bool = False,
     ) -> None:
         # All that can be known to be wrong before a model is loaded.
@@ -123,6 +115,67 @@ class Retriever:
         self._index = Index(spec, index, source=self._engine.source, device=self._engine.device, verify=verify)
         if index is not None and checkpoint is not None:
             known_checkpoints.note(self._engine.source, self._engine.fingerprint)
+
+    @classmethod
+    def open(
+        cls,
+        index: str | PathLike[str],
+        *,
+        engine: EngineName = "auto",
+        device: str | torch.device | None = None,
+        alpha: float | None = None,
+        overflow: Overflow = "truncate",
+        precision: Precision | None = None,
+        threads: int | None = None,
+        build: bool = False,
+        verify: bool = False,
+    ) -> Retriever:
+        """Open an index folder by the checkpoint that made it, as the command line does.
+
+        The folder says which checkpoint that is. It is loaded only if this user has opened it by its name before, together
+        with an index, under the fingerprint that the folder names; see :mod:`finelip_fast.known_checkpoints`.
+
+        Args:
+            index: Folder of an index.
+            engine, device, alpha, overflow, precision, threads, build, verify: As for :class:`Retriever`.
+
+        Raises:
+            StoreError: There is no index, or it names a checkpoint that this user has not opened, or one that came with it.
+            InputError, EngineError, CheckpointError: As for :class:`Retriever`.
+
+        Example:
+            >>> finelip_fast.Retriever("checkpoint", index="index").add_images("photos/")
+            >>> finelip_fast.Retriever.open("index").search("A red house …")
+        """
+        _check_path("index", index)
+        checkpoint = known_checkpoints.checkpoint_of(index)
+        if checkpoint is None:
+            raise StoreError(f"there is no index at {index}: make one with Retriever(checkpoint, index={str(index)!r})")
+        return cls(
+            checkpoint or None,
+            engine=engine,
+            index=index,
+            device=device,
+            alpha=alpha,
+            overflow=overflow,
+            precision=precision,
+            threads=threads,
+            build=build,
+            verify=verify,
+        )
+
+    def __enter__(self) -> Retriever:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the index; what was added to a folder is kept."""
+        self._index.close()
+
+    def __repr__(self) -> str:
+        return f"<Retriever of {self._index!r} by {self._engine}>"
 
     @property
     def engine(self) -> Engine:
@@ -202,27 +255,54 @@ class Retriever:
                 before any work where the lists show it. Of a generator, the batches before are kept.
             StoreError: The index cannot be written; the report of what was kept is lost, and ``existing="skip"`` finds it.
         """
-        report, total = AddReport(), None
-        if isinstance(images, (str, PathLike)) and Path(images).is_dir():
-            total = count_pictures(images)
-            given: Iterable[Any] = pictures(images, report.skipped)
-        else:
-            given = _listed(images)
-        ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
-        chunks = ingest.chunks(given, ids, metadata, total=total, progress=progress)
-        with ThreadPoolExecutor() as pool, ingest:
-            for chunk in one_ahead(self._decoded(pool, chunk) for chunk in chunks):
-                readable = []
-                for item, meta, future in chunk:
-                    pixels = future.result()
-                    if isinstance(pixels, ImageError):
-                        report.skipped.append((item, str(pixels)))
-                    else:
-                        readable.append((item, meta, pixels))
-                if readable:
-                    embeddings = self.engine.encode_image(torch.stack([pixels for *_, pixels in readable]))
-                    ingest.add([item for item, *_ in readable], embeddings, [meta for _, meta, _ in readable])
+        report = AddReport()
+        self._add_images(images, report, ids, metadata, existing, batch_size, progress)
         return report
+
+    def add_folder(
+        self,
+        folder: str | PathLike[str],
+        *,
+        existing: Existing = "skip",
+        batch_size: int = 64,
+        progress: bool | tqdm[Any] = True,
+    ) -> FolderReport:
+        """Embed the pictures of a folder and those below it, however many; run again, it adds what is new.
+
+        Args:
+            folder: Folder of pictures, whose ids are their paths.
+            existing: As for :meth:`add_images`.
+            batch_size: Pictures at once.
+            progress: Show a progress bar; or one of tqdm's to move.
+
+        Returns:
+            How many were added, and what was skipped, with reasons.
+
+        Raises:
+            InputError: There is no such folder.
+            StoreError: The index cannot be written; what was added before stays.
+        """
+        if not os.path.isdir(folder):
+            count_pictures(folder)  # raises what is wrong
+        report = FolderReport()
+        self._add_images(folder, report, None, None, existing, batch_size, progress)
+        return report
+
+    def _add_images(
+        self,
+        images: Any,
+        report: AddReport | FolderReport,
+        ids: Sequence[str] | None,
+        metadata: Sequence[dict[str, Any]] | None,
+        existing: Existing,
+        batch_size: int,
+        progress: bool | tqdm[Any],
+    ) -> None:
+        total, images = find_images(images, report.skipped, index=self._folder)
+        ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
+        chunks = ingest.chunks(images, ids, metadata, total=total, progress=progress)
+        with ingest:
+            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image)
 
     def add_texts(
         self,
@@ -257,23 +337,27 @@ class Retriever:
         self.index.delete([ids] if isinstance(ids, str) else ids)
 
     @overload
-    def search(self, text: str, *, k: int = 10, mode: str = "auto", where: str | None = None) -> list[Hit]: ...
+    def search(self, text: str, *, k: int = 10, mode: Mode = "auto", where: str | None = None) -> Hits: ...
     @overload
     def search(
-        self, text: list[str] | tuple[str, ...], *, k: int = 10, mode: str = "auto", where: str | None = None
-    ) -> list[list[Hit]]: ...
+        self, text: list[str] | tuple[str, ...], *, k: int = 10, mode: Mode = "auto", where: str | None = None
+    ) -> list[Hits]: ...
     @overload
-    def search(self, *, image: Any, k: int = 10, mode: str = "auto", where: str | None = None) -> Any: ...
+    def search(self, *, image: ImageSource, k: int = 10, mode: Mode = "auto", where: str | None = None) -> Hits: ...
+    @overload
+    def search(
+        self, *, image: list[Picture] | tuple[Picture, ...], k: int = 10, mode: Mode = "auto", where: str | None = None
+    ) -> list[Hits]: ...
 
     def search(
         self,
         text: str | list[str] | tuple[str, ...] | None = None,
         *,
-        image: Any = None,
+        image: ImageSource | list[Picture] | tuple[Picture, ...] | None = None,
         k: int = 10,
-        mode: str = "auto",
+        mode: Mode = "auto",
         where: str | None = None,
-    ) -> Any:
+    ) -> Hits | list[Hits]:
         """Find the best items for a text or a picture.
 
         Args:
@@ -287,7 +371,8 @@ class Retriever:
                 :mod:`finelip_fast.index.filters`.
 
         Returns:
-            Hits best first, ties in order of insertion: a list for one query, a list of lists for a list.
+            Hits best first, ties in order of insertion: a list for one query, a list of lists for a list. A notebook shows
+            them with thumbnails.
 
         Raises:
             InputError: Not exactly one of text and image, a text that is no string, a ``k`` that is no whole number or below
@@ -299,7 +384,7 @@ class Retriever:
         k = whole_number("k", k)
         if where is not None and not isinstance(where, str):
             raise InputError(f"expected where as an expression in a str, got {where!r:.80}")
-        given = image if text is None else text
+        given: Any = image if text is None else text
         many = isinstance(given, (list, tuple))
         queries: list[Any] = list(given) if many else [given]
         if not queries:
@@ -311,6 +396,99 @@ class Retriever:
         hits = self._hits(embedded, k, mode, where)
         return hits if many else hits[0]
 
+    @overload
+    def encode_images(
+        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def encode_images(
+        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: Literal[True]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+    def encode_images(
+        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: bool = False
+    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
+        """Embed pictures without adding them.
+
+        Args:
+            images: Pictures as :func:`finelip_fast.open_image` takes them.
+            batch_size: Pictures at once.
+            convert_to_numpy: Return a float32 array instead of a tensor on the engine's device.
+
+        Returns:
+            ``[N, L, D]``, unit rows, row 0 = CLS.
+
+        Raises:
+            ImageError: A picture that cannot be read.
+            InputError: No list of pictures.
+        """
+        images = listed("images", as_images(images))
+        size = whole_number("batch_size", batch_size)
+        return self._returned(
+            self.engine.embed_images(images, batch_size=size) if images else self._nothing(), convert_to_numpy
+        )
+
+    @overload
+    def encode_texts(
+        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def encode_texts(
+        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: Literal[True]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+    def encode_texts(
+        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: bool = False
+    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
+        """Embed descriptions without adding them.
+
+        Args:
+            texts: Descriptions; one alone is a list of it.
+            batch_size: Descriptions at once.
+            convert_to_numpy: Return a float32 array instead of a tensor on the engine's device.
+
+        Returns:
+            ``[N, L, D]``, unit rows, row 0 = EOT.
+
+        Raises:
+            InputError: No list of texts, or a text that is no string.
+        """
+        texts = listed("texts", [texts] if isinstance(texts, str) else texts)
+        size = whole_number("batch_size", batch_size)
+        embedded = self.engine.embed_texts(texts, batch_size=size, overflow=self.overflow) if texts else self._nothing()
+        return self._returned(embedded, convert_to_numpy)
+
+    def similarity(self, queries: Embeddings, items: Embeddings) -> Tensor:
+        """Score embeddings against each other, by the retriever's ``alpha``.
+
+        Args:
+            queries: ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, tensors or arrays.
+            items: ``[N, L, D]``, likewise.
+
+        Returns:
+            float32 ``[Q, N]`` on the engine's device.
+
+        Raises:
+            InputError: Embeddings of another shape.
+        """
+        first, second = (self._as_tensor(name, x) for name, x in (("queries", queries), ("items", items)))
+        if first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        return clim_scores(first, second, alpha=self.alpha)
+
+    def _as_tensor(self, name: str, embeddings: Embeddings) -> Tensor:
+        if not isinstance(embeddings, (Tensor, np.ndarray)):
+            raise InputError(f"expected {name} as a tensor or an array [N, L, D], got {embeddings!r:.80}")
+        return torch.as_tensor(embeddings, device=self.engine.device)
+
+    def _nothing(self) -> Tensor:
+        config = self.engine.config
+        return torch.zeros(0, config.tokens, config.embed_dim, device=self.engine.device)
+
+    @staticmethod
+    def _returned(embedded: Tensor, as_numpy: bool) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
+        return embedded.float().cpu().numpy() if as_numpy else embedded
+
     def score(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """Score every picture against every text, without the index.
 
@@ -321,7 +499,10 @@ class Retriever:
             ImageError: A picture that cannot be read.
             InputError: No lists, or a text that is no string.
         """
-        images, texts = listed("images", _listed(images)), listed("texts", [texts] if isinstance(texts, str) else texts)
+        images, texts = (
+            listed("images", as_images(images)),
+            listed("texts", [texts] if isinstance(texts, str) else texts),
+        )
         if not images or not texts:
             return torch.zeros(len(images), len(texts))
         embedded = self.engine.embed_images(images)
@@ -350,19 +531,13 @@ class Retriever:
             self._explained = self.engine.load_model()
         return explain(self._explained, image, text, alpha=self.alpha)
 
-    def _read(self, image: Any) -> Tensor | ImageError:
-        try:
-            return self.engine.preprocess(image)
-        except ImageError as error:
-            return error
-
-    def _hits(self, queries: Tensor, k: int, mode: str, where: str | None) -> list[list[Hit]]:
+    def _hits(self, queries: Tensor, k: int, mode: Mode, where: str | None) -> list[Hits]:
         found = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where)
         return [
-            [
+            Hits(
                 Hit(item.id, score, global_score, fine_score, item.metadata, found.mode)
                 for item, score, global_score, fine_score in zip(items, *scores, strict=True)
-            ]
+            )
             for items, *scores in zip(
                 found.items,
                 found.scores.tolist(),
@@ -372,19 +547,7 @@ class Retriever:
             )
         ]
 
-    def _decoded(
-        self, pool: ThreadPoolExecutor, chunk: list[tuple[str, Any, dict[str, Any]]]
-    ) -> list[tuple[str, dict[str, Any], Future[Tensor | ImageError]]]:
-        # Decoding and resizing release the interpreter's lock.
-        return [(item, meta, pool.submit(self._read, image)) for item, image, meta in chunk]
-
 
 def _check_path(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, PathLike)):
         raise InputError(f"expected {name} as a path or a name, got {value!r:.80}")
-
-
-def _listed(images: Any) -> Any:
-    """One picture as a list of it; lists, generators and stacks of pictures as they are."""
-    single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
-    return [images] if single or getattr(images, "ndim", None) in (2, 3) else images

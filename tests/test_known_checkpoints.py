@@ -37,6 +37,37 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 MARK = "0" * 64
 
 
+def test_an_index_is_opened_by_its_own_checkpoint(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Retriever(checkpoint, index="index", device="cpu", engine="torch") as retriever:
+        retriever.add_texts(["a house"], progress=False)
+    with Retriever.open("index", device="cpu", alpha=0.5) as retriever:
+        assert retriever.engine.source == str(checkpoint)
+        assert (len(retriever), retriever.alpha) == (1, 0.5)
+    with pytest.raises(StoreError, match="there is no index at nothing: make one with Retriever"):
+        Retriever.open("nothing")
+    assert not Path("nothing").exists()
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "of someone else"))
+    with monkeypatch.context() as patch:
+        patch.setattr("finelip_fast.retriever.open_engine", lambda *_, **__: pytest.fail("a checkpoint was opened"))
+        with pytest.raises(
+            StoreError, match=r"has not opened on this machine.*in Python: Retriever\(checkpoint, index="
+        ):
+            Retriever.open("index")
+    with Retriever(checkpoint, index="index", device="cpu"):
+        pass
+    with Retriever.open("index", device="cpu") as retriever:
+        assert len(retriever) == 1
+
+
+def test_an_index_of_the_bundled_checkpoint_is_opened_by_it() -> None:
+    with Retriever(index="index", device="cpu"):
+        pass
+    with Retriever.open("index", device="cpu") as retriever:
+        assert retriever.engine.source == ""
+
+
 def received(source: str | Path, mark: str = MARK, folder: str = "index") -> Path:
     """An index folder as it might come from anyone."""
     with closing(Index(IndexSpec(mark, 4, 8), folder, source=str(source))):

@@ -19,7 +19,12 @@ LAYERS = [
         *("embed", "metrics", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},
-    {"explain", "ingest", "known_checkpoints"},  # of the model alone, and of the index; the retriever offers both
+    {
+        "explain",
+        "hits",
+        "ingest",
+        "known_checkpoints",
+    },  # of the model alone, and of the index; the retriever offers both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
     {"cli"},

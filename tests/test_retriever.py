@@ -23,6 +23,7 @@ from finelip_fast import AddReport, Hit, Retriever
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.engines import why_not
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
+from finelip_fast.hits import Hits
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.tokenizer import TruncationWarning
 
@@ -889,3 +890,93 @@ def test_a_forked_process_is_told_to_open_anew(build: Callable[..., Retriever], 
     finally:
         torch.set_num_threads(before)
     assert retriever.search(TEXTS[0])
+
+
+# What users of other libraries try ---------------------------------------------------------------------------------------
+
+
+def test_embeddings_without_an_index(build: Callable[..., Retriever]) -> None:
+    retriever = build()
+    images, texts = retriever.encode_images(PICTURES, batch_size=4), retriever.encode_texts(TEXTS)
+    config = retriever.engine.config
+    assert images.shape == (len(PICTURES), config.tokens, config.embed_dim)
+    torch.testing.assert_close(retriever.similarity(images, texts), retriever.score(PICTURES, TEXTS))
+    assert len(retriever) == 0
+    arrays = (
+        retriever.encode_images(PICTURES, convert_to_numpy=True),
+        retriever.encode_texts(TEXTS, convert_to_numpy=True),
+    )
+    assert all(array.dtype == np.float32 for array in arrays)
+    np.testing.assert_allclose(arrays[0], images.cpu().float(), atol=1e-6)
+    torch.testing.assert_close(retriever.similarity(*arrays).cpu(), retriever.score(PICTURES, TEXTS).cpu())
+    torch.testing.assert_close(
+        retriever.similarity(arrays[0], texts.half()).cpu(), retriever.score(PICTURES, TEXTS).cpu(), atol=2e-3, rtol=0
+    )
+
+
+def test_similarity_goes_by_the_retrievers_alpha(build: Callable[..., Retriever]) -> None:
+    retriever = build(alpha=1)
+    images, texts = retriever.encode_images(PICTURES), retriever.encode_texts(TEXTS)
+    torch.testing.assert_close(retriever.similarity(texts, images), texts[:, 0] @ images[:, 0].T)
+
+
+def test_embeddings_of_nothing_and_of_one(build: Callable[..., Retriever]) -> None:
+    retriever = build()
+    config = retriever.engine.config
+    assert retriever.encode_texts([]).shape == retriever.encode_images([]).shape == (0, config.tokens, config.embed_dim)
+    assert retriever.encode_texts("a house").shape[0] == retriever.encode_images(PICTURES[0]).shape[0] == 1
+    assert retriever.similarity(retriever.encode_texts([]), retriever.encode_images(PICTURES)).shape == (
+        0,
+        len(PICTURES),
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda retriever: retriever.encode_texts([5]), "expected .*str"),
+        (lambda retriever: retriever.encode_texts(5), "expected texts as a list, got 5"),
+        (lambda retriever: retriever.encode_images(5), "expected images as a list, got 5"),
+        (lambda retriever: retriever.encode_texts(["a"], batch_size=0), "expected batch_size of at least 1"),
+        (lambda retriever: retriever.similarity([1], [2]), "expected queries as a tensor or an array"),
+        (lambda retriever: retriever.similarity(torch.zeros(2, 3), torch.zeros(2, 3)), "expected"),
+    ],
+)
+def test_what_cannot_be_embedded_or_compared_is_refused(
+    build: Callable[..., Retriever], call: Callable[[Retriever], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(build())
+
+
+def test_a_retriever_says_what_it_is_and_closes(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    with build(index=tmp_path / "index") as retriever:
+        retriever.add_images(PICTURES, progress=False)
+        assert repr(retriever) == f"<Retriever of {retriever.index!r} by {retriever.engine}>"
+        assert f"{len(PICTURES)} items" in repr(retriever)
+    with pytest.raises(StoreError, match="the index is closed"):
+        retriever.search("a house")
+    assert "closed" in repr(retriever)
+
+
+def test_hits_come_as_hits(build: Callable[..., Retriever]) -> None:
+    retriever = build()
+    retriever.add_images(PICTURES, progress=False)
+    assert isinstance(retriever.search("a house"), Hits)
+    assert all(isinstance(hits, Hits) for hits in retriever.search(image=PICTURES[:2]))
+
+
+def test_a_folder_is_added_and_goes_on(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, picture in enumerate(PICTURES):
+        picture.save(photos / f"{number}.png")
+    (photos / "notes.txt").touch()
+    with build(index=photos / "index") as retriever:
+        report = retriever.add_folder(photos, progress=False)
+        assert (report.added, [name for name, _ in report.skipped]) == (len(PICTURES), [str(photos / "notes.txt")])
+        assert retriever.add_folder(photos, progress=False).added == 0
+        with pytest.raises(InputError, match="expected a folder, got nothing there"):
+            retriever.add_folder(tmp_path / "missing")
+        with pytest.raises(InputError, match="expected a folder, got a file"):
+            retriever.add_folder(photos / "0.png")

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +21,6 @@ from finelip_fast.cli.study import add_command as add_study
 from finelip_fast.errors import InputError, KernelError, StoreError
 
 _DEFAULT_INDEX = "finelip-index"
-_PART = 8192  # files that are looked at before the next are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,19 +171,10 @@ def _demo(options: argparse.Namespace) -> Any:
 
 
 def _index(options: argparse.Namespace) -> Any:
-    from finelip_fast.ingest import FolderReport, count_pictures, pictures, progress_bar
+    from finelip_fast.preprocess import walk_folder
 
-    total = count_pictures(options.folder)
-    retriever = _retriever(options)
-    report = FolderReport()
-    found = pictures(options.folder, report.skipped, index=options.index)
-    with progress_bar(not options.quiet, total, "image") as bar:
-        # In parts, so that no list grows with the collection.
-        while part := list(islice(found, _PART)):
-            done = retriever.add_images(part, existing="skip", batch_size=options.batch_size, progress=bar)
-            report.added += len(done.added)
-            report.skipped += done.skipped
-    return report
+    walk_folder(options.folder)  # one that is not there is an error before a model is loaded
+    return _retriever(options).add_folder(options.folder, batch_size=options.batch_size, progress=not options.quiet)
 
 
 def _search(options: argparse.Namespace) -> Any:

@@ -14,9 +14,8 @@ import os
 import time
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from itertools import islice
@@ -32,14 +31,15 @@ from tqdm import tqdm
 from finelip_fast import errors as _errors
 from finelip_fast._files import read_bytes, write_error
 from finelip_fast.distributed.cluster import cluster, told
-from finelip_fast.engines import Engine, open_engine
+from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
-from finelip_fast.index import Index, Written
+from finelip_fast.index import Index, StoredDtype, Written
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
-from finelip_fast.ingest import FolderReport, count_pictures, pictures, progress_bar
+from finelip_fast.ingest import FolderReport, find_images, progress_bar, read_ahead, read_picture
 from finelip_fast.retriever import Retriever
+from finelip_fast.runtimes.manifest import Precision
 
 # Files of a task, which makes one segment; fewer where there would be less than so many tasks for each worker.
 _FILES_PER_TASK, _TASKS_PER_WORKER = 1024, 4
@@ -55,14 +55,14 @@ def index_images(
     index: str | PathLike[str],
     *,
     checkpoint: str | PathLike[str] | None = None,
-    engine: str = "auto",
-    precision: str | None = None,
+    engine: EngineName = "auto",
+    precision: Precision | None = None,
     workers: int = 2,
     cpus: float = 1,
     gpus: float = 0,
     batch_size: int = 64,
     part: int = 100_000,
-    dtype: str | None = None,
+    dtype: StoredDtype | None = None,
     metadata: Callable[[str], dict[str, Any]] | None = None,
     progress: bool | tqdm[Any] = True,
 ) -> FolderReport:
@@ -99,7 +99,8 @@ def index_images(
         if value < 1:
             raise InputError(f"expected {name} of at least 1, got {value}")
     report = FolderReport()
-    total, listed = _listed(files, index, report)
+    total, found = find_images(files, report.skipped, index=index)
+    listed = iter(found)
     with cluster(workers * cpus) as ray:
         here = None if gpus else "cpu"
         retriever = Retriever(checkpoint, engine=engine, precision=precision, device=here, index=index, dtype=dtype)
@@ -118,17 +119,6 @@ def index_images(
                 finally:
                     job.clean_up()
     return report
-
-
-def _listed(
-    files: Iterable[str | PathLike[str]] | str | PathLike[str], index: str | PathLike[str], report: FolderReport
-) -> tuple[int | None, Iterator[str | PathLike[str]]]:
-    """How many pictures there are, if that can be told, and all of them; what else is in a folder is reported."""
-    if not isinstance(files, (str, PathLike)):
-        return len(files) if isinstance(files, Sequence) else None, iter(files)
-    if not Path(files).is_dir():
-        return 1, iter([files])
-    return count_pictures(files), pictures(files, report.skipped, index=index)
 
 
 def _add(
@@ -269,8 +259,8 @@ class Worker:
         rows: list[int] = []
         embeddings: list[Tensor] = []
         for some in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
-            good = {row: pixels for row, pixels in some.items() if isinstance(pixels, Tensor)}
-            skipped |= {row: str(reason) for row, reason in some.items() if row not in good}
+            good = {row: pixels for row, pixels in some if isinstance(pixels, Tensor)}
+            skipped |= {row: str(reason) for row, reason in some if row not in good}
             if good:
                 embeddings.append(engine.encode_image(torch.stack(list(good.values()))).to("cpu", torch.float16))
                 rows += good
@@ -282,32 +272,22 @@ class Worker:
         journal.end()
         return {"name": name, "rows": rows, "crcs": crcs, "skipped": sorted(skipped.items())}
 
-    def _in_batches(self, files: Sequence[str]) -> Iterator[dict[int, Tensor | ImageError]]:
-        """Rows and their pixels; the next batch is read while one is encoded."""
-        ahead: deque[dict[int, Future[Tensor | ImageError]]] = deque()
-        size = self.job.batch_size
-        for start in range(0, len(files), size):
-            rows = range(start, min(start + size, len(files)))
-            ahead.append({row: self.readers.submit(self.read, files[row]) for row in rows})
-            if len(ahead) > 1:
-                yield {row: future.result() for row, future in ahead.popleft().items()}
-        for last in ahead:
-            yield {row: future.result() for row, future in last.items()}
+    def _in_batches(self, files: Sequence[str]) -> Iterator[list[tuple[int, Tensor | ImageError]]]:
+        rows, size = range(len(files)), self.job.batch_size
+        batches = (list(rows[start : start + size]) for start in rows[::size])
+        return read_ahead(batches, lambda row: self.read(files[row]), self.readers)
 
     def _one_by_one(
         self, files: Sequence[str], left_out: Iterable[int], journal: _Journal
-    ) -> Iterator[dict[int, Tensor | ImageError]]:
+    ) -> Iterator[list[tuple[int, Tensor | ImageError]]]:
         for row in sorted(set(range(len(files))) - set(left_out)):
             journal.write(str(row))
-            yield {row: self.read(files[row])}
+            yield [(row, self.read(files[row]))]
         journal.write("through")
 
     def read(self, file: str) -> Tensor | ImageError:
         """Pixels, or why there are none."""
-        try:
-            return self.engine.preprocess(file)
-        except ImageError as error:
-            return error
+        return read_picture(self.engine.preprocess, file)
 
 
 class _Pool:

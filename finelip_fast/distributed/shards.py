@@ -136,7 +136,7 @@ class Shards:
         return sum(shard.size for shard in self._shards)
 
     def search(
-        self, queries: Tensor, k: int, *, alpha: float | None = None, mode: str = "auto", where: str | None = None
+        self, queries: Tensor, k: int, *, alpha: float | None = None, mode: Mode = "auto", where: str | None = None
     ) -> ShardsFound:
         """The ``k`` best items of each query, over all shards.
 
@@ -256,7 +256,7 @@ class _Server:
         return index.spec, len(index)
 
     def search(
-        self, queries: np.ndarray[Any, Any], k: int, alpha: float | None, mode: str, where: str | None
+        self, queries: np.ndarray[Any, Any], k: int, alpha: float | None, mode: Mode, where: str | None
     ) -> _Answer:
         index = self._opened()
         try:

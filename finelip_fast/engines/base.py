@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from finelip_fast.preprocess import Preprocess
 from finelip_fast.runtimes.manifest import Export
 from finelip_fast.tokenizer import Overflow
 
-ENGINES = ("auto", "torch", "onnx", "trt")
+EngineName = Literal["auto", "torch", "onnx", "trt"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 
 class Engine(ABC):

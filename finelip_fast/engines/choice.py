@@ -24,11 +24,11 @@ from finelip_fast._arguments import find_device, one_of, whole_number
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.engines.base import ENGINES, Engine
+from finelip_fast.engines.base import ENGINES, Engine, EngineName
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.kernels.settings import cache_folder
 from finelip_fast.runtimes import manifest, onnx, trt
-from finelip_fast.runtimes.manifest import Export
+from finelip_fast.runtimes.manifest import Export, Precision
 
 _ROUNDS = 3
 
@@ -39,11 +39,11 @@ def why_not(name: str) -> str | None:
 
 
 def open_engine(
-    name: str,
+    name: EngineName,
     checkpoint: str | PathLike[str] | None,
     device: str | torch.device | None = None,
     *,
-    precision: str | None = None,
+    precision: Precision | None = None,
     threads: int | None = None,
     build: bool = False,
 ) -> Engine:

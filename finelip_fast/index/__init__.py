@@ -2,7 +2,17 @@
 
 from finelip_fast.index.index import Found, Index, stored_index
 from finelip_fast.index.recovery import restore
-from finelip_fast.index.spec import IndexSpec, stored_dtype, stored_source
+from finelip_fast.index.spec import IndexSpec, StoredDtype, stored_dtype, stored_source
 from finelip_fast.index.store import Written
 
-__all__ = ["Found", "Index", "IndexSpec", "Written", "restore", "stored_dtype", "stored_index", "stored_source"]
+__all__ = [
+    "Found",
+    "Index",
+    "IndexSpec",
+    "StoredDtype",
+    "Written",
+    "restore",
+    "stored_dtype",
+    "stored_index",
+    "stored_source",
+]

@@ -250,7 +250,7 @@ class Index:
         k: int,
         *,
         alpha: float | None = None,
-        mode: str = "auto",
+        mode: Mode = "auto",
         where: str | None = None,
         candidates: int | None = None,
     ) -> Found:
@@ -298,7 +298,7 @@ class Index:
             # Another process has compacted the index meanwhile.
 
     def _search(
-        self, view: View, queries: Tensor, k: int, alpha: float, mode: str, where: str | None, candidates: int | None
+        self, view: View, queries: Tensor, k: int, alpha: float, mode: Mode, where: str | None, candidates: int | None
     ) -> Found | None:
         among = None
         if where is not None:

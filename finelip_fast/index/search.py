@@ -71,7 +71,7 @@ class CandidateSource(Protocol):
         """
 
 
-def choose_mode(mode: str, view: View, tuning: Tuning | None, *, k: int, alpha: float, items: int) -> Mode:
+def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha: float, items: int) -> Mode:
     """What runs. ``items``: how many there are to choose from.
 
     Raises:
@@ -79,7 +79,7 @@ def choose_mode(mode: str, view: View, tuning: Tuning | None, *, k: int, alpha: 
     """
     one_of("mode", mode, get_args(Mode))
     if mode != "auto":
-        return mode  # type: ignore[return-value]
+        return mode
     exact: Mode = "exact-int8" if view.is_quantized else "exact"
     if tuning is None or not tuning.holds(len(view), k, alpha) or items <= tuning.candidates:
         return exact

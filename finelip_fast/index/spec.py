@@ -36,7 +36,7 @@ class IndexSpec:
     tokens: int
     width: int
     alpha: float = 0.8
-    dtype: str = "float16"
+    dtype: StoredDtype = "float16"
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, str):
@@ -86,7 +86,7 @@ def stored_source(folder: str | PathLike[str]) -> str | None:
     return None if stored is None else stored[1]
 
 
-def stored_dtype(folder: str | PathLike[str]) -> str | None:
+def stored_dtype(folder: str | PathLike[str]) -> StoredDtype | None:
     """How an index folder keeps its embeddings; None where there is no index, or it is of a time when all were float16.
 
     Raises:

@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from finelip_fast._files import cache_folder, plain_name, read_bytes, write_text_whole
 from finelip_fast._json import read_json
@@ -29,7 +29,8 @@ MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnx", "trt")
 FILES = {"onnx": ("image.onnx", "text.onnx"), "trt": ("image.plan", "text.plan")}  # what an engine runs
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-calibrated")
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-calibrated"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from finelip_fast.checkpoint import load
 from finelip_fast.encoders import caption_lengths
-from finelip_fast.engines import Engine, open_engine
+from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.engines.onnx import OnnxEngine
 from finelip_fast.errors import EngineError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.records import Plot, Record, Series, Table
+from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.runtimes.onnx import OnnxGraph
 from finelip_fast.studies.setting import Setting, median_ms, medians_ms, peak_memory
 from finelip_fast.tokenizer import encode_batch, expected_truncation
@@ -25,7 +26,9 @@ _BATCH = 64
 _CLIP_CONTEXT = 77
 _FINELIP = "CLIP + ATRM"
 _SIDES = ("image", "text")
-_EXPORTED = (("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("trt", "fp32"), ("trt", "fp16"), ("trt", "int8"))
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+_RUNTIMES: tuple[EngineName, ...] = ("onnx", "trt")
+_EXPORTED = [(runtime, precision) for runtime in _RUNTIMES for precision in _PRECISIONS]
 _BUILT = (("onnx", "fp32"), ("onnx", "int8"))
 
 Encoder = Callable[[Tensor], Tensor]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from finelip_fast.engines import Engine
-from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index import Index, IndexSpec, StoredDtype
 from finelip_fast.metrics import bootstrap_interval, summary
 from finelip_fast.records import Plot, Record, Series, Table
 from finelip_fast.studies.setting import Pairs, Setting, median_ms
 
-_DTYPES = ("float16", "int8")
+_DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")
 _HITS = 10
 _QUERIES = 50  # that are timed
 

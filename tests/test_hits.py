@@ -1,0 +1,86 @@
+"""Hits: a list that prints and shows itself, whatever strangers have named their items."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finelip_fast import hits as module
+from finelip_fast.hits import Hit, Hits
+
+
+def hit(name: str, **metadata: object) -> Hit:
+    return Hit(name, 0.51, 0.5, 0.55, metadata)
+
+
+def thumbnails(html: str) -> list[Image.Image]:
+    found = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="">', html)
+    return [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    Image.new("RGB", (640, 320), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def test_hits_are_a_list() -> None:
+    rows = [hit("a"), hit("b")]
+    assert Hits(rows) == rows
+    assert isinstance(Hits(rows), list)
+    assert [item.id for item in Hits(rows)] == ["a", "b"]
+    assert Hits() == []
+
+
+def test_hits_print_as_lines_that_a_terminal_shows() -> None:
+    assert str(Hits([hit("a"), hit("b\x1b[2J\n")])).split("\n") == [
+        "  1  0.5100  (global 0.5000, fine 0.5500)  a",
+        r"  2  0.5100  (global 0.5000, fine 0.5500)  b\x1b[2J\n",
+    ]
+    assert str(Hits()) == "no hits"
+
+
+def test_a_notebook_shows_thumbnails(picture: str) -> None:
+    (thumbnail,) = thumbnails(Hits([hit(picture), hit("text-1", caption="a house")])._repr_html_())
+    assert thumbnail.size == (160, 80)
+    red, green, blue = thumbnail.convert("RGB").getpixel((80, 40))
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_what_strangers_named_is_no_markup() -> None:
+    shown = Hits([hit("<script>alert(1)</script>\u202e", **{"<b>": "<img src=x onerror=alert(1)>\x00"})])._repr_html_()
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert "&lt;script&gt;" in shown
+    assert "\u202e" not in shown
+    assert "\x00" not in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["", "missing.jpg", "\0", "x" * 5000, "//host/share/a.png", "\\\\host\\a.png", "\ud800.jpg"]
+)
+def test_a_hit_without_a_picture_is_shown_without(name: str) -> None:
+    shown = Hits([hit(name)])._repr_html_()
+    assert shown.count("<tr>") == 2
+    assert thumbnails(shown) == []
+    shown.encode()
+
+
+def test_a_damaged_picture_is_shown_without(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    assert thumbnails(Hits([hit(str(tmp_path / "a.jpg")), hit(str(tmp_path))])._repr_html_()) == []
+
+
+def test_what_a_notebook_keeps_is_bounded(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_ROWS", 5)
+    monkeypatch.setattr(module, "_MOST_THUMBNAILS", 2)
+    shown = Hits([hit(picture, text="y" * 10_000)] * 8)._repr_html_()
+    assert len(thumbnails(shown)) == 2
+    assert "and 3 more" in shown
+    assert shown.count("y") < 5 * 320
