@@ -1,0 +1,119 @@
+"""Every block of code in the documentation does what it says: each is run as printed, in the order of its page.
+
+A block that cannot run here says why in a comment before it: ``<!-- not run: REASON -->``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import finelip_fast
+from finelip_fast import cli
+from finelip_fast.datasets import Scenes
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+# The documentation has the names of the Click command line and of the public edge that come with it. Where they are not there
+# yet: options and commands by what they are called still (None: there are none), and methods. Delete it with its two uses.
+OLD_NAMES: dict[str, str | None] = {}
+if not hasattr(cli, "cli"):
+    OLD_NAMES = {"add": "index", "list": None, "remove": None}
+    OLD_NAMES |= {"eval --save": "--out", "eval --validation": "--alpha-sweep", "explain --html": "--out"}
+MISSING = [name for name in ("open", "encode_texts") if not hasattr(finelip_fast.Retriever, name)]
+
+_BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block, beginning after ``line`` lines; ``reason`` says why it is not run, None where it is."""
+
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The blocks of a page in their order."""
+    text = page.read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        reason, language, code = match.groups()
+        yield Block(text.count("\n", 0, match.start(3)), language, code, reason)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: a checkpoint, some photos, and the scenes of the demo."""
+    folder = tmp_path_factory.mktemp("documentation")
+    finelip_fast.save(finelip_fast.load(), folder / "my-model")
+    scenes = Scenes("test", 400, image_size=256)
+    for name, number in {
+        "photos/a.png": 0,
+        "photos/b.png": 1,
+        "photo.jpg": 2,
+        "demo/scenes/test-000264.png": 264,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        scenes[number].draw().save(folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(REPOSITORY).as_posix() for path in PAGES])
+def test_a_page_does_what_it_says(
+    page: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "reader"
+    shutil.copytree(material, folder)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks(page):
+        if block.reason is None and block.language == "python":
+            run_python(block, page, names)
+        elif block.reason is None and block.language == "sh":
+            for line in block.code.splitlines():
+                run_line(line, f"{page.name}, line {block.line}: {line}", capsys)
+
+
+def run_python(block: Block, page: Path, names: dict[str, Any]) -> None:
+    if any(re.search(rf"\.{name}\(", block.code) for name in MISSING):
+        return
+    tree = ast.parse(block.code, str(page))
+    ast.increment_lineno(tree, block.line)
+    exec(compile(tree, str(page), "exec"), names)
+
+
+def run_line(line: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(line, comments=True) or [""]
+    if program == "make":  # by the continuous integration, which takes longer than a test
+        assert f"make {arguments[0]}" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8"), where
+    elif program:
+        assert program == "finelip", f"{where}: say why it cannot be run, <!-- not run: REASON -->"
+        current = [OLD_NAMES.get(f"{arguments[0]} {name}", name) for name in arguments]
+        current[:1] = [OLD_NAMES.get(arguments[0], arguments[0])]
+        if None not in current:
+            capsys.readouterr()
+            code = cli.main(current)
+            assert code == 0, f"{where}\n{capsys.readouterr().err}"
+
+
+def test_blocks_are_read_with_their_reasons(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n```python\nx = 1\n```\n\n<!-- not run: why -->\n```sh\nfinelip tune\n```\n")
+    assert list(blocks(page)) == [Block(3, "python", "x = 1\n", None), Block(8, "sh", "finelip tune\n", "why")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(REPOSITORY).as_posix() for path in PAGES])
+def test_a_block_has_a_language_that_is_checked(page: Path) -> None:
+    """A block without one would be run by nobody, and nobody would notice."""
+    for block in blocks(page):
+        assert block.language in ("python", "sh", "json", "text"), f"{page.name}, line {block.line}: name its language"

@@ -1,0 +1,67 @@
+"""What the library offers is documented: each public name, each command, each option."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import finelip_fast
+from finelip_fast import cli, kernels
+
+DOCS = Path(__file__).parents[2] / "docs"
+PROSE = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def shown(page: str) -> str:
+    """A page of the reference."""
+    return (DOCS / "reference" / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", finelip_fast.__all__)
+def test_a_public_name_stands_in_the_reference(name: str) -> None:
+    entries = re.findall(r"^::: finelip_fast\.([\w.]+)$", shown("python.md"), re.MULTILINE)
+    value = getattr(finelip_fast, name)
+    whole = f"{getattr(value, '__module__', '')}.".removeprefix("finelip_fast.")
+    assert any(entry in (name, f"{whole}{name}", whole.rstrip(".")) for entry in entries), (
+        f"add ::: finelip_fast.{name}"
+    )
+    assert value.__doc__
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_a_kernel_stands_in_the_reference(name: str) -> None:
+    (members,) = re.findall(r"members: \[(.*)\]", shown("kernels.md"))
+    assert name in members.split(", ")
+    assert getattr(kernels, name).__doc__
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Each command that is shown, by its words after ``finelip``."""
+
+    def walk(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[str, click.Command]]:
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                child = command.get_command(context, name)
+                if child is not None and not child.hidden:
+                    yield from walk((*words, name), child)
+        if words:
+            yield " ".join(words), command
+
+    if hasattr(cli, "cli"):
+        yield from walk((), cli.cli)
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*entry, id=entry[0]) for entry in commands()])
+def test_a_command_is_documented(name: str, command: click.Command) -> None:
+    """It says what it does, as does each of its options, and the pages tell when to use it."""
+    assert command.get_short_help_str()
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            assert parameter.help, f"finelip {name}: {parameter.opts} has no help"
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in PROSE)
+    assert re.search(rf"finelip {name}\b", pages), f"no page tells when to use finelip {name}"
