@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from house import MAPPED, REPOSITORY
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -27,34 +28,40 @@ COPIED = {"results": RESULTS, "examples": REPOSITORY / "examples"}
 _INSTALLED = tempfile.TemporaryDirectory(prefix="finelip-docs-")
 
 COMMAND_LINE = "reference/command-line.md"
-_CLICK_PAGE = """# The command line
-
-::: mkdocs-click
-    :module: finelip_fast.cli
-    :command: cli
-    :prog_name: finelip
-    :style: table
-    :depth: 1
-"""
+GROUP = "finelip"  # the Click command, in finelip_fast.cli
 
 _ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>~?(.*?)</code>")
 
 
-def has_click() -> bool:
-    """Whether the command line is a Click command, which mkdocs-click describes; otherwise each ``--help`` is printed."""
+def command_line() -> str:
+    """The page of all commands, as Markdown: what each ``--help`` prints."""
+    helps = {name: command.get_help(context) for name, command, context in commands()} or _printed_helps()
+    return "# The command line\n\n" + "\n".join(
+        f"## finelip {name}\n\n```text\n{text.rstrip()}\n```\n" for name, text in helps.items()
+    )
+
+
+def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
+    """Each command that is shown, by its words after ``finelip``; none before the command line is Click's."""
     from finelip_fast import cli
 
-    return hasattr(cli, "cli")
+    def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
+        if not isinstance(command, click.Group):
+            yield context.command_path.partition(" ")[2], command, context
+            return
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            if child is not None and not child.hidden:
+                settings = {**child.context_settings, "terminal_width": 100}
+                yield from walk(child, click.Context(child, context, name, **settings))
+
+    if (group := getattr(cli, GROUP, None)) is not None:
+        yield from walk(group, click.Context(group, info_name=GROUP))
 
 
-def command_line() -> str:
-    """The page of all commands, as Markdown."""
-    if has_click():
-        return _CLICK_PAGE
+def _printed_helps() -> dict[str, str]:
     names = re.findall(r"^    ((?:index |eval )?[a-z]+)(?=\s)", _help(), re.MULTILINE)
-    return "# The command line\n\n" + "\n".join(
-        f"## finelip {name}\n\n```text\n{_help(*name.split())}```\n" for name in names if name != "export"
-    )
+    return {name: _help(*name.split()) for name in names if name != "export"}
 
 
 def _help(*command: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
 import pytest
 
 import finelip_fast
@@ -25,8 +26,8 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # The documentation has the names of the Click command line and of the public edge that come with it. Where they are not there
 # yet: options and commands by what they are called still (None: there are none), and methods. Delete it with its two uses.
 OLD_NAMES: dict[str, str | None] = {}
-if not hasattr(cli, "cli"):
-    OLD_NAMES = {"add": "index", "list": None, "remove": None}
+if not any(pages.commands()):
+    OLD_NAMES = {"add": "index", "list": None, "remove": None, "completion": None}
     OLD_NAMES |= {"eval --save": "--out", "eval --validation": "--alpha-sweep", "explain --html": "--out"}
 MISSING = [name for name in ("open", "encode_texts") if not hasattr(finelip_fast.Retriever, name)]
 

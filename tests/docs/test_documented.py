@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pages
 import pytest
 
 import finelip_fast
-from finelip_fast import cli, kernels
+from finelip_fast import kernels
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROSE = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -39,29 +39,14 @@ def test_a_kernel_stands_in_the_reference(name: str) -> None:
     assert getattr(kernels, name).__doc__
 
 
-def commands() -> Iterator[tuple[str, click.Command]]:
-    """Each command that is shown, by its words after ``finelip``."""
-
-    def walk(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[str, click.Command]]:
-        if isinstance(command, click.Group):
-            context = click.Context(command)
-            for name in command.list_commands(context):
-                child = command.get_command(context, name)
-                if child is not None and not child.hidden:
-                    yield from walk((*words, name), child)
-        if words:
-            yield " ".join(words), command
-
-    if hasattr(cli, "cli"):
-        yield from walk((), cli.cli)
-
-
-@pytest.mark.parametrize(("name", "command"), [pytest.param(*entry, id=entry[0]) for entry in commands()])
-def test_a_command_is_documented(name: str, command: click.Command) -> None:
+@pytest.mark.parametrize(
+    ("name", "command", "context"), [pytest.param(*entry, id=entry[0]) for entry in pages.commands()]
+)
+def test_a_command_is_documented(name: str, command: click.Command, context: click.Context) -> None:
     """It says what it does, as does each of its options, and the pages tell when to use it."""
     assert command.get_short_help_str()
-    for parameter in command.params:
+    for parameter in command.get_params(context):
         if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.help, f"finelip {name}: {parameter.opts} has no help"
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in PROSE)
-    assert re.search(rf"finelip {name}\b", pages), f"no page tells when to use finelip {name}"
+    prose = "\n".join(path.read_text(encoding="utf-8") for path in PROSE)
+    assert re.search(rf"finelip {name}\b", prose), f"no page tells when to use finelip {name}"
