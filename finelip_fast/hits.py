@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from finelip_fast._markup import in_html
 from finelip_fast._terminal import printable
 from finelip_fast.preprocess import open_image
 
@@ -55,26 +54,23 @@ class Hits(list[Hit]):
         return "\n".join(f"{rank:3}  {hit}" for rank, hit in enumerate(self, start=1)) or "no hits"
 
     def _repr_html_(self) -> str:
-        if not self:
-            return "<p>no hits</p>"
-        header = "".join(f"<th>{name}</th>" for name in ("", "picture", "id", "score", "global", "fine", "metadata"))
-        rows = [_row(rank, hit) for rank, hit in enumerate(self[:_MOST_ROWS], start=1)]
-        if len(self) > _MOST_ROWS:
-            rows.append(f'<tr><td colspan="7">and {len(self) - _MOST_ROWS} more</td></tr>')
-        return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        from finelip_fast._pages import render  # Jinja2, which only a notebook needs here
+
+        rows = [_row(rank, hit) for rank, hit in enumerate(self[:_MOST_ROWS])]
+        return render("hits.html", rows=rows, more=len(self) - len(rows))
 
 
-def _row(rank: int, hit: Hit) -> str:
-    picture = _thumbnail(hit.id) if rank <= _MOST_THUMBNAILS else None
-    image = "" if picture is None else f'<img src="data:image/jpeg;base64,{picture}" alt="">'
-    metadata = json.dumps(hit.metadata, ensure_ascii=False) if hit.metadata else ""
-    scores = [f"{score:.4f}" for score in (hit.score, hit.global_score, hit.fine_score)]
-    cells = [str(rank), image, _shortened(hit.id), *scores, _shortened(metadata)]
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+def _row(rank: int, hit: Hit) -> dict[str, Any]:
+    return {
+        "hit": hit,
+        "id": _shortened(hit.id),
+        "metadata": _shortened(json.dumps(hit.metadata, ensure_ascii=False)) if hit.metadata else "",
+        "thumbnail": _thumbnail(hit.id) if rank < _MOST_THUMBNAILS else None,
+    }
 
 
 def _shortened(text: str) -> str:
-    return in_html(text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…")
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
 
 
 def _thumbnail(path: str) -> str | None:
