@@ -123,7 +123,7 @@ def loading(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
 
 
 def graphs(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
-    folder = export_onnx(weights, pairs="scenes:test:8", progress=False)
+    folder = export_onnx(weights, data="scenes:test:8", progress=False)
     engine: Any = open_engine("onnx", weights, "cpu")
     files = [folder / f"{name}.onnx" for name in ("image", "text")]
     return {

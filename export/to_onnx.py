@@ -6,12 +6,10 @@ The files are compared with the model before anyone gets them (:mod:`finelip_fas
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
-    from finelip_fast._command_line import run_module
+    from finelip_fast._command_line import run_script
 
-    raise SystemExit(run_module("finelip_fast.export.to_onnx"))
+    raise SystemExit(run_script("export", "onnx"))
 
-import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -28,7 +26,6 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._command_line import run_command
 from finelip_fast._files import installed, write_error
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import graphs, parity, quantize
@@ -55,7 +52,7 @@ def export_onnx(
     out: str | os.PathLike[str] | None = None,
     opset: int = graphs.OPSET,
     extras: Sequence[str] = (),
-    pairs: str = parity.PAIRS,
+    data: str = parity.PAIRS,
     calibration: str = CALIBRATION,
     keep_failed: bool = False,
     again: bool = False,
@@ -71,12 +68,12 @@ def export_onnx(
         out: Folder to write; None: ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
         opset: ONNX's operator set, at least 18.
         extras: More graphs: ``"image_uint8"``, ``"scorer"``; see :mod:`finelip_fast.export.graphs`.
-        pairs: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
+        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
         calibration: Pairs to calibrate with, other than those.
         keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
         again: Also where a proven export of this checkpoint is there.
         progress: Show progress on stderr.
-        reference: The answers of this checkpoint's model on ``pairs``, where they are there from another export.
+        reference: The answers of this checkpoint's model on ``data``, where they are there from another export.
 
     Returns:
         The folder, with ``manifest.json``, ``parity.json`` and ``parity.md`` beside the graphs.
@@ -99,7 +96,7 @@ def export_onnx(
     options = {"opset": opset}
     if not again and _up_to_date(folder, fingerprint, options, names):
         return folder
-    reference = reference or parity.Reference(model, pairs, progress=progress)
+    reference = reference or parity.Reference(model, data, progress=progress)
     with being_written(folder, keep_failed) as partial:  # first of all, so that what cannot be written fails at once
         for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
             proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
@@ -243,51 +240,43 @@ def _encoders(folder: Path, names: Sequence[str], precision: str, device: torch.
 # ---- Command line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("checkpoint", nargs="?", help="as everywhere; default: the bundled one")
-    parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="one or more (default: fp32)"
-    )
-    parser.add_argument("--out", help="folder to write (default: beside the checkpoint, where engines look)")
-    parser.add_argument("--opset", type=int, default=graphs.OPSET, help=f"ONNX's operators (default: {graphs.OPSET})")
-    parser.add_argument("--uint8", action="store_true", help="also a graph of uint8 pixels, normalisation inside")
-    parser.add_argument("--scorer", action="store_true", help="also a graph of embeddings to scores")
-    parser.add_argument("--pairs", default=parity.PAIRS, help=f"held-out pairs (default: {parity.PAIRS})")
-    parser.add_argument("--calibration", default=CALIBRATION, help=f"pairs to calibrate int8 (default: {CALIBRATION})")
-    parser.add_argument("--keep-failed", action="store_true", help="keep files that were refused, as failed-…")
-    parser.add_argument("--again", action="store_true", help="also where a proven export is there")
+def run(
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    precision: Sequence[str],
+    out: str | None,
+    uint8: bool,
+    scorer: bool,
+    data: str,
+    progress: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export one or several precisions, each with the options of :func:`export_onnx`.
 
+    Returns:
+        What was made, by precision.
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the options say; what was made, by precision."""
-    if options.out and len(options.precision) > 1:
+    Raises:
+        InputError: Several precisions, and one folder for all.
+    """
+    for name in precision:
+        one_of("precision", name, PRECISIONS)
+    if out and len(precision) > 1:
         raise InputError("expected one --precision with --out, got several: each is a folder of its own")
+    model = checkpoints.load(checkpoint) if len(precision) > 1 else None
+    reference = parity.Reference(model, data, progress=progress) if model is not None else None
+    extras = [name for name, wanted in zip(EXTRAS, (uint8, scorer), strict=True) if wanted]
     made: dict[str, Any] = {}
-    several = len(options.precision) > 1
-    model = checkpoints.load(options.checkpoint) if several else None
-    reference = parity.Reference(model, options.pairs, progress=not options.quiet) if model is not None else None
-    for precision in options.precision:
+    for name in precision:
         folder = export_onnx(
-            options.checkpoint,
-            precision=precision,
-            out=options.out,
-            opset=options.opset,
-            extras=[name for name, wanted in zip(EXTRAS, (options.uint8, options.scorer), strict=True) if wanted],
-            pairs=options.pairs,
-            calibration=options.calibration,
-            keep_failed=options.keep_failed,
-            again=options.again,
-            progress=not options.quiet,
+            checkpoint,
+            precision=name,
+            out=out,
+            extras=extras,
+            data=data,
+            progress=progress,
             reference=reference,
+            **options,
         )
-        made[precision] = {"folder": str(folder), **read(folder).manifest.proof}
+        made[name] = {"folder": str(folder), **read(folder).manifest.proof}
     return made
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = "to_onnx.py") -> int:
-    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
-    parser = argparse.ArgumentParser(prog=prog, description="Export a checkpoint's encoders to ONNX, proven.")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_arguments(parser)
-    return run_command(lambda: print(json.dumps(run(parser.parse_args(arguments)), indent=1)))

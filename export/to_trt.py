@@ -7,11 +7,10 @@ are for: plans for another one, named by its compute capability, are proven ther
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
-    from finelip_fast._command_line import run_module
+    from finelip_fast._command_line import run_script
 
-    raise SystemExit(run_module("finelip_fast.export.to_trt"))
+    raise SystemExit(run_script("export", "trt"))
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -27,7 +26,6 @@ import torch
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._command_line import run_command
 from finelip_fast._files import installed
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import EngineError, InputError
@@ -54,7 +52,7 @@ def export_trt(
     out: str | os.PathLike[str] | None = None,
     builder: Builder | None = None,
     refit: str | os.PathLike[str] | None = None,
-    pairs: str = parity.PAIRS,
+    data: str = parity.PAIRS,
     keep_failed: bool = False,
     again: bool = False,
     progress: bool = True,
@@ -72,7 +70,7 @@ def export_trt(
             (``exports/stripped-trt-…`` for plans without weights, which no engine can run).
         builder: What the builder is told.
         refit: Folder of refittable plans to fill with this checkpoint's weights, instead of building; its profile is kept.
-        pairs: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
+        data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
         keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
         again: Also where the same plans are there.
         progress: Show progress on stderr.
@@ -94,7 +92,7 @@ def export_trt(
     _check_gpu_options(builder, refit is not None)
     old = None if refit is None else _read_refittable(Path(refit), precision)
     graphs = to_onnx.export_onnx(
-        checkpoint, precision=runtime.ONNX_PRECISION.get(precision, precision), pairs=pairs, progress=progress
+        checkpoint, precision=runtime.ONNX_PRECISION.get(precision, precision), data=data, progress=progress
     )
     source = read(graphs).manifest
     options = _options(target, graphs, source, profile, batches, builder)
@@ -112,7 +110,7 @@ def export_trt(
     )
     if not again and _up_to_date(folder, manifest):
         if _provable(read(folder).manifest):
-            prove_trt(checkpoint, folder, pairs=pairs, keep_failed=keep_failed, progress=progress)
+            prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
         return folder
     with to_onnx.being_written(folder, keep_failed) as partial:
         for name in _GRAPHS:
@@ -125,7 +123,7 @@ def export_trt(
             (partial / f"{name}.plan").write_bytes(plan)
         manifest = dataclasses.replace(manifest, files=to_onnx.hashes(partial))
         if _provable(manifest):
-            report = _compare(partial, manifest, checkpoint, pairs, progress)
+            report = _compare(partial, manifest, checkpoint, data, progress)
             to_onnx.finish(partial, report, dataclasses.replace(manifest, proof=report.summary()))
         else:
             manifest.write(partial)
@@ -136,7 +134,7 @@ def prove_trt(
     checkpoint: str | os.PathLike[str] | None,
     folder: Path,
     *,
-    pairs: str = parity.PAIRS,
+    data: str = parity.PAIRS,
     keep_failed: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -145,7 +143,7 @@ def prove_trt(
     Args:
         checkpoint: As :func:`finelip_fast.load` takes it.
         folder: The plans.
-        pairs, keep_failed, progress: As in :func:`export_trt`.
+        data, keep_failed, progress: As in :func:`export_trt`.
 
     Returns:
         The folder, its manifest now with the proof.
@@ -164,7 +162,7 @@ def prove_trt(
         **runtime.expected_options(found.manifest.options, here),
         stripped=False,
     )
-    report = _compare(folder, found.manifest, checkpoint, pairs, progress)
+    report = _compare(folder, found.manifest, checkpoint, data, progress)
     try:
         with to_onnx.being_written(folder, keep_failed) as partial:
             for name in found.manifest.files:
@@ -317,7 +315,7 @@ def _provable(manifest: Manifest) -> bool:
 
 
 def _compare(
-    folder: Path, manifest: Manifest, checkpoint: str | os.PathLike[str] | None, pairs: str, progress: bool
+    folder: Path, manifest: Manifest, checkpoint: str | os.PathLike[str] | None, data: str, progress: bool
 ) -> parity.Report:
     device = torch.device("cuda", torch.cuda.current_device())
     image, text = (
@@ -330,7 +328,7 @@ def _compare(
         )
         for name in _GRAPHS
     )
-    reference = parity.Reference(checkpoints.load(checkpoint), pairs, progress=progress)
+    reference = parity.Reference(checkpoints.load(checkpoint), data, progress=progress)
     precision = runtime.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     return parity.prove(reference, parity.Encoders(image, text), precision, on=torch.cuda.get_device_name(device))
 
@@ -375,58 +373,49 @@ def _refitted_options(old: Export, source: Manifest, options: dict[str, Any]) ->
 # ---- Command line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="as everywhere; default: the bundled one")
-    add("--precision", choices=PRECISIONS, default="fp16", help="default: fp16")
-    add("--profile", default="latency", help="latency (default), throughput, or batch sizes 1,OPT,MAX")
-    add("--compute-capability", metavar="8.9", help="the GPU to build for (default: the one that is here)")
-    add("--out", help="folder to write (default: beside the checkpoint, where engines look)")
-    add("--workspace", type=int, metavar="MIB", help="greatest scratch memory of a layer (default: all that is there)")
-    add("--version-compatible", action="store_true", help="later versions of TensorRT can read the plans, too")
-    add("--hardware-compatible", action="store_true", help="for every GPU from compute capability 8.0 on; slower")
-    add("--refittable", action="store_true", help="plans that take another checkpoint's weights with --refit")
-    add("--strip", action="store_true", help="plans without weights, for --refit alone")
-    add("--refit", metavar="FOLDER", help="fill these plans with the checkpoint's weights, instead of building")
-    add("--prove", action="store_true", help="build nothing: compare plans from elsewhere with the model, on their GPU")
-    add("--pairs", default=parity.PAIRS, help=f"held-out pairs (default: {parity.PAIRS})")
-    add("--keep-failed", action="store_true", help="keep files that were refused, as failed-…")
-    add("--again", action="store_true", help="also where the same plans are there")
+def run(
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    precision: str,
+    profile: str,
+    compute_capability: str | None,
+    out: str | None,
+    refit: str | None,
+    prove: bool,
+    data: str,
+    keep_failed: bool,
+    again: bool,
+    progress: bool,
+    **builder: Any,
+) -> dict[str, Any]:
+    """Build plans, or prove those from elsewhere; ``builder`` holds the fields of :class:`Builder`.
 
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the options say; what was made."""
-    after = {"pairs": options.pairs, "keep_failed": options.keep_failed, "progress": not options.quiet}
-    if options.prove:
+    Returns:
+        What was made.
+    """
+    one_of("precision", precision, PRECISIONS)
+    if prove:
         here = runtime.machine()
-        folder = Path(options.out or _folder(options.checkpoint, options.precision, here.compute_capability, False))
-        folder = prove_trt(options.checkpoint, folder, **after)
+        folder = Path(out or _folder(checkpoint, precision, here.compute_capability, False))
+        folder = prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
     else:
-        builder = Builder(**{name: getattr(options, name) for name in Builder._fields})
         folder = export_trt(
-            options.checkpoint,
-            precision=options.precision,
-            profile=options.profile,
-            compute_capability=options.compute_capability,
-            out=options.out,
-            builder=builder,
-            refit=options.refit,
-            again=options.again,
-            **after,
+            checkpoint,
+            precision=precision,
+            profile=profile,
+            compute_capability=compute_capability,
+            out=out,
+            builder=Builder(**builder),
+            refit=refit,
+            data=data,
+            keep_failed=keep_failed,
+            again=again,
+            progress=progress,
         )
     made = read(folder).manifest
-    told = {name: made.options[name] for name in ("module", "version", "compute_capability")}
-    result = {"folder": str(folder), "precision": made.precision, **told, "profile": made.options["profile"]["name"]}
+    options = {name: made.options[name] for name in ("module", "version", "compute_capability")}
+    result = {"folder": str(folder), "precision": made.precision, **options, "profile": made.options["profile"]["name"]}
     if not made.proven and not made.options["stripped"]:
-        arguments = ["--prove", *(["--out", options.out] if options.out else [])]
-        result["prove"] = rebuild_command(options.checkpoint, "trt", made.precision, arguments)
+        arguments = ["--prove", *(["--out", out] if out else [])]
+        result["prove"] = rebuild_command(checkpoint, "trt", made.precision, arguments)
     return {**result, **made.proof}
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = "to_trt.py") -> int:
-    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
-    parser = argparse.ArgumentParser(prog=prog, description="Build a checkpoint's encoders as TensorRT plans.")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_arguments(parser)
-    return run_command(lambda: print(json.dumps(run(parser.parse_args(arguments)), indent=1)))

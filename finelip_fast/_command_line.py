@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import click
+
 from finelip_fast._terminal import paragraph, printable
 from finelip_fast.errors import FineLIPError
 
@@ -32,7 +34,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run a command and explain what stops it.
 
     Args:
-        command: Does the work and prints; returns its exit code, None for 0, or exits as argparse does.
+        command: Function that does the work and prints; returns its exit code, None for 0, or exits as Click does.
 
     Returns:
         The exit code.
@@ -46,15 +48,22 @@ def run_command(command: Callable[[], int | None]) -> int:
     return code
 
 
-def run_module(name: str) -> int:
-    """Import a module and run its ``main`` on the arguments of the process."""
-    return run_command(lambda: importlib.import_module(name).main())
+def run_script(*words: str) -> int:
+    """Run a file of the repository as the command that it is: ``finelip WORDS`` with the arguments of the process."""
+    return run_command(lambda: importlib.import_module("finelip_fast.cli").main([*words, *sys.argv[1:]]))
 
 
 def _explained(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
-    except SystemExit as stop:  # of argparse, which has said why
+    except click.exceptions.Exit as stop:  # after --help and --version
+        return stop.exit_code
+    except click.UsageError as error:
+        if error.ctx is not None:
+            usage = " ".join(error.ctx.get_usage().split())
+            print(printable(f"{usage}; see {error.ctx.command_path} --help"), file=sys.stderr)
+        _complain(error.format_message())
+    except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except FineLIPError as error:
         _complain(str(error))

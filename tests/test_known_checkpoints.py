@@ -90,7 +90,7 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
         Path("queries.jsonl").write_text('{"text": "a"}')
         for command in (
             ["search", "a house"],
-            ["index", str(tmp_path)],
+            ["add", str(tmp_path)],
             ["index", "bulk", str(tmp_path)],
             ["index", "tune", "--queries", "queries.jsonl"],
         ):

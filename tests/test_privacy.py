@@ -32,7 +32,7 @@ finelip_fast.load(checkpoint)
 retriever = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu", index=index)
 retriever.add_texts(["a cat", "a dog"], progress=False)
 assert len(retriever.search(["a cat"], k=1)[0]) == 1
-export_onnx(checkpoint, pairs="scenes:test:8", progress=False)
+export_onnx(checkpoint, data="scenes:test:8", progress=False)
 retriever = finelip_fast.Retriever(checkpoint, engine="onnx", device="cpu")
 retriever.add_texts(["a cat", "a dog"], progress=False)
 assert len(retriever.search(["a cat"], k=1)[0]) == 1

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import torch
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from finelip_fast._json import read_json
 from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
 from finelip_fast.errors import ConfigError
-from finelip_fast.training.losses import Criterion, LossTerm
-from finelip_fast.training.shards import shard_names
+
+if TYPE_CHECKING:
+    from finelip_fast.training.losses import Criterion
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -34,9 +33,13 @@ class TrainConfig:
     """A training run. Each field is a command-line option; the text behind it is its help."""
 
     out: str = field(metadata={"help": "folder of the run: checkpoints, log, state to resume from"})
-    train: str = field(metadata={"help": "scenes:SPLIT:SIZE, jsonl:FILE, sharegpt4v:FILE or webdataset:PATTERN"})
-    val: str = field(metadata={"help": "map-style data that the best checkpoint is chosen on; same forms"})
-    image_root: str = field(default="", metadata={"help": "folder that relative picture paths start from"})
+    train: str = field(
+        metadata={"help": "pairs to train on: scenes:SPLIT:SIZE, jsonl:FILE, sharegpt4v:FILE or webdataset:PATTERN"}
+    )
+    validation: str = field(
+        metadata={"help": "pairs to choose the best checkpoint on, in the same forms without webdataset"}
+    )
+    root: str = field(default="", metadata={"help": "folder that relative picture paths start from"})
     init: str = field(default="", metadata={"help": "checkpoint to start from; empty: from nothing, with --preset"})
     preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
     context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
@@ -103,6 +106,12 @@ class TrainConfig:
         Raises:
             ConfigError: The field, what was expected, what came.
         """
+        # Late: the options of the command line are read from the fields, and PyTorch takes seconds.
+        import torch
+
+        from finelip_fast.training.losses import LossTerm
+        from finelip_fast.training.shards import shard_names
+
         for name, kind in get_type_hints(TrainConfig).items():
             value = getattr(self, name)
             if kind in (bool, int, float, str):
@@ -158,7 +167,7 @@ class TrainConfig:
         _require(self.device in ("auto", "cpu", "cuda"), "device auto, cpu or cuda", self.device)
         _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
         _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
-        _require(not self.val.startswith("webdataset:"), "val of map-style data", self.val)
+        _require(not self.validation.startswith("webdataset:"), "validation of map-style data", self.validation)
         if self.grounding:
             place = "train=scenes:SPLIT[:SIZE] with grounding, whose phrases have boxes"
             _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)
@@ -181,6 +190,8 @@ class TrainConfig:
 
     @property
     def criterion(self) -> Criterion:
+        from finelip_fast.training.losses import Criterion, LossTerm
+
         return Criterion(
             terms=tuple(LossTerm.parse(term) for term in self.loss),
             margin=self.margin,
@@ -197,34 +208,31 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def from_arguments(arguments: list[str], *, prog: str) -> TrainConfig:
-    """The configuration that a command line asks for: a recipe's values, changed by options.
+# Names of fields before one thing had one name: see CONTRIBUTING.
+RENAMED = {"val": "validation", "image_root": "root"}
+
+
+def recipe_names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.json"))
+
+
+def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a recipe's values, changed by options.
+
+    Args:
+        recipe: Recipe as :func:`load_recipe` takes it; None: the options give everything.
+        options: Values of fields; None and an empty tuple stand for what is not given.
 
     Raises:
         ConfigError: An unknown recipe or a configuration that cannot be honoured.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Train FineLIP. Started again with the same --out, it resumes."
-    )
-    names = sorted(path.stem for path in RECIPES.glob("*.json"))
-    parser.add_argument("recipe", nargs="?", help=f"values to start from: {', '.join(names)}, or a JSON file")
-    hints = get_type_hints(TrainConfig)
-    for option in dataclasses.fields(TrainConfig):
-        flag, kind = "--" + option.name.replace("_", "-"), hints[option.name]
-        shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.metadata["help"]}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
-        elif kind in (int, float, str):
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **shared)
-        else:
-            parser.add_argument(flag, nargs="+", metavar="TERM", **shared)
-    values = vars(parser.parse_args(arguments))
-    recipe = values.pop("recipe", None)
-    values = (load_recipe(recipe, out=values.get("out")) if recipe else {}) | values
-    missing = [name for name in ("out", "train", "val") if name not in values]
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    values = {**(load_recipe(recipe, out=given.get("out")) if recipe is not None else {}), **given}
+    missing = [name for name in ("out", "train", "validation") if name not in values]
     if missing:
         raise ConfigError(
-            f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({names})"
+            f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({recipe_names()})"
         )
     return TrainConfig(**values)
 
@@ -245,6 +253,9 @@ def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"expected one of the recipes {', '.join(sorted(shipped))}, or a JSON file, got {name!r:.80}")
     path = shipped.get(name, Path(name))
     values: dict[str, Any] = read_json(path, error=ConfigError, expected="a recipe", kind=dict, max_bytes=_MAX_RECIPE)
+    for old, name in RENAMED.items():
+        if old in values:
+            raise ConfigError(f"{path}: the field {old!r} is called {name!r} now")
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"{path}: expected fields of a recipe, found {str(unknown)[:200]}; see --help")

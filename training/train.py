@@ -12,12 +12,11 @@ its own negatives: cheaper by a third, and another loss.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
-    from finelip_fast._command_line import run_module
+    from finelip_fast._command_line import run_script
 
-    raise SystemExit(run_module("finelip_fast.training.train"))
+    raise SystemExit(run_script("train"))
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -37,7 +36,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from finelip_fast import checkpoint
-from finelip_fast._command_line import run_command
 from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
 from finelip_fast._terminal import printable
 from finelip_fast.checkpoint.weight_files import read_weights
@@ -46,7 +44,7 @@ from finelip_fast.embed import embed_texts
 from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, ImageError, TrainingError
 from finelip_fast.metrics import recall
 from finelip_fast.model import FineLIP, TrainingOutput
-from finelip_fast.training.config import TrainConfig, from_arguments
+from finelip_fast.training.config import RENAMED, TrainConfig
 from finelip_fast.training.data import Batch, TrainingData
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.log import Log
@@ -144,9 +142,9 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _run(self, log: Log | None, show: bool) -> dict[str, float]:
-        validation = self._open(self.config.val) if self.rank == 0 else None
+        validation = self._open(self.config.validation) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
-            raise ConfigError(f"expected pairs to validate on, got none from val={self.config.val!r}")
+            raise ConfigError(f"expected pairs to validate on, got none from validation={self.config.validation!r}")
         progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=not show, mininterval=2)
         batches = iter(self.data)
         started, first = time.monotonic(), self.step
@@ -277,7 +275,7 @@ class Trainer:
                     images.append(model.encode_image(torch.stack(pixels).to(self.device)))
                     texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
             if not images:
-                raise TrainingError(f"none of the pictures of val={self.config.val!r} can be read")
+                raise TrainingError(f"none of the pictures of validation={self.config.validation!r} can be read")
             scores = model.score(torch.cat(images), torch.cat(texts))
         self.model.train()
         metrics = {f"val_{name}": value for name, value in recall(scores).items()}
@@ -299,7 +297,7 @@ class Trainer:
 
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
         # A checkpoint travels; the folders of the machine that made it do not.
-        training = {**dataclasses.asdict(self.config), "out": self.out.name, "image_root": ""}
+        training = {**dataclasses.asdict(self.config), "out": self.out.name, "root": ""}
         return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:
@@ -351,9 +349,10 @@ class Trainer:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         now = {**dataclasses.asdict(self.config), "processes": self.world}
-        changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != state["config"].get(name)]
+        before = {RENAMED.get(name, name): value for name, value in state["config"].items()}
+        changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != before.get(name)]
         if changed:
-            was = {name: state["config"].get(name) for name in changed}
+            was = {name: before.get(name) for name in changed}
             raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: now[name] for name in changed})}; "
                               "give the same options to go on, or another --out")  # fmt: skip
         self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))
@@ -379,7 +378,7 @@ class Trainer:
         return model
 
     def _open(self, spec: str) -> Any:
-        return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.image_root or None)
+        return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.root or None)
 
     def _open_data(self) -> TrainingData:
         kind, _, pattern = self.config.train.partition(":")
@@ -449,14 +448,3 @@ def choose_device(config: TrainConfig) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
-
-    def command() -> None:
-        best = train(from_arguments(sys.argv[1:] if arguments is None else arguments, prog="train.py"))
-        if best:
-            print(json.dumps(best))
-
-    return run_command(command)

@@ -1,15 +1,24 @@
-"""``finelip study``: the paper's questions, each a table and a plot."""
+"""``finelip study`` and ``finelip study ablation``: the paper's questions, each a table and a plot."""
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
+import click
+from click.shell_completion import CompletionItem
+
 from finelip_fast._terminal import printable
-from finelip_fast.errors import ConfigError
+from finelip_fast.cli.commands import (
+    Command,
+    ModelOptions,
+    Several,
+    after_result,
+    command_line,
+    model_options,
+    shows_progress,
+)
+from finelip_fast.errors import ConfigError, InputError
 
 NAMES = {
     "length": "what more tokens are worth, and what they cost",
@@ -21,48 +30,93 @@ NAMES = {
     "pointing": "whether the maps of phrases peak where the phrases are true",
 }
 
-
-def add_command(add: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
-    """Give the ``finelip`` command its ``study``; ``add`` makes one of name, function, description and parent parsers."""
-    study = add("study", _study, "A question of the paper, answered by a table and a plot.", model)
-    study.formatter_class = argparse.RawDescriptionHelpFormatter
-    study.epilog = "\n".join(f"{name:10}{question}" for name, question in NAMES.items())
-    study.add_argument(
-        "name",
-        nargs="?",
-        choices=[name for name in NAMES if name != "ablation"],
-        metavar="NAME",
-        help=f"{', '.join(NAMES)}; without one, tell what each asks",
-    )
-    study.add_argument(
-        "--data", help="pairs, as finelip eval takes them (default: scenes:test; beyond: scenes:very_long)"
-    )
-    study.add_argument("--validation", default="scenes:val:200", help="pairs to choose on (default: scenes:val:200)")
-    study.add_argument("--root", help="folder that relative picture paths start from")
-    study.add_argument("--out", default="studies", help="folder of the record (default: studies)")
-    study.add_argument(
-        "--build", action="store_true", help="overhead: first export the checkpoint to ONNX where that was not done"
-    )
+_out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder of the record.")
 
 
-def _study(options: argparse.Namespace) -> Any:
-    if options.name is None:
+def _complete_name(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name, help=text) for name, text in NAMES.items() if name.startswith(incomplete)]
+
+
+@click.command(cls=Command, epilog="\b\n" + "\n".join(f"{name:10}{question}" for name, question in NAMES.items()))
+@click.argument("name", required=False, shell_complete=_complete_name)
+@click.option("--data", help="Pairs to measure on, as finelip eval takes them.  [default: scenes:test, or the study's]")
+@click.option("--validation", metavar="DATA", default="scenes:val:200", help="Pairs to choose on.")
+@click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
+@_out_option
+@click.option(
+    "--build", is_flag=True, help="For overhead: export the checkpoint to ONNX first where that was not done."
+)
+@model_options
+def study(
+    name: str | None,
+    data: str | None,
+    validation: str,
+    root: str | None,
+    out: str,
+    build: bool,
+    model: ModelOptions,
+) -> Any:
+    """Answer a question of the paper by a table and a plot.
+
+    Without NAME, the command says what each study asks.
+    """
+    if name is None:
         return NAMES
-    if options.build and options.name != "overhead":
-        raise ConfigError(f"expected --build with overhead, which compares engines, got {options.name}")
-    from finelip_fast.engines import open_engine
+    if name not in NAMES:
+        raise InputError(f"expected a study of {', '.join(NAMES)}, got {name!r:.80}")
+    if build and name != "overhead":
+        raise ConfigError(f"expected --build with overhead, which compares engines, got {name}")
     from finelip_fast.studies import STUDIES, Setting
 
-    study = STUDIES[options.name]
-    engine = open_engine(options.engine, options.checkpoint, options.device, precision=options.precision)
-    setting = Setting(
-        options.data or study.data, options.validation, options.root, progress=not options.quiet, build=options.build
-    )
-    record = study.run(engine, setting)
+    chosen = STUDIES[name]
+    engine = model.open_engine()
+    setting = Setting(data or chosen.data, validation, root, progress=shows_progress(), build=build)
+    return _record(chosen.run(engine, setting), out)
+
+
+@click.command("study ablation", cls=Command, renamed={"--choose-on": "--validation"})
+@click.option("--recipe", default="ablation", help="Recipe that all runs share: a name, or a JSON file.")
+@click.option("--start", default="ablation-start", help="Recipe that trains the other's init where it is absent.")
+@click.option("--steps", type=int, help="Optimizer steps of each run.  [default: the recipe's]")
+@click.option("--seeds", cls=Several, type=int, default=(0, 1, 2), help="Seeds of the runs.")
+@click.option(
+    "--variants", cls=Several, metavar="NAME", help="Variants to train, in quotes where spaces are.  [default: all]"
+)
+@click.option(
+    "--rates",
+    cls=Several,
+    type=float,
+    default=(1.0,),
+    help="Learning rates to choose from for each variant, as multiples of the recipe's.",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    default="scenes:val",
+    help="Pairs to choose learning rates and the weight of the global score on.",
+)
+@click.option("--jobs", type=int, default=1, help="Runs at once, each in a process.")
+@click.option("--data", default="scenes:test", help="Pairs to measure on.")
+@click.option("--runs", metavar="FOLDER", help="Folder of the runs.  [default: the recipe's out]")
+@_out_option
+@click.option("--name", default="ablation", help="Stem of the record's files.")
+def ablation(out: str, **options: Any) -> Any:
+    """Train the parts and the losses of FineLIP apart, at equal budget, and compare them.
+
+    All runs go on from one checkpoint. A run that was stopped goes on, and a finished one is not trained again.
+    """
+    from finelip_fast.studies.ablation.command import run_ablation
+
+    return _record(run_ablation(**options, progress=shows_progress()), out)
+
+
+def _record(record: Any, out: str) -> Any:
+    """The record, which is saved once it is printed."""
+    command = command_line()
 
     def write() -> None:
-        for path in record.save(options.out, command=shlex.join(["finelip", *options.arguments])):
+        for path in record.save(out, command=command):
             print(printable(path), file=sys.stderr)
 
-    options.write.append(write)
+    after_result(write)
     return record

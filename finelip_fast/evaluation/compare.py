@@ -66,7 +66,7 @@ class Comparison:
 
 
 def compare(files: Sequence[str | Path]) -> Comparison:
-    """Compare what ``finelip eval --out FILE`` wrote, with the first file as the baseline.
+    """Compare what ``finelip eval --save FILE`` wrote, with the first file as the baseline.
 
     Each row of a later run is tested against the first run's row of the same score: that of the same context, or of the
     longest.
@@ -78,7 +78,7 @@ def compare(files: Sequence[str | Path]) -> Comparison:
         InputError: Fewer files, one that is no evaluation, or runs on different pairs.
     """
     if len(files) < 2:
-        raise InputError(f"expected at least two results of finelip eval --out, got {len(files)}")
+        raise InputError(f"expected at least two results of finelip eval --save, got {len(files)}")
     runs = [read_evaluation(file) for file in files]
     baseline = runs[0]
     stems = [Path(file).stem for file in files]

@@ -161,7 +161,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     Raises:
         InputError: Another file, or none; or one whose numbers do not follow from its ranks.
     """
-    expected = "a result of finelip eval DATA --out FILE of this version"
+    expected = "a result of finelip eval DATA --save FILE of this version"
     values = read_json(path, error=InputError, expected=expected, kind=dict, max_bytes=_MAX_BYTES)
     if isinstance(rows := values.get("rows"), list):
         values["rows"] = [_nested(row) if isinstance(row, dict) else row for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from finelip_fast.index.store import Existing, Store, Written
 from finelip_fast.index.view import View
 
 _TUNING = "tuning"
+_ITEMS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,27 @@ class Index:
     def __contains__(self, item: object) -> bool:
         return isinstance(item, str) and bool(self._store.catalogue.find([item]))
 
-    def items(self) -> Iterator[Item]:
-        """What the catalogue knows of each, in order of insertion; reads as it goes."""
-        view = self._store.view()
-        for row in view.layout.segments:
-            yield from self._store.catalogue.items(view.version, within=row)
+    def items(self, *, where: str | None = None) -> Iterator[Item]:
+        """What the catalogue knows of each, in order of insertion; reads as it goes.
+
+        Args:
+            where: Filter on the metadata, see :mod:`finelip_fast.index.filters`; None: all items.
+
+        Raises:
+            InputError: A filter that cannot be read.
+            StoreError: The catalogue is damaged, or another process has compacted the index meanwhile.
+        """
+        view, catalogue = self._store.view(), self._store.catalogue
+        if where is None:
+            for row in view.layout.segments:
+                yield from catalogue.items(view.version, within=row)
+            return
+        positions = iter(catalogue.matching(where, view.version))
+        while part := list(islice(positions, _ITEMS_AT_ONCE)):
+            items = catalogue.at(part, view.version)
+            if items is None:
+                raise StoreError(f"the index at {self.folder} was compacted while it was read: read it again")
+            yield from (items[position] for position in part)
 
     @property
     def ids(self) -> list[str]:
@@ -446,6 +464,6 @@ def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
     """
     stored = stored_spec(folder)
     if stored is None:
-        raise StoreError(f"there is no index at {folder}: make one with finelip index FOLDER --index {folder}")
+        raise StoreError(f"there is no index at {folder}: make one with finelip add FOLDER --index {folder}")
     spec, source = stored
     return Index(spec, folder, source=source, **options)

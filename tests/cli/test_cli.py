@@ -10,20 +10,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import finelip_fast
-from finelip_fast import demo
+from finelip_fast import cli, demo
 from finelip_fast.cli import main
 
-COMMANDS = ("demo", "index", "search", "eval", "train", "export onnx", "export trt", "convert", "tune", "info")
+
+def commands() -> dict[str, click.Command]:
+    """Every command by its words, without the families."""
+    known = {}
+    for name, command in cli.finelip.commands.items():
+        inside = command.commands if isinstance(command, click.Group) else {}
+        known |= {f"{name} {inner}": one for inner, one in inside.items()} or {name: command}
+    return known
+
+
+COMMANDS = sorted(commands())
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +100,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def index(finelip: Callable[..., str], photos: Path, checkpoint: Path, *options: object) -> str:
-    return finelip("index", photos, "--checkpoint", checkpoint, "--device", "cpu", "--quiet", *options)
+    return finelip("add", photos, "--checkpoint", checkpoint, "--device", "cpu", "--quiet", *options)
 
 
 # Index and search -----------------------------------------------------------------------------------------------------
@@ -115,9 +127,7 @@ def test_index_again_adds_what_is_new(finelip: Callable[..., str], photos: Path,
     index(finelip, photos, checkpoint)
     assert index(finelip, photos, checkpoint).splitlines()[0] == "0 added, 2 skipped"
     save_picture(photos / "d.png", 9)
-    report = json.loads(
-        finelip("index", photos, "--device", "cpu", "--quiet", "--json")
-    )  # the checkpoint is remembered
+    report = json.loads(finelip("add", photos, "--device", "cpu", "--quiet", "--json"))  # the checkpoint is remembered
     assert report["added"] == 1
     assert [Path(path).name for path, _ in report["skipped"]] == ["notes.txt", "broken.jpg"]
     assert len(json.loads(finelip("search", "a house", "--json", "--device", "cpu"))) == 4
@@ -127,7 +137,7 @@ def test_a_killed_job_goes_on_where_it_was(finelip: Callable[..., str], photos: 
     for n in range(60):
         save_picture(photos / f"more-{n}.png", n)
     arguments = [
-        "index",
+        "add",
         str(photos),
         "--checkpoint",
         str(checkpoint),
@@ -171,7 +181,7 @@ def test_an_index_is_looked_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("finelip_fast.ingest._KEPT_BYTES", 1)
-    finelip("index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
+    finelip("add", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
     assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0, "lost": 0}
     finelip("index", "snapshot", "copy")
     assert json.loads(finelip("index", "maintain", "--json"))["segments"] == 3
@@ -300,7 +310,7 @@ def test_eval_on_scenes(finelip: Callable[..., str], checkpoint: Path) -> None:
         "--device",
         "cpu",
         "--quiet",
-        "--context",
+        "--context-lengths",
         "12",
         "40",
     ]
@@ -320,7 +330,9 @@ def test_eval_on_json_lines(finelip: Callable[..., str], photos: Path, checkpoin
 
 
 def test_convert_writes_a_checkpoint_that_opens(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
-    written = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--half", "--context-length", 50, "--json"))
+    written = json.loads(
+        finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--context-length", 50, "--json")
+    )
     assert written["dtype"] == "float16"
     assert written["context_length"] == finelip_fast.load(tmp_path / "half").config.context_length == 50
     assert f"folder: {tmp_path / 'text'}" in finelip("convert", checkpoint, tmp_path / "text")
@@ -337,9 +349,9 @@ def test_export_says_what_is_not_installed(fails: Callable[..., str], monkeypatc
 def test_what_was_exported_answers(finelip: Callable[..., str], photos: Path, make_model, tmp_path: Path) -> None:
     checkpoint = tmp_path / "exported"
     finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), checkpoint)
-    made = json.loads(finelip("export", "onnx", str(checkpoint), "--pairs", "scenes:test:8", "--quiet"))
+    made = json.loads(finelip("export", "onnx", str(checkpoint), "--data", "scenes:test:8", "--quiet", "--json"))
     assert made["fp32"]["passed"] is True
-    finelip("index", str(photos), "--checkpoint", str(checkpoint), "--quiet")
+    finelip("add", str(photos), "--checkpoint", str(checkpoint), "--quiet")
     hits = [
         json.loads(finelip("search", "a red house", "--engine", name, "--device", "cpu", "--json"))
         for name in ("torch", "onnx")
@@ -427,23 +439,23 @@ def test_a_demo_report_speaks_json(finelip: Callable[..., str], monkeypatch: pyt
 
 
 def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    assert "there is no index at finelip-index: make one with finelip index FOLDER" in fails("search", "a house")
+    assert "there is no index at finelip-index: make one with finelip add FOLDER" in fails("search", "a house")
     assert "there is no index at photos" in fails("search", "a house", "--index", photos)
     assert sorted(one.name for one in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
     assert "expected either a description or --image FILE" in fails("search")
     assert "expected either a description or --image FILE" in fails("search", "a house", "--image", photos / "a.png")
-    assert "expected a folder, got nothing there" in fails("index", tmp_path / "lost", "--checkpoint", checkpoint)
-    assert "expected a folder, got a file" in fails("index", photos / "a.png", "--checkpoint", checkpoint)
-    assert "lost: no such file or folder" in fails("index", photos, "--checkpoint", tmp_path / "lost")
-    assert "expected engine to be one of" in fails("index", photos, "--checkpoint", checkpoint, "--engine", "jax")
-    assert "device='tpux' cannot be used" in fails("index", photos, "--checkpoint", checkpoint, "--device", "tpux")
+    assert "expected a folder, got nothing there" in fails("add", tmp_path / "lost", "--checkpoint", checkpoint)
+    assert "expected a folder, got a file" in fails("add", photos / "a.png", "--checkpoint", checkpoint)
+    assert "lost: no such file or folder" in fails("add", photos, "--checkpoint", tmp_path / "lost")
+    assert "expected engine to be one of" in fails("add", photos, "--checkpoint", checkpoint, "--engine", "jax")
+    assert "device='tpux' cannot be used" in fails("add", photos, "--checkpoint", checkpoint, "--device", "tpux")
     assert "batch_size of at least 1" in fails(
-        "index", photos, "--checkpoint", checkpoint, "--batch-size", "0", "--quiet"
+        "add", photos, "--checkpoint", checkpoint, "--batch-size", "0", "--quiet"
     )
     assert "expected scenes:SPLIT, jsonl:FILE" in fails("eval", "coco", "--checkpoint", checkpoint)
     assert "cannot read lost.jsonl" in fails("eval", "jsonl:lost.jsonl", "--checkpoint", checkpoint)
     assert "expected contexts from 3 to" in fails(
-        "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context", "999"
+        "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context-lengths", "999"
     )
     assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")
     assert "expected at least one scene" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
@@ -478,16 +490,16 @@ def test_a_checkpoint_that_moved_is_named(
     "command",
     [
         "demo --scenes 1 --out OUT",
-        "index photos --checkpoint CHECKPOINT --index OUT",
+        "add photos --checkpoint CHECKPOINT --index OUT",
         "index snapshot OUT",
         "eval scenes:test:2 --checkpoint CHECKPOINT --cache OUT",
-        "eval scenes:test:2 --checkpoint CHECKPOINT --out OUT",
-        "explain photos/a.png red --checkpoint CHECKPOINT --out OUT",
+        "eval scenes:test:2 --checkpoint CHECKPOINT --save OUT",
+        "explain photos/a.png red --checkpoint CHECKPOINT --html OUT",
         "explain photos/a.png red --checkpoint CHECKPOINT --phrase red --overlay OUT",
         "study length --data scenes:test:2 --validation scenes:val:2 --checkpoint CHECKPOINT --out OUT",
         "convert CHECKPOINT OUT",
         "export onnx CHECKPOINT --out OUT",
-        "train --init CHECKPOINT --train scenes:train --val scenes:val:2 --device cpu --out OUT",
+        "train --init CHECKPOINT --train scenes:train --validation scenes:val:2 --device cpu --out OUT",
         "study ablation --out OUT",
     ],
 )
@@ -531,7 +543,7 @@ def test_a_signal_keeps_what_was_embedded(
         return encode(*arguments)
 
     monkeypatch.setattr(TorchEngine, "encode_image", interrupted)
-    arguments = ["index", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet"]
+    arguments = ["add", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet"]
     assert main([*arguments, "--engine", "torch", "--device", "cpu"]) == 143
     assert capsys.readouterr().err == "terminated\n"
     assert json.loads(finelip("index", "check", "--json"))["items"] == 2
@@ -577,7 +589,7 @@ def test_a_folder_that_cannot_be_written_to_is_read_by_every_reading_command(
         assert json.loads(finelip("index", "check", "--json"))["items"] == 3
         assert json.loads(finelip("info", "--index", "finelip-index", "--json"))["items"] == 3
         for command in (
-            ["index", photos, *options, "--quiet"],
+            ["add", photos, *options, "--quiet"],
             ["index", "field", "camera"],
             ["index", "snapshot", "copy"],
         ):
@@ -599,7 +611,7 @@ def test_a_user_without_a_home_can_do_all(
     monkeypatch.setattr(Path, "home", homeless)
     index(finelip, photos, checkpoint)
     assert len(finelip("search", "a house", "--checkpoint", checkpoint, "--device", "cpu").splitlines()) == 3
-    assert "3 added" in finelip("index", photos, "--index", "bundled", "--device", "cpu", "--quiet")
+    assert "3 added" in finelip("add", photos, "--index", "bundled", "--device", "cpu", "--quiet")
     assert finelip("info")
     assert "~nobody-here/x: no such file or folder" in fails("search", "a house", "--checkpoint", "~nobody-here/x")
     assert "device='tpux' cannot be used" in fails(
@@ -645,13 +657,19 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["search", "-k", "many"]], ids=["none", "unknown", "type"])
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert "usage: finelip" in capsys.readouterr().err
+    assert "Usage: finelip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command.split(), "--help"]) == 0
-    assert "usage: " in capsys.readouterr().out
+    texts = []
+    for flag in ("--help", "-h"):
+        assert main([*command.split(), flag]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(f"Usage: finelip {command} [OPTIONS]")
+    assert "--json " in texts[0]
+    assert "--quiet " in texts[0]
 
 
 def test_the_installed_command_lists_all_commands() -> None:
@@ -659,4 +677,146 @@ def test_the_installed_command_lists_all_commands() -> None:
     assert script is not None, "the finelip command is not installed beside this Python"
     result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert all(f"    {command.split()[0]} " in result.stdout for command in COMMANDS)
+    assert all(re.search(rf"^  {command.split()[0]} ", result.stdout, re.MULTILINE) for command in COMMANDS)
+
+
+def test_help_and_completion_import_nothing_heavy() -> None:
+    """``finelip --help`` takes a fifth of a second; PyTorch alone takes seconds."""
+    words = [["--help"], ["--version"], ["completion", "bash"], *([*command.split(), "--help"] for command in COMMANDS)]
+    code = (
+        f"import os, sys\nfrom finelip_fast.cli import main\nfor words in {words}:\n    assert main(words) == 0\n"
+        "os.environ.update(_FINELIP_COMPLETE='bash_complete', COMP_WORDS='finelip sea', COMP_CWORD='1')\nmain([])\n"
+        "print(sorted({'torch', 'numpy', 'PIL', 'onnx', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("plain,search\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("index photos", "To add the pictures of a folder: finelip add photos"),
+        ("index add photos", "finelip index add is called finelip add now."),
+        ("index delete a.png", "finelip index delete is called finelip remove now."),
+        ("serch house", "got 'serch'. Did you mean search?"),
+        ("index chek", "got 'chek'. Did you mean check?"),
+        ("eval scenes:test --alpha-sweep scenes:val", "--alpha-sweep is called --validation now."),
+        ("eval scenes:test --context 77", "--context is called --context-lengths now."),
+        ("eval scenes:test --out result.json", "--out is called --save now."),
+        ("eval compare a b --format markdown", "--format is called --markdown or --json now."),
+        ("explain a.png red --out why.html", "--out is called --html now."),
+        ("study ablation --choose-on scenes:val", "--choose-on is called --validation now."),
+        ("export onnx --pairs scenes:test:8", "--pairs is called --data now."),
+        ("export trt --pairs scenes:test:8", "--pairs is called --data now."),
+        ("convert a b --half", "--half is called --dtype float16 now."),
+        ("tune --out table.json", "--out is called --settings now."),
+        ("train --val scenes:val", "--val is called --validation now."),
+        ("train --image-root photos", "--image-root is called --root now."),
+    ],
+)
+def test_a_former_spelling_is_answered_with_the_one_of_today(
+    typed: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert answer in printed.err.splitlines()[-1]
+
+
+def test_options_of_several_values_take_them_at_once_or_one_by_one() -> None:
+    for words in (["--seeds", "3", "1", "--jobs", "2"], ["--seeds", "3", "--jobs", "2", "--seeds=1"]):
+        params = cli.ablation.make_context("finelip study ablation", words).params
+        assert (params["seeds"], params["jobs"]) == ((3, 1), 2)
+    with pytest.raises(click.UsageError, match="unexpected extra argument"):
+        cli.ablation.make_context("finelip study ablation", ["--seeds", "1", "--", "2"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(shell: str, finelip: Callable[..., str]) -> None:
+    assert "_FINELIP_COMPLETE" in finelip("completion", shell)
+
+
+def test_another_shell_is_refused(fails: Callable[..., str]) -> None:
+    assert "expected a shell among bash, zsh, fish, got 'csh'" in fails("completion", "csh")
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    from finelip_fast.export import graphs, parity, to_onnx
+
+    defaults = {param.name: param.default for param in cli.export.commands["onnx"].params}
+    assert (defaults["opset"], defaults["data"], defaults["calibration"]) == (
+        graphs.OPSET,
+        parity.PAIRS,
+        to_onnx.CALIBRATION,
+    )
+
+
+# List and remove ------------------------------------------------------------------------------------------------------
+
+
+def test_items_are_listed_and_removed(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    index(finelip, photos, checkpoint)
+    paths = [str(photos / f"{name}.png") for name in "abc"]
+    assert finelip("list").splitlines() == finelip("list", "--paths").splitlines() == paths
+    assert json.loads(finelip("list", "--json")) == [{"id": path, "metadata": {}} for path in paths]
+    assert json.loads(finelip("list", "--paths", "--json", "--where", "id like '%b.png'")) == paths[1:2]
+    assert json.loads(finelip("remove", paths[0], "--json")) == {"removed": 1, "items": 2}
+    assert finelip("list", "--paths").splitlines() == paths[1:]
+    assert finelip("remove", "--where", "id like '%b.png'") == "1 removed, 1 left\n"
+    assert finelip("list", "--paths").splitlines() == paths[2:]
+    assert (photos / "b.png").exists()
+
+
+def test_metadata_is_listed(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    retriever = finelip_fast.Retriever(checkpoint, index=tmp_path / "index", device="cpu")
+    retriever.add_texts(["a", "b"], ids=["x", "y\nz"], metadata=[{"year": 1}, {"year": 2}], progress=False)
+    retriever.index.close()
+    assert finelip("list", "--index", tmp_path / "index").splitlines() == ['x  {"year": 1}', r'y\nz  {"year": 2}']
+    assert finelip("list", "--index", tmp_path / "index", "--paths").splitlines() == ["x", r"y\nz"]
+    assert json.loads(finelip("list", "--index", tmp_path / "index", "--where", "year = 2", "--json")) == [
+        {"id": "y\nz", "metadata": {"year": 2}}
+    ]
+
+
+def test_a_filter_that_matches_nothing_says_so(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    index(finelip, photos, checkpoint)
+    message = "the filter year = 1 matches none of the 3 items\n"
+    filtered = ("--where", "year = 1")
+    assert finelip("search", "a house", "--device", "cpu", *filtered) == message
+    assert finelip("list", *filtered) == message
+    assert finelip("remove", *filtered) == message
+    assert json.loads(finelip("search", "a house", "--device", "cpu", "--json", *filtered)) == []
+    assert json.loads(finelip("list", "--json", *filtered)) == []
+    assert json.loads(finelip("remove", "--json", *filtered)) == {"removed": 0, "items": 3}
+
+
+def test_what_cannot_be_listed_or_removed(
+    finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    assert "there is no index at finelip-index: make one with finelip add FOLDER" in fails("list")
+    assert "there is no index at finelip-index: make one with finelip add FOLDER" in fails("remove", "a")
+    index(finelip, photos, checkpoint)
+    assert "expected either ids or --where FILTER, got neither" in fails("remove")
+    assert "expected either ids or --where FILTER, got both" in fails("remove", "a", "--where", "year = 1")
+    assert "expected ids of the index, got 'a'" in fails("remove", "a", photos / "b.png")
+    assert len(finelip("list").splitlines()) == 3
+
+
+def test_several_folders_are_added(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+    Path("more").mkdir()
+    save_picture(Path("more") / "d.png", 7)
+    report = finelip("add", photos, "more", "--checkpoint", checkpoint, "--device", "cpu", "--quiet")
+    assert report.splitlines()[0] == "4 added, 2 skipped"
+
+
+def test_a_quiet_command_does_not_warn(
+    finelip: Callable[..., str], checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_demo(*_: object, **__: object) -> str:
+        warnings.warn("look out", stacklevel=1)
+        return "done"
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert finelip("demo", "--quiet") == "done\n"
+    with pytest.warns(UserWarning, match="look out"):
+        finelip("demo")

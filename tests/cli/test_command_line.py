@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
@@ -58,6 +59,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (RecursionError(), 2, "error: something is nested too deeply"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "terminated\n"),
+        (click.exceptions.Exit(0), 0, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(), 0, ""),
     ],
@@ -67,6 +69,14 @@ def test_what_ends_a_command_is_explained(
 ) -> None:
     assert run_command(raising(error)) == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_wrong_command_line_is_explained_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    context = click.Context(click.Command("find"), info_name="find\x1b[2J")
+    assert run_command(raising(click.UsageError("Expected a\nb\x1b[2J.", context))) == 2
+    usage, *message = capsys.readouterr().err.splitlines()
+    assert usage == r"Usage: find\x1b[2J [OPTIONS]; see find\x1b[2J --help"
+    assert message == ["error: Expected a", r"  b\x1b[2J."]
 
 
 def test_a_mistake_of_ours_is_not_hidden() -> None:
@@ -142,8 +152,8 @@ def test_streams_that_nobody_reads_keep_the_work(
     "command",
     [
         ["-m", "finelip_fast.cli", "info"],
-        [REPOSITORY / "training" / "train.py", "--help"],
-        [REPOSITORY / "export" / "to_onnx.py", "--help"],
+        [REPOSITORY / "training" / "train.py", "scenes", "--out", "run"],
+        [REPOSITORY / "export" / "to_onnx.py", "missing"],
     ],
     ids=["finelip", "train.py", "to_onnx.py"],
 )

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,10 +17,20 @@ from PIL import Image
 import finelip_fast
 from finelip_fast import cli
 
+
+def command(name: str) -> click.Command:
+    """The command of a name of one or two words."""
+    first, _, second = name.partition(" ")
+    known = cli.finelip.commands
+    return known[name] if name in known else known[first].commands[second]
+
+
 # With what they need to do something; without those that take long, or a GPU, or other machines.
 COMMANDS = {
     "search": ["a house", "--index", "index"],
-    "index": ["photos", "--index", "index"],
+    "add": ["photos", "--index", "index"],
+    "list": ["--index", "index"],
+    "remove": ["photos/b.png", "--index", "index"],
     "index check": ["--index", "index"],
     "index maintain": ["--index", "index"],
     "index repair": ["--index", "index"],
@@ -32,12 +43,11 @@ COMMANDS = {
     "explain": ["photos/a.png", "a red house", "--checkpoint", "checkpoint"],
     "convert": ["checkpoint", "converted"],
     "info": [],
+    "completion": ["bash"],
+    "study": [],
 }
 OPTIONS = {
-    name: sorted(option for option in parser._option_string_actions if option not in ("-h", "--help"))
-    for action in cli._parser()._actions
-    for name, parser in getattr(action, "_name_parser_map", {}).items()
-    if name in COMMANDS
+    name: sorted(flag for param in command(name).params for flag in param.opts if flag[0] == "-") for name in COMMANDS
 }
 NUMBERS = [
     "-1",
@@ -117,7 +127,7 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
             Image.fromarray(pixels).save(f"photos/{name}.png")
         Path("file").touch()
         Path("queries.jsonl").write_text('{"text": "a house"}\n')
-        assert cli.main(["index", "photos", "--checkpoint", "checkpoint", "--index", "index", "--quiet"]) == 0
+        assert cli.main(["add", "photos", "--checkpoint", "checkpoint", "--index", "index", "--quiet"]) == 0
         yield folder
 
 

@@ -32,7 +32,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def checkpoint(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("choice") / "checkpoint"
     finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
-    export_onnx(folder, pairs=PAIRS, progress=False)
+    export_onnx(folder, data=PAIRS, progress=False)
     return folder
 
 
@@ -217,7 +217,7 @@ def test_a_build_that_fails_says_why(bare: Path, monkeypatch: pytest.MonkeyPatch
 def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finelip_fast.engines import onnx
 
-    export_onnx(checkpoint, precision="int8", pairs=PAIRS, progress=False)
+    export_onnx(checkpoint, precision="int8", data=PAIRS, progress=False)
     monkeypatch.setattr(onnx, "adds_bytes_exactly", lambda: False)
     with pytest.raises(EngineError, match="8-bit products saturate"):
         open_engine("onnx", checkpoint, "cpu", precision="int8")

@@ -45,9 +45,9 @@ def checkpoint(make_model, tmp_path_factory) -> Path:
     finelip_fast.save(make_model(context_length=CONTEXT, embed_dim=128, vision_layers=1, text_width=32), folder)
     for name in AVAILABLE:
         if name.startswith("onnx"):
-            export_onnx(folder, pairs="scenes:test:8", progress=False, **ALL[name][1])
+            export_onnx(folder, data="scenes:test:8", progress=False, **ALL[name][1])
     if "trt" in AVAILABLE:
-        export_trt(folder, pairs="scenes:test:8", progress=False)
+        export_trt(folder, data="scenes:test:8", progress=False)
     return folder
 
 

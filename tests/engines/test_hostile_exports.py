@@ -48,7 +48,7 @@ VALUES = st.recursive(
 def exported(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "checkpoint"
     finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
-    export_onnx(folder, pairs=PAIRS, progress=False)
+    export_onnx(folder, data=PAIRS, progress=False)
     return folder
 
 
@@ -160,7 +160,7 @@ def exported_apart(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("apart")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "LARGEST_FILE", 0)
-        return export_onnx(exported, pairs=PAIRS, progress=False, out=folder / "onnx-fp32")
+        return export_onnx(exported, data=PAIRS, progress=False, out=folder / "onnx-fp32")
 
 
 @pytest.fixture

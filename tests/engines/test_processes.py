@@ -29,7 +29,7 @@ NAMES = ("torch", "onnx")
 def checkpoint(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes") / "checkpoint"
     finelip_fast.save(make_model(context_length=24, vision_layers=1, text_layers=1), folder)
-    export_onnx(folder, pairs="scenes:test:8", progress=False)
+    export_onnx(folder, data="scenes:test:8", progress=False)
     return folder
 
 

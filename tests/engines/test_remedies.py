@@ -31,7 +31,7 @@ PAIRS = "scenes:test:8"
 def exported(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("remedies") / "a checkpoint"  # with a blank, which a shell would part
     finelip_fast.save(make_model(context_length=24, vision_layers=1, text_layers=1), folder)
-    export_onnx(folder, pairs=PAIRS, progress=False)
+    export_onnx(folder, data=PAIRS, progress=False)
     return folder
 
 
@@ -96,7 +96,7 @@ def test_the_advised_command_mends_an_export(
         open_engine("onnx", checkpoint, "cpu")
     program, *arguments = remedy(caught.value)
     assert program == "finelip"
-    assert cli.main([*arguments, "--quiet", "--pairs", PAIRS]) == 0, capsys.readouterr().err
+    assert cli.main([*arguments, "--quiet", "--data", PAIRS]) == 0, capsys.readouterr().err
     assert open_engine("onnx", checkpoint, "cpu").reason == "asked for"
 
 

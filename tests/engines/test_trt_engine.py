@@ -218,7 +218,7 @@ def test_without_a_gpu_the_reason_is_told(plans, checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8"])
 def test_on_a_gpu_the_engine_gives_the_models_embeddings(model, make_captions, tmp_path: Path, name: str) -> None:
     finelip_fast.save(model, tmp_path)
-    folder = export_trt(tmp_path, precision=name, pairs="scenes:test:8", progress=False)
+    folder = export_trt(tmp_path, precision=name, data="scenes:test:8", progress=False)
     opened = TrtEngine(tmp_path, read(folder))
     ids = make_captions([3, CONTEXT, 0, 20] * 10, CONTEXT)
     pixels = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -238,7 +238,7 @@ def test_on_a_gpu_refitted_plans_are_the_other_model(make_model, tmp_path: Path,
     sizes = {"context_length": CONTEXT, "vision_layers": 1, "text_layers": 1, "text_width": 32}
     for seed in range(2):
         finelip_fast.save(make_model(seed=seed, **sizes), tmp_path / str(seed))
-    arguments = {"pairs": "scenes:test:8", "progress": False}
+    arguments = {"data": "scenes:test:8", "progress": False}
     old = export_trt(tmp_path / "0", builder=Builder(refittable=True, strip=strip), **arguments)
     new = export_trt(tmp_path / "1", refit=old, **arguments)
     assert read(new).manifest.proven

@@ -101,13 +101,13 @@ def test_the_command_prints_three_forms(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert lines[-1].split()[:6] == ["b|c", "256", "combined", "context", "256", "+50.0"]
     assert max(map(len, lines)) <= 120
-    assert main(["eval", "compare", *files, "--format", "markdown"]) == 0
+    assert main(["eval", "compare", *files, "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("|---|")
     assert lines[2].startswith("|a|models/ours|torch fp32|256|combined|50.0|")
     assert lines[3].startswith(r"|b\|c|")
     assert {line.replace(r"\|", "").count("|") for line in lines[:4]} == {14}
-    for form in (["--format", "json"], ["--json"], ["--json", "--format", "markdown"]):
+    for form in (["--json"], ["--json", "--markdown"]):
         assert main(["eval", "compare", *files, *form]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["data"] == "some"
@@ -117,8 +117,8 @@ def test_the_command_prints_three_forms(tmp_path: Path, capsys: pytest.CaptureFi
 def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "scenes:test:8", "--quiet", "--engine", "torch"]
     short, long = str(tmp_path / "short.json"), str(tmp_path / "long.json")
-    assert main([*command, "--context", "77", "--out", short]) == 0
-    assert main([*command, "--alpha-sweep", "scenes:val:8", "--out", long]) == 0
+    assert main([*command, "--context-lengths", "77", "--save", short]) == 0
+    assert main([*command, "--validation", "scenes:val:8", "--save", long]) == 0
     assert "validation pairs scenes:val:8" in capsys.readouterr().out
     assert main(["eval", "compare", short, long]) == 0
     told = capsys.readouterr().out
@@ -128,8 +128,8 @@ def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: p
 
 def test_a_place_to_write_to_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (tmp_path, tmp_path / "missing" / "result.json"):
-        assert main(["eval", "scenes:test:8", "--checkpoint", "missing", "--out", str(out)]) == 2
-        assert "expected --out to be a file in a folder that is there" in capsys.readouterr().err
+        assert main(["eval", "scenes:test:8", "--checkpoint", "missing", "--save", str(out)]) == 2
+        assert "expected --save to be a file in a folder that is there" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_told_where_it_cannot_be_written(
@@ -139,7 +139,7 @@ def test_what_was_measured_is_told_where_it_cannot_be_written(
         raise WriteError(28, "cannot write result.json: No space left on device")
 
     monkeypatch.setattr(Evaluation, "save", full)
-    command = ["eval", "scenes:test:8", "--quiet", "--engine", "torch", "--out", str(tmp_path / "result.json")]
+    command = ["eval", "scenes:test:8", "--quiet", "--engine", "torch", "--save", str(tmp_path / "result.json")]
     assert main(command) == 2
     printed = capsys.readouterr()
     assert "i2t R@1" in printed.out

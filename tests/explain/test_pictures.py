@@ -83,7 +83,7 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     path = tmp_path / "scene.png"
     SCENE.draw().save(path)
     phrase = SCENE.parts[0].text
-    command = ["explain", str(path), SCENE.caption, "--out", str(tmp_path / "why.html")]
+    command = ["explain", str(path), SCENE.caption, "--html", str(tmp_path / "why.html")]
     assert main([*command, "--phrase", phrase, "--overlay", str(tmp_path / "lit.png")]) == 0
     told = capsys.readouterr()
     assert "words that add most" in told.out

@@ -11,8 +11,9 @@ import torch
 
 import finelip_fast
 from finelip_fast.checkpoint import fingerprint
+from finelip_fast.cli import main
 from finelip_fast.errors import CheckpointError, EngineError, InputError
-from finelip_fast.export import graphs, parity, to_onnx
+from finelip_fast.export import graphs, parity
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.runtimes.manifest import find, read
 from finelip_fast.runtimes.onnx import OnnxGraph
@@ -30,7 +31,7 @@ def checkpoint(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path) -> Path:
-    return export_onnx(checkpoint, pairs=PAIRS, progress=False)
+    return export_onnx(checkpoint, data=PAIRS, progress=False)
 
 
 def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, checkpoint: Path) -> None:
@@ -52,17 +53,15 @@ def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, c
 def test_a_second_run_exports_what_changed_and_nothing_else(exported: Path, checkpoint: Path, monkeypatch) -> None:
     before = (exported / "manifest.json").stat().st_mtime_ns
     monkeypatch.setattr(graphs, "build", lambda *_, **__: pytest.fail("exported again"))
-    assert export_onnx(checkpoint, pairs=PAIRS, progress=False) == exported
+    assert export_onnx(checkpoint, data=PAIRS, progress=False) == exported
     assert (exported / "manifest.json").stat().st_mtime_ns == before
     for changed in ({"again": True}, {"opset": 18}, {"extras": ["scorer"]}):
         with pytest.raises(pytest.fail.Exception, match="exported again"):
-            export_onnx(checkpoint, pairs=PAIRS, progress=False, **changed)
+            export_onnx(checkpoint, data=PAIRS, progress=False, **changed)
 
 
 def test_extras_are_written_and_proven(checkpoint: Path, tmp_path: Path) -> None:
-    folder = export_onnx(
-        checkpoint, out=tmp_path / "out", extras=["image_uint8", "scorer"], pairs=PAIRS, progress=False
-    )
+    folder = export_onnx(checkpoint, out=tmp_path / "out", extras=["image_uint8", "scorer"], data=PAIRS, progress=False)
     assert {"image_uint8.onnx", "scorer.onnx"} <= set(read(folder).manifest.files)
     checked = {check["name"] for check in json.loads((folder / "parity.json").read_text())["checks"]}
     assert {"image_uint8: largest error", "scorer: scores"} <= checked
@@ -80,7 +79,7 @@ def test_what_is_refused_is_not_handed_over(checkpoint: Path, tmp_path: Path, mo
     monkeypatch.setattr(graphs, "build", frozen)
     out = tmp_path / "onnx-fp32"
     with pytest.raises(EngineError, match=r"the fp32 export is refused: image: interface: .*frozen at 2"):
-        export_onnx(checkpoint, out=out, pairs=PAIRS, keep_failed=keep, progress=False)
+        export_onnx(checkpoint, out=out, data=PAIRS, keep_failed=keep, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == (["failed-onnx-fp32"] if keep else [])
     if keep:
         assert not read(tmp_path / "failed-onnx-fp32").manifest.proven
@@ -90,14 +89,14 @@ def test_a_refusal_leaves_what_was_there(exported: Path, checkpoint: Path, monke
     before = (exported / "manifest.json").read_bytes()
     monkeypatch.setitem(parity.LIMITS, "fp32", parity.LIMITS["fp32"]._replace(largest=0.0))
     with pytest.raises(EngineError, match=r"image: largest error: of any entry \(.*, limit 0\)"):
-        export_onnx(checkpoint, pairs=PAIRS, again=True, progress=False)
+        export_onnx(checkpoint, data=PAIRS, again=True, progress=False)
     assert (exported / "manifest.json").read_bytes() == before
     assert [path.name for path in exported.parent.iterdir()] == ["onnx-fp32"]
 
 
 def test_weights_past_what_a_file_holds_lie_beside_it(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(graphs, "LARGEST_FILE", 1 << 20)
-    folder = export_onnx(checkpoint, out=tmp_path / "large", pairs=PAIRS, progress=False)
+    folder = export_onnx(checkpoint, out=tmp_path / "large", data=PAIRS, progress=False)
     assert "text.onnx.data" in read(folder).manifest.files
     assert (folder / "text.onnx").stat().st_size < 1 << 20
     ids = finelip_fast.tokenize(["a red house"], CONTEXT)
@@ -117,12 +116,12 @@ def test_what_cannot_be_asked_for_is_refused(checkpoint: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="nothing: no such file or folder"):
         export_onnx(tmp_path / "nothing")
     with pytest.raises(InputError, match="expected scenes:SPLIT, jsonl:FILE"):
-        export_onnx(checkpoint, pairs="flickr", again=True, progress=False)
+        export_onnx(checkpoint, data="flickr", again=True, progress=False)
 
 
 def test_the_command_exports_several_precisions(checkpoint: Path, capsys) -> None:
-    arguments = [str(checkpoint), "--precision", "fp16", "int8", "--pairs", PAIRS, "--quiet"]
-    assert to_onnx.main(arguments) == 0
+    arguments = ["export", "onnx", str(checkpoint), "--precision", "fp16", "int8", "--data", PAIRS, "--quiet", "--json"]
+    assert main(arguments) == 0
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {"fp16", "int8"}
     assert all(one["passed"] for one in made.values())
@@ -130,9 +129,9 @@ def test_the_command_exports_several_precisions(checkpoint: Path, capsys) -> Non
 
 
 def test_errors_are_told_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -> None:
-    assert to_onnx.main([str(tmp_path / "nothing"), "--quiet"]) == 2
+    assert main(["export", "onnx", str(tmp_path / "nothing"), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert to_onnx.main([str(checkpoint), "--out", str(tmp_path), "--precision", "fp32", "fp16"]) == 2
+    assert main(["export", "onnx", str(checkpoint), "--out", str(tmp_path), "--precision", "fp32", "fp16"]) == 2
     assert "expected one --precision with --out" in capsys.readouterr().err
 
 

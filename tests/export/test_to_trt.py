@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast.cli import main
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, to_onnx, to_trt
 from finelip_fast.export import precision as half
@@ -99,7 +99,7 @@ def asked(no_gpu, checkpoint, model) -> Iterator[list[dict[str, object]]]:
 
 @pytest.fixture(scope="module")
 def plans(checkpoint) -> Path:
-    return export_trt(checkpoint, compute_capability="8.9", pairs=PAIRS, progress=False)
+    return export_trt(checkpoint, compute_capability="8.9", data=PAIRS, progress=False)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_plans_lie_beside_the_checkpoint_and_say_what_they_are(plans: Path, chec
     assert plans == checkpoint / "exports" / "trt-fp16-sm89"
     assert sorted(path.name for path in plans.iterdir()) == ["image.plan", "manifest.json", "text.plan"]
     assert [export.folder for export in find(checkpoint, "trt", "fp16").exports] == [plans]
-    assert asked[0] == {"checkpoint": checkpoint, "precision": "fp16", "pairs": PAIRS, "progress": False}
+    assert asked[0] == {"checkpoint": checkpoint, "precision": "fp16", "data": PAIRS, "progress": False}
     made = read(plans).manifest
     source = read(exports_folder(checkpoint) / "onnx-fp16").manifest
     assert (made.runtime, made.precision) == ("trt", "fp16")
@@ -242,7 +242,7 @@ def test_a_failed_build_says_why_and_leaves_what_was_there(plans: Path, checkpoi
 
 
 def test_plans_for_this_gpu_are_proven_as_they_are_built(on_ada, checkpoint: Path, tmp_path: Path) -> None:
-    folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "out", pairs=PAIRS, progress=False)
+    folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "out", data=PAIRS, progress=False)
     assert read(folder).manifest.proof["passed"] is True
     assert read(folder).manifest.proof["on"] == "NVIDIA GeForce RTX 4090"
     assert json.loads((folder / "parity.json").read_text())["precision"] == "fp16"
@@ -254,7 +254,7 @@ def test_plans_that_are_not_the_model_are_refused(on_ada, checkpoint: Path, tmp_
     on_ada["image.plan"] = lambda pixels, encode=on_ada["image.plan"]: encode(pixels.roll(1, -1))
     with pytest.raises(EngineError, match="the fp16 export is refused: image: largest error"):
         export_trt(
-            checkpoint, compute_capability="8.9", out=tmp_path / "out", pairs=PAIRS, keep_failed=keep, progress=False
+            checkpoint, compute_capability="8.9", out=tmp_path / "out", data=PAIRS, keep_failed=keep, progress=False
         )
     assert [path.name for path in tmp_path.iterdir()] == (["failed-out"] if keep else [])
 
@@ -269,19 +269,19 @@ def test_plans_from_elsewhere_are_proven_where_they_run(
     encoders = request.getfixturevalue("on_ada")
     with pytest.raises(EngineError, match=r"checkpoint: made from .*, this one is .*finelip export trt"):
         prove_trt(new[1], folder, progress=False)
-    prove_trt(checkpoint, folder, pairs=PAIRS, progress=False)
+    prove_trt(checkpoint, folder, data=PAIRS, progress=False)
     assert read(folder).manifest.proven
     assert (folder / "parity.md").is_file()
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
     encoders["text.plan"] = lambda ids, encode=encoders["text.plan"]: -encode(ids)
     with pytest.raises(EngineError, match="the fp16 export is refused: text: "):
-        prove_trt(checkpoint, folder, pairs=PAIRS, progress=False)
+        prove_trt(checkpoint, folder, data=PAIRS, progress=False)
     assert not folder.exists()
 
 
 def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, checkpoint, tmp_path, monkeypatch) -> None:
-    arguments = {"compute_capability": "8.9", "out": tmp_path / "out", "pairs": PAIRS, "progress": False}
+    arguments = {"compute_capability": "8.9", "out": tmp_path / "out", "data": PAIRS, "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "why_not", lambda: "no GPU")
         built = (export_trt(checkpoint, **arguments) / "image.plan").stat().st_mtime_ns
@@ -297,7 +297,7 @@ def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, che
 @pytest.fixture
 def refittable(on_ada, checkpoint: Path, tmp_path: Path) -> Path:
     """Plans that say that they can be refitted; the building of such needs the GPU."""
-    folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "old", pairs=PAIRS, progress=False)
+    folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "old", data=PAIRS, progress=False)
     made = read(folder).manifest
     dataclasses.replace(made, options={**made.options, "refittable": True, "stripped": True}).write(folder)
     return folder
@@ -312,7 +312,7 @@ def test_refitting_takes_the_new_weights_and_keeps_the_rest(refittable, on_ada, 
         to_trt, "refit_plan", lambda plan, graph, module: taken.append((plan, graph, module)) or b"refitted"
     )
     on_ada |= {"image.plan": model.encode_image, "text.plan": model.encode_text}
-    arguments = {"compute_capability": "8.9", "profile": "throughput", "pairs": PAIRS, "progress": False}
+    arguments = {"compute_capability": "8.9", "profile": "throughput", "data": PAIRS, "progress": False}
     folder = export_trt(checkpoint, refit=refittable, **arguments)
     assert taken == [
         (refittable / f"{name}.plan", source / f"{name}.onnx", "tensorrt_rtx") for name in ("image", "text")
@@ -378,7 +378,7 @@ def test_weights_are_not_part_of_a_structure_and_the_rest_is(checkpoint: Path, n
 
 
 def test_the_command_says_what_it_made_and_how_to_prove_it(plans: Path, checkpoint: Path, capsys) -> None:
-    assert to_trt.main([str(checkpoint), "--compute-capability", "8.9", "--quiet"]) == 0
+    assert main(["export", "trt", str(checkpoint), "--compute-capability", "8.9", "--quiet", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert json.loads(out) == {
@@ -402,7 +402,7 @@ def test_the_command_says_what_it_made_and_how_to_prove_it(plans: Path, checkpoi
     ],
 )
 def test_errors_are_told_in_one_line(arguments: list[str], text: str, checkpoint: Path, capsys) -> None:
-    assert to_trt.main([str(checkpoint), *arguments]) == 2
+    assert main(["export", "trt", str(checkpoint), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -414,12 +414,9 @@ def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plan
     monkeypatch.setattr(
         to_trt, "export_trt", lambda checkpoint, **rest: given.update(checkpoint=checkpoint, **rest) or plans
     )
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quiet", action="store_true")
-    to_trt.add_arguments(parser)
     flags = "--version-compatible --hardware-compatible --refittable --strip --keep-failed --again --quiet"
-    values = "--precision bf16 --profile 1,2,3 --compute-capability 12.0 --out o --workspace 7 --refit r --pairs p"
-    to_trt.run(parser.parse_args(["CHECKPOINT", *flags.split(), *values.split()]))
+    values = "--precision bf16 --profile 1,2,3 --compute-capability 12.0 --out o --workspace 7 --refit r --data p"
+    assert main(["export", "trt", "CHECKPOINT", *flags.split(), *values.split()]) == 0
     assert given == {
         "checkpoint": "CHECKPOINT",
         "precision": "bf16",
@@ -428,9 +425,10 @@ def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plan
         "out": "o",
         "builder": Builder(7, True, True, True, True),
         "refit": "r",
-        "pairs": "p",
+        "data": "p",
         "keep_failed": True,
         "again": True,
         "progress": False,
     }
-    assert parser.parse_args([]).pairs == parity.PAIRS
+    assert main(["export", "trt"]) == 0
+    assert given["data"] == parity.PAIRS

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import finelip_fast
+from finelip_fast.cli import main
 from finelip_fast.engines import open_engine
 from finelip_fast.errors import EngineError, WriteError
 from finelip_fast.export import graphs, to_onnx, to_trt
@@ -25,7 +26,7 @@ PAIRS = "scenes:test:8"
 def exported(make_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("writing") / "checkpoint"
     finelip_fast.save(make_model(context_length=24, vision_layers=1, text_layers=1), folder)
-    export_onnx(folder, pairs=PAIRS, progress=False)
+    export_onnx(folder, data=PAIRS, progress=False)
     return folder
 
 
@@ -56,7 +57,7 @@ def test_a_full_disk_is_an_error_and_costs_nothing(
     if external:
         monkeypatch.setattr(graphs, "LARGEST_FILE", 0)
     with full_disk(size), pytest.raises(WriteError, match=r"cannot write .*image\.onnx"):
-        export_onnx(checkpoint, pairs=PAIRS, progress=False, again=True)
+        export_onnx(checkpoint, data=PAIRS, progress=False, again=True)
     assert names(checkpoint / "exports") == ["onnx-fp32"]
     assert open_engine("onnx", checkpoint, "cpu").embed_texts(["a cat"]).isfinite().all()
 
@@ -73,7 +74,7 @@ def test_a_manifest_that_does_not_fit_leaves_the_earlier_export(
     monkeypatch.setattr(to_onnx, "finish", finish)
     before = read(checkpoint / "exports" / "onnx-fp32")
     with pytest.raises(WriteError, match=r"cannot write .*onnx-fp32: File too large"):
-        export_onnx(checkpoint, pairs=PAIRS, progress=False, again=True)
+        export_onnx(checkpoint, data=PAIRS, progress=False, again=True)
     assert find(checkpoint, "onnx") == ([before], {})
     assert names(checkpoint / "exports") == ["onnx-fp32"]
 
@@ -85,8 +86,8 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     with pytest.raises(WriteError, match=f"cannot write {out}: Not a directory"):
-        export_onnx(checkpoint, out=out, pairs=PAIRS, progress=False)
-    assert to_onnx.main([str(checkpoint), "--out", str(out), "--quiet", "--pairs", PAIRS]) == 2
+        export_onnx(checkpoint, out=out, data=PAIRS, progress=False)
+    assert main(["export", "onnx", str(checkpoint), "--out", str(out), "--quiet", "--data", PAIRS]) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot write {out}: Not a directory")
 
 

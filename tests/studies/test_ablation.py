@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from finelip_fast import checkpoint, tokenize
+from finelip_fast.cli import main
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import ConfigError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
-from finelip_fast.studies.ablation import command as ablation
 from finelip_fast.studies.ablation import runs as ablation_runs
 from finelip_fast.studies.ablation.record import record
 from finelip_fast.studies.ablation.runs import Run, _stored, choose_alpha
@@ -95,7 +95,7 @@ def recipes(tmp_path: Path, model: FineLIP, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)  # recipes write within the folder that we are in
     shared = {
         "train": "scenes:train:64",
-        "val": "scenes:val:4",
+        "validation": "scenes:val:4",
         "batch_size": 4,
         "warmup_steps": 0,
         "freeze_positions": 0,
@@ -111,7 +111,7 @@ def recipes(tmp_path: Path, model: FineLIP, monkeypatch: pytest.MonkeyPatch) -> 
     for name, values in (("start", first), ("after", after)):
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     files = ["--recipe", str(tmp_path / "after.json"), "--start", str(tmp_path / "start.json")]
-    return [*files, "--choose-on", "scenes:val:4", "--quiet"]
+    return [*files, "--validation", "scenes:val:4", "--quiet"]
 
 
 def test_the_command_trains_once_and_records(
@@ -120,10 +120,12 @@ def test_the_command_trains_once_and_records(
     names = ["neither", "CLIM only", "contrast", "triplet (the paper's)", "ATRM and CLIM"]
     command = [*recipes, "--variants", *names, "--seeds", "0", "1", "--data", "scenes:test:8"]
     command += ["--out", str(tmp_path / "studies")]
-    assert ablation.main(command) == 0
+    assert main(["study", "ablation", *command]) == 0
     printed = capsys.readouterr()
     assert "CLIM only" in printed.out
-    assert printed.err == ""  # no bar of the start's training either
+    assert all(
+        line.endswith((".json", ".md", ".png")) for line in printed.err.splitlines()
+    )  # no bar, of the start's training either
     results = sorted((tmp_path / "runs").glob("*/result.json"))
     # "contrast" and "ATRM and CLIM" are one variant.
     assert [path.parent.name for path in results] == [
@@ -136,7 +138,7 @@ def test_the_command_trains_once_and_records(
     assert [row["losses"] for row in losses["rows"]] == ["global contrast", "triplet (the paper's)", "contrast"]
     assert losses["rows"][1]["error beside the triplet's"] == "1.00x"
     written = [path.stat().st_mtime_ns for path in results]
-    assert ablation.main([*command, "--name", "again"]) == 0
+    assert main(["study", "ablation", *command, "--name", "again"]) == 0
     assert (tmp_path / "studies/again-losses.png").exists()
     assert [path.stat().st_mtime_ns for path in results] == written
 
@@ -162,7 +164,7 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
 ) -> None:
     """One seed chooses; the others and the reported figures come after it, and nothing is trained twice."""
     names = ["neither", "triplet (the paper's)"]
-    command = [*recipes, "--variants", *names, "--rates", "0.5", "2", "4", "--choose-on", "scenes:val:4"]
+    command = [*recipes, "--variants", *names, "--rates", "0.5", "2", "4", "--validation", "scenes:val:4"]
     command += ["--seeds", "1", "0", "--data", "scenes:test:8", "--out", str(tmp_path / "studies")]
     best = {PARTS["neither"]: 2.0, LOSSES["triplet (the paper's)"]: 0.5}
 
@@ -174,7 +176,7 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     real_run_one = ablation_runs.run_one
     monkeypatch.setattr(ablation_runs, "ProcessPoolExecutor", AtOnce)
     monkeypatch.setattr(ablation_runs, "run_one", run_one)
-    assert ablation.main(command) == 0
+    assert main(["study", "ablation", *command]) == 0
     folders = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")}
     assert set(folders) == {
         *("neither-0.5x-1", "neither-2x-1", "neither-4x-1", "neither-2x-0"),
@@ -237,7 +239,7 @@ def test_nothing_is_chosen_on_the_pairs_that_are_measured(
     recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*recipes, "--variants", "neither", "--out", str(tmp_path / "studies")]
-    assert ablation.main([*command, "--choose-on", "scenes:test:4", "--data", "scenes:test:4"]) == 2
+    assert main(["study", "ablation", *command, "--validation", "scenes:test:4", "--data", "scenes:test:4"]) == 2
     assert "other pairs than those measured" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()  # said before anything was trained
 
@@ -248,7 +250,7 @@ def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path
         (["neither"], ["parts", "losses"]),
     ):
         command = [*recipes, "--variants", *names, "--seeds", "0", "--data", "scenes:test:4", "--out", str(tmp_path)]
-        assert ablation.main(command) == 0
+        assert main(["study", "ablation", *command]) == 0
         recorded = json.loads((tmp_path / "ablation.json").read_text())
         assert [table["title"].partition(":")[0] for table in recorded["tables"]] == tables
 
@@ -256,9 +258,9 @@ def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path
 def test_a_finished_run_is_measured_on_other_pairs_without_training(recipes: list[str], tmp_path: Path) -> None:
     command = [*recipes, "--variants", "neither", "--seeds", "0", "--out", str(tmp_path / "studies")]
     weights = tmp_path / "runs/neither-1x-0/state.pt"
-    assert ablation.main([*command, "--data", "scenes:test:8"]) == 0
+    assert main(["study", "ablation", *command, "--data", "scenes:test:8"]) == 0
     trained = weights.stat().st_mtime_ns
-    assert ablation.main([*command, "--data", "scenes:test:4"]) == 0
+    assert main(["study", "ablation", *command, "--data", "scenes:test:4"]) == 0
     assert weights.stat().st_mtime_ns == trained
     result = json.loads((tmp_path / "runs/neither-1x-0/result.json").read_text())
     assert set(result["measured"]) == {"scenes:val:4", "scenes:test:8", "scenes:test:4"}
@@ -269,8 +271,8 @@ def test_runs_of_other_options_are_refused(
 ) -> None:
     command = [*recipes, "--variants", "neither", "--seeds", "0", "--data", "scenes:test:4"]
     command += ["--out", str(tmp_path / "studies")]
-    assert ablation.main(command) == 0
-    assert ablation.main([*command, "--steps", "3"]) == 2
+    assert main(["study", "ablation", *command]) == 0
+    assert main(["study", "ablation", *command, "--steps", "3"]) == 2
     assert "holds a run of other options" in capsys.readouterr().err
 
 

@@ -138,7 +138,7 @@ def test_overhead_takes_clip_out_of_exported_graphs(
     checkpoint.save(model, tmp_path)
     if precision == "int8" and not adds_bytes_exactly():
         pytest.skip("8-bit products of this processor saturate")
-    folder = export_onnx(tmp_path, precision=precision, pairs="scenes:test:8", progress=False)
+    folder = export_onnx(tmp_path, precision=precision, data="scenes:test:8", progress=False)
     graphs = [OnnxGraph(clip_alone(folder / f"{side}.onnx"), torch.device("cpu")) for side in ("image", "text")]
     side = model.config.image_size
     inputs = [torch.randn(3, 3, side, side), make_captions([9, 4], 9)]

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finelip_fast import cli
 from finelip_fast.config import PRESETS
 from finelip_fast.errors import ConfigError
-from finelip_fast.training.config import RECIPES, TrainConfig, from_arguments, load_recipe
+from finelip_fast.training.config import RECIPES, TrainConfig, configure, load_recipe
 from finelip_fast.training.losses import LossTerm
 
 # None of these exists: whatever refuses them has read no data.
-NOWHERE = {"out": "nowhere/run", "train": "jsonl:nowhere/train.jsonl", "val": "jsonl:nowhere/val.jsonl"}
+NOWHERE = {"out": "nowhere/run", "train": "jsonl:nowhere/train.jsonl", "validation": "jsonl:nowhere/val.jsonl"}
 
 
 def test_defaults_need_three_places_alone():
@@ -45,7 +46,7 @@ def test_defaults_need_three_places_alone():
             {"grounding": 1.0, "train": "scenes:train", "accumulate": 2},
             "expected accumulation separate with grounding, got 'cached'",
         ),
-        ({"val": "webdataset:x.tar"}, "expected val of map-style data"),
+        ({"validation": "webdataset:x.tar"}, "expected validation of map-style data"),
         ({"preset": "ViT-H"}, "expected preset of .*'scenes'.*, got 'ViT-H'"),
         ({"batch_size": 1}, "expected batch_size of at least 2, got 1"),
         ({"steps": 0}, "expected steps of at least 1, got 0"),
@@ -73,7 +74,7 @@ def test_defaults_need_three_places_alone():
         ({"seed": 10**30}, "expected seed of at most"),
         ({"out": ""}, "expected out, a folder"),
         ({"out": "a\0b"}, "expected out of at most 4096 characters without NUL"),
-        ({"val": "a" * 10**6}, "expected val of at most 4096 characters without NUL, got 'aaa"),
+        ({"validation": "a" * 10**6}, "expected validation of at most 4096 characters without NUL, got 'aaa"),
         ({"loss": ("triplet:fine",) * 1000}, "expected at most 64 loss terms, got 1000"),
         ({"loss": ("triplet:fine:nan",)}, "got"),
         ({"loss": ("triplet:fine:1:1:1:1",)}, "got"),
@@ -115,6 +116,14 @@ def test_is_written_as_it_is_read():
 # --- Recipes -----------------------------------------------------------------------------------------------------
 
 
+def from_arguments(arguments):
+    """The configuration that ``finelip train`` reads from its words."""
+    words = cli.train.make_context("finelip train", arguments).params
+    return configure(
+        words.pop("recipe"), {name: value for name, value in words.items() if name not in ("json", "quiet")}
+    )
+
+
 SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-long", "scenes-start"}
 
 
@@ -124,13 +133,13 @@ def test_the_shipped_recipes_are_these():
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_shipped_recipe_loads(name):
-    config = from_arguments([name], prog="train.py")
+    config = from_arguments([name])
     for field, value in load_recipe(name).items():
         assert getattr(config, field) == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_the_authors_recipe():
-    config = from_arguments(["finelip"], prog="train.py")
+    config = from_arguments(["finelip"])
     assert (config.loss, config.label_smoothing) == (("triplet:fine", "contrastive:global"), 0.1)
     assert (config.batch_size * config.accumulate, config.accumulation) == (512, "separate")
     assert (config.encoder_lr, config.aggregator_lr, config.weight_decay) == (1e-6, 2e-4, 1e-2)
@@ -138,13 +147,13 @@ def test_the_authors_recipe():
 
 
 def test_the_default_loss_is_the_bundled_models():
-    default, bundled = TrainConfig(**NOWHERE), from_arguments(["scenes-long"], prog="train.py")
+    default, bundled = TrainConfig(**NOWHERE), from_arguments(["scenes-long"])
     assert (default.loss, default.label_smoothing) == (bundled.loss, bundled.label_smoothing)
 
 
 def test_options_override_a_recipe():
     arguments = ["scenes", "--steps", "7", "--loss", "triplet:fine", "contrastive:global:2", "--no-tensorboard"]
-    config = from_arguments([*arguments, "--encoder-lr", "1e-4", "--out", "elsewhere"], prog="train.py")
+    config = from_arguments([*arguments, "--encoder-lr", "1e-4", "--out", "elsewhere"])
     changes = {"steps": 7, "loss": ("triplet:fine", "contrastive:global:2"), "tensorboard": False, "encoder_lr": 1e-4}
     assert config == TrainConfig(**(load_recipe("scenes") | changes | {"out": "elsewhere"}))
 
@@ -153,9 +162,9 @@ def test_a_recipe_from_a_file_and_options_alone(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**NOWHERE, "steps": 5}))
     expected = TrainConfig(**NOWHERE, steps=5)
-    assert from_arguments([str(path)], prog="train.py") == expected
+    assert from_arguments([str(path)]) == expected
     options = [text for name, value in NOWHERE.items() for text in (f"--{name}", value)]
-    assert from_arguments([*options, "--steps", "5"], prog="train.py") == expected
+    assert from_arguments([*options, "--steps", "5"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,18 +184,29 @@ def test_refuses_a_recipe_that_is_none(tmp_path, content, reason):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=reason) as caught:
-        from_arguments([str(path)], prog="train.py")
+        from_arguments([str(path)])
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("old", "name"), [("val", "validation"), ("image_root", "root")])
+def test_a_field_of_an_old_recipe_answers_with_its_name_of_today(tmp_path, old, name, capsys):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({old: "x"}))
+    with pytest.raises(ConfigError, match=f"the field '{old}' is called '{name}' now"):
+        from_arguments([str(path)])
+    flag = old.replace("_", "-")
+    assert cli.main(["train", f"--{flag}", "x"]) == 2
+    assert f"error: --{flag} is called --{name} now." in capsys.readouterr().err
 
 
 def test_refuses_an_unknown_recipe_and_a_run_without_places():
     with pytest.raises(ConfigError, match=r"expected one of the recipes ablation, .*, or a JSON file, got 'scene'"):
-        from_arguments(["scene"], prog="train.py")
+        from_arguments(["scene"])
     with pytest.raises(
         ConfigError,
-        match=re.escape(f"expected --train, --val, or a recipe that gives them ({sorted(SHIPPED)})"),
+        match=re.escape(f"expected --train, --validation, or a recipe that gives them ({sorted(SHIPPED)})"),
     ):
-        from_arguments(["--out", "somewhere"], prog="train.py")
+        from_arguments(["--out", "somewhere"])
 
 
 @pytest.mark.parametrize(
@@ -205,10 +225,10 @@ def test_a_recipe_writes_within_this_folder_unless_told_otherwise(tmp_path, monk
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({**NOWHERE, "out": out}))
     with pytest.raises(ConfigError, match=r"expected 'out' within .*here, found .*; give --out to write there"):
-        from_arguments([str(path)], prog="train.py")
-    assert from_arguments([str(path), "--out", "/somewhere/else"], prog="train.py").out == "/somewhere/else"
+        from_arguments([str(path)])
+    assert from_arguments([str(path), "--out", "/somewhere/else"]).out == "/somewhere/else"
     path.write_text(json.dumps({**NOWHERE, "out": str(here / "run")}))
-    assert from_arguments([str(path)], prog="train.py").out == str(here / "run")
+    assert from_arguments([str(path)]).out == str(here / "run")
 
 
 @settings(settings.get_profile("fuzz"))
@@ -218,7 +238,7 @@ def test_a_damaged_recipe_is_refused_or_right(tmp_path, damage_json, data):
     recipe = data.draw(st.sampled_from(sorted(SHIPPED)))
     path.write_bytes(damage_json(data, json.loads(TrainConfig(**load_recipe(recipe)).to_json())))
     try:
-        config = from_arguments([str(path), "--device", "cpu"], prog="train.py")
+        config = from_arguments([str(path), "--device", "cpu"])
     except ConfigError as error:
         message = str(error)
     else:
@@ -229,9 +249,7 @@ def test_a_damaged_recipe_is_refused_or_right(tmp_path, damage_json, data):
 
 
 def test_help_names_every_option_and_recipe(capsys):
-    with pytest.raises(SystemExit) as caught:
-        from_arguments(["--help"], prog="train.py")
-    assert caught.value.code == 0
+    assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
@@ -240,7 +258,5 @@ def test_help_names_every_option_and_recipe(capsys):
 
 @pytest.mark.parametrize("arguments", [["--batch-sise", "3"], ["--steps", "many"]])
 def test_an_option_that_is_none_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        from_arguments(arguments, prog="train.py")
-    assert caught.value.code == 2
+    assert cli.main(["train", *arguments]) == 2
     assert arguments[0] in capsys.readouterr().err

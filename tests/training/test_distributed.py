@@ -106,7 +106,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     data = write_pairs(folder)
     cases = {
-        name: {"train": data, "val": data, "out": str(folder / f"run {name}"), **options}
+        name: {"train": data, "validation": data, "out": str(folder / f"run {name}"), **options}
         for name, options in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -128,7 +128,9 @@ def alone(ranks, monkeypatch):
         folder, _ = ranks
         data = f"jsonl:{folder / 'pairs.jsonl'}"
         options = CASES[name] | {"batch_size": 8, "accumulate": 1} | changes
-        return parameters_after_two_steps({"train": data, "val": data, "out": str(folder / "alone"), **options}, 0, 1)
+        return parameters_after_two_steps(
+            {"train": data, "validation": data, "out": str(folder / "alone"), **options}, 0, 1
+        )
 
     return run
 

@@ -32,7 +32,7 @@ TINY = FineLIPConfig(
 STEPS = 12
 OPTIONS = {
     "train": "scenes:train:64",
-    "val": "scenes:val:2",
+    "validation": "scenes:val:2",
     "preset": "tiny",
     "context_length": 64,
     "loss": ["contrastive:global", "contrastive:fine", "triplet:fine"],

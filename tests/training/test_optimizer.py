@@ -9,7 +9,7 @@ from finelip_fast.training.optimizer import parameter_groups, schedule
 
 
 def config_of(**changes):
-    return TrainConfig(out="run", train="scenes:train", val="scenes:val", tensorboard=False, **changes)
+    return TrainConfig(out="run", train="scenes:train", validation="scenes:val", tensorboard=False, **changes)
 
 
 def test_which_weights_decay_and_at_which_rate(make_model):

@@ -24,7 +24,7 @@ from PIL import Image
 from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.training import shards as module
-from finelip_fast.training.config import TrainConfig, from_arguments, load_recipe
+from finelip_fast.training.config import TrainConfig, configure, load_recipe
 from finelip_fast.training.data import ShardExamples
 from finelip_fast.training.shards import shard_names, shard_samples
 
@@ -61,7 +61,7 @@ def keys(path: Path) -> list[str]:
 
 
 def train(pattern: str, **options: object) -> TrainConfig:
-    return TrainConfig(out="out", train=f"webdataset:{pattern}", val="scenes:val", epoch_batches=1, **options)
+    return TrainConfig(out="out", train=f"webdataset:{pattern}", validation="scenes:val", epoch_batches=1, **options)
 
 
 # Names -------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_no_name_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_recipe_cannot_consent_to_the_network(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
-    values = {"out": "out", "train": "webdataset:http://host/a.tar", "val": "scenes:val", "epoch_batches": 1}
+    values = {"out": "out", "train": "webdataset:http://host/a.tar", "validation": "scenes:val", "epoch_batches": 1}
     recipe.write_text(json.dumps({**values, "remote_data": True}))
     with pytest.raises(
         ConfigError, match="asks for remote_data; give --remote-data on the command line if you trust it"
@@ -142,8 +142,8 @@ def test_a_recipe_cannot_consent_to_the_network(tmp_path: Path) -> None:
         load_recipe(str(recipe))
     recipe.write_text(json.dumps({**values, "remote_data": False}))
     with pytest.raises(ConfigError, match=r"got the address 'http://host/a\.tar'; --remote-data"):
-        from_arguments([str(recipe)], prog="train")
-    assert from_arguments([str(recipe), "--remote-data"], prog="train").remote_data
+        configure(str(recipe), {})
+    assert configure(str(recipe), {"remote_data": True}).remote_data
 
 
 class _Served(http.server.SimpleHTTPRequestHandler):

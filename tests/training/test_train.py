@@ -30,7 +30,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.training import train as training
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.optimizer import parameter_groups
-from finelip_fast.training.train import Trainer, main, train
+from finelip_fast.training.train import Trainer, train
 
 TINY = FineLIPConfig(
     embed_dim=16,
@@ -96,7 +96,7 @@ def _tiny():
 @pytest.fixture
 def configure(data, tmp_path):
     def build(**changes):
-        places = {"out": str(tmp_path / "run"), "train": data, "val": data}
+        places = {"out": str(tmp_path / "run"), "train": data, "validation": data}
         return TrainConfig(**(OPTIONS | places | changes))
 
     return build
@@ -335,7 +335,7 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     averaged = torch.load(Path(config.out) / "state.pt", weights_only=True)["ema"]
     assert all(torch.equal(averaged[f"module.{name}"], value) for name, value in last.state_dict().items())
 
-    pairs = training.open_dataset(config.val, image_size=32)
+    pairs = training.open_dataset(config.validation, image_size=32)
     with torch.no_grad():
         images = kept.encode_image(kept.preprocess.batch(pairs[index].image for index in range(PAIRS)))
         texts = kept.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
@@ -350,8 +350,8 @@ def test_signal_handlers_are_given_back(configure):
 
 def test_validation_without_pairs_is_refused_at_once(configure, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
-    config = configure(val=f"jsonl:{tmp_path / 'none.jsonl'}")
-    with pytest.raises(ConfigError, match="expected pairs to validate on, got none from val='jsonl:"):
+    config = configure(validation=f"jsonl:{tmp_path / 'none.jsonl'}")
+    with pytest.raises(ConfigError, match="expected pairs to validate on, got none from validation='jsonl:"):
         train(config)
     assert not (tmp_path / "run" / "state.pt").exists()
 
@@ -367,7 +367,7 @@ def damaged(data, tmp_path):
     for index in (3, 9):
         lines[index]["image"] = str(tmp_path / f"missing-{index}.png")
     (tmp_path / "damaged.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"train": f"jsonl:{tmp_path / 'damaged.jsonl'}", "image_root": str(source.parent)}
+    return {"train": f"jsonl:{tmp_path / 'damaged.jsonl'}", "root": str(source.parent)}
 
 
 def test_broken_pictures_are_named_and_counted(configure, damaged, capsys):
@@ -390,7 +390,7 @@ def test_too_many_broken_pictures_stop_the_run(configure, damaged, monkeypatch):
 
 
 def test_a_broken_validation_picture_is_left_out(configure, damaged, capsys):
-    best = train(configure(val=damaged["train"], image_root=damaged["image_root"], eval_every=6))
+    best = train(configure(validation=damaged["train"], root=damaged["root"], eval_every=6))
     assert best["val_t2i_recall@10"] * 14 == pytest.approx(round(best["val_t2i_recall@10"] * 14))  # 14 of 16 remain
     error = capsys.readouterr().err
     assert "missing-3.png" in error
@@ -407,7 +407,7 @@ LASTING = {"steps": 6, "save_every": 2, "eval_every": 3, "ema_decay": 0.9, "accu
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
-    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)
+    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, validation=data)
     return out, train(config)
 
 
@@ -466,7 +466,9 @@ def dying(self, batches):
 
 train.Trainer._train_step = dying
 PRESETS["tiny"] = FineLIPConfig(**json.loads(sys.argv[1]))
-train.main(sys.argv[2:])
+from finelip_fast.cli import main
+
+main(["train", *sys.argv[2:]])
 """
 
 
@@ -500,7 +502,7 @@ def test_a_finished_run_stays_as_it_is(data, uninterrupted):
     before = {path: path.read_bytes() for path in out.glob("*/model.safetensors")}
     assert len(before) == 2
     log = log_of(out)
-    assert train(TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)) == best
+    assert train(TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, validation=data)) == best
     assert {path: path.read_bytes() for path in before} == before
     assert log_of(out) == log
 
@@ -510,7 +512,7 @@ def test_a_finished_run_stays_as_it_is(data, uninterrupted):
 )
 def test_going_on_differently_is_refused(data, uninterrupted, changes):
     out, _ = uninterrupted
-    config = TrainConfig(**(OPTIONS | LASTING | changes), out=str(out), train=data, val=data)
+    config = TrainConfig(**(OPTIONS | LASTING | changes), out=str(out), train=data, validation=data)
     with pytest.raises(ConfigError, match="give the same options to go on, or another --out") as caught:
         train(config)
     for name in changes:
@@ -521,7 +523,7 @@ def test_going_on_differently_is_refused(data, uninterrupted, changes):
 
 def test_going_on_with_other_processes_is_refused(data, uninterrupted):
     out, _ = uninterrupted
-    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, val=data)
+    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, validation=data)
     with pytest.raises(ConfigError, match=r"holds a run with \{'processes': 1\}, asked for \{'processes': 2\}"):
         Trainer(config, CPU, rank=0, world=2)
 
@@ -529,7 +531,7 @@ def test_going_on_with_other_processes_is_refused(data, uninterrupted):
 def test_going_on_may_change_what_the_weights_do_not_depend_on(data, uninterrupted):
     out, best = uninterrupted
     free = {"log_every": 5, "save_every": 9, "eval_every": 4, "workers": 1, "max_broken_share": 0.5}
-    assert train(TrainConfig(**(OPTIONS | LASTING | free), out=str(out), train=data, val=data)) == best
+    assert train(TrainConfig(**(OPTIONS | LASTING | free), out=str(out), train=data, validation=data)) == best
 
 
 # --- The command line --------------------------------------------------------------------------------------------
@@ -543,10 +545,9 @@ def run_script(arguments, monkeypatch):
     return caught.value.code
 
 
-@pytest.fixture(params=["function", "finelip train", "training/train.py"])
+@pytest.fixture(params=["finelip train", "training/train.py"])
 def command(request, monkeypatch):
     return {
-        "function": main,
         "finelip train": lambda arguments: finelip(["train", *arguments]),
         "training/train.py": lambda arguments: run_script(arguments, monkeypatch),
     }[request.param]
@@ -572,7 +573,10 @@ def test_what_is_wrong_is_said_with_exit_code_2(command, arguments, reason, tmp_
 def test_the_command_trains_and_prints_the_best(configure, tmp_path, capsys):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(dataclasses.asdict(configure())))
-    assert main([str(recipe), "--steps", "2", "--no-tensorboard", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        finelip(["train", str(recipe), "--json", "--steps", "2", "--no-tensorboard", "--out", str(tmp_path / "run")])
+        == 0
+    )
     best = json.loads(capsys.readouterr().out)
     assert best["step"] == 2.0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
@@ -618,7 +622,7 @@ def test_a_log_that_cannot_be_written_is_an_error_of_the_command(configure, tmp_
         patch.setattr(
             training.Log, "__init__", lambda self, folder, *_: vars(self).update(path=folder / "log.jsonl", events=None)
         )
-        assert main([str(recipe), "--out", config.out]) == 2
+        assert finelip(["train", str(recipe), "--out", config.out]) == 2
     assert re.search(r"error: cannot write .*log\.jsonl: No space left on device", capsys.readouterr().err)
 
 
@@ -636,7 +640,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(configure, small_disk, tmp_path, capsys):
     config = dataclasses.replace(configure(**LASTING), out=str(small_disk / "run"))
     (tmp_path / "recipe.json").write_text(config.to_json())
-    assert main([str(tmp_path / "recipe.json"), "--out", config.out]) == 2
+    assert finelip(["train", str(tmp_path / "recipe.json"), "--out", config.out]) == 2
     error = capsys.readouterr().err
     assert re.search(r"error: cannot write .*: .*; \d+\.\d MiB are needed, 0\.\d MiB are free at .*disk/run", error)
     assert not list(small_disk.rglob("*.tmp"))

@@ -1,24 +1,23 @@
-"""Which parts of FineLIP help: ``finelip study ablation``, short runs from one start at equal budget, several seeds each.
+"""Which parts of FineLIP help: short runs from one start at equal budget, several seeds each.
 
 All runs go on from one checkpoint, as FineLIP goes on from CLIP; the one that the recipe ``ablation-start`` trains has learned
 the global contrast and where phrases are, and its aggregators are untrained. Losses differ in the learning rate and in the
 weight of the global cosine that suit them. Both are chosen on validation pairs: each variant is first trained at every one of
-``--rates`` with the first seed, and keeps the best; of its runs, the weight that is best on average is reported beside the
+``rates`` with the first seed, and keeps the best; of its runs, the weight that is best on average is reported beside the
 paper's. A run that was stopped goes on, a finished one is not trained again.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from finelip_fast._command_line import run_command
+from finelip_fast._arguments import one_of
 from finelip_fast.errors import ConfigError
+from finelip_fast.records import Record
 from finelip_fast.studies.ablation.record import record
 from finelip_fast.studies.ablation.runs import choose_rates, run
 from finelip_fast.studies.ablation.variants import GROUPS, Variant
@@ -26,61 +25,67 @@ from finelip_fast.training.config import TrainConfig, load_recipe
 from finelip_fast.training.train import train
 
 
-def main(arguments: list[str] | None = None, *, prog: str = "finelip study ablation") -> int:
-    """The command line; its exit code as of :mod:`finelip_fast._command_line`."""
-    return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog))
+def run_ablation(
+    *,
+    recipe: str,
+    start: str,
+    steps: int | None,
+    seeds: Sequence[int],
+    variants: Sequence[str],
+    rates: Sequence[float],
+    validation: str,
+    jobs: int,
+    data: str,
+    runs: str | None,
+    name: str,
+    progress: bool,
+) -> Record:
+    """Train the variants and measure them.
 
+    Args:
+        recipe: Recipe that all runs share.
+        start: Recipe that trains the other's ``init`` where it is absent.
+        steps: Optimizer steps of each run; None: the recipe's.
+        seeds: Seeds of each variant's runs.
+        variants: Names of variants; none: all of them.
+        rates: Learning rates to choose from, as multiples of the recipe's.
+        validation: Pairs to choose on.
+        jobs: Runs at once, each in a process.
+        data: Pairs to measure on.
+        runs: Folder of the runs; None: the recipe's ``out``.
+        name: Stem of the record's files.
+        progress: Show progress bars.
 
-def _run(arguments: list[str], prog: str) -> None:
-    variants = {name: variant for group in GROUPS.values() for name, variant in group.items()}
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="ablation", help="what all runs share: a recipe's name or a JSON file")
-    parser.add_argument(
-        "--start", default="ablation-start", help="recipe that trains the other's init where it is absent"
-    )
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: the recipe's)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument(
-        "--variants", nargs="+", choices=variants, default=list(variants), metavar="NAME", help=", ".join(variants)
-    )
-    parser.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="learning rates to choose from for each variant, as multiples of the recipe's (default: 1)",
-    )
-    parser.add_argument(
-        "--choose-on",
-        default="scenes:val",
-        help="pairs to choose learning rates and the weight of the global cosine on (default: scenes:val)",
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each in a process (default: 1)")
-    parser.add_argument("--data", default="scenes:test", help="pairs to measure on (default: scenes:test)")
-    parser.add_argument("--runs", help="folder of the runs (default: the recipe's out)")
-    parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the record (default: studies)")
-    parser.add_argument("--name", default="ablation", help="of the record's files (default: ablation)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = parser.parse_args(arguments)
-    if options.choose_on == options.data:
-        raise ConfigError(f"expected --choose-on to be other pairs than those measured, got {options.data} for both")
-    base = load_recipe(options.recipe, out=options.runs or None)
-    base |= {"threads": max(1, torch.get_num_threads() // options.jobs)}
-    base |= {"steps": options.steps} if options.steps else {}
-    start = TrainConfig(**load_recipe(options.start))
-    if base.get("init") == f"{start.out}/last" and not Path(base["init"]).exists():
-        train(start, progress=not options.quiet)
+    Returns:
+        The record, not yet saved.
+
+    Raises:
+        InputError: An unknown variant.
+        ConfigError: Validation pairs that are the measured ones, or a recipe that cannot be honoured.
+    """
+    known = {name: variant for group in GROUPS.values() for name, variant in group.items()}
+    for variant in variants:
+        one_of("variants", variant, known)
+    if validation == data:
+        raise ConfigError(f"expected --validation to be other pairs than those measured, got {data} for both")
+    if jobs < 1:
+        raise ConfigError(f"expected jobs of at least 1, got {jobs}")
+    base = load_recipe(recipe, out=runs or None)
+    base |= {"threads": max(1, torch.get_num_threads() // jobs)}
+    base |= {"steps": steps} if steps else {}
+    first = TrainConfig(**load_recipe(start))
+    if base.get("init") == f"{first.out}/last" and not Path(base["init"]).exists():
+        train(first, progress=progress)
     names: dict[Variant, str] = {}
-    for name in options.variants:
-        names.setdefault(variants[name], name)  # what two names share is trained once
-    how = {"jobs": options.jobs, "progress": not options.quiet}
-    chosen, tables = choose_rates(base, names, options.rates, data=options.choose_on, seed=options.seeds[0], **how)
-    runs = run(base, chosen, data=[options.choose_on, options.data], seeds=options.seeds, **how)
-    settings = {name: value for name, value in base.items() if name not in ("out", "threads")}
-    settings |= {"seeds": options.seeds, "data": options.data, "chosen on": options.choose_on}
-    settings["trained at commit"] = ", ".join(sorted({one.commit for own in runs.values() for one in own}))
-    made = record(runs, settings, data=options.data, validation=options.choose_on, name=options.name)
-    made = dataclasses.replace(made, tables=(*made.tables, *tables))
-    print(made)
-    for path in made.save(options.out, command=shlex.join([*prog.split(), *arguments])):
-        print(path)
+    for variant in variants or known:
+        names.setdefault(known[variant], variant)  # what two names share is trained once
+    chosen, tables = choose_rates(
+        base, names, list(rates), data=validation, seed=seeds[0], jobs=jobs, progress=progress
+    )
+    finished = run(base, chosen, data=[validation, data], seeds=list(seeds), jobs=jobs, progress=progress)
+    settings = {key: value for key, value in base.items() if key not in ("out", "threads")}
+    settings |= {"seeds": list(seeds), "data": data, "chosen on": validation}
+    commits = {each.commit for repeated in finished.values() for each in repeated}
+    settings["trained at commit"] = ", ".join(sorted(commits))
+    made = record(finished, settings, data=data, validation=validation, name=name)
+    return dataclasses.replace(made, tables=(*made.tables, *tables))

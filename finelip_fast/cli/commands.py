@@ -1,0 +1,278 @@
+"""What all commands share: ``--json`` and ``--quiet``, how a result is printed, and what a mistyped word is answered."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from finelip_fast._terminal import printable, printable_lines
+
+if TYPE_CHECKING:
+    from finelip_fast.engines import EngineName
+    from finelip_fast.runtimes.manifest import Precision
+
+DEFAULT_INDEX = "finelip-index"
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+class Command(click.Command):
+    """A command whose function returns a result, which is printed as text, or with ``--json`` as one JSON document.
+
+    An iterator is printed item by item as it goes, so that memory does not grow with it.
+
+    Args:
+        renamed: Today's names of options, by those they had before.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "context_settings": _SETTINGS})
+        self.renamed = renamed or {}
+        self.params += [
+            click.Option(["--json"], is_flag=True, help="Print one JSON document instead of text."),
+            click.Option(["--quiet"], is_flag=True, help="Show no progress bars and no warnings."),
+        ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words behind the command's name."""
+        ctx.meta[__name__] = _Running([*ctx.command_path.split(), *args])
+        try:
+            return super().parse_args(ctx, _repeat_options(self.get_params(ctx), args))
+        except click.NoSuchOption as error:
+            name = self.renamed.get(error.option_name)
+            if name is not None:
+                raise click.UsageError(f"{error.option_name} is called {name} now.", ctx) from None
+            raise
+
+    def get_short_help_str(self, limit: int = 200) -> str:
+        """The first sentence, whole."""
+        return super().get_short_help_str(max(limit, 200))
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Do the work, print the result, and write the files that come after it."""
+        running: _Running = ctx.meta[__name__]
+        speaks_json = ctx.params.pop("json")
+        running.shows_progress = not ctx.params.pop("quiet")
+        with nullcontext() if running.shows_progress else _no_warnings():
+            result = super().invoke(ctx)
+            for piece in as_json(result) if speaks_json else as_text(result):
+                sys.stdout.write(piece)
+            for write in running.after:
+                write()
+
+
+class Group(click.Group):
+    """A family of commands. A name of two words, such as ``eval compare``, stands behind a command that is one by itself.
+
+    Args:
+        moved: Today's commands, by the words that they had in this family before.
+        otherwise: What a word that is none of the family's commands may have been meant as; ``{}`` becomes the word.
+    """
+
+    command_class = Command
+
+    def __init__(
+        self, *args: Any, moved: Mapping[str, str] | None = None, otherwise: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **{**kwargs, "context_settings": _SETTINGS, "no_args_is_help": False})
+        self.moved, self.otherwise = moved or {}, otherwise
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word or two words name."""
+        if " ".join(args[:2]) in self.commands:
+            args = [" ".join(args[:2]), *args[2:]]
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise click.UsageError(self._unknown(ctx, args[0]), ctx)
+        return super().resolve_command(ctx, args)
+
+    def get_short_help_str(self, limit: int = 200) -> str:
+        """The first sentence, whole."""
+        return super().get_short_help_str(max(limit, 200))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Names of one word: those of two are completed behind the first."""
+        return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
+
+    def _unknown(self, ctx: click.Context, word: str) -> str:
+        if word in self.moved:
+            return f"{ctx.command_path} {word} is called {self.moved[word]} now."
+        names = self.list_commands(ctx)
+        expected = f"Expected a command of {ctx.command_path}, got {word[:80]!r}."
+        if near := difflib.get_close_matches(word, names, n=1):
+            return f"{expected} Did you mean {near[0]}?"
+        if self.otherwise is not None:
+            return f"{expected} {self.otherwise.format(shlex.quote(word[:80]))}"
+        return f"{expected} There are {', '.join(names)}."
+
+
+class Several(click.Option):
+    """An option that takes one or more values: ``--seeds 0 1 2``, or ``--seeds 0 --seeds 1``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "multiple": True})
+
+    def make_metavar(self, *args: Any, **kwargs: Any) -> str:
+        """The metavar with dots behind it."""
+        return f"{super().make_metavar(*args, **kwargs)}..."
+
+
+class ModelOptions(NamedTuple):
+    """Which model, and how it runs."""
+
+    checkpoint: str | None
+    engine: EngineName
+    precision: Precision | None
+    device: str | None
+
+    def open_engine(self) -> Any:
+        """The engine that encodes."""
+        from finelip_fast.engines import open_engine
+
+        return open_engine(self.engine, self.checkpoint, self.device, precision=self.precision)
+
+    def open_retriever(self, index: str, **options: Any) -> Any:
+        """A retriever on an index, by the index's checkpoint where none is named."""
+        from finelip_fast.known_checkpoints import checkpoint_of
+        from finelip_fast.retriever import Retriever
+
+        checkpoint = self.checkpoint or checkpoint_of(index) or None
+        return Retriever(
+            checkpoint, engine=self.engine, precision=self.precision, device=self.device, index=index, **options
+        )
+
+
+checkpoint_option = click.option(
+    "--checkpoint",
+    help="Checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name.  "
+    "[default: the index's, or the bundled one]",
+)
+engine_option = click.option("--engine", default="auto", help="Engine that encodes: auto, torch, onnx, trt.")
+precision_option = click.option(
+    "--precision", help="Precision of exported files: fp32, fp16, bf16, int8.  [default: the fastest there]"
+)
+device_option = click.option("--device", help="Device to compute on: cpu, cuda.  [default: a GPU if there is one]")
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a model; its function gets them as ``model``."""
+
+    @wraps(function)
+    def with_model(
+        *, checkpoint: str | None, engine: EngineName, precision: Precision | None, device: str | None, **others: Any
+    ) -> Any:
+        return function(model=ModelOptions(checkpoint, engine, precision, device), **others)
+
+    return checkpoint_option(engine_option(precision_option(device_option(with_model))))
+
+
+dtype_option = click.option(
+    "--dtype", help="Type of the numbers that a new index stores: float16, int8.  [default: float16]"
+)
+index_option = click.option("--index", default=DEFAULT_INDEX, metavar="FOLDER", help="Folder of the index.")
+alpha_option = click.option(
+    "--alpha", type=float, help="Weight of the global score, from 0 to 1.  [default: the checkpoint's]"
+)
+batch_size_option = click.option("--batch-size", type=int, default=64, help="Pictures or captions in one pass.")
+
+
+def shows_progress() -> bool:
+    """Whether the running command shows progress bars."""
+    return _running().shows_progress
+
+
+def after_result(write: Callable[[], object]) -> None:
+    """Write a file once the result is printed: where it cannot be written, the result is not lost with it."""
+    _running().after.append(write)
+
+
+def command_line() -> str:
+    """The running command as it would be typed."""
+    return shlex.join(_running().words)
+
+
+def as_json(result: Any) -> Iterator[str]:
+    """One JSON document, in pieces."""
+    if isinstance(result, Iterator):
+        separator = "["
+        for item in result:
+            yield separator + _document(item)
+            separator = ",\n"
+        yield "[]\n" if separator == "[" else "]\n"
+    else:
+        yield _document(result) + "\n"
+
+
+def as_text(result: Any) -> Iterator[str]:
+    """What a person reads: dictionaries as indented names, lists and iterators item by item, the rest as it prints itself."""
+    if isinstance(result, Mapping):
+        yield from (f"{line}\n" for line in _indented(result))
+    elif isinstance(result, (list, Iterator)):
+        for item in result:  # a text is a name: it stays on its line
+            yield from [printable(item), "\n"] if isinstance(item, str) else as_text(item)
+    else:
+        yield printable_lines(result) + "\n"
+
+
+@dataclass
+class _Running:
+    """The command that runs: its words, and what it writes after its result."""
+
+    words: list[str]
+    after: list[Callable[[], object]] = field(default_factory=list)
+    shows_progress: bool = True
+
+
+def _running() -> _Running:
+    running: _Running = click.get_current_context().meta[__name__]
+    return running
+
+
+def _document(value: Any) -> str:
+    return json.dumps(value.to_dict() if hasattr(value, "to_dict") else value, default=vars)
+
+
+def _indented(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{printable(name)}:", *_indented(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{printable(name)}: {printable(value)}")
+    return lines
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _repeat_options(params: Sequence[click.Parameter], args: list[str]) -> list[str]:
+    """The words with an option of several values before each of them, as Click takes it."""
+    names = {name for param in params if isinstance(param, Several) for name in param.opts}
+    repeated: list[str] = []
+    option, count = None, 0
+    for place, word in enumerate(args):
+        if word == "--":
+            return [*repeated, *args[place:]]
+        if word.startswith("-") and len(word) > 1:
+            option, count = (word if word in names else None), 0
+        elif option is not None:
+            count += 1
+            if count > 1:
+                repeated.append(option)
+        repeated.append(word)
+    return repeated

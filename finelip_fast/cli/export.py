@@ -1,0 +1,85 @@
+"""``finelip export onnx`` and ``finelip export trt``: encoders in the files of other runtimes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from finelip_fast.cli.commands import Group, Several, shows_progress
+
+_RENAMED = {"--pairs": "--data"}
+_DATA = "scenes:test:200"
+
+_checkpoint_argument = click.argument("checkpoint", required=False)
+_out_option = click.option(
+    "--out", metavar="FOLDER", help="Folder to write.  [default: beside the checkpoint, where engines look]"
+)
+_data_option = click.option("--data", help="Pairs that the files are compared with the model on.", default=_DATA)
+_keep_failed_option = click.option(
+    "--keep-failed", is_flag=True, help="Keep files that were refused, in a folder beside it named failed-…"
+)
+_again_option = click.option("--again", is_flag=True, help="Export again where a proven export is there.")
+
+
+@click.group(cls=Group)
+def export() -> None:
+    """Write the encoders of a checkpoint for another runtime, compared with the model."""
+
+
+@export.command("onnx", renamed=_RENAMED)
+@_checkpoint_argument
+@click.option(
+    "--precision",
+    cls=Several,
+    default=("fp32",),
+    help="Precisions to export: fp32, fp16, bf16, int8, int8-calibrated.",
+)
+@_out_option
+@click.option("--opset", type=int, default=20, help="Version of ONNX's operator set.")
+@click.option("--uint8", is_flag=True, help="Write a graph of uint8 pixels, too, with the normalisation inside.")
+@click.option("--scorer", is_flag=True, help="Write a graph from embeddings to scores, too.")
+@_data_option
+@click.option("--calibration", default="scenes:val:64", metavar="DATA", help="Pairs to calibrate int8 on.")
+@_keep_failed_option
+@_again_option
+def _onnx(checkpoint: str | None, **options: Any) -> Any:
+    """Write image.onnx and text.onnx for ONNX Runtime.
+
+    CHECKPOINT is a folder, a file, open_clip:MODEL/WEIGHTS or a hub name; without it, the bundled one.
+    """
+    from finelip_fast.export.to_onnx import run
+
+    return run(checkpoint, **options, progress=shows_progress())
+
+
+@export.command("trt", renamed=_RENAMED)
+@_checkpoint_argument
+@click.option("--precision", default="fp16", help="Precision of the plans: fp16, bf16, fp32, int8.")
+@click.option("--profile", default="latency", help="Batch sizes to build for: latency, throughput, or 1,OPT,MAX.")
+@click.option(
+    "--compute-capability", metavar="8.9", help="Compute capability of the GPU to build for.  [default: the GPU here]"
+)
+@_out_option
+@click.option(
+    "--workspace", type=int, metavar="MIB", help="Greatest scratch memory of a layer.  [default: all there is]"
+)
+@click.option("--version-compatible", is_flag=True, help="Build plans that later versions of TensorRT read, too.")
+@click.option("--hardware-compatible", is_flag=True, help="Build slower plans for every GPU from capability 8.0 on.")
+@click.option("--refittable", is_flag=True, help="Build plans that take another checkpoint's weights with --refit.")
+@click.option("--strip", is_flag=True, help="Build plans without weights, for --refit alone.")
+@click.option(
+    "--refit", metavar="FOLDER", help="Folder of plans to fill with the checkpoint's weights, without building."
+)
+@click.option("--prove", is_flag=True, help="Build nothing: compare plans from elsewhere with the model, on their GPU.")
+@_data_option
+@_keep_failed_option
+@_again_option
+def _trt(checkpoint: str | None, **options: Any) -> Any:
+    """Build image.plan and text.plan for TensorRT.
+
+    CHECKPOINT is a folder, a file, open_clip:MODEL/WEIGHTS or a hub name; without it, the bundled one.
+    """
+    from finelip_fast.export.to_trt import run
+
+    return run(checkpoint, **options, progress=shows_progress())

@@ -1,0 +1,115 @@
+"""``finelip demo``, ``convert``, ``info``, ``tune`` and ``completion``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from finelip_fast.cli.commands import Command, Several, shows_progress
+from finelip_fast.errors import InputError, KernelError
+
+COMPLETE_VARIABLE = "_FINELIP_COMPLETE"
+_SHELLS = {
+    "bash": 'eval "$(finelip completion bash)" in ~/.bashrc',
+    "zsh": 'eval "$(finelip completion zsh)" in ~/.zshrc',
+    "fish": "finelip completion fish | source in ~/.config/fish/config.fish",
+}
+
+
+@click.command(cls=Command)
+@click.option("--out", default="demo", metavar="FOLDER", help="Folder of pictures, index and page.")
+@click.option("--scenes", type=int, default=400, help="Number of scenes.")
+def demo(out: str, scenes: int) -> Any:
+    """Draw scenes, search them with the bundled model, and write an HTML page."""
+    from finelip_fast.demo import run_demo
+
+    return run_demo(out, scenes=scenes, progress=shows_progress())
+
+
+@click.command(cls=Command, renamed={"--half": "--dtype float16"})
+@click.argument("source")
+@click.argument("out", metavar="OUT")
+@click.option("--context-length", type=int, help="Longest caption in tokens.  [default: the checkpoint's, or 256]")
+@click.option("--dtype", default="float32", help="Type of the numbers that are stored: float32, float16.")
+def convert(source: str, out: str, context_length: int | None, dtype: str) -> Any:
+    """Convert a CLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
+
+    SOURCE is a file, a folder, open_clip:MODEL/WEIGHTS or a hub name; OUT is the folder to write.
+    """
+    import torch
+
+    from finelip_fast._arguments import one_of
+    from finelip_fast.checkpoint import convert
+
+    dtypes = {"float32": None, "float16": torch.float16}
+    one_of("dtype", dtype, dtypes)
+    return convert(source, out, context_length=context_length, dtype=dtypes[dtype])
+
+
+@click.command(cls=Command, renamed={"--out": "--settings"})
+@click.option(
+    "--operations",
+    cls=Several,
+    metavar="NAME",
+    help="Operations to tune: clim, clim_gradient, atrm, atrm_gradient.  [default: all]",
+)
+@click.option("--seconds", type=float, help="Time after which no new case starts; run again, the tuning goes on.")
+@click.option("--again", is_flag=True, help="Tune what was tuned before, too.")
+@click.option(
+    "--settings",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Table of settings to write.  [default: this user's, which every later run reads]",
+)
+def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settings: Path | None) -> Any:
+    """Find the fastest launch settings of the kernels on this GPU and keep them; this takes some minutes."""
+    from finelip_fast.kernels import describe
+
+    implementation, reason = describe()
+    if implementation != "triton":
+        raise KernelError(
+            f"expected a GPU that runs the fused kernels, but {reason}: tune on the machine that searches"
+        )
+    from finelip_fast.kernels import tune
+
+    cases = tune.cases_for(operations or tune.OPERATIONS)
+    tuned = tune.tune(cases, again=again, seconds=seconds, out=settings, progress=shows_progress())
+    return {
+        case.name: f"{case.speedup:.2f}x the default settings; {case.failed} candidates were out" for case in tuned
+    } or "nothing to tune: --again tunes what was tuned before"
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", required=False)
+@click.option("--index", metavar="FOLDER", help="Folder of an index to describe.")
+@click.option("--verify", is_flag=True, help="Compare files with what was recorded when they were written.")
+def info(checkpoint: str | None, index: str | None, verify: bool) -> Any:
+    """Show versions, devices, and which kernels and engines run here; or describe what is named.
+
+    CHECKPOINT is compared with what was recorded of it, with --verify; without CHECKPOINT, the bundled one.
+    """
+    from finelip_fast.info import checkpoint_info, index_info
+    from finelip_fast.info import info as describe
+
+    if checkpoint is not None and (index is not None or not verify):
+        raise InputError(
+            f"expected a checkpoint with --verify and without --index: finelip info {shlex.quote(checkpoint)} --verify"
+        )
+    if index is not None:
+        return index_info(index, verify=verify)
+    return checkpoint_info(checkpoint) if verify else describe()
+
+
+@click.command(cls=Command, epilog="\b\n" + "\n".join(f"{shell:6}{line}" for shell, line in _SHELLS.items()))
+@click.argument("shell")
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> str:
+    """Print the script by which SHELL (bash, zsh or fish) completes commands and options."""
+    completer = get_completion_class(shell) if shell in _SHELLS else None
+    if completer is None:
+        raise InputError(f"expected a shell among {', '.join(_SHELLS)}, got {shell!r:.80}")
+    return completer(ctx.find_root().command, {}, "finelip", COMPLETE_VARIABLE).source()
