@@ -50,8 +50,11 @@ class Command(click.Command):
             return super().parse_args(ctx, _repeat_options(self.get_params(ctx), args))
         except click.NoSuchOption as error:
             name = self.renamed.get(error.option_name)
-            if name is not None:
-                raise click.UsageError(f"{error.option_name} is called {name} now.", ctx) from None
+            if name is None:
+                raise
+            raise click.UsageError(f"{error.option_name} is called {name} now.", ctx) from None
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # whose usage is shown
             raise
 
     def get_short_help_str(self, limit: int = 200) -> str:

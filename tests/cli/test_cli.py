@@ -654,7 +654,11 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["search", "-k", "many"]], ids=["none", "unknown", "type"])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["unknown"], ["search", "-k", "many"], ["search", "-k"], ["search", "--no-such"]],
+    ids=["none", "unknown", "type", "missing", "option"],
+)
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "Usage: finelip" in capsys.readouterr().err

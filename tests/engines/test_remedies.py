@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -18,7 +17,6 @@ import finelip_fast
 from finelip_fast import cli
 from finelip_fast.engines import open_engine
 from finelip_fast.errors import EngineError, FineLIPError
-from finelip_fast.export import to_trt
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.runtimes import onnx as onnx_runtime
 from finelip_fast.runtimes import trt as trt_runtime
@@ -121,11 +119,10 @@ def test_engines_that_are_advised_open(exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [["--prove"], ["--prove", "--out", "a b"], ["--again"], ["--profile", "1,2,8"]])
 def test_commands_for_tensorrt_are_read(options: list[str]) -> None:
     """They need the GPU to be carried out."""
-    parser = argparse.ArgumentParser()
-    to_trt.add_arguments(parser)
     command = shlex.split(rebuild_command("a checkpoint", "trt", "fp16", options))
     assert command[:3] == ["finelip", "export", "trt"]
-    assert parser.parse_args(command[3:]).checkpoint == "a checkpoint"
+    params = cli.export.commands["trt"].make_context("finelip export trt", command[3:]).params
+    assert params["checkpoint"] == "a checkpoint"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads the project's settings")
