@@ -452,6 +452,16 @@ def test_a_run_that_ends_early_goes_on_to_the_bit(configure, tmp_path, uninterru
     assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
 
 
+def test_a_run_whose_state_has_former_names_goes_on_to_the_bit(configure, tmp_path, uninterrupted):
+    train(configure(**LASTING, stop_at=3))
+    path = tmp_path / "run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    for old, name in (("val", "validation"), ("image_root", "root")):
+        state["config"][old] = state["config"].pop(name)
+    torch.save(state, path)
+    assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
+
+
 KILLED_IN_STEP_4 = """
 import json, os, signal, sys
 from finelip_fast.config import PRESETS, FineLIPConfig
