@@ -81,7 +81,7 @@ def evaluate(
     result = evaluate(
         engine,
         open_dataset(data, image_size=image_size, root=root),
-        contexts=context_lengths,
+        context_lengths=context_lengths,
         alpha=alpha,
         validation=None if validation is None else open_dataset(validation, image_size=image_size, root=root),
         cache=cache,

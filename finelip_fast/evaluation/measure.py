@@ -29,7 +29,7 @@ def evaluate(
     engine: Engine,
     pairs: PairDataset,
     *,
-    contexts: Sequence[int] = (),
+    context_lengths: Sequence[int] = (),
     alpha: float | None = None,
     validation: PairDataset | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -44,7 +44,7 @@ def evaluate(
         engine: The encoders.
         pairs: What belongs together; pairs of one ``image_id`` share the picture, which is found at ``k`` when any of its
             captions is.
-        contexts: Caption lengths in tokens to cut at; none: the model's own.
+        context_lengths: Caption lengths in tokens to cut at; none: the model's own.
         alpha: Weight of the global cosine in the combined score; None: the model's own.
         validation: Other pairs, on which the weight is chosen in place of ``alpha``: of 0, 0.05 .. 1 the one with the best
             mean recall@1 of both directions at the longest context, of equals the one with the best mean reciprocal rank.
@@ -66,10 +66,10 @@ def evaluate(
         ImageError: A picture that cannot be read.
         WriteError: A cache that cannot be written; what is in it is found again.
     """
-    contexts = sorted(set(contexts)) or [engine.config.context_length]
+    context_lengths = sorted(set(context_lengths)) or [engine.config.context_length]
     longest = engine.config.context_length
-    if contexts[0] < 3 or contexts[-1] > longest:
-        raise InputError(f"expected contexts from 3 to the model's {longest} tokens, got {contexts}")
+    if context_lengths[0] < 3 or context_lengths[-1] > longest:
+        raise InputError(f"expected context_lengths from 3 to the model's {longest} tokens, got {context_lengths}")
     if alpha is not None and validation is not None:
         raise InputError("expected alpha or validation pairs to choose it on, got both")
     alpha = engine.alpha if alpha is None else alpha
@@ -85,12 +85,12 @@ def evaluate(
             raise InputError(
                 "expected validation pairs other than the measured ones, got the same: alpha would be chosen on the test"
             )
-        sweep = _sweep(encoder, validation, other, contexts[-1], validation_data)
+        sweep = _sweep(encoder, validation, other, context_lengths[-1], validation_data)
         alpha = sweep.best
     started = time.perf_counter()
     images, picture_of = encoder.images(pairs, known), torch.tensor(known.picture_of)
     image_seconds, rows = time.perf_counter() - started, []
-    for context in contexts:
+    for context in context_lengths:
         started = time.perf_counter()
         texts = encoder.texts(known, context)
         text_seconds = time.perf_counter() - started

@@ -454,7 +454,7 @@ def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoi
     )
     assert "expected scenes:SPLIT, jsonl:FILE" in fails("eval", "coco", "--checkpoint", checkpoint)
     assert "cannot read lost.jsonl" in fails("eval", "jsonl:lost.jsonl", "--checkpoint", checkpoint)
-    assert "expected contexts from 3 to" in fails(
+    assert "expected context_lengths from 3 to" in fails(
         "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context-lengths", "999"
     )
     assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")

@@ -189,8 +189,8 @@ def test_other_encoders_are_not_mistaken(tmp_path: Path, change: dict[str, Any])
 
 def test_each_context_has_its_own_captions_and_all_share_the_pictures(tmp_path: Path) -> None:
     engine = Counting()
-    run(engine, contexts=[20], cache=tmp_path)
-    run(engine, contexts=[20, 64], cache=tmp_path)
+    run(engine, context_lengths=[20], cache=tmp_path)
+    run(engine, context_lengths=[20, 64], cache=tmp_path)
     assert (engine.images, engine.texts) == (COUNT, 2 * (COUNT + 1))
 
 

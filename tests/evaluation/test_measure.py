@@ -112,7 +112,7 @@ def test_ties_and_nan_count_against() -> None:
 
 def test_contexts_are_sorted_and_each_once() -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
-    report = evaluate(engine, pairs(3), contexts=[64, 20, 64], batch_size=2, progress=False)
+    report = evaluate(engine, pairs(3), context_lengths=[64, 20, 64], batch_size=2, progress=False)
     assert engine.contexts == [20, 64]
     assert engine.batches == [2, 1]
     assert [(row.context, row.score) for row in report.rows] == [
@@ -126,9 +126,9 @@ def test_contexts_are_sorted_and_each_once() -> None:
     ("options", "count", "message"),
     [
         ({}, 0, "expected at least one pair to evaluate, got none"),
-        ({"contexts": [20, 65]}, 3, r"expected contexts from 3 to the model's 64 tokens, got \[20, 65\]"),
-        ({"contexts": [0]}, 3, r"expected contexts from 3 to the model's 64 tokens, got \[0\]"),
-        ({"contexts": [-5, 20]}, 3, r"expected contexts from 3 .*got \[-5, 20\]"),
+        ({"context_lengths": [20, 65]}, 3, r"expected context_lengths from 3 to the model's 64 tokens, got \[20, 65\]"),
+        ({"context_lengths": [0]}, 3, r"expected context_lengths from 3 to the model's 64 tokens, got \[0\]"),
+        ({"context_lengths": [-5, 20]}, 3, r"expected context_lengths from 3 .*got \[-5, 20\]"),
         ({"alpha": 1.5}, 3, r"expected alpha in \[0, 1\], got 1.5"),
     ],
     ids=["nothing", "long", "zero", "negative", "alpha"],
@@ -159,7 +159,7 @@ def test_a_picture_may_have_several_captions(batch_size: int) -> None:
 
 def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
-    report = evaluate(engine, pairs(3), contexts=[20, 64], progress=False)
+    report = evaluate(engine, pairs(3), context_lengths=[20, 64], progress=False)
     values = json.loads(json.dumps(report.to_dict()))
     assert (values["pictures"], values["pairs"]) == (3, 3)
     assert values["alpha"] == 0.8
@@ -231,7 +231,7 @@ def engine(make_model, tmp_path_factory) -> Engine:
 
 def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
     scenes = open_dataset("scenes:test:8", image_size=32)
-    report = evaluate(engine, scenes, contexts=(12, 64), batch_size=3, progress=False)  # cuts captions, silently
+    report = evaluate(engine, scenes, context_lengths=(12, 64), batch_size=3, progress=False)  # cuts captions, silently
     model = finelip_fast.load(engine.source)
     examples = [scenes[n] for n in range(8)]
     with torch.no_grad():
