@@ -108,7 +108,7 @@ def copies(index: Path, weights: Path) -> dict[str, Callable[[], object]]:
             touch(opened._store.view().quantized.values)
 
     def unverified() -> None:
-        with patch("finelip_fast.index.segments.file_checksums", lambda _, contents: _recorded(contents)):
+        with patch("finelip_fast.index.copies.file_checksums", lambda _, contents: _recorded(contents)):
             read()
 
     return {VERIFIED: read, UNVERIFIED: unverified}

@@ -30,6 +30,8 @@ from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
 
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8, "I64": torch.int64}
+STORED = ("tokens", "values", "scales", "anchors")  # what makes an embedding; the rest of a segment follows from it
+DIGEST = "rows"  # the note of a file: the checksum of its embeddings' checksums
 _ALIGNMENT = 64  # bytes, a cache line
 _MOST_HEADER = 1 << 20  # bytes
 _NUMPY = re.compile(
@@ -336,3 +338,18 @@ def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
         return list(map(function, values))
     with ThreadPoolExecutor(min(len(values), os.cpu_count() or 1)) as pool:
         return list(pool.map(function, values))
+
+
+def checksums(kept: dict[str, Tensor]) -> list[int]:
+    """CRC-32 of each embedding, as its bytes lie in the file."""
+    result: list[int] = []
+    for values in (kept[name].contiguous().numpy() for name in STORED if name in kept):
+        result = [zlib.crc32(row, crc) for row, crc in zip(values, result or [0] * len(values), strict=True)]
+    return result
+
+
+def is_shorter(path: Path, size: int) -> bool:
+    """Whether a file has fewer bytes than it had; what is gone can still be read from, and is not."""
+    with suppress(OSError):
+        return os.stat(path).st_size < size
+    return False

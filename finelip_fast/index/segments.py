@@ -19,7 +19,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,14 @@ from finelip_fast._files import plain_name
 from finelip_fast.errors import StoreError, WriteError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import (
+    DIGEST,
+    STORED,
     Contents,
     UnavailableError,
-    array_checksums,
+    checksums,
     digest,
-    file_checksums,
     in_parallel,
+    is_shorter,
     map_arrays,
     memory_of,
     opened,
@@ -43,17 +45,15 @@ from finelip_fast.index.arrays import (
     refuse_link,
     write_arrays,
 )
+from finelip_fast.index.copies import Int8Copies
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels.clim.quantize import error_terms
 from finelip_fast.kernels.clim.rows import dequantize
 
 DTYPES = ("float16", "int8")
 
-# What makes an embedding; the rest of a segment follows from it.
-_STORED = ("tokens", "values", "scales", "anchors")
 _ROWS_AT_ONCE = 1024
 _EXPONENT = 0x7C00  # of a float16: all its bits are those of infinity and NaN
-_DIGEST = "rows"  # the note of a file: the checksum of its embeddings' checksums
 
 
 class Segment:
@@ -70,8 +70,8 @@ class Segment:
     ) -> None:
         self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
-        # Of embeddings in int8: where they are mapped from, and its length.
-        self._copies: tuple[Path, int] | None = None
+        written = None if contents is None else contents.notes.get(DIGEST)
+        self._int8 = Int8Copies(name, arrays["tokens"], written) if "tokens" in arrays else None
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -103,7 +103,7 @@ class Segment:
 
     def is_quantized(self, cache: Path | None) -> bool:
         """Whether what a search in int8 needs is there already."""
-        return "values" in self.arrays or (cache is not None and self._cached(cache) is not None)
+        return self._int8 is None or (cache is not None and self._int8.contents(cache) is not None)
 
     def refuse_shortened(self) -> None:
         """Look whether the file that is mapped still has its length: the system ends a process that reads behind an end.
@@ -111,13 +111,13 @@ class Segment:
         Raises:
             StoreError: It has not.
         """
-        if self._path and self._contents and _is_shorter(self._path, self._contents.size):
+        if self._path and self._contents and is_shorter(self._path, self._contents.size):
             raise _shortened(self._path)
 
     @property
     def has_lost_copies(self) -> bool:
         """Whether the copies in int8 are mapped from a file that has become shorter: they must not be read."""
-        return self._copies is not None and _is_shorter(*self._copies)
+        return self._int8 is not None and self._int8.is_lost
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,7 +189,7 @@ class Segment:
     def checksum(self, row: int) -> int:
         """CRC-32 of an embedding, as it is in memory."""
         crc = 0
-        for name in _STORED:
+        for name in STORED:
             if name in self.arrays:
                 crc = zlib.crc32(memory_of(self.arrays[name][row]), crc)
         return crc
@@ -199,7 +199,7 @@ class Segment:
         no search can compare; and what is wrong with each. All rows are looked at, by all cores.
         """
         self.refuse_shortened()
-        kept = {name: self.arrays[name] for name in _STORED if name in self.arrays}
+        kept = {name: self.arrays[name] for name in STORED if name in self.arrays}
 
         def look(start: int) -> list[tuple[bool, bool]]:
             some = {name: values[start : start + _ROWS_AT_ONCE] for name, values in kept.items()}
@@ -215,67 +215,16 @@ class Segment:
         return reasons | dict.fromkeys(infinite, "holds numbers that are not finite")
 
     def quantized(self, cache: Path | None) -> QuantizedItems:
-        """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged.
-
-        What is kept there is never needed: where it cannot be written, and of embeddings that are not what was written, it is
-        made in memory.
-        """
-        if "values" in self.arrays:
+        """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged."""
+        if self._int8 is None:
             return QuantizedItems(*self._kept(*QuantizedItems._fields))
         if cache is None:
             return quantize_items(self.arrays["tokens"])
-        kept = self._from_cache(cache)
+        kept = self._int8.read(cache)
         if kept is None:
             self.refuse_shortened()
-            kept = quantize_items(self.arrays["tokens"])
-            rows = digest(checksums({"tokens": self.arrays["tokens"]}))
-            if self._written in (None, rows):
-                notes = {_DIGEST: rows, **array_checksums(kept._asdict())}
-                with suppress(StoreError, WriteError):
-                    write_arrays(cache / cache_name(self.name), kept._asdict(), notes)
-                    kept = self._from_cache(cache) or kept
+            kept = self._int8.make(cache)
         return kept
-
-    def _cached(self, cache: Path) -> Contents | None:
-        """The contents of the file that is kept, if it says that it was made of these embeddings."""
-        try:
-            refuse_link(cache)
-            contents = read_contents(cache / cache_name(self.name))
-        except (OSError, StoreError):
-            return None
-        rows, tokens, width = self.arrays["tokens"].shape
-        shapes = {
-            "values": (rows, tokens, width),
-            "scales": (rows, tokens),
-            "terms": (rows, 6),
-            "anchors": (rows, 1, width),
-        }
-        dtypes = {"values": torch.int8, "anchors": torch.float16}
-        is_right = {name: (place.dtype, place.shape) for name, place in contents.places.items()} == {
-            name: (dtypes.get(name, torch.float32), shape) for name, shape in shapes.items()
-        }
-        rows_of = contents.notes.get(_DIGEST)
-        return contents if is_right and rows_of and self._written in (None, rows_of) else None
-
-    @property
-    def _written(self) -> str | None:
-        """The digest of the embeddings when they were written; None: of a time when it was not kept, or in memory."""
-        return None if self._contents is None else self._contents.notes.get(_DIGEST)
-
-    def _from_cache(self, cache: Path) -> QuantizedItems | None:
-        """What is kept, compared with its checksums."""
-        contents = self._cached(cache)
-        if contents is None:
-            return None
-        path = cache / cache_name(self.name)
-        try:
-            if file_checksums(path, contents) != {name: contents.notes.get(name) for name in contents.places}:
-                return None
-            arrays = map_arrays(path, contents)
-        except (OSError, StoreError):
-            return None
-        self._copies = path, contents.size
-        return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
 
     def drop_foreign_copies(self, cache: Path) -> None:
         """Remove what is kept in int8 if it was made of other embeddings: of damaged ones, before they were restored.
@@ -283,19 +232,12 @@ class Segment:
         Raises:
             OSError: It cannot be removed.
         """
-        contents = self._cached(cache) if "tokens" in self.arrays else None
-        if contents and contents.notes[_DIGEST] != digest(checksums({"tokens": self.arrays["tokens"]})):
-            (cache / cache_name(self.name)).unlink(missing_ok=True)
+        if self._int8 is not None:
+            self._int8.drop_foreign(cache)
 
 
 def _remedy(path: Path) -> str:
     return f"restore it, or {remedies.repair(path.parent.parent)}"
-
-
-def _is_shorter(path: Path, size: int) -> bool:
-    with suppress(OSError):  # a file that is gone can still be read from
-        return os.stat(path).st_size < size
-    return False
 
 
 def _shortened(path: Path) -> StoreError:
@@ -340,7 +282,7 @@ def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:
 
 def joined(parts: Sequence[tuple[Segment, Tensor]]) -> dict[str, Tensor]:
     """What a segment holds of the chosen rows of others; the embeddings stay what they are, to the bit."""
-    names = [name for name in _STORED if name in parts[0][0].arrays]
+    names = [name for name in STORED if name in parts[0][0].arrays]
     kept = {name: torch.cat([one.arrays[name][rows] for one, rows in parts]) for name in names}
     return kept | _derived(kept)
 
@@ -374,23 +316,10 @@ def write_segment(folder: Path, arrays: dict[str, Tensor], *, prefix: str = "") 
     name = f"{prefix}{uuid.uuid4().hex}.safetensors"
     crcs = checksums(arrays)
     try:
-        write_arrays(folder / name, arrays, {_DIGEST: digest(crcs)})
+        write_arrays(folder / name, arrays, {DIGEST: digest(crcs)})
     except WriteError as error:
         raise StoreError(str(error)) from error
     return name, crcs
-
-
-def checksums(kept: dict[str, Tensor]) -> list[int]:
-    """CRC-32 of each embedding, as its bytes lie in the file."""
-    result: list[int] = []
-    for values in (kept[name].contiguous().numpy() for name in _STORED if name in kept):
-        result = [zlib.crc32(row, crc) for row, crc in zip(values, result or [0] * len(values), strict=True)]
-    return result
-
-
-def cache_name(segment: str) -> str:
-    """The file in ``cache`` that belongs to a segment."""
-    return segment if segment.endswith(".safetensors") else f"{segment}.safetensors"
 
 
 def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], dtype: str) -> Segment:

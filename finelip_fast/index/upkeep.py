@@ -28,7 +28,8 @@ from finelip_fast.index.arrays import (
     within_memory,
 )
 from finelip_fast.index.catalogue import SegmentRow
-from finelip_fast.index.segments import cache_name, joined, write_segment
+from finelip_fast.index.copies import cache_name
+from finelip_fast.index.segments import joined, write_segment
 from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS
 from finelip_fast.index.store import Store
 from finelip_fast.index.view import View

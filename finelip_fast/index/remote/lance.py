@@ -29,6 +29,7 @@ from torch import Tensor
 
 from finelip_fast._arguments import listed, matrices
 from finelip_fast.errors import InputError, StoreError
+from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.checks import as_json, check_ids
 from finelip_fast.index.index import Found
@@ -43,7 +44,6 @@ from finelip_fast.index.remote.tables import (
     schema_of,
     spec_of,
 )
-from finelip_fast.index.segments import checksums
 from finelip_fast.index.spec import IndexSpec
 from finelip_fast.kernels import clim_scores, clim_topk
 

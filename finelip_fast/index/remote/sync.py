@@ -15,11 +15,11 @@ from typing import Any
 
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies
+from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
 from finelip_fast.index.remote.lance import LanceStore
 from finelip_fast.index.remote.rows import Keys, refuse_damaged
-from finelip_fast.index.segments import checksums
 
 _COPY = "copy"  # the note in the catalogue of a folder that pull fills
 # What an item of one side is to the other side.
