@@ -40,9 +40,7 @@ from finelip_fast._files import remove_unfinished, write_error, write_text_whole
 from finelip_fast._terminal import printable
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
-from finelip_fast.embed import embed_texts
-from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, ImageError, TrainingError
-from finelip_fast.metrics import recall
+from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, TrainingError
 from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.config import RENAMED, TrainConfig
 from finelip_fast.training.data import Batch, TrainingData
@@ -50,12 +48,10 @@ from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
 from finelip_fast.training.optimizer import parameter_groups, schedule
+from finelip_fast.training.validation import mean_recall, validate
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
-
-# Pictures at once in a validation.
-_VALIDATION_BATCH = 64
 
 # What may differ between an interrupted run and the one that goes on.
 _FREE_TO_CHANGE = (
@@ -161,7 +157,7 @@ class Trainer:
             if log and (done or self.step % self.config.eval_every == 0):
                 metrics = self._validate(validation)
                 log.write(self.step, metrics)
-                progress.set_postfix(recall=f"{_quality(metrics):.3f}")
+                progress.set_postfix(recall=f"{mean_recall(metrics):.3f}")
             stop = self._anyone_stops()
             if self.rank == 0 and (done or stop or self.step % self.config.save_every == 0):
                 self._save_state()
@@ -259,41 +255,16 @@ class Trainer:
 
     # Validation and what is kept ---------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _validate(self, pairs: Any) -> dict[str, float]:
         """Recall on the validation pairs; the best model so far is saved at once."""
-
-        def encode_text(ids: Tensor) -> Tensor:
-            return model.encode_text(ids.to(self.device))
-
         model = self._averaged().eval()
-        images, texts = [], []
         with self._autocast():
-            for first in range(0, len(pairs), _VALIDATION_BATCH):
-                pixels, captions = self._readable(pairs, range(first, min(first + _VALIDATION_BATCH, len(pairs))))
-                if captions:
-                    images.append(model.encode_image(torch.stack(pixels).to(self.device)))
-                    texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
-            if not images:
-                raise TrainingError(f"none of the pictures of validation={self.config.validation!r} can be read")
-            scores = model.score(torch.cat(images), torch.cat(texts))
+            metrics = validate(model, pairs, name=self.config.validation)
         self.model.train()
-        metrics = {f"val_{name}": value for name, value in recall(scores).items()}
-        if _quality(metrics) > _quality(self.best):
+        if mean_recall(metrics) > mean_recall(self.best):
             self.best = {**metrics, "step": float(self.step)}
             checkpoint.save(model, self.out / "best", metadata=self._metadata(metrics))
         return metrics
-
-    def _readable(self, pairs: Any, indices: range) -> tuple[list[Tensor], list[str]]:
-        """Pixels and captions, without the pairs whose picture cannot be read."""
-        pixels, captions = [], []
-        for example in (pairs[index] for index in indices):
-            try:
-                pixels.append(self.preprocess(example.image))
-                captions.append(example.caption)
-            except ImageError as error:
-                tqdm.write(f"skipped in validation: {printable(error)}", file=sys.stderr)
-        return pixels, captions
 
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
         # A checkpoint travels; the folders of the machine that made it do not.
@@ -432,11 +403,6 @@ class Trainer:
         if self.world == 1:
             return self._stop
         return bool(gather(torch.tensor([self._stop], dtype=torch.int32, device=self.device)).any())
-
-
-def _quality(metrics: dict[str, float]) -> float:
-    """What the best checkpoint is chosen by: mean recall@1 of both directions."""
-    return (metrics.get("val_i2t_recall@1", -1.0) + metrics.get("val_t2i_recall@1", -1.0)) / 2
 
 
 def choose_device(config: TrainConfig) -> torch.device:

@@ -28,6 +28,7 @@ from finelip_fast.config import PRESETS, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from finelip_fast.model import FineLIP
 from finelip_fast.training import train as training
+from finelip_fast.training import validation
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.optimizer import parameter_groups
 from finelip_fast.training.train import Trainer, train
@@ -326,7 +327,7 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
         value = next(values)
         return {"i2t_recall@1": value, "t2i_recall@1": value}
 
-    monkeypatch.setattr(training, "recall", recall)
+    monkeypatch.setattr(validation, "recall", recall)
     config = configure(eval_every=2, steps=8, ema_decay=0.5)
     best = train(config)
     assert best == {"val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
