@@ -44,7 +44,7 @@ def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, floa
             images.append(model.encode_image(torch.stack(pixels).to(model.device)))
             texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
     if not images:
-        raise TrainingError(f"none of the pictures of val={name!r} can be read")
+        raise TrainingError(f"none of the pictures of validation={name!r} can be read")
     scores = model.score(torch.cat(images), torch.cat(texts))
     return {f"val_{metric}": value for metric, value in recall(scores).items()}
 
