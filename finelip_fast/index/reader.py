@@ -1,0 +1,377 @@
+"""What the catalogue of an index says: items, segments and versions, compared with their checksums as they are read.
+
+An item's position is the order of insertion, and that of its segment's first item plus its row: so a segment of a million
+items is one line to read.
+
+Every row carries a checksum, which is compared whenever the row is read; rows that are gone show in the tally of segments and
+of dead items, and in the numbers of the items that are left. What a filter passes over is not compared, but by
+:meth:`CatalogueReader.refuse_damaged`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import struct
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finelip_fast._files import plain_name
+from finelip_fast._json import MAX_DEPTH, check_value, parse_json
+from finelip_fast.errors import StoreError
+from finelip_fast.index import remedies, schema
+from finelip_fast.index.database import Connection, Database
+from finelip_fast.index.filters import compile_filter
+from finelip_fast.index.schema import seal, seal_item
+
+# Of a query, and of a list of positions in one: below the least limit of any SQLite.
+_AT_ONCE = 900
+ITEM = "position, id, crc, metadata, died, seal"
+MOST = 1 << 48  # positions, rows, versions
+TALLY = "tally"
+_MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
+# What a row that is not as it was written leads to.
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error)
+
+
+class SegmentRow(NamedTuple):
+    """A segment: a file of ``rows`` items, the first at position ``first``."""
+
+    name: str
+    first: int
+    rows: int
+
+
+class Item(NamedTuple):
+    """What the catalogue knows of an item; ``crc`` is the checksum of its embedding, if it has one."""
+
+    position: int
+    id: str
+    crc: int | None
+    metadata: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """Which segments make a version, in order of insertion, and which positions in them are no items (any more), ascending."""
+
+    version: int
+    segments: list[SegmentRow]
+    dead: list[int]
+
+
+class CatalogueReader:
+    """What is in a catalogue.
+
+    Args:
+        path: The file; None: in memory.
+        database: Its connections.
+    """
+
+    def __init__(self, path: Path | None, database: Database) -> None:
+        self.path, self._database = path, database
+
+    @property
+    def _folder(self) -> str:
+        return self._database.folder
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the folder cannot be written to."""
+        return self._database.read_only
+
+    @property
+    def version(self) -> int:
+        """Counts the changes so far."""
+        return self._number("version")
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version that can still be read."""
+        return self._number("oldest")
+
+    def _number(self, key: str) -> int:
+        value = self.note(key)
+        if type(value) is not int or not 0 <= value < MOST:
+            raise self._damaged(f"its {key} is {value!r:.40}")
+        return value
+
+    def note(self, key: str) -> Any:
+        """What is kept under this name; None: nothing."""
+        with self._database.reading() as connection:
+            rows = connection.run("SELECT key, value, seal FROM spec WHERE key = ?", key)
+            return _unsealed(rows[0], connection.sealed, self.path) if rows else None
+
+    def layout(self, version: int | None = None) -> Layout:
+        """A version, None: the newest; all of it as of one moment.
+
+        Raises:
+            StoreError: A version that is no more, or not yet there.
+        """
+        with self._database.reading() as connection:
+            oldest, newest = self.oldest, self.version
+            version = newest if version is None else version
+            if not oldest <= version <= newest:
+                raise StoreError(f"expected a version of {self._folder} from {oldest} to {newest}, got {version}")
+            segments = self._segments(connection, newest)
+            dead = self._dead(connection)
+        end = segments[-1][0].first + segments[-1][0].rows if segments else 0
+        gone = dead[dead[:, 1] <= version, 0]
+        if len(dead) and not (dead[0, 0] >= 0 and dead[-1, 0] < end and (dead[:, 1] <= newest).all()):
+            raise self._damaged("items are gone that never were there")
+        return Layout(version, [row for row, born in segments if born <= version], gone.tolist())
+
+    def _segments(self, connection: Connection, newest: int) -> list[tuple[SegmentRow, int]]:
+        """All segments, in order, each with the version that it came with."""
+        segments: list[tuple[SegmentRow, int]] = []
+        total, end = 0, 0
+        for first, name, rows, born, sealed in connection.run(
+            "SELECT first, name, rows, born, seal FROM segment ORDER BY first"
+        ):
+            try:
+                if connection.sealed and sealed != seal(first, name, rows, born):
+                    raise ValueError("not what was written")
+                name = plain_name(name.decode(), self.path or "the catalogue", error=StoreError)
+                if not (end <= first < MOST and 0 < rows < MOST and 0 <= born <= newest):
+                    raise ValueError(f"{rows} rows from {first} on, of version {born}")
+            except _DAMAGE as error:
+                raise self._damaged(f"a segment is {error}") from None
+            end = first + rows
+            total += sealed or 0
+            segments.append((SegmentRow(name, first, rows), born))
+        self._compare_tally(connection, "segments", len(segments), total)
+        return segments
+
+    def _dead(self, connection: Connection) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Positions of all that is gone, ascending, and the versions that it went with: int64 ``[N, 2]``."""
+        rows = connection.run("SELECT position, died FROM item WHERE died IS NOT NULL ORDER BY position")
+        try:
+            dead = np.array(rows, dtype=object).reshape(-1, 2)
+            if not all(type(number) is int for number in dead.flat):
+                raise ValueError
+            dead = dead.astype(np.int64)
+        except _DAMAGE:
+            raise self._damaged("an item is gone at no version") from None
+        self._compare_tally(connection, "dead", len(dead), mixed(dead))
+        return dead
+
+    def _compare_tally(self, connection: Connection, kind: str, count: int, total: int) -> None:
+        if connection.sealed and (expected := self._tally(kind)) != [count, total % (1 << 64)]:
+            raise self._damaged(f"expected {expected[0]} {kind}, found {count} or other ones")
+
+    def _tally(self, kind: str) -> list[int]:
+        try:
+            count, total = self.note(TALLY)[kind]
+            return [int(count), int(total)]
+        except _DAMAGE:
+            raise self._damaged(f"it does not tell how many {kind} there are") from None
+
+    def count(self, version: int) -> int:
+        """How many items a version has."""
+        layout = self.layout(version)
+        return sum(row.rows for row in layout.segments) - len(layout.dead)
+
+    def items(self, version: int | None = None, *, within: SegmentRow | None = None) -> Iterator[Item]:
+        """The items of a version, None: of now, in order of insertion; ``within`` a segment, or all of them.
+
+        A generator that reads as it goes, some thousands of items at a time.
+
+        Raises:
+            StoreError: Another process compacts the index meanwhile, or an item is not what was written.
+        """
+        version = self.version if version is None else version
+        segments = [within] if within is not None else None
+        if segments is None:
+            with self._database.reading():
+                self._refuse_forgotten(version)
+                segments = self.layout(version).segments
+        for row in segments:
+            position = row.first
+            while position < row.first + row.rows:
+                rows, is_sealed = self._some_rows(version, position, row.first + row.rows)
+                position += len(rows)
+                # One by one: thousands of dictionaries at once would keep Python's collector busy.
+                for values in rows:
+                    item = self._item(values, is_sealed)
+                    if values[4] is None or values[4] > version:
+                        yield item
+
+    def _refuse_forgotten(self, version: int) -> None:
+        if self.oldest > version:
+            raise StoreError(f"the index at {self._folder} was compacted while it was read: read it again")
+
+    def _some_rows(self, version: int, start: int, stop: int) -> tuple[list[tuple[Any, ...]], bool]:
+        with self._database.reading() as connection:
+            self._refuse_forgotten(version)
+            rows = connection.run(
+                f"SELECT {ITEM} FROM item WHERE position >= ? AND position < ? ORDER BY position LIMIT 4096",
+                start,
+                stop,
+            )
+            if [row[0] for row in rows] != list(range(start, min(start + 4096, stop))):
+                raise self._damaged(f"items are missing among the positions {start} to {stop - 1}")
+            return rows, connection.sealed
+
+    def _item(self, row: tuple[Any, ...], is_sealed: bool) -> Item:
+        position, name, crc, metadata, died, sealed = row
+        try:
+            if is_sealed and sealed != seal_item(position, name, crc, metadata, died):
+                raise ValueError("not what was written")
+            if not (died is None or 0 < died < MOST):
+                raise ValueError(f"gone with version {died}")
+            value = json.loads(metadata)
+            if type(value) is not dict:
+                raise ValueError(f"no dictionary but {value!r:.40}")
+            if metadata.count(b"{") + metadata.count(b"[") > MAX_DEPTH:
+                check_value(value, surrogates=True)
+            return Item(position, from_text(name), None if crc is None else int(crc), value)
+        except _DAMAGE as error:
+            raise self._damaged(f"the item at position {position!r:.20} is {error}") from None
+
+    def _damaged(self, reason: str) -> StoreError:
+        return StoreError(
+            f"the catalogue of the index at {self._folder} is damaged: {reason:.200}; {remedies.restore(self._folder)}"
+        )
+
+    def at(self, positions: Iterable[int], version: int) -> dict[int, Item] | None:
+        """What lies at positions of a version; None: that version is no more.
+
+        Raises:
+            StoreError: An item is not what was written.
+        """
+        found: dict[int, Item] = {}
+        with self._database.reading() as connection:
+            if self.oldest > version:
+                return None
+            for some in batches(set(positions)):
+                marks = ", ".join("?" * len(some))
+                for row in connection.run(f"SELECT {ITEM} FROM item WHERE position IN ({marks})", *some):
+                    found[row[0]] = self._item(row, connection.sealed)
+                    if row[4] is not None and row[4] <= version:
+                        raise self._damaged(f"the item at position {row[0]} is gone and is not")
+        return found
+
+    def find(self, ids: Iterable[str]) -> dict[str, int]:
+        """The positions of those ids that are there now."""
+        found: dict[str, int] = {}
+        with self._database.reading() as connection:
+            for some in batches(ids):
+                marks = ", ".join(["CAST(? AS TEXT)"] * len(some))
+                rows = connection.run(
+                    f"SELECT {ITEM} FROM item WHERE died IS NULL AND id IN ({marks})", *map(to_text, some)
+                )
+                for row in rows:
+                    item = self._item(row, connection.sealed)
+                    found[item.id] = item.position
+        return found
+
+    def matching(self, where: str, version: int) -> list[int]:
+        """Positions of the items of a version that a filter lets through, ascending.
+
+        Raises:
+            InputError: An expression that cannot be read, see :mod:`finelip_fast.index.filters`.
+            StoreError: The database refuses, or takes too long.
+        """
+        condition, values = compile_filter(where)
+        with self._database.reading() as connection:
+            try:
+                rows = connection.run(
+                    f"SELECT position FROM item WHERE ({condition}) AND (died IS NULL OR died > ?)", *values, version
+                )
+            except sqlite3.Error as error:
+                raise self._database.failure(error, f"the filter {where!r:.80} cannot be evaluated") from None
+            layout = self.layout(version) if self.oldest <= version else None
+        end = layout.segments[-1].first + layout.segments[-1].rows if layout and layout.segments else 0
+        return sorted(position for (position,) in rows if position < end)
+
+    def refuse_damaged(self) -> None:
+        """Read all of the file by SQLite's own check, and the rows that are no items'.
+
+        Raises:
+            StoreError: Something is wrong with it.
+        """
+        stray = "SELECT position FROM item WHERE position >= ? AND position < ? LIMIT 20"
+        with self._database.reading() as connection:
+            rows = connection.run("PRAGMA integrity_check(20)", seconds=math.inf)
+            faults = [fault.decode("utf-8", "replace") for (fault,) in rows if fault != b"ok"]
+            self._stored()
+            self._dead(connection)
+            strays, end = connection.run(stray, -MOST, 0), 0
+            for row, _ in self._segments(connection, self.version):
+                strays += connection.run(stray, end, row.first)
+                end = row.first + row.rows
+            strays += connection.run(stray, end, MOST)
+        faults += [f"the item at position {position} lies in no segment" for (position,) in strays]
+        if faults:
+            raise self._damaged("; ".join(faults))
+
+    def _stored(self) -> dict[str, Any]:
+        with self._database.reading() as connection:
+            return _spec_of(connection, self.path)
+
+
+def _spec_of(connection: Connection, path: Path | None) -> dict[str, Any]:
+    rows = connection.run("SELECT key, value, seal FROM spec LIMIT 1000")
+    return {row[0].decode(): _unsealed(row, connection.sealed, path) for row in rows}
+
+
+def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
+    key, value, sealed = row
+    where = f"{path or 'the catalogue'}, {key!r:.40}"
+    try:
+        if not is_sealed or sealed == seal(key, value):
+            # The checkpoint may lie where names are no UTF-8.
+            return parse_json(value, where, error=StoreError, expected="a value of the catalogue", surrogates=True)
+    except _DAMAGE:
+        pass
+    raise StoreError(f"{where}: the catalogue is damaged: {remedies.restore(path and path.parent)}")
+
+
+def read_spec(path: Path) -> dict[str, Any] | None:
+    """What the catalogue at ``path`` says of itself, ``source`` among it; None where there is no catalogue.
+
+    Raises:
+        StoreError: It cannot be read, or says what no index can be.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # the latter of a name with NUL
+        raise StoreError(f"{str(path)!r:.200} cannot be opened as an index catalogue: {error!s:.80}") from None
+    database = Database(path, schema.prepare)
+    try:
+        with database.reading() as connection:
+            # A process killed while it made the catalogue leaves one without tables.
+            if connection.run("SELECT 1 FROM main.sqlite_master WHERE name = 'spec'"):
+                return _spec_of(connection, path)
+            return None
+    finally:
+        database.close()
+
+
+def mixed(dead: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+    """A sum over positions and versions in which no one of them can be another unseen."""
+    numbers = dead.reshape(-1, 2).astype(np.uint64)
+    return int((numbers[:, 0] * _MIXERS[0] ^ numbers[:, 1] * _MIXERS[1]).sum(dtype=np.uint64))
+
+
+def batches(values: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(values)
+    while some := list(islice(iterator, _AT_ONCE)):
+        yield some
+
+
+# A path may hold bytes that are no UTF-8; Python has them as lone surrogates, which sqlite3 refuses in a str.
+
+
+def to_text(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def from_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
