@@ -4,28 +4,62 @@ FineLIP (CVPR 2025) extends CLIP from 77 text tokens to 256 and compares picture
 :class:`Retriever`; :func:`load` gives the model itself.
 """
 
-import importlib.metadata
-import typing
+import importlib as _importlib
+import typing as _typing
+from importlib.metadata import version as _version
 
-if typing.TYPE_CHECKING:
-    from finelip_fast.checkpoint import load, save
+if _typing.TYPE_CHECKING:
+    from finelip_fast.checkpoint import UntrainedAggregatorsWarning, load, save
     from finelip_fast.config import FineLIPConfig
-    from finelip_fast.errors import FineLIPError
+    from finelip_fast.engines import Engine
+    from finelip_fast.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineError,
+        FineLIPError,
+        ImageError,
+        InputError,
+        KernelError,
+        StoreError,
+        TrainingError,
+        WriteError,
+    )
+    from finelip_fast.explain import Explanation
+    from finelip_fast.hits import Hit, Hits
+    from finelip_fast.index import Index, IndexSpec
+    from finelip_fast.ingest import AddReport, FolderReport
     from finelip_fast.model import FineLIP
     from finelip_fast.preprocess import Preprocess, open_image
-    from finelip_fast.retriever import AddReport, Hit, Retriever
-    from finelip_fast.tokenizer import tokenize
+    from finelip_fast.retriever import Retriever
+    from finelip_fast.tokenizer import TruncationWarning, tokenize
 
-__version__ = importlib.metadata.version("finelip-fast")
+__version__ = _version("finelip-fast")
 
 __all__ = [
     "AddReport",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineError",
+    "Explanation",
     "FineLIP",
     "FineLIPConfig",
     "FineLIPError",
+    "FolderReport",
     "Hit",
+    "Hits",
+    "ImageError",
+    "Index",
+    "IndexSpec",
+    "InputError",
+    "KernelError",
     "Preprocess",
     "Retriever",
+    "StoreError",
+    "TrainingError",
+    "TruncationWarning",
+    "UntrainedAggregatorsWarning",
+    "WriteError",
     "load",
     "open_image",
     "save",
@@ -34,26 +68,34 @@ __all__ = [
 
 # Each comes when it is first asked for: PyTorch takes seconds, in which a command can neither help nor be interrupted.
 _MODULES = {
-    "errors": ("FineLIPError",),
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("UntrainedAggregatorsWarning", "load", "save"),
     "config": ("FineLIPConfig",),
+    "engines": ("Engine",),
+    "errors": (
+        *("CheckpointError", "ConfigError", "EngineError", "FineLIPError", "ImageError", "InputError", "KernelError"),
+        *("StoreError", "TrainingError", "WriteError"),
+    ),
+    "explain": ("Explanation",),
+    "hits": ("Hit", "Hits"),
+    "index": ("Index", "IndexSpec"),
+    "ingest": ("AddReport", "FolderReport"),
     "model": ("FineLIP",),
     "preprocess": ("Preprocess", "open_image"),
-    "retriever": ("AddReport", "Hit", "Retriever"),
-    "tokenizer": ("tokenize",),
+    "retriever": ("Retriever",),
+    "tokenizer": ("TruncationWarning", "tokenize"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-if not typing.TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """A public name, or a module of the package."""
         if name in _MODULE_OF:
-            globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = value = getattr(_importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             return value
         if not name.startswith("__"):
             try:
-                return importlib.import_module(f"{__name__}.{name}")
+                return _importlib.import_module(f"{__name__}.{name}")
             except ModuleNotFoundError as error:
                 if error.name != f"{__name__}.{name}":
                     raise
