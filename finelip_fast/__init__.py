@@ -9,7 +9,7 @@ import typing as _typing
 from importlib.metadata import version as _version
 
 if _typing.TYPE_CHECKING:
-    from finelip_fast.checkpoint import UntrainedAggregatorsWarning, load, save
+    from finelip_fast.checkpoint import FineLIP, UntrainedAggregatorsWarning, load, save
     from finelip_fast.config import FineLIPConfig
     from finelip_fast.engines import Engine
     from finelip_fast.errors import (
@@ -28,7 +28,6 @@ if _typing.TYPE_CHECKING:
     from finelip_fast.hits import Hit, Hits
     from finelip_fast.index import Index, IndexSpec
     from finelip_fast.ingest import AddReport, FolderReport
-    from finelip_fast.model import FineLIP
     from finelip_fast.preprocess import Preprocess, open_image
     from finelip_fast.retriever import Retriever
     from finelip_fast.tokenizer import TruncationWarning, tokenize
@@ -68,7 +67,7 @@ __all__ = [
 
 # Each comes when it is first asked for: PyTorch takes seconds, in which a command can neither help nor be interrupted.
 _MODULES = {
-    "checkpoint": ("UntrainedAggregatorsWarning", "load", "save"),
+    "checkpoint": ("FineLIP", "UntrainedAggregatorsWarning", "load", "save"),
     "config": ("FineLIPConfig",),
     "engines": ("Engine",),
     "errors": (
@@ -79,7 +78,6 @@ _MODULES = {
     "hits": ("Hit", "Hits"),
     "index": ("Index", "IndexSpec"),
     "ingest": ("AddReport", "FolderReport"),
-    "model": ("FineLIP",),
     "preprocess": ("Preprocess", "open_image"),
     "retriever": ("Retriever",),
     "tokenizer": ("TruncationWarning", "tokenize"),

@@ -74,6 +74,12 @@ class FineLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.logit_scale.dtype
 
+    def extra_repr(self) -> str:
+        """What it is, at the top of what printing shows."""
+        config = self.config
+        sizes = ("image_size", "patch_size", "context_length", "tokens", "embed_dim", "trained_aggregators")
+        return ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed pictures.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from finelip_fast.checkpoint.foreign import LAYOUTS, config_from_tensors, initial_aggregators, some, translate
+from finelip_fast.checkpoint.foreign import LAYOUTS, initial_aggregators, some, translate
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
 from finelip_fast.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ _POSITIONS = "text.positional_embedding"
 # Parameters that a model may have beyond its weights before it is refused unbuilt.
 _SMALL = 1 << 24
 
+Model = TypeVar("Model", bound=FineLIP)
 Describe = Callable[[Mapping[str, Tensor]], FineLIPConfig]
 
 
@@ -31,38 +31,6 @@ class Contents(NamedTuple):
 
     config: FineLIPConfig
     tensors: Mapping[str, Tensor]
-
-
-def import_state_dict(
-    state_dict: Mapping[str, Any],
-    *,
-    context_length: int | None = None,
-    quick_gelu: bool = True,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
-) -> FineLIP:
-    """Build a model from another project's state dict.
-
-    The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
-    own. All sizes come from the tensors. Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start
-    and ``config.trained_aggregators`` is False.
-
-    Args:
-        state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
-        context_length: As in :func:`load`.
-        quick_gelu: Which GELU the weights were trained with: True for OpenAI's and all that started from them.
-        vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
-
-    Returns:
-        A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
-
-    Raises:
-        CheckpointError: Missing, unknown or misshapen weights, by name; heads that must be given.
-        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
-    """
-    describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
-    contents, _ = translated(state_dict, describe, "the state dict", context_length)
-    return build(contents)
 
 
 def translated(
@@ -99,7 +67,7 @@ def check_weights(
     config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
 ) -> None:
     """Refuse weights that are not exactly those of a model of these sizes; they are called by ``names`` where they came."""
-    expected = _outline(config).state_dict()
+    expected = _outline(config, FineLIP).state_dict()
     misshapen = [
         f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)}"
         for name, tensor in tensors.items()
@@ -135,9 +103,9 @@ def lengthen(contents: Contents, length: int, source: str) -> Contents:
     return Contents(config, {**tensors, _POSITIONS: table})
 
 
-def build(contents: Contents) -> FineLIP:
-    """A float32 model on the CPU in eval mode, with copies of just these weights."""
-    model = _outline(contents.config)
+def build(contents: Contents, kind: type[Model]) -> Model:
+    """A float32 model of some class, on the CPU and in eval mode, with copies of just these weights."""
+    model = _outline(contents.config, kind)
     model.load_state_dict(
         {
             name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -149,7 +117,7 @@ def build(contents: Contents) -> FineLIP:
     return model.eval()
 
 
-def _outline(config: FineLIPConfig) -> FineLIP:
+def _outline(config: FineLIPConfig, kind: type[Model]) -> Model:
     """A model without numbers: quick to make, and the caller's random numbers stay as they were."""
     with torch.device("meta"):
-        return FineLIP(config)
+        return kind(config)

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
-import torch
 
-from finelip_fast._arguments import find_device, floating_dtype, whole_number
+from finelip_fast._arguments import whole_number
 from finelip_fast._json import read_json
-from finelip_fast.checkpoint.building import Contents, Describe, build, check_room, check_weights, lengthen, translated
+from finelip_fast.checkpoint.building import Contents, Describe, check_room, check_weights, lengthen, translated
 from finelip_fast.checkpoint.foreign import config_from_open_clip, config_from_tensors, config_from_transformers, some
 from finelip_fast.checkpoint.weight_files import read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError
-from finelip_fast.model import FineLIP
 
 FORMAT = "finelip_fast/1"
 BUNDLED = Path(__file__).parent.parent / "data" / "scenes"
@@ -38,54 +36,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 class UntrainedAggregatorsWarning(UserWarning):
     """The weights come from a CLIP without aggregators: fine scores mean nothing until they are trained."""
-
-
-def load(
-    checkpoint: str | os.PathLike[str] | None = None,
-    device: torch.device | str | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    context_length: int | None = None,
-) -> FineLIP:
-    """Load a model from our format or from another project's.
-
-    ===========================  =====================================================================================
-    ``checkpoint``               what is read
-    ===========================  =====================================================================================
-    None                         the model that comes with the library
-    a folder                     ours, an open_clip hub folder, or transformers' ``CLIPModel``
-    a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) or OpenAI's TorchScript
-                                 archive; recognised by its content. Without a configuration beside it, it is read as
-                                 OpenAI's: quick GELU and a head for every 64 columns
-    ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
-    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model, for those that are not as OpenAI's
-    ``org/name``                 a Hugging Face hub repository with one of the folders above; ``hf-hub:org/name`` too
-    ===========================  =====================================================================================
-
-    Args:
-        checkpoint: As above.
-        device: Where the model goes. Default: the CPU.
-        dtype: Precision of the loaded model.
-        context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
-            its 77. A larger one stretches the table of positions as it stands (:func:`stretch_positions`); a smaller
-            one is refused.
-
-    Returns:
-        The model in eval mode, its parameters requiring gradients.
-
-    Raises:
-        CheckpointError: Nothing there, not reachable, no checkpoint, or one that this library cannot run.
-        ConfigError: A ``context_length`` below the checkpoint's positions.
-        EngineError: A device that is not here.
-        InputError: An argument of another kind.
-
-    Warns:
-        UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
-    """
-    place, dtype = find_device("cpu" if device is None else device), floating_dtype("dtype", dtype)
-    opened = open_checkpoint(checkpoint, context_length)
-    warn_if_untrained(checkpoint, opened)
-    return build(opened.contents).to(device=place, dtype=dtype)
 
 
 class Opened(NamedTuple):

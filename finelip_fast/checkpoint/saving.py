@@ -96,7 +96,7 @@ def convert(
         CheckpointError, ConfigError, InputError: As :func:`load`.
     """
     contents, layout, _ = open_checkpoint(source, context_length)
-    model = build(contents)
+    model = build(contents, FineLIP)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None

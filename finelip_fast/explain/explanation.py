@@ -104,6 +104,11 @@ class Explanation:
     pixels: Tensor
     _features: tuple[Tensor, Tensor]
 
+    def __repr__(self) -> str:
+        parts = f"global {self.global_score:.4f}, fine {self.fine_score:.4f}, alpha {self.alpha:g}"
+        sizes = f"{len(self.words)} words, {self.side} x {self.side} patches"
+        return f"<Explanation of {self.caption!r:.80}: score {self.score:.4f} ({parts}), {sizes}>"
+
     @property
     def side(self) -> int:
         """Patches of a row, and of a column, of the picture."""

@@ -199,3 +199,10 @@ def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:
     assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # float16 in the index
     with pytest.raises(ValueError, match="expected a hit whose id is a picture's path, got 'image-0'"):
         retriever.explain(replace(hit, id="image-0"), SCENE.caption)
+
+
+def test_it_says_what_it_is(explanation: Explanation) -> None:
+    shown = repr(explanation)
+    assert shown.startswith(f"<Explanation of {explanation.caption!r:.80}: score {explanation.score:.4f} (global ")
+    assert f"{len(explanation.words)} words" in shown
+    assert "tensor" not in shown

@@ -1,0 +1,244 @@
+"""Models that are loaded, saved and shared by name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finelip_fast import model
+from finelip_fast._arguments import find_device, floating_dtype
+from finelip_fast._files import write_whole
+from finelip_fast.checkpoint.building import Model, build, translated
+from finelip_fast.checkpoint.foreign import config_from_tensors
+from finelip_fast.checkpoint.loading import open_checkpoint, warn_if_untrained
+from finelip_fast.checkpoint.saving import save
+from finelip_fast.errors import CheckpointError, InputError
+
+_CARD = "README.md"
+
+
+class FineLIP(model.FineLIP):
+    """A picture or a caption becomes one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
+
+    The network is :class:`finelip_fast.model.FineLIP`; this adds how it is loaded, saved and shared.
+
+    Args:
+        config: Sizes of the model. The weights start at random; :meth:`from_pretrained` gives a trained model.
+
+    Example:
+        >>> model = finelip_fast.FineLIP.from_pretrained("org/name")
+        >>> images = model.encode_image(pixels)                           # [B_i, L, D]
+        >>> texts = model.encode_text(finelip_fast.tokenize(captions))    # [B_t, L, D]
+        >>> model.score(images, texts)                                    # [B_i, B_t]
+        >>> model.save_pretrained("checkpoint")
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        context_length: int | None = None,
+    ) -> FineLIP:
+        """Load a model; arguments, errors and warnings are those of :func:`finelip_fast.load`."""
+        return _load(cls, checkpoint, device, dtype, context_length)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint folder as :func:`finelip_fast.save` does, with a model card unless there is a ``README.md``.
+
+        Raises:
+            InputError, WriteError: As :func:`finelip_fast.save`.
+        """
+        save(self, folder, dtype=dtype, metadata=metadata)
+        if not (Path(folder) / _CARD).exists():
+            self._write_card(Path(folder), "path/to/this/folder")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        commit_message: str = "Upload FineLIP",
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model to a Hugging Face hub repository, which is made if it is missing; a model card goes with it.
+
+        Args:
+            repo_id: Name of the repository, ``"org/name"``.
+            dtype: Precision of the weights on the hub. Default: the model's.
+            metadata: Values for JSON to keep with it.
+            commit_message: Message of the commit.
+            private: Visibility of a new repository. Default: the organisation's.
+            token: Access token. Default: that of ``hf auth login``.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            InputError: A name that is no string, or arguments that :func:`finelip_fast.save` refuses.
+            CheckpointError: The hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import HfApi  # slow to import, and needed here alone
+
+        if not isinstance(repo_id, str):
+            raise InputError(f"expected repo_id as the name of a repository, got {repo_id!r:.80}")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save(self, folder, dtype=dtype, metadata=metadata)
+            hub = HfApi(token=token)
+            try:
+                repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if not hub.file_exists(repo_id, _CARD):
+                    self._write_card(folder, repo_id)
+                return str(
+                    hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
+                )
+            except Exception as error:  # every client and proxy raises its own
+                raise CheckpointError(
+                    f"{repo_id!r:.200} cannot be pushed to the hub: {type(error).__name__}: {error!s:.500}. Check the name "
+                    "and the network, and log in with hf auth login or pass a token that may write"
+                ) from error
+
+    def _write_card(self, folder: Path, name: str) -> None:
+        config = self.config
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        aggregators = "trained" if config.trained_aggregators else "untrained: only the global cosine counts"
+        card = f"""---
+library_name: finelip-fast
+pipeline_tag: zero-shot-image-classification
+tags:
+- finelip
+- clip
+- image-text-retrieval
+---
+
+# FineLIP
+
+FineLIP (CVPR 2025) searches pictures with long descriptions: it extends CLIP to {config.context_length} text tokens and
+compares pictures and captions token by token.
+
+| | |
+|---|---|
+| parameters | {millions:.1f} million |
+| pictures | {config.image_size} x {config.image_size} pixels, patches of {config.patch_size} |
+| captions | {config.context_length} tokens |
+| an embedding | {config.tokens} x {config.embed_dim} |
+| aggregators | {aggregators} |
+
+```python
+import finelip_fast
+
+retriever = finelip_fast.Retriever("{name}")
+retriever.add_images("photos/")
+retriever.search("A red house with two floors stands on the left", k=3)
+
+model = finelip_fast.FineLIP.from_pretrained("{name}")
+```
+"""
+        write_whole(folder / _CARD, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def load(
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    context_length: int | None = None,
+) -> FineLIP:
+    """Load a model from our format or from another project's.
+
+    ===========================  =====================================================================================
+    ``checkpoint``               what is read
+    ===========================  =====================================================================================
+    None                         the model that comes with the library
+    a folder                     ours, an open_clip hub folder, or transformers' ``CLIPModel``
+    a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) or OpenAI's TorchScript
+                                 archive; recognised by its content. Without a configuration beside it, it is read as
+                                 OpenAI's: quick GELU and a head for every 64 columns
+    ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
+    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model, for those that are not as OpenAI's
+    ``org/name``                 a Hugging Face hub repository with one of the folders above; ``hf-hub:org/name`` too
+    ===========================  =====================================================================================
+
+    Args:
+        checkpoint: As above.
+        device: Where the model goes. Default: the CPU.
+        dtype: Precision of the loaded model.
+        context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
+            its 77. A larger one stretches the table of positions as it stands (:func:`stretch_positions`); a smaller
+            one is refused.
+
+    Returns:
+        The model in eval mode, its parameters requiring gradients.
+
+    Raises:
+        CheckpointError: Nothing there, not reachable, no checkpoint, or one that this library cannot run.
+        ConfigError: A ``context_length`` below the checkpoint's positions.
+        EngineError: A device that is not here.
+        InputError: An argument of another kind.
+
+    Warns:
+        UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
+    """
+    return _load(FineLIP, checkpoint, device, dtype, context_length)
+
+
+def _load(
+    kind: type[Model],
+    checkpoint: str | os.PathLike[str] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+    context_length: int | None,
+) -> Model:
+    place, dtype = find_device("cpu" if device is None else device), floating_dtype("dtype", dtype)
+    opened = open_checkpoint(checkpoint, context_length)
+    warn_if_untrained(checkpoint, opened, stacklevel=4)
+    return build(opened.contents, kind).to(device=place, dtype=dtype)
+
+
+def import_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    context_length: int | None = None,
+    quick_gelu: bool = True,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+) -> FineLIP:
+    """Build a model from another project's state dict.
+
+    The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
+    own. All sizes come from the tensors. Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start
+    and ``config.trained_aggregators`` is False.
+
+    Args:
+        state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
+        context_length: As in :func:`load`.
+        quick_gelu: Which GELU the weights were trained with: True for OpenAI's and all that started from them.
+        vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
+
+    Returns:
+        A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
+
+    Raises:
+        CheckpointError: Missing, unknown or misshapen weights, by name; heads that must be given.
+        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
+    """
+    describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
+    contents, _ = translated(state_dict, describe, "the state dict", context_length)
+    return build(contents, FineLIP)
