@@ -20,12 +20,11 @@ from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.hits import Hit, Hits
-from finelip_fast.index import Index, IndexSpec, StoredDtype, stored_dtype
+from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_dtype
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
 from finelip_fast.ingest import (
     AddReport,
-    Existing,
     FolderReport,
     Ingest,
     as_images,

@@ -3,9 +3,10 @@
 from finelip_fast.index.index import Found, Index, stored_index
 from finelip_fast.index.recovery import restore
 from finelip_fast.index.spec import IndexSpec, StoredDtype, stored_dtype, stored_source
-from finelip_fast.index.store import Written
+from finelip_fast.index.store import Existing, Written
 
 __all__ = [
+    "Existing",
     "Found",
     "Index",
     "IndexSpec",
