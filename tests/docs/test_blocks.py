@@ -29,6 +29,7 @@ OLD_NAMES: dict[str, str | None] = {}
 if not any(pages.commands()):
     OLD_NAMES = {"add": "index", "list": None, "remove": None, "completion": None}
     OLD_NAMES |= {"eval --save": "--out", "eval --validation": "--alpha-sweep", "explain --html": "--out"}
+    OLD_NAMES["eval --context-lengths"] = "--context"
 MISSING = [name for name in ("open", "encode_texts") if not hasattr(finelip_fast.Retriever, name)]
 
 _BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
