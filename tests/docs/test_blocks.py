@@ -52,6 +52,12 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(text.count("\n", 0, match.start(3)), language, code, reason)
 
 
+def page_parameter(path: Path) -> Any:
+    """A page as a test's argument; exporting and training take long."""
+    marks = [pytest.mark.slow] if path.name in ("export.md", "train.md") else []
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has: a checkpoint, some photos, and the scenes of the demo."""
@@ -69,8 +75,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(REPOSITORY).as_posix() for path in PAGES])
+@pytest.mark.parametrize("page", [page_parameter(path) for path in PAGES])
 def test_a_page_does_what_it_says(
     page: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +119,7 @@ def test_blocks_are_read_with_their_reasons(tmp_path: Path) -> None:
     assert list(blocks(page)) == [Block(3, "python", "x = 1\n", None), Block(8, "sh", "finelip tune\n", "why")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(REPOSITORY).as_posix() for path in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_a_block_has_a_language_that_is_checked(page: Path) -> None:
     """A block without one would be run by nobody, and nobody would notice."""
     for block in blocks(page):
