@@ -7,8 +7,6 @@ A hook of MkDocs (``mkdocs.yml``). Nothing here is kept twice: the front page is
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ from house import MAPPED, REPOSITORY
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
+from finelip_fast.cli import finelip
+
 RESULTS = REPOSITORY / "bench" / "results"
 
 # Files of the repository, by the pages that they become.
@@ -28,22 +28,18 @@ COPIED = {"results": RESULTS, "examples": REPOSITORY / "examples"}
 _INSTALLED = tempfile.TemporaryDirectory(prefix="finelip-docs-")
 
 COMMAND_LINE = "reference/command-line.md"
-GROUP = "finelip"  # the Click command, in finelip_fast.cli
-
 _ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>~?(.*?)</code>")
 
 
 def command_line() -> str:
     """The page of all commands, as Markdown: what each ``--help`` prints."""
-    helps = {name: command.get_help(context) for name, command, context in commands()} or _printed_helps()
     return "# The command line\n\n" + "\n".join(
-        f"## finelip {name}\n\n```text\n{text.rstrip()}\n```\n" for name, text in helps.items()
+        f"## finelip {name}\n\n```text\n{command.get_help(context)}\n```\n" for name, command, context in commands()
     )
 
 
 def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
-    """Each command that is shown, by its words after ``finelip``; none before the command line is Click's."""
-    from finelip_fast import cli
+    """Each command that is shown, by its words after ``finelip``."""
 
     def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
         if not isinstance(command, click.Group):
@@ -55,18 +51,7 @@ def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
                 settings = {**child.context_settings, "terminal_width": 100}
                 yield from walk(child, click.Context(child, context, name, **settings))
 
-    if (group := getattr(cli, GROUP, None)) is not None:
-        yield from walk(group, click.Context(group, info_name=GROUP))
-
-
-def _printed_helps() -> dict[str, str]:
-    names = re.findall(r"^    ((?:index |eval )?[a-z]+)(?=\s)", _help(), re.MULTILINE)
-    return {name: _help(*name.split()) for name in names if name != "export"}
-
-
-def _help(*command: str) -> str:
-    arguments = [sys.executable, "-m", "finelip_fast.cli", *command, "--help"]
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+    yield from walk(finelip, click.Context(finelip, info_name="finelip"))
 
 
 @event_priority(100)  # before mkdocstrings reads its paths

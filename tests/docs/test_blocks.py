@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pages
 import pytest
 
 import finelip_fast
@@ -22,15 +21,6 @@ from finelip_fast.datasets import Scenes
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-
-# The documentation has the names of the Click command line and of the public edge that come with it. Where they are not there
-# yet: options and commands by what they are called still (None: there are none), and methods. Delete it with its two uses.
-OLD_NAMES: dict[str, str | None] = {}
-if not any(pages.commands()):
-    OLD_NAMES = {"add": "index", "list": None, "remove": None, "completion": None}
-    OLD_NAMES |= {"eval --save": "--out", "eval --validation": "--alpha-sweep", "explain --html": "--out"}
-    OLD_NAMES["eval --context-lengths"] = "--context"
-MISSING = [name for name in ("open", "encode_texts") if not hasattr(finelip_fast.Retriever, name)]
 
 _BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -92,8 +82,6 @@ def test_a_page_does_what_it_says(
 
 
 def run_python(block: Block, page: Path, names: dict[str, Any]) -> None:
-    if any(re.search(rf"\.{name}\(", block.code) for name in MISSING):
-        return
     tree = ast.parse(block.code, str(page))
     ast.increment_lineno(tree, block.line)
     exec(compile(tree, str(page), "exec"), names)
@@ -105,12 +93,9 @@ def run_line(line: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"make {arguments[0]}" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8"), where
     elif program:
         assert program == "finelip", f"{where}: say why it cannot be run, <!-- not run: REASON -->"
-        current = [OLD_NAMES.get(f"{arguments[0]} {name}", name) for name in arguments]
-        current[:1] = [OLD_NAMES.get(arguments[0], arguments[0])]
-        if None not in current:
-            capsys.readouterr()
-            code = cli.main(current)
-            assert code == 0, f"{where}\n{capsys.readouterr().err}"
+        capsys.readouterr()
+        code = cli.main(arguments)
+        assert code == 0, f"{where}\n{capsys.readouterr().err}"
 
 
 def test_blocks_are_read_with_their_reasons(tmp_path: Path) -> None:
