@@ -221,7 +221,7 @@ def as_text(result: Any) -> Iterator[str]:
     """What a person reads: dictionaries as indented names, lists and iterators item by item, the rest as it prints itself."""
     if isinstance(result, Mapping):
         yield from (f"{line}\n" for line in _indented(result))
-    elif isinstance(result, (list, Iterator)):
+    elif type(result) is list or isinstance(result, Iterator):  # a list with a text of its own, such as hits, is that
         for item in result:  # a text is a name: it stays on its line
             yield from [printable(item), "\n"] if isinstance(item, str) else as_text(item)
     else:
