@@ -6,7 +6,6 @@ FineLIP (CVPR 2025) extends CLIP from 77 text tokens to 256 and compares picture
 
 import importlib as _importlib
 import typing as _typing
-from importlib.metadata import version as _version
 
 if _typing.TYPE_CHECKING:
     from finelip_fast.checkpoint import FineLIP, UntrainedAggregatorsWarning, load, save
@@ -32,7 +31,7 @@ if _typing.TYPE_CHECKING:
     from finelip_fast.retriever import Retriever
     from finelip_fast.tokenizer import TruncationWarning, tokenize
 
-__version__ = _version("finelip-fast")
+    __version__: str
 
 __all__ = [
     "AddReport",
@@ -87,7 +86,10 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """A public name, or a module of the package."""
+        """A public name, the version, or a module of the package."""
+        if name == "__version__":
+            globals()[name] = value = _importlib.import_module("importlib.metadata").version("finelip-fast")
+            return value
         if name in _MODULE_OF:
             globals()[name] = value = getattr(_importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             return value

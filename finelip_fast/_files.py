@@ -11,7 +11,6 @@ import stat
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 
@@ -37,6 +36,8 @@ def cache_folder() -> Path:
 
 def installed(*packages: str) -> dict[str, str]:
     """Versions of the packages that are installed."""
+    from importlib import metadata  # slow for a command that only helps
+
     versions = {}
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
