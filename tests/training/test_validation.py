@@ -32,7 +32,7 @@ def test_pairs_whose_picture_cannot_be_read_are_left_out(tmp_path: Path, capsys:
         texts = model.encode_text(finelip_fast.tokenize([caption for _, caption in pairs], model.config.context_length))
     assert metrics == {f"val_{name}": value for name, value in recall(model.score(images, texts)).items()}
     assert metrics == validate(model, sound, name="mine")
-    with pytest.raises(TrainingError, match="none of the pictures of val='mine' can be read"):
+    with pytest.raises(TrainingError, match="none of the pictures of validation='mine' can be read"):
         validate(model, FileExamples([(tmp_path / "broken.png", "a red house")]), name="mine")
 
 
