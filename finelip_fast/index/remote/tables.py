@@ -64,6 +64,7 @@ def spec_of(schema: pa.Schema, uri: str) -> dict[str, Any]:
         not all(isinstance(text, str) for text in texts)
         or not all(type(size) is int and 0 < size < 1 << 20 for size in sizes)
         or type(alpha) not in (int, float)
+        or not 0 <= alpha <= 1
     ):
         raise StoreError(f"{where}: expected source, checkpoint, dtype, tokens, width and alpha, found {stored!r:.300}")
     return stored

@@ -212,6 +212,21 @@ def test_a_foreign_table_is_refused(tmp_path: Path) -> None:
         LanceStore(SPEC, tmp_path / "table")
 
 
+@pytest.mark.parametrize(
+    "changed", [{"alpha": 5}, {"alpha": "x"}, {"tokens": 0}, {"width": 1 << 40}, {"source": 3}], ids=str
+)
+def test_a_table_that_says_what_no_store_can_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    import lance
+
+    store = LanceStore(SPEC, tmp_path / "store")
+    schema = store.dataset().schema
+    said = json.loads(schema.metadata[tables.SPEC]) | changed
+    table = schema.with_metadata({tables.SPEC: json.dumps(said)}).empty_table()
+    lance.write_dataset(table, tmp_path / "other")
+    with pytest.raises(StoreError, match="expected source, checkpoint, dtype, tokens, width and alpha"):
+        open_store(tmp_path / "other")
+
+
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lance", None)
     tables.lance_module.cache_clear()
