@@ -111,23 +111,23 @@ def matrices(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
     return value
 
 
-def find_device(wanted: Any) -> torch.device:
-    """The device to run on; None takes a GPU if there is one.
+def find_device(name: Any) -> torch.device:
+    """The device to run on; None: a GPU if there is one.
 
     Raises:
-        InputError: No name of a device.
-        EngineError: A device that is not here.
+        InputError: ``name`` is no name of a device.
+        EngineError: This machine has no such device.
     """
-    if wanted is None:
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(wanted, (str, torch.device)):
-        raise InputError(f"expected device as cpu, cuda, cuda:1 or a torch.device, got {wanted!r:.80}")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, (str, torch.device)):
+        raise InputError(f"expected device as cpu, cuda, cuda:1 or a torch.device, got {name!r:.80}")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # the former where torch is built without CUDA
         reason = str(error).partition("\n")[0]
         raise EngineError(
-            f"device={str(wanted)!r:.80} cannot be used: {reason:.200}; use device='cpu', or leave it out"
+            f"device={str(name)!r:.80} cannot be used: {reason:.200}; use device='cpu', or leave it out"
         ) from None
     return device

@@ -174,7 +174,7 @@ def _streams() -> Iterator[_Stream]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         output, messages = (_Stream(stream, nowhere) for stream in before)  # None where it is closed
-        sys.stdout, sys.stderr = output, messages  # type: ignore[assignment]
+        sys.stdout, sys.stderr = output, messages
         try:
             yield output
         finally:

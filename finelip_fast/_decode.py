@@ -176,7 +176,7 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
 
     Args:
         source: Path of a regular file, or what one holds.
-        reduction: By how much a large picture may be shrunk, from its width and height; None: not at all.
+        reduction: Factors by which a large picture may be shrunk, from its width and height; None: not at all.
 
     Raises:
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
@@ -246,8 +246,8 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
 
 
 def _accepts(accept: Any, prefix: bytes) -> bool:
-    taken = accept is None or accept(prefix)
-    return bool(taken) and not isinstance(taken, str)  # a text says what is not installed
+    answer = accept is None or accept(prefix)
+    return bool(answer) and not isinstance(answer, str)  # a string says what is not installed
 
 
 def _not_read(name: str) -> ImageError:
@@ -261,7 +261,7 @@ def _claims(name: str, file: Any) -> list[tuple[int, int]]:
     file.seek(0)
     content = file.read()
     if name == "AVIF":
-        return [struct.unpack(">II", match[1]) for match in re.finditer(rb"ispe.{4}(.{8})", content, re.DOTALL)]  # type: ignore[misc]
+        return [struct.unpack(">II", match[1]) for match in re.finditer(rb"ispe.{4}(.{8})", content, re.DOTALL)]
     if name == "JPEG2000":
         sizes = (
             struct.unpack(">IIII", match[1])
@@ -281,7 +281,7 @@ def _claims(name: str, file: Any) -> list[tuple[int, int]]:
 
 def _file_bytes_per_pixel(image: Any, file: Any, reduction: int) -> float:
     if image.format not in ("JPEG", "MPO"):
-        return _BYTES_PER_PIXEL.get(image.format, _WHOLE)
+        return float(_BYTES_PER_PIXEL.get(image.format, _WHOLE))
     buffered = _coefficient_bytes(image, file)
     if not file:
         return 4 + buffered

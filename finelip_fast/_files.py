@@ -24,9 +24,9 @@ _MAX_NAME = 255  # bytes, of every file system in use
 
 
 def cache_folder() -> Path:
-    """Where this user's own files lie: ``FINELIP_CACHE``, or the system's place; all of them can be done without."""
-    if named := os.environ.get("FINELIP_CACHE"):
-        return Path(named)
+    """Folder of this user's cached files: ``FINELIP_CACHE``, or the system's place; everything in it can be made again."""
+    if folder := os.environ.get("FINELIP_CACHE"):
+        return Path(folder)
     try:
         Path.home()
     except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
@@ -77,9 +77,9 @@ def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str
     """A name that one file of a folder can have, and that leads nowhere else.
 
     Args:
-        name: As a catalogue, a manifest, an archive or a configuration has it.
-        where: What names it, for the message.
-        error: Raised for any other.
+        name: Name from a catalogue, a manifest, an archive or a configuration.
+        where: Place that has the name, for the message.
+        error: Class of the error to raise.
 
     Returns:
         The name.

@@ -23,15 +23,15 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: Name of a file in ``data/pages``.
-        values: What the template names.
+        values: Values of the template's variables.
     """
     return environment().get_template(template).render(values)
 
 
 @functools.cache
 def environment() -> Environment:
-    """What the templates are read with."""
-    made = Environment(
+    """The environment that loads the templates: every value escaped, every missing one an error."""
+    templates = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         finalize=_visible,
@@ -40,8 +40,8 @@ def environment() -> Environment:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
-    made.globals["asset"] = _asset
-    return made
+    templates.globals["asset"] = _asset
+    return templates
 
 
 def _asset(name: str) -> Markup:

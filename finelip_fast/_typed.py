@@ -14,7 +14,7 @@ def typed(value: Any, kind: Any, place: str = "") -> Any:
     """A value as a type has it: lists become tuples where the type says so, objects become dataclasses.
 
     Args:
-        value: As JSON gives it.
+        value: Value that a JSON reader returned.
         kind: ``bool``, ``int``, ``float``, ``str``, ``None``, ``Any``; a list, a tuple, a dictionary by texts or a union of
             kinds; or a dataclass, whose fields are the object's.
         place: Where the value stands, for the message, as in ``rows[2].score``.

@@ -29,7 +29,7 @@ _SHOWN_HITS = 5
 class _Query(NamedTuple):
     """A description on the page, in the part that CLIP reads and the rest, and the pictures that searches found."""
 
-    read: str
+    start: str
     cut: str
     right: str
     searches: dict[str, list[str]]
@@ -68,25 +68,25 @@ class DemoReport:
         return "\n".join(lines)
 
 
-def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress: bool = True) -> DemoReport:
+def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress: bool = True) -> DemoReport:
     """Search drawn scenes with descriptions that the bundled model never saw, and write ``index.html``.
 
     Args:
-        folder: Where pictures, index and page go; made if missing.
-        scenes: How many test scenes.
-        shown: How many queries the page shows.
-        progress: Show progress bars.
+        out: Folder for the pictures, the index and the page; made if missing.
+        scenes: Number of test scenes.
+        queries: Number of queries on the page.
+        progress: Whether to show progress bars.
 
     Returns:
-        Recall, times and the page's path.
+        Recall, times and the path of the page.
 
     Raises:
-        InputError: Fewer than one scene, or one query.
+        InputError: Fewer than one scene or one query.
         WriteError: A picture or a page that cannot be written.
     """
-    if scenes < 1 or shown < 1:
-        raise InputError(f"expected at least one scene and one query, got {scenes} and {shown}")
-    folder = Path(folder)
+    if scenes < 1 or queries < 1:
+        raise InputError(f"expected at least one scene and one query, got {scenes} and {queries}")
+    folder = Path(out)
     pictures = folder / "scenes"
     try:
         pictures.mkdir(parents=True, exist_ok=True)
@@ -119,31 +119,31 @@ def run_demo(folder: str | Path, *, scenes: int = 400, shown: int = 16, progress
         f"{CLIP_CONTEXT} tokens, global only (as CLIP)": recall(clim_scores(images, short, alpha=1.0)),
     }
 
-    times, queries = [], []
-    shown = min(shown, scenes)
-    for at in range(0, shown * (scenes // shown), scenes // shown):  # spread over the families
+    times, listed = [], []
+    queries = min(queries, scenes)
+    for at in range(0, queries * (scenes // queries), scenes // queries):  # spread over the families
         started = time.perf_counter()
         hits = retriever.search(captions[at], k=_SHOWN_HITS)
         times.append(1e3 * (time.perf_counter() - started))
         cut = index.search(short[at : at + 1], _SHOWN_HITS, alpha=1.0).items[0]
         why = f"why-{at:04d}.html"
         retriever.explain(paths[at], captions[at]).to_html(folder / why)
-        read = _seen(captions[at], CLIP_CONTEXT)
+        length = _characters_within(captions[at], CLIP_CONTEXT)
         searches = {
             "whole description": [Path(hit.id).name for hit in hits],
             f"first {CLIP_CONTEXT} tokens, global only": [Path(item.id).name for item in cut],
         }
-        queries.append(_Query(captions[at][:read], captions[at][read:], paths[at].name, searches, why))
+        listed.append(_Query(captions[at][:length], captions[at][length:], paths[at].name, searches, why))
 
     page = folder / "index.html"
     report = DemoReport(scenes, rows, statistics.median(times), index_seconds, str(page))
     metrics = list(next(iter(rows.values())))
-    text = render("demo.html", report=report, metrics=metrics, queries=queries, clip_context=CLIP_CONTEXT)
+    text = render("demo.html", report=report, metrics=metrics, queries=listed, clip_context=CLIP_CONTEXT)
     write_text_whole(page, text)
     return report
 
 
-def _seen(caption: str, context: int) -> int:
+def _characters_within(caption: str, context: int) -> int:
     """Characters of a caption that fit into ``context`` tokens, to the end of a word."""
     words = caption.split(" ")
     low, high = 0, len(words)

@@ -65,15 +65,15 @@ def embed_tokens(encode_text: Callable[[Tensor], Tensor], batch: TokenBatch, *, 
     """Embed tokenised captions, in order of length; windows of one caption are joined.
 
     Args:
-        encode_text: Ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
-        batch: At least one caption.
-        batch_size: Sequences at once.
+        encode_text: Function from ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
+        batch: Token ids of at least one caption.
+        batch_size: Number of sequences encoded at once.
 
     Returns:
         ``[N, L, D]`` on the encoder's device, in the captions' order.
     """
     order = batch.lengths.argsort(stable=True)
-    rows = torch.cat([encode_text(batch.ids[some]) for some in order.split(batch_size)])
+    rows = torch.cat([encode_text(batch.ids[numbers]) for numbers in torch.split(order, batch_size)])
     restored = torch.empty_like(rows)
     restored[order.to(rows.device)] = rows
     return join_windows(restored, batch.owner.to(rows.device))

@@ -16,7 +16,7 @@ from finelip_fast.errors import InputError
 _MASKED = -1e4
 
 
-class ImageEncoder(VisionTransformer):
+class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is untyped
     """Vision transformer: pixels ``[B, 3, H, W]`` to token features ``[B, 1 + P, D]``, CLS first."""
 
     def __init__(self, config: FineLIPConfig) -> None:
@@ -36,10 +36,11 @@ class ImageEncoder(VisionTransformer):
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.ln_post(self.transformer(self.ln_pre(x)))
-        return x @ self.proj
+        features: Tensor = x @ self.proj
+        return features
 
 
-class TextEncoder(TextTransformer):
+class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
     """Causal text transformer: ids ``[B, T]`` to token features ``[B, T, D]``."""
 
     def __init__(self, config: FineLIPConfig) -> None:
@@ -64,7 +65,8 @@ class TextEncoder(TextTransformer):
         x = self.token_embedding(ids)
         x = x + self.positional_embedding[:length].to(x.dtype)
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))
-        return x @ self.text_projection
+        features: Tensor = x @ self.text_projection
+        return features
 
 
 def caption_lengths(ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, kernels, engines; and what a checkpoint or an index is, and whether it is sound."""
+"""What this machine can run; what a checkpoint or an index holds, and whether it is sound."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def info() -> dict[str, Any]:
 
 
 def checkpoint_info(checkpoint: str | PathLike[str] | None = None) -> dict[str, Any]:
-    """What :func:`finelip_fast.checkpoint.verify` finds.
+    """The report of :func:`finelip_fast.checkpoint.verify`.
 
     Raises:
-        CheckpointError: The weights are not those that were recorded, or it cannot be loaded.
+        CheckpointError: The weights are not those that were recorded, or the checkpoint cannot be loaded.
     """
-    found = checkpoints.verify(checkpoint)
-    if found["status"] == "mismatch":
+    report = checkpoints.verify(checkpoint)
+    if report["status"] == "mismatch":
         raise CheckpointError(
-            f"{found['weights']}: expected the weights of SHA-256 {found['recorded_sha256']}, found {found['sha256']}"
-            + (f", with damaged records: {found['damaged']}" if found["damaged"] else "")
+            f"{report['weights']}: expected the weights of SHA-256 {report['recorded_sha256']}, found {report['sha256']}"
+            + (f", with damaged records: {report['damaged']}" if report["damaged"] else "")
             + "; get it again from where it came from"
         )
-    return found
+    return report
 
 
 def check_index(folder: str | PathLike[str]) -> dict[str, int]:
@@ -64,10 +64,10 @@ def check_index(folder: str | PathLike[str]) -> dict[str, int]:
     damaged = index.check()
     count = index.total
     if damaged:
-        named = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
+        listed = "\n".join(f"  {printable(item)}: {printable(reason)}" for item, reason in damaged.items())
         raise StoreError(
             f"{len(damaged)} of {count} items are damaged, the others are sound; restore their files, or take them out and "
-            f"keep the others with {remedies.repair(folder)}:\n{named}"
+            f"keep the others with {remedies.repair(folder)}:\n{listed}"
         )
     return {"items": count, "damaged": 0, "lost": sum(index.lost().values())}
 
@@ -76,8 +76,8 @@ def index_info(folder: str | PathLike[str], *, verify: bool = False) -> dict[str
     """What an index folder holds, and what of it is compared with checksums when.
 
     Args:
-        folder: Of the index.
-        verify: Compare all of it now.
+        folder: Folder of an index.
+        verify: Whether to compare all of it now.
 
     Raises:
         StoreError: There is no index, it cannot be read, or with ``verify`` it is damaged.

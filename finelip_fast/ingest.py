@@ -33,9 +33,9 @@ Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
 T = TypeVar("T")
 Pixels = TypeVar("Pixels")
 
-# How much is gathered before it is kept: embeddings, and seconds of work that a killed process may lose.
-_KEPT_BYTES, _KEPT_SECONDS = 1 << 26, 30.0
-_MOST_AT_ONCE = 1 << 20
+# How much is gathered before it is written: bytes of embeddings, and seconds of work that a killed process may lose.
+_FLUSH_BYTES, _FLUSH_SECONDS = 1 << 26, 30.0
+_MAX_BATCH = 1 << 20
 
 
 @dataclass
@@ -43,7 +43,7 @@ class AddReport:
     """What became of the items given to ``add_images`` or ``add_texts``.
 
     Attributes:
-        added: Ids, in order.
+        added: ids of the items added, in order.
         skipped: ``(id, reason)`` of what could not be read.
     """
 
@@ -55,7 +55,7 @@ class AddReport:
         self.added += ids
 
     def __str__(self) -> str:
-        return _told(len(self.added), self.skipped)
+        return _summary(len(self.added), self.skipped)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class FolderReport:
     """What became of a folder, however large.
 
     Attributes:
-        added: How many.
+        added: number of pictures added.
         skipped: ``(path, reason)`` of what could not be read.
     """
 
@@ -75,10 +75,10 @@ class FolderReport:
         self.added += len(ids)
 
     def __str__(self) -> str:
-        return _told(self.added, self.skipped)
+        return _summary(self.added, self.skipped)
 
 
-def _told(added: int, skipped: Sequence[tuple[str, str]]) -> str:
+def _summary(added: int, skipped: Sequence[tuple[str, str]]) -> str:
     lines = (f"  {printable(item)}: {printable(reason)}" for item, reason in skipped)
     return "\n".join([f"{added} added, {len(skipped)} skipped", *lines])
 
@@ -94,18 +94,18 @@ def pictures(
     """The pictures of a folder and those below, in order, one by one.
 
     Args:
-        folder: Where.
-        skipped: Gets what is no picture, with the reason.
-        index: A folder of an index, which may lie in the other and is not reported; None: there is none.
+        folder: Folder to walk.
+        skipped: List to which files that are no pictures are appended, with the reason.
+        index: Folder of an index that may lie inside ``folder`` and is not reported; None: there is none.
 
     Raises:
         InputError: There is no such folder.
     """
-    own = None if index is None else Path(index).resolve()
+    index_folder = None if index is None else Path(index).resolve()
     for path, kind in walk_folder(folder):
         if kind == "image":
             yield path
-        elif own is None or own not in path.resolve().parents:
+        elif index_folder is None or index_folder not in path.resolve().parents:
             reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
             skipped.append((str(path), reason))
 
@@ -119,12 +119,12 @@ def as_images(images: Any) -> Any:
 def find_images(
     images: Any, skipped: list[tuple[str, str]], *, index: str | PathLike[str] | None = None
 ) -> tuple[int | None, Iterable[Any]]:
-    """How many pictures there are, if that can be told, and all of them.
+    """How many pictures there are, where that is known beforehand, and the pictures.
 
     Args:
-        images: A folder, one picture, or an iterable of pictures.
-        skipped: Gets what in the folder is no picture, with the reason.
-        index: As for :func:`pictures`.
+        images: Folder, one picture, or an iterable of pictures.
+        skipped: List to which files of the folder that are no pictures are appended, with the reason.
+        index: Folder of an index, as :func:`pictures` takes it.
     """
     if isinstance(images, (str, PathLike)) and os.path.isdir(images):
         return count_pictures(images), pictures(images, skipped, index=index)
@@ -133,17 +133,18 @@ def find_images(
 
 
 class Ingest:
-    """One job. Inside ``with``, what was given to :meth:`add` is kept at the end, also when something fails.
+    """One job of adding items. Leaving the ``with`` block writes what :meth:`add` was given, also after an error.
 
     Args:
-        index: Where to.
-        kind: What items are called: ``image``, ``text``.
-        report: Gets the ids of what was kept.
-        existing: Of ids that are there already: an ``"error"``, ``"skip"`` them, or ``"replace"`` the items.
-        batch_size: Items of a chunk.
+        index: Index to add to.
+        kind: Word for an item: ``image`` or ``text``.
+        report: Report to which the ids of written items are added.
+        existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the new item, or
+            ``"replace"`` the old.
+        batch_size: Items in a chunk.
 
     Raises:
-        InputError: Another word than these, or a ``batch_size`` that is no whole number or below 1.
+        InputError: An ``existing`` other than these, or a ``batch_size`` that is no whole number or below 1.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Ingest:
         existing: Existing = "error",
         batch_size: int = 64,
     ) -> None:
-        batch_size = whole_number("batch_size", batch_size, most=_MOST_AT_ONCE)
+        batch_size = whole_number("batch_size", batch_size, most=_MAX_BATCH)
         one_of("existing", existing, get_args(Existing))
         self._index, self._kind, self._report = index, kind, report
         self._existing, self._batch_size = existing, batch_size
@@ -167,18 +168,18 @@ class Ingest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._keep()
+        self._flush()
 
     def add(self, ids: list[str], embeddings: Tensor, metadata: list[dict[str, Any]]) -> None:
-        """Items of a chunk, embedded ``[n, L, D]``; kept at once or soon.
+        """Add the embedded items of a chunk, ``[n, L, D]``; they are written at once or soon.
 
         Raises:
-            InputError, StoreError: As :meth:`finelip_fast.index.Index.add`.
+            InputError, StoreError: Whatever :meth:`finelip_fast.index.Index.add` raises.
         """
         self._batches.append((ids, embeddings.to("cpu", torch.float16), metadata))
-        enough = sum(some.nbytes for _, some, _ in self._batches) >= _KEPT_BYTES
-        if enough or time.monotonic() - self._since >= _KEPT_SECONDS:
-            self._keep()
+        enough = sum(embeddings.nbytes for _, embeddings, _ in self._batches) >= _FLUSH_BYTES
+        if enough or time.monotonic() - self._since >= _FLUSH_SECONDS:
+            self._flush()
 
     def add_images(
         self, chunks: Iterable[Chunk], preprocess: Preprocess, encode_image: Callable[[Tensor], Tensor]
@@ -187,11 +188,11 @@ class Ingest:
 
         Args:
             chunks: Pictures with ids and metadata.
-            preprocess: What makes pixels of a picture.
-            encode_image: Pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
+            preprocess: Preprocessing that turns a picture into pixels.
+            encode_image: Function from pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
 
         Raises:
-            InputError, StoreError: As :meth:`finelip_fast.index.Index.add`.
+            InputError, StoreError: Whatever :meth:`finelip_fast.index.Index.add` raises.
         """
         with ThreadPoolExecutor() as pool:
             for chunk in read_ahead(chunks, lambda entry: read_picture(preprocess, entry[1]), pool):
@@ -205,14 +206,14 @@ class Ingest:
                     embeddings = encode_image(torch.stack([pixels for *_, pixels in readable]))
                     self.add([item for item, *_ in readable], embeddings, [metadata for _, metadata, _ in readable])
 
-    def _keep(self) -> None:
+    def _flush(self) -> None:
         self._since = time.monotonic()
         if not self._batches:
             return
-        ids = [item for some, *_ in self._batches for item in some]
-        embeddings = torch.cat([some for _, some, _ in self._batches])
-        metadata = [meta for *_, some in self._batches for meta in some]
-        self._report.keep(self._index.add(ids, embeddings, metadata, existing=self._existing))
+        batches_of_ids, embeddings, batches_of_metadata = zip(*self._batches, strict=True)
+        ids = [name for batch in batches_of_ids for name in batch]
+        metadata = [values for batch in batches_of_metadata for values in batch]
+        self._report.keep(self._index.add(ids, torch.cat(embeddings), metadata, existing=self._existing))
         self._pending.difference_update(ids)
         self._batches.clear()
 
@@ -228,20 +229,20 @@ class Ingest:
         """New items with ids and metadata, in lists of ``batch_size``.
 
         Args:
-            items: Any iterable, read chunk by chunk.
-            ids: One an item; None: the path, or ``KIND-N`` where there is none.
-            metadata: One dictionary an item.
-            total: How many items, if that is known.
-            progress: Show a progress bar; or one of tqdm's to move.
+            items: Iterable of items, read chunk by chunk.
+            ids: An id for each item; None: its path, or ``KIND-N`` where it has none.
+            metadata: A dictionary for each item.
+            total: Number of items, where it is known.
+            progress: Whether to show a progress bar; or the bar of tqdm to advance.
 
         Raises:
-            InputError: Ids that are there already or come twice, metadata that JSON cannot hold, texts that are none, or lists
-                of different lengths; before any work where that can be known.
+            InputError: An id that is in the index already or is given twice, metadata that JSON cannot hold, a text that is no
+                string, or lists of different lengths; raised before any work where it can be known then.
         """
         ids = None if ids is None else listed("ids", ids)
         metadata = None if metadata is None else listed("metadata", metadata)
         try:
-            named = self._named(iter(items), ids, metadata)
+            entries = self._entries(iter(items), ids, metadata)
             total = len(items) if isinstance(items, Sized) else total
         except TypeError:  # as of an array without dimensions, which claims to have both
             raise InputError(f"expected {self._kind}s in a list or another iterable, got {items!r:.80}") from None
@@ -254,33 +255,33 @@ class Ingest:
             self._check_ids(ids)
         for number, values in enumerate(metadata or ()):
             as_json(values, f"{self._kind} {number}" if ids is None else ids[number])
-        return self._chunks(named, total, progress)
+        return self._chunks(entries, total, progress)
 
     def _chunks(
-        self, named: Iterator[tuple[str, Any, dict[str, Any]]], total: int | None, progress: bool | tqdm[Any]
+        self, entries: Iterator[tuple[str, Any, dict[str, Any]]], total: int | None, progress: bool | tqdm[Any]
     ) -> Iterator[Chunk]:
         with progress_bar(progress, total, self._kind) as bar:
-            while chunk := list(islice(named, self._batch_size)):
-                if new := self._new(chunk):
-                    yield new
+            while chunk := list(islice(entries, self._batch_size)):
+                if accepted := self._accepted(chunk):
+                    yield accepted
                 bar.update(len(chunk))
 
-    def _new(self, chunk: Chunk) -> Chunk:
-        """Without what is skipped."""
+    def _accepted(self, chunk: Chunk) -> Chunk:
+        """The items of a chunk that are not skipped."""
         ids = [item for item, *_ in chunk]
         if self._existing == "error":
             self._check_ids(ids)
-        there = set(self._pending)
+        present = set(self._pending)
         if self._existing == "skip":
-            there |= self._index.present(ids)
-        elif not there.isdisjoint(ids):
-            again = next(item for item in ids if item in there)
-            raise InputError(f"expected ids that differ, got {again!r} again; give each item once")
-        new = [one for one in chunk if one[0] not in there]
-        self._pending.update(item for item, *_ in new)
-        return new
+            present |= self._index.present(ids)
+        elif not present.isdisjoint(ids):
+            repeated = next(item for item in ids if item in present)
+            raise InputError(f"expected ids that differ, got {repeated!r} again; give each item once")
+        accepted = [entry for entry in chunk if entry[0] not in present]
+        self._pending.update(item for item, *_ in accepted)
+        return accepted
 
-    def _named(
+    def _entries(
         self, items: Iterable[Any], ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None
     ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         """Give each item its id and metadata; of a generator, the lengths show only here."""
@@ -288,7 +289,7 @@ class Ingest:
         free = (name for name in numbered if name not in self._index)
         total = 0
         for item in items:
-            if any(given is not None and len(given) == total for given in (ids, metadata)):
+            if any(values is not None and len(values) == total for values in (ids, metadata)):
                 self._check_lengths(total + 1, ids, metadata)
             if self._kind == "text":
                 check_caption(item, total)
@@ -303,18 +304,18 @@ class Ingest:
 
     def _check_ids(self, ids: Sequence[str]) -> None:
         check_ids(ids)
-        if self._existing == "error" and (there := self._index.present(ids)):
-            raise taken(item for item in ids if item in there)
+        if self._existing == "error" and (present := self._index.present(ids)):
+            raise taken(item for item in ids if item in present)
 
     def _check_lengths(self, total: int, ids: Sequence[Any] | None, metadata: Sequence[Any] | None) -> None:
-        for name, given in (("ids", ids), ("metadata", metadata)):
-            if given is not None and len(given) != total:
-                raise InputError(f"expected as many {name} as {self._kind}s, got {len(given)} for {total}")
+        for name, values in (("ids", ids), ("metadata", metadata)):
+            if values is not None and len(values) != total:
+                raise InputError(f"expected as many {name} as {self._kind}s, got {len(values)} for {total}")
 
 
 @contextmanager
 def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
-    """A bar of its own, hidden if ``progress`` is False; or the one that is given."""
+    """A bar made here, hidden where ``progress`` is False; or the bar that was passed in."""
     if isinstance(progress, bool):
         with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
             yield bar
@@ -331,16 +332,16 @@ def read_picture(preprocess: Preprocess, image: Any) -> Tensor | ImageError:
 
 
 def read_ahead(
-    batches: Iterable[list[T]], read: Callable[[T], Pixels], pool: ThreadPoolExecutor
+    batches: Iterable[list[T]], read_item: Callable[[T], Pixels], pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[T, Pixels]]]:
-    """The items of each batch with what is read of them; the next batch is read while one is used.
+    """Each batch as pairs of an item and what was read from it; the next batch is read while one is used.
 
     Args:
-        batches: Items in lists.
-        read: Reads an item, as :func:`read_picture` does.
-        pool: Threads that read: decoding and resizing release the interpreter's lock.
+        batches: Lists of items.
+        read_item: Function that reads an item, as :func:`read_picture` does.
+        pool: Threads to read in; decoding and resizing release the interpreter's lock.
     """
-    for batch in one_ahead([(item, pool.submit(read, item)) for item in batch] for batch in batches):
+    for batch in one_ahead([(item, pool.submit(read_item, item)) for item in batch] for batch in batches):
         yield [(item, future.result()) for item, future in batch]
 
 

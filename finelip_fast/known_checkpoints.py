@@ -37,10 +37,10 @@ def checkpoint_of(folder: str | PathLike[str]) -> str | None:
         return None if spec is None else ""
     known = _noted(str(spec["checkpoint"]))
     if known is None or Path(folder).resolve() in Path(known).resolve().parents:
-        named = str(spec["source"])
+        source = str(spec["source"])
         raise StoreError(
-            f"the index at {folder} names the checkpoint {named!r:.500}, which this user has not opened on this machine: "
-            f"if you trust it, pass --checkpoint {shlex.quote(named):.500}, or the place where it lies now (in Python: "
+            f"the index at {folder} names the checkpoint {source!r:.500}, which this user has not opened on this machine: "
+            f"if you trust it, pass --checkpoint {shlex.quote(source):.500}, or the place where it lies now (in Python: "
             "Retriever(checkpoint, index=...)); it is remembered"
         )
     return known

@@ -148,17 +148,17 @@ def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     return {name: value for name, value in pair_summary(pair_ranks(scores), ks).items() if "_recall@" in name}
 
 
-def quality(*measured: Mapping[str, float]) -> tuple[float, float]:
-    """What is chosen by: recall@1, and where that is equal mrr, each the mean of both directions.
+def quality(*summaries: Mapping[str, float]) -> tuple[float, float]:
+    """The measures that a choice is made by: recall@1, and mrr where that is equal, each the mean of both directions.
 
     Args:
-        measured: Numbers of :func:`pair_summary`, as ``i2t_recall@1``; of several runs, their mean counts.
+        summaries: Results of :func:`pair_summary`, with names such as ``i2t_recall@1``; of several runs, their mean counts.
 
     Returns:
         ``(recall, mrr)``, in [0, 1], rounded: means of equal shares in another order differ in their last bits.
     """
     recall, mrr = (
-        round(statistics.fmean(one[f"{way}_{name}"] for one in measured for way in WAYS), 9)
+        round(statistics.fmean(summary[f"{way}_{name}"] for summary in summaries for way in WAYS), 9)
         for name in ("recall@1", "mrr")
     )
     return recall, mrr
@@ -204,7 +204,7 @@ def bootstrap_interval(
     if groups is not None:
         if groups.shape != values.shape or groups.is_floating_point() or groups.is_complex():
             raise InputError(f"expected groups [{len(values)}] of integers, got {_described(groups)}")
-        member_of = groups.cpu().unique(return_inverse=True)[1]
+        member_of: Tensor = torch.unique(groups.cpu(), return_inverse=True)[1]
         empty = sums.new_zeros(int(member_of.max()) + 1)
         sums, sizes = empty.index_add(0, member_of, sums), empty.index_add(0, member_of, sizes)
     generator = torch.Generator().manual_seed(seed)

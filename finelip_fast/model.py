@@ -147,7 +147,8 @@ class FineLIP(nn.Module):
 
     def _aggregate_image(self, tokens: Tensor) -> Tensor:
         """``[B, 1 + P, D]``, CLS first, to ``[B, L, D]``."""
-        return self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
+        embeddings: Tensor = self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
+        return embeddings
 
     def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """``[B, T, D]`` and the captions' lengths to ``[B, L, D]``."""
@@ -155,7 +156,8 @@ class FineLIP(nn.Module):
         anchor = tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
         # A row without an end token has no caption: no token is valid, and its anchor is nobody's.
         anchor = anchor.masked_fill((lengths == 0)[:, None], 0.0)
-        return self.text_aggregator(tokens, anchor=anchor, lengths=last)
+        embeddings: Tensor = self.text_aggregator(tokens, anchor=anchor, lengths=last)
+        return embeddings
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""

@@ -134,8 +134,8 @@ class Preprocess:
     def _reduction(self, width: int, height: int) -> tuple[int, int]:
         if width * height <= _EXACT_PIXELS:
             return 1, 1
-        wanted = _SPARE * self.image_size
-        across, down = max(1, width // wanted), max(1, height // wanted)
+        side = _SPARE * self.image_size
+        across, down = max(1, width // side), max(1, height // side)
         return (across, down) if self.resize_mode == "squash" else (min(across, down),) * 2
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -181,18 +181,18 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 class FolderScan(NamedTuple):
-    """What a folder holds: ``images`` by suffix, and all the ``others``; both sorted, hidden files in neither."""
+    """What a folder holds: ``images`` by suffix, and all ``other_files``; both sorted, hidden files in neither."""
 
     images: list[Path]
-    others: list[Path]
+    other_files: list[Path]
 
 
 def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> FolderScan:
     """Sort a folder's files into images and others, by suffix alone; no file is opened.
 
     Args:
-        folder: Where to look. The paths returned begin with it.
-        recursive: Look into folders below too. Hidden ones (``.name``) and links to folders are not entered.
+        folder: Folder to look in. The paths returned begin with it.
+        recursive: Whether to look into folders below too. Hidden ones (``.name``) and links to folders are not entered.
 
     Raises:
         InputError: There is no such folder, or a folder in it cannot be read.
@@ -201,7 +201,7 @@ def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> Folde
     for path, kind in walk_folder(folder, recursive):
         if kind == "unreadable":
             raise InputError(f"expected a readable folder, got one that cannot be listed: {str(path)!r}")
-        (scan.images if kind == "image" else scan.others).append(path)
+        (scan.images if kind == "image" else scan.other_files).append(path)
     return scan
 
 
@@ -211,8 +211,8 @@ def walk_folder(
     """The files of a folder in order, one by one, and the folders in it that cannot be read; else as :func:`scan_folder`."""
     folder = Path(folder)
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"expected a folder, got {what}: {str(folder)!r}; check the path")
+        obstacle = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
     return _walk(folder, recursive, _suffixes())
 
 
@@ -220,8 +220,8 @@ def _walk(
     folder: Path, recursive: bool, suffixes: frozenset[str]
 ) -> Iterator[tuple[Path, Literal["image", "other", "unreadable"]]]:
     try:
-        with os.scandir(folder) as found:
-            entries = sorted((one.name, one.is_dir(follow_symlinks=False), one.is_file()) for one in found)
+        with os.scandir(folder) as listing:
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in listing)
     except OSError:
         yield folder, "unreadable"
         return

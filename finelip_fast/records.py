@@ -200,8 +200,8 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'finelip-fast[plots]'") from None
     points = [_numbers(series.x) for series in plot.series]
-    named = None in points
-    figure = Figure(figsize=(7, 0.5 * len(plot.series[0].x) + 1.5 if named else 4.5), layout="constrained", dpi=120)
+    has_names = None in points
+    figure = Figure(figsize=(7, 0.5 * len(plot.series[0].x) + 1.5 if has_names else 4.5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
     for number, (series, x) in enumerate(zip(plot.series, points, strict=True)):
         error = None
@@ -211,15 +211,17 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
                 [high - y for y, high in zip(series.y, series.high, strict=True)],
             ]
         style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "label": series.label, "capsize": 3}
-        if named or x is None:  # names are read from left to right, so they stand on the upright axis
+        if has_names or x is None:  # names are read from left to right, so they stand on the upright axis
             axes.errorbar(series.y, list(map(str, series.x)), xerr=error, linestyle="none", **style)
         else:
             axes.errorbar(x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
-    across, up = (plot.y, plot.x) if named else (plot.x, plot.y)
+    across, up = (plot.y, plot.x) if has_names else (plot.x, plot.y)
     axes.set(title=title, xlabel=across, ylabel=up)
-    axes.update_datalim([(0, 0)], updatex=named or not plot.log_x, updatey=not named)  # so that zero is in sight
+    axes.update_datalim(
+        [(0, 0)], updatex=has_names or not plot.log_x, updatey=not has_names
+    )  # so that zero is in sight
     axes.autoscale_view()
-    if named:
+    if has_names:
         axes.invert_yaxis()
     else:
         values = sorted({0.0, *(value for x in points for value in x or ())})
@@ -252,12 +254,12 @@ def commit() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def _machine() -> dict[str, Any]:

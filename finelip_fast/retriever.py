@@ -45,32 +45,35 @@ class Retriever:
     """Search pictures with long descriptions, and in the three other directions.
 
     Args:
-        checkpoint: A checkpoint folder or file, an open_clip or hub name (see :func:`finelip_fast.load`); None: the bundled
+        checkpoint: Checkpoint folder or file, or an open_clip or hub name (see :func:`finelip_fast.load`); None: the bundled
             model, which knows drawn street scenes only.
-        engine: ``"torch"``, ``"onnx"`` or ``"trt"``, or an error where that one cannot run; ``"auto"``: the fastest of those
-            that are here, as timed once on this machine. ONNX and TensorRT run what ``finelip export`` wrote beside the
+        engine: ``"torch"``, ``"onnx"`` or ``"trt"``, which raise where they cannot run; ``"auto"``: the fastest of those
+            available, as timed once on this machine. ONNX and TensorRT run what ``finelip export`` wrote beside the
             checkpoint.
-        index: Folder that keeps the items; None keeps them in memory.
-        device: None takes a GPU if there is one.
-        alpha: Weight of the global cosine in the score; None: the checkpoint's own, 0.8 with trained aggregators and 1
-            without.
-        overflow: What happens to texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
-        precision: Of the exported files: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``; None: the fastest of those there.
-        threads: Of ONNX Runtime on the CPU; None: as many as PyTorch uses.
-        build: Export what is asked for where it is not there yet; takes a minute or more.
-        dtype: How a new index keeps embeddings: ``"float16"``, or ``"int8"``, half the size; None: as the index that is there.
-        verify: Compare all embeddings of the index folder with their checksums before they are searched; otherwise only those
-            of what a search finds.
+        index: Folder that stores the items; None: they stay in memory.
+        device: Device of the model; None: a GPU if there is one.
+        alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's, which is 0.8 with trained
+            aggregators and 1 without.
+        overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
+        precision: Precision of the exported files: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``; None: the fastest
+            available.
+        threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
+        build: Whether to export what ``engine`` and ``precision`` need and is missing; takes a minute or more.
+        dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size; None: the format
+            of the index if it exists, else ``"float16"``.
+        verify: Whether to compare every embedding of the index folder with its checksum before the first search; otherwise
+            a search checks only the hits it returns.
 
-    May be used from several threads at once; several processes may have the same index open. One with an index folder can be
-    pickled, as what it was opened with; in a process made by fork it raises EngineError.
+    A retriever may be used from several threads at once, and several processes may have the same index open. With an index
+    folder it can be pickled: unpickling opens the same folder again. In a process made by fork it raises EngineError.
 
-    A checkpoint that is opened here by its name together with an index folder is one that ``finelip`` may load for an index,
+    Opening a checkpoint by its name together with an index folder allows ``finelip`` to load that checkpoint for an index,
     see :mod:`finelip_fast.known_checkpoints`.
 
     Raises:
-        InputError: An argument that is none: an alpha that is not in [0, 1], a number of threads below 1.
-        EngineError, CheckpointError, StoreError: What was asked for cannot be opened; says why and what to do.
+        InputError: An argument out of its range, such as an ``alpha`` outside [0, 1] or fewer threads than 1.
+        EngineError, CheckpointError, StoreError: The engine, the checkpoint or the index cannot be opened; the message says
+            why and what to do.
 
     Example:
         >>> retriever = finelip_fast.Retriever()
@@ -93,7 +96,7 @@ class Retriever:
         dtype: StoredDtype | None = None,
         verify: bool = False,
     ) -> None:
-        # All that can be known to be wrong before a model is loaded.
+        # Whatever can be known to be wrong is refused before a model is loaded.
         _check_path("checkpoint", checkpoint)
         _check_path("index", index)
         alpha = None if alpha is None else share("alpha", alpha)
@@ -107,7 +110,7 @@ class Retriever:
         self._verify = verify
         self.alpha = self._engine.alpha if alpha is None else alpha
         self.overflow = overflow
-        self._explained: FineLIP | None = None  # loaded when asked for
+        self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
@@ -129,18 +132,18 @@ class Retriever:
         build: bool = False,
         verify: bool = False,
     ) -> Retriever:
-        """Open an index folder by the checkpoint that made it, as the command line does.
+        """Open an index folder with the checkpoint that made it, as the command line does.
 
-        The folder says which checkpoint that is. It is loaded only if this user has opened it by its name before, together
-        with an index, under the fingerprint that the folder names; see :mod:`finelip_fast.known_checkpoints`.
+        The folder names that checkpoint. It is loaded only if this user has opened it by name before, together with an
+        index, and its fingerprint is still the one in the folder; see :mod:`finelip_fast.known_checkpoints`.
 
         Args:
             index: Folder of an index.
-            engine, device, alpha, overflow, precision, threads, build, verify: As for :class:`Retriever`.
+            engine, device, alpha, overflow, precision, threads, build, verify: The same as for :class:`Retriever`.
 
         Raises:
-            StoreError: There is no index, or it names a checkpoint that this user has not opened, or one that came with it.
-            InputError, EngineError, CheckpointError: As for :class:`Retriever`.
+            StoreError: There is no index, or it names a checkpoint that this user has not opened or that came with it.
+            InputError, EngineError, CheckpointError: The same as for :class:`Retriever`.
 
         Example:
             >>> finelip_fast.Retriever("checkpoint", index="index").add_images("photos/")
@@ -170,7 +173,7 @@ class Retriever:
         self.close()
 
     def close(self) -> None:
-        """Release the index; what was added to a folder is kept."""
+        """Close the index; items in a folder stay there."""
         self._index.close()
 
     def __repr__(self) -> str:
@@ -178,21 +181,21 @@ class Retriever:
 
     @property
     def engine(self) -> Engine:
-        """The engine in use; printed, it says what runs, on what, and why it was chosen."""
+        """The engine in use; its ``str`` says what runs, on which device, and why it was chosen."""
         self._refuse_after_fork()
         return self._engine
 
     @property
     def index(self) -> Index:
-        """The items."""
+        """The index that holds the items."""
         self._refuse_after_fork()
         return self._index
 
     def __reduce__(self) -> tuple[Callable[[], Retriever], tuple[()]]:
-        """Pickled as what it was opened with: who unpickles it opens the same folder by the same engine.
+        """Pickle the arguments: unpickling opens the same folder with the same engine.
 
         Raises:
-            InputError: Its index is in memory.
+            InputError: The index is in memory.
         """
         settings = self.engine.settings
         if self._folder is None:
@@ -232,27 +235,28 @@ class Retriever:
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> AddReport:
-        """Embed pictures and add them; one that cannot be read is skipped and reported.
+        """Embed pictures and add them; a picture that cannot be read is skipped and reported.
 
-        With an index folder, what was added is kept from time to time: at least every 30 seconds, and 64 MiB of embeddings. A
-        job that was stopped goes on with ``existing="skip"``.
+        An index folder is written to at least every 30 seconds and every 64 MiB of embeddings. A job that was stopped is
+        resumed by running it again with ``existing="skip"``.
 
         Args:
-            images: A folder, one picture, or any iterable of files, encoded bytes, PIL images, arrays and tensors (see
-                :func:`finelip_fast.preprocess.open_image`). Read batch by batch.
-            ids: One a picture; None: the path, or ``image-N`` where there is none.
-            metadata: One dictionary of JSON values a picture. Checked before anything is embedded.
-            existing: Of ids that are in the index already: an ``"error"``, ``"skip"`` them, or ``"replace"`` the items.
-            batch_size: Pictures at once.
-            progress: Show a progress bar; or one of tqdm's to move.
+            images: Folder, one picture, or an iterable of files, encoded bytes, PIL images, arrays and tensors (see
+                :func:`finelip_fast.preprocess.open_image`), read batch by batch.
+            ids: An id for each picture; None: its path, or ``image-N`` where it has none.
+            metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
+            existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the picture, or ``"replace"``
+                the item.
+            batch_size: Number of pictures embedded at once.
+            progress: Whether to show a progress bar; or the bar of tqdm to advance.
 
         Returns:
-            What was added and what was skipped, with reasons.
+            Ids of the pictures added, and those skipped, with the reason.
 
         Raises:
             InputError: An id that is in the index already, metadata that JSON cannot hold, or lists of different lengths;
-                before any work where the lists show it. Of a generator, the batches before are kept.
-            StoreError: The index cannot be written; the report of what was kept is lost, and ``existing="skip"`` finds it.
+                raised before any work where the lists show it. Where a generator shows it later, earlier batches stay.
+            StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` goes on from it.
         """
         report = AddReport()
         self._add_images(images, report, ids, metadata, existing, batch_size, progress)
@@ -266,20 +270,20 @@ class Retriever:
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> FolderReport:
-        """Embed the pictures of a folder and those below it, however many; run again, it adds what is new.
+        """Embed the pictures of a folder and of those below it, however many; run again, it adds the new ones.
 
         Args:
             folder: Folder of pictures, whose ids are their paths.
-            existing: As for :meth:`add_images`.
-            batch_size: Pictures at once.
-            progress: Show a progress bar; or one of tqdm's to move.
+            existing: What a path that is in the index already means, as in :meth:`add_images`.
+            batch_size: Number of pictures embedded at once.
+            progress: Whether to show a progress bar; or the bar of tqdm to advance.
 
         Returns:
-            How many were added, and what was skipped, with reasons.
+            Number of pictures added, and those skipped, with the reason.
 
         Raises:
             InputError: There is no such folder.
-            StoreError: The index cannot be written; what was added before stays.
+            StoreError: The index cannot be written; what was written before stays.
         """
         if not os.path.isdir(folder):
             count_pictures(folder)  # raises what is wrong
@@ -313,7 +317,7 @@ class Retriever:
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> AddReport:
-        """Embed texts and add them. Arguments as :meth:`add_images`; default ids are ``text-N``."""
+        """Embed texts and add them. The arguments are those of :meth:`add_images`; ids default to ``text-N``."""
         texts = [texts] if isinstance(texts, str) else texts
         report = AddReport()
         ingest = Ingest(self.index, "text", report, existing=existing, batch_size=batch_size)
@@ -327,10 +331,10 @@ class Retriever:
         return report
 
     def delete(self, ids: Sequence[str] | str) -> None:
-        """Take items out of the index; with a folder, they are gone for every later opening when this returns.
+        """Delete items from the index. Once this returns, they are gone from an index folder for good.
 
         Raises:
-            InputError: An id that is not there; nothing was taken out.
+            InputError: An id that is not in the index; nothing was deleted.
             StoreError: The index cannot be written.
         """
         self.index.delete([ids] if isinstance(ids, str) else ids)
@@ -360,22 +364,22 @@ class Retriever:
         """Find the best items for a text or a picture.
 
         Args:
-            text: One description or a list of them. An empty one is a query like any other.
-            image: Instead of a text: one picture or a list of them.
-            k: How many hits; fewer come back when there are fewer.
-            mode: ``"exact"``; ``"exact-int8"``, the same result from half the bytes; ``"two-stage"``, which may miss some;
-                ``"auto"``: two stages where ``finelip index tune`` has measured that little enough is missed, else exact. See
+            text: Description or list of descriptions. An empty string is a query like any other.
+            image: Picture or list of pictures to search by instead of a text.
+            k: Number of hits; fewer are returned where the index has fewer.
+            mode: ``"exact"``; ``"exact-int8"``, the same result from half the bytes; ``"two-stage"``, which may miss hits;
+                ``"auto"``: two stages where ``finelip index tune`` has measured that few enough are missed, else exact. See
                 :mod:`finelip_fast.index.search`.
-            where: Search only items whose metadata fit: ``"camera = 'front' and year >= 2024"``. See
+            where: Expression that the metadata of items must satisfy: ``"camera = 'front' and year >= 2024"``. See
                 :mod:`finelip_fast.index.filters`.
 
         Returns:
-            Hits best first, ties in order of insertion: a list for one query, a list of lists for a list. A notebook shows
-            them with thumbnails.
+            Hits, best first, ties in order of insertion: a list for one query, a list of lists for a list of queries. A
+            notebook shows them with thumbnails.
 
         Raises:
-            InputError: Not exactly one of text and image, a text that is no string, a ``k`` that is no whole number or below
-                1, no such mode, or a filter that cannot be read.
+            InputError: Both or neither of text and image, a text that is no string, a ``k`` that is no whole number or below
+                1, an unknown mode, or a filter that cannot be parsed.
             ImageError: A query picture that cannot be read.
         """
         if (text is None) == (image is None):
@@ -383,9 +387,9 @@ class Retriever:
         k = whole_number("k", k)
         if where is not None and not isinstance(where, str):
             raise InputError(f"expected where as an expression in a str, got {where!r:.80}")
-        given: Any = image if text is None else text
-        many = isinstance(given, (list, tuple))
-        queries: list[Any] = list(given) if many else [given]
+        query: Any = image if text is None else text
+        several = isinstance(query, (list, tuple))
+        queries: list[Any] = list(query) if several else [query]
         if not queries:
             return []
         if text is None:
@@ -393,7 +397,7 @@ class Retriever:
         else:
             embedded = self.engine.embed_texts(queries, overflow=self.overflow)
         hits = self._hits(embedded, k, mode, where)
-        return hits if many else hits[0]
+        return hits if several else hits[0]
 
     @overload
     def encode_images(
@@ -411,15 +415,15 @@ class Retriever:
 
         Args:
             images: Pictures as :func:`finelip_fast.open_image` takes them.
-            batch_size: Pictures at once.
-            convert_to_numpy: Return a float32 array instead of a tensor on the engine's device.
+            batch_size: Number of pictures embedded at once.
+            convert_to_numpy: Whether to return a float32 array instead of a tensor on the engine's device.
 
         Returns:
             ``[N, L, D]``, unit rows, row 0 = CLS.
 
         Raises:
             ImageError: A picture that cannot be read.
-            InputError: No list of pictures.
+            InputError: ``images`` is no list of pictures.
         """
         images = listed("images", as_images(images))
         size = whole_number("batch_size", batch_size)
@@ -442,15 +446,15 @@ class Retriever:
         """Embed descriptions without adding them.
 
         Args:
-            texts: Descriptions; one alone is a list of it.
-            batch_size: Descriptions at once.
-            convert_to_numpy: Return a float32 array instead of a tensor on the engine's device.
+            texts: Descriptions, or a single one.
+            batch_size: Number of descriptions embedded at once.
+            convert_to_numpy: Whether to return a float32 array instead of a tensor on the engine's device.
 
         Returns:
             ``[N, L, D]``, unit rows, row 0 = EOT.
 
         Raises:
-            InputError: No list of texts, or a text that is no string.
+            InputError: ``texts`` is no list, or a text is no string.
         """
         texts = listed("texts", [texts] if isinstance(texts, str) else texts)
         size = whole_number("batch_size", batch_size)
@@ -458,17 +462,17 @@ class Retriever:
         return self._returned(embedded, convert_to_numpy)
 
     def similarity(self, queries: Embeddings, items: Embeddings) -> Tensor:
-        """Score embeddings against each other, by the retriever's ``alpha``.
+        """Score embeddings against each other, weighted by the retriever's ``alpha``.
 
         Args:
-            queries: ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, tensors or arrays.
-            items: ``[N, L, D]``, likewise.
+            queries: Embeddings ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, a tensor or an array.
+            items: Embeddings ``[N, L, D]``, likewise.
 
         Returns:
             float32 ``[Q, N]`` on the engine's device.
 
         Raises:
-            InputError: Embeddings of another shape.
+            InputError: Embeddings of different shapes.
         """
         first, second = (self._as_tensor(name, x) for name, x in (("queries", queries), ("items", items)))
         if first.dtype != second.dtype:
@@ -496,7 +500,7 @@ class Retriever:
 
         Raises:
             ImageError: A picture that cannot be read.
-            InputError: No lists, or a text that is no string.
+            InputError: An argument that is no list, or a text that is no string.
         """
         images, texts = (
             listed("images", as_images(images)),
@@ -508,17 +512,17 @@ class Retriever:
         return clim_scores(embedded, self.engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
 
     def explain(self, image: Any, text: str) -> Explanation:
-        """Take the score of a picture and a description apart: which words met which patches, and what each adds.
+        """Take the score of a picture and a description apart: which words matched which patches, and what each contributes.
 
-        Computed by the model in PyTorch whatever the engine: exported encoders do not tell what they aggregated.
+        The model in PyTorch computes it, whatever the engine: exported encoders do not return their aggregation weights.
 
         Args:
-            image: A picture as :meth:`add_images` takes it, or a hit whose id is a picture's path.
-            text: Cut at the context.
+            image: Picture as :meth:`add_images` takes it, or a hit whose id is the path of a picture.
+            text: Description; words beyond the context are left out.
 
         Raises:
-            ImageError: A picture that cannot be read.
-            InputError: A text that is no string, or a hit whose id is no picture's path.
+            ImageError: The picture cannot be read.
+            InputError: The text is no string, or the id of the hit is no path of a picture.
         """
         if isinstance(image, Hit):
             if not os.path.isfile(image.id):  # unlike Path's, never raises
@@ -526,22 +530,22 @@ class Retriever:
                     f"expected a hit whose id is a picture's path, got {image.id!r}; pass the picture itself"
                 )
             image = image.id
-        if self._explained is None:
-            self._explained = self.engine.load_model()
-        return explain(self._explained, image, text, alpha=self.alpha)
+        if self._model is None:
+            self._model = self.engine.load_model()
+        return explain(self._model, image, text, alpha=self.alpha)
 
     def _hits(self, queries: Tensor, k: int, mode: Mode, where: str | None) -> list[Hits]:
-        found = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where)
+        result = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where)
         return [
             Hits(
-                Hit(item.id, score, global_score, fine_score, item.metadata, found.mode)
+                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode)
                 for item, score, global_score, fine_score in zip(items, *scores, strict=True)
             )
             for items, *scores in zip(
-                found.items,
-                found.scores.tolist(),
-                found.global_scores.tolist(),
-                found.fine_scores.tolist(),
+                result.items,
+                result.scores.tolist(),
+                result.global_scores.tolist(),
+                result.fine_scores.tolist(),
                 strict=True,
             )
         ]

@@ -93,10 +93,10 @@ def tokenize(
     empty caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
 
     Args:
-        texts: One caption, or any iterable of them.
+        texts: One caption, or an iterable of captions.
         context_length: Row width ``T``, at least 3.
-        overflow: For captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last kept
-            token the EOT and warns once per call; ``"error"`` refuses them.
+        overflow: Treatment of captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last
+            remaining token the EOT and warns once per call; ``"error"`` refuses them.
 
     Returns:
         int64 ``[B_t, T]``, zero-padded.
@@ -109,7 +109,7 @@ def tokenize(
         TruncationWarning: Captions were cut; says how many and the largest loss.
     """
     one_of("overflow", overflow, get_args(Overflow))
-    if overflow == "window":
+    if str(overflow) == "window":  # of a caller whose types nobody checks
         raise InputError(
             'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
             "use encode_batch, which also returns the caption that each row belongs to"
@@ -129,18 +129,18 @@ def encode_batch(
     """Token ids of captions, with lengths and an account of the long ones.
 
     Args:
-        texts: One caption, or any iterable of them.
+        texts: One caption, or an iterable of captions.
         context_length: Row width ``T``, at least 3.
         overflow: ``"truncate"`` and ``"error"`` as in :func:`tokenize`. ``"window"`` splits a long caption into rows of
             ``T`` tokens, each with its own START and EOT, that together hold every token of the text in order.
-        overlap: For ``"window"``: text tokens shared by neighbouring windows, from 0 to ``context_length - 3``; default
-            ``context_length // 4``. The last window ends where the caption ends, so it may share more.
+        overlap: Number of text tokens that neighbouring windows share, with ``"window"``, from 0 to ``context_length - 3``;
+            None: ``context_length // 4``. The last window ends where the caption ends, so it may share more.
 
     Returns:
         A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
 
     Raises:
-        InputError: As for :func:`tokenize`, or ``overlap`` is out of range or given without windows.
+        InputError: The errors of :func:`tokenize`, or ``overlap`` is out of range or given without windows.
 
     Warns:
         TruncationWarning: As for :func:`tokenize`.
@@ -231,7 +231,8 @@ def _size(text: str) -> int:
 @cache
 def _spelled_out(token: int) -> list[int]:
     """A special token's name as plain text; the blank after "<" keeps the name from being recognised."""
-    return _bpe().encode(_bpe().decoder[token].replace("<", "< "))
+    tokens: list[int] = _bpe().encode(_bpe().decoder[token].replace("<", "< "))
+    return tokens
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finelip_fast.demo import DemoReport, _seen, run_demo
+from finelip_fast.demo import DemoReport, _characters_within, run_demo
 from finelip_fast.errors import InputError, WriteError
 from finelip_fast.tokenizer import encode_batch
 
@@ -87,12 +87,12 @@ def test_the_page_is_whole(report: DemoReport) -> None:
 
 
 def test_a_second_run_uses_what_is_there(report: DemoReport) -> None:
-    again = run_demo(Path(report.page).parent, scenes=SCENES, shown=2, progress=False)
+    again = run_demo(Path(report.page).parent, scenes=SCENES, queries=2, progress=False)
     assert again.rows == report.rows
     assert Page(Path(again.page).read_text(encoding="utf-8")).count["section"] == 2
 
 
-@pytest.mark.parametrize("options", [{"scenes": 0}, {"scenes": -1}, {"shown": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"scenes": 0}, {"scenes": -1}, {"queries": 0}], ids=str)
 def test_nothing_to_show_is_refused(options: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected at least one scene and one query"):
         run_demo(tmp_path / "demo", **options)
@@ -102,7 +102,7 @@ def test_nothing_to_show_is_refused(options: dict[str, int], tmp_path: Path) -> 
 @pytest.mark.parametrize("context", [3, 4, 5, 9, 100])
 def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
     caption = "A red house, with two floors & a <flat> roof."
-    kept = caption[: _seen(caption, context)]
+    kept = caption[: _characters_within(caption, context)]
     assert caption.startswith(kept)
     assert kept == caption or caption[len(kept)] == " " or kept == ""
     assert encode_batch([kept], 1000).lengths <= context
@@ -113,7 +113,7 @@ def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
 def test_a_folder_that_is_no_index_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "notes.txt").write_text("mine")
-    run_demo(tmp_path, scenes=1, shown=1, progress=False)
+    run_demo(tmp_path, scenes=1, queries=1, progress=False)
     assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
 
 

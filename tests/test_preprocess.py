@@ -421,7 +421,7 @@ def test_scan_folder_sorts_images_from_others(tmp_path: Path) -> None:
 
     scan = scan_folder(tmp_path)
     assert scan.images == sorted(tmp_path / name for name in images)
-    assert scan.others == sorted(tmp_path / name for name in [*others, "broken link.png"])
+    assert scan.other_files == sorted(tmp_path / name for name in [*others, "broken link.png"])
     assert list_images(str(tmp_path)) == scan.images
     assert list_images(tmp_path, recursive=False) == sorted(tmp_path / name for name in images if "/" not in name)
 

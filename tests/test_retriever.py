@@ -741,7 +741,7 @@ def test_an_interrupted_job_goes_on_where_it_was(
     retriever = build(index=tmp_path / "index")
     names = [f"picture {n}" for n in range(6)]
     with monkeypatch.context() as patch:
-        patch.setattr("finelip_fast.ingest._KEPT_BYTES", 1)
+        patch.setattr("finelip_fast.ingest._FLUSH_BYTES", 1)
         patch.setattr(Catalogue, "add", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             retriever.add_images(PICTURES, ids=names, batch_size=2, progress=False)

@@ -173,9 +173,9 @@ def _items(index: Index, where: str | None) -> Iterator[ListedItem]:
         yield ListedItem(item.id, item.metadata)
 
 
-def _listed(first: ListedItem, others: Iterator[ListedItem], paths: bool) -> Iterator[Any]:
+def _listed(first: ListedItem, following: Iterator[ListedItem], paths: bool) -> Iterator[Any]:
     yield first.id if paths else first
-    for item in others:
+    for item in following:
         yield item.id if paths else item
 
 

@@ -163,7 +163,7 @@ checkpoint_option = click.option(
 )
 engine_option = click.option("--engine", default="auto", help="Engine that encodes: auto, torch, onnx, trt.")
 precision_option = click.option(
-    "--precision", help="Precision of exported files: fp32, fp16, bf16, int8.  [default: the fastest there]"
+    "--precision", help="Precision of exported files: fp32, fp16, bf16, int8.  [default: the fastest available]"
 )
 device_option = click.option("--device", help="Device to compute on: cpu, cuda.  [default: a GPU if there is one]")
 
@@ -173,9 +173,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def with_model(
-        *, checkpoint: str | None, engine: EngineName, precision: Precision | None, device: str | None, **others: Any
+        *, checkpoint: str | None, engine: EngineName, precision: Precision | None, device: str | None, **options: Any
     ) -> Any:
-        return function(model=ModelOptions(checkpoint, engine, precision, device), **others)
+        return function(model=ModelOptions(checkpoint, engine, precision, device), **options)
 
     return checkpoint_option(engine_option(precision_option(device_option(with_model))))
 

@@ -28,7 +28,7 @@ from finelip_fast.errors import InputError
 _MAX_QUERIES = 1 << 28  # bytes
 
 
-class _Count(click.ParamType):
+class _Count(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
     """A number of items, with a unit where it is large."""
 
     name = "count"
@@ -45,7 +45,7 @@ class _Count(click.ParamType):
             self.fail(f"expected a number such as 20000, 200k, 100M or 1B, got {value!r}", param, ctx)
 
 
-class _Part(click.ParamType):
+class _Part(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
     """One of several equal parts."""
 
     name = "part"
@@ -61,7 +61,7 @@ class _Part(click.ParamType):
         return number, parts
 
 
-class _KeyValue(click.ParamType):
+class _KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
     """A pair such as ``region=eu-west-1``."""
 
     name = "key=value"

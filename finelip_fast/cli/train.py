@@ -52,7 +52,8 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
 def _complete_recipe(*_: Any) -> list[str]:
     from finelip_fast.training.config import recipe_names
 
-    return recipe_names()
+    names: list[str] = recipe_names()
+    return names
 
 
 @click.command(cls=_Train, renamed={"--val": "--validation", "--image-root": "--root"})

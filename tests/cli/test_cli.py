@@ -147,7 +147,7 @@ def test_a_killed_job_goes_on_where_it_was(finelip: Callable[..., str], photos: 
         "2",
         "--quiet",
     ]
-    job = f"import finelip_fast.ingest as i; i._KEPT_SECONDS = 0; from finelip_fast.cli import main; main({arguments})"
+    job = f"import finelip_fast.ingest as i; i._FLUSH_SECONDS = 0; from finelip_fast.cli import main; main({arguments})"
     segments = Path("finelip-index/segments")
     with subprocess.Popen([sys.executable, "-c", job]) as victim:
         while not segments.is_dir() or len(list(segments.glob("*.safetensors"))) < 3:
@@ -180,7 +180,7 @@ def test_an_index_is_looked_after(
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("finelip_fast.ingest._KEPT_BYTES", 1)
+    monkeypatch.setattr("finelip_fast.ingest._FLUSH_BYTES", 1)
     finelip("add", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
     assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0, "lost": 0}
     finelip("index", "snapshot", "copy")
