@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from os import PathLike
 from typing import Any
 
 import torch
 
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._files import installed
 from finelip_fast._terminal import printable
 from finelip_fast.engines import ENGINES, why_not
 from finelip_fast.errors import CheckpointError, StoreError
@@ -25,7 +25,7 @@ def info() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": dict.fromkeys(_PACKAGES, "not installed") | installed(*_PACKAGES),
         "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "kernels": f"{kernel} ({reason})",
@@ -99,10 +99,3 @@ def index_info(folder: str | PathLike[str], *, verify: bool = False) -> dict[str
             "never": "who made it: a stranger's index gives what answers the stranger likes",
         },
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -90,6 +90,15 @@ class Group(click.Group):
         super().__init__(*args, **{**kwargs, "context_settings": _SETTINGS, "no_args_is_help": False})
         self.moved, self.otherwise = moved or {}, otherwise
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The words behind the family's name, which has no options of its own."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if self.otherwise is None:
+                raise
+            raise click.UsageError(f"{error.format_message()} {self.otherwise.format('FOLDER')}", ctx) from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

@@ -700,6 +700,7 @@ def test_help_and_completion_import_nothing_heavy() -> None:
     ("typed", "answer"),
     [
         ("index photos", "To add the pictures of a folder: finelip add photos"),
+        ("index --index x photos", "To add the pictures of a folder: finelip add FOLDER"),
         ("index add photos", "finelip index add is called finelip add now."),
         ("index delete a.png", "finelip index delete is called finelip remove now."),
         ("serch house", "got 'serch'. Did you mean search?"),
