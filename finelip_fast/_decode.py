@@ -308,7 +308,7 @@ def _coefficient_bytes(image: Any, file: Any) -> float:
     areas = [across * down for _, across, down, _ in image.layer]
     widest = max((across for _, across, _, _ in image.layer), default=1)
     tallest = max((down for _, _, down, _ in image.layer), default=1)
-    return 2.0 * sum(areas) / max(widest * tallest, 1)
+    return float(2 * sum(areas) / max(widest * tallest, 1))
 
 
 def orientation(image: Image.Image) -> Any:

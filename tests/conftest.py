@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
@@ -190,3 +193,24 @@ def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
                 path.chmod(mode)
 
     return guest
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, with folders beside them that do not belong to it."""
+    for name in ("build", "setuptools"):
+        pytest.importorskip(name)
+    repository = Path(__file__).parent.parent
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("finelip_fast", "kernels", "training", "export"):
+        shutil.copytree(repository / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    for folder in ("tests", "bench"):
+        (source / folder).mkdir()
+        (source / folder / "stray.py").touch()
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.whl")
+    return path
