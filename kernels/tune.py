@@ -25,6 +25,7 @@ from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
 from finelip_fast.kernels.atrm import triton as atrm
 from finelip_fast.kernels.atrm.formula import AtrmInputs
+from finelip_fast.kernels.atrm.parts_triton import capability_of
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
 from finelip_fast.kernels.clim import triton as clim
 from finelip_fast.kernels.clim.quantize import quantize
@@ -160,7 +161,7 @@ def _clim_cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float16, torch.int8):
         for width, tokens, _ in SHAPES:
             for n_queries in (1, 8, 64):
-                launch = clim.Launch(atrm.capability_of(device), dtype, width, n_queries, tokens)
+                launch = clim.Launch(capability_of(device), dtype, width, n_queries, tokens)
                 default = clim.default_settings(**launch._asdict())
                 yield _case(launch, default, _clim_candidates(default), partial(_search, launch, device))
 
@@ -186,10 +187,10 @@ def _search(launch: clim.Launch, device: torch.device) -> Run:
 
 def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
     for width, tokens, _ in SHAPES:
-        scores = clim.Launch(atrm.capability_of(device), torch.float16, width, _BATCH, tokens, winners=True)
+        scores = clim.Launch(capability_of(device), torch.float16, width, _BATCH, tokens, winners=True)
         default = clim.default_settings(**scores._asdict())
         yield _case(scores, default, _clim_candidates(default), partial(_scores_with_winners, scores, device))
-        launch = clim_gradient.Launch(atrm.capability_of(device), torch.float16, width, tokens)
+        launch = clim_gradient.Launch(capability_of(device), torch.float16, width, tokens)
         cut = clim_gradient.default_gradient_settings(**launch._asdict())
         candidates = (
             clim_gradient.GradientSettings(sets, block_width, num_warps, num_stages)
@@ -217,7 +218,7 @@ def _gradient(launch: clim_gradient.Launch, device: torch.device) -> Run:
 def _atrm_cases(device: torch.device) -> Iterator[Case]:
     for width, rows, patches in SHAPES:
         for items in (1024, 1):
-            launch = atrm.Launch(atrm.capability_of(device), width, rows - 1, torch.float16, items)
+            launch = atrm.Launch(capability_of(device), width, rows - 1, torch.float16, items)
             default = atrm.default_settings(**launch._asdict())
             first = (
                 replace(default, logits_tokens=tokens, logits_width=columns, logits_warps=warps)
@@ -241,7 +242,7 @@ def _aggregate(launch: atrm.Launch, patches: int, device: torch.device) -> Run:
 
 def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
     for width, rows, patches in SHAPES:
-        launch = atrm_gradient.Launch(atrm.capability_of(device), width, rows - 1)
+        launch = atrm_gradient.Launch(capability_of(device), width, rows - 1)
         default = atrm_gradient.default_settings(**launch._asdict())
         first = (
             replace(default, row_tokens=tokens, row_warps=warps, row_stages=stages)
@@ -274,7 +275,7 @@ def _items_that_fit(device: torch.device, launch: Any) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     item_bytes = 4 * launch.query_tokens * launch.width  # float16, and what quantising holds beside it
-    return max(1, min(_ITEMS, int(_SHARE_OF_MEMORY * free) // item_bytes))
+    return max(1, min(_ITEMS, int(_SHARE_OF_MEMORY * free) // int(item_bytes)))
 
 
 def _unit_rows(count: int, tokens: int, width: int, device: torch.device) -> Tensor:

@@ -130,9 +130,10 @@ def _open_folder(folder: Path, context_length: int | None, weights: Path | None 
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    return read_json(
+    config: dict[str, Any] = read_json(
         path, error=CheckpointError, expected="a model's configuration in JSON", kind=dict, max_bytes=_MAX_CONFIG
     )
+    return config
 
 
 def _described(where: object, describe: Callable[..., FineLIPConfig], *arguments: Any) -> FineLIPConfig:

@@ -13,10 +13,12 @@ import pickle
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Far beyond any state dict with its optimizer: a few hundred kilobytes, some 50 operations for each tensor.
 MAX_BYTES = 1 << 24
@@ -293,17 +295,17 @@ class _Machine:
 
 
 def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
-    target = _of(target, dict)
+    mapping: dict[Any, Any] = _of(target, dict)
     keys = items[::2]
     if len(items) % 2 or not all(
         isinstance(key, (str, int)) for key in keys
     ):  # a nested tuple's hash may take for ever
         raise ValueError("a dictionary whose keys are neither texts nor numbers")
-    target.update(zip(keys, items[1::2], strict=True))
-    return target
+    mapping.update(zip(keys, items[1::2], strict=True))
+    return mapping
 
 
-def _of(value: Any, kind: type | tuple[type, ...]) -> Any:
+def _of(value: Any, kind: type[T] | tuple[type[T], ...]) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} in the place of a {getattr(kind, '__name__', 'pair')}")
     return value

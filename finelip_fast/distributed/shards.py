@@ -11,7 +11,7 @@ dies is started again and opens its folder anew; meanwhile searches are refused,
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -288,7 +288,7 @@ class _Shard:
 
     def __init__(self, ray: Any, make: Any, folder: str, device: str) -> None:
         self.folder, self._ray = folder, ray
-        self._make = lambda: make.remote(str(Path(folder).absolute()), device)
+        self._make: Callable[[], Any] = lambda: make.remote(str(Path(folder).absolute()), device)
         self.spec: IndexSpec | None = None
         self.expected: IndexSpec | None = None
         self.size = 0

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from os import PathLike
 from statistics import median
 
@@ -21,12 +20,11 @@ import torch
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device, one_of, whole_number
-from finelip_fast._files import write_whole
+from finelip_fast._files import cache_folder, installed, write_whole
 from finelip_fast._json import read_json
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
 from finelip_fast.engines.base import ENGINES, Engine, EngineName
 from finelip_fast.errors import EngineError, InputError
-from finelip_fast.kernels.settings import cache_folder
 from finelip_fast.runtimes import manifest, onnx, trt
 from finelip_fast.runtimes.manifest import Export, Precision
 
@@ -231,8 +229,8 @@ def _exported(
 
         return TrtEngine(checkpoint, export, device, reason=reason)
 
-    version = metadata.version("onnxruntime") if made.runtime == "onnx" else made.options.get("version")
-    identity = f"{version}, {threads} threads, {sorted(made.files.values())}, on {device}"
+    runtimes = installed("onnxruntime", "onnxruntime-gpu") if made.runtime == "onnx" else made.options.get("version")
+    identity = f"{runtimes}, {threads} threads, {sorted(made.files.values())}, on {device}"
     return Candidate(f"{made.runtime} {made.precision}", open_it, identity)
 
 

@@ -11,6 +11,7 @@ Each term of the right side belongs to one token ``n`` and one patch ``p``, and 
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ class Explanation:
     @property
     def side(self) -> int:
         """Patches of a row, and of a column, of the picture."""
-        return round((self.contributions.shape[1] - 1) ** 0.5)
+        return math.isqrt(self.contributions.shape[1] - 1)
 
     @property
     def text_matches(self) -> Tensor:

@@ -17,7 +17,7 @@ from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
-from finelip_fast.index.database import between_forks
+from finelip_fast.index.forks import between_forks
 from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
 from finelip_fast.index.spec import IndexSpec, stored_spec
 from finelip_fast.index.store import Existing, Store, Written

@@ -27,7 +27,7 @@ from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
 from finelip_fast.index.checks import as_json, check_embeddings, check_ids, taken
-from finelip_fast.index.database import between_forks, survive_forks
+from finelip_fast.index.forks import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
 from finelip_fast.index.segments import Segment, encode, open_segment, write_segment
 from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS, IndexSpec

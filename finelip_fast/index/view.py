@@ -69,7 +69,8 @@ class View:
         if self.living is None:
             return torch.arange(stop - start)
         first, last = torch.searchsorted(self.living, torch.tensor([start, stop])).tolist()
-        return self.living[first:last] - start
+        rows: Tensor = self.living[first:last] - start
+        return rows
 
     def is_complete(self, segment: int) -> bool:
         """Whether compaction would leave a segment as it is."""

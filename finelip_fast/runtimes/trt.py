@@ -258,7 +258,7 @@ class TrtPlan:
         self.input, (self.output,) = inputs[0], [name for name in names if name not in inputs]
         self.dtype, self._result = (_DTYPES[self.engine.get_tensor_dtype(x).name] for x in (self.input, self.output))
         self._rows = tuple(self.engine.get_tensor_shape(self.output))[1:]
-        self._largest = [
+        self._largest: list[int] = [
             self.engine.get_tensor_profile_shape(self.input, profile)[2][0]
             for profile in range(self.engine.num_optimization_profiles)
         ]

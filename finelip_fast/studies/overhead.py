@@ -63,7 +63,8 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         return batch.ids[:, : int(batch.lengths.max())]
 
     def clip_image(batch: Tensor) -> Tensor:
-        return model.visual(batch.to(model.device))[:, 0]
+        tokens: Tensor = model.visual(batch.to(model.device))
+        return tokens[:, 0]
 
     def clip_text(batch: Tensor) -> Tensor:
         tokens, lengths = model.text_tokens(batch.to(model.device))

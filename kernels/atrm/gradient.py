@@ -126,7 +126,8 @@ def _through_norm(grad: Tensor, rows: Tensor) -> Tensor:
     norm = norm.clamp_min(_NORMALIZE_EPS)
     unit = rows / norm
     along = (unit * grad).sum(dim=-1, keepdim=True).masked_fill(clamped, 0.0)
-    return (grad - unit * along) / norm
+    through: Tensor = (grad - unit * along) / norm
+    return through
 
 
 def _padding(x: Tensor, lengths: Tensor | None) -> Tensor | None:

@@ -92,10 +92,12 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
     if _choose(inputs) == "triton":
-        from finelip_fast.kernels.atrm.gradient_triton import gradient
-    else:
-        from finelip_fast.kernels.atrm.gradient import gradient
-    return gradient(grad_out, inputs)
+        from finelip_fast.kernels.atrm import gradient_triton
+
+        return gradient_triton.gradient(grad_out, inputs)
+    from finelip_fast.kernels.atrm import gradient
+
+    return gradient.gradient(grad_out, inputs)
 
 
 @_gradient.register_fake
@@ -143,7 +145,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or derivatives.transformed():
 
         def reference(anchor: Tensor, *tensors: Tensor) -> Tensor:
-            return atrm_reference(AtrmInputs(*tensors, lengths=inputs.lengths, anchor=anchor))
+            return atrm_reference(AtrmInputs._make((*tensors, inputs.lengths, anchor)))
 
         grad_anchor, *grads = derivatives.again(reference, grad_out, inputs.anchor, *inputs[:8])
     else:

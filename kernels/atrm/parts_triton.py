@@ -108,7 +108,7 @@ def capability_of(device: torch.device) -> int:
 
 def power_of_two(size: int) -> int:
     """The smallest side of a tile that holds `size`."""
-    return max(SMALLEST_TILE, triton.next_power_of_2(size))
+    return max(SMALLEST_TILE, int(triton.next_power_of_2(size)))
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The contract is in :mod:`finelip_fast.kernels.clim.formula`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,10 +35,15 @@ def _scores(
     queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None, alpha: float
 ) -> Tensor:
     implementation = dispatch.choose(queries.device, _limit(queries, items)).implementation
+    scores: Callable[..., Tensor]
     if implementation == "triton":
-        from finelip_fast.kernels.clim.triton import scores
+        from finelip_fast.kernels.clim import triton
+
+        scores = triton.scores
     elif implementation == "blocked" and queries.device.type == "cpu":
-        from finelip_fast.kernels.clim.cpu import scores
+        from finelip_fast.kernels.clim import cpu
+
+        scores = cpu.scores
     else:
         scores = clim_reference_in_blocks
     return scores(queries, items, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
@@ -51,7 +57,9 @@ def _(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: 
 @torch.library.custom_op("finelip::clim_scores_with_winners", mutates_args=())
 def _scores_with_winners(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scores ``[Q, N]``, and who won each maximum: ``[Q, N, L_q]`` and ``[Q, N, L_i]``; see ``gradient.py``."""
-    return _gradient_module(queries, items).scores_with_winners(queries, items, alpha=alpha)
+    module = _gradient_module(queries, items)
+    outputs: tuple[Tensor, Tensor, Tensor] = module.scores_with_winners(queries, items, alpha=alpha)
+    return outputs
 
 
 @_scores_with_winners.register_fake
@@ -80,7 +88,10 @@ def _gradient(
     grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     module = _gradient_module(queries, items)
-    return module.gradient(grad_scores, queries, items, query_winners, item_winners, alpha=alpha)
+    gradients: tuple[Tensor, Tensor] = module.gradient(
+        grad_scores, queries, items, query_winners, item_winners, alpha=alpha
+    )
+    return gradients
 
 
 def _gradient_module(queries: Tensor, items: Tensor) -> Any:

@@ -49,12 +49,13 @@ class ClimSettings:
 
     def columns(self, query_tokens: int) -> int:
         """Columns of the tile, a power of two."""
-        return max(16, triton.next_power_of_2(self.queries_per_program * query_columns(query_tokens)))
+        return max(16, int(triton.next_power_of_2(self.queries_per_program * query_columns(query_tokens))))
 
 
 def query_columns(query_tokens: int) -> int:
     """Columns that one query takes."""
-    return -(-query_tokens // _GROUP.value) * _GROUP.value
+    group = int(_GROUP.value)
+    return -(-query_tokens // group) * group
 
 
 def default_settings(

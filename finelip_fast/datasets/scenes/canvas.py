@@ -5,7 +5,9 @@ All coordinates are parts of the picture's side, (0, 0) at the top left, so that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -13,6 +15,8 @@ __all__ = ["BACK_ROW", "FOOT_OF_HOUSES", "FRONT_ROW", "FRONT_SLOTS", "LANES", "P
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
+Point = tuple[float, float]
+Extent = tuple[float, float, float]  # from the place where it stands: to the left, up, to the right
 
 # --- The plan of every scene, from the back to the front ---------------------------------------------------------
 
@@ -89,37 +93,37 @@ def lighter(colour: Colour, share: float = 0.22) -> Colour:
 # --- Where things are --------------------------------------------------------------------------------------------
 
 
-def box_of(placed) -> Box:
+def box_of(placed: Any) -> Box:
     """The box in which an object is drawn, ``(x0, y0, x1, y1)`` in [0, 1]."""
     left, height, right = _EXTENTS[placed.what](placed)
     x0, x1 = max(0.0, placed.x - left), min(1.0, placed.x + right)
     return (round(x0, 4), round(placed.ground - height, 4), round(x1, 4), round(placed.ground, 4))
 
 
-def wall_height(house) -> float:
-    return GROUND_FLOOR + FLOOR * (house.storeys - 1)
+def wall_height(house: Any) -> float:
+    return GROUND_FLOOR + FLOOR * float(house.storeys - 1)
 
 
-def _building_extent(house):
+def _building_extent(house: Any) -> Extent:
     return house.width / 2, wall_height(house) + ROOF_HEIGHT[house.roof], house.width / 2
 
 
-def _person_extent(person):
+def _person_extent(person: Any) -> Extent:
     side = 0.068 if person.umbrella or person.hat else 0.052
     height = 0.365 if person.umbrella else 0.305 if person.hat else 0.252
     return side, height, 0.125 if person.dog else side
 
 
-def _centred(size: tuple[float, float]):
+def _centred(size: tuple[float, float]) -> Extent:
     width, height = size
     return width / 2, height, width / 2
 
 
-def kind_of(furniture) -> str:
-    return furniture.name.split(" ", 1)[1]
+def kind_of(furniture: Any) -> str:
+    return str(furniture.name).split(" ", 1)[1]
 
 
-_EXTENTS = {
+_EXTENTS: dict[str, Callable[[Any], Extent]] = {
     "building": _building_extent,
     "vehicle": lambda vehicle: _centred(_VEHICLE[vehicle.kind]),
     "person": _person_extent,
@@ -158,7 +162,7 @@ class Canvas:
     def _ink(self, colour: Colour, alpha: int, glow: bool) -> tuple[int, ...]:
         return (*(colour if glow else lit(colour, self.light)), alpha)
 
-    def _corners(self, x0, y0, x1, y1) -> tuple[float, float, float, float]:
+    def _corners(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
         (x, y), side = self.origin, self.pixels
         left, right = sorted((x + self.flip * x0, x + self.flip * x1))
         return (
@@ -168,39 +172,52 @@ class Canvas:
             max((y + y1) * side - 1, (y + y0) * side),
         )
 
-    def _points(self, points):
+    def _points(self, points: tuple[Point, ...]) -> list[Point]:
         (x, y), side, flip = self.origin, self.pixels, self.flip
         return [((x + flip * px) * side, (y + py) * side) for px, py in points]
 
-    def box(self, x0, y0, x1, y1, colour, *, radius=0.0, alpha=255, glow=False) -> None:
+    def box(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        colour: Colour,
+        *,
+        radius: float = 0.0,
+        alpha: int = 255,
+        glow: bool = False,
+    ) -> None:
         ink = self._ink(colour, alpha, glow)
         if radius:
             self._draw.rounded_rectangle(self._corners(x0, y0, x1, y1), radius * self.pixels, ink)
         else:
             self._draw.rectangle(self._corners(x0, y0, x1, y1), ink)
 
-    def oval(self, x, y, rx, ry, colour, *, alpha=255, glow=False) -> None:
+    def oval(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, *, alpha: int = 255, glow: bool = False
+    ) -> None:
         self._draw.ellipse(self._corners(x - rx, y - ry, x + rx, y + ry), self._ink(colour, alpha, glow))
 
-    def pie(self, x, y, rx, ry, start, end, colour) -> None:
+    def pie(self, x: float, y: float, rx: float, ry: float, start: float, end: float, colour: Colour) -> None:
         self._draw.pieslice(self._corners(x - rx, y - ry, x + rx, y + ry), start, end, self._ink(colour, 255, False))
 
-    def shape(self, *points, colour, alpha=255, glow=False) -> None:
+    def shape(self, *points: Point, colour: Colour, alpha: int = 255, glow: bool = False) -> None:
         self._draw.polygon(self._points(points), self._ink(colour, alpha, glow))
 
-    def pane(self, *points) -> None:
+    def pane(self, *points: Point) -> None:
         """A window's glass, lit from within at night."""
         self.shape(*points, colour=LAMPLIGHT if self.night else GLASS, glow=self.night)
 
-    def line(self, *points, colour, width, alpha=255, glow=False) -> None:
+    def line(self, *points: Point, colour: Colour, width: float, alpha: int = 255, glow: bool = False) -> None:
         pixels = max(1, round(width * self.pixels))
         self._draw.line(self._points(points), self._ink(colour, alpha, glow), pixels, joint="curve")
 
-    def ring(self, x, y, radius, colour, width) -> None:
+    def ring(self, x: float, y: float, radius: float, colour: Colour, width: float) -> None:
         pixels = max(1, round(width * self.pixels))
         corners = self._corners(x - radius, y - radius, x + radius, y + radius)
         self._draw.ellipse(corners, None, self._ink(colour, 255, False), pixels)
 
-    def shadow(self, x0, x1, *, depth=0.012) -> None:
+    def shadow(self, x0: float, x1: float, *, depth: float = 0.012) -> None:
         """A soft shadow on the ground, between ``x0`` and ``x1``."""
         self.oval((x0 + x1) / 2, 0.0, (x1 - x0) / 2, depth, (20, 22, 50), alpha=54, glow=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from finelip_fast.datasets.scenes import canvas as plan
 
@@ -22,7 +22,7 @@ HATS = ("cap", "top hat", "bobble hat")
 FACINGS = ("left", "right")
 
 _BRIGHT = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-_CHOICES: dict[str, dict[str, tuple]] = {
+_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "scene": {"time": TIMES, "weather": WEATHERS},
     "building": {
         "wall": (*_BRIGHT, "white", "brown", "grey"),
@@ -179,14 +179,14 @@ def _redraw(content: Content, rng: Random) -> Content:
             return content._replace(objects=(*content.objects[:place], new, *content.objects[place + 1 :]))
 
 
-def _details(placed: Placed) -> list[tuple[str, tuple]]:
+def _details(placed: Placed) -> list[tuple[str, tuple[Any, ...]]]:
     """The details of an object that may be redrawn, each with its choices."""
     if isinstance(placed, Furniture):
         return [("name", _FRONT_FURNITURE if placed.ground == plan.FRONT_ROW else _BACK_FURNITURE)]
     return list(_CHOICES[placed.what].items())
 
 
-def _other(value, choices: tuple, rng: Random):
+def _other(value: Any, choices: tuple[Any, ...], rng: Random) -> Any:
     """A choice that is not ``value``; something present may well become absent."""
     if None in choices and value is not None and rng.random() < _ABSENT:
         return None
@@ -254,12 +254,12 @@ def _building(left: float, right: float, rng: Random) -> Building:
             return house
 
 
-def _pick(what: str, rng: Random) -> dict:
+def _pick(kind: str, rng: Random) -> dict[str, Any]:
     """A value for every detail of this kind of thing."""
-    return {name: _first(choices, rng) for name, choices in _CHOICES[what].items()}
+    return {name: _first(choices, rng) for name, choices in _CHOICES[kind].items()}
 
 
-def _first(choices: tuple, rng: Random):
+def _first(choices: tuple[Any, ...], rng: Random) -> Any:
     if choices[0] is not None:
         return rng.choice(choices)
     return None if rng.random() < _ABSENT else rng.choice(choices[1:])

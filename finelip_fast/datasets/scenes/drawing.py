@@ -6,6 +6,7 @@ Pictures are drawn larger than asked and reduced, which smooths every edge.
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from PIL import Image
 
@@ -35,7 +36,7 @@ _PAINTERS = {
 }
 
 
-def draw(content, size: int, scenery: str) -> Image.Image:
+def draw(content: Any, size: int, scenery: str) -> Image.Image:
     """The picture of a content, RGB, ``size x size``; ``scenery`` seeds whatever no description mentions."""
     times = 3 if size <= 160 else 2
     canvas = Canvas(size * times, content.time, content.weather)
@@ -49,7 +50,7 @@ def draw(content, size: int, scenery: str) -> Image.Image:
     return canvas.image.reduce(times)
 
 
-def _nearness(placed) -> tuple[bool, float]:
+def _nearness(placed: Any) -> tuple[bool, float]:
     return placed.what != "building", placed.ground
 
 

@@ -6,6 +6,7 @@ Every painter works in the object's own coordinates: (0, 0) is the middle of its
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from finelip_fast.datasets.scenes.canvas import (
     FLOOR,
@@ -17,6 +18,7 @@ from finelip_fast.datasets.scenes.canvas import (
     ROOF_HEIGHT,
     Canvas,
     Colour,
+    Point,
     darker,
     kind_of,
     lighter,
@@ -31,7 +33,7 @@ _LEAVES = {"leafy": (96, 168, 88), "cherry": (250, 180, 206), "autumn": (232, 13
 # --- Houses ------------------------------------------------------------------------------------------------------
 
 
-def paint_building(canvas: Canvas, house, rng: Random) -> None:
+def paint_building(canvas: Canvas, house: Any, rng: Random) -> None:
     half, height = house.width / 2, wall_height(house)
     wall, roof = PALETTE[house.wall], PALETTE[house.roof_colour]
     _ROOFS[house.roof](canvas, half, height, roof, wall)
@@ -150,7 +152,7 @@ def _stepped(canvas: Canvas, half: float, height: float, roof: Colour, wall: Col
     )
 
 
-def _snow_cap(canvas: Canvas, *points) -> None:
+def _snow_cap(canvas: Canvas, *points: Point) -> None:
     if canvas.snowy:
         canvas.shape(*points, colour=_SNOW)
 
@@ -160,7 +162,7 @@ _ROOFS = {"flat": _flat, "pitched": _pitched, "mansard": _mansard, "domed": _dom
 # --- Trees and street furniture ----------------------------------------------------------------------------------
 
 
-def paint_tree(canvas: Canvas, tree, rng: Random) -> None:
+def paint_tree(canvas: Canvas, tree: Any, rng: Random) -> None:
     left, top, right, ground = tree.box
     half, height = (right - left) / 2, ground - top
     canvas.shadow(-half * 0.7, half * 0.7, depth=0.009)
@@ -207,7 +209,7 @@ def _crown(canvas: Canvas, half: float, height: float, leaves: Colour) -> None:
         canvas.oval(0, -height * 0.93, half * 0.5, height * 0.07, _SNOW)
 
 
-def paint_furniture(canvas: Canvas, furniture, rng: Random) -> None:
+def paint_furniture(canvas: Canvas, furniture: Any, rng: Random) -> None:
     left, _, right, _ = furniture.box
     canvas.shadow(left - furniture.x, right - furniture.x, depth=0.008)
     _FURNITURE[kind_of(furniture)](canvas, PALETTE.get(furniture.name.split(" ", 1)[0], _STONE))

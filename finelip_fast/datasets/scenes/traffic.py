@@ -7,6 +7,7 @@ vehicles are painted facing right, and the canvas mirrors those that face left.
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from finelip_fast.datasets.scenes.canvas import INK, LAMPLIGHT, PALETTE, Canvas, Colour, darker, lighter, mix
 
@@ -25,7 +26,7 @@ _FACES = (  # skin and hair
 # --- Vehicles ----------------------------------------------------------------------------------------------------
 
 
-def paint_vehicle(canvas: Canvas, vehicle, rng: Random) -> None:
+def paint_vehicle(canvas: Canvas, vehicle: Any, rng: Random) -> None:
     left, top, right, ground = vehicle.box
     half = (right - left) / 2
     canvas.shadow(-half, half)
@@ -161,7 +162,7 @@ _VEHICLES = {
 # --- People ------------------------------------------------------------------------------------------------------
 
 
-def paint_person(canvas: Canvas, person, rng: Random) -> None:
+def paint_person(canvas: Canvas, person: Any, rng: Random) -> None:
     skin, hair = rng.choice(_FACES)
     coat = PALETTE[person.coat]
     canvas.shadow(-0.052, 0.125 if person.dog else 0.052)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 __all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
 
+Choose = Callable[[Sequence[str]], str]  # of several phrasings, one
+
 VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered")
 
 # Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
@@ -186,7 +188,7 @@ _NUMBERS = ("no", "one", "two", "three", "four")
 # --- Telling -----------------------------------------------------------------------------------------------------
 
 
-def tell(content, rng: Random, *, detailed: bool = False) -> list[Statement]:
+def tell(content: Any, rng: Random, *, detailed: bool = False) -> list[Statement]:
     """The statements of a description, in reading order.
 
     Args:
@@ -246,7 +248,7 @@ def _joined(clauses: list[Clause], rng: Random) -> list[Statement]:
 class _Teller:
     """Puts objects of one scene into words, with its own choice of phrasings."""
 
-    def __init__(self, content, rng: Random) -> None:
+    def __init__(self, content: Any, rng: Random) -> None:
         self.content, self.rng = content, rng
         self.houses = [placed for placed in content.objects if placed.what == "building"]
 
@@ -255,12 +257,12 @@ class _Teller:
         when, weather = rng.choice(_TIMES[self.content.time]), rng.choice(_WEATHERS[self.content.weather])
         return Clause(rng.choice(_OPENINGS).format(when=when, weather=weather))
 
-    def clause(self, placed, *, brief: bool = False) -> Clause:
+    def clause(self, placed: Any, *, brief: bool = False) -> Clause:
         """One clause that tells all of an object."""
-        choose = self._short if brief else self.rng.choice
+        choose: Choose = self._short if brief else self.rng.choice
         return Clause(_articles(choose(_PHRASINGS[placed.what]).format(**self._terms(placed, choose))), placed)
 
-    def details(self, placed) -> Iterator[Clause]:
+    def details(self, placed: Any) -> Iterator[Clause]:
         """Several clauses that tell one object between them, each with some of it."""
         absent = [f"{{{name}}}" for name, value in vars(placed).items() if value is None]
         for options in _DETAILS[placed.what]:
@@ -268,13 +270,15 @@ class _Teller:
                 text = self.rng.choice(options).format(**self._terms(placed, self.rng.choice))
                 yield Clause(_articles(text), placed)
 
-    def _short(self, options: tuple[str, ...]) -> str:
+    def _short(self, options: Sequence[str]) -> str:
         return self.rng.choice(options[:2])
 
-    def _terms(self, placed, choose: Callable) -> dict:
-        return vars(placed) | getattr(self, f"_{placed.what}")(placed, choose)
+    def _terms(self, placed: Any, choose: Choose) -> dict[str, Any]:
+        describe: Callable[[Any, Choose], dict[str, str]] = getattr(self, f"_{placed.what}")
+        terms: dict[str, Any] = vars(placed) | describe(placed, choose)
+        return terms
 
-    def _building(self, house, choose) -> dict:
+    def _building(self, house: Any, choose: Choose) -> dict[str, str]:
         number = _NUMBERS[house.storeys]
         return {
             "place": choose(_ROWS[len(self.houses)][self.houses.index(house)]),
@@ -285,11 +289,11 @@ class _Teller:
             "awning_too": choose(_AWNINGS).format(awning=house.awning) if house.awning else "",
         }
 
-    def _vehicle(self, vehicle, choose) -> dict:
+    def _vehicle(self, vehicle: Any, choose: Choose) -> dict[str, str]:
         lane = "near the houses" if vehicle.ground < 0.7 else "near us"
         return {"place": choose(_SIDES[int(vehicle.x * 3)]), "lane": lane}
 
-    def _person(self, person, choose) -> dict:
+    def _person(self, person: Any, choose: Choose) -> dict[str, str]:
         return {
             "place": choose(_column(person)),
             "with_hat": choose(_HATS).format(person.hat) if person.hat else "",
@@ -297,14 +301,14 @@ class _Teller:
             "with_dog": choose(_DOGS).format(person.dog) if person.dog else "",
         }
 
-    def _tree(self, tree, choose) -> dict:
+    def _tree(self, tree: Any, choose: Choose) -> dict[str, str]:
         return {
             "size": choose(_SIZES[tree.size]),
             "tree": choose(_TREE_KINDS[tree.kind]),
             "place": choose(_column(tree)),
         }
 
-    def _furniture(self, furniture, choose) -> dict:
+    def _furniture(self, furniture: Any, choose: Choose) -> dict[str, str]:
         return {
             "place": choose(_column(furniture)),
             "side": "far" if furniture.ground < 0.7 else "near",
@@ -322,7 +326,7 @@ class _Teller:
         return relations
 
 
-def _column(placed) -> tuple[str, ...]:
+def _column(placed: Any) -> tuple[str, ...]:
     return _COLUMNS[min(int(placed.x * 5 + 1e-6), 4)]
 
 
