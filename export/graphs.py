@@ -79,7 +79,7 @@ def build(
     """A graph of the model, in float32.
 
     Args:
-        model: On the CPU, in float32.
+        model: Model in float32 on the CPU.
         graph: A name of that table.
         opset: ONNX's operator set, at least 18.
         metadata: More values for JSON to write into the file, beside sizes, normalisation and tokenizer.
@@ -138,7 +138,7 @@ def _example(name: str, port: Port, config: FineLIPConfig) -> Tensor:
     return torch.ones(sizes, dtype=dtype)
 
 
-def _facts(model: FineLIP, more: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(model: FineLIP, extra_facts: Mapping[str, Any] | None) -> dict[str, Any]:
     config = model.config
     return {
         "finelip.config": config.to_dict(),
@@ -152,5 +152,5 @@ def _facts(model: FineLIP, more: Mapping[str, Any] | None) -> dict[str, Any]:
             "padding": 0,
             "context_length": config.context_length,
         },
-        **(more or {}),
+        **(extra_facts or {}),
     }

@@ -34,11 +34,11 @@ class _Weights:
     """The model's weights in every form that an exporter gives them."""
 
     def __init__(self, model: FineLIP) -> None:
-        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         config = model.config
-        named |= {"mean of colours": 255 * torch.tensor(config.image_mean).reshape(3, 1, 1)}
-        named |= {"deviation of colours": 255 * torch.tensor(config.image_std).reshape(3, 1, 1)}
-        self._exact = {name: value.detach().float().cpu().numpy() for name, value in named.items()}
+        tensors |= {"mean of colours": 255 * torch.tensor(config.image_mean).reshape(3, 1, 1)}
+        tensors |= {"deviation of colours": 255 * torch.tensor(config.image_std).reshape(3, 1, 1)}
+        self._exact = {name: value.detach().float().cpu().numpy() for name, value in tensors.items()}
         self._quantized: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def problem(self, values: np.ndarray) -> str:

@@ -48,7 +48,7 @@ class Limits(NamedTuple):
 
     Attributes:
         largest, mean: Error of an embedding's entries.
-        cosine: Of a row with the model's.
+        cosine: Least cosine of a row with the model's.
         company: Difference between embeddings of the same item in other company.
         agreement: Share of queries, both directions, with the same best item.
         recall: Change of recall@1, both directions.
@@ -101,8 +101,8 @@ class Check:
     limit: float | None = None
 
     def __str__(self) -> str:
-        found = "" if self.value is None else f" ({self.value:.3g}, limit {self.limit:.3g})"
-        return f"{self.name}: {self.detail}{found}"
+        measured = "" if self.value is None else f" ({self.value:.3g}, limit {self.limit:.3g})"
+        return f"{self.name}: {self.detail}{measured}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Reference:
     """The model's own answers, computed once for all precisions.
 
     Args:
-        model: In float32 on the CPU.
+        model: Model in float32 on the CPU.
         pairs: Held-out pairs of pictures and captions, as :func:`finelip_fast.datasets.open_dataset` takes them.
         root: Folder that relative picture paths start from.
         progress: Show progress bars.
@@ -161,29 +161,29 @@ class Reference:
     @cached_property
     def full(self) -> dict[int, tuple[Tensor, Tensor]]:
         """For each length, 64 captions of exactly that many positions, and their embeddings."""
-        found = {}
+        outputs = {}
         for length in self.lengths:
             ids = torch.stack([self._of_length(length, start) for start in range(max(BATCHES))])
-            found[length] = ids, self.encode(self.model.encode_text, ids, f"model: {length} positions")
-        return found
+            outputs[length] = ids, self.encode(self.model.encode_text, ids, f"model: {length} positions")
+        return outputs
 
     @cached_property
     def every_length(self) -> list[tuple[Tensor, Tensor]]:
         """Captions of every length from 0, padding alone, to the whole context; a few in each batch, and their embeddings."""
         context = self.model.config.context_length
-        found = []
+        outputs = []
         for first in range(0, context + 1, 16):
             lengths = range(first, min(first + 16, context + 1))
             ids = torch.zeros(len(lengths), lengths[-1], dtype=torch.int64)
             for row, length in zip(ids, lengths, strict=True):
                 row[:length] = self._of_length(length, length)
-            found.append((ids, self.encode(self.model.encode_text, ids, "")))
-        return found
+            outputs.append((ids, self.encode(self.model.encode_text, ids, "")))
+        return outputs
 
-    def encode(self, encode: Encode, batch: Tensor, what: str) -> Tensor:
+    def encode(self, encode: Encode, batch: Tensor, description: str) -> Tensor:
         """A long batch in parts, with a progress bar; float32 on the CPU."""
         parts = batch.split(max(BATCHES))
-        bar = tqdm(parts, desc=what, unit="batch", disable=not self.progress or len(parts) < 2, leave=False)
+        bar = tqdm(parts, desc=description, unit="batch", disable=not self.progress or len(parts) < 2, leave=False)
         with torch.inference_mode():
             return torch.cat([encode(part).float().cpu() for part in bar])
 
@@ -214,11 +214,11 @@ class Report:
     cases: list[Case] = field(default_factory=list)
     facts: dict[str, str | float] = field(default_factory=dict)
 
-    def also(self, other: Report) -> Report:
+    def also(self, addition: Report) -> Report:
         """Both reports as one, the other one's lines under the name of what it ran on."""
-        where = other.facts["on"]
-        checks = [replace(check, name=f"{where}: {check.name}") for check in other.checks]
-        cases = [replace(case, name=f"{where}: {case.name}") for case in other.cases]
+        where = addition.facts["on"]
+        checks = [replace(check, name=f"{where}: {check.name}") for check in addition.checks]
+        cases = [replace(case, name=f"{where}: {case.name}") for case in addition.cases]
         facts = {**self.facts, "on": f"{self.facts['on']}, {where}"}
         return Report(self.precision, self.checks + checks, self.cases + cases, facts)
 
@@ -313,17 +313,17 @@ class _Gate:
     def pictures(self) -> None:
         reference = self.reference
         pixels, expected = reference.pixels, reference.images
-        given = reference.encode(self.encoders.image, pixels, "export: pictures")
-        self.held_out.append(given)
+        answer_of_all = reference.encode(self.encoders.image, pixels, "export: pictures")
+        self.held_out.append(answer_of_all)
         batches = [self._encode(self.encoders.image, pixels[:size]) for size in BATCHES]
         answers = [expected[:size] for size in BATCHES]
-        for size, some, answer in zip(BATCHES, batches, answers, strict=True):
-            self._case("image", size, 0, some, answer)
-        if not self._values("image", [*batches, given], [*answers, expected]):
+        for size, pixels_of_size, answer in zip(BATCHES, batches, answers, strict=True):
+            self._case("image", size, 0, pixels_of_size, answer)
+        if not self._values("image", [*batches, answer_of_all], [*answers, expected]):
             return
         singles = torch.cat([self._encode(self.encoders.image, pixels[n : n + 1]) for n in range(min(3, len(pixels)))])
         twice = self._encode(self.encoders.image, pixels[:2].repeat(4, 1, 1, 1))
-        self._company("image", [singles - given[: len(singles)]], twice)
+        self._company("image", [singles - answer_of_all[: len(singles)]], twice)
 
     def captions(self) -> None:
         reference, encode = self.reference, self.encoders.text
@@ -332,14 +332,14 @@ class _Gate:
         shifted = []
         for length, (ids, answers) in reference.full.items():
             for size in BATCHES:
-                some = self._encode(encode, ids[:size])
-                self._case("text", size, length, some, answers[:size])
-                found.append(some)
+                prefix = self._encode(encode, ids[:size])
+                self._case("text", size, length, prefix, answers[:size])
+                found.append(prefix)
                 expected.append(answers[:size])
-        given = reference.encode(encode, reference.captions, "export: captions")
-        self.held_out.append(given)
+        full_length = reference.encode(encode, reference.captions, "export: captions")
+        self.held_out.append(full_length)
         reason = self._end_token_reason([one for one, _ in every])
-        if not self._values("text", [*found, given], [*expected, reference.texts], reason):
+        if not self._values("text", [*found, full_length], [*expected, reference.texts], reason):
             return
         context = reference.model.config.context_length
         for (ids, _), (together, _) in zip(reference.every_length, every, strict=True):
@@ -350,9 +350,9 @@ class _Gate:
         for length in (1, 2):
             shifted.append(self._encode(encode, ids[length : length + 1, :length]) - together[length : length + 1])
         lengths = caption_lengths(reference.captions)
-        for row in range(min(3, len(given))):
+        for row in range(min(3, len(full_length))):
             alone = self._encode(encode, reference.captions[row : row + 1, : int(lengths[row])])
-            shifted.append(alone - given[row : row + 1])
+            shifted.append(alone - full_length[row : row + 1])
         twice = self._encode(encode, reference.captions[:2].repeat(4, 1))
         self._company("text", shifted, twice)
 
@@ -371,33 +371,35 @@ class _Gate:
     def ranking(self) -> None:
         reference = self.reference
         exact = clim_scores(reference.images, reference.texts, alpha=reference.model.alpha)
-        found = clim_scores(*self.held_out, alpha=reference.model.alpha)
-        same = torch.cat([(exact.argmax(dim) == found.argmax(dim)).double() for dim in (0, 1)]).mean().item()
-        self._say("ranking: same best", same >= self.limits.agreement, "of queries", same, self.limits.agreement)
-        before, after = recall(exact, (1,)), recall(found, (1,))
+        scores = clim_scores(*self.held_out, alpha=reference.model.alpha)
+        same_best = torch.cat([(exact.argmax(dim) == scores.argmax(dim)).double() for dim in (0, 1)]).mean().item()
+        self._say(
+            "ranking: same best", same_best >= self.limits.agreement, "of queries", same_best, self.limits.agreement
+        )
+        before, after = recall(exact, (1,)), recall(scores, (1,))
         change = max(abs(after[name] - before[name]) for name in before)
-        told = ", ".join(f"{name} {before[name]:.3f} to {after[name]:.3f}" for name in before)
-        self._say("ranking: recall@1", change <= self.limits.recall, told, change, self.limits.recall)
+        changes = ", ".join(f"{name} {before[name]:.3f} to {after[name]:.3f}" for name in before)
+        self._say("ranking: recall@1", change <= self.limits.recall, changes, change, self.limits.recall)
 
     def _encode(self, encode: Encode, batch: Tensor) -> Tensor:
         with torch.inference_mode():
             return encode(batch).float().cpu()
 
-    def _case(self, name: str, batch: int, length: int, found: Tensor, expected: Tensor) -> None:
-        error = (found - expected).abs()
-        case = Case(name, batch, length, error.max().item(), error.mean().item(), _cosine(found, expected))
+    def _case(self, name: str, batch: int, length: int, output: Tensor, expected: Tensor) -> None:
+        error = (output - expected).abs()
+        case = Case(name, batch, length, error.max().item(), error.mean().item(), _cosine(output, expected))
         self.report.cases.append(case)
 
-    def _values(self, name: str, found: list[Tensor], expected: list[Tensor], reason: str = "") -> bool:
+    def _values(self, name: str, outputs: list[Tensor], expected: list[Tensor], reason: str = "") -> bool:
         """Compare embeddings; whether they are within the limits."""
-        given, wanted = (torch.cat([one.flatten(0, 1) for one in ones]) for ones in (found, expected))
-        broken = int((~given.isfinite()).any(dim=1).sum())
+        rows, expected_rows = (torch.cat([batch.flatten(0, 1) for batch in ones]) for ones in (outputs, expected))
+        broken = int((~rows.isfinite()).any(dim=1).sum())
         if broken:
-            text = f"{broken} of {len(given)} rows hold NaN or infinity: a number is past what the precision can hold"
+            text = f"{broken} of {len(rows)} rows hold NaN or infinity: a number is past what the precision can hold"
             self._say(f"{name}: finite", False, text)
             return False
-        error, limits = (given - wanted).abs(), self.limits
-        largest, mean, cosine = error.max().item(), error.mean().item(), _cosine(given, wanted)
+        error, limits = (rows - expected_rows).abs(), self.limits
+        largest, mean, cosine = error.max().item(), error.mean().item(), _cosine(rows, expected_rows)
         self._say(
             f"{name}: largest error", largest <= limits.largest, reason or "of any entry", largest, limits.largest
         )
@@ -407,18 +409,18 @@ class _Gate:
 
     def _company(self, name: str, differences: list[Tensor], twice: Tensor) -> None:
         limit = self.limits.company
-        value = max(one.abs().max().item() for one in differences)
+        value = max(difference.abs().max().item() for difference in differences)
         self._say(f"{name}: company", value <= limit, "alone and in a batch, at any padding", value, limit)
         value = max((twice[0::2] - twice[0]).abs().max().item(), (twice[1::2] - twice[1]).abs().max().item())
         self._say(f"{name}: identical rows", value <= limit, "the same item four times in a batch", value, limit)
 
-    def _end_token_reason(self, found: list[Tensor]) -> str:
+    def _end_token_reason(self, outputs: list[Tensor]) -> str:
         """Which position row 0 of captions comes from, where that is not the end token."""
-        middle = len(found) // 2  # captions that some padding follows
+        middle = len(outputs) // 2  # captions that some padding follows
         ids, model = self.reference.every_length[middle][0], self.reference.model
         with torch.inference_mode():
             features = F.normalize(model.text(ids), dim=-1)
-        positions = (features @ found[middle][:, 0, :, None]).squeeze(-1).argmax(dim=1)
+        positions = (features @ outputs[middle][:, 0, :, None]).squeeze(-1).argmax(dim=1)
         offset = int((positions - (caption_lengths(ids) - 1)).mode().values)
         side = "after" if offset > 0 else "before"
         return f"row 0 comes from {abs(offset)} position(s) {side} the end token" if offset else ""
@@ -429,11 +431,11 @@ class _Gate:
         self.report.checks.append(Check(name, passed, detail, value, limit))
 
 
-def _cosine(found: Tensor, expected: Tensor) -> float:
+def _cosine(output: Tensor, expected: Tensor) -> float:
     """Least cosine of rows with those expected; a row of zeros agrees with a row of zeros alone."""
-    found, expected = found.flatten(0, -2).double(), expected.flatten(0, -2).double()
-    both_zero = (found.norm(dim=-1) == 0) & (expected.norm(dim=-1) == 0)
-    return float(F.cosine_similarity(found, expected, dim=-1).masked_fill(both_zero, 1.0).min())
+    output, expected = output.flatten(0, -2).double(), expected.flatten(0, -2).double()
+    both_zero = (output.norm(dim=-1) == 0) & (expected.norm(dim=-1) == 0)
+    return float(F.cosine_similarity(output, expected, dim=-1).masked_fill(both_zero, 1.0).min())
 
 
 def levels(pixels: Tensor, config: FineLIPConfig) -> Tensor:

@@ -109,8 +109,8 @@ def _configure(trt: Any, config: Any, target: runtime.Machine, builder: Builder)
         "STRIP_PLAN": builder.strip,
         "VERSION_COMPATIBLE": builder.version_compatible,
     }
-    for name, wanted in flags.items():
-        if wanted:
+    for name, enabled in flags.items():
+        if enabled:
             config.set_flag(getattr(trt.BuilderFlag, name))
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 products stay float32, as PyTorch's are
     if builder.workspace is not None:
@@ -120,8 +120,8 @@ def _configure(trt: Any, config: Any, target: runtime.Machine, builder: Builder)
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     elif not builder.hardware_compatible:  # with none named, plans of TensorRT for RTX are for all from 8.0 on
         config.num_compute_capabilities = 1
-        named = capability(trt, target.compute_capability)
-        config.set_compute_capability(trt.ComputeCapability.CURRENT if named is None else named, 0)
+        level = capability(trt, target.compute_capability)
+        config.set_compute_capability(trt.ComputeCapability.CURRENT if level is None else level, 0)
 
 
 class _Timings:

@@ -44,7 +44,7 @@ def in_half(proto: ModelProto, precision: str) -> ModelProto:
     """A float32 graph in half precision.
 
     Args:
-        proto: From :func:`finelip_fast.export.graphs.build`; it stays as it is.
+        proto: Graph from :func:`finelip_fast.export.graphs.build`, which is not changed.
         precision: ``"fp16"`` or ``"bf16"``.
 
     Returns:

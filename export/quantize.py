@@ -43,7 +43,7 @@ def by_rows(proto: ModelProto) -> ModelProto:
     """A float32 graph with linear layers in int8, the rows scaled as they come.
 
     Args:
-        proto: From :func:`finelip_fast.export.graphs.build`; it stays as it is.
+        proto: Graph from :func:`finelip_fast.export.graphs.build`, which is not changed.
     """
     result, layers = _copy(proto)
     # Rows are uint8 around 128: with AVX-512 VNNI, ONNX Runtime multiplies those by int8 ten times as fast as int8 by int8.
@@ -92,7 +92,7 @@ def calibrated(proto: ModelProto, batches: Iterable[dict[str, np.ndarray]]) -> M
     """A graph with linear layers in int8, each layer's input scaled by one constant (QuantizeLinear, DequantizeLinear).
 
     Args:
-        proto: In float16 or float32; what is not in int8 stays so.
+        proto: Graph in float16 or float32, which what is not in int8 keeps.
         batches: Inputs of the graph to calibrate with, as :meth:`onnxruntime.InferenceSession.run` takes them.
     """
     result, layers = _copy(proto)
@@ -100,25 +100,27 @@ def calibrated(proto: ModelProto, batches: Iterable[dict[str, np.ndarray]]) -> M
     ranges = _ranges(proto, inputs, batches)
     constants: dict[str, np.ndarray] = {}
     nodes: list[NodeProto] = []
-    done: dict[str, str] = {}
+    quantised: dict[str, str] = {}
     for node in proto.graph.node:
         layer = layers.get(node.output[0])
         if layer is not None:
             x, y = node.input[0], node.output[0]
-            if x not in done:
+            if x not in quantised:
                 constants[f"{x}_scale"] = np.asarray(ranges[x] / GREATEST, layer.dtype)
                 constants[f"{x}_zero"] = np.int8(0)
                 scale = (f"{x}_scale", f"{x}_zero")
                 nodes.append(helper.make_node("QuantizeLinear", [x, *scale], [f"{x}_int8"]))
                 nodes.append(helper.make_node("DequantizeLinear", [f"{x}_int8", *scale], [f"{x}_rounded"]))
-                done[x] = f"{x}_rounded"
+                quantised[x] = f"{x}_rounded"
             values, scales = quantize_weight(layer)
             constants[f"{y}_weight"], constants[f"{y}_weight_scale"] = values, scales.astype(layer.dtype)
             constants[f"{y}_weight_zero"] = np.zeros(len(scales), np.int8)
             weight = [f"{y}_weight", f"{y}_weight_scale", f"{y}_weight_zero"]
             nodes.append(helper.make_node("DequantizeLinear", weight, [f"{y}_weight_rounded"], axis=1))
             bias = list(node.input[2:])
-            nodes.append(helper.make_node("MatMul", [done[x], f"{y}_weight_rounded"], [f"{y}_product" if bias else y]))
+            nodes.append(
+                helper.make_node("MatMul", [quantised[x], f"{y}_weight_rounded"], [f"{y}_product" if bias else y])
+            )
             if bias:
                 nodes.append(helper.make_node("Add", [f"{y}_product", bias[0]], [y]))
         else:

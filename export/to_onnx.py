@@ -62,7 +62,7 @@ def export_onnx(
     """Write ``image.onnx`` and ``text.onnx`` of a checkpoint, proven.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` (products in half precision); ``"int8"`` (linear layers, rows scaled as
             they come: for ONNX Runtime); ``"int8-calibrated"`` (linear layers, scales from calibration: for TensorRT).
         out: Folder to write; None: ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
@@ -182,11 +182,11 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def _up_to_date(folder: Path, fingerprint: str, options: dict[str, Any], names: Sequence[str]) -> bool:
     try:
-        found: Export = read(folder)
-        found.check(fingerprint, "", **options)
+        export: Export = read(folder)
+        export.check(fingerprint, "", **options)
     except EngineError:
         return False
-    return all(f"{name}.onnx" in found.manifest.files for name in names)
+    return all(f"{name}.onnx" in export.manifest.files for name in names)
 
 
 def _in_precision(proto: ModelProto, name: str, precision: str, model: FineLIP, calibration: str) -> ModelProto:
@@ -265,8 +265,8 @@ def run(
         raise InputError("expected one --precision with --out, got several: each is a folder of its own")
     model = checkpoints.load(checkpoint) if len(precision) > 1 else None
     reference = parity.Reference(model, data, progress=progress) if model is not None else None
-    extras = [name for name, wanted in zip(EXTRAS, (uint8, scorer), strict=True) if wanted]
-    made: dict[str, Any] = {}
+    extras = [name for name, requested in zip(EXTRAS, (uint8, scorer), strict=True) if requested]
+    written: dict[str, Any] = {}
     for name in precision:
         folder = export_onnx(
             checkpoint,
@@ -278,5 +278,5 @@ def run(
             reference=reference,
             **options,
         )
-        made[name] = {"folder": str(folder), **read(folder).manifest.proof}
-    return made
+        written[name] = {"folder": str(folder), **read(folder).manifest.proof}
+    return written

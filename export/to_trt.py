@@ -60,7 +60,7 @@ def export_trt(
     """Build ``image.plan`` and ``text.plan`` of a checkpoint.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         precision: ``"fp16"``, ``"bf16"``, ``"fp32"``, or ``"int8"`` (linear layers, scales from calibration; the rest fp16).
         profile: Batches to build for: ``"latency"`` (1, and up to 16), ``"throughput"`` (up to 128, best at 32) or
             ``"1,OPT,MAX"``. Texts are of 1 to all positions, best at half of them.
@@ -141,7 +141,7 @@ def prove_trt(
     """Compare plans that were built elsewhere with the model, on the GPU that they are for.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         folder: The plans.
         data, keep_failed, progress: As in :func:`export_trt`.
 
@@ -153,21 +153,21 @@ def prove_trt(
             model: those are deleted.
         WriteError: The folder cannot be written; the plans are there still.
     """
-    found = read(folder)
-    here = runtime.machine(module=found.manifest.options.get("module"))
+    export = read(folder)
+    machine = runtime.machine(module=export.manifest.options.get("module"))
     _check_but_proof(
-        found,
+        export,
         checkpoints.fingerprint(checkpoints.load(checkpoint)),
-        rebuild_command(checkpoint, "trt", found.manifest.precision),
-        **runtime.expected_options(found.manifest.options, here),
+        rebuild_command(checkpoint, "trt", export.manifest.precision),
+        **runtime.expected_options(export.manifest.options, machine),
         stripped=False,
     )
-    report = _compare(folder, found.manifest, checkpoint, data, progress)
+    report = _compare(folder, export.manifest, checkpoint, data, progress)
     try:
         with to_onnx.being_written(folder, keep_failed) as partial:
-            for name in found.manifest.files:
+            for name in export.manifest.files:
                 shutil.copy2(folder / name, partial / name)
-            to_onnx.finish(partial, report, dataclasses.replace(found.manifest, proof=report.summary()))
+            to_onnx.finish(partial, report, dataclasses.replace(export.manifest, proof=report.summary()))
     except EngineError:
         shutil.rmtree(folder)  # what is refused is found no more
         raise
@@ -202,8 +202,8 @@ def text_lengths(config: FineLIPConfig) -> tuple[int, int, int]:
 def input_shapes(graph: str, config: FineLIPConfig, batches: Sequence[Batches]) -> list[list[tuple[int, ...]]]:
     """Least, best and greatest shape of a graph's input, for each optimisation profile."""
     if graph == "image":
-        return [[(batch, 3, config.image_size, config.image_size) for batch in one] for one in batches]
-    return [list(zip(one, text_lengths(config), strict=True)) for one in batches]
+        return [[(batch, 3, config.image_size, config.image_size) for batch in sizes] for sizes in batches]
+    return [list(zip(sizes, text_lengths(config), strict=True)) for sizes in batches]
 
 
 def find_target(compute_capability: str | None) -> runtime.Machine:
@@ -247,7 +247,7 @@ def structure(path: Path) -> str:
     digest = hashlib.sha256()
     for node in graph.node:
         digest.update(node.SerializeToString(deterministic=True))
-    for tensor in sorted(graph.initializer, key=lambda one: one.name):
+    for tensor in sorted(graph.initializer, key=lambda entry: entry.name):
         digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
         if tensor.data_type == onnx.TensorProto.INT64:
             digest.update(tensor.raw_data + repr(list(tensor.int64_data)).encode())
@@ -255,13 +255,13 @@ def structure(path: Path) -> str:
 
 
 def _check_gpu_options(builder: Builder, refit: bool) -> None:
-    wanted = {
+    required = {
         "--refittable": builder.refittable,
         "--strip": builder.strip,
         "--version-compatible": builder.version_compatible,
         "--refit": refit,
     }
-    if names := [name for name, is_wanted in wanted.items() if is_wanted and not torch.cuda.is_available()]:
+    if names := [name for name, is_wanted in required.items() if is_wanted and not torch.cuda.is_available()]:
         raise EngineError(f"{', '.join(names)}: TensorRT needs the GPU for this, and PyTorch finds none here")
 
 
@@ -294,11 +294,11 @@ def _options(
 
 def _up_to_date(folder: Path, manifest: Manifest) -> bool:
     try:
-        found = read(folder)
-        _check_but_proof(found, manifest.checkpoint, "", **manifest.options)
+        export = read(folder)
+        _check_but_proof(export, manifest.checkpoint, "", **manifest.options)
     except EngineError:
         return False
-    return found.manifest.precision == manifest.precision
+    return export.manifest.precision == manifest.precision
 
 
 def _check_but_proof(export: Export, fingerprint: str, rebuild: str, **expected: Any) -> None:
@@ -338,17 +338,19 @@ def _compare(
 
 def _read_refittable(folder: Path, precision: str) -> Export:
     """Plans to refit, checked for all but the new weights."""
-    found = read(folder)
-    made = found.manifest
-    if made.runtime != "trt" or not made.options.get("refittable"):
+    export = read(folder)
+    manifest = export.manifest
+    if manifest.runtime != "trt" or not manifest.options.get("refittable"):
         raise EngineError(
             f"{folder}: expected plans that were built with --refittable; build some, or leave --refit out"
         )
-    if made.precision != precision:
-        raise EngineError(f"{folder}: expected plans of precision {precision!r}, got {made.precision!r}")
-    here = runtime.machine(module=made.options["module"])
-    _check_but_proof(found, made.checkpoint, "without --refit", **runtime.expected_options(made.options, here))
-    return found
+    if manifest.precision != precision:
+        raise EngineError(f"{folder}: expected plans of precision {precision!r}, got {manifest.precision!r}")
+    machine = runtime.machine(module=manifest.options["module"])
+    _check_but_proof(
+        export, manifest.checkpoint, "without --refit", **runtime.expected_options(manifest.options, machine)
+    )
+    return export
 
 
 def _refitted_options(old: Export, source: Manifest, options: dict[str, Any]) -> dict[str, Any]:
@@ -357,17 +359,19 @@ def _refitted_options(old: Export, source: Manifest, options: dict[str, Any]) ->
     Raises:
         EngineError: The graphs differ in more than their weights.
     """
-    made = old.manifest
-    wrong = [name for name, value in source.config.items() if made.config.get(name) != value]
+    manifest = old.manifest
+    wrong = [name for name, value in source.config.items() if manifest.config.get(name) != value]
     if wrong:
         raise EngineError(f"{old.folder}: its model has other sizes ({', '.join(wrong)}); build without --refit")
-    different = [name for name, digest in options["structure"].items() if made.options["structure"].get(name) != digest]
+    different = [
+        name for name, digest in options["structure"].items() if manifest.options["structure"].get(name) != digest
+    ]
     if different:
         raise EngineError(
             f"{old.folder}: {', '.join(different)} of the two checkpoints differ in more than their weights: the exporter "
             "merges constants that are equal and drops those that are zero; build without --refit"
         )
-    return {**made.options, "onnx": options["onnx"], "stripped": False}
+    return {**manifest.options, "onnx": options["onnx"], "stripped": False}
 
 
 # ---- Command line
@@ -395,8 +399,8 @@ def run(
     """
     one_of("precision", precision, PRECISIONS)
     if prove:
-        here = runtime.machine()
-        folder = Path(out or _folder(checkpoint, precision, here.compute_capability, False))
+        machine = runtime.machine()
+        folder = Path(out or _folder(checkpoint, precision, machine.compute_capability, False))
         folder = prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
     else:
         folder = export_trt(
@@ -412,10 +416,15 @@ def run(
             again=again,
             progress=progress,
         )
-    made = read(folder).manifest
-    options = {name: made.options[name] for name in ("module", "version", "compute_capability")}
-    result = {"folder": str(folder), "precision": made.precision, **options, "profile": made.options["profile"]["name"]}
-    if not made.proven and not made.options["stripped"]:
+    manifest = read(folder).manifest
+    options = {name: manifest.options[name] for name in ("module", "version", "compute_capability")}
+    result = {
+        "folder": str(folder),
+        "precision": manifest.precision,
+        **options,
+        "profile": manifest.options["profile"]["name"],
+    }
+    if not manifest.proven and not manifest.options["stripped"]:
         arguments = ["--prove", *(["--out", out] if out else [])]
-        result["prove"] = rebuild_command(checkpoint, "trt", made.precision, arguments)
-    return {**result, **made.proof}
+        result["prove"] = rebuild_command(checkpoint, "trt", manifest.precision, arguments)
+    return {**result, **manifest.proof}

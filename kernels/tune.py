@@ -93,7 +93,7 @@ def tune(
     """Tune the cases in their order.
 
     Args:
-        cases: As :func:`cases_for` makes them.
+        cases: Cases of :func:`cases_for`.
         measure: None: ``triton.testing.do_bench``, which empties the L2 cache before each call.
         again: Whether to tune cases that the table has already.
         seconds: Start no case after so long.

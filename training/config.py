@@ -227,8 +227,8 @@ def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: An unknown recipe or a configuration that cannot be honoured.
     """
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    values = {**(load_recipe(recipe, out=given.get("out")) if recipe is not None else {}), **given}
+    overrides = {name: value for name, value in options.items() if value not in (None, ())}
+    values = {**(load_recipe(recipe, out=overrides.get("out")) if recipe is not None else {}), **overrides}
     missing = [name for name in ("out", "train", "validation") if name not in values]
     if missing:
         raise ConfigError(

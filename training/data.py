@@ -291,27 +291,27 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            epoch, done = divmod(self.position, self.epoch_batches)
+            epoch, finished = divmod(self.position, self.epoch_batches)
             self._order.epoch = epoch
             if isinstance(self._order, GroupedSampler):
-                self._order.start = done
+                self._order.start = finished
                 batches: Iterable[Batch] = self._loader
             else:
-                batches = self._shard_batches(done)
+                batches = self._shard_batches(finished)
             for batch in batches:
                 self.position += 1
                 yield batch
 
-    def _shard_batches(self, done: int) -> Iterator[Batch]:
+    def _shard_batches(self, finished: int) -> Iterator[Batch]:
         """One epoch of shards behind the first ``done`` batches; shards that hold less are read again."""
-        taken = 0
-        while taken < self.epoch_batches:
-            before = taken
+        count = 0
+        while count < self.epoch_batches:
+            before = count
             for batch in self._loader:
-                taken += 1
-                if taken > done:
+                count += 1
+                if count > finished:
                     yield batch
-                if taken == self.epoch_batches:
+                if count == self.epoch_batches:
                     return
-            if taken == before:
+            if count == before:
                 raise TrainingError("the shards hold less than one batch per worker: fewer workers, or a smaller batch")

@@ -26,8 +26,8 @@ class Log:
         self.path = folder / "log.jsonl"
         if self.path.exists():  # lines behind the state that the run goes on from would be written twice
             lines = read_bytes(self.path, error=TrainingError, max_bytes=_MAX_BYTES).splitlines()
-            kept = b"".join(line + b"\n" for line in lines if _logged_step(line) <= step)
-            write_whole(self.path, lambda temporary: temporary.write_bytes(kept))
+            earlier = b"".join(line + b"\n" for line in lines if _logged_step(line) <= step)
+            write_whole(self.path, lambda temporary: temporary.write_bytes(earlier))
         self.events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

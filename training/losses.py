@@ -60,7 +60,7 @@ def triplet_loss(
     Args:
         scores: ``[B, B]``.
         image_ids: int64 ``[B]``; entries of pairs that share an id are no negatives. None: all differ.
-        margin: By how much a pair must beat its negatives.
+        margin: Amount by which a pair must beat its negatives.
         hardest: Take the worst negative of each row and column instead of the sum over all.
 
     Returns:
@@ -68,10 +68,10 @@ def triplet_loss(
     """
     if image_ids is None:
         image_ids = torch.arange(len(scores), device=scores.device)
-    same = image_ids[:, None] == image_ids[None, :]
+    same_image = image_ids[:, None] == image_ids[None, :]
     positive = scores.diagonal()
-    by_image = (margin + scores - positive[:, None]).relu().masked_fill(same, 0.0)
-    by_text = (margin + scores - positive[None, :]).relu().masked_fill(same, 0.0)
+    by_image = (margin + scores - positive[:, None]).relu().masked_fill(same_image, 0.0)
+    by_text = (margin + scores - positive[None, :]).relu().masked_fill(same_image, 0.0)
     if hardest:
         return by_image.max(dim=1).values.sum() + by_text.max(dim=0).values.sum()
     return by_image.sum() + by_text.sum()
@@ -131,8 +131,8 @@ def grounding_loss(
     inside = (spans[:, :1] <= position) & (position < spans[:, 1:])
     regions = _pooled(patches.float(), _coverage(boxes, patches.shape[1]), owners)
     phrases = _pooled(tokens.float(), inside.float(), owners)
-    same = (labels[:, None] == labels[None, :]).fill_diagonal_(False)
-    return contrastive_loss(regions @ phrases.T, logit_scale, ignored=same)
+    same_label = (labels[:, None] == labels[None, :]).fill_diagonal_(False)
+    return contrastive_loss(regions @ phrases.T, logit_scale, ignored=same_label)
 
 
 def _pooled(features: Tensor, weights: Tensor, owners: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class Criterion:
     """The weighted sum of loss terms over one batch of embeddings.
 
     Args:
-        terms: At least one.
+        terms: Names of the terms, at least one.
         margin: Margin of the triplet losses.
         gamma: Rate of the adaptive margins.
         label_smoothing: Label smoothing of the contrastive loss.

@@ -91,8 +91,8 @@ def _choices(inside: str) -> list[str]:
 
 def _scheme(name: str) -> str:
     """``http`` of an address; nothing of a path, also on Windows, whose drives have one letter."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
-    return found[1].lower() if found else ""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
+    return match[1].lower() if match else ""
 
 
 def _check_scheme(name: str, remote: bool) -> None:
@@ -118,7 +118,7 @@ def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]
 
     Args:
         name: A shard, as :func:`shard_names` gives it.
-        remote: As there.
+        remote: Whether addresses are allowed, as there.
 
     Raises:
         ConfigError: As there.

@@ -148,20 +148,20 @@ class Trainer:
             values = self._train_step([next(batches) for _ in range(self.config.accumulate)])
             self.step += 1
             progress.update()
-            done = self.step == self.config.last_step
-            if log and (done or self.step % self.config.log_every == 0):
+            finished = self.step == self.config.last_step
+            if log and (finished or self.step % self.config.log_every == 0):
                 pairs = (self.step - first) * self.config.batch_size * self.config.accumulate * self.world
                 values["pairs_per_second"] = pairs / (time.monotonic() - started)
                 log.write(self.step, {name: float(value) for name, value in values.items()})
                 progress.set_postfix(loss=f"{float(values['loss']):.3f}")
-            if log and (done or self.step % self.config.eval_every == 0):
+            if log and (finished or self.step % self.config.eval_every == 0):
                 metrics = self._validate(validation)
                 log.write(self.step, metrics)
                 progress.set_postfix(recall=f"{mean_recall(metrics):.3f}")
             stop = self._anyone_stops()
-            if self.rank == 0 and (done or stop or self.step % self.config.save_every == 0):
+            if self.rank == 0 and (finished or stop or self.step % self.config.save_every == 0):
                 self._save_state()
-            if stop and not done:
+            if stop and not finished:
                 raise TrainingError(f"stopped at step {self.step}; the same command goes on from there")
         if self.rank == 0:
             checkpoint.save(self._averaged(), self.out / "last", metadata=self._metadata({}))
@@ -217,7 +217,7 @@ class Trainer:
         """All passes as one batch: embeddings first, then their gradient through a second forward pass each."""
         with torch.no_grad():
             embedded = [self._forward(batch)[0][:3] for batch in batches]
-        images, texts = (torch.cat([one[side] for one in embedded]).requires_grad_() for side in (0, 1))
+        images, texts = (torch.cat([pair[side] for pair in embedded]).requires_grad_() for side in (0, 1))
         scale = embedded[0][2].clone().requires_grad_()
         image_ids = torch.cat([batch.image_ids for batch in batches]).to(self.device)
         loss, terms = self._loss(images, texts, image_ids, scale)
@@ -228,8 +228,8 @@ class Trainer:
             last = index == len(batches) - 1
             with self._sync(last):
                 outputs = self._forward(batch)[0][:3]
-                wanted = (grad_images[rows], grad_texts[rows], grad_scale if last else torch.zeros_like(scale))
-                torch.autograd.backward(outputs, wanted)
+                gradients = (grad_images[rows], grad_texts[rows], grad_scale if last else torch.zeros_like(scale))
+                torch.autograd.backward(outputs, gradients)
         return {"loss": loss.detach(), **terms}
 
     def _forward(self, batch: Batch) -> tuple[TrainingOutput, Batch]:
@@ -319,12 +319,12 @@ class Trainer:
         write_text_whole(self.out / "config.json", self.config.to_json())
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        now = {**dataclasses.asdict(self.config), "processes": self.world}
+        current = {**dataclasses.asdict(self.config), "processes": self.world}
         before = {RENAMED.get(name, name): value for name, value in state["config"].items()}
-        changed = [name for name in now if name not in _FREE_TO_CHANGE and now[name] != before.get(name)]
+        changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
         if changed:
             was = {name: before.get(name) for name in changed}
-            raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: now[name] for name in changed})}; "
+            raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: current[name] for name in changed})}; "
                               "give the same options to go on, or another --out")  # fmt: skip
         self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))
         self.best = {name: float(value) for name, value in state["best"].items()}

@@ -23,7 +23,7 @@ def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, floa
     """Rank the captions for each picture and the pictures for each caption; pair ``i`` belongs together.
 
     Args:
-        model: In eval mode.
+        model: Model in eval mode.
         pairs: Pairs whose picture cannot be read are left out, and named on the terminal.
         name: What the pairs are called, for the message.
 

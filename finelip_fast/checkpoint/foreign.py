@@ -87,18 +87,18 @@ def translate(entries: Mapping[str, Any]) -> Translation:
     Raises:
         CheckpointError: No tensors, two of one name, or Long-CLIP tables of positions that do not agree.
     """
-    theirs = _weights(entries)
-    layout = _layout(theirs)
+    weights = _weights(entries)
+    layout = _layout(weights)
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    for name, tensor in theirs.items():
-        ours = _rename(name)
-        names[ours] = name
+    for name, tensor in weights.items():
+        renamed = _rename(name)
+        names[renamed] = name
         if name in _TRANSFORMERS_PROJECTIONS and tensor.dim() == 2:
             tensor = tensor.T
-        elif tensor.numel() == 1 and (ours == "logit_scale" or ours.endswith("_aggregator.scale")):
+        elif tensor.numel() == 1 and (renamed == "logit_scale" or renamed.endswith("_aggregator.scale")):
             tensor = tensor.reshape(())
-        _add(tensors, ours, tensor)
+        _add(tensors, renamed, tensor)
     _join_attention(tensors)
     _join_positions(tensors)
     return Translation(layout, tensors, names)
@@ -115,7 +115,7 @@ def config_from_tensors(
 
     Args:
         tensors: Weights from :func:`translate`.
-        quick_gelu: Which GELU they were trained with; tensors do not tell.
+        quick_gelu: Whether they were trained with the quick GELU, which the tensors do not show.
         vision_heads, text_heads: Attention heads, which tensors do not tell either. Default: one for every 64 columns
             of width, as in every CLIP of OpenAI's.
 
@@ -337,15 +337,15 @@ def _rename(name: str) -> str:
         return _TRANSFORMERS_PROJECTIONS[name]
     if name.partition(".")[0] in _TEXT_PARTS or name == "positional_embedding_res":
         return "text." + name
-    for aggregator, ours in _AGGREGATORS.items():
+    for aggregator, target in _AGGREGATORS.items():
         if name.startswith(aggregator):
-            return ours + _replace(name.removeprefix(aggregator), _AGGREGATOR_PARTS)
+            return target + _replace(name.removeprefix(aggregator), _AGGREGATOR_PARTS)
     return _replace(name, _TRANSFORMERS_PARTS) if name.startswith(("vision_model.", "text_model.")) else name
 
 
 def _replace(name: str, parts: Mapping[str, str]) -> str:
-    for theirs, ours in parts.items():
-        name = name.replace(theirs, ours)
+    for source, target in parts.items():
+        name = name.replace(source, target)
     return name
 
 
@@ -427,5 +427,5 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def some(names: Iterable[str], limit: int = 10) -> str:
     """Names for an error message, ten at most."""
     listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(f"{name:.120}" for name in listed[:limit]) or "nothing") + more
+    remainder = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(f"{name:.120}" for name in listed[:limit]) or "nothing") + remainder

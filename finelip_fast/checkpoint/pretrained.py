@@ -177,7 +177,7 @@ def load(
     ===========================  =====================================================================================
 
     Args:
-        checkpoint: As above.
+        checkpoint: Folder, file or name, by the table above.
         device: Where the model goes. Default: the CPU.
         dtype: Precision of the loaded model.
         context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
@@ -228,8 +228,8 @@ def import_state_dict(
 
     Args:
         state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
-        context_length: As in :func:`load`.
-        quick_gelu: Which GELU the weights were trained with: True for OpenAI's and all that started from them.
+        context_length: Longest caption in tokens, as in :func:`load`.
+        quick_gelu: Whether the weights were trained with the quick GELU, as OpenAI's and all that started from them.
         vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
 
     Returns:

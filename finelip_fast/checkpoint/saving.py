@@ -83,9 +83,9 @@ def convert(
     """Write any checkpoint that :func:`load` reads in our format.
 
     Args:
-        source: As :func:`load` takes it. A folder of ours passes its metadata on.
+        source: Folder, file or name, as :func:`load` takes it. The metadata of a folder in our format is kept.
         folder: Where to.
-        context_length: As in :func:`load`.
+        context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
 
     Returns:
@@ -99,10 +99,10 @@ def convert(
     model = build(contents, FineLIP)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
-    ours = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
-    history = read_config(ours).get("metadata") if ours is not None and ours.is_file() else {}
+    config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
+    history = read_config(config_file).get("metadata") if config_file is not None and config_file.is_file() else {}
     if not isinstance(history, dict):
-        raise CheckpointError(f"{ours}: expected metadata as an object, found {history!r:.40}")
+        raise CheckpointError(f"{config_file}: expected metadata as an object, found {history!r:.40}")
     save(model, folder, dtype=dtype, metadata={**history, "source": name, "layout": layout})
     config = model.config
     return {
@@ -147,7 +147,7 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
     """Tell what a checkpoint is from the weights in its file, without building the model.
 
     Args:
-        checkpoint: As :func:`load` takes it.
+        checkpoint: Folder, file or name, as :func:`load` takes it.
 
     Raises:
         CheckpointError: As :func:`load`.
@@ -174,7 +174,7 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     :func:`load` does not compare: hashing takes about as long as loading.
 
     Args:
-        checkpoint: As :func:`load` takes it.
+        checkpoint: Folder, file or name, as :func:`load` takes it.
 
     Returns:
         ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path. ``sha256``: of
@@ -186,8 +186,10 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         CheckpointError: As :func:`load`.
     """
     contents, layout, weights = open_checkpoint(checkpoint, None)
-    ours = weights.parent / "config.json"
-    recorded = read_config(ours).get("weights_sha256") if layout == "finelip_fast" and ours.is_file() else None
+    config_file = weights.parent / "config.json"
+    recorded = (
+        read_config(config_file).get("weights_sha256") if layout == "finelip_fast" and config_file.is_file() else None
+    )
     try:
         actual, damaged = _sha256(weights), damaged_records(weights)
     except OSError as error:

@@ -223,17 +223,17 @@ class _Machine:
             stack.append(self._persistent(stack.pop()))
 
     def _taken(self, count: int) -> list[Any]:
-        taken = self.stack[-count:]
+        values = self.stack[-count:]
         del self.stack[-count:]
-        if len(taken) < count:
+        if len(values) < count:
             raise ValueError("an empty stack")
-        return taken
+        return values
 
     def _marked(self) -> list[Any]:
         start = self.marks.pop()
-        taken = self.stack[start:]
+        values = self.stack[start:]
         del self.stack[start:]
-        return taken
+        return values
 
     def _global(self, module: Any, name: Any) -> Any:
         full = f"{_of(module, str)}.{_of(name, str)}".replace("__builtin__.", "builtins.", 1)
@@ -278,10 +278,10 @@ class _Machine:
             elements = elements[start : start + size]
         return _Flat(elements)
 
-    def _tensor(self, flat: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
+    def _tensor(self, flat: Any, offset: Any, size: Any, stride: Any, *options: Any) -> Tensor:
         """A tensor in its storage; ``more`` is whether it wants gradients, its hooks, and a dtype."""
         elements = _of(flat, _Flat).elements
-        for dtype in more[2:]:  # no dtype: a remark that the values are conjugated or negated when they are read
+        for dtype in options[2:]:  # no dtype: a remark that the values are conjugated or negated when they are read
             elements = elements.view(_of(dtype, torch.dtype))
         size, stride = ([_natural(number) for number in _of(numbers, tuple)] for numbers in (size, stride))
         count = math.prod(size)

@@ -123,8 +123,8 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
         raise InputError(f"expected the name of a dataset as a text, got {spec!r:.80}")
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
-        split, size, variant, *more = [*rest.split(":"), "", ""]
-        if any(more) or (size and not size.isdecimal()):
+        split, size, variant, *surplus = [*rest.split(":"), "", ""]
+        if any(surplus) or (size and not size.isdecimal()):
             raise InputError(f"expected scenes:SPLIT:SIZE:VARIANT with SIZE a number, got {spec!r:.80}")
         try:
             count = int(size) if size else None
@@ -132,8 +132,8 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
         except ValueError as error:
             raise InputError(f"{spec!r:.80}: {error}") from None
     if kind in ("jsonl", "sharegpt4v"):
-        read = read_json_lines if kind == "jsonl" else read_sharegpt4v
-        return FileExamples(read(Path(rest), root=Path(root) if root else None))
+        read_pairs = read_json_lines if kind == "jsonl" else read_sharegpt4v
+        return FileExamples(read_pairs(Path(rest), root=Path(root) if root else None))
     if kind in _WHOLE and (place := rest or root):
         return FileExamples(_WHOLE[kind](Path(place)))
     if kind in _IN_SPLITS:

@@ -70,7 +70,7 @@ class Shards:
     on this machine.
 
     Args:
-        folders: Of the indexes, each once; where the processes run they must have the same paths.
+        folders: Folders of the indexes, each once; where the processes run they must have the same paths.
         partial: When shards are missing: ``"refuse"`` raises, ``"mark"`` answers from the others and says so.
         timeout: Seconds to wait for the answers to a search.
         cpus, gpus: What each shard takes of the cluster. With ``gpus=0`` it searches on the CPU, by ``cpus`` threads.

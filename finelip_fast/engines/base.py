@@ -41,7 +41,7 @@ class Engine(ABC):
         fingerprint: Identifies the checkpoint; an index refuses another one.
         source: What the checkpoint was opened as; empty for the bundled one, absolute for a path.
         device: Where embeddings come out.
-        precision: Of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
+        precision: Precision of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
         description: Runtime, device and precision in a few words.
         reason: Why this engine and not another.
         export: The files that it runs; None: it runs the model itself.

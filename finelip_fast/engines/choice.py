@@ -50,10 +50,10 @@ def open_engine(
     Args:
         name: ``"auto"`` takes the fastest that can run here, as measured the first time on this machine; any other name gives
             that engine or an error.
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         device: Where to run; None: a GPU if there is one.
-        precision: Of the exported files; None: the fastest of those that are there.
-        threads: Of ONNX Runtime on the CPU; None: as many as PyTorch uses.
+        precision: Precision of the exported files; None: the fastest available.
+        threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
         build: Export what is asked for where it is missing or does not fit; takes minutes.
 
     Raises:
@@ -81,10 +81,10 @@ def open_engine(
         if (reason := why_not(runtime)) is not None:
             absent[runtime] = reason
             continue
-        found = manifest.find(checkpoint, runtime, precision)
-        candidates += [_exported(checkpoint, device, export, threads) for export in found.exports]
-        absent |= found.damaged
-        if not found.exports and not found.damaged:
+        exports = manifest.find(checkpoint, runtime, precision)
+        candidates += [_exported(checkpoint, device, export, threads) for export in exports.exports]
+        absent |= exports.damaged
+        if not exports.exports and not exports.damaged:
             absent[runtime] = _none_found(checkpoint, runtime, precision)
     if name != "auto":
         if not candidates:
@@ -94,8 +94,8 @@ def open_engine(
             return candidates[0].open("asked for")
     else:
         label = f"torch {'float16' if find_device(device).type == 'cuda' else 'float32'}"
-        which = candidates[0].identity if candidates else ""
-        candidates.append(Candidate(label, functools.partial(_torch, checkpoint, device), which))
+        identity = candidates[0].identity if candidates else ""
+        candidates.append(Candidate(label, functools.partial(_torch, checkpoint, device), identity))
     return fastest(candidates, absent)
 
 
@@ -120,7 +120,7 @@ def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -
     Each is timed once on a machine; what was found is kept in this user's cache.
 
     Args:
-        candidates: At least one.
+        candidates: Engines to choose from, at least one.
         absent: Names of others, and why they are not candidates; told in the engine's reason.
 
     Raises:
@@ -139,7 +139,7 @@ def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -
                 continue
             times.add(candidate, known)
         seconds[candidate.label] = known
-    for candidate in sorted(candidates, key=lambda one: seconds.get(one.label, math.inf)):
+    for candidate in sorted(candidates, key=lambda entry: seconds.get(entry.label, math.inf)):
         if candidate.label in refused:
             continue
         try:
@@ -154,11 +154,9 @@ def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -
 
 def _reason(chosen: str, seconds: dict[str, float], refused: dict[str, str]) -> str:
     parts = []
-    others = {label: time for label, time in seconds.items() if label != chosen and label not in refused}
-    if others:
-        slower = ", ".join(
-            f"{label} {1000 * time:.0f} ms" for label, time in sorted(others.items(), key=lambda x: x[1])
-        )
+    timed = {label: time for label, time in seconds.items() if label != chosen and label not in refused}
+    if timed:
+        slower = ", ".join(f"{label} {1000 * time:.0f} ms" for label, time in sorted(timed.items(), key=lambda x: x[1]))
         parts.append(f"fastest here: {1000 * seconds[chosen]:.0f} ms a picture and a caption, {slower}")
     parts += [f"not {label}: {why}" for label, why in refused.items()]
     return "; ".join(parts) or "the only candidate"
@@ -188,8 +186,8 @@ class _Times:
         self._path = cache_folder() / "engine_times.json"
         self._seconds: dict[str, float] = {}
         with contextlib.suppress(EngineError):  # lost times are measured again
-            kept = read_json(self._path, error=EngineError, kind=dict, max_bytes=1 << 22)
-            self._seconds = {key: time for key, time in kept.items() if type(time) is float and time > 0}
+            record = read_json(self._path, error=EngineError, kind=dict, max_bytes=1 << 22)
+            self._seconds = {key: time for key, time in record.items() if type(time) is float and time > 0}
 
     def known(self, candidate: Candidate) -> float | None:
         return self._seconds.get(self._key(candidate))
@@ -218,10 +216,10 @@ def _torch(checkpoint: str | PathLike[str] | None, device: str | torch.device | 
 def _exported(
     checkpoint: str | PathLike[str] | None, device: str | torch.device | None, export: Export, threads: int | None
 ) -> Candidate:
-    made = export.manifest
+    manifest_of_export = export.manifest
 
     def open_it(reason: str) -> Engine:
-        if made.runtime == "onnx":
+        if manifest_of_export.runtime == "onnx":
             from finelip_fast.engines.onnx import OnnxEngine
 
             return OnnxEngine(checkpoint, export, device, threads=threads, reason=reason)
@@ -229,9 +227,13 @@ def _exported(
 
         return TrtEngine(checkpoint, export, device, reason=reason)
 
-    runtimes = installed("onnxruntime", "onnxruntime-gpu") if made.runtime == "onnx" else made.options.get("version")
-    identity = f"{runtimes}, {threads} threads, {sorted(made.files.values())}, on {device}"
-    return Candidate(f"{made.runtime} {made.precision}", open_it, identity)
+    runtimes = (
+        installed("onnxruntime", "onnxruntime-gpu")
+        if manifest_of_export.runtime == "onnx"
+        else manifest_of_export.options.get("version")
+    )
+    identity = f"{runtimes}, {threads} threads, {sorted(manifest_of_export.files.values())}, on {device}"
+    return Candidate(f"{manifest_of_export.runtime} {manifest_of_export.precision}", open_it, identity)
 
 
 def _none_found(checkpoint: str | PathLike[str] | None, runtime: str, precision: str | None) -> str:
@@ -260,12 +262,12 @@ def _build(
             return
     arguments = manifest.rebuild_arguments(checkpoint, name, precision)
     command = [sys.executable, "-m", "finelip_fast.cli", *arguments]
-    told = b""
+    output = b""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stderr is not None
         while part := process.stderr.read(4096):  # progress, as it comes
             sys.stderr.write(part.decode(errors="replace"))
             sys.stderr.flush()
-            told = (told + part)[-2000:]
+            output = (output + part)[-2000:]
     if process.returncode:
-        raise EngineError(f"{shlex.join(['finelip', *arguments])} failed: {told.decode(errors='replace').strip()}")
+        raise EngineError(f"{shlex.join(['finelip', *arguments])} failed: {output.decode(errors='replace').strip()}")

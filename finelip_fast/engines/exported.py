@@ -26,7 +26,7 @@ class ExportedEngine(Engine):
     """Encoders in files beside a checkpoint.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         export: The files. Their manifest is compared with the checkpoint before any of them is read, and what is run are
             the bytes whose hash it names.
         device: Where they run.
@@ -63,8 +63,14 @@ class ExportedEngine(Engine):
         self._rebuild = rebuild_command(checkpoint, self.name, manifest.precision, ["--again"])
         # Before a byte of the files is read.
         wrong = export.differences(self.fingerprint, **expected)
-        made, here = (json.loads(json.dumps(config)) for config in (manifest.config, self.config.to_dict()))
-        wrong += [f"config: made for another {name!r:.40}" for name, value in made.items() if here.get(name) != value]
+        exported_config, checkpoint_config = (
+            json.loads(json.dumps(config)) for config in (manifest.config, self.config.to_dict())
+        )
+        wrong += [
+            f"config: made for another {name!r:.40}"
+            for name, value in exported_config.items()
+            if checkpoint_config.get(name) != value
+        ]
         if wrong:
             raise export.refused(wrong, self._rebuild)
         self._largest_file = _LARGEST_BESIDE_WEIGHTS + _BYTES_A_WEIGHT * self.config.parameters

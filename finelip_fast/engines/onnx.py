@@ -20,10 +20,10 @@ class OnnxEngine(ExportedEngine):
     """Graphs that ``finelip export onnx`` wrote and proved.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
-        export: Which graphs; see :func:`finelip_fast.runtimes.manifest.find`.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
+        export: Graphs to run; see :func:`finelip_fast.runtimes.manifest.find`.
         device: None takes a GPU if there is one and ONNX Runtime was built for it.
-        threads: For products on the CPU; None: as many as PyTorch uses.
+        threads: Number of threads on the CPU; None: as many as PyTorch uses.
         reason: Why this engine was chosen.
 
     Raises:
@@ -84,13 +84,13 @@ class OnnxEngine(ExportedEngine):
         proto = graph.parse(content, file, weights=False)
         wrong = graph.interface_problems(proto, name, self.config)
         opset = {entry.domain: entry.version for entry in proto.opset_import}.get("")
-        if opset != (named := self.export.manifest.options.get("opset", opset)):
-            wrong.append(f"opset: made for {named}, found {opset}")
+        if opset != (recorded := self.export.manifest.options.get("opset", opset)):
+            wrong.append(f"opset: made for {recorded}, found {opset}")
         if wrong:
             raise self.export.refused([f"{file}: {problem}" for problem in wrong], self._rebuild)
-        beside = {other: self._content(other) for other in graph.external_files(proto, file)}
+        beside = {external: self._content(external) for external in graph.external_files(proto, file)}
         return OnnxGraph(content, self.device, name=file, beside=beside, threads=self._threads)
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    return torch.device("cpu") if wanted is None and not has_cuda() else find_device(wanted)
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device("cpu") if device is None and not has_cuda() else find_device(device)

@@ -18,7 +18,7 @@ class TorchEngine(Engine):
     """The model itself, without gradients.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         device: None takes a GPU if there is one.
         reason: Why this engine was chosen.
 

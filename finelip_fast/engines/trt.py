@@ -19,8 +19,8 @@ class TrtEngine(ExportedEngine):
     """Plans that ``finelip export trt`` built and proved.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
-        export: Which plans; see :func:`finelip_fast.runtimes.manifest.find`.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
+        export: Plans to run; see :func:`finelip_fast.runtimes.manifest.find`.
         device: A CUDA device; None takes the current one.
         precision: What the plans must be; None: whatever they are.
         profile: The optimisation profile that they must have, by its name; None: whichever it is.
@@ -45,36 +45,36 @@ class TrtEngine(ExportedEngine):
         profile: str | None = None,
         reason: str = "asked for",
     ) -> None:
-        made = export.manifest
+        manifest = export.manifest
         refuse_others(export, checkpoint, precision, profile)
         if (why := trt.why_not()) is not None:
             raise EngineError(f"engine='trt' cannot run: {why}; use engine='torch'")
-        found = find_device(device)
-        if found.type != "cuda":
-            raise EngineError(f"expected a CUDA device for engine='trt', got {str(found)!r}")
-        here = trt.machine(found, made.options.get("module"))
-        expected = expected_options(made.options, here)
-        if not made.proven and all(made.options.get(name) == value for name, value in expected.items()):
-            command = rebuild_command(checkpoint, "trt", made.precision, ["--prove", "--out", str(export.folder)])
+        gpu = find_device(device)
+        if gpu.type != "cuda":
+            raise EngineError(f"expected a CUDA device for engine='trt', got {str(gpu)!r}")
+        machine = trt.machine(gpu, manifest.options.get("module"))
+        expected = expected_options(manifest.options, machine)
+        if not manifest.proven and all(manifest.options.get(name) == value for name, value in expected.items()):
+            command = rebuild_command(checkpoint, "trt", manifest.precision, ["--prove", "--out", str(export.folder)])
             raise EngineError(
                 f"{export.folder} cannot be used: proof: it was never compared with the model. Prove it here: {command}"
             )
-        super().__init__(checkpoint, export, found, reason=reason, **expected, **_graphs_beside(checkpoint, made))
-        host_code = bool(made.options.get("version_compatible"))
+        super().__init__(checkpoint, export, gpu, reason=reason, **expected, **_graphs_beside(checkpoint, manifest))
+        host_code = bool(manifest.options.get("version_compatible"))
         image, text = (
-            TrtPlan(self._content(name), name, found, module=here.module, host_code=host_code)
+            TrtPlan(self._content(name), name, gpu, module=machine.module, host_code=host_code)
             for name in ("image.plan", "text.plan")
         )
         self._image, self._text = image, text
         self._largest_batch = min(image.largest_batch, text.largest_batch)
-        self.description = f"{here.gpu}, {made.precision}, {made.options['profile']['name']}"
+        self.description = f"{machine.gpu}, {manifest.precision}, {manifest.options['profile']['name']}"
 
 
-def _graphs_beside(checkpoint: str | PathLike[str] | None, made: Manifest) -> dict[str, Any]:
+def _graphs_beside(checkpoint: str | PathLike[str] | None, manifest: Manifest) -> dict[str, Any]:
     """The option ``onnx`` that plans must have where the graphs of their precision are there, too: made from just those."""
-    precision = trt.ONNX_PRECISION.get(made.precision, made.precision)
+    precision = trt.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     beside = find(checkpoint, "onnx", precision).exports
-    return {"onnx": {name: beside[0].manifest.files.get(name) for name in made.options["onnx"]}} if beside else {}
+    return {"onnx": {name: beside[0].manifest.files.get(name) for name in manifest.options["onnx"]}} if beside else {}
 
 
 def refuse_others(
@@ -85,15 +85,15 @@ def refuse_others(
     Raises:
         EngineError: Says what differs, and the command that makes what was asked for.
     """
-    made = export.manifest
-    there = made.options.get("profile", {}).get("name")
-    asked = {"precision": (made.precision, precision), "profile": (there, profile)}
+    manifest = export.manifest
+    built_profile = manifest.options.get("profile", {}).get("name")
+    requests = {"precision": (manifest.precision, precision), "profile": (built_profile, profile)}
     wrong = [
-        f"{name}: made for {was!r}, asked for {wanted!r}"
-        for name, (was, wanted) in asked.items()
-        if wanted is not None and was != wanted
+        f"{name}: made for {was!r}, asked for {requested!r}"
+        for name, (was, requested) in requests.items()
+        if requested is not None and was != requested
     ]
     if wrong:
-        options = ["--profile", profile or there] if profile or there else []
-        command = rebuild_command(checkpoint, "trt", precision or made.precision, options)
+        options = ["--profile", profile or built_profile] if profile or built_profile else []
+        command = rebuild_command(checkpoint, "trt", precision or manifest.precision, options)
         raise EngineError(f"{export.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {command}")

@@ -40,16 +40,16 @@ class StoredRows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, which: slice | Tensor, /) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
         """Rows of a slice without steps, or of int64 numbers."""
-        if isinstance(which, slice):
-            first, last, _ = which.indices(self._count)
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(self._count)
             pieces = []
             for number in range(first // self._size, -(-last // self._size)):
                 start = number * self._size
                 pieces.append(self._part(number)[max(0, first - start) : last - start])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return torch.stack([self._part(row // self._size)[row % self._size] for row in which.tolist()])
+        return torch.stack([self._part(row // self._size)[row % self._size] for row in rows.tolist()])
 
     def _part(self, number: int) -> Tensor:
         part = self._parts[number]
@@ -90,11 +90,11 @@ class PartFolder:
             return False
         try:
             with safe_open(self.path(number), framework="pt") as file:
-                said, found = file.metadata() or {}, file.get_tensor(_ROWS)
+                facts, stored = file.metadata() or {}, file.get_tensor(_ROWS)
         except (SafetensorError, OSError):  # a damaged one
             return False
-        fits = found.ndim == 3 and len(found) == rows
-        return fits and said.get("key") == self.key and said.get("sha256") == _hash(found)
+        fits = stored.ndim == 3 and len(stored) == rows
+        return fits and facts.get("key") == self.key and facts.get("sha256") == _hash(stored)
 
     def write(self, number: int, rows: Tensor) -> Path:
         """Write part ``number``, whole or not at all.

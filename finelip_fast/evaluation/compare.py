@@ -53,15 +53,21 @@ class Comparison:
         metrics = [f"{way} {head}" if head == "R@1" or not short else head for way in WAYS for head in _HEADS]
         runs = [["run", "checkpoint", "engine", "context", "score", *metrics]]
         tests = [
-            ["run", "context", "score", "against", *(f"{way} R@1 {what}" for way in WAYS for what in ("[95 %]", "p"))]
+            [
+                "run",
+                "context",
+                "score",
+                "against",
+                *(f"{way} R@1 {quantity}" for way in WAYS for quantity in ("[95 %]", "p")),
+            ]
         ]
         for row in self.rows:
             name = Path(row["checkpoint"]).name[-24:] if short else row["checkpoint"]
             about = [row["run"], name, f"{row['engine']} {row['precision']}", str(row["context"]), row["score"]]
             runs.append([*about, *(f"{100 * row[f'{way}_{metric}']:.1f}" for way in WAYS for metric in _NAMES)])
             if row["against"] is not None:
-                told = [text for way in WAYS for text in _told(row, way)]
-                tests.append([row["run"], str(row["context"]), row["score"], f"context {row['against']}", *told])
+                cells = [text for way in WAYS for text in _told(row, way)]
+                tests.append([row["run"], str(row["context"]), row["score"], f"context {row['against']}", *cells])
         return [runs, tests] if len(tests) > 1 else [runs]
 
 
@@ -72,7 +78,7 @@ def compare(files: Sequence[str | Path]) -> Comparison:
     longest.
 
     Args:
-        files: At least two, of the same pairs.
+        files: Results of the same pairs, at least two.
 
     Raises:
         InputError: Fewer files, one that is no evaluation, or runs on different pairs.
@@ -91,33 +97,33 @@ def compare(files: Sequence[str | Path]) -> Comparison:
                 f"{_differs(run, baseline)}; evaluate both on the same data"
             )
         for row in run.rows:
-            other = None if run is baseline else _counterpart(baseline.rows, row)
+            counterpart = None if run is baseline else _counterpart(baseline.rows, row)
             about = {"run": name, **{key: getattr(run, key) for key in ("checkpoint", "engine", "precision", "alpha")}}
             metrics = {f"{way}_{metric}": row.metrics[f"{way}_{metric}"] for way in WAYS for metric in _NAMES}
-            tests = {"against": other and other.context, **_tests(other, row, run.picture_of)}
+            tests = {"against": counterpart and counterpart.context, **_tests(counterpart, row, run.picture_of)}
             rows.append(about | {"context": row.context, "score": row.score} | metrics | tests)
     return Comparison(baseline.data, rows)
 
 
 def _tests(baseline: Row | None, row: Row, picture_of: list[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    tests: dict[str, Any] = {}
     for way in WAYS:
         if baseline is None:
-            found |= {f"{way}_{name}": None for name in ("difference", "interval", "p")}
+            tests |= {f"{way}_{name}": None for name in ("difference", "interval", "p")}
             continue
-        before, after = (torch.tensor(one.ranks[way]) <= 1 for one in (baseline, row))
+        before, after = (torch.tensor(measured.ranks[way]) <= 1 for measured in (baseline, row))
         differences = after.double() - before.double()
         shared = way == "t2i" and len(set(picture_of)) < len(picture_of)
         groups = torch.tensor(picture_of) if shared else None
-        found[f"{way}_difference"] = differences.mean().item()
-        found[f"{way}_interval"] = bootstrap_interval(differences, groups=groups)
-        found[f"{way}_p"] = None if shared else mcnemar(before, after)
-    return found
+        tests[f"{way}_difference"] = differences.mean().item()
+        tests[f"{way}_interval"] = bootstrap_interval(differences, groups=groups)
+        tests[f"{way}_p"] = None if shared else mcnemar(before, after)
+    return tests
 
 
 def _counterpart(rows: list[Row], row: Row) -> Row | None:
-    same = {one.context: one for one in rows if one.score == row.score}
-    return same.get(row.context) or (same[max(same)] if same else None)
+    by_context = {candidate.context: candidate for candidate in rows if candidate.score == row.score}
+    return by_context.get(row.context) or (by_context[max(by_context)] if by_context else None)
 
 
 def _described(run: Evaluation) -> str:

@@ -80,12 +80,12 @@ def evaluate(
     encoder = _Encoder(engine, Path(cache) if cache is not None else None, batch_size, progress)
     known, sweep = survey(pairs, stamps=cache is not None), None
     if validation is not None:
-        other = survey(validation, stamps=cache is not None)
-        if other.fingerprint == known.fingerprint:
+        validation_survey = survey(validation, stamps=cache is not None)
+        if validation_survey.fingerprint == known.fingerprint:
             raise InputError(
                 "expected validation pairs other than the measured ones, got the same: alpha would be chosen on the test"
             )
-        sweep = _sweep(encoder, validation, other, context_lengths[-1], validation_data)
+        sweep = _sweep(encoder, validation, validation_survey, context_lengths[-1], validation_data)
         alpha = sweep.best
     started = time.perf_counter()
     images, picture_of = encoder.images(pairs, known), torch.tensor(known.picture_of)
@@ -94,8 +94,8 @@ def evaluate(
         started = time.perf_counter()
         texts = encoder.texts(known, context)
         text_seconds = time.perf_counter() - started
-        found = tiled_ranks(images, texts, picture_of, (1.0, 0.0, alpha), device=engine.device, progress=progress)
-        for score, ranks in zip(SCORES, found, strict=True):
+        measured = tiled_ranks(images, texts, picture_of, (1.0, 0.0, alpha), device=engine.device, progress=progress)
+        for score, ranks in zip(SCORES, measured, strict=True):
             rows.append(Row.of(context, score, dict(zip(WAYS, ranks, strict=True)), picture_of))
     return Evaluation(
         data=data,
@@ -119,11 +119,11 @@ def evaluate(
 
 def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, data: str) -> Sweep:
     images, texts, picture_of = encoder.images(pairs, known), encoder.texts(known, context), known.picture_of
-    found = tiled_ranks(
+    swept = tiled_ranks(
         images, texts, torch.tensor(picture_of), ALPHAS, device=encoder.engine.device, progress=encoder.progress
     )
     tried = []
-    for alpha, ranks in zip(ALPHAS, found, strict=True):
+    for alpha, ranks in zip(ALPHAS, swept, strict=True):
         metrics = pair_summary(ranks)
         names = (f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))
         tried.append({"alpha": alpha, **{name: metrics[name] for name in names}})
@@ -151,9 +151,9 @@ class _Encoder:
                 bar.update(len(batch))
             return torch.cat(blocks)
 
-        which = {"images": hash_of([*known.ids, *map(str, known.stamps)]), "pixels": repr(self.engine.preprocess)}
+        identity = {"images": hash_of([*known.ids, *map(str, known.stamps)]), "pixels": repr(self.engine.preprocess)}
         with self._bar(len(known.ids), "image") as bar:
-            return embed_in_parts(len(known.ids), embed, self._folder(which), bar.update)
+            return embed_in_parts(len(known.ids), embed, self._folder(identity), bar.update)
 
     def texts(self, known: Survey, context: int) -> StoredRows:
         """Embeddings of the captions, cut at ``context`` tokens."""
@@ -166,18 +166,18 @@ class _Encoder:
             bar.update(last - first)
             return rows
 
-        which = {"captions": hash_of(known.captions), "context": context}
+        identity = {"captions": hash_of(known.captions), "context": context}
         with self._bar(len(known.captions), "caption") as bar:
-            return embed_in_parts(len(known.captions), embed, self._folder(which), bar.update)
+            return embed_in_parts(len(known.captions), embed, self._folder(identity), bar.update)
 
-    def _folder(self, which: dict[str, Any]) -> PartFolder | None:
+    def _folder(self, identity: dict[str, Any]) -> PartFolder | None:
         if self.cache is None:
             return None
         engine = self.engine
         return PartFolder(
             self.cache,
             {
-                **which,
+                **identity,
                 "checkpoint": engine.fingerprint,
                 "engine": engine.name,
                 "precision": engine.precision,

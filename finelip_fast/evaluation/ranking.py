@@ -24,7 +24,7 @@ class Rows(Protocol):
     """Embeddings ``[N, L, D]``, read by slices or by int64 numbers of rows, such as a tensor."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, which: slice | Tensor, /) -> Tensor: ...
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
 
 def tiled_ranks(
@@ -70,9 +70,9 @@ def tiled_ranks(
     to_beat, counts = [], []
     for alpha in alphas:
         # A right item that is NaN is behind all wrong ones.
-        own = _combined(own_global, own_fine, alpha).nan_to_num(nan=-torch.inf)
-        best = torch.full((pictures,), -torch.inf, device=device).scatter_reduce(0, owners, own, "amax")
-        to_beat.append((best - TOLERANCE, own - TOLERANCE))
+        right_score = _combined(own_global, own_fine, alpha).nan_to_num(nan=-torch.inf)
+        best = torch.full((pictures,), -torch.inf, device=device).scatter_reduce(0, owners, right_score, "amax")
+        to_beat.append((best - TOLERANCE, right_score - TOLERANCE))
         counts.append((torch.ones(pictures, dtype=torch.int64, device=device), torch.ones_like(owners)))
     tiles = -(-pictures // tile) * -(-captions // tile)
     with tqdm(total=tiles, unit="tile", desc="ranks", disable=not progress, mininterval=0.5) as bar, torch.no_grad():
@@ -84,25 +84,27 @@ def tiled_ranks(
                 columns = slice(left, min(left + tile, captions))
                 global_scores, fine = _both_scores(some_images, texts[columns].to(device))
                 wrong = owners[columns] != numbers
-                for alpha, (best, own), (i2t, t2i) in zip(alphas, to_beat, counts, strict=True):
+                for alpha, (best, right_score), (i2t, t2i) in zip(alphas, to_beat, counts, strict=True):
                     scores = _combined(global_scores, fine, alpha)
                     # So written that NaN counts against, too.
                     i2t[rows] += (wrong & ~(scores < best[rows, None])).sum(dim=1)
-                    t2i[columns] += (wrong & ~(scores < own[columns])).sum(dim=0)
+                    t2i[columns] += (wrong & ~(scores < right_score[columns])).sum(dim=0)
                 bar.update()
     return [(i2t.cpu(), t2i.cpu()) for i2t, t2i in counts]
 
 
 def _own_scores(images: Rows, texts: Rows, picture_of: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """The global cosine and ``fine`` of each caption with its own picture, ``[C]`` each."""
-    found = []
+    pieces = []
     for owners, first in zip(picture_of.split(_OWN), range(0, len(picture_of), _OWN), strict=True):
         numbers, row_of = owners.unique(return_inverse=True)
         some_texts = texts[first : first + len(owners)]
-        both = _both_scores(images[numbers].to(device or some_texts.device), some_texts.to(device or some_texts.device))
+        pair_scores = _both_scores(
+            images[numbers].to(device or some_texts.device), some_texts.to(device or some_texts.device)
+        )
         column = torch.arange(len(owners))
-        found.append([scores[row_of.to(scores.device), column.to(scores.device)] for scores in both])
-    own_global, own_fine = zip(*found, strict=True)
+        pieces.append([scores[row_of.to(scores.device), column.to(scores.device)] for scores in pair_scores])
+    own_global, own_fine = zip(*pieces, strict=True)
     return torch.cat(own_global), torch.cat(own_fine)
 
 

@@ -29,9 +29,9 @@ class Row:
     Attributes:
         context: Longest caption in tokens.
         score: ``"global"``, ``"fine"`` or ``"combined"``.
-        metrics: For each of ``i2t`` and ``t2i``: ``recall@1``, ``@5``, ``@10`` and ``mrr`` in [0, 1], ``mean_rank``,
+        metrics: Measures of ``i2t`` and of ``t2i``: ``recall@1``, ``@5``, ``@10`` and ``mrr`` in [0, 1], ``mean_rank``,
             ``median_rank``; as ``i2t_recall@1``.
-        intervals: Of recall and mrr, 95 % bootstrap intervals ``(low, high)``; captions of one picture are drawn together.
+        intervals: 95 % bootstrap intervals ``(low, high)`` of recall and mrr; captions of one picture are drawn together.
         ranks: ``i2t`` of the pictures and ``t2i`` of the captions, in the order of the data; 1 is best.
     """
 
@@ -72,7 +72,7 @@ class Sweep:
         pairs_fingerprint: Theirs.
         pairs: How many.
         context: Longest caption in tokens.
-        tried: For each weight ``alpha``, with recall@1 and mrr of both directions, as ``i2t_recall@1``.
+        tried: Each weight ``alpha`` with recall@1 and mrr of both directions, as ``i2t_recall@1``.
     """
 
     data: str
@@ -95,7 +95,7 @@ class Evaluation:
         data: What the pairs are called; empty where no one said.
         checkpoint, checkpoint_fingerprint: What was measured: where it was opened from, and what identifies its weights.
         engine, precision, device: On what: ``"torch"``, ``"fp32"``, ``"cpu"``.
-        version: Of this library.
+        version: Version of this library.
         pairs_fingerprint: Equal for equal captions and names of pictures in equal order.
         pictures: How many.
         pairs: How many captions; a picture may have several.
@@ -183,27 +183,36 @@ def _nested(row: dict[str, Any]) -> dict[str, Any]:
     return {**about, "ranks": ranks, "metrics": row}
 
 
-def _check(found: Evaluation) -> None:
+def _check(evaluation: Evaluation) -> None:
     """Refuse what no evaluation gives; of the types that it gives are its values already."""
-    described = set(found.picture_of)
-    _require(len(found.picture_of) == found.pairs > 0, f"picture_of of {found.pairs} captions", len(found.picture_of))
+    described = set(evaluation.picture_of)
     _require(
-        len(described) == found.pictures and min(described) == 0 and max(described) == found.pictures - 1,
-        f"picture_of with each of the {found.pictures} pictures",
+        len(evaluation.picture_of) == evaluation.pairs > 0,
+        f"picture_of of {evaluation.pairs} captions",
+        len(evaluation.picture_of),
+    )
+    _require(
+        len(described) == evaluation.pictures and min(described) == 0 and max(described) == evaluation.pictures - 1,
+        f"picture_of with each of the {evaluation.pictures} pictures",
         len(described),
     )
-    _require(0 <= found.alpha <= 1, "alpha in [0, 1]", found.alpha)
-    _require(min(found.image_seconds, found.text_seconds) >= 0, "times of at least 0 s", found.image_seconds)
-    _require(bool(found.rows), "rows", found.rows)
-    kinds = [(row.context, row.score) for row in found.rows]
+    _require(0 <= evaluation.alpha <= 1, "alpha in [0, 1]", evaluation.alpha)
+    _require(
+        min(evaluation.image_seconds, evaluation.text_seconds) >= 0, "times of at least 0 s", evaluation.image_seconds
+    )
+    _require(bool(evaluation.rows), "rows", evaluation.rows)
+    kinds = [(row.context, row.score) for row in evaluation.rows]
     _require(len(set(kinds)) == len(kinds), "each context and score once", kinds)
-    for row in found.rows:
+    for row in evaluation.rows:
         _require(row.context >= 3 and row.score in SCORES, f"a context and one of {SCORES}", (row.context, row.score))
-        for way, count, others in (("i2t", found.pictures, found.pairs), ("t2i", found.pairs, found.pictures)):
+        for way, count, targets in (
+            ("i2t", evaluation.pictures, evaluation.pairs),
+            ("t2i", evaluation.pairs, evaluation.pictures),
+        ):
             ranks = row.ranks[way]
             _require(len(ranks) == count, f"{way} ranks of {count} queries", len(ranks))
             _require(
-                min(ranks) >= 1 and max(ranks) <= others, f"{way} ranks from 1 to {others}", (min(ranks), max(ranks))
+                min(ranks) >= 1 and max(ranks) <= targets, f"{way} ranks from 1 to {targets}", (min(ranks), max(ranks))
             )
         metrics = pair_summary(torch.tensor(row.ranks[way]) for way in WAYS)
         _require(
@@ -216,14 +225,14 @@ def _check(found: Evaluation) -> None:
         _require(row.intervals.keys() == shares, f"intervals of {sorted(shares)}", sorted(row.intervals))
         for low, high in row.intervals.values():
             _require(0 <= low <= high <= 1, "intervals (low, high) in [0, 1]", (low, high))
-    if sweep := found.sweep:
+    if sweep := evaluation.sweep:
         names = {"alpha", *(f"{way}_{name}" for way in WAYS for name in ("recall@1", "mrr"))}
         _require(sweep.pairs > 0 and sweep.context >= 3, "a sweep of pairs at a context", (sweep.pairs, sweep.context))
         _require(bool(sweep.tried), "weights that were tried", sweep.tried)
         for tried in sweep.tried:
             fits = tried.keys() == names and all(0 <= value <= 1 for value in tried.values())
             _require(fits, f"{sorted(names)} in [0, 1]", tried)
-        _require(found.alpha == sweep.best, f"the best alpha of the sweep, {sweep.best}", found.alpha)
+        _require(evaluation.alpha == sweep.best, f"the best alpha of the sweep, {sweep.best}", evaluation.alpha)
 
 
 def _require(condition: bool, expected: str, value: object) -> None:

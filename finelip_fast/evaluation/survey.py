@@ -17,10 +17,10 @@ class Survey:
     """Captions, and which picture each describes.
 
     Attributes:
-        captions: As the dataset gives them.
+        captions: Captions in the dataset's order.
         picture_of: Number of each caption's picture, in the order in which pictures first come.
-        ids: Of the pictures, by number.
-        first: Which pair each picture is read from.
+        ids: Ids of the pictures, by number.
+        first: Number of the pair that each picture is read from.
         stamps: Size in bytes and time of change in nanoseconds of pictures that are files, None of others; empty unless
             asked for.
         fingerprint: SHA-256 in hex of captions and pictures' names; equal for one dataset in different folders, since of a
@@ -47,7 +47,7 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
     captions: list[str] = []
     picture_of: list[int] = []
     first: list[int] = []
-    found: list[tuple[int, int] | None] = []
+    file_stamps: list[tuple[int, int] | None] = []
     numbers: dict[str, int] = {}
     for index in range(len(pairs)):
         example = look(index)
@@ -55,13 +55,13 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
         if number == len(first):
             first.append(index)
             if stamps:
-                found.append(_stamp(example.image))
+                file_stamps.append(_stamp(example.image))
         captions.append(example.caption)
         picture_of.append(number)
     ids = list(numbers)
     names = [name.replace("\\", "/").rpartition("/")[2] for name in ids]
     fingerprint = hash_of([*names, *(f"{n} {text}" for n, text in zip(picture_of, captions, strict=True))])
-    return Survey(captions, picture_of, ids, first, found, fingerprint)
+    return Survey(captions, picture_of, ids, first, file_stamps, fingerprint)
 
 
 def hash_of(texts: Iterable[str]) -> str:
@@ -78,7 +78,7 @@ def _stamp(image: Any) -> tuple[int, int] | None:
     if not isinstance(image, (str, os.PathLike)):
         return None
     try:
-        found = os.stat(image)
+        status = os.stat(image)
     except (OSError, ValueError):  # said when the picture is read; ValueError: a name that no file can have
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

@@ -48,8 +48,8 @@ class Word:
     @property
     def bare(self) -> str:
         """The word without the punctuation around it, as it is named in a sentence; a word of nothing else as it is."""
-        kept = [at for at, letter in enumerate(self.text) if not unicodedata.category(letter).startswith("P")]
-        return self.text[kept[0] : kept[-1] + 1] if kept else self.text
+        letters = [at for at, letter in enumerate(self.text) if not unicodedata.category(letter).startswith("P")]
+        return self.text[letters[0] : letters[-1] + 1] if letters else self.text
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Explanation:
     embeddings.
 
     Attributes:
-        caption: As given; words beyond the context do not count.
+        caption: Description as it was given; words beyond the context do not count.
         words: Those that were read.
         score: ``alpha * global_score + (1 - alpha) * fine_score``.
         global_score, fine_score, alpha: Its parts.
@@ -132,12 +132,12 @@ class Explanation:
         """
         adds = (1 - self.alpha) * match_weights(self.similarity) * self.similarity
         order = adds.abs().flatten().argsort(descending=True, stable=True)[: min(k, int(adds.count_nonzero()))]
-        found = []
+        matches = []
         for text_row, image_row in (divmod(at, adds.shape[1]) for at in order.tolist()):
             shares = [float(self.text_weights[text_row, word.first : word.last].sum()) for word in self.words]
             words = sorted(zip(self.words, shares, strict=True), key=lambda pair: -pair[1]) if text_row else []
             weights, patches = self.image_weights[image_row, 1:].topk(min(parts, self.side**2) if image_row else 0)
-            found.append(
+            matches.append(
                 Match(
                     text_row,
                     image_row,
@@ -147,7 +147,7 @@ class Explanation:
                     tuple(zip(patches.tolist(), weights.tolist(), strict=True)),
                 )
             )
-        return found
+        return matches
 
     def tokens_of(self, phrase: str | tuple[int, int]) -> tuple[int, int]:
         """The tokens ``(first, last + 1)`` of a phrase, grown to whole words.
@@ -160,12 +160,12 @@ class Explanation:
         """
         if isinstance(phrase, str):
             # Not by lower(): it can change the length of the text.
-            said = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
-            if said is None:
+            match = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
+            if match is None:
                 raise InputError(
                     f"expected words of the caption, got {phrase!r:.80}; the caption is {self.caption!r:.400}"
                 )
-            start, end = said.span()
+            start, end = match.span()
         else:
             start, end = phrase
             if not 0 <= start < end <= len(self.caption) or not self.caption[start:end].strip():
@@ -263,8 +263,8 @@ class Explanation:
         return {**scores, "side": self.side, "words": words, "matches": [asdict(match) for match in self.matches()]}
 
     def __str__(self) -> str:
-        told = self.to_dict()
-        most = sorted(told["words"], key=lambda word: -abs(word["adds"]))[:12]
+        values = self.to_dict()
+        most = sorted(values["words"], key=lambda word: -abs(word["adds"]))[:12]
         lines = [
             f"score {self.score:.4f} = {self.alpha:g} x global {self.global_score:.4f} "
             f"+ {1 - self.alpha:g} x fine {self.fine_score:.4f}",
@@ -294,7 +294,7 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
     """Take the score of a picture and a caption apart.
 
     Args:
-        model: In any precision; the explanation is computed in float32.
+        model: Model of any precision; the explanation is computed in float32.
         image: Anything that :func:`finelip_fast.preprocess.open_image` takes.
         caption: Cut at the context.
         alpha: Weight of the global cosine; None: the model's own.
@@ -320,11 +320,11 @@ def explain_pairs(
     patches = model.visual(pixels.to(model.device, model.dtype)).float()
     tokens, lengths = model.text_tokens(ids.to(model.device))
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
-    shown = (pixels * std + mean).clamp(0, 1)
+    pictures = (pixels * std + mean).clamp(0, 1)
     return [
         _explain(model, caption, own_patches, own_tokens[:length].float(), own_shown, alpha)
         for caption, own_patches, own_tokens, length, own_shown in zip(
-            captions, patches, tokens, lengths.tolist(), shown, strict=True
+            captions, patches, tokens, lengths.tolist(), pictures, strict=True
         )
     ]
 
@@ -349,10 +349,10 @@ def _explain(
     spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
 
     # A word has a token, and a token few letters: what lies beyond these is behind the context.
-    read = caption[: _LETTERS * len(tokens)]
-    spans = [match.span() for match in islice(re.finditer(r"\S+", read), 2 * len(tokens))]
-    found = zip(spans, token_spans(read, spans), strict=True)
-    words = (Word(caption[slice(*span)], *span, *place) for span, place in found)
+    start = caption[: _LETTERS * len(tokens)]
+    spans = [match.span() for match in islice(re.finditer(r"\S+", start), 2 * len(tokens))]
+    placed_spans = zip(spans, token_spans(start, spans), strict=True)
+    words = (Word(caption[slice(*span)], *span, *place) for span, place in placed_spans)
     return Explanation(
         caption,
         tuple(word for word in words if word.first < word.last < len(tokens)),

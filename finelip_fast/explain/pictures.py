@@ -44,13 +44,13 @@ def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: 
     light = torch.nn.functional.interpolate(_light(heat)[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
     figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=120)
     axes = figure.subplots(1, 2)
-    for axis, shown in zip(axes, (picture, picture * (0.15 + 0.85 * light[..., None])), strict=True):
-        axis.imshow(shown.numpy())
+    for axis, layer in zip(axes, (picture, picture * (0.15 + 0.85 * light[..., None])), strict=True):
+        axis.imshow(layer.numpy())
         axis.set_axis_off()
     axes[1].contour(light.numpy(), levels=[0.5, 0.8], colors="white", linewidths=[1, 2])
-    said = phrase if isinstance(phrase, str) else explanation.caption[slice(*phrase)]
-    said = printable(" ".join(said.split()))
-    figure.suptitle(said if len(said) < 80 else said[:77] + "…", parse_math=False, fontsize=10)
+    words = phrase if isinstance(phrase, str) else explanation.caption[slice(*phrase)]
+    words = printable(" ".join(words.split()))
+    figure.suptitle(words if len(words) < 80 else words[:77] + "…", parse_math=False, fontsize=10)
     return figure
 
 

@@ -63,7 +63,7 @@ def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
 def as_json(metadata: Any, item: str | None = None) -> str:
     """
     Args:
-        metadata: Of one item.
+        metadata: Metadata of one item.
         item: Its id, for the message.
 
     Raises:

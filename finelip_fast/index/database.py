@@ -40,7 +40,7 @@ class Connection(sqlite3.Connection):
     """A connection whose statements end.
 
     Attributes:
-        frozen: Of one that does not see changes of others: how the files were; None: it sees them.
+        frozen: State of the files, for a connection that does not see later changes; None: it sees them.
         sealed: Whether the rows carry checksums.
     """
 

@@ -212,7 +212,7 @@ class Index:
             embeddings: ``[n, L, D]``, unit rows.
             metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
                 64 MiB.
-            existing: Of ids that are there, as it turns out when no one else can write: an ``"error"``, ``"skip"`` the new
+            existing: What an id that is there, once no one else can write, means: an ``"error"``, ``"skip"`` the new
                 items, or ``"replace"`` the old ones, all in one change.
 
         Returns:
@@ -280,7 +280,7 @@ class Index:
             alpha: Weight of the global cosine; None: the spec's.
             mode: See :mod:`finelip_fast.index.search`.
             where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
-            candidates: Of a search in two stages; None: as it was tuned.
+            candidates: Number of candidates of a search in two stages; None: as it was tuned.
 
         Raises:
             InputError: ``k`` or ``candidates`` that are no integers from 1 on, ``alpha`` that is no number in [0, 1], queries
@@ -456,8 +456,8 @@ def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
     """The index in a folder, opened without its checkpoint: to look after it, or to search with embeddings.
 
     Args:
-        folder: Of the index.
-        options: As for :class:`Index`.
+        folder: Folder of the index.
+        options: Arguments of :class:`Index`.
 
     Raises:
         StoreError: There is none, or it cannot be read.

@@ -58,9 +58,9 @@ class Plan:
         disk: Embeddings, global embeddings, catalogue and lists.
         int8_copies: More on disk when it is searched by ``exact-int8`` (float16 only).
         memory: Bytes that each mode needs for what a search goes through to stay in memory; a GPU's, where it searches.
-        encode_seconds: To encode all on this machine; None: not measured.
+        encode_seconds: Time to encode all items on this machine; None: not measured.
         search_seconds: Seconds of one query in each mode; ``two-stage`` is the sum of ``globals`` and ``candidates``.
-        mode: Which to choose, and ``reason``.
+        mode: Mode to choose; ``reason`` says why.
     """
 
     items: int

@@ -193,7 +193,7 @@ def migrate(connection: Connection, spec: dict[str, Any]) -> None:
     """Inside a change: make a catalogue of an older format one of this.
 
     Args:
-        connection: To what :func:`prepare` found.
+        connection: Connection to the file that :func:`prepare` found.
         spec: What it says of itself, and what the older format did not tell.
     """
     fields = connection.run("SELECT sql FROM main.sqlite_master WHERE type = 'index' AND name LIKE 'field %'")

@@ -60,9 +60,9 @@ class Segment:
     """Embeddings of ``n`` items, in memory or mapped from a file.
 
     Attributes:
-        name: Of the file; in memory, any.
+        name: Name of the file; in memory, any name.
         arrays: What is in it, by the names above.
-        copies: On a GPU, by any names; they go with the segment.
+        copies: Copies on a GPU, by any names, which go with the segment.
     """
 
     def __init__(
@@ -304,7 +304,7 @@ def write_segment(folder: Path, arrays: dict[str, Tensor], *, prefix: str = "") 
 
     Args:
         folder: Where to.
-        arrays: Of :func:`encode` or :func:`joined`.
+        arrays: Arrays of :func:`encode` or :func:`joined`.
         prefix: What the file's name begins with.
 
     Returns:

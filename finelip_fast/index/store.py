@@ -53,7 +53,7 @@ class Store:
     Attributes:
         folder, segments_folder, cache_folder: Where things are; None: in memory, or the folder cannot be written to.
         fixed: The version that was asked for; None: the newest.
-        damaged: With ``skip_damaged``: why segments cannot be read, by their names.
+        damaged: Reasons why segments cannot be read, by their names, with ``skip_damaged``.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def tune(
     """Find how many candidates a search in two stages needs, and keep the choice with the index.
 
     Args:
-        index: In which.
+        index: Index to search.
         queries: Embeddings ``[Q, L, D]`` like those that will be searched for.
         answers: The id of the right item of each, for the change of recall@1; None: not known.
         agreement: Wanted mean share of the exact ``k`` best. The least number of candidates that gives it is chosen, or

@@ -68,7 +68,7 @@ def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
     """The graph in a file's content; weights beside it stay there.
 
     Args:
-        content: Of the file.
+        content: Content of the file.
         name: What messages call it.
         weights: Keep the values of the graph's constants; without them it takes next to no time and memory.
 
@@ -169,20 +169,20 @@ def interface_problems(graph: ModelProto, name: str, config: FineLIPConfig) -> l
     weights = {tensor.name for tensor in graph.graph.initializer}
     wrong = []
     for kind, ports, values in (
-        ("input", expected.inputs, [one for one in graph.graph.input if one.name not in weights]),
+        ("input", expected.inputs, [value_info for value_info in graph.graph.input if value_info.name not in weights]),
         ("output", expected.outputs, graph.graph.output),
     ):
-        found = {value.name: _port(value) for value in values}
-        if list(found) != list(ports):
-            wrong.append(f"expected {kind}s {list(ports)}, got {list(found)}")
+        present = {value.name: _port(value) for value in values}
+        if list(present) != list(ports):
+            wrong.append(f"expected {kind}s {list(ports)}, got {list(present)}")
             continue
         for port, (dtype, axes) in ports.items():
-            if found[port].dtype != dtype:
-                wrong.append(f"{port}: expected {dtype}, got {found[port].dtype}")
-            if len(found[port].axes) != len(axes):
-                wrong.append(f"{port}: expected {len(axes)} axes, got {len(found[port].axes)}")
+            if present[port].dtype != dtype:
+                wrong.append(f"{port}: expected {dtype}, got {present[port].dtype}")
+            if len(present[port].axes) != len(axes):
+                wrong.append(f"{port}: expected {len(axes)} axes, got {len(present[port].axes)}")
                 continue
-            for number, (want, got) in enumerate(zip(axes, found[port].axes, strict=True)):
+            for number, (want, got) in enumerate(zip(axes, present[port].axes, strict=True)):
                 if isinstance(want, str) and isinstance(got, int):
                     wrong.append(f"{port}: axis {number} ({want}) is frozen at {got}, expected any size")
                 elif isinstance(want, int) and got != want:

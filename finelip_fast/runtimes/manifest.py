@@ -155,8 +155,8 @@ def read(folder: Path) -> Export:
 
 
 def _parse(values: dict[str, Any], path: Path) -> Manifest:
-    if (found := values.pop("format", None)) != FORMAT:
-        raise EngineError(f"{path}: expected format {FORMAT!r}, got {found!r:.40}")
+    if (version := values.pop("format", None)) != FORMAT:
+        raise EngineError(f"{path}: expected format {FORMAT!r}, got {version!r:.40}")
     names = {entry.name for entry in fields(Manifest)}
     if unknown := set(values) - names:
         raise EngineError(f"{path}: unknown fields {sorted(unknown)!r:.80}")
@@ -264,17 +264,17 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
     """The exports beside a checkpoint, by the names of their folders.
 
     Args:
-        checkpoint: As :func:`finelip_fast.load` takes it.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         runtime: ``"onnx"`` or ``"trt"``.
-        precision: Of this precision alone.
+        precision: Only exports of this precision; None: all.
     """
-    found = Found([], {})
+    exports = Found([], {})
     place = exports_folder(checkpoint)
     try:
         folders = sorted(path.parent for path in place.glob(f"{runtime}-*/{MANIFEST}"))
     except OSError as error:  # of someone else
-        found.damaged[place.name] = f"{place} cannot be read: {error.strerror}; ask for the permission"
-        return found
+        exports.damaged[place.name] = f"{place} cannot be read: {error.strerror}; ask for the permission"
+        return exports
     for folder in folders:
         try:
             export = read(folder)
@@ -284,14 +284,18 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
                 )
         except EngineError as error:
             # The folder's name is all that tells what it should be.
-            named = [name for name in PRECISIONS if f"{folder.name}-".startswith(f"{runtime}-{name}-")]
-            if precision is None or precision in named:
-                remedy = f"; {rebuild_command(checkpoint, runtime, named[-1])}" if named else ", or delete the folder"
-                found.damaged[folder.name] = f"{error}{remedy}"
+            precisions = [name for name in PRECISIONS if f"{folder.name}-".startswith(f"{runtime}-{name}-")]
+            if precision is None or precision in precisions:
+                remedy = (
+                    f"; {rebuild_command(checkpoint, runtime, precisions[-1])}"
+                    if precisions
+                    else ", or delete the folder"
+                )
+                exports.damaged[folder.name] = f"{error}{remedy}"
         else:
             if precision in (None, export.manifest.precision):
-                found.exports.append(export)
-    return found
+                exports.exports.append(export)
+    return exports
 
 
 def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:
@@ -308,8 +312,8 @@ def rebuild_arguments(
     checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str, options: Sequence[str] = ()
 ) -> list[str]:
     """What makes an export, as arguments of ``finelip``."""
-    named = [] if checkpoint is None else [os.fspath(checkpoint)]
-    return ["export", runtime, *named, "--precision", precision, *options]
+    arguments = [] if checkpoint is None else [os.fspath(checkpoint)]
+    return ["export", runtime, *arguments, "--precision", precision, *options]
 
 
 def rebuild_command(

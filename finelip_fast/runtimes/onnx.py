@@ -72,7 +72,7 @@ class OnnxGraph:
         device: ``cpu`` or ``cuda``.
         name: What messages call a graph that is given as its content.
         beside: Contents of the files that such a graph has weights in, by name. No other file is read for it.
-        threads: For products on the CPU; None: as many as PyTorch uses.
+        threads: Number of threads on the CPU; None: as many as PyTorch uses.
 
     Raises:
         EngineError: ONNX Runtime is not installed, has no CUDA, or cannot run this graph on this device.
@@ -119,8 +119,8 @@ class OnnxGraph:
             )
         self._index = index
         _graphs.add(self)
-        self.inputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_inputs()]
-        self.outputs = [Port(one.name, one.type, tuple(one.shape)) for one in self._session.get_outputs()]
+        self.inputs = [Port(port.name, port.type, tuple(port.shape)) for port in self._session.get_inputs()]
+        self.outputs = [Port(port.name, port.type, tuple(port.shape)) for port in self._session.get_outputs()]
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """The graph's output for its inputs in their order.
@@ -128,9 +128,9 @@ class OnnxGraph:
         Raises:
             EngineError: Inputs of a shape that the graph does not take.
         """
-        given = [x.to(_DTYPES[port.dtype]) for x, port in zip(arguments, self.inputs, strict=True)]
+        inputs = [x.to(_DTYPES[port.dtype]) for x, port in zip(arguments, self.inputs, strict=True)]
         try:
-            return self._on_cuda(given) if self.device.type == "cuda" else self._on_cpu(given)
+            return self._on_cuda(inputs) if self.device.type == "cuda" else self._on_cpu(inputs)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed: {_first_line(error)}") from error
 
@@ -140,17 +140,17 @@ class OnnxGraph:
 
     def _on_cuda(self, arguments: list[Tensor]) -> Tensor:
         """Input and output stay where they are in the GPU's memory."""
-        given = [x.to(self.device).contiguous() for x in arguments]
+        inputs = [x.to(self.device).contiguous() for x in arguments]
         sizes = {
             axis: size
-            for port, x in zip(self.inputs, given, strict=True)
+            for port, x in zip(self.inputs, inputs, strict=True)
             for axis, size in zip(port.axes, x.shape, strict=True)
         }
         output = self.outputs[0]
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in output.axes]
         result = torch.empty(shape, dtype=_DTYPES[output.dtype], device=self.device)
         binding = self._session.io_binding()
-        for port, x in zip(self.inputs, given, strict=True):
+        for port, x in zip(self.inputs, inputs, strict=True):
             binding.bind_input(port.name, "cuda", self._index, _numpy_type(x.dtype), list(x.shape), x.data_ptr())
         binding.bind_output(output.name, "cuda", self._index, _numpy_type(result.dtype), shape, result.data_ptr())
         torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own

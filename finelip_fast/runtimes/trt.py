@@ -44,14 +44,14 @@ def why_not() -> str | None:
 @functools.cache
 def importable() -> tuple[str, ...]:
     """Those of :data:`MODULES` that can be imported, in the order of preference."""
-    found = []
+    modules = []
     for name in MODULES:
         try:
             load_module(name)
         except EngineError:
             continue
-        found.append(name)
-    return tuple(found)
+        modules.append(name)
+    return tuple(modules)
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def machine(device: torch.device | str = "cuda", module: str | None = None) -> M
     return Machine(name, load_module(name).__version__, torch.cuda.get_device_name(device), f"{major}.{minor}")
 
 
-def expected_options(made: Mapping[str, Any], here: Machine) -> dict[str, Any]:
+def expected_options(options: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
     """What the options of a plan's manifest must be for it to run here.
 
     TensorRT itself only warns when a plan meets another GPU, and reads no plan of another version. A version-compatible plan
@@ -122,17 +122,17 @@ def expected_options(made: Mapping[str, Any], here: Machine) -> dict[str, Any]:
         here: The machine.
     """
     expected: dict[str, Any] = {
-        "module": here.module,
-        "version": here.version,
-        "compute_capability": here.compute_capability,
+        "module": machine.module,
+        "version": machine.version,
+        "compute_capability": machine.compute_capability,
     }
-    if made.get("gpu") is not None:  # None: built for a named compute capability
-        expected["gpu"] = here.gpu
-    was, now = _numbers(str(made.get("version"))), _numbers(here.version)
-    if made.get("version_compatible") and was[:1] == now[:1] and was <= now:
-        expected["version"] = made["version"]
-    if made.get("hardware_compatible") and _numbers(here.compute_capability) >= (8, 0):
-        expected["compute_capability"] = made.get("compute_capability")
+    if options.get("gpu") is not None:  # None: built for a named compute capability
+        expected["gpu"] = machine.gpu
+    was, current = _numbers(str(options.get("version"))), _numbers(machine.version)
+    if options.get("version_compatible") and was[:1] == current[:1] and was <= current:
+        expected["version"] = options["version"]
+    if options.get("hardware_compatible") and _numbers(machine.compute_capability) >= (8, 0):
+        expected["compute_capability"] = options.get("compute_capability")
         expected.pop("gpu", None)
     return expected
 
@@ -196,9 +196,9 @@ def read_plan(content: bytes, name: str, module: str, *, host_code: bool = False
     or has the hash that the manifest beside a trusted checkpoint names.
 
     Args:
-        content: Of its file.
+        content: Content of its file.
         name: What messages call it.
-        module: Of :data:`MODULES`.
+        module: One of :data:`MODULES`.
         host_code: Let the plan bring code of its own, as version-compatible ones do.
 
     Raises:
@@ -221,7 +221,7 @@ class TrtPlan:
     Every call takes a stream with scratch memory of its own, and leaves it to the next one: as many are made as calls overlap.
 
     Args:
-        content: Of its file.
+        content: Content of its file.
         name: What messages call it.
         device: A CUDA device.
         module: ``"tensorrt"`` or ``"tensorrt_rtx"``, the one that built it. Default: what is installed.
@@ -313,7 +313,7 @@ class _Lane:
         size = 0 if self.captures_itself else max(1, plan.engine.device_memory_size_v2)
         self.scratch = torch.empty(size, dtype=torch.uint8, device=plan.device)
 
-    def run(self, given: Tensor, result: Tensor, profile: int) -> None:
+    def run(self, batch: Tensor, result: Tensor, profile: int) -> None:
         """Enqueue; the caller's stream waits for it. Both tensors belong to the caller's stream."""
         caller = torch.cuda.current_stream(self.plan.device)
         self.stream.wait_stream(caller)
@@ -321,27 +321,27 @@ class _Lane:
             with torch.cuda.stream(self.stream):
                 captured = None
                 if not self.captures_itself:
-                    captured = self.captured.get(tuple(given.shape), lambda: self._capture(given, result, profile))
+                    captured = self.captured.get(tuple(batch.shape), lambda: self._capture(batch, result, profile))
                 if captured is not None:
-                    captured.given.copy_(given)
+                    captured.given.copy_(batch)
                     captured.graph.replay()
                     result.copy_(captured.result)
                     return
                 if profile not in self.open:
                     self.open[profile] = self._context(profile)
-                self._enqueue(self.open[profile], given, result)
+                self._enqueue(self.open[profile], batch, result)
         finally:
             caller.wait_stream(self.stream)
 
-    def _capture(self, given: Tensor, result: Tensor, profile: int) -> _Captured:
+    def _capture(self, batch: Tensor, result: Tensor, profile: int) -> _Captured:
         # A context of its own: what a graph was captured from may not be given another shape.
         context = self._context(profile)
-        given, result = given.clone(), torch.empty_like(result)
-        self._enqueue(context, given, result)  # what a new shape needs is not to be captured
+        batch, result = batch.clone(), torch.empty_like(result)
+        self._enqueue(context, batch, result)  # what a new shape needs is not to be captured
         graph = torch.cuda.CUDAGraph()
         with self.plan.setup, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self._enqueue(context, given, result)
-        return _Captured(graph, given, result, context)
+            self._enqueue(context, batch, result)
+        return _Captured(graph, batch, result, context)
 
     def _context(self, profile: int) -> Any:
         engine, trt = self.plan.engine, load_module(self.plan.module)
@@ -359,12 +359,12 @@ class _Lane:
             context.set_device_memory(self.scratch.data_ptr(), self.scratch.numel())
         return context
 
-    def _enqueue(self, context: Any, given: Tensor, result: Tensor) -> None:
+    def _enqueue(self, context: Any, batch: Tensor, result: Tensor) -> None:
         plan = self.plan
         if not (
-            context.set_input_shape(plan.input, tuple(given.shape))
-            and context.set_tensor_address(plan.input, given.data_ptr())
+            context.set_input_shape(plan.input, tuple(batch.shape))
+            and context.set_tensor_address(plan.input, batch.data_ptr())
             and context.set_tensor_address(plan.output, result.data_ptr())
             and context.execute_async_v3(self.stream.cuda_stream)
         ):
-            raise EngineError(f"{plan.name}: no result for {tuple(given.shape)}: {logger(plan.module).take()}")
+            raise EngineError(f"{plan.name}: no result for {tuple(batch.shape)}: {logger(plan.module).take()}")

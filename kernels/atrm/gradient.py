@@ -46,7 +46,7 @@ def gradient(
         grad_out: ``[B, K + 1, D]``, any strides.
         inputs: What the forward pass was given.
         through_softmax: None: in plain PyTorch.
-        block_elements: Of ``x``, in one block; None: as many as suit a CPU.
+        block_elements: Elements of ``x`` in one block; None: as many as suit a CPU.
 
     Returns:
         Gradients of ``x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``w2``, ``b2``, ``scale`` and ``anchor``, each in
@@ -62,14 +62,16 @@ def gradient(
     block = max(1, (block_elements or _BLOCK_ELEMENTS) // max(1, tokens * width))
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, items, block):
-            some = slice(start, start + block)
-            counts = None if lengths is None else lengths[some].contiguous()
+            block_rows = slice(start, start + block)
+            counts = None if lengths is None else lengths[block_rows].contiguous()
             # A GPU would have to be waited for.
             longest = int(counts.amax()) if counts is not None and x.device.type == "cpu" else tokens
-            found, added = _of_some_items(grad_out[some], x[some, :longest], wide, counts, through_softmax)
-            grad_x[some, :longest] = found
-            for total, one in zip(grads, added, strict=True):
-                total += one
+            grad_block, added = _of_some_items(
+                grad_out[block_rows], x[block_rows, :longest], wide, counts, through_softmax
+            )
+            grad_x[block_rows, :longest] = grad_block
+            for total, addend in zip(grads, added, strict=True):
+                total += addend
         grad_anchor = _through_norm(grad_out[:, 0].float(), anchor.float()).to(anchor.dtype)
     gnw, gnb, gw1, gb1, gw2, gb2, gs = (grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))
     return grad_x, gnw, gnb, gw1, gb1, gw2, gb2, gs, grad_anchor

@@ -161,7 +161,7 @@ def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGra
     """Settings that fit any GPU of capability 80 or more and spill nothing, up to ``D = 1280`` and ``K = 64``.
 
     Args:
-        capability: Of the GPU: 80, 90, 120, ...
+        capability: Compute capability of the GPU: 80, 90, 120, ...
         width: ``D``.
         aggregated: ``K``.
     """

@@ -25,10 +25,10 @@ def _in_blocks(inputs: AtrmInputs) -> Tensor:
     at_once = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
     blocks = []
     for first in range(0, max(1, len(x)), at_once):
-        some = slice(first, first + at_once)
-        some_lengths = None if lengths is None else lengths[some]
+        rows = slice(first, first + at_once)
+        some_lengths = None if lengths is None else lengths[rows]
         longest = x.shape[1] if some_lengths is None or not len(some_lengths) else int(some_lengths.amax())
-        block = inputs._replace(x=x[some, :longest], lengths=some_lengths, anchor=inputs.anchor[some])
+        block = inputs._replace(x=x[rows, :longest], lengths=some_lengths, anchor=inputs.anchor[rows])
         blocks.append(atrm_reference(block, layer=cpu.layer))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -200,10 +200,10 @@ def atrm(
         tensor([[[0.6000, 0.8000],
                  [0.6000, 0.8000]]])
     """
-    given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     check_floats("x", x)
     device = x.device
-    for name, tensor in (*given.items(), ("scale", scale), ("anchor", anchor)):
+    for name, tensor in (*parameters.items(), ("scale", scale), ("anchor", anchor)):
         check_floats(name, tensor, device)
     if x.dim() != 3 or anchor.shape != (x.shape[0], x.shape[2]):
         raise InputError(f"expected x [B, N, D] and anchor [B, D], got {tuple(x.shape)} and {tuple(anchor.shape)}")
@@ -213,9 +213,9 @@ def atrm(
     expected = {"norm_weight": (width,), "norm_bias": (width,), "w1": (hidden, width), "b1": (hidden,)}
     expected |= {"w2": (aggregated, hidden), "b2": (aggregated,)}
     for name, shape in expected.items():
-        if given[name].shape != shape:
+        if parameters[name].shape != shape:
             raise InputError(
-                f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(given[name].shape)}"
+                f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(parameters[name].shape)}"
             )
     if scale.numel() != 1:
         raise InputError(f"expected scale of one element, got {list(scale.shape)}")

@@ -234,7 +234,7 @@ def default_settings(
     In half precision they spill nothing. Float32 is for exactness rather than speed, and may.
 
     Args:
-        capability: Of the GPU: 80, 90, 120, ...
+        capability: Compute capability of the GPU: 80, 90, 120, ...
         width: ``D``.
         aggregated: ``K``.
         dtype: The tokens'.
@@ -374,7 +374,7 @@ def token_logits(inputs: AtrmInputs, folded: Folded, settings: AtrmSettings) -> 
 
 def split_hidden(hidden: int) -> tuple[int, int]:
     """``h`` as one or two powers of two that hold it, whichever wastes less; the second is 0 if one does."""
-    whole = power_of_two(hidden)
-    head = whole // 2
+    rounded = power_of_two(hidden)
+    head = rounded // 2
     rest = power_of_two(hidden - head)
-    return (head, rest) if head >= SMALLEST_TILE and head + rest < whole else (whole, 0)
+    return (head, rest) if head >= SMALLEST_TILE and head + rest < rounded else (rounded, 0)

@@ -105,11 +105,11 @@ class Pieces:
         if len(self._pieces) == 1:
             return self._pieces[0][numbers - self._starts[0]]
         pieces = torch.bucketize(numbers, torch.tensor(self._starts, device=self.device), right=True) - 1
-        taken = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype, device=self.device)
+        rows = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype, device=self.device)
         for at in pieces.unique().tolist():
             in_piece = pieces == at
-            taken[in_piece] = self._pieces[at][numbers[in_piece] - self._starts[at]]
-        return taken
+            rows[in_piece] = self._pieces[at][numbers[in_piece] - self._starts[at]]
+        return rows
 
     def read(self, first: int, last: int) -> Tensor:
         """The items from ``first`` to before ``last``: a view where they lie together, else a copy."""
@@ -211,16 +211,16 @@ def _kind(piece: Tensor) -> str:
 
 
 def _checked(among: Tensor, n_items: int) -> Tensor:
-    wanted = f"expected among as int64 [n], ascending, each item once, from 0 to {n_items - 1}"
+    requirement = f"expected among as int64 [n], ascending, each item once, from 0 to {n_items - 1}"
     if not isinstance(among, Tensor):
-        raise InputError(f"{wanted}, got {type(among).__name__}: make it a tensor (torch.as_tensor)")
+        raise InputError(f"{requirement}, got {type(among).__name__}: make it a tensor (torch.as_tensor)")
     if among.dtype != torch.int64 or among.ndim != 1:
-        raise InputError(f"{wanted}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
+        raise InputError(f"{requirement}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
     among = among.detach().cpu().contiguous()
     if (among.diff() < 1).any():
-        raise InputError(f"{wanted}, got some out of order or twice: sort them (among.unique())")
+        raise InputError(f"{requirement}, got some out of order or twice: sort them (among.unique())")
     if len(among) and not 0 <= among[0] <= among[-1] < n_items:
-        raise InputError(f"{wanted}, got {among[0]} to {among[-1]}: they count the items of all pieces")
+        raise InputError(f"{requirement}, got {among[0]} to {among[-1]}: they count the items of all pieces")
     return among
 
 
@@ -233,7 +233,7 @@ def chunks(
     """The sources, cut alike along their first axis, on ``device``; each with its first position. Valid until the next.
 
     Args:
-        sources: As many items each.
+        sources: Pieces with the same number of items.
         n_queries: How many rows of scores a chunk will get.
         within: Positions, one after another; None: all.
     """

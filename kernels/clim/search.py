@@ -31,7 +31,7 @@ def clim_topk(
             (``numpy.memmap``): what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
             Or a sequence of such pieces ``[n_i, L_i, D]``, one after another, of one dtype and device.
         k: How many; more than there are is taken as all.
-        alpha: As :func:`clim_scores`.
+        alpha: Weight of the global cosine, as in :func:`clim_scores`.
         among: int64 ``[n]``, ascending, each once, on any device: search these items alone, and read no other; None: all.
 
     Returns:

@@ -77,7 +77,7 @@ def topk(
         queries: ``[Q, L_q, D]``.
         items: ``[N, L_i, D]``, rows of norm 1 or less, on the device of the queries, in host memory or mapped from a file
             (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
-        k: At least 1; more than there are is taken as all.
+        k: Number of items, at least 1; more than there are means all.
         alpha: Weight of the global cosine.
         score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels.clim.quantize`.
         among: The items to search, int64 ``[n]``, ascending; None: all.
@@ -135,7 +135,7 @@ def exact_topk_int8(
         queries, items, k, alpha, among: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8
             leaves too many.
         quantized: :func:`finelip_fast.kernels.clim.quantize.quantize_items` of ``items``, wherever and in whatever pieces.
-        score: As for :func:`topk`, and for int8 with scales.
+        score: Scoring function as for :func:`topk`, which takes scales for int8.
 
     Returns:
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored again in float64.
@@ -171,9 +171,9 @@ def exact_topk_int8(
 def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
     n_items, tokens, width = items.shape
     expected = [[n_items, tokens, width], [n_items, tokens], [n_items, 6], [n_items, min(tokens, 1), width]]
-    for wanted, field in zip(expected, fields, strict=True):
-        if list(field.shape) != wanted:
-            raise InputError(f"expected quantized items {wanted}, got {list(field.shape)}; quantize these items")
+    for requirement, field in zip(expected, fields, strict=True):
+        if list(field.shape) != requirement:
+            raise InputError(f"expected quantized items {requirement}, got {list(field.shape)}; quantize these items")
     values, *scales, anchors = [field.dtype for field in fields]
     if [values, *scales] != [torch.int8, torch.float32, torch.float32] or not anchors.is_floating_point:
         got = ", ".join(str(field.dtype) for field in fields)

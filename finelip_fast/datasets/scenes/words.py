@@ -219,10 +219,10 @@ def _shorten(clauses: list[Clause], teller: _Teller) -> None:
         clauses[place] = brief
 
 
-def _lengthen(clauses: list[Clause], fewest: int, more: Sequence[str], rng: Random) -> None:
+def _lengthen(clauses: list[Clause], fewest: int, additions: Sequence[str], rng: Random) -> None:
     """Add general truths until the description is long enough."""
     missing = fewest - sum(map(_tokens, clauses))
-    for text in rng.sample(more, len(more)):
+    for text in rng.sample(additions, len(additions)):
         if missing <= 0:
             return
         clauses.append(Clause(text))
@@ -354,8 +354,8 @@ def vary(statements: list[Statement], variant: str, rng: Random) -> str:
     """The caption of a list of statements, in one of ``VARIANTS``."""
     texts = [statement.text for statement in statements]
     if variant == "dropped":
-        gone = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
-        texts = [text for place, text in enumerate(texts) if place not in gone]
+        dropped = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
+        texts = [text for place, text in enumerate(texts) if place not in dropped]
     elif variant == "repeated":
         for text in rng.sample(texts, max(1, round(len(texts) / 4))):
             texts.insert(rng.randrange(len(texts) + 1), text)

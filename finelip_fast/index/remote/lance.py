@@ -73,7 +73,7 @@ class LanceStore:
         uri: A path, or ``s3://``, ``gs://``, ``az://``.
         source: What the checkpoint was opened as, for messages and for folders that are pulled.
         storage_options: Credentials and endpoints, as Lance takes them.
-        version: To read as it was then, and not to change. None: always the newest.
+        version: Version to read, without changing it; None: always the newest.
 
     Raises:
         InputError: A spec of dtype int8.

@@ -33,7 +33,7 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
     push that was interrupted goes on when it is run again. What others write into the store meanwhile is not seen.
 
     Args:
-        index: In memory or in a folder; float16.
+        index: Index in memory or in a folder, in float16.
         store: A store of the same spec.
         remove: False: what the index lacks stays in the store, so that several folders can be pushed to one store.
         progress: Show a bar.

@@ -26,7 +26,7 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
         settings: What all runs share.
         data: Pairs whose figures are told.
         validation: Pairs on which each arm's alpha is chosen.
-        name: Of the record.
+        name: Name of the record.
     """
     tried = {arm.variant: _Tried.of(arm, own, data, validation) for arm, own in runs.items()}
     groups = {

@@ -133,9 +133,9 @@ def run(
 
     Args:
         base: What all runs share: values of :class:`TrainConfig`; ``out`` is the folder above the runs' own.
-        arms: With the names of their variants.
+        arms: Runs to compare, with the names of their variants.
         data: What to measure on: one set of pairs or several.
-        seeds: Of the order of the training data.
+        seeds: Seeds of the order of the training data.
         jobs: Runs at once, each in a process.
         progress: Show a progress bar.
 
@@ -178,11 +178,11 @@ def choose_rates(
     The first of equals; a single rate is taken untried.
 
     Args:
-        base: As in :func:`run`.
-        names: Of the variants.
-        rates: To try, as multiples of the recipe's.
+        base: Configuration that the variants change, as in :func:`run`.
+        names: Names of the variants.
+        rates: Learning rates to try, as multiples of the recipe's.
         data: Pairs to choose on; what is chosen should be measured on others.
-        seed: Of the runs.
+        seed: Seed of the runs.
         how: ``jobs`` and ``progress`` of :func:`run`.
 
     Returns:
