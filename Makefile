@@ -4,11 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
-FILES := $(VENV)/files
-# The sources stay where they are, and the environment links to each file of the package: type checkers follow links.
-INSTALL := $(BIN)/pip install --quiet --config-settings editable_mode=strict --editable
 
-.PHONY: demo test lint docs bench record clean always
+.PHONY: demo test lint docs bench record clean
 
 demo: $(INSTALLED)
 	$(BIN)/finelip demo
@@ -17,10 +14,13 @@ test: $(READY)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m triton
 
+# Types are checked where the folders lie as a wheel has them, by links.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
+	mkdir -p build/types/finelip_fast
+	ln -sfn $(CURDIR)/finelip_fast/* $(addprefix $(CURDIR)/,kernels training export) build/types/finelip_fast/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 # To site/index.html. The variable keeps out a notice of the theme's makers.
 docs: $(READY)
@@ -31,7 +31,7 @@ bench: $(READY)
 
 # Each file of benchmarks to bench/results/$(MACHINE)/, and the tables of all that was recorded.
 record: $(READY)
-	$(INSTALL) '.[peers]'
+	$(BIN)/pip install --quiet --editable '.[peers]'
 	mkdir -p bench/results/$(MACHINE)
 	for path in bench/test_*.py; do \
 		name=$$(basename $$path .py); \
@@ -39,22 +39,17 @@ record: $(READY)
 	done
 	$(BIN)/python bench/report.py
 
-# Installed again when the requirements change, or the list of files to link. The demo needs no more than users do.
-$(INSTALLED): pyproject.toml $(FILES)
+# Installed again when the requirements change; the package itself is installed in place. The demo needs no more than users do.
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(INSTALL) .
+	$(BIN)/pip install --quiet --editable .
 	touch $(INSTALLED)
 
 $(READY): $(INSTALLED)
-	$(INSTALL) '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(READY)
-
-$(FILES): always
-	@mkdir -p $(VENV)
-	@find finelip_fast kernels training export -type f -not -name '*.pyc' | sort > $(FILES).new
-	@cmp -s $(FILES).new $(FILES) || cp $(FILES).new $(FILES)
 
 clean:
 	rm -rf $(VENV) demo site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""What a user's type checker says of a program that uses the public names, from a wheel and from the sources in place."""
+"""What a user's type checker says of a program that uses the public names, installed from a wheel."""
 
 from __future__ import annotations
 
@@ -57,37 +57,31 @@ except (ff.InputError, ff.StoreError):
 """
 
 
-@pytest.fixture(scope="module", params=["wheel", "in place"])
-def unpacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """A wheel's content; None for the package as it is installed here, which type checkers find by themselves."""
-    if request.param == "in place":
-        links = [path for site in sys.path for path in Path(site).glob("__editable__.finelip_fast*.pth")]
-        if not links or not Path(links[0].read_text().strip()).is_dir():
-            pytest.skip("not installed in place by links; make test installs it so")
-        return None
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a wheel's content."""
     folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(request.getfixturevalue("wheel")) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
 
 
-def check(command: list[str], unpacked: Path | None, tmp_path: Path) -> None:
+def check(command: list[str], unpacked: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    paths = {} if unpacked is None else {"MYPYPATH": str(unpacked), "PYTHONPATH": str(unpacked)}
+    environment = os.environ | {"MYPYPATH": str(unpacked), "PYTHONPATH": str(unpacked)}
     command = [sys.executable, "-m", *command, "program.py"]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
-def test_mypy_accepts_a_users_program(unpacked: Path | None, tmp_path: Path) -> None:
+def test_mypy_accepts_a_users_program(unpacked: Path, tmp_path: Path) -> None:
     options = ["--strict", "--follow-imports=silent", "--python-version=3.11", "--cache-dir", str(tmp_path / "cache")]
     check(["mypy", *options], unpacked, tmp_path)
 
 
 @pytest.mark.slow
-def test_pyright_accepts_a_users_program(unpacked: Path | None, tmp_path: Path) -> None:
+def test_pyright_accepts_a_users_program(unpacked: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyright")
-    paths = [] if unpacked is None else [str(unpacked)]
-    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": paths, "pythonVersion": "3.11"}))
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(unpacked)], "pythonVersion": "3.11"}))
     check(["pyright", "--pythonpath", sys.executable], unpacked, tmp_path)

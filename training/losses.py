@@ -189,7 +189,7 @@ class Criterion:
     """The weighted sum of loss terms over one batch of embeddings.
 
     Args:
-        terms: Names of the terms, at least one.
+        terms: Terms of the loss, at least one.
         margin: Margin of the triplet losses.
         gamma: Rate of the adaptive margins.
         label_smoothing: Label smoothing of the contrastive loss.

@@ -99,20 +99,20 @@ def index_images(
         if value < 1:
             raise InputError(f"expected {name} of at least 1, got {value}")
     report = FolderReport()
-    total, found = find_images(files, report.skipped, index=index)
-    listed = iter(found)
+    total, images = find_images(files, report.skipped, index=index)
+    listed = iter(images)
     with cluster(workers * cpus) as ray:
-        here = None if gpus else "cpu"
-        retriever = Retriever(checkpoint, engine=engine, precision=precision, device=here, index=index, dtype=dtype)
+        device = None if gpus else "cpu"
+        retriever = Retriever(checkpoint, engine=engine, precision=precision, device=device, index=index, dtype=dtype)
         target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size)
         del retriever  # and its model
         pool = _Pool(ray, job, workers, cpus, gpus)
         with closing(target), job.running(), progress_bar(progress, total, "image") as bar:
-            while some := list(islice(listed, part)):
-                ids = list(dict.fromkeys(map(str, some)))
-                there = target.present(ids)
-                new = [item for item in ids if item not in there]
-                bar.update(len(some) - len(new))
+            while chunk := list(islice(listed, part)):
+                ids = list(dict.fromkeys(map(str, chunk)))
+                present = target.present(ids)
+                new = [item for item in ids if item not in present]
+                bar.update(len(chunk) - len(new))
                 try:
                     if new:
                         _add(new, target, pool, metadata or (lambda _: {}), report, bar)
@@ -133,27 +133,27 @@ def _add(
     size = pool.files_per_task(len(ids))
     tasks = [ids[start : start + size] for start in range(0, len(ids), size)]
     finished: dict[int, dict[str, Any]] = {}
-    taken = 0
+    position = 0
 
     def take() -> None:
-        nonlocal taken
-        written = []
-        while taken in finished:
-            one, own = finished.pop(taken), tasks[taken]
-            taken += 1
-            report.skipped += [(own[row], reason) for row, reason in one["skipped"]]
-            if one["name"]:
-                names = [own[row] for row in one["rows"]]
-                written.append(Written(one["name"], names, one["crcs"], [metadata(item) for item in names]))
-        if written:
-            index.adopt(written)
-            report.added += sum(len(one.ids) for one in written)
+        nonlocal position
+        encoded = []
+        while position in finished:
+            part, task = finished.pop(position), tasks[position]
+            position += 1
+            report.skipped += [(task[row], reason) for row, reason in part["skipped"]]
+            if part["name"]:
+                names = [task[row] for row in part["rows"]]
+                encoded.append(Written(part["name"], names, part["crcs"], [metadata(item) for item in names]))
+        if encoded:
+            index.adopt(encoded)
+            report.added += sum(len(part.ids) for part in encoded)
 
     since = time.monotonic()
     try:
-        for done in pool.run(tasks):
-            finished[done["task"]] = done
-            bar.update(len(tasks[done["task"]]))
+        for result in pool.run(tasks):
+            finished[result["task"]] = result
+            bar.update(len(tasks[result["task"]]))
             if time.monotonic() - since >= _KEPT_SECONDS:
                 take()
                 since = time.monotonic()
@@ -176,8 +176,8 @@ class _Job:
         self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()
 
-    def journal(self, what: str) -> _Journal:
-        return _Journal(self.folder / f"{self.name}-{what}.txt")
+    def journal(self, task: str) -> _Journal:
+        return _Journal(self.folder / f"{self.name}-{task}.txt")
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -249,21 +249,21 @@ class Worker:
         before = journal.begin()
         fatal = [row for row in journal.named_last(before) if row < len(files)]
         if before.count("begin") >= _MOST_DEATHS:
-            named = ", ".join(files[row] for row in fatal)
+            names = ", ".join(files[row] for row in fatal)
             raise EngineError(
                 f"workers have died {_MOST_DEATHS} times at the same {len(files)} files: "
-                + (f"take out {named}" if fatal else "is there memory for so many workers?")
+                + (f"take out {names}" if fatal else "is there memory for so many workers?")
             )
         engine = self.engine  # opened before the readers ask for it, all at once
         skipped = dict.fromkeys(fatal, "the worker died on this file")
         rows: list[int] = []
         embeddings: list[Tensor] = []
-        for some in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
-            good = {row: pixels for row, pixels in some if isinstance(pixels, Tensor)}
-            skipped |= {row: str(reason) for row, reason in some if row not in good}
-            if good:
-                embeddings.append(engine.encode_image(torch.stack(list(good.values()))).to("cpu", torch.float16))
-                rows += good
+        for rows_of_pixels in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
+            readable = {row: pixels for row, pixels in rows_of_pixels if isinstance(pixels, Tensor)}
+            skipped |= {row: str(reason) for row, reason in rows_of_pixels if row not in readable}
+            if readable:
+                embeddings.append(engine.encode_image(torch.stack(list(readable.values()))).to("cpu", torch.float16))
+                rows += readable
         name: str | None = None
         crcs: list[int] = []
         if rows:

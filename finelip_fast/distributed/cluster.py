@@ -40,19 +40,19 @@ def cluster(cpus: float) -> Iterator[Any]:
     global _users, _handler
     ray = import_ray()
     with _lock:
-        own = _users > 0 or not ray.is_initialized()
-        if own and not _users:
+        started_here = _users > 0 or not ray.is_initialized()
+        if started_here and not _users:
             _handler = signal.getsignal(signal.SIGTERM)
             _connect(ray, cpus)
             if callable(_handler):  # a command's own, which ends it as documented; Ray puts another in its place
                 _handle(_handler)
-        _users += own
+        _users += started_here
     try:
         yield ray
     finally:
         with _lock:
-            _users -= own
-            if own and not _users:
+            _users -= started_here
+            if started_here and not _users:
                 ray.shutdown()
                 _handle(_handler)
 

@@ -117,7 +117,11 @@ class Shards:
 
     def _open(self) -> IndexSpec:
         """Wait for all shards; what their items have in common."""
-        self._ray.wait([one.waking for one in self._shards], num_returns=len(self._shards), timeout=_START_SECONDS)
+        self._ray.wait(
+            [waking_shard.waking for waking_shard in self._shards],
+            num_returns=len(self._shards),
+            timeout=_START_SECONDS,
+        )
         first = self._shards[0]
         for shard in self._shards:
             if reason := shard.asleep():
@@ -158,27 +162,27 @@ class Shards:
             raise InputError(f"expected k of at least 1, got {k}")
         answers, missing = self._ask(_as_array(queries), k, alpha, mode, where)
         if missing and self.partial == "refuse":
-            named = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())
+            reasons = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())
             raise StoreError(
-                f"{len(missing)} of {len(self._shards)} shards did not answer ({named}): search again when they are back, "
+                f"{len(missing)} of {len(self._shards)} shards did not answer ({reasons}): search again when they are back, "
                 "or take what the others find with partial='mark'"
             )
         return self._merge(answers, missing, len(queries), k)
 
     def _ask(self, *request: Any) -> tuple[dict[str, _Answer], dict[str, str]]:
         """Answers, and reasons why there is none, by folder, in the order of the shards."""
-        asked: dict[Any, _Shard] = {}
+        requests: dict[Any, _Shard] = {}
         missing: dict[str, str] = {}
         with self._lock:
             for shard in self._shards:
                 if reason := shard.asleep():
                     missing[shard.folder] = reason
                 else:
-                    asked[shard.server.search.remote(*request)] = shard
-        if asked:
-            self._ray.wait(list(asked), num_returns=len(asked), timeout=self.timeout)
+                    requests[shard.server.search.remote(*request)] = shard
+        if requests:
+            self._ray.wait(list(requests), num_returns=len(requests), timeout=self.timeout)
         answers: dict[str, _Answer] = {}
-        for ref, shard in asked.items():
+        for ref, shard in requests.items():
             try:
                 answers[shard.folder] = answer = self._ray.get(ref, timeout=0)
                 shard.size = answer.size
@@ -192,12 +196,18 @@ class Shards:
             if shard.folder in missing:
                 with self._lock:
                     shard.wake()
-        return answers, {one.folder: missing[one.folder] for one in self._shards if one.folder in missing}
+        return answers, {
+            known_shard.folder: missing[known_shard.folder]
+            for known_shard in self._shards
+            if known_shard.folder in missing
+        }
 
     def _merge(self, answers: dict[str, _Answer], missing: dict[str, str], count: int, k: int) -> ShardsFound:
-        def joined(which: int) -> Tensor:
+        def joined(score: int) -> Tensor:
             empty = np.empty((count, 0), np.float32)
-            return torch.from_numpy(np.concatenate([empty, *(one.scores[which] for one in answers.values())], axis=1))
+            return torch.from_numpy(
+                np.concatenate([empty, *(shard_answer.scores[score] for shard_answer in answers.values())], axis=1)
+            )
 
         # Stable, so that ties stay in the order of the shards.
         order = joined(0).sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -209,12 +219,12 @@ class Shards:
             ]
             for query in range(count)
         ]
-        searched, total = sum(one.size for one in answers.values()), len(self)
+        searched, total = sum(shard_answer.size for shard_answer in answers.values()), len(self)
         return ShardsFound(
             scores=joined(0).gather(1, order),
             global_scores=joined(1).gather(1, order),
             fine_scores=joined(2).gather(1, order),
-            items=[[found[at] for at in own] for found, own in zip(items, order.tolist(), strict=True)],
+            items=[[row[at] for at in best] for row, best in zip(items, order.tolist(), strict=True)],
             modes={folder: answer.mode for folder, answer in answers.items()},
             covered=searched / total if total else float(not missing),
             missing=missing,
@@ -261,9 +271,9 @@ class _Server:
         index = self._opened()
         try:
             # Copied, since what Ray hands over may not be written to, of which PyTorch warns.
-            found = index.search(torch.tensor(queries), k, alpha=alpha, mode=mode, where=where)
-            scores = (found.scores.numpy(), found.global_scores.numpy(), found.fine_scores.numpy())
-            return _Answer(scores, found.items, found.mode, len(index))
+            result = index.search(torch.tensor(queries), k, alpha=alpha, mode=mode, where=where)
+            scores = (result.scores.numpy(), result.global_scores.numpy(), result.fine_scores.numpy())
+            return _Answer(scores, result.items, result.mode, len(index))
         except InputError:
             raise
         except Exception:
@@ -325,9 +335,11 @@ class _Shard:
         """In what the shard is not of the checkpoint of others; empty: in nothing. How embeddings are kept is its own."""
         if spec is None or self.spec is None:
             return ""
-        own, other = asdict(self.spec), asdict(spec)
+        ours_spec, their_spec = asdict(self.spec), asdict(spec)
         return ", ".join(
-            f"{name}: {other[name]!r} and {own[name]!r}" for name in own if name != "dtype" and own[name] != other[name]
+            f"{name}: {their_spec[name]!r} and {ours_spec[name]!r}"
+            for name in ours_spec
+            if name != "dtype" and ours_spec[name] != their_spec[name]
         )
 
 

@@ -21,17 +21,17 @@ def beyond(engine: Engine, setting: Setting) -> Record:
     Raises:
         InputError: No caption is longer than the context.
     """
-    own = engine.config.context_length
+    context = engine.config.context_length
     pairs = setting.embed(engine)
     tokens = encode_batch(pairs.captions, 100_000).lengths
-    longer = int((tokens > own).sum())
+    longer = int((tokens > context).sum())
     if not longer:
         raise InputError(
-            f"expected captions of more than {own} tokens, the longest of {setting.data} has {tokens.max()}"
+            f"expected captions of more than {context} tokens, the longest of {setting.data} has {tokens.max()}"
         )
     ways: list[tuple[str, dict[str, Any], int]] = [
-        ("cut at 77", {"context_length": min(77, own)}, min(77, own)),
-        (f"cut at {own}", {}, own),
+        ("cut at 77", {"context_length": min(77, context)}, min(77, context)),
+        (f"cut at {context}", {}, context),
         ("windows", {"overflow": "window"}, int(tokens.max())),
     ]
     rows: list[dict[str, Any]] = []
@@ -41,19 +41,19 @@ def beyond(engine: Engine, setting: Setting) -> Record:
     for name, options, most in ways:
         with expected_truncation():
             encode: Callable[[list[str]], Tensor] = partial(engine.embed_texts, **options)
-            found = pairs.measure(encode(pairs.captions), engine.alpha)
+            summary = pairs.measure(encode(pairs.captions), engine.alpha)
         encoders.append(partial(encode, longest))
-        read = float(tokens.clamp(max=most).sum() / tokens.sum())
-        measured.append(found)
-        rows.append({"captions are": name, "read (%)": round(100 * read, 1), **found.row()})
+        share_read = float(tokens.clamp(max=most).sum() / tokens.sum())
+        measured.append(summary)
+        rows.append({"captions are": name, "read (%)": round(100 * share_read, 1), **summary.row()})
     with expected_truncation():
-        for row, one in zip(rows, medians_ms(encoders), strict=True):
-            row["longest caption (ms)"] = one
+        for row, milliseconds in zip(rows, medians_ms(encoders), strict=True):
+            row["longest caption (ms)"] = milliseconds
     names = [name for name, *_ in ways]
     plots = (Plot("recall", "", "text to image, recall@1 (%)", text_to_image(names, measured)),)
     cut, windows = measured[1].recall(), measured[2].recall()
     finding = (
-        f"{longer} of {len(tokens)} captions are longer than {own} tokens. Windows read the rest and take "
+        f"{longer} of {len(tokens)} captions are longer than {context} tokens. Windows read the rest and take "
         f"{rows[2]['longest caption (ms)'] / rows[1]['longest caption (ms)']:.1f} times as long for the longest; "
         f"{measured[1].main} recall@1 (mean of both "
         f"directions) is {windows:.1f} % with windows, {cut:.1f} % with the rest cut off."

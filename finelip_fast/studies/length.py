@@ -19,37 +19,39 @@ _BATCH = 64
 
 def length(engine: Engine, setting: Setting) -> Record:
     """Recall at 77, 128, 192 and 256 tokens, at the model's own context, and in windows where captions are longer."""
-    own = engine.config.context_length
+    full_context = engine.config.context_length
     pairs = setting.embed(engine)
     tokens = encode_batch(pairs.captions, 100_000).lengths
     settings: list[tuple[str, dict[str, Any]]] = [
-        (str(context), {"context_length": context}) for context in sorted({*_CONTEXTS, own}) if context <= own
+        (str(context), {"context_length": context})
+        for context in sorted({*_CONTEXTS, full_context})
+        if context <= full_context
     ]
-    if (tokens > own).any():
+    if (tokens > full_context).any():
         settings.append(("windows", {"overflow": "window"}))
     rows: list[dict[str, Any]] = []
     measured: list[Measured] = []
     encoders: list[Callable[[list[str]], Tensor]] = []
-    few = pairs.captions[:_BATCH]
+    batch_captions = pairs.captions[:_BATCH]
     middling = [pairs.captions[int(tokens.argsort()[len(tokens) // 2])]]  # of median length
     for name, options in settings:
         with expected_truncation():
-            found = pairs.measure(engine.embed_texts(pairs.captions, batch_size=_BATCH, **options), engine.alpha)
+            summary = pairs.measure(engine.embed_texts(pairs.captions, batch_size=_BATCH, **options), engine.alpha)
             encode: Callable[[list[str]], Tensor] = partial(engine.embed_texts, batch_size=_BATCH, **options)
             with peak_memory() as memory:
-                encode(few)
+                encode(batch_captions)
         encoders.append(encode)
-        read = tokens.clamp(max=options.get("context_length", int(tokens.max())))
-        measured.append(found)
+        tokens_read = tokens.clamp(max=options.get("context_length", int(tokens.max())))
+        measured.append(summary)
         rows.append(
-            {"tokens": name, "read (%)": round(100 * float(read.sum() / tokens.sum()), 1), **found.row()}
+            {"tokens": name, "read (%)": round(100 * float(tokens_read.sum() / tokens.sum()), 1), **summary.row()}
             | {"memory of 64 (MiB)": round(memory[0], 1)}
         )
     with expected_truncation():
         ones = medians_ms([partial(encode, middling) for encode in encoders])
-        batches = medians_ms([partial(encode, few) for encode in encoders], 9)
-    for row, one, batch in zip(rows, ones, batches, strict=True):
-        row |= {"1 caption (ms)": one, "captions/s": 1e3 * len(few) / batch}
+        batches = medians_ms([partial(encode, batch_captions) for encode in encoders], 9)
+    for row, milliseconds, batch in zip(rows, ones, batches, strict=True):
+        row |= {"1 caption (ms)": milliseconds, "captions/s": 1e3 * len(batch_captions) / batch}
     names = [name for name, _ in settings]
     speed = Series("batches of 64", names, [row["captions/s"] for row in rows])
     plots = (

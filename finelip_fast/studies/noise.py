@@ -39,24 +39,24 @@ def plain(caption: str, _: Random) -> str:
 
 def dropped(caption: str, random: Random) -> str:
     """A quarter of the sentences is missing, at least one where there are two."""
-    said = sentences(caption)
-    gone = set(random.sample(range(len(said)), min(len(said) - 1, max(1, round(len(said) / 4)))))
-    return " ".join(sentence for at, sentence in enumerate(said) if at not in gone)
+    statements = sentences(caption)
+    left_out = set(random.sample(range(len(statements)), min(len(statements) - 1, max(1, round(len(statements) / 4)))))
+    return " ".join(sentence for at, sentence in enumerate(statements) if at not in left_out)
 
 
 def repeated(caption: str, random: Random) -> str:
     """A quarter of the sentences is said twice, at least one."""
-    said = sentences(caption)
-    for sentence in random.sample(said, max(1, round(len(said) / 4))):
-        said.insert(random.randrange(len(said) + 1), sentence)
-    return " ".join(said)
+    statements = sentences(caption)
+    for sentence in random.sample(statements, max(1, round(len(statements) / 4))):
+        statements.insert(random.randrange(len(statements) + 1), sentence)
+    return " ".join(statements)
 
 
 def shuffled(caption: str, random: Random) -> str:
     """Sentences in another order."""
-    said = sentences(caption)
-    random.shuffle(said)
-    return " ".join(said)
+    statements = sentences(caption)
+    random.shuffle(statements)
+    return " ".join(statements)
 
 
 NOISES: dict[str, Callable[[str, Random], str]] = {
@@ -79,12 +79,12 @@ def irrelevant(captions: list[str], owners: list[int], at: int, count: int, rand
         raise InputError(
             "expected pairs of at least 2 pictures, whose sentences are mixed, got 1; give --data with more"
         )
-    said = sentences(captions[at])
+    statements = sentences(captions[at])
     for _ in range(count):
-        while owners[other := random.randrange(len(captions))] == owners[at]:
+        while owners[stranger := random.randrange(len(captions))] == owners[at]:
             pass
-        said.insert(random.randrange(len(said) + 1), random.choice(sentences(captions[other])))
-    return " ".join(said)
+        statements.insert(random.randrange(len(statements) + 1), random.choice(sentences(captions[stranger])))
+    return " ".join(statements)
 
 
 def noise(engine: Engine, setting: Setting) -> Record:
@@ -104,11 +104,11 @@ def noise(engine: Engine, setting: Setting) -> Record:
     for name, captions in spoilt.items():
         with expected_truncation():
             cut = encode_batch(captions, engine.config.context_length).n_cut
-            found = pairs.measure(engine.embed_texts(captions), engine.alpha)
-        measured.append(found)
-        rows.append({"captions": name, "cut at the context": cut, **found.row()})
+            result = pairs.measure(engine.embed_texts(captions), engine.alpha)
+        measured.append(result)
+        rows.append({"captions": name, "cut at the context": cut, **result.row()})
     names = list(spoilt)
-    losses = {name: measured[0].recall() - one.recall() for name, one in zip(names, measured, strict=True)}
+    losses = {name: measured[0].recall() - rankings.recall() for name, rankings in zip(names, measured, strict=True)}
     worst = max(losses, key=lambda name: losses[name])
     least = min(names[1:], key=lambda name: losses[name])
     finding = (
@@ -116,7 +116,7 @@ def noise(engine: Engine, setting: Setting) -> Record:
         f"captions. It loses most with {worst} ({losses[worst]:.1f} points), least with {least} ({losses[least]:.1f})."
     )
     if measured[0].main == "combined":
-        gains = [one.recall("fine") - one.recall("global") for one in measured]
+        gains = [rankings.recall("fine") - rankings.recall("global") for rankings in measured]
         finding += (
             " Late interaction alone less the global cosine alone is "
             f"{min(gains):+.1f} to {max(gains):+.1f} points over the rows."

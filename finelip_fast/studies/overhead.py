@@ -70,36 +70,44 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         tokens, lengths = model.text_tokens(batch.to(model.device))
         return tokens[torch.arange(len(batch)), lengths - 1]
 
-    own = model.config.context_length
-    short, whole = ids(min(own, _CLIP_CONTEXT)), ids(own)
+    full_context = model.config.context_length
+    short, long = ids(min(full_context, _CLIP_CONTEXT)), ids(full_context)
     towers = _count(model.visual) + _count(model.text)
     aggregators = _count(model.image_aggregator) + _count(model.text_aggregator)
-    at_77 = towers - max(0, own - _CLIP_CONTEXT) * model.text.positional_embedding.shape[1]
+    at_77 = towers - max(0, full_context - _CLIP_CONTEXT) * model.text.positional_embedding.shape[1]
 
     def rows_of(name: str, image: Encoder, text: Encoder) -> list[_Run]:
-        return [_Run("CLIP", name, at_77, image, text, short), _Run("CLIP", name, towers, image, text, whole)]
+        return [_Run("CLIP", name, at_77, image, text, short), _Run("CLIP", name, towers, image, text, long)]
 
     runs = rows_of("torch fp32", clip_image, clip_text)
-    runs.append(_Run(_FINELIP, "torch fp32", towers + aggregators, model.encode_image, model.encode_text, whole))
+    runs.append(_Run(_FINELIP, "torch fp32", towers + aggregators, model.encode_image, model.encode_text, long))
     for name, precision in _EXPORTED:
         build = setting.build and (name, precision) in _BUILT
         try:
-            other = open_engine(name, engine.source or None, engine.device, precision=precision, build=build)
+            exported = open_engine(name, engine.source or None, engine.device, precision=precision, build=build)
         except EngineError:
             if build and precision == "fp32":  # int8 cannot run on every processor, nor on a GPU
                 raise
             continue
-        if isinstance(other, OnnxEngine):
-            graphs = [OnnxGraph(clip_alone(other.export.folder / f"{side}.onnx"), other.device) for side in _SIDES]
+        if isinstance(exported, OnnxEngine):
+            graphs = [
+                OnnxGraph(clip_alone(exported.export.folder / f"{side}.onnx"), exported.device) for side in _SIDES
+            ]
             runs += rows_of(f"{name} {precision}", *graphs)
         runs.append(
-            _Run(_FINELIP, f"{name} {precision}", towers + aggregators, other.encode_image, other.encode_text, whole)
+            _Run(
+                _FINELIP, f"{name} {precision}", towers + aggregators, exported.encode_image, exported.encode_text, long
+            )
         )
     with torch.inference_mode():
         memories = [_memory(run, pixels) for run in runs]
         times = _times(runs, pixels)
     rows: list[dict[str, Any]] = [
-        {"model": run.model, "tokens": own if run.ids is whole else min(own, _CLIP_CONTEXT), "engine": run.engine}
+        {
+            "model": run.model,
+            "tokens": full_context if run.ids is long else min(full_context, _CLIP_CONTEXT),
+            "engine": run.engine,
+        }
         | {"parameters (M)": round(run.parameters / 1e6, 3), "memory of a batch (MiB)": memory}
         | time
         for run, memory, time in zip(runs, memories, times, strict=True)
@@ -120,7 +128,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     text, image = ([row[f"{kind}/s"] for row in rows] for kind in ("captions", "pictures"))
     finding = (
         f"ATRM adds {100 * aggregators / towers:.2f} % of parameters and takes encoding from {text[1]:.0f} to "
-        f"{text[2]:.0f} captions a second, from {image[1]:.0f} to {image[2]:.0f} pictures; reading {own} tokens in "
+        f"{text[2]:.0f} captions a second, from {image[1]:.0f} to {image[2]:.0f} pictures; reading {full_context} tokens in "
         f"place of {_CLIP_CONTEXT} takes CLIP from {text[0]:.0f} to {text[1]:.0f} captions. One caption against "
         f"10,000 pictures takes {scores[1]['CLIM (ms)']:.1f} ms by CLIM, {scores[1]['global (ms)']:.2f} ms by the cosine."
     )
@@ -146,10 +154,10 @@ def clip_alone(path: Path) -> bytes:
     while node.op_type != "Concat":
         node = made_by[node.input[0]]
     feature = node.input[0]
-    if feature not in {one.name for one in graph.graph.value_info}:
+    if feature not in {value.name for value in graph.graph.value_info}:
         # Shapes are not inferred past quantised products, whose results are float32.
         graph.graph.value_info.append(onnx.helper.make_tensor_value_info(feature, onnx.TensorProto.FLOAT, None))
-    inputs = [one.name for one in graph.graph.input]
+    inputs = [value.name for value in graph.graph.input]
     alone: bytes = onnx.utils.Extractor(graph).extract_model(inputs, [feature]).SerializeToString()
     return alone
 

@@ -22,21 +22,24 @@ def pointing(engine: Engine, setting: Setting) -> Record:
     """
     played = pointing_game(load(engine.source or None, engine.device), setting.open(engine), progress=setting.progress)
     groups = {"all": played}
-    for one in played:
-        groups.setdefault(one["label"].partition("(")[0], []).append(one)
+    for game in played:
+        groups.setdefault(game["label"].partition("(")[0], []).append(game)
     ways = {"chance": "chance", "raw": "raw tokens", "aggregated": "aggregated tokens"}
     rows: list[dict[str, Any]] = [
-        {"phrases of": name, "phrases": len(own)}
-        | {f"{told} (%)": round(100 * sum(one[way] for one in own) / len(own), 1) for way, told in ways.items()}
-        for name, own in groups.items()
+        {"phrases of": name, "phrases": len(members)}
+        | {
+            f"{title} (%)": round(100 * sum(game[way] for game in members) / len(members), 1)
+            for way, title in ways.items()
+        }
+        for name, members in groups.items()
     ]
     series = []
-    for way, told in ways.items():
-        values = [torch.tensor([float(one[way]) for one in own]) for own in groups.values()]
-        bounds = [bootstrap_interval(own) for own in values]
-        means = [100 * own.mean().item() for own in values]
+    for way, title in ways.items():
+        values = [torch.tensor([float(game[way]) for game in members]) for members in groups.values()]
+        bounds = [bootstrap_interval(hits) for hits in values]
+        means = [100 * hits.mean().item() for hits in values]
         low, high = ([100 * bound[side] for bound in bounds] for side in (0, 1))
-        series.append(Series(told, list(groups), means, low, high))
+        series.append(Series(title, list(groups), means, low, high))
     best = rows[0]
     finding = (
         f"The map of raw tokens peaks inside the right box for {best['raw tokens (%)']} % of {best['phrases']} phrases, that "

@@ -54,7 +54,7 @@ class Setting:
             raise InputError(f"expected pairs to study, got none from {data or self.data}")
         return pairs
 
-    def about(self, engine: Engine, **more: Any) -> dict[str, Any]:
+    def about(self, engine: Engine, **facts: Any) -> dict[str, Any]:
         """Settings for a record: which data, which weights."""
         checkpoint = {"checkpoint": Path(engine.source).name or "bundled", "fingerprint": engine.fingerprint[:12]}
         return {
@@ -62,7 +62,7 @@ class Setting:
             **checkpoint,
             "engine": f"{engine.name} {engine.precision}",
             "alpha": engine.alpha,
-            **more,
+            **facts,
         }
 
     def embed(self, engine: Engine, data: str | None = None) -> Pairs:
@@ -130,13 +130,16 @@ def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[S
     """Recall@1 of captions' searches in %, with intervals of 95 %, a series for each score."""
     series = []
     for score in measured[0].ranks:
-        hits = [one.ranks[score][1] <= 1 for one in measured]
-        bounds = [bootstrap_interval(own, groups=one.owners) for own, one in zip(hits, measured, strict=True)]
+        hits = [ranking.ranks[score][1] <= 1 for ranking in measured]
+        bounds = [
+            bootstrap_interval(hit_at_1, groups=ranking.owners)
+            for hit_at_1, ranking in zip(hits, measured, strict=True)
+        ]
         series.append(
             Series(
                 score,
                 list(names),
-                [100 * own.double().mean().item() for own in hits],
+                [100 * hit_at_1.double().mean().item() for hit_at_1 in hits],
                 [100 * low for low, _ in bounds],
                 [100 * high for _, high in bounds],
             )
@@ -153,14 +156,14 @@ def medians_ms(runs: Sequence[Callable[[], Any]], repeats: int = _REPEATS) -> li
     """:func:`median_ms` of several calls that are compared: timed in turns, so that none has a better minute to itself."""
     times: list[list[float]] = [[] for _ in runs]
     for number in range(repeats + 2):
-        for own, run in zip(times, runs, strict=True):
+        for seconds, run in zip(times, runs, strict=True):
             started = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= 2:
-                own.append(1e3 * (time.perf_counter() - started))
-    return [statistics.median(own) for own in times]
+                seconds.append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(seconds) for seconds in times]
 
 
 @contextmanager
@@ -170,28 +173,28 @@ def peak_memory() -> Iterator[list[float]]:
     The list holds one number once the block has ended. A process is looked at every two milliseconds. Memory that an allocator
     kept from before is not seen: ONNX Runtime's own, and the C library's where that is not glibc.
     """
-    found: list[float] = []
+    peaks: list[float] = []
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        yield found
-        found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+        yield peaks
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
     _give_back()
-    before, most, done = _resident(), [_resident()], threading.Event()
+    before, most, finished = _resident(), [_resident()], threading.Event()
 
     def look() -> None:
-        while not done.wait(0.002):
+        while not finished.wait(0.002):
             most[0] = max(most[0], _resident())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield found
+        yield peaks
     finally:
-        done.set()
+        finished.set()
         thread.join()
-        found.append(max(0, max(most[0], _resident()) - before) / 2**20)
+        peaks.append(max(0, max(most[0], _resident()) - before) / 2**20)
 
 
 def _give_back() -> None:

@@ -59,17 +59,17 @@ def tokens(engine: Engine, setting: Setting) -> Record:
     for dtype in _DTYPES:
         recalls, bounds = [], []
         for count in counts:
-            kept = order[: count + 1].sort().values
-            images, queries = pairs.images[:, kept], texts[:, kept]
+            best_rows = order[: count + 1].sort().values
+            images, queries = pairs.images[:, best_rows], texts[:, best_rows]
             alpha = engine.alpha if count else 1.0
             spec = IndexSpec(engine.fingerprint, count + 1, engine.config.embed_dim, alpha, dtype)
             with TemporaryDirectory() as folder, closing(Index(spec, folder, device=engine.device)) as index:
                 empty = _bytes(folder)
                 index.add([str(number) for number in range(len(images))], images, [{}] * len(images))
                 size = (_bytes(folder) - empty) / len(images)
-                found = index.search(queries, min(_HITS, len(images)), mode="exact").numbers.cpu()
-                one = _search_ms(index, queries)
-            right = found == pairs.owners[:, None]
+                neighbours = index.search(queries, min(_HITS, len(images)), mode="exact").numbers.cpu()
+                milliseconds = _search_ms(index, queries)
+            right = neighbours == pairs.owners[:, None]
             ranks = torch.where(right.any(dim=1), right.int().argmax(dim=1) + 1, len(images) + 1)
             recall = summary(ranks)
             recalls.append(100 * recall["recall@1"])
@@ -77,7 +77,7 @@ def tokens(engine: Engine, setting: Setting) -> Record:
             rows.append(
                 {"aggregated tokens": count, "precision": dtype}
                 | {f"t2i R@{k} (%)": round(100 * recall[f"recall@{k}"], 1) for k in (1, 5, 10)}
-                | {"bytes an item": round(size), "1 search (ms)": one}
+                | {"bytes an item": round(size), "1 search (ms)": milliseconds}
             )
         low, high = map(list, zip(*bounds, strict=True))
         series.append(Series(dtype, counts, recalls, low, high))

@@ -85,7 +85,7 @@ def run_ablation(
     finished = run(base, chosen, data=[validation, data], seeds=list(seeds), jobs=jobs, progress=progress)
     settings = {key: value for key, value in base.items() if key not in ("out", "threads")}
     settings |= {"seeds": list(seeds), "data": data, "chosen on": validation}
-    commits = {each.commit for repeated in finished.values() for each in repeated}
+    commits = {seeded_run.commit for repeated in finished.values() for seeded_run in repeated}
     settings["trained at commit"] = ", ".join(sorted(commits))
-    made = record(finished, settings, data=data, validation=validation, name=name)
-    return dataclasses.replace(made, tables=(*made.tables, *tables))
+    study = record(finished, settings, data=data, validation=validation, name=name)
+    return dataclasses.replace(study, tables=(*study.tables, *tables))

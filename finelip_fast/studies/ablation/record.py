@@ -28,7 +28,7 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
         validation: Pairs on which each arm's alpha is chosen.
         name: Name of the record.
     """
-    tried = {arm.variant: _Tried.of(arm, own, data, validation) for arm, own in runs.items()}
+    tried = {arm.variant: _Tried.of(arm, seeded, data, validation) for arm, seeded in runs.items()}
     groups = {
         group: {name: tried[variant] for name, variant in members.items() if variant in tried}
         for group, members in GROUPS.items()
@@ -38,13 +38,15 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
     for group, members in groups.items():
         if len(members) < min(2, most):
             continue
-        rows = [{group: name, **one.row(beside=tried.get(LOSSES[PAPER]))} for name, one in members.items()]
+        rows = [{group: name, **member.row(beside=tried.get(LOSSES[PAPER]))} for name, member in members.items()]
         title = (
             f"{group}: recall@1 on {data} at alpha {PAPERS_ALPHA} or as named, mean and standard deviation over seeds"
         )
         tables.append(Table(title, rows))
         series = tuple(
-            Series(label, list(members), *_range([one.recalls(alpha or one.alpha) for one in members.values()]))
+            Series(
+                label, list(members), *_range([member.recalls(alpha or member.alpha) for member in members.values()])
+            )
             for label, alpha in ((f"alpha {PAPERS_ALPHA}", PAPERS_ALPHA), ("chosen alpha", None))
         )
         plots.append(Plot(group, "", "recall@1, both directions, mean and range, %", series))
@@ -60,12 +62,12 @@ class _Tried(NamedTuple):
 
     @classmethod
     def of(cls, arm: Arm, runs: list[Run], data: str, validation: str) -> _Tried:
-        alpha = choose_alpha([one.measured[validation] for one in runs])
-        return cls(arm.rate, alpha, [one.measured[data] for one in runs])
+        alpha = choose_alpha([run.measured[validation] for run in runs])
+        return cls(arm.rate, alpha, [run.measured[data] for run in runs])
 
     def at(self, alpha: str) -> list[dict[str, float]]:
         """Metrics of each run; of one without late interaction those of the cosine, whatever alpha."""
-        return [one.get(alpha, one[GLOBAL_ALONE]) for one in self.runs]
+        return [run.get(alpha, run[GLOBAL_ALONE]) for run in self.runs]
 
     def recalls(self, alpha: str = PAPERS_ALPHA) -> list[float]:
         """Recall@1 of each run in %, mean of both directions."""
@@ -75,8 +77,8 @@ class _Tried(NamedTuple):
         """Of the table; with errors as shares of another variant's, each at its own chosen alpha where alphas are chosen."""
         paper = self.at(PAPERS_ALPHA)
         row = {"learning rates": f"{self.rate:g}x"}
-        row |= {f"{way} (%)": _spread([100 * one[f"{way}_recall@1"] for one in paper]) for way in WAYS}
-        row["mrr"] = _spread([quality(one)[1] for one in paper], digits=3)
+        row |= {f"{way} (%)": _spread([100 * summary[f"{way}_recall@1"] for summary in paper]) for way in WAYS}
+        row["mrr"] = _spread([quality(summary)[1] for summary in paper], digits=3)
         if beside:
             row["error beside the triplet's"] = _ratio(self.recalls(), beside.recalls())
         row["global alone (%)"] = _spread(self.recalls(GLOBAL_ALONE))
@@ -99,12 +101,12 @@ def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
             continue
         for where, alphas in (
             (f"alpha {PAPERS_ALPHA}", dict.fromkeys(members, PAPERS_ALPHA)),
-            ("each one's chosen alpha", {name: one.alpha for name, one in members.items()}),
+            ("each one's chosen alpha", {name: variant.alpha for name, variant in members.items()}),
         ):
-            recalls = {name: statistics.mean(one.recalls(alphas[name])) for name, one in members.items()}
+            recalls = {name: statistics.mean(variant.recalls(alphas[name])) for name, variant in members.items()}
             ordered = sorted(recalls, key=lambda name: -recalls[name])
-            told = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
-            sentences.append(f"Recall@1 of {group} at {where}, from the best: {told}.")
+            listed = ", ".join(f"{name} {recalls[name]:.1f} %" for name in ordered)
+            sentences.append(f"Recall@1 of {group} at {where}, from the best: {listed}.")
     return " ".join(sentences)
 
 
@@ -114,9 +116,9 @@ def _range(runs: list[list[float]]) -> tuple[list[float], list[float], list[floa
     return mean, least, greatest
 
 
-def _ratio(recalls: list[float], theirs: list[float]) -> str:
+def _ratio(recalls: list[float], baseline: list[float]) -> str:
     """Of the errors, of recalls in %."""
-    missed, their_missed = 100 - statistics.mean(recalls), 100 - statistics.mean(theirs)
+    missed, their_missed = 100 - statistics.mean(recalls), 100 - statistics.mean(baseline)
     return f"{missed / their_missed:.2f}x" if their_missed else "-"
 
 

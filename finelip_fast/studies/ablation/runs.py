@@ -102,10 +102,10 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
         ConfigError: The folder holds a run of other options, or a result that is damaged.
     """
     path = Path(config.out) / "result.json"
-    asked = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
-    asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
-    stored = _stored(path) if path.exists() else {**asked, **commit(), "measured": {}}
-    if {name: stored[name] for name in asked} != asked:
+    request = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
+    request = json.loads(json.dumps(request))  # tuples become lists, as in the file
+    stored = _stored(path) if path.exists() else {**request, **commit(), "measured": {}}
+    if {name: stored[name] for name in request} != request:
         raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
     missing = [pairs for pairs in data if pairs not in stored["measured"]]
     if missing:
@@ -192,7 +192,7 @@ def choose_rates(
         return {Arm(variant, rates[0]): name for variant, name in names.items()}, []
     arms = {Arm(variant, rate): name for variant, name in names.items() for rate in rates}
     runs = run(base, arms, data=[data], seeds=[seed], **how)
-    reached = {arm: max(map(quality, own[0].measured[data].values())) for arm, own in runs.items()}
+    reached = {arm: max(map(quality, seeded[0].measured[data].values())) for arm, seeded in runs.items()}
     rows = [
         {"variant": name, **{f"{rate:g}x": f"{100 * reached[Arm(variant, rate)][0]:.1f}" for rate in rates}}
         for variant, name in names.items()
@@ -226,7 +226,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def choose_alpha(runs: Sequence[Measures]) -> str:
     """The weight of the global cosine that is best over all runs; of equals the smallest."""
-    return max(runs[0], key=lambda alpha: quality(*(one[alpha] for one in runs)))
+    return max(runs[0], key=lambda alpha: quality(*(measured[alpha] for measured in runs)))
 
 
 def _slug(name: str) -> str:

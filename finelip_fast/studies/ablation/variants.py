@@ -98,5 +98,8 @@ class AblatedFineLIP(FineLIP):
         """
         counts = texts.detach().any(dim=-1).sum(dim=1)
         groups = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
-        parts = [super(AblatedFineLIP, self).score(images, texts[own, : counts[own[0]]], alpha=alpha) for own in groups]
+        parts = [
+            super(AblatedFineLIP, self).score(images, texts[members, : counts[members[0]]], alpha=alpha)
+            for members in groups
+        ]
         return torch.cat(parts, dim=1)[:, torch.cat(groups).argsort()]
