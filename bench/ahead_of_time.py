@@ -125,11 +125,11 @@ def compile_for(
         raise KernelError(
             f"expected a compiled kernel, got {type(kernel).__name__}: import it without TRITON_INTERPRET=1"
         )
-    named = {*signature, *constants, *divisible}
-    if named != set(kernel.arg_names):
+    arguments = {*signature, *constants, *divisible}
+    if arguments != set(kernel.arg_names):
         raise InputError(
             f"expected a type or a value for each of {kernel.arg_names}, "
-            f"missing {sorted(set(kernel.arg_names) - named)}, unknown {sorted(named - set(kernel.arg_names))}"
+            f"missing {sorted(set(kernel.arg_names) - arguments)}, unknown {sorted(arguments - set(kernel.arg_names))}"
         )
     source = ASTSource(
         kernel,
@@ -219,8 +219,8 @@ def _is_divisible(value: object) -> bool:
 
 
 def _as_launched(kernel: Any, arguments: Sequence[object], keywords: Mapping[str, Any]) -> KernelLaunch:
-    named = {name: value for name, value in keywords.items() if name in kernel.arg_names}
-    bound = kernel.signature.bind(*arguments, **named)
+    values = {name: value for name, value in keywords.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*arguments, **values)
     bound.apply_defaults()
     options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
     return KernelLaunch(kernel, dict(bound.arguments), **options)

@@ -16,22 +16,22 @@ _RESULTS = "bench/results"
 
 def commit() -> dict[str, Any]:
     """The commit's ``id``, and whether the tree was ``dirty``, records apart."""
-    told = os.environ.get(COMMIT)
-    if told:
-        return {"id": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    stated = os.environ.get(COMMIT)
+    if stated:
+        return {"id": stated.removesuffix("-dirty"), "dirty": stated.endswith("-dirty")}
     head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", f":(exclude){_RESULTS}")
     return {"id": head or "unknown", "dirty": head is None or bool(status)}
 
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The installed version of each package; None: it is not installed."""
-    found = installed(*packages)
-    return {name: found.get(name) for name in packages}
+    present = installed(*packages)
+    return {name: present.get(name) for name in packages}
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

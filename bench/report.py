@@ -51,16 +51,16 @@ def runs(folder: Path) -> Iterator[tuple[str, Run]]:
 
 def groups(run: Run) -> dict[str, list[Row]]:
     """The contenders of each group, the fastest first; times in seconds, ``speedup`` is the baseline's over the own."""
-    found: dict[str, list[Row]] = {}
+    rows_by_group: dict[str, list[Row]] = {}
     for benchmark in run["benchmarks"]:
         row = benchmark["extra_info"] | {"group": benchmark["group"]}
-        found.setdefault(benchmark["group"], []).append({"p50": benchmark["stats"]["median"]} | row)
-    for rows in found.values():
+        rows_by_group.setdefault(benchmark["group"], []).append({"p50": benchmark["stats"]["median"]} | row)
+    for rows in rows_by_group.values():
         rows.sort(key=lambda row: row["p50"])
         baseline = next((row["p50"] for row in rows if row["contender"] == row["baseline"]), None)
         for row in rows:
             row["speedup"] = None if baseline is None else baseline / row["p50"]
-    return found
+    return rows_by_group
 
 
 def table(rows: list[Row]) -> str:
@@ -193,14 +193,14 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
         colour, ridge = f"C{number}", peak / peaks["bytes/s"]
         roof = [(x, min(peak, x * peaks["bytes/s"])) for x in sorted({low, min(max(low, ridge), high), high})]
         axes.plot(*_billions(roof), color=colour, label=dtype)
-        for ours, marker in ((True, "*"), (False, ".")):
-            some = [
+        for of_ours, marker in ((True, "*"), (False, ".")):
+            group_points = [
                 (row["flops"] / row["bytes"], row["flops"] / row["p50"])
                 for row in points
-                if row["work_dtype"] == dtype and row["contender"].startswith("finelip_fast") == ours
+                if row["work_dtype"] == dtype and row["contender"].startswith("finelip_fast") == of_ours
             ]
-            if some:
-                axes.plot(*_billions(some), marker, color=colour, markersize=12 if ours else 6, alpha=0.8)
+            if group_points:
+                axes.plot(*_billions(group_points), marker, color=colour, markersize=12 if of_ours else 6, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="billions of operations a second")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,g}")

@@ -60,8 +60,8 @@ def race(batch: int, with_gradient: bool) -> dict[str, Result]:
         *tensors, lengths, first_rows = arguments
         return atrm(*tensors, lengths=lengths, anchor=first_rows)
 
-    def plain(*given: Any) -> Tensor:
-        return atrm_reference(AtrmInputs(*given))
+    def plain(*inputs: Any) -> Tensor:
+        return atrm_reference(AtrmInputs(*inputs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the reference, as exact as can be

@@ -59,8 +59,8 @@ def scores_race(n_queries: int) -> dict[str, Result]:
     int8_queries, query_scales = quantize(queries)
     quantized = quantize_items(items)
     int8_items, item_scales = quantized.values, quantized.scales
-    wide, few = len(wide_items) / ITEMS, min(n_queries, FEW)
-    part = few / n_queries
+    wide, n_small = len(wide_items) / ITEMS, min(n_queries, FEW)
+    part = n_small / n_queries
     plain = plain_torch
     if ON_GPU:
         suited = images_that_suit(items, queries)
@@ -83,7 +83,7 @@ def scores_race(n_queries: int) -> dict[str, Result]:
         PLAIN_HALF: contender(lambda: plain(items, queries).T, ROUNDED),
         PLAIN_FULL: contender(lambda: plain_torch(wide_items, wide_queries).T, EXACT, torch.float32, wide),
         LOOP: contender(
-            lambda: one_caption_at_a_time(wide_items, wide_queries[:few]).T, EXACT, torch.float32, wide * part
+            lambda: one_caption_at_a_time(wide_items, wide_queries[:n_small]).T, EXACT, torch.float32, wide * part
         ),
     }
     if ON_GPU:
@@ -95,9 +95,11 @@ def scores_race(n_queries: int) -> dict[str, Result]:
         if ON_GPU:  # float32 is rounded to half precision by both of them
             contenders[in_half] = contender(partial(peers.scores, maxsim, queries, items), ROUNDED)
         else:
-            contenders[in_half] = contender(partial(peers.scores, maxsim, queries[:few], items), ROUNDED, share=part)
+            contenders[in_half] = contender(
+                partial(peers.scores, maxsim, queries[:n_small], items), ROUNDED, share=part
+            )
             contenders[in_full] = contender(
-                partial(peers.scores, maxsim, wide_queries[:few], wide_items), EXACT, torch.float32, part
+                partial(peers.scores, maxsim, wide_queries[:n_small], wide_items), EXACT, torch.float32, part
             )
     if peers.has_chamfer():
         pairs = items[:PAIRS]
@@ -113,7 +115,7 @@ def from_tokens_race() -> dict[str, Result]:
     count = min(1_000, ITEMS)
     patches = unit_rows(count, PATCHES, dtype=HALF, seed=0).float()
     words = unit_rows(count, WORDS, dtype=HALF, seed=1).float()
-    few = max(1, count // 50)
+    n_small = max(1, count // 50)
     torch.manual_seed(0)
     image_aggregator, text_aggregator = (TokenAggregator(WIDTH, HIDDEN, TOKENS - 1).to(DEVICE) for _ in range(2))
 
@@ -130,14 +132,14 @@ def from_tokens_race() -> dict[str, Result]:
     def loop() -> Tensor:
         images = image_aggregator(patches, anchor=patches[:, 0])
         aggregate = lambda caption: text_aggregator(caption, anchor=caption[:, -1])  # noqa: E731
-        return one_caption_at_a_time(images, words[:few], aggregate=aggregate).T
+        return one_caption_at_a_time(images, words[:n_small], aggregate=aggregate).T
 
     with torch.no_grad():
         images, texts = embed(torch.float64)
         contenders = {
             OURS_HALF: Contender(partial(ours, HALF), ROUNDED),
             OURS_FULL: Contender(partial(ours, torch.float32), EXACT),
-            LOOP: Contender(loop, EXACT, few / count),
+            LOOP: Contender(loop, EXACT, n_small / count),
         }
         return compete(contenders, exact_scores(images, texts).T, rounds=ROUNDS)
 

@@ -80,9 +80,11 @@ def searched(folder: Path) -> dict[str, dict[str, Result]]:
             expected = single.search(queries, 10, mode="exact").scores
             results[mode] = {
                 name: _timed(
-                    lambda query, one=one, mode=mode: one.search(query, 10, mode=mode).scores, queries, expected
+                    lambda query, target=target, mode=mode: target.search(query, 10, mode=mode).scores,
+                    queries,
+                    expected,
                 )
-                for name, one in ((ONE, single), (SHARDS, shards))
+                for name, target in ((ONE, single), (SHARDS, shards))
             }
         results["kill"] = {SHARDS: Result([_until_whole(shards, queries[:1]) for _ in range(KILLS)])}
     single.close()

@@ -68,12 +68,12 @@ def open_clip_model() -> Any:
         "heads": config.text_heads,
         "layers": config.text_layers,
     }
-    theirs = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).eval()
-    ours = model().state_dict()
-    weights = {name: value for name, value in ours.items() if name.startswith("visual.")}
-    weights |= {name.removeprefix("text."): value for name, value in ours.items() if name.startswith("text.")}
-    theirs.load_state_dict(weights | {"logit_scale": ours["logit_scale"]})
-    return theirs.to(DEVICE, torch.float16 if ON_GPU else torch.float32)
+    reference = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).eval()
+    our_weights = model().state_dict()
+    weights = {name: value for name, value in our_weights.items() if name.startswith("visual.")}
+    weights |= {name.removeprefix("text."): value for name, value in our_weights.items() if name.startswith("text.")}
+    reference.load_state_dict(weights | {"logit_scale": our_weights["logit_scale"]})
+    return reference.to(DEVICE, torch.float16 if ON_GPU else torch.float32)
 
 
 @cache
@@ -118,12 +118,12 @@ def exported(kind: str, runtime: str, precision: str) -> Callable[[Tensor], Tens
 
 
 def in_torch(kind: str, compiled: bool) -> Callable[[Tensor], Tensor]:
-    ours = in_eager()
-    encode = ours.encode_image if kind == "pictures" else ours.encode_text
+    eager = in_eager()
+    encode = eager.encode_image if kind == "pictures" else eager.encode_text
     if compiled:
         encode = torch.compile(encode, dynamic=False)
         encode = up_to_the_longest(encode) if kind == "captions" else encode
-    return lambda x: encode(x.to(DEVICE, ours.dtype if kind == "pictures" else None))
+    return lambda x: encode(x.to(DEVICE, eager.dtype if kind == "pictures" else None))
 
 
 @cache
@@ -134,9 +134,9 @@ def in_eager() -> FineLIP:
 @cache
 def race(kind: str, size: int) -> dict[str, Result]:
     x = batch(kind, size)
-    theirs = open_clip_model()
-    encode = theirs.encode_image if kind == "pictures" else theirs.encode_text
-    dtype = next(theirs.parameters()).dtype
+    reference = open_clip_model()
+    encode = reference.encode_image if kind == "pictures" else reference.encode_text
+    dtype = next(reference.parameters()).dtype
     ways: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
         BASELINE: (
             lambda x: encode(x.to(DEVICE, dtype if kind == "pictures" else None), normalize=True)[:, None],

@@ -98,8 +98,8 @@ class Lance:
         return torch.cat(self.batches()[:1])[:5]
 
     def fetch(self, rows: Tensor) -> Tensor:
-        taken = self.dataset.take(rows.tolist(), columns=["tokens"]).combine_chunks().column(0).chunk(0)
-        return _as_rows(taken)
+        column = self.dataset.take(rows.tolist(), columns=["tokens"]).combine_chunks().column(0).chunk(0)
+        return _as_rows(column)
 
 
 def _as_rows(column: Any) -> Tensor:
@@ -155,10 +155,10 @@ def forget(folder: Path) -> None:
 @contextmanager
 def watched(info: dict[str, Any]) -> Iterator[None]:
     """Notes how much more memory of its own the process had at most; mapped files are not counted."""
-    before, most, done = _own_memory(), [0], threading.Event()
+    before, most, finished = _own_memory(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not finished.wait(0.01):
             most[0] = max(most[0], _own_memory())
 
     thread = threading.Thread(target=watch)
@@ -166,7 +166,7 @@ def watched(info: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
         info["peak_mib"] = max(0, most[0] - before) / 2**20
 

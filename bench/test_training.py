@@ -56,7 +56,7 @@ def race(batch: int, dtype: torch.dtype) -> dict[str, Result]:
     work = floor.clim(batch, batch, TOKENS, WIDTH, dtype, backward=True)
 
     def contender(score: Callable[[Tensor, Tensor], Tensor], tolerance: dict[torch.dtype, float]) -> Contender:
-        relative = lambda found: torch.stack(found) / largest  # noqa: E731
+        relative = lambda measured_gradients: torch.stack(measured_gradients) / largest  # noqa: E731
         return Contender(partial(gradients, score), tolerance[dtype], work=work, answer=relative)
 
     contenders = {

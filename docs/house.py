@@ -56,9 +56,9 @@ def find_imports(modules: Mapping[str, Path]) -> list[Import]:
         BareImportError: Says where.
     """
     return [
-        found
+        import_
         for module, path in modules.items()
-        for found in _imports_of(module, ast.parse(path.read_text(encoding="utf-8"), str(path)), modules)
+        for import_ in _imports_of(module, ast.parse(path.read_text(encoding="utf-8"), str(path)), modules)
     ]
 
 
@@ -98,7 +98,7 @@ def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found: list[list[str]] = []
+    components: list[list[str]] = []
 
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
@@ -114,12 +114,12 @@ def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
             while not circle or circle[-1] != name:
                 circle.append(stack.pop())
             if len(circle) > 1:
-                found.append(sorted(circle))
+                components.append(sorted(circle))
 
     for name in sorted(arrows):
         if name not in index:
             visit(name)
-    return sorted(found, key=len, reverse=True)
+    return sorted(components, key=len, reverse=True)
 
 
 def floors(arrows: Mapping[str, set[str]]) -> list[list[str]]:
@@ -129,13 +129,13 @@ def floors(arrows: Mapping[str, set[str]]) -> list[list[str]]:
     height: dict[str, int] = {}
 
     def rise(name: str) -> int:
-        whole = together.get(name, name)
-        if whole not in height:
-            height[whole] = 0  # of what leads back into the circle
-            members = [one for one in names if together.get(one, one) == whole]
+        group = together.get(name, name)
+        if group not in height:
+            height[group] = 0  # of what leads back into the circle
+            members = [room for room in names if together.get(room, room) == group]
             below = {onward for member in members for onward in arrows.get(member, ())} - set(members)
-            height[whole] = 1 + max(map(rise, below), default=-1)
-        return height[whole]
+            height[group] = 1 + max(map(rise, below), default=-1)
+        return height[group]
 
     levels = {name: rise(name) for name in names}
     return [
@@ -147,10 +147,10 @@ def main() -> None:
     modules = find_modules()
     between: dict[str, set[str]] = {}
     files: dict[str, set[str]] = {}
-    for found in find_imports(modules):
-        importer, imported = found.rooms
-        if found.imported != found.importer:
-            files.setdefault(found.importer, set()).add(found.imported)
+    for import_ in find_imports(modules):
+        importer, imported = import_.rooms
+        if import_.imported != import_.importer:
+            files.setdefault(import_.importer, set()).add(import_.imported)
         if importer != imported and ROOT not in (importer, imported):
             between.setdefault(importer, set()).add(imported)
     rooms = {room_of(module) for module in modules} - {ROOT}
@@ -158,9 +158,9 @@ def main() -> None:
     print(f"{len(rooms)} rooms on {len(drawn)} floors, {sum(map(len, between.values()))} arrows between them")
     for number, names in reversed(list(enumerate(drawn))):
         print(f"  {number}  {'  '.join(names)}")
-    for what, arrows in (("rooms", between), ("files", files)):
+    for unit, arrows in (("rooms", between), ("files", files)):
         for circle in circles(arrows):
-            print(f"circle of {what}: {' -> '.join(circle)}")
+            print(f"circle of {unit}: {' -> '.join(circle)}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Encoders:
 
     image: Encode
     text: Encode
-    more: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    extras: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     graphs: Mapping[str, ModelProto] = field(default_factory=dict)
 
 
@@ -327,26 +327,26 @@ class _Gate:
 
     def captions(self) -> None:
         reference, encode = self.reference, self.encoders.text
-        every = [(self._encode(encode, ids), expected) for ids, expected in reference.every_length]
-        found, expected = [one for one, _ in every], [one for _, one in every]
+        pairs = [(self._encode(encode, ids), expected) for ids, expected in reference.every_length]
+        outputs, expected = [pair_output for pair_output, _ in pairs], [pair_output for _, pair_output in pairs]
         shifted = []
         for length, (ids, answers) in reference.full.items():
             for size in BATCHES:
                 prefix = self._encode(encode, ids[:size])
                 self._case("text", size, length, prefix, answers[:size])
-                found.append(prefix)
+                outputs.append(prefix)
                 expected.append(answers[:size])
         full_length = reference.encode(encode, reference.captions, "export: captions")
         self.held_out.append(full_length)
-        reason = self._end_token_reason([one for one, _ in every])
-        if not self._values("text", [*found, full_length], [*expected, reference.texts], reason):
+        reason = self._end_token_reason([pair_output for pair_output, _ in pairs])
+        if not self._values("text", [*outputs, full_length], [*expected, reference.texts], reason):
             return
         context = reference.model.config.context_length
-        for (ids, _), (together, _) in zip(reference.every_length, every, strict=True):
+        for (ids, _), (together, _) in zip(reference.every_length, pairs, strict=True):
             width = ids.shape[1]
             shifted.append(self._encode(encode, ids[-1:]) - together[-1:])  # exactly full
             shifted.append(self._encode(encode, F.pad(ids[-1:], (0, context - width))) - together[-1:])
-        ids, together = reference.every_length[0][0], every[0][0]
+        ids, together = reference.every_length[0][0], pairs[0][0]
         for length in (1, 2):
             shifted.append(self._encode(encode, ids[length : length + 1, :length]) - together[length : length + 1])
         lengths = caption_lengths(reference.captions)
@@ -358,10 +358,10 @@ class _Gate:
 
     def others(self) -> None:
         reference, config = self.reference, self.reference.model.config
-        for name, run in self.encoders.more.items():
+        for name, run in self.encoders.extras.items():
             if name == "image_uint8":
-                found = run(levels(reference.pixels[:7], config))
-                self._values(name, [found.cpu()], [reference.images[:7]])
+                answers = run(levels(reference.pixels[:7], config))
+                self._values(name, [answers.cpu()], [reference.images[:7]])
             else:
                 scores = run(reference.texts[:7], reference.images).cpu()
                 expected = clim_scores(reference.texts[:7], reference.images, alpha=reference.model.alpha)

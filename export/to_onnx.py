@@ -234,7 +234,7 @@ def _encoders(folder: Path, names: Sequence[str], precision: str, device: torch.
             return OnnxGraph(Path(scratch) / f"{name}.onnx", device)
 
     run = {name: load(name) for name in names}
-    return parity.Encoders(run.pop("image"), run.pop("text"), more=run, graphs=protos)
+    return parity.Encoders(run.pop("image"), run.pop("text"), extras=run, graphs=protos)
 
 
 # ---- Command line
@@ -266,7 +266,7 @@ def run(
     model = checkpoints.load(checkpoint) if len(precision) > 1 else None
     reference = parity.Reference(model, data, progress=progress) if model is not None else None
     extras = [name for name, requested in zip(EXTRAS, (uint8, scorer), strict=True) if requested]
-    written: dict[str, Any] = {}
+    exports: dict[str, Any] = {}
     for name in precision:
         folder = export_onnx(
             checkpoint,
@@ -278,5 +278,5 @@ def run(
             reference=reference,
             **options,
         )
-        written[name] = {"folder": str(folder), **read(folder).manifest.proof}
-    return written
+        exports[name] = {"folder": str(folder), **read(folder).manifest.proof}
+    return exports

@@ -321,10 +321,10 @@ def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
         return {name: _checksum(place.stop - place.start, read(place)) for name, place in contents.places.items()}
 
 
-def _checksum(length: int, read: Callable[[slice], bytes | memoryview]) -> str:
+def _checksum(length: int, read_bytes: Callable[[slice], bytes | memoryview]) -> str:
     """By all cores: CRC-32 of the CRC-32 of pieces."""
     pieces = [slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE)]
-    return digest(in_parallel(lambda piece: zlib.crc32(read(piece)), pieces))
+    return digest(in_parallel(lambda piece: zlib.crc32(read_bytes(piece)), pieces))
 
 
 def digest(crcs: Sequence[int]) -> str:
@@ -340,10 +340,10 @@ def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
         return list(pool.map(function, values))
 
 
-def checksums(kept: dict[str, Tensor]) -> list[int]:
+def checksums(arrays: dict[str, Tensor]) -> list[int]:
     """CRC-32 of each embedding, as its bytes lie in the file."""
     result: list[int] = []
-    for values in (kept[name].contiguous().numpy() for name in STORED if name in kept):
+    for values in (arrays[name].contiguous().numpy() for name in STORED if name in arrays):
         result = [zlib.crc32(row, crc) for row, crc in zip(values, result or [0] * len(values), strict=True)]
     return result
 

@@ -84,15 +84,15 @@ class Catalogue(CatalogueReader):
             stored = self._stored()
         # Of this very index: another one is refused as it is. What older formats did not tell is taken over.
         is_old = stored.get("format") in range(1, FORMAT)
-        wanted = {key: value for key, value in self._wanted.items() if key != "format"}
-        different = [key for key in wanted if stored.get(key, wanted[key] if is_old else None) != wanted[key]]
+        expected = {key: value for key, value in self._wanted.items() if key != "format"}
+        different = [key for key in expected if stored.get(key, expected[key] if is_old else None) != expected[key]]
         if not is_old and stored.get("format") != FORMAT:
             different.append("format")
         if different:
-            was, now = ({key: side.get(key) for key in different} for side in (stored, self._wanted))
+            was, current = ({key: side.get(key) for key in different} for side in (stored, self._wanted))
             raise StoreError(
                 f"the index at {self._folder} was written by checkpoint {stored.get('source')!r:.200} with {was}, "
-                f"and is opened by checkpoint {source!r:.200} with {now}: open it with the checkpoint that wrote it, "
+                f"and is opened by checkpoint {source!r:.200} with {current}: open it with the checkpoint that wrote it, "
                 "or index the pictures again into another folder"
             )
         if is_old and stored["format"] < 3:  # older ones cannot be read as they are
@@ -174,9 +174,9 @@ class Catalogue(CatalogueReader):
         """Inside a change: items go; older versions still have them."""
         with self._database.writing() as connection:
             died = self.version
-            for some in batches(positions):
-                marks = ", ".join("?" * len(some))
-                rows = connection.run(f"SELECT {ITEM} FROM item WHERE died IS NULL AND position IN ({marks})", *some)
+            for batch in batches(positions):
+                marks = ", ".join("?" * len(batch))
+                rows = connection.run(f"SELECT {ITEM} FROM item WHERE died IS NULL AND position IN ({marks})", *batch)
                 for row in rows:
                     self._item(row, connection.sealed)  # a new checksum would hide what is wrong with it
                 connection.run_each(

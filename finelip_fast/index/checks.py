@@ -36,9 +36,9 @@ def check_ids(ids: Sequence[str]) -> None:
         new.add(item)
 
 
-def taken(there: Iterable[str]) -> InputError:
+def taken(present: Iterable[str]) -> InputError:
     return InputError(
-        f"expected ids that are new, got {next(iter(there))!r:.80} again; give other ids, or replace them"
+        f"expected ids that are new, got {next(iter(present))!r:.80} again; give other ids, or replace them"
     )
 
 
@@ -69,15 +69,15 @@ def as_json(metadata: Any, item: str | None = None) -> str:
     Raises:
         InputError: Anything but a dictionary of JSON values; names the key.
     """
-    whose = "" if item is None else f" of item {item!r:.80}"
+    owner = "" if item is None else f" of item {item!r:.80}"
     if not isinstance(metadata, dict):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{whose}")
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{owner}")
     if fault := _fault(metadata, "", MAX_DEPTH):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{whose}")
+        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{owner}")
     text = json.dumps(metadata)
     if len(text) > _LONGEST_METADATA:
         raise InputError(
-            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{whose}: keep it in a file"
+            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{owner}: keep it in a file"
         )
     return text
 

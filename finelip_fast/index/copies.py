@@ -38,8 +38,8 @@ class Int8Copies:
         written: The digest of the embeddings when they were written; None: of a time when it was not kept, or in memory.
     """
 
-    def __init__(self, segment: str, tokens: Tensor, written: str | None) -> None:
-        self._name, self._tokens, self._written = cache_name(segment), tokens, written
+    def __init__(self, segment: str, tokens: Tensor, digest: str | None) -> None:
+        self._name, self._tokens, self._written = cache_name(segment), tokens, digest
         self._mapped: tuple[Path, int] | None = None  # the file, and its length
 
     @property
@@ -85,14 +85,14 @@ class Int8Copies:
 
     def make(self, cache: Path) -> QuantizedItems:
         """The copies, kept from now on where that can be."""
-        made = quantize_items(self._tokens)
+        items = quantize_items(self._tokens)
         rows = digest(checksums({"tokens": self._tokens}))
         if self._written in (None, rows):
-            notes = {DIGEST: rows, **array_checksums(made._asdict())}
+            notes = {DIGEST: rows, **array_checksums(items._asdict())}
             with suppress(StoreError, WriteError):
-                write_arrays(cache / self._name, made._asdict(), notes)
-                made = self.read(cache) or made
-        return made
+                write_arrays(cache / self._name, items._asdict(), notes)
+                items = self.read(cache) or items
+        return items
 
     def drop_foreign(self, cache: Path) -> None:
         """Remove those that were made of other embeddings.

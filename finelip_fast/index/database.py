@@ -297,7 +297,7 @@ class Database:
         for mode in modes:
             # Fails where the files beside it, which writers and readers share, are not there and cannot be made.
             with suppress(sqlite3.OperationalError):
-                return self._checked(partial(self._connect, f"{self._uri}?{mode}", read=True))
+                return self._checked(partial(self._connect, f"{self._uri}?{mode}", read_only=True))
         return self._checked(self._open_frozen)
 
     def _open_frozen(self) -> Connection:
@@ -305,7 +305,7 @@ class Database:
         assert self.path is not None
         before = _state(self.path)
         if not any(_size(Path(f"{self.path.resolve()}{log}")) for log in _LOGS):
-            connection = self._connect(f"{self._uri}?mode=ro&immutable=1", read=True)
+            connection = self._connect(f"{self._uri}?mode=ro&immutable=1", read_only=True)
         else:
             connection = self._copied()
         connection.frozen = before
@@ -352,19 +352,19 @@ class Database:
             raise
         return connection
 
-    def _connect(self, target: str, *, read: bool = False) -> Connection:
+    def _connect(self, target: str, *, read_only: bool = False) -> Connection:
         connection = sqlite3.connect(
             target,
             isolation_level=None,
             check_same_thread=False,
             uri=target != ":memory:",
-            timeout=_PATIENCE if read else _WAIT,
+            timeout=_PATIENCE if read_only else _WAIT,
             factory=Connection,
         )
         self._owned.add(connection)
         try:
             connection.harden()
-            if read:
+            if read_only:
                 connection.run("SELECT 1 FROM sqlite_master")  # opens the log
         except BaseException:
             self._close(connection)
@@ -372,13 +372,13 @@ class Database:
         return connection
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, activity: str) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise self.failure(error, what) from None
+            raise self.failure(error, activity) from None
 
-    def failure(self, error: sqlite3.Error, what: str) -> StoreError:
+    def failure(self, error: sqlite3.Error, activity: str) -> StoreError:
         """What SQLite says, as an error that says what to do."""
         reason = str(error)
         if self.is_closed:
@@ -391,7 +391,7 @@ class Database:
             reason += _hindrance(self.path)
         if any(word in reason for word in ("malformed", "not a database", "corrupt", "out of order")):
             reason += f"; the catalogue is damaged: {remedies.restore(self.folder)}"
-        return StoreError(f"{what}: {reason}")
+        return StoreError(f"{activity}: {reason}")
 
 
 def _check_files(path: Path) -> None:

@@ -177,7 +177,7 @@ def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, cover
     mapped.nlist, mapped.code_size, mapped.read_only = len(sizes), width, True
     mapped.filename, mapped.totsize = str(path), start + len(lists)
     mapped.lists.clear()
-    seen = np.zeros(covered, bool)
+    covered_rows = np.zeros(covered, bool)
     at = 0
     for size in sizes:
         inverted_list = faiss.OnDiskOneList()
@@ -186,9 +186,9 @@ def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, cover
         rows = lists[at + size * width : at + size * bytes_per_row].numpy().view(np.int64)
         if size and not 0 <= rows.min() <= rows.max() < covered:
             return None
-        seen[rows] = True
+        covered_rows[rows] = True
         at += size * bytes_per_row
-    if not seen.all():
+    if not covered_rows.all():
         return None
     mapped.do_mmap()
     quantizer = faiss.IndexFlatIP(width)

@@ -248,7 +248,7 @@ class Index:
         """
         return self._store.incoming
 
-    def adopt(self, written: Sequence[Written]) -> None:
+    def adopt(self, segments: Sequence[Written]) -> None:
         """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
 
         Args:
@@ -258,7 +258,7 @@ class Index:
             InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
             StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
         """
-        self._store.adopt(written)
+        self._store.adopt(segments)
 
     # Searching ---------------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class Index:
             view = self._store.view()
             try:
                 with between_forks(), within_memory():
-                    found = self._search(view, queries, k, alpha, mode, where, candidates)
+                    result = self._search(view, queries, k, alpha, mode, where, candidates)
             except FileNotFoundError as error:
                 if self._store.view() is view:
                     raise StoreError(
@@ -311,8 +311,8 @@ class Index:
                     f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n), or "
                     "search fewer items at once"
                 ) from None
-            if found is not None:
-                return found
+            if result is not None:
+                return result
             # Another process has compacted the index meanwhile.
 
     def _search(
@@ -347,13 +347,13 @@ class Index:
         view.refuse_damaged(items.values())
         global_scores, fine_scores = parts_of_scores(view, queries, rows)
         try:
-            found = [[items[position] for position in row] for row in positions.tolist()]
+            hits = [[items[position] for position in row] for row in positions.tolist()]
         except KeyError as error:
             raise StoreError(
                 f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; "
                 f"{remedies.restore(self.folder)}"
             ) from None
-        return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), found, chosen)
+        return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), hits, chosen)
 
     def _first_stage(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
@@ -378,12 +378,12 @@ class Index:
     @property
     def tuning(self) -> Tuning | None:
         """What :func:`finelip_fast.index.tune.tune` has found; None: it has not been run."""
-        kept = self._store.catalogue.note(_TUNING)
+        recorded = self._store.catalogue.note(_TUNING)
         try:
-            return None if kept is None else _tuning(**kept)
+            return None if recorded is None else _tuning(**recorded)
         except (TypeError, ValueError, KeyError):
             raise StoreError(
-                f"what was tuned of the index at {self.folder} cannot be read, {kept!r:.80}: run finelip index tune again"
+                f"what was tuned of the index at {self.folder} cannot be read, {recorded!r:.80}: run finelip index tune again"
             ) from None
 
     @tuning.setter
@@ -433,12 +433,12 @@ class Index:
         upkeep.snapshot(self._store, folder)
 
 
-def _tuning(**kept: Any) -> Tuning:
+def _tuning(**recorded: Any) -> Tuning:
     """
     Raises:
         TypeError, ValueError, KeyError: Not of the kinds that a tuning has.
     """
-    tuning = Tuning(**kept)
+    tuning = Tuning(**recorded)
     numbers = [
         tuning.agreement,
         tuning.target,

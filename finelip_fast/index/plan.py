@@ -173,9 +173,9 @@ def measure(
     globals_seconds = _median(
         lambda: cosine_candidates(query[:, 0].to(device), values, scales, _TRIAL_CANDIDATES).cpu()
     )
-    few = search(mode="two-stage", candidates=_TRIAL_CANDIDATES // 10)
-    more = search(mode="two-stage", candidates=_TRIAL_CANDIDATES)
-    per_candidate = max((more - few) / (0.9 * _TRIAL_CANDIDATES), 1e-9)
+    fewer_candidates = search(mode="two-stage", candidates=_TRIAL_CANDIDATES // 10)
+    more_candidates = search(mode="two-stage", candidates=_TRIAL_CANDIDATES)
+    per_candidate = max((more_candidates - fewer_candidates) / (0.9 * _TRIAL_CANDIDATES), 1e-9)
     encode_rate = None
     if encode_batch is not None:
         encode_batch()  # warm

@@ -120,10 +120,10 @@ class CatalogueReader:
             segments = self._segments(connection, newest)
             dead = self._dead(connection)
         end = segments[-1][0].first + segments[-1][0].rows if segments else 0
-        gone = dead[dead[:, 1] <= version, 0]
+        deleted = dead[dead[:, 1] <= version, 0]
         if len(dead) and not (dead[0, 0] >= 0 and dead[-1, 0] < end and (dead[:, 1] <= newest).all()):
             raise self._damaged("items are gone that never were there")
-        return Layout(version, [row for row, born in segments if born <= version], gone.tolist())
+        return Layout(version, [row for row, born in segments if born <= version], deleted.tolist())
 
     def _segments(self, connection: Connection, newest: int) -> list[tuple[SegmentRow, int]]:
         """All segments, in order, each with the version that it came with."""
@@ -243,31 +243,31 @@ class CatalogueReader:
         Raises:
             StoreError: An item is not what was written.
         """
-        found: dict[int, Item] = {}
+        items: dict[int, Item] = {}
         with self._database.reading() as connection:
             if self.oldest > version:
                 return None
-            for some in batches(set(positions)):
-                marks = ", ".join("?" * len(some))
-                for row in connection.run(f"SELECT {ITEM} FROM item WHERE position IN ({marks})", *some):
-                    found[row[0]] = self._item(row, connection.sealed)
+            for batch in batches(set(positions)):
+                marks = ", ".join("?" * len(batch))
+                for row in connection.run(f"SELECT {ITEM} FROM item WHERE position IN ({marks})", *batch):
+                    items[row[0]] = self._item(row, connection.sealed)
                     if row[4] is not None and row[4] <= version:
                         raise self._damaged(f"the item at position {row[0]} is gone and is not")
-        return found
+        return items
 
     def find(self, ids: Iterable[str]) -> dict[str, int]:
         """The positions of those ids that are there now."""
-        found: dict[str, int] = {}
+        present: dict[str, int] = {}
         with self._database.reading() as connection:
-            for some in batches(ids):
-                marks = ", ".join(["CAST(? AS TEXT)"] * len(some))
+            for batch in batches(ids):
+                marks = ", ".join(["CAST(? AS TEXT)"] * len(batch))
                 rows = connection.run(
-                    f"SELECT {ITEM} FROM item WHERE died IS NULL AND id IN ({marks})", *map(to_text, some)
+                    f"SELECT {ITEM} FROM item WHERE died IS NULL AND id IN ({marks})", *map(to_text, batch)
                 )
                 for row in rows:
                     item = self._item(row, connection.sealed)
-                    found[item.id] = item.position
-        return found
+                    present[item.id] = item.position
+        return present
 
     def matching(self, where: str, version: int) -> list[int]:
         """Positions of the items of a version that a filter lets through, ascending.
@@ -362,8 +362,8 @@ def mixed(dead: np.ndarray[Any, np.dtype[np.int64]]) -> int:
 
 def batches(values: Iterable[Any]) -> Iterator[list[Any]]:
     iterator = iter(values)
-    while some := list(islice(iterator, _AT_ONCE)):
-        yield some
+    while batch := list(islice(iterator, _AT_ONCE)):
+        yield batch
 
 
 # A path may hold bytes that are no UTF-8; Python has them as lone surrogates, which sqlite3 refuses in a str.

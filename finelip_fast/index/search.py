@@ -123,9 +123,9 @@ def best_rows(
         return empty, empty.long()
     queries = queries.to(view.device, _dtype(view))
     if mode == "two-stage":
-        wanted = max(k, candidates or max(_CANDIDATES, _CANDIDATES_PER_HIT * k))
-        if wanted < count:
-            return _two_stages(view, queries, k, alpha, wanted, among, source)
+        n_candidates = max(k, candidates or max(_CANDIDATES, _CANDIDATES_PER_HIT * k))
+        if n_candidates < count:
+            return _two_stages(view, queries, k, alpha, n_candidates, among, source)
         mode = "exact"  # of so few items, all are candidates
     if mode == "exact-int8" or view.tokens is None:
         scores, rows, _ = clim_topk_int8(queries, view.tokens, view.quantized, k, alpha=alpha, among=among)
@@ -153,22 +153,22 @@ def _two_stages(
         candidates = cosine_candidates(anchors, values, scales, count, among=among)
     else:
         candidates = source(anchors, count, among)
-    found = []
-    for query, own in zip(queries, candidates, strict=True):
-        rows = own[own >= 0].sort().values
+    pieces = []
+    for query, candidate_rows in zip(queries, candidates, strict=True):
+        rows = candidate_rows[candidate_rows >= 0].sort().values
         scores, at = clim_topk(query[None], view.read(rows).to(view.device), k, alpha=alpha)
-        found.append((scores[0], rows.to(at.device)[at[0]]))
-    return torch.stack([scores for scores, _ in found]), torch.stack([rows for _, rows in found])
+        pieces.append((scores[0], rows.to(at.device)[at[0]]))
+    return torch.stack([scores for scores, _ in pieces]), torch.stack([rows for _, rows in pieces])
 
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The global cosine and the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
     queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
     cosines, fine = torch.empty(rows.shape), torch.empty(rows.shape)
-    for number, (query, own) in enumerate(zip(queries, rows, strict=True)):
-        found = view.read(own).to(view.device)
-        if len(found):
+    for number, (query, places) in enumerate(zip(queries, rows, strict=True)):
+        embeddings = view.read(places).to(view.device)
+        if len(embeddings):
             # Row by row: a matrix product may round otherwise among other rows.
-            cosines[number] = (found[:, 0].float() * query[0].float()).sum(dim=1)
-            fine[number] = clim_scores(query[None], found, alpha=0.0)[0]
+            cosines[number] = (embeddings[:, 0].float() * query[0].float()).sum(dim=1)
+            fine[number] = clim_scores(query[None], embeddings, alpha=0.0)[0]
     return cosines, fine

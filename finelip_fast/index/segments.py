@@ -70,8 +70,8 @@ class Segment:
     ) -> None:
         self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
-        written = None if contents is None else contents.notes.get(DIGEST)
-        self._int8 = Int8Copies(name, arrays["tokens"], written) if "tokens" in arrays else None
+        digest = None if contents is None else contents.notes.get(DIGEST)
+        self._int8 = Int8Copies(name, arrays["tokens"], digest) if "tokens" in arrays else None
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -142,8 +142,8 @@ class Segment:
             return lambda: target.copy_(self.embeddings(rows))
         if self.dtype == torch.float16:
             return self._reading_file(self._path, self._contents, {"tokens": target}, rows, resources)
-        kept = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
-        parts = {name: torch.empty(len(rows), *one.shape[1:], dtype=one.dtype) for name, one in kept.items()}
+        stored = {name: self.arrays[name] for name in ("values", "scales", "anchors")}
+        parts = {name: torch.empty(len(rows), *array.shape[1:], dtype=array.dtype) for name, array in stored.items()}
         finish = self._reading_file(self._path, self._contents, parts, rows, resources)
 
         def finish_int8() -> None:
@@ -165,20 +165,20 @@ class Segment:
             return lambda: _copy_rows(self.arrays, rows, targets)
         if os.fstat(descriptor).st_size != contents.size:
             raise _shortened(path)
-        wanted = []
+        ranges = []
         for name, target in targets.items():
             size = target.nbytes // max(1, len(rows))
             memory, start = memory_of(target), contents.places[name].start
-            wanted += [
+            ranges += [
                 (start + size * row, memory[size * at : size * (at + 1)]) for at, row in enumerate(rows.tolist())
             ]
         if hasattr(os, "posix_fadvise"):
-            for offset, part in wanted:
+            for offset, part in ranges:
                 os.posix_fadvise(descriptor, offset, len(part), os.POSIX_FADV_WILLNEED)
 
         def finish() -> None:
             try:
-                for offset, part in wanted:
+                for offset, part in ranges:
                     if _read_into(part, descriptor, offset) != len(part):
                         raise _shortened(path)
             except OSError as error:
@@ -199,16 +199,16 @@ class Segment:
         no search can compare; and what is wrong with each. All rows are looked at, by all cores.
         """
         self.refuse_shortened()
-        kept = {name: self.arrays[name] for name in STORED if name in self.arrays}
+        stored = {name: self.arrays[name] for name in STORED if name in self.arrays}
 
         def look(start: int) -> list[tuple[bool, bool]]:
-            some = {name: values[start : start + _ROWS_AT_ONCE] for name, values in kept.items()}
-            differ = (crc not in (None, found) for crc, found in zip(crcs[start:], checksums(some)))  # noqa: B905
-            return list(zip(differ, _are_finite(some), strict=True))
+            chunk = {name: values[start : start + _ROWS_AT_ONCE] for name, values in stored.items()}
+            differ = (crc not in (None, computed) for crc, computed in zip(crcs[start:], checksums(chunk)))  # noqa: B905
+            return list(zip(differ, _are_finite(chunk), strict=True))
 
         rows = [row for part in in_parallel(look, range(0, len(self), _ROWS_AT_ONCE)) for row in part]
         differs = torch.tensor([differ for differ, _ in rows], dtype=torch.bool)
-        for name, expected in _derived(kept).items():
+        for name, expected in _derived(stored).items():
             differs |= (expected != self.arrays[name]).reshape(len(expected), -1).any(dim=1)
         infinite = [row for row, (_, is_finite) in enumerate(rows) if not is_finite]
         reasons = dict.fromkeys(differs.nonzero()[:, 0].tolist(), "is not what was written")
@@ -220,11 +220,11 @@ class Segment:
             return QuantizedItems(*self._kept(*QuantizedItems._fields))
         if cache is None:
             return quantize_items(self.arrays["tokens"])
-        kept = self._int8.read(cache)
-        if kept is None:
+        items = self._int8.read(cache)
+        if items is None:
             self.refuse_shortened()
-            kept = self._int8.make(cache)
-        return kept
+            items = self._int8.make(cache)
+        return items
 
     def drop_foreign_copies(self, cache: Path) -> None:
         """Remove what is kept in int8 if it was made of other embeddings: of damaged ones, before they were restored.
@@ -249,10 +249,10 @@ def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tenso
         target.copy_(arrays[name][rows])
 
 
-def _are_finite(kept: dict[str, Tensor]) -> list[bool]:
+def _are_finite(stored: dict[str, Tensor]) -> list[bool]:
     """Whether each embedding is of numbers that a search can compare."""
-    finite = np.ones(len(next(iter(kept.values()))), bool)
-    for values in kept.values():
+    finite = np.ones(len(next(iter(stored.values()))), bool)
+    for values in stored.values():
         if values.dtype == torch.float16:  # by their bits, five times as fast as by PyTorch
             bits = values.numpy().reshape(len(values), -1).view(np.uint16) & _EXPONENT
             finite &= bits.max(axis=1, initial=0) < _EXPONENT
@@ -273,28 +273,28 @@ def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:
     """What a segment of ``embeddings [n, L, D]`` holds."""
     embeddings = embeddings.cpu()
     if dtype == "float16":
-        kept = {"tokens": embeddings.to(torch.float16).contiguous()}
+        stored = {"tokens": embeddings.to(torch.float16).contiguous()}
     else:
         values, scales = quantize(embeddings)
-        kept = {"values": values, "scales": scales, "anchors": embeddings[:, :1].to(torch.float16).contiguous()}
-    return kept | _derived(kept)
+        stored = {"values": values, "scales": scales, "anchors": embeddings[:, :1].to(torch.float16).contiguous()}
+    return stored | _derived(stored)
 
 
 def joined(parts: Sequence[tuple[Segment, Tensor]]) -> dict[str, Tensor]:
     """What a segment holds of the chosen rows of others; the embeddings stay what they are, to the bit."""
     names = [name for name in STORED if name in parts[0][0].arrays]
-    kept = {name: torch.cat([one.arrays[name][rows] for one, rows in parts]) for name in names}
-    return kept | _derived(kept)
+    stored = {name: torch.cat([segment.arrays[name][rows] for segment, rows in parts]) for name in names}
+    return stored | _derived(stored)
 
 
-def _derived(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+def _derived(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """What follows from embeddings as they are kept."""
-    quantized = "values" in kept
-    anchors, scales = quantize(kept["anchors"] if quantized else kept["tokens"][:, :1])
+    quantized = "values" in stored
+    anchors, scales = quantize(stored["anchors"] if quantized else stored["tokens"][:, :1])
     derived = {"globals": anchors[:, 0].contiguous(), "global_scales": scales[:, 0].contiguous()}
     if quantized:
-        parts = [kept[name].split(_ROWS_AT_ONCE) for name in ("values", "scales", "anchors")]
-        terms = [error_terms(dequantize(*some), some[0], some[1]) for some in zip(*parts, strict=True)]
+        parts = [stored[name].split(_ROWS_AT_ONCE) for name in ("values", "scales", "anchors")]
+        terms = [error_terms(dequantize(*chunk), chunk[0], chunk[1]) for chunk in zip(*parts, strict=True)]
         derived["terms"] = torch.cat(terms) if terms else torch.empty(0, 6)
     return derived
 
@@ -341,7 +341,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
         expected = _expected(shape, dtype, derived=path.suffix != ".npy")
         arrays = map_arrays(
             path,
-            contents._replace(places={each: contents.places[each] for each in expected if each in contents.places}),
+            contents._replace(places={array: contents.places[array] for array in expected if array in contents.places}),
         )
     except FileNotFoundError:
         raise
@@ -356,8 +356,8 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
         raise
     except StoreError as error:
         raise StoreError(f"segment {path} cannot be read: {error}; {_remedy(path)}") from None
-    for each, (kind, tail) in expected.items():
-        values = arrays.get(each)
+    for array, (kind, tail) in expected.items():
+        values = arrays.get(array)
         if (
             values is None
             or values.dtype != kind
@@ -366,7 +366,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
             or len(values) != rows
         ):
             got = "none" if values is None else f"{_short(values.dtype)} {list(values.shape)}"
-            raise StoreError(f"segment {path}: expected {each} {_short(kind)} {[rows, *tail]}, got {got}")
+            raise StoreError(f"segment {path}: expected {array} {_short(kind)} {[rows, *tail]}, got {got}")
     return Segment(name, arrays, path, contents)
 
 

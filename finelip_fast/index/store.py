@@ -161,7 +161,7 @@ class Store:
                 names = {row.name for row in layout.segments}
                 self._opened = {name: segment for name, segment in self._opened.items() if name in names}
             self.damaged = {}
-            kept = []
+            opened = []
             for row in layout.segments:
                 try:
                     if row.name not in self._opened:
@@ -169,13 +169,13 @@ class Store:
                         if self._verify:
                             self._refuse_damaged(row, segment, layout.version)
                         self._opened[row.name] = segment
-                    kept.append(row)
+                    opened.append(row)
                 except (StoreError, FileNotFoundError) as error:
                     if not self._skip_damaged or isinstance(error, UnavailableError):
                         raise
                     self.damaged[row.name] = str(error)
-            segments = [self._opened[row.name] for row in kept]
-            return View(layout._replace(segments=kept), segments, self.device, self.cache_folder)
+            segments = [self._opened[row.name] for row in opened]
+            return View(layout._replace(segments=opened), segments, self.device, self.cache_folder)
 
     def _refuse_damaged(self, row: SegmentRow, segment: Segment, version: int) -> None:
         items = {item.position - row.first: item for item in self.catalogue.items(version, within=row)}
@@ -227,15 +227,15 @@ class Store:
             return []
         arrays = encode(embeddings, self.spec.dtype)
         with self._written() as names, self.catalogue.changing():
-            there = self.catalogue.find(ids)
-            if there and existing == "error":
-                raise taken(there)
-            if there and existing == "skip":
-                new = [at for at, item in enumerate(ids) if item not in there]
+            present = self.catalogue.find(ids)
+            if present and existing == "error":
+                raise taken(present)
+            if present and existing == "skip":
+                new = [at for at, item in enumerate(ids) if item not in present]
                 ids, texts = [ids[at] for at in new], [texts[at] for at in new]
                 arrays = {name: values[new] for name, values in arrays.items()}
-            elif there:
-                self.catalogue.remove(there.values())
+            elif present:
+                self.catalogue.remove(present.values())
             if ids:
                 name, crcs = self._write(arrays)
                 names.append(name)
@@ -255,31 +255,33 @@ class Store:
             raise StoreError(f"cannot make {folder}: {error.strerror}") from None
         return folder
 
-    def adopt(self, written: Sequence[Written]) -> None:
+    def adopt(self, segments: Sequence[Written]) -> None:
         """Append what workers wrote, all of it in one change."""
         self.refuse_if_fixed()
         incoming = self.incoming
-        ids = [item for one in written for item in one.ids]
+        ids = [item for segment in segments for item in segment.ids]
         check_ids(ids)
-        texts = [[as_json(*pair) for pair in zip(one.metadata, one.ids, strict=True)] for one in written]
+        texts = [[as_json(*pair) for pair in zip(segment.metadata, segment.ids, strict=True)] for segment in segments]
         shape = (self.spec.tokens, self.spec.width)
         with self._written() as names, self.catalogue.changing():
-            if there := self.catalogue.find(ids):
-                raise taken(there)
-            for one, metadata in zip(written, texts, strict=True):
+            if present := self.catalogue.find(ids):
+                raise taken(present)
+            for segment, metadata in zip(segments, texts, strict=True):
                 try:
-                    name = plain_name(one.name, incoming, error=StoreError)
-                    opened = open_segment(incoming, name, rows=len(one.ids), shape=shape, dtype=self.spec.dtype)
-                    check_embeddings(one.ids, opened.embeddings(slice(None)))
+                    name = plain_name(segment.name, incoming, error=StoreError)
+                    opened = open_segment(incoming, name, rows=len(segment.ids), shape=shape, dtype=self.spec.dtype)
+                    check_embeddings(segment.ids, opened.embeddings(slice(None)))
                     with suppress(FileExistsError):  # of a change that failed
-                        os.link(incoming / one.name, self.segments_folder / one.name)  # not moved: this may fail too
+                        os.link(
+                            incoming / segment.name, self.segments_folder / segment.name
+                        )  # not moved: this may fail too
                 except OSError as error:
-                    raise StoreError(f"cannot take over {incoming / one.name}: {error.strerror}") from None
+                    raise StoreError(f"cannot take over {incoming / segment.name}: {error.strerror}") from None
                 names.append(name)
-                self.catalogue.add(one.ids, one.name, one.crcs, metadata)
+                self.catalogue.add(segment.ids, segment.name, segment.crcs, metadata)
             sync_folder(self.segments_folder)
-        for one in written:
-            (incoming / one.name).unlink(missing_ok=True)
+        for segment in segments:
+            (incoming / segment.name).unlink(missing_ok=True)
         self.reload()
 
     @contextmanager
@@ -311,13 +313,13 @@ class Store:
         if not ids:
             return
         with self.catalogue.changing():
-            there = self.catalogue.find(ids)
-            absent = [item for item in ids if item not in there]
+            present = self.catalogue.find(ids)
+            absent = [item for item in ids if item not in present]
             if absent:
                 raise InputError(
                     f"expected ids of the index, got {absent[0]!r:.80} and {len(absent) - 1} more that are not in it"
                 )
-            self.catalogue.remove(there.values())
+            self.catalogue.remove(present.values())
         self.reload()
 
     def reload(self) -> None:

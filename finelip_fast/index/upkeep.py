@@ -147,19 +147,19 @@ def _sweep(store: Store) -> None:
     assert store.folder is not None
     cache, incoming = store.folder / CACHE, store.folder / INCOMING
     with store.catalogue.undisturbed():
-        named = {row.name for row in store.catalogue.layout().segments}
-        replaced = set(_replaced(store)) - named
+        in_catalogue = {row.name for row in store.catalogue.layout().segments}
+        replaced = set(_replaced(store)) - in_catalogue
         for path in files_in(store.segments_folder):
             if path.name in replaced or path.name.partition(".")[0] in {name.partition(".")[0] for name in replaced}:
                 _remove(path)
         if replaced:
             store.catalogue.keep(_REPLACED, [])
-        named_copies = {cache_name(name) for name in named}
+        named_copies = {cache_name(name) for name in in_catalogue}
         for path in files_in(cache):
             if path.name not in named_copies and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
                 _remove(path)
         for path in files_in(incoming):
-            if path.name in named:  # taken over by a process that was killed then
+            if path.name in in_catalogue:  # taken over by a process that was killed then
                 _remove(path)
     for folder in (store.segments_folder, cache, incoming):
         remove_abandoned(folder)
@@ -190,9 +190,9 @@ def unnamed(store: Store) -> list[str]:
         return []
     # The files of a change that has not ended are not taken for others; where none can be made, none is.
     with nullcontext() if store.catalogue.read_only else store.catalogue.undisturbed():
-        named = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
+        in_catalogue = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
         files = files_in(store.segments_folder)
-    return [path.name for path in files if path.suffix in (".safetensors", ".npy") and path.name not in named]
+    return [path.name for path in files if path.suffix in (".safetensors", ".npy") and path.name not in in_catalogue]
 
 
 def check(store: Store) -> dict[str, str]:
@@ -269,9 +269,9 @@ def snapshot(store: Store, folder: str | PathLike[str]) -> None:
         layout = catalogue.layout()
         if damaged := _damaged(store, layout.version, layout.segments):
             raise _refusal(store, damaged)
-        named = {row.name.partition(".")[0] for row in layout.segments}
+        in_catalogue = {row.name.partition(".")[0] for row in layout.segments}
         for path in files_in(store.segments_folder):
-            if path.name.partition(".")[0] in named:
+            if path.name.partition(".")[0] in in_catalogue:
                 _copy(path, target / SEGMENTS / path.name)
 
     try:

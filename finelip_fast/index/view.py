@@ -40,8 +40,8 @@ class View:
 
     def __init__(self, layout: Layout, segments: Sequence[Segment], device: torch.device, cache: Path | None) -> None:
         self.layout, self.segments, self.device, self.cache = layout, segments, device, cache
-        lengths = torch.tensor([0, *(one.rows for one in layout.segments)])
-        self._firsts = torch.tensor([one.first for one in layout.segments], dtype=torch.int64)
+        lengths = torch.tensor([0, *(segment.rows for segment in layout.segments)])
+        self._firsts = torch.tensor([segment.first for segment in layout.segments], dtype=torch.int64)
         self._offsets = lengths.cumsum(0)
         self._lengths = lengths[1:]
         self.rows = int(self._offsets[-1])
@@ -59,9 +59,9 @@ class View:
         """The rows that are items, ascending; None: all."""
         if not len(self._dead):
             return None
-        there = torch.ones(self.rows, dtype=torch.bool)
-        there[self._dead] = False
-        return there.nonzero()[:, 0]
+        alive = torch.ones(self.rows, dtype=torch.bool)
+        alive[self._dead] = False
+        return alive.nonzero()[:, 0]
 
     def living_in(self, segment: int) -> Tensor:
         """The rows of one segment, counted from its first, that are items."""
@@ -110,15 +110,15 @@ class View:
         result = torch.empty(len(rows), *shape, dtype=self.segments[0].dtype, device=device)
         numbers, counts = segments.unique_consecutive(return_counts=True)
         parts = zip(numbers.tolist(), result.split(counts.tolist()), rows.split(counts.tolist()), strict=True)
-        while some := list(islice(parts, _OPEN_FILES)):
+        while opened := list(islice(parts, _OPEN_FILES)):
             with ExitStack() as resources:
                 reading = []
-                for one, part, own in some:
-                    own = own - self._offsets[one]
+                for number, part, rows_within in opened:
+                    rows_within = rows_within - self._offsets[number]
                     if on_gpu:
-                        part.copy_(on_gpu[one][own.to(device)])
+                        part.copy_(on_gpu[number][rows_within.to(device)])
                     else:
-                        reading.append(self.segments[one].reading(own, part, resources))
+                        reading.append(self.segments[number].reading(rows_within, part, resources))
                 for finish in reading:
                     finish()
         is_sorted = bool((order.diff() > 0).all())
@@ -172,13 +172,13 @@ class View:
     @cached_property
     def globals(self) -> tuple[list[Tensor], list[Tensor]]:
         """Global embeddings in int8 and their scales, in pieces on the device."""
-        kept = [
+        resident = [
             self._resident(name, [segment.arrays[name] for segment in self.segments])
             for name in ("globals", "global_scales")
         ]
         if len(self.segments) > _MOST_PIECES:
-            kept = [[torch.cat(pieces)] for pieces in kept]
-        values, scales = kept
+            resident = [[torch.cat(pieces)] for pieces in resident]
+        values, scales = resident
         return values, scales
 
     def _resident(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
@@ -186,11 +186,13 @@ class View:
         if self.device.type != "cuda":
             return pieces
         copies = [segment.copies for segment in self.segments]
-        missing = sum(piece.nbytes for piece, own in zip(pieces, copies, strict=True) if name not in own)
+        missing = sum(
+            piece.nbytes for piece, copies_of_piece in zip(pieces, copies, strict=True) if name not in copies_of_piece
+        )
         free, _ = torch.cuda.mem_get_info(self.device)
         if missing > _GPU_SHARE * free:
             return pieces
-        for piece, own in zip(pieces, copies, strict=True):
-            if name not in own:
-                own[name] = piece.to(self.device)
-        return [own[name] for own in copies]
+        for piece, copies_of_piece in zip(pieces, copies, strict=True):
+            if name not in copies_of_piece:
+                copies_of_piece[name] = piece.to(self.device)
+        return [copies_of_piece[name] for copies_of_piece in copies]

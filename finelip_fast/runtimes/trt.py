@@ -295,7 +295,7 @@ class _Captured(NamedTuple):
     """A CUDA graph with the memory that it reads and writes, and the context that must not change as long as it lives."""
 
     graph: torch.cuda.CUDAGraph
-    given: Tensor
+    batch: Tensor
     result: Tensor
     context: Any
 
@@ -323,7 +323,7 @@ class _Lane:
                 if not self.captures_itself:
                     captured = self.captured.get(tuple(batch.shape), lambda: self._capture(batch, result, profile))
                 if captured is not None:
-                    captured.given.copy_(batch)
+                    captured.batch.copy_(batch)
                     captured.graph.replay()
                     result.copy_(captured.result)
                     return

@@ -43,7 +43,7 @@ def prove(reference: parity.Reference) -> Callable[..., parity.Report]:
         for name, proto in graphs_.items():
             runners[name] = OnnxGraph(proto.SerializeToString(), torch.device("cpu"))
         encoders = parity.Encoders(
-            runners["image"], runners["text"], more={name: runners[name] for name in more}, graphs=graphs_
+            runners["image"], runners["text"], extras={name: runners[name] for name in more}, graphs=graphs_
         )
         return parity.prove(reference, encoders, precision)
 

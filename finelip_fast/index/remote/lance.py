@@ -120,8 +120,8 @@ class LanceStore:
         return dataset
 
     def _make(self) -> None:
-        said = json.dumps({"format": _FORMAT, "source": self.source, **asdict(self.spec)})
-        empty = self._schema.with_metadata({SPEC: said}).empty_table()
+        description = json.dumps({"format": _FORMAT, "source": self.source, **asdict(self.spec)})
+        empty = self._schema.with_metadata({SPEC: description}).empty_table()
         try:
             lance_module().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
         except (OSError, ValueError, RuntimeError) as error:
@@ -133,10 +133,10 @@ class LanceStore:
         spec = {"format": self._format, **asdict(self.spec)}
         different = [key for key in spec if stored.get(key) != spec[key]]
         if different:
-            was, now = ({key: one.get(key) for key in different} for one in (stored, spec))
+            was, current = ({key: side.get(key) for key in different} for side in (stored, spec))
             raise StoreError(
                 f"the store at {self.uri} was written by checkpoint {stored.get('source')!r} with {was}, and is opened by "
-                f"checkpoint {self.source!r} with {now}: open it with the checkpoint that wrote it, or make another store"
+                f"checkpoint {self.source!r} with {current}: open it with the checkpoint that wrote it, or make another store"
             )
         self.source = stored["source"]
 
@@ -176,12 +176,12 @@ class LanceStore:
 
     def _those_of(self, ids: Sequence[str], dataset: Any) -> set[str]:
         """Those ids that are there."""
-        found: set[str] = set()
+        present: set[str] = set()
         with reading(self.uri):
             for start in range(0, len(ids), _ROWS):
-                texts = ", ".join("'" + one.replace("'", "''") + "'" for one in ids[start : start + _ROWS])
-                found |= set(dataset.to_table(columns=["id"], filter=f"id IN ({texts})")["id"].to_pylist())
-        return found
+                texts = ", ".join("'" + item.replace("'", "''") + "'" for item in ids[start : start + _ROWS])
+                present |= set(dataset.to_table(columns=["id"], filter=f"id IN ({texts})")["id"].to_pylist())
+        return present
 
     def batches(self) -> Iterator[tuple[list[str], Tensor, list[dict[str, Any]], list[int]]]:
         """All items in order, some at a time, of one version: ``(ids, embeddings, metadata, crcs)``.
@@ -227,8 +227,8 @@ class LanceStore:
 
     def checksum(self, item: str, crc: int, text: str) -> int:
         """What ``metadata_crc`` has to be: of id, embedding's checksum and metadata, so that none can come to another."""
-        whole = text if self._format == _FORMAT_OF_OLD else f"{item}\0{crc}\0{text}"
-        return zlib.crc32(whole.encode("utf-8", "surrogatepass"))
+        sealed = text if self._format == _FORMAT_OF_OLD else f"{item}\0{crc}\0{text}"
+        return zlib.crc32(sealed.encode("utf-8", "surrogatepass"))
 
     def damaged(self, batch: Batch) -> list[str]:
         """Ids of rows that are not what was written, or that no search can compare."""
@@ -236,8 +236,8 @@ class LanceStore:
         rows = zip(*batch[:4], checksums({"tokens": batch.tokens}), finite, strict=True)
         return [
             item
-            for item, text, crc, metadata_crc, found, is_finite in rows
-            if crc != found or metadata_crc != self.checksum(item, crc, text) or not is_finite
+            for item, text, crc, metadata_crc, computed, is_finite in rows
+            if crc != computed or metadata_crc != self.checksum(item, crc, text) or not is_finite
         ]
 
     def take(self, dataset: Any, numbers: Sequence[int]) -> Batch:
@@ -275,9 +275,9 @@ class LanceStore:
             self._take_back(ids, after)
 
     def _refuse_known(self, ids: Sequence[str], dataset: Any) -> None:
-        there = self._those_of(ids, dataset)
-        if there:
-            old = next(item for item in ids if item in there)
+        present = self._those_of(ids, dataset)
+        if present:
+            old = next(item for item in ids if item in present)
             raise InputError(f"expected ids that are new, got {old!r} again; give other ids, or replace them")
 
     def _take_back(self, ids: Sequence[str], dataset: Any) -> None:
@@ -289,13 +289,13 @@ class LanceStore:
         last = self._find(dataset.version - 1)
         if not self._those_of(ids, last):
             return
-        known = {one.fragment_id for one in last.get_fragments()}
-        own = [one.fragment_id for one in dataset.get_fragments() if one.fragment_id not in known]
+        known = {fragment.fragment_id for fragment in last.get_fragments()}
+        added = [fragment.fragment_id for fragment in dataset.get_fragments() if fragment.fragment_id not in known]
         lance = lance_module()
         with self._writing():
             lance.LanceDataset.commit(
                 dataset,
-                lance.LanceOperation.Delete(updated_fragments=[], deleted_fragment_ids=own, predicate="true"),
+                lance.LanceOperation.Delete(updated_fragments=[], deleted_fragment_ids=added, predicate="true"),
                 read_version=dataset.version,
             )
         self._refuse_known(ids, last)
@@ -316,7 +316,7 @@ class LanceStore:
         matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
         if len(metadata) != len(ids):
             raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")
-        texts = [json.dumps(json.loads(as_json(one))) for one in metadata]
+        texts = [json.dumps(json.loads(as_json(values))) for values in metadata]
         self._refuse_if_fixed()
         tokens = embeddings.detach().cpu().to(torch.float16).contiguous()
         schema = self._schema
@@ -337,8 +337,8 @@ class LanceStore:
         self._refuse_if_fixed()
         ids = list(dict.fromkeys(ids))
         _check_texts(ids)
-        there = self._those_of(ids, self.dataset())
-        absent = [item for item in ids if item not in there]
+        present = self._those_of(ids, self.dataset())
+        absent = [item for item in ids if item not in present]
         if absent:
             raise InputError(
                 f"expected ids of the store, got {absent[0]!r} and {len(absent) - 1} more that are not in it"
@@ -349,9 +349,9 @@ class LanceStore:
         import pyarrow as pa
 
         if ids:
-            gone = pa.table({"id": pa.array(ids, pa.string())})
+            keys = pa.table({"id": pa.array(ids, pa.string())})
             with self._writing():
-                self.dataset().merge_insert("id").when_matched_delete().execute(gone)
+                self.dataset().merge_insert("id").when_matched_delete().execute(keys)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -409,7 +409,9 @@ class LanceStore:
         tokens = batch.tokens.to(queries.device)
         cosines = (queries[:, 0].float() @ tokens[:, 0].float().T).cpu().gather(1, at)
         fine = clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
-        return Found(scores, cosines, fine, numbers, [[items[one] for one in own] for own in at.tolist()], "exact")
+        return Found(
+            scores, cosines, fine, numbers, [[items[place] for place in places] for places in at.tolist()], "exact"
+        )
 
 
 def open_store(
@@ -425,7 +427,7 @@ def open_store(
     if dataset is None:
         raise StoreError(f"there is no store at {uri}: make one with finelip index push {uri} --index FOLDER")
     stored = spec_of(schema_of(dataset, uri), uri)
-    spec = IndexSpec(**{one.name: stored[one.name] for one in fields(IndexSpec) if one.name in stored})
+    spec = IndexSpec(**{field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored})
     return LanceStore(spec, uri, source=stored["source"], storage_options=storage_options, version=version)
 
 

@@ -57,8 +57,8 @@ class Batch(NamedTuple):
 
 def refuse_damaged(ids: Sequence[str], uri: str) -> None:
     if ids:
-        named = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        listed = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         raise StoreError(
-            f"{len(ids)} rows of the store at {uri} are not what was written: {named}; take them out with LanceStore.delete, "
+            f"{len(ids)} rows of the store at {uri} are not what was written: {listed}; take them out with LanceStore.delete, "
             "and push them again from an index that has them"
         )

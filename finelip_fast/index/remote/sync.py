@@ -52,17 +52,17 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
     _check_pushed(index, store, remove)
     counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
     local, limit = _Local(index, store), store.rows_of_a_change
-    gone: list[str] = []
+    absent: list[str] = []
     for keys in store.keys(store.dataset()):
         states = local.compare(keys)
         counts["unchanged"] += states.count(_SAME)
-        gone += [item for item, state in zip(keys.ids, states, strict=True) if state == _ABSENT and remove]
-        if len(gone) >= limit:
-            store.remove(gone)
-            counts["removed"] += len(gone)
-            gone.clear()
-    store.remove(gone)
-    counts["removed"] += len(gone)
+        absent += [item for item, state in zip(keys.ids, states, strict=True) if state == _ABSENT and remove]
+        if len(absent) >= limit:
+            store.remove(absent)
+            counts["removed"] += len(absent)
+            absent.clear()
+    store.remove(absent)
+    counts["removed"] += len(absent)
     with tqdm(total=len(local.view), unit="item", disable=not progress, mininterval=0.5) as bar:
         # Apart, since the order is kept only of what is added.
         waiting: dict[int, list[Item]] = {_ABSENT: [], _OTHER: []}
@@ -115,7 +115,7 @@ def pull(
     counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
     dataset, first = store.dataset(), 0
     version = int(dataset.version)
-    wanted: dict[str, tuple[int, int]] = {}  # number in the store, and state
+    missing: dict[str, tuple[int, int]] = {}  # number in the store, and state
     damaged: list[str] = []
     limit = store.rows_of_a_change
     with closing(Index(store.spec, folder, source=store.source)) as index:
@@ -124,22 +124,22 @@ def pull(
         local = _Local(index, store)
         with tqdm(total=len(store), unit="item", disable=not progress, mininterval=0.5) as bar:
             for keys in store.keys(dataset):
-                own = [at for at, item in enumerate(keys.ids) if zlib.crc32(item.encode()) % parts == number]
-                states = local.compare(keys.only(own))
-                for at, state in zip(own, states, strict=True):
+                in_part = [at for at, item in enumerate(keys.ids) if zlib.crc32(item.encode()) % parts == number]
+                states = local.compare(keys.only(in_part))
+                for at, state in zip(in_part, states, strict=True):
                     counts["unchanged"] += state == _SAME
-                    if keys.ids[at] in wanted:
+                    if keys.ids[at] in missing:
                         raise _twice(keys.ids[at], store.uri)
                     if state != _SAME:
-                        wanted[keys.ids[at]] = first + at, state
-                    if len(wanted) == limit:
-                        damaged += _transfer(store, dataset, index, wanted, counts)
+                        missing[keys.ids[at]] = first + at, state
+                    if len(missing) == limit:
+                        damaged += _transfer(store, dataset, index, missing, counts)
                 first += len(keys.ids)
                 bar.update(len(keys.ids))
-            damaged += _transfer(store, dataset, index, wanted, counts)
-        gone = [item.id for item in local.items() if local.states[item.position] == _ABSENT]
-        index.delete(gone)
-        counts["removed"] = len(gone)
+            damaged += _transfer(store, dataset, index, missing, counts)
+        absent = [item.id for item in local.items() if local.states[item.position] == _ABSENT]
+        index.delete(absent)
+        counts["removed"] = len(absent)
         if not damaged:
             index._store.catalogue.keep(_COPY, {**note, "version": version})
     refuse_damaged(damaged, store.uri)
@@ -147,12 +147,12 @@ def pull(
 
 
 def _transfer(
-    store: LanceStore, dataset: Any, index: Index, wanted: dict[str, tuple[int, int]], counts: dict[str, int]
+    store: LanceStore, dataset: Any, index: Index, missing: dict[str, tuple[int, int]], counts: dict[str, int]
 ) -> list[str]:
     """Put wanted rows into an index, and want no more; the ids of those that are damaged."""
-    if not wanted:
+    if not missing:
         return []
-    batch = store.take(dataset, [number for number, _ in wanted.values()])
+    batch = store.take(dataset, [number for number, _ in missing.values()])
     damaged = store.damaged(batch)
     wrong = set(damaged)
     sound = [at for at, item in enumerate(batch.ids) if item not in wrong]
@@ -163,10 +163,10 @@ def _transfer(
         index.upsert(ids, tokens, metadata)
     except InputError as error:
         raise StoreError(f"an item of the store at {store.uri} cannot be kept in a folder: {error}") from None
-    replaced = sum(wanted[item][1] == _OTHER for item in ids)
+    replaced = sum(missing[item][1] == _OTHER for item in ids)
     counts["replaced"] += replaced
     counts["added"] += len(ids) - replaced
-    wanted.clear()
+    missing.clear()
     return damaged
 
 
@@ -188,20 +188,20 @@ class _Local:
         Raises:
             StoreError: Another process has changed the index, or an id came before.
         """
-        found = self.index._store.catalogue.find(keys.ids)
-        items = self.index._store.catalogue.at(found.values(), self.view.version)
+        positions = self.index._store.catalogue.find(keys.ids)
+        items = self.index._store.catalogue.at(positions.values(), self.view.version)
         if items is None:
             raise StoreError("another process compacts the index: try again")
-        own = self._keys_of(items.values())
+        local_keys = self._keys_of(items.values())
         states = []
         for item, *right in zip(*keys, strict=True):
-            position = found.get(item)
+            position = positions.get(item)
             if position is None:
                 states.append(_ABSENT)
                 continue
             if position >= len(self.states) or self.states[position] != _ABSENT:
                 raise _twice(item, self._store.uri)
-            self.states[position] = _SAME if own[position] == tuple(right) else _OTHER
+            self.states[position] = _SAME if local_keys[position] == tuple(right) else _OTHER
             states.append(self.states[position])
         return states
 
@@ -234,8 +234,8 @@ class _Local:
             tokens = self.view.read(self.view.rows_at([item.position for item in items])).cpu()
         except FileNotFoundError:
             raise StoreError("another process compacts the index: try again") from None
-        own = checksums({"tokens": tokens})
-        damaged = [item.id for item, crc in zip(items, own, strict=True) if item.crc not in (None, crc)]
+        crcs = checksums({"tokens": tokens})
+        damaged = [item.id for item, crc in zip(items, crcs, strict=True) if item.crc not in (None, crc)]
         if damaged:
             raise StoreError(
                 f"{len(damaged)} items of the index are damaged, {damaged[0]!r} among them, and were not pushed: take them "
@@ -263,10 +263,10 @@ def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
             f"the catalogue's note of what was pulled into {index.folder} cannot be read, {copy!r:.80}: pull again"
         ) from None
     if is_part or version is None:
-        what = f"part {number} of {parts}" if is_part else "what an interrupted pull has left"
+        content = f"part {number} of {parts}" if is_part else "what an interrupted pull has left"
         raise InputError(
-            f"expected a whole index to push, got {what} of {store_of_copy}: all else would be taken out of {store.uri}; pull "
-            "all of it, or let stay what the index lacks with remove=False (--keep)"
+            f"expected a whole index to push, got {content} of {store_of_copy}: all else would be taken out of {store.uri}; "
+            "pull all of it, or let stay what the index lacks with remove=False (--keep)"
         )
 
 

@@ -49,15 +49,13 @@ def schema_of(dataset: Any, uri: str) -> pa.Schema:
 
 
 def spec_of(schema: pa.Schema, uri: str) -> dict[str, Any]:
-    said = (schema.metadata or {}).get(SPEC)
-    if said is None:
+    raw = (schema.metadata or {}).get(SPEC)
+    if raw is None:
         raise StoreError(
             f"expected a store that finelip_fast made, got a table of {schema.names} at {uri}: give another place"
         )
     where = f"the store at {uri}"
-    stored: dict[str, Any] = parse_json(
-        said, where, error=StoreError, expected="what a store says of itself", kind=dict
-    )
+    stored: dict[str, Any] = parse_json(raw, where, error=StoreError, expected="what a store says of itself", kind=dict)
     texts = [stored.get("source"), stored.get("checkpoint"), stored.get("dtype", "float16")]
     sizes, alpha = [stored.get("tokens"), stored.get("width")], stored.get("alpha", 1)
     if (
@@ -75,7 +73,7 @@ def reading(uri: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def errors_of_lance(what: str) -> Iterator[None]:
+def errors_of_lance(activity: str) -> Iterator[None]:
     """
     Raises:
         StoreError: Whatever Lance and Arrow raise; also what ends a thread of theirs, which is no ``Exception``.
@@ -85,11 +83,11 @@ def errors_of_lance(what: str) -> Iterator[None]:
     except FineLIPError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
-        raise StoreError(f"{what}: {reason_of(error)}") from None
+        raise StoreError(f"{activity}: {reason_of(error)}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise StoreError(f"{what}: {reason_of(error)}") from None
+        raise StoreError(f"{activity}: {reason_of(error)}") from None
 
 
 def reason_of(error: BaseException) -> str:
