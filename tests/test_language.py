@@ -1,0 +1,49 @@
+"""What CONTRIBUTING says of words, where it can be read from the sources: names of variables, descriptions of arguments."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+FOLDERS = ("finelip_fast", "kernels", "training", "export", "bench", "docs", "examples")
+PATHS = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
+
+# Pronouns, participles that stand for a thing, and words that point: none says what the variable holds.
+POINTING = re.compile(
+    r"asked|both|done|each|every|few|found|given|gone|good|here|kept|made|many|more|named|now|"
+    r"one|other|others|ours|own|read|said|same|seen|shown|some|taken|that|theirs|them|there|"
+    r"these|they|this|those|told|wanted|what|which|who|whole|whose|written"
+)
+# An argument is described by a noun phrase: "name of the file", not "Of the file."
+NOT_A_NOUN = re.compile(r"^ +\*{0,2}[a-z_]\w*(?: \([^)]*\))?: (?:As|At|By|For|From|In|Of|On|To|Which|With)\b")
+
+
+def variables(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Names that functions give to variables and arguments."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)))
+    for node in chain.from_iterable(map(ast.walk, functions)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+
+
+def docstrings(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize("path", PATHS, ids=[str(path.relative_to(REPOSITORY)) for path in PATHS])
+def test_variables_say_what_they_hold_and_descriptions_are_noun_phrases(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    pointing = [f"line {line}: {name}" for name, line in variables(tree) if POINTING.fullmatch(name.strip("_"))]
+    assert not pointing, "name what they hold: " + ", ".join(pointing)
+    lines = [line.strip() for text in docstrings(tree) for line in text.splitlines() if NOT_A_NOUN.match(line)]
+    assert not lines, "describe by noun phrases:\n" + "\n".join(lines)
