@@ -38,7 +38,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.graph import interface_problems
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
-PAIRS = "scenes:test:200"
+DATA = "scenes:test:200"
 BATCHES = (1, 7, 64)
 LENGTHS = (3, 77, 128)  # and the whole context
 
@@ -131,7 +131,7 @@ class Reference:
     """
 
     def __init__(
-        self, model: FineLIP, pairs: str = PAIRS, *, root: str | Path | None = None, progress: bool = True
+        self, model: FineLIP, pairs: str = DATA, *, root: str | Path | None = None, progress: bool = True
     ) -> None:
         self.model, self.source, self.progress = model, pairs, progress
         examples = open_dataset(pairs, image_size=model.config.image_size, root=root)

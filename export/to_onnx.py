@@ -52,7 +52,7 @@ def export_onnx(
     out: str | os.PathLike[str] | None = None,
     opset: int = graphs.OPSET,
     extras: Sequence[str] = (),
-    data: str = parity.PAIRS,
+    data: str = parity.DATA,
     calibration: str = CALIBRATION,
     keep_failed: bool = False,
     again: bool = False,

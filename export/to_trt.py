@@ -52,7 +52,7 @@ def export_trt(
     out: str | os.PathLike[str] | None = None,
     builder: Builder | None = None,
     refit: str | os.PathLike[str] | None = None,
-    data: str = parity.PAIRS,
+    data: str = parity.DATA,
     keep_failed: bool = False,
     again: bool = False,
     progress: bool = True,
@@ -134,7 +134,7 @@ def prove_trt(
     checkpoint: str | os.PathLike[str] | None,
     folder: Path,
     *,
-    data: str = parity.PAIRS,
+    data: str = parity.DATA,
     keep_failed: bool = False,
     progress: bool = True,
 ) -> Path:

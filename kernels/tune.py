@@ -87,23 +87,23 @@ def tune(
     measure: Measure | None = None,
     again: bool = False,
     seconds: float | None = None,
-    out: Path | None = None,
+    settings: Path | None = None,
     progress: bool = True,
 ) -> list[Tuned]:
     """Tune the cases in their order.
 
     Args:
         cases: Cases of :func:`cases_for`.
-        measure: None: ``triton.testing.do_bench``, which empties the L2 cache before each call.
+        measure: Function that times a call; None: ``triton.testing.do_bench``, which empties the L2 cache before each.
         again: Whether to tune cases that the table has already.
-        seconds: Start no case after so long.
-        out: The table to write; None: this machine's.
+        seconds: Time after which no case is started; None: no limit.
+        settings: File of settings to write; None: this machine's.
 
     Returns:
-        What was found, without the cases that were skipped.
+        Settings of the cases that were tuned, without those that were skipped.
     """
     measure = measure or _do_bench
-    known = _settings.names(out)
+    known = _settings.names(settings)
     measured = []
     end = float("inf") if seconds is None else time.monotonic() + seconds
     with tqdm(cases, disable=not progress, unit="case") as bar:
@@ -113,7 +113,7 @@ def tune(
             bar.set_postfix_str(case.names[0])
             if again or not known.issuperset(case.names):
                 tuned = _best(case, measure)
-                _settings.save(dict.fromkeys(case.names, asdict(tuned.settings)), out)
+                _settings.save(dict.fromkeys(case.names, asdict(tuned.settings)), settings)
                 measured.append(tuned)
     return measured
 

@@ -75,7 +75,7 @@ def save(
 
 def convert(
     source: str | os.PathLike[str] | None,
-    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     context_length: int | None = None,
     dtype: torch.dtype | None = None,
@@ -84,7 +84,7 @@ def convert(
 
     Args:
         source: Folder, file or name, as :func:`load` takes it. The metadata of a folder in our format is kept.
-        folder: Where to.
+        out: Folder to write.
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
 
@@ -103,7 +103,7 @@ def convert(
     history = read_config(config_file).get("metadata") if config_file is not None and config_file.is_file() else {}
     if not isinstance(history, dict):
         raise CheckpointError(f"{config_file}: expected metadata as an object, found {history!r:.40}")
-    save(model, folder, dtype=dtype, metadata={**history, "source": name, "layout": layout})
+    save(model, out, dtype=dtype, metadata={**history, "source": name, "layout": layout})
     config = model.config
     return {
         "layout": layout,
@@ -115,7 +115,7 @@ def convert(
         "patch_size": config.patch_size,
         "context_length": config.context_length,
         "dtype": str(dtype or model.dtype).removeprefix("torch."),
-        "folder": os.fspath(folder),
+        "folder": os.fspath(out),
     }
 
 

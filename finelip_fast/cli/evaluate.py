@@ -88,7 +88,7 @@ def evaluate(
         batch_size=batch_size,
         progress=shows_progress(),
         data=data,
-        validation_data=validation or "",
+        validation_name=validation or "",
     )
     if save:
         after_result(lambda: result.save(save))

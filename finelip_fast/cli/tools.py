@@ -77,7 +77,7 @@ def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settin
     from finelip_fast.kernels import tune
 
     cases = tune.cases_for(operations or tune.OPERATIONS)
-    tuned = tune.tune(cases, again=again, seconds=seconds, out=settings, progress=shows_progress())
+    tuned = tune.tune(cases, again=again, seconds=seconds, settings=settings, progress=shows_progress())
     return {
         case.name: f"{case.speedup:.2f}x the default settings; {case.failed} candidates were out" for case in tuned
     } or "nothing to tune: --again tunes what was tuned before"

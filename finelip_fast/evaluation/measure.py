@@ -36,7 +36,7 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = True,
     data: str = "",
-    validation_data: str = "",
+    validation_name: str = "",
 ) -> Evaluation:
     """Rank all pictures for each caption and all captions for each picture.
 
@@ -54,7 +54,7 @@ def evaluate(
             change. None: in memory, on the engine's device and in its precision (float32 on a CPU), and nothing is written.
         batch_size: Pictures or captions at once.
         progress: Show progress bars.
-        data, validation_data: What the pairs are called; for the result alone.
+        data, validation_name: Names of both sets of pairs, for the result alone.
 
     Returns:
         Ranks and metrics with the global cosine alone, late interaction alone, and both. Ties count against us. The scores
@@ -85,7 +85,7 @@ def evaluate(
             raise InputError(
                 "expected validation pairs other than the measured ones, got the same: alpha would be chosen on the test"
             )
-        sweep = _sweep(encoder, validation, validation_survey, context_lengths[-1], validation_data)
+        sweep = _sweep(encoder, validation, validation_survey, context_lengths[-1], validation_name)
         alpha = sweep.best
     started = time.perf_counter()
     images, picture_of = encoder.images(pairs, known), torch.tensor(known.picture_of)

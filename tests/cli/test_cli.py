@@ -751,7 +751,7 @@ def test_defaults_are_those_of_the_library() -> None:
     defaults = {param.name: param.default for param in cli.export.commands["onnx"].params}
     assert (defaults["opset"], defaults["data"], defaults["calibration"]) == (
         graphs.OPSET,
-        parity.PAIRS,
+        parity.DATA,
         to_onnx.CALIBRATION,
     )
 

@@ -182,7 +182,7 @@ def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[[0, 0, 1, 2, 2], None])
     given = [Example(owner, str(n), f"folder/{owner}.jpg") for n, owner in enumerate((0, 0, 1, 2, 2))]
-    report = evaluate(engine, given, validation=pairs(3), data="three", validation_data="more", progress=False)
+    report = evaluate(engine, given, validation=pairs(3), data="three", validation_name="more", progress=False)
     report.save(tmp_path / "result.json")
     assert read_evaluation(tmp_path / "result.json") == report
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -431,4 +431,4 @@ def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plan
         "progress": False,
     }
     assert main(["export", "trt"]) == 0
-    assert given["data"] == parity.PAIRS
+    assert given["data"] == parity.DATA

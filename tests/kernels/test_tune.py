@@ -85,14 +85,14 @@ def test_no_case_starts_after_its_time(table):
 def test_another_table_is_written_and_looked_at(table, tmp_path):
     out = tmp_path / "shipped.json"
     for expected in (1, 0):
-        found = tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), out=out, progress=False)
+        found = tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), settings=out, progress=False)
         assert len(found) == expected
     assert json.loads(out.read_text()) == {"one": {"block": 2}}
     assert not table.exists()
 
 
 def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch):
-    monkeypatch.setattr(tune.atrm, "capability_of", lambda device: 90)
+    monkeypatch.setattr(tune, "capability_of", lambda device: 90)
     cases = tune.cases_for()
     names = [name for one in cases for name in one.names]
     assert len(names) == len(set(names))
@@ -104,7 +104,7 @@ def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch):
 
 
 def test_operations_are_chosen_by_name(monkeypatch):
-    monkeypatch.setattr(tune.atrm, "capability_of", lambda device: 80)
+    monkeypatch.setattr(tune, "capability_of", lambda device: 80)
     assert {one.names[0].split()[0] for one in tune.cases_for(["atrm"])} == {"atrm"}
     with pytest.raises(InputError, match=r"expected operations of clim, .*, got scores"):
         tune.cases_for(["scores"])
