@@ -159,7 +159,8 @@ class Ingest:
         batch_size = whole_number("batch_size", batch_size, most=_MAX_BATCH)
         one_of("existing", existing, get_args(Existing))
         self._index, self._kind, self._report = index, kind, report
-        self._existing, self._batch_size = existing, batch_size
+        self._existing: Existing = existing
+        self._batch_size = batch_size
         self._batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
         self._since = time.monotonic()
         self._pending: set[str] = set()  # ids that may be on their way

@@ -136,7 +136,9 @@ class Preprocess:
             return 1, 1
         side = _SPARE * self.image_size
         across, down = max(1, width // side), max(1, height // side)
-        return (across, down) if self.resize_mode == "squash" else (min(across, down),) * 2
+        if self.resize_mode == "squash":
+            return across, down
+        return min(across, down), min(across, down)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, _FILTERS[self.interpolation]

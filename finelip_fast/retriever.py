@@ -109,7 +109,7 @@ class Retriever:
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self._verify = verify
         self.alpha = self._engine.alpha if alpha is None else alpha
-        self.overflow = overflow
+        self.overflow: Overflow = overflow
         self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"

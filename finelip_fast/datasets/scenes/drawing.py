@@ -78,7 +78,8 @@ def _sky_colours(canvas: Canvas) -> tuple[Colour, Colour]:
 def _lights_of_the_sky(canvas: Canvas, rng: Random) -> None:
     if canvas.night:
         for _ in range(26):
-            canvas.oval(rng.random(), rng.uniform(0.0, 0.3), *(rng.choice((0.0024, 0.0036)),) * 2, _CREAM, glow=True)
+            x, y, radius = rng.random(), rng.uniform(0.0, 0.3), rng.choice((0.0024, 0.0036))
+            canvas.oval(x, y, radius, radius, _CREAM, glow=True)
         x = rng.uniform(0.12, 0.88)
         canvas.oval(x, 0.075, 0.075, 0.075, _CREAM, alpha=26, glow=True)
         canvas.oval(x, 0.075, 0.042, 0.042, (250, 244, 214), glow=True)

@@ -50,7 +50,7 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
     from tqdm import tqdm
 
     _check_pushed(index, store, remove)
-    counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
+    counts: dict[str, int] = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
     local, limit = _Local(index, store), store.rows_of_a_change
     absent: list[str] = []
     for keys in store.keys(store.dataset()):
@@ -112,7 +112,7 @@ def pull(
     number, parts = part
     if not 0 <= number < parts:
         raise InputError(f"expected a part (i, n) with 0 <= i < n, got ({number}, {parts})")
-    counts = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
+    counts: dict[str, int] = dict.fromkeys(("added", "replaced", "removed", "unchanged"), 0)
     dataset, first = store.dataset(), 0
     version = int(dataset.version)
     missing: dict[str, tuple[int, int]] = {}  # number in the store, and state
