@@ -5,22 +5,28 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
 
-.PHONY: demo test lint docs bench record clean
+.PHONY: demo test lint stubs docs bench record clean
 
 demo: $(INSTALLED)
 	$(BIN)/finelip demo
 
-test: $(READY)
+test: stubs
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m triton
 
-# Types are checked where the folders lie as a wheel has them, by links.
-lint: $(READY)
+# Mypy would take the package of the folder where it runs, which lacks those that lie beside it.
+lint: stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/types/finelip_fast
-	ln -sfn $(CURDIR)/finelip_fast/* $(addprefix $(CURDIR)/,kernels training export) build/types/finelip_fast/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Type checkers do not follow pip to a package installed in place; they follow a stub package, here links in a wheel's layout.
+stubs: $(READY)
+	folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finelip_fast-stubs && \
+	mkdir -p $$folder && \
+	ln -sfn $(CURDIR)/finelip_fast/* $(addprefix $(CURDIR)/,kernels training export) $$folder/ && \
+	ln -sfn $(CURDIR)/finelip_fast/__init__.py $$folder/__init__.pyi
 
 # To site/index.html. The variable keeps out a notice of the theme's makers.
 docs: $(READY)

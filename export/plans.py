@@ -72,10 +72,11 @@ def build_plan(
     _configure(trt, config, target, builder)
     timings = _Timings(trt, config, target)
     with tqdm(desc=f"build, {path.stem}", unit="step", disable=not progress, leave=False) as bar:
-        if progress:
-            config.progress_monitor = monitor = _monitor(trt, bar)
+        monitor = _monitor(trt, bar) if progress else None
+        if monitor:
+            config.progress_monitor = monitor
         plan = make.build_serialized_network(network, config)
-    if progress and monitor.stopped:
+    if monitor and monitor.stopped:
         raise KeyboardInterrupt
     if plan is None:
         raise EngineError(f"{path.name}: {target.module} {target.version} cannot build it: {log.take()}")

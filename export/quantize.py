@@ -107,7 +107,7 @@ def calibrated(proto: ModelProto, batches: Iterable[dict[str, np.ndarray]]) -> M
             x, y = node.input[0], node.output[0]
             if x not in quantised:
                 constants[f"{x}_scale"] = np.asarray(ranges[x] / GREATEST, layer.dtype)
-                constants[f"{x}_zero"] = np.int8(0)
+                constants[f"{x}_zero"] = np.zeros((), np.int8)
                 scale = (f"{x}_scale", f"{x}_zero")
                 nodes.append(helper.make_node("QuantizeLinear", [x, *scale], [f"{x}_int8"]))
                 nodes.append(helper.make_node("DequantizeLinear", [f"{x}_int8", *scale], [f"{x}_rounded"]))

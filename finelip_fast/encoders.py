@@ -31,7 +31,7 @@ class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is unt
             act_layer=_activation(config),
         )
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
@@ -42,6 +42,8 @@ class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is unt
 
 class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
     """Causal text transformer: ids ``[B, T]`` to token features ``[B, T, D]``."""
+
+    attn_mask: Tensor
 
     def __init__(self, config: FineLIPConfig) -> None:
         super().__init__(
@@ -60,7 +62,7 @@ class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untype
         # Finite, where open_clip has -inf: half precision adds to it without overflow, and its weight is 0 all the same.
         return torch.full((self.num_pos, self.num_pos), _MASKED).triu_(1)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         length = ids.shape[1]
         x = self.token_embedding(ids)
         x = x + self.positional_embedding[:length].to(x.dtype)

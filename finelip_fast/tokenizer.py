@@ -242,7 +242,7 @@ def _bpe() -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
     bpe = SimpleTokenizer()
-    bpe.clean_fn = _cleaned
+    bpe.clean_fn = _cleaned  # pyright: ignore[reportAttributeAccessIssue]  # it names the argument otherwise
     bpe.pat = regex.compile(bpe.pat.pattern.replace("]+", f"]{{1,{_WORD}}}"), regex.IGNORECASE)
     return bpe
 

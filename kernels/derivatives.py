@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from finelip_fast.errors import KernelError
@@ -21,11 +22,11 @@ from finelip_fast.errors import KernelError
 def transformed() -> bool:
     """Whether tensors may carry tangents or be those of a transformation (``jvp``, ``grad``, ``vmap`` and what they make)."""
     # Asked of the thread and not of each tensor: it takes a tenth of a microsecond, and torch.compile guards on it.
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def again(reference: Callable[..., Tensor], grad_result: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of ``inputs`` by the reference,, in operations that can be differentiated again."""
+    """The gradients of ``inputs`` by the reference, in operations that can be differentiated again."""
     gradients: tuple[Tensor, ...] = torch.func.vjp(reference, *inputs)[1](grad_result)
     return gradients
 
@@ -46,5 +47,5 @@ def _carries(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_carries, value))
     return isinstance(value, Tensor) and (
-        torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None
+        is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def _best(case: Case, measure: Measure) -> Tuned:
 def _do_bench(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=5, rep=30, return_mode="median"))
+    return cast(float, do_bench(run, warmup=5, rep=30, return_mode="median"))
 
 
 # Cases ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a user's type checker says of a program that uses the public names, installed from a wheel."""
+"""What a user's type checker says of a program that uses the public names, installed from a wheel or in place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -57,31 +58,36 @@ except (ff.InputError, ff.StoreError):
 """
 
 
-@pytest.fixture(scope="module")
-def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a wheel's content."""
+@pytest.fixture(scope="module", params=["wheel", "in place"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a wheel's content for the checkers to search first; empty where they follow the environment."""
+    if request.param == "in place":
+        if not Path(sysconfig.get_path("purelib"), "finelip_fast-stubs").is_dir():
+            pytest.skip("needs the stub package of an installation in place: make stubs")
+        return ""
     folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(request.getfixturevalue("wheel")) as archive:
         archive.extractall(folder)
-    return folder
+    return str(folder)
 
 
-def check(command: list[str], unpacked: Path, tmp_path: Path) -> None:
+def check(command: list[str], site: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"MYPYPATH": str(unpacked), "PYTHONPATH": str(unpacked)}
+    environment = os.environ | {"MYPYPATH": site, "PYTHONPATH": site, "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", *command, "program.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
-def test_mypy_accepts_a_users_program(unpacked: Path, tmp_path: Path) -> None:
+def test_mypy_accepts_a_users_program(site: str, tmp_path: Path) -> None:
     options = ["--strict", "--follow-imports=silent", "--python-version=3.11", "--cache-dir", str(tmp_path / "cache")]
-    check(["mypy", *options], unpacked, tmp_path)
+    check(["mypy", *options], site, tmp_path)
 
 
 @pytest.mark.slow
-def test_pyright_accepts_a_users_program(unpacked: Path, tmp_path: Path) -> None:
+def test_pyright_accepts_a_users_program(site: str, tmp_path: Path) -> None:
     pytest.importorskip("pyright")
-    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(unpacked)], "pythonVersion": "3.11"}))
-    check(["pyright", "--pythonpath", sys.executable], unpacked, tmp_path)
+    config = {"extraPaths": [site] if site else [], "pythonVersion": "3.11"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    check(["pyright", "--pythonpath", sys.executable], site, tmp_path)

@@ -208,12 +208,12 @@ class ShardExamples(IterableDataset[Encoding]):
     def __iter__(self) -> Iterator[Encoding]:
         import random
 
-        import webdataset as wds
+        from webdataset.shardlists import split_by_node, split_by_worker
 
         shards = list(self.shards)
         random.Random(self.seed * 1_000_003 + self.epoch).shuffle(shards)
         broken: list[str] = []
-        for shard in wds.split_by_worker(wds.split_by_node(shards)):
+        for shard in split_by_worker(split_by_node(shards)):
             for sample in shard_samples(shard, remote=self.remote):
                 name = f"{shard}:{sample['__key__']}"
                 try:

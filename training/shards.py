@@ -144,7 +144,8 @@ def _opened(name: str) -> Any:
     if scheme in _STORES:
         import fsspec
 
-        return fsspec.open(name, "rb").open()
+        store, path = fsspec.url_to_fs(name)
+        return store.open(path, "rb")
     path = re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
     file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -191,7 +192,7 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
             if len(member.name) > _MAX_PATTERN or member.issparse() or member.size < 0:
                 raise TrainingError(f"expected plain files of short names, found {member.name!r:.80}")
             key, suffix = base_plus_ext(member.name)
-            if key is None:
+            if key is None or suffix is None:
                 continue
             if key != sample:
                 sample, size, count = key, 0, 0

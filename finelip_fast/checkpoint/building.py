@@ -113,7 +113,9 @@ def build(contents: Contents, kind: type[Model]) -> Model:
         },
         assign=True,
     )
-    model.text.attn_mask = model.text.build_causal_mask()  # a buffer that no state dict carries
+    model.text.register_buffer(
+        "attn_mask", model.text.build_causal_mask(), persistent=False
+    )  # no state dict carries it
     return model.eval()
 
 

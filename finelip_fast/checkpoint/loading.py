@@ -192,7 +192,7 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
         raise CheckpointError(f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file, got {tag!r}")
     # Before the download: weights that cannot be used need not come.
-    config = config_from_open_clip(open_clip.get_model_config(model_name), pretrained)
+    config = config_from_open_clip(open_clip.get_model_config(model_name) or {}, pretrained)
     if pretrained:
         try:
             file = Path(open_clip.download_pretrained(pretrained))

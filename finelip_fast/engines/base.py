@@ -44,7 +44,6 @@ class Engine(ABC):
         precision: Precision of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
         description: Runtime, device and precision in a few words.
         reason: Why this engine and not another.
-        export: The files that it runs; None: it runs the model itself.
     """
 
     name: str
@@ -57,8 +56,12 @@ class Engine(ABC):
     precision: str
     description: str
     reason: str
-    export: Export | None = None
     _process: int
+
+    @property
+    def export(self) -> Export | None:
+        """The files that it runs; None: it runs the model itself."""
+        return None
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:

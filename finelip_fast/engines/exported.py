@@ -33,11 +33,8 @@ class ExportedEngine(Engine):
         reason: Why this engine was chosen.
         expected: Options of the manifest that must have these values.
 
-    Attributes:
-        export: The files in use.
     """
 
-    export: Export
     # Text is padded to multiples of so many positions, so that few shapes occur where a new shape costs time.
     _positions_at_once = 1
     # Larger batches are encoded in parts.
@@ -75,9 +72,14 @@ class ExportedEngine(Engine):
             raise export.refused(wrong, self._rebuild)
         self._largest_file = _LARGEST_BESIDE_WEIGHTS + _BYTES_A_WEIGHT * self.config.parameters
         # Wherever another process stands, the folder is where it is.
-        self.export = Export(export.folder.absolute(), manifest)
+        self._export = Export(export.folder.absolute(), manifest)
         self.device, self.reason = device, reason
         self.precision = manifest.precision
+
+    @property
+    def export(self) -> Export:
+        """The files in use."""
+        return self._export
 
     def _opened_with(self) -> tuple[Any, ...]:
         return self.source or None, self.export, str(self.device)

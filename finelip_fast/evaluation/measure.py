@@ -89,7 +89,7 @@ def evaluate(
         alpha = sweep.best
     started = time.perf_counter()
     images, picture_of = encoder.images(pairs, known), torch.tensor(known.picture_of)
-    image_seconds, rows = time.perf_counter() - started, []
+    image_seconds, text_seconds, rows = time.perf_counter() - started, 0.0, []
     for context in context_lengths:
         started = time.perf_counter()
         texts = encoder.texts(known, context)

@@ -72,7 +72,7 @@ def read_list(folder: Path, segment: str) -> Listed:
         ids, crcs = [str(item) for item, _, _ in rows], [None if crc is None else int(crc) for _, crc, _ in rows]
         texts = [json.dumps(values) for *_, values in rows if isinstance(values, dict)]
     except (ValueError, TypeError, RecursionError):
-        texts = []
+        ids, crcs, texts = [], [], []
     if len(texts) != len(lines):
         raise StoreError(f"{path}: expected [id, checksum, metadata] in each line of the list of a segment")
     return Listed(spec, version, ids, crcs, texts)

@@ -12,6 +12,7 @@ The result does not depend on how items are spread over segments.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -58,6 +59,7 @@ class Tuning:
 class CandidateSource(Protocol):
     """The first stage of a search in two stages."""
 
+    @abstractmethod
     def __call__(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
         """Rows of items that may be the best.
 

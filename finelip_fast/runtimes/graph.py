@@ -13,7 +13,7 @@ scorer        ``queries [queries, L, D]``, ``items [items, L, D]``   ``scores [q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from finelip_fast._files import plain_name
@@ -92,7 +92,7 @@ def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
     return proto
 
 
-def _without_weights(message: memoryview, fields: tuple[int, ...] = _WEIGHTS, room: int = _LARGEST_REST) -> bytes:
+def _without_weights(message: memoryview, fields: Sequence[int] = _WEIGHTS, room: int = _LARGEST_REST) -> bytes:
     """A message of protobuf without the field that a path of numbers leads to.
 
     Raises:

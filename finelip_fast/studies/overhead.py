@@ -28,8 +28,10 @@ _FINELIP = "CLIP + ATRM"
 _SIDES = ("image", "text")
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 _RUNTIMES: tuple[EngineName, ...] = ("onnx", "trt")
-_EXPORTED = [(runtime, precision) for runtime in _RUNTIMES for precision in _PRECISIONS]
-_BUILT = (("onnx", "fp32"), ("onnx", "int8"))
+_EXPORTED: list[tuple[EngineName, Precision]] = [
+    (runtime, precision) for runtime in _RUNTIMES for precision in _PRECISIONS
+]
+_BUILT: tuple[tuple[EngineName, Precision], ...] = (("onnx", "fp32"), ("onnx", "int8"))
 
 Encoder = Callable[[Tensor], Tensor]
 

@@ -88,7 +88,7 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     width = rows.shape[1]
     # Rows of one number count as contiguous with any strides, and oneDNN reads beyond those.
     if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
-        return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()
+        return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()  # pyright: ignore[reportPrivateImportUsage]
     products = []
     for block in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
         exact = torch.zeros(len(queries), len(block), dtype=torch.float64, device=rows.device)

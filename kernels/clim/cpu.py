@@ -18,7 +18,8 @@ The float32 products follow ``torch.set_float32_matmul_precision``: anything but
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -174,8 +175,8 @@ def _fine(
         sides, token_axis = (query_tokens, n_queries), 2
     else:
         sides, token_axis = (n_queries, query_tokens), 3
-    over_queries = scratch("over queries", n_items * item_tokens, n_queries).view(n_items, item_tokens, n_queries)
-    over_items = scratch("over items", n_items, query_tokens * n_queries).view(n_items, *sides)
+    over_queries = scratch("over queries", (n_items, item_tokens, n_queries))
+    over_items = scratch("over items", (n_items, *sides))
     for first, tile in zip(range(0, n_items, tile_items), tiles, strict=True):
         similarity = tile.view(-1, item_tokens, *sides)
         torch.amax(similarity, dim=token_axis, out=over_queries[first : first + tile_items])
@@ -193,40 +194,40 @@ class _Scratch:
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < rows * columns:
-            memory = self._memory[name] = torch.empty(rows * columns, dtype=dtype)
-        return memory[: rows * columns].view(rows, columns)
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        memory, elements = self._memory.get(name), math.prod(shape)
+        if memory is None or memory.numel() < elements:
+            memory = self._memory[name] = torch.empty(elements, dtype=dtype)
+        return memory[:elements].view(*shape)
 
 
 def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
-        rows = scratch("rows", *rows.shape).copy_(rows)
+        rows = scratch("rows", rows.shape).copy_(rows)
     if cpu.suits_onednn(rows):
         product = cpu.linear(rows, columns.wide_packed)
     else:
-        product = torch.mm(rows, columns.wide, out=scratch("product", len(rows), len(columns.tokens)))
+        product = torch.mm(rows, columns.wide, out=scratch("product", (len(rows), len(columns.tokens))))
     yield from product.split(height)
 
 
 def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 one by one
-        rows = scratch("rows", *rows.shape).copy_(rows)
+        rows = scratch("rows", rows.shape).copy_(rows)
     if rows.dtype != torch.bfloat16:
-        rows = scratch("narrow", rows.shape[0], rows.shape[1], torch.bfloat16).copy_(rows)
+        rows = scratch("narrow", rows.shape, torch.bfloat16).copy_(rows)
     for part in cpu.linear(rows, columns.narrow_packed).split(height):
-        yield scratch("wide", *part.shape).copy_(part)  # maxima in float32 are faster
+        yield scratch("wide", part.shape).copy_(part)  # maxima in float32 are faster
 
 
 def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
-    rounded = torch.mm(rows, columns, out=scratch("rounded", *shape, dtype=torch.bfloat16))
-    lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", *shape, dtype=torch.bfloat16))
+    rounded = torch.mm(rows, columns, out=scratch("rounded", shape, torch.bfloat16))
+    lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", shape, torch.bfloat16))
     for high, low in zip(rounded.split(height), lost.split(height), strict=True):
         # Converted apart: an addition of two dtypes would go through fresh memory.
-        tile = scratch("high", *high.shape).copy_(high)
-        yield tile.add_(scratch("low", *low.shape).copy_(low))
+        tile = scratch("high", high.shape).copy_(high)
+        yield tile.add_(scratch("low", low.shape).copy_(low))
 
 
 def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
@@ -253,8 +254,8 @@ def _int8_tiles(
 ) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
     if cpu.has("vnni"):
-        product = torch._int_mm(rows, columns, out=scratch("integers", *shape, dtype=torch.int32))
+        product = torch._int_mm(rows, columns, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
     else:  # whole numbers below 2^24 are exact in float32
-        product = torch.mm(rows.float(), columns.float(), out=scratch("product", *shape))
+        product = torch.mm(rows.float(), columns.float(), out=scratch("product", shape))
     for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
-        yield scratch("scaled", *part.shape).copy_(part).mul_(column_scales).mul_(scales)
+        yield scratch("scaled", part.shape).copy_(part).mul_(column_scales).mul_(scales)

@@ -41,7 +41,7 @@ class Pieces:
     """
 
     def __init__(self, rows: Rows) -> None:
-        listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
+        listed = list(rows) if isinstance(rows, Sequence) else [rows]
         if not listed:
             raise InputError("expected one piece or more of items, got none: give an empty tensor of the items' shape")
         pieces = [_tensor(piece) for piece in listed]
