@@ -62,7 +62,7 @@ spill nothing. The peers' kernels score one direction and are launched twice.
 
 
 class Shape(NamedTuple):
-    """Of a model: ``L`` and ``D`` of its embeddings, and the patches of a picture."""
+    """A model's sizes: ``L`` and ``D`` of its embeddings, and the patches of a picture."""
 
     tokens: int
     width: int
@@ -227,7 +227,7 @@ def compile_best(candidates: Sequence[KernelLaunch], capability: int) -> Row:
 
 
 def plain(value: object) -> object:
-    """As JSON has it: a dtype of Triton's by its name."""
+    """A value that JSON has, a dtype of Triton's as its name."""
     return value if isinstance(value, int | float | str | None) else str(value)
 
 

@@ -23,7 +23,7 @@ MaxSim = Callable[[Tensor, Tensor], Tensor]  # queries [Q, L_q, D], items [N, L_
 
 
 def maxsims(*, gradient: bool = False) -> dict[str, MaxSim]:
-    """Those that are installed and run here; with ``gradient``, those that autograd goes through."""
+    """Contenders that are installed and run here; with ``gradient``, those that autograd goes through."""
     installed: dict[str, MaxSim] = {}
     if importlib.util.find_spec("late_interaction_kernels"):
         if ON_GPU:

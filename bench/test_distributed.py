@@ -65,7 +65,7 @@ def rows(count: int, seed: int) -> Tensor:
 
 @cache
 def searched(folder: Path) -> dict[str, dict[str, Result]]:
-    """By mode; and how long after a kill the answers were whole again."""
+    """Results by mode, and how long after a kill the answers were whole again."""
     names = [str(folder / name) for name in ("a", "b")]
     single = Index(SPEC, folder / "whole")
     for seed, name in enumerate(names):

@@ -88,7 +88,7 @@ def batch(kind: str, size: int) -> Tensor:
 
 
 def up_to_the_longest(encode: Callable[[Tensor], Tensor], step: int = 1) -> Callable[[Tensor], Tensor]:
-    """As engines give captions to exported files."""
+    """An encoder that pads captions as engines do for exported files."""
 
     def run(ids: Tensor) -> Tensor:
         longest = int(caption_lengths(ids).max())
@@ -167,7 +167,7 @@ def race(kind: str, size: int) -> dict[str, Result]:
 
 @cache
 def recall_change(precision: str) -> float:
-    """Of recall@1 of the bundled model, the larger of both directions, on all of Scenes' test set."""
+    """Change of the bundled model's recall@1, the larger of both directions, on all of Scenes' test set."""
     bundled = finelip_fast.load()
     run, protos = {}, {}
     for name in ("image", "text"):

@@ -160,7 +160,7 @@ class Reference:
 
     @cached_property
     def full(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """For each length, 64 captions of exactly that many positions, and their embeddings."""
+        """64 captions of exactly so many positions, and their embeddings, by that length."""
         outputs = {}
         for length in self.lengths:
             ids = torch.stack([self._of_length(length, start) for start in range(max(BATCHES))])
@@ -415,7 +415,7 @@ class _Gate:
         self._say(f"{name}: identical rows", value <= limit, "the same item four times in a batch", value, limit)
 
     def _end_token_reason(self, outputs: list[Tensor]) -> str:
-        """Which position row 0 of captions comes from, where that is not the end token."""
+        """What position row 0 of captions comes from, where that is not the end token."""
         middle = len(outputs) // 2  # captions that some padding follows
         ids, model = self.reference.every_length[middle][0], self.reference.model
         with torch.inference_mode():

@@ -149,7 +149,7 @@ def _layers(proto: ModelProto) -> Iterator[tuple[str, Array]]:
 
 
 def _ranges(proto: ModelProto, names: list[str], batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Of each tensor, the largest magnitude but for the outliers, over all batches."""
+    """Largest magnitude of each tensor, outliers apart, over all batches."""
     watched = ModelProto()
     watched.CopyFrom(proto)
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)

@@ -248,7 +248,7 @@ def _bpe() -> SimpleTokenizer:
 
 
 def _cleaned(text: str) -> str:
-    """As open_clip cleans it: mojibake repaired, HTML entities resolved, white space collapsed, lower case."""
+    """Text cleaned as open_clip does: mojibake repaired, HTML entities resolved, white space collapsed, lower case."""
     from ftfy import fix_text
 
     if not _SOUND.fullmatch(text):

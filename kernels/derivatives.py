@@ -32,7 +32,7 @@ def again(reference: Callable[..., Tensor], grad_result: Tensor, *inputs: Tensor
 
 
 def refuse(name: str, instead: str, *tensors: Any) -> None:
-    """Of an operation without any derivative; ``given`` are tensors, sequences of them, or anything else.
+    """Refuse to differentiate an operation; ``tensors`` are tensors, sequences of them, or anything else.
 
     Raises:
         KernelError: A tensor that is being transformed: a derivative would be taken for zero.

@@ -20,8 +20,9 @@ POINTING = re.compile(
     r"one|other|others|ours|own|read|said|same|seen|shown|some|taken|that|theirs|them|there|"
     r"these|they|this|those|told|wanted|what|which|who|whole|whose|written"
 )
-# An argument is described by a noun phrase: "name of the file", not "Of the file."
+# An argument is described by a noun phrase: "name of the file", not "Of the file."; so is what a docstring is about.
 NOT_A_NOUN = re.compile(r"^ +\*{0,2}[a-z_]\w*(?: \([^)]*\))?: (?:As|At|By|For|From|In|Of|On|To|Which|With)\b")
+FRAGMENT = re.compile(r"(?:As|At|But|By|For|From|In|Of|On|That|Those|To|With)\b")
 
 
 def variables(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -41,9 +42,11 @@ def docstrings(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=[str(path.relative_to(REPOSITORY)) for path in PATHS])
-def test_variables_say_what_they_hold_and_descriptions_are_noun_phrases(path: Path) -> None:
+def test_variables_say_what_they_hold_and_docstrings_are_no_fragments(path: Path) -> None:
     tree = ast.parse(path.read_text())
     pointing = [f"line {line}: {name}" for name, line in variables(tree) if POINTING.fullmatch(name.strip("_"))]
     assert not pointing, "name what they hold: " + ", ".join(pointing)
     lines = [line.strip() for text in docstrings(tree) for line in text.splitlines() if NOT_A_NOUN.match(line)]
     assert not lines, "describe by noun phrases:\n" + "\n".join(lines)
+    summaries = [text.partition("\n")[0] for text in docstrings(tree) if FRAGMENT.match(text)]
+    assert not summaries, "say what it is or does:\n" + "\n".join(summaries)

@@ -17,10 +17,10 @@ if __name__ == "__main__":  # before the imports, whose seconds are a part of th
     raise SystemExit(run_script("train"))
 
 import dataclasses
+import logging
 import math
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finelip_fast import checkpoint
 from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
@@ -49,6 +50,8 @@ from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
 from finelip_fast.training.optimizer import parameter_groups, schedule
 from finelip_fast.training.validation import mean_recall, validate
+
+_logger = logging.getLogger(__name__)
 
 # Pictures seen before the share of unreadable ones is held against the limit.
 _BROKEN_AFTER = 200
@@ -130,7 +133,8 @@ class Trainer:
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         log = Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
         try:
-            return self._run(log, progress and self.rank == 0)
+            with logging_redirect_tqdm():
+                return self._run(log, progress and self.rank == 0)
         finally:
             if log:
                 log.close()
@@ -373,7 +377,7 @@ class Trainer:
         self.seen += len(batch.pixels)
         self.broken += len(batch.broken)
         for message in batch.broken:
-            tqdm.write(f"skipped: {printable(message)}", file=sys.stderr)
+            _logger.warning("skipped: %s", printable(message))
         if self.seen >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * self.seen:
             raise TrainingError(
                 f"{self.broken} of {self.seen + self.broken} pictures cannot be read, more than the share of "
@@ -389,7 +393,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _attention(self) -> Any:
-        """On a CPU the fused attention's backward pass takes longer than plain matrix products at short lengths."""
+        """Plain matrix products on a CPU, where the fused attention's backward pass takes longer at short lengths."""
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def _sync(self, last: bool) -> Any:

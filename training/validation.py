@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from finelip_fast._terminal import printable
 from finelip_fast.datasets import PairDataset
@@ -14,6 +13,8 @@ from finelip_fast.embed import embed_texts
 from finelip_fast.errors import ImageError, TrainingError
 from finelip_fast.metrics import WAYS, recall
 from finelip_fast.model import FineLIP
+
+_logger = logging.getLogger(__name__)
 
 _BATCH = 64  # pictures at once
 
@@ -62,5 +63,5 @@ def _readable(model: FineLIP, pairs: PairDataset, indices: range) -> tuple[list[
             pixels.append(model.preprocess(example.image))
             captions.append(example.caption)
         except ImageError as error:
-            tqdm.write(f"skipped in validation: {printable(error)}", file=sys.stderr)
+            _logger.warning("skipped in validation: %s", printable(error))
     return pixels, captions

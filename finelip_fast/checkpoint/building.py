@@ -1,4 +1,4 @@
-"""From another project's weights, or our own, to a model with exactly these."""
+"""Models made of another project's weights, or our own, and of exactly these."""
 
 from __future__ import annotations
 

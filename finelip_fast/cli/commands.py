@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import shlex
 import sys
 import warnings
@@ -267,9 +268,14 @@ def _indented(values: Mapping[str, Any], indent: str = "") -> list[str]:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _repeat_options(params: Sequence[click.Parameter], args: list[str]) -> list[str]:

@@ -246,7 +246,7 @@ class Shards:
 
 
 class _Answer(NamedTuple):
-    """Of one shard: scores, global and fine ones, each ``[Q, k]``; items; how many it has."""
+    """One shard's answer: scores, global and fine ones, each ``[Q, k]``; items; how many it has."""
 
     scores: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
     items: list[list[Item]]
@@ -332,7 +332,7 @@ class _Shard:
         return None
 
     def differs(self, spec: IndexSpec | None) -> str:
-        """In what the shard is not of the checkpoint of others; empty: in nothing. How embeddings are kept is its own."""
+        """How the shard's checkpoint differs from that of others; empty: it does not. How embeddings are kept may differ."""
         if spec is None or self.spec is None:
             return ""
         ours_spec, their_spec = asdict(self.spec), asdict(spec)

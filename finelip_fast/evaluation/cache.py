@@ -136,7 +136,7 @@ def embed_in_parts(
 
 
 def _hash(rows: Tensor) -> str:
-    """Of the values and of how they are to be read."""
+    """Hash of the values, and of their dtype and shape."""
     digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)}".encode())
     digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -199,7 +199,7 @@ class Explanation:
         return self.map_of_tokens(first, last, tokens=tokens).reshape(self.side, self.side)
 
     def map_of_tokens(self, first: int, last: int, *, tokens: str) -> Tensor:
-        """As :meth:`heatmap`, of the tokens ``first .. last``, the last not included; float32 ``[P]``."""
+        """Heatmap of the tokens from ``first`` to before ``last``, float32 ``[P]``; see :meth:`heatmap`."""
         _check_map(tokens)
         if tokens == "aggregated":
             # Shares, since some patches add much with every word; without the end token, which is the whole caption.
@@ -310,7 +310,7 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
 def explain_pairs(
     model: FineLIP, images: Sequence[Any], captions: Sequence[str], *, alpha: float | None = None
 ) -> list[Explanation]:
-    """As :func:`explain`, of pairs that are encoded as one batch."""
+    """Explanations as :func:`explain` gives them, of pairs encoded as one batch."""
     alpha = model.alpha if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise InputError(f"expected alpha in [0, 1], got {alpha!r}")
@@ -332,7 +332,7 @@ def explain_pairs(
 def _explain(
     model: FineLIP, caption: str, patches: Tensor, tokens: Tensor, pixels: Tensor, alpha: float
 ) -> Explanation:
-    """Of projected features, patches ``[1 + P, D]`` with CLS and tokens ``[N, D]`` to the end token, float32."""
+    """Explanation from projected features: patches ``[1 + P, D]`` with CLS, tokens ``[N, D]`` to the end token, float32."""
     # A picture's rows mix its patches alone, a caption's all tokens before the end token.
     image_weights = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
     image_weights = torch.cat([F.one_hot(torch.tensor([0]), len(patches)).to(image_weights), image_weights])

@@ -79,7 +79,7 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
 
 
 def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
-    """For each word its patches and for each patch its words, two hexadecimal digits each."""
+    """Each word's patches and each patch's words, two hexadecimal digits each."""
     maps = torch.zeros(len(explanation.words), explanation.side**2)
     for row, word in zip(maps, explanation.words, strict=True):
         row.copy_(explanation.map_of_tokens(word.first, word.last, tokens=kind))

@@ -301,13 +301,13 @@ def memory_of(values: Tensor) -> memoryview:
 
 
 def array_checksums(arrays: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of arrays in memory, by name."""
+    """Checksums of arrays in memory, by name."""
     memories = {name: memory_of(values) for name, values in arrays.items()}
     return {name: _checksum(len(memory), memory.__getitem__) for name, memory in memories.items()}
 
 
 def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
-    """Of the arrays of a file; it is read rather than mapped, so one that becomes shorter meanwhile differs and no more.
+    """Checksums of a file's arrays; it is read rather than mapped, so one that becomes shorter meanwhile differs and no more.
 
     Raises:
         StoreError: A link, or no file.
@@ -322,7 +322,7 @@ def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
 
 
 def _checksum(length: int, read_bytes: Callable[[slice], bytes | memoryview]) -> str:
-    """By all cores: CRC-32 of the CRC-32 of pieces."""
+    """CRC-32 of the CRC-32 of pieces, computed by all cores."""
     pieces = [slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE)]
     return digest(in_parallel(lambda piece: zlib.crc32(read_bytes(piece)), pieces))
 

@@ -312,7 +312,7 @@ class Database:
         return connection
 
     def _copied(self) -> Connection:
-        """In memory, with what only the log has."""
+        """A copy in memory, with what only the log has."""
         assert self.path is not None
         files = [Path(f"{self.path.resolve()}{ending}") for ending in ("", *_LOGS)]
         if sum(map(_size, files)) > _MOST_COPIED:

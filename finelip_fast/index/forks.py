@@ -59,7 +59,7 @@ class _Gate:
         self._changed.release()
 
     def in_child(self) -> _Gate:
-        """That of a forked process."""
+        """The gate of a forked process."""
         return _Gate(is_broken=bool(self._inside))
 
 

@@ -122,7 +122,7 @@ class Index:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """With ``skip_damaged``: why segments cannot be read, by their names."""
+        """Why segments cannot be read, by their names; empty without ``skip_damaged``."""
         return self._store.damaged
 
     @property
@@ -186,7 +186,7 @@ class Index:
         return (rows if view.living is None else rows[view.living]).to(self.device)
 
     def present(self, ids: Sequence[str]) -> set[str]:
-        """Those of some ids that are in the index.
+        """The given ids that are in the index.
 
         Raises:
             InputError: An id that is no string.

@@ -136,7 +136,7 @@ def best_rows(
 
 
 def _dtype(view: View) -> torch.dtype:
-    """Of both sides of a comparison: that of the items when they are taken out."""
+    """Dtype of both sides of a comparison: that of the items when they are taken out."""
     return torch.float32 if view.tokens is None else torch.float16
 
 

@@ -121,7 +121,7 @@ class Segment:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embeddings when they are taken out."""
+        """Dtype of embeddings when they are taken out."""
         return torch.float16 if "tokens" in self.arrays else torch.float32
 
     def reading(self, rows: Tensor, target: Tensor, resources: ExitStack) -> Callable[[], object]:

@@ -43,7 +43,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def importable() -> tuple[str, ...]:
-    """Those of :data:`MODULES` that can be imported, in the order of preference."""
+    """The :data:`MODULES` that can be imported, in the order of preference."""
     modules = []
     for name in MODULES:
         try:
@@ -145,7 +145,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def choose_profile(largest: Sequence[int], batch: int) -> int:
-    """Of optimisation profiles with these largest batches, the smallest that takes a batch.
+    """Number of the smallest optimisation profile, among those with these largest batches, that takes a batch.
 
     Raises:
         EngineError: None does.
@@ -172,7 +172,7 @@ class Recent(Generic[T]):
         return len(self._kept)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T | None:
-        """None the first time that a key comes, what ``make`` gives from the second time on."""
+        """What ``make`` gives from the second time on that a key comes; None the first time."""
         if key in self._kept:
             self._kept.move_to_end(key)
         elif key in self._seen:

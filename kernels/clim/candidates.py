@@ -78,7 +78,7 @@ def cosine_candidates(
 
 
 def _cosines(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """But for the norms and the queries' scales, ``[Q, n]``; NaN as lowest, and infinite ones as they are."""
+    """Cosines up to the norms and the queries' scales, ``[Q, n]``; NaN as lowest, and infinite ones as they are."""
     cosines = _products(queries, rows).mul_(scales)
     return cosines.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 

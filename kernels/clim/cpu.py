@@ -123,12 +123,12 @@ class _Columns:
 
     @cached_property
     def narrow_packed(self) -> Tensor:
-        """For oneDNN in bfloat16, ``[w, D]``."""
+        """Columns laid out for oneDNN in bfloat16, ``[w, D]``."""
         return self._packed(self.tokens.bfloat16())
 
     @cached_property
     def wide_packed(self) -> Tensor:
-        """For oneDNN in float32."""
+        """Columns laid out for oneDNN in float32, ``[w, D]``."""
         return self._packed(self.tokens.float())
 
     def _packed(self, tokens: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def settings_for(launch: Launch) -> GradientSettings:
 
 @triton.jit
 def load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS: tl.constexpr, Y_TOKENS: tl.constexpr):
-    """Of each pair: its score's gradient, and the bytes of its winners, ``[SETS, X_ROWS]`` and ``[SETS, Y_ROWS]``."""
+    """Each pair's gradient of the score, and the bytes of its winners, ``[SETS, X_ROWS]`` and ``[SETS, Y_ROWS]``."""
     by_s = tl.load(x_winners + (pair * X_TOKENS)[:, None] + s[None, :], mask=(s < X_TOKENS)[None, :], other=0)
     by_t = tl.load(y_winners + (pair * Y_TOKENS)[:, None] + t[None, :], mask=(t < Y_TOKENS)[None, :], other=0)
     return tl.load(grad_scores + pair), by_s.to(tl.int32), by_t.to(tl.int32)

@@ -60,7 +60,7 @@ class Pieces:
         self._lay_out(pieces, starts, starts)
 
     def only(self, among: Tensor | None) -> Pieces:
-        """Of all items these alone.
+        """These items alone.
 
         Args:
             among: int64 ``[n]``, ascending, on any device; None: all.
@@ -284,7 +284,7 @@ def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int) -> I
 
 
 class _Buffer:
-    """For a chunk of a source on its way to a GPU: pinned memory, unless it is there already, and the GPU's."""
+    """Memory for a chunk of a source on its way to a GPU: pinned, unless the chunk is so already, and the GPU's."""
 
     def __init__(self, source: Pieces, size: int, device: torch.device) -> None:
         shape = size, *source.shape[1:]

@@ -110,7 +110,7 @@ def topk(
 
 
 def _check_norms(items: Pieces, positions: Tensor) -> None:
-    """Of the best items alone: the norms of all would cost as much as the search."""
+    """Check the norms of the best items alone: those of all would cost as much as the search."""
     norms = items.take(positions).float().norm(dim=2)
     longest = norms[norms.isfinite()].amax().item() if norms.isfinite().any() else 0.0
     if longest > _LONGEST:

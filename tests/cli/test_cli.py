@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -815,13 +816,16 @@ def test_several_folders_are_added(finelip: Callable[..., str], photos: Path, ch
 
 
 def test_a_quiet_command_does_not_warn(
-    finelip: Callable[..., str], checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finelip: Callable[..., str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_demo(*_: object, **__: object) -> str:
         warnings.warn("look out", stacklevel=1)
+        logging.getLogger("finelip_fast.demo").warning("skipped")
         return "done"
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     assert finelip("demo", "--quiet") == "done\n"
+    assert not caplog.messages
     with pytest.warns(UserWarning, match="look out"):
         finelip("demo")
+    assert caplog.messages == ["skipped"]

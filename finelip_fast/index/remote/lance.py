@@ -175,7 +175,7 @@ class LanceStore:
         return isinstance(item, str) and bool(self._those_of([item], self.dataset()))
 
     def _those_of(self, ids: Sequence[str], dataset: Any) -> set[str]:
-        """Those ids that are there."""
+        """The given ids that a dataset has."""
         present: set[str] = set()
         with reading(self.uri):
             for start in range(0, len(ids), _ROWS):
@@ -219,7 +219,7 @@ class LanceStore:
         return Batch(ids, texts, crcs, metadata_crcs, tokens)
 
     def keys(self, dataset: Any) -> Iterator[Keys]:
-        """Of all rows in order, which is how :meth:`take` counts them."""
+        """Keys of all rows in order, which is how :meth:`take` counts them."""
         columns = ["id", "crc", "metadata_crc"]
         with reading(self.uri):
             for batch in dataset.to_batches(columns=columns, batch_size=_ROWS, scan_in_order=True):

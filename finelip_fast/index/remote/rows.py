@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     tokens: Tensor
 
     def metadata(self, uri: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Of some rows, None: of all.
+        """Metadata of some rows; None: of all.
 
         Raises:
             StoreError: Those of one are no object of JSON, or too deep; names it.

@@ -220,7 +220,7 @@ class _Local:
         return keys
 
     def items(self) -> Iterator[Item]:
-        """Those that the index had at first, in order."""
+        """Items that the index had at first, in order."""
         for row in self.view.layout.segments:
             yield from self.index._store.catalogue.items(self.view.version, within=row)
 

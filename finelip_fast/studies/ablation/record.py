@@ -74,7 +74,7 @@ class _Tried(NamedTuple):
         return [100 * quality(metrics)[0] for metrics in self.at(alpha)]
 
     def row(self, beside: _Tried | None) -> dict[str, str]:
-        """Of the table; with errors as shares of another variant's, each at its own chosen alpha where alphas are chosen."""
+        """Row of the table, its errors as shares of another variant's; each at its own alpha where alphas are chosen."""
         paper = self.at(PAPERS_ALPHA)
         row = {"learning rates": f"{self.rate:g}x"}
         row |= {f"{way} (%)": _spread([100 * summary[f"{way}_recall@1"] for summary in paper]) for way in WAYS}
@@ -117,7 +117,7 @@ def _range(runs: list[list[float]]) -> tuple[list[float], list[float], list[floa
 
 
 def _ratio(recalls: list[float], baseline: list[float]) -> str:
-    """Of the errors, of recalls in %."""
+    """Ratio of the errors of two recalls in %."""
     missed, their_missed = 100 - statistics.mean(recalls), 100 - statistics.mean(baseline)
     return f"{missed / their_missed:.2f}x" if their_missed else "-"
 

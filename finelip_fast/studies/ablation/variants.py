@@ -92,7 +92,7 @@ class AblatedFineLIP(FineLIP):
         return F.normalize(rows.mean(dim=1, keepdim=True), dim=-1) if kind == "pooled" else rows
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
-        """As :meth:`FineLIP.score`; texts may end in rows of zeros.
+        """Scores as :meth:`FineLIP.score` gives them; texts may end in rows of zeros.
 
         Captions of equal length are scored together, since late interaction knows no rows that do not count.
         """
