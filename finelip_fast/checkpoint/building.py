@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from finelip_fast.checkpoint.foreign import LAYOUTS, initial_aggregators, some, translate
+from finelip_fast.checkpoint.foreign import LAYOUTS, initial_aggregators, shortened, translate
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
 from finelip_fast.errors import CheckpointError, ConfigError
@@ -79,7 +79,7 @@ def check_weights(
         "misshapen": misshapen,
     }
     if any(problems.values()):
-        listing = "; ".join(f"{problem}: {some(entries)}" for problem, entries in problems.items() if entries)
+        listing = "; ".join(f"{problem}: {shortened(entries)}" for problem, entries in problems.items() if entries)
         raise CheckpointError(f"{source}: expected the {len(expected)} weights of {LAYOUTS}; {listing}")
 
 

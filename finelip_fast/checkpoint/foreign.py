@@ -205,7 +205,7 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
     if refused:
         raise CheckpointError(
             "expected a plain CLIP vision transformer with CLIP's own text transformer and tokenizer, got "
-            f"{some(refused)}, which this library does not support; choose another open_clip model"
+            f"{shortened(refused)}, which this library does not support; choose another open_clip model"
         )
     return FineLIPConfig(
         embed_dim=model_cfg["embed_dim"],
@@ -302,7 +302,7 @@ def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
             _add(tensors, plain, value)
     if not tensors:
         raise CheckpointError(
-            f"expected a state dict, names to tensors, got a dictionary with {some(map(str, entries))}"
+            f"expected a state dict, names to tensors, got a dictionary with {shortened(map(str, entries))}"
         )
     return tensors
 
@@ -378,7 +378,7 @@ def _shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> dic
     if missing:
         raise CheckpointError(
             f"expected the weights of {LAYOUTS}, with a vision transformer; "
-            f"missing {some(missing)}; found {some(tensors)}"
+            f"missing {shortened(missing)}; found {shortened(tensors)}"
         )
     for name, count in dimensions.items():
         if tensors[name].dim() != count or 0 in tensors[name].shape:
@@ -424,7 +424,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def some(names: Iterable[str], limit: int = 10) -> str:
+def shortened(names: Iterable[str], limit: int = 10) -> str:
     """Names for an error message, ten at most."""
     listed = list(names)
     remainder = f" and {len(listed) - limit} more" if len(listed) > limit else ""

@@ -15,7 +15,12 @@ import open_clip
 from finelip_fast._arguments import whole_number
 from finelip_fast._json import read_json
 from finelip_fast.checkpoint.building import Contents, Describe, check_room, check_weights, lengthen, translated
-from finelip_fast.checkpoint.foreign import config_from_open_clip, config_from_tensors, config_from_transformers, some
+from finelip_fast.checkpoint.foreign import (
+    config_from_open_clip,
+    config_from_tensors,
+    config_from_transformers,
+    shortened,
+)
 from finelip_fast.checkpoint.weight_files import read_safetensors, read_weights
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError
@@ -232,7 +237,7 @@ def _listing(folder: Path) -> str:
     if (folder / "config.json").is_file():
         config = read_config(folder / "config.json")
         says = f" (config.json has format {config.get('format')!r:.40}, model_type {config.get('model_type')!r:.40})"
-    return some(sorted(entry.name for entry in folder.iterdir())) + says
+    return shortened(sorted(entry.name for entry in folder.iterdir())) + says
 
 
 def _import(path: Path, describe: Describe, source: str, context_length: int | None) -> Opened:

@@ -81,8 +81,8 @@ def _all(*values: Any) -> tuple[Any, ...]:
 
 
 def _dictionary(items: Any = None) -> dict[Any, Any]:
-    pairs = _of(items, list) if isinstance(items, list) else _of(items or {}, dict).items()
-    return _with_items({}, [part for pair in pairs for part in _of(pair, (list, tuple))])
+    pairs = _checked(items, list) if isinstance(items, list) else _checked(items or {}, dict).items()
+    return _with_items({}, [part for pair in pairs for part in _checked(pair, (list, tuple))])
 
 
 # What a call makes, for all that may be called besides the tensors' rebuilders.
@@ -209,14 +209,14 @@ class _Machine:
             _with_items(stack[-1], items)
         elif name in ("APPEND", "APPENDS"):
             items = self._taken(1) if name == "APPEND" else self._marked()
-            _of(stack[-1], list).extend(items)
+            _checked(stack[-1], list).extend(items)
         elif name == "GLOBAL":
             stack.append(self._global(*argument))
         elif name == "STACK_GLOBAL":
             stack.append(self._global(*self._taken(2)))
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self._taken(2)
-            stack.append(self._call(_of(function, _Global).name, _of(arguments, tuple)))
+            stack.append(self._call(_checked(function, _Global).name, _checked(arguments, tuple)))
         elif name == "BUILD":
             self._build(stack[-2], stack.pop())
         elif name == "BINPERSID":
@@ -236,7 +236,7 @@ class _Machine:
         return values
 
     def _global(self, module: Any, name: Any) -> Any:
-        full = f"{_of(module, str)}.{_of(name, str)}".replace("__builtin__.", "builtins.", 1)
+        full = f"{_checked(module, str)}.{_checked(name, str)}".replace("__builtin__.", "builtins.", 1)
         if full.startswith("torch.") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
@@ -253,7 +253,7 @@ class _Machine:
             return _CALLS[name](*arguments)
         if name == _WITH_TYPE:
             function, _, inner, _ = arguments
-            return self._call(_of(function, _Global).name, _of(inner, tuple))
+            return self._call(_checked(function, _Global).name, _checked(inner, tuple))
         if name.startswith("__torch__."):
             return Module(name)
         raise pickle.UnpicklingError(f"{name:.80}")
@@ -262,17 +262,17 @@ class _Machine:
     def _build(target: Any, state: Any) -> None:
         if isinstance(target, Module):
             # A class with a __getstate__ of its own stores anything else, which only its code could read.
-            target.attributes = {_of(name, str): value for name, value in _of(state, dict).items()}
+            target.attributes = {_checked(name, str): value for name, value in _checked(state, dict).items()}
         elif not isinstance(target, (dict, Tensor)):  # of which only remarks are stored so, nothing that is read here
             raise pickle.UnpicklingError(f"a state of {type(target).__name__}")
 
     def _persistent(self, reference: Any) -> _Flat:
-        kind, dtype, key, _, count, *view = _of(reference, tuple)
-        if _of(kind, str) != "storage" or self.storage is None:
+        kind, dtype, key, _, count, *view = _checked(reference, tuple)
+        if _checked(kind, str) != "storage" or self.storage is None:
             raise pickle.UnpicklingError(f"a persistent object {kind!r:.40}")
-        elements = self.storage(_of(dtype, torch.dtype), _of(key, str), _natural(count))
+        elements = self.storage(_checked(dtype, torch.dtype), _checked(key, str), _natural(count))
         if view and view[0] is not None:  # a part of a storage, as old files have it
-            _, start, size = _of(view[0], tuple)
+            _, start, size = _checked(view[0], tuple)
             if _natural(start) + _natural(size) > count:
                 raise ValueError("a view beyond its storage")
             elements = elements[start : start + size]
@@ -280,10 +280,10 @@ class _Machine:
 
     def _tensor(self, flat: Any, offset: Any, size: Any, stride: Any, *options: Any) -> Tensor:
         """A tensor in its storage; ``more`` is whether it wants gradients, its hooks, and a dtype."""
-        elements = _of(flat, _Flat).elements
+        elements = _checked(flat, _Flat).elements
         for dtype in options[2:]:  # no dtype: a remark that the values are conjugated or negated when they are read
-            elements = elements.view(_of(dtype, torch.dtype))
-        size, stride = ([_natural(number) for number in _of(numbers, tuple)] for numbers in (size, stride))
+            elements = elements.view(_checked(dtype, torch.dtype))
+        size, stride = ([_natural(number) for number in _checked(numbers, tuple)] for numbers in (size, stride))
         count = math.prod(size)
         last = _natural(offset) + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if count and last >= elements.numel():
@@ -295,7 +295,7 @@ class _Machine:
 
 
 def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = _of(target, dict)
+    mapping: dict[Any, Any] = _checked(target, dict)
     keys = items[::2]
     if len(items) % 2 or not all(
         isinstance(key, (str, int)) for key in keys
@@ -305,7 +305,7 @@ def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
     return mapping
 
 
-def _of(value: Any, kind: type[T] | tuple[type[T], ...]) -> T:
+def _checked(value: Any, kind: type[T] | tuple[type[T], ...]) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} in the place of a {getattr(kind, '__name__', 'pair')}")
     return value

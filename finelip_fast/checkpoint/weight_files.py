@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast.checkpoint import tensor_pickle
-from finelip_fast.checkpoint.foreign import some
+from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.tensor_pickle import Module, read_pickle
 from finelip_fast.errors import CheckpointError
 
@@ -189,7 +189,7 @@ class _Archive:
 def _read_zip(archive: _Archive) -> Any:
     names = archive.records
     if "data.pkl" not in names:
-        raise ValueError(f"a zip archive with {some(names)}")
+        raise ValueError(f"a zip archive with {shortened(names)}")
     order = archive.read("byteorder").decode("ascii", "replace") if "byteorder" in names else sys.byteorder
     if order != sys.byteorder:
         raise ValueError(f"numbers in the byte order {order!r:.40}, which this machine does not have")

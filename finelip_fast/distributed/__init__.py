@@ -1,6 +1,6 @@
 """Several processes or machines, by Ray: bulk indexing, and a search over many index folders."""
 
 from finelip_fast.distributed.bulk import index_images
-from finelip_fast.distributed.shards import ShardItem, Shards, ShardsFound
+from finelip_fast.distributed.shards import ShardItem, Shards, ShardSearchResults
 
-__all__ = ["ShardItem", "Shards", "ShardsFound", "index_images"]
+__all__ = ["ShardItem", "ShardSearchResults", "Shards", "index_images"]

@@ -43,7 +43,7 @@ class ShardItem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardsFound:
+class ShardSearchResults:
     """What a search of ``Q`` queries found, best first, ties by the order of the shards and in each that of insertion.
 
     Attributes:
@@ -141,7 +141,7 @@ class Shards:
 
     def search(
         self, queries: Tensor, k: int, *, alpha: float | None = None, mode: Mode = "auto", where: str | None = None
-    ) -> ShardsFound:
+    ) -> ShardSearchResults:
         """The ``k`` best items of each query, over all shards.
 
         In the exact modes these are those of one index of all items in the order of the shards, the scores to the bit. In two
@@ -202,7 +202,7 @@ class Shards:
             if known_shard.folder in missing
         }
 
-    def _merge(self, answers: dict[str, _Answer], missing: dict[str, str], count: int, k: int) -> ShardsFound:
+    def _merge(self, answers: dict[str, _Answer], missing: dict[str, str], count: int, k: int) -> ShardSearchResults:
         def joined(score: int) -> Tensor:
             empty = np.empty((count, 0), np.float32)
             return torch.from_numpy(
@@ -220,7 +220,7 @@ class Shards:
             for query in range(count)
         ]
         searched, total = sum(shard_answer.size for shard_answer in answers.values()), len(self)
-        return ShardsFound(
+        return ShardSearchResults(
             scores=joined(0).gather(1, order),
             global_scores=joined(1).gather(1, order),
             fine_scores=joined(2).gather(1, order),

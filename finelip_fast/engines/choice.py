@@ -85,7 +85,7 @@ def open_engine(
         candidates += [_exported(checkpoint, device, export, threads) for export in exports.exports]
         absent |= exports.damaged
         if not exports.exports and not exports.damaged:
-            absent[runtime] = _none_found(checkpoint, runtime, precision)
+            absent[runtime] = _missing_export(checkpoint, runtime, precision)
     if name != "auto":
         if not candidates:
             reason = "; ".join(absent.values())
@@ -218,7 +218,7 @@ def _exported(
 ) -> Candidate:
     manifest_of_export = export.manifest
 
-    def open_it(reason: str) -> Engine:
+    def open_exported(reason: str) -> Engine:
         if manifest_of_export.runtime == "onnx":
             from finelip_fast.engines.onnx import OnnxEngine
 
@@ -233,10 +233,10 @@ def _exported(
         else manifest_of_export.options.get("version")
     )
     identity = f"{runtimes}, {threads} threads, {sorted(manifest_of_export.files.values())}, on {device}"
-    return Candidate(f"{manifest_of_export.runtime} {manifest_of_export.precision}", open_it, identity)
+    return Candidate(f"{manifest_of_export.runtime} {manifest_of_export.precision}", open_exported, identity)
 
 
-def _none_found(checkpoint: str | PathLike[str] | None, runtime: str, precision: str | None) -> str:
+def _missing_export(checkpoint: str | PathLike[str] | None, runtime: str, precision: str | None) -> str:
     command = manifest.rebuild_command(checkpoint, runtime, precision or default_precision(runtime))
     return f"no export in {manifest.exports_folder(checkpoint)} ({command} makes one, or build=True)"
 

@@ -1,15 +1,15 @@
 """The index: embeddings of many items, in memory or in a folder."""
 
-from finelip_fast.index.index import Found, Index, stored_index
+from finelip_fast.index.index import Index, SearchResults, stored_index
 from finelip_fast.index.recovery import restore
 from finelip_fast.index.spec import IndexSpec, StoredDtype, stored_dtype, stored_source
 from finelip_fast.index.store import Existing, Written
 
 __all__ = [
     "Existing",
-    "Found",
     "Index",
     "IndexSpec",
+    "SearchResults",
     "StoredDtype",
     "Written",
     "restore",

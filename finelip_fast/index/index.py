@@ -28,7 +28,7 @@ _ITEMS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResults:
     """What a search of ``Q`` queries found, best first.
 
     Attributes:
@@ -271,7 +271,7 @@ class Index:
         mode: Mode = "auto",
         where: str | None = None,
         candidates: int | None = None,
-    ) -> Found:
+    ) -> SearchResults:
         """The ``k`` best items of each query.
 
         Args:
@@ -317,7 +317,7 @@ class Index:
 
     def _search(
         self, view: View, queries: Tensor, k: int, alpha: float, mode: Mode, where: str | None, candidates: int | None
-    ) -> Found | None:
+    ) -> SearchResults | None:
         among = None
         if where is not None:
             matching = self._store.catalogue.matching(where, view.version)
@@ -353,7 +353,7 @@ class Index:
                 f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; "
                 f"{remedies.restore(self.folder)}"
             ) from None
-        return Found(scores.cpu(), global_scores, fine_scores, view.numbers(rows), hits, chosen)
+        return SearchResults(scores.cpu(), global_scores, fine_scores, view.numbers(rows), hits, chosen)
 
     def _first_stage(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""

@@ -253,14 +253,14 @@ def _require(values: dict[str, Any], rules: _Rules, path: Path) -> None:
             raise EngineError(f"{path}: {name}: expected {expected}, got {values[name]!r:.80}")
 
 
-class Found(NamedTuple):
+class Exports(NamedTuple):
     """What lies beside a checkpoint: exports, and why others cannot be read, by the names of their folders."""
 
     exports: list[Export]
     damaged: dict[str, str]
 
 
-def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str | None = None) -> Found:
+def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str | None = None) -> Exports:
     """The exports beside a checkpoint, by the names of their folders.
 
     Args:
@@ -268,7 +268,7 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
         runtime: ``"onnx"`` or ``"trt"``.
         precision: Only exports of this precision; None: all.
     """
-    exports = Found([], {})
+    exports = Exports([], {})
     place = exports_folder(checkpoint)
     try:
         folders = sorted(path.parent for path in place.glob(f"{runtime}-*/{MANIFEST}"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finelip_fast.distributed import Shards, ShardsFound
+from finelip_fast.distributed import Shards, ShardSearchResults
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec
 
@@ -65,7 +65,7 @@ def shards(opened: Shards) -> Iterator[Shards]:
     opened.partial, opened.timeout = before
 
 
-def until_whole(shards: Shards) -> ShardsFound:
+def until_whole(shards: Shards) -> ShardSearchResults:
     partial, shards.partial = shards.partial, "mark"
     end = time.monotonic() + BACK_SECONDS
     while (found := shards.search(QUERIES, 10)).missing and time.monotonic() < end:

@@ -32,7 +32,7 @@ from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.checks import as_json, check_ids
-from finelip_fast.index.index import Found
+from finelip_fast.index.index import SearchResults
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
 from finelip_fast.index.remote.tables import (
     SPEC,
@@ -172,9 +172,9 @@ class LanceStore:
             return int(dataset.count_rows())
 
     def __contains__(self, item: object) -> bool:
-        return isinstance(item, str) and bool(self._those_of([item], self.dataset()))
+        return isinstance(item, str) and bool(self._present([item], self.dataset()))
 
-    def _those_of(self, ids: Sequence[str], dataset: Any) -> set[str]:
+    def _present(self, ids: Sequence[str], dataset: Any) -> set[str]:
         """The given ids that a dataset has."""
         present: set[str] = set()
         with reading(self.uri):
@@ -275,7 +275,7 @@ class LanceStore:
             self._take_back(ids, after)
 
     def _refuse_known(self, ids: Sequence[str], dataset: Any) -> None:
-        present = self._those_of(ids, dataset)
+        present = self._present(ids, dataset)
         if present:
             old = next(item for item in ids if item in present)
             raise InputError(f"expected ids that are new, got {old!r} again; give other ids, or replace them")
@@ -287,7 +287,7 @@ class LanceStore:
             InputError: That was so.
         """
         last = self._find(dataset.version - 1)
-        if not self._those_of(ids, last):
+        if not self._present(ids, last):
             return
         known = {fragment.fragment_id for fragment in last.get_fragments()}
         added = [fragment.fragment_id for fragment in dataset.get_fragments() if fragment.fragment_id not in known]
@@ -337,7 +337,7 @@ class LanceStore:
         self._refuse_if_fixed()
         ids = list(dict.fromkeys(ids))
         _check_texts(ids)
-        present = self._those_of(ids, self.dataset())
+        present = self._present(ids, self.dataset())
         absent = [item for item in ids if item not in present]
         if absent:
             raise InputError(
@@ -365,7 +365,7 @@ class LanceStore:
 
     # Searching ----------------------------------------------------------------------------------------------------------
 
-    def search(self, queries: Tensor, k: int, *, alpha: float | None = None, where: str | None = None) -> Found:
+    def search(self, queries: Tensor, k: int, *, alpha: float | None = None, where: str | None = None) -> SearchResults:
         """The ``k`` best items of each query, exactly: all embeddings are read, some at a time, so a folder is faster.
 
         Args:
@@ -396,12 +396,12 @@ class LanceStore:
                 order = (-scores).argsort(dim=1, stable=True)[:, :k]
                 scores, numbers = scores.gather(1, order), numbers.gather(1, order)
             first += len(batch.tokens)
-        return self._found(dataset, queries, alpha, scores.cpu(), numbers.cpu())
+        return self._results(dataset, queries, alpha, scores.cpu(), numbers.cpu())
 
-    def _found(self, dataset: Any, queries: Tensor, alpha: float, scores: Tensor, numbers: Tensor) -> Found:
+    def _results(self, dataset: Any, queries: Tensor, alpha: float, scores: Tensor, numbers: Tensor) -> SearchResults:
         chosen, at = numbers.unique(return_inverse=True)
         if not len(chosen):
-            return Found(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
+            return SearchResults(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
         batch = self.take(dataset, chosen.tolist())
         refuse_damaged(self.damaged(batch), self.uri)
         known = zip(chosen.tolist(), batch.ids, batch.crcs, batch.metadata(self.uri), strict=True)
@@ -409,7 +409,7 @@ class LanceStore:
         tokens = batch.tokens.to(queries.device)
         cosines = (queries[:, 0].float() @ tokens[:, 0].float().T).cpu().gather(1, at)
         fine = clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
-        return Found(
+        return SearchResults(
             scores, cosines, fine, numbers, [[items[place] for place in places] for places in at.tolist()], "exact"
         )
 
