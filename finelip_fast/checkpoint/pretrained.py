@@ -61,7 +61,7 @@ class FineLIP(model.FineLIP):
         """Write a checkpoint folder as :func:`finelip_fast.save` does, with a model card unless there is a ``README.md``.
 
         Raises:
-            InputError, WriteError: As :func:`finelip_fast.save`.
+            InputError, WriteError: Where :func:`finelip_fast.save` raises it.
         """
         save(self, folder, dtype=dtype, metadata=metadata)
         if not (Path(folder) / _CARD).exists():

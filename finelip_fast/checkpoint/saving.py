@@ -93,7 +93,7 @@ def convert(
         ``image_size``, ``patch_size``, ``context_length``, ``dtype``, ``folder``.
 
     Raises:
-        CheckpointError, ConfigError, InputError: As :func:`load`.
+        CheckpointError, ConfigError, InputError: Where :func:`load` raises it.
     """
     contents, layout, _ = open_checkpoint(source, context_length)
     model = build(contents, FineLIP)
@@ -129,7 +129,7 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
         SHA-256 in hex, over the configuration and every weight's name, shape and float32 values.
 
     Raises:
-        CheckpointError: As :func:`load`.
+        CheckpointError: Where :func:`load` raises it.
     """
     if isinstance(model, FineLIP):
         return _fingerprint(Contents(model.config, model.state_dict()))
@@ -150,10 +150,10 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
         checkpoint: Folder, file or name, as :func:`load` takes it.
 
     Raises:
-        CheckpointError: As :func:`load`.
+        CheckpointError: Where :func:`load` raises it.
 
     Warns:
-        UntrainedAggregatorsWarning: As :func:`load`.
+        UntrainedAggregatorsWarning: Where :func:`load` raises it.
     """
     opened = open_checkpoint(checkpoint, None)
     warn_if_untrained(checkpoint, opened)
@@ -183,7 +183,7 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
 
     Raises:
-        CheckpointError: As :func:`load`.
+        CheckpointError: Where :func:`load` raises it.
     """
     contents, layout, weights = open_checkpoint(checkpoint, None)
     config_file = weights.parent / "config.json"

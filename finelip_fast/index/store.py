@@ -189,7 +189,7 @@ class Store:
     def open_segment(self, row: SegmentRow) -> Segment:
         """
         Raises:
-            FileNotFoundError, StoreError: As :func:`finelip_fast.index.segments.open_segment`.
+            FileNotFoundError, StoreError: Where :func:`finelip_fast.index.segments.open_segment` raises it.
         """
         shape = (self.spec.tokens, self.spec.width)
         return open_segment(self.segments_folder, row.name, rows=row.rows, shape=shape, dtype=self.spec.dtype)

@@ -60,7 +60,7 @@ def maintain(store: Store) -> dict[str, int]:
         ``bytes`` that became free.
 
     Raises:
-        StoreError: As :meth:`add`; or an item is damaged, which a new checksum would hide.
+        StoreError: Where :meth:`add` raises it; or an item is damaged, which a new checksum would hide.
     """
     store.refuse_if_fixed()
     if store.folder is None:
