@@ -53,6 +53,11 @@ UPRIGHT = {
 Reduction = Callable[[int, int], tuple[int, int]]
 
 
+def suffixes() -> frozenset[str]:
+    """Suffixes of the names of files that are read, such as ``.jpg``."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+
 def memory_limit() -> int:
     """Bytes that one picture may take: ``FINELIP_PICTURE_MEMORY`` in MiB, or 1 GiB; pictures at once share twice as many.
 
@@ -181,16 +186,28 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
     Raises:
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
     """
-    if isinstance(source, str):
-        raw = io.FileIO(source, opener=open_without_waiting)
-        file: Any = _PictureFile(raw, 1 << 16)
-    else:
-        file = _PictureBytes(source)
-    with file, _identified(file) as image:
+    with _opened(source) as file, _identified(file) as image:
         file.reads_left = float("inf")
         with within_budget(image, file, reduction):
             image.load()
             yield image
+
+
+@contextmanager
+def header(path: str) -> Iterator[Image.Image]:
+    """A file's first picture, of which only the header is read.
+
+    Raises:
+        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+    """
+    with _opened(path) as file, _identified(file) as image:
+        yield image
+
+
+def _opened(source: str | bytes | bytearray | memoryview) -> Any:
+    if isinstance(source, str):
+        return _PictureFile(io.FileIO(source, opener=open_without_waiting), 1 << 16)
+    return _PictureBytes(source)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Hit:
         fine_score: Late interaction of all tokens in both directions, in [-0.2, 2].
         metadata: What was given with it.
         mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result) or ``"two-stage"``.
+        path: File of a picture that came from a folder, absolute; None: of anything else.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Hit:
     fine_score: float
     metadata: dict[str, Any]
     mode: str = "exact"
+    path: str | None = None
 
     def __str__(self) -> str:
         parts = f"global {self.global_score:.4f}, fine {self.fine_score:.4f}"
@@ -46,7 +48,7 @@ class Hit:
 class Hits(list[Hit]):
     """The hits of one query, best first: a list, which a notebook shows as a table with thumbnails.
 
-    A thumbnail is made of a hit whose id is the path of a picture on this machine, for the first 24 of them. Nothing is read
+    A thumbnail is made of a hit whose picture lies on this machine, for the first 24 of them. Nothing is read
     until the table is shown.
     """
 
@@ -65,7 +67,7 @@ def _row(rank: int, hit: Hit) -> dict[str, Any]:
         "hit": hit,
         "id": _shortened(hit.id),
         "metadata": _shortened(json.dumps(hit.metadata, ensure_ascii=False)) if hit.metadata else "",
-        "thumbnail": _thumbnail(hit.id) if rank < _MOST_THUMBNAILS else None,
+        "thumbnail": _thumbnail(hit.path or hit.id) if rank < _MOST_THUMBNAILS else None,
     }
 
 

@@ -1,10 +1,9 @@
-"""Many items on their way into an index: found in a folder, read ahead, in chunks, under ids, gathered to segments that are
-worth a file. The one path of the command line, the retriever and the workers of :mod:`finelip_fast.distributed`.
+"""Many items on their way into an index: read ahead, in chunks, under ids, gathered to segments that are worth a file. The one
+path of the command line, the retriever and the workers of :mod:`finelip_fast.distributed`.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -22,11 +20,13 @@ from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
+from finelip_fast.collection import item_id
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
-from finelip_fast.preprocess import Preprocess, walk_folder
+from finelip_fast.picture_files import describe
+from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import check_caption
 
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
@@ -64,72 +64,44 @@ class FolderReport:
 
     Attributes:
         added: number of pictures added.
-        skipped: ``(path, reason)`` of what could not be read.
+        changed: number of pictures whose content was another, embedded again.
+        moved: number of pictures that have another path than before, and their embedding still.
+        removed: number of items removed because their file is no more.
+        gone: number of items whose file is no more, and that were kept.
+        skipped: ``(path, reason)`` of what could not be read, or is no picture.
     """
 
     added: int = 0
+    changed: int = 0
+    moved: int = 0
+    removed: int = 0
+    gone: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def keep(self, ids: list[str]) -> None:
         """Report ids as added."""
         self.added += len(ids)
 
+    def __iadd__(self, addition: FolderReport) -> FolderReport:
+        for name in ("added", "changed", "moved", "removed", "gone", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(addition, name))
+        return self
+
     def __str__(self) -> str:
-        return _summary(self.added, self.skipped)
+        counts = [f"{getattr(self, name)} {name}" for name in ("changed", "moved", "removed") if getattr(self, name)]
+        counts += [f"{self.gone} gone, which --sync removes"] if self.gone else []
+        return _summary(self.added, self.skipped, *counts)
 
 
-def _summary(added: int, skipped: Sequence[tuple[str, str]]) -> str:
+def _summary(added: int, skipped: Sequence[tuple[str, str]], *counts: str) -> str:
     lines = (f"  {printable(item)}: {printable(reason)}" for item, reason in skipped)
-    return "\n".join([f"{added} added, {len(skipped)} skipped", *lines])
-
-
-def count_pictures(folder: str | PathLike[str]) -> int:
-    """How many :func:`pictures` will give."""
-    return sum(kind == "image" for _, kind in walk_folder(folder))
-
-
-def pictures(
-    folder: str | PathLike[str], skipped: list[tuple[str, str]], *, index: str | PathLike[str] | None = None
-) -> Iterator[Path]:
-    """The pictures of a folder and those below, in order, one by one.
-
-    Args:
-        folder: Folder to walk.
-        skipped: List to which files that are no pictures are appended, with the reason.
-        index: Folder of an index that may lie inside ``folder`` and is not reported; None: there is none.
-
-    Raises:
-        InputError: There is no such folder.
-    """
-    index_folder = None if index is None else Path(index).resolve()
-    for path, kind in walk_folder(folder):
-        if kind == "image":
-            yield path
-        elif index_folder is None or index_folder not in path.resolve().parents:
-            reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
-            skipped.append((str(path), reason))
+    return "\n".join([", ".join([f"{added} added", *counts, f"{len(skipped)} skipped"]), *lines])
 
 
 def as_images(images: Any) -> Any:
     """One picture as a list of it; lists, generators and stacks of pictures as they are."""
     single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
     return [images] if single or getattr(images, "ndim", None) in (2, 3) else images
-
-
-def find_images(
-    images: Any, skipped: list[tuple[str, str]], *, index: str | PathLike[str] | None = None
-) -> tuple[int | None, Iterable[Any]]:
-    """How many pictures there are, where that is known beforehand, and the pictures.
-
-    Args:
-        images: Folder, one picture, or an iterable of pictures.
-        skipped: List to which files of the folder that are no pictures are appended, with the reason.
-        index: Folder of an index, as :func:`pictures` takes it.
-    """
-    if isinstance(images, (str, PathLike)) and os.path.isdir(images):
-        return count_pictures(images), pictures(images, skipped, index=index)
-    images = as_images(images)
-    return len(images) if isinstance(images, Sequence) else None, images
 
 
 class Ingest:
@@ -183,24 +155,42 @@ class Ingest:
             self._flush()
 
     def add_images(
-        self, chunks: Iterable[Chunk], preprocess: Preprocess, encode_image: Callable[[Tensor], Tensor]
+        self,
+        chunks: Iterable[Chunk],
+        preprocess: Preprocess,
+        encode_image: Callable[[Tensor], Tensor],
+        *,
+        describes: bool = False,
     ) -> None:
         """Read and embed the pictures of :meth:`chunks` and add them; what cannot be read is reported.
 
         Args:
             chunks: Pictures with ids and metadata.
+            describes: Whether the pictures are files, and what these say (:func:`finelip_fast.picture_files.describe`) is
+                metadata, too.
             preprocess: Preprocessing that turns a picture into pixels.
             encode_image: Function from pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
 
         Raises:
             InputError, StoreError: Whatever :meth:`finelip_fast.index.Index.add` raises.
         """
+
+        def read(entry: tuple[str, Any, dict[str, Any]]) -> tuple[Tensor | ImageError, dict[str, Any]]:
+            _, image, metadata = entry
+            try:
+                described = (
+                    describe(image) if describes else {}
+                )  # first: what is written to meanwhile is seen as changed later
+            except OSError:
+                described = {}
+            return read_picture(preprocess, image), {**described, **metadata}
+
         with ThreadPoolExecutor() as pool:
-            for chunk in read_ahead(chunks, lambda entry: read_picture(preprocess, entry[1]), pool):
+            for chunk in read_ahead(chunks, read, pool):
                 readable = []
-                for (item, _, metadata), pixels in chunk:
+                for (item, image, _), (pixels, metadata) in chunk:
                     if isinstance(pixels, ImageError):
-                        self._report.skipped.append((item, str(pixels)))
+                        self._report.skipped.append((str(image) if describes else item, str(pixels)))
                     else:
                         readable.append((item, metadata, pixels))
                 if readable:
@@ -231,7 +221,7 @@ class Ingest:
 
         Args:
             items: Iterable of items, read chunk by chunk.
-            ids: An id for each item; None: its path, or ``KIND-N`` where it has none.
+            ids: An id for each item; None: its path, below the index's root if it has one, or ``KIND-N`` where it has none.
             metadata: A dictionary for each item.
             total: Number of items, where it is known.
             progress: Whether to show a progress bar; or the bar of tqdm to advance.
@@ -288,7 +278,7 @@ class Ingest:
         """Give each item its id and metadata; of a generator, the lengths show only here."""
         numbered = (f"{self._kind}-{number}" for number in count(len(self._index)))
         free = (name for name in numbered if name not in self._index)
-        total = 0
+        root, total = self._index.root, 0
         for item in items:
             if any(values is not None and len(values) == total for values in (ids, metadata)):
                 self._check_lengths(total + 1, ids, metadata)
@@ -298,7 +288,7 @@ class Ingest:
                 name = ids[total]
             else:
                 is_path = isinstance(item, PathLike) or (self._kind == "image" and isinstance(item, str))
-                name = str(item) if is_path else next(free)
+                name = next(free) if not is_path else str(item) if root is None else item_id(item, root)
             yield name, item, {} if metadata is None else metadata[total]
             total += 1
         self._check_lengths(total, ids, metadata)

@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,19 +20,11 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
-from finelip_fast._decode import FORMATS, UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
+from finelip_fast._decode import UPRIGHT, Reduction, check_size, decoded, orientation, quiet, within_budget
 from finelip_fast.config import CLIP_MEAN, CLIP_STD, FineLIPConfig
 from finelip_fast.errors import ImageError, InputError
 
-__all__ = [
-    "FolderScan",
-    "ImageSource",
-    "Preprocess",
-    "list_images",
-    "open_image",
-    "scan_folder",
-    "walk_folder",
-]
+__all__ = ["ImageSource", "Preprocess", "open_image"]
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray[Any, Any] | Tensor"
@@ -180,76 +171,6 @@ def open_image(source: ImageSource) -> Image.Image:
         image = upright.copy() if shared else upright
     image.info = {}  # the orientation is spent: opening the result again must not turn it again
     return image
-
-
-class FolderScan(NamedTuple):
-    """What a folder holds: ``images`` by suffix, and all ``other_files``; both sorted, hidden files in neither."""
-
-    images: list[Path]
-    other_files: list[Path]
-
-
-def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> FolderScan:
-    """Sort a folder's files into images and others, by suffix alone; no file is opened.
-
-    Args:
-        folder: Folder to look in. The paths returned begin with it.
-        recursive: Whether to look into folders below too. Hidden ones (``.name``) and links to folders are not entered.
-
-    Raises:
-        InputError: There is no such folder, or a folder in it cannot be read.
-    """
-    scan = FolderScan([], [])
-    for path, kind in walk_folder(folder, recursive):
-        if kind == "unreadable":
-            raise InputError(f"expected a readable folder, got one that cannot be listed: {str(path)!r}")
-        (scan.images if kind == "image" else scan.other_files).append(path)
-    return scan
-
-
-def walk_folder(
-    folder: str | os.PathLike[str], recursive: bool = True
-) -> Iterator[tuple[Path, Literal["image", "other", "unreadable"]]]:
-    """The files of a folder in order, one by one, and the folders in it that cannot be read; else as :func:`scan_folder`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        obstacle = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
-    return _walk(folder, recursive, _suffixes())
-
-
-def _walk(
-    folder: Path, recursive: bool, suffixes: frozenset[str]
-) -> Iterator[tuple[Path, Literal["image", "other", "unreadable"]]]:
-    try:
-        with os.scandir(folder) as listing:
-            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in listing)
-    except OSError:
-        yield folder, "unreadable"
-        return
-    for name, is_folder, is_file in entries:
-        path = folder / name
-        if name.startswith("."):
-            continue
-        if is_folder:
-            if recursive:
-                yield from _walk(path, recursive, suffixes)
-        elif is_file or not path.is_dir():  # a link to a folder is not entered
-            is_image = is_file and path.suffix.lower() in suffixes  # not a broken link, pipe or device
-            yield path, "image" if is_image else "other"
-
-
-def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted; :func:`scan_folder` also tells what was left out.
-
-    Raises:
-        InputError: There is no such folder, or a folder in it cannot be read.
-    """
-    return scan_folder(folder, recursive).images
-
-
-def _suffixes() -> frozenset[str]:
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryview]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,21 +16,26 @@ from tqdm import tqdm
 
 from finelip_fast import known_checkpoints
 from finelip_fast._arguments import listed, one_of, share, whole_number
+from finelip_fast.collection import (
+    Listing,
+    list_folder,
+    list_table,
+    picture_path,
+    plan,
+    prepare_root,
+    read_fields,
+    relabel,
+)
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
+from finelip_fast.folders import walk_folder
 from finelip_fast.hits import Hit, Hits
 from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_dtype
+from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
-from finelip_fast.ingest import (
-    AddReport,
-    FolderReport,
-    Ingest,
-    as_images,
-    count_pictures,
-    find_images,
-)
+from finelip_fast.ingest import AddReport, FolderReport, Ingest, as_images
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import ImageSource
@@ -243,7 +248,8 @@ class Retriever:
         Args:
             images: Folder, one picture, or an iterable of files, encoded bytes, PIL images, arrays and tensors (see
                 :func:`finelip_fast.preprocess.open_image`), read batch by batch.
-            ids: An id for each picture; None: its path, or ``image-N`` where it has none.
+            ids: An id for each picture; None: its path, below the index's root if that is known, or ``image-N`` where it has
+                none.
             metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
             existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the picture, or ``"replace"``
                 the item.
@@ -258,54 +264,129 @@ class Retriever:
                 raised before any work where the lists show it. Where a generator shows it later, earlier batches stay.
             StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` goes on from it.
         """
-        report = AddReport()
-        self._add_images(images, report, ids, metadata, existing, batch_size, progress)
+        report, describes = AddReport(), False
+        if isinstance(images, (str, PathLike)) and os.path.isdir(images):
+            describes = True
+            listing = list_folder(images, prepare_root(self.index, [images]), index=self._folder)
+            report.skipped += listing.skipped
+            ids, images = list(listing.paths) if ids is None else ids, list(listing.paths.values())
+        self._ingest(report, as_images(images), ids, metadata, existing, batch_size, progress, describes=describes)
         return report
 
     def add_folder(
         self,
         folder: str | PathLike[str],
         *,
-        existing: Existing = "skip",
+        sync: bool = False,
+        exclude: Collection[str] = (),
+        include: Collection[str] = (),
+        metadata: str | PathLike[str] | None = None,
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> FolderReport:
-        """Embed the pictures of a folder and of those below it, however many; run again, it adds the new ones.
+        """Bring the index in line with the pictures of a folder and of those below it, however many.
+
+        New pictures are embedded, and those whose content has changed; a file that was moved keeps its embedding. Run again,
+        it reads only the files whose size or time has changed. The id of a picture is its path below the index's root, which
+        is the first folder that was added; its metadata is what the file and the camera say, see
+        :func:`finelip_fast.picture_files.describe`, and what lies in JSON beside it, as ``a.jpg.json`` or ``a.json``.
 
         Args:
-            folder: Folder of pictures, whose ids are their paths.
-            existing: What a path that is in the index already means, as in :meth:`add_images`.
+            folder: Folder of pictures.
+            sync: Whether to remove items of the folder whose file is no more; otherwise they are counted.
+            exclude: Patterns of names or paths below the folder to leave out, such as ``"*.png"`` or ``"2019/scans"``.
+            include: Patterns of what is hidden or left out by default (:data:`finelip_fast.folders.LEFT_OUT`) and is to be
+                taken.
+            metadata: Table of further metadata, JSON lines or CSV, with a column of paths relative to the folder.
             batch_size: Number of pictures embedded at once.
             progress: Whether to show a progress bar; or the bar of tqdm to advance.
 
         Returns:
-            Number of pictures added, and those skipped, with the reason.
+            Numbers of pictures added, changed and moved, and those skipped, with the reason.
 
         Raises:
-            InputError: There is no such folder.
+            InputError: There is no such folder, the table cannot be read, or ``sync`` would remove all items of a folder that
+                now has no picture at all.
             StoreError: The index cannot be written; what was written before stays.
         """
-        if not os.path.isdir(folder):
-            count_pictures(folder)  # raises what is wrong
-        report = FolderReport()
-        self._add_images(folder, report, None, None, existing, batch_size, progress)
+        walk_folder(folder)  # raises where there is none
+        root = prepare_root(self.index, [folder])
+        fields = None if metadata is None else read_fields(metadata, root, base=folder)
+        listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
+        return self._bring_in_line(listing, root, sync, batch_size, progress)
+
+    def add_table(
+        self,
+        table: str | PathLike[str],
+        *,
+        folder: str | PathLike[str] | None = None,
+        image_field: str | None = None,
+        batch_size: int = 64,
+        progress: bool | tqdm[Any] = True,
+    ) -> FolderReport:
+        """Bring the index in line with the pictures that a table names; its other columns are their metadata.
+
+        Args:
+            table: JSON lines or CSV, see :func:`finelip_fast.collection.read_fields`.
+            folder: Folder that the paths are relative to; None: that of the table.
+            image_field: Name of the column of paths; None: ``image``, ``file``, ``path`` or the like.
+            batch_size: Number of pictures embedded at once.
+            progress: Whether to show a progress bar; or the bar of tqdm to advance.
+
+        Returns:
+            Numbers of pictures added, changed and moved, and those skipped, with the reason.
+
+        Raises:
+            InputError: The table cannot be read, or a row names no picture.
+            StoreError: The index cannot be written; what was written before stays.
+        """
+        base = Path(table).parent if folder is None else folder
+        root = prepare_root(self.index, [base])
+        listing = list_table(table, root, base=base, image_field=image_field)
+        return self._bring_in_line(listing, root, False, batch_size, progress)
+
+    def _bring_in_line(
+        self, listing: Listing, root: Path, sync: bool, batch_size: int, progress: bool | tqdm[Any]
+    ) -> FolderReport:
+        changes = plan(self.index, listing, root)
+        if sync and changes.gone and not listing.paths:
+            raise InputError(
+                f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
+                "To remove them all the same, give their ids to finelip remove"
+            )
+        report = FolderReport(moved=changes.moved, skipped=listing.skipped)
+        relabel(self.index, changes.relabelled)
+        if sync:
+            self.index.delete(changes.gone)
+            report.removed = len(changes.gone)
+        else:
+            report.gone = len(changes.gone)
+        fields = {**changes.changed, **changes.new}
+        paths = [listing.paths[item] for item in fields]
+        if paths:
+            values = list(fields.values())
+            self._ingest(report, paths, list(fields), values, "replace", batch_size, progress, describes=True)
+        unread = {path for path, _ in report.skipped}
+        report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
+        report.added -= report.changed
         return report
 
-    def _add_images(
+    def _ingest(
         self,
-        images: Any,
         report: AddReport | FolderReport,
+        images: Any,
         ids: Sequence[str] | None,
         metadata: Sequence[dict[str, Any]] | None,
         existing: Existing,
         batch_size: int,
         progress: bool | tqdm[Any],
+        *,
+        describes: bool,
     ) -> None:
-        total, images = find_images(images, report.skipped, index=self._folder)
         ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
-        chunks = ingest.chunks(images, ids, metadata, total=total, progress=progress)
+        chunks = ingest.chunks(images, ids, metadata, progress=progress)
         with ingest:
-            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image)
+            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image, describes=describes)
 
     def add_texts(
         self,
@@ -517,28 +598,35 @@ class Retriever:
         The model in PyTorch computes it, whatever the engine: exported encoders do not return their aggregation weights.
 
         Args:
-            image: Picture as :meth:`add_images` takes it, or a hit whose id is the path of a picture.
+            image: Picture as :meth:`add_images` takes it, or a hit of one; its file is found from any working folder.
             text: Description; words beyond the context are left out.
 
         Raises:
             ImageError: The picture cannot be read.
-            InputError: The text is no string, or the id of the hit is no path of a picture.
+            InputError: The text is no string, or the hit's picture is not there.
         """
         if isinstance(image, Hit):
-            if not os.path.isfile(image.id):  # unlike Path's, never raises
+            path = image.path or image.id
+            if not os.path.isfile(path):  # unlike Path's, never raises
                 raise InputError(
-                    f"expected a hit whose id is a picture's path, got {image.id!r}; pass the picture itself"
+                    f"expected a hit whose picture is there, got {path!r}; pass the picture itself, or say where the pictures "
+                    "lie now: finelip index move-root"
                 )
-            image = image.id
+            image = path
         if self._model is None:
             self._model = self.engine.load_model()
         return explain(self._model, image, text, alpha=self.alpha)
 
     def _hits(self, queries: Tensor, k: int, mode: Mode, where: str | None) -> list[Hits]:
-        result = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where)
+        result, root = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where), self.index.root
+
+        def path(item: Item) -> str | None:
+            file = picture_path(item.id, item.metadata, root)
+            return None if file is None else str(file)
+
         return [
             Hits(
-                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode)
+                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode, path(item))
                 for item, score, global_score, fine_score in zip(items, *scores, strict=True)
             )
             for items, *scores in zip(

@@ -11,7 +11,7 @@ from house import REPOSITORY, ROOT, Import, circles, find_imports, find_modules,
 LAYERS = [
     {
         *("_command_line", "_decode", "errors", "_files", "_json", "_markup", "_pages"),
-        *("_arguments", "_terminal", "_typed", "config"),
+        *("_arguments", "_terminal", "_typed", "config", "folders", "picture_files"),
     },
     {"kernels"},
     {
@@ -20,6 +20,7 @@ LAYERS = [
     },
     {"engines", "index"},
     {
+        "collection",
         "explain",
         "hits",
         "ingest",

@@ -15,7 +15,7 @@ from open_clip.transform import image_transform
 from PIL import ExifTags, Image
 
 from finelip_fast.errors import ImageError, InputError
-from finelip_fast.preprocess import Preprocess, list_images, open_image, scan_folder, walk_folder
+from finelip_fast.preprocess import Preprocess, open_image
 
 RED, GREEN, BLUE, YELLOW, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255,) * 3, (0,) * 3
 CORNERS = [[RED, GREEN], [BLUE, YELLOW]]  # all different: any turn or flip shows
@@ -403,75 +403,3 @@ def test_config_read_from_json_is_hashable() -> None:
 def test_options_are_checked(call: Callable, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
-
-
-# Folders --------------------------------------------------------------------------------------------------------------
-
-
-def test_scan_folder_sorts_images_from_others(tmp_path: Path) -> None:
-    images = ["B.JPG", "a.png", "ü 猫.webp", "sub/deep/c.tiff", "sub/d.jfif"]
-    others = ["notes.txt", "movie.mpg", "no suffix", "sub/data.h5", "figure.eps"]
-    hidden = [".hidden.jpg", ".cache/e.png", "sub/.thumbs/f.png"]
-    for name in images + others + hidden:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "broken link.png").symlink_to(tmp_path / "gone.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-
-    scan = scan_folder(tmp_path)
-    assert scan.images == sorted(tmp_path / name for name in images)
-    assert scan.other_files == sorted(tmp_path / name for name in [*others, "broken link.png"])
-    assert list_images(str(tmp_path)) == scan.images
-    assert list_images(tmp_path, recursive=False) == sorted(tmp_path / name for name in images if "/" not in name)
-
-
-def test_a_hidden_folder_asked_for_by_name_is_read(tmp_path: Path) -> None:
-    (tmp_path / ".mine").mkdir()
-    (tmp_path / ".mine" / "a.png").touch()
-    assert list_images(tmp_path / ".mine") == [tmp_path / ".mine" / "a.png"]
-
-
-def test_an_empty_folder_has_no_images(tmp_path: Path) -> None:
-    assert list_images(tmp_path) == []
-
-
-@pytest.mark.parametrize(("name", "what"), [("gone", "nothing there"), ("file.png", "a file")])
-def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> None:
-    (tmp_path / "file.png").touch()
-    with pytest.raises(InputError, match=f"expected a folder, got {what}: .*{name}"):
-        list_images(tmp_path / name)
-
-
-def test_a_folder_is_walked_in_the_order_of_its_sorted_paths(tmp_path: Path) -> None:
-    names = ["b.png", "a/z.png", "a/b/c.png", "a.png", "a b/x.png", "c/notes.txt", "a/a.txt"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    walked = list(walk_folder(tmp_path))
-    assert [path for path, _ in walked] == sorted(tmp_path / name for name in names)
-    assert {path.suffix for path, kind in walked if kind == "image"} == {".png"}
-    assert {path.suffix for path, kind in walked if kind == "other"} == {".txt"}
-
-
-def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a/1.png", "b/2.png", "c/3.png"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    scandir = os.scandir
-
-    def refused(folder: Path) -> object:
-        if Path(folder).name == "b":
-            raise PermissionError
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", refused)
-    assert list(walk_folder(tmp_path)) == [
-        (tmp_path / "a/1.png", "image"),
-        (tmp_path / "b", "unreadable"),
-        (tmp_path / "c/3.png", "image"),
-    ]
-    with pytest.raises(InputError, match=r"expected a readable folder, got one that cannot be listed: '.*b'"):
-        scan_folder(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,20 @@ def _snapshot(out: str, index: str) -> str:
 
     stored_index(index).snapshot(out)
     return f"{out} is a copy of {index}"
+
+
+@index.command("move-root")
+@click.argument("folder", metavar="FOLDER")
+@index_option
+def _move_root(folder: str, index: str) -> str:
+    """Say where the pictures of an index lie now: FOLDER is what the ids of its items are relative to."""
+    from finelip_fast.index import stored_index
+
+    opened = stored_index(index)
+    if not os.path.isdir(folder):
+        raise InputError(f"expected the folder of the pictures, got {folder!r}: no such folder")
+    before, opened.root = opened.root, Path(folder)
+    return f"the pictures lie in {opened.root}" + (f", no more in {before}" if before is not None else "")
 
 
 @index.command("field")

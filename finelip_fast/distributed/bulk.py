@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from finelip_fast import errors as _errors
 from finelip_fast._files import read_bytes, write_error
+from finelip_fast.collection import item_id, list_folder, plan, prepare_root, relabel
 from finelip_fast.distributed.cluster import cluster, told
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
@@ -37,7 +38,8 @@ from finelip_fast.index import Index, StoredDtype, Written
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
-from finelip_fast.ingest import FolderReport, find_images, progress_bar, read_ahead, read_picture
+from finelip_fast.ingest import FolderReport, as_images, progress_bar, read_ahead, read_picture
+from finelip_fast.picture_files import describe
 from finelip_fast.retriever import Retriever
 from finelip_fast.runtimes.manifest import Precision
 
@@ -69,8 +71,10 @@ def index_images(
     """Embed pictures by several workers and add them to an index; one that cannot be read is skipped and reported.
 
     Files whose ids are in the index are left out, so a job that was stopped goes on when it is started again: half a minute
-    of work is lost. The items come in the order of the files, whichever worker encodes them. Many small segments are left
-    behind; ``finelip index maintain`` makes few of them.
+    of work is lost. A folder is treated as :meth:`finelip_fast.Retriever.add_folder` does: ids are paths below the index's
+    root, metadata is what the files say, what has changed is embedded again and what was moved keeps its embedding. The items
+    come in the order of the files, whichever worker encodes them. Many small segments are left behind; ``finelip index
+    maintain`` makes few of them.
 
     Ray is used as this process is connected to it, or by ``RAY_ADDRESS``, or else started on this machine for the job.
 
@@ -84,7 +88,7 @@ def index_images(
         batch_size: Pictures at once.
         part: Files of which the driver knows at once. The workers start anew for each part.
         dtype: How a new index keeps embeddings; None: as the index that is there, or float16.
-        metadata: Makes an item's dictionary of JSON values from its id, the path as it was given; None: empty ones.
+        metadata: Function that makes an item's dictionary of JSON values from its id; None: none is added.
         progress: Show a progress bar; or one of tqdm's to move.
 
     Returns:
@@ -99,39 +103,71 @@ def index_images(
         if value < 1:
             raise InputError(f"expected {name} of at least 1, got {value}")
     report = FolderReport()
-    total, images = find_images(files, report.skipped, index=index)
-    listed = iter(images)
+    is_folder = isinstance(files, (str, PathLike)) and os.path.isdir(files)
     with cluster(workers * cpus) as ray:
         device = None if gpus else "cpu"
         retriever = Retriever(checkpoint, engine=engine, precision=precision, device=device, index=index, dtype=dtype)
-        target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size)
+        target, job = retriever.index, _Job(retriever, "cuda" if gpus else "cpu", batch_size, describes=is_folder)
         del retriever  # and its model
         pool = _Pool(ray, job, workers, cpus, gpus)
-        with closing(target), job.running(), progress_bar(progress, total, "image") as bar:
-            while chunk := list(islice(listed, part)):
-                ids = list(dict.fromkeys(map(str, chunk)))
-                present = target.present(ids)
-                new = [item for item in ids if item not in present]
-                bar.update(len(chunk) - len(new))
-                try:
-                    if new:
-                        _add(new, target, pool, metadata or (lambda _: {}), report, bar)
-                finally:
-                    job.clean_up()
+        with closing(target), job.running():
+            pictures, changed = _folder(target, files, report) if is_folder else (_files(files, target), set())
+            total = len(pictures) if isinstance(pictures, list) else None
+            entries = iter(pictures)
+            with progress_bar(progress, total, "image") as bar:
+                while chunk := list(islice(entries, part)):
+                    new = {picture.id: picture for picture in chunk}
+                    for item in target.present(list(new)) - changed:
+                        del new[item]
+                    bar.update(len(chunk) - len(new))
+                    try:
+                        if new:
+                            _add(list(new.values()), target, pool, metadata or (lambda _: {}), report, bar)
+                    finally:
+                        job.clean_up()
+            unread = {path for path, _ in report.skipped}
+            report.changed = sum(picture.path not in unread for picture in pictures if picture.id in changed)
+            report.added -= report.changed
     return report
 
 
+class _Picture(NamedTuple):
+    """A file to encode."""
+
+    id: str
+    path: str
+    fields: dict[str, Any]
+
+
+def _files(files: Iterable[str | PathLike[str]] | str | PathLike[str], index: Index) -> Iterator[_Picture]:
+    root = index.root
+    for file in as_images(files):
+        yield _Picture(str(file) if root is None else item_id(file, root), str(file), {})
+
+
+def _folder(index: Index, folder: Any, report: FolderReport) -> tuple[list[_Picture], set[str]]:
+    """The pictures of a folder that are to be encoded, and the ids of those that are in the index with other content."""
+    root = prepare_root(index, [folder])
+    listing = list_folder(folder, root, index=index.folder)
+    changes = plan(index, listing, root)
+    relabel(index, changes.relabelled)
+    report.skipped += listing.skipped
+    report.moved, report.gone = changes.moved, len(changes.gone)
+    fields = {**changes.changed, **changes.new}
+    return [_Picture(item, str(listing.paths[item]), fields[item]) for item in fields], set(changes.changed)
+
+
 def _add(
-    ids: list[str],
+    pictures: list[_Picture],
     index: Index,
     pool: _Pool,
     metadata: Callable[[str], dict[str, Any]],
     report: FolderReport,
     bar: tqdm[Any],
 ) -> None:
-    """Encode files that are new; finished tasks are taken over in the order of the files."""
-    size = pool.files_per_task(len(ids))
-    tasks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    """Encode files; finished tasks are taken over in the order of the files."""
+    size = pool.files_per_task(len(pictures))
+    tasks = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     finished: dict[int, dict[str, Any]] = {}
     position = 0
 
@@ -141,17 +177,21 @@ def _add(
         while position in finished:
             part, task = finished.pop(position), tasks[position]
             position += 1
-            report.skipped += [(task[row], reason) for row, reason in part["skipped"]]
+            report.skipped += [(task[row].path, reason) for row, reason in part["skipped"]]
             if part["name"]:
-                names = [task[row] for row in part["rows"]]
-                encoded.append(Written(part["name"], names, part["crcs"], [metadata(item) for item in names]))
+                rows = [task[row] for row in part["rows"]]
+                fields = [
+                    {**described, **picture.fields, **metadata(picture.id)}
+                    for picture, described in zip(rows, part["described"], strict=True)
+                ]
+                encoded.append(Written(part["name"], [picture.id for picture in rows], part["crcs"], fields))
         if encoded:
-            index.adopt(encoded)
+            index.adopt(encoded, existing="replace")
             report.added += sum(len(part.ids) for part in encoded)
 
     since = time.monotonic()
     try:
-        for result in pool.run(tasks):
+        for result in pool.run([[picture.path for picture in task] for task in tasks]):
             finished[result["task"]] = result
             bar.update(len(tasks[result["task"]]))
             if time.monotonic() - since >= _KEPT_SECONDS:
@@ -168,11 +208,16 @@ class _Job:
     holds the job's lock.
     """
 
-    def __init__(self, retriever: Retriever, device: str, batch_size: int) -> None:
+    def __init__(self, retriever: Retriever, device: str, batch_size: int, *, describes: bool) -> None:
         engine, spec = retriever.engine, retriever.index.spec
         # The runtime that was chosen here, so that all embeddings are made alike.
         self.opening = {**engine.settings, "device": device}
-        self.fingerprint, self.dtype, self.batch_size = spec.checkpoint, spec.dtype, batch_size
+        self.fingerprint, self.dtype, self.batch_size, self.describes = (
+            spec.checkpoint,
+            spec.dtype,
+            batch_size,
+            describes,
+        )
         self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()
 
@@ -240,7 +285,7 @@ class Worker:
 
         Returns:
             The segment's ``name`` (None: no file could be read), the ``rows`` of ``files`` in it and their checksums ``crcs``,
-            and who was ``skipped``.
+            what these files say of themselves (``described``), and which were ``skipped``.
 
         Raises:
             EngineError: Workers have died on too many of them, or on the way to the first.
@@ -257,6 +302,7 @@ class Worker:
         engine = self.engine  # opened before the readers ask for it, all at once
         skipped = dict.fromkeys(fatal, "the worker died on this file")
         rows: list[int] = []
+        described: list[dict[str, Any]] = []
         embeddings: list[Tensor] = []
         for rows_of_pixels in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
             readable = {row: pixels for row, pixels in rows_of_pixels if isinstance(pixels, Tensor)}
@@ -264,13 +310,20 @@ class Worker:
             if readable:
                 embeddings.append(engine.encode_image(torch.stack(list(readable.values()))).to("cpu", torch.float16))
                 rows += readable
+                described += [self.describe(files[row]) for row in readable]
         name: str | None = None
         crcs: list[int] = []
         if rows:
             arrays = encode(torch.cat(embeddings), self.job.dtype)
             name, crcs = write_segment(self.job.folder, arrays, prefix=f"{self.job.name}-")
         journal.end()
-        return {"name": name, "rows": rows, "crcs": crcs, "skipped": sorted(skipped.items())}
+        return {
+            "name": name,
+            "rows": rows,
+            "crcs": crcs,
+            "described": described,
+            "skipped": sorted(skipped.items()),
+        }
 
     def _in_batches(self, files: Sequence[str]) -> Iterator[list[tuple[int, Tensor | ImageError]]]:
         rows, size = range(len(files)), self.job.batch_size
@@ -288,6 +341,13 @@ class Worker:
     def read(self, file: str) -> Tensor | ImageError:
         """Pixels, or why there are none."""
         return read_picture(self.engine.preprocess, file)
+
+    def describe(self, file: str) -> dict[str, Any]:
+        """What a file says of itself; nothing where nobody asks for it."""
+        try:
+            return describe(file) if self.job.describes else {}
+        except OSError:
+            return {}
 
 
 class _Pool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from finelip_fast.index.spec import IndexSpec, stored_spec
 from finelip_fast.index.store import Existing, Store, Written
 from finelip_fast.index.view import View
 
-_TUNING = "tuning"
+_TUNING, _ROOT = "tuning", "root"
 _ITEMS_AT_ONCE = 8192
 
 
@@ -194,6 +195,41 @@ class Index:
         """
         return set(self._store.catalogue.find(strings("ids", ids)))
 
+    def get(self, ids: Sequence[str]) -> dict[str, Item]:
+        """What the catalogue knows of the given ids that are in the index, by these.
+
+        Raises:
+            InputError: An id that is no string.
+            StoreError: The index is closed, or cannot be read.
+        """
+        catalogue, ids = self._store.catalogue, strings("ids", ids)
+        while True:
+            positions = catalogue.find(ids)
+            items = catalogue.at(positions.values(), catalogue.version)
+            if items is not None and items.keys() >= set(positions.values()):
+                return {item.id: item for item in items.values() if item.id in positions}
+
+    @property
+    def root(self) -> Path | None:
+        """Folder that the ids of pictures are relative to; None: they are whatever they were added as.
+
+        Setting it changes no id: it says where the pictures lie now.
+
+        Raises:
+            StoreError: The index is closed, or cannot be read; on setting, the disk refuses.
+        """
+        root = self._store.catalogue.note(_ROOT)
+        if root is not None and not isinstance(root, str):
+            raise StoreError(
+                f"the root of the index at {self.folder} cannot be read, {root!r:.80}: set it with finelip index move-root"
+            )
+        return None if root is None else Path(root)
+
+    @root.setter
+    def root(self, root: str | PathLike[str]) -> None:
+        self._store.refuse_if_fixed()
+        self._store.catalogue.keep(_ROOT, os.path.realpath(root))
+
     # Changing ----------------------------------------------------------------------------------------------------------
 
     def add(
@@ -229,6 +265,23 @@ class Index:
         """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
         self.add(ids, embeddings, metadata, existing="replace")
 
+    def relabel(self, ids: Sequence[str], new_ids: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        """Give items other ids and metadata, all in one change; their embeddings stay, to the bit.
+
+        They come last in the order of insertion then.
+
+        Args:
+            ids: ``n`` ids of the index.
+            new_ids: The id that each has then; it may be the same.
+            metadata: The metadata that each has then, as :meth:`add` takes it.
+
+        Raises:
+            InputError: An id that is not there, a new one that is another item's or comes twice, or metadata that JSON cannot
+                hold; nothing was changed.
+            StoreError: An item is damaged, the disk refuses, or the index is closed; nothing was changed.
+        """
+        self._store.relabel(ids, new_ids, metadata)
+
     def delete(self, ids: Sequence[str]) -> None:
         """Take items out; with a folder they are gone for every later opening when this returns.
 
@@ -248,17 +301,18 @@ class Index:
         """
         return self._store.incoming
 
-    def adopt(self, segments: Sequence[Written]) -> None:
+    def adopt(self, segments: Sequence[Written], *, existing: Literal["error", "replace"] = "error") -> None:
         """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
 
         Args:
-            written: Segments in the order that their items shall have. Their files leave ``incoming``.
+            segments: Segments in the order that their items shall have. Their files leave ``incoming``.
+            existing: What an id that is there already means: an ``"error"``, or ``"replace"`` the item.
 
         Raises:
             InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
             StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
         """
-        self._store.adopt(segments)
+        self._store.adopt(segments, existing=existing)
 
     # Searching ---------------------------------------------------------------------------------------------------------
 

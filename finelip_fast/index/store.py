@@ -255,8 +255,9 @@ class Store:
             raise StoreError(f"cannot make {folder}: {error.strerror}") from None
         return folder
 
-    def adopt(self, segments: Sequence[Written]) -> None:
+    def adopt(self, segments: Sequence[Written], *, existing: Existing = "error") -> None:
         """Append what workers wrote, all of it in one change."""
+        one_of("existing", existing, ("error", "replace"))
         self.refuse_if_fixed()
         incoming = self.incoming
         ids = [item for segment in segments for item in segment.ids]
@@ -264,8 +265,10 @@ class Store:
         texts = [[as_json(*pair) for pair in zip(segment.metadata, segment.ids, strict=True)] for segment in segments]
         shape = (self.spec.tokens, self.spec.width)
         with self._written() as names, self.catalogue.changing():
-            if present := self.catalogue.find(ids):
+            present = self.catalogue.find(ids)
+            if present and existing == "error":
                 raise taken(present)
+            self.catalogue.remove(present.values())
             for segment, metadata in zip(segments, texts, strict=True):
                 try:
                     name = plain_name(segment.name, incoming, error=StoreError)
@@ -306,6 +309,32 @@ class Store:
         self._opened[name] = Segment(name, arrays)
         return name, [None] * len(self._opened[name])
 
+    def relabel(self, ids: Sequence[str], new_ids: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        """Give items other ids and metadata, all in one change; their embeddings stay, to the bit."""
+        ids, new_ids, metadata = strings("ids", ids), listed("new_ids", new_ids), listed("metadata", metadata)
+        check_ids(ids)
+        check_ids(new_ids)
+        if not len(ids) == len(new_ids) == len(metadata):
+            raise InputError(
+                f"expected new ids and metadata for {len(ids)} ids, got {len(new_ids)} and {len(metadata)}"
+            )
+        texts = [as_json(values, item) for item, values in zip(new_ids, metadata, strict=True)]
+        self.refuse_if_fixed()
+        if not ids:
+            return
+        with self._written() as names, self.catalogue.changing():
+            positions = self._positions(ids)
+            if occupied := self.catalogue.find(new_ids).keys() - set(ids):
+                raise taken(occupied)
+            view = self.load()
+            items = self.catalogue.at(positions, view.version) or {}
+            view.refuse_damaged(items.values())  # a new checksum would hide what is wrong with it
+            self.catalogue.remove(positions)
+            name, crcs = self._write(view.arrays_at(positions))
+            names.append(name)
+            self.catalogue.add(new_ids, name, crcs, texts)
+        self.reload()
+
     def delete(self, ids: Sequence[str]) -> None:
         """Take items out."""
         self.refuse_if_fixed()
@@ -313,14 +342,22 @@ class Store:
         if not ids:
             return
         with self.catalogue.changing():
-            present = self.catalogue.find(ids)
-            absent = [item for item in ids if item not in present]
-            if absent:
-                raise InputError(
-                    f"expected ids of the index, got {absent[0]!r:.80} and {len(absent) - 1} more that are not in it"
-                )
-            self.catalogue.remove(present.values())
+            self.catalogue.remove(self._positions(ids))
         self.reload()
+
+    def _positions(self, ids: Sequence[str]) -> list[int]:
+        """Inside a change: where items are.
+
+        Raises:
+            InputError: An id that is not there.
+        """
+        present = self.catalogue.find(ids)
+        absent = [item for item in ids if item not in present]
+        if absent:
+            raise InputError(
+                f"expected ids of the index, got {absent[0]!r:.80} and {len(absent) - 1} more that are not in it"
+            )
+        return [present[item] for item in ids]
 
     def reload(self) -> None:
         """After an own change."""

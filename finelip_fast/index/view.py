@@ -14,7 +14,7 @@ from torch import Tensor
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item, Layout
-from finelip_fast.index.segments import Segment
+from finelip_fast.index.segments import Segment, joined
 from finelip_fast.kernels import QuantizedItems
 
 # More pieces than this are put together once, rather than gone through at each search.
@@ -149,6 +149,14 @@ class View:
                     f"item {item.id!r} is damaged: row {row} of segment {self.segments[at].name} is not what was written; "
                     f"restore the file, or keep the rest with {remedies.repair(self.segments[at].folder)}"
                 )
+
+    def arrays_at(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """What a segment holds of the items at these positions, in their order; embeddings stay, to the bit."""
+        at = torch.tensor(positions, dtype=torch.int64)
+        segments = torch.searchsorted(self._firsts, at, right=True) - 1
+        numbers, counts = segments.unique_consecutive(return_counts=True)
+        rows = (at - self._firsts[segments]).split(counts.tolist())
+        return joined([(self.segments[number], part) for number, part in zip(numbers.tolist(), rows, strict=True)])
 
     @cached_property
     def tokens(self) -> list[Tensor] | None:

@@ -567,8 +567,8 @@ def test_the_public_names_are_what_a_user_needs() -> None:
         names = {name for name in dir(index) if not name.startswith("_")}
     assert names == {
         *("spec", "source", "device", "folder", "version", "tuning", "damaged", "total"),
-        *("items", "ids", "metadata", "embeddings", "present", "search"),
-        *("add", "upsert", "delete", "incoming", "adopt", "close"),
+        *("items", "get", "ids", "metadata", "embeddings", "present", "search", "root"),
+        *("add", "upsert", "relabel", "delete", "incoming", "adopt", "close"),
         *("check", "repair", "maintain", "lost", "snapshot", "speed_up", "build_candidates"),
     }
 
@@ -596,3 +596,56 @@ def test_present_tells_which_ids_are_there() -> None:
     assert index.present(["b", "c", "a", "a"]) == {"a", "b"}
     with pytest.raises(InputError, match="expected ids as str, got 5"):
         index.present(["a", 5])
+
+
+def test_items_get_other_ids_and_keep_their_embeddings(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a", "b")
+    add(index, "c", "d", seed=1)
+    before = dict(zip(index.ids, index.embeddings, strict=True))
+    index.relabel(["d", "a", "b"], ["e", "a", "d"], [{"was": name} for name in "dab"])
+    assert index.ids == ["c", "e", "a", "d"]
+    assert index.metadata == [{"of": "c"}, {"was": "d"}, {"was": "a"}, {"was": "b"}]
+    assert torch.equal(index.embeddings, torch.stack([before[name] for name in "cdab"]))
+    assert index.get(["a", "b", "d"]).keys() == {"a", "d"}
+    assert index.get(["d"])["d"].metadata == {"was": "b"}
+    assert not index.check()
+
+
+def test_relabelling_is_all_or_nothing(open_index: Callable[[], Index]) -> None:
+    index = open_index()
+    add(index, "a", "b", "c")
+    for ids, new_ids, metadata, message in (
+        (["a", "z"], ["d", "e"], [{}, {}], "expected ids of the index, got 'z'"),
+        (["a", "b"], ["d", "c"], [{}, {}], "expected ids that are new, got 'c' again"),
+        (["a", "b"], ["d", "d"], [{}, {}], "expected ids that differ, got 'd' again"),
+        (["a"], ["d"], [{"x": float("nan")}], "not finite"),
+        (["a"], ["d", "e"], [{}], "expected new ids and metadata for 1 ids, got 2 and 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            index.relabel(ids, new_ids, metadata)
+    assert index.ids == ["a", "b", "c"]
+
+
+def test_a_damaged_item_is_not_relabelled(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        add(index, "a", "b")
+    (path,) = (folder / "segments").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[content.index(embeddings(2)[1].half().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with closing(Index(SPEC, folder)) as index:
+        index.relabel(["a"], ["c"], [{}])
+        with pytest.raises(StoreError, match="item 'b' is damaged"):
+            index.relabel(["b"], ["d"], [{}])
+        assert index.ids == ["b", "c"]
+
+
+def test_an_index_remembers_its_root(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with closing(Index(SPEC, folder)) as index:
+        assert index.root is None
+        index.root = "photos"
+    with closing(Index(SPEC, folder)) as index:
+        assert index.root == (tmp_path / "photos").resolve()

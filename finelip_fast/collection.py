@@ -1,0 +1,423 @@
+"""A collection: pictures in a folder, and their items in an index, brought in line with each other.
+
+The id of a picture is its path below the index's root, with ``/`` between names on every system: one item a file, however its
+path was typed. What a picture's metadata says of its file (:mod:`finelip_fast.picture_files`) shows whether it was changed or
+moved meanwhile; a file of the same content is never embedded again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from finelip_fast._files import read_bytes
+from finelip_fast._json import parse_json
+from finelip_fast.errors import InputError
+from finelip_fast.folders import walk_folder
+from finelip_fast.index.catalogue import Item
+from finelip_fast.index.index import Index
+from finelip_fast.picture_files import FIELDS, HASH, STAMP, content_hash, describe, read_sidecar, sidecar_names, stamp
+
+# Columns that name the picture, where none is named.
+IMAGE_FIELDS = ("image", "file", "path", "filename", "file_name", "image_path")
+
+T = TypeVar("T")
+
+_LINES, _SEPARATORS = (".jsonl", ".jsonlines", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+
+_AT_ONCE = 1024  # items of a change, and files that are looked at ahead
+_MAX_TABLE = 1 << 32  # bytes
+
+
+@dataclass
+class Listing:
+    """Pictures that an index is to hold.
+
+    Attributes:
+        paths: The pictures, absolute, by their ids.
+        fields: Metadata to add to what their files say, by id.
+        folder: Folder whose pictures are all listed; None: there is none.
+        skipped: ``(path, reason)`` of what is left out.
+    """
+
+    paths: dict[str, Path] = field(default_factory=dict)
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folder: Path | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What brings an index in line with a :class:`Listing`.
+
+    Attributes:
+        new, changed: Ids of pictures to embed, and the metadata that their files do not say.
+        relabelled: ``(new id, metadata)`` by the id of now: of pictures whose content is in the index already.
+        moved: Number of those that have a new id.
+        gone: Ids of items whose file is no more.
+        unchanged: Number of pictures that need nothing.
+    """
+
+    new: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    relabelled: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    moved: int = 0
+    gone: list[str] = field(default_factory=list)
+    unchanged: int = 0
+
+
+# Ids -----------------------------------------------------------------------------------------------------------------
+
+
+def item_id(path: str | os.PathLike[str], root: Path) -> str:
+    """The id of a picture below a root, which is real; ``../`` leads out of it, and a path on another drive stays whole."""
+    folder, name = os.path.split(os.path.abspath(path))
+    path = os.path.join(os.path.realpath(folder), name)
+    with suppress(ValueError):  # no way leads from one drive to another
+        path = os.path.relpath(path, root)
+    return path.replace(os.sep, "/")
+
+
+def _below(path: Path, root: Path) -> str:
+    """:func:`item_id` of a path whose folder is real."""
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return item_id(path, root)
+
+
+def picture_path(item: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
+    """The file of an item; None: it is not one of a collection."""
+    return None if root is None or HASH not in metadata else Path(os.path.normpath(root / item))
+
+
+def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Path:
+    """The root of an index; one that has none gets the folder, or what several have in common.
+
+    Items of a time when ids were paths as they had been typed get ids below the root, one a file.
+    """
+    if index.root is None:
+        real = [os.path.realpath(folder) for folder in folders]
+        try:
+            root = Path(os.path.commonpath(real))
+        except ValueError:  # on several drives
+            root = Path(real[0])
+        root = Path(real[0]) if root == Path(root.anchor) else root
+        _take_over(index, root)
+        index.root = root
+    root_of_index = index.root
+    assert root_of_index is not None
+    return root_of_index
+
+
+def _take_over(index: Index, root: Path) -> None:
+    relabelled: dict[str, tuple[str, dict[str, Any]]] = {}
+    repeated: list[str] = []
+    new_ids: set[str] = set()
+    for item in index.items():
+        if os.path.isfile(item.id):
+            name = item_id(item.id, root)
+            if name in new_ids:
+                repeated.append(item.id)
+            elif name != item.id:
+                relabelled[item.id] = name, item.metadata
+            new_ids.add(name)
+    index.delete(repeated)
+    relabel(index, relabelled)
+
+
+def relabel(index: Index, changes: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """Give items other ids and metadata, some at a time."""
+    for ids in _batches(list(changes)):
+        names, metadata = zip(*(changes[item] for item in ids), strict=True)
+        index.relabel(ids, names, metadata)
+
+
+# Listings ------------------------------------------------------------------------------------------------------------
+
+
+def list_folder(
+    folder: str | os.PathLike[str],
+    root: Path,
+    *,
+    exclude: Collection[str] = (),
+    include: Collection[str] = (),
+    fields: Mapping[str, dict[str, Any]] | None = None,
+    index: Path | None = None,
+) -> Listing:
+    """The pictures of a folder and those below.
+
+    Args:
+        folder: Folder to walk.
+        root: Root of the index.
+        exclude, include: Patterns as :func:`finelip_fast.folders.walk_folder` takes them.
+        fields: Metadata by id, as :func:`read_fields` gives it.
+        index: Folder of the index, whose own files are not reported.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    base = Path(os.path.realpath(folder))
+    listing = Listing(folder=base)
+    index_folder = None if index is None else Path(os.path.realpath(index))
+    notes: dict[Path, tuple[str, str]] = {}
+    for path, kind in walk_folder(base if os.path.isdir(folder) else folder, exclude=exclude, include=include):
+        if kind == "image":
+            listing.paths[_below(path, root)] = path
+        elif index_folder is not None and path.is_relative_to(index_folder):
+            continue
+        elif kind == "left out":
+            reason = f"left out, as what other programs keep (--include {path.name!r} takes it)"
+            listing.skipped.append((str(path), reason))
+        elif kind == "other" and path.suffix.lower() == ".json":
+            notes[path] = (str(path), "not a picture by its name, nor beside one")
+        else:
+            reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
+            listing.skipped.append((str(path), reason))
+    for item, path in listing.paths.items():
+        for sidecar in sidecar_names(path):
+            if notes.pop(sidecar, None) is not None:
+                try:
+                    listing.fields[item] = read_sidecar(sidecar)
+                except InputError as error:
+                    listing.skipped.append((str(sidecar), str(error)))
+                break
+    listing.skipped += notes.values()
+    for item, values in (fields or {}).items():
+        if item in listing.paths:
+            listing.fields[item] = {**listing.fields.get(item, {}), **values}
+        else:
+            listing.skipped.append((item, "has fields, and is no picture of the folder"))
+    return listing
+
+
+def list_table(
+    table: str | os.PathLike[str],
+    root: Path,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    image_field: str | None = None,
+) -> Listing:
+    """The pictures that a table names, with its other columns as their metadata; arguments as for :func:`read_fields`."""
+    listing = Listing(fields=read_fields(table, root, base=base, image_field=image_field))
+    for item in listing.fields:
+        listing.paths[item] = Path(os.path.normpath(root / item))
+    return listing
+
+
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table of pictures, by its name."""
+    return Path(path).suffix.lower() in (*_LINES, *_SEPARATORS) and os.path.isfile(path)
+
+
+def read_fields(
+    table: str | os.PathLike[str],
+    root: Path,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    image_field: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The fields of pictures, by their ids.
+
+    Args:
+        table: File of a picture a row: JSON lines of objects, or CSV (``.csv``, ``.tsv``) whose first line names the
+            columns.
+        root: Root of the index.
+        base: Folder that the pictures' paths are relative to; None: the folder of the table.
+        image_field: Name of the column of paths; None: the first of :data:`IMAGE_FIELDS` that there is.
+
+    Raises:
+        InputError: The table cannot be read, or a row names no picture; names the line.
+    """
+    table = Path(table)
+    folder = table.parent if base is None else Path(base)
+    fields: dict[str, dict[str, Any]] = {}
+    for where, row in _rows(table):
+        name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
+        path = row.pop(name, None)
+        if not isinstance(path, str) or not path:
+            raise InputError(
+                f"{where}: expected the path of a picture under {name!r}, got {path!r:.40}; name the column with --image-field"
+            )
+        fields.setdefault(item_id(folder / path, root), {}).update(row)
+    return fields
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    separator = _SEPARATORS.get(table.suffix.lower())
+    content = read_bytes(table, error=InputError, max_bytes=_MAX_TABLE)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{table}: expected UTF-8, got another encoding: {error.reason} at byte {error.start}"
+        ) from None
+    if separator is None:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                where = f"{table}, line {number}"
+                yield where, parse_json(line, where, error=InputError, expected="an object of fields", kind=dict)
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            where = f"{table}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{where}: expected {len(reader.fieldnames or ())} values, as the first line has names"
+                )
+            yield where, {name: value for name, value in row.items() if value}
+    except csv.Error as error:
+        raise InputError(f"{table}, line {reader.line_num}: {error}") from None
+
+
+# Planning ------------------------------------------------------------------------------------------------------------
+
+
+def plan(index: Index, listing: Listing, root: Path) -> Plan:
+    """What brings an index in line with a listing; only files whose size or time has changed are read.
+
+    Args:
+        index: Index, which stays as it is.
+        listing: Pictures that it is to hold.
+        root: Its root.
+
+    Raises:
+        StoreError: The index cannot be read.
+    """
+    result = Plan()
+    stored = _stored_stamps(index, listing, root)
+    unknown: list[str] = []
+    differing: dict[str, _Stamp] = {}
+    noted: list[str] = []
+    for item, path in listing.paths.items():
+        before = stored.pop(item, None)
+        if before is None:
+            unknown.append(item)
+        elif before[:2] != _stamp(path):
+            differing[item] = before
+        elif item in listing.fields:
+            noted.append(item)
+        else:
+            result.unchanged += 1
+    vanished = {item: before for item, before in stored.items() if before.hash and _is_gone(root / item)}
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip(differing, pool.map(_hash, (listing.paths[item] for item in differing)), strict=True))
+        # What has no hash was added when there were none: it is taken for the same picture.
+        unaltered = [item for item, before in differing.items() if before.hash in (None, hashes[item])]
+        moved = _moved(unknown, vanished, listing, pool)
+        renamed = {**{item: item for item in unaltered}, **moved}
+        items = list(_metadata(index, list(renamed)))
+        described = pool.map(_described, (listing.paths[renamed[old]] for old, _ in items))
+        for (old, metadata), fields in zip(items, described, strict=True):
+            new = renamed[old]
+            result.relabelled[old] = new, {**_own_fields(metadata), **fields, **_fields(listing, new)}
+    for item, metadata in _metadata(index, noted):
+        if (values := {**metadata, **_fields(listing, item)}) == metadata:
+            result.unchanged += 1
+        else:
+            result.relabelled[item] = item, values
+    for item, metadata in _metadata(index, sorted(differing.keys() - set(unaltered))):
+        result.changed[item] = {**_own_fields(metadata), **_fields(listing, item)}
+    arrived = set(moved.values())
+    result.new = {item: _fields(listing, item) for item in unknown if item not in arrived}
+    result.moved, result.gone = len(moved), [item for item in vanished if item not in moved]
+    return result
+
+
+class _Stamp(NamedTuple):
+    """What an item's metadata says of its file; None: it says nothing."""
+
+    bytes: int | None
+    modified: str | None
+    hash: str | None
+
+
+def _stored_stamps(index: Index, listing: Listing, root: Path) -> dict[str, _Stamp]:
+    """Stamps of the items in a listing and of all others in its folder."""
+    items: Iterator[Item]
+    if listing.folder is None:
+        items = (item for ids in _batches(list(listing.paths)) for item in index.get(ids).values())
+    else:
+        items = _items_below(index, listing.folder, root)
+    return {item.id: _Stamp(*(item.metadata.get(name) for name in (*STAMP, HASH))) for item in items}
+
+
+def _items_below(index: Index, folder: Path, root: Path) -> Iterator[Item]:
+    where = None
+    if folder != root and folder.is_relative_to(root) and (prefix := _below(folder, root)).isprintable():
+        quoted = prefix.replace("'", "''")
+        where = f"id >= '{quoted}/' and id < '{quoted}0'"  # "0" follows "/": fast, since ids are sorted
+    return (item for item in index.items(where=where) if Path(os.path.normpath(root / item.id)).is_relative_to(folder))
+
+
+def _moved(unknown: Sequence[str], vanished: Mapping[str, _Stamp], listing: Listing, pool: Executor) -> dict[str, str]:
+    """New ids of vanished items, by their old ids: of pictures with the same content."""
+    sizes = {before.bytes for before in vanished.values()}
+    candidates = [item for item in unknown if sizes and _stamp(listing.paths[item])[0] in sizes]
+    homeless: dict[str | None, list[str]] = {}
+    for item, before in vanished.items():
+        homeless.setdefault(before.hash, []).append(item)
+    moved: dict[str, str] = {}
+    for item, content in zip(candidates, pool.map(_hash, (listing.paths[item] for item in candidates)), strict=True):
+        if homeless.get(content):
+            moved[homeless[content].pop(0)] = item
+    return moved
+
+
+def _metadata(index: Index, ids: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for batch in _batches(ids):
+        items = index.get(batch)
+        yield from ((item, items[item].metadata) for item in batch if item in items)
+
+
+def _own_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given with a picture, without what its file said."""
+    return {name: value for name, value in metadata.items() if name not in FIELDS}
+
+
+def _fields(listing: Listing, item: str) -> dict[str, Any]:
+    return listing.fields.get(item, {})
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    try:
+        return tuple(stamp(path).values())
+    except OSError:
+        return (None, None)
+
+
+def _hash(path: Path) -> str:
+    try:
+        return content_hash(path)
+    except OSError:
+        return ""
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        return describe(path)
+    except OSError:
+        return {}
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such file; one that cannot be asked for may be there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE))

@@ -1,0 +1,140 @@
+"""Folders of pictures: what is in them, by the names of files alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from finelip_fast._decode import suffixes
+from finelip_fast.errors import InputError
+
+__all__ = ["LEFT_OUT", "FolderScan", "Kind", "list_images", "scan_folder", "walk_folder"]
+
+Kind: TypeAlias = Literal["image", "other", "left out", "unreadable"]
+
+# What other programs keep beside pictures: previews of network drives and Lightroom, waste baskets, what archives bring.
+LEFT_OUT = (
+    *("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    *("*.lrdata", "__MACOSX", "Thumbs.db"),
+)
+_HIDDEN = ".*"
+
+
+class FolderScan(NamedTuple):
+    """What a folder holds: ``images`` by suffix, and all ``other_files``; both sorted, hidden files in neither."""
+
+    images: list[Path]
+    other_files: list[Path]
+
+
+def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
+    """The image files of a folder, sorted; :func:`scan_folder` also tells what was left out.
+
+    Raises:
+        InputError: There is no such folder, or a folder in it cannot be read.
+    """
+    return scan_folder(folder, recursive).images
+
+
+def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> FolderScan:
+    """Sort a folder's files into images and others, by suffix alone; no file is opened.
+
+    Args:
+        folder: Folder to look in. The paths returned begin with it.
+        recursive: Whether to look into folders below too, as :func:`walk_folder` does.
+
+    Raises:
+        InputError: There is no such folder, or a folder in it cannot be read.
+    """
+    scan = FolderScan([], [])
+    for path, kind in walk_folder(folder, recursive):
+        if kind == "unreadable":
+            raise InputError(f"expected a readable folder, got one that cannot be listed: {str(path)!r}")
+        if kind != "left out":
+            (scan.images if kind == "image" else scan.other_files).append(path)
+    return scan
+
+
+def walk_folder(
+    folder: str | os.PathLike[str],
+    recursive: bool = True,
+    *,
+    exclude: Collection[str] = (),
+    include: Collection[str] = (),
+) -> Iterator[tuple[Path, Kind]]:
+    """The files of a folder in the order of their paths, one by one, and the folders in it that are not entered.
+
+    Each entry is judged alone, by its name. Hidden ones (``.name``) are passed over. A link to a folder elsewhere is followed,
+    and no folder entered twice; what a link to a folder within this one leads to comes under its own name.
+
+    Args:
+        folder: Folder to look in. The paths begin with it.
+        recursive: Whether to look into folders below too.
+        exclude: Patterns of names, or of paths below ``folder``, to pass over: ``*`` is any text, ``?`` one character, and
+            upper case equals lower case.
+        include: Patterns of what is taken although it is hidden, or in :data:`LEFT_OUT`.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        obstacle = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
+    return _Walk(folder, recursive, exclude, include).entries(folder)
+
+
+class _Walk:
+    def __init__(self, folder: Path, recursive: bool, exclude: Collection[str], include: Collection[str]) -> None:
+        self._folder, self._recursive, self._exclude, self._include = folder, recursive, exclude, include
+        self._real, self._suffixes = Path(os.path.realpath(folder)), suffixes()
+        self._entered: set[tuple[int, int]] = set()
+
+    def entries(self, folder: Path) -> Iterator[tuple[Path, Kind]]:
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self._entered and status.st_ino:
+                return
+            self._entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            yield folder, "unreadable"
+            return
+        for entry in entries:
+            path = folder / entry.name
+            is_chosen = self._is_named(path, self._include)
+            if self._is_named(path, self._exclude) or (fnmatchcase(entry.name, _HIDDEN) and not is_chosen):
+                continue
+            if not is_chosen and self._is_named(path, LEFT_OUT):
+                yield path, "left out"
+            elif _answer(entry.is_dir):
+                if self._recursive and not self._comes_anyway(entry):
+                    yield from self.entries(path)
+            else:
+                is_image = (
+                    _answer(entry.is_file) and path.suffix.lower() in self._suffixes
+                )  # no broken link, pipe, device
+                yield path, "image" if is_image else "other"
+
+    def _is_named(self, path: Path, patterns: Collection[str]) -> bool:
+        texts = path.name.lower(), path.relative_to(self._folder).as_posix().lower()
+        return any(fnmatchcase(text, pattern.rstrip("/").lower()) for pattern in patterns for text in texts)
+
+    def _comes_anyway(self, entry: os.DirEntry[str]) -> bool:
+        """Whether it is a link to a folder within this one, or to one that this one is in."""
+        if not _answer(entry.is_symlink):
+            return False
+        target = Path(os.path.realpath(entry.path))
+        return target.is_relative_to(self._real) or self._real.is_relative_to(target)
+
+
+def _answer(question: object) -> bool:
+    """What an entry says of itself; one that cannot be asked, such as a link to itself, is nothing."""
+    try:
+        return bool(question())  # type: ignore[operator]
+    except OSError:
+        return False

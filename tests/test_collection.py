@@ -1,0 +1,260 @@
+"""Pictures in a folder and their items in an index, brought in line: one item a file, and none embedded twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import FolderReport, InputError, Retriever
+from finelip_fast.ingest import Ingest
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collection") / "checkpoint"
+    finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture
+def retriever(checkpoint: Path, tmp_path: Path) -> Iterator[Retriever]:
+    with Retriever(checkpoint, engine="torch", device="cpu", index=tmp_path / "index") as opened:
+        yield opened
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six pictures, in the folder and two below."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(("a.jpg", "b.png", "2023/c.jpg", "2023/d.jpg", "2024/e.jpg", "2024/f.jpg")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(folder / name, number)
+    return folder
+
+
+def draw(path: Path, number: int) -> None:
+    colours = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(colours).resize((40, 40)).save(path)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of what was encoded since."""
+    names: list[str] = []
+    add = Ingest.add
+
+    def note(self: Ingest, ids: list[str], *arguments: Any) -> None:
+        names.extend(ids)
+        add(self, ids, *arguments)
+
+    monkeypatch.setattr(Ingest, "add", note)
+    return names
+
+
+def counts(report: FolderReport) -> dict[str, int]:
+    values = {name: getattr(report, name) for name in ("added", "changed", "moved", "removed", "gone")}
+    return {name: value for name, value in values.items() if value}
+
+
+def best(retriever: Retriever, path: Path) -> str:
+    return retriever.search(image=path, k=1)[0].id
+
+
+ALL = ["2023/c.jpg", "2023/d.jpg", "2024/e.jpg", "2024/f.jpg", "a.jpg", "b.png"]
+
+
+def test_a_picture_is_one_item_however_its_path_was_typed(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    (photos.parent / "link").symlink_to(photos)
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 6}
+    for spelling in (".", "../photos", "../link", str(photos), "2023/..", photos / "2023", photos / "2024" / ""):
+        assert counts(retriever.add_folder(spelling, progress=False)) == {}
+    assert retriever.add_images(["a.jpg", photos / "b.png"], existing="skip", progress=False).added == []
+    assert sorted(retriever.index.ids) == sorted(encoded) == ALL
+    assert retriever.index.root == photos.resolve()
+
+
+def test_a_folder_beside_the_root_has_ids_of_its_own(retriever: Retriever, photos: Path) -> None:
+    retriever.add_folder(photos / "2023", progress=False)
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 4}
+    assert sorted(retriever.index.ids) == ["../2024/e.jpg", "../2024/f.jpg", "../a.jpg", "../b.png", "c.jpg", "d.jpg"]
+    (photos / "2024" / "e.jpg").unlink()
+    assert counts(retriever.add_folder(photos / "2023", sync=True, progress=False)) == {}
+    assert counts(retriever.add_folder(photos / "2024", sync=True, progress=False)) == {"removed": 1}
+
+
+def test_what_changed_is_embedded_again_and_what_was_moved_is_not(
+    retriever: Retriever, photos: Path, encoded: list[str]
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    encoded.clear()
+    draw(photos / "a.jpg", 10)
+    (photos / "b.png").unlink()
+    (photos / "new").mkdir()
+    (photos / "2023" / "c.jpg").rename(photos / "new" / "moved.jpg")
+    shutil.copy(photos / "2023" / "d.jpg", photos / "copy.jpg")
+    os.utime(photos / "2024" / "e.jpg")  # touched, and the same
+    report = retriever.add_folder(photos, progress=False)
+    assert counts(report) == {"added": 1, "changed": 1, "moved": 1, "gone": 1}
+    assert "1 gone, which --sync removes" in str(report)
+    assert sorted(encoded) == ["a.jpg", "copy.jpg"]
+    assert best(retriever, photos / "a.jpg") == "a.jpg"
+    assert best(retriever, photos / "new" / "moved.jpg") == "new/moved.jpg"
+    assert counts(retriever.add_folder(photos, progress=False)) == {"gone": 1}, "what was touched is known now"
+    assert counts(retriever.add_folder(photos, sync=True, progress=False)) == {"removed": 1}
+    assert sorted(retriever.index.ids) == [
+        "2023/d.jpg",
+        "2024/e.jpg",
+        "2024/f.jpg",
+        "a.jpg",
+        "copy.jpg",
+        "new/moved.jpg",
+    ]
+    assert len(encoded) == 2
+    assert not retriever.index.check()
+
+
+def test_a_folder_that_lost_all_its_pictures_is_not_emptied(retriever: Retriever, photos: Path) -> None:
+    retriever.add_folder(photos, progress=False)
+    retriever.add_texts(["a text"], progress=False)
+    shutil.rmtree(photos)
+    photos.mkdir()
+    with pytest.raises(
+        InputError, match="expected pictures in the folder, got none, and the index has 6 of it: is its disk"
+    ):
+        retriever.add_folder(photos, sync=True, progress=False)
+    assert len(retriever) == 7
+
+
+def test_texts_and_pictures_elsewhere_are_not_gone(retriever: Retriever, photos: Path) -> None:
+    retriever.add_texts(["a text"], progress=False)
+    retriever.add_images([Image.new("RGB", (8, 8))], progress=False)
+    retriever.add_folder(photos, progress=False)
+    assert counts(retriever.add_folder(photos, sync=True, progress=False)) == {}
+    assert len(retriever) == 8
+
+
+def test_metadata_comes_by_itself_and_more_is_added(retriever: Retriever, photos: Path) -> None:
+    image = Image.new("RGB", (30, 20), "blue")
+    exif = image.getexif()
+    exif[271], exif[272] = "Canon", "EOS R5"
+    exif.get_ifd(0x8769)[0x9003] = "2024:06:01 12:00:00"
+    image.save(photos / "camera.jpg", exif=exif)
+    (photos / "a.jpg.json").write_text('{"title": "A", "people": ["Ann"]}')
+    (photos / "2023" / "c.json").write_text("[]")
+    (photos / "other.json").write_text("{}")
+    table = photos.parent / "more.jsonl"
+    table.write_text('\ufeff{"image": "a.jpg", "rating": 5}\n{"image": "none.jpg", "rating": 1}\n')
+    report = retriever.add_folder(photos, metadata=table, progress=False)
+    assert counts(report) == {"added": 7}
+    reasons = {Path(path).name: reason for path, reason in report.skipped}
+    assert "expected an object of fields: found a list" in reasons["c.json"]
+    assert "nor beside one" in reasons["other.json"]
+    assert "is no picture of the folder" in reasons["none.jpg"]
+    hits = retriever.search("a house", where="taken >= '2024-06-01' and camera like 'Canon%' and width = 30")
+    assert [hit.id for hit in hits] == ["camera.jpg"]
+    assert [hit.id for hit in retriever.search("a house", where="title = 'A' and rating = 5")] == ["a.jpg"]
+
+
+def test_what_was_given_with_a_picture_survives_its_changes(
+    retriever: Retriever, photos: Path, encoded: list[str]
+) -> None:
+    table = photos.parent / "more.csv"
+    table.write_text("file,title\na.jpg,dog\nb.png,\n")
+    retriever.add_folder(photos, progress=False)
+    encoded.clear()
+    assert counts(retriever.add_folder(photos, metadata=table, progress=False)) == {}
+    draw(photos / "a.jpg", 11)
+    (photos / "a.jpg").rename(photos / "renamed.jpg")
+    draw(photos / "renamed.jpg", 0)
+    retriever.add_folder(photos, progress=False)
+    (metadata,) = retriever.index.get(["renamed.jpg"]).values()
+    assert metadata.metadata["title"] == "dog"
+    draw(photos / "renamed.jpg", 12)
+    retriever.add_folder(photos, progress=False)
+    (metadata,) = retriever.index.get(["renamed.jpg"]).values()
+    assert metadata.metadata["title"] == "dog"
+    assert metadata.metadata["bytes"] == (photos / "renamed.jpg").stat().st_size
+    assert encoded == ["renamed.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "rows.jsonl",
+            '{"image": "2023/c.jpg", "text": "a dog", "n": 1}\n\n{"image": "a.jpg", "text": "a cat", "n": 2}\n',
+        ),
+        ("rows.csv", 'text,path,n\n"a, dog",2023/c.jpg,1\na cat,./a.jpg,2\n'),
+        ("rows.TSV", "\ufeffpath\ttext\n2023/c.jpg\ta dog\na.jpg\ta cat\n"),
+    ],
+)
+def test_a_table_is_indexed_in_one_call(retriever: Retriever, photos: Path, name: str, content: str) -> None:
+    (photos / name).write_text(content, encoding="utf-8")
+    assert counts(retriever.add_table(photos / name, progress=False)) == {"added": 2}
+    assert sorted(retriever.index.ids) == ["2023/c.jpg", "a.jpg"]
+    assert [hit.id for hit in retriever.search("x", where="text = 'a cat'")] == ["a.jpg"]
+    assert counts(retriever.add_table(photos / name, progress=False)) == {}
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", '{"picture": "a.jpg"}', "t.jsonl, line 1: expected the path of a picture under 'image', got None"),
+        ("t.jsonl", '\n{"image": 3}', "t.jsonl, line 2: expected the path of a picture"),
+        ("t.jsonl", "{", "t.jsonl, line 1: expected an object of fields"),
+        ("t.csv", "image,title\na.jpg\n", "t.csv, line 2: expected 2 values"),
+        ("t.csv", "image,title\na.jpg,b,c\n", "t.csv, line 2: expected 2 values"),
+        ("t.csv", b"image\n\xff.jpg\n", "t.csv: expected UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_by_its_line(
+    retriever: Retriever, photos: Path, name: str, content: str | bytes, message: str
+) -> None:
+    (photos / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError, match=message):
+        retriever.add_table(photos / name, progress=False)
+
+
+def test_an_index_and_its_pictures_can_be_moved(
+    retriever: Retriever, photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    hit = retriever.search(image=photos / "a.jpg", k=1)[0]
+    monkeypatch.chdir(tmp_path)
+    assert hit.path == str(photos / "a.jpg")
+    assert retriever.explain(hit, "a house").words
+    photos.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"finelip index move-root"):
+        retriever.explain(hit, "a house")
+    retriever.index.root = tmp_path / "elsewhere"
+    hit = retriever.search(image=tmp_path / "elsewhere" / "a.jpg", k=1)[0]
+    assert (hit.id, hit.path) == ("a.jpg", str(tmp_path / "elsewhere" / "a.jpg"))
+    assert counts(retriever.add_folder(tmp_path / "elsewhere", progress=False)) == {}
+
+
+def test_an_index_of_paths_as_they_were_typed_is_taken_over(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    typed = ["photos/a.jpg", "photos/../photos/a.jpg", str(photos / "b.png"), "photos/2023/c.jpg"]
+    retriever.add_images(typed, metadata=[{"n": n} for n in range(4)], progress=False)
+    retriever.add_texts(["a text"], ids=["photos"], progress=False)
+    encoded.clear()
+    assert counts(retriever.add_folder("photos", progress=False)) == {"added": 3}
+    assert sorted(retriever.index.ids) == sorted([*ALL, "photos"])
+    assert sorted(encoded) == ["2023/d.jpg", "2024/e.jpg", "2024/f.jpg"]
+    assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["n"] == 0
+    assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["width"] == 40
+    assert best(retriever, photos / "2023" / "c.jpg") == "2023/c.jpg"
