@@ -7,6 +7,7 @@ threads of a process share one budget: small pictures are decoded side by side, 
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -14,22 +15,54 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageFile
 
+from finelip_fast import _raw
 from finelip_fast.errors import ImageError, InputError
 
 VARIABLE = "FINELIP_PICTURE_MEMORY"
 _DEFAULT_MEMORY = 1024  # MiB
 
-# What cameras, phones, editors and data sets write; the commonest come first. HEIF is there once pillow-heif is registered.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "HEIF")
+# What cameras, phones, editors and data sets write; the commonest come first.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "HEIF", "JXL")
+
+
+class _Plugin(NamedTuple):
+    """A package that teaches Pillow a format, imported when a file of it is met."""
+
+    module: str
+    remedy: str
+    suffixes: tuple[str, ...]
+    signature: re.Pattern[bytes]
+
+
+_PLUGINS = {
+    "HEIF": _Plugin(
+        "pillow_heif",
+        "pip install 'finelip-fast[heic]'",
+        (".heic", ".heics", ".heif", ".heifs", ".hif"),
+        re.compile(rb"....ftyp(?:hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL),
+    ),
+    "JXL": _Plugin(
+        "pillow_jxl",
+        "pip install 'finelip-fast[jxl]'",
+        (".jxl",),
+        re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+    ),
+    "AVIF": _Plugin(
+        "PIL.AvifImagePlugin",
+        "pip install --upgrade pillow",
+        (".avif", ".avifs"),
+        re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    ),
+}
 
 # Peak bytes a pixel of decoding, measured: what a format's library keeps beside the picture, and the picture. Of JPEG only
 # what is wanted of it is decoded, so it is counted apart.
-_BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24, "HEIF": 18}
+_BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24, "HEIF": 18, "JXL": 18}
 _WHOLE = 8  # of all others: the picture, and a strip or its conversion to RGB
 
 MAX_SIDE = 1 << 20  # every row costs, however short
@@ -54,8 +87,11 @@ Reduction = Callable[[int, int], tuple[int, int]]
 
 
 def suffixes() -> frozenset[str]:
-    """Suffixes of the names of files that are read, such as ``.jpg``."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+    """Suffixes of the names of files that are read, such as ``.jpg``, or would be if a package were installed."""
+    registered = (suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+    return frozenset(
+        [*registered, *(suffix for plugin in _PLUGINS.values() for suffix in plugin.suffixes), *_raw.SUFFIXES]
+    )
 
 
 def memory_limit() -> int:
@@ -186,6 +222,10 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
     Raises:
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
     """
+    if isinstance(source, str) and _raw.is_raw(source):
+        with _raw.developed(source, _budget.share) as image:
+            yield image
+        return
     with _opened(source) as file, _identified(file) as image:
         file.reads_left = float("inf")
         with within_budget(image, file, reduction):
@@ -194,14 +234,17 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
 
 
 @contextmanager
-def header(path: str) -> Iterator[Image.Image]:
-    """A file's first picture, of which only the header is read.
+def header(path: str) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
+    """Width and height of a file's first picture as it is stored, and its EXIF; pixels are not decoded.
 
     Raises:
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
     """
+    if _raw.is_raw(path):
+        yield _raw.header(path)
+        return
     with _opened(path) as file, _identified(file) as image:
-        yield image
+        yield image.size, image.getexif()
 
 
 def _opened(source: str | bytes | bytearray | memoryview) -> Any:
@@ -219,7 +262,10 @@ def within_budget(image: Image.Image, file: Any = None, reduction: Reduction | N
     """
     width, height = image.size
     check_size(width, height)
-    pending = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    # Plugins have no tiles.
+    pending = isinstance(image, ImageFile.ImageFile) and (
+        bool(image.tile) or (file is not None and image.format in _PLUGINS)
+    )
     if pending and image.format not in FORMATS:
         raise _not_read(str(image.format))
     across, down = reduction(width, height) if reduction else (1, 1)
@@ -242,24 +288,45 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
     """
     Image.init()
     prefix = file.read(16)
+    _import_plugin(prefix)
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or not _accepts(accept, prefix):
             continue
+        claimed = 0
         for width, height in _claims(name, file):
-            check_size(width, height, width * height * _BYTES_PER_PIXEL.get(name, 0))
+            claimed = max(claimed, width * height * _BYTES_PER_PIXEL.get(name, 0))
+            check_size(width, height, claimed)
         file.seek(0)
-        try:
-            image = factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):
-            continue  # not of this format after all
-        with image:
-            yield image
+        # The plugin of JPEG XL decodes when it opens.
+        with _budget.share(claimed) if name == "JXL" else nullcontext():
+            try:
+                image = factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue  # not of this format after all
+            with image:
+                yield image
         return
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept and _accepts(accept, prefix):
             raise _not_read(name)
     raise ImageError("not an image, or of a format that Pillow lacks here")
+
+
+def _import_plugin(prefix: bytes) -> None:
+    """Have Pillow learn the format of a file that begins so.
+
+    Raises:
+        ImageError: The package is not installed.
+    """
+    for name, plugin in _PLUGINS.items():
+        if name not in Image.OPEN and plugin.signature.match(prefix):
+            try:
+                module = importlib.import_module(plugin.module)
+            except ImportError:
+                raise ImageError(f"{name} needs a package that is not installed: {plugin.remedy}") from None
+            if name == "HEIF":
+                module.register_heif_opener()
 
 
 def _accepts(accept: Any, prefix: bytes) -> bool:
@@ -273,11 +340,13 @@ def _not_read(name: str) -> ImageError:
 
 def _claims(name: str, file: Any) -> list[tuple[int, int]]:
     """Sizes that a file gives, where its format's library believes them before Pillow tells one, or other ones than Pillow."""
-    if name not in ("WEBP", "AVIF", "JPEG2000"):
+    if name not in ("WEBP", "AVIF", "JPEG2000", "HEIF", "JXL"):
         return []
     file.seek(0)
     content = file.read()
-    if name == "AVIF":
+    if name == "JXL":
+        return [_jxl_size(content)]
+    if name in ("AVIF", "HEIF"):
         return [struct.unpack(">II", match[1]) for match in re.finditer(rb"ispe.{4}(.{8})", content, re.DOTALL)]
     if name == "JPEG2000":
         sizes = (
@@ -294,6 +363,32 @@ def _claims(name: str, file: Any) -> list[tuple[int, int]]:
         bits = int.from_bytes(head[1:5], "little")
         return [((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)]
     return [(int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF)]
+
+
+def _jxl_size(content: bytes) -> tuple[int, int]:
+    """Width and height in the header of a JPEG XL codestream (ISO/IEC 18181-1, C.2).
+
+    Raises:
+        ImageError: There is none.
+    """
+    start = content.find(b"\xff\x0a") if content[:2] == b"\xff\x0a" else content.find(b"\xff\x0a", content.find(b"jxl"))
+    bits, at = int.from_bytes(content[start + 2 : start + 14], "little"), 0
+    if start < 0:
+        raise ImageError("a JPEG XL without a codestream")
+
+    def take(count: int) -> int:
+        nonlocal at
+        at += count
+        return bits >> (at - count) & ((1 << count) - 1)
+
+    is_small = take(1)
+
+    def side() -> int:
+        return (take(5) + 1) * 8 if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height, ratio = side(), take(3)
+    numerator, denominator = ((1, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio]
+    return (side() if ratio == 0 else height * numerator // denominator), height
 
 
 def _file_bytes_per_pixel(image: Any, file: Any, reduction: int) -> float:

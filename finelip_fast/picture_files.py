@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from finelip_fast._decode import header, open_without_waiting, orientation, quiet
+from finelip_fast._decode import header, open_without_waiting, quiet
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
@@ -74,20 +74,16 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     metadata = {**stamp(path), HASH: content_hash(path)}
-    with (
-        suppress(Exception),
-        quiet,
-        header(os.fspath(path)) as image,
-    ):  # broken metadata is no reason to lose a sound picture
-        held = orientation(image)
-        width, height = reversed(image.size) if held in _TURNED else image.size
+    # Broken metadata is no reason to lose a sound picture.
+    with suppress(Exception), quiet, header(os.fspath(path)) as (size, exif):
+        held = exif.get(ExifTags.Base.Orientation)
+        width, height = reversed(size) if held in _TURNED else size
         metadata |= {"width": width, "height": height}
-        metadata |= _camera_notes(image, held)
+        metadata |= _camera_notes(exif, held)
     return metadata
 
 
-def _camera_notes(image: Image.Image, held: Any) -> dict[str, Any]:
-    exif = image.getexif()
+def _camera_notes(exif: Image.Exif, held: Any) -> dict[str, Any]:
     notes, place = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
     fields = {
         "taken": _taken(notes),

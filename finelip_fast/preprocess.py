@@ -149,7 +149,8 @@ def open_image(source: ImageSource) -> Image.Image:
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, an animation gives
     its first frame. The result shares nothing with the source and no file stays open.
 
-    Files are JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, binary PPM, AVIF or JPEG 2000, and HEIF where pillow-heif is registered.
+    Files are JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, binary PPM, AVIF or JPEG 2000; with pillow-heif, pillow-jxl-plugin or rawpy
+    installed also HEIF, JPEG XL or camera RAW (by its suffix: a path alone).
     What decoding takes is computed from the header, and must not exceed 1 GiB a picture: 268 megapixels of JPEG, half as many
     of formats that are decoded whole, fewer of WebP, AVIF and JPEG 2000. ``FINELIP_PICTURE_MEMORY`` sets another limit in MiB.
     The threads of a process together take at most twice the limit, and wait for each other beyond it.
