@@ -59,7 +59,8 @@ def header(path: str) -> tuple[tuple[int, int], Image.Exif]:
     exif = Image.Exif()
     with suppress(SyntaxError, OSError), open(path, "rb") as file:
         exif.load_from_fp(file)
-        exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)  # now, while the file is open
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            exif.get_ifd(part)  # now, while the file is open
     return size, exif
 
 

@@ -19,6 +19,10 @@ KEEP_POSITIONS = 20
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Attention heads of the published CLIPs, OpenAI's and open_clip's, by width: weights do not show them.
+VISION_HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+TEXT_HEADS = {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20}
+
 _DERIVED = ("aggregated_tokens", "aggregator_hidden")
 
 # Several times what the largest CLIP has. A configuration may come from anyone, and building what it says must end.
@@ -214,10 +218,10 @@ def _vit(patch: int, width: int, layers: int, embed_dim: int, text_width: int, i
         patch_size=patch,
         vision_width=width,
         vision_layers=layers,
-        vision_heads=width // 64,
+        vision_heads=VISION_HEADS[width],
         text_width=text_width,
         text_layers=12,
-        text_heads=text_width // 64,
+        text_heads=TEXT_HEADS[text_width],
     )
 
 

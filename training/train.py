@@ -39,6 +39,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from finelip_fast import checkpoint
 from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
 from finelip_fast._terminal import printable
+from finelip_fast.checkpoint.building import not_finite
+from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, TrainingError
@@ -88,7 +90,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
     Raises:
         ConfigError: The folder holds a run of another configuration.
         CheckpointError: The folder's ``state.pt`` is damaged, or no run's.
-        TrainingError: The loss is no longer a number, or too many pictures cannot be read.
+        TrainingError: Loss or weights are no longer finite, and at which step; or too many pictures cannot be read.
         WriteError: The disk is full; the same command goes on from the last state that was kept.
     """
     if config.threads:
@@ -153,17 +155,23 @@ class Trainer:
             self.step += 1
             progress.update()
             finished = self.step == self.config.last_step
+            validates = finished or self.step % self.config.eval_every == 0
+            keeps = finished or self.step % self.config.save_every == 0
+            if validates or keeps:
+                self._check_weights()
             if log and (finished or self.step % self.config.log_every == 0):
                 pairs = (self.step - first) * self.config.batch_size * self.config.accumulate * self.world
                 values["pairs_per_second"] = pairs / (time.monotonic() - started)
                 log.write(self.step, {name: float(value) for name, value in values.items()})
                 progress.set_postfix(loss=f"{float(values['loss']):.3f}")
-            if log and (finished or self.step % self.config.eval_every == 0):
+            if log and validates:
                 metrics = self._validate(validation)
                 log.write(self.step, metrics)
                 progress.set_postfix(recall=f"{mean_recall(metrics):.3f}")
             stop = self._anyone_stops()
-            if self.rank == 0 and (finished or stop or self.step % self.config.save_every == 0):
+            if stop and not keeps:
+                self._check_weights()
+            if self.rank == 0 and (keeps or stop):
                 self._save_state()
             if stop and not finished:
                 raise TrainingError(f"stopped at step {self.step}; the same command goes on from there")
@@ -183,8 +191,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
         if not bool(values["loss"].isfinite() & norm.isfinite()):
             raise TrainingError(
-                f"the loss is {float(values['loss'])}, its gradient's norm {float(norm)}, at step {self.step}: "
-                "lower the learning rates"
+                f"the loss is {float(values['loss'])}, its gradient's norm {float(norm)}, at step {self.step}: {self._advice}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -270,6 +277,19 @@ class Trainer:
             checkpoint.save(model, self.out / "best", metadata=self._metadata(metrics))
         return metrics
 
+    def _check_weights(self) -> None:
+        """Refuse to go on with weights that a step has made NaN or infinite; every process has the same."""
+        models = [self.model, self._averaged()] if self.ema else [self.model]
+        if broken := {name: None for model in models for name in not_finite(model.state_dict())}:
+            raise TrainingError(
+                f"NaN or infinity in {shortened(broken)} after step {self.step}, which is not kept: {self._advice}"
+            )
+
+    @property
+    def _advice(self) -> str:
+        start = f", --init {self.out / 'best'} starts from the best weights" if self.best else ""
+        return f"lower the learning rates, with another --out{start}"
+
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
         # A checkpoint travels; the folders of the machine that made it do not.
         training = {**dataclasses.asdict(self.config), "out": self.out.name, "root": ""}
@@ -332,6 +352,11 @@ class Trainer:
                               "give the same options to go on, or another --out")  # fmt: skip
         self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))
         self.best = {name: float(value) for name, value in state["best"].items()}
+        if broken := not_finite(state["model"]):
+            raise CheckpointError(
+                f"{self.out / 'state.pt'}: expected finite weights, found NaN or infinity in {shortened(broken)}: "
+                f"{self._advice}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:

@@ -8,13 +8,14 @@ Our format is one folder, read without pickle::
 Everything else is translated when it is read (:mod:`finelip_fast.checkpoint.foreign`).
 """
 
-from finelip_fast.checkpoint.foreign import config_from_open_clip
-from finelip_fast.checkpoint.loading import UntrainedAggregatorsWarning
+from finelip_fast.checkpoint.architecture import config_from_open_clip
+from finelip_fast.checkpoint.loading import AveragedWeightsWarning, UntrainedAggregatorsWarning
 from finelip_fast.checkpoint.pretrained import FineLIP, import_state_dict, load
 from finelip_fast.checkpoint.saving import Identity, convert, fingerprint, identify, save, verify
 from finelip_fast.encoders import stretch_positions
 
 __all__ = [
+    "AveragedWeightsWarning",
     "FineLIP",
     "Identity",
     "UntrainedAggregatorsWarning",

@@ -1,34 +1,41 @@
-"""Other projects' checkpoints in our names and sizes.
+"""Other projects' checkpoints in our names.
 
 A state dict is a flat set of names, so one table of renamings serves every layout: OpenAI CLIP and open_clip (text at
-the top level or under ``text.``), Long-CLIP (two tables of positions), FineLIP as its authors released it
-(``cross_net``), and transformers' ``CLIPModel``. Sizes come from the tensors. What tensors cannot tell (heads,
-activation, the pictures' normalisation) comes from the configuration that lies beside them, where there is one.
+the top level or under ``text.``), Long-CLIP (two tables of positions), FineLIP as its authors' code saves it
+(``cross_net``), and transformers' ``CLIPModel``. Sizes are those of :mod:`finelip_fast.checkpoint.architecture`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
-from finelip_fast.config import CLIP_MEAN, CLIP_STD, KEEP_POSITIONS, VOCAB_SIZE, FineLIPConfig
+from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import CheckpointError
 
 LAYOUTS = "OpenAI CLIP, open_clip, Long-CLIP, FineLIP, transformers' CLIPModel or finelip_fast"
 
-# Left by data-parallel and compiled wrappers.
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# Keys that training scripts put the weights under.
-_NESTS = ("state_dict", "model_state_dict", "model")
+OURS, OPENAI, LONG_CLIP, FINELIP = "finelip_fast", "OpenAI CLIP", "Long-CLIP", "FineLIP"
+TRANSFORMERS = "transformers CLIPModel"
+# Long-CLIP and FineLIP continue the training of OpenAI's weights.
+_ACTIVATIONS = dict.fromkeys((OPENAI, LONG_CLIP, FINELIP), "quick_gelu")
+# What OpenAI's archives say of themselves, and no others do.
+_OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
+
+# Left by data-parallel and compiled wrappers, around the model or around parts of it.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# A weight of every layout: what stands before its name stands before all names.
+_FIRST_WEIGHTS = re.compile(r"(?:visual\.conv1|vision_model\.embeddings\.patch_embedding)\.weight$")
+# Keys that training scripts put the weights under, and their running average.
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
+_AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
 # Entries without a weight in them; `logit_bias` only shifts a training loss.
-_IGNORED = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids", "logit_bias"}
+_IGNORED = {*_OPENAI_SIZES, "attn_mask", "position_ids", "logit_bias", "n_averaged"}
 
 _TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer"}
 _AGGREGATORS = {"cross_net.aggr_net.": "image_aggregator.", "cross_net.cap_aggr_net.": "text_aggregator."}
@@ -64,31 +71,43 @@ class Translation:
         layout: Whose layout it was.
         tensors: Weights under our names, float types as they came; keys that no layout has keep their names.
         names: The checkpoint's own name of each weight that was renamed.
+        averages: Keys of a training's dictionary under which averaged weights lie that were not taken.
+        part: Key under which those lay that were; empty where they lay in none.
     """
 
     layout: str
     tensors: dict[str, Tensor]
     names: dict[str, str]
+    averages: tuple[str, ...] = ()
+    part: str = ""
 
     @property
     def has_aggregators(self) -> bool:
         return any(name.startswith("image_aggregator.") for name in self.tensors)
 
+    @property
+    def activation(self) -> str | None:
+        """The activation that the layout stands for; None where weights of this layout have either."""
+        return _ACTIVATIONS.get(self.layout)
 
-def translate(entries: Mapping[str, Any]) -> Translation:
+
+def translate(entries: Mapping[str, Any], part: str | None = None) -> Translation:
     """Recognise a state dict's layout and bring its weights to our names.
 
     Args:
         entries: A state dict, possibly inside a training script's dictionary and with wrappers' prefixes.
+        part: Key of that dictionary under which the weights are. Default: the first of ``state_dict``,
+            ``model_state_dict``, ``model`` and ``module`` that is there; a running average only where none is.
 
     Returns:
         The weights and whose layout they came in. Whether they are complete is the caller's question.
 
     Raises:
-        CheckpointError: No tensors, two of one name, or Long-CLIP tables of positions that do not agree.
+        CheckpointError: No tensors, no such part, two of one name, or Long-CLIP tables of positions that do not agree.
     """
-    weights = _weights(entries)
-    layout = _layout(weights)
+    state_dict, key, averages = _state_dict(entries, part)
+    weights = _weights(state_dict)
+    layout = _layout(weights, state_dict)
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for name, tensor in weights.items():
@@ -101,170 +120,7 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         _add(tensors, renamed, tensor)
     _join_attention(tensors)
     _join_positions(tensors)
-    return Translation(layout, tensors, names)
-
-
-def config_from_tensors(
-    tensors: Mapping[str, Tensor],
-    *,
-    quick_gelu: bool = True,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
-) -> FineLIPConfig:
-    """Sizes of both encoders, read from weights in our names.
-
-    Args:
-        tensors: Weights from :func:`translate`.
-        quick_gelu: Whether they were trained with the quick GELU, which the tensors do not show.
-        vision_heads, text_heads: Attention heads, which tensors do not tell either. Default: one for every 64 columns
-            of width, as in every CLIP of OpenAI's.
-
-    Raises:
-        CheckpointError: Weights of no CLIP vision transformer, another vocabulary, or heads that must be given.
-        ConfigError: Heads that do not divide the width.
-    """
-    shapes = _shapes(
-        tensors,
-        {
-            "visual.conv1.weight": 4,
-            "visual.positional_embedding": 2,
-            "visual.proj": 2,
-            "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
-            "text.token_embedding.weight": 2,
-            "text.positional_embedding": 2,
-            "text.transformer.resblocks.0.mlp.c_fc.weight": 2,
-        },
-    )
-    vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
-    vocabulary, text_width = shapes["text.token_embedding.weight"]
-    if vocabulary != VOCAB_SIZE:
-        raise CheckpointError(f"expected CLIP's vocabulary of {VOCAB_SIZE} tokens, got {vocabulary}: another tokenizer")
-    patches = shapes["visual.positional_embedding"][0] - 1
-    grid = math.isqrt(max(patches, 0))
-    if grid == 0 or grid * grid != patches:
-        raise CheckpointError(
-            f"expected visual positions of CLS and a square grid of patches, got {patches} beside CLS"
-        )
-    return FineLIPConfig(
-        embed_dim=shapes["visual.proj"][1],
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        vision_width=vision_width,
-        vision_layers=_layers(tensors, "visual."),
-        vision_heads=vision_heads or _default_heads(vision_width, "vision_heads"),
-        vision_mlp_ratio=_ratio(shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        text_width=text_width,
-        text_layers=_layers(tensors, "text."),
-        text_heads=text_heads or _default_heads(text_width, "text_heads"),
-        text_mlp_ratio=_ratio(shapes["text.transformer.resblocks.0.mlp.c_fc.weight"]),
-        context_length=shapes["text.positional_embedding"][0],
-        quick_gelu=quick_gelu,
-    )
-
-
-def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | None = None) -> FineLIPConfig:
-    """Sizes from an open_clip model configuration.
-
-    Args:
-        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, where the weights want it, ``quick_gelu``.
-        preprocess_cfg: ``mean``, ``std`` and ``resize_mode`` of the pictures; a pretrained tag's entry also has its own
-            ``quick_gelu``, which counts because open_clip lists OpenAI's weights under models without it. The
-            interpolation is bicubic here whatever it says.
-
-    Raises:
-        CheckpointError: An option that plain CLIP vision transformers do not have, by name, or a missing size.
-    """
-    preprocess = _object("preprocess_cfg", preprocess_cfg)
-    model_cfg = _object("model_cfg", model_cfg)
-    vision, text = (_object(name, model_cfg.get(name)) for name in ("vision_cfg", "text_cfg"))
-    vision_defaults, text_defaults = asdict(CLIPVisionCfg()), asdict(CLIPTextCfg())
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
-    training = {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict"}
-    sizes = {"layers", "width", "mlp_ratio", "output_tokens"}
-    refused = [
-        *_unsupported("", model_cfg, known | training, {}),
-        *_unsupported(
-            "vision_cfg.", vision, sizes | {"head_width", "patch_size", "image_size", "patch_dropout"}, vision_defaults
-        ),
-        *_unsupported("text_cfg.", text, sizes | {"heads", "context_length"}, text_defaults),
-    ]
-    vision, text = {**vision_defaults, **vision}, {**text_defaults, **text}
-    numbers = {
-        "embed_dim": model_cfg.get("embed_dim"),
-        **{
-            f"vision_cfg.{name}": vision[name] for name in ("layers", "width", "head_width", "patch_size", "image_size")
-        },
-        **{f"text_cfg.{name}": text[name] for name in ("layers", "width", "heads", "context_length")},
-    }
-    refused += [f"{name}={value!r:.40}" for name, value in numbers.items() if type(value) is not int or value < 1]
-    gelus = [options.get("quick_gelu") for options in (model_cfg, preprocess)]
-    refused += [f"quick_gelu={value!r:.40}" for value in gelus if value not in (None, True, False)]
-    resize_mode: Any = preprocess.get("resize_mode") or "shortest"
-    if resize_mode not in ["shortest", "squash"]:
-        refused.append(f"preprocess_cfg.resize_mode={resize_mode!r:.40}")
-    if refused:
-        raise CheckpointError(
-            "expected a plain CLIP vision transformer with CLIP's own text transformer and tokenizer, got "
-            f"{shortened(refused)}, which this library does not support; choose another open_clip model"
-        )
-    return FineLIPConfig(
-        embed_dim=model_cfg["embed_dim"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        vision_width=vision["width"],
-        vision_layers=vision["layers"],
-        vision_heads=vision["width"] // vision["head_width"],
-        vision_mlp_ratio=vision["mlp_ratio"],
-        text_width=text["width"],
-        text_layers=text["layers"],
-        text_heads=text["heads"],
-        text_mlp_ratio=text["mlp_ratio"],
-        context_length=text["context_length"],
-        quick_gelu=any(gelus),
-        image_mean=preprocess.get("mean") or CLIP_MEAN,
-        image_std=preprocess.get("std") or CLIP_STD,
-        resize_mode=resize_mode,
-    )
-
-
-def config_from_transformers(
-    tensors: Mapping[str, Tensor], config: dict[str, Any], preprocessor: dict[str, Any] | None = None
-) -> FineLIPConfig:
-    """Sizes of a transformers ``CLIPModel``: from its tensors, with heads and activation from its ``config.json``.
-
-    Args:
-        tensors: Weights from :func:`translate`.
-        config: ``config.json``. Keys at their defaults may be absent: 12 heads for vision, 8 for text, quick GELU.
-        preprocessor: ``preprocessor_config.json``; None takes CLIP's own.
-
-    Raises:
-        CheckpointError: An activation or a normalisation that is not CLIP's, or as :func:`config_from_tensors`.
-    """
-    # Old files repeat a tower's settings under `*_dict`, which wins.
-    vision, text = (
-        _object(f"{tower}_config", config.get(f"{tower}_config"))
-        | _object(f"{tower}_config_dict", config.get(f"{tower}_config_dict"))
-        for tower in ("vision", "text")
-    )
-    activations = [tower.get("hidden_act", "quick_gelu") for tower in (vision, text)]
-    epsilons = [tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)]
-    if activations not in [["quick_gelu"] * 2, ["gelu"] * 2] or epsilons != [1e-5] * 2:
-        raise CheckpointError(
-            "expected hidden_act 'quick_gelu' or 'gelu', the same in both towers, and layer_norm_eps 1e-05, "
-            f"got hidden_act {activations!r:.80} and layer_norm_eps {epsilons!r:.80}"
-        )
-    pictures = preprocessor or {}
-    size = pictures.get("size")
-    return config_from_tensors(
-        tensors,
-        quick_gelu=activations[0] == "quick_gelu",
-        vision_heads=vision.get("num_attention_heads", 12),
-        text_heads=text.get("num_attention_heads", 8),
-    ).replace(
-        image_mean=pictures.get("image_mean") or CLIP_MEAN,
-        image_std=pictures.get("image_std") or CLIP_STD,
-        resize_mode="squash" if isinstance(size, dict) and "height" in size else "shortest",
-    )
+    return Translation(layout, tensors, names, averages, key)
 
 
 def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
@@ -289,17 +145,36 @@ def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
     return start
 
 
-def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, out of its nests and without wrappers' prefixes."""
+def _state_dict(entries: Mapping[str, Any], part: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+    """The state dict in a training's dictionary, the key that it lay under, and those of averages besides."""
     if not isinstance(entries, Mapping):
         raise CheckpointError(f"expected a state dict, names to tensors, got a {type(entries).__name__}")
+    nests = [key for key, value in entries.items() if isinstance(value, Mapping)]
+    if part is not None:
+        if part not in nests:
+            raise CheckpointError(
+                f"expected the part {part!r:.80} of a training's dictionary, which has {shortened(map(str, nests))}"
+            )
+        return entries[part], part, ()
+    outermost, averages = "", [key for key in _AVERAGES if key in nests]
     for _ in _NESTS:
-        entries = next((entries[key] for key in _NESTS if isinstance(entries.get(key), Mapping)), entries)
+        key = next((key for key in (*_NESTS, *_AVERAGES) if isinstance(entries.get(key), Mapping)), None)
+        if key is None:
+            break
+        outermost, entries = outermost or key, entries[key]
+    return entries, outermost, tuple(key for key in averages if key != outermost)
+
+
+def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict without the prefixes of wrappers and of modules around the model."""
+    pairs = [(_WRAPPERS.sub("", str(name)), value) for name, value in entries.items() if isinstance(value, Tensor)]
+    pairs = [(name, tensor) for name, tensor in pairs if name.rpartition(".")[2] not in _IGNORED]
+    prefix = next((name[: match.start()] for name, _ in pairs if (match := _FIRST_WEIGHTS.search(name))), "")
+    if not (prefix.endswith(".") and all(name.startswith(prefix) for name, _ in pairs)):
+        prefix = ""
     tensors: dict[str, Tensor] = {}
-    for name, value in entries.items():
-        plain = _WRAPPERS.sub("", str(name))
-        if isinstance(value, Tensor) and plain.rpartition(".")[2] not in _IGNORED:
-            _add(tensors, plain, value)
+    for name, tensor in pairs:
+        _add(tensors, name.removeprefix(prefix), tensor)
     if not tensors:
         raise CheckpointError(
             f"expected a state dict, names to tensors, got a dictionary with {shortened(map(str, entries))}"
@@ -315,20 +190,20 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     tensors[name] = tensor
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> str:
+def _layout(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in tensors)
 
     for prefix, layout in {
-        "image_aggregator.": "finelip_fast",
-        "cross_net.": "FineLIP",
-        "positional_embedding_res": "Long-CLIP",
-        "text_model.": "transformers CLIPModel",
+        "image_aggregator.": OURS,
+        "cross_net.": FINELIP,
+        "positional_embedding_res": LONG_CLIP,
+        "text_model.": TRANSFORMERS,
         "text.": "open_clip CustomTextCLIP",
     }.items():
         if has(prefix):
             return layout
-    return "CLIP"
+    return OPENAI if {str(name).rpartition(".")[2] for name in entries} >= _OPENAI_SIZES else "CLIP"
 
 
 def _rename(name: str) -> str:
@@ -371,57 +246,6 @@ def _join_positions(tensors: dict[str, Tensor]) -> None:
             f"got {shape} and {list(rest.shape)}: not a Long-CLIP checkpoint"
         )
     tensors["text.positional_embedding"] = torch.cat([positions[:KEEP_POSITIONS], rest[KEEP_POSITIONS:]])
-
-
-def _shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> dict[str, list[int]]:
-    missing = [name for name in dimensions if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"expected the weights of {LAYOUTS}, with a vision transformer; "
-            f"missing {shortened(missing)}; found {shortened(tensors)}"
-        )
-    for name, count in dimensions.items():
-        if tensors[name].dim() != count or 0 in tensors[name].shape:
-            raise CheckpointError(f"expected {name} with {count} dimensions, got the shape {list(tensors[name].shape)}")
-    return {name: list(tensors[name].shape) for name in dimensions}
-
-
-def _layers(tensors: Mapping[str, Tensor], tower: str) -> int:
-    blocks = tower + "transformer.resblocks."
-    return len({name.removeprefix(blocks).partition(".")[0] for name in tensors if name.startswith(blocks)})
-
-
-def _default_heads(width: int, argument: str) -> int:
-    if width % 64:
-        raise CheckpointError(
-            f"cannot tell the attention heads of width {width}, no multiple of 64: give {argument} to import_state_dict"
-        )
-    return width // 64
-
-
-def _ratio(shape: list[int]) -> float:
-    """Hidden width over width, such that truncating ``width * ratio`` gives the hidden width back."""
-    hidden, width = shape
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _unsupported(
-    prefix: str, options: Mapping[str, Any], understood: Iterable[str], neutral: Mapping[str, Any]
-) -> list[str]:
-    """Options beyond the understood ones that are not at their neutral value."""
-    return [
-        f"{prefix}{name:.40}={value!r:.40}"
-        for name, value in options.items()
-        if name not in understood and not (name in neutral and neutral[name] == value)
-    ]
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    """A part of a configuration; an absent one is empty."""
-    if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"expected {name} as an object, got {value!r:.40}")
-    return value or {}
 
 
 def shortened(names: Iterable[str], limit: int = 10) -> str:

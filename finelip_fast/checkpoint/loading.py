@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,33 +14,40 @@ import open_clip
 
 from finelip_fast._arguments import whole_number
 from finelip_fast._json import read_json
-from finelip_fast.checkpoint.building import Contents, Describe, check_room, check_weights, lengthen, translated
-from finelip_fast.checkpoint.foreign import (
+from finelip_fast.checkpoint.architecture import (
+    Hints,
     config_from_open_clip,
-    config_from_tensors,
     config_from_transformers,
-    shortened,
+    config_from_weights,
 )
-from finelip_fast.checkpoint.weight_files import read_safetensors, read_weights
+from finelip_fast.checkpoint.building import Contents, Describe, check_room, check_weights, lengthen, translated
+from finelip_fast.checkpoint.foreign import TRANSFORMERS, Translation, shortened
+from finelip_fast.checkpoint.weight_files import INDEX, SHARD, read_safetensors, read_weights, shards
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError
 
 FORMAT = "finelip_fast/1"
 BUNDLED = Path(__file__).parent.parent / "data" / "scenes"
 
-# What a folder may hold: its configuration, and the names of its weights in the order of preference.
-_WEIGHTS = {
-    "finelip_fast": ("model.safetensors",),
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
-    "transformers": ("model.safetensors", "pytorch_model.bin"),
-}
-_CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+# The names of a folder's weights, in the order of preference, by whose configuration lies there.
+_OURS = ("model.safetensors",)
+_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_TRANSFORMERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+_WEIGHTS = {"finelip_fast": _OURS, "open_clip": (*_OPEN_CLIP, *_TRANSFORMERS), "transformers": _TRANSFORMERS}
+_CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _MAX_CONFIG = 1 << 26  # bytes
+_NO_HINTS = Hints()
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILE = re.compile(rf"hf-hub:({_HUB_NAME.pattern})/([^/\\]+)")
 
 
 class UntrainedAggregatorsWarning(UserWarning):
     """The weights come from a CLIP without aggregators: fine scores mean nothing until they are trained."""
+
+
+class AveragedWeightsWarning(UserWarning):
+    """A training's dictionary holds averaged weights besides those that are taken."""
 
 
 class Opened(NamedTuple):
@@ -49,48 +56,69 @@ class Opened(NamedTuple):
     Attributes:
         contents: The sizes and the weights, checked against each other.
         layout: The layout that they came in.
-        weights: The file of the weights.
+        weights: The file of the weights, or the index of their shards.
+        part: Key of a training's dictionary under which they were taken; empty where there is no such dictionary.
+        averages: Keys of that dictionary under which averaged weights lie, which were not taken.
     """
 
     contents: Contents
     layout: str
     weights: Path
+    part: str = ""
+    averages: tuple[str, ...] = ()
 
 
-def warn_if_untrained(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
-    """Warn that a checkpoint's fine scores mean nothing, where its aggregators are untrained."""
+def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
+    """Warn of averaged weights that were not taken, and of untrained aggregators, whose fine scores mean nothing."""
+    warn_of_averages(checkpoint, opened, stacklevel=stacklevel + 1)
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
             f"{checkpoint} ({opened.layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used "
-            "and only the global cosine counts. Train them with training/train.py, or load a FineLIP checkpoint.",
+            "and only the global cosine counts. Train them: finelip train finelip --init CHECKPOINT.",
             UntrainedAggregatorsWarning,
             stacklevel=stacklevel,
         )
 
 
-def open_checkpoint(checkpoint: str | os.PathLike[str] | None, context_length: int | None) -> Opened:
-    """What is behind a name."""
+def warn_of_averages(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
+    """Warn of averaged weights that were not taken."""
+    if opened.averages:
+        warnings.warn(
+            f"{checkpoint} holds {opened.part} and {shortened(opened.averages)}: {opened.part} is taken. For averaged "
+            f"weights: finelip convert FILE FOLDER --part {opened.averages[0]}, in Python convert(file, folder, part=...)",
+            AveragedWeightsWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def open_checkpoint(
+    checkpoint: str | os.PathLike[str] | None, context_length: int | None, hints: Hints = _NO_HINTS
+) -> Opened:
+    """What is behind a name; ``hints`` say what weights without a configuration do not."""
     context_length = None if context_length is None else whole_number("context_length", context_length)
     if checkpoint is None:
         if not BUNDLED.is_dir():
             raise CheckpointError(
                 f"this installation lacks the bundled model {BUNDLED}: reinstall finelip-fast, or name a checkpoint"
             )
-        return _open_folder(BUNDLED, context_length)
+        return _open_folder(BUNDLED, context_length, hints)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise InputError(f"expected a checkpoint's path or name, got {checkpoint!r:.80}")
     name = os.fspath(checkpoint)
     path = _path(name)
     try:
         if path.is_dir():
-            return _open_folder(path, context_length)
+            return _open_folder(path, context_length, hints)
         if path.is_file():
-            return _open_file(path, context_length)
+            return _open_file(path, context_length, hints)
         if name.startswith("open_clip:"):
+            _refuse_hints(hints, name)
             return _open_by_open_clip_name(name, context_length)
-        hub_name, files = name.removeprefix("hf-hub:"), (".pt", ".pth", ".bin", ".safetensors")
-        if _HUB_NAME.fullmatch(hub_name) and path.suffix not in files:
-            return _open_folder(_download(hub_name), context_length)
+        if match := _HUB_FILE.fullmatch(name):
+            return _open_file(_download_file(*match.groups()), context_length, hints)
+        hub_name = name.removeprefix("hf-hub:")
+        if _HUB_NAME.fullmatch(hub_name) and path.suffix not in _SUFFIXES:
+            return _open_folder(_download(hub_name), context_length, hints)
     except OSError as error:  # of someone else, or too long for a name
         raise CheckpointError(f"{name:.200}: cannot be read: {error.strerror or error}") from error
     raise CheckpointError(
@@ -103,35 +131,61 @@ def _path(name: str) -> Path:
     return Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
 
 
-def _open_folder(folder: Path, context_length: int | None, weights: Path | None = None) -> Opened:
-    kind = _folder_kind(folder)
-    if kind is None:
-        raise CheckpointError(
-            f"{folder}: expected config.json with format {FORMAT!r} or model_type 'clip', or open_clip_config.json; "
-            f"found {_listing(folder)}"
-        )
-    names = _WEIGHTS[kind]
+def _open_folder(folder: Path, context_length: int | None, hints: Hints, weights: Path | None = None) -> Opened:
+    kinds = _folder_kinds(folder)
+    if not kinds:
+        return _open_unconfigured(folder, context_length, hints)
+    _refuse_hints(hints, folder)
+    names = _WEIGHTS[kinds[0]]
     weights = weights or next((folder / name for name in names if (folder / name).is_file()), None)
     if weights is None:
         raise CheckpointError(
             f"{folder}: expected {' or '.join(names)} beside its configuration, found {_listing(folder)}"
         )
-    if kind == "finelip_fast":
-        return Opened(_open_ours(folder / "config.json", weights, context_length), kind, weights)
-    if kind == "open_clip":
+    if kinds == ["finelip_fast"]:
+        return Opened(_open_ours(folder / "config.json", weights, context_length), kinds[0], weights)
+    return _import(weights, partial(_described_by_folder, folder=folder, kinds=kinds), str(weights), context_length)
+
+
+def _described_by_folder(translation: Translation, folder: Path, kinds: list[str]) -> FineLIPConfig:
+    """Sizes by the configuration that is these weights': repositories hold transformers' and open_clip's side by side."""
+    if "open_clip" in kinds and not ("transformers" in kinds and translation.layout == TRANSFORMERS):
         path = folder / "open_clip_config.json"
         values = read_config(path)
-        described = _described(
-            path, config_from_open_clip, values.get("model_cfg", values), values.get("preprocess_cfg")
-        )
-        return _import(weights, lambda tensors: described, str(weights), context_length)
-    pictures = folder / "preprocessor_config.json"
-    describe = partial(
-        config_from_transformers,
-        config=read_config(folder / "config.json"),
-        preprocessor=read_config(pictures) if pictures.is_file() else None,
+        return _described(path, config_from_open_clip, values.get("model_cfg", values), values.get("preprocess_cfg"))
+    pictures = read_config(folder / _CONFIGS[2]) if (folder / _CONFIGS[2]).is_file() else None
+    if pictures is None and (folder / _CONFIGS[3]).is_file():  # where transformers 5 writes it
+        pictures = read_config(folder / _CONFIGS[3]).get("image_processor")
+        pictures = pictures if isinstance(pictures, dict) else None
+    return config_from_transformers(translation.tensors, read_config(folder / "config.json"), pictures)
+
+
+def _open_unconfigured(folder: Path, context_length: int | None, hints: Hints) -> Opened:
+    """A folder of one file of weights, such as that of a hub repository of Long-CLIP's."""
+    names = _lone_names(entry.name for entry in folder.iterdir() if entry.is_file())
+    if len(names) == 1:
+        return _open_file(folder / names[0], context_length, hints)
+    raise CheckpointError(
+        f"{folder}: expected config.json with format {FORMAT!r} or model_type 'clip', or open_clip_config.json; "
+        f"found {_listing(folder)}. A file of weights that needs no configuration can be named itself"
     )
-    return _import(weights, describe, str(weights), context_length)
+
+
+def _lone_names(names: Iterable[str]) -> list[str]:
+    """Names of files that may be weights without a configuration: not those under which a configuration's weights lie."""
+    configured = {name for names in _WEIGHTS.values() for name in names}
+    return sorted(
+        name
+        for name in names
+        if name.endswith(_SUFFIXES) and "/" not in name and name not in configured and not SHARD.search(name)
+    )
+
+
+def _refuse_hints(hints: Hints, where: object) -> None:
+    if options := [f"{name}={value!r:.40}" for name, value in hints._asdict().items() if value is not None]:
+        raise InputError(
+            f"{where}: expected no {', '.join(options)}: its configuration says what it is. These are for weights without one"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -149,14 +203,16 @@ def _described(where: object, describe: Callable[..., FineLIPConfig], *arguments
         raise type(error)(f"{where}: {error}") from error
 
 
-def _folder_kind(folder: Path) -> str | None:
-    """Whose folder it is, a key of ``_WEIGHTS``; None for nobody's."""
+def _folder_kinds(folder: Path) -> list[str]:
+    """Whose configurations a folder holds, keys of ``_WEIGHTS``."""
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     if str(config.get("format", "")).startswith("finelip_fast/"):
-        return "finelip_fast"
-    if (folder / "open_clip_config.json").is_file():
-        return "open_clip"
-    return "transformers" if config.get("model_type") == "clip" else None
+        return ["finelip_fast"]
+    kinds = {
+        "open_clip": (folder / "open_clip_config.json").is_file(),
+        "transformers": config.get("model_type") == "clip",
+    }
+    return [kind for kind, present in kinds.items() if present]
 
 
 def _open_ours(path: Path, weights: Path, context_length: int | None) -> Contents:
@@ -175,13 +231,18 @@ def _open_ours(path: Path, weights: Path, context_length: int | None) -> Content
     return lengthen(Contents(config, tensors), context_length or config.context_length, str(weights))
 
 
-def _open_file(path: Path, context_length: int | None) -> Opened:
+def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
     # A file by one of the known names belongs to the configuration beside it; any other stands alone.
     known = any(path.name in names for names in _WEIGHTS.values())
-    kind = _folder_kind(path.parent) if known else None
-    if kind is not None and path.name in _WEIGHTS[kind]:
-        return _open_folder(path.parent, context_length, weights=path)
-    return _import(path, config_from_tensors, str(path), context_length)
+    kinds = _folder_kinds(path.parent) if known else []
+    if kinds and path.name in _WEIGHTS[kinds[0]]:
+        return _open_folder(path.parent, context_length, hints, weights=path)
+    if SHARD.search(path.name):
+        raise CheckpointError(
+            f"{path}: expected whole weights, found a shard of them by its name: name their folder, or the index beside it, "
+            f"{SHARD.sub('', path.name)}{INDEX}"
+        )
+    return _import(path, partial(config_from_weights, hints=hints), str(path), context_length, hints.part)
 
 
 def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
@@ -202,32 +263,76 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
         try:
             file = Path(open_clip.download_pretrained(pretrained))
         except Exception as error:  # every client and proxy raises its own
-            raise _unreachable(name, pretrained.get("hf_hub") or pretrained.get("url"), error) from error
-    return _import(file, lambda tensors: config, name, context_length)
+            # Tags may have another activation than their model; open_clip has a model of each, by name.
+            is_plain = not (open_clip.get_model_config(model_name) or {}).get("quick_gelu")
+            path = f"open_clip:{model_name}{'-quickgelu' if config.quick_gelu and is_plain else ''}/PATH"
+            raise _unreachable(name, pretrained.get("hf_hub") or pretrained.get("url"), error, path) from error
+
+    def describe(translation: Translation) -> FineLIPConfig:
+        if translation.activation == "quick_gelu" and not config.quick_gelu:
+            raise CheckpointError(
+                f"{model_name} is a model with plain GELU, and these are weights of {translation.layout}, which has quick "
+                "GELU: name the file alone"
+            )
+        return config
+
+    return _import(file, describe, name, context_length)
 
 
 def _download(name: str) -> Path:
     """A hub repository's folder with a configuration and the one file of weights that it calls for."""
-    from huggingface_hub import snapshot_download  # slow to import, and needed here alone
-
-    def fetch(*files: str) -> Path:
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(files)))
-        except Exception as error:  # every client and proxy raises its own
-            raise _unreachable(name, f"{', '.join(files)} of huggingface.co/{name}", error) from error
-
-    folder = fetch(*_CONFIGS)
-    for weights in _WEIGHTS.get(_folder_kind(folder) or "", ()):
-        folder = fetch(weights)
+    folder = _fetch(name, *_CONFIGS)
+    kinds = _folder_kinds(folder)
+    if not kinds:
+        names = _lone_names(_files_on_hub(name, folder))
+        if len(names) > 1:
+            raise CheckpointError(
+                f"{name}: expected a configuration or one file of weights, found {shortened(names)}: name one of them, "
+                f"hf-hub:{name}/{names[0]}"
+            )
+        return _fetch(name, *names) if names else folder
+    for weights in _WEIGHTS[kinds[0]]:
+        folder = _fetch(name, weights)
         if (folder / weights).is_file():
-            break
+            files = [path.name for path in shards(folder / weights)]
+            return _fetch(name, *files) if files else folder
     return folder
 
 
-def _unreachable(name: str, tried: object, error: Exception) -> CheckpointError:
+def _download_file(name: str, file: str) -> Path:
+    path = _fetch(name, *_CONFIGS, file) / file
+    if not path.is_file():
+        raise CheckpointError(f"hf-hub:{name}/{file}: there is no such file on huggingface.co/{name}")
+    return path
+
+
+def _fetch(name: str, *files: str) -> Path:
+    """Files of a hub repository, such as are there; the folder that they lie in."""
+    from huggingface_hub import snapshot_download  # slow to import, and needed here alone
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # every client and proxy raises its own
+        raise _unreachable(name, f"{', '.join(files)} of huggingface.co/{name}", error) from error
+
+
+def _files_on_hub(name: str, folder: Path) -> list[str]:
+    """Names of a hub repository's files; without a network, of those that came before."""
+    from huggingface_hub import list_repo_files  # slow to import, and needed here alone
+
+    try:
+        return list(list_repo_files(name))
+    except Exception as error:  # every client and proxy raises its own
+        if names := [path.name for path in folder.iterdir()]:
+            return names
+        raise _unreachable(name, f"the list of files of huggingface.co/{name}", error) from error
+
+
+def _unreachable(name: str, tried: object, error: Exception, path: str = "") -> CheckpointError:
     return CheckpointError(
         f"{name}: no such file or folder here, and the download failed; tried {tried}: "
         f"{type(error).__name__}: {error}. Check the name and the network, or download it elsewhere and give its path"
+        + (f": {path}" if path else "")
     )
 
 
@@ -240,5 +345,6 @@ def _listing(folder: Path) -> str:
     return shortened(sorted(entry.name for entry in folder.iterdir())) + says
 
 
-def _import(path: Path, describe: Describe, source: str, context_length: int | None) -> Opened:
-    return Opened(*translated(read_weights(path), describe, source, context_length), path)
+def _import(path: Path, describe: Describe, source: str, context_length: int | None, part: str | None = None) -> Opened:
+    contents, translation = translated(read_weights(path), describe, source, context_length, part)
+    return Opened(contents, translation.layout, path, translation.part, translation.averages)

@@ -14,9 +14,10 @@ import torch
 from finelip_fast import model
 from finelip_fast._arguments import find_device, floating_dtype
 from finelip_fast._files import write_whole
-from finelip_fast.checkpoint.building import Model, build, translated
-from finelip_fast.checkpoint.foreign import config_from_tensors
-from finelip_fast.checkpoint.loading import open_checkpoint, warn_if_untrained
+from finelip_fast.checkpoint.architecture import Hints, config_from_weights
+from finelip_fast.checkpoint.building import Model, build, not_finite, translated
+from finelip_fast.checkpoint.foreign import shortened
+from finelip_fast.checkpoint.loading import open_checkpoint, warn_of
 from finelip_fast.checkpoint.saving import save
 from finelip_fast.errors import CheckpointError, InputError
 
@@ -167,13 +168,14 @@ def load(
     ``checkpoint``               what is read
     ===========================  =====================================================================================
     None                         the model that comes with the library
-    a folder                     ours, an open_clip hub folder, or transformers' ``CLIPModel``
-    a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) or OpenAI's TorchScript
-                                 archive; recognised by its content. Without a configuration beside it, it is read as
-                                 OpenAI's: quick GELU and a head for every 64 columns
+    a folder                     ours, an open_clip hub folder, transformers' ``CLIPModel``, or one with one file of weights
+    a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), OpenAI's TorchScript archive
+                                 or an index of shards; recognised by its content. What neither it nor a configuration
+                                 beside it tells is asked for: see :func:`finelip_fast.checkpoint.convert`
     ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
-    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model, for those that are not as OpenAI's
-    ``org/name``                 a Hugging Face hub repository with one of the folders above; ``hf-hub:org/name`` too
+    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model
+    ``org/name``                 a Hugging Face hub repository with one of the folders above, or with one file of weights;
+                                 ``hf-hub:org/name`` too, and ``hf-hub:org/name/FILE`` where there are several
     ===========================  =====================================================================================
 
     Args:
@@ -188,13 +190,15 @@ def load(
         The model in eval mode, its parameters requiring gradients.
 
     Raises:
-        CheckpointError: Nothing there, not reachable, no checkpoint, or one that this library cannot run.
+        CheckpointError: Nothing there, not reachable, no checkpoint, one that this library cannot run, or one with NaN or
+            infinity in its weights.
         ConfigError: A ``context_length`` below the checkpoint's positions.
         EngineError: A device that is not here.
         InputError: An argument of another kind.
 
     Warns:
         UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
+        AveragedWeightsWarning: It also holds averaged weights, which are not taken.
     """
     return _load(FineLIP, checkpoint, device, dtype, context_length)
 
@@ -208,17 +212,23 @@ def _load(
 ) -> Model:
     place, dtype = find_device("cpu" if device is None else device), floating_dtype("dtype", dtype)
     opened = open_checkpoint(checkpoint, context_length)
-    warn_if_untrained(checkpoint, opened, stacklevel=4)
-    return build(opened.contents, kind).to(device=place, dtype=dtype)
+    warn_of(checkpoint, opened, stacklevel=4)
+    model = build(opened.contents, kind).to(device=place, dtype=dtype)
+    if dtype == torch.float16 and (beyond := not_finite(model.state_dict())):
+        raise CheckpointError(
+            f"{checkpoint}: {shortened(beyond)} has numbers beyond float16's range: load it with dtype=torch.bfloat16, or "
+            "in float32"
+        )
+    return model
 
 
 def import_state_dict(
     state_dict: Mapping[str, Any],
     *,
     context_length: int | None = None,
-    quick_gelu: bool = True,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
+    activation: str | None = None,
+    heads: int | tuple[int, int] | None = None,
+    part: str | None = None,
 ) -> FineLIP:
     """Build a model from another project's state dict.
 
@@ -227,18 +237,26 @@ def import_state_dict(
     and ``config.trained_aggregators`` is False.
 
     Args:
-        state_dict: Names to tensors of any float dtype. Wrappers' ``module.`` and entries without weights are ignored.
+        state_dict: Names to tensors of any float dtype, possibly inside a training's dictionary. Prefixes of wrappers and
+            entries without weights are ignored.
         context_length: Longest caption in tokens, as in :func:`load`.
-        quick_gelu: Whether the weights were trained with the quick GELU, as OpenAI's and all that started from them.
-        vision_heads, text_heads: Attention heads. Default: one for every 64 columns of width.
+        activation: ``"quick_gelu"``, as OpenAI's weights and all that started from them have it, or ``"gelu"``. Default: what
+            the layout stands for, where it is OpenAI's archive, Long-CLIP or FineLIP.
+        heads: Attention heads of both transformers, or of the vision and the text transformer. Default: those of published
+            CLIPs of these widths.
+        part: Key of a training's dictionary under which the weights are. Default: ``state_dict``, ``model_state_dict``,
+            ``model`` or ``module``, and a running average only where none of these is there.
 
     Returns:
         A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
 
     Raises:
-        CheckpointError: Missing, unknown or misshapen weights, by name; heads that must be given.
+        CheckpointError: Missing, unknown or misshapen weights, by name; NaN or infinity in them; an activation or heads that
+            must be given.
         ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
+        InputError: An unknown activation, or an argument of another kind.
     """
-    describe = partial(config_from_tensors, quick_gelu=quick_gelu, vision_heads=vision_heads, text_heads=text_heads)
-    contents, _ = translated(state_dict, describe, "the state dict", context_length)
+    hints = Hints.checked(activation, heads, part)
+    describe = partial(config_from_weights, hints=hints)
+    contents, _ = translated(state_dict, describe, "the state dict", context_length, hints.part)
     return build(contents, FineLIP)

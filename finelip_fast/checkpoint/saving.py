@@ -15,9 +15,11 @@ import torch
 from finelip_fast._arguments import floating_dtype, folder_path
 from finelip_fast._files import write_error, write_whole
 from finelip_fast._json import parse_json
-from finelip_fast.checkpoint.building import Contents, build
-from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config, warn_if_untrained
-from finelip_fast.checkpoint.weight_files import damaged_records
+from finelip_fast.checkpoint.architecture import Hints
+from finelip_fast.checkpoint.building import Contents, build, not_finite
+from finelip_fast.checkpoint.foreign import shortened
+from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config, warn_of, warn_of_averages
+from finelip_fast.checkpoint.weight_files import damaged_records, shards
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.model import FineLIP
@@ -43,7 +45,8 @@ def save(
         metadata: Values for JSON to keep with it, such as where it comes from.
 
     Raises:
-        InputError: No model, folder or dtype, or metadata that JSON cannot hold.
+        InputError: No model, folder or dtype, metadata that JSON cannot hold, or weights that are NaN or infinite in this
+            precision, by name.
         WriteError: The disk is full, or the folder someone else's; says how much is missing.
     """
     folder = folder_path("folder", folder)
@@ -58,6 +61,13 @@ def save(
         raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(text)}")
     values = parse_json(text, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if broken := not_finite(tensors):
+        remedy = (
+            "store it as float32: dtype=torch.float32, finelip convert --dtype float32"
+            if not not_finite(model.state_dict())
+            else "its training diverged: take an earlier checkpoint, and train with lower learning rates"
+        )
+        raise InputError(f"expected finite weights, got NaN or infinity in {shortened(broken)}; {remedy}")
     digests = []
 
     def write(path: Path) -> None:
@@ -79,24 +89,34 @@ def convert(
     *,
     context_length: int | None = None,
     dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    heads: int | tuple[int, int] | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
-    """Write any checkpoint that :func:`load` reads in our format.
+    """Write any checkpoint that :func:`load` reads in our format, and such as lack a configuration that says what they are.
 
     Args:
         source: Folder, file or name, as :func:`load` takes it. The metadata of a folder in our format is kept.
         out: Folder to write.
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
+        activation, heads, part: Of weights without a configuration, as in :func:`import_state_dict`.
 
     Returns:
         What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``embed_dim``, ``tokens``,
-        ``image_size``, ``patch_size``, ``context_length``, ``dtype``, ``folder``.
+        ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision, text), ``dtype``, ``folder``.
 
     Raises:
-        CheckpointError, ConfigError, InputError: Where :func:`load` raises it.
+        CheckpointError, ConfigError, InputError: Where :func:`load` raises it; weights that ``dtype`` cannot hold; or a
+            configuration is there that says what ``activation``, ``heads`` or ``part`` would.
+
+    Warns:
+        AveragedWeightsWarning: Where :func:`load` raises it.
     """
-    contents, layout, _ = open_checkpoint(source, context_length)
-    model = build(contents, FineLIP)
+    opened = open_checkpoint(source, context_length, Hints.checked(activation, heads, part))
+    warn_of_averages(source, opened)
+    layout = opened.layout
+    model = build(opened.contents, FineLIP)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
@@ -114,6 +134,8 @@ def convert(
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "context_length": config.context_length,
+        "activation": "quick_gelu" if config.quick_gelu else "gelu",
+        "heads": [config.vision_heads, config.text_heads],
         "dtype": str(dtype or model.dtype).removeprefix("torch."),
         "folder": os.fspath(out),
     }
@@ -156,7 +178,7 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
         UntrainedAggregatorsWarning: Where :func:`load` raises it.
     """
     opened = open_checkpoint(checkpoint, None)
-    warn_if_untrained(checkpoint, opened)
+    warn_of(checkpoint, opened)
     return Identity(opened.contents.config, _fingerprint(opened.contents))
 
 
@@ -177,21 +199,21 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         checkpoint: Folder, file or name, as :func:`load` takes it.
 
     Returns:
-        ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path. ``sha256``: of
-        that file. ``recorded_sha256``: by our ``config.json``; None where there is none. ``damaged``: records of a PyTorch
-        file that are not what their own checksums say; None where the file has none. ``status``: ``"ok"``,
-        ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
+        ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path, or that of the
+        index of shards. ``sha256``: of that file. ``recorded_sha256``: by our ``config.json``; None where there is none.
+        ``damaged``: records of a PyTorch file, or of shards, that are not what their own checksums say; None where there
+        are no checksums. ``status``: ``"ok"``, ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
 
     Raises:
         CheckpointError: Where :func:`load` raises it.
     """
-    contents, layout, weights = open_checkpoint(checkpoint, None)
+    contents, layout, weights = open_checkpoint(checkpoint, None)[:3]
     config_file = weights.parent / "config.json"
     recorded = (
         read_config(config_file).get("weights_sha256") if layout == "finelip_fast" and config_file.is_file() else None
     )
     try:
-        actual, damaged = _sha256(weights), damaged_records(weights)
+        actual, damaged = _sha256(weights), _damaged([weights, *shards(weights)])
     except OSError as error:
         raise CheckpointError(f"{weights}: cannot be read: {error}") from error
     if recorded is None and damaged is None:
@@ -207,6 +229,12 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "damaged": damaged,
         "status": status,
     }
+
+
+def _damaged(files: list[Path]) -> list[str] | None:
+    """Damaged records of a checkpoint's files; None where none of them keeps checksums."""
+    checked = [records for path in files if (records := damaged_records(path)) is not None]
+    return [name for records in checked for name in records] if checked else None
 
 
 def _sha256(path: Path) -> str:

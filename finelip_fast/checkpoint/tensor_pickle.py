@@ -49,6 +49,13 @@ class _Global:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """An object that a training script keeps beside its weights; of its content nothing is read."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class _Flat:
     """A storage on the stack, from which tensors are made."""
 
@@ -98,9 +105,18 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle.restore_type_tag": _first,
     "collections.OrderedDict": _dictionary,
     "collections.Counter": _dictionary,
+    "collections.defaultdict": lambda *_: {},
     "builtins.set": _first,
     "builtins.complex": _all,
     "_codecs.encode": _first,
+}
+# What becomes a Remark: NumPy's scalars and arrays, as optimizers and schedulers keep them, options, paths and times.
+_REMARKS = {
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "torch.torch_version.TorchVersion"),
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *("builtins.list", "builtins.dict", "builtins.int", "builtins.float"),  # as a defaultdict names them
 }
 _TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter"}
 _REBUILDERS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
@@ -140,8 +156,8 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
         modules: Take ``__torch__`` classes, as in a TorchScript archive.
 
     Returns:
-        Of dictionaries, lists, tuples, texts, numbers, None, tensors and :class:`Module`; what the format has besides
-        (sets, sizes, devices) comes as one of them. No deeper than 64, and without cycles.
+        Of dictionaries, lists, tuples, texts, numbers, None, tensors, :class:`Module` and :class:`Remark`; what the format
+        has besides (sets, sizes, devices) comes as one of them. No deeper than 64, and without cycles.
 
     Raises:
         pickle.UnpicklingError: The pickle names an object that is not in the table; nothing of it ran.
@@ -242,7 +258,8 @@ class _Machine:
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         is_module = self.modules and (module == "__torch__" or module.startswith("__torch__."))
-        if is_module or full in _CALLS or full in _REBUILDERS or full in _TYPES or full == _WITH_TYPE:
+        known = (_CALLS, _REMARKS, _REBUILDERS, _TYPES, {_WITH_TYPE})
+        if is_module or any(full in names for names in known):
             return _Global(full)
         raise pickle.UnpicklingError(f"{full:.80}")
 
@@ -251,6 +268,8 @@ class _Machine:
             return self._tensor(*arguments)
         if name in _CALLS:
             return _CALLS[name](*arguments)
+        if name in _REMARKS:
+            return Remark(name)
         if name == _WITH_TYPE:
             function, _, inner, _ = arguments
             return self._call(_checked(function, _Global).name, _checked(inner, tuple))
@@ -263,7 +282,7 @@ class _Machine:
         if isinstance(target, Module):
             # A class with a __getstate__ of its own stores anything else, which only its code could read.
             target.attributes = {_checked(name, str): value for name, value in _checked(state, dict).items()}
-        elif not isinstance(target, (dict, Tensor)):  # of which only remarks are stored so, nothing that is read here
+        elif not isinstance(target, (dict, Tensor, Remark)):  # whose state is nothing that is read here
             raise pickle.UnpicklingError(f"a state of {type(target).__name__}")
 
     def _persistent(self, reference: Any) -> _Flat:

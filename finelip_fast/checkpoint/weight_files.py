@@ -18,10 +18,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from finelip_fast._files import plain_name
+from finelip_fast._json import read_json
 from finelip_fast.checkpoint import tensor_pickle
 from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.tensor_pickle import Module, read_pickle
 from finelip_fast.errors import CheckpointError
+
+# What is added to a file's name by the index of its shards, which says in which of them each weight lies.
+INDEX = ".index.json"
+_MAX_INDEX = 1 << 24  # bytes
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 
 # All that is read of a zip archive besides its tensors: the pickle, TorchScript's sources, the directory.
 _MAX_RECORDS = 1 << 26
@@ -29,6 +36,7 @@ _MAX_DIRECTORY = 1 << 22
 
 # Behind the two bytes that name the protocol, 0x1950a86a20f9469cfc6c: how torch.save began its files before 1.6.
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_BARE_PICKLE = "a pickle that torch.save did not write"
 
 # In the sources of a TorchScript class, what of its attributes are weights.
 _SCRIPT_CLASS = re.compile(
@@ -40,15 +48,49 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """A file's state dict. What kind of file it is, its content says: suffixes lie.
 
     Args:
-        path: A file that ``torch.save`` or ``torch.jit.save`` wrote, or a safetensors file. No code in it runs: it is read
-            by :mod:`finelip_fast.checkpoint.tensor_pickle`.
+        path: A file that ``torch.save`` or ``torch.jit.save`` wrote, a safetensors file, or the index of such files, called
+            ``….index.json``. No code in it runs: it is read by :mod:`finelip_fast.checkpoint.tensor_pickle`.
 
     Returns:
         What was saved. Its tensors lie in the file, mapped: what is written to them stays in memory.
 
     Raises:
-        CheckpointError: No such file, another kind of file, a damaged one, or one that holds more than tensors.
+        CheckpointError: No such file, another kind of file, a damaged one, or one that holds more than tensors; a shard that
+            is missing, or a weight that is not in the shard that the index names.
     """
+    return _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that an index of shards names, beside it; none for a file that is no index."""
+    return sorted(set(_places(path).values())) if path.name.endswith(INDEX) else []
+
+
+def _places(path: Path) -> dict[str, Path]:
+    """The shard of each weight."""
+    values = read_json(
+        path, error=CheckpointError, expected="the index of a model's shards in JSON", kind=dict, max_bytes=_MAX_INDEX
+    )
+    places = values.get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{path}: expected weight_map as an object, weights to files, found {places!r:.40}")
+    return {name: path.parent / plain_name(file, path, error=CheckpointError) for name, file in places.items()}
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    places = _places(path)
+    if absent := sorted({file.name for file in places.values() if not file.is_file()}):
+        raise CheckpointError(f"{path}: expected its shards beside it, missing {shortened(absent)}: get these, too")
+    contents = {file: _read_file(file) for file in set(places.values())}
+    if lost := [name for name, file in places.items() if name not in contents[file]]:
+        raise CheckpointError(
+            f"{path}: expected each weight in the shard that the index names, missing {shortened(lost)}: the shards are not "
+            "of this index; get all of them again"
+        )
+    return {name: contents[file][name] for name, file in places.items()}
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, found none, or a folder, a pipe or a device")
     try:
@@ -69,9 +111,12 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
+        reader = "pickle.load" if str(error) == _BARE_PICKLE else "torch.load with weights_only=False"
         raise CheckpointError(
-            f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are not executed "
-            "here: where you trust it, load it and save its state dict again, torch.save(model.state_dict(), path)"
+            f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are not executed here. "
+            f"Where you trust whoever made it, let {reader} execute it once, with the libraries that it names installed, and "
+            "keep the tensors of what that gives: torch.save(saved.state_dict(), new) of a module, "
+            "torch.save(saved['state_dict'], new) of a training's dictionary"
         ) from error
     except (ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
@@ -236,7 +281,7 @@ def _read_legacy(data: mmap.mmap) -> Any:
     """Pickles of a magic number, a version, the system, the value and the storages' keys; then the storages."""
     stream = io.BytesIO(data[: tensor_pickle.MAX_BYTES])
     if stream.read(2 + len(_LEGACY_MAGIC))[2:] != _LEGACY_MAGIC:
-        raise pickle.UnpicklingError("a pickle that torch.save did not write")
+        raise pickle.UnpicklingError(_BARE_PICKLE)
     read_pickle(stream)
     system = read_pickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") != (sys.byteorder == "little"):

@@ -35,7 +35,24 @@ def demo(out: str, scenes: int) -> Any:
 @click.argument("out", metavar="OUT")
 @click.option("--context-length", type=int, help="Longest caption in tokens.  [default: the checkpoint's, or 256]")
 @click.option("--dtype", default="float32", help="Type of the numbers that are stored: float32, float16.")
-def convert(source: str, out: str, context_length: int | None, dtype: str) -> Any:
+@click.option("--activation", help="Activation of weights that do not tell it: quick_gelu (OpenAI's), gelu (LAION's).")
+@click.option(
+    "--heads",
+    cls=Several,
+    type=int,
+    metavar="NUMBER",
+    help="Attention heads of weights of an unusual width: of both transformers, or of vision and text.",
+)
+@click.option("--part", metavar="KEY", help="Part of a training's checkpoint to take, such as ema_state_dict.")
+def convert(
+    source: str,
+    out: str,
+    context_length: int | None,
+    dtype: str,
+    activation: str | None,
+    heads: tuple[int, ...],
+    part: str | None,
+) -> Any:
     """Convert a CLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
 
     SOURCE is a file, a folder, open_clip:MODEL/WEIGHTS or a hub name; OUT is the folder to write.
@@ -47,7 +64,15 @@ def convert(source: str, out: str, context_length: int | None, dtype: str) -> An
 
     dtypes = {"float32": None, "float16": torch.float16}
     one_of("dtype", dtype, dtypes)
-    return convert(source, out, context_length=context_length, dtype=dtypes[dtype])
+    return convert(
+        source,
+        out,
+        context_length=context_length,
+        dtype=dtypes[dtype],
+        activation=activation,
+        heads=heads or None,  # type: ignore[arg-type]  # one or two, or refused
+        part=part,
+    )
 
 
 @click.command(cls=Command, renamed={"--out": "--settings"})

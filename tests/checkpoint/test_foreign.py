@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finelip_fast.checkpoint import config_from_open_clip, import_state_dict, stretch_positions
-from finelip_fast.checkpoint.foreign import config_from_transformers, translate
+from finelip_fast.checkpoint.architecture import config_from_transformers
+from finelip_fast.checkpoint.foreign import translate
 from finelip_fast.config import CLIP_MEAN, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError
 
@@ -115,6 +116,11 @@ def assert_same_embeddings(model, clip, pixels, captions, tolerance=1e-5):
             torch.testing.assert_close(ours[:, 0], F.normalize(theirs, dim=-1), rtol=0, atol=tolerance)
 
 
+def imported(state, **options):
+    """A model of weights that show neither their heads nor their activation."""
+    return import_state_dict(state, **{"activation": "quick_gelu", "heads": (2, 1), **options})
+
+
 # Layouts --------------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +128,7 @@ def assert_same_embeddings(model, clip, pixels, captions, tolerance=1e-5):
 @pytest.mark.parametrize("model_class", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_clip_layouts_give_the_same_embeddings(model_class, quick_gelu, pixels, captions):
     clip = make_clip(model_class, quick_gelu=quick_gelu)
-    model = import_state_dict(clip.state_dict(), quick_gelu=quick_gelu)
+    model = imported(clip.state_dict(), activation="quick_gelu" if quick_gelu else "gelu")
     assert model.config == FineLIPConfig(
         embed_dim=48,
         image_size=32,
@@ -142,7 +148,7 @@ def test_clip_layouts_give_the_same_embeddings(model_class, quick_gelu, pixels, 
 
 
 def test_a_full_caption_agrees_at_the_original_length(clip, pixels, make_captions):
-    model = import_state_dict(clip.state_dict(), context_length=77)
+    model = imported(clip.state_dict(), context_length=77)
     assert model.config.context_length == 77
     assert_same_embeddings(model, clip, pixels, make_captions([77, 40], 77))
 
@@ -150,12 +156,12 @@ def test_a_full_caption_agrees_at_the_original_length(clip, pixels, make_caption
 def test_transformers_names_give_the_same_embeddings(clip, pixels, captions):
     state = as_transformers(clip.state_dict())
     assert translate(state).layout == "transformers CLIPModel"
-    assert_same_embeddings(import_state_dict(state), clip, pixels, captions)
+    assert_same_embeddings(imported(state), clip, pixels, captions)
 
 
 def test_longclip_takes_the_first_rows_of_one_table_and_the_rest_of_the_other(clip, pixels, captions):
     state = as_longclip(clip.state_dict())
-    model = import_state_dict(state)
+    model = imported(state)
     table = model.text.positional_embedding
     assert (model.config.context_length, model.config.trained_aggregators) == (248, False)
     torch.testing.assert_close(table[:20], state["positional_embedding"][:20], rtol=0, atol=0)
@@ -165,7 +171,7 @@ def test_longclip_takes_the_first_rows_of_one_table_and_the_rest_of_the_other(cl
 
 def test_finelip_brings_its_aggregators(clip, pixels, captions, method):
     state = as_finelip(clip.state_dict())
-    model = import_state_dict(state)
+    model = imported(state)
     config = model.config
     assert (config.context_length, config.aggregated_tokens, config.aggregator_hidden) == (248, 5, 7)
     assert config.trained_aggregators
@@ -181,7 +187,7 @@ def test_finelip_brings_its_aggregators(clip, pixels, captions, method):
 
 def test_our_own_state_dict_comes_back(make_model):
     original = make_model(context_length=90, text_heads=1, vision_heads=1)
-    model = import_state_dict(original.state_dict())
+    model = imported(original.state_dict(), activation="quick_gelu", heads=1)
     assert model.config == original.config
     for name, tensor in original.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -190,14 +196,14 @@ def test_our_own_state_dict_comes_back(make_model):
 def test_sizes_that_no_default_covers(pixels, captions):
     vision = VISION | {"width": 96, "head_width": 32, "mlp_ratio": 4.3637, "patch_size": 16, "layers": 3}
     clip = make_clip(vision_cfg=vision, text_cfg=TEXT | {"heads": 4, "layers": 1, "mlp_ratio": 2.0})
-    model = import_state_dict(clip.state_dict(), vision_heads=3, text_heads=4)
+    model = imported(clip.state_dict(), heads=(3, 4))
     assert (model.config.image_size, model.config.vision_layers, model.config.text_layers) == (32, 3, 1)
     assert_same_embeddings(model, clip, pixels, captions)
 
 
 @pytest.mark.parametrize("width", [1408, 1664, 192, 70])
 def test_a_ratio_gives_the_hidden_width_back(width):
-    from finelip_fast.checkpoint.foreign import _ratio
+    from finelip_fast.checkpoint.architecture import _ratio
 
     for hidden in range(width, 5 * width, 7):
         assert int(width * _ratio([hidden, width])) == hidden
@@ -206,7 +212,7 @@ def test_a_ratio_gives_the_hidden_width_back(width):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_precision_becomes_float32(clip, dtype):
     state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    model = import_state_dict(state)
+    model = imported(state)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.visual.proj, state["visual.proj"].float())
 
@@ -224,12 +230,12 @@ def test_wrappers_and_extras_do_not_matter(clip, nest, pixels, captions):
     }
     for key in nest:
         state = {key: state, "epoch": 3, "seen": torch.tensor(5)}
-    assert_same_embeddings(import_state_dict(state), clip, pixels, captions)
+    assert_same_embeddings(imported(state), clip, pixels, captions)
 
 
 def test_the_model_shares_no_memory_with_its_source(clip):
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    model = import_state_dict(state)
+    model = imported(state)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tensor in state.values():
         tensor.fill_(torch.nan)
@@ -239,10 +245,10 @@ def test_the_model_shares_no_memory_with_its_source(clip):
 def test_untrained_aggregators_start_the_same_and_draw_nothing(clip):
     torch.manual_seed(1)
     generator = torch.random.get_rng_state()
-    first = import_state_dict(clip.state_dict())
+    first = imported(clip.state_dict())
     assert torch.equal(torch.random.get_rng_state(), generator)
     torch.manual_seed(2)
-    second = import_state_dict(clip.state_dict())
+    second = imported(clip.state_dict())
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
     # nn.Linear's start: within its bound, and filling it.
@@ -259,14 +265,14 @@ def test_untrained_aggregators_start_the_same_and_draw_nothing(clip):
 )
 def test_context_length(clip, rows, asked, expected):
     table = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
-    model = import_state_dict(clip.state_dict() | {"positional_embedding": table}, context_length=asked)
+    model = imported(clip.state_dict() | {"positional_embedding": table}, context_length=asked)
     assert model.config.context_length == expected
     assert model.text.attn_mask.shape == (expected, expected)
     torch.testing.assert_close(model.text.positional_embedding, stretch_positions(table, expected), rtol=0, atol=0)
 
 
 def test_a_stretched_model_reads_long_captions(clip, make_captions):
-    model = import_state_dict(clip.state_dict(), context_length=300)
+    model = imported(clip.state_dict(), context_length=300)
     ids = make_captions([300, 5], 300)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(ids)[1], model.encode_text(ids[1:, :5])[0], rtol=0, atol=1e-5)
@@ -274,7 +280,7 @@ def test_a_stretched_model_reads_long_captions(clip, make_captions):
 
 def test_a_shorter_context_is_refused(clip):
     with pytest.raises(ConfigError, match=r"at least 77.*got 50.*tokenize"):
-        import_state_dict(clip.state_dict(), context_length=50)
+        imported(clip.state_dict(), context_length=50)
 
 
 # What is no checkpoint ------------------------------------------------------------------------------------------------
@@ -313,15 +319,17 @@ def without(state, *names):
 )
 def test_what_does_not_fit_is_named(clip, change, message):
     with pytest.raises(CheckpointError, match=message):
-        import_state_dict(change(clip.state_dict()))
+        imported(change(clip.state_dict()))
 
 
 def test_heads_must_be_given_and_divide():
     state = make_clip(vision_cfg=VISION | {"width": 96, "head_width": 32}).state_dict()
-    with pytest.raises(CheckpointError, match="width 96, no multiple of 64: give vision_heads to import_state_dict"):
-        import_state_dict(state)
+    with pytest.raises(
+        CheckpointError, match=r"vision transformer of a published CLIP's width \(384, .*got 96.*--heads"
+    ):
+        imported(state, heads=None)
     with pytest.raises(ConfigError, match="multiple of vision_heads"):
-        import_state_dict(state, vision_heads=5)
+        imported(state, heads=5)
 
 
 # Configurations -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import copy
+import datetime
 import errno
 import hashlib
 import json
@@ -14,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
@@ -23,8 +27,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast.checkpoint as checkpoint
+from finelip_fast import cli
 from finelip_fast.checkpoint import (
+    AveragedWeightsWarning,
     UntrainedAggregatorsWarning,
+    architecture,
     convert,
     fingerprint,
     identify,
@@ -40,7 +47,7 @@ from finelip_fast.model import FineLIP
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    """One head of 64 columns in each tower, as files without a configuration are read."""
+    """One head of 64 columns in each tower."""
     return make_model(vision_heads=1, text_heads=1, context_length=77)
 
 
@@ -66,6 +73,20 @@ def clip_state(model) -> dict[str, Tensor]:
     return {
         name.removeprefix("text."): tensor for name, tensor in model.state_dict().items() if "aggregator" not in name
     }
+
+
+@pytest.fixture(scope="module")
+def longclip_state(clip_state) -> dict[str, Tensor]:
+    """The same in Long-CLIP's layout, which shows its activation."""
+    table = clip_state["positional_embedding"]
+    return clip_state | {"positional_embedding_res": table.clone()}
+
+
+@pytest.fixture
+def known_widths(monkeypatch):
+    """A published CLIP of the width of these tests: files without a configuration are read."""
+    for table in (architecture.VISION_HEADS, architecture.TEXT_HEADS):
+        monkeypatch.setitem(table, 64, 1)
 
 
 def load_untrained(*args, **kwargs):
@@ -197,8 +218,8 @@ def test_a_checkpoint_is_identified_without_its_model(make_model, tmp_path, monk
     assert fingerprint(tmp_path) == expected
 
 
-def test_a_foreign_checkpoint_is_identified_as_it_is_loaded(clip_state, tmp_path):
-    torch.save(clip_state, tmp_path / "clip.pt")
+def test_a_foreign_checkpoint_is_identified_as_it_is_loaded(longclip_state, known_widths, tmp_path):
+    torch.save(longclip_state, tmp_path / "clip.pt")
     with pytest.warns(UntrainedAggregatorsWarning):
         model = load(tmp_path / "clip.pt")
     with pytest.warns(UntrainedAggregatorsWarning, match=r"clip\.pt"):
@@ -226,11 +247,10 @@ def test_a_fingerprint_follows_the_checkpoint(model, folder, make_model, tmp_pat
 # Other projects' files ------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_file_is_read_as_openais(clip_state, model, tmp_path):
-    # Half precision, as OpenAI's own; a head for every 64 columns, quick GELU, and the context stretched.
-    torch.save(
-        {"state_dict": {f"module.{name}": tensor.half() for name, tensor in clip_state.items()}}, tmp_path / "a.pt"
-    )
+def test_a_file_alone_is_read_where_its_layout_and_widths_are_known(longclip_state, known_widths, model, tmp_path):
+    # Half precision, as OpenAI's own; heads by width, quick GELU, and the context stretched.
+    state = {f"module.{name}": tensor.half() for name, tensor in longclip_state.items()}
+    torch.save({"state_dict": state}, tmp_path / "a.pt")
     loaded = load_untrained(tmp_path / "a.pt")
     assert loaded.config == model.config.replace(context_length=256, trained_aggregators=False, aggregated_tokens=3)
     assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
@@ -254,9 +274,9 @@ def test_files_without_a_clip(content, message, tmp_path):
     assert str(tmp_path / "file.pt") in str(caught.value)
 
 
-def test_a_loaded_model_outlives_its_file(clip_state, model, tmp_path):
+def test_a_loaded_model_outlives_its_file(longclip_state, known_widths, model, tmp_path):
     path = tmp_path / "clip.pt"
-    torch.save(clip_state, path)
+    torch.save(longclip_state, path)
     loaded = load_untrained(path)
     with path.open("rb+") as file:
         file.write(b"\xff" * path.stat().st_size)
@@ -359,7 +379,8 @@ def test_folders_of_other_projects(kind, resize_mode, clip_state, model, tmp_pat
     file = next(path for path in (tmp_path / "hub").iterdir() if path.suffix == ".bin")
     assert load_untrained(file).config == loaded.config
     # Under another name the file has nothing to do with the configuration.
-    assert load_untrained(file.rename(file.with_name("mine.bin"))).config.vision_heads == 1
+    with pytest.raises(CheckpointError, match="--heads"):
+        load(file.rename(file.with_name("mine.bin")))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -381,7 +402,13 @@ def hub(tmp_path, monkeypatch):
                 (target / name).write_bytes((source / name).read_bytes())
         return str(target)
 
+    def list_repo_files(repository):
+        return [
+            str(path.relative_to(remote / repository)) for path in (remote / repository).rglob("*") if path.is_file()
+        ]
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
     return remote, calls
 
 
@@ -401,7 +428,7 @@ def test_our_format_on_the_hub_comes_without_anything_else(hub, model):
     (remote / "org/ours/pytorch_model.bin").write_bytes(b"large")
     assert_same_weights(load("org/ours"), model)
     assert [patterns for _, patterns in calls] == [
-        ("config.json", "open_clip_config.json", "preprocessor_config.json"),
+        ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"),
         ("model.safetensors",),
     ]
 
@@ -457,7 +484,8 @@ def test_open_clip_failures(monkeypatch):
         "open_clip:ViT-B-16": r"pretrained tag of ViT-B-16 \(openai, .*got ''",
         "open_clip:ViT-B-16/nope": "got 'nope'",
         "open_clip:RN50/openai": r"vision_cfg\.layers",
-        "open_clip:ViT-B-16/openai": "tried timm/.*ConnectionError: no route.*give its path",
+        "open_clip:ViT-B-16/openai": "tried timm/.*: no route.*give its path: open_clip:ViT-B-16-quickgelu/PATH",
+        "open_clip:ViT-B-16/laion2b_s34b_b88k": "no route.*give its path: open_clip:ViT-B-16/PATH",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             load(name)
@@ -468,7 +496,8 @@ def test_open_clip_failures(monkeypatch):
 
 def test_convert(clip_state, model, tmp_path):
     torch.save(clip_state, tmp_path / "clip.pt")
-    summary = convert(tmp_path / "clip.pt", tmp_path / "out", context_length=248, dtype=torch.float16)
+    what = {"activation": "gelu", "heads": 2}
+    summary = convert(tmp_path / "clip.pt", tmp_path / "out", context_length=248, dtype=torch.float16, **what)
     assert summary == {
         "layout": "CLIP",
         "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
@@ -478,11 +507,13 @@ def test_convert(clip_state, model, tmp_path):
         "image_size": 32,
         "patch_size": 8,
         "context_length": 248,
+        "activation": "gelu",
+        "heads": [2, 2],
         "dtype": "float16",
         "folder": str(tmp_path / "out"),
     }
     loaded = load_untrained(tmp_path / "out")
-    assert loaded.config.context_length == 248
+    assert (loaded.config.context_length, loaded.config.vision_heads, loaded.config.quick_gelu) == (248, 2, False)
     assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
     assert json.loads((tmp_path / "out/config.json").read_text())["metadata"] == {"source": "clip.pt", "layout": "CLIP"}
 
@@ -521,13 +552,13 @@ def test_verify_finds_weights_that_were_exchanged_in_the_header(folder, model):
     assert verify(folder)["status"] == "mismatch"
 
 
-def test_verify_knows_what_it_cannot_compare(folder, clip_state, tmp_path):
+def test_verify_knows_what_it_cannot_compare(folder, longclip_state, known_widths, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     del values["weights_sha256"]
     (folder / "config.json").write_text(json.dumps(values))
     assert verify(folder)["status"] == "none recorded"
 
-    torch.save(clip_state, tmp_path / "clip.pt")
+    torch.save(longclip_state, tmp_path / "clip.pt")
     assert (verify(tmp_path / "clip.pt")["status"], verify(tmp_path / "clip.pt")["damaged"]) == ("ok", [])
     content = bytearray((tmp_path / "clip.pt").read_bytes())
     content[len(content) // 2] ^= 1
@@ -686,3 +717,355 @@ def test_any_configuration_is_an_error_or_a_model(configured, data):
         pass
     finally:
         path.write_text(json.dumps(files[path]))
+
+
+# As other programs write them -----------------------------------------------------------------------------------------
+
+
+def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A weight of every kind of name that tells transformers' layout; the others as OpenAI's."""
+    renamed = dict(state)
+    renamed["vision_model.embeddings.patch_embedding.weight"] = renamed.pop("visual.conv1.weight")
+    renamed["text_model.embeddings.token_embedding.weight"] = renamed.pop("token_embedding.weight")
+    return renamed
+
+
+def write_shards(folder: Path, name: str, state: dict[str, Tensor]) -> list[Path]:
+    """Two files and their index, as transformers writes them."""
+    stem, suffix = name.split(".")
+    names = sorted(state)
+    parts = {f"{stem}-0000{n}-of-00002.{suffix}": names[n - 1 :: 2] for n in (1, 2)}
+    for file, part in parts.items():
+        tensors = {key: state[key].contiguous() for key in part}
+        safetensors.torch.save_file(tensors, folder / file) if suffix == "safetensors" else torch.save(
+            tensors, folder / file
+        )
+    places = {key: file for file, part in parts.items() for key in part}
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return [folder / file for file in parts]
+
+
+@pytest.fixture(params=["model.safetensors", "pytorch_model.bin"])
+def sharded(request, clip_state, tmp_path):
+    """A folder of transformers with its weights in two shards; the name of what they are shards of, and the shards."""
+    write_hub_folder("transformers", clip_state, tmp_path / "hub")
+    (tmp_path / "hub/pytorch_model.bin").unlink()
+    return tmp_path / "hub", request.param, write_shards(tmp_path / "hub", request.param, clip_state)
+
+
+def test_shards_are_read_together(sharded, model):
+    folder, name, _ = sharded
+    loaded = load_untrained(folder)
+    assert_hub_config(loaded.config, "shortest")
+    assert_same_towers(loaded, model)
+    assert load_untrained(folder / f"{name}.index.json").config == loaded.config
+    expected = ([], "ok") if name.endswith(".bin") else (None, "none recorded")
+    report = verify(folder)
+    assert (report["damaged"], report["status"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shards, index: shards[1].unlink(), r"expected its shards beside it, missing .*-00002-of-00002"),
+        (lambda shards, index: os.replace(shards[0], shards[1]), "expected its shards beside it"),
+        (
+            lambda shards, index: shutil.copy(shards[0], shards[1]),
+            "each weight in the shard that the index names, missing",
+        ),
+        (lambda shards, index: index.write_text('{"weight_map": {"a": "../b.bin"}}'), "plain name of a file"),
+        (lambda shards, index: index.write_text('{"weight_map": {"a": 5}}'), "plain name of a file"),
+        (lambda shards, index: index.write_text('{"weight_map": []}'), "weight_map as an object"),
+        (lambda shards, index: index.write_text('{"weight_map": {}}'), "got a dictionary with nothing"),
+        (lambda shards, index: index.write_text("["), "the index of a model's shards in JSON"),
+    ],
+)
+def test_shards_that_are_not_whole(sharded, change, message):
+    folder, name, shards = sharded
+    change(shards, folder / f"{name}.index.json")
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_one_shard_is_no_checkpoint(sharded):
+    folder, name, shards = sharded
+    with pytest.raises(CheckpointError, match=r"found a shard of them.*name their folder, or the index") as caught:
+        load(shards[0])
+    advised = str(caught.value).rpartition(" ")[2]
+    assert advised == f"{name}.index.json"
+    load_untrained(folder / advised)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_shards_on_the_hub(hub, clip_state, model, name):
+    remote, calls = hub
+    write_hub_folder("transformers", clip_state, remote / "org/large")
+    if name.endswith(".json"):
+        write_shards(remote / "org/large", "model.safetensors", clip_state)
+    else:
+        safetensors.torch.save_file(clip_state, remote / "org/large" / name)
+    assert_same_towers(load_untrained("org/large"), model)
+    assert "pytorch_model.bin" not in [file for _, patterns in calls for file in patterns]
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_open_clips_configuration_beside_other_weights(clip_state, tmp_path, layout, both):
+    """The weights say whose configuration is theirs, and open_clip's serves where it is alone."""
+    write_hub_folder("transformers", clip_state, tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    if not both:
+        (tmp_path / "config.json").unlink()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
+    state = as_transformers(clip_state) if layout == "transformers" else clip_state
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    loaded = load_untrained(tmp_path)
+    assert_hub_config(loaded.config, "shortest" if both and layout == "transformers" else "squash")
+    assert load_untrained(tmp_path / "model.safetensors").config == loaded.config
+
+
+def test_pictures_where_transformers_5_writes_them(clip_state, tmp_path):
+    write_hub_folder("transformers", clip_state, tmp_path)
+    pictures = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": pictures}))
+    assert_hub_config(load_untrained(tmp_path).config, "shortest")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "_orig_mod.", "model.module._orig_mod.", "_fsdp_wrapped_module.", "net.clip."]
+)
+def test_a_prefix_on_all_names(longclip_state, known_widths, model, tmp_path, prefix):
+    torch.save({f"{prefix}{name}": tensor for name, tensor in longclip_state.items()}, tmp_path / "x.pt")
+    assert_same_towers(load_untrained(tmp_path / "x.pt"), model)
+
+
+def test_wrappers_inside_of_names(longclip_state, known_widths, model, tmp_path):
+    state = {name.replace("visual.", "visual._orig_mod.", 1): tensor for name, tensor in longclip_state.items()}
+    torch.save(state, tmp_path / "x.pt")
+    assert_same_towers(load_untrained(tmp_path / "x.pt"), model)
+
+
+AVERAGES = ["ema_state_dict", "state_dict_ema", "model_ema", "ema"]
+
+
+@pytest.mark.parametrize("key", AVERAGES)
+def test_averaged_weights_are_not_taken_unasked(longclip_state, known_widths, tmp_path, key):
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in longclip_state.items()}
+    averaged["n_averaged"] = torch.tensor(5)
+    torch.save({"epoch": 3, key: averaged, "state_dict": longclip_state}, tmp_path / "x.pt")
+    with (
+        pytest.warns(UntrainedAggregatorsWarning),
+        pytest.warns(AveragedWeightsWarning, match=f"state_dict and {key}") as seen,
+    ):
+        loaded = load(tmp_path / "x.pt")
+    (message,) = (str(warning.message) for warning in seen if warning.category is AveragedWeightsWarning)
+    assert {warning.filename for warning in seen} == {__file__}
+    assert torch.equal(loaded.visual.proj, longclip_state["visual.proj"])
+
+    advice = re.search(r"finelip (convert) FILE FOLDER (--part) (\w+)", message)
+    assert cli.main([advice[1], str(tmp_path / "x.pt"), str(tmp_path / "out"), advice[2], advice[3], "--quiet"]) == 0
+    assert torch.equal(load_untrained(tmp_path / "out").visual.proj, longclip_state["visual.proj"] + 1)
+
+
+@pytest.mark.parametrize("key", AVERAGES)
+def test_averaged_weights_alone_are_taken(longclip_state, known_widths, model, tmp_path, key):
+    torch.save({"epoch": 3, key: longclip_state}, tmp_path / "x.pt")
+    assert_same_towers(load_untrained(tmp_path / "x.pt"), model)
+
+
+def test_a_part_that_is_not_there(longclip_state, tmp_path):
+    torch.save({"epoch": 3, "state_dict": longclip_state, "optimizer": {}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"expected the part 'ema' .* which has state_dict, optimizer"):
+        convert(tmp_path / "x.pt", tmp_path / "out", part="ema")
+
+
+def test_what_a_training_script_keeps_beside_its_weights(longclip_state, known_widths, model, tmp_path):
+    remarks = {
+        "optimizer": {"state": {0: {"step": np.float64(3), "moments": np.ones(4, np.float32)}}},
+        "random": np.random.RandomState(0).get_state(),
+        "best": np.int64(7),
+        "dtype": np.dtype("float32"),
+        "args": argparse.Namespace(lr=1e-3, out=Path("runs") / "a", since=datetime.datetime(2026, 1, 2)),
+        "counts": collections.defaultdict(list, {"a": [1]}),
+        "torch": torch.torch_version.TorchVersion(torch.__version__),
+    }
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.pt"
+        content = {"state_dict": longclip_state, **remarks}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert_same_towers(load_untrained(path), model)
+
+
+# One file of weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_one_file(longclip_state, known_widths, model, tmp_path):
+    torch.save(longclip_state, tmp_path / "longclip-B.pt")
+    (tmp_path / "README.md").write_text("Long-CLIP")
+    assert_same_towers(load_untrained(tmp_path), model)
+    torch.save(longclip_state, tmp_path / "longclip-L.pt")
+    with pytest.raises(
+        CheckpointError, match=r"expected config\.json .*longclip-B\.pt, longclip-L\.pt.*can be named itself"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_a_hub_repository_of_one_file(hub, longclip_state, known_widths, model, prefix):
+    remote, calls = hub
+    (remote / "org/LongCLIP-B").mkdir(parents=True)
+    torch.save(longclip_state, remote / "org/LongCLIP-B/longclip-B.pt")
+    (remote / "org/LongCLIP-B/README.md").touch()
+    assert_same_towers(load_untrained(f"{prefix}org/LongCLIP-B"), model)
+    assert [patterns for _, patterns in calls][1:] == [("longclip-B.pt",)]
+
+
+def test_a_hub_repository_of_several_files(hub, longclip_state, known_widths, model):
+    remote, calls = hub
+    (remote / "org/many").mkdir(parents=True)
+    for name in ("a@336px.pt", "b.safetensors"):
+        torch.save(longclip_state, remote / "org/many" / name)
+    with pytest.raises(
+        CheckpointError, match=r"one file of weights, found a@336px\.pt, b\.safetensors: name one"
+    ) as caught:
+        load("org/many")
+    assert len(calls) == 1  # the configurations, and no weights
+    assert_same_towers(load_untrained(str(caught.value).rpartition(" ")[2]), model)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load("hf-hub:org/many/c.pt")
+
+
+def test_a_file_that_came_before_is_read_without_a_network(hub, longclip_state, known_widths, model, monkeypatch):
+    remote, _ = hub
+    (remote / "org/one").mkdir(parents=True)
+    torch.save(longclip_state, remote / "org/one/x.pt")
+    load_untrained("org/one")
+
+    def unreachable(repository):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    assert_same_towers(load_untrained("org/one"), model)
+    (remote / "org/other").mkdir()
+    with pytest.raises(CheckpointError, match=r"the list of files of huggingface\.co/org/other: ConnectionError"):
+        load("org/other")
+
+
+# What weights alone do not tell ---------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_can_be_given(clip_state, model, tmp_path, capsys):
+    path, out = str(tmp_path / "clip.pt"), str(tmp_path / "out")
+    torch.save(clip_state, path)
+    command = ["convert", path, out]
+    for options in (["--heads", "4", "2"], ["--activation", "gelu"]):
+        assert cli.main(command) == 2
+        assert f"finelip convert FILE FOLDER {options[0]} " in capsys.readouterr().err
+        assert not os.path.exists(out)
+        command += options
+    assert cli.main([*command, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["heads"], summary["activation"]) == ([4, 2], "gelu")
+    loaded = load_untrained(out)
+    assert (loaded.config.vision_heads, loaded.config.text_heads, loaded.config.quick_gelu) == (4, 2, False)
+    assert_same_towers(loaded, model)
+
+
+def test_our_own_weights_want_their_configuration(folder, model, tmp_path):
+    shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json that was written with them: name the folder of both, or put"
+    ):
+        load(tmp_path / "model.safetensors")
+    shutil.move(folder / "config.json", tmp_path / "config.json")
+    assert_same_weights(load(tmp_path / "model.safetensors"), model)
+
+
+def test_pictures_that_are_refused_can_be_taken_as_clip_takes_them(clip_state, tmp_path):
+    write_hub_folder("transformers", clip_state, tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"resample": 2, "size": 64}))
+    with pytest.raises(
+        CheckpointError, match=r"resized bicubically to 32 pixels.*has size=64, resample=2, which .*; without"
+    ):
+        load(tmp_path)
+    path.write_text(json.dumps(values))
+    assert_hub_config(load_untrained(tmp_path).config, "shortest")
+
+
+@pytest.mark.parametrize("hint", [{"activation": "gelu"}, {"heads": 2}, {"part": "model"}])
+def test_what_a_configuration_says_is_not_said_again(folder, hint, tmp_path):
+    for source in (folder, folder / "model.safetensors", "open_clip:ViT-B-16/openai", None):
+        with pytest.raises(InputError, match=rf"expected no {next(iter(hint))}=.*its configuration says"):
+            convert(source, tmp_path / "out", **hint)
+
+
+def test_an_open_clip_model_of_another_activation(tiny_open_clip, longclip_state, tmp_path, monkeypatch):
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: {})
+    torch.save(longclip_state, tmp_path / "clip.pt")
+    with pytest.raises(
+        CheckpointError, match=r"ViT-Tiny-Test is a model with plain GELU.*Long-CLIP.*name the file alone"
+    ):
+        load(f"open_clip:{tiny_open_clip}/{tmp_path / 'clip.pt'}")
+
+
+# Numbers that are none ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("command", [load, identify, fingerprint, verify])
+def test_weights_that_are_no_numbers_are_refused_by_name(folder, tmp_path, command, number):
+    def spoil(tensors):
+        tensors["visual.proj"][3, 4] = number
+        tensors["logit_scale"].fill_(number)
+
+    change_weights(folder, spoil)
+    with pytest.raises(CheckpointError, match=r"found NaN or infinity in logit_scale, visual\.proj: a training that"):
+        command(folder)
+    with pytest.raises(CheckpointError, match="found NaN or infinity"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_foreign_weights_that_are_no_numbers(longclip_state, known_widths, tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in longclip_state.items()}
+    state["ln_final.bias"] = torch.full((64,), 1e300 if dtype == torch.float64 else torch.nan, dtype=torch.float64).to(
+        dtype
+    )
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"infinity in ln_final\.bias"):
+        load(tmp_path / "x.pt")
+
+
+def test_large_numbers_are_numbers(make_model, tmp_path):
+    """Their sum is infinite in float32."""
+    model = make_model()
+    with torch.no_grad():
+        model.text.token_embedding.weight.fill_(3e38)
+    save(model, tmp_path)
+    load(tmp_path)
+
+
+def test_what_a_precision_cannot_hold_is_not_written(make_model, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.visual.proj[0, 0] = 1e6
+    with pytest.raises(InputError, match=r"infinity in visual\.proj; store it as float32"):
+        save(model, tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    save(model, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"visual\.proj has numbers beyond float16's range.*torch\.bfloat16"):
+        load(tmp_path / "whole", dtype=torch.float16)
+    assert load(tmp_path / "whole", dtype=torch.bfloat16).visual.proj.isfinite().all()
+
+
+def test_a_model_that_diverged_is_not_saved(make_model, folder):
+    model = make_model()
+    with torch.no_grad():
+        model.visual.proj[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"NaN or infinity in visual\.proj; its training diverged"):
+        save(model, folder)
+    load(folder)

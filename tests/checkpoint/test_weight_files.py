@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -85,17 +86,33 @@ class Malice:
 def test_pickled_code_is_refused_unexecuted(tmp_path, legacy):
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     torch.save({"a": torch.zeros(1), "b": Malice(trace)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"not executed here.*torch\.save\(model\.state_dict\(\), path\)"):
+    with pytest.raises(CheckpointError, match=r"not executed here.*torch\.load with weights_only=False"):
         read_weights(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # it would have
 
 
-def test_a_pickled_module_is_refused(tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(CheckpointError, match=r"other Python objects.*save its state dict again"):
-        read_weights(tmp_path / "module.pt")
+@pytest.mark.parametrize(
+    ("saved", "reader"),
+    [
+        (nn.Linear(2, 2), "torch.load with weights_only=False"),
+        ({"state_dict": nn.Linear(2, 2).state_dict(), "scheduler": Node()}, "torch.load with weights_only=False"),
+        ({"state_dict": nn.Linear(2, 2).state_dict()}, "pickle.load"),
+    ],
+)
+def test_what_is_advised_for_other_python_objects_can_be_done(tmp_path, saved, reader):
+    path, new = tmp_path / "saved.pt", tmp_path / "new.pt"
+    path.write_bytes(pickle.dumps(saved)) if reader == "pickle.load" else torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=f"let {reader} execute it once") as caught:
+        read_weights(path)
+    readers = {"pickle.load": lambda: pickle.loads(path.read_bytes())}
+    content = readers.get(reader, lambda: torch.load(path, weights_only=False))()
+    advice = re.findall(r"(torch\.save\(saved.*?, new\)) of a (module|training)", str(caught.value))
+    for call, kind in advice:
+        if (kind == "module") == isinstance(content, nn.Module):
+            exec(call, {"torch": torch, "saved": content, "new": new})
+    assert read_weights(new).keys() == {"weight", "bias"}
 
 
 def cut(data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 
 import finelip_fast
@@ -147,3 +148,13 @@ def test_the_bundled_model_is_exported_and_searched_with(monkeypatch: pytest.Mon
         assert proof["ranking: recall@1"] <= parity.LIMITS[precision].recall
         retriever = finelip_fast.Retriever(engine="onnx", precision=precision, device="cpu")
         assert str(retriever.engine) == f"onnx: cpu, {precision} (asked for)"
+
+
+def test_weights_that_are_no_numbers_are_refused_before_anything_is_written(make_model, tmp_path: Path) -> None:
+    finelip_fast.save(make_model(), tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    tensors["visual.proj"][0, 0] = torch.nan
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in visual\.proj"):
+        export_onnx(tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -241,6 +241,49 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_take_it(c
     assert distance(before, trainer.model.state_dict()) == 0
 
 
+@pytest.mark.parametrize("every", ["save_every", "eval_every", "steps"])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every, ema_decay):
+    """A step can make them of a finite loss and gradient; the next loss would show it, after they were saved."""
+    plain_step = Trainer._train_step
+
+    def diverging_step(trainer, batches):
+        values = plain_step(trainer, batches)
+        if trainer.step == 2:
+            averaged = trainer.ema.module if trainer.ema else trainer.model
+            averaged.visual.proj.data[0, 0] = torch.inf
+        return values
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging_step)
+    config = configure(
+        **{"steps": 6, "save_every": 6, "eval_every": 6} | {every: 3 if every == "steps" else 1}, ema_decay=ema_decay
+    )
+    with pytest.raises(
+        TrainingError, match=r"infinity in visual\.proj after step 3, which is not kept: lower"
+    ) as caught:
+        train(config)
+    out = Path(config.out)
+    assert not (out / "last").exists()
+    assert (out / "state.pt").exists() == (every == "save_every")
+    if every == "save_every":
+        assert read_weights(out / "state.pt")["step"] == 2
+    if every == "eval_every":  # what is advised can be done
+        monkeypatch.undo()
+        start = re.search(r"with another --out, --init (.*) starts from the best", str(caught.value))
+        train(configure(init=start[1], out=str(out.with_name("again")), encoder_lr=1e-3, steps=1))
+
+
+def test_a_state_whose_weights_are_no_numbers_is_refused(configure, tmp_path, uninterrupted):
+    state = torch.load(uninterrupted[0] / "state.pt", weights_only=True)
+    state["model"]["visual.proj"][0, 0] = torch.nan
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "state.pt")
+    with pytest.raises(
+        CheckpointError, match=r"state\.pt: expected finite weights, .*visual\.proj: lower the learning rates"
+    ):
+        train(configure(**LASTING))
+
+
 # --- The start ---------------------------------------------------------------------------------------------------
 
 
