@@ -170,6 +170,8 @@ def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -
 
 def sync_folder(folder: Path) -> None:
     """Wait until the disk knows the files of a folder by their names."""
+    if os.name == "nt":  # where a folder cannot be opened; a rename there is written through
+        return
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -23,7 +23,7 @@ LAYOUTS = "OpenAI CLIP, open_clip, Long-CLIP, FineLIP, transformers' CLIPModel o
 OURS, OPENAI, LONG_CLIP, FINELIP = "finelip_fast", "OpenAI CLIP", "Long-CLIP", "FineLIP"
 TRANSFORMERS = "transformers CLIPModel"
 # Long-CLIP and FineLIP continue the training of OpenAI's weights.
-_ACTIVATIONS = dict.fromkeys((OPENAI, LONG_CLIP, FINELIP), "quick_gelu")
+_ACTIVATIONS: dict[str, str] = dict.fromkeys((OPENAI, LONG_CLIP, FINELIP), "quick_gelu")
 # What OpenAI's archives say of themselves, and no others do.
 _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 

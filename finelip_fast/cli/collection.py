@@ -210,11 +210,24 @@ def search(
 @index_option
 @where_option
 @click.option("--paths", is_flag=True, help="Show the paths of the pictures alone.")
-def list_(index: str, where: str | None, paths: bool) -> Any:
+@click.option("--duplicates", is_flag=True, help="Show groups of pictures of the same content.")
+@click.option(
+    "--similarity",
+    type=float,
+    metavar="COSINE",
+    help="With --duplicates: global embeddings so near count as the same, too; 0.98 or more finds copies and bursts.",
+)
+def list_(index: str, where: str | None, paths: bool, duplicates: bool, similarity: float | None) -> Any:
     """List the items of an index in the order in which they were added."""
     from finelip_fast.index import stored_index
 
     opened = stored_index(index)
+    if duplicates:
+        if where is not None:
+            raise InputError("expected --where or --duplicates, got both: groups are of the whole index")
+        return _groups(opened, similarity, paths)
+    if similarity is not None:
+        raise InputError("expected --similarity with --duplicates, got it alone")
     items = _items(opened, where)
     first = next(items, None)
     if first is None:
@@ -265,6 +278,35 @@ def _listed(first: ListedItem, following: Iterator[ListedItem], paths: bool) -> 
     yield (first.path or first.id) if paths else first
     for item in following:
         yield (item.path or item.id) if paths else item
+
+
+@dataclass
+class Group:
+    """Items that are alike."""
+
+    ids: list[str]
+
+    def to_dict(self) -> list[str]:
+        """The ids for JSON."""
+        return self.ids
+
+    def __str__(self) -> str:
+        return "\n".join([*map(printable, self.ids), ""])
+
+
+def _groups(index: Index, similarity: float | None, paths: bool) -> Any:
+    from finelip_fast.collection import picture_path
+    from finelip_fast.index.duplicates import duplicates
+
+    groups = duplicates(index, similarity=similarity, progress=shows_progress())
+    if not groups:
+        return Nothing(f"none of the {len(index):,} items is there twice")
+    if paths:
+        root = index.root
+        items = index.get([item for group in groups for item in group])
+        files = {name: picture_path(name, item.metadata, root) for name, item in items.items()}
+        groups = [[str(files[item] or item) for item in group] for group in groups]
+    return iter(Group(group) for group in groups)
 
 
 def _nothing(count: int, where: str | None) -> Nothing:

@@ -7,7 +7,6 @@ followed: a file of another folder, or of another owner, is none of the index's.
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -25,6 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from finelip_fast._files import TEMPORARY, write_whole
 from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
@@ -40,6 +44,8 @@ _NUMPY = re.compile(
     re.DOTALL,
 )
 _PIECE = 1 << 24  # bytes of which a checksum is taken at once
+# Windows has none of these but the last, and no locks of this kind: nothing is taken for abandoned there.
+_OPEN = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -110,7 +116,7 @@ def opened(path: Path) -> Iterator[int]:
         OSError: It cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = os.open(path, _OPEN)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise StoreError(f"{path} is a link, which is not followed: expected the file itself") from None
@@ -123,6 +129,14 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Up to ``size`` bytes of a file from ``offset`` on, by a descriptor that no one else reads from."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows
+    return os.read(descriptor, size)
+
+
 def read_contents(path: Path) -> Contents:
     """The header of a file, compared with its length; of an array in NumPy's format, ``tokens``.
 
@@ -133,13 +147,13 @@ def read_contents(path: Path) -> Contents:
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if path.suffix == ".npy":
-            return _numpy_contents(os.pread(descriptor, 256, 0), size)
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            return _numpy_contents(read_at(descriptor, 256, 0), size)
+        length = int.from_bytes(read_at(descriptor, 8, 0), "little")
         if not 0 < length <= min(_MOST_HEADER, size - 8):
             raise StoreError(
                 f"expected a header of at most {min(_MOST_HEADER, max(0, size - 8))} bytes, found {length}"
             )
-        text = os.pread(descriptor, length, 8)
+        text = read_at(descriptor, length, 8)
     header = parse_json(text, "header", error=StoreError, expected="names of arrays", kind=dict)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
@@ -247,7 +261,8 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
     while True:
         with path.open("ab") as file:
             with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned either
-                fcntl.flock(file, fcntl.LOCK_EX)
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:
                 yield file
                 return
@@ -268,6 +283,8 @@ def remove_abandoned(folder: Path) -> int:
 
 def remove_unlocked(path: Path, before: Callable[[], object] = lambda: None) -> bool:
     """Remove a file unless another process holds its lock, after ``before``; whether it was removed."""
+    if fcntl is None:
+        return False
     with suppress(OSError, StoreError), opened(path) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_nlink:
@@ -316,7 +333,7 @@ def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
     with opened(path) as descriptor:
 
         def read(place: Place) -> Callable[[slice], bytes]:
-            return lambda part: os.pread(descriptor, part.stop - part.start, place.start + part.start)
+            return lambda part: read_at(descriptor, part.stop - part.start, place.start + part.start)
 
         return {name: _checksum(place.stop - place.start, read(place)) for name, place in contents.places.items()}
 

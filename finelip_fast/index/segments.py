@@ -41,6 +41,7 @@ from finelip_fast.index.arrays import (
     map_arrays,
     memory_of,
     opened,
+    read_at,
     read_contents,
     refuse_link,
     write_arrays,
@@ -264,7 +265,7 @@ def _are_finite(stored: dict[str, Tensor]) -> list[bool]:
 def _read_into(part: memoryview, descriptor: int, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [part], offset)
-    content = os.pread(descriptor, len(part), offset)  # macOS
+    content = read_at(descriptor, len(part), offset)  # macOS, Windows
     part[: len(content)] = content
     return len(content)
 

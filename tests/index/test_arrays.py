@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import StoreError
+from finelip_fast.index import Index, IndexSpec, arrays
 from finelip_fast.index.arrays import (
     array_checksums,
     file_checksums,
@@ -214,3 +215,26 @@ def test_any_header_is_read_within_its_file_or_refused(
     except StoreError:
         return
     assert sum(values.nbytes for values in map_arrays(path, contents).values()) <= path.stat().st_size
+
+
+def test_every_mode_of_a_folder_works_on_a_system_without_posix_reads_and_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, which has neither."""
+    for name in ("pread", "preadv", "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(arrays, "fcntl", None)
+    rows = torch.nn.functional.normalize(torch.randn(20, 3, 8), dim=-1)
+    for dtype in ("float16", "int8"):
+        folder = tmp_path / dtype
+        with Index(IndexSpec("abc", 3, 8, dtype=dtype), folder) as index:
+            index.add([str(row) for row in range(20)], rows, [{"n": row} for row in range(20)])
+        with Index(IndexSpec("abc", 3, 8, dtype=dtype), folder, verify=True) as index:
+            for mode in ("exact", "exact-int8", "two-stage"):
+                assert index.search(rows[7:8], 3, mode=mode).items[0][0].id == "7"
+            index.delete(["3"])
+            index.relabel(["4"], ["new"], [{}])
+            assert index.check() == {}
+            index.maintain()
+            index.snapshot(tmp_path / f"{dtype} copy")
+            assert len(index.embeddings) == len(index) == 19

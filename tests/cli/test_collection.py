@@ -1,0 +1,89 @@
+"""Words of the command line that follow a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finelip_fast.cli import main
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/a.png", "photos/b.png", "more/c.png"):
+        draw(Path(name))
+    return Path("photos")
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(sum(map(ord, path.name)))
+    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((40, 40)).save(path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def command(*words: str) -> Any:
+        assert main([*words, "--json", "--quiet"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return command
+
+
+def test_folders_and_tables_are_added_together(photos: Path, run: Any) -> None:
+    Path("table.csv").write_text("image,title\na.png,first\n")
+    report = run("add", "photos", "more", "table.csv", "--root", "photos", "--exclude", "b.*")
+    assert (report["added"], report["skipped"]) == (2, [])
+    items = {item["id"]: item for item in run("list")}
+    assert items.keys() == {"photos/a.png", "more/c.png"}, "below what the folders have in common"
+    assert items["photos/a.png"]["metadata"]["title"] == "first"
+    assert run("remove", "photos/a.png") == {"removed": 1, "items": 1}
+    assert run("remove", "./more/../more/c.png") == {"removed": 1, "items": 0}
+
+
+def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(photos / "a.png", photos / "copy.png")
+    run("add", "photos")
+    assert run("list", "--duplicates") == [["a.png", "copy.png"]]
+    assert run("list", "--duplicates", "--paths") == [[str(photos.resolve() / name) for name in ("a.png", "copy.png")]]
+    assert run("list", "--duplicates", "--similarity", "0") == [["a.png", "b.png", "copy.png"]]
+    assert main(["list", "--duplicates"]) == 0
+    assert capsys.readouterr().out == "a.png\ncopy.png\n\n"
+    (photos / "copy.png").unlink()
+    run("add", "photos", "--sync")
+    assert main(["list", "--duplicates"]) == 0
+    assert capsys.readouterr().out == "none of the 2 items is there twice\n"
+
+
+@pytest.mark.slow
+def test_a_watched_folder_is_followed(photos: Path) -> None:
+    pytest.importorskip("watchfiles")
+    program = "import sys; from finelip_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        program,
+        *["add", "photos", "--watch", "--sync", "--quiet", "--index", "photos/index"],
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "2 added, 0 skipped\n"
+            time.sleep(1)  # until the folder is watched
+            draw(photos / "new.png")
+            assert process.stdout.readline() == "1 added, 0 skipped\n"
+            (photos / "new.png").unlink()
+            assert process.stdout.readline() == "0 added, 1 removed, 0 skipped\n"
+        finally:
+            process.kill()
