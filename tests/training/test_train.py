@@ -320,14 +320,17 @@ def test_small_rates_are_logged_as_they_are(configure):
 
 def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     values = iter([0.2, 0.9, 0.9, 0.7])
-    weights = []
+    embeddings = []
 
-    def recall(scores):
-        weights.append(scores)
+    def summary(ranks):
         value = next(values)
         return {"i2t_recall@1": value, "t2i_recall@1": value}
 
-    monkeypatch.setattr(validation, "recall", recall)
+    tiled_ranks = validation.tiled_ranks
+    monkeypatch.setattr(
+        validation, "tiled_ranks", lambda *arrays: [embeddings.append(arrays[:2]), *tiled_ranks(*arrays)][1:]
+    )
+    monkeypatch.setattr(validation, "pair_summary", summary)
     config = configure(eval_every=2, steps=8, ema_decay=0.5)
     best = train(config)
     assert best == {"val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
@@ -340,7 +343,8 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     with torch.no_grad():
         images = kept.encode_image(kept.preprocess.batch(pairs[index].image for index in range(PAIRS)))
         texts = kept.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
-        torch.testing.assert_close(kept.score(images, texts), weights[1])
+        for expected, measured in zip((images, texts), embeddings[1], strict=True):
+            torch.testing.assert_close(measured, expected)
 
 
 def test_signal_handlers_are_given_back(configure):
