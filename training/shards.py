@@ -16,11 +16,14 @@ import stat
 import tarfile
 import urllib.request
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finelip_fast._decode import open_without_waiting
 from finelip_fast._terminal import printable
 from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PICTURES, CAPTIONS = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 
@@ -37,6 +40,8 @@ _MAX_SAMPLE_MEMBERS = 100
 
 # Pictures hardly compress; an archive that unpacks to more than this many times itself is made of nothing.
 _MAX_RATIO, _FREE_RATIO = 100, 1 << 26
+
+_EXPECTED = "expected a whole tar archive, plain or packed by gzip or bzip2"
 
 _TIMEOUT = 60.0  # seconds without a byte
 
@@ -111,6 +116,20 @@ def _check_scheme(name: str, remote: bool) -> None:
         )
 
 
+def shard_size(name: str) -> int | None:
+    """Bytes of a shard that is a file; None of others.
+
+    Raises:
+        TrainingError: A file that cannot be found.
+    """
+    if _scheme(name) in _WEB + _STORES:
+        return None
+    try:
+        return os.stat(_path(name)).st_size
+    except OSError as error:
+        raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {error.strerror}") from None
+
+
 def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]]:
     """The samples of one shard, in order: members by suffix, ``__key__`` and ``__url__``, as webdataset has them.
 
@@ -146,12 +165,15 @@ def _opened(name: str) -> Any:
 
         store, path = fsspec.url_to_fs(name)
         return store.open(path, "rb")
-    path = re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
-    file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+    file = open(_path(name), "rb", opener=open_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise TrainingError("expected a file, found a pipe or a device")
     return file
+
+
+def _path(name: str) -> str:
+    return re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
 
 
 class _Counted:
@@ -183,7 +205,7 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
     elif head.startswith(b"BZh"):
         stream = _Counted(bz2.BZ2File(cast(Any, packed)), packed)
     sample, size, count = None, 0, 0
-    with tarfile.open(fileobj=cast(Any, stream), mode="r|") as archive:
+    with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Header) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
             stream.between = packed.between = 0
@@ -209,6 +231,24 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
                     f"sample {key!r:.80}: expected at most {_MAX_SAMPLE_MEMBERS} members and {_MAX_SAMPLE >> 20} MiB"
                 )
             yield {"fname": member.name, "data": content}
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; where one should be and none is, the archive is damaged, which tarfile takes for its end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block.
+
+        Raises:
+            TrainingError: A cut block or a damaged one; no block of zeros, which is the end.
+        """
+        if len(buf) != tarfile.BLOCKSIZE:
+            raise TrainingError(f"{_EXPECTED}; its last header is cut")
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise TrainingError(f"{_EXPECTED}; a header is damaged: {error}") from None
 
 
 class _Joined:
