@@ -215,7 +215,7 @@ def walk_folder(
     if not folder.is_dir():
         obstacle = "a file" if folder.exists() else "nothing there"
         raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
-    return _walk(folder, recursive, _suffixes())
+    return _walk(folder, recursive, image_suffixes())
 
 
 def _walk(
@@ -248,7 +248,8 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     return scan_folder(folder, recursive).images
 
 
-def _suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
+    """Suffixes in small letters of the formats that :func:`open_image` takes."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 

@@ -10,6 +10,7 @@ import bz2
 import gzip
 import io
 import itertools
+import logging
 import os
 import re
 import stat
@@ -24,6 +25,8 @@ from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_logger = logging.getLogger(__name__)
 
 PICTURES, CAPTIONS = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 
@@ -148,7 +151,7 @@ def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]
     _check_scheme(name, remote)
     try:
         with _opened(name) as file:
-            yield from group_by_keys({**member, "__url__": name} for member in _members(file))
+            yield from group_by_keys({**member, "__url__": name} for member in _members(file, name))
     except FineLIPError as error:
         raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {error}") from None
     except Exception as error:  # of sockets, zlib, tarfile, fsspec's stores and webdataset: many kinds
@@ -194,8 +197,8 @@ class _Counted:
         return content
 
 
-def _members(file: Any) -> Iterator[dict[str, Any]]:
-    """Names and contents of the regular files of an archive."""
+def _members(file: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Names and contents of the regular files of an archive; hidden ones, which macOS puts beside others, are left out."""
     from webdataset.tariterators import base_plus_ext
 
     head = file.read(6)
@@ -204,7 +207,7 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
         stream = _Counted(gzip.GzipFile(fileobj=cast(Any, packed)), packed)
     elif head.startswith(b"BZh"):
         stream = _Counted(bz2.BZ2File(cast(Any, packed)), packed)
-    sample, size, count = None, 0, 0
+    sample, size, count, has_hidden = None, 0, 0, False
     with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Header) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
@@ -213,6 +216,11 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
                 continue
             if len(member.name) > _MAX_PATTERN or member.issparse() or member.size < 0:
                 raise TrainingError(f"expected plain files of short names, found {member.name!r:.80}")
+            if member.name.rpartition("/")[2].startswith("."):
+                if not has_hidden:
+                    _logger.warning("%s: left out hidden files, first %s", printable(name), printable(member.name))
+                has_hidden = True
+                continue
             key, suffix = base_plus_ext(member.name)
             if key is None or suffix is None:
                 continue

@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -209,6 +210,21 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     assert [sorted(sample) for sample in samples] == [sorted(sample) for sample in expected]
     for sample, other in zip(samples, expected, strict=True):
         assert all(sample[name] == other[name] for name in sample if name in ("png", "txt", "__key__", "__url__"))
+
+
+def test_shards_as_other_programs_write_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By macOS with hidden files between the others, with suffixes in capitals, with byte-order marks."""
+    path = tmp_path / "a.tar"
+    members = [("0.PNG", picture()), ("0.TXT", b"\xef\xbb\xbfred"), ("1.png", picture()), ("1.json", BOM_JSON)]
+    hidden = [[(f"a/._{name}", b"\0\5\x16\7"), (f"a/{name}", content)] for name, content in members]
+    path.write_bytes(archive(*(member for pair in hidden for member in pair)))
+    first, second = batches(str(path))
+    assert first.broken == second.broken == []
+    assert torch.equal(first.ids, second.ids)
+    assert caplog.messages == [f"{path}: left out hidden files, first a/._0.PNG"]
+
+
+BOM_JSON = b'\xef\xbb\xbf{"caption": "red"}'
 
 
 def special(kind: bytes, name: str = "0.jpg", **values: object) -> tarfile.TarInfo:
