@@ -185,7 +185,7 @@ class Trainer:
             raise TrainingError(
                 f"the loss is {float(values['loss'])}, its gradient's norm {float(norm)}, at step {self.step}: lower "
                 f"--encoder-lr, now {self.config.encoder_lr:g}, and --aggregator-lr, now {self.config.aggregator_lr:g}; "
-                "with the same --out the run goes on from its last state"
+                "with the same --out the run goes on from its last state, with another it begins anew"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -146,6 +146,7 @@ def test_a_recipe_cannot_consent_to_the_network(tmp_path: Path) -> None:
         ConfigError, match="asks for remote_data; give --remote-data on the command line if you trust it"
     ):
         load_recipe(str(recipe))
+    assert configure(str(recipe), {"remote_data": True}).remote_data  # as that advises
     recipe.write_text(json.dumps({**values, "remote_data": False}))
     with pytest.raises(ConfigError, match=r"got the address 'http://host/a\.tar'; --remote-data"):
         configure(str(recipe), {})

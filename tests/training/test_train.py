@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -796,3 +798,94 @@ def test_what_a_killed_writer_left_is_removed(configure, tmp_path):
     left.touch()
     train(configure(**LASTING, stop_at=1))
     assert not left.exists()
+
+
+# --- What errors advise ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def advised(configure, tmp_path):
+    """Run into an error, then do as it says."""
+
+    def follow(message, changes, **options):
+        with pytest.raises((ConfigError, TrainingError), match=message) as caught:
+            train(configure(**options))
+        assert all(name in str(caught.value).replace("-", "_") for name in changes)
+        return train(configure(**(options | changes)))
+
+    return follow
+
+
+@pytest.mark.parametrize("out", ["run", "anew"])
+def test_a_loss_that_is_no_number_is_mended_by_lower_rates(advised, monkeypatch, tmp_path, out):
+    take_step = Trainer._train_step
+
+    def diverging(self, batches):
+        if self.step == 3 and self.config.encoder_lr > 1e-3:
+            self.model.visual.proj.register_hook(lambda gradient: gradient * torch.nan)
+        return take_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging)
+    changes = {"encoder_lr": 1e-4, "aggregator_lr": 1e-4, "out": str(tmp_path / out)}
+    advised("its gradient's norm nan, at step 3: lower --encoder-lr", changes, **LASTING)
+    steps = [line["step"] for line in log_of(tmp_path / out) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (log_of(tmp_path / out)[0]["encoder_lr"] == 3e-3) == (out == "run")
+
+
+def test_a_share_of_broken_pairs_that_is_too_large_is_mended_by_allowing_it(advised, damaged, monkeypatch):
+    monkeypatch.setattr(training, "_BROKEN_AFTER", 16)
+    advised("--max-broken-share allows; with a larger one", {"max_broken_share": 0.5}, **damaged)
+
+
+def test_pictures_in_another_folder_are_found_by_root(advised, data, tmp_path):
+    source = Path(data.removeprefix("jsonl:"))
+    shutil.copy(source, tmp_path / "pairs.jsonl")
+    moved, root = f"jsonl:{tmp_path / 'pairs.jsonl'}", {"root": str(source.parent)}
+    advised("16 of 16 pairs were tried in turn, .*, give --root", root, train=moved)
+    advised(
+        "none of the 16 pictures of validation=.*, give --root", root, validation=moved, out=str(tmp_path / "other")
+    )
+
+
+def test_a_batch_larger_than_the_data_is_mended_by_a_smaller_one(advised):
+    advised("at least one global batch of 32 examples, got 16", {"batch_size": 8}, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"), [({"batch_size": 8}, {"batch_size": 4}), ({"batch_size": 4, "workers": 2}, {"workers": 1})]
+)
+def test_shards_of_less_than_a_batch_are_mended_by_fewer_workers_or_a_smaller_one(
+    advised, data, tmp_path, monkeypatch, options, changes
+):
+    pytest.importorskip("webdataset")
+    source = Path(data.removeprefix("jsonl:"))
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    for shard in range(2):  # of two and of three samples
+        with tarfile.open(f"ab:{shard}.tar", "w") as tar:
+            for line in lines[shard * 2 : shard * 3 + 2]:
+                (tmp_path / "caption.txt").write_text(line["caption"])
+                tar.add(source.parent / line["image"], line["image"])
+                tar.add("caption.txt", line["image"].replace("png", "txt"))
+    with pytest.raises(ConfigError, match=r"a file whose name has a colon is written \./NAME"):
+        TrainConfig(train="webdataset:ab:{0..1}.tar", epoch_batches=1, out="run", validation=data)
+    shards = {"train": "webdataset:./ab:{0..1}.tar", "steps": 1}
+    advised("expected epoch_batches ", {"epoch_batches": 1}, **shards, batch_size=2, out="first")
+    advised("less than one batch per worker of a process", changes, **shards, epoch_batches=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes", "options"),
+    [
+        ("expected accumulation separate", {"accumulation": "separate"}, {"grounding": 0.1, "accumulate": 2}),
+        ("found none; use --device cpu", {"device": "cpu"}, {"device": "cuda"}),
+        ("or pass --no-tensorboard", {"tensorboard": False}, {"tensorboard": True}),
+    ],
+)
+def test_what_cannot_be_honoured_is_mended_as_the_error_says(advised, monkeypatch, message, changes, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    scenes = {"train": "scenes:train:16", "validation": "scenes:val:8", "context_length": 256, "steps": 1}
+    advised(message, changes, **scenes, **options)
