@@ -339,7 +339,7 @@ class Trainer:
         """Say of a state that cannot be restored what there is to go on from."""
         try:
             yield
-        except (ConfigError, TrainingError):
+        except (ConfigError, TrainingError, torch.cuda.OutOfMemoryError):
             raise
         except (
             CheckpointError,
