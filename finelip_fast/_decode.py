@@ -86,7 +86,7 @@ UPRIGHT = {
 Reduction = Callable[[int, int], tuple[int, int]]
 
 
-def suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
     """Suffixes of the names of files that are read, such as ``.jpg``, or would be if a package were installed."""
     registered = (suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
     return frozenset(

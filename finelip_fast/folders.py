@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from finelip_fast._decode import suffixes
+from finelip_fast._decode import image_suffixes
 from finelip_fast.errors import InputError
 
 __all__ = ["LEFT_OUT", "FolderScan", "Kind", "list_images", "scan_folder", "walk_folder"]
@@ -90,7 +90,7 @@ def walk_folder(
 class _Walk:
     def __init__(self, folder: Path, recursive: bool, exclude: Collection[str], include: Collection[str]) -> None:
         self._folder, self._recursive, self._exclude, self._include = folder, recursive, exclude, include
-        self._real, self._suffixes = Path(os.path.realpath(folder)), suffixes()
+        self._real, self._suffixes = Path(os.path.realpath(folder)), image_suffixes()
         self._entered: set[tuple[int, int]] = set()
 
     def entries(self, folder: Path) -> Iterator[tuple[Path, Kind]]:

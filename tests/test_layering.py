@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels"},
     {
         *("tokenizer", "preprocess", "encoders", "aggregator", "model", "checkpoint"),
-        *("embed", "metrics", "records", "datasets", "runtimes"),
+        *("embed", "metrics", "ranking", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},
     {

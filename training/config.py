@@ -63,7 +63,7 @@ class TrainConfig:
             "separate: negatives come from the pass alone, as FineLIP's authors trained"
         },
     )
-    steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    steps: int = field(default=1000, metadata={"help": "optimizer steps; a run may go on with more"})
     stop_at: int = field(
         default=0,
         metadata={"help": "end the run at this step of the schedule, for another one to start from; 0: at its end"},
@@ -89,9 +89,13 @@ class TrainConfig:
     remote_data: bool = field(
         default=False, metadata={"help": "let webdataset shards come from the network; not from a recipe"}
     )
-    epoch_batches: int = field(default=0, metadata={"help": "batches of an epoch; needed with webdataset"})
+    epoch_batches: int = field(
+        default=0, metadata={"help": "batches of an epoch for each process; needed with webdataset"}
+    )
     workers: int = field(default=2, metadata={"help": "data loading processes"})
-    max_broken_share: float = field(default=0.01, metadata={"help": "share of unreadable pictures that stops the run"})
+    max_broken_share: float = field(
+        default=0.01, metadata={"help": "share of pairs that cannot be read from which the run stops"}
+    )
     eval_every: int = field(default=500, metadata={"help": "steps between validations"})
     save_every: int = field(default=500, metadata={"help": "steps between saved states"})
     log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
@@ -228,7 +232,12 @@ def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
         ConfigError: An unknown recipe or a configuration that cannot be honoured.
     """
     overrides = {name: value for name, value in options.items() if value not in (None, ())}
-    values = {**(load_recipe(recipe, out=overrides.get("out")) if recipe is not None else {}), **overrides}
+    recipe_values = (
+        load_recipe(recipe, out=overrides.get("out"), remote=bool(overrides.get("remote_data")))
+        if recipe is not None
+        else {}
+    )
+    values = {**recipe_values, **overrides}
     missing = [name for name in ("out", "train", "validation") if name not in values]
     if missing:
         raise ConfigError(
@@ -237,12 +246,13 @@ def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
+def load_recipe(name: str, *, out: str | None = None, remote: bool = False) -> dict[str, Any]:
     """Values of a shipped recipe, or of a JSON file.
 
     Args:
         name: Name of a shipped recipe, or a path that ends in ``.json``.
         out: Folder of the run in place of the recipe's.
+        remote: Whether the recipe may ask for ``remote_data``.
 
     Raises:
         ConfigError: No such recipe, fields that no run has, or a folder of the run outside the one that we are in: where a
@@ -259,7 +269,7 @@ def load_recipe(name: str, *, out: str | None = None) -> dict[str, Any]:
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"{path}: expected fields of a recipe, found {str(unknown)[:200]}; see --help")
-    if values.pop("remote_data", False):  # who received the recipe says so
+    if values.pop("remote_data", False) and not remote:  # who received the recipe says so
         raise ConfigError(f"{path} asks for remote_data; give --remote-data on the command line if you trust it")
     if out is not None:
         return values | {"out": out}

@@ -1,31 +1,41 @@
 """Batches for training: the same ones for a seed, whatever the number of workers (but for shards), again after a restart.
 
-A picture that cannot be read does not stop a run: the next readable example takes its place, so that every batch keeps its
-size on every process, and its path travels with the batch to be reported and counted.
+A pair that cannot be read does not stop a run: another example takes its place, so that every batch keeps its size on every
+process, and the reason travels with the batch to be reported and counted.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from finelip_fast._json import parse_json
 from finelip_fast._terminal import printable
 from finelip_fast.datasets import Example, PairDataset
+from finelip_fast.datasets.base import FileExamples
+from finelip_fast.datasets.survey import hash_of
 from finelip_fast.encoders import caption_lengths
-from finelip_fast.errors import ConfigError, ImageError, TrainingError
+from finelip_fast.errors import ConfigError, FineLIPError, ImageError, InputError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
-from finelip_fast.training.shards import PICTURES, shard_names, shard_samples
+from finelip_fast.training.shards import CAPTIONS, PICTURES, shard_names, shard_samples, shard_size
 
-# Examples tried in place of an unreadable one before the data is called unusable.
-_SUBSTITUTES = 100
+# Examples tried in place of a broken one, at least; more, until fewer broken ones than are allowed would come so by a chance
+# of one in 1e12.
+_SUBSTITUTES, _CHANCE = 100, 1e-12
+
+# Broken samples of shards in a row that are reported, though no batch is full.
+_REPORT = 100
+
+_LAP = 1 << 40  # samples of a shard, at most
 
 
 class Encoding(NamedTuple):
@@ -39,7 +49,7 @@ class Encoding(NamedTuple):
         boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
         labels: int64 ``[R]``, equal for phrases that describe the same.
         is_cut: Whether the caption was longer than the context.
-        broken: Paths of pictures that could not be read before this one, each with the reason.
+        broken: Pairs that could not be read before this one: which, and why.
     """
 
     pixels: Tensor
@@ -63,7 +73,10 @@ class Batch:
         owners: int64 ``[R]``, the pair that each phrase belongs to.
         spans, boxes, labels: ``[R, 2]``, ``[R, 4]``, ``[R]``, as in :class:`Encoding`.
         captions_cut: How many of the captions were longer than the context.
-        broken: Paths of pictures that could not be read, each with the reason.
+        broken: Pairs that could not be read: which, and why.
+        sample_counts: Samples up to which shards were read for this batch, by their numbers.
+
+    A batch without pairs only reports what is broken.
     """
 
     pixels: Tensor
@@ -75,6 +88,10 @@ class Batch:
     labels: Tensor
     captions_cut: int
     broken: list[str]
+    sample_counts: dict[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed: moved, say."""
@@ -87,31 +104,73 @@ class Batch:
 
 
 class Encoded(Dataset[Encoding]):
-    """A dataset of pairs as tensors."""
+    """A dataset of pairs as tensors.
 
-    def __init__(self, pairs: PairDataset, preprocess: Preprocess, context_length: int) -> None:
+    Args:
+        pairs: Pairs; the place of one that cannot be read is taken by another from elsewhere in the data, where those that
+            are missing together are not.
+        preprocess, context_length: What turns a pair into tensors.
+        max_broken_share: Share of broken pairs up to which another one is looked for.
+    """
+
+    def __init__(
+        self, pairs: PairDataset, preprocess: Preprocess, context_length: int, *, max_broken_share: float = 1.0
+    ) -> None:
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
+        self.max_broken_share = max_broken_share
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Encoding:
+        """The pair of a number, or the first of the others that can be read.
+
+        Raises:
+            TrainingError: More than the allowed share of the pairs, or all of them, cannot be read.
+        """
         broken: list[str] = []
-        for step in range(min(_SUBSTITUTES, len(self.pairs))):
-            example = self.pairs[(index + step) % len(self.pairs)]
+        order = _spread(len(self.pairs), index)
+        while len(broken) < len(self.pairs) and not self._are_too_many(len(broken)):
+            example = self.pairs[next(order)]
             try:
                 return encode_example(example, self.preprocess, self.context_length)._replace(broken=broken)
-            except ImageError as error:
+            except ImageError as error:  # names the picture
                 broken.append(str(error))
-        raise _unusable(broken)
+            except (InputError, OSError) as error:
+                broken.append(f"{example.image_id}: {error}")
+        raise TrainingError(
+            f"{len(broken)} of {len(self.pairs)} pairs were tried in turn, and none can be read; the last: "
+            f"{printable(broken[-1])}; where the paths start from another folder, give --root, else mend the data"
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Encoding | TrainingError]:
+        """Several pairs; an error is the last of them, as it is: raised in a worker, it would come with a traceback."""
+        encodings: list[Encoding | TrainingError] = []
+        try:
+            encodings.extend(self[index] for index in indices)
+        except TrainingError as error:
+            encodings.append(error)
+        return encodings
+
+    def _are_too_many(self, broken: int) -> bool:
+        return broken >= _SUBSTITUTES and self.max_broken_share**broken < _CHANCE
 
 
-def _unusable(broken: list[str]) -> TrainingError:
-    return TrainingError(f"{len(broken)} pictures in a row cannot be read; the last: {broken[-1]}")
+def _spread(size: int, start: int) -> Iterator[int]:
+    """All numbers below ``size`` from ``start`` on, neighbours far apart: by steps of the golden ratio."""
+    step = next(step for step in range(max(1, round(size * 0.618)), size + 1) if math.gcd(step, size) == 1)
+    return ((start + count * step) % size for count in range(size))
 
 
 def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> Encoding:
-    """A pair as tensors; phrases that the context cuts off or into are left out."""
+    """A pair as tensors; phrases that the context cuts off or into are left out.
+
+    Raises:
+        ImageError: A picture that cannot be read.
+        InputError: A caption that is empty, or longer than any is.
+    """
+    if not example.caption.strip():
+        raise InputError("expected a caption, got none")
     with expected_truncation():
         tokens = encode_batch([example.caption], context_length)
     spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
@@ -133,7 +192,7 @@ def encode_example(example: Example, preprocess: Preprocess, context_length: int
 
 def _number(name: str) -> int:
     """63 bits that stand for a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def collate(items: Sequence[Encoding]) -> Batch:
@@ -150,8 +209,19 @@ def collate(items: Sequence[Encoding]) -> Batch:
         torch.cat([item.boxes for item in items]),
         torch.cat([item.labels for item in items]),
         sum(item.is_cut for item in items),
-        [path for item in items for path in item.broken],
+        [reason for item in items for reason in item.broken],
     )
+
+
+def _collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | TrainingError:
+    encodings = [item for item in items if isinstance(item, Encoding)]
+    errors = [item for item in items if isinstance(item, TrainingError)]
+    return errors[0] if errors else collate(encodings)
+
+
+def _report(broken: list[str]) -> Batch:
+    none = torch.empty(0, dtype=torch.int64)
+    return Batch(none, none, none, none, none, none, none, 0, broken)
 
 
 class GroupedSampler(Sampler[list[int]]):
@@ -165,13 +235,19 @@ class GroupedSampler(Sampler[list[int]]):
         batch_size: Pairs in a batch of one process; a multiple of ``group``.
         group: Examples that stay together; 1 shuffles freely.
         rank, world: This process and how many there are.
+
+    Attributes:
+        start: Examples of the epoch that were already taken.
     """
 
     def __init__(self, size: int, batch_size: int, *, group: int, seed: int, rank: int, world: int) -> None:
         if batch_size % group:
             raise ConfigError(f"expected batch_size a multiple of group={group}, got {batch_size}")
         if size < batch_size * world:
-            raise ConfigError(f"expected at least one global batch of {batch_size * world} examples, got {size}")
+            raise ConfigError(
+                f"expected at least one global batch of {batch_size * world} examples, got {size}; "
+                "give a smaller --batch-size, or more data"
+            )
         self.size, self.batch_size, self.group, self.seed = size, batch_size, group, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
@@ -183,79 +259,159 @@ class GroupedSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         groups = torch.randperm(self.size // self.group, generator=generator)
         order = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
-        for batch in range(self.start, len(self)):
-            first = (batch * self.world + self.rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+        global_batch = self.batch_size * self.world
+        for first in range(self.start, len(order) - global_batch + 1, global_batch):
+            mine = first + self.rank * self.batch_size
+            yield order[mine : mine + self.batch_size].tolist()
 
 
-class ShardExamples(IterableDataset[Encoding]):
-    """webdataset shards (``jpg|png|webp`` + ``txt`` or ``json`` with ``caption``), shuffled by shard, split over processes.
+class ShardBatches(IterableDataset[Batch]):
+    """Batches of webdataset shards (``jpg|png|webp`` + ``txt`` or ``json`` with ``caption``), shuffled by shard.
 
-    The order is fixed by seed, epoch and number of workers; a restart reads past what was already seen. Needs the
+    Each process and worker has shards of its own. The order is fixed by seed, epoch and their numbers. A sample that cannot be
+    read is passed over, and so is the rest of a shard; many in a row are reported by a batch without pairs. Needs the
     ``webdataset`` package.
+
+    Args:
+        pattern: Shards, as :func:`finelip_fast.training.shards.shard_names` takes them.
+        preprocess, context_length, batch_size: What turns samples into batches.
+        seed: Seed of the order.
+        rank, world: This process and how many there are.
+        remote: Whether shards may come from the network.
+
+    Attributes:
+        epoch, lap: What is read: shards that hold less than an epoch are read again.
+        start: int64 ``[shards]``, where each shard is read from: laps times ``_LAP``, and samples.
 
     Raises:
         ConfigError: A pattern that :func:`finelip_fast.training.shards.shard_names` does not take.
     """
 
     def __init__(
-        self, pattern: str, preprocess: Preprocess, context_length: int, *, seed: int, remote: bool = False
+        self,
+        pattern: str,
+        preprocess: Preprocess,
+        context_length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        remote: bool = False,
     ) -> None:
         self.shards, self.remote = shard_names(pattern, remote=remote), remote
-        self.preprocess, self.context_length, self.seed = preprocess, context_length, seed
-        self.epoch = 0
+        self.preprocess, self.context_length, self.batch_size = preprocess, context_length, batch_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = self.lap = 0
+        self.start = torch.zeros(len(self.shards), dtype=torch.int64)
 
-    def __iter__(self) -> Iterator[Encoding]:
-        import random
-
-        from webdataset.shardlists import split_by_node, split_by_worker
-
-        shards = list(self.shards)
-        random.Random(self.seed * 1_000_003 + self.epoch).shuffle(shards)
+    def __iter__(self) -> Iterator[Batch]:
+        items: list[Encoding] = []
         broken: list[str] = []
-        for shard in split_by_worker(split_by_node(shards)):
-            for sample in shard_samples(shard, remote=self.remote):
-                name = f"{shard}:{sample['__key__']}"
-                try:
-                    encoded = encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
-                except ImageError as error:
-                    broken.append(f"{printable(name)}: {error}")
-                    if len(broken) == _SUBSTITUTES:
-                        raise _unusable(broken) from None
-                    continue
-                yield encoded._replace(broken=broken)
+        sample_counts: dict[int, int] = {}
+        for number, count, encoded in self._encoded():
+            sample_counts[number] = count
+            if isinstance(encoded, str):
+                broken.append(encoded)
+            else:
+                items.append(encoded)
+            if len(items) == self.batch_size:
+                yield replace(collate(items), broken=broken, sample_counts=sample_counts)
+                items, broken, sample_counts = [], [], {}
+            elif len(broken) == _REPORT:
+                yield _report(broken)
                 broken = []
+        if broken:
+            yield _report(broken)
+
+    def _encoded(self) -> Iterator[tuple[int, int, Encoding | str]]:
+        """Samples as tensors, or the reason why there are none, behind the shard's number and the sample's, from 1."""
+        order = list(range(len(self.shards)))
+        random.Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
+        worker = get_worker_info()
+        mine = order[self.rank :: self.world]
+        for number in mine[worker.id :: worker.num_workers] if worker else mine:
+            laps, start = divmod(int(self.start[number]), _LAP)
+            count = 0
+            try:
+                for count, sample in enumerate(shard_samples(self.shards[number], remote=self.remote), start=1):
+                    if (self.lap, count) > (laps, start):
+                        yield number, count, self._encode(sample, f"{self.shards[number]}:{sample['__key__']}")
+            except TrainingError as error:
+                yield number, count + 1, str(error)
+
+    def _encode(self, sample: dict[str, Any], name: str) -> Encoding | str:
+        try:
+            return encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
+        except (InputError, OSError) as error:
+            return f"{printable(name)}: {error}"
 
 
 def _shard_example(sample: dict[str, Any], name: str) -> Example:
+    """The pair of a sample.
+
+    Raises:
+        InputError: No picture, no caption, or one that is no text.
+    """
     image = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
     caption, reason = None, ""
     try:
         if "txt" in sample:
-            caption = sample["txt"].decode()
+            caption = sample["txt"].decode("utf-8-sig")
         elif "json" in sample:
-            caption = parse_json(sample["json"], "json", error=TrainingError, kind=dict).get("caption")
-    except (UnicodeDecodeError, TrainingError) as error:
+            caption = parse_json(sample["json"], "json", error=InputError, kind=dict).get("caption")
+    except (UnicodeDecodeError, InputError) as error:
         reason = f": {error}"
     if image is None or not isinstance(caption, str):
         present = sorted(key for key in sample if not key.startswith("__"))
-        raise TrainingError(
-            f"{printable(name)}: expected a picture (jpg, png, webp) and a caption (txt, json), "
+        raise InputError(
+            f"expected a picture ({', '.join(PICTURES)}) and a caption ({', '.join(CAPTIONS)}), "
             f"found {present!r:.200}{reason:.200}"
         )
     return Example(image, caption, name)
 
 
+def identity_of(source: PairDataset | str, *, remote: bool = False) -> dict[str, Any]:
+    """What tells data from other data of the same name, as far as it is cheap to know.
+
+    Args:
+        source: A map-style dataset, or the pattern of webdataset shards.
+        remote: Whether shards may come from the network.
+
+    Returns:
+        Of pairs of files their number and a hash of paths and captions; of shards their number, and the bytes and a hash of
+        names and sizes of those that are files. Nothing of others.
+
+    Raises:
+        TrainingError: A shard that is a file and cannot be found.
+    """
+    if isinstance(source, str):
+        sizes = {name: shard_size(name) for name in shard_names(source, remote=remote)}
+        size = sum(filter(None, sizes.values()))
+        return {"shards": len(sizes), "bytes": size, "sha256": hash_of(f"{name}:{sizes[name]}" for name in sizes)}
+    if isinstance(source, FileExamples):
+        texts = (text for path, caption in source.pairs for text in (str(path), caption))
+        return {"pairs": len(source), "sha256": hash_of(texts)}
+    return {}
+
+
 class TrainingData:
     """An endless, restartable stream of batches.
+
+    Batches without pairs report what cannot be read before the next one.
 
     Args:
         source: A map-style dataset, or the pattern of webdataset shards.
         preprocess, context_length: What turns a pair into tensors.
         batch_size: Pairs of one process at a time.
         epoch_batches: Batches of an epoch; needed for shards, derived for map-style data.
-        position: Batches already taken, to go on behind them.
+        rank, world: This process and how many there are.
+        max_broken_share: Share of broken pairs up to which map-style data has others take their place.
         remote: Whether shards may come from the network.
+
+    Attributes:
+        epoch: Number of the epoch.
+        pairs: Pairs of it that all processes have taken.
     """
 
     def __init__(
@@ -271,47 +427,146 @@ class TrainingData:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
-        position: int = 0,
         pin_memory: bool = False,
+        max_broken_share: float = 1.0,
         remote: bool = False,
     ) -> None:
-        self.position = position
-        loader_options: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin_memory}
+        self.epoch = self.pairs = 0
+        self._global_batch, self._layout = batch_size * world, [world, max(1, workers)]
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+        self._shards: ShardBatches | None = None
         if isinstance(source, str):
             if epoch_batches < 1:
                 raise ConfigError("expected epoch_batches with webdataset shards: their length is not known beforehand")
-            self._order: Any = ShardExamples(source, preprocess, context_length, seed=seed, remote=remote)
-            self._loader = DataLoader(self._order, batch_size=batch_size, drop_last=True, **loader_options)
+            self._shards = ShardBatches(
+                source,
+                preprocess,
+                context_length,
+                batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world=world,
+                remote=remote,
+            )
+            self._loader: DataLoader[Any] = DataLoader(self._shards, batch_size=None, **options)
             self.epoch_batches = epoch_batches
+            self._begin_shards()
         else:
             self._order = GroupedSampler(len(source), batch_size, group=group, seed=seed, rank=rank, world=world)
-            data = Encoded(source, preprocess, context_length)
-            self._loader = DataLoader(data, batch_sampler=self._order, **loader_options)
+            data = Encoded(source, preprocess, context_length, max_broken_share=max_broken_share)
+            self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=_collate_or_error, **options)
             self.epoch_batches = len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            epoch, finished = divmod(self.position, self.epoch_batches)
-            self._order.epoch = epoch
-            if isinstance(self._order, GroupedSampler):
-                self._order.start = finished
-                batches: Iterable[Batch] = self._loader
-            else:
-                batches = self._shard_batches(finished)
-            for batch in batches:
-                self.position += 1
+            for batch in self._shard_batches(self._shards) if self._shards else self._mapped_batches():
+                self.pairs += self._global_batch if len(batch) else 0
                 yield batch
+            self.epoch, self.pairs = self.epoch + 1, 0
+            self._begin_shards()
 
-    def _shard_batches(self, finished: int) -> Iterator[Batch]:
-        """One epoch of shards behind the first ``done`` batches; shards that hold less are read again."""
-        count = 0
-        while count < self.epoch_batches:
-            before = count
-            for batch in self._loader:
-                count += 1
-                if count > finished:
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, for :meth:`load_state_dict`; of all processes' ``places`` in shards the largest count."""
+        state: dict[str, Any] = {"epoch": self.epoch, "pairs": self.pairs}
+        if self._shards:
+            since = {"layout": self._layout, "first": self._first, "start": self._shards.start}
+            state |= {**since, "places": self._places}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, also one of another number of processes or workers.
+
+        With as many as before all batches are those that would have come; else they hold the rest of the epoch in another
+        order, each pair once.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: A state of other shards.
+        """
+        self.epoch, self.pairs = int(state["epoch"]), int(state["pairs"])
+        if self._shards:
+            is_same = list(state["layout"]) == self._layout
+            start, self._places = state["start" if is_same else "places"].clone(), state["places"].clone()
+            if {start.shape, self._places.shape} != {self._shards.start.shape}:
+                raise ValueError(f"expected the places of {len(self._shards.shards)} shards")
+            self._shards.start = start
+            self._first = int(state["first"]) if is_same else self.pairs // self._global_batch
+
+    def skip(self, batches: int, *, processes: int | None = None) -> None:
+        """Go on behind so many batches of the beginning.
+
+        Args:
+            batches: Batches of each process.
+            processes: How many there were; None: as many as now.
+
+        Raises:
+            ConfigError: Shards, of which other processes read.
+        """
+        processes = processes or self._layout[0]
+        global_batch, epoch_batches = self._global_batch // self._layout[0] * processes, self.epoch_batches
+        if processes != self._layout[0]:
+            if self._shards:
+                raise ConfigError(
+                    f"this run was saved by an earlier version, which did not keep what was read of its shards; give as many "
+                    f"processes as it had, {processes}, to go on"
+                )
+            epoch_batches = self._order.size // global_batch
+        self.epoch, finished = divmod(batches, epoch_batches)
+        self.pairs = finished * global_batch
+
+    def _mapped_batches(self) -> Iterator[Batch]:
+        self._order.epoch, self._order.start = self.epoch, self.pairs
+        return self._loaded()
+
+    def _begin_shards(self) -> None:
+        """Forget which shards were read: an epoch begins."""
+        if self._shards:
+            self._first = 0  # batch of the epoch that is read first
+            self._places = torch.zeros_like(self._shards.start)  # up to which shards were read, as ``start``
+            self._shards.start = torch.zeros_like(self._places)
+
+    def _shard_batches(self, shards: ShardBatches) -> Iterator[Batch]:
+        """The rest of an epoch of shards; those that hold less are read again."""
+        finished, count = self.pairs // self._global_batch, self._first
+        laps = int(shards.start.max()) // _LAP
+        shards.epoch, shards.lap = self.epoch, 0
+        while finished < self.epoch_batches and count < self.epoch_batches:
+            before, broken, reason = count, 0, ""
+            for batch in self._loaded():
+                count += 1 if len(batch) else 0
+                for number, samples in batch.sample_counts.items():
+                    self._places[number] = shards.lap * _LAP + samples
+                if batch.broken:
+                    broken, reason = broken + len(batch.broken), batch.broken[-1]
+                if count > finished or (count == finished and not len(batch)):
                     yield batch
                 if count == self.epoch_batches:
                     return
-            if count == before:
-                raise TrainingError("the shards hold less than one batch per worker: fewer workers, or a smaller batch")
+            if count == before and shards.lap >= laps:
+                unreadable = f"; {broken} samples cannot be read, the last: {printable(reason)}" if broken else ""
+                raise TrainingError(
+                    "the shards hold less than one batch per worker of a process: give fewer --workers or processes, or a "
+                    f"smaller --batch-size{unreadable}"
+                )
+            shards.lap += 1
+
+    def _loaded(self) -> Iterator[Batch]:
+        """The loader's batches.
+
+        Raises:
+            TrainingError: What went wrong in a worker, as a line.
+        """
+        try:
+            for batch in self._loader:
+                if isinstance(batch, FineLIPError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise TrainingError(
+                "a data loading process was ended by the system, as it does where memory is short; the same command goes on "
+                f"from the last state, with fewer --workers or with --workers 0: {printable(error):.200}"
+            ) from error

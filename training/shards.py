@@ -10,17 +10,23 @@ import bz2
 import gzip
 import io
 import itertools
+import logging
 import os
 import re
 import stat
 import tarfile
 import urllib.request
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finelip_fast._decode import open_without_waiting
 from finelip_fast._terminal import printable
 from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_logger = logging.getLogger(__name__)
 
 PICTURES, CAPTIONS = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 
@@ -37,6 +43,8 @@ _MAX_SAMPLE_MEMBERS = 100
 
 # Pictures hardly compress; an archive that unpacks to more than this many times itself is made of nothing.
 _MAX_RATIO, _FREE_RATIO = 100, 1 << 26
+
+_EXPECTED = "expected a whole tar archive, plain or packed by gzip or bzip2"
 
 _TIMEOUT = 60.0  # seconds without a byte
 
@@ -111,6 +119,20 @@ def _check_scheme(name: str, remote: bool) -> None:
         )
 
 
+def shard_size(name: str) -> int | None:
+    """Bytes of a shard that is a file; None of others.
+
+    Raises:
+        TrainingError: A file that cannot be found.
+    """
+    if _scheme(name) in _WEB + _STORES:
+        return None
+    try:
+        return os.stat(_path(name)).st_size
+    except OSError as error:
+        raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {error.strerror}") from None
+
+
 def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]]:
     """The samples of one shard, in order: members by suffix, ``__key__`` and ``__url__``, as webdataset has them.
 
@@ -129,7 +151,7 @@ def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]
     _check_scheme(name, remote)
     try:
         with _opened(name) as file:
-            yield from group_by_keys({**member, "__url__": name} for member in _members(file))
+            yield from group_by_keys({**member, "__url__": name} for member in _members(file, name))
     except FineLIPError as error:
         raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {error}") from None
     except Exception as error:  # of sockets, zlib, tarfile, fsspec's stores and webdataset: many kinds
@@ -146,12 +168,15 @@ def _opened(name: str) -> Any:
 
         store, path = fsspec.url_to_fs(name)
         return store.open(path, "rb")
-    path = re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
-    file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+    file = open(_path(name), "rb", opener=open_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise TrainingError("expected a file, found a pipe or a device")
     return file
+
+
+def _path(name: str) -> str:
+    return re.sub(r"^file:(//)?", "", name, flags=re.IGNORECASE)
 
 
 class _Counted:
@@ -172,8 +197,8 @@ class _Counted:
         return content
 
 
-def _members(file: Any) -> Iterator[dict[str, Any]]:
-    """Names and contents of the regular files of an archive."""
+def _members(file: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Names and contents of the regular files of an archive; hidden ones, which macOS puts beside others, are left out."""
     from webdataset.tariterators import base_plus_ext
 
     head = file.read(6)
@@ -182,8 +207,8 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
         stream = _Counted(gzip.GzipFile(fileobj=cast(Any, packed)), packed)
     elif head.startswith(b"BZh"):
         stream = _Counted(bz2.BZ2File(cast(Any, packed)), packed)
-    sample, size, count = None, 0, 0
-    with tarfile.open(fileobj=cast(Any, stream), mode="r|") as archive:
+    sample, size, count, has_hidden = None, 0, 0, False
+    with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Header) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
             stream.between = packed.between = 0
@@ -191,6 +216,11 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
                 continue
             if len(member.name) > _MAX_PATTERN or member.issparse() or member.size < 0:
                 raise TrainingError(f"expected plain files of short names, found {member.name!r:.80}")
+            if member.name.rpartition("/")[2].startswith("."):
+                if not has_hidden:
+                    _logger.warning("%s: left out hidden files, first %s", printable(name), printable(member.name))
+                has_hidden = True
+                continue
             key, suffix = base_plus_ext(member.name)
             if key is None or suffix is None:
                 continue
@@ -209,6 +239,24 @@ def _members(file: Any) -> Iterator[dict[str, Any]]:
                     f"sample {key!r:.80}: expected at most {_MAX_SAMPLE_MEMBERS} members and {_MAX_SAMPLE >> 20} MiB"
                 )
             yield {"fname": member.name, "data": content}
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; where one should be and none is, the archive is damaged, which tarfile takes for its end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block.
+
+        Raises:
+            TrainingError: A cut block or a damaged one; no block of zeros, which is the end.
+        """
+        if len(buf) != tarfile.BLOCKSIZE:
+            raise TrainingError(f"{_EXPECTED}; its last header is cut")
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise TrainingError(f"{_EXPECTED}; a header is damaged: {error}") from None
 
 
 class _Joined:

@@ -1,7 +1,9 @@
 """Train FineLIP: ``python training/train.py --help``, ``torchrun --nproc-per-node N training/train.py``, ``finelip train``.
 
 A run lives in its ``--out`` folder: ``best/`` and ``last/`` are checkpoints for :func:`finelip_fast.load`, ``log.jsonl`` has
-a line for each logged step and validation, ``state.pt`` is what an interrupted run goes on from, to the bit.
+a line for each logged step and validation, ``state.pt`` is what an interrupted run goes on from, to the bit. It may also go on
+with more steps, other learning rates or another number of processes: each pair of the epoch is still met once, and the weights
+are others than those of a run that was so from its start.
 
 What gradient accumulation means for losses that compare the pairs of a batch: with ``accumulation="cached"`` the embeddings
 of all passes are computed first without a graph, the loss and its gradient with respect to them follow, and a second forward
@@ -23,8 +25,8 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,10 +45,10 @@ from finelip_fast.checkpoint.building import not_finite
 from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
-from finelip_fast.errors import CheckpointError, ConfigError, FineLIPError, TrainingError
+from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
 from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.config import RENAMED, TrainConfig
-from finelip_fast.training.data import Batch, TrainingData
+from finelip_fast.training.data import Batch, TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
@@ -55,10 +57,10 @@ from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
 
-# Pictures seen before the share of unreadable ones is held against the limit.
+# Pairs met before the share of broken ones is held against the limit.
 _BROKEN_AFTER = 200
 
-# What may differ between an interrupted run and the one that goes on.
+# What may differ between an interrupted run and the one that goes on: without a change of its weights, and with one.
 _FREE_TO_CHANGE = (
     "out",
     "stop_at",
@@ -72,6 +74,7 @@ _FREE_TO_CHANGE = (
     "max_broken_share",
     "remote_data",
 )
+_CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "processes")
 
 # CLIP's upper bound of exp(logit_scale).
 _MAX_LOGIT_SCALE = math.log(100)
@@ -88,9 +91,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
         The best validation's metrics, with its ``step``.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration.
+        ConfigError: The folder holds a run of another configuration, or on data that has changed since.
         CheckpointError: The folder's ``state.pt`` is damaged, or no run's.
-        TrainingError: Loss or weights are no longer finite, and at which step; or too many pictures cannot be read.
+        TrainingError: Loss or weights are no longer finite, and at which step; or too many pairs cannot be read.
         WriteError: The disk is full; the same command goes on from the last state that was kept.
     """
     if config.threads:
@@ -117,15 +120,14 @@ class Trainer:
         )
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=average) if config.ema_decay else None
+        self.preprocess = self.model.preprocess
         self.step = self.seen = self.broken = 0
         self.best: dict[str, float] = {}
-        self._resume()
+        self.data = self._resume()
         self.criterion = config.criterion
         self.forward: Any = torch.compile(self.model, dynamic=True) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
-        self.preprocess = self.model.preprocess
-        self.data = self._open_data()
         self._stop = False
 
     # The loop ------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Trainer:
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from validation={self.config.validation!r}")
         progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=not show, mininterval=2)
-        batches = iter(self.data)
+        batches = self._readable_batches()
         started, first = time.monotonic(), self.step
         while self.step < self.config.last_step:
             values = self._train_step([next(batches) for _ in range(self.config.accumulate)])
@@ -171,7 +173,7 @@ class Trainer:
             stop = self._anyone_stops()
             if stop and not keeps:
                 self._check_weights()
-            if self.rank == 0 and (keeps or stop):
+            if keeps or stop:
                 self._save_state()
             if stop and not finished:
                 raise TrainingError(f"stopped at step {self.step}; the same command goes on from there")
@@ -180,8 +182,6 @@ class Trainer:
         return self.best
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Tensor | float]:
-        for batch in batches:
-            self._count_broken(batch)
         share = schedule(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
@@ -287,18 +287,34 @@ class Trainer:
 
     @property
     def _advice(self) -> str:
-        start = f", --init {self.out / 'best'} starts from the best weights" if self.best else ""
-        return f"lower the learning rates, with another --out{start}"
+        """What ends a divergence of this run, which goes on from its last state."""
+        rates = f"--encoder-lr, now {self.config.encoder_lr:g}, and --aggregator-lr, now {self.config.aggregator_lr:g}"
+        return (
+            f"lower {rates}; with the same --out the run goes on from its last state, with another it begins "
+            f"anew{self._from_the_best}"
+        )
+
+    @property
+    def _from_the_best(self) -> str:
+        return f", from the best weights by --init {self.out / 'best'}" if self.best else ""
 
     def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
         # A checkpoint travels; the folders of the machine that made it do not.
         training = {**dataclasses.asdict(self.config), "out": self.out.name, "root": ""}
+        for name, value in training.items():
+            training[name] = printable(value) if isinstance(value, str) else value  # a path may be no UTF-8, JSON is
         return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:
         return cast("FineLIP", self.ema.module) if self.ema else self.model
 
     def _save_state(self) -> None:
+        """Keep what a run goes on from; every process takes part, the first one writes."""
+        place = self.data.state_dict()
+        if "places" in place:
+            place["places"] = gather(place["places"].to(self.device)[None]).amax(dim=0).cpu()
+        if self.rank:
+            return
         state: dict[str, Any] = {
             "step": self.step,
             "seen": self.seen,
@@ -308,6 +324,8 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
+            "data": self.data_identity,
+            "place": place,
             "config": {**dataclasses.asdict(self.config), "processes": self.world},
         }
         moments = (value for values in state["optimizer"]["state"].values() for value in values.values())
@@ -315,53 +333,109 @@ class Trainer:
         size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
         write_whole(self.out / "state.pt", lambda path: torch.save(state, path), size=size)
 
-    def _resume(self) -> None:
-        path = self.out / "state.pt"
+    def _resume(self) -> TrainingData:
+        """Restore the folder's state, if it has one.
+
+        Returns:
+            The data, where the run is in it.
+        """
         if self.rank == 0:
             for folder in (self.out, self.out / "best", self.out / "last"):
                 remove_unfinished(folder)
-        if not path.exists():
-            if self.rank == 0:
-                self._begin()
-            return
-        state = read_weights(path)
+        source = self._training_source()
+        self.data_identity = identity_of(source, remote=self.config.remote_data)
+        path = self.out / "state.pt"
+        if path.exists():
+            with self._explained(path):
+                state = read_weights(path)
+                self._check_same(state)
+                data = self._open_data(source)
+                self._restore(state, data)
+        else:
+            data = self._open_data(source)
+        if self.rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(self.out, error) from error
+            write_text_whole(self.out / "config.json", self.config.to_json())
+        return data
+
+    @contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        """Say of a state that cannot be restored what there is to go on from."""
         try:
-            self._restore(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, FineLIPError):
-                raise
+            yield
+        except (ConfigError, TrainingError, torch.cuda.OutOfMemoryError):
+            raise
+        except (
+            CheckpointError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            checkpoints = [self.out / name for name in ("last", "best") if (self.out / name / "config.json").is_file()]
+            start = f" with --init {checkpoints[0]}" if checkpoints else ""
             raise CheckpointError(
-                f"{path}: expected the state of a run, found something else ({type(error).__name__}: {error!s:.200}); "
-                "begin again with another --out, and --init with its last/ where that is whole"
+                f"{path}: expected the state of a run, found a cut or damaged one, or something else "
+                f"({type(error).__name__}: {error!s:.200}); begin again with another --out{start}, or in this one once the "
+                "file is removed"
             ) from error
 
-    def _begin(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.out, error) from error
-        write_text_whole(self.out / "config.json", self.config.to_json())
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with what would make another run; say what makes one that is allowed."""
         current = {**dataclasses.asdict(self.config), "processes": self.world}
         before = {RENAMED.get(name, name): value for name, value in state["config"].items()}
         changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
-        if changed:
-            was = {name: before.get(name) for name in changed}
-            raise ConfigError(f"{self.out} holds a run with {was}, asked for {({name: current[name] for name in changed})}; "
-                              "give the same options to go on, or another --out")  # fmt: skip
+        allowed = [name for name in changed if name in _CHANGE_THE_RUN]
+        if "steps" in allowed and self.config.steps < before["steps"]:
+            allowed.remove("steps")
+        former, chosen = ({name: values.get(name) for name in changed} for values in (before, current))
+        if changed != allowed:
+            raise ConfigError(
+                f"{self.out} holds a run with {former}, asked for {chosen}; give the same options to go on, or another --out"
+            )
+        identity = state.get("data", self.data_identity)  # earlier versions did not keep it
+        if identity != self.data_identity:
+            former_data, data = (
+                ", ".join(f"{name} {value!s:.12}" for name, value in values.items())
+                for values in (identity, self.data_identity)
+            )
+            raise ConfigError(
+                f"{self.out} holds a run on other data than {self.config.train!r} is now: {former_data}, now {data}; put back "
+                "what was there to go on, or give another --out"
+            )
+        if changed and self.rank == 0:
+            _logger.warning(
+                "goes on with %s in place of %s: its weights are not those of a run that was so from its start%s",
+                chosen,
+                former,
+                "; the learning rate follows the schedule of the new length" if "steps" in changed else "",
+            )
+
+    def _restore(self, state: Mapping[str, Any], data: TrainingData) -> None:
         self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))
         self.best = {name: float(value) for name, value in state["best"].items()}
         if broken := not_finite(state["model"]):
             raise CheckpointError(
                 f"{self.out / 'state.pt'}: expected finite weights, found NaN or infinity in {shortened(broken)}: "
-                f"{self._advice}"
+                f"lower the learning rates, with another --out{self._from_the_best}"
             )
         self.model.load_state_dict(state["model"])
+        peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak_lr"] = peak
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         torch.set_rng_state(state["rng"].cpu())
+        if "place" in state:
+            data.load_state_dict(state["place"])
+        else:  # of an earlier version
+            data.skip(self.step * self.config.accumulate, processes=int(state["config"]["processes"]))
 
     # Small parts -------------------------------------------------------------------------------------------------------
 
@@ -380,10 +454,14 @@ class Trainer:
     def _open(self, spec: str) -> Any:
         return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.root or None)
 
-    def _open_data(self) -> TrainingData:
+    def _training_source(self) -> Any:
+        """Pairs to train on, or the pattern of shards."""
         kind, _, pattern = self.config.train.partition(":")
+        return pattern if kind == "webdataset" else self._open(self.config.train)
+
+    def _open_data(self, source: Any) -> TrainingData:
         return TrainingData(
-            pattern if kind == "webdataset" else self._open(self.config.train),
+            source,
             self.preprocess,
             self.model.config.context_length,
             batch_size=self.config.batch_size,
@@ -393,20 +471,29 @@ class Trainer:
             workers=self.config.workers,
             rank=self.rank,
             world=self.world,
-            position=self.step * self.config.accumulate,
             pin_memory=self.device.type == "cuda",
+            max_broken_share=self.config.max_broken_share,
             remote=self.config.remote_data,
         )
 
+    def _readable_batches(self) -> Iterator[Batch]:
+        """Batches with pairs; what is broken is counted on the way."""
+        for batch in self.data:
+            self._count_broken(batch)
+            if len(batch):
+                yield batch
+
     def _count_broken(self, batch: Batch) -> None:
-        self.seen += len(batch.pixels)
+        self.seen += len(batch)
         self.broken += len(batch.broken)
         for message in batch.broken:
             _logger.warning("skipped: %s", printable(message))
-        if self.seen >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * self.seen:
+        met = self.seen + self.broken
+        if met >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * met:
             raise TrainingError(
-                f"{self.broken} of {self.seen + self.broken} pictures cannot be read, more than the share of "
-                f"{self.config.max_broken_share:g} that --max-broken-share allows"
+                f"{self.broken} of {met} pairs cannot be read, more than the share of "
+                f"{self.config.max_broken_share:g} that --max-broken-share allows; with a larger one the same command goes "
+                "on from the last state"
             )
 
     def _freeze(self, gradient: Tensor) -> Tensor:

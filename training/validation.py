@@ -1,18 +1,21 @@
-"""Recall on validation pairs, and what the best checkpoint is chosen by."""
+"""Recall on validation pairs, as ``finelip eval`` measures it, and what the best checkpoint is chosen by."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from finelip_fast._terminal import printable
 from finelip_fast.datasets import PairDataset
+from finelip_fast.datasets.survey import Survey, survey
 from finelip_fast.embed import embed_texts
 from finelip_fast.errors import ImageError, TrainingError
-from finelip_fast.metrics import WAYS, recall
+from finelip_fast.metrics import WAYS, pair_summary
 from finelip_fast.model import FineLIP
+from finelip_fast.ranking import tiled_ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -21,15 +24,16 @@ _BATCH = 64  # pictures at once
 
 @torch.inference_mode()
 def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, float]:
-    """Rank the captions for each picture and the pictures for each caption; pair ``i`` belongs together.
+    """Rank all captions for each picture and all pictures for each caption; a picture may have several captions.
 
     Args:
         model: Model in eval mode.
-        pairs: Pairs whose picture cannot be read are left out, and named on the terminal.
+        pairs: Pairs to measure, at least one. Pictures that cannot be read are left out with their captions, and named in the
+            log.
         name: What the pairs are called, for the message.
 
     Returns:
-        ``{"val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs.
+        ``{"val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs: what ``finelip eval`` calls combined.
 
     Raises:
         TrainingError: No picture can be read.
@@ -38,16 +42,31 @@ def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, floa
     def encode_text(ids: Tensor) -> Tensor:
         return model.encode_text(ids.to(model.device))
 
-    images, texts = [], []
-    for first in range(0, len(pairs), _BATCH):
-        pixels, captions = _readable(model, pairs, range(first, min(first + _BATCH, len(pairs))))
-        if captions:
+    known = survey(pairs)
+    numbers: list[int] = []  # of the pictures that can be read
+    images: list[Tensor] = []
+    for first in range(0, len(known.ids), _BATCH):
+        readable, pixels = _readable(model, pairs, known, range(first, min(first + _BATCH, len(known.ids))))
+        if pixels:
+            numbers += readable
             images.append(model.encode_image(torch.stack(pixels).to(model.device)))
-            texts.append(embed_texts(encode_text, captions, context_length=model.config.context_length))
     if not images:
-        raise TrainingError(f"none of the pictures of validation={name!r} can be read")
-    scores = model.score(torch.cat(images), torch.cat(texts))
-    return {f"val_{metric}": value for metric, value in recall(scores).items()}
+        raise TrainingError(
+            f"none of the {len(known.ids)} pictures of validation={name!r} can be read; where its paths start from another "
+            "folder, give --root"
+        )
+    rows = {number: row for row, number in enumerate(numbers)}
+    captions, picture_of = zip(
+        *(
+            (caption, rows[number])
+            for caption, number in zip(known.captions, known.picture_of, strict=True)
+            if number in rows
+        ),
+        strict=True,
+    )
+    texts = embed_texts(encode_text, captions, context_length=model.config.context_length)
+    (ranks,) = tiled_ranks(torch.cat(images), texts, torch.tensor(picture_of), (model.alpha,))
+    return {f"val_{metric}": value for metric, value in pair_summary(ranks).items() if "_recall@" in metric}
 
 
 def mean_recall(metrics: dict[str, float]) -> float:
@@ -55,13 +74,15 @@ def mean_recall(metrics: dict[str, float]) -> float:
     return sum(metrics.get(f"val_{way}_recall@1", -1.0) for way in WAYS) / 2
 
 
-def _readable(model: FineLIP, pairs: PairDataset, indices: range) -> tuple[list[Tensor], list[str]]:
-    """Pixels and captions, without the pairs whose picture cannot be read."""
-    pixels, captions = [], []
-    for example in (pairs[index] for index in indices):
+def _readable(
+    model: FineLIP, pairs: PairDataset, known: Survey, numbers: Sequence[int]
+) -> tuple[list[int], list[Tensor]]:
+    """Numbers and pixels of the pictures that can be read."""
+    readable, pixels = [], []
+    for number in numbers:
         try:
-            pixels.append(model.preprocess(example.image))
-            captions.append(example.caption)
+            pixels.append(model.preprocess(pairs[known.first[number]].image))
+            readable.append(number)
         except ImageError as error:
             _logger.warning("skipped in validation: %s", printable(error))
-    return pixels, captions
+    return readable, pixels

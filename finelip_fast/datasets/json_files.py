@@ -6,6 +6,8 @@ not at all.
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,10 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        item = parse_json(line, where, error=InputError, expected="a JSON object with 'image' and 'caption'", kind=dict)
-        pairs.append(_pair(item.get("image"), item.get("caption"), root or path.parent, where))
+        item = _parse(line, where, expected="a JSON object with 'image' and 'caption'", kind=dict)
+        if not {"image", "caption"} <= set(item):
+            raise InputError(f"{where}: expected an object with 'image' and 'caption', got {_keys(item)}{_hint(item)}")
+        pairs.append(_pair(item["image"], item["caption"], root or path.parent, where))
     return pairs
 
 
@@ -59,7 +63,9 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         InputError: A missing file, or one of another layout; names the record.
     """
     expected = "ShareGPT4V's JSON, a list of records"
-    records = parse_json(read_text(path), path, error=InputError, expected=expected, kind=list)
+    records = _parse(read_text(path), path, expected=expected)
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected {expected}, got {_keys(records)}{_hint(records)}")
     pairs = []
     for index, record in enumerate(records):
         where = f"{path}, record {index}"
@@ -81,10 +87,12 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: None that can be read, a pipe or a device, other text, or more than 4 GiB.
     """
+    content = read_bytes(path, error=InputError, max_bytes=_MAX_BYTES)
     try:
-        text = read_bytes(path, error=InputError, max_bytes=_MAX_BYTES).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text: {error}") from None
+        kind = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else str(error)
+        raise InputError(f"{path}: expected UTF-8 text: {kind}; save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -92,16 +100,59 @@ def picture_name(name: object, where: str) -> str:
     """A name that a file could have.
 
     Raises:
-        InputError: No text, none, one with NUL or too long, or an address.
+        InputError: No text, none, one with NUL or too long, one that no system has, or an address.
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > _MAX_PATH:
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or "\0" in name
+        or len(name) > _MAX_PATH
+        or not _is_encodable(name)
+    ):
         raise InputError(f"{where}: expected the path of a picture, got {name!r:.80}")
     if _SCHEME.match(name):
         raise InputError(f"{where}: expected a picture that is a file, got {name!r:.80}; download it first")
     return name
 
 
+def _parse(text: str, where: object, *, expected: str, kind: type | None = None) -> Any:
+    """A value of JSON; names of files that are no UTF-8 are in it as Python writes them, by halves of surrogate pairs."""
+    return parse_json(
+        text.removeprefix("\ufeff"), where, error=InputError, expected=expected, kind=kind, surrogates=True
+    )
+
+
 def _pair(image: Any, caption: Any, root: Path, where: str) -> tuple[Path, str]:
     if not isinstance(image, str) or not isinstance(caption, str):
         raise InputError(f"{where}: expected text for picture and caption, got {image!r:.80} and {caption!r:.80}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half of a surrogate pair in the caption {caption!r:.80}") from None
     return root / picture_name(image, where), caption
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _keys(value: object) -> str:
+    return f"the keys {sorted(map(str, value))!r:.80}" if isinstance(value, dict) else f"{value!r:.80}"
+
+
+def _hint(value: object) -> str:
+    """How to open what is of another known layout."""
+    keys = set(value) if isinstance(value, dict) else set()
+    layouts = {
+        "COCO's layout, whose folder is opened as coco:ROOT": {"images", "annotations"},
+        "DOCCI's layout, whose folder is opened as docci:ROOT:SPLIT": {"image_file", "description"},
+        "DCI's layout, whose folder is opened as dci:ROOT:SPLIT": {"short_caption", "extra_caption"},
+        "Flickr30k's layout, whose folder is opened as flickr30k:ROOT:SPLIT": {"images", "dataset"},
+        "a record of ShareGPT4V's, whose file is opened as sharegpt4v:FILE": {"conversations"},
+        "a pair of JSON lines, whose file is opened as jsonl:FILE": {"image", "caption"},
+    }
+    return next((f"; it is of {layout}" for layout, needed in layouts.items() if needed <= keys), "")

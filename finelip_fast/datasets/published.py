@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from finelip_fast._decode import image_suffixes
 from finelip_fast._json import parse_json
+from finelip_fast._terminal import printable
 from finelip_fast.datasets.json_files import picture_name, read_text
 from finelip_fast.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 Pairs = list[tuple[Path, str]]
 Key = TypeVar("Key", bound=Hashable)
@@ -39,17 +45,20 @@ FLICKR30K = (
 
 
 def read_urban1k(root: Path) -> Pairs:
-    """Long-CLIP's Urban1k: ``image/NAME.jpg`` and ``caption/NAME.txt``, one caption a picture.
+    """Long-CLIP's Urban1k: ``image/NAME.jpg`` and ``caption/NAME.txt``, one caption a picture; other kinds of picture do, too.
 
     Args:
         root: The folder that holds ``image`` and ``caption``, or the one that holds ``Urban1k``.
 
     Raises:
-        InputError: A missing folder, a picture without caption, a caption without picture.
+        InputError: A missing folder, a picture without caption, a caption without picture, two pictures of one name.
     """
     root = _inner(root, "Urban1k", "image")
-    pictures = {path.stem: path for path in _list(root / "image", ".jpg", URBAN1K)}
-    captions = {path.stem: [read_text(path)] for path in _list(root / "caption", ".txt", URBAN1K)}
+    pictures: dict[str, Path] = {}
+    for path in _list(root / "image", image_suffixes(), URBAN1K):
+        if (twin := pictures.setdefault(path.stem, path)) != path:
+            raise InputError(f"{root / 'image'}: expected one picture of each name, got {twin.name} and {path.name}")
+    captions = {path.stem: [read_text(path)] for path in _list(root / "caption", {".txt"}, URBAN1K)}
     return _match(pictures, captions, root, URBAN1K)
 
 
@@ -94,7 +103,7 @@ def read_dci(root: Path, split: str | None = None) -> Pairs:
     root = _inner(root, "densely_captioned_images", "annotations")
     annotations, photos = _folder(root / "annotations", DCI), _folder(root / "photos", DCI)
     if split is None:
-        paths = _list(annotations, ".json", DCI)
+        paths = _list(annotations, {".json"}, DCI)
     else:
         where = root / "splits.json"
         splits = _parse(_text(where, DCI), where)
@@ -231,11 +240,18 @@ def _folder(path: Path, published: str) -> Path:
     return path
 
 
-def _list(folder: Path, suffix: str, published: str) -> list[Path]:
+def _list(folder: Path, suffixes: Collection[str], published: str) -> list[Path]:
+    """The files of a folder by their suffixes, in capitals or not; what is left out is logged."""
     try:
-        return sorted(path for path in _folder(folder, published).iterdir() if path.suffix == suffix)
+        paths = sorted(_folder(folder, published).iterdir())
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}") from None
+    listed = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    if left_out := sorted(set(paths) - set(listed)):
+        _logger.warning(
+            "%s: left out %d files, first %s", printable(folder), len(left_out), printable(left_out[0].name)
+        )
+    return listed
 
 
 def _text(path: Path, published: str) -> str:
@@ -250,8 +266,19 @@ def _present(pairs: Pairs, published: str) -> Pairs:
     pictures = dict.fromkeys(path for path, _ in pairs)
     missing = [path for path in pictures if not os.path.isfile(path)]
     if missing:
-        raise InputError(f"{len(missing)} of {len(pictures)} pictures are missing, first {missing[0]}. {published}")
+        raise InputError(
+            f"{len(missing)} of {len(pictures)} pictures are missing, first {missing[0]}{_beside(missing[0])}. {published}"
+        )
     return pairs
+
+
+def _beside(picture: Path) -> str:
+    """The picture that lies in another one's place under another suffix, for a message."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(picture.parent)):
+            if os.path.splitext(name)[0] == picture.stem and os.path.splitext(name)[1].lower() in image_suffixes():
+                return f" (there is {name}: give it the name that the captions have)"
+    return ""
 
 
 # --- What files hold ---------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from finelip_fast._files import installed
 from finelip_fast.datasets import PairDataset
+from finelip_fast.datasets.survey import Survey, hash_of, survey
 from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
 from finelip_fast.evaluation.cache import PartFolder, StoredRows, embed_in_parts
-from finelip_fast.evaluation.ranking import tiled_ranks
 from finelip_fast.evaluation.result import Evaluation, Row, Sweep
-from finelip_fast.evaluation.survey import Survey, hash_of, survey
 from finelip_fast.metrics import ALPHAS, SCORES, WAYS, pair_summary
+from finelip_fast.ranking import tiled_ranks
 from finelip_fast.tokenizer import expected_truncation
 
 

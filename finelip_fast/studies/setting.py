@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast.datasets import PairDataset, open_dataset
+from finelip_fast.datasets.survey import survey
 from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
-from finelip_fast.evaluation.survey import survey
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import SCORES, WAYS, bootstrap_interval, pair_ranks, pair_summary
 from finelip_fast.records import Series

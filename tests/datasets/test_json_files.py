@@ -59,7 +59,7 @@ def test_an_empty_file_has_no_pairs(tmp_path):
     ("bad", "reason"),
     [
         ("{", "expected a JSON object with 'image' and 'caption': Expecting property name .* line 1, column 2"),
-        ('{"image": "a.jpg"}', "expected text for picture and caption, got 'a.jpg' and None"),
+        ('{"image": "a.jpg"}', r"expected an object with 'image' and 'caption', got the keys \['image'\]"),
         ("[1, 2]", "expected a JSON object"),
         ("7", "expected a JSON object"),
         (line(caption=3), "expected text for picture and caption, got 'a.jpg' and 3"),
@@ -72,6 +72,7 @@ def test_an_empty_file_has_no_pairs(tmp_path):
             "expected a picture that is a file, got 'https://a.b/c.jpg'; download it first",
         ),
         (r'{"image": "a.jpg", "caption": "a \ud800"}', "half of a surrogate pair"),
+        (r'{"image": "\ud800.jpg", "caption": "a"}', r"expected the path of a picture, got '\\ud800\.jpg'"),
         ('{"image": "a.jpg", "caption": ' + "[" * 100_000, "nesting deeper than 64"),
         ('{"image": "a.jpg", "caption": ' + "9" * 5000 + "}", "an integer beyond 64 bits"),
     ],
@@ -81,6 +82,51 @@ def test_an_error_names_file_and_line(tmp_path, bad, reason):
     with pytest.raises(InputError, match=reason) as caught:
         read_json_lines(path)
     assert f"{path}, line 3: " in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
+def test_names_that_are_no_utf8_are_read_as_python_writes_them(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"image": name, "caption": "a cat"}) + "\n")
+    ((picture, _),) = read_json_lines(path)
+    assert os.fsencode(picture.name) == b"caf\xe9.jpg"
+
+
+BOM = "\ufeff"
+
+
+def test_byte_order_marks_before_each_of_several_files_joined_are_passed_over(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", BOM + line(caption="one"), BOM + line(caption=f"{BOM}two"))
+    assert [caption for _, caption in read_json_lines(path)] == ["one", f"{BOM}two"]
+    path.write_text(BOM + json.dumps([{"image": "a.jpg", "conversations": [{"from": "gpt", "value": "one"}]}]))
+    assert [caption for _, caption in read_sharegpt4v(path)] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ({"images": [], "annotations": [], "info": {}}, "COCO's layout, whose folder is opened as coco:ROOT"),
+        ({"split": "test", "image_file": "a.jpg", "description": "b"}, "DOCCI's layout, .* opened as docci:ROOT:SPLIT"),
+        ({"image": "a.jpg", "short_caption": "b", "extra_caption": "c"}, "DCI's layout, .* dci:ROOT:SPLIT"),
+        ({"images": [], "dataset": "flickr30k"}, "Flickr30k's layout, .* flickr30k:ROOT:SPLIT"),
+        ({"image": "a.jpg", "conversations": []}, "a record of ShareGPT4V's, .* sharegpt4v:FILE"),
+    ],
+)
+def test_a_file_of_another_data_set_is_told_how_to_be_opened(tmp_path, content, kind):
+    path = write_lines(tmp_path / "a.jsonl", json.dumps(content))
+    with pytest.raises(InputError, match=f"; it is of {kind}$"):
+        read_json_lines(path)
+    with pytest.raises(InputError, match=f"expected ShareGPT4V's JSON.*; it is of {kind}$"):
+        read_sharegpt4v(path)
+
+
+@pytest.mark.parametrize(("encoding", "reason"), [("utf-16", "UTF-16"), ("latin-1", "can't decode byte 0xe9")])
+def test_text_of_another_encoding_is_refused_with_what_to_do(tmp_path, encoding, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line(caption="café"), encoding=encoding)
+    with pytest.raises(InputError, match=rf"a\.jsonl: expected UTF-8 text: .*{reason}.*; save it as UTF-8"):
+        read_json_lines(path)
 
 
 # --- ShareGPT4V --------------------------------------------------------------------------------------------------
@@ -130,7 +176,7 @@ def test_sharegpt4v_error_names_the_record(tmp_path, bad, reason):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [('{"a": 1}', "a list of records: found an object instead of a list"), ("[{", "list of records: ")],
+    [('{"a": 1}', "a list of records, got the keys \\['a'\\]"), ("[{", "list of records: ")],
 )
 def test_sharegpt4v_refuses_another_layout(tmp_path, content, reason):
     path = tmp_path / "s.json"

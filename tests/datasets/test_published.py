@@ -135,6 +135,63 @@ def test_urban1k_pairs_by_name(tmp_path, seed, inner):
     assert read_urban1k(tmp_path) == expected
 
 
+def test_urban1k_of_other_kinds_of_picture_and_with_hidden_files(tmp_path, caplog):
+    root = make_urban1k(tmp_path)
+    for old, new in (("1.jpg", "1.JPG"), ("10.jpg", "10.png"), ("2.jpg", "2.jpeg")):
+        (root / "image" / old).rename(root / "image" / new)
+    (root / "caption" / "1.txt").rename(root / "caption" / "1.TXT")
+    for name in ("image/._1.jpg", "image/._10.png", "caption/._1.txt", "image/.DS_Store"):  # as macOS leaves them
+        (root / name).write_bytes(b"\0\5\x16\7")
+    assert [path.name for path, _ in read_urban1k(root)] == ["1.JPG", "10.png", "2.jpeg", "a b.jpg", "é.jpg"]
+    assert caplog.messages == [
+        f"{root / 'image'}: left out 3 files, first .DS_Store",
+        f"{root / 'caption'}: left out 1 files, first ._1.txt",
+    ]
+    Image.new("RGB", (2, 2)).save(root / "image" / "1.png")
+    with pytest.raises(InputError, match=r"image: expected one picture of each name, got 1\.JPG and 1\.png"):
+        read_urban1k(root)
+
+
+def test_dci_passes_over_hidden_annotations(tmp_path, caplog):
+    root = make_dci(tmp_path)
+    (root / "annotations" / "._x.json").write_bytes(b"\0\5\x16\7")
+    assert len(read_dci(root)) == 3
+    assert caplog.messages == [f"{root / 'annotations'}: left out 1 files, first ._x.json"]
+
+
+@pytest.mark.parametrize("name", ["test_0.JPG", "test_0.png"])
+def test_a_picture_of_another_suffix_is_named_where_one_is_missing(tmp_path, name):
+    images = make_docci(tmp_path) / "images"
+    (images / "test_0.jpg").rename(images / name)
+    expected = (
+        rf"1 of 2 pictures are missing, first .*test_0\.jpg \(there is {name}: give it the name that the captions "
+    )
+    with pytest.raises(InputError, match=expected):
+        read_docci(tmp_path)
+    (images / name).rename(images / "test_0.jpg")
+    assert len(read_docci(tmp_path)) == 2
+
+
+MARKED = {
+    "docci": (make_docci, "docci_descriptions.jsonlines", read_docci),
+    "dci": (make_dci, "annotations/x.json", read_dci),
+    "coco": (make_coco, "annotations/captions_val2017.json", read_coco),
+    "flickr30k": (make_flickr30k, "dataset_flickr30k.json", read_flickr30k),
+    "token": (make_token, "results_20130124.token", read_flickr30k),
+    "long-dci": (make_long_dci, "dci_long.csv", read_long_dci),
+    "urban1k": (make_urban1k, "caption/1.txt", read_urban1k),
+}
+
+
+@pytest.mark.parametrize("layout", MARKED)
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, layout):
+    make, name, read = MARKED[layout]
+    expected = read(make(tmp_path))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert read(tmp_path) == expected
+
+
 @pytest.mark.parametrize(
     ("split", "names"),
     [

@@ -14,10 +14,10 @@ from torch import Tensor
 import finelip_fast
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Example, open_dataset
+from finelip_fast.datasets.survey import survey
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import ImageError, InputError, WriteError
 from finelip_fast.evaluation import Sweep, evaluate, read_evaluation
-from finelip_fast.evaluation.survey import survey
 from finelip_fast.metrics import pair_ranks, recall
 
 CONFIG = FineLIPConfig.preset("scenes", context_length=64)

@@ -5,10 +5,12 @@ Started by ``torchrun`` this file is the two processes' program: it reads the ca
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from PIL import Image
 from finelip_fast.config import PRESETS, FineLIPConfig
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.distributed import gather, process_group
-from finelip_fast.training.train import Trainer, parameter_groups
+from finelip_fast.training.train import Trainer, parameter_groups, train
 
 TINY = FineLIPConfig(
     embed_dim=32,
@@ -89,15 +91,44 @@ def gathered_gradients(rank):
     return {"gathered": gather(left).detach(), "left": left.grad, "right": right.grad}
 
 
+def run_noting_pictures(config):
+    """A run that writes the ids of the pictures that this process meets."""
+    take_step, met = Trainer._train_step, []
+
+    def noting(self, batches):
+        met.append([image_id for batch in batches for image_id in batch.image_ids.tolist()])
+        return take_step(self, batches)
+
+    Trainer._train_step = noting
+    try:
+        train(config)
+    finally:
+        Trainer._train_step = take_step
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    (Path(config.out) / f"met-{world}-{rank}.json").write_text(json.dumps(met))
+
+
 def main(folder):
     """One of the two processes."""
     PRESETS["tiny"] = TINY
+    if (folder / "recipe.json").exists():
+        return run_noting_pictures(TrainConfig(**json.loads((folder / "recipe.json").read_text())))
     with process_group(torch.device("cpu")) as (rank, world):
         results = {"world": world, "gather": gathered_gradients(rank), "after": {}}
         for name, options in json.loads((folder / "cases.json").read_text()).items():
             _, results["after"][name] = parameters_after_two_steps(options, rank, world)
             dist.barrier()
         torch.save(results, folder / f"rank{rank}.pt")
+
+
+def run_two_processes(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +141,7 @@ def ranks(tmp_path_factory):
         for name, options in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_two_processes(folder)
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -172,6 +198,54 @@ def test_negatives_of_other_processes_count(alone):
     _, whole = alone("contrastive")
     _, separate = alone("contrastive", batch_size=4, accumulate=2, accumulation="separate")
     assert max((whole[key] - separate[key]).abs().max().item() for key in whole) > 1e-3
+
+
+def write_shards(folder):
+    """The pairs as four shards."""
+    pytest.importorskip("webdataset")
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for index in range(shard * 4, shard * 4 + 4):
+                for suffix, content in (
+                    ("png", (folder / f"{index}.png").read_bytes()),
+                    ("txt", lines[index]["caption"].encode()),
+                ):
+                    info = tarfile.TarInfo(f"{index}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return f"webdataset:{folder}/{{0..3}}.tar"
+
+
+@pytest.mark.parametrize(("kind", "two_first"), [("files", True), ("shards", False)])
+def test_a_run_goes_on_with_another_number_of_processes_with_the_rest_of_the_epoch(
+    tmp_path, monkeypatch, kind, two_first
+):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    pairs = write_pairs(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    lines = [line | {"image": f"{index}.png"} for index, line in enumerate(lines)]  # each its own
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"preset": "tiny", "context_length": 24, "precision": "fp32", "device": "cpu", "workers": 0, "threads": 1}
+    options |= {"train": write_shards(tmp_path) if kind == "shards" else pairs, "validation": pairs, "batch_size": 2}
+    options |= {"steps": 99, "freeze_positions": 0, "tensorboard": False, "out": str(tmp_path / "run")}
+    epoch_batches = {1: 8, 2: 4}
+    met = []
+    for world, stop_at in (
+        ((2, 2), (1, 6)) if two_first else ((1, 4), (2, 6))
+    ):  # two processes take as much by two steps
+        config = TrainConfig(**options, stop_at=stop_at, epoch_batches=epoch_batches[world] if kind == "shards" else 0)
+        if world == 1:
+            run_noting_pictures(config)
+        else:
+            (tmp_path / "recipe.json").write_text(config.to_json())
+            log = run_two_processes(tmp_path)
+            assert log.count("goes on with {") == (not two_first)
+        for rank in range(world):
+            steps = json.loads((tmp_path / "run" / f"met-{world}-{rank}.json").read_text())
+            met += [image_id for step in steps for image_id in step]
+    assert len(met) == len(set(met)) == PAIRS
 
 
 if __name__ == "__main__":

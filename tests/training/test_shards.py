@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import tarfile
 import threading
@@ -17,15 +18,16 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
+from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.training import shards as module
 from finelip_fast.training.config import TrainConfig, configure, load_recipe
-from finelip_fast.training.data import ShardExamples
+from finelip_fast.training.data import Batch, ShardBatches
 from finelip_fast.training.shards import shard_names, shard_samples
 
 pytest.importorskip("webdataset")
@@ -58,6 +60,10 @@ def pair(key: str, caption: bytes = b"red") -> list[tuple[str, bytes]]:
 
 def keys(path: Path) -> list[str]:
     return [sample["__key__"] for sample in shard_samples(str(path))]
+
+
+def batches(pattern: str) -> list[Batch]:
+    return list(ShardBatches(pattern, Preprocess(8), 12, batch_size=1, seed=0))
 
 
 def train(pattern: str, **options: object) -> TrainConfig:
@@ -116,7 +122,7 @@ def test_other_names_are_refused_before_anything_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for make in (shard_names, train, lambda pattern: ShardExamples(pattern, Preprocess(8), 12, seed=0)):
+    for make in (shard_names, train, batches):
         with pytest.raises(ConfigError, match=message):
             make(pattern)
     assert not list(tmp_path.iterdir())
@@ -140,6 +146,7 @@ def test_a_recipe_cannot_consent_to_the_network(tmp_path: Path) -> None:
         ConfigError, match="asks for remote_data; give --remote-data on the command line if you trust it"
     ):
         load_recipe(str(recipe))
+    assert configure(str(recipe), {"remote_data": True}).remote_data  # as that advises
     recipe.write_text(json.dumps({**values, "remote_data": False}))
     with pytest.raises(ConfigError, match=r"got the address 'http://host/a\.tar'; --remote-data"):
         configure(str(recipe), {})
@@ -204,6 +211,21 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     assert [sorted(sample) for sample in samples] == [sorted(sample) for sample in expected]
     for sample, other in zip(samples, expected, strict=True):
         assert all(sample[name] == other[name] for name in sample if name in ("png", "txt", "__key__", "__url__"))
+
+
+def test_shards_as_other_programs_write_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By macOS with hidden files between the others, with suffixes in capitals, with byte-order marks."""
+    path = tmp_path / "a.tar"
+    members = [("0.PNG", picture()), ("0.TXT", b"\xef\xbb\xbfred"), ("1.png", picture()), ("1.json", BOM_JSON)]
+    hidden = [[(f"a/._{name}", b"\0\5\x16\7"), (f"a/{name}", content)] for name, content in members]
+    path.write_bytes(archive(*(member for pair in hidden for member in pair)))
+    first, second = batches(str(path))
+    assert first.broken == second.broken == []
+    assert torch.equal(first.ids, second.ids)
+    assert caplog.messages == [f"{path}: left out hidden files, first a/._0.PNG"]
+
+
+BOM_JSON = b'\xef\xbb\xbf{"caption": "red"}'
 
 
 def special(kind: bytes, name: str = "0.jpg", **values: object) -> tarfile.TarInfo:
@@ -300,15 +322,16 @@ def test_captions_that_are_none_are_named(tmp_path: Path, files: dict[str, bytes
     path.write_bytes(
         archive(("0\x1b[2J.png", picture()), *((f"0\x1b[2J.{name}", text) for name, text in files.items()))
     )
-    with pytest.raises(TrainingError, match=rf"a\.tar:0\\x1b\[2J: expected a picture .* found .*{reason}"):
-        list(ShardExamples(str(path), Preprocess(8), 12, seed=0))
+    (report,) = batches(str(path))
+    assert len(report) == 0
+    assert re.search(rf"a\.tar:0\\x1b\[2J: expected a picture .* found .*{reason}", report.broken[0])
 
 
 def test_names_that_are_no_utf8_are_names(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(archive(*pair("\udcff"), format=tarfile.GNU_FORMAT))
-    (encoded,) = ShardExamples(str(path), Preprocess(8), 12, seed=0)
-    assert encoded.pixels.shape == (3, 8, 8)
+    (batch,) = batches(str(path))
+    assert batch.pixels.shape == (1, 3, 8, 8)
 
 
 @cache
@@ -340,9 +363,7 @@ def test_damaged_shards_are_read_or_refused(tmp_path_factory: pytest.TempPathFac
             content[148:156] = b"%06o\0 " % sum(content[:512])
     path = tmp_path_factory.getbasetemp() / f"fuzz-{os.getpid()}.tar"
     path.write_bytes(content)
-    try:
-        for encoded in ShardExamples(str(path), Preprocess(8), 12, seed=0):
-            assert encoded.pixels.shape == (3, 8, 8)
-            assert encoded.pixels.isfinite().all()
-    except FineLIPError:
-        pass
+    for batch in batches(str(path)):
+        assert batch.broken or len(batch)
+        assert not len(batch) or batch.pixels.shape == (1, 3, 8, 8)
+        assert batch.pixels.isfinite().all()

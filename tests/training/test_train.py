@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.training import train as training
 from finelip_fast.training import validation
 from finelip_fast.training.config import TrainConfig
-from finelip_fast.training.optimizer import parameter_groups
+from finelip_fast.training.optimizer import parameter_groups, schedule
 from finelip_fast.training.train import Trainer, train
 
 TINY = FineLIPConfig(
@@ -228,7 +230,7 @@ def test_the_scale_stays_in_its_bounds(configure):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(configure):
-    with pytest.raises(TrainingError, match=r"the loss is nan.* at step \d: lower the learning rates"):
+    with pytest.raises(TrainingError, match=r"the loss is nan.* at step \d: lower --encoder-lr, now 1e\+30, and --ag"):
         train(configure(encoder_lr=1e30))
 
 
@@ -269,7 +271,7 @@ def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every,
         assert read_weights(out / "state.pt")["step"] == 2
     if every == "eval_every":  # what is advised can be done
         monkeypatch.undo()
-        start = re.search(r"with another --out, --init (.*) starts from the best", str(caught.value))
+        start = re.search(r"from the best weights by --init (.*)$", str(caught.value))
         train(configure(init=start[1], out=str(out.with_name("again")), encoder_lr=1e-3, steps=1))
 
 
@@ -363,14 +365,17 @@ def test_small_rates_are_logged_as_they_are(configure):
 
 def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     values = iter([0.2, 0.9, 0.9, 0.7])
-    weights = []
+    embeddings = []
 
-    def recall(scores):
-        weights.append(scores)
+    def summary(ranks):
         value = next(values)
         return {"i2t_recall@1": value, "t2i_recall@1": value}
 
-    monkeypatch.setattr(validation, "recall", recall)
+    tiled_ranks = validation.tiled_ranks
+    monkeypatch.setattr(
+        validation, "tiled_ranks", lambda *arrays: [embeddings.append(arrays[:2]), *tiled_ranks(*arrays)][1:]
+    )
+    monkeypatch.setattr(validation, "pair_summary", summary)
     config = configure(eval_every=2, steps=8, ema_decay=0.5)
     best = train(config)
     assert best == {"val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
@@ -383,7 +388,8 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     with torch.no_grad():
         images = kept.encode_image(kept.preprocess.batch(pairs[index].image for index in range(PAIRS)))
         texts = kept.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
-        torch.testing.assert_close(kept.score(images, texts), weights[1])
+        for expected, measured in zip((images, texts), embeddings[1], strict=True):
+            torch.testing.assert_close(measured, expected)
 
 
 def test_signal_handlers_are_given_back(configure):
@@ -427,7 +433,9 @@ def test_broken_pictures_are_named_and_counted(configure, damaged, capsys):
 
 def test_too_many_broken_pictures_stop_the_run(configure, damaged, monkeypatch):
     monkeypatch.setattr(training, "_BROKEN_AFTER", 16)
-    with pytest.raises(TrainingError, match=r"2 of 18 pictures cannot be read, more than the share of 0.1 that --max-"):
+    with pytest.raises(
+        TrainingError, match=r"2 of 1[0-9] pairs cannot be read, more than the share of 0.1 that --max-"
+    ):
         train(configure(**damaged, max_broken_share=0.1))
     monkeypatch.setattr(training, "_BROKEN_AFTER", 200)
     train(configure(**damaged, max_broken_share=0.1))  # too early to tell
@@ -561,12 +569,19 @@ def test_a_finished_run_stays_as_it_is(data, uninterrupted):
     assert log_of(out) == log
 
 
+@pytest.fixture
+def copied(uninterrupted, tmp_path, data):
+    """A run of six steps, to go on with."""
+    shutil.copytree(uninterrupted[0], tmp_path / "copied")
+    places = {"out": str(tmp_path / "copied"), "train": data, "validation": data}
+    return lambda **changes: TrainConfig(**(OPTIONS | LASTING | places | changes))
+
+
 @pytest.mark.parametrize(
-    "changes", [{"encoder_lr": 1e-3}, {"steps": 9}, {"loss": ["triplet:fine"]}, {"batch_size": 8, "accumulate": 1}]
+    "changes", [{"steps": 5}, {"loss": ["triplet:fine"]}, {"batch_size": 8, "accumulate": 1}, {"seed": 3}]
 )
-def test_going_on_differently_is_refused(data, uninterrupted, changes):
-    out, _ = uninterrupted
-    config = TrainConfig(**(OPTIONS | LASTING | changes), out=str(out), train=data, validation=data)
+def test_going_on_differently_is_refused(copied, changes):
+    config = copied(**changes)
     with pytest.raises(ConfigError, match="give the same options to go on, or another --out") as caught:
         train(config)
     for name in changes:
@@ -575,17 +590,50 @@ def test_going_on_differently_is_refused(data, uninterrupted, changes):
     assert was.count("':") == asked.count("':") == len(changes)
 
 
-def test_going_on_with_other_processes_is_refused(data, uninterrupted):
-    out, _ = uninterrupted
-    config = TrainConfig(**(OPTIONS | LASTING), out=str(out), train=data, validation=data)
-    with pytest.raises(ConfigError, match=r"holds a run with \{'processes': 1\}, asked for \{'processes': 2\}"):
-        Trainer(config, CPU, rank=0, world=2)
+def test_a_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(copied, uninterrupted, caplog):
+    config = copied(steps=9)
+    train(config)
+    log = log_of(config.out)
+    assert log[: len(log_of(uninterrupted[0]))] == log_of(uninterrupted[0])
+    rates = {line["step"]: line["encoder_lr"] for line in log if "loss" in line}
+    expected = {step + 1: 3e-3 * schedule(step, config) for step in range(6, 9)}
+    assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-5)
+    assert rates[7] > rates[6]
+    (message,) = caplog.messages
+    assert message.startswith(
+        "goes on with {'steps': 9} in place of {'steps': 6}: its weights are not those of a run that"
+    )
+    assert message.endswith("; the learning rate follows the schedule of the new length")
+    assert json.loads((Path(config.out) / "config.json").read_text())["steps"] == 9
+    caplog.clear()
+    train(config)
+    assert not caplog.messages
 
 
-def test_going_on_may_change_what_the_weights_do_not_depend_on(data, uninterrupted):
-    out, best = uninterrupted
+def test_a_run_goes_on_with_other_rates(configure, caplog):
+    train(configure(**LASTING, stop_at=2))
+    trainer = Trainer(configure(**LASTING, encoder_lr=1e-4), CPU)
+    assert {group["peak_lr"] for group in trainer.optimizer.param_groups} == {1e-4, 3e-3}
+    assert trainer.optimizer.state
+    assert caplog.messages[0].startswith("goes on with {'encoder_lr': 0.0001} in place of {'encoder_lr': 0.003}")
+
+
+def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, monkeypatch, caplog):
+    monkeypatch.setattr(training, "DistributedDataParallel", lambda model: model)
+    train(configure(**LASTING, stop_at=1))  # 8 of 16 pairs
+    whole = iter(Trainer(configure(**LASTING), CPU).data)
+    trainers = [Trainer(configure(**LASTING), CPU, rank, 2) for rank in range(2)]
+    rest = [next(iter(trainer.data)).image_ids for trainer in trainers]
+    assert torch.equal(torch.cat(rest), torch.cat([next(whole).image_ids for _ in range(2)]))
+    assert [trainer.data.state_dict() for trainer in trainers] == [{"epoch": 0, "pairs": 16}] * 2
+    (message,) = caplog.messages  # of the first process
+    assert message.startswith("goes on with {'processes': 2} in place of {'processes': 1}")
+
+
+def test_going_on_may_change_what_the_weights_do_not_depend_on(copied, uninterrupted, caplog):
     free = {"log_every": 5, "save_every": 9, "eval_every": 4, "workers": 1, "max_broken_share": 0.5}
-    assert train(TrainConfig(**(OPTIONS | LASTING | free), out=str(out), train=data, validation=data)) == best
+    assert train(copied(**free)) == uninterrupted[1]
+    assert not caplog.messages
 
 
 # --- The command line --------------------------------------------------------------------------------------------
@@ -722,9 +770,165 @@ def test_a_state_of_something_else_is_refused(configure, tmp_path, uninterrupted
         train(configure(**LASTING))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_cut_state_is_an_error_that_says_how_to_begin_again(configure, tmp_path, share, capsys):
+    config = configure(**LASTING, stop_at=3)
+    train(config)
+    capsys.readouterr()
+    state = tmp_path / "run" / "state.pt"
+    content = state.read_bytes()
+    state.write_bytes(content[: int(share * len(content))])
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    command = ["train", str(tmp_path / "recipe.json"), "--quiet", "--out"]
+    assert finelip([*command, config.out]) == 2
+    error = capsys.readouterr().err
+    advice = re.search(
+        r"begin again with another --out with (--init) (\S+), or in this one once the file is removed\n", error
+    )
+    assert error.startswith(f"error: {state}: expected the state of a run, found ")
+    assert "Traceback" not in error
+    assert finelip([*command, str(tmp_path / "another"), *advice.groups()]) == 0
+    state.unlink()
+    assert finelip([*command, config.out]) == 0
+
+
+@pytest.mark.parametrize("change", ["shorter", "other"])
+def test_data_that_changed_under_its_name_is_noticed(configure, tmp_path, data, change):
+    source = Path(data.removeprefix("jsonl:"))
+    lines = source.read_text().splitlines()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(lines))
+    options = {**LASTING, "train": f"jsonl:{pairs}", "root": str(source.parent)}
+    train(configure(**options, stop_at=3))
+    pairs.write_text("\n".join(lines[:-1] if change == "shorter" else [*lines[:-1], lines[0]]))
+    present = f"now pairs {16 - (change == 'shorter')}"
+    expected = f"holds a run on other data than .* is now: pairs 16, sha256 [0-9a-f]{{12}}, {present}"
+    with pytest.raises(ConfigError, match=f"{expected}.*; put back what was there to go on, or give another --out"):
+        train(configure(**options))
+    pairs.write_text("\r\n".join(lines))  # the same pairs
+    train(configure(**options))
+
+
+def test_a_run_of_an_earlier_version_does_not_know_its_data_and_goes_on(configure, tmp_path, uninterrupted):
+    train(configure(**LASTING, stop_at=3))
+    path = tmp_path / "run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["data"], state["place"]
+    torch.save(state, path)
+    assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
+
+
+def test_names_that_are_no_utf8_are_trained_on_and_gone_on_with(configure, tmp_path, data, capsys):
+    source = Path(data.removeprefix("jsonl:"))
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    for line in lines:
+        shutil.copy(source.parent / line["image"], folder / ("\udce9" + line["image"]))
+        line["image"] = "\udce9" + line["image"]
+    (folder / "\udce95.png").unlink()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    places = {"train": f"jsonl:{folder / 'pairs.jsonl'}", "out": str(folder / "run")}
+    for stop_at in (3, 6):
+        best = train(configure(**LASTING, **places, validation=places["train"], stop_at=stop_at))
+    assert best["val_t2i_recall@10"] > 0
+    assert "caf\\udce9/\\udce95.png" in capsys.readouterr().err
+
+
 def test_what_a_killed_writer_left_is_removed(configure, tmp_path):
     left = tmp_path / "run" / "best" / f".{'0' * 32}.tmp"
     left.parent.mkdir(parents=True)
     left.touch()
     train(configure(**LASTING, stop_at=1))
     assert not left.exists()
+
+
+# --- What errors advise ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def advised(configure, tmp_path):
+    """Run into an error, then do as it says."""
+
+    def follow(message, changes, **options):
+        with pytest.raises((ConfigError, TrainingError), match=message) as caught:
+            train(configure(**options))
+        assert all(name in str(caught.value).replace("-", "_") for name in changes)
+        return train(configure(**(options | changes)))
+
+    return follow
+
+
+@pytest.mark.parametrize("out", ["run", "anew"])
+def test_a_loss_that_is_no_number_is_mended_by_lower_rates(advised, monkeypatch, tmp_path, out):
+    take_step = Trainer._train_step
+
+    def diverging(self, batches):
+        if self.step == 3 and self.config.encoder_lr > 1e-3:
+            self.model.visual.proj.register_hook(lambda gradient: gradient * torch.nan)
+        return take_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging)
+    changes = {"encoder_lr": 1e-4, "aggregator_lr": 1e-4, "out": str(tmp_path / out)}
+    advised("its gradient's norm nan, at step 3: lower --encoder-lr", changes, **LASTING)
+    steps = [line["step"] for line in log_of(tmp_path / out) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (log_of(tmp_path / out)[0]["encoder_lr"] == 3e-3) == (out == "run")
+
+
+def test_a_share_of_broken_pairs_that_is_too_large_is_mended_by_allowing_it(advised, damaged, monkeypatch):
+    monkeypatch.setattr(training, "_BROKEN_AFTER", 16)
+    advised("--max-broken-share allows; with a larger one", {"max_broken_share": 0.5}, **damaged)
+
+
+def test_pictures_in_another_folder_are_found_by_root(advised, data, tmp_path):
+    source = Path(data.removeprefix("jsonl:"))
+    shutil.copy(source, tmp_path / "pairs.jsonl")
+    moved, root = f"jsonl:{tmp_path / 'pairs.jsonl'}", {"root": str(source.parent)}
+    advised("16 of 16 pairs were tried in turn, .*, give --root", root, train=moved)
+    advised(
+        "none of the 16 pictures of validation=.*, give --root", root, validation=moved, out=str(tmp_path / "other")
+    )
+
+
+def test_a_batch_larger_than_the_data_is_mended_by_a_smaller_one(advised):
+    advised("at least one global batch of 32 examples, got 16", {"batch_size": 8}, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"), [({"batch_size": 8}, {"batch_size": 4}), ({"batch_size": 4, "workers": 2}, {"workers": 1})]
+)
+def test_shards_of_less_than_a_batch_are_mended_by_fewer_workers_or_a_smaller_one(
+    advised, data, tmp_path, monkeypatch, options, changes
+):
+    pytest.importorskip("webdataset")
+    source = Path(data.removeprefix("jsonl:"))
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    for shard in range(2):  # of two and of three samples
+        with tarfile.open(f"ab:{shard}.tar", "w") as tar:
+            for line in lines[shard * 2 : shard * 3 + 2]:
+                (tmp_path / "caption.txt").write_text(line["caption"])
+                tar.add(source.parent / line["image"], line["image"])
+                tar.add("caption.txt", line["image"].replace("png", "txt"))
+    with pytest.raises(ConfigError, match=r"a file whose name has a colon is written \./NAME"):
+        TrainConfig(train="webdataset:ab:{0..1}.tar", epoch_batches=1, out="run", validation=data)
+    shards = {"train": "webdataset:./ab:{0..1}.tar", "steps": 1}
+    advised("expected epoch_batches ", {"epoch_batches": 1}, **shards, batch_size=2, out="first")
+    advised("less than one batch per worker of a process", changes, **shards, epoch_batches=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes", "options"),
+    [
+        ("expected accumulation separate", {"accumulation": "separate"}, {"grounding": 0.1, "accumulate": 2}),
+        ("found none; use --device cpu", {"device": "cpu"}, {"device": "cuda"}),
+        ("or pass --no-tensorboard", {"tensorboard": False}, {"tensorboard": True}),
+    ],
+)
+def test_what_cannot_be_honoured_is_mended_as_the_error_says(advised, monkeypatch, message, changes, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    scenes = {"train": "scenes:train:16", "validation": "scenes:val:8", "context_length": 256, "steps": 1}
+    advised(message, changes, **scenes, **options)

@@ -5,36 +5,59 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import finelip_fast
 from finelip_fast.datasets import open_dataset
 from finelip_fast.datasets.base import FileExamples
+from finelip_fast.engines import open_engine
 from finelip_fast.errors import TrainingError
-from finelip_fast.metrics import recall
+from finelip_fast.evaluation import evaluate
 from finelip_fast.training.validation import mean_recall, validate
 
+PICTURES = 12
 
-def test_pairs_whose_picture_cannot_be_read_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = finelip_fast.load(device="cpu")
-    scenes = open_dataset("scenes:val:3", image_size=model.config.image_size)
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
+    """Scenes as files, each with two captions, which do not lie side by side."""
+    folder = tmp_path_factory.mktemp("pictures")
+    size = finelip_fast.load(device="cpu").config.image_size
     pairs = []
-    for number, example in enumerate(scenes[index] for index in range(3)):
-        example.image.save(tmp_path / f"{number}.png")
-        pairs.append((tmp_path / f"{number}.png", example.caption))
-    sound = FileExamples(pairs)
+    for variant in ("clean", "plain"):
+        scenes = open_dataset(f"scenes:val:{PICTURES}:{variant}", image_size=size)
+        for number, example in enumerate(scenes[index] for index in range(PICTURES)):
+            example.image.save(folder / f"{number}.png")
+            pairs.append((folder / f"{number}.png", example.caption))
+    return pairs
+
+
+def evaluated(pairs: FileExamples) -> dict[str, float]:
+    """What ``finelip eval`` measures with the combined score."""
+    result = evaluate(open_engine("torch", None, "cpu"), pairs, progress=False)
+    (combined,) = (row.metrics for row in result.rows if row.score == "combined")
+    return {f"val_{name}": value for name, value in combined.items() if "recall" in name}
+
+
+def test_recall_is_what_an_evaluation_of_several_captions_a_picture_measures(pairs: list[tuple[Path, str]]) -> None:
+    data = FileExamples(pairs)
+    metrics = validate(finelip_fast.load(device="cpu"), data, name="mine")
+    assert metrics == evaluated(data)
+    assert metrics["val_i2t_recall@1"] > 0.5
+
+
+def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(
+    pairs: list[tuple[Path, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    broken = FileExamples([pairs[0], (tmp_path / "broken.png", "a red house"), *pairs[1:]])
-    metrics = validate(model, broken, name="mine")
+    broken = [(tmp_path / "broken.png", caption) for caption in ("a red house", "a tree")]
+    model = finelip_fast.load(device="cpu")
+    metrics = validate(model, FileExamples([pairs[0], broken[0], *pairs[1:], broken[1]]), name="mine")
     (message,) = caplog.messages
     assert message.startswith("skipped in validation: ")
-    with torch.no_grad():
-        images = model.encode_image(model.preprocess.batch(path for path, _ in pairs))
-        texts = model.encode_text(finelip_fast.tokenize([caption for _, caption in pairs], model.config.context_length))
-    assert metrics == {f"val_{name}": value for name, value in recall(model.score(images, texts)).items()}
-    assert metrics == validate(model, sound, name="mine")
-    with pytest.raises(TrainingError, match="none of the pictures of validation='mine' can be read"):
-        validate(model, FileExamples([(tmp_path / "broken.png", "a red house")]), name="mine")
+    assert metrics == evaluated(FileExamples(pairs))
+    expected = "none of the 1 pictures of validation='mine' can be read; .* give --root"
+    with pytest.raises(TrainingError, match=expected):
+        validate(model, FileExamples(broken), name="mine")
 
 
 def test_the_mean_counts_both_directions_and_no_validation_is_the_worst() -> None:

@@ -20,9 +20,9 @@ from finelip_fast._files import write_text_whole
 from finelip_fast._json import read_json
 from finelip_fast._typed import typed
 from finelip_fast.datasets import open_dataset
+from finelip_fast.datasets.survey import survey
 from finelip_fast.embed import embed_images, embed_texts
 from finelip_fast.errors import ConfigError
-from finelip_fast.evaluation.survey import survey
 from finelip_fast.metrics import ALPHAS, pair_ranks, pair_summary, quality
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Table, commit

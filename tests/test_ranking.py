@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.errors import InputError
-from finelip_fast.evaluation.ranking import TOLERANCE, tiled_ranks
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import pair_ranks
+from finelip_fast.ranking import TOLERANCE, tiled_ranks
 
 ALPHAS = (1.0, 0.0, 0.8)
 

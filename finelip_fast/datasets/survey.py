@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from finelip_fast.datasets import PairDataset
+from finelip_fast.datasets.base import PairDataset
 from finelip_fast.errors import InputError
 
 
