@@ -40,7 +40,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class UntrainedAggregatorsWarning(UserWarning):
-    """The weights come from a CLIP without aggregators: fine scores mean nothing until they are trained."""
+    """The weights come from a CLIP without aggregators: until they are trained, global embeddings are all that there is."""
 
 
 class Opened(NamedTuple):
@@ -58,11 +58,11 @@ class Opened(NamedTuple):
 
 
 def warn_if_untrained(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
-    """Warn that a checkpoint's fine scores mean nothing, where its aggregators are untrained."""
+    """Warn that a checkpoint has the global score alone, where its aggregators are untrained."""
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
-            f"{checkpoint} ({opened.layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used "
-            "and only the global cosine counts. Train them with training/train.py, or load a FineLIP checkpoint.",
+            f"{checkpoint} ({opened.layout}) has no trained aggregators: an embedding is its global row alone, and only "
+            "the global cosine counts (alpha=1). Train them with finelip train, or load a FineLIP checkpoint.",
             UntrainedAggregatorsWarning,
             stacklevel=stacklevel,
         )

@@ -116,6 +116,8 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
         "exact-int8": items * quantized,
         "two-stage": items * globals_,
     }
+    if tokens == 1:  # global embeddings alone, which the exact modes compare in full precision
+        memory["exact"] = memory["exact-int8"] = items * 2 * width
     seconds = {
         "exact": items / (rates.exact if dtype == "float16" else rates.exact_int8),
         "exact-int8": items / rates.exact_int8,
@@ -134,7 +136,7 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
     return Plan(
         items=items,
         disk=items * (stored + globals_ + _CATALOGUE_BYTES),
-        int8_copies=0 if dtype == "int8" else items * quantized,
+        int8_copies=0 if dtype == "int8" or tokens == 1 else items * quantized,
         memory=memory,
         encode_seconds=None if rates.encode is None else items / rates.encode,
         search_seconds=seconds,
