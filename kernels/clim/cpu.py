@@ -92,10 +92,10 @@ def scores(
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     """Scores of sets of one row each: their cosine is all that there is, and ``fine`` follows from it."""
     scratch, parts = _Scratch(), []
-    columns = _anchors(queries, None).T
+    # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
+    columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
         for block in items.split(_PRODUCT_ROWS):
-            # Copied also where it is float32: oneDNN takes hundreds of times as long on one row in many.
             rows = scratch("rows", (len(block), block.shape[2])).copy_(block[:, 0])
             parts.append(cpu.product(rows, columns))
         cosines = torch.cat(parts).T.contiguous()
