@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ BATCH, FETCHED, BEST, CANDIDATES = 1_600, 200, 10, 200
 ITEM_BYTES = 2 * TOKENS * WIDTH
 
 OURS, LANCE = "finelip_fast", "Lance"
+GLOBAL, WHOLE = "global rows alone", "whole embeddings"
 
 
 # The stores -----------------------------------------------------------------------------------------------------------
@@ -287,6 +289,33 @@ def searched(count: int) -> dict[str, Result]:
 
 
 @cache
+def searched_globally(count: int) -> dict[str, Result]:
+    """Searches with ``alpha=1``: of whole embeddings, and of an index that has their global rows alone."""
+    opened, _ = stores(count)
+    queries = unit_rows(8, dtype=torch.float16, seed=3).cpu()
+    index = opened[OURS].index
+    single = Index(replace(SPEC, tokens=1, alpha=1.0), workplace() / f"global-{count}", device=DEVICE)
+    for first, rows in items(count):
+        ids = [f"pictures/{number:09}.jpg" for number in range(first, first + len(rows))]
+        single.add(ids, rows[:, :1], [{"number": item} for item in ids])
+    _, numbers = clim_topk(queries, index._store.view().tokens or [], BEST, alpha=1.0)
+    results = {}
+    for name, searched_index in ((GLOBAL, single), (WHOLE, index)):
+        result, answers = Result(info={}), []
+        searched_index.search(queries[:1], BEST, alpha=1.0, mode="exact")
+        for query in queries.split(1):
+            start = time.perf_counter()
+            answers.append(searched_index.search(query, BEST, alpha=1.0, mode="exact"))
+            result.seconds.append(time.perf_counter() - start)
+        is_right = torch.equal(torch.cat([answer.numbers for answer in answers]), numbers)
+        segments = searched_index._store.segments_folder
+        result.info["mib"] = sum(path.stat().st_size for path in segments.iterdir()) / 2**20
+        result.info |= dict(zip(("p20", "p80"), np.quantile(result.seconds, [0.2, 0.8]).tolist(), strict=True))
+        results[name] = result if is_right else Result(refusal="other hits than among all rows")
+    return results
+
+
+@cache
 def scenes() -> dict[str, Result]:
     """Pictures of Scenes, searched by the descriptions of 200 of them."""
     folder = Path(os.environ.get("FINELIP_BENCH_FOLDER", workplace()))
@@ -343,6 +372,14 @@ def test_fetch(benchmark: Any, count: int, cold: bool, contender: str) -> None:
 def test_search(benchmark: Any, count: int, contender: str) -> None:
     group = f"best {BEST} of {count:,} items for 1 query"
     clock.into(benchmark, searched(count), contender, group=group, baseline="exact")
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@pytest.mark.parametrize("contender", [GLOBAL, WHOLE])
+def test_global_search(benchmark: Any, count: int, contender: str) -> None:
+    group = f"best {BEST} of {count:,} items for 1 query by the global cosine"
+    clock.into(benchmark, searched_globally(count), contender, group=group, baseline=WHOLE)
 
 
 @pytest.mark.benchmark(timer=clock)

@@ -53,6 +53,16 @@ class TokenAggregator(nn.Module):
         )
 
 
+def global_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """The embeddings ``[B, 1, D]`` of global features ``[B, D]`` alone: the row 0 that :class:`TokenAggregator` gives.
+
+    Args:
+        features: Features of CLS or of the end token; zeros stay zeros.
+        dtype: The parameters' dtype, which the embeddings have too.
+    """
+    return F.normalize(features.to(dtype).float(), dim=-1).to(dtype)[:, None]
+
+
 def join_windows(embeddings: Tensor, owner: Tensor) -> Tensor:
     """Join the windows of long captions into one embedding per caption.
 

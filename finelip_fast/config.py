@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finelip_fast.errors import ConfigError
+from finelip_fast.errors import ConfigError, InputError
 
 # CLIP's own vocabulary and special tokens; zero pads.
 VOCAB_SIZE = 49_408
@@ -64,7 +64,7 @@ class FineLIPConfig:
             ``int(0.4 * 0.5 * P)``.
         aggregator_hidden: Hidden width ``h`` of an aggregator. Default: ``int(0.2 * D)``.
         trained_aggregators: False for weights that come from plain CLIP or Long-CLIP: the aggregators are then at their
-            random start, and only the global score means anything.
+            random start, wait to be trained, and take no part in an embedding, which is the global row alone.
         image_mean, image_std: Normalisation of the three colour channels, on values in [0, 1].
         resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect.
 
@@ -137,13 +137,30 @@ class FineLIPConfig:
 
     @property
     def tokens(self) -> int:
-        """``L = K + 1``, rows of an embedding."""
-        return self.aggregated_tokens + 1
+        """``L``, rows of an embedding: ``K + 1``, or 1 where the aggregators are untrained."""
+        return self.aggregated_tokens + 1 if self.trained_aggregators else 1
 
     @property
     def alpha(self) -> float:
         """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
         return 0.8 if self.trained_aggregators else 1.0
+
+    def choose_alpha(self, alpha: float | None) -> float:
+        """The weight of the global cosine that was asked for; None: :attr:`alpha`.
+
+        Raises:
+            InputError: It is outside [0, 1], or below 1 where the aggregators are untrained: there is no other score.
+        """
+        if alpha is None:
+            return self.alpha
+        if not 0 <= alpha <= 1:
+            raise InputError(f"expected alpha in [0, 1], got {alpha!r:.80}")
+        if alpha < 1 and not self.trained_aggregators:
+            raise InputError(
+                f"expected alpha=1, got {alpha:g}: this checkpoint has no trained aggregators, so the global score is its "
+                "only one; leave alpha out, or train the aggregators (finelip train)"
+            )
+        return alpha
 
     @property
     def parameters(self) -> int:
@@ -156,8 +173,8 @@ class FineLIPConfig:
             towers += layers * block + width * self.embed_dim + 2 * width
         vision = self.vision_width * (3 * self.patch_size**2 + self.patches + 1 + 1 + 2)
         text = self.text_width * (self.vocab_size + self.context_length)
-        hidden, tokens = self.aggregator_hidden, self.aggregated_tokens
-        aggregator = 1 + 2 * self.embed_dim + hidden * (self.embed_dim + 1) + tokens * (hidden + 1)
+        hidden, aggregated = self.aggregator_hidden, self.aggregated_tokens
+        aggregator = 1 + 2 * self.embed_dim + hidden * (self.embed_dim + 1) + aggregated * (hidden + 1)
         return towers + vision + text + 2 * aggregator + 1
 
     def _derived(self) -> dict[str, int]:

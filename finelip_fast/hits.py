@@ -24,9 +24,10 @@ class Hit:
 
     Attributes:
         id: What it was added as.
-        score: ``alpha * global_score + (1 - alpha) * fine_score``; hits are ordered by it.
+        score: ``alpha * global_score + (1 - alpha) * fine_score``; hits are ordered by it. Without trained aggregators
+            ``global_score``.
         global_score: Cosine of the two global embeddings, in [-1, 1].
-        fine_score: Late interaction of all tokens in both directions, in [-0.2, 2].
+        fine_score: Late interaction of all tokens in both directions, in [-0.2, 2]; None without trained aggregators.
         metadata: What was given with it.
         mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result) or ``"two-stage"``.
         path: File of a picture that came from a folder, absolute; None: of anything else.
@@ -35,13 +36,15 @@ class Hit:
     id: str
     score: float
     global_score: float
-    fine_score: float
+    fine_score: float | None
     metadata: dict[str, Any]
     mode: str = "exact"
     path: str | None = None
 
     def __str__(self) -> str:
-        parts = f"global {self.global_score:.4f}, fine {self.fine_score:.4f}"
+        parts = f"global {self.global_score:.4f}"
+        if self.fine_score is not None:
+            parts += f", fine {self.fine_score:.4f}"
         return f"{self.score:.4f}  ({parts})  {printable(self.id)}"
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finelip_fast.aggregator import TokenAggregator
+from finelip_fast.aggregator import TokenAggregator, global_rows
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
 from finelip_fast.errors import InputError
@@ -20,7 +20,7 @@ class TrainingOutput(NamedTuple):
     """What losses need of a batch of pairs.
 
     Attributes:
-        images, texts: Embeddings ``[B, L, D]``.
+        images, texts: Embeddings ``[B, K + 1, D]``: with the aggregated rows, also of aggregators that are yet to be trained.
         logit_scale: The multiplier of the scores itself, ``exp(logit_scale)``.
         patches: Projected features ``[B, P, D]`` of the patches, before their aggregation.
         tokens: Projected features ``[B, T', D]`` of the captions' tokens, up to the longest caption.
@@ -35,6 +35,8 @@ class TrainingOutput(NamedTuple):
 
 class FineLIP(nn.Module):
     """A picture or a caption becomes one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
+
+    Where ``config.trained_aggregators`` is False, as of plain CLIP, it is the only row (``L = 1``).
 
     Args:
         config: Sizes. The weights start at random; :func:`finelip_fast.load` gives a trained model.
@@ -93,7 +95,8 @@ class FineLIP(nn.Module):
             InputError: Pixels of another shape.
         """
         check_pixels(pixels, self.config)
-        return self._aggregate_image(self.visual(pixels))
+        tokens = self.visual(pixels)
+        return self._aggregate_image(tokens) if self._aggregates else global_rows(tokens[:, 0], self.dtype)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed captions.
@@ -111,7 +114,10 @@ class FineLIP(nn.Module):
             InputError: Ids of another shape or longer than the context.
         """
         check_ids(ids, self.config)
-        return self._aggregate_text(*self.text_tokens(ids))
+        tokens, lengths = self.text_tokens(ids)
+        if self._aggregates:
+            return self._aggregate_text(tokens, lengths)
+        return global_rows(_end_tokens(tokens, lengths), self.dtype)
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
         """Score every picture against every caption.
@@ -145,24 +151,33 @@ class FineLIP(nn.Module):
             ids = ids[:, : max(1, int(lengths.max()))]
         return self.text(ids), lengths
 
+    @property
+    def _aggregates(self) -> bool:
+        """Whether embeddings have aggregated rows."""
+        return self.config.trained_aggregators
+
     def _aggregate_image(self, tokens: Tensor) -> Tensor:
-        """``[B, 1 + P, D]``, CLS first, to ``[B, L, D]``."""
+        """``[B, 1 + P, D]``, CLS first, to ``[B, K + 1, D]``."""
         embeddings: Tensor = self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
         return embeddings
 
     def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """``[B, T, D]`` and the captions' lengths to ``[B, L, D]``."""
-        last = (lengths - 1).clamp(min=0)
-        anchor = tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
-        # A row without an end token has no caption: no token is valid, and its anchor is nobody's.
-        anchor = anchor.masked_fill((lengths == 0)[:, None], 0.0)
-        embeddings: Tensor = self.text_aggregator(tokens, anchor=anchor, lengths=last)
+        """``[B, T, D]`` and the captions' lengths to ``[B, K + 1, D]``."""
+        anchor = _end_tokens(tokens, lengths)
+        embeddings: Tensor = self.text_aggregator(tokens, anchor=anchor, lengths=(lengths - 1).clamp(min=0))
         return embeddings
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
+
+
+def _end_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The features ``[B, D]`` of the captions' end tokens; a row without one has no caption, and gets zeros."""
+    last = (lengths - 1).clamp(min=0)
+    features = tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
+    return features.masked_fill((lengths == 0)[:, None], 0.0)
 
 
 def check_pixels(pixels: Tensor, config: FineLIPConfig) -> None:

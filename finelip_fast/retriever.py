@@ -58,14 +58,14 @@ class Retriever:
         index: Folder that stores the items; None: they stay in memory.
         device: Device of the model; None: a GPU if there is one.
         alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's, which is 0.8 with trained
-            aggregators and 1 without.
+            aggregators and 1, the only one, without.
         overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
         precision: Precision of the exported files: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``; None: the fastest
             available.
         threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
         build: Whether to export what ``engine`` and ``precision`` need and is missing; takes a minute or more.
-        dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size; None: the format
-            of the index if it exists, else ``"float16"``.
+        dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size (of aggregated
+            rows: global ones stay in float16); None: the format of the index if it exists, else ``"float16"``.
         verify: Whether to compare every embedding of the index folder with its checksum before the first search; otherwise
             a search checks only the hits it returns.
 
@@ -76,7 +76,7 @@ class Retriever:
     see :mod:`finelip_fast.known_checkpoints`.
 
     Raises:
-        InputError: An argument out of its range, such as an ``alpha`` outside [0, 1] or fewer threads than 1.
+        InputError: An argument out of its range, such as an ``alpha`` outside [0, 1], or below 1 without trained aggregators.
         EngineError, CheckpointError, StoreError: The engine, the checkpoint or the index cannot be opened; the message says
             why and what to do.
 
@@ -113,12 +113,14 @@ class Retriever:
         self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self._verify = verify
-        self.alpha = self._engine.alpha if alpha is None else alpha
+        self.alpha = self._engine.config.choose_alpha(alpha)
         self.overflow: Overflow = overflow
         self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
+        if index is not None:
+            spec = spec.as_stored(index)
         self._index = Index(spec, index, source=self._engine.source, device=self._engine.device, verify=verify)
         if index is not None and checkpoint is not None:
             known_checkpoints.note(self._engine.source, self._engine.fingerprint)
@@ -624,6 +626,11 @@ class Retriever:
             file = picture_path(item.id, item.metadata, root)
             return None if file is None else str(file)
 
+        fine_scores: list[list[float | None]] = (
+            [[None] * len(items) for items in result.items]
+            if result.fine_scores is None
+            else result.fine_scores.tolist()
+        )
         return [
             Hits(
                 Hit(item.id, score, global_score, fine_score, item.metadata, result.mode, path(item))
@@ -633,7 +640,7 @@ class Retriever:
                 result.items,
                 result.scores.tolist(),
                 result.global_scores.tolist(),
-                result.fine_scores.tolist(),
+                fine_scores,
                 strict=True,
             )
         ]

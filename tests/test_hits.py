@@ -84,3 +84,9 @@ def test_what_a_notebook_keeps_is_bounded(picture: str, monkeypatch: pytest.Monk
     assert len(thumbnails(shown)) == 2
     assert "and 3 more" in shown
     assert shown.count("y") < 5 * 320
+
+
+def test_without_trained_aggregators_there_is_no_fine_score() -> None:
+    found = Hits([Hit("a", 0.5, 0.5, None, {})])
+    assert str(found) == "  1  0.5000  (global 0.5000)  a"
+    assert "<td>0.5000</td><td>0.5000</td><td></td>" in found._repr_html_()

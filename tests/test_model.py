@@ -161,6 +161,35 @@ def test_alpha_is_one_where_the_aggregators_are_untrained(make_model, model, mak
     assert_close(untrained.score(images, texts, alpha=0.0), fine, 1e-6)
 
 
+@torch.no_grad()
+def test_without_trained_aggregators_the_global_row_is_all(make_model, make_captions, pixels):
+    """The same row as with them, also of a caption of padding alone; what a training differentiates has all rows."""
+    trained, untrained = make_model(), make_model(trained_aggregators=False)
+    ids = make_captions([5, 9, 0], 16)
+    assert untrained.config.tokens == 1
+    for encode, batch in (("encode_image", pixels), ("encode_text", ids)):
+        rows = getattr(untrained, encode)(batch)
+        assert rows.shape == (3, 1, 48)
+        assert torch.equal(rows, getattr(trained, encode)(batch)[:, :1])
+    assert untrained(pixels, ids).images.shape == trained.encode_image(pixels).shape
+
+
+@pytest.mark.parametrize(
+    ("trained", "alpha", "expected"), [(True, None, 0.8), (True, 0, 0), (False, None, 1.0), (False, 1, 1)]
+)
+def test_alpha_is_chosen_where_there_is_a_choice(make_model, trained, alpha, expected):
+    assert make_model(trained_aggregators=trained).config.choose_alpha(alpha) == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "alpha", "message"),
+    [(False, 0.8, "expected alpha=1, got 0.8: this checkpoint has no trained aggregators"), (True, 1.5, "got 1.5")],
+)
+def test_an_alpha_that_means_nothing_is_refused(make_model, trained, alpha, message):
+    with pytest.raises(InputError, match=message):
+        make_model(trained_aggregators=trained).config.choose_alpha(alpha)
+
+
 # Windows -------------------------------------------------------------------------------------------------------------
 
 

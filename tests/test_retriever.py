@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,7 @@ from finelip_fast.checkpoint import UntrainedAggregatorsWarning
 from finelip_fast.engines import why_not
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.hits import Hits
+from finelip_fast.index import Index, IndexSpec
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.tokenizer import TruncationWarning
 
@@ -274,9 +276,36 @@ def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_mode
         retriever = build(checkpoint=untrained)
     assert retriever.alpha == 1
     retriever.add_images(PICTURES, progress=False)
-    assert all(hit.score == pytest.approx(hit.global_score, abs=1e-6) for hit in retriever.search("a house"))
-    with pytest.warns(UntrainedAggregatorsWarning):
-        assert build(checkpoint=untrained, alpha=0.5).alpha == 0.5
+    hits = retriever.search("a house")
+    assert all(hit.score == pytest.approx(hit.global_score, abs=1e-6) for hit in hits)
+    assert {hit.fine_score for hit in hits} == {None}
+    assert retriever.index.embeddings.shape == retriever.encode_images(PICTURES).shape == (len(PICTURES), 1, 48)
+    with (
+        pytest.warns(UntrainedAggregatorsWarning),
+        pytest.raises(InputError, match=r"expected alpha=1, got 0\.5: this checkpoint has no trained aggregators"),
+    ):
+        build(checkpoint=untrained, alpha=0.5)
+
+
+@pytest.mark.filterwarnings("ignore::finelip_fast.UntrainedAggregatorsWarning")
+def test_a_folder_with_rows_of_untrained_aggregators_is_still_used(
+    build: Callable[..., Retriever], make_model, tmp_path: Path
+) -> None:
+    """As earlier versions made it; it keeps its number of rows, and finds the same."""
+    model = make_model(context_length=CONTEXT, trained_aggregators=False)
+    finelip_fast.save(model, tmp_path / "untrained")
+    fresh = build(checkpoint=tmp_path / "untrained")
+    names = add_all(fresh)
+    with torch.no_grad():
+        rows = model(model.preprocess.batch(PICTURES[:4]), finelip_fast.tokenize(TEXTS[:4], CONTEXT)).images
+    spec = IndexSpec(fresh.engine.fingerprint, rows.shape[1], rows.shape[2], 1.0)
+    with closing(Index(spec, tmp_path / "index")) as index:
+        index.add(names[:4], rows, [{}] * 4)
+    retriever = build(checkpoint=tmp_path / "untrained", index=tmp_path / "index")
+    retriever.add_images(PICTURES[4:], ids=names[4:], progress=False)
+    assert retriever.index.embeddings.shape == (len(PICTURES), *rows.shape[1:])
+    for text in TEXTS:
+        assert ids_of(retriever.search(text)) == ids_of(fresh.search(text))
 
 
 def test_longer_texts_go_as_the_retriever_was_told(build: Callable[..., Retriever]) -> None:

@@ -43,7 +43,7 @@ _HUB_FILE = re.compile(rf"hf-hub:({_HUB_NAME.pattern})/([^/\\]+)")
 
 
 class UntrainedAggregatorsWarning(UserWarning):
-    """The weights come from a CLIP without aggregators: fine scores mean nothing until they are trained."""
+    """The weights come from a CLIP without aggregators: until they are trained, global embeddings are all that there is."""
 
 
 class AveragedWeightsWarning(UserWarning):
@@ -69,12 +69,12 @@ class Opened(NamedTuple):
 
 
 def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
-    """Warn of averaged weights that were not taken, and of untrained aggregators, whose fine scores mean nothing."""
+    """Warn of averaged weights that were not taken, and of untrained aggregators."""
     warn_of_averages(checkpoint, opened, stacklevel=stacklevel + 1)
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
-            f"{checkpoint} ({opened.layout}) has no trained aggregators: its fine scores mean nothing, so alpha=1 is used "
-            "and only the global cosine counts. Train them: finelip train finelip --init CHECKPOINT.",
+            f"{checkpoint} ({opened.layout}) has no trained aggregators: an embedding is its global row alone, and only "
+            "the global cosine counts (alpha=1). Train them: finelip train finelip --init CHECKPOINT.",
             UntrainedAggregatorsWarning,
             stacklevel=stacklevel,
         )

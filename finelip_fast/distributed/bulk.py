@@ -212,12 +212,7 @@ class _Job:
         engine, spec = retriever.engine, retriever.index.spec
         # The runtime that was chosen here, so that all embeddings are made alike.
         self.opening = {**engine.settings, "device": device}
-        self.fingerprint, self.dtype, self.batch_size, self.describes = (
-            spec.checkpoint,
-            spec.dtype,
-            batch_size,
-            describes,
-        )
+        self.spec, self.batch_size, self.describes = spec, batch_size, describes
         self.name = JOB + uuid.uuid4().hex[:12]
         self.folder = retriever.index.incoming.absolute()
 
@@ -271,7 +266,7 @@ class Worker:
     @cached_property
     def engine(self) -> Engine:
         """Opened when it is first needed, so that its errors are a task's."""
-        opening, expected = self.job.opening, self.job.fingerprint
+        opening, expected = self.job.opening, self.job.spec.checkpoint
         engine = open_engine(**opening)
         if engine.fingerprint != expected:
             raise EngineError(
@@ -314,7 +309,7 @@ class Worker:
         name: str | None = None
         crcs: list[int] = []
         if rows:
-            arrays = encode(torch.cat(embeddings), self.job.dtype)
+            arrays = encode(self.job.spec.filled(torch.cat(embeddings)), self.job.spec.dtype)
             name, crcs = write_segment(self.job.folder, arrays, prefix=f"{self.job.name}-")
         journal.end()
         return {

@@ -47,7 +47,8 @@ class ShardSearchResults:
     """What a search of ``Q`` queries found, best first, ties by the order of the shards and in each that of insertion.
 
     Attributes:
-        scores, global_scores, fine_scores: float32 ``[Q, k]``.
+        scores, global_scores: float32 ``[Q, k]``.
+        fine_scores: float32 ``[Q, k]``; None of a checkpoint without trained aggregators.
         items: What was found, ``Q`` lists of ``k``.
         modes: How each shard searched, by its folder.
         covered: Share of the items that were searched, by what is known of the missing shards; 1: all.
@@ -56,7 +57,7 @@ class ShardSearchResults:
 
     scores: Tensor
     global_scores: Tensor
-    fine_scores: Tensor
+    fine_scores: Tensor | None
     items: list[list[ShardItem]]
     modes: dict[str, Mode]
     covered: float
@@ -203,14 +204,12 @@ class Shards:
         }
 
     def _merge(self, answers: dict[str, _Answer], missing: dict[str, str], count: int, k: int) -> ShardSearchResults:
-        def joined(score: int) -> Tensor:
+        def joined(name: str) -> Tensor:
             empty = np.empty((count, 0), np.float32)
-            return torch.from_numpy(
-                np.concatenate([empty, *(shard_answer.scores[score] for shard_answer in answers.values())], axis=1)
-            )
+            return torch.from_numpy(np.concatenate([empty, *(getattr(answer, name) for answer in answers.values())], 1))
 
         # Stable, so that ties stay in the order of the shards.
-        order = joined(0).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        order = joined("scores").sort(dim=1, descending=True, stable=True).indices[:, :k]
         items = [
             [
                 ShardItem(folder, item.id, item.metadata)
@@ -221,9 +220,9 @@ class Shards:
         ]
         searched, total = sum(shard_answer.size for shard_answer in answers.values()), len(self)
         return ShardSearchResults(
-            scores=joined(0).gather(1, order),
-            global_scores=joined(1).gather(1, order),
-            fine_scores=joined(2).gather(1, order),
+            scores=joined("scores").gather(1, order),
+            global_scores=joined("global_scores").gather(1, order),
+            fine_scores=None if self.spec.is_global else joined("fine_scores").gather(1, order),
             items=[[row[at] for at in best] for row, best in zip(items, order.tolist(), strict=True)],
             modes={folder: answer.mode for folder, answer in answers.items()},
             covered=searched / total if total else float(not missing),
@@ -248,7 +247,9 @@ class Shards:
 class _Answer(NamedTuple):
     """One shard's answer: scores, global and fine ones, each ``[Q, k]``; items; how many it has."""
 
-    scores: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    scores: np.ndarray[Any, Any]
+    global_scores: np.ndarray[Any, Any]
+    fine_scores: np.ndarray[Any, Any] | None
     items: list[list[Item]]
     mode: Mode
     size: int
@@ -272,8 +273,9 @@ class _Server:
         try:
             # Copied, since what Ray hands over may not be written to, of which PyTorch warns.
             result = index.search(torch.tensor(queries), k, alpha=alpha, mode=mode, where=where)
-            scores = (result.scores.numpy(), result.global_scores.numpy(), result.fine_scores.numpy())
-            return _Answer(scores, result.items, result.mode, len(index))
+            fine_scores = None if result.fine_scores is None else result.fine_scores.numpy()
+            scores, global_scores = result.scores.numpy(), result.global_scores.numpy()
+            return _Answer(scores, global_scores, fine_scores, result.items, result.mode, len(index))
         except InputError:
             raise
         except Exception:
@@ -332,14 +334,18 @@ class _Shard:
         return None
 
     def differs(self, spec: IndexSpec | None) -> str:
-        """How the shard's checkpoint differs from that of others; empty: it does not. How embeddings are kept may differ."""
+        """How the shard's checkpoint differs from that of others; empty: it does not.
+
+        How embeddings are kept may differ, and how many rows they have where the global ones are all that counts.
+        """
         if spec is None or self.spec is None:
             return ""
+        free = {"dtype", "tokens"} if spec.is_global and self.spec.is_global else {"dtype"}
         ours_spec, their_spec = asdict(self.spec), asdict(spec)
         return ", ".join(
             f"{name}: {their_spec[name]!r} and {ours_spec[name]!r}"
             for name in ours_spec
-            if name != "dtype" and ours_spec[name] != their_spec[name]
+            if name not in free and ours_spec[name] != their_spec[name]
         )
 
 

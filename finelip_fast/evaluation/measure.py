@@ -57,12 +57,13 @@ def evaluate(
         data, validation_name: Names of both sets of pairs, for the result alone.
 
     Returns:
-        Ranks and metrics with the global cosine alone, late interaction alone, and both. Ties count against us. The scores
-        are never all in memory.
+        Ranks and metrics with the global cosine alone, late interaction alone, and both; without trained aggregators with the
+        first alone. Ties count against us. The scores are never all in memory.
 
     Raises:
         InputError: No pairs, a context below 3 or longer than the model's, an alpha outside [0, 1], a batch size below 1,
-            both ``alpha`` and ``validation``, or validation pairs that are the measured ones.
+            both ``alpha`` and ``validation``, or validation pairs that are the measured ones. Without trained aggregators:
+            an alpha below 1, or validation pairs.
         ImageError: A picture that cannot be read.
         WriteError: A cache that cannot be written; what is in it is found again.
     """
@@ -72,9 +73,12 @@ def evaluate(
         raise InputError(f"expected context_lengths from 3 to the model's {longest} tokens, got {context_lengths}")
     if alpha is not None and validation is not None:
         raise InputError("expected alpha or validation pairs to choose it on, got both")
-    alpha = engine.alpha if alpha is None else alpha
-    if not 0 <= alpha <= 1:
-        raise InputError(f"expected alpha in [0, 1], got {alpha}")
+    is_fine = engine.config.trained_aggregators
+    if validation is not None and not is_fine:
+        raise InputError(
+            "expected validation pairs only with trained aggregators, whose score has a weight to choose: leave them out"
+        )
+    alpha = engine.config.choose_alpha(alpha)
     if batch_size < 1:
         raise InputError(f"expected batch_size of at least 1, got {batch_size}")
     encoder = _Encoder(engine, Path(cache) if cache is not None else None, batch_size, progress)
@@ -94,8 +98,9 @@ def evaluate(
         started = time.perf_counter()
         texts = encoder.texts(known, context)
         text_seconds = time.perf_counter() - started
-        measured = tiled_ranks(images, texts, picture_of, (1.0, 0.0, alpha), device=engine.device, progress=progress)
-        for score, ranks in zip(SCORES, measured, strict=True):
+        weights = (1.0, 0.0, alpha) if is_fine else (1.0,)
+        measured = tiled_ranks(images, texts, picture_of, weights, device=engine.device, progress=progress)
+        for score, ranks in zip(SCORES, measured, strict=is_fine):
             rows.append(Row.of(context, score, dict(zip(WAYS, ranks, strict=True)), picture_of))
     return Evaluation(
         data=data,
@@ -181,6 +186,7 @@ class _Encoder:
                 "checkpoint": engine.fingerprint,
                 "engine": engine.name,
                 "precision": engine.precision,
+                "rows": engine.config.tokens,
                 "device": engine.device.type,
                 # Of the same precision there may be files that were made otherwise.
                 "files": sorted(engine.export.manifest.files.values()) if engine.export else [],

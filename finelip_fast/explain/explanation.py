@@ -7,6 +7,9 @@ score is a weighted sum of cosines, with the weights ``c`` that the global cosin
     score = sum_rs c[r,s] <t_r, v_s> = sum_np <x_n, y_p> * sum_rs a[r,n] / |a_r @ x| * c[r,s] * b[s,p] / |b_s @ y|
 
 Each term of the right side belongs to one token ``n`` and one patch ``p``, and nothing is left over.
+
+Without trained aggregators there is row 0 alone: the score is the cosine of end token and CLS, to which no word and no patch
+adds. What is left to show is how alike the features of words and patches are, which is no part of that score.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ class Explanation:
         caption: Description as it was given; words beyond the context do not count.
         words: Those that were read.
         score: ``alpha * global_score + (1 - alpha) * fine_score``.
-        global_score, fine_score, alpha: Its parts.
+        global_score, fine_score, alpha: Its parts; ``fine_score`` is None without trained aggregators, and alpha 1.
         contributions: float32 ``[N, 1 + P]``, what each token with each patch adds to the score; the last row is the end
             token, column 0 is CLS. The sum is the score.
         text_weights: float32 ``[L_t, N]``, rows 1 and up: ATRM's distribution over the tokens; row 0: the end token.
@@ -96,7 +99,7 @@ class Explanation:
     words: tuple[Word, ...]
     score: float
     global_score: float
-    fine_score: float
+    fine_score: float | None
     alpha: float
     contributions: Tensor
     text_weights: Tensor
@@ -106,7 +109,8 @@ class Explanation:
     _features: tuple[Tensor, Tensor]
 
     def __repr__(self) -> str:
-        parts = f"global {self.global_score:.4f}, fine {self.fine_score:.4f}, alpha {self.alpha:g}"
+        fine = "no fine" if self.fine_score is None else f"fine {self.fine_score:.4f}"
+        parts = f"global {self.global_score:.4f}, {fine}, alpha {self.alpha:g}"
         sizes = f"{len(self.words)} words, {self.side} x {self.side} patches"
         return f"<Explanation of {self.caption!r:.80}: score {self.score:.4f} ({parts}), {sizes}>"
 
@@ -114,6 +118,11 @@ class Explanation:
     def side(self) -> int:
         """Patches of a row, and of a column, of the picture."""
         return math.isqrt(self.contributions.shape[1] - 1)
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The kinds of :meth:`heatmap` that there are: without trained aggregators ``"raw"`` alone."""
+        return MAPS[:1] if self.fine_score is None else MAPS
 
     @property
     def text_matches(self) -> Tensor:
@@ -188,7 +197,7 @@ class Explanation:
             float32 ``[side, side]``, not normalised.
 
         Raises:
-            InputError: No such words, or no such map.
+            InputError: No such words, or no such map, as ``"aggregated"`` is where no aggregators were trained.
 
         Where maps peak is learned: with the bundled model, trained to find phrases (``--grounding``), aggregation costs
         localisation, so the raw map is what is shown unless asked otherwise. Without that training neither is to be relied
@@ -200,7 +209,7 @@ class Explanation:
 
     def map_of_tokens(self, first: int, last: int, *, tokens: str) -> Tensor:
         """Heatmap of the tokens from ``first`` to before ``last``, float32 ``[P]``; see :meth:`heatmap`."""
-        _check_map(tokens)
+        self._check_map(tokens)
         if tokens == "aggregated":
             # Shares, since some patches add much with every word; without the end token, which is the whole caption.
             added = self.contributions[:-1, 1:]
@@ -219,7 +228,7 @@ class Explanation:
         Raises:
             InputError: A box that holds no patch's centre, or no such map.
         """
-        _check_map(tokens)
+        self._check_map(tokens)
         inside = patches_inside(box, self.side)
         if not inside.any():
             raise InputError(f"expected a box (x0, y0, x1, y1) in [0, 1] around a patch's centre, got {box}")
@@ -249,21 +258,38 @@ class Explanation:
         """
         return pictures.page(self, path)
 
+    def _check_map(self, tokens: str) -> None:
+        if tokens not in MAPS:
+            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+        if tokens not in self.maps:
+            raise InputError(
+                f"expected tokens='raw', got {tokens!r}: this checkpoint has no trained aggregators, train them (finelip "
+                "train)"
+            )
+
+    def peak(self, first: int, last: int) -> dict[str, Any]:
+        """The patch that is most like the tokens from ``first`` to before ``last``: its ``row``, ``column`` and ``cosine``."""
+        cosines = self.map_of_tokens(first, last, tokens="raw")
+        at = int(cosines.argmax())
+        return {"row": at // self.side, "column": at % self.side, "cosine": float(cosines[at])}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches."""
+        """Plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches; where
+        the map of the whole caption peaks, of its end token."""
         words = []
         for word in self.words:
-            peak = int(self.map_of_tokens(word.first, word.last, tokens="raw").argmax())
             added = float(self.contributions[word.first : word.last].sum())
-            words.append(
-                {"text": word.text, "start": word.start, "end": word.end, "adds": added}
-                | {"row": peak // self.side, "column": peak % self.side}
-            )
+            place = {"text": word.text, "start": word.start, "end": word.end, "adds": added}
+            words.append(place | self.peak(word.first, word.last))
         scores = {name: getattr(self, name) for name in ("score", "global_score", "fine_score", "alpha")}
-        return {**scores, "side": self.side, "words": words, "matches": [asdict(match) for match in self.matches()]}
+        end = len(self.contributions)
+        matches = [asdict(match) for match in self.matches()]
+        return {**scores, "side": self.side, "caption": self.peak(end - 1, end), "words": words, "matches": matches}
 
     def __str__(self) -> str:
         values = self.to_dict()
+        if self.fine_score is None:
+            return self._without_parts(values)
         most = sorted(values["words"], key=lambda word: -abs(word["adds"]))[:12]
         lines = [
             f"score {self.score:.4f} = {self.alpha:g} x global {self.global_score:.4f} "
@@ -277,17 +303,28 @@ class Explanation:
         ends = float(self.contributions[-1].sum() + self.contributions[0].sum())
         return "\n".join([*lines, f"  {ends:+.4f}  start and end of the caption"])
 
+    def _without_parts(self, values: dict[str, Any]) -> str:
+        """What is printed of a score that is one cosine."""
+        alike = sorted(values["words"], key=lambda word: -word["cosine"])[:12]
+        lines = [
+            f"score {self.score:.4f} = global {self.global_score:.4f}, the cosine of the whole picture and the whole caption: "
+            "no word adds to it, since this checkpoint has no trained aggregators",
+            "cosines of features, which are no part of the score: the caption as a whole and the words that are most like a "
+            f"patch (of {len(self.words)}), and which of {self.side} x {self.side} patches that is:",
+        ]
+        places = [("(the whole caption)", values["caption"]), *((printable(word["text"]), word) for word in alike)]
+        lines += [
+            f"  {place['cosine']:+.4f}  {name:20} row {place['row'] + 1}, column {place['column'] + 1}"
+            for name, place in places
+        ]
+        return "\n".join(lines)
+
 
 def patches_inside(box: tuple[float, float, float, float], side: int) -> Tensor:
     """bool ``[P]``, row by row: the patches of ``side x side`` whose centre lies in ``x0, y0, x1, y1``, in [0, 1]."""
     along = (torch.arange(side) + 0.5) / side
     across, down = ((along >= box[at]) & (along < box[at + 2]) for at in (0, 1))
     return (down[:, None] & across).flatten()
-
-
-def _check_map(tokens: str) -> None:
-    if tokens not in MAPS:
-        raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
 
 
 def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = None) -> Explanation:
@@ -301,7 +338,7 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
 
     Raises:
         ImageError: A picture that cannot be read.
-        InputError: A caption that is no text, or an alpha outside [0, 1].
+        InputError: A caption that is no text, or an alpha outside [0, 1], or below 1 without trained aggregators.
     """
     return explain_pairs(model, [image], [caption], alpha=alpha)[0]
 
@@ -311,9 +348,7 @@ def explain_pairs(
     model: FineLIP, images: Sequence[Any], captions: Sequence[str], *, alpha: float | None = None
 ) -> list[Explanation]:
     """Explanations as :func:`explain` gives them, of pairs encoded as one batch."""
-    alpha = model.alpha if alpha is None else alpha
-    if not 0 <= alpha <= 1:
-        raise InputError(f"expected alpha in [0, 1], got {alpha!r}")
+    alpha = model.config.choose_alpha(alpha)
     with expected_truncation():
         ids = tokenize(captions, model.config.context_length)
     pixels = model.preprocess.batch(images)
@@ -333,11 +368,15 @@ def _explain(
     model: FineLIP, caption: str, patches: Tensor, tokens: Tensor, pixels: Tensor, alpha: float
 ) -> Explanation:
     """Explanation from projected features: patches ``[1 + P, D]`` with CLS, tokens ``[N, D]`` to the end token, float32."""
-    # A picture's rows mix its patches alone, a caption's all tokens before the end token.
-    image_weights = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
-    image_weights = torch.cat([F.one_hot(torch.tensor([0]), len(patches)).to(image_weights), image_weights])
-    text_weights = F.pad(model.text_aggregator.weights(tokens[None, :-1], tokens[-1:])[0], (0, 1))
-    text_weights = torch.cat([F.one_hot(torch.tensor([len(tokens) - 1]), len(tokens)).to(text_weights), text_weights])
+    image_weights = F.one_hot(torch.tensor([0]), len(patches)).to(patches)
+    text_weights = F.one_hot(torch.tensor([len(tokens) - 1]), len(tokens)).to(tokens)
+    is_fine = model.config.trained_aggregators
+    if is_fine:
+        # A picture's rows mix its patches alone, a caption's all tokens before the end token.
+        aggregated = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
+        image_weights = torch.cat([image_weights, aggregated])
+        aggregated = F.pad(model.text_aggregator.weights(tokens[None, :-1], tokens[-1:])[0], (0, 1))
+        text_weights = torch.cat([text_weights, aggregated])
 
     image_rows, text_rows = image_weights @ patches, text_weights @ tokens
     image_norms, text_norms = (rows.norm(dim=1).clamp(min=1e-12) for rows in (image_rows, text_rows))
@@ -358,7 +397,7 @@ def _explain(
         tuple(word for word in words if word.first < word.last < len(tokens)),
         float((weights * similarity).sum()),
         float(similarity[0, 0]),
-        float((fine * similarity).sum()),
+        float((fine * similarity).sum()) if is_fine else None,
         alpha,
         (tokens @ patches.T * spread).cpu(),
         text_weights.cpu(),

@@ -68,8 +68,9 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
         explanation=explanation,
         pieces=pieces,
         beyond=explanation.caption[end:],
+        whole=explanation.peak(len(explanation.contributions) - 1, len(explanation.contributions)),
         added_by_words=float(explanation.contributions[1:-1, 1:].sum()),
-        maps={"side": explanation.side, **{kind: _tables(explanation, kind) for kind in MAPS}},
+        maps={"side": explanation.side, **{kind: _tables(explanation, kind) for kind in explanation.maps}},
         picture=_data_uri(explanation.pixels),
         size=_SHOWN,
     )

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.errors import InputError
 from finelip_fast.explain.explanation import Explanation, explain_pairs, patches_inside
-from finelip_fast.explain.pictures import MAPS
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import token_spans
 
@@ -32,7 +31,8 @@ def pointing_game(
 
     Returns:
         For each phrase ``label``, ``chance`` (share of the patches whose centre is in the box), and for each kind of map
-        (``"raw"``, ``"aggregated"``) whether its highest patch's centre is in the box, the first of equals.
+        (``"raw"``, and with trained aggregators ``"aggregated"``) whether its highest patch's centre is in the box, the first
+        of equals.
 
     Raises:
         InputError: No phrase is left.
@@ -57,6 +57,6 @@ def _played(example: Example, explanation: Explanation) -> Iterator[dict[str, An
     for region, (first, last) in zip(example.regions, spans, strict=True):
         inside = patches_inside(region.box, explanation.side)
         if inside.any() and first < last < len(explanation.contributions):
-            peaks = {kind: explanation.map_of_tokens(first, last, tokens=kind).argmax() for kind in MAPS}
+            peaks = {kind: explanation.map_of_tokens(first, last, tokens=kind).argmax() for kind in explanation.maps}
             hits = {kind: bool(inside[peak]) for kind, peak in peaks.items()}
             yield {"label": region.label, "chance": float(inside.float().mean()), **hits}

@@ -44,6 +44,14 @@ __all__ = ["Catalogue", "Item", "Layout", "SegmentRow", "read_spec"]
 _NO_TALLY = {"segments": [0, 0], "dead": [0, 0]}
 
 
+def _another_checkpoint(stored: dict[str, Any], opening: dict[str, Any]) -> str:
+    """What is to be done about an index of another checkpoint, and why it cannot be otherwise."""
+    remedy = "open it with the checkpoint that wrote it"
+    if stored.get("alpha") == 1 and opening.get("alpha") != 1:
+        return f"it holds global embeddings alone, since that checkpoint had no trained aggregators; {remedy}"
+    return remedy
+
+
 class Catalogue(CatalogueReader):
     """``catalogue.sqlite`` in an index folder, or one in memory.
 
@@ -92,8 +100,8 @@ class Catalogue(CatalogueReader):
             was, current = ({key: side.get(key) for key in different} for side in (stored, self._wanted))
             raise StoreError(
                 f"the index at {self._folder} was written by checkpoint {stored.get('source')!r:.200} with {was}, "
-                f"and is opened by checkpoint {source!r:.200} with {current}: open it with the checkpoint that wrote it, "
-                "or index the pictures again into another folder"
+                f"and is opened by checkpoint {source!r:.200} with {current}: "
+                f"{_another_checkpoint(stored, self._wanted)}, or index the pictures again into another folder"
             )
         if is_old and stored["format"] < 3:  # older ones cannot be read as they are
             with self._changed():

@@ -33,7 +33,8 @@ class SearchResults:
     """What a search of ``Q`` queries found, best first.
 
     Attributes:
-        scores, global_scores, fine_scores: float32 ``[Q, k]``.
+        scores, global_scores: float32 ``[Q, k]``.
+        fine_scores: float32 ``[Q, k]``; None of a checkpoint without trained aggregators.
         numbers: int64 ``[Q, k]``, counting items in order of insertion.
         items: What the catalogue knows of them, ``Q`` lists of ``k``.
         mode: How they were found.
@@ -41,7 +42,7 @@ class SearchResults:
 
     scores: Tensor
     global_scores: Tensor
-    fine_scores: Tensor
+    fine_scores: Tensor | None
     numbers: Tensor
     items: list[list[Item]]
     mode: Mode
@@ -245,7 +246,8 @@ class Index:
         Args:
             ids: ``n`` ids, any text of at most 65,535 bytes in UTF-8: also an empty one, and one that is no UTF-8, as names of
                 files may be.
-            embeddings: ``[n, L, D]``, unit rows.
+            embeddings: ``[n, L, D]``, unit rows. Of a checkpoint without trained aggregators ``[n, 1, D]``, also where the
+                index has more rows, which are then copies of that one.
             metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
                 64 MiB.
             existing: What an id that is there, once no one else can write, means: an ``"error"``, ``"skip"`` the new
@@ -399,7 +401,7 @@ class Index:
         if items is None:
             return None
         view.refuse_damaged(items.values())
-        global_scores, fine_scores = parts_of_scores(view, queries, rows)
+        global_scores, fine_scores = parts_of_scores(view, queries, rows, fine=not self.spec.is_global)
         try:
             hits = [[items[position] for position in row] for row in positions.tolist()]
         except KeyError as error:

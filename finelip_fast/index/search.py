@@ -7,12 +7,16 @@
   measured by :func:`finelip_fast.index.tune.tune`.
 - ``auto``: ``two-stage`` where that was measured to lose little enough, else the faster of the exact ones.
 
+With ``alpha = 1`` only the global cosine counts: row 0 of each embedding is compared, in full precision in both exact modes,
+and no other is read.
+
 The result does not depend on how items are spread over segments.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -22,6 +26,7 @@ from torch import Tensor
 from finelip_fast._arguments import one_of
 from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
+from finelip_fast.kernels.clim.rows import Pieces
 
 Mode = Literal["auto", "exact", "exact-int8", "two-stage"]
 
@@ -82,10 +87,15 @@ def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha:
     one_of("mode", mode, get_args(Mode))
     if mode != "auto":
         return mode
-    exact: Mode = "exact-int8" if view.is_quantized else "exact"
+    exact = exact_mode(view, alpha)
     if tuning is None or not tuning.holds(len(view), k, alpha) or items <= tuning.candidates:
         return exact
     return "two-stage" if tuning.seconds["two-stage"] < tuning.seconds["exact"] * items / len(view) else exact
+
+
+def exact_mode(view: View, alpha: float) -> Mode:
+    """The faster of the exact modes; of the global cosine alone there is nothing to make int8 copies of."""
+    return "exact-int8" if alpha != 1 and view.is_quantized else "exact"
 
 
 def best_rows(
@@ -129,6 +139,8 @@ def best_rows(
         if n_candidates < count:
             return _two_stages(view, queries, k, alpha, n_candidates, among, source)
         mode = "exact"  # of so few items, all are candidates
+    if alpha == 1:
+        return clim_topk(queries[:, :1], view.anchors, k, alpha=alpha, among=among)
     if mode == "exact-int8" or view.tokens is None:
         scores, rows, _ = clim_topk_int8(queries, view.tokens, view.quantized, k, alpha=alpha, among=among)
         return scores, rows
@@ -137,7 +149,7 @@ def best_rows(
 
 def _dtype(view: View) -> torch.dtype:
     """Dtype of both sides of a comparison: that of the items when they are taken out."""
-    return torch.float32 if view.tokens is None else torch.float16
+    return view.segments[0].dtype
 
 
 def _two_stages(
@@ -155,22 +167,26 @@ def _two_stages(
         candidates = cosine_candidates(anchors, values, scales, count, among=among)
     else:
         candidates = source(anchors, count, among)
+    embeddings_of: Callable[[Tensor], Tensor] = view.read
+    if alpha == 1:
+        queries, embeddings_of = queries[:, :1], Pieces(view.anchors).take
     pieces = []
     for query, candidate_rows in zip(queries, candidates, strict=True):
         rows = candidate_rows[candidate_rows >= 0].sort().values
-        scores, at = clim_topk(query[None], view.read(rows).to(view.device), k, alpha=alpha)
+        scores, at = clim_topk(query[None], embeddings_of(rows).to(queries), k, alpha=alpha)
         pieces.append((scores[0], rows.to(at.device)[at[0]]))
     return torch.stack([scores for scores, _ in pieces]), torch.stack([rows for _, rows in pieces])
 
 
-def parts_of_scores(view: View, queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The global cosine and the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
+def parts_of_scores(view: View, queries: Tensor, rows: Tensor, *, fine: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The global cosine and, with ``fine``, the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
     queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
-    cosines, fine = torch.empty(rows.shape), torch.empty(rows.shape)
+    cosines, interactions = torch.empty(rows.shape), torch.empty(rows.shape) if fine else None
     for number, (query, places) in enumerate(zip(queries, rows, strict=True)):
         embeddings = view.read(places).to(view.device)
         if len(embeddings):
             # Row by row: a matrix product may round otherwise among other rows.
             cosines[number] = (embeddings[:, 0].float() * query[0].float()).sum(dim=1)
-            fine[number] = clim_scores(query[None], embeddings, alpha=0.0)[0]
-    return cosines, fine
+            if interactions is not None:
+                interactions[number] = clim_scores(query[None], embeddings, alpha=0.0)[0]
+    return cosines, interactions

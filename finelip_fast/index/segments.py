@@ -85,6 +85,11 @@ class Segment:
             return self.arrays["tokens"][rows]
         return dequantize(*(values[rows] for values in self._kept("values", "scales", "anchors")))
 
+    @property
+    def anchors(self) -> Tensor:
+        """Row 0 of all embeddings, float16 ``[n, 1, D]``."""
+        return self.arrays["tokens"][:, :1] if "tokens" in self.arrays else self.arrays["anchors"]
+
     def _kept(self, *names: str) -> list[Tensor]:
         return [self.arrays[name] for name in names]
 

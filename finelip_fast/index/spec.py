@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from finelip_fast._arguments import one_of, share, whole_number
 from finelip_fast.errors import InputError, StoreError
@@ -26,9 +28,9 @@ class IndexSpec:
 
     Attributes:
         checkpoint: Fingerprint of the checkpoint that made the embeddings.
-        tokens: ``L``.
+        tokens: ``L``; 1 of a checkpoint without trained aggregators.
         width: ``D``.
-        alpha: Weight of the global cosine that the checkpoint was trained for.
+        alpha: Weight of the global cosine that the checkpoint was trained for; 1 without trained aggregators.
         dtype: How embeddings are kept: ``"float16"``, or ``"int8"`` with a scale a row, half the size.
     """
 
@@ -45,6 +47,32 @@ class IndexSpec:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), most=_LARGEST_SIZE))
         object.__setattr__(self, "alpha", share("alpha", self.alpha))
         one_of("dtype", self.dtype, DTYPES)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the global rows are all that means anything: those of a checkpoint without trained aggregators."""
+        return self.tokens == 1 or self.alpha == 1
+
+    def as_stored(self, folder: str | PathLike[str]) -> IndexSpec:
+        """This spec with the ``L`` of an index folder of the same checkpoint, where the global rows are all that counts.
+
+        Folders of checkpoints without trained aggregators had rows of untrained ones, and keep as many.
+
+        Raises:
+            StoreError: The folder's catalogue cannot be read, or says what no index can be.
+        """
+        stored = stored_spec(folder) if self.is_global else None
+        is_same = stored is not None and stored[0].is_global and stored[0].checkpoint == self.checkpoint
+        return replace(self, tokens=stored[0].tokens) if stored is not None and is_same else self
+
+    def filled(self, embeddings: Tensor) -> Tensor:
+        """Embeddings ``[n, L, D]`` of ``[n, 1, D]``, where only the global rows count and there is room for more.
+
+        The row is repeated: late interaction of a set of equal rows is that of one of them. Other embeddings stay as they are.
+        """
+        if self.is_global and embeddings.ndim == 3 and embeddings.shape[1] == 1:
+            return embeddings.expand(-1, self.tokens, -1)
+        return embeddings
 
 
 def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:

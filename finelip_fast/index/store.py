@@ -217,6 +217,8 @@ class Store:
         one_of("existing", existing, get_args(Existing))
         ids, metadata = listed("ids", ids), listed("metadata", metadata)
         check_ids(ids)
+        if isinstance(embeddings, Tensor):
+            embeddings = self.spec.filled(embeddings)
         matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
         if len(metadata) != len(ids):
             raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")

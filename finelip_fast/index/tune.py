@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from finelip_fast.errors import InputError
 from finelip_fast.index.index import Index
-from finelip_fast.index.search import Mode, Tuning, best_rows
+from finelip_fast.index.search import Tuning, best_rows, exact_mode
 from finelip_fast.index.view import View
 
 CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -88,7 +88,7 @@ def tune(
             f"expected more items than candidates to choose from, got {len(view)}: so small an index is searched exactly"
         )
     right = None if answers is None else _rows_of(index, view, answers)
-    exact: Mode = "exact-int8" if view.is_quantized else "exact"
+    exact = exact_mode(view, alpha)
     with tqdm(total=len(queries) * (1 + len(tried)), unit="query", disable=not progress) as bar:
         search = partial(best_rows, view, k=k, alpha=alpha, source=index._first_stage(view))
         best = _search(partial(search, mode=exact), queries, bar)

@@ -166,6 +166,11 @@ class View:
         return self._resident("tokens", [segment.arrays["tokens"] for segment in self.segments])
 
     @cached_property
+    def anchors(self) -> list[Tensor]:
+        """Global embeddings ``[n, 1, D]``, float16 as they are kept, a piece a segment: on a GPU if they fit, else mapped."""
+        return self._resident("anchors", [segment.anchors for segment in self.segments])
+
+    @cached_property
     def quantized(self) -> QuantizedItems:
         """All embeddings in int8, made where they are not there yet: a quarter of an hour for a million items on two cores."""
         parts = [segment.quantized(self.cache) for segment in self.segments]

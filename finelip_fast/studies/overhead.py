@@ -52,7 +52,11 @@ def overhead(engine: Engine, setting: Setting) -> Record:
 
     CLIP is the same model's towers with the pictures' and captions' global features alone; of TensorRT's engines, which
     cannot be cut, there is none. Memory of an exported engine is what its allocator grew by for the first large batch.
+
+    Raises:
+        InputError: A checkpoint without trained aggregators.
     """
+    setting.refuse_untrained(engine)
     model = load(engine.source or None, engine.device)
     pairs = setting.open(engine)
     examples = [pairs[at] for at in range(min(_BATCH, len(pairs)))]

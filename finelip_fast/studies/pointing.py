@@ -18,8 +18,9 @@ def pointing(engine: Engine, setting: Setting) -> Record:
     """The pointing game by kind of map and kind of object, with PyTorch whatever the engine.
 
     Raises:
-        InputError: Phrases without boxes.
+        InputError: Phrases without boxes, or a checkpoint without trained aggregators.
     """
+    setting.refuse_untrained(engine)
     played = pointing_game(load(engine.source or None, engine.device), setting.open(engine), progress=setting.progress)
     groups = {"all": played}
     for game in played:

@@ -54,6 +54,17 @@ class Setting:
             raise InputError(f"expected pairs to study, got none from {data or self.data}")
         return pairs
 
+    def refuse_untrained(self, engine: Engine) -> None:
+        """
+        Raises:
+            InputError: The checkpoint has no trained aggregators, about which the study would be.
+        """
+        if not engine.config.trained_aggregators:
+            raise InputError(
+                "expected a checkpoint with trained aggregators, which this study is about, got one without: train them "
+                "(finelip train), or give another --checkpoint"
+            )
+
     def about(self, engine: Engine, **facts: Any) -> dict[str, Any]:
         """Settings for a record: which data, which weights."""
         checkpoint = {"checkpoint": Path(engine.source).name or "bundled", "fingerprint": engine.fingerprint[:12]}

@@ -47,7 +47,11 @@ def tokens(engine: Engine, setting: Setting) -> Record:
 
     Rows are left out of trained embeddings, not trained away: a model trained with fewer may do better. Those that stay are
     the ones that won most often in the validation pairs.
+
+    Raises:
+        InputError: A checkpoint without trained aggregators.
     """
+    setting.refuse_untrained(engine)
     known = setting.embed(engine, setting.validation)
     order = most_matched(known, engine.embed_texts(known.captions))
     pairs = setting.embed(engine)

@@ -68,6 +68,8 @@ def scores(
     result = torch.zeros(n_queries, n_items)
     if 0 in (n_queries, n_items, query_tokens, item_tokens, width):
         return result
+    if query_tokens == item_tokens == 1 and query_scales is None:
+        return _scores_of_single_rows(queries, items, alpha)
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
     block_rows = min(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // (block_queries * query_tokens))
@@ -85,6 +87,19 @@ def scores(
                 cosine = _anchors(items[item_block], scales) @ columns.anchors
                 result[query_block, item_block] = (alpha * cosine + (1 - alpha) * fine).T
     return result
+
+
+def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
+    """Scores of sets of one row each: their cosine is all that there is, and ``fine`` follows from it."""
+    scratch, parts = _Scratch(), []
+    # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
+    columns = _anchors(queries, None).contiguous().T
+    with torch.no_grad():
+        for block in items.split(_PRODUCT_ROWS):
+            rows = scratch("rows", (len(block), block.shape[2])).copy_(block[:, 0])
+            parts.append(cpu.product(rows, columns))
+        cosines = torch.cat(parts).T.contiguous()
+        return alpha * cosines + (1 - alpha) * 2 * F.leaky_relu(cosines, LEAKY_SLOPE)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -503,7 +503,7 @@ def test_convert(clip_state, model, tmp_path):
         "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
         "trained_aggregators": False,
         "embed_dim": 48,
-        "tokens": 4,
+        "tokens": 1,
         "image_size": 32,
         "patch_size": 8,
         "context_length": 248,

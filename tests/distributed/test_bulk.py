@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_a_batch_does_not_kill_workers_for_ever(worker: bulk.Worker, photos: Pat
 
 
 def test_workers_refuse_another_checkpoint(worker: bulk.Worker, photos: Path) -> None:
-    worker.job.fingerprint = "abc"
+    worker.job.spec = replace(worker.job.spec, checkpoint="abc")
     with pytest.raises(EngineError, match="to be the same for all workers, abc, got"):
         worker.encode([str(photos / "00.png")], worker.job.journal("task"))
 

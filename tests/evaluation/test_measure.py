@@ -295,3 +295,14 @@ def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:
     with pytest.raises(InputError, match="got both"):
         evaluate(engine, pairs(3), validation=pairs(2), alpha=0.5, progress=False)
     assert engine.batches == []
+
+
+def test_without_trained_aggregators_the_global_cosine_is_measured_alone() -> None:
+    engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
+    engine.config, engine.alpha = CONFIG.replace(trained_aggregators=False), 1.0
+    report = evaluate(engine, pairs(3), progress=False)
+    assert [row.score for row in report.rows] == ["global"]
+    assert report.alpha == 1
+    for options in ({"alpha": 0.8}, {"validation": pairs(2)}):
+        with pytest.raises(InputError, match="trained aggregators"):
+            evaluate(engine, pairs(3), progress=False, **options)

@@ -15,6 +15,7 @@ import finelip_fast
 from finelip_fast import tokenize
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import Scenes
+from finelip_fast.errors import InputError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.explain.explanation import Word, explain_pairs
 from finelip_fast.model import FineLIP
@@ -206,3 +207,32 @@ def test_it_says_what_it_is(explanation: Explanation) -> None:
     assert shown.startswith(f"<Explanation of {explanation.caption!r:.80}: score {explanation.score:.4f} (global ")
     assert f"{len(explanation.words)} words" in shown
     assert "tensor" not in shown
+
+
+@torch.no_grad()
+def test_without_trained_aggregators_words_are_compared_and_add_nothing(make_model, tmp_path: Path) -> None:
+    """The score is one cosine; what is shown of words and patches is said to be no part of it."""
+    model = make_model(trained_aggregators=False)
+    picture = Image.effect_mandelbrot((32, 32), (-3, -2.5, 2, 2.5), 20).convert("RGB")
+    found = explain(model, picture, "a red house")
+    images, texts = model.encode_image(model.preprocess(picture)[None]), model.encode_text(tokenize(["a red house"]))
+    assert found.score == pytest.approx(float(model.score(images, texts)), abs=TOLERANCE)
+    assert (found.fine_score, found.alpha, found.maps) == (None, 1.0, ("raw",))
+    assert float(found.contributions.sum()) == pytest.approx(found.score, abs=TOLERANCE)
+    patches = torch.nn.functional.normalize(model.visual(model.preprocess(picture)[None])[0, 1:], dim=-1)
+    cosines = patches @ texts[0, 0]
+    values = found.to_dict()
+    assert values["caption"]["cosine"] == pytest.approx(float(cosines.max()), abs=TOLERANCE)
+    assert values["caption"]["row"] * found.side + values["caption"]["column"] == int(cosines.argmax())
+    assert [word["adds"] for word in values["words"]] == [0.0] * 3
+    assert all(word["cosine"] == float(found.heatmap(word["text"]).max()) for word in values["words"])
+    assert "no word adds to it" in str(found)
+    assert "(the whole caption)" in str(found)
+    page = found.to_html(tmp_path / "why.html")
+    assert "no part of the score" in page
+    assert "data-adds" not in page
+    assert "aggregated" not in page.partition("<script")[0]
+    with pytest.raises(InputError, match="no trained aggregators"):
+        found.heatmap("red", tokens="aggregated")
+    with pytest.raises(InputError, match="expected alpha=1"):
+        explain(model, picture, "a red house", alpha=0.5)

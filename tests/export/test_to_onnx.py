@@ -13,6 +13,7 @@ import torch
 import finelip_fast
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.cli import main
+from finelip_fast.engines import open_engine
 from finelip_fast.errors import CheckpointError, EngineError, InputError
 from finelip_fast.export import graphs, parity
 from finelip_fast.export.to_onnx import export_onnx
@@ -49,6 +50,19 @@ def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, c
     proto = onnx.load(exported / "text.onnx")
     facts = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert facts["finelip.checkpoint"] == made.checkpoint
+
+
+@pytest.mark.filterwarnings("ignore::finelip_fast.UntrainedAggregatorsWarning")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_without_trained_aggregators_the_global_row_is_exported(make_model, tmp_path: Path, precision: str) -> None:
+    finelip_fast.save(make_model(context_length=CONTEXT, trained_aggregators=False), tmp_path)
+    folder = export_onnx(tmp_path, precision=precision, extras=["scorer"], data=PAIRS, progress=False)
+    assert read(folder).manifest.proven
+    proto = onnx.load(folder / "image.onnx")
+    assert [axis.dim_value for axis in proto.graph.output[0].type.tensor_type.shape.dim][1:] == [1, 48]
+    assert not [weight.name for weight in proto.graph.initializer if "aggregator" in weight.name]
+    engine = open_engine("onnx", tmp_path, "cpu", precision=precision)
+    assert engine.embed_texts(["a house"]).shape == (1, 1, 48)
 
 
 def test_a_second_run_exports_what_changed_and_nothing_else(exported: Path, checkpoint: Path, monkeypatch) -> None:

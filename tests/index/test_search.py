@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, faiss
 from finelip_fast.index.arrays import array_checksums, map_arrays, read_contents, write_arrays
 from finelip_fast.index.plan import Rates, measure, plan
 from finelip_fast.index.search import Tuning
 from finelip_fast.index.tune import sample_queries, tune
+from finelip_fast.kernels import clim_scores, clim_topk
 
 SPEC = IndexSpec(checkpoint="abc", tokens=3, width=16)
 
@@ -88,6 +89,91 @@ def test_the_layout_changes_nothing(
                 assert torch.equal(two.numbers, torch.cat([found.numbers for found in alone]))
                 in_memory = one.search(queries, k, mode="two-stage", candidates=k, where=where)
                 assert torch.equal(two.numbers, in_memory.numbers)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.integers(1, 5),
+    dtype=st.sampled_from(["float16", "int8"]),
+    low=st.one_of(st.none(), st.integers(0, 40)),
+    k=st.integers(1, 45),
+    gone=st.sets(st.integers(0, 39), max_size=10),
+)
+def test_the_global_cosine_alone_ranks_as_among_all_rows(
+    parts: int, dtype: str, low: int | None, k: int, gone: set[int]
+) -> None:
+    """With ``alpha=1`` hits, order and scores are those of the whole embeddings, ties in order of insertion."""
+    index = Index(replace(SPEC, dtype=dtype))
+    rows = embeddings(20).repeat(2, 1, 1)  # each twice
+    for some in torch.arange(40).tensor_split(parts):
+        numbers = some.tolist()
+        index.add([str(n) for n in numbers], rows[numbers], [{"n": n} for n in numbers])
+    index.delete([str(n) for n in gone])
+    queries = embeddings(3, seed=7).half().float()
+    among = [at for at, item in enumerate(index.items()) if low is None or item.metadata["n"] >= low]
+    scores, at = clim_topk(queries, index.embeddings.float()[among], k, alpha=1.0)
+    for mode in ("exact", "exact-int8", "two-stage", "auto"):
+        found = index.search(
+            queries, k, alpha=1.0, mode=mode, candidates=40, where=None if low is None else f"n >= {low}"
+        )
+        assert torch.equal(found.scores, scores)
+        assert found.numbers.tolist() == [[among[place] for place in places] for places in at.tolist()]
+        torch.testing.assert_close(found.global_scores, scores)
+        for query, numbers, fine in zip(queries, found.numbers, found.fine_scores, strict=True):
+            expected = clim_scores(query[None], index.embeddings[numbers].float(), alpha=0.0)[0]
+            torch.testing.assert_close(fine, expected, atol=1e-3, rtol=0)
+
+
+def test_of_the_global_cosine_no_copies_are_made(tmp_path: Path) -> None:
+    with closing(Index(SPEC, tmp_path)) as index:
+        fill(index, 30)
+        assert index.search(embeddings(1, seed=9), 5, alpha=1.0, mode="exact-int8").mode == "exact-int8"
+        assert not list((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_global_rows_alone_are_kept_and_searched(tmp_path: Path, dtype: str) -> None:
+    spec = replace(SPEC, tokens=1, alpha=1.0, dtype=dtype)
+    rows, queries = embeddings(60)[:, :1], embeddings(3, seed=9)[:, :1]
+    with closing(Index(spec, tmp_path)) as index:
+        index.add([str(n) for n in range(60)], rows, [{}] * 60)
+    with closing(Index(spec, tmp_path)) as index:
+        index.maintain()
+        assert index.check() == {}
+        tuning, _ = tune(index, queries, k=5, candidates=[20], progress=False)
+        assert tuning.alpha == 1
+        expected = (queries[:, 0] @ rows[:, 0].T).argsort(dim=1, descending=True)[:, :5]
+        for mode in ("exact", "exact-int8", "two-stage", "auto"):
+            found = index.search(queries, 5, mode=mode, candidates=50)
+            assert found.numbers.tolist() == expected.tolist()
+            assert found.fine_scores is None
+
+
+def test_a_folder_of_untrained_rows_goes_on_with_their_number(tmp_path: Path) -> None:
+    """What an untrained checkpoint adds now has one row, what it added before had all; the first is what counts."""
+    old = replace(SPEC, alpha=1.0)
+    spec = replace(old, tokens=1)
+    rows = embeddings(40)
+    with closing(Index(old, tmp_path)) as index:
+        index.add([str(n) for n in range(20)], rows[:20], [{}] * 20)
+    assert spec.as_stored(tmp_path) == old
+    with closing(Index(spec.as_stored(tmp_path), tmp_path)) as index:
+        index.add([str(n) for n in range(20, 40)], rows[20:, :1], [{}] * 20)
+        index.maintain()
+        assert index.check() == {}
+        found = index.search(rows[:, :1], 1)
+    assert found.numbers.flatten().tolist() == list(range(40))
+    assert found.fine_scores is None
+    trained = replace(SPEC, checkpoint="trained")
+    assert trained.as_stored(tmp_path) == trained
+    with pytest.raises(
+        StoreError, match=r"had no trained aggregators.* or index the pictures again into another folder"
+    ):
+        Index(trained, tmp_path)
+    other = replace(spec, checkpoint="other")
+    assert other.as_stored(tmp_path) == other
+    with closing(Index(SPEC)) as index, pytest.raises(InputError, match=r"expected embeddings"):
+        index.add(["a"], rows[:1, :1], [{}])
 
 
 def test_int8_is_searched_by_what_is_kept(method: ModuleType) -> None:

@@ -18,7 +18,7 @@ from finelip_fast import checkpoint
 from finelip_fast.cli import main
 from finelip_fast.cli.study import NAMES
 from finelip_fast.engines import Engine, open_engine
-from finelip_fast.errors import EngineError
+from finelip_fast.errors import EngineError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.onnx import OnnxGraph, adds_bytes_exactly
 from finelip_fast.studies import STUDIES, Setting
@@ -174,6 +174,15 @@ def test_untrained_aggregators_are_not_ranked_by(engine: Engine) -> None:
     found = pairs.measure(engine.embed_texts(pairs.captions), 1.0)
     assert found.main == "global"
     assert list(found.row()) == [f"global {way} R@{k} (%)" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+
+
+@pytest.mark.parametrize("name", ["tokens", "overhead", "pointing"])
+def test_studies_of_aggregators_refuse_untrained_ones(
+    name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "config", engine.config.replace(trained_aggregators=False))
+    with pytest.raises(InputError, match="expected a checkpoint with trained aggregators"):
+        STUDIES[name].run(engine, FEW)
 
 
 def test_rows_are_kept_in_order_of_wins_on_either_side() -> None:

@@ -299,6 +299,18 @@ def test_aggregators_count_as_trained_when_a_loss_reaches_them(configure, tmp_pa
     assert model.alpha == (0.8 if trained else 1.0)
 
 
+def test_untrained_aggregators_are_trained_from_where_they_wait(configure, tmp_path):
+    """Their embeddings have one row before, and all after."""
+    start = FineLIP(TINY.replace(trained_aggregators=False))
+    checkpoint.save(start, tmp_path / "clip")
+    config = configure(loss=["contrastive:global", "contrastive:fine"], init=str(tmp_path / "clip"), steps=2)
+    train(config, progress=False)
+    model = finelip_fast.load(Path(config.out) / "last")
+    assert (start.config.tokens, model.config.tokens) == (1, TINY.tokens)
+    before, after = (dict(each.image_aggregator.named_parameters()) for each in (start, model))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_run_starts_from_a_checkpoint_with_a_longer_context(configure, tmp_path):
     start = FineLIP(TINY)
     checkpoint.save(start, tmp_path / "start")

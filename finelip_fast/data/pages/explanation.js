@@ -35,7 +35,8 @@ function lightPatches(word) {
     draw.fillRect(edge(x), edge(y), edge(x + 1) - edge(x), edge(y + 1) - edge(y));
   }
   const place = `row ${Math.floor(best / maps.side) + 1}, column ${best % maps.side + 1}`;
-  message.textContent = `${word.dataset.name}: adds ${word.dataset.adds}, most at ${place}`;
+  const adds = word.dataset.adds === undefined ? "" : ` adds ${word.dataset.adds},`;
+  message.textContent = `${word.dataset.name}:${adds} most at ${place}`;
 }
 
 function markWords() {

@@ -385,12 +385,13 @@ class LanceStore:
         alpha = self.spec.alpha if alpha is None else alpha
         dataset, first = self.dataset(), 0
         queries = queries.to(torch.float16)
+        compared = slice(1 if alpha == 1 else None)  # rows of each embedding
         scores = torch.empty(len(queries), 0, device=queries.device)
         numbers = scores.long()
         for batch in self._scan(dataset, ["tokens"] if where is None else ["id", "metadata", "tokens"]):
             among = None if where is None else torch.tensor(_matching(batch, where), dtype=torch.int64)
             if len(queries) and (among is None or len(among)):
-                best, rows = clim_topk(queries, batch.tokens, k, alpha=alpha, among=among)
+                best, rows = clim_topk(queries[:, compared], batch.tokens[:, compared], k, alpha=alpha, among=among)
                 scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, rows + first], 1)
                 # Of equal ones the earlier stands first already; NaN goes last, unlike in descending order.
                 order = (-scores).argsort(dim=1, stable=True)[:, :k]
@@ -401,14 +402,15 @@ class LanceStore:
     def _results(self, dataset: Any, queries: Tensor, alpha: float, scores: Tensor, numbers: Tensor) -> SearchResults:
         chosen, at = numbers.unique(return_inverse=True)
         if not len(chosen):
-            return SearchResults(scores, scores.clone(), scores.clone(), numbers, [[] for _ in queries], "exact")
+            fine = None if self.spec.is_global else scores.clone()
+            return SearchResults(scores, scores.clone(), fine, numbers, [[] for _ in queries], "exact")
         batch = self.take(dataset, chosen.tolist())
         refuse_damaged(self.damaged(batch), self.uri)
         known = zip(chosen.tolist(), batch.ids, batch.crcs, batch.metadata(self.uri), strict=True)
         items = [Item(*row) for row in known]
         tokens = batch.tokens.to(queries.device)
         cosines = (queries[:, 0].float() @ tokens[:, 0].float().T).cpu().gather(1, at)
-        fine = clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
+        fine = None if self.spec.is_global else clim_scores(queries, tokens, alpha=0.0).cpu().gather(1, at)
         return SearchResults(
             scores, cosines, fine, numbers, [[items[place] for place in places] for places in at.tolist()], "exact"
         )

@@ -74,6 +74,10 @@ class AblatedFineLIP(FineLIP):
         self.load_state_dict(model.state_dict())
         self.variant = variant
 
+    @property
+    def _aggregates(self) -> bool:
+        return True  # what it makes of them is the variant's
+
     def _aggregate_image(self, tokens: Tensor) -> Tensor:
         if self.variant.image == "raw":
             return F.normalize(tokens.float(), dim=-1)
