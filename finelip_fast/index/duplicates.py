@@ -49,9 +49,9 @@ def _near(rows: Tensor, similarity: float, progress: bool) -> Iterator[tuple[int
     blocks = rows.split(_BLOCK)
     with tqdm(total=len(rows), unit="item", disable=not progress, mininterval=0.5) as bar:
         for number, block in enumerate(blocks):
-            for other in range(number, len(blocks)):
-                pairs = (cpu.product(block, blocks[other].T) >= similarity).nonzero()
-                pairs += torch.tensor([number * _BLOCK, other * _BLOCK], device=pairs.device)
+            for following in range(number, len(blocks)):
+                pairs = (cpu.product(block, blocks[following].T) >= similarity).nonzero()
+                pairs += torch.tensor([number * _BLOCK, following * _BLOCK], device=pairs.device)
                 yield from ((left, right) for left, right in pairs.tolist() if left < right)
             bar.update(len(block))
 
