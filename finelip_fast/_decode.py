@@ -121,7 +121,7 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
     if need > limit:
         raise ImageError(
             f"{width} x {height} pixels would take {need / (1 << 20):.0f} MiB to decode, and {limit >> 20} are allowed for a "
-            f"picture; shrink it, save it as a baseline JPEG, or set {VARIABLE} to more MiB"
+            f"picture; shrink it, save it as a baseline JPEG, or allow more MiB with --decode-memory or {VARIABLE}"
         )
 
 

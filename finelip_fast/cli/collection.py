@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from finelip_fast.cli.commands import (
     ModelOptions,
     alpha_option,
     batch_size_option,
+    decode_memory_option,
     dtype_option,
     index_option,
     model_options,
@@ -101,6 +103,7 @@ class Removal:
 @click.option("--image-field", metavar="NAME", help="Column of the paths in a table.  [default: image, file or path]")
 @model_options
 @batch_size_option
+@decode_memory_option
 @dtype_option
 def add(
     sources: tuple[str, ...],
@@ -131,6 +134,12 @@ def add(
     if watch:
         _watchfiles()
     retriever = model.open_retriever(index, dtype=dtype)
+    if not retriever.engine.source:
+        warnings.warn(
+            "the bundled model knows drawn street scenes only; for photographs get published weights, such as finelip convert "
+            "BeichenZhang/LongCLIP-B my-model, and add the pictures to another index with --checkpoint my-model",
+            stacklevel=2,
+        )
     prepare_root(retriever.index, folders or [root or os.path.dirname(os.path.abspath(sources[0]))])
 
     def run() -> FolderReport:

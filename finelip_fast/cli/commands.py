@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -198,6 +199,31 @@ alpha_option = click.option(
     "--alpha", type=float, help="Weight of the global score, from 0 to 1.  [default: the checkpoint's]"
 )
 batch_size_option = click.option("--batch-size", type=int, default=64, help="Pictures or captions in one pass.")
+
+
+def _limit_picture_memory(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
+    """Have pictures decoded within so many MiB each, by this command and the processes that it starts."""
+    from finelip_fast._decode import VARIABLE
+
+    if value is not None:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(value)
+
+        @ctx.call_on_close
+        def restore() -> None:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+
+
+decode_memory_option = click.option(
+    "--decode-memory",
+    type=click.IntRange(1, 10**8),
+    metavar="MIB",
+    callback=_limit_picture_memory,
+    expose_value=False,
+    help="Memory that decoding a picture may take; all at once take twice as much.  [default: 1024]",
+)
 
 
 def shows_progress() -> bool:

@@ -17,6 +17,7 @@ from finelip_fast.cli.commands import (
     alpha_option,
     batch_size_option,
     checkpoint_option,
+    decode_memory_option,
     dtype_option,
     engine_option,
     index_option,
@@ -309,6 +310,7 @@ def _pull(
 @click.option("--cpus", type=float, default=1, help="CPU cores of each worker.")
 @click.option("--gpus", type=float, default=0, help="GPUs of each worker; at 0.5 two workers share one.")
 @batch_size_option
+@decode_memory_option
 def _bulk(folder: str, index: str, checkpoint: str | None, **options: Any) -> Any:
     """Add the pictures in FOLDER to an index by several workers, on Ray."""
     from finelip_fast.distributed import index_images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finelip_fast import _decode
 from finelip_fast.cli import main
 
 
@@ -63,6 +65,22 @@ def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFix
     run("add", "photos", "--sync")
     assert main(["list", "--duplicates"]) == 0
     assert capsys.readouterr().out == "none of the 2 items is there twice\n"
+
+
+def test_the_memory_of_decoding_is_a_flag(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "1000")
+    monkeypatch.setattr(_decode, "_MIN_BYTES_PER_PIXEL", 1 << 11)  # of 1,600 pixels
+    report = run("add", "photos", "--decode-memory", "1")
+    assert report["added"] == 0
+    assert "1 are allowed for a picture" in report["skipped"][0][1]
+    assert "or allow more MiB with --decode-memory" in report["skipped"][0][1]
+    assert os.environ["FINELIP_PICTURE_MEMORY"] == "1000"
+    assert run("add", "photos", "--decode-memory", "8")["added"] == 2
+
+
+def test_the_bundled_model_says_what_it_knows(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match=r"knows drawn street scenes only; .* finelip convert BeichenZhang/LongCLIP-B"):
+        assert main(["add", "photos"]) == 0
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")  # which some pages search
 @pytest.mark.parametrize("page", [page_parameter(path) for path in PAGES])
 def test_a_page_does_what_it_says(
     page: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,8 @@ from PIL import Image
 import finelip_fast
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.engines import ENGINES, Engine, open_engine, why_not
+from finelip_fast.engines import torch as engine_module
+from finelip_fast.engines.torch import TorchEngine
 from finelip_fast.errors import CheckpointError, EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.export.to_trt import export_trt
@@ -246,3 +248,17 @@ def test_the_gpu_agrees_with_the_cpu(checkpoint: Path, pictures: list[Image.Imag
         (here.embed_texts(TEXTS), there.embed_texts(TEXTS)),
     ):
         assert (one * other.float().cpu()).sum(-1).min() > 0.999
+
+
+def test_the_gpu_of_an_apple_machine_is_chosen_only_where_it_computes_the_same(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    plain = TorchEngine(checkpoint)  # there is none here, and whatever is tried fails
+    assert str(plain).startswith("torch: cpu, float32")
+    monkeypatch.setattr(engine_module, "_apple_gpu", lambda model: torch.device("cpu"))
+    chosen = TorchEngine(checkpoint)
+    pixels = torch.zeros(1, 3, chosen.config.image_size, chosen.config.image_size)
+    assert torch.equal(chosen.encode_image(pixels), plain.encode_image(pixels))
+    assert chosen.load_model() is not chosen.model, "explanations are computed on the CPU"
+    assert TorchEngine(checkpoint, "cpu").load_model().device.type == "cpu"
