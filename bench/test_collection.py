@@ -1,8 +1,8 @@
 """A folder of photographs that is followed: what running ``finelip add`` again costs, beside embedding everything.
 
-``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels, about 2 MB each, in ten folders below ``FINELIP_BENCH_FOLDER`` (the
-system's folder of temporary files); embedded by the bundled model. Their pixels are those of twenty noisy pictures, their
-contents all differ. All files are in the system's memory when they are read.
+``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels, about 2 MB each, in ten folders below
+``FINELIP_BENCH_FOLDER`` (the system's folder of temporary files); embedded by the bundled model. Their pixels are those of
+twenty noisy pictures, their contents all differ. All files are in the system's memory when they are read.
 """
 
 from __future__ import annotations
