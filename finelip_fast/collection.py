@@ -102,6 +102,10 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
     """The root of an index; one that has none gets the folder, or what several have in common.
 
     Items of a time when ids were paths as they had been typed get ids below the root, one a file.
+
+    Raises:
+        InputError: The root is no more: with another one, every picture would be a new item.
+        StoreError: The index cannot be read or written.
     """
     if index.root is None:
         real = [os.path.realpath(folder) for folder in folders]
@@ -114,6 +118,11 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
         index.root = root
     root_of_index = index.root
     assert root_of_index is not None
+    if not root_of_index.is_dir():
+        raise InputError(
+            f"expected the pictures of the index in {str(root_of_index)!r}, where there is no folder now: if they were moved, say "
+            f"where to with finelip index move-root FOLDER --index {index.folder}"
+        )
     return root_of_index
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
-from finelip_fast.collection import item_id
+from finelip_fast.collection import Listing, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
@@ -302,6 +303,57 @@ class Ingest:
         for name, values in (("ids", ids), ("metadata", metadata)):
             if values is not None and len(values) != total:
                 raise InputError(f"expected as many {name} as {self._kind}s, got {len(values)} for {total}")
+
+
+def follow(
+    index: Index,
+    listing: Listing,
+    root: Path,
+    preprocess: Preprocess,
+    encode_image: Callable[[Tensor], Tensor],
+    *,
+    sync: bool,
+    batch_size: int,
+    progress: bool | tqdm[Any],
+) -> FolderReport:
+    """Bring an index in line with a listing of pictures.
+
+    Args:
+        index, listing, root: As for :func:`finelip_fast.collection.plan`.
+        preprocess, encode_image: As for :meth:`Ingest.add_images`.
+        sync: Whether to remove items of the listing's folder whose file is no more; otherwise they are counted.
+        batch_size: Number of pictures embedded at once.
+        progress: Whether to show a progress bar; or the bar of tqdm to advance.
+
+    Raises:
+        InputError: ``sync`` would remove all items of a folder that now has no picture at all.
+        StoreError: The index cannot be read or written; what was written before stays.
+    """
+    changes = plan(index, listing, root)
+    if sync and changes.gone and not listing.paths:
+        raise InputError(
+            f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
+            "To remove them all the same, give their ids to finelip remove"
+        )
+    report = FolderReport(moved=changes.moved, skipped=listing.skipped)
+    relabel(index, changes.relabelled)
+    if sync:
+        index.delete(changes.gone)
+        report.removed = len(changes.gone)
+    else:
+        report.gone = len(changes.gone)
+    fields = {**changes.changed, **changes.new}
+    if not fields:
+        return report
+    ingest = Ingest(index, "image", report, existing="replace", batch_size=batch_size)
+    paths = [listing.paths[item] for item in fields]
+    chunks = ingest.chunks(paths, list(fields), list(fields.values()), progress=progress)
+    with ingest:
+        ingest.add_images(chunks, preprocess, encode_image, describes=True)
+    unread = {path for path, _ in report.skipped}
+    report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
+    report.added -= report.changed
+    return report
 
 
 @contextmanager

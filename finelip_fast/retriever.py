@@ -21,10 +21,8 @@ from finelip_fast.collection import (
     list_folder,
     list_table,
     picture_path,
-    plan,
     prepare_root,
     read_fields,
-    relabel,
 )
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, InputError, StoreError
@@ -35,7 +33,7 @@ from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_d
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
-from finelip_fast.ingest import AddReport, FolderReport, Ingest, as_images
+from finelip_fast.ingest import AddReport, FolderReport, Ingest, as_images, follow
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import ImageSource
@@ -272,7 +270,10 @@ class Retriever:
             listing = list_folder(images, prepare_root(self.index, [images]), index=self._folder)
             report.skipped += listing.skipped
             ids, images = list(listing.paths) if ids is None else ids, list(listing.paths.values())
-        self._ingest(report, as_images(images), ids, metadata, existing, batch_size, progress, describes=describes)
+        ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
+        chunks = ingest.chunks(as_images(images), ids, metadata, progress=progress)
+        with ingest:
+            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image, describes=describes)
         return report
 
     def add_folder(
@@ -315,7 +316,7 @@ class Retriever:
         root = prepare_root(self.index, [folder])
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
-        return self._bring_in_line(listing, root, sync, batch_size, progress)
+        return self._follow(listing, root, sync, batch_size, progress)
 
     def add_table(
         self,
@@ -345,50 +346,21 @@ class Retriever:
         base = Path(table).parent if folder is None else folder
         root = prepare_root(self.index, [base])
         listing = list_table(table, root, base=base, image_field=image_field)
-        return self._bring_in_line(listing, root, False, batch_size, progress)
+        return self._follow(listing, root, False, batch_size, progress)
 
-    def _bring_in_line(
+    def _follow(
         self, listing: Listing, root: Path, sync: bool, batch_size: int, progress: bool | tqdm[Any]
     ) -> FolderReport:
-        changes = plan(self.index, listing, root)
-        if sync and changes.gone and not listing.paths:
-            raise InputError(
-                f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
-                "To remove them all the same, give their ids to finelip remove"
-            )
-        report = FolderReport(moved=changes.moved, skipped=listing.skipped)
-        relabel(self.index, changes.relabelled)
-        if sync:
-            self.index.delete(changes.gone)
-            report.removed = len(changes.gone)
-        else:
-            report.gone = len(changes.gone)
-        fields = {**changes.changed, **changes.new}
-        paths = [listing.paths[item] for item in fields]
-        if paths:
-            values = list(fields.values())
-            self._ingest(report, paths, list(fields), values, "replace", batch_size, progress, describes=True)
-        unread = {path for path, _ in report.skipped}
-        report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
-        report.added -= report.changed
-        return report
-
-    def _ingest(
-        self,
-        report: AddReport | FolderReport,
-        images: Any,
-        ids: Sequence[str] | None,
-        metadata: Sequence[dict[str, Any]] | None,
-        existing: Existing,
-        batch_size: int,
-        progress: bool | tqdm[Any],
-        *,
-        describes: bool,
-    ) -> None:
-        ingest = Ingest(self.index, "image", report, existing=existing, batch_size=batch_size)
-        chunks = ingest.chunks(images, ids, metadata, progress=progress)
-        with ingest:
-            ingest.add_images(chunks, self.engine.preprocess, self.engine.encode_image, describes=describes)
+        return follow(
+            self.index,
+            listing,
+            root,
+            self.engine.preprocess,
+            self.engine.encode_image,
+            sync=sync,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     def add_texts(
         self,

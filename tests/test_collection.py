@@ -238,6 +238,8 @@ def test_an_index_and_its_pictures_can_be_moved(
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"finelip index move-root"):
         retriever.explain(hit, "a house")
+    with pytest.raises(InputError, match="where there is no folder now: if they were moved"):
+        retriever.add_folder(tmp_path / "elsewhere", progress=False)
     retriever.index.root = tmp_path / "elsewhere"
     hit = retriever.search(image=tmp_path / "elsewhere" / "a.jpg", k=1)[0]
     assert (hit.id, hit.path) == ("a.jpg", str(tmp_path / "elsewhere" / "a.jpg"))
