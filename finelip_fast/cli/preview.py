@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from finelip_fast.errors import InputError
 from finelip_fast.hits import Hits, picture_file, thumbnail
 
-_ROWS = 8  # of the terminal, for a thumbnail
+_ROWS = 8  # of the terminal, at most, for a thumbnail
 _SIDE = 320  # pixels: rows of 40 on a sharp screen
 
 
@@ -38,7 +38,7 @@ def open_preview() -> Callable[[Hits], Iterator[str]]:
         for rank, hit in enumerate(hits, start=1):
             file = picture_file(hit)
             if file is not None and (picture := thumbnail(file, _SIDE)) is not None:
-                console.print(Image(picture, width="auto", height=_ROWS))
+                console.print(Image(picture, width="auto", height="auto"), height=_ROWS)
             yield f"{rank:3}  {hit}"
 
     return show

@@ -199,20 +199,22 @@ def in_terminal(folder: Path, *words: str) -> str:
     return printed.decode()
 
 
-def test_a_terminal_is_told_what_scores_mean(folder: Path, search) -> None:
-    lines = in_terminal(folder).splitlines()
+def test_a_terminal_is_told_what_scores_mean(search, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(search(TEXT)[1].splitlines()) == 3, "a file gets hits alone"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = search(TEXT, "--alpha", "0.3")[1].splitlines()
     assert lines[3] == ""
     assert [line.split()[0] for line in lines[4:]] == ["score", "global", "fine"]
-    assert len(in_terminal(folder, "--quiet").splitlines()) == 3
-    assert len(json.loads(in_terminal(folder, "--json"))) == 3
-    assert len(in_terminal(folder, "--paths").splitlines()) == 3
-    assert len(search(TEXT)[1].splitlines()) == 3, "a file gets hits alone"
+    assert "0.3 times global plus 0.7 times fine" in lines[4]
+    assert len(search(TEXT, "--quiet")[1].splitlines()) == 3
+    assert len(search(TEXT, "--paths")[1].splitlines()) == 3
+    assert len(json.loads(search(TEXT, "--json")[1])) == 3
 
 
 def test_a_terminal_shows_thumbnails(folder: Path) -> None:
     pytest.importorskip("textual_image")
-    printed = in_terminal(folder, "--preview", "-k", "2", "--quiet")
-    first, second = (printed.index(f"  {rank}  0.") for rank in (1, 2))
-    columns = 2 * 8 * 480 // 24 // (800 // 80)  # twice as wide as high, 8 rows high
-    for part in (printed[:first], printed[first:second]):
-        assert part.count("▀") == 8 * columns
+    hits = in_terminal(folder, "--preview", "--quiet").replace("\r", "").split("\n")
+    blocks = [line.count("▀") for line in hits]
+    # Cells are 10 by 20 pixels: 8 rows of twice as many columns as the picture is times as wide as high.
+    assert blocks == [*[32] * 8, 0, *[32] * 8, 0, *[32] * 8, 0, 0]
+    assert [line.split()[0] for line, count in zip(hits, blocks, strict=True) if line and not count] == ["1", "2", "3"]
