@@ -1,4 +1,4 @@
-"""What a search finds, and how a notebook shows it."""
+"""What a search finds, and how a notebook and a page show it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import base64
 import io
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from finelip_fast._files import write_text_whole
 from finelip_fast._terminal import printable
 from finelip_fast.preprocess import open_image
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # What a notebook shows, so that its file stays small whatever was found.
 _MOST_ROWS, _MOST_THUMBNAILS = 100, 24
-_SIDE = 160  # of a thumbnail, in pixels
+_SIDE = 160  # of a thumbnail in a notebook, in pixels
+_LARGE_SIDE = 320  # of one on a page, where screens of phones show two or three pixels for each
 _LONGEST_TEXT = 300  # characters of an id, and of its metadata
 
 
@@ -64,13 +72,100 @@ class Hits(list[Hit]):
         rows = [_row(rank, hit) for rank, hit in enumerate(self[:_MOST_ROWS])]
         return render("hits.html", rows=rows, more=len(self) - len(rows))
 
+    def to_html(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        text: str | None = None,
+        image: str | None = None,
+        alpha: float | None = None,
+        why: Mapping[int, str] | None = None,
+    ) -> str:
+        """One page without anything from elsewhere: a thumbnail of each hit, its scores, and what they mean.
+
+        Args:
+            path: File to write, too.
+            text, image: Description or file of the picture that was searched with.
+            alpha: Weight of the global score, to tell it; ``Retriever.alpha``.
+            why: Addresses of explanations by rank, which counts from 1.
+
+        Raises:
+            WriteError: A file that cannot be written.
+        """
+        from finelip_fast._pages import render
+
+        page = render(
+            "sheet.html",
+            text=text,
+            image=image,
+            image_thumbnail=None if image is None else _encoded(thumbnail(image, _LARGE_SIDE)),
+            meanings=score_meanings(self, alpha),
+            cards=[_card(hit) for hit in self],
+            why=why or {},
+        )
+        if path is not None:
+            write_text_whole(Path(path), page)
+        return page
+
+
+def score_meanings(hits: Hits, alpha: float | None = None) -> dict[str, str]:
+    """What the scores of hits mean, by their names; none where there are no hits.
+
+    Args:
+        hits: Hits of one search.
+        alpha: Weight of the global score, to tell it.
+    """
+    if not hits:
+        return {}
+    cosine = "how alike the query and the hit are as wholes: a cosine, 1 at most"
+    if hits[0].fine_score is None:
+        return {"score": "the global score, by which hits are ordered", "global": cosine}
+    parts = "global and fine, weighted" if alpha is None else f"{alpha:g} times global plus {1 - alpha:g} times fine"
+    return {
+        "score": f"{parts}, by which hits are ordered",
+        "global": cosine,
+        "fine": "how well each detail of one is met by a detail of the other, both ways: 2 at most",
+    }
+
+
+def picture_file(hit: Hit) -> str | None:
+    """File of a hit's picture; None where there is none on this machine."""
+    path = hit.path or hit.id
+    if path.startswith(("//", "\\\\")):  # another machine's, to which Windows would connect
+        return None
+    return path if os.path.isfile(path) else None  # unlike Path's, never raises
+
+
+def thumbnail(path: str, side: int) -> Image | None:
+    """A small copy of a picture, at most ``side`` pixels wide and high; None where the file holds none."""
+    try:
+        image = open_image(path)
+        image.thumbnail((side, side))
+    except Exception:  # whatever is wrong with a file, the other hits are shown
+        return None
+    return image
+
 
 def _row(rank: int, hit: Hit) -> dict[str, Any]:
     return {
         "hit": hit,
         "id": _shortened(hit.id),
         "metadata": _shortened(json.dumps(hit.metadata, ensure_ascii=False)) if hit.metadata else "",
-        "thumbnail": _thumbnail(hit.path or hit.id) if rank < _MOST_THUMBNAILS else None,
+        "thumbnail": _hit_thumbnail(hit, _SIDE) if rank < _MOST_THUMBNAILS else None,
+    }
+
+
+def _card(hit: Hit) -> dict[str, Any]:
+    file = picture_file(hit)
+    return {
+        "hit": hit,
+        "id": _shortened(hit.id),
+        "address": None if file is None else Path(file).absolute().as_uri(),
+        "thumbnail": _hit_thumbnail(hit, _LARGE_SIDE),
+        "metadata": {
+            name: _shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for name, value in hit.metadata.items()
+        },
     }
 
 
@@ -78,17 +173,15 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
 
 
-def _thumbnail(path: str) -> str | None:
-    """A small JPEG of a picture in base64; None where there is no such file, or no picture in it."""
-    if path.startswith(("//", "\\\\")):  # another machine's, to which Windows would connect
+def _hit_thumbnail(hit: Hit, side: int) -> str | None:
+    file = picture_file(hit)
+    return None if file is None else _encoded(thumbnail(file, side))
+
+
+def _encoded(image: Image | None) -> str | None:
+    """A JPEG in base64."""
+    if image is None:
         return None
-    try:
-        if not os.path.isfile(path):
-            return None
-        image = open_image(path)
-        image.thumbnail((_SIDE, _SIDE))
-        content = io.BytesIO()
-        image.save(content, "JPEG", quality=80)
-    except Exception:  # whatever is wrong with a file, the table is shown
-        return None
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=80)
     return base64.b64encode(content.getvalue()).decode()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
+import tempfile
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -16,6 +21,7 @@ from finelip_fast._terminal import printable
 from finelip_fast.cli.commands import (
     Command,
     ModelOptions,
+    after_result,
     alpha_option,
     batch_size_option,
     decode_memory_option,
@@ -23,11 +29,15 @@ from finelip_fast.cli.commands import (
     index_option,
     model_options,
     shows_progress,
+    speaks_json,
+    write_after_result,
 )
-from finelip_fast.errors import InputError, StoreError
+from finelip_fast.errors import FineLIPError, InputError, StoreError
 
 if TYPE_CHECKING:
+    from finelip_fast.hits import Hits
     from finelip_fast.index import Index
+    from finelip_fast.retriever import Retriever
 
 where_option = click.option(
     "--where", metavar="FILTER", help="Filter on the metadata of items, such as \"camera = 'front' and year >= 2024\"."
@@ -186,6 +196,16 @@ def _watchfiles() -> Any:
 @alpha_option
 @click.option("--verify", is_flag=True, help="Compare the whole index with its checksums first.")
 @click.option("--paths", is_flag=True, help="Show the paths of the pictures alone.")
+@click.option("--preview", is_flag=True, help="Show thumbnails in the terminal.")
+@click.option("--html", metavar="FILE.html", help="Page to write: a thumbnail of each hit, its scores and metadata.")
+@click.option("--open", "opens", is_flag=True, help="Open that page in the browser; without --html a temporary one.")
+@click.option(
+    "--why",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="With --html or --open: pages that explain the first N pictures, linked there.",
+)
 @model_options
 def search(
     text: str | None,
@@ -197,22 +217,83 @@ def search(
     alpha: float | None,
     verify: bool,
     paths: bool,
+    preview: bool,
+    html: str | None,
+    opens: bool,
+    why: int,
     model: ModelOptions,
 ) -> Any:
     """Search an index with a description (TEXT) or a picture."""
+    from finelip_fast.cli.preview import open_preview
     from finelip_fast.index import stored_source
 
     if (text is None) == (image is None):
         raise InputError(
             "expected either a description or --image FILE, got " + ("neither" if text is None else "both")
         )
+    if why and not (html is not None or opens):
+        raise InputError(f"expected --why with --html FILE or --open, got --why {why} alone")
+    if why and text is None:
+        raise InputError("expected --why with a description, got --image: a picture's words are what is explained")
+    if preview and (paths or speaks_json()):
+        raise InputError("expected --preview alone, got --" + ("paths" if paths else "json") + " with it")
+    show = open_preview() if preview else None  # a terminal that cannot show it is an error before a model is loaded
     if stored_source(index) is None:
         raise StoreError(f"there is no index at {index}: make one with finelip add FOLDER --index {shlex.quote(index)}")
     retriever = model.open_retriever(index, alpha=alpha, verify=verify)
     hits = retriever.search(text, image=image, k=k, mode=mode, where=where)
+    if hits and sys.stdout.isatty() and shows_progress() and not (paths or speaks_json()):
+        after_result(lambda: _print_meanings(hits, retriever.alpha))
+    if html is not None or opens:
+        page = html if html is not None else str(Path(tempfile.mkdtemp(prefix="finelip-")) / "search.html")
+
+        def write(path: str) -> None:
+            pages = _write_explanations(retriever, hits, text, Path(path), why) if text is not None else {}
+            hits.to_html(path, text=text, image=image, alpha=retriever.alpha, why=pages)
+
+        write_after_result(page, write)
+        if opens:
+            after_result(lambda: _open_page(page))
     if not hits:
         return _nothing(len(retriever), where)
+    if show is not None:
+        return show(hits)
     return [hit.path or hit.id for hit in hits] if paths else hits
+
+
+def _print_meanings(hits: Hits, alpha: float) -> None:
+    from finelip_fast.hits import score_meanings
+
+    print()
+    for name, meaning in score_meanings(hits, alpha).items():
+        print(f"{name:6}  {meaning}")
+
+
+def _write_explanations(retriever: Retriever, hits: Hits, text: str, page: Path, count: int) -> dict[int, str]:
+    """Write pages that explain the first hits that are pictures, beside the page that will link them.
+
+    Returns:
+        The pages' addresses there, by the hits' ranks.
+    """
+    from finelip_fast.hits import picture_file
+
+    addresses = {}
+    pictures = [(rank, hit) for rank, hit in enumerate(hits, start=1) if picture_file(hit) is not None]
+    for rank, hit in pictures[:count]:
+        try:
+            explanation = retriever.explain(hit, text)
+        except FineLIPError as error:  # a damaged picture, or an engine without the model in PyTorch
+            warnings.warn(f"hit {rank} is not explained: {error}", stacklevel=2)
+            continue
+        path = page.with_name(f"{page.stem}-why-{rank}.html")
+        explanation.to_html(path)
+        addresses[rank] = quote(os.fsencode(path.name))
+    return addresses
+
+
+def _open_page(path: str) -> None:
+    if not webbrowser.open(Path(path).absolute().as_uri()):
+        warnings.warn(f"no browser was found to open {path}", stacklevel=2)
 
 
 @click.command("list", cls=Command)

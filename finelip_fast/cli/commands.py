@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from finelip_fast._files import write_error
 from finelip_fast._terminal import printable, printable_lines
+from finelip_fast.errors import InputError, WriteError
 
 if TYPE_CHECKING:
     from finelip_fast.engines import EngineName
@@ -64,16 +66,16 @@ class Command(click.Command):
         return super().get_short_help_str(max(limit, 200))
 
     def invoke(self, ctx: click.Context) -> None:
-        """Do the work, print the result, and write the files that come after it."""
+        """Do the work, print the result, and do what comes after it."""
         running: _Running = ctx.meta[__name__]
-        speaks_json = ctx.params.pop("json")
+        running.speaks_json = ctx.params.pop("json")
         running.shows_progress = not ctx.params.pop("quiet")
         with nullcontext() if running.shows_progress else _no_warnings():
             result = super().invoke(ctx)
-            for piece in as_json(result) if speaks_json else as_text(result):
+            for piece in as_json(result) if running.speaks_json else as_text(result):
                 sys.stdout.write(piece)
-            for write in running.after:
-                write()
+            for act in running.after:
+                act()
 
 
 class Group(click.Group):
@@ -231,9 +233,36 @@ def shows_progress() -> bool:
     return _running().shows_progress
 
 
-def after_result(write: Callable[[], object]) -> None:
-    """Write a file once the result is printed: where it cannot be written, the result is not lost with it."""
-    _running().after.append(write)
+def speaks_json() -> bool:
+    """Whether the running command prints JSON."""
+    return _running().speaks_json
+
+
+def after_result(act: Callable[[], object]) -> None:
+    """Do something once the result is printed: where it fails, the result is not lost with it."""
+    _running().after.append(act)
+
+
+def write_after_result(path: str, write: Callable[[str], object]) -> None:
+    """Write a file once the result is printed, and say so.
+
+    Args:
+        path: The file.
+        write: Writes it to the path that it is given.
+    """
+
+    def act() -> None:
+        try:
+            write(path)
+        except WriteError:
+            raise
+        except OSError as error:
+            raise write_error(path, error) from None
+        except ValueError as error:  # an empty name; a format that Matplotlib does not write
+            raise InputError(f"expected a file that can be written, got {path!r}: {error}") from None
+        print(printable(path), file=sys.stderr)
+
+    after_result(act)
 
 
 def command_line() -> str:
@@ -266,11 +295,12 @@ def as_text(result: Any) -> Iterator[str]:
 
 @dataclass
 class _Running:
-    """The command that runs: its words, and what it writes after its result."""
+    """The command that runs: its words, and what it does after its result."""
 
     words: list[str]
     after: list[Callable[[], object]] = field(default_factory=list)
     shows_progress: bool = True
+    speaks_json: bool = False
 
 
 def _running() -> _Running:

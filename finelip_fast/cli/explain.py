@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from finelip_fast._terminal import printable
-from finelip_fast.cli.commands import Command, ModelOptions, after_result, alpha_option, model_options
+from finelip_fast.cli.commands import Command, ModelOptions, alpha_option, model_options, write_after_result
 
 
 @click.command(cls=Command, renamed={"--out": "--html"})
@@ -36,7 +33,6 @@ def explain(
     PyTorch computes this always, whatever --engine says.
     """
     from finelip_fast._arguments import find_device
-    from finelip_fast._files import write_error
     from finelip_fast.checkpoint import load
     from finelip_fast.errors import InputError
     from finelip_fast.explain import MAPS, explain
@@ -47,16 +43,9 @@ def explain(
         raise InputError(f"expected --tokens of {MAPS}, got {tokens!r}")
     explanation = explain(load(model.checkpoint, find_device(model.device or "cpu")), image, text, alpha=alpha)
 
-    def write(path: str, how: Callable[[str], object]) -> None:
-        try:
-            how(path)
-        except OSError as error:
-            raise write_error(path, error) from None
-        print(printable(path), file=sys.stderr)
-
     if phrase is not None and overlay is not None:
         figure = explanation.overlay(phrase, tokens=tokens)
-        after_result(lambda: write(overlay, figure.savefig))
+        write_after_result(overlay, figure.savefig)
     if html is not None:
-        after_result(lambda: write(html, explanation.to_html))
+        write_after_result(html, explanation.to_html)
     return explanation

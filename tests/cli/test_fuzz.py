@@ -120,6 +120,8 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
 
         patch.setattr("huggingface_hub.snapshot_download", offline)
         patch.setattr("open_clip.download_pretrained", offline)
+        patch.setattr("webbrowser.open", lambda _: True)
+        patch.setattr("tempfile.tempdir", str(folder))
         finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), "checkpoint")
         Path("photos").mkdir()
         for n, name in enumerate("abc"):

@@ -99,6 +99,30 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     assert "expected --tokens of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--html", ""], "expected a file that can be written, got ''"),
+        (["--phrase", "red", "--overlay", "x.foo"], "expected a file that can be written, got 'x.foo': Format"),
+        (["--html", "file/x"], "cannot write file/x: Not a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_below_the_result(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    SCENE.draw(64).save("scene.png")
+    assert main(["explain", "scene.png", "a red house", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("score ")
+    assert printed.err.startswith(f"error: {message}")
+
+
 def test_without_matplotlib_overlays_say_what_to_install(
     explanation: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
