@@ -190,7 +190,10 @@ def search(
     paths: bool,
     model: ModelOptions,
 ) -> Any:
-    """Search an index with a description (TEXT) or a picture."""
+    """Search an index with a description (TEXT) or a picture.
+
+    Beside each hit stands whether it stands out of the index, and below them whether nothing here matches.
+    """
     from finelip_fast.index import stored_source
 
     if (text is None) == (image is None):
