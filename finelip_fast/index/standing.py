@@ -17,7 +17,7 @@ SAMPLED = 512  # items that a score is compared with
 FEWEST = 50  # items of which something can be said
 
 # Logistic regression on the ratio of best hits with and without the described picture in the index; the bundled model, 500
-# descriptions each of Scenes' validation split, in indexes of 100, 1,000 and 2,500: finelip study standing-out fits them anew.
+# descriptions each of Scenes' validation split, in indexes of 100, 1,000 and 2,500. The study standing-out fits one anew.
 CENTRE, SLOPE = 0.955, 33.0
 
 

@@ -70,10 +70,10 @@ def fit(positive: Tensor, negative: Tensor) -> tuple[float, float]:
         # A small penalty keeps the slope finite where the kinds do not overlap.
         total = F.binary_cross_entropy_with_logits(values * line[0] + line[1], labels, weights, reduction="sum")
         total = total + 1e-4 * line[0] ** 2
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return total
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     slope, offset = line.detach().tolist()
     return (mean - deviation * offset / slope).item(), (slope / deviation).item()
 
@@ -119,10 +119,10 @@ class Searches:
             if start + size > scores.shape[1]:
                 break
             present = scores[start:stop, start : start + size]
-            own = torch.eye(stop - start, size, dtype=torch.bool)
+            right_picture = torch.eye(stop - start, size, dtype=torch.bool)
             parts["with"].append(_measured(present))
             parts["without"].append(_measured(scores[self.queries + start : self.queries + stop, start : start + size]))
-            parts["alike"].append(_measured(present[~own].reshape(stop - start, -1)))
+            parts["alike"].append(_measured(present[~right_picture].reshape(stop - start, -1)))
         for kind, dicts in parts.items():
             self.kinds[alpha, size, kind] = {name: torch.cat([part[name] for part in dicts]) for name in dicts[0]}
 
@@ -171,21 +171,21 @@ def standing(engine: Engine, setting: Setting) -> Record:
         cuts.append(row)
     verdicts = []
     for kind, title in zip(Searches.KINDS, ("in the index", "not, nor its like", "not, its like is"), strict=True):
-        named = [
+        words = [
             Hit("", 0, 0, None, {}, stands_out=p).verdict for p in tested.pooled(alpha, kind, "probability").tolist()
         ]
         verdicts.append(
             {"the picture is": title}
             | {
-                f"{verdict} (%)": round(100 * named.count(verdict) / len(named), 1)
+                f"{verdict} (%)": round(100 * words.count(verdict) / len(words), 1)
                 for verdict in ("stands out", "perhaps", "does not stand out")
             }
         )
-    whole = next(row for row in rows if row["items"] == "all sizes")
+    pooled = next(row for row in rows if row["items"] == "all sizes")
     finding = (
         f"Over indexes of {' and '.join(f'{size:,}' for size in tested.sizes)} items, searches whose picture is there and "
-        f"those that have neither it nor its like are told apart with an AUROC of {whole[_RATIO]} by z over chance's best, "
-        f"which Hit.stands_out is made of, and of {whole[_FLAT]} by a flat cut-off on the score. Of the former "
+        f"those that have neither it nor its like are told apart with an AUROC of {pooled[_RATIO]} by z over chance's best, "
+        f"which Hit.stands_out is made of, and of {pooled[_FLAT]} by a flat cut-off on the score. Of the former "
         f"{verdicts[0]['stands out (%)']} % stand out, of the latter {verdicts[1]['stands out (%)']} %. Fitted on the "
         f"validation pairs, the centre is {lines[1][0]:.3f}, the slope {lines[1][1]:.1f}."
     )
