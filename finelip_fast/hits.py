@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finelip_fast._files import write_text_whole
 from finelip_fast._terminal import printable
@@ -26,6 +26,12 @@ _LARGE_SIDE = 320  # of one on a page, where screens of phones show two or three
 _LONGEST_TEXT = 300  # characters of an id, and of its metadata
 
 
+Verdict = Literal["stands out", "perhaps", "does not stand out"]
+
+# Probabilities that a hit matches, from which on it is called so.
+_STANDS_OUT, _PERHAPS = 0.9, 0.1
+
+
 @dataclass(frozen=True)
 class Hit:
     """One found item.
@@ -39,6 +45,9 @@ class Hit:
         metadata: What was given with it.
         mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result) or ``"two-stage"``.
         path: File of a picture that came from a folder, absolute; None: of anything else.
+        stands_out: How far the score stands out of those of the items that were searched, from 0 to 1: a probability that the
+            hit matches, calibrated on the bundled model's drawn scenes, and a guide for other checkpoints. None: not
+            known, of fewer than 50 items.
     """
 
     id: str
@@ -48,12 +57,23 @@ class Hit:
     metadata: dict[str, Any]
     mode: str = "exact"
     path: str | None = None
+    stands_out: float | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """``stands_out`` in words: from 0.9 on, from 0.1 on, or less; None where it is not known."""
+        if self.stands_out is None:
+            return None
+        if self.stands_out >= _STANDS_OUT:
+            return "stands out"
+        return "perhaps" if self.stands_out >= _PERHAPS else "does not stand out"
 
     def __str__(self) -> str:
         parts = f"global {self.global_score:.4f}"
         if self.fine_score is not None:
             parts += f", fine {self.fine_score:.4f}"
-        return f"{self.score:.4f}  ({parts})  {printable(self.id)}"
+        verdict = f"{self.verdict:18}  " if self.verdict else ""
+        return f"{self.score:.4f}  ({parts})  {verdict}{printable(self.id)}"
 
 
 class Hits(list[Hit]):
@@ -63,14 +83,22 @@ class Hits(list[Hit]):
     until the table is shown.
     """
 
+    @property
+    def note(self) -> str | None:
+        """Says so where nothing matches: the best hit does not stand out."""
+        if self and self[0].verdict == "does not stand out":
+            return "nothing here matches: the best hit scores no higher than pictures that have nothing to do with the query"
+        return None
+
     def __str__(self) -> str:
-        return "\n".join(f"{rank:3}  {hit}" for rank, hit in enumerate(self, start=1)) or "no hits"
+        lines = [f"{rank:3}  {hit}" for rank, hit in enumerate(self, start=1)] or ["no hits"]
+        return "\n".join([*lines, *filter(None, [self.note])])
 
     def _repr_html_(self) -> str:
         from finelip_fast._pages import render  # Jinja2, which only a notebook needs here
 
         rows = [_row(rank, hit) for rank, hit in enumerate(self[:_MOST_ROWS])]
-        return render("hits.html", rows=rows, more=len(self) - len(rows))
+        return render("hits.html", rows=rows, more=len(self) - len(rows), note=self.note)
 
     def to_html(
         self,
@@ -100,6 +128,7 @@ class Hits(list[Hit]):
             image=image,
             image_thumbnail=None if image is None else _encoded(thumbnail(image, _LARGE_SIDE)),
             meanings=score_meanings(self, alpha),
+            note=self.note,
             cards=[_card(hit) for hit in self],
             why=why or {},
         )

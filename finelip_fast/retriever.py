@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -430,7 +431,7 @@ class Retriever:
 
         Returns:
             Hits, best first, ties in order of insertion: a list for one query, a list of lists for a list of queries. A
-            notebook shows them with thumbnails.
+            notebook shows them with thumbnails. There are ``k`` of them also where nothing matches: ``Hit.stands_out`` says.
 
         Raises:
             InputError: Both or neither of text and image, a text that is no string, a ``k`` that is no whole number or below
@@ -603,16 +604,22 @@ class Retriever:
             if result.fine_scores is None
             else result.fine_scores.tolist()
         )
+        standing: list[list[float | None]] = (
+            [[None] * len(items) for items in result.items]
+            if result.stands_out is None
+            else [[None if math.isnan(value) else value for value in row] for row in result.stands_out.tolist()]
+        )
         return [
             Hits(
-                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode, path(item))
-                for item, score, global_score, fine_score in zip(items, *scores, strict=True)
+                Hit(item.id, score, global_score, fine_score, item.metadata, result.mode, path(item), stands_out)
+                for item, score, global_score, fine_score, stands_out in zip(items, *scores, strict=True)
             )
             for items, *scores in zip(
                 result.items,
                 result.scores.tolist(),
                 result.global_scores.tolist(),
                 fine_scores,
+                standing,
                 strict=True,
             )
         ]

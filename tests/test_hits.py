@@ -45,6 +45,16 @@ def test_hits_print_as_lines_that_a_terminal_shows() -> None:
     assert str(Hits()) == "no hits"
 
 
+def test_verdicts_are_told_in_words() -> None:
+    hits = Hits([Hit("a", 0.5, 0.5, None, {}, stands_out=value) for value in (0.95, 0.5, 0.01)])
+    assert [hit.verdict for hit in hits] == ["stands out", "perhaps", "does not stand out"]
+    assert all(hit.verdict in line for hit, line in zip(hits, str(hits).splitlines(), strict=True))
+    assert "nothing here matches" not in str(hits) + hits._repr_html_()
+    assert str(Hits(hits[2:])).splitlines()[-1].startswith("nothing here matches: ")
+    assert "nothing here matches" in Hits(hits[2:])._repr_html_()
+    assert hit("a").verdict is None
+
+
 def test_a_notebook_shows_thumbnails(picture: str) -> None:
     (thumbnail,) = thumbnails(Hits([hit(picture), hit("text-1", caption="a house")])._repr_html_())
     assert thumbnail.size == (160, 80)

@@ -223,7 +223,10 @@ def search(
     why: int,
     model: ModelOptions,
 ) -> Any:
-    """Search an index with a description (TEXT) or a picture."""
+    """Search an index with a description (TEXT) or a picture.
+
+    Beside each hit stands whether it stands out of the index, and below them whether nothing here matches.
+    """
     from finelip_fast.cli.preview import open_preview
     from finelip_fast.index import stored_source
 

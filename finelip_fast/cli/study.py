@@ -28,6 +28,7 @@ NAMES = {
     "beyond": "descriptions longer than the context: cut, or read in windows",
     "tokens": "recall, bytes and search time by aggregated tokens and precision",
     "pointing": "whether the maps of phrases peak where the phrases are true",
+    "standing-out": "whether a search tells that nothing in the index matches",
 }
 
 _out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder of the record.")
@@ -37,7 +38,7 @@ def _complete_name(_: click.Context, __: click.Parameter, incomplete: str) -> li
     return [CompletionItem(name, help=text) for name, text in NAMES.items() if name.startswith(incomplete)]
 
 
-@click.command(cls=Command, epilog="\b\n" + "\n".join(f"{name:10}{question}" for name, question in NAMES.items()))
+@click.command(cls=Command, epilog="\b\n" + "\n".join(f"{name:14}{question}" for name, question in NAMES.items()))
 @click.argument("name", required=False, shell_complete=_complete_name)
 @click.option("--data", help="Pairs to measure on, as finelip eval takes them.  [default: scenes:test, or the study's]")
 @click.option("--validation", metavar="DATA", default="scenes:val:200", help="Pairs to choose on.")

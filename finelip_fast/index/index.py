@@ -19,8 +19,17 @@ from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.forks import between_forks
-from finelip_fast.index.search import CandidateSource, Mode, Tuning, best_rows, choose_mode, parts_of_scores
+from finelip_fast.index.search import (
+    CandidateSource,
+    Mode,
+    Tuning,
+    best_rows,
+    choose_mode,
+    parts_of_scores,
+    sampled_scores,
+)
 from finelip_fast.index.spec import IndexSpec, stored_spec
+from finelip_fast.index.standing import FEWEST, stands_out
 from finelip_fast.index.store import Existing, Store, Written
 from finelip_fast.index.view import View
 
@@ -38,6 +47,8 @@ class SearchResults:
         numbers: int64 ``[Q, k]``, counting items in order of insertion.
         items: What the catalogue knows of them, ``Q`` lists of ``k``.
         mode: How they were found.
+        stands_out: float32 ``[Q, k]``, how far each stands out, see :mod:`finelip_fast.index.standing`; NaN where the items
+            searched all score the same; None: of fewer than 50, or of a collection on object storage.
     """
 
     scores: Tensor
@@ -46,6 +57,7 @@ class SearchResults:
     numbers: Tensor
     items: list[list[Item]]
     mode: Mode
+    stands_out: Tensor | None = None
 
 
 class Index:
@@ -409,7 +421,10 @@ class Index:
                 f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; "
                 f"{remedies.restore(self.folder)}"
             ) from None
-        return SearchResults(scores.cpu(), global_scores, fine_scores, view.numbers(rows), hits, chosen)
+        scores, standing = scores.cpu(), None
+        if count >= FEWEST and len(queries):
+            standing = stands_out(scores, sampled_scores(view, queries, alpha=alpha, among=among).cpu(), count)
+        return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
 
     def _first_stage(self, view: View) -> CandidateSource | None:
         """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""

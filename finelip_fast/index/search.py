@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import one_of
+from finelip_fast.index.standing import sampled_rows
 from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
 from finelip_fast.kernels.clim.rows import Pieces
@@ -176,6 +177,17 @@ def _two_stages(
         scores, at = clim_topk(query[None], embeddings_of(rows).to(queries), k, alpha=alpha)
         pieces.append((scores[0], rows.to(at.device)[at[0]]))
     return torch.stack([scores for scores, _ in pieces]), torch.stack([rows for _, rows in pieces])
+
+
+def sampled_scores(view: View, queries: Tensor, *, alpha: float, among: Tensor | None) -> Tensor:
+    """Scores float32 ``[Q, n]`` of a sample of the items, evenly spread; arguments as :func:`best_rows`."""
+    queries = queries.to(view.device, _dtype(view))
+    if alpha == 1:
+        rows = sampled_rows(view.rows, view.living if among is None else among)
+        queries, embeddings = queries[:, :1], Pieces(view.anchors).take(rows)
+    else:
+        embeddings = view.sample if among is None else view.read(sampled_rows(view.rows, among))
+    return clim_scores(queries, embeddings.to(queries), alpha=alpha)
 
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor, *, fine: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item, Layout
 from finelip_fast.index.segments import Segment, joined
+from finelip_fast.index.standing import sampled_rows
 from finelip_fast.kernels import QuantizedItems
 
 # More pieces than this are put together once, rather than gone through at each search.
@@ -123,6 +124,11 @@ class View:
                     finish()
         is_sorted = bool((order.diff() > 0).all())
         return result if is_sorted else result[order.argsort().to(device)]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Embeddings of a few items, evenly spread, that every search compares its scores with; on the device."""
+        return self.read(sampled_rows(self.rows, self.living)).to(self.device)
 
     def refuse_shortened(self) -> None:
         """Look whether what is mapped is still as long as it was: where it is not, a search would end the process.

@@ -13,6 +13,7 @@ from finelip_fast.studies.noise import noise
 from finelip_fast.studies.overhead import overhead
 from finelip_fast.studies.pointing import pointing
 from finelip_fast.studies.setting import Setting
+from finelip_fast.studies.standing import standing
 from finelip_fast.studies.tokens import tokens
 
 __all__ = ["STUDIES", "Setting", "Study"]
@@ -32,4 +33,5 @@ STUDIES = {
     "beyond": Study(beyond, "scenes:very_long"),
     "tokens": Study(tokens, "scenes:test"),
     "pointing": Study(pointing, "scenes:test"),
+    "standing-out": Study(standing, "scenes:test:5500"),
 }

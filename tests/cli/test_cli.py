@@ -168,7 +168,9 @@ def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoin
     index(finelip, photos, checkpoint, "--index", "elsewhere")
     arguments = ["search", "a red house", "--index", "elsewhere", "--device", "cpu", "-k", "2"]
     hits = json.loads(finelip(*arguments, "--json"))
-    assert [set(hit) for hit in hits] == [{"id", "score", "global_score", "fine_score", "metadata", "mode", "path"}] * 2
+    assert [set(hit) for hit in hits] == [
+        {"id", "score", "global_score", "fine_score", "metadata", "mode", "path", "stands_out"}
+    ] * 2
     assert hits[0]["score"] >= hits[1]["score"]
     (first, *_) = finelip(*arguments).splitlines()
     assert f"{hits[0]['score']:.4f}" in first
