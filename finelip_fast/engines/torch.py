@@ -80,5 +80,5 @@ def _apple_gpu(model: FineLIP) -> torch.device | None:
             encoded = copied.encode_image(pixels.to("mps")).cpu(), copied.encode_text(ids.to("mps")).cpu()
     except (RuntimeError, NotImplementedError, TypeError):  # the last of float64, which it does not have
         return None
-    same = all(torch.allclose(*pair, atol=1e-3) for pair in zip(encoded, expected, strict=True))
-    return torch.device("mps") if same else None
+    agrees = all(torch.allclose(*pair, atol=1e-3) for pair in zip(encoded, expected, strict=True))
+    return torch.device("mps") if agrees else None
