@@ -40,6 +40,8 @@ def open_preview() -> Callable[[Hits], Iterator[str]]:
             if file is not None and (picture := thumbnail(file, _SIDE)) is not None:
                 console.print(Image(picture, width="auto", height="auto"), height=_ROWS)
             yield f"{rank:3}  {hit}"
+        if hits.note:
+            yield hits.note
 
     return show
 
