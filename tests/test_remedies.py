@@ -72,6 +72,20 @@ def test_the_commands_are_found() -> None:
     assert any("--index" in options for _, _, options in advised())
 
 
+def test_the_extras_that_messages_name_can_be_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra
+        for folder in ("finelip_fast", "kernels", "training", "export", "docs")
+        for path in (REPOSITORY / folder).rglob("*.*")
+        if path.suffix in (".py", ".md")
+        for match in re.finditer(r"finelip[-_]fast\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
+        for extra in match[1].split(",")
+    }
+    assert {"heic", "raw", "watch"} <= named <= extras.keys()
+
+
 def damage_a_row(folder: Path) -> None:
     (segment,) = (folder / "segments").glob("*.safetensors")
     content = bytearray(segment.read_bytes())
