@@ -2,13 +2,11 @@
 
 The id of a picture is its path below the index's root, with ``/`` between names on every system: one item a file, however its
 path was typed. What a picture's metadata says of its file (:mod:`finelip_fast.picture_files`) shows whether it was changed or
-moved meanwhile; a file of the same content is never embedded again.
+moved meanwhile; what was only moved or touched is not embedded again.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,23 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from finelip_fast._files import read_bytes
-from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 from finelip_fast.folders import walk_folder
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
 from finelip_fast.picture_files import FIELDS, HASH, STAMP, content_hash, describe, read_sidecar, sidecar_names, stamp
-
-# Columns that name the picture, where none is named.
-IMAGE_FIELDS = ("image", "file", "path", "filename", "file_name", "image_path")
+from finelip_fast.picture_tables import read_rows
 
 T = TypeVar("T")
 
-_LINES, _SEPARATORS = (".jsonl", ".jsonlines", ".ndjson"), {".csv": ",", ".tsv": "\t"}
-
 _AT_ONCE = 1024  # items of a change, and files that are looked at ahead
-_MAX_TABLE = 1 << 32  # bytes
 
 
 @dataclass
@@ -143,8 +134,12 @@ def _take_over(index: Index, root: Path) -> None:
 
 
 def relabel(index: Index, changes: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-    """Give items other ids and metadata, some at a time."""
-    for ids in _batches(list(changes)):
+    """Give items other ids and metadata, some at a time; what another process has taken out meanwhile is passed over."""
+    for batch in _batches(list(changes)):
+        present = index.present(batch)
+        ids = [item for item in batch if item in present]
+        if not ids:
+            continue
         names, metadata = zip(*(changes[item] for item in ids), strict=True)
         index.relabel(ids, names, metadata)
 
@@ -221,11 +216,6 @@ def list_table(
     return listing
 
 
-def is_table(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a table of pictures, by its name."""
-    return Path(path).suffix.lower() in (*_LINES, *_SEPARATORS) and os.path.isfile(path)
-
-
 def read_fields(
     table: str | os.PathLike[str],
     root: Path,
@@ -233,58 +223,38 @@ def read_fields(
     base: str | os.PathLike[str] | None = None,
     image_field: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The fields of pictures, by their ids.
+    """The fields of pictures, by their ids; a picture of several rows has lists of what differs in them, such as captions.
 
     Args:
-        table: File of a picture a row: JSON lines of objects, or CSV (``.csv``, ``.tsv``) whose first line names the
-            columns.
+        table: Table as :func:`finelip_fast.picture_tables.read_rows` takes it.
         root: Root of the index.
         base: Folder that the pictures' paths are relative to; None: the folder of the table.
-        image_field: Name of the column of paths; None: the first of :data:`IMAGE_FIELDS` that there is.
+        image_field: Name of the column of paths; None: the first that is there of ``image``, ``file``, ``path`` and the like.
 
     Raises:
         InputError: The table cannot be read, or a row names no picture; names the line.
     """
-    table = Path(table)
-    folder = table.parent if base is None else Path(base)
+    folder = Path(table).parent if base is None else Path(base)
     fields: dict[str, dict[str, Any]] = {}
-    for where, row in _rows(table):
-        name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
-        path = row.pop(name, None)
-        if not isinstance(path, str) or not path:
-            raise InputError(
-                f"{where}: expected the path of a picture under {name!r}, got {path!r:.40}; name the column with --image-field"
-            )
-        fields.setdefault(item_id(folder / path, root), {}).update(row)
+    for path, row in read_rows(table, image_field=image_field):
+        known = fields.setdefault(item_id(folder / path, root), {})
+        for column, value in row.items():
+            _put(known, column, value)
     return fields
 
 
-def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    separator = _SEPARATORS.get(table.suffix.lower())
-    content = read_bytes(table, error=InputError, max_bytes=_MAX_TABLE)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{table}: expected UTF-8, got another encoding: {error.reason} at byte {error.start}"
-        ) from None
-    if separator is None:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                where = f"{table}, line {number}"
-                yield where, parse_json(line, where, error=InputError, expected="an object of fields", kind=dict)
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        for row in reader:
-            where = f"{table}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{where}: expected {len(reader.fieldnames or ())} values, as the first line has names"
-                )
-            yield where, {name: value for name, value in row.items() if value}
-    except csv.Error as error:
-        raise InputError(f"{table}, line {reader.line_num}: {error}") from None
+class _Several(list[Any]):
+    """Values of a column in the rows of one picture."""
+
+
+def _put(fields: dict[str, Any], column: str, value: Any) -> None:
+    """Put a value beside those that other rows of the picture have."""
+    before = fields.setdefault(column, value)
+    if isinstance(before, _Several):
+        if value not in before:
+            before.append(value)
+    elif before != value:
+        fields[column] = _Several([before, value])
 
 
 # Planning ------------------------------------------------------------------------------------------------------------

@@ -338,8 +338,9 @@ def follow(
     report = FolderReport(moved=changes.moved, skipped=listing.skipped)
     relabel(index, changes.relabelled)
     if sync:
-        index.delete(changes.gone)
-        report.removed = len(changes.gone)
+        present = index.present(changes.gone)  # another process may follow the folder, too
+        index.delete([item for item in changes.gone if item in present])
+        report.removed = len(present)
     else:
         report.gone = len(changes.gone)
     fields = {**changes.changed, **changes.new}

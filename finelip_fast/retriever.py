@@ -331,7 +331,7 @@ class Retriever:
         """Bring the index in line with the pictures that a table names; its other columns are their metadata.
 
         Args:
-            table: JSON lines or CSV, see :func:`finelip_fast.collection.read_fields`.
+            table: JSON lines or CSV, see :func:`finelip_fast.picture_tables.read_rows`.
             folder: Folder that the paths are relative to; None: that of the table.
             image_field: Name of the column of paths; None: ``image``, ``file``, ``path`` or the like.
             batch_size: Number of pictures embedded at once.

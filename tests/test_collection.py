@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import finelip_fast
-from finelip_fast import FolderReport, InputError, Retriever
+from finelip_fast import FolderReport, InputError, Retriever, ingest
 from finelip_fast.ingest import Ingest
 
 
@@ -208,11 +208,52 @@ def test_a_table_is_indexed_in_one_call(retriever: Retriever, photos: Path, name
     assert counts(retriever.add_folder(photos, progress=False)) == {"added": 4}
 
 
+def test_rows_of_one_picture_are_gathered(retriever: Retriever, photos: Path) -> None:
+    rows = [("a.jpg", "a dog", 1), ("a.jpg", "a brown dog", 1), ("./a.jpg", "a dog", 1), ("b.png", "a cat", 2)]
+    (photos / "captions.csv").write_text(
+        "image,caption,n\n" + "".join(f"{path},{text},{n}\n" for path, text, n in rows)
+    )
+    assert counts(retriever.add_table(photos / "captions.csv", progress=False)) == {"added": 2}
+    fields = {item.id: item.metadata for item in retriever.index.items()}
+    assert (fields["a.jpg"]["caption"], fields["a.jpg"]["n"]) == (["a dog", "a brown dog"], 1)
+    assert fields["b.png"]["caption"] == "a cat"
+    assert counts(retriever.add_table(photos / "captions.csv", progress=False)) == {}
+
+
+def test_columns_of_numbers_are_numbers(retriever: Retriever, photos: Path) -> None:
+    content = "image,rating,zip,share\na.jpg,5,01234,0.25\nb.png,-3,12345,\n2023/c.jpg,12,99999,1\n"
+    (photos / "t.csv").write_text(content)
+    retriever.add_table(photos / "t.csv", progress=False)
+    assert [hit.id for hit in retriever.search("x", where="rating > 4 and share < 1")] == ["a.jpg"]
+    assert [hit.id for hit in retriever.search("x", where="zip = '01234'")] == ["a.jpg"]
+
+
+def test_what_another_process_took_out_meanwhile_is_passed_over(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    (photos / "a.jpg").rename(photos / "moved.jpg")
+    (photos / "b.png").unlink()
+    plan = ingest.plan
+
+    def plan_then_lose(*arguments: Any) -> Any:
+        changes = plan(*arguments)
+        retriever.index.delete(["a.jpg", "b.png"])
+        return changes
+
+    monkeypatch.setattr(ingest, "plan", plan_then_lose)
+    retriever.add_folder(photos, sync=True, progress=False)
+    monkeypatch.undo()
+    assert counts(retriever.add_folder(photos, sync=True, progress=False)) == {"added": 1}
+    assert sorted(retriever.index.ids) == ["2023/c.jpg", "2023/d.jpg", "2024/e.jpg", "2024/f.jpg", "moved.jpg"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.jsonl", '{"picture": "a.jpg"}', "t.jsonl, line 1: expected the path of a picture under 'image', got None"),
         ("t.jsonl", '\n{"image": 3}', "t.jsonl, line 2: expected the path of a picture"),
+        ("t.jsonl", '{"image": "https://x.org/a.jpg"}', "t.jsonl, line 1: expected the path .* got the address"),
         ("t.jsonl", "{", "t.jsonl, line 1: expected an object of fields"),
         ("t.csv", "image,title\na.jpg\n", "t.csv, line 2: expected 2 values"),
         ("t.csv", "image,title\na.jpg,b,c\n", "t.csv, line 2: expected 2 values"),

@@ -11,7 +11,7 @@ from house import REPOSITORY, ROOT, Import, circles, find_imports, find_modules,
 LAYERS = [
     {
         *("_command_line", "_decode", "_raw", "errors", "_files", "_json", "_markup", "_pages"),
-        *("_arguments", "_terminal", "_typed", "config", "folders", "picture_files"),
+        *("_arguments", "_terminal", "_typed", "config", "folders", "picture_files", "picture_tables"),
     },
     {"kernels"},
     {

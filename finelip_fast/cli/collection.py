@@ -134,9 +134,10 @@ def add(
     Run again, the command adds what is new, embeds again what was changed, and follows what was moved. Instead of a folder, a
     table of pictures can be given, JSON lines or CSV; its other columns become their metadata.
     """
-    from finelip_fast.collection import is_table, prepare_root
+    from finelip_fast.collection import prepare_root
     from finelip_fast.folders import walk_folder
     from finelip_fast.ingest import FolderReport
+    from finelip_fast.picture_tables import is_table
 
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:

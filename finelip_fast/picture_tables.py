@@ -1,0 +1,90 @@
+"""Tables of pictures: a row a picture, with its path and any fields beside it, in JSON lines or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finelip_fast._files import read_bytes
+from finelip_fast._json import parse_json
+from finelip_fast.errors import InputError
+
+# Columns that name the picture, where none is named.
+IMAGE_FIELDS = ("image", "file", "path", "filename", "file_name", "image_path")
+
+_LINES, _SEPARATORS = (".jsonl", ".jsonlines", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,15})(?:\.\d+)?")  # as JSON has it: 007 and +49 are texts
+_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://")
+_MAX_TABLE = 1 << 32  # bytes
+
+
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table of pictures, by its name."""
+    return Path(path).suffix.lower() in (*_LINES, *_SEPARATORS) and os.path.isfile(path)
+
+
+def read_rows(table: str | os.PathLike[str], *, image_field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path of each row's picture, as it stands there, and the row's other fields.
+
+    Args:
+        table: JSON lines of objects, or CSV (``.csv``, ``.tsv``) whose first line names the columns.
+        image_field: Name of the column of paths; None: the first of :data:`IMAGE_FIELDS` that there is.
+
+    Raises:
+        InputError: The table cannot be read, or a row names no picture; names the line.
+    """
+    for where, row in _rows(Path(table)):
+        name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
+        path = row.pop(name, None)
+        if not isinstance(path, str) or not path:
+            raise InputError(
+                f"{where}: expected the path of a picture under {name!r}, got {path!r:.40}; name the column with --image-field"
+            )
+        if _ADDRESS.match(path):
+            raise InputError(
+                f"{where}: expected the path of a picture, got the address {path!r:.80}; download it first"
+            )
+        yield path, row
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    separator = _SEPARATORS.get(table.suffix.lower())
+    content = read_bytes(table, error=InputError, max_bytes=_MAX_TABLE)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{table}: expected UTF-8, got another encoding: {error.reason} at byte {error.start}"
+        ) from None
+    if separator is None:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                where = f"{table}, line {number}"
+                yield where, parse_json(line, where, error=InputError, expected="an object of fields", kind=dict)
+        return
+    yield from _csv_rows(table, text, separator)
+
+
+def _csv_rows(table: Path, text: str, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with numbers in columns that hold nothing else; empty values are left out."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = []
+    try:
+        for row in reader:
+            where = f"{table}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{where}: expected {len(reader.fieldnames or ())} values, as the first line has names"
+                )
+            rows.append((where, {name: value for name, value in row.items() if value}))
+    except csv.Error as error:
+        raise InputError(f"{table}, line {reader.line_num}: {error}") from None
+    texts = {name for _, row in rows for name, value in row.items() if not _NUMBER.fullmatch(value)}
+    for where, row in rows:
+        yield where, {name: value if name in texts else json.loads(value) for name, value in row.items()}
