@@ -84,7 +84,7 @@ def walk_folder(
     if not folder.is_dir():
         obstacle = "a file" if folder.exists() else "nothing there"
         raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
-    return _Walk(folder, recursive, exclude, include).entries(folder)
+    return _Walk(folder, recursive, exclude, include).entries()
 
 
 class _Walk:
@@ -93,7 +93,19 @@ class _Walk:
         self._real, self._suffixes = Path(os.path.realpath(folder)), image_suffixes()
         self._entered: set[tuple[int, int]] = set()
 
-    def entries(self, folder: Path) -> Iterator[tuple[Path, Kind]]:
+    def entries(self) -> Iterator[tuple[Path, Kind]]:
+        levels = [self._listed(self._folder)]  # no recursion: folders may be nested deeper than Python's stack
+        while levels:
+            path, kind = next(levels[-1], (None, None))
+            if path is None:
+                levels.pop()
+            elif kind is None:
+                levels.append(self._listed(path))
+            else:
+                yield path, kind
+
+    def _listed(self, folder: Path) -> Iterator[tuple[Path, Kind | None]]:
+        """What lies in a folder; None: a folder to enter."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self._entered and status.st_ino:
@@ -113,11 +125,10 @@ class _Walk:
                 yield path, "left out"
             elif _answer(entry.is_dir):
                 if self._recursive and not self._comes_anyway(entry):
-                    yield from self.entries(path)
+                    yield path, None
             else:
-                is_image = (
-                    _answer(entry.is_file) and path.suffix.lower() in self._suffixes
-                )  # no broken link, pipe, device
+                # No broken link, pipe or device.
+                is_image = _answer(entry.is_file) and path.suffix.lower() in self._suffixes
                 yield path, "image" if is_image else "other"
 
     def _is_named(self, path: Path, patterns: Collection[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def test_a_link_to_itself_hides_nothing(tmp_path: Path) -> None:
     names = {path.relative_to(tmp_path).as_posix(): kind for path, kind in walk_folder(tmp_path)}
     assert [name for name, kind in names.items() if kind == "image"] == ["2023/a.png", "2023/below/b.png", "2024/c.png"]
     assert [name for name, kind in names.items() if kind == "other"] == ["2023/loop", "2023/round", "2023/trip"]
+
+
+def test_folders_may_be_nested_deeper_than_pythons_stack(tmp_path: Path) -> None:
+    depth = 1_100
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):  # step by step: the whole path is longer than a system takes
+        os.mkdir("d", dir_fd=descriptor)
+        below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(os.open("deep.png", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    os.close(descriptor)
+    (tmp_path / "z.png").touch()
+    assert [path.name for path in list_images(tmp_path)] == ["deep.png", "z.png"]
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # shutil.rmtree fails, and would fail for pytest later
 
 
 def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
