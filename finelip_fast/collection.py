@@ -330,11 +330,16 @@ def _stored_stamps(index: Index, listing: Listing, root: Path) -> dict[str, _Sta
 
 
 def _items_below(index: Index, folder: Path, root: Path) -> Iterator[Item]:
-    where = None
-    if folder != root and folder.is_relative_to(root) and (prefix := _below(folder, root)).isprintable():
-        quoted = prefix.replace("'", "''")
-        where = f"id >= '{quoted}/' and id < '{quoted}0'"  # "0" follows "/": fast, since ids are sorted
-    return (item for item in index.items(where=where) if Path(os.path.normpath(root / item.id)).is_relative_to(folder))
+    items = index.items(where=filter_below(folder, root))
+    return (item for item in items if Path(os.path.normpath(root / item.id)).is_relative_to(folder))
+
+
+def filter_below(folder: Path, root: Path) -> str | None:
+    """A filter on the ids of pictures below a folder, which the catalogue answers fast; None: all ids may be."""
+    prefix = _below(folder, root).replace("'", "''")
+    if root.is_relative_to(folder) or not prefix.isprintable():
+        return None
+    return f"id >= '{prefix}/' and id < '{prefix}0'"  # "0" follows "/"
 
 
 def _moved(unknown: Sequence[str], vanished: Mapping[str, _Stamp], listing: Listing, pool: Executor) -> dict[str, str]:

@@ -4,6 +4,7 @@ path of the command line, the retriever and the workers of :mod:`finelip_fast.di
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
-from finelip_fast.collection import Listing, item_id, plan, relabel
+from finelip_fast.collection import Listing, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
-from finelip_fast.picture_files import describe
+from finelip_fast.picture_files import HASH, describe
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import check_caption
 
@@ -331,9 +332,10 @@ def follow(
     """
     changes = plan(index, listing, root)
     if sync and changes.gone and not listing.paths:
+        where = (listing.folder and filter_below(listing.folder, root)) or f"{HASH} is not null"
         raise InputError(
             f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
-            "To remove them all the same, give their ids to finelip remove"
+            f"To remove them all the same: finelip remove --where {shlex.quote(where)}"
         )
     report = FolderReport(moved=changes.moved, skipped=listing.skipped)
     relabel(index, changes.relabelled)

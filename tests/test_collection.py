@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast import FolderReport, InputError, Retriever, ingest
+from finelip_fast.cli import main
 from finelip_fast.ingest import Ingest
 
 
@@ -129,11 +131,16 @@ def test_a_folder_that_lost_all_its_pictures_is_not_emptied(retriever: Retriever
     retriever.add_texts(["a text"], progress=False)
     shutil.rmtree(photos)
     photos.mkdir()
-    with pytest.raises(
-        InputError, match="expected pictures in the folder, got none, and the index has 6 of it: is its disk"
-    ):
+    with pytest.raises(InputError, match="got none, and the index has 6 of it: is its disk there") as caught:
         retriever.add_folder(photos, sync=True, progress=False)
+    (photos / "2023").mkdir()
+    with pytest.raises(InputError, match="got none, and the index has 2 of it") as caught_below:
+        retriever.add_folder(photos / "2023", sync=True, progress=False)
     assert len(retriever) == 7
+    for error, left in ((caught_below, 5), (caught, 1)):  # what is advised does it
+        words = shlex.split(str(error.value).partition("all the same: finelip ")[2])
+        assert main([*words, "--index", str(retriever.index.folder)]) == 0
+        assert len(retriever) == left
 
 
 def test_texts_and_pictures_elsewhere_are_not_gone(retriever: Retriever, photos: Path) -> None:

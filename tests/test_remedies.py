@@ -15,7 +15,7 @@ from finelip_fast import Retriever, cli
 
 REPOSITORY = Path(__file__).parent.parent
 # A command's words are in lower case; behind them stand options, FILES in capitals, and what a message fills in.
-COMMAND = re.compile(r"finelip ((?:[a-z0-9]+ ?)+)((?: ?(?:--?[a-z][a-z-]*|[A-Z]{3,}[A-Z_.]*|\0))*)")
+COMMAND = re.compile(r"finelip ((?:[a-z0-9]+(?:-[a-z]+)* ?)+)((?: ?(?:--?[a-z][a-z-]*|[A-Z]{3,}[A-Z_.]*|\0))*)")
 
 
 def messages() -> Iterator[tuple[str, str]]:
