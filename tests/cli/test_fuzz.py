@@ -121,6 +121,7 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("huggingface_hub.snapshot_download", offline)
         patch.setattr("open_clip.download_pretrained", offline)
         patch.setattr("webbrowser.open", lambda _: True)
+        patch.setattr("watchfiles.watch", lambda *_, **__: iter(()))  # without an end
         patch.setattr("tempfile.tempdir", str(folder))
         finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), "checkpoint")
         Path("photos").mkdir()
@@ -133,6 +134,7 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")
 @settings(settings.get_profile("fuzz"))
 @given(arguments=command_lines())
 def test_a_command_line_is_done_or_explained(folder: Path, arguments: list[str]) -> None:
