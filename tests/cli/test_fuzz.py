@@ -33,6 +33,7 @@ COMMANDS = {
     "remove": ["photos/b.png", "--index", "index"],
     "index check": ["--index", "index"],
     "index maintain": ["--index", "index"],
+    "index move-root": ["photos", "--index", "index"],
     "index repair": ["--index", "index"],
     "index field": ["camera", "--index", "index"],
     "index snapshot": ["copy", "--index", "index"],
