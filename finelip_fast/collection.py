@@ -368,7 +368,8 @@ def _own_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(listing: Listing, item: str) -> dict[str, Any]:
-    return listing.fields.get(item, {})
+    """What is added to a picture's metadata; its size, time and hash are always the file's, or no change would be seen."""
+    return {name: value for name, value in listing.fields.get(item, {}).items() if name not in (*STAMP, HASH)}
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:

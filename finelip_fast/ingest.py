@@ -180,9 +180,8 @@ class Ingest:
         def read(entry: tuple[str, Any, dict[str, Any]]) -> tuple[Tensor | ImageError, dict[str, Any]]:
             _, image, metadata = entry
             try:
-                described = (
-                    describe(image) if describes else {}
-                )  # first: what is written to meanwhile is seen as changed later
+                # Before it is read: what is written to meanwhile is seen as changed later.
+                described = describe(image) if describes else {}
             except OSError:
                 described = {}
             return read_picture(preprocess, image), {**described, **metadata}

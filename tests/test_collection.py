@@ -227,6 +227,19 @@ def test_rows_of_one_picture_are_gathered(retriever: Retriever, photos: Path) ->
     assert counts(retriever.add_table(photos / "captions.csv", progress=False)) == {}
 
 
+def test_no_field_hides_what_a_file_is(retriever: Retriever, photos: Path, encoded: list[str]) -> None:
+    (photos / "a.json").write_text('{"bytes": 1, "modified": "never", "sha256": "x", "width": 3, "title": "A"}')
+    retriever.add_folder(photos, progress=False)
+    metadata = retriever.index.get(["a.jpg"])["a.jpg"].metadata
+    assert (metadata["bytes"], metadata["title"], metadata["width"]) == ((photos / "a.jpg").stat().st_size, "A", 3)
+    encoded.clear()
+    assert counts(retriever.add_folder(photos, progress=False)) == {}
+    (photos / "a.jpg").rename(photos / "z.jpg")
+    (photos / "a.json").rename(photos / "z.json")
+    assert counts(retriever.add_folder(photos, progress=False)) == {"moved": 1}
+    assert encoded == []
+
+
 def test_columns_of_numbers_are_numbers(retriever: Retriever, photos: Path) -> None:
     content = "image,rating,zip,share\na.jpg,5,01234,0.25\nb.png,-3,12345,\n2023/c.jpg,12,99999,1\n"
     (photos / "t.csv").write_text(content)
