@@ -43,10 +43,13 @@ class TorchEngine(Engine):
         self._identify(model.config, checkpoints.fingerprint(model), checkpoint)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         # Embeddings come out on the CPU all the same: an index is searched there.
-        self._accelerator = _apple_gpu(model) if device is None and self.device.type == "cpu" else None
+        tries = device is None and self.device.type == "cpu" and torch.backends.mps.is_available()
+        self._accelerator = _apple_gpu(model) if tries else None
         self.model = model.to(self._accelerator or self.device, dtype).eval()
         self.precision = "fp16" if dtype == torch.float16 else "fp32"
         self.description = f"{self._accelerator or self.device}, {str(dtype).removeprefix('torch.')}"
+        if tries and self._accelerator is None:
+            self.description += "; the GPU failed a trial"
         self.reason = reason
 
     def _opened_with(self) -> tuple[Any, ...]:
@@ -68,8 +71,6 @@ class TorchEngine(Engine):
 
 def _apple_gpu(model: FineLIP) -> torch.device | None:
     """The GPU of an Apple machine, if it encodes a picture and a text as the CPU does; PyTorch lacks operations there."""
-    if not torch.backends.mps.is_available():
-        return None
     config = model.config
     pixels = torch.linspace(-1, 1, 3 * config.image_size**2).view(1, 3, config.image_size, config.image_size)
     ids = tokenize(["a red house"], config.context_length)

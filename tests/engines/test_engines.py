@@ -255,7 +255,7 @@ def test_the_gpu_of_an_apple_machine_is_chosen_only_where_it_computes_the_same(
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     plain = TorchEngine(checkpoint)  # there is none here, and whatever is tried fails
-    assert str(plain).startswith("torch: cpu, float32")
+    assert str(plain).startswith("torch: cpu, float32; the GPU failed a trial")
     monkeypatch.setattr(engine_module, "_apple_gpu", lambda model: torch.device("cpu"))
     chosen = TorchEngine(checkpoint)
     pixels = torch.zeros(1, 3, chosen.config.image_size, chosen.config.image_size)
