@@ -28,6 +28,7 @@ LAYERS = [
     },  # of the model alone, and of the index; the retriever offers both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "distributed"},
+    {"serve", "client"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,258 @@
+"""Requests and answers of the API, as OpenAPI documents them.
+
+Pictures travel as base64 in JSON, with or without a ``data:`` prefix, or as files of a multipart form. Bounds that a server
+sets (:class:`finelip_fast.serve.settings.Limits`) are checked where requests are handled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from finelip_fast.hits import Verdict
+from finelip_fast.index.search import Mode
+
+Text = Annotated[str, Field(description="A description; an empty one is a query like any other.")]
+Picture = Annotated[str, Field(description="An encoded picture in base64, or a data URI of one.")]
+
+
+class Request(BaseModel):
+    """What a client sends: names that are not known are refused, so that none is ignored without a word."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SearchRequest(Request):
+    """Queries of one kind: texts, pictures, or items of the index whose like is looked for."""
+
+    text: Text | list[Text] | None = None
+    image: Picture | list[Picture] | None = None
+    item: str | list[str] | None = Field(None, description="Id of an item: search with its stored embedding.")
+    k: int = Field(10, ge=1, description="Number of hits of each query.")
+    offset: int = Field(0, ge=0, description="Number of best hits to leave out, for the next page.")
+    mode: Mode = "auto"
+    where: str | None = Field(None, description="Filter on the metadata, such as `camera = 'front' and year >= 2024`.")
+    alpha: float | None = Field(None, ge=0, le=1, description="Weight of the global score; null: the checkpoint's.")
+
+
+class FoundItem(BaseModel):
+    """A hit; the scores are those of :class:`finelip_fast.Hit`."""
+
+    id: str
+    score: float
+    global_score: float
+    fine_score: float | None
+    stands_out: float | None
+    verdict: Verdict | None
+    metadata: dict[str, Any]
+    mode: str
+    path: str | None = Field(description="File of the picture on the server's machine.")
+    thumbnail: str | None = Field(description="Address of a small copy of the picture; null where there is no file.")
+    shard: str | None = Field(None, description="Folder of the shard that holds it.")
+
+
+class SearchResult(BaseModel):
+    """Hits of one query, best first."""
+
+    hits: list[FoundItem]
+    note: str | None = Field(description="Says so where nothing matches: the best hit does not stand out.")
+    tokens: int | None = Field(description="Tokens of a text, before it was cut to the context.")
+    tokens_cut: int | None = Field(description="Tokens of a text beyond the context, which the model does not read.")
+
+
+class SearchResponse(BaseModel):
+    """A result for each query, in their order."""
+
+    results: list[SearchResult]
+    covered: float = Field(description="Share of the items that were searched; below 1 where shards did not answer.")
+    missing: dict[str, str] = Field(description="Shards that did not answer, and why.")
+
+
+class ScoreRequest(Request):
+    """Pictures and texts to compare with each other, without the index."""
+
+    images: list[Picture] = Field(min_length=1)
+    texts: list[Text] = Field(min_length=1)
+    alpha: float | None = Field(None, ge=0, le=1)
+
+
+class ScoreResponse(BaseModel):
+    """A row of scores for each picture, a column for each text."""
+
+    scores: list[list[float]]
+
+
+class ExplainRequest(Request):
+    """A text and a picture, or an item of the index that is one."""
+
+    text: Text
+    image: Picture | None = None
+    item: str | None = None
+
+
+class ExplainedWord(BaseModel):
+    """A word as it stands in `text[start:end]`, counted in Unicode code points."""
+
+    text: str
+    start: int
+    end: int
+    adds: float | None = Field(description="What it adds to the score; null without trained aggregators.")
+
+
+class PictureMaps(BaseModel):
+    """Levels from 0 to 255 as two hexadecimal digits each, row by row."""
+
+    maps: list[str] = Field(description="For each word, the levels of all `side * side` places.")
+    words: list[str] = Field(description="For each place, the levels of all words.")
+
+
+class ExplainResponse(BaseModel):
+    """Why a picture and a text score as they do."""
+
+    score: float
+    global_score: float
+    fine_score: float | None
+    alpha: float
+    words: list[ExplainedWord] = Field(description="The words that were read; those beyond the context are not.")
+    beyond: int = Field(description="Place in the text, in code points, from which on nothing was read.")
+    side: int = Field(description="Places of a row, and of a column, of the picture.")
+    maps: dict[Literal["raw", "aggregated"], PictureMaps]
+    width: int = Field(description="Width of the picture; the model sees the square in its middle, scaled.")
+    height: int
+
+
+class TokensRequest(Request):
+    """A text to count."""
+
+    text: Text
+
+
+class TokensResponse(BaseModel):
+    """How much of a text the model reads."""
+
+    tokens: int
+    context: int
+    cut_at: int | None = Field(description="Place in the text, in code points, where the context ends; null: it fits.")
+
+
+class StoredItem(BaseModel):
+    """An item of the index."""
+
+    id: str
+    metadata: dict[str, Any]
+    path: str | None
+    thumbnail: str | None
+
+
+class ItemsResponse(BaseModel):
+    """One page of the items, in the order in which they were added."""
+
+    items: list[StoredItem]
+    total: int = Field(description="Number of items of the index, the filter left aside.")
+    next: str | None = Field(description="What to send as `after` for the next page; null: this is the last.")
+
+
+class AddedItem(BaseModel):
+    """What became of one uploaded picture."""
+
+    id: str | None = Field(description="Its id; null: it was not added.")
+    name: str = Field(description="Name of the file as it was sent.")
+    reason: str | None = Field(description="Why it was not added; null: it was.")
+
+
+class AddResponse(BaseModel):
+    """What was added is on disk, and is found by every later search."""
+
+    added: int
+    items: list[AddedItem]
+
+
+class RemoveResponse(BaseModel):
+    """The item is gone for good."""
+
+    removed: int
+
+
+class EmbeddedImage(Request):
+    """A picture among the inputs of an embedding."""
+
+    image: Picture
+
+
+class EmbeddingsRequest(BaseModel):
+    """Inputs to embed, as OpenAI's clients send them; names that are not known are ignored."""
+
+    input: Text | EmbeddedImage | list[Text | EmbeddedImage]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, description="Only the model's own width.")
+    multi_vector: bool = Field(False, description="All rows of each embedding instead of the global one alone.")
+
+
+class Embedding(BaseModel):
+    """One embedding: numbers, a list of rows, or float32 little-endian in base64."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | list[list[float]] | str
+    shape: list[int] | None = Field(None, description="Of several rows in base64: their number and width.")
+
+
+class Usage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """OpenAI's answer."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class MetadataField(BaseModel):
+    """A field of the items' metadata, for a control that filters by it."""
+
+    name: str
+    kind: Literal["text", "number", "date", "boolean"]
+    values: list[Any] | None = Field(description="All its values where they are few, the most frequent first.")
+    least: float | str | None = Field(description="Least number or date.")
+    greatest: float | str | None
+
+
+class InfoResponse(BaseModel):
+    """What is served, and within which bounds."""
+
+    version: str
+    model: str
+    engine: str
+    context: int = Field(description="Tokens that the model reads.")
+    alpha: float
+    aggregated: bool = Field(description="Whether tokens are compared with each other; false: global scores alone.")
+    items: int
+    index_version: int
+    fields: list[MetadataField]
+    writable: bool
+    warning: str | None = Field(description="What a user should know of the model, such as what the bundled one knows.")
+    limits: dict[str, float]
+
+
+class Fault(BaseModel):
+    """What went wrong: what was expected, what came, and what to do."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None = None
+    request_id: str | None = None
+
+
+class FaultResponse(BaseModel):
+    """Every answer that is no success, in the shape of OpenAI's."""
+
+    error: Fault
