@@ -39,6 +39,21 @@ class Found:
     shards: list[list[str]] | None = None
 
 
+@dataclass(frozen=True)
+class Upload:
+    content: bytes
+    name: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Added:
+    id: str | None
+    name: str
+    reason: str | None = None
+    existing: bool = False
+
+
 class RetrieverCollection:
     def __init__(self, retriever: Retriever, uploads: Path | None = None) -> None:
         self._retriever = retriever
@@ -83,8 +98,14 @@ class RetrieverCollection:
     def explain(self, image: bytes | Path, text: str) -> Explanation:
         return self._retriever.explain(image, text)
 
-    def add(self, uploads: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
+    def add(self, uploads: Sequence[Upload]) -> list[Added]:
+        report = self._retriever.add_images(
+            [upload.content for upload in uploads],
+            ids=[upload.name for upload in uploads],
+            metadata=[upload.metadata for upload in uploads],
+            progress=False,
+        )
+        return [Added(upload.name if upload.name in report.added else None, upload.name) for upload in uploads]
 
     def delete(self, ids: Sequence[str]) -> None:
         self._retriever.delete(ids)

@@ -81,16 +81,21 @@ async def read_json(request: Request, model: type[Model]) -> Model:
     Raises:
         Refusal: 415 for another media type, 400 for what is no JSON or not what the model takes.
     """
+    return validated(model, await read_object(request), strict=True)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The body of a request, an object of JSON; errors as those of :func:`read_json`."""
     kind = media_type(request)
     if kind != "application/json":
         raise unsupported(kind, "application/json")
     body = await request.body()
     parse = partial(parse_json, error=InputError, expected="a JSON object", kind=dict, surrogates=True)
     if len(body) < _IN_LOOP:
-        values = parse(body, "the body")
+        values: dict[str, Any] = parse(body, "the body")
     else:
         values = await asyncio.to_thread(parse, body, "the body")
-    return validated(model, values, strict=True)
+    return values
 
 
 async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | UploadFile]]:
