@@ -295,10 +295,10 @@ class _Process:
 
     def __init__(self, settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket) -> None:
         context = get_context("spawn")
-        self.report, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(settings, opening, workers, listener, theirs))
+        self.report, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(settings, opening, workers, listener, sender))
         self.process.start()
-        theirs.close()
+        sender.close()
         self.is_ready = False
 
     def hear(self) -> str | None:
@@ -315,20 +315,20 @@ def _supervise(
     settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket, ready: Callable[[], object]
 ) -> None:
     """Start workers, replace those that die, and stop them all when told to."""
-    told = threading.Event()
+    stopping = threading.Event()
     shared = tempfile.mkdtemp(prefix="finelip-metrics-")
     os.environ[_MULTIPROCESS] = shared
     processes: list[_Process] = []
     try:
-        with caught_signals(lambda *_: told.set()):
+        with caught_signals(lambda *_: stopping.set()):
             # What the first cannot open, none can: it is told once.
             processes.append(_Process(settings, opening, workers, listener))
-            _await_first(processes[0], told)
-            while not told.is_set() and len(processes) < workers:
+            _await_first(processes[0], stopping)
+            while not stopping.is_set() and len(processes) < workers:
                 processes.append(_Process(settings, opening, workers, listener))
-            if not told.is_set():
+            if not stopping.is_set():
                 ready()
-            _replace_dead(processes, lambda: _Process(settings, opening, workers, listener), told)
+            _replace_dead(processes, lambda: _Process(settings, opening, workers, listener), stopping)
             _stop([process.process for process in processes], settings.drain)
     finally:
         for process in processes:
@@ -338,13 +338,13 @@ def _supervise(
         shutil.rmtree(shared, ignore_errors=True)
 
 
-def _await_first(first: _Process, told: threading.Event) -> None:
+def _await_first(first: _Process, stopping: threading.Event) -> None:
     """Wait until a worker answers.
 
     Raises:
         EngineError: It ended before.
     """
-    while not told.is_set() and not first.is_ready:
+    while not stopping.is_set() and not first.is_ready:
         connection.wait([first.report, first.process.sentinel], timeout=0.2)
         text = first.hear()
         if text:
@@ -355,23 +355,23 @@ def _await_first(first: _Process, told: threading.Event) -> None:
             )
 
 
-def _replace_dead(processes: list[_Process], start: Any, told: threading.Event) -> None:
+def _replace_dead(processes: list[_Process], start: Any, stopping: threading.Event) -> None:
     """Replace workers that end, the later the more often they end before they answer; until told to stop."""
     from prometheus_client import multiprocess
 
     pause, longest = _RESTART_SECONDS
-    while not told.is_set():
+    while not stopping.is_set():
         connection.wait([process.process.sentinel for process in processes], timeout=0.2)
         for place, process in enumerate(processes):
             process.hear()
-            if process.process.is_alive() or told.is_set():
+            if process.process.is_alive() or stopping.is_set():
                 continue
             _log.error(
                 "worker %s ended with %s: another takes its place", process.process.pid, process.process.exitcode
             )
             multiprocess.mark_process_dead(process.process.pid)  # type: ignore[no-untyped-call]
             pause = _RESTART_SECONDS[0] if process.is_ready else min(2 * pause, longest)
-            if not told.wait(pause):
+            if not stopping.wait(pause):
                 processes[place] = start()
 
 
