@@ -70,7 +70,7 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
         beyond=explanation.caption[end:],
         whole=explanation.peak(len(explanation.contributions) - 1, len(explanation.contributions)),
         added_by_words=float(explanation.contributions[1:-1, 1:].sum()),
-        maps={"side": explanation.side, **{kind: _tables(explanation, kind) for kind in explanation.maps}},
+        maps={"side": explanation.side, **{kind: tables(explanation, kind) for kind in explanation.maps}},
         picture=_data_uri(explanation.pixels),
         size=_SHOWN,
     )
@@ -79,8 +79,8 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
     return text
 
 
-def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
-    """Each word's patches and each patch's words, two hexadecimal digits each."""
+def tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
+    """Each word's patches as ``maps`` and each patch's words as ``words``, two hexadecimal digits each."""
     maps = torch.zeros(len(explanation.words), explanation.side**2)
     for row, word in zip(maps, explanation.words, strict=True):
         row.copy_(explanation.map_of_tokens(word.first, word.last, tokens=kind))
