@@ -136,8 +136,8 @@ def add(
     """
     from finelip_fast.collection import prepare_root
     from finelip_fast.folders import walk_folder
-    from finelip_fast.ingest import FolderReport
     from finelip_fast.picture_tables import is_table
+    from finelip_fast.reports import FolderReport
 
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:
