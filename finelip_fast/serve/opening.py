@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finelip_fast.errors import InputError
@@ -70,7 +71,7 @@ class Opening:
                 index=self.index,
                 alpha=self.alpha,
             )
-            return RetrieverCollection(retriever, uploads=self.uploads)
+            return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
         from finelip_fast.distributed import Shards
         from finelip_fast.engines import open_engine
 
