@@ -571,7 +571,7 @@ def _add_images(
 def _delete(ids: Sequence[str] | str) -> Steps[None]:
     for name in [ids] if isinstance(ids, str) else listed("ids", ids):
         # A dot is written out, too: a path of one or two dots is shortened on its way.
-        segment = quote(_sound("ids", name), safe="").replace(".", "%2E")
+        segment = quote(_file_name("ids", name), safe="", errors="surrogateescape").replace(".", "%2E")
         yield from _exchange(_Request("DELETE", f"v1/items/{segment}", repeatable=False))
 
 
@@ -620,8 +620,10 @@ def _pause(response: httpx2.Response) -> float | None:
 def _answer(response: httpx2.Response) -> dict[str, Any]:
     if not response.is_success:
         raise _refusal(response)
+    expected = "the answer of finelip serve"
+    # An id may be the name of a file that is no UTF-8.
     answer: dict[str, Any] = parse_json(
-        response.content, response.url, error=ServerError, expected="the answer of finelip serve", kind=dict
+        response.content, response.url, error=ServerError, expected=expected, kind=dict, surrogates=True
     )
     return answer
 
@@ -720,6 +722,20 @@ def _content(source: Any) -> bytes:
     return content.getvalue()
 
 
+def _file_name(name: str, text: Any) -> str:
+    """A text that can be the name of a file, of whatever bytes.
+
+    Raises:
+        InputError: No text, an empty one, or none that a file can have.
+    """
+    try:
+        if isinstance(text, str) and text.encode(errors="surrogateescape"):
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"expected {name} as texts that are not empty, got {text!r:.80}")
+
+
 def _sound(name: str, text: Any) -> str:
     """A text that can be sent.
 
@@ -727,11 +743,12 @@ def _sound(name: str, text: Any) -> str:
         InputError: No text, or half of a surrogate pair in it.
     """
     try:
-        if isinstance(text, str) and text.encode():
+        if isinstance(text, str):
+            text.encode()
             return text
     except UnicodeEncodeError:
         pass
-    raise InputError(f"expected {name} as text that UTF-8 can hold and not empty, got {text!r:.80}")
+    raise InputError(f"expected {name} as text that UTF-8 can hold, got {text!r:.80}")
 
 
 def _checked_url(url: Any) -> str:
