@@ -34,10 +34,11 @@ from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_d
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
-from finelip_fast.ingest import AddReport, FolderReport, Ingest, as_images, follow
+from finelip_fast.ingest import Ingest, as_images, follow
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import ImageSource
+from finelip_fast.reports import AddReport, FolderReport
 from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import Overflow, check_overflow
 
