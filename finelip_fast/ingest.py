@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast._terminal import printable
 from finelip_fast.collection import Listing, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
+from finelip_fast.index import remedies
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
@@ -70,7 +71,8 @@ class FolderReport:
         moved: number of pictures that have another path than before, and their embedding still.
         removed: number of items removed because their file is no more.
         gone: number of items whose file is no more, and that were kept.
-        skipped: ``(path, reason)`` of what could not be read, or is no picture.
+        skipped: ``(path, reason)`` of what could not be read, or is no picture. A picture that was read before and cannot be
+            now keeps its item, as it was embedded then; its reason says so.
     """
 
     added: int = 0
@@ -83,6 +85,21 @@ class FolderReport:
     def keep(self, ids: list[str]) -> None:
         """Report ids as added."""
         self.added += len(ids)
+
+    def separate_changed(self, paths: Collection[str], index: Path | None) -> None:
+        """Count files whose content was another as changed, not added; of the unreadable, say that their items stay.
+
+        Args:
+            paths: Files of items that the index has with other content.
+            index: Folder of the index.
+        """
+        unread = {path for path, _ in self.skipped}.intersection(paths)
+        self.changed = len(paths) - len(unread)
+        self.added -= self.changed
+        self.skipped = [
+            (path, f"{reason}; {remedies.outdated(path, index)}" if path in unread else reason)
+            for path, reason in self.skipped
+        ]
 
     def __iadd__(self, addition: FolderReport) -> FolderReport:
         for name in ("added", "changed", "moved", "removed", "gone", "skipped"):
@@ -352,9 +369,7 @@ def follow(
     chunks = ingest.chunks(paths, list(fields), list(fields.values()), progress=progress)
     with ingest:
         ingest.add_images(chunks, preprocess, encode_image, describes=True)
-    unread = {path for path, _ in report.skipped}
-    report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
-    report.added -= report.changed
+    report.separate_changed([str(listing.paths[item]) for item in changes.changed], index.folder)
     return report
 
 
