@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,8 +24,9 @@ from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import Refusal, answer
-from finelip_fast.serve.direct import Upload
+from finelip_fast.serve.collection import Collection, Upload
 from finelip_fast.serve.requests import (
+    File,
     check_count,
     check_pictures,
     check_texts,
@@ -149,8 +149,8 @@ async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[st
     pictures: list[str | bytes] = []
     for name, value in await read_form(request, serving(request).settings.limits):
         if name == "image":
-            pictures.append(await value.read() if isinstance(value, UploadFile) else value)
-        elif isinstance(value, UploadFile):
+            pictures.append(value.content if isinstance(value, File) else value)
+        elif isinstance(value, File):
             raise Refusal(400, "invalid_form", "expected files under the name image alone", param=name[:200])
         elif name in ("text", "item") and name in values:
             values[name] = [*listed(values[name]), value]
@@ -225,7 +225,7 @@ async def explain(request: Request) -> Response:
         return answer(await pipeline.run(work, deadline=deadline(request)))
 
 
-def _explained(collection: Any, source: bytes | Path, text: str) -> dict[str, Any]:
+def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[str, Any]:
     explanation: Explanation = collection.explain(source, text)
     width, height = size_of(source)
     is_fine = explanation.fine_score is not None
@@ -343,24 +343,23 @@ async def add(request: Request) -> Response:
     kind = media_type(request)
     if kind != "multipart/form-data":
         raise unsupported(kind, "multipart/form-data")
-    files: list[tuple[bytes, str]] = []
+    files: list[File] = []
     metadata: list[dict[str, Any]] | None = None
     for name, value in await read_form(request, limits):
-        if name == "image" and isinstance(value, UploadFile):
-            files.append((await value.read(), value.filename or ""))
+        if name == "image" and isinstance(value, File):
+            files.append(value)
         elif name == "metadata" and metadata is None:
-            metadata = _metadata(await value.read() if isinstance(value, UploadFile) else value)
+            metadata = _metadata(value.content if isinstance(value, File) else value)
         else:
             message = "expected image as files, and metadata once"
             raise Refusal(400, "invalid_form", message, param=name[:200])
     if not files or (metadata is not None and len(metadata) != len(files)):
         got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
         raise Refusal(400, "invalid_form", f"expected files as image, and metadata for each or none, got {got}")
-    for content, _ in files:
-        await check_pictures([content], limits, "image")
+    await check_pictures([file.content for file in files], limits, "image")
     uploads = [
-        Upload(content, file, fields)
-        for (content, file), fields in zip(files, metadata or [{} for _ in files], strict=True)
+        Upload(file.content, file.name, fields)
+        for file, fields in zip(files, metadata or [{} for _ in files], strict=True)
     ]
     added = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
     items = [{"id": item.id, "name": item.name, "reason": item.reason} for item in added]

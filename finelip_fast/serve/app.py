@@ -24,7 +24,8 @@ from finelip_fast._pages import render
 from finelip_fast.errors import FineLIPError
 from finelip_fast.serve import api, health, openai, schemas
 from finelip_fast.serve.answers import Refusal, refusal_of
-from finelip_fast.serve.direct import Pipeline, RetrieverCollection, Thumbnails
+from finelip_fast.serve.collection import Collection
+from finelip_fast.serve.direct import Pipeline, Thumbnails
 from finelip_fast.serve.guards import Account, Bounds, Doors
 from finelip_fast.serve.health import Health, warm
 from finelip_fast.serve.metrics import Metrics
@@ -52,7 +53,7 @@ _FAULTS = {
 }
 
 
-def create_app(collection: RetrieverCollection, settings: ServeSettings) -> FastAPI:
+def create_app(collection: Collection, settings: ServeSettings) -> FastAPI:
     """The application over a collection; it is warm once its start is done.
 
     Args:

@@ -325,8 +325,8 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
     """End a task, whatever it is at."""
     if not task.done():
         task.cancel()
-    with suppress(asyncio.CancelledError, Exception):
-        await task
+        with suppress(asyncio.CancelledError, Exception):
+            await task
 
 
 class Room:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.serve.guards import check_exposure, host_name
 from finelip_fast.serve.settings import Limits, ServeSettings
+
+from .asgi import part, talk
 
 KEY = "a-key-of-some-length"
 SEARCH = {"text": "a red house", "k": 2}
@@ -28,46 +29,6 @@ def fault(answer: Any, status: int, code: str) -> dict[str, Any]:
     assert set(error) == {"message", "type", "code", "param", "request_id"}
     assert error["request_id"] == answer.headers["x-request-id"]
     return error
-
-
-async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str, Any]]:
-    """What an application sends to a client of these messages: an ASGI message, or seconds to wait."""
-    sent: list[dict[str, Any]] = []
-    waiting = list(messages)
-
-    async def receive() -> dict[str, Any]:
-        while waiting and not isinstance(waiting[0], dict):
-            await asyncio.sleep(waiting.pop(0))
-        if waiting:
-            return waiting.pop(0)
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), *scope.pop("headers", [])]
-    path = scope.pop("path", "/v1/search")
-    whole = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-        **scope,
-    }
-    await app(whole, receive, send)
-    return sent
-
-
-def part(body: bytes, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
 
 
 CHUNKED = [(b"transfer-encoding", b"chunked")]
