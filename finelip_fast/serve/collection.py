@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import share
+from finelip_fast._arguments import share, whole_number
 from finelip_fast._decode import suffix_of
 from finelip_fast.collection import item_id, picture_path, prepare_root
 from finelip_fast.distributed import Shards
@@ -372,7 +372,7 @@ class ShardCollection:
         alpha: float | None = None,
     ) -> Found:
         alpha = self.alpha if alpha is None else self.engine.config.choose_alpha(share("alpha", alpha))
-        result = self._shards.search(queries, k, alpha=alpha, mode=mode, where=where)
+        result = self._shards.search(queries, whole_number("k", k), alpha=alpha, mode=mode, where=where)
         roots = {folder: index.root for folder, index in self._here().items()}
 
         def hit(query: int, rank: int, item: ShardItem) -> Hit:
