@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from os import PathLike
@@ -116,6 +117,7 @@ class Retriever:
         self.alpha = self._engine.config.choose_alpha(alpha)
         self.overflow: Overflow = overflow
         self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
+        self._model_lock = threading.Lock()
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
@@ -648,8 +650,9 @@ class Retriever:
                     "lie now: finelip index move-root"
                 )
             image = path
-        if self._model is None:
-            self._model = self.engine.load_model()
+        with self._model_lock:
+            if self._model is None:
+                self._model = self.engine.load_model()
         return explain(self._model, image, text, alpha=self.alpha)
 
     def _hits(self, queries: Tensor, *, k: int, mode: Mode, where: str | None, alpha: float) -> list[Hits]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
@@ -394,6 +395,16 @@ class Index:
             StoreError: The disk refuses, or the index is closed; nothing was taken out.
         """
         self._store.delete(ids)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """No other thread or process changes the index meanwhile, nor may what is done inside: to look, and to act on it.
+
+        Raises:
+            StoreError: Another process changes the index all the time, or it is closed.
+        """
+        with self._store.catalogue.undisturbed():
+            yield
 
     @property
     def incoming(self) -> Path:
