@@ -61,7 +61,7 @@ _BATCH_BYTES = 32 << 20
 _PICTURE_BYTES = 1 << 30
 # A full or a starting server says when to ask again; it is asked so often, and waited for so long each time.
 _TRIES, _LONGEST_PAUSE = 3, 5.0
-_IDLE_SECONDS = 2.0  # after which a connection is not used again: a server closes it after five
+_IDLE_SECONDS = 4.0  # after which a connection is not used again, long before the server closes it
 
 _HIT_FIELDS = [field.name for field in fields(Hit)]
 _WRONG_INPUT = {400, 404, 413, 415}  # statuses that are about what was sent
