@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from finelip_fast._terminal import printable
@@ -33,6 +34,7 @@ from finelip_fast.explain import pictures
 from finelip_fast.explain.pictures import MAPS
 from finelip_fast.kernels.clim.formula import match_weights
 from finelip_fast.model import FineLIP
+from finelip_fast.preprocess import ImageSource
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
 _LETTERS = 32  # of one token on average, white space included, in any caption that people write
@@ -93,6 +95,7 @@ class Explanation:
         image_weights: float32 ``[L_i, 1 + P]``, the same over the patches; row 0: CLS.
         similarity: float32 ``[L_t, L_i]``, cosines of the embeddings' rows.
         pixels: ``[3, H, W]`` in [0, 1], the picture as the model sees it.
+        squashed: Whether that is the whole picture, squashed to a square; False: the square in its middle.
     """
 
     caption: str
@@ -106,7 +109,9 @@ class Explanation:
     image_weights: Tensor
     similarity: Tensor
     pixels: Tensor
+    squashed: bool
     _features: tuple[Tensor, Tensor]
+    _source: ImageSource
 
     def __repr__(self) -> str:
         fine = "no fine" if self.fine_score is None else f"fine {self.fine_score:.4f}"
@@ -118,6 +123,15 @@ class Explanation:
     def side(self) -> int:
         """Patches of a row, and of a column, of the picture."""
         return math.isqrt(self.contributions.shape[1] - 1)
+
+    @property
+    def picture(self) -> Image.Image:
+        """The picture itself, upright RGB, shrunk to at most 1024 pixels of width and height; opened when it is asked for.
+
+        Raises:
+            ImageError: Its file is no longer there.
+        """
+        return pictures.bounded(self._source)
 
     @property
     def maps(self) -> tuple[str, ...]:
@@ -355,17 +369,23 @@ def explain_pairs(
     patches = model.visual(pixels.to(model.device, model.dtype)).float()
     tokens, lengths = model.text_tokens(ids.to(model.device))
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
-    pictures = (pixels * std + mean).clamp(0, 1)
+    shown = (pixels * std + mean).clamp(0, 1)
     return [
-        _explain(model, caption, own_patches, own_tokens[:length].float(), own_shown, alpha)
-        for caption, own_patches, own_tokens, length, own_shown in zip(
-            captions, patches, tokens, lengths.tolist(), pictures, strict=True
+        _explain(model, source, caption, own_patches, own_tokens[:length].float(), own_pixels, alpha)
+        for source, caption, own_patches, own_tokens, length, own_pixels in zip(
+            images, captions, patches, tokens, lengths.tolist(), shown, strict=True
         )
     ]
 
 
 def _explain(
-    model: FineLIP, caption: str, patches: Tensor, tokens: Tensor, pixels: Tensor, alpha: float
+    model: FineLIP,
+    source: ImageSource,
+    caption: str,
+    patches: Tensor,
+    tokens: Tensor,
+    pixels: Tensor,
+    alpha: float,
 ) -> Explanation:
     """Explanation from projected features: patches ``[1 + P, D]`` with CLS, tokens ``[N, D]`` to the end token, float32."""
     image_weights = F.one_hot(torch.tensor([0]), len(patches)).to(patches)
@@ -404,5 +424,7 @@ def _explain(
         image_weights.cpu(),
         similarity.cpu(),
         pixels,
+        model.config.resize_mode == "squash",
         (tokens.cpu(), patches.cpu()),
+        source,
     )

@@ -20,13 +20,14 @@ from finelip_fast._files import write_text_whole
 from finelip_fast._pages import render
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
+from finelip_fast.preprocess import ImageSource, open_image
 
 if TYPE_CHECKING:
     from finelip_fast.explain.explanation import Explanation
 
 MAPS = ("raw", "aggregated")  # of what a token found in each place
 
-_SHOWN = 384  # pixels of the picture's side on the page
+_SIDE = 1024  # pixels of the picture on the page, at most: phones show three for each of theirs
 
 
 def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: str) -> Any:
@@ -70,16 +71,28 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
         beyond=explanation.caption[end:],
         whole=explanation.peak(len(explanation.contributions) - 1, len(explanation.contributions)),
         added_by_words=float(explanation.contributions[1:-1, 1:].sum()),
-        maps={"side": explanation.side, **{kind: _tables(explanation, kind) for kind in explanation.maps}},
-        picture=_data_uri(explanation.pixels),
-        size=_SHOWN,
+        explained=explained(explanation),
+        picture=_data_uri(explanation.picture),
     )
     if path is not None:
         write_text_whole(Path(path), text)
     return text
 
 
-def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
+def explained(explanation: Explanation) -> dict[str, Any]:
+    """What ``explanation.js`` lights: ``side``, ``squashed`` and, by their kind, ``maps``."""
+    maps = {kind: tables(explanation, kind) for kind in explanation.maps}
+    return {"side": explanation.side, "squashed": explanation.squashed, "maps": maps}
+
+
+def bounded(source: ImageSource) -> Image.Image:
+    """A picture, shrunk to at most 1024 pixels of width and height."""
+    picture = open_image(source)
+    picture.thumbnail((_SIDE, _SIDE))
+    return picture
+
+
+def tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
     """Each word's patches and each patch's words, two hexadecimal digits each."""
     maps = torch.zeros(len(explanation.words), explanation.side**2)
     for row, word in zip(maps, explanation.words, strict=True):
@@ -108,8 +121,7 @@ def _bytes(levels: Tensor) -> str:
     return (levels * 255).round().to(torch.uint8).numpy().tobytes().hex()
 
 
-def _data_uri(pixels: Tensor) -> str:
-    array = (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+def _data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="JPEG", quality=92, subsampling=0)
+    picture.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

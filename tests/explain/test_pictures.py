@@ -40,9 +40,9 @@ def test_the_page_holds_every_word_and_nothing_from_elsewhere(explanation: Expla
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_the_pages_maps_are_the_explanations(explanation: Explanation, kind: str) -> None:
-    found = re.search(r'<script type="application/json" id="maps">(.*?)</script>', explanation.to_html())
+    found = re.search(r'<script type="application/json" id="explained">(.*?)</script>', explanation.to_html())
     assert found
-    data = json.loads(found[1])[kind]
+    data = json.loads(found[1])["maps"][kind]
     word = explanation.words[5]
     levels = torch.tensor(list(bytes.fromhex(data["maps"][5])))
     heat = explanation.map_of_tokens(word.first, word.last, tokens=kind)

@@ -1,0 +1,496 @@
+/** The page of `finelip serve`: its link is the search, and every answer comes from the server that sent it. */
+
+import { countFilters, showFilters } from "./serve-filters.js";
+import { composeWhere, linkOf, readLink } from "./serve-link.js";
+import { nameOf, showResult } from "./serve-opened.js";
+import { keepPicture, keptPicture, pictureIn } from "./serve-picture.js";
+import { ask, keepKey, showThumbnail } from "./serve-server.js";
+
+const PAGE = 48; // pictures asked for at once
+const at = (id) => document.getElementById(id);
+const number = new Intl.NumberFormat("en");
+const plural = (count, noun) => `${number.format(count)} ${noun}${count === 1 ? "" : "s"}`;
+
+let info = { fields: [], aggregated: false, alpha: 1, items: 0, writable: false, limits: {}, context: 0, warning: null };
+let search = readLink(location.search);
+/** What is shown: the items so far, and how the next are asked for; null where these are all. */
+let shown = { link: null, items: [], next: null };
+let asking = new AbortController();
+let opening = new AbortController();
+
+const isQuery = () => Boolean(search.text || search.picture || search.similar);
+
+// --- The search
+
+/** Take the search from the form, make it the page's link, and run it. */
+function submit() {
+  search.text = search.picture || search.similar ? "" : at("text").value.trim();
+  go({ ...search, open: "" });
+}
+
+/** @param {import("./serve-link.js").Search} goal */
+function go(goal) {
+  search = goal;
+  const link = linkOf(search);
+  if (link !== linkOf(readLink(location.search))) history.pushState({}, "", link);
+  showSearch();
+  return run();
+}
+
+/** Put the search into its controls. */
+function showSearch() {
+  const example = at("example");
+  const isPicture = Boolean(search.picture || search.similar);
+  example.hidden = !isPicture;
+  at("describe").hidden = isPicture;
+  if (isPicture) showExample(example);
+  else if (at("text").value.trim() !== search.text) at("text").value = search.text;
+  countTokens();
+  showFilters(at("filters"), info, search, submit);
+  const used = countFilters(search);
+  at("refined").hidden = !used;
+  at("refined").textContent = String(used);
+  document.title = search.text ? `${search.text.slice(0, 60)} · finelip` : "finelip";
+}
+
+function showExample(example) {
+  const [title, detail] = example.querySelectorAll("p > *");
+  const image = example.querySelector("img");
+  const fresh = image.cloneNode();
+  fresh.removeAttribute("src");
+  image.replaceWith(fresh);
+  if (search.picture) {
+    title.textContent = "Like your picture";
+    detail.textContent = "";
+    const uri = keptPicture(search.picture);
+    if (uri) fresh.src = uri;
+  } else {
+    title.textContent = "Like this picture";
+    detail.textContent = nameOf(search.similar);
+    showThumbnail(fresh, `v1/items/${encodeURIComponent(search.similar)}/thumbnail`, 160, { eager: true });
+  }
+}
+
+/** Show the search's results from the start. */
+async function run() {
+  const link = linkOf({ ...search, open: "" });
+  asking.abort();
+  asking = new AbortController();
+  const { signal } = asking;
+  say(null);
+  at("results").setAttribute("aria-busy", "true");
+  try {
+    const answer = await pageOf(0, null, signal);
+    shown = { link, items: [], next: null };
+    at("grid").replaceChildren();
+    append(answer);
+    tell(answer);
+  } catch (fault) {
+    if (fault.name !== "AbortError") say(fault, run);
+    return;
+  } finally {
+    if (!signal.aborted) at("results").removeAttribute("aria-busy");
+  }
+  await showOpened();
+}
+
+/**
+ * One page of results: of a search, or of the whole collection where nothing is searched for.
+ *
+ * @param {number} offset @param {string | null} after @param {AbortSignal} signal
+ * @returns {Promise<{items: object[], next: object | null, note?: string, covered?: number, missing?: object}>}
+ */
+async function pageOf(offset, after, signal) {
+  const where = composeWhere(search, info.fields);
+  if (!isQuery()) {
+    const values = new URLSearchParams({ limit: String(PAGE), ...(where ? { where } : {}), ...(after ? { after } : {}) });
+    const { items, next } = await ask(`v1/items?${values}`, { signal });
+    return { items, next: next === null ? null : { offset: 0, after: next } };
+  }
+  const k = Math.min(PAGE, (info.limits.k ?? 1000) - offset);
+  const query = search.picture ? { image: keptPicture(search.picture) }
+    : search.similar ? { item: search.similar } : { text: search.text };
+  if (query.image === null) {
+    throw new Error("This was a search by a picture that this tab no longer has. Drop, paste or choose it again.");
+  }
+  const options = { k, offset, where, alpha: search.alpha === "" ? null : Number(search.alpha) };
+  const { results: [{ hits, note }], covered, missing } = await ask("v1/search", {
+    method: "POST", json: { ...query, ...options }, signal,
+  });
+  const isMore = hits.length === k && offset + k < (info.limits.k ?? 1000);
+  return { items: hits, next: isMore ? { offset: offset + k, after: null } : null, note, covered, missing };
+}
+
+/** Load the next page of results, where there is one. */
+async function more() {
+  const { next, link } = shown;
+  if (!next || at("more").disabled) return;
+  at("more").disabled = true;
+  const { signal } = asking;
+  try {
+    const answer = await pageOf(next.offset, next.after, signal);
+    if (shown.link === link) append(answer);
+  } catch (fault) {
+    if (fault.name !== "AbortError") say(fault, more);
+  } finally {
+    at("more").disabled = false;
+  }
+}
+
+/** @param {{items: object[], next: object | null}} answer */
+function append({ items, next }) {
+  const hadFocus = document.activeElement === at("more");
+  const cards = items.map(card);
+  shown.items.push(...items);
+  shown.next = next;
+  at("grid").append(...cards);
+  at("more").hidden = !next;
+  const count = plural(shown.items.length, "picture");
+  if (isQuery()) at("said").textContent = shown.items.length ? `${next ? "The best " : ""}${count}, best first` : "No picture passes the filter.";
+  else at("said").textContent = shown.items.length ? "" : noPictures();
+  if (hadFocus && !next) cards[0]?.querySelector("a").focus();
+  cards.forEach((made, place) => showThumbnail(made.querySelector("img"), items[place].thumbnail, 240));
+  watchEnd();
+}
+
+const noPictures = () => (info.items ? "No picture passes the filter." : "There are no pictures yet.");
+
+/** @param {object} item @returns {HTMLLIElement} */
+function card(item) {
+  const made = at("card").content.cloneNode(true).firstElementChild;
+  const link = made.querySelector("a");
+  link.href = linkOf({ ...search, open: item.id });
+  link.addEventListener("click", (event) => {
+    if (event.metaKey || event.ctrlKey || event.shiftKey) return;
+    event.preventDefault();
+    open(item.id);
+  });
+  made.querySelector(".name").textContent = nameOf(item.id, item.path);
+  const verdict = made.querySelector(".verdict");
+  if (item.verdict === "stands out" || item.verdict === "perhaps") verdict.textContent = item.verdict;
+  else verdict.remove();
+  if (item.verdict) made.dataset.verdict = item.verdict;
+  return made;
+}
+
+/** What there is to say of results as a whole. */
+function tell({ note, covered, missing }) {
+  at("note").hidden = !note;
+  at("note").textContent = note ? `${note.charAt(0).toUpperCase()}${note.slice(1)}.` : "";
+  const isPartial = covered !== undefined && covered < 1;
+  at("partial").hidden = !isPartial;
+  const reasons = Object.entries(missing ?? {}).map(([shard, reason]) => `${shard}: ${reason}`).join("; ");
+  at("partial").textContent = isPartial
+    ? `Only ${Math.floor(100 * covered)} % of the pictures were searched${reasons ? `: ${reasons}` : ""}.` : "";
+}
+
+/**
+ * Show what went wrong, or nothing any more.
+ *
+ * @param {Error | null} fault @param {() => void} [again] What to try again.
+ */
+function say(fault, again) {
+  if (fault?.status === 401) return askKey();
+  const isFilter = fault?.param === "where";
+  const place = at("where-fault");
+  if (place) {
+    place.textContent = isFilter ? fault.message : "";
+    at("where").setAttribute("aria-invalid", String(isFilter));
+  }
+  at("fault").hidden = !fault;
+  at("fault").querySelector("p").textContent = fault?.message ?? "";
+  at("fault").querySelector("button").onclick = again ?? null;
+  at("fault").querySelector("button").hidden = !again || fault?.status === 400;
+  if (fault) at("results").removeAttribute("aria-busy");
+}
+
+// --- The description
+
+let counting = new AbortController();
+let waiting = 0;
+
+/** Count the tokens, and strike out what lies beyond the context. */
+function countTokens() {
+  const text = at("text").value;
+  const [inside, beyond] = at("describe").querySelectorAll(".page > *");
+  const known = beyond.textContent ? inside.textContent : null;
+  // Until the answer comes, what was beyond stays so.
+  const cut = known !== null && text.startsWith(known) ? known.length : text.length;
+  [inside.textContent, beyond.textContent] = [text.slice(0, cut), text.slice(cut)];
+  counting.abort();
+  clearTimeout(waiting);
+  if (!text.trim() || at("describe").hidden) {
+    at("count").textContent = "";
+    at("count").classList.remove("over");
+    return;
+  }
+  counting = new AbortController();
+  const { signal } = counting;
+  waiting = setTimeout(async () => {
+    const answer = await ask("v1/tokens", { method: "POST", json: { text }, signal }).catch(() => null);
+    if (!answer || signal.aborted) return;
+    const { tokens, context, cut_at: end } = answer;
+    const read = end === null ? text : [...text].slice(0, end).join("");
+    [inside.textContent, beyond.textContent] = [read, text.slice(read.length)];
+    at("count").classList.toggle("over", end !== null);
+    at("count").textContent = `${number.format(tokens)} of ${number.format(context)} tokens${end === null ? "" : "; what is struck out is not read"}`;
+  }, 150);
+}
+
+// --- A result, opened
+
+/** @param {string} id */
+function open(id) {
+  const isOpen = at("opened").open;
+  search.open = id;
+  history[isOpen ? "replaceState" : "pushState"]({ opened: true }, "", linkOf(search));
+  return showOpened();
+}
+
+function close() {
+  if (!search.open) return;
+  if (history.state?.opened) return void history.back();
+  search.open = "";
+  history.replaceState({}, "", linkOf(search));
+  showOpened();
+}
+
+/** Show the item that the link names, in a dialog; close it where there is none. */
+async function showOpened() {
+  const dialog = at("opened");
+  opening.abort();
+  opening = new AbortController();
+  const { signal } = opening;
+  if (!search.open) {
+    if (dialog.open) dialog.close();
+    return;
+  }
+  const place = placeOpened();
+  const item = shown.items[place] ?? await itemOf(search.open, signal);
+  if (signal.aborted) return;
+  if (!item) {
+    say(new Error(`There is no picture ${nameOf(search.open)} here any more.`));
+    return void close();
+  }
+  at("opened-name").textContent = nameOf(item.id, item.path);
+  at("previous").disabled = place <= 0;
+  at("next").disabled = place < 0 || (place === shown.items.length - 1 && !shown.next);
+  const isNew = !dialog.open;
+  if (isNew) dialog.showModal();
+  const goal = { ...search, text: "", picture: "", similar: item.id, open: "" };
+  showResult(dialog.querySelector(".content"), item, {
+    text: search.text, similar: linkOf(goal), writable: info.writable, signal,
+    findSimilar: (event) => {
+      if (event.metaKey || event.ctrlKey || event.shiftKey) return;
+      event.preventDefault();
+      window.scrollTo({ top: 0 });
+      go(goal);
+    },
+    remove: () => remove(item),
+  });
+  dialog.querySelector(".content").scrollTop = 0;
+  if (isNew) at("opened-name").focus();
+}
+
+const placeOpened = () => shown.items.findIndex(({ id }) => id === search.open);
+
+/** @param {string} id @param {AbortSignal} signal @returns {Promise<object | undefined>} An item that is not among the results. */
+async function itemOf(id, signal) {
+  const values = new URLSearchParams({ where: `id = '${id.replaceAll("'", "''")}'`, limit: "1" });
+  const answer = await ask(`v1/items?${values}`, { signal }).catch(() => null);
+  return answer?.items[0];
+}
+
+/** @param {number} by 1: to the next, -1: to the one before. */
+async function step(by) {
+  const place = placeOpened();
+  if (place < 0) return;
+  if (place + by === shown.items.length) await more();
+  const item = shown.items[place + by];
+  if (!item) return;
+  await open(item.id);
+  if (document.activeElement === document.body || document.activeElement.disabled) at("opened-name").focus();
+}
+
+/** Delete an item for good. */
+async function remove(item) {
+  await ask(`v1/items/${encodeURIComponent(item.id)}`, { method: "DELETE" });
+  announce(`${nameOf(item.id, item.path)} was deleted.`);
+  close();
+  await loadInfo();
+  await run();
+}
+
+// --- Adding
+
+/** @param {FileList} files */
+async function add(files) {
+  const form = new FormData();
+  for (const file of files) form.append("image", file);
+  announce(`Adding ${plural(files.length, "picture")} …`);
+  try {
+    const { added, items } = await ask("v1/items", { method: "POST", form });
+    const refused = items.filter(({ reason }) => reason).map(({ name, reason }) => `${name}: ${reason}`);
+    announce([`${plural(added, "picture")} added.`, ...refused].join(" "));
+    await loadInfo();
+    await run();
+  } catch (fault) {
+    announce("");
+    say(fault, () => add(files));
+  }
+}
+
+/** @param {string} news */
+function announce(news) {
+  at("news").hidden = !news;
+  at("news").textContent = news;
+}
+
+// --- The server
+
+async function loadInfo() {
+  info = await ask("v1/info");
+  at("holdings").textContent = plural(info.items, "picture");
+  at("add").hidden = !info.writable;
+  let isKnown = false;
+  try {
+    isKnown = localStorage.getItem("finelip-warned") === info.warning;
+  } catch { // a browser that keeps nothing
+  }
+  at("warning").hidden = !info.warning || isKnown;
+  at("warning").querySelector("span").textContent = info.warning ?? "";
+}
+
+function askKey() {
+  const dialog = at("ask-key");
+  at("key").value = "";
+  if (!dialog.open) dialog.showModal();
+}
+
+async function start() {
+  showSearch();
+  try {
+    await loadInfo();
+  } catch (fault) {
+    return say(fault, start);
+  }
+  showSearch();
+  return run();
+}
+
+// --- What people do
+
+at("search").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+at("text").addEventListener("input", countTokens);
+at("text").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  submit();
+});
+at("describe").addEventListener("click", () => at("text").focus());
+at("refine").addEventListener("click", () => {
+  const isOpen = at("filters").hidden;
+  at("filters").hidden = !isOpen;
+  at("refine").setAttribute("aria-expanded", String(isOpen));
+});
+at("home").addEventListener("click", (event) => {
+  event.preventDefault();
+  go(readLink(""));
+});
+at("example").querySelector("button").addEventListener("click", () => {
+  go({ ...search, picture: "", similar: "", open: "" });
+  at("text").focus();
+});
+at("warning").querySelector("button").addEventListener("click", () => {
+  at("warning").hidden = true;
+  localStorage.setItem("finelip-warned", info.warning);
+});
+
+/** @param {File | undefined} file */
+async function searchByPicture(file) {
+  if (!file) return;
+  const picture = await keepPicture(file);
+  await go({ ...search, text: "", similar: "", open: "", picture });
+}
+
+at("choose").addEventListener("click", () => at("chosen").click());
+at("chosen").addEventListener("change", async () => {
+  await searchByPicture(at("chosen").files[0]);
+  at("chosen").value = "";
+});
+document.addEventListener("paste", (event) => {
+  const file = pictureIn(event.clipboardData);
+  if (!file) return;
+  event.preventDefault();
+  searchByPicture(file);
+});
+let inside = 0; // elements that a dragged file is over: entering a child comes before leaving its parent
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+document.addEventListener("dragenter", (event) => {
+  inside += 1;
+  at("drop").hidden = !hasFiles(event);
+});
+document.addEventListener("dragleave", () => {
+  inside -= 1;
+  if (inside <= 0) at("drop").hidden = true;
+});
+document.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
+document.addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault();
+  inside = 0;
+  at("drop").hidden = true;
+  const file = pictureIn(event.dataTransfer);
+  if (file) searchByPicture(file);
+  else say(new Error("That was no picture: drop a JPEG, PNG, WebP or another picture."));
+});
+
+at("add").addEventListener("click", () => at("added").click());
+at("added").addEventListener("change", async () => {
+  if (at("added").files.length) await add(at("added").files);
+  at("added").value = "";
+});
+
+at("more").addEventListener("click", more);
+const end = new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && more(), { rootMargin: "600px" });
+
+/** Load more once the end is near; watched again after each page, which may end above it. */
+function watchEnd() {
+  end.unobserve(at("more"));
+  if (shown.next) end.observe(at("more"));
+}
+
+at("close").addEventListener("click", close);
+at("previous").addEventListener("click", () => step(-1));
+at("next").addEventListener("click", () => step(1));
+at("opened").addEventListener("cancel", (event) => {
+  event.preventDefault();
+  close();
+});
+at("opened").addEventListener("click", (event) => event.target === at("opened") && close());
+at("opened").addEventListener("keydown", (event) => {
+  if (event.defaultPrevented || event.target.matches("input") || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (event.key === "ArrowLeft" || event.key === "ArrowRight") step(event.key === "ArrowLeft" ? -1 : 1);
+});
+at("ask-key").addEventListener("close", () => {
+  const key = at("key").value;
+  if (!key) return;
+  keepKey(key);
+  start();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.target.matches("input, textarea, select") || at("opened").open) return;
+  event.preventDefault();
+  at("text").focus();
+});
+window.addEventListener("popstate", () => {
+  search = readLink(location.search);
+  if (linkOf({ ...search, open: "" }) === shown.link) return void showOpened();
+  showSearch();
+  run();
+});
+
+start();
