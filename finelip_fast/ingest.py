@@ -291,9 +291,7 @@ def follow(
     chunks = ingest.chunks(paths, list(fields), list(fields.values()), progress=progress)
     with ingest:
         ingest.add_images(chunks, preprocess, encode_image, describes=True)
-    unread = {path for path, _ in report.skipped}
-    report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
-    report.added -= report.changed
+    report.separate_changed([str(listing.paths[item]) for item in changes.changed], index.folder)
     return report
 
 

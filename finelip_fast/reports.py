@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from finelip_fast._terminal import printable
 
@@ -38,7 +39,8 @@ class FolderReport:
         moved: number of pictures that have another path than before, and their embedding still.
         removed: number of items removed because their file is no more.
         gone: number of items whose file is no more, and that were kept.
-        skipped: ``(path, reason)`` of what could not be read, or is no picture.
+        skipped: ``(path, reason)`` of what could not be read, or is no picture. A picture that was read before and cannot be
+            now keeps its item, as it was embedded then; its reason says so.
     """
 
     added: int = 0
@@ -51,6 +53,23 @@ class FolderReport:
     def keep(self, ids: list[str]) -> None:
         """Report ids as added."""
         self.added += len(ids)
+
+    def separate_changed(self, paths: Collection[str], index: Path | None) -> None:
+        """Count files whose content was another as changed, not added; of the unreadable, say that their items stay.
+
+        Args:
+            paths: Files of items that the index has with other content.
+            index: Folder of the index.
+        """
+        from finelip_fast.index import remedies  # with PyTorch, which reports from a server do without
+
+        unread = {path for path, _ in self.skipped}.intersection(paths)
+        self.changed = len(paths) - len(unread)
+        self.added -= self.changed
+        self.skipped = [
+            (path, f"{reason}; {remedies.outdated(path, index)}" if path in unread else reason)
+            for path, reason in self.skipped
+        ]
 
     def __iadd__(self, addition: FolderReport) -> FolderReport:
         for name in ("added", "changed", "moved", "removed", "gone", "skipped"):

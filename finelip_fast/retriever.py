@@ -254,7 +254,7 @@ class Retriever:
                 none.
             metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
             existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the picture, or ``"replace"``
-                the item.
+                the item, which stays where the picture cannot be read.
             batch_size: Number of pictures embedded at once.
             progress: Whether to show a progress bar; or the bar of tqdm to advance.
 

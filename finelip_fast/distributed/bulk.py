@@ -126,9 +126,7 @@ def index_images(
                             _add(list(new.values()), target, pool, metadata or (lambda _: {}), report, bar)
                     finally:
                         job.clean_up()
-            unread = {path for path, _ in report.skipped}
-            report.changed = sum(picture.path not in unread for picture in pictures if picture.id in changed)
-            report.added -= report.changed
+            report.separate_changed([picture.path for picture in pictures if picture.id in changed], target.folder)
     return report
 
 
