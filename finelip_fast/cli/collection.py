@@ -307,7 +307,7 @@ def _asks_server(server: str) -> bool:
 
 
 class _RemoteRetriever:
-    """As much of a retriever as a search needs, on a server."""
+    """The part of a retriever that a search needs, on a server."""
 
     def __init__(self, url: str, alpha: float | None) -> None:
         from finelip_fast.client import Client
