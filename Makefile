@@ -45,12 +45,12 @@ record: $(READY)
 	done
 	$(BIN)/python bench/report.py
 
-# Installed again when the requirements change; the package itself is installed in place. The demo needs no more than users do.
+# Installed again when the requirements change; the package itself is installed in place. The demo ends by naming a server.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[serve]'
 	touch $(INSTALLED)
 
 $(READY): $(INSTALLED)

@@ -9,6 +9,7 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from finelip_fast.checkpoint import FineLIP, UntrainedAggregatorsWarning, load, save
+    from finelip_fast.client import AsyncClient, Client
     from finelip_fast.config import FineLIPConfig
     from finelip_fast.engines import Engine
     from finelip_fast.errors import (
@@ -19,23 +20,28 @@ if _typing.TYPE_CHECKING:
         ImageError,
         InputError,
         KernelError,
+        PartialAnswerWarning,
+        ServerError,
         StoreError,
         TrainingError,
+        TruncationWarning,
         WriteError,
     )
     from finelip_fast.explain import Explanation
     from finelip_fast.hits import Hit, Hits
     from finelip_fast.index import Index, IndexSpec
-    from finelip_fast.ingest import AddReport, FolderReport
     from finelip_fast.preprocess import Preprocess, open_image
+    from finelip_fast.reports import AddReport, FolderReport
     from finelip_fast.retriever import Retriever
-    from finelip_fast.tokenizer import TruncationWarning, tokenize
+    from finelip_fast.tokenizer import tokenize
 
     __version__: str
 
 __all__ = [
     "AddReport",
+    "AsyncClient",
     "CheckpointError",
+    "Client",
     "ConfigError",
     "Engine",
     "EngineError",
@@ -51,8 +57,10 @@ __all__ = [
     "IndexSpec",
     "InputError",
     "KernelError",
+    "PartialAnswerWarning",
     "Preprocess",
     "Retriever",
+    "ServerError",
     "StoreError",
     "TrainingError",
     "TruncationWarning",
@@ -67,19 +75,20 @@ __all__ = [
 # Each comes when it is first asked for: PyTorch takes seconds, in which a command can neither help nor be interrupted.
 _MODULES = {
     "checkpoint": ("FineLIP", "UntrainedAggregatorsWarning", "load", "save"),
+    "client": ("AsyncClient", "Client"),
     "config": ("FineLIPConfig",),
     "engines": ("Engine",),
     "errors": (
         *("CheckpointError", "ConfigError", "EngineError", "FineLIPError", "ImageError", "InputError", "KernelError"),
-        *("StoreError", "TrainingError", "WriteError"),
+        *("PartialAnswerWarning", "ServerError", "StoreError", "TrainingError", "TruncationWarning", "WriteError"),
     ),
     "explain": ("Explanation",),
     "hits": ("Hit", "Hits"),
     "index": ("Index", "IndexSpec"),
-    "ingest": ("AddReport", "FolderReport"),
     "preprocess": ("Preprocess", "open_image"),
+    "reports": ("AddReport", "FolderReport"),
     "retriever": ("Retriever",),
-    "tokenizer": ("TruncationWarning", "tokenize"),
+    "tokenizer": ("tokenize",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Arguments: refused by their names where they are given, not where they fail."""
+"""Arguments: refused by their names where they are given, not where they fail. PyTorch is imported by what needs it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from finelip_fast.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -95,6 +96,8 @@ def floating_dtype(name: str, value: Any) -> torch.dtype:
     Raises:
         InputError: No dtype of floating-point numbers; says what it is called.
     """
+    import torch
+
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise InputError(f"expected {name} as a floating dtype of torch, got {value!r:.80}")
     return value
@@ -105,6 +108,8 @@ def matrices(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
     Raises:
         InputError: No tensor of that shape; says what it is called.
     """
+    from torch import Tensor
+
     if not isinstance(value, Tensor) or value.shape != shape:
         got = list(value.shape) if isinstance(value, Tensor) else f"{value!r:.80}"
         raise InputError(f"expected {name} as a tensor {list(shape)}, got {got}")
@@ -118,6 +123,8 @@ def find_device(name: Any) -> torch.device:
         InputError: ``name`` is no name of a device.
         EngineError: This machine has no such device.
     """
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, (str, torch.device)):

@@ -234,16 +234,19 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
 
 
 @contextmanager
-def header(path: str) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
+def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
     """Width and height of a file's first picture as it is stored, and its EXIF; pixels are not decoded.
+
+    Args:
+        source: Path of a regular file, or what one holds.
 
     Raises:
         ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
     """
-    if _raw.is_raw(path):
-        yield _raw.header(path)
+    if isinstance(source, str) and _raw.is_raw(source):
+        yield _raw.header(source)
         return
-    with _opened(path) as file, _identified(file) as image:
+    with _opened(source) as file, _identified(file) as image:
         yield image.size, image.getexif()
 
 

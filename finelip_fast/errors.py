@@ -9,9 +9,11 @@
     ├── EngineError (RuntimeError)   an engine that was asked for by name and cannot run here
     ├── StoreError                   an index folder that cannot be opened, read or written
     ├── WriteError (OSError)         a file that cannot be written: a full disk, a folder of someone else
+    ├── ServerError                  a server that cannot be reached, that refuses, or that is none of this library
     └── TrainingError (RuntimeError) a run that cannot go on
 
-Catch :class:`FineLIPError` to catch them all.
+Catch :class:`FineLIPError` to catch them all. Warnings that a server's client gives, too, are here as well:
+:class:`TruncationWarning` and :class:`PartialAnswerWarning`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ __all__ = [
     "ImageError",
     "InputError",
     "KernelError",
+    "PartialAnswerWarning",
+    "ServerError",
     "StoreError",
     "TrainingError",
+    "TruncationWarning",
     "WriteError",
 ]
 
@@ -69,5 +74,29 @@ class WriteError(FineLIPError, OSError):
         return str(self.args[-1])
 
 
+class ServerError(FineLIPError):
+    """A server cannot be reached, refuses, fails, or is none of this library.
+
+    Attributes:
+        status: HTTP status of the answer; None: there was none.
+        code: Word that the server has for what went wrong, if it said so.
+        request_id: Id of the request in the server's log.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, code: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.request_id = status, code, request_id
+
+
 class TrainingError(FineLIPError, RuntimeError):
     """A training run cannot go on."""
+
+
+class TruncationWarning(UserWarning):
+    """Some captions of a call were longer than the context and lost their ends."""
+
+
+class PartialAnswerWarning(UserWarning):
+    """A server's shards did not all answer: hits are those of the others."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finelip_fast._files import write_text_whole
 from finelip_fast._terminal import printable
-from finelip_fast.preprocess import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,6 +166,8 @@ def picture_file(hit: Hit) -> str | None:
 
 def thumbnail(path: str, side: int) -> Image | None:
     """A small copy of a picture, at most ``side`` pixels wide and high; None where the file holds none."""
+    from finelip_fast.preprocess import open_image  # PyTorch, which hits from a server do without
+
     try:
         image = open_image(path)
         image.thumbnail((side, side))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import count, islice
 from os import PathLike
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
-from finelip_fast._terminal import printable
 from finelip_fast.collection import Listing, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index.checks import as_json, check_ids, taken
@@ -29,6 +27,7 @@ from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
 from finelip_fast.picture_files import HASH, describe
 from finelip_fast.preprocess import Preprocess
+from finelip_fast.reports import AddReport, FolderReport
 from finelip_fast.tokenizer import check_caption
 
 Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
@@ -38,66 +37,6 @@ Pixels = TypeVar("Pixels")
 # How much is gathered before it is written: bytes of embeddings, and seconds of work that a killed process may lose.
 _FLUSH_BYTES, _FLUSH_SECONDS = 1 << 26, 30.0
 _MAX_BATCH = 1 << 20
-
-
-@dataclass
-class AddReport:
-    """What became of the items given to ``add_images`` or ``add_texts``.
-
-    Attributes:
-        added: ids of the items added, in order.
-        skipped: ``(id, reason)`` of what could not be read.
-    """
-
-    added: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def keep(self, ids: list[str]) -> None:
-        """Report ids as added."""
-        self.added += ids
-
-    def __str__(self) -> str:
-        return _summary(len(self.added), self.skipped)
-
-
-@dataclass
-class FolderReport:
-    """What became of a folder, however large.
-
-    Attributes:
-        added: number of pictures added.
-        changed: number of pictures whose content was another, embedded again.
-        moved: number of pictures that have another path than before, and their embedding still.
-        removed: number of items removed because their file is no more.
-        gone: number of items whose file is no more, and that were kept.
-        skipped: ``(path, reason)`` of what could not be read, or is no picture.
-    """
-
-    added: int = 0
-    changed: int = 0
-    moved: int = 0
-    removed: int = 0
-    gone: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def keep(self, ids: list[str]) -> None:
-        """Report ids as added."""
-        self.added += len(ids)
-
-    def __iadd__(self, addition: FolderReport) -> FolderReport:
-        for name in ("added", "changed", "moved", "removed", "gone", "skipped"):
-            setattr(self, name, getattr(self, name) + getattr(addition, name))
-        return self
-
-    def __str__(self) -> str:
-        counts = [f"{getattr(self, name)} {name}" for name in ("changed", "moved", "removed") if getattr(self, name)]
-        counts += [f"{self.gone} gone, which --sync removes"] if self.gone else []
-        return _summary(self.added, self.skipped, *counts)
-
-
-def _summary(added: int, skipped: Sequence[tuple[str, str]], *counts: str) -> str:
-    lines = (f"  {printable(item)}: {printable(reason)}" for item, reason in skipped)
-    return "\n".join([", ".join([f"{added} added", *counts, f"{len(skipped)} skipped"]), *lines])
 
 
 def as_images(images: Any) -> Any:
@@ -352,9 +291,7 @@ def follow(
     chunks = ingest.chunks(paths, list(fields), list(fields.values()), progress=progress)
     with ingest:
         ingest.add_images(chunks, preprocess, encode_image, describes=True)
-    unread = {path for path, _ in report.skipped}
-    report.changed = sum(str(listing.paths[item]) not in unread for item in changes.changed)
-    report.added -= report.changed
+    report.separate_changed([str(listing.paths[item]) for item in changes.changed], index.folder)
     return report
 
 

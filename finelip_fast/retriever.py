@@ -34,10 +34,11 @@ from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_d
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
-from finelip_fast.ingest import AddReport, FolderReport, Ingest, as_images, follow
+from finelip_fast.ingest import Ingest, as_images, follow
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import ImageSource
+from finelip_fast.reports import AddReport, FolderReport
 from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import Overflow, check_overflow
 
@@ -253,7 +254,7 @@ class Retriever:
                 none.
             metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
             existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the picture, or ``"replace"``
-                the item.
+                the item, which stays where the picture cannot be read.
             batch_size: Number of pictures embedded at once.
             progress: Whether to show a progress bar; or the bar of tqdm to advance.
 
@@ -396,16 +397,38 @@ class Retriever:
         self.index.delete([ids] if isinstance(ids, str) else ids)
 
     @overload
-    def search(self, text: str, *, k: int = 10, mode: Mode = "auto", where: str | None = None) -> Hits: ...
+    def search(
+        self, text: str, *, k: int = 10, mode: Mode = "auto", where: str | None = None, alpha: float | None = None
+    ) -> Hits: ...
     @overload
     def search(
-        self, text: list[str] | tuple[str, ...], *, k: int = 10, mode: Mode = "auto", where: str | None = None
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
     ) -> list[Hits]: ...
     @overload
-    def search(self, *, image: ImageSource, k: int = 10, mode: Mode = "auto", where: str | None = None) -> Hits: ...
+    def search(
+        self,
+        *,
+        image: ImageSource,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Hits: ...
     @overload
     def search(
-        self, *, image: list[Picture] | tuple[Picture, ...], k: int = 10, mode: Mode = "auto", where: str | None = None
+        self,
+        *,
+        image: list[Picture] | tuple[Picture, ...],
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -416,6 +439,7 @@ class Retriever:
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
+        alpha: float | None = None,
     ) -> Hits | list[Hits]:
         """Find the best items for a text or a picture.
 
@@ -428,6 +452,7 @@ class Retriever:
                 :mod:`finelip_fast.index.search`.
             where: Expression that the metadata of items must satisfy: ``"camera = 'front' and year >= 2024"``. See
                 :mod:`finelip_fast.index.filters`.
+            alpha: Weight of the global cosine in this search; None: the retriever's.
 
         Returns:
             Hits, best first, ties in order of insertion: a list for one query, a list of lists for a list of queries. A
@@ -435,14 +460,12 @@ class Retriever:
 
         Raises:
             InputError: Both or neither of text and image, a text that is no string, a ``k`` that is no whole number or below
-                1, an unknown mode, or a filter that cannot be parsed.
+                1, an unknown mode, a filter that cannot be parsed, or an ``alpha`` that the checkpoint has no scores for.
             ImageError: A query picture that cannot be read.
         """
         if (text is None) == (image is None):
             raise InputError("expected either a text or image=..., " + ("got neither" if text is None else "got both"))
-        k = whole_number("k", k)
-        if where is not None and not isinstance(where, str):
-            raise InputError(f"expected where as an expression in a str, got {where!r:.80}")
+        options = self._search_options(k, mode, where, alpha)
         query: Any = image if text is None else text
         several = isinstance(query, (list, tuple))
         queries: list[Any] = list(query) if several else [query]
@@ -452,8 +475,45 @@ class Retriever:
             embedded = self.engine.embed_images(queries)
         else:
             embedded = self.engine.embed_texts(queries, overflow=self.overflow)
-        hits = self._hits(embedded, k, mode, where)
+        hits = self._hits(embedded, **options)
         return hits if several else hits[0]
+
+    def search_embeddings(
+        self,
+        queries: Embeddings,
+        *,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> list[Hits]:
+        """Find the best items for embeddings: of :meth:`encode_texts`, :meth:`encode_images` or ``Index.embeddings_of``.
+
+        Args:
+            queries: Embeddings ``[Q, L, D]``, unit rows, a tensor or an array.
+            k, mode, where, alpha: The same as for :meth:`search`.
+
+        Returns:
+            Hits of each query, best first.
+
+        Raises:
+            InputError: Embeddings of another shape or that are not finite; or as for :meth:`search`.
+        """
+        options = self._search_options(k, mode, where, alpha)
+        embedded = self._as_tensor("queries", queries)
+        if not embedded.is_floating_point():
+            raise InputError(f"expected queries of floating-point numbers, got {embedded.dtype}")
+        if embedded.dtype == torch.float64:
+            embedded = embedded.float()
+        return self._hits(embedded, **options)
+
+    def _search_options(self, k: int, mode: Mode, where: str | None, alpha: float | None) -> dict[str, Any]:
+        """Checked arguments of a search."""
+        k = whole_number("k", k)
+        if where is not None and not isinstance(where, str):
+            raise InputError(f"expected where as an expression in a str, got {where!r:.80}")
+        alpha = self.alpha if alpha is None else self._engine.config.choose_alpha(share("alpha", alpha))
+        return {"k": k, "mode": mode, "where": where, "alpha": alpha}
 
     @overload
     def encode_images(
@@ -592,8 +652,8 @@ class Retriever:
             self._model = self.engine.load_model()
         return explain(self._model, image, text, alpha=self.alpha)
 
-    def _hits(self, queries: Tensor, k: int, mode: Mode, where: str | None) -> list[Hits]:
-        result, root = self.index.search(queries, k, alpha=self.alpha, mode=mode, where=where), self.index.root
+    def _hits(self, queries: Tensor, *, k: int, mode: Mode, where: str | None, alpha: float) -> list[Hits]:
+        result, root = self.index.search(queries, k, alpha=alpha, mode=mode, where=where), self.index.root
 
         def path(item: Item) -> str | None:
             file = picture_path(item.id, item.metadata, root)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finelip_fast._arguments import one_of
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, TruncationWarning
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Overflow",
     "TokenBatch",
-    "TruncationWarning",
     "encode_batch",
     "expected_truncation",
     "token_spans",
@@ -46,10 +45,6 @@ _LINE, _WORD = 4096, 256
 _PIECES = re.compile(rf"[\s\S]{{1,{_LINE - 1}}}(?:\s|\Z)|[\s\S]{{1,{_LINE}}}")
 _SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # nothing that is ever repaired
 _LONG_NUMBER = re.compile(r"&#[0-9]{1000,};?")  # of a character: none, and more digits than Python reads
-
-
-class TruncationWarning(UserWarning):
-    """Some captions of a call were longer than the context and lost their ends."""
 
 
 @contextmanager

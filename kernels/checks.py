@@ -26,14 +26,18 @@ def check_floats(name: str, value: Any, device: torch.device | None = None) -> N
     """Refuse what is no dense tensor of a float dtype: imaginary parts would be dropped, results cut to integers."""
     check_tensor(name, value, device)
     if not value.is_floating_point():
-        raise InputError(f"expected {name} in a float dtype, got {value.dtype}: convert it (.float())")
+        raise InputError(f"expected {name} in a float dtype, got {value.dtype}: {_conversion(value, 'float')}")
 
 
 def check_counts(name: str, value: Any, device: torch.device) -> None:
     """Refuse what is no dense tensor of whole numbers."""
     check_tensor(name, value, device)
     if value.dtype not in _COUNTS:
-        raise InputError(f"expected {name} in an integer dtype, got {value.dtype}: convert it (.long())")
+        raise InputError(f"expected {name} in an integer dtype, got {value.dtype}: {_conversion(value, 'long')}")
+
+
+def _conversion(value: Tensor, method: str) -> str:
+    return f"convert its real part (.real.{method}())" if value.is_complex() else f"convert it (.{method}())"
 
 
 def check_alpha(alpha: Any) -> None:

@@ -54,6 +54,7 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
     try:
         return None if numbers is None else kind(**numbers)
     except TypeError as error:
+        _tables.cache_clear()  # the table may be mended while this process lives
         raise KernelError(
             f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
         ) from error
@@ -75,7 +76,7 @@ def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
     """Add settings to a table; it is written whole or not at all.
 
     Args:
-        found: Settings by :func:`key`.
+        measured: Settings by :func:`key`.
         path: The table; None: this machine's.
 
     Returns:

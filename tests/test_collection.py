@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,44 @@ def test_what_changed_is_embedded_again_and_what_was_moved_is_not(
     ]
     assert len(encoded) == 2
     assert not retriever.index.check()
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"no picture")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def close(path: Path) -> None:
+    draw(path, 11)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read every file")
+
+
+@pytest.mark.parametrize("spoil", [overwrite, cut, close])
+def test_a_picture_that_cannot_be_read_any_more_keeps_its_item_and_is_reported(
+    retriever: Retriever, photos: Path, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    retriever.add_folder(photos, progress=False)
+    shutil.copy(photos / "a.jpg", tmp_path / "before.jpg")
+    spoil(photos / "a.jpg")
+    for _ in range(2):  # until it can be read, or its item is taken out
+        report = retriever.add_folder(photos, sync=True, progress=False)
+        assert counts(report) == {}
+        ((path, reason),) = report.skipped
+        assert path == str(photos / "a.jpg")
+        assert "; its item stays, with the embedding of its earlier content, unless finelip remove " in reason
+    assert best(retriever, tmp_path / "before.jpg") == "a.jpg"
+    assert main(shlex.split(reason.partition("unless finelip ")[2])[:4]) == 0
+    ((_, reason),) = retriever.add_folder(photos, progress=False).skipped
+    assert "its item" not in reason
+    assert sorted(retriever.index.ids) == [name for name in ALL if name != "a.jpg"]
+    (photos / "a.jpg").chmod(0o644)
+    draw(photos / "a.jpg", 12)
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 1}
 
 
 def test_a_folder_that_lost_all_its_pictures_is_not_emptied(retriever: Retriever, photos: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_public_names_are_these() -> None:
         *("Retriever", "Hit", "Hits", "Explanation", "AddReport", "FolderReport", "Index", "IndexSpec", "Engine"),
         *("FineLIP", "FineLIPConfig", "Preprocess", "load", "open_image", "save", "tokenize"),
         *finelip_fast.errors.__all__,
-        *("TruncationWarning", "UntrainedAggregatorsWarning"),
+        *("AsyncClient", "Client", "UntrainedAggregatorsWarning"),
     }
     for name in finelip_fast.__all__:
         value = getattr(finelip_fast, name)

@@ -127,6 +127,38 @@ def test_search_agrees_with_scoring_everything(
     assert search(tuple(queries), k=1) == search(queries, k=1)
 
 
+def test_embeddings_are_queries_like_what_they_are_of(retriever: Retriever) -> None:
+    add_all(retriever)
+    embedded = retriever.encode_texts(TEXTS)
+    assert retriever.search_embeddings(embedded, k=3) == retriever.search(TEXTS, k=3)
+    assert retriever.search_embeddings(embedded.cpu().numpy(), k=3) == retriever.search(TEXTS, k=3)
+    doubles = retriever.search_embeddings(embedded.cpu().double().numpy(), k=1, mode="exact", where="x is null")
+    assert doubles == retriever.search(TEXTS, k=1)
+    assert retriever.search_embeddings(embedded[:0]) == []
+    for wrong, message in (
+        (embedded[0], r"expected queries \[Q, L, 48\], got"),
+        (embedded[..., :5], r"expected queries \[Q, L, 48\], got"),
+        (embedded.long(), "expected queries of floating-point numbers, got torch.int64"),
+        (embedded * float("nan"), "expected queries of finite numbers"),
+        ([1.0], "expected queries as a tensor or an array"),
+    ):
+        with pytest.raises(InputError, match=message):
+            retriever.search_embeddings(wrong)
+
+
+def test_a_search_may_weigh_by_an_alpha_of_its_own(build: Callable[..., Retriever]) -> None:
+    retriever = build(alpha=0.3)
+    add_all(retriever)
+    for alpha in (None, 0, 0.5, 1):
+        weight = 0.3 if alpha is None else alpha
+        searched = retriever.search(TEXTS, alpha=alpha) + retriever.search(image=PICTURES[:2], alpha=alpha)
+        for hit in (hit for hits in searched for hit in hits):
+            assert hit.score == pytest.approx(weight * hit.global_score + (1 - weight) * hit.fine_score, abs=1e-5)
+    for wrong in (-0.1, 1.5, float("nan"), "1", True):
+        with pytest.raises(InputError, match=r"expected alpha in \[0, 1\]"):
+            retriever.search("night", alpha=wrong)
+
+
 def test_every_item_finds_itself(retriever: Retriever) -> None:
     names = add_all(retriever)
     assert [ids_of(hits) for hits in retriever.search(image=PICTURES, k=1)] == [[name] for name in names]
@@ -280,6 +312,8 @@ def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_mode
     assert all(hit.score == pytest.approx(hit.global_score, abs=1e-6) for hit in hits)
     assert {hit.fine_score for hit in hits} == {None}
     assert retriever.index.embeddings.shape == retriever.encode_images(PICTURES).shape == (len(PICTURES), 1, 48)
+    with pytest.raises(InputError, match=r"expected alpha=1, got 0\.5"):
+        retriever.search("a house", alpha=0.5)
     with (
         pytest.warns(UntrainedAggregatorsWarning),
         pytest.raises(InputError, match=r"expected alpha=1, got 0\.5: this checkpoint has no trained aggregators"),

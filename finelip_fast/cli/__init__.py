@@ -17,6 +17,7 @@ from finelip_fast.cli.evaluate import compare, evaluate
 from finelip_fast.cli.explain import explain
 from finelip_fast.cli.export import export
 from finelip_fast.cli.index import index
+from finelip_fast.cli.serve import serve
 from finelip_fast.cli.study import ablation, study
 from finelip_fast.cli.tools import COMPLETE_VARIABLE, completion, convert, demo, info, tune
 from finelip_fast.cli.train import train
@@ -40,7 +41,7 @@ def finelip() -> None:
 
 
 for command in (
-    *(demo, add, search, list_, remove, explain, evaluate, compare, study, ablation),
+    *(demo, add, search, serve, list_, remove, explain, evaluate, compare, study, ablation),
     *(train, export, convert, info, tune, index, completion),
 ):
     finelip.add_command(command)

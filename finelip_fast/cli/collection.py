@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
+from click.core import ParameterSource
 
 from finelip_fast._terminal import printable
 from finelip_fast.cli.commands import (
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from finelip_fast.hits import Hits
     from finelip_fast.index import Index
     from finelip_fast.retriever import Retriever
+
+SERVER_VARIABLE = "FINELIP_SERVER"
+
+_LOCAL_OPTIONS = ("index", "checkpoint", "engine", "precision", "device", "verify", "why")
 
 where_option = click.option(
     "--where", metavar="FILTER", help="Filter on the metadata of items, such as \"camera = 'front' and year >= 2024\"."
@@ -136,8 +141,8 @@ def add(
     """
     from finelip_fast.collection import prepare_root
     from finelip_fast.folders import walk_folder
-    from finelip_fast.ingest import FolderReport
     from finelip_fast.picture_tables import is_table
+    from finelip_fast.reports import FolderReport
 
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:
@@ -207,6 +212,12 @@ def _watchfiles() -> Any:
     metavar="N",
     help="With --html or --open: pages that explain the first N pictures, linked there.",
 )
+@click.option(
+    "--server",
+    envvar=SERVER_VARIABLE,
+    metavar="URL",
+    help=f"Server to ask, started by finelip serve, which takes no model here.  [default: {SERVER_VARIABLE}, or none]",
+)
 @model_options
 def search(
     text: str | None,
@@ -222,15 +233,13 @@ def search(
     html: str | None,
     opens: bool,
     why: int,
+    server: str | None,
     model: ModelOptions,
 ) -> Any:
     """Search an index with a description (TEXT) or a picture.
 
     Beside each hit stands whether it stands out of the index, and below them whether nothing here matches.
     """
-    from finelip_fast.cli.preview import open_preview
-    from finelip_fast.index import stored_source
-
     if (text is None) == (image is None):
         raise InputError(
             "expected either a description or --image FILE, got " + ("neither" if text is None else "both")
@@ -241,10 +250,18 @@ def search(
         raise InputError("expected --why with a description, got --image: a picture's words are what is explained")
     if preview and (paths or speaks_json()):
         raise InputError("expected --preview alone, got --" + ("paths" if paths else "json") + " with it")
-    show = open_preview() if preview else None  # a terminal that cannot show it is an error before a model is loaded
-    if stored_source(index) is None:
-        raise StoreError(f"there is no index at {index}: make one with finelip add FOLDER --index {shlex.quote(index)}")
-    retriever = model.open_retriever(index, alpha=alpha, verify=verify)
+    show = _open_preview() if preview else None  # a terminal that cannot show it is an error before a model is loaded
+    retriever: Any
+    if server is not None and _asks_server(server):
+        retriever = _RemoteRetriever(server, alpha)
+    else:
+        from finelip_fast.index import stored_source
+
+        if stored_source(index) is None:
+            raise StoreError(
+                f"there is no index at {index}: make one with finelip add FOLDER --index {shlex.quote(index)}"
+            )
+        retriever = model.open_retriever(index, alpha=alpha, verify=verify)
     hits = retriever.search(text, image=image, k=k, mode=mode, where=where)
     if hits and sys.stdout.isatty() and shows_progress() and not (paths or speaks_json()):
         after_result(lambda: _print_meanings(hits, retriever.alpha))
@@ -263,6 +280,51 @@ def search(
     if show is not None:
         return show(hits)
     return [hit.path or hit.id for hit in hits] if paths else hits
+
+
+def _open_preview() -> Callable[[Hits], Iterator[str]]:
+    from finelip_fast.cli.preview import open_preview
+
+    return open_preview()
+
+
+def _asks_server(server: str) -> bool:
+    """Whether a search goes to the server: where that is the environment's, options that need the index here leave it aside.
+
+    Raises:
+        InputError: The server and such an option are both typed.
+    """
+    context = click.get_current_context()
+    typed = [
+        f"--{name}" for name in _LOCAL_OPTIONS if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
+    if typed and context.get_parameter_source("server") == ParameterSource.COMMANDLINE:
+        raise InputError(
+            f"expected --server without {', '.join(typed)}, which the server was started with or which needs the index here, "
+            f"got both with {server!r:.200}"
+        )
+    return not typed
+
+
+class _RemoteRetriever:
+    """As much of a retriever as a search needs, on a server."""
+
+    def __init__(self, url: str, alpha: float | None) -> None:
+        from finelip_fast.client import Client
+
+        self._client, self._alpha = Client(url), alpha
+
+    def search(self, text: str | None, **options: Any) -> Any:
+        """Hits of one query."""
+        return self._client.search(text, alpha=self._alpha, **options)  # type: ignore[arg-type]
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the global score."""
+        return float(self._client.info()["alpha"]) if self._alpha is None else self._alpha
+
+    def __len__(self) -> int:
+        return int(self._client.info()["items"])
 
 
 def _print_meanings(hits: Hits, alpha: float) -> None:

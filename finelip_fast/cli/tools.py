@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
-from finelip_fast.cli.commands import Command, Several, shows_progress
+from finelip_fast.cli.commands import Command, Several, after_result, shows_progress, speaks_json
 from finelip_fast.errors import InputError, KernelError
 
 COMPLETE_VARIABLE = "_FINELIP_COMPLETE"
@@ -23,11 +27,39 @@ _SHELLS = {
 @click.command(cls=Command)
 @click.option("--out", default="demo", metavar="FOLDER", help="Folder of pictures, index and page.")
 @click.option("--scenes", type=int, default=400, help="Number of scenes.")
-def demo(out: str, scenes: int) -> Any:
-    """Draw scenes, search them with the bundled model, and write an HTML page."""
+@click.option("--serve", "serves", is_flag=True, help="Then serve the page that searches them.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="With --serve: port of the page.")
+def demo(out: str, scenes: int, serves: bool, port: int) -> Any:
+    """Draw scenes, search them with the bundled model, and write an HTML page.
+
+    The command that searches them in a browser is named at the end.
+    """
+    from finelip_fast.cli.serve import require_packages, run
+
+    if serves:
+        require_packages()
     from finelip_fast.demo import run_demo
 
-    return run_demo(out, scenes=scenes, progress=shows_progress())
+    report = run_demo(out, scenes=scenes, progress=shows_progress())
+    index = str(Path(out) / "index")
+    if not serves:
+        if shows_progress() and not speaks_json():
+            after_result(
+                lambda: print(f"search them in a browser: {_program()} serve --index {shlex.quote(index)} --open")
+            )
+        return report
+    from finelip_fast.serve.opening import Opening
+    from finelip_fast.serve.settings import ServeSettings
+
+    return chain([report], run(ServeSettings(port=port), Opening(index=index)))
+
+
+def _program() -> str:
+    """This command as it can be typed here, also where it lies in an environment that is not active."""
+    path = shutil.which("finelip")
+    if path is not None and os.path.realpath(path) == os.path.realpath(sys.argv[0]):
+        return "finelip"
+    return shlex.quote(sys.argv[0]) if Path(sys.argv[0]).stem == "finelip" else "finelip"
 
 
 @click.command(cls=Command, renamed={"--half": "--dtype float16"})

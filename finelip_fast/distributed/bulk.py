@@ -38,8 +38,9 @@ from finelip_fast.index import Index, StoredDtype, Written
 from finelip_fast.index.arrays import locked
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
-from finelip_fast.ingest import FolderReport, as_images, progress_bar, read_ahead, read_picture
+from finelip_fast.ingest import as_images, progress_bar, read_ahead, read_picture
 from finelip_fast.picture_files import describe
+from finelip_fast.reports import FolderReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.runtimes.manifest import Precision
 
@@ -125,9 +126,7 @@ def index_images(
                             _add(list(new.values()), target, pool, metadata or (lambda _: {}), report, bar)
                     finally:
                         job.clean_up()
-            unread = {path for path, _ in report.skipped}
-            report.changed = sum(picture.path not in unread for picture in pictures if picture.id in changed)
-            report.added -= report.changed
+            report.separate_changed([picture.path for picture in pictures if picture.id in changed], target.folder)
     return report
 
 

@@ -1,5 +1,6 @@
 """The index: embeddings of many items, in memory or in a folder."""
 
+from finelip_fast.index.fields import Field
 from finelip_fast.index.index import Index, SearchResults, stored_index
 from finelip_fast.index.recovery import restore
 from finelip_fast.index.spec import IndexSpec, StoredDtype, stored_dtype, stored_source
@@ -7,6 +8,7 @@ from finelip_fast.index.store import Existing, Written
 
 __all__ = [
     "Existing",
+    "Field",
     "Index",
     "IndexSpec",
     "SearchResults",

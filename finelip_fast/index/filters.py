@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from finelip_fast.errors import InputError
@@ -59,6 +59,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_PLAIN_NAME = re.compile(r"[^\W\d]\w*")
 _KEYWORDS = {"or", "and", "not", "in", "like", "between", "is", "null", "true", "false"}
 _OPERATORS = {"=": "=", "==": "=", "!=": "<>", "<>": "<>", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
 # What json_type says of the values that a value may be compared with: SQLite itself has true equal 1, and 1 below 'a'.
@@ -100,6 +101,22 @@ def field_expression(field: str) -> str:
             '"any name" (id is the item\'s own, "id" would be the metadata\'s)'
         )
     return f"json_extract(metadata, {_path(first.text)})"
+
+
+def field_name(names: Sequence[str]) -> str | None:
+    """A field as an expression names it, from its names in nested objects; None: no expression can.
+
+    >>> field_name(["place", "shot at"])
+    'place."shot at"'
+    """
+    if any('"' in name for name in names) or len(names) > _MOST_NAMES:
+        return None
+    plain = [name if _PLAIN_NAME.fullmatch(name) else f'"{name}"' for name in names]
+    if len(plain) == 1 and plain[0].lower() in {*_KEYWORDS, "id"}:
+        plain = [f'"{names[0]}"']
+    field = ".".join(plain)
+    # As they are counted where an expression is read.
+    return field if len(field) <= _LONGEST_FIELD and field.count(".") < _MOST_NAMES else None
 
 
 class _Token(NamedTuple):

@@ -18,7 +18,9 @@ from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
+from finelip_fast.index.fields import Field, fields_of
 from finelip_fast.index.forks import between_forks
+from finelip_fast.index.pages import Cursor
 from finelip_fast.index.search import (
     CandidateSource,
     Mode,
@@ -35,6 +37,7 @@ from finelip_fast.index.view import View
 
 _TUNING, _ROOT = "tuning", "root"
 _ITEMS_AT_ONCE = 8192
+_MOST_SAMPLED = 20_000  # items whose fields are looked at
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Index:
     def _open(self, store: Store) -> None:
         self._store = store
         self._stage: tuple[View, CandidateSource | None] | None = None
+        self._fields: tuple[View, list[Field]] | None = None
         self.spec, self.source, self.device, self.folder = store.spec, store.source, store.device, store.folder
 
     def __getstate__(self) -> Store:
@@ -177,6 +181,62 @@ class Index:
                 raise StoreError(f"the index at {self.folder} was compacted while it was read: read it again")
             yield from (items[position] for position in part)
 
+    def page(
+        self, *, where: str | None = None, limit: int = 100, after: str | None = None
+    ) -> tuple[list[Item], str | None]:
+        """A part of :meth:`items`, found without reading what lies before it.
+
+        Pages follow the order of insertion: what is added or replaced between two of them comes at the end, and what is
+        deleted is left out. After a compaction the listing goes on behind the item that was the last, if that is still there.
+
+        Args:
+            where: Filter on the metadata; None: all items.
+            limit: Number of items of a page.
+            after: What came with the page before; None: the first page.
+
+        Returns:
+            The items, and what to pass as ``after`` for the next page; None: this is the last.
+
+        Raises:
+            InputError: A filter that cannot be read, an ``after`` that no page gave, or one whose place was lost: the index
+                was compacted, and the last item of that page is gone.
+            StoreError: The index is closed, or cannot be read.
+        """
+        limit, cursor = whole_number("limit", limit, most=_ITEMS_AT_ONCE), None if after is None else Cursor.read(after)
+        items, end = self._store.catalogue.page(where, limit, cursor, self._store.fixed)
+        return items, None if end is None else str(end)
+
+    def fields(self) -> list[Field]:
+        """Fields of the metadata that filters can compare, with their values or ends, those of most items first.
+
+        Of more than 20,000 items, that many are looked at, evenly spread: rare values and far ends may then be missing. What
+        files say of themselves and nobody looks for, such as their hashes, is left out. The result is kept until the index
+        changes.
+
+        Raises:
+            StoreError: The index is closed, or cannot be read.
+        """
+        while True:
+            view = self._store.view()
+            if self._fields is not None and self._fields[0] is view:
+                return self._fields[1]
+            numbers = (
+                torch.linspace(0, len(view) - 1, min(len(view), _MOST_SAMPLED), dtype=torch.float64).round().long()
+            )
+            positions = view.positions(numbers if view.living is None else view.living[numbers]).tolist()
+            fields = fields_of(self._metadata_at(positions, view.version))
+            if self._store.catalogue.oldest <= view.version:  # not compacted meanwhile
+                self._fields = view, fields
+                return fields
+
+    def _metadata_at(self, positions: Sequence[int], version: int) -> Iterator[dict[str, Any]]:
+        """Metadata of the items at positions of a version, as long as that can be read."""
+        for start in range(0, len(positions), _ITEMS_AT_ONCE):
+            items = self._store.catalogue.at(positions[start : start + _ITEMS_AT_ONCE], version)
+            if items is None:
+                return
+            yield from (item.metadata for item in items.values())
+
     @property
     def ids(self) -> list[str]:
         """Ids of all items, in order of insertion."""
@@ -198,6 +258,36 @@ class Index:
         pieces = [segment.embeddings(slice(None)) for segment in view.segments]
         rows = torch.cat(pieces or [empty])
         return (rows if view.living is None else rows[view.living]).to(self.device)
+
+    def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of those of the ids that are in the index, each float32 ``[L, D]`` of unit rows, to search with.
+
+        Raises:
+            InputError: An id that is no string.
+            StoreError: An embedding is damaged, or the index is closed or cannot be read.
+        """
+        ids = strings("ids", ids)
+        while True:
+            view = self._store.view()
+            items = self._store.catalogue.living(ids, view.version)
+            if items is None:
+                continue  # compacted meanwhile
+            rows = view.rows_at(sorted(items))  # what is newer than the view is left out
+            if not len(rows):
+                return {}
+            positions = view.positions(rows).tolist()
+            try:
+                view.refuse_shortened()
+                view.refuse_damaged(items[position] for position in positions)
+                embedded = view.read(rows).float()
+            except FileNotFoundError as error:
+                if self._store.view() is view:
+                    raise StoreError(
+                        f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}"
+                    ) from None
+                continue
+            embedded = torch.nn.functional.normalize(embedded, dim=-1).to(self.device)
+            return {items[position].id: row for position, row in zip(positions, embedded, strict=True)}
 
     def present(self, ids: Sequence[str]) -> set[str]:
         """The given ids that are in the index.

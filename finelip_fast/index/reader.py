@@ -23,10 +23,11 @@ import numpy as np
 
 from finelip_fast._files import plain_name
 from finelip_fast._json import MAX_DEPTH, check_value, parse_json
-from finelip_fast.errors import StoreError
+from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import remedies, schema
 from finelip_fast.index.database import Connection, Database
 from finelip_fast.index.filters import compile_filter
+from finelip_fast.index.pages import Cursor
 from finelip_fast.index.schema import seal, seal_item
 
 # Of a query, and of a list of positions in one: below the least limit of any SQLite.
@@ -268,6 +269,59 @@ class CatalogueReader:
                     item = self._item(row, connection.sealed)
                     present[item.id] = item.position
         return present
+
+    def living(self, ids: Iterable[str], version: int) -> dict[int, Item] | None:
+        """Items of some ids, as far as they are there now, by their positions; None: those of that version are no more."""
+        with self._database.reading():
+            return None if self.oldest > version else self.at(self.find(ids).values(), version)
+
+    def page(
+        self, where: str | None, limit: int, after: Cursor | None, version: int | None
+    ) -> tuple[list[Item], Cursor | None]:
+        """Items behind a cursor in order of insertion, and the cursor of the last one where there are more.
+
+        Args:
+            where: Filter on the metadata; None: all items.
+            limit: How many items at most.
+            after: End of the page before; None: the first page.
+            version: Version to list; None: the newest.
+
+        Raises:
+            InputError: An expression that cannot be read; or the index was compacted since the page before, and its last item
+                is gone.
+            StoreError: The version is no more, an item is not what was written, or the database refuses.
+        """
+        condition, values = ("1", []) if where is None else compile_filter(where)
+        with self._database.reading() as connection:
+            end = MOST
+            if version is not None:
+                segments = self.layout(version).segments
+                end = segments[-1].first + segments[-1].rows if segments else 0
+            start = -1 if after is None else self._position_of(after)
+            try:
+                rows = connection.run(
+                    f"SELECT {ITEM} FROM item WHERE position > ? AND position < ? AND (died IS NULL OR died > ?) "
+                    f"AND {condition} ORDER BY position LIMIT ?",
+                    *(start, end, self.version if version is None else version, *values, limit + 1),
+                )
+            except sqlite3.Error as error:
+                raise self._database.failure(error, f"the filter {where!r:.80} cannot be evaluated") from None
+            items = [self._item(row, connection.sealed) for row in rows[:limit]]
+            if len(rows) <= limit:
+                return items, None
+            return items, Cursor(self.oldest, items[-1].position, items[-1].id)
+
+    def _position_of(self, cursor: Cursor) -> int:
+        """Where a page ended, as positions are now: compaction lowers them and keeps their order."""
+        if cursor.oldest == self.oldest:
+            return cursor.position
+        position = self.find([cursor.id]).get(cursor.id) if cursor.id else None
+        if position is None or position > cursor.position:  # gone, or added again at the end
+            raise InputError(
+                "expected after of a page of the index as it is, got one whose last item is gone, of before the index was "
+                "compacted; list from the beginning"
+            )
+        return position
 
     def matching(self, where: str, version: int) -> list[int]:
         """Positions of the items of a version that a filter lets through, ascending.

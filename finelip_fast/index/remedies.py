@@ -14,3 +14,11 @@ def repair(folder: str | PathLike[str] | None) -> str:
 def restore(folder: str | PathLike[str] | None) -> str:
     """What replaces a damaged catalogue."""
     return f"{repair(folder)} --restore makes it anew, or restore a snapshot"
+
+
+def outdated(path: str, folder: str | PathLike[str] | None) -> str:
+    """What is there of a picture that was read before and cannot be now."""
+    note = "its item stays, with the embedding of its earlier content"
+    if folder is None:
+        return note
+    return f"{note}, unless finelip remove {shlex.quote(path)} --index {shlex.quote(str(folder))} takes it out"

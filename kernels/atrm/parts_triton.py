@@ -101,7 +101,7 @@ def capability_of(device: torch.device) -> int:
     if INTERPRETED:
         return 90
     if device.type != "cuda":
-        raise KernelError(f"expected tensors on a CUDA device, got {device}: use the reference implementation")
+        raise KernelError(f"expected tensors on a CUDA device, got {device}: use finelip_fast.kernels.atrm")
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -53,7 +53,8 @@ def cosine_candidates(
         >>> cosine_candidates(torch.tensor([[1.0, 0.1]]), values, scales, 2)
         tensor([[0, 2]])
     """
-    derivatives.refuse("cosine_candidates", "take the cosines of the items that it finds", queries, items, item_scales)
+    advice = "search outside of it, and take the cosines of the items found"
+    derivatives.refuse("cosine_candidates", advice, queries, items, item_scales)
     pieces, their_scales = Pieces(items), Pieces(item_scales)
     _check(queries, pieces, their_scales, count)
     pieces, their_scales = pieces.only(among), their_scales.only(among)

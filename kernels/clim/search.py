@@ -95,7 +95,7 @@ def clim_topk_int8(
 
 
 def _check_search(name: str, queries: Tensor, items: Rows | None, pieces: Pieces, alpha: float) -> None:
-    derivatives.refuse(name, "take clim_scores of the items that it finds", queries, items)
+    derivatives.refuse(name, "search outside of it, and take clim_scores of the items found", queries, items)
     check_floats("queries", queries)
     if not pieces.dtype.is_floating_point:
         raise InputError(f"expected items in a float dtype, got {pieces.dtype}: convert them")

@@ -349,12 +349,14 @@ def check_inputs(queries: Tensor, items: Tensor, max_query_tokens: int) -> int:
         )
     if queries.shape[1] > max_query_tokens:
         raise InputError(
-            f"expected at most {max_query_tokens} query tokens, got {queries.shape[1]}: use the reference implementation"
+            f"expected at most {max_query_tokens} query tokens, got {queries.shape[1]}: use finelip_fast.kernels.clim_scores"
         )
     if INTERPRETED:
         return 90
     if not queries.is_cuda:
-        raise KernelError(f"expected tensors on a CUDA device, got {queries.device}: use the reference implementation")
+        raise KernelError(
+            f"expected tensors on a CUDA device, got {queries.device}: use finelip_fast.kernels.clim_scores"
+        )
     major, minor = torch.cuda.get_device_capability(queries.device)
     if major < 8:
         raise KernelError(f"expected a GPU of compute capability 8.0 or more, got {major}.{minor}")

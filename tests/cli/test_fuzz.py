@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 import numpy as np
@@ -28,6 +30,7 @@ def command(name: str) -> click.Command:
 # With what they need to do something; without those that take long, or a GPU, or other machines.
 COMMANDS = {
     "search": ["a house", "--index", "index"],
+    "serve": ["--index", "index"],
     "add": ["photos", "--index", "index"],
     "list": ["--index", "index"],
     "remove": ["photos/b.png", "--index", "index"],
@@ -123,6 +126,10 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("open_clip.download_pretrained", offline)
         patch.setattr("webbrowser.open", lambda _: True)
         patch.setattr("watchfiles.watch", lambda *_, **__: iter(()))  # without an end
+        server = ModuleType("finelip_fast.serve.run")
+        server.serve = lambda *_: None  # type: ignore[attr-defined]  # nothing listens
+        patch.setitem(sys.modules, server.__name__, server)
+        patch.setattr("finelip_fast.serve.run", server, raising=False)
         patch.setattr("tempfile.tempdir", str(folder))
         finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), "checkpoint")
         Path("photos").mkdir()

@@ -106,6 +106,19 @@ def test_two_workers_make_what_one_process_makes(
     }
 
 
+@pytest.mark.usefixtures("without_ray")
+def test_a_picture_that_cannot_be_read_any_more_keeps_its_item(photos: Path, tmp_path: Path, checkpoint: Path) -> None:
+    add(photos, tmp_path / "index", checkpoint)
+    (photos / "03.png").write_bytes(b"damaged")
+    (photos / "07.png").write_bytes(b"damaged otherwise")  # which never was in the index
+    report = add(photos, tmp_path / "index", checkpoint)
+    assert (report.added, report.changed) == (0, 0)
+    assert "; its item stays, with the embedding of its earlier content" in reasons(report)["03.png"]
+    assert "its item" not in reasons(report)["07.png"]
+    with closing(stored_index(tmp_path / "index")) as index:
+        assert "03.png" in index
+
+
 class Dying(bulk.Worker):
     """Killed by a file named so, once or always."""
 

@@ -1,0 +1,309 @@
+"""``finelip serve``: a page and an API that search an index."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import ipaddress
+import os
+import re
+import shlex
+import sys
+import threading
+import warnings
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import click
+from click.core import ParameterSource
+
+from finelip_fast._addresses import is_loopback
+from finelip_fast._files import read_bytes
+from finelip_fast.cli.commands import Command, ModelOptions, Several, alpha_option, index_option, model_options
+from finelip_fast.errors import InputError, StoreError
+
+if TYPE_CHECKING:
+    from finelip_fast.serve.opening import Opening
+    from finelip_fast.serve.settings import ServeSettings
+
+API_KEY_VARIABLE = "FINELIP_API_KEY"
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?")
+_SHORTEST_KEY = 16  # characters; a shorter one is soon guessed by trying
+_MAX_WORKERS = 256
+
+
+@click.command(cls=Command)
+@index_option
+@click.option(
+    "--shards",
+    cls=Several,
+    metavar="FOLDER",
+    help="Folders of indexes to search together, each in a process of its own.",
+)
+@click.option(
+    "--ray", metavar="ADDRESS", help="Ray cluster of the shards, such as ray://head:10001.  [default: this machine]"
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    metavar="ADDRESS",
+    help="Address to listen on; all but this machine's own need a key.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
+@click.option(
+    "--workers", type=click.IntRange(1, _MAX_WORKERS), default=1, help="Processes that answer; each loads the model."
+)
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    help=f"File with the key that requests must carry.  [default: {API_KEY_VARIABLE}, or none]",
+)
+@click.option("--writable", is_flag=True, help="Let pictures be added and deleted.")
+@click.option(
+    "--uploads",
+    metavar="FOLDER",
+    help="With --writable: folder that keeps added pictures.  [default: uploads in the index]",
+)
+@click.option(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name by which the server is called, beside its address and localhost; may be given more than once.",
+)
+@click.option(
+    "--origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Origin of another page that may ask, such as https://example.org; may be given more than once.",
+)
+@click.option(
+    "--timeout", type=float, default=30.0, metavar="SECONDS", help="Seconds after which a request is given up."
+)
+@click.option(
+    "--batch-wait",
+    type=float,
+    default=2.0,
+    metavar="MS",
+    help="Milliseconds that an encoding waits for others to share its batch.",
+)
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, help="Texts or pictures encoded at once.")
+@click.option(
+    "--queue",
+    type=click.IntRange(1, 10**6),
+    default=256,
+    help="Texts or pictures that may wait; more are answered 429.",
+)
+@click.option(
+    "--drain",
+    type=float,
+    default=20.0,
+    metavar="SECONDS",
+    help="Seconds that requests may take to end when it is stopped.",
+)
+@click.option("--log-queries", is_flag=True, help="Write the texts of queries to the access log.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
+@alpha_option
+@model_options
+def serve(
+    index: str,
+    shards: tuple[str, ...],
+    ray: str | None,
+    host: str,
+    port: int,
+    workers: int,
+    api_key_file: str | None,
+    writable: bool,
+    uploads: str | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    timeout: float,
+    batch_wait: float,
+    max_batch: int,
+    queue: int,
+    drain: float,
+    log_queries: bool,
+    opens: bool,
+    alpha: float | None,
+    model: ModelOptions,
+) -> Iterator[str]:
+    """Search an index in a browser, and over HTTP.
+
+    The page is at the address that is printed, the API's documentation at /docs there. Ctrl-C and SIGTERM stop it.
+    """
+    from finelip_fast.serve.opening import Opening
+    from finelip_fast.serve.settings import ServeSettings
+
+    source = click.get_current_context().get_parameter_source("index")
+    if shards and source == ParameterSource.COMMANDLINE:
+        raise InputError("expected --index or --shards, got both")
+    if ray is not None and not shards:
+        raise InputError("expected --ray with --shards, got it alone")
+    if shards and workers > 1:
+        raise InputError(f"expected --workers 1 with --shards, got {workers}: shards are processes of their own")
+    if uploads is not None and not writable:
+        raise InputError("expected --uploads with --writable, got it alone")
+    if shards and writable:
+        raise InputError("expected --writable with --index, got --shards: add to a shard's own folder by finelip add")
+    settings = ServeSettings(
+        host=_checked_host(host),
+        port=port,
+        api_key=_api_key(api_key_file),
+        hosts=tuple(map(_checked_name, hosts)),
+        origins=tuple(map(_checked_origin, origins)),
+        writable=writable,
+        uploads=uploads,
+        timeout=_seconds("--timeout", timeout, 0.1, 3600),
+        batch_wait=_seconds("--batch-wait", batch_wait, 0, 1000) / 1000,
+        max_batch=max_batch,
+        queue=queue,
+        drain=_seconds("--drain", drain, 0, 3600),
+        log_queries=log_queries,
+    )
+    if settings.api_key is None and not is_loopback(host):
+        raise InputError(
+            f"expected a key for --host {host}, where others reach the server, got none: --api-key-file FILE, or "
+            f"{API_KEY_VARIABLE}; one is made by python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    opening = Opening(
+        index=None if shards else index,
+        shards=shards,
+        ray=ray,
+        checkpoint=model.checkpoint,
+        engine=model.engine,
+        precision=model.precision,
+        device=model.device,
+        alpha=alpha,
+        uploads=(uploads or str(Path(index) / "uploads")) if writable else None,
+    )
+    return run(settings, opening, workers=workers, opens=opens)
+
+
+def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: bool = False) -> Iterator[str]:
+    """Serve until a signal; gives the lines to print.
+
+    Args:
+        settings, opening: How it answers, and what.
+        workers: Number of processes.
+        opens: Whether to open the page in the browser.
+
+    Raises:
+        InputError: A package is missing.
+        StoreError: There is no such index, or it names a checkpoint that this user has not opened.
+    """
+    require_packages()
+    from finelip_fast.index import stored_source
+    from finelip_fast.known_checkpoints import checkpoint_of
+    from finelip_fast.serve import run as server
+
+    for folder in opening.shards or (str(opening.index),):
+        if stored_source(folder) is None:
+            raise StoreError(
+                f"there is no index at {folder}: make one with finelip add FOLDER --index {shlex.quote(folder)}"
+            )
+        if opening.checkpoint is None:
+            checkpoint_of(folder)
+    yield f"{address(settings)} (Ctrl-C stops it)"
+    sys.stdout.flush()  # also into a pipe: whoever started it waits for this line
+    with _opened_in_browser(settings) if opens else nullcontext():
+        server.serve(settings, opening, workers)
+
+
+def require_packages() -> None:
+    """
+    Raises:
+        InputError: A package that serving needs is missing; says how to install it.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"finelip serve needs the packages {', '.join(missing)}: pip install 'finelip-fast[serve]'")
+
+
+def address(settings: ServeSettings) -> str:
+    """Address of the page as a browser on this machine finds it."""
+    host = _local(settings.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
+def _local(host: str) -> str:
+    """Address to connect to, where the server listens on all."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+@contextmanager
+def _opened_in_browser(settings: ServeSettings) -> Iterator[None]:
+    """Open the page as soon as the server answers, which takes as long as its model takes to load."""
+    stopped = threading.Event()
+
+    def wait() -> None:
+        while not stopped.wait(0.2):
+            with suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection(_local(settings.host), settings.port, timeout=1)
+                connection.request("GET", "/health/live")
+                connection.getresponse()
+                if not webbrowser.open(address(settings)):
+                    warnings.warn(f"no browser was found to open {address(settings)}", stacklevel=2)
+                return
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        stopped.set()
+
+
+def _api_key(path: str | None) -> str | None:
+    """The key out of a file, or else out of the environment; None: there is none.
+
+    Raises:
+        InputError: A file that cannot be read, or a key that is too short or cannot be sent.
+    """
+    if path is not None:
+        name, key = path, read_bytes(path, error=InputError, max_bytes=4096).decode("latin-1").strip()
+    else:
+        name, key = API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE, "")
+        if not key:
+            return None
+    if len(key) < _SHORTEST_KEY or not re.fullmatch("[!-~]+", key):
+        raise InputError(
+            f"{name}: expected a key of at least {_SHORTEST_KEY} ASCII characters without spaces, got another; one is made by "
+            "python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return key
+
+
+def _checked_host(host: str) -> str:
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    return _checked_name(host, "--host as an address or a name")
+
+
+def _checked_name(name: str, expected: str = "--allowed-host as a name without port and path") -> str:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"expected {expected}, such as photos.example.org, got {name!r:.80}")
+    return name
+
+
+def _checked_origin(origin: str) -> str:
+    with suppress(ValueError):
+        parts = urlsplit(origin)
+        is_origin = parts.scheme in ("http", "https") and origin == f"{parts.scheme}://{parts.netloc}"
+        if is_origin and _NAME.fullmatch(parts.hostname or "") and parts.port != 0 and "@" not in origin:
+            return origin
+    raise InputError(
+        "expected --origin as scheme, name and port of a page that may ask, such as https://example.org:8443, got "
+        f"{origin!r:.80}"
+    )
+
+
+def _seconds(name: str, value: float, least: float, most: float) -> float:
+    if not least <= value <= most:  # no NaN either
+        raise InputError(f"expected {name} from {least:g} to {most:g}, got {value:g}")
+    return value

@@ -1,0 +1,99 @@
+"""Fields of the metadata, for controls that filter by them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from finelip_fast.index.filters import field_name
+from finelip_fast.picture_files import HASH, STAMP
+
+Kind = Literal["text", "number", "date", "boolean"]
+
+_MOST_VALUES = 30  # that a control offers to choose from
+_LONGEST_VALUE = 100  # characters of one of them
+_MOST_FIELDS = 100
+_MOST_READ = 1_000_000  # values of the metadata
+# What files say of themselves, and nobody looks for.
+_OF_FILES = {*STAMP, HASH, "width", "height", "orientation"}
+_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?")
+
+
+class Field(NamedTuple):
+    """A field of the metadata.
+
+    Attributes:
+        name: Name as filters take it, such as ``place.city``.
+        kind: What most of its values are; a date is a text in ISO 8601.
+        values: All its values where they are 30 at most, the most frequent first; None: they are more, or long.
+        least, greatest: Ends of numbers, and of dates in the order of text; None: of texts and booleans.
+    """
+
+    name: str
+    kind: Kind
+    values: list[Any] | None
+    least: float | str | None
+    greatest: float | str | None
+
+
+class _Values:
+    """Values of one kind that a field was seen with."""
+
+    def __init__(self) -> None:
+        self.number, self.least, self.greatest = 0, None, None
+        self.are_dates = True
+        self._counts: Counter[Any] | None = Counter()
+
+    def add(self, value: Any) -> None:
+        self.number += 1
+        self.least = value if self.least is None else min(self.least, value)
+        self.greatest = value if self.greatest is None else max(self.greatest, value)
+        is_text = isinstance(value, str)
+        self.are_dates = self.are_dates and is_text and bool(_DATE.fullmatch(value))
+        if self._counts is not None:
+            self._counts[value] += 1
+            if len(self._counts) > _MOST_VALUES or (is_text and len(value) > _LONGEST_VALUE):
+                self._counts = None
+
+    @property
+    def listed(self) -> list[Any] | None:
+        return None if self._counts is None else [value for value, _ in self._counts.most_common()]
+
+
+def fields_of(metadata: Iterable[Mapping[str, Any]]) -> list[Field]:
+    """The fields of some items that filters can compare, those of most items first; at most 100."""
+    known: dict[tuple[str, ...], dict[type, _Values]] = {}
+    total = 0
+    for values in metadata:
+        left_out = _OF_FILES if HASH in values else ()
+        for path, value in _leaves({name: value for name, value in values.items() if name not in left_out}):
+            kind = float if type(value) is int else type(value)
+            known.setdefault(path, {}).setdefault(kind, _Values()).add(value)
+            total += 1
+        if total > _MOST_READ:
+            break
+    ranked = sorted(known.items(), key=lambda entry: -sum(values.number for values in entry[1].values()))
+    fields = (_field(path, kinds) for path, kinds in ranked)
+    return [field for field, _ in zip(filter(None, fields), range(_MOST_FIELDS), strict=False)]
+
+
+def _leaves(values: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *path, name)
+        elif isinstance(value, (str, int, float)):
+            yield (*path, name), value
+
+
+def _field(path: tuple[str, ...], kinds: dict[type, _Values]) -> Field | None:
+    name = field_name(path)
+    if name is None:
+        return None
+    kind, values = max(kinds.items(), key=lambda entry: entry[1].number)
+    if kind is bool:
+        return Field(name, "boolean", values.listed, None, None)
+    if kind is str and not values.are_dates:
+        return Field(name, "text", values.listed, None, None)
+    return Field(name, "number" if kind is float else "date", values.listed, values.least, values.greatest)

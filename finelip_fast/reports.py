@@ -1,0 +1,87 @@
+"""What became of items that were to be added."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finelip_fast._terminal import printable
+
+
+@dataclass
+class AddReport:
+    """What became of the items given to ``add_images`` or ``add_texts``.
+
+    Attributes:
+        added: ids of the items added, in order.
+        skipped: ``(id, reason)`` of what could not be read.
+    """
+
+    added: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def keep(self, ids: list[str]) -> None:
+        """Report ids as added."""
+        self.added += ids
+
+    def __str__(self) -> str:
+        return _summary(len(self.added), self.skipped)
+
+
+@dataclass
+class FolderReport:
+    """What became of a folder, however large.
+
+    Attributes:
+        added: number of pictures added.
+        changed: number of pictures whose content was another, embedded again.
+        moved: number of pictures that have another path than before, and their embedding still.
+        removed: number of items removed because their file is no more.
+        gone: number of items whose file is no more, and that were kept.
+        skipped: ``(path, reason)`` of what could not be read, or is no picture. A picture that was read before and cannot be
+            now keeps its item, as it was embedded then; its reason says so.
+    """
+
+    added: int = 0
+    changed: int = 0
+    moved: int = 0
+    removed: int = 0
+    gone: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def keep(self, ids: list[str]) -> None:
+        """Report ids as added."""
+        self.added += len(ids)
+
+    def separate_changed(self, paths: Collection[str], index: Path | None) -> None:
+        """Count files whose content was another as changed, not added; of the unreadable, say that their items stay.
+
+        Args:
+            paths: Files of items that the index has with other content.
+            index: Folder of the index.
+        """
+        from finelip_fast.index import remedies  # with PyTorch, which reports from a server do without
+
+        unread = {path for path, _ in self.skipped}.intersection(paths)
+        self.changed = len(paths) - len(unread)
+        self.added -= self.changed
+        self.skipped = [
+            (path, f"{reason}; {remedies.outdated(path, index)}" if path in unread else reason)
+            for path, reason in self.skipped
+        ]
+
+    def __iadd__(self, addition: FolderReport) -> FolderReport:
+        for name in ("added", "changed", "moved", "removed", "gone", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(addition, name))
+        return self
+
+    def __str__(self) -> str:
+        counts = [f"{getattr(self, name)} {name}" for name in ("changed", "moved", "removed") if getattr(self, name)]
+        counts += [f"{self.gone} gone, which --sync removes"] if self.gone else []
+        return _summary(self.added, self.skipped, *counts)
+
+
+def _summary(added: int, skipped: Sequence[tuple[str, str]], *counts: str) -> str:
+    lines = (f"  {printable(item)}: {printable(reason)}" for item, reason in skipped)
+    return "\n".join([", ".join([f"{added} added", *counts, f"{len(skipped)} skipped"]), *lines])

@@ -1,0 +1,390 @@
+"""The routes of ``/v1``: searching, scoring, explaining, and the items."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+
+from finelip_fast._files import installed
+from finelip_fast.errors import InputError
+from finelip_fast.explain import Explanation
+from finelip_fast.explain.pictures import tables
+from finelip_fast.hits import Hit
+from finelip_fast.kernels import clim_scores
+from finelip_fast.serve import schemas
+from finelip_fast.serve.answers import Refusal, answer
+from finelip_fast.serve.requests import (
+    check_count,
+    check_pictures,
+    check_texts,
+    check_where,
+    deadline,
+    item_of,
+    listed,
+    media_type,
+    read_form,
+    read_json,
+    serving,
+    size_of,
+    stage,
+    unsupported,
+    validated,
+)
+from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
+
+SIDES = (160, 320, 640, 1280, 2048)
+
+_SEARCH_FIELDS = ("text", "image", "item", "k", "offset", "mode", "where", "alpha")
+_WORD = re.compile(r"\S+")
+
+router = APIRouter(prefix="/v1")
+
+
+def takes(*models: type[BaseModel], form: bool = False) -> dict[str, Any]:
+    """What OpenAPI says of a request's body, which the routes read themselves, within bounds."""
+    schema = {"$ref": f"#/components/schemas/{models[0].__name__}"}
+    content = {"application/json": {"schema": schema}}
+    if form:
+        content["multipart/form-data"] = {"schema": schema}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+# Searching -----------------------------------------------------------------------------------------------------------
+
+
+@router.post("/search", response_model=schemas.SearchResponse, openapi_extra=takes(schemas.SearchRequest, form=True))
+async def search(request: Request) -> Response:
+    """Find the best items for one or many texts, pictures or items; a result for each, in their order."""
+    server = serving(request)
+    limits, pipeline = server.settings.limits, server.pipeline
+    query, pictures = await _read_search(request)
+    if [query.text is None, not pictures and query.image is None, query.item is None].count(False) != 1:
+        raise Refusal(400, "invalid_request", "expected one of text, image and item")
+    last = query.k + query.offset
+    if last > limits.k:
+        message = f"expected k + offset of at most {limits.k}, got {last}; narrow the search by where"
+        raise Refusal(400, "k_too_large", message, param="k")
+    where = check_where(query.where, limits)
+    alpha = None if query.alpha is None else server.collection.engine.config.choose_alpha(query.alpha)
+
+    counts: list[dict[str, int | None]]
+    with stage(request, "encode"):
+        if query.text is not None:
+            texts = check_texts(listed(query.text), limits, "text")
+            request.scope["finelip.queries"] = texts
+            embedded = await pipeline.embed_texts(texts, deadline=deadline(request))
+            queries = [text.embedding for text in embedded]
+            counts = [{"tokens": text.tokens, "tokens_cut": text.tokens_cut} for text in embedded]
+        elif query.item is not None:
+            ids = listed(query.item)
+            check_count(ids, limits.images, "items", "item")
+            stored = await pipeline.run(server.collection.embeddings_of, ids, deadline=deadline(request))
+            if missing := [id for id in ids if id not in stored]:
+                raise no_item(missing[0])
+            queries = [stored[id] for id in ids]
+        else:
+            images = await check_pictures(pictures or listed(query.image), limits, "image")
+            queries = await pipeline.embed_images(images, deadline=deadline(request))
+    if query.text is None:
+        counts = [{"tokens": None, "tokens_cut": None}] * len(queries)
+    if not queries:
+        return answer({"results": [], "covered": 1.0, "missing": {}})
+    with stage(request, "search"):
+        found = await pipeline.search(
+            queries, last, mode=query.mode, where=where, alpha=alpha, deadline=deadline(request)
+        )
+    shards: Sequence[Sequence[str | None]] = found.shards or [[None] * len(hits) for hits in found.hits]
+    results = [
+        {
+            "hits": [_hit(hit, shard) for hit, shard in zip(hits[query.offset :], names[query.offset :], strict=True)],
+            "note": hits.note,
+            **count,
+        }
+        for hits, names, count in zip(found.hits, shards, counts, strict=True)
+    ]
+    return answer({"results": results, "covered": found.covered, "missing": found.missing})
+
+
+async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[str | bytes]]:
+    """The request, and the pictures that came as files."""
+    kind = media_type(request)
+    if kind == "application/json":
+        return await read_json(request, schemas.SearchRequest), []
+    if kind != "multipart/form-data":
+        raise unsupported(kind, "application/json", "multipart/form-data")
+    values: dict[str, Any] = {}
+    pictures: list[str | bytes] = []
+    for name, value in await read_form(request, serving(request).settings.limits):
+        if name == "image":
+            pictures.append(await value.read() if isinstance(value, UploadFile) else value)
+        elif isinstance(value, UploadFile):
+            raise Refusal(400, "invalid_form", "expected files under the name image alone", param=name[:200])
+        elif name in ("text", "item") and name in values:
+            values[name] = [*listed(values[name]), value]
+        elif value or name in ("text", "item"):  # an empty control of a page says nothing
+            values[name] = value
+    return validated(schemas.SearchRequest, values, strict=False), pictures
+
+
+def _hit(hit: Hit, shard: str | None) -> dict[str, Any]:
+    return {
+        "id": hit.id,
+        "score": hit.score,
+        "global_score": hit.global_score,
+        "fine_score": hit.fine_score,
+        "stands_out": hit.stands_out,
+        "verdict": hit.verdict,
+        "metadata": hit.metadata,
+        "mode": hit.mode,
+        "path": hit.path,
+        "thumbnail": None if hit.path is None else thumbnail_address(hit.id),
+        "shard": shard,
+    }
+
+
+@router.post("/score", response_model=schemas.ScoreResponse, openapi_extra=takes(schemas.ScoreRequest))
+async def score(request: Request) -> Response:
+    """Score every picture against every text, without the index."""
+    server = serving(request)
+    limits, pipeline = server.settings.limits, server.pipeline
+    query = await read_json(request, schemas.ScoreRequest)
+    config = server.collection.engine.config
+    alpha = server.collection.alpha if query.alpha is None else config.choose_alpha(query.alpha)
+    texts = check_texts(query.texts, limits, "texts")
+    images = await check_pictures(query.images, limits, "images")
+    with stage(request, "encode"):
+        pictures = await pipeline.embed_images(images, deadline=deadline(request))
+        captions = [row.embedding for row in await pipeline.embed_texts(texts, deadline=deadline(request))]
+    with stage(request, "search"):
+        rows = await pipeline.run(partial(_scores, pictures, captions, alpha), deadline=deadline(request))
+    return answer({"scores": rows})
+
+
+def _scores(images: Sequence[Any], texts: Sequence[Any], alpha: float) -> list[list[float]]:
+    import torch
+
+    pair = torch.stack(list(images)).float(), torch.stack(list(texts)).float()
+    rows: list[list[float]] = clim_scores(*pair, alpha=alpha).tolist()
+    return rows
+
+
+# Explaining ----------------------------------------------------------------------------------------------------------
+
+
+@router.post("/explain", response_model=schemas.ExplainResponse, openapi_extra=takes(schemas.ExplainRequest))
+async def explain(request: Request) -> Response:
+    """Why a picture and a text score as they do: each word with its places, each place with its words."""
+    server = serving(request)
+    limits, pipeline = server.settings.limits, server.pipeline
+    query = await read_json(request, schemas.ExplainRequest)
+    check_texts([query.text], limits, "text")
+    if (query.image is None) == (query.item is None):
+        raise Refusal(400, "invalid_request", "expected either image or item")
+    source: bytes | Path | None
+    if query.image is not None:
+        (source,) = await check_pictures([query.image], limits, "image")
+    else:
+        source = await pipeline.run(server.collection.picture, query.item, deadline=deadline(request))
+        if source is None:
+            raise no_item(str(query.item), "whose picture is there")
+    with stage(request, "explain"):
+        work = partial(_explained, server.collection, source, query.text)
+        return answer(await pipeline.run(work, deadline=deadline(request)))
+
+
+def _explained(collection: Any, source: bytes | Path, text: str) -> dict[str, Any]:
+    explanation: Explanation = collection.explain(source, text)
+    width, height = size_of(source)
+    is_fine = explanation.fine_score is not None
+    words = [
+        {
+            "text": word.text,
+            "start": word.start,
+            "end": word.end,
+            "adds": float(explanation.contributions[word.first : word.last].sum()) if is_fine else None,
+        }
+        for word in explanation.words
+    ]
+    end = explanation.words[-1].end if explanation.words else 0
+    return {
+        "score": explanation.score,
+        "global_score": explanation.global_score,
+        "fine_score": explanation.fine_score,
+        "alpha": explanation.alpha,
+        "words": words,
+        "beyond": end if text[end:].strip() else len(text),
+        "side": explanation.side,
+        "maps": {kind: tables(explanation, kind) for kind in explanation.maps},
+        "width": width,
+        "height": height,
+    }
+
+
+@router.post("/tokens", response_model=schemas.TokensResponse, openapi_extra=takes(schemas.TokensRequest))
+async def tokens(request: Request) -> Response:
+    """Count a text's tokens, and say where in it the context ends."""
+    server = serving(request)
+    text = (await read_json(request, schemas.TokensRequest)).text
+    check_texts([text], server.settings.limits, "text")
+    context = server.collection.engine.config.context_length
+    return answer(await server.pipeline.run(partial(_counted, text, context), deadline=deadline(request)))
+
+
+def _counted(text: str, context: int) -> dict[str, int | None]:
+    with expected_truncation():
+        batch = encode_batch([text], context)
+    cut = int(batch.tokens_cut[0])
+    cut_at = None
+    if cut:
+        spans = [match.span() for match in _WORD.finditer(text)]
+        placed_spans = zip(spans, token_spans(text, spans), strict=True)
+        # The last place of the context is the end token's.
+        cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context), len(text))
+    return {"tokens": int(batch.lengths[0]) + cut, "context": context, "cut_at": cut_at}
+
+
+# Items ---------------------------------------------------------------------------------------------------------------
+
+
+@router.get("/items", response_model=schemas.ItemsResponse)
+async def items(
+    request: Request,
+    where: Annotated[str | None, Query(description="Filter on the metadata.")] = None,
+    limit: Annotated[int, Query(ge=1, description="Items of the page.")] = 100,
+    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+) -> Response:
+    """One page of the items, in the order in which they were added."""
+    server = serving(request)
+    limits = server.settings.limits
+    if limit > limits.items:
+        message = f"expected a limit of at most {limits.items}, got {limit}; go on by after"
+        raise Refusal(400, "limit_too_large", message, param="limit")
+
+    def page() -> dict[str, Any]:
+        part, following = server.collection.items(where=check_where(where, limits), limit=limit, after=after)
+        listing = []
+        for item in part:
+            path = server.collection.picture(item.id)
+            listing.append(
+                {
+                    "id": item.id,
+                    "metadata": item.metadata,
+                    "path": None if path is None else str(path),
+                    "thumbnail": None if path is None else thumbnail_address(item.id),
+                }
+            )
+        return {"items": listing, "total": len(server.collection), "next": following}
+
+    return answer(await server.pipeline.run(page, deadline=deadline(request)))
+
+
+@router.get("/items/{id:path}/thumbnail", response_class=Response)
+async def thumbnail(
+    request: Request,
+    id: str,
+    side: Annotated[int, Query(description=f"Longer side in pixels, one of {SIDES}.")] = 320,
+) -> Response:
+    """A small copy of an item's picture, never of another file."""
+    server = serving(request)
+    item = item_of(request, "/thumbnail")
+    if side not in SIDES:
+        raise Refusal(400, "no_such_side", f"expected side as one of {SIDES}, got {side}", param="side")
+    path = await server.pipeline.run(server.collection.picture, item, deadline=deadline(request))
+    if path is None:
+        raise no_item(item, "whose picture is there")
+    content = await server.pipeline.run(server.thumbnails.get, path, side, deadline=deadline(request))
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    kind = "image/jpeg" if content.startswith(b"\xff\xd8") else "image/webp"
+    return Response(content, media_type=kind, headers=headers)
+
+
+@router.delete("/items/{id:path}", response_model=schemas.RemoveResponse)
+async def remove(request: Request, id: str) -> Response:
+    """Delete an item for good."""
+    server = serving(request)
+    require_writable(request)
+    item = item_of(request)
+    try:
+        await server.pipeline.run(server.collection.delete, [item], deadline=deadline(request))
+    except InputError:
+        raise no_item(item) from None
+    return answer({"removed": 1})
+
+
+def require_writable(request: Request) -> None:
+    """
+    Raises:
+        Refusal: 403, items may not be added or deleted here.
+    """
+    server = serving(request)
+    if not (server.settings.writable and server.collection.writable):
+        raise Refusal(
+            403,
+            "read_only",
+            "expected a server that may be written to, got one that is read only: start it with --writable",
+        )
+
+
+def no_item(id: str, clause: str = "") -> Refusal:
+    """The refusal of an id."""
+    return Refusal(
+        404, "no_such_item", f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}", param="item"
+    )
+
+
+def thumbnail_address(id: str) -> str:
+    """Where an item's thumbnail is: any id is one segment of the path."""
+    return f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
+
+
+# The server ----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/info", response_model=schemas.InfoResponse)
+async def info(request: Request) -> Response:
+    """What is served, and within which bounds."""
+    server = serving(request)
+    collection, limits, engine = server.collection, server.settings.limits, server.collection.engine
+    warning = None
+    if not engine.source:
+        warning = "the bundled model knows drawn street scenes only; for photographs, index with published weights"
+
+    def described() -> dict[str, Any]:
+        return {
+            "version": installed("finelip-fast").get("finelip-fast", ""),
+            "model": model_name(engine.source),
+            "engine": str(engine),
+            "context": engine.config.context_length,
+            "alpha": collection.alpha,
+            "aggregated": engine.config.trained_aggregators,
+            "items": len(collection),
+            "index_version": collection.version(),
+            "fields": [
+                {name: getattr(field, name) for name in ("name", "kind", "values", "least", "greatest")}
+                for field in collection.fields()
+            ],
+            "writable": server.settings.writable and collection.writable,
+            "warning": warning,
+            "limits": {name: getattr(limits, name) for name in limits.__dataclass_fields__},
+        }
+
+    return answer(await server.pipeline.run(described, deadline=deadline(request)))
+
+
+def model_name(source: str) -> str:
+    """Name of a checkpoint, from what it was opened as: no folder of this machine."""
+    return (Path(source).name if Path(source).is_absolute() else source) or "finelip-scenes"

@@ -1,0 +1,81 @@
+"""What a server opens: told in a few words, which every process of the server is given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finelip_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from finelip_fast.engines import EngineName
+    from finelip_fast.runtimes.manifest import Precision
+    from finelip_fast.serve.collection import Collection
+
+
+@dataclass(frozen=True)
+class Opening:
+    """An index folder, or shards, and the model that made them; pickles, and every process opens its own.
+
+    Attributes:
+        index: Folder of an index; None where there are shards.
+        shards: Folders of indexes that are searched together.
+        ray: Address of the Ray cluster that the shards live on; None: that of ``RAY_ADDRESS``, or this machine.
+        checkpoint: Checkpoint that made the index; None: the one that the index names, if this user has opened it before.
+        engine, precision, device, alpha: The same as for :class:`finelip_fast.Retriever`.
+        uploads: Folder that keeps added pictures; None: nothing is added or deleted.
+
+    Raises:
+        InputError: Both or neither of index and shards, or shards that are to be written to.
+    """
+
+    index: str | None = None
+    shards: tuple[str, ...] = ()
+    ray: str | None = None
+    checkpoint: str | None = None
+    engine: EngineName = "auto"
+    precision: Precision | None = None
+    device: str | None = None
+    alpha: float | None = None
+    uploads: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.index is None) == (not self.shards):
+            raise InputError(
+                "expected either the folder of an index or shards, got " + ("neither" if self.index is None else "both")
+            )
+        if self.shards and self.uploads is not None:
+            raise InputError("expected an index to add pictures to, got shards: add to a shard's own folder instead")
+
+    def open(self) -> Collection:
+        """Load the model and open what it searches; takes seconds.
+
+        Raises:
+            InputError, EngineError, CheckpointError, StoreError: The same as for :class:`finelip_fast.Retriever` and
+                :class:`finelip_fast.distributed.Shards`.
+        """
+        from finelip_fast.known_checkpoints import checkpoint_of
+        from finelip_fast.serve.collection import RetrieverCollection, ShardCollection
+
+        checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
+        if self.index is not None:
+            from finelip_fast.retriever import Retriever
+
+            retriever = Retriever(
+                checkpoint,
+                engine=self.engine,
+                precision=self.precision,
+                device=self.device,
+                index=self.index,
+                alpha=self.alpha,
+            )
+            return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
+        from finelip_fast.distributed import Shards
+        from finelip_fast.engines import open_engine
+
+        if self.ray is not None:
+            os.environ["RAY_ADDRESS"] = self.ray
+        engine = open_engine(self.engine, checkpoint, self.device, precision=self.precision)
+        return ShardCollection(engine, Shards(self.shards, partial="mark"), alpha=self.alpha)

@@ -1,0 +1,73 @@
+"""An index of drawn pictures in a folder, and an application over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+import finelip_fast
+from finelip_fast import Retriever
+from finelip_fast.serve.app import create_app
+from finelip_fast.serve.direct import RetrieverCollection
+from finelip_fast.serve.settings import ServeSettings
+
+CONTEXT = 40
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture of its own: four random colours, blended."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "checkpoint"
+    finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoint: Path, tmp_path_factory) -> Path:
+    """An index of six pictures, one with a name of HTML and one in a folder; a list of numbers is metadata of the first."""
+    pictures = tmp_path_factory.mktemp("served pictures")
+    (pictures / "b").mkdir()
+    for seed, name in enumerate(["a.png", "b/c d.png", "<img src=x>.png", "é?#%.png", "f.png", "g.png"]):
+        picture(seed).save(pictures / name)
+    (pictures / "a.png.json").write_text('{"camera": "front", "year": 2024}')
+    index = tmp_path_factory.mktemp("served index")
+    with Retriever(checkpoint, index=index, device="cpu", engine="torch") as retriever:
+        retriever.add_folder(pictures, progress=False)
+    return index
+
+
+@pytest.fixture(scope="session")
+def retriever(checkpoint: Path, folder: Path) -> Iterator[Retriever]:
+    with Retriever(checkpoint, index=folder, device="cpu", engine="torch") as retriever:
+        yield retriever
+
+
+@pytest.fixture
+def open_client(retriever: Retriever) -> Iterator[Callable[..., TestClient]]:
+    """Starts an application over the index with other settings, and gives a client of it."""
+    clients: list[TestClient] = []
+
+    def opened(**settings: object) -> TestClient:
+        app = create_app(RetrieverCollection(retriever), ServeSettings(**settings))
+        client = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+        clients.append(client.__enter__())
+        return client
+
+    yield opened
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(open_client: Callable[..., TestClient]) -> TestClient:
+    return open_client()
