@@ -43,7 +43,11 @@ def options_of_commands() -> dict[str, set[str]]:
         inside = command.commands if isinstance(command, click.Group) else {}
         commands |= {name: command} | {f"{name} {inner}": command for inner, command in inside.items()}
     return {
-        name: {flag for param in command.get_params(click.Context(command)) for flag in param.opts}
+        name: {
+            flag
+            for param in command.get_params(click.Context(command, **command.context_settings))
+            for flag in param.opts
+        }
         for name, command in commands.items()
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import warnings
@@ -229,7 +228,7 @@ def search(
     Beside each hit stands whether it stands out of the index, and below them whether nothing here matches.
     """
     from finelip_fast.cli.preview import open_preview
-    from finelip_fast.index import stored_source
+    from finelip_fast.index import remedies, stored_source
 
     if (text is None) == (image is None):
         raise InputError(
@@ -243,7 +242,7 @@ def search(
         raise InputError("expected --preview alone, got --" + ("paths" if paths else "json") + " with it")
     show = open_preview() if preview else None  # a terminal that cannot show it is an error before a model is loaded
     if stored_source(index) is None:
-        raise StoreError(f"there is no index at {index}: make one with finelip add FOLDER --index {shlex.quote(index)}")
+        raise StoreError(f"there is no index at {index}: {remedies.make(index)}")
     retriever = model.open_retriever(index, alpha=alpha, verify=verify)
     hits = retriever.search(text, image=image, k=k, mode=mode, where=where)
     if hits and sys.stdout.isatty() and shows_progress() and not (paths or speaks_json()):
