@@ -121,11 +121,13 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
     """
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; cut or shrink it")
-    need, limit = max(need, width * height * _MIN_BYTES_PER_PIXEL), memory_limit()
+    least, limit = width * height * _MIN_BYTES_PER_PIXEL, memory_limit()
+    need = max(need, least)
     if need > limit:
+        smaller = " save it as a baseline JPEG," if least <= limit else ""
         raise ImageError(
             f"{width} x {height} pixels would take {need / (1 << 20):.0f} MiB to decode, and {limit >> 20} are allowed for a "
-            f"picture; shrink it, save it as a baseline JPEG, or allow more MiB with --decode-memory or {VARIABLE}"
+            f"picture; shrink it,{smaller} or allow more MiB with --decode-memory or {VARIABLE}"
         )
 
 

@@ -31,7 +31,7 @@ from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.folders import walk_folder
 from finelip_fast.hits import Hit, Hits
-from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_dtype
+from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
@@ -647,7 +647,7 @@ class Retriever:
             if not os.path.isfile(path):  # unlike Path's, never raises
                 raise InputError(
                     f"expected a hit whose picture is there, got {path!r}; pass the picture itself, or say where the pictures "
-                    "lie now: finelip index move-root"
+                    f"lie now: {remedies.move_root(self._folder)}"
                 )
             image = path
         with self._model_lock:
