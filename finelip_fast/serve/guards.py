@@ -24,6 +24,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finelip_fast._addresses import is_loopback
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal, log
 from finelip_fast.serve.metrics import Metrics
@@ -232,14 +233,6 @@ def check_exposure(settings: ServeSettings) -> None:
             f"expected an API key to listen on {settings.host!r:.80}, where other machines reach the server: put one into a "
             "file and name it with --api-key-file, or set FINELIP_API_KEY; or listen on 127.0.0.1"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 class Gone(Exception):
