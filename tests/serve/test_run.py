@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -220,13 +221,20 @@ def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Server]) -> No
     parent = psutil.Process(server.process.pid)
 
     def workers() -> set[int]:
-        return {child.pid for child in parent.children() if "resource_tracker" not in " ".join(child.cmdline())}
+        """All children but the tracker of multiprocessing and those that are dead."""
+        pids = set()
+        for child in parent.children():
+            with contextlib.suppress(psutil.Error):
+                if "resource_tracker" not in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                    pids.add(child.pid)
+        return pids
 
     before = wait_until(lambda: len(workers()) == 2 and workers())
     victim = next(iter(before))
     os.kill(victim, signal.SIGKILL)
     after = wait_until(lambda: len(workers() - {victim}) == 2 and workers())
     assert victim not in after
+    wait_until(lambda: b"finelip_items 6.0" in server.ask("GET", "/metrics")[1])
     assert [server.ask("POST", "/v1/search", SEARCH)[0] for _ in range(10)] == [200] * 10
     assert b"finelip_request_seconds_count" in server.ask("GET", "/metrics")[1]
     code, errors = server.stop()
