@@ -30,9 +30,10 @@ from finelip_fast.index.catalogue import Item
 from finelip_fast.index.checks import as_json
 from finelip_fast.index.fields import joined_fields
 from finelip_fast.index.search import Mode
-from finelip_fast.ingest import AddReport, Ingest
+from finelip_fast.ingest import Ingest
 from finelip_fast.model import FineLIP
 from finelip_fast.picture_files import HASH, STAMP, describe
+from finelip_fast.reports import AddReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.serve.uploads import Uploads
 
