@@ -214,3 +214,39 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, as Debian and others have it; a module's own, since Playwright has the thread's event loop until it is closed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    program = next(filter(None, programs), None)
+    if program is None:
+        pytest.skip("there is no Chromium: apt-get install chromium, or dnf install chromium")
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] if is_root else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def check_access() -> Callable[[Any, str], None]:
+    """Holds a page, as it stands, to what axe-core knows of WCAG 2.2 AA and good practice; its contrasts in the dark, too."""
+    from axe_playwright_python.base import AXE_FILE_PATH
+
+    script = AXE_FILE_PATH.read_text(encoding="utf-8")
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+    def check(page: Any, state: str) -> None:
+        page.evaluate(script)
+        wrong = []
+        for scheme, only in (("dark", ["color-contrast"]), ("light", tags)):
+            page.emulate_media(color_scheme=scheme)
+            kind = "rule" if scheme == "dark" else "tag"
+            found = page.evaluate("(only) => axe.run({runOnly: only})", {"type": kind, "values": only})["violations"]
+            wrong += [f"{state}, {scheme}: {rule['help']}: {node['html']}" for rule in found for node in rule["nodes"]]
+        assert not wrong, "\n".join(wrong)
+
+    return check

@@ -64,7 +64,7 @@ export function connectExplanation(root, explained) {
   /** How much each word adds. */
   function rest() {
     message.textContent = "";
-    words.forEach((word, at) => mark(word, 0.6 * adds[at] / mostAdded));
+    words.forEach((word, at) => mark(word, adds[at] / mostAdded));
   }
 
   /** @param {HTMLElement} word @param {number} level From 0 to 1. */

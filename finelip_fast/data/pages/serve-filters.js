@@ -11,7 +11,7 @@ const MOST_BOXES = 6; // values of a field that are shown at once; more are a li
  * @param {() => void} changed Called when the search has been changed.
  */
 export function showFilters(panel, info, search, changed) {
-  const controls = info.fields.map((field) => control(field, choiceOf, changed)).filter(Boolean);
+  const controls = info.fields.map((field) => control(field, choiceOf, changed));
   if (info.aggregated) controls.push(weight(info.alpha, search, changed));
   controls.push(freeFilter(search, changed));
   panel.replaceChildren(...controls);
@@ -40,12 +40,14 @@ function element(tag, properties, ...children) {
   return made;
 }
 
+/** @param {string} name As filters take it. @returns {string} */
+const label = (name) => name.replaceAll('"', "");
+
 const shown = (value) => (typeof value === "boolean" ? (value ? "yes" : "no") : String(value));
 
-/** Controls of one field; none where a filter cannot name it. */
+/** Controls of one field. */
 function control(field, choiceOf, changed) {
   const { name, kind, values } = field;
-  if (name.includes('"')) return null;
   const known = (values ?? []).filter((value) => value !== null);
   if (kind === "number" || kind === "date") return range(field, choiceOf(name), changed);
   if (!known.length) return part(name, choiceOf(name), changed);
@@ -63,7 +65,7 @@ function boxes(name, values, choice, changed) {
     });
     return element("label", { className: "chip" }, box, shown(value));
   });
-  return element("fieldset", {}, element("legend", {}, name), ...labels);
+  return element("fieldset", {}, element("legend", {}, label(name)), ...labels);
 }
 
 function list(name, values, choice, changed) {
@@ -74,7 +76,7 @@ function list(name, values, choice, changed) {
     choice.is = select.value ? [select.value] : [];
     changed();
   });
-  return element("label", { className: "field" }, element("span", {}, name), select);
+  return element("label", { className: "field" }, element("span", {}, label(name)), select);
 }
 
 function range({ name, kind, least, greatest }, choice, changed) {
@@ -83,14 +85,15 @@ function range({ name, kind, least, greatest }, choice, changed) {
   const inputs = [["from", least], ["to", greatest]].map(([end, edge]) => {
     const input = element("input", { type, value: choice[end], placeholder: String(bound(edge)) });
     if (type === "number") input.step = "any";
-    input.setAttribute("aria-label", `${name} ${end}`);
+    input.setAttribute("aria-label", `${label(name)} ${end}`);
     input.addEventListener("change", () => {
       choice[end] = input.value;
       changed();
     });
     return input;
   });
-  return element("fieldset", { className: "range" }, element("legend", {}, name), inputs[0], "–", inputs[1]);
+  const pair = element("div", { className: "range" }, inputs[0], "–", inputs[1]);
+  return element("fieldset", {}, element("legend", {}, label(name)), pair);
 }
 
 function part(name, choice, changed) {
@@ -99,7 +102,7 @@ function part(name, choice, changed) {
     choice.has = input.value;
     changed();
   });
-  return element("label", { className: "field" }, element("span", {}, name), input);
+  return element("label", { className: "field" }, element("span", {}, label(name)), input);
 }
 
 function weight(usual, search, changed) {
@@ -127,5 +130,6 @@ function freeFilter(search, changed) {
     changed();
   });
   const fault = element("span", { id: "where-fault", className: "wrong" });
+  fault.setAttribute("role", "alert");
   return element("label", { className: "field wide" }, element("span", {}, "Filter by an expression"), input, fault);
 }

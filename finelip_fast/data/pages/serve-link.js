@@ -34,8 +34,8 @@ export function linkOf(search) {
   if (search.text) values.set("q", search.text);
   for (const name of SINGLE) if (search[name] && name !== "open") values.set(name, search[name]);
   for (const [field, choice] of search.choices) {
-    for (const value of choice.is) values.append(`is.${field}`, value);
-    for (const kind of ["from", "to", "has"]) if (choice[kind]) values.set(`${kind}.${field}`, choice[kind]);
+    for (const value of choice.is) values.append(`is.${name}`, value);
+    for (const kind of ["from", "to", "has"]) if (choice[kind]) values.set(`${kind}.${name}`, choice[kind]);
   }
   if (search.open) values.set("open", search.open);
   const query = values.toString();
@@ -46,9 +46,6 @@ const quoted = (text) => `'${text.replaceAll("'", "''")}'`;
 
 /** @param {unknown} value Text, number or boolean. */
 const literal = (value) => (typeof value === "string" ? quoted(value) : String(value));
-
-/** @param {string} name A field's; nested ones are joined by dots. */
-const fieldName = (name) => name.split(".").map((part) => `"${part}"`).join(".");
 
 /** @param {string} day As date inputs give it. */
 function dayAfter(day) {
@@ -61,22 +58,21 @@ function dayAfter(day) {
  * The filter that controls and the free expression make together.
  *
  * @param {Search} search
- * @param {{name: string, kind: string}[]} fields
+ * @param {{name: string, kind: string}[]} fields Names are those that filters take.
  * @returns {string | null}
  */
 export function composeWhere(search, fields) {
   const parts = [];
   for (const { name, kind } of fields) {
     const choice = search.choices.get(name);
-    if (!choice || name.includes('"')) continue;
-    const field = fieldName(name);
+    if (!choice) continue;
     const values = choice.is.map((value) => literal(JSON.parse(value)));
-    if (values.length) parts.push(values.length === 1 ? `${field} = ${values[0]}` : `${field} in (${values.join(", ")})`);
+    if (values.length) parts.push(values.length === 1 ? `${name} = ${values[0]}` : `${name} in (${values.join(", ")})`);
     const isDate = kind === "date";
-    if (choice.from) parts.push(`${field} >= ${isDate ? quoted(choice.from) : Number(choice.from)}`);
+    if (choice.from) parts.push(`${name} >= ${isDate ? quoted(choice.from) : Number(choice.from)}`);
     // A date may have a time behind it: what lies before the next day.
-    if (choice.to) parts.push(isDate ? `${field} < ${quoted(dayAfter(choice.to))}` : `${field} <= ${Number(choice.to)}`);
-    if (choice.has) parts.push(`${field} like ${quoted(`%${choice.has}%`)}`);
+    if (choice.to) parts.push(isDate ? `${name} < ${quoted(dayAfter(choice.to))}` : `${name} <= ${Number(choice.to)}`);
+    if (choice.has) parts.push(`${name} like ${quoted(`%${choice.has}%`)}`);
   }
   const free = search.where.trim();
   if (free) parts.push(parts.length ? `(${free})` : free);

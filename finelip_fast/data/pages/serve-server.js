@@ -48,19 +48,21 @@ function sentence(status, message, wait) {
   const later = wait ? `Try again in ${wait} second${wait === 1 ? "" : "s"}.` : "Try again in a moment.";
   if (status === 401) return "The server asks for a key.";
   if (status === 429) return `The server has more to do than it can take. ${later}`;
-  if (status === 503) return `The server is not ready. ${later}`;
   if (status === 504) return `The server took too long. ${later}`;
-  if (!message) return `The server answered with an error (${status}). Try again.`;
-  const text = message.charAt(0).toUpperCase() + message.slice(1);
-  return /[.!?]$/.test(text) ? text : `${text}.`;
+  if (!message) return status === 503 ? `The server is not ready. ${later}` : `The server failed (${status}). ${later}`;
+  const text = message.charAt(0).toUpperCase() + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
+  return status === 503 ? `${text} ${later}` : text;
 }
 
 /** Sides of the thumbnails that the server makes. */
 const SIDES = [160, 320, 640, 1280, 2048];
 
+/** @param {string} id @returns {string} An item's address; halves of pairs, of names that are no UTF-8, have none. */
+export const addressOf = (id) => `v1/items/${encodeURIComponent(id.replace(/\p{Cs}/gu, "\ufffd"))}`;
+
 /** @param {string} address @param {number} side */
 function sized(address, side) {
-  const url = new URL(address, document.baseURI);
+  const url = new URL(address.replace(/^\//, ""), document.baseURI);
   url.searchParams.set("side", String(side));
   return url.href;
 }

@@ -4,7 +4,7 @@ import { countFilters, showFilters } from "./serve-filters.js";
 import { composeWhere, linkOf, readLink } from "./serve-link.js";
 import { nameOf, showResult } from "./serve-opened.js";
 import { keepPicture, keptPicture, pictureIn } from "./serve-picture.js";
-import { ask, keepKey, showThumbnail } from "./serve-server.js";
+import { addressOf, ask, keepKey, showThumbnail } from "./serve-server.js";
 
 const PAGE = 48; // pictures asked for at once
 const at = (id) => document.getElementById(id);
@@ -25,16 +25,32 @@ const isQuery = () => Boolean(search.text || search.picture || search.similar);
 /** Take the search from the form, make it the page's link, and run it. */
 function submit() {
   search.text = search.picture || search.similar ? "" : at("text").value.trim();
-  go({ ...search, open: "" });
+  search.open = "";
+  follow();
+  showCount();
+  return run();
 }
 
 /** @param {import("./serve-link.js").Search} goal */
 function go(goal) {
   search = goal;
-  const link = linkOf(search);
-  if (link !== linkOf(readLink(location.search))) history.pushState({}, "", link);
+  follow();
   showSearch();
   return run();
+}
+
+/** Make the search the page's link. */
+function follow() {
+  const link = linkOf(search);
+  if (link !== linkOf(readLink(location.search))) history.pushState({}, "", link);
+  document.title = search.text ? `${search.text.slice(0, 60)} · finelip` : "finelip";
+}
+
+/** Say how many filters there are. */
+function showCount() {
+  const used = countFilters(search);
+  at("refined").hidden = !used;
+  at("refined").textContent = String(used);
 }
 
 /** Put the search into its controls. */
@@ -47,10 +63,7 @@ function showSearch() {
   else if (at("text").value.trim() !== search.text) at("text").value = search.text;
   countTokens();
   showFilters(at("filters"), info, search, submit);
-  const used = countFilters(search);
-  at("refined").hidden = !used;
-  at("refined").textContent = String(used);
-  document.title = search.text ? `${search.text.slice(0, 60)} · finelip` : "finelip";
+  showCount();
 }
 
 function showExample(example) {
@@ -67,7 +80,7 @@ function showExample(example) {
   } else {
     title.textContent = "Like this picture";
     detail.textContent = nameOf(search.similar);
-    showThumbnail(fresh, `v1/items/${encodeURIComponent(search.similar)}/thumbnail`, 160, { eager: true });
+    showThumbnail(fresh, `${addressOf(search.similar)}/thumbnail`, 160, { eager: true });
   }
 }
 
@@ -86,8 +99,13 @@ async function run() {
     append(answer);
     tell(answer);
   } catch (fault) {
-    if (fault.name !== "AbortError") say(fault, run);
-    return;
+    if (fault.name === "AbortError") return;
+    shown = { link: null, items: [], next: null };
+    at("grid").replaceChildren();
+    at("more").hidden = true;
+    at("said").textContent = "";
+    tell({});
+    say(fault, run);
   } finally {
     if (!signal.aborted) at("results").removeAttribute("aria-busy");
   }
@@ -191,17 +209,21 @@ function tell({ note, covered, missing }) {
  */
 function say(fault, again) {
   if (fault?.status === 401) return askKey();
-  const isFilter = fault?.param === "where";
-  const place = at("where-fault");
-  if (place) {
-    place.textContent = isFilter ? fault.message : "";
-    at("where").setAttribute("aria-invalid", String(isFilter));
-  }
-  at("fault").hidden = !fault;
+  const isFilter = fault?.status === 400 && (fault.param === "where" || fault.message.includes("where expression"));
+  at("where").setAttribute("aria-invalid", String(isFilter));
+  at("where-fault").textContent = isFilter ? fault.message : "";
+  if (isFilter) refine(true);
+  at("fault").hidden = !fault || isFilter;
   at("fault").querySelector("p").textContent = fault?.message ?? "";
   at("fault").querySelector("button").onclick = again ?? null;
   at("fault").querySelector("button").hidden = !again || fault?.status === 400;
-  if (fault) at("results").removeAttribute("aria-busy");
+  return undefined;
+}
+
+/** @param {boolean} isOpen Whether the filters are to be shown. */
+function refine(isOpen) {
+  at("filters").hidden = !isOpen;
+  at("refine").setAttribute("aria-expanded", String(isOpen));
 }
 
 // --- The description
@@ -314,7 +336,7 @@ async function step(by) {
 
 /** Delete an item for good. */
 async function remove(item) {
-  await ask(`v1/items/${encodeURIComponent(item.id)}`, { method: "DELETE" });
+  await ask(addressOf(item.id), { method: "DELETE" });
   announce(`${nameOf(item.id, item.path)} was deleted.`);
   close();
   await loadInfo();
@@ -391,11 +413,7 @@ at("text").addEventListener("keydown", (event) => {
   submit();
 });
 at("describe").addEventListener("click", () => at("text").focus());
-at("refine").addEventListener("click", () => {
-  const isOpen = at("filters").hidden;
-  at("filters").hidden = !isOpen;
-  at("refine").setAttribute("aria-expanded", String(isOpen));
-});
+at("refine").addEventListener("click", () => refine(at("filters").hidden));
 at("home").addEventListener("click", (event) => {
   event.preventDefault();
   go(readLink(""));
@@ -487,8 +505,12 @@ document.addEventListener("keydown", (event) => {
   at("text").focus();
 });
 window.addEventListener("popstate", () => {
-  search = readLink(location.search);
-  if (linkOf({ ...search, open: "" }) === shown.link) return void showOpened();
+  const goal = readLink(location.search);
+  if (linkOf({ ...goal, open: "" }) === shown.link) {
+    search.open = goal.open;
+    return void showOpened();
+  }
+  search = goal;
   showSearch();
   run();
 });
