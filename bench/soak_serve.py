@@ -1,8 +1,8 @@
 """``finelip serve`` for minutes under mixed load: memory over time, and all acknowledged uploads, also after ``kill -9``.
 
-``python bench/soak_serve.py --minutes 30 --out bench/results/MACHINE/soak_serve.json``: clients search, upload, delete and send
-what no server should be sent. Twice, in the middle and at the end, the server is killed while they do and started again, and
-all that it had acknowledged is looked for. The bundled model; everything lies in a folder that is removed.
+``python bench/soak_serve.py --minutes 30 --out bench/results/MACHINE/soak_serve.json``: clients search, upload, delete, and
+send what no server should be sent. Twice, in the middle and at the end, the server is killed while they do and started again,
+and all that it had acknowledged is looked for. The bundled model; everything lies in a folder that is removed.
 """
 
 from __future__ import annotations
