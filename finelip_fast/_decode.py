@@ -60,6 +60,10 @@ _PLUGINS = {
     ),
 }
 
+# What the name of a file ends in that holds a format.
+_SUFFIXES = {name: f".{name.lower()}" for name in ("PNG", "WEBP", "GIF", "BMP", "PPM", "AVIF", "JXL")}
+_SUFFIXES |= {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic"}
+
 # Peak bytes a pixel of decoding, measured: what a format's library keeps beside the picture, and the picture. Of JPEG only
 # what is wanted of it is decoded, so it is counted apart.
 _BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24, "HEIF": 18, "JXL": 18}
@@ -117,11 +121,13 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
     """
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; cut or shrink it")
-    need, limit = max(need, width * height * _MIN_BYTES_PER_PIXEL), memory_limit()
+    least, limit = width * height * _MIN_BYTES_PER_PIXEL, memory_limit()
+    need = max(need, least)
     if need > limit:
+        smaller = " save it as a baseline JPEG," if least <= limit else ""
         raise ImageError(
             f"{width} x {height} pixels would take {need / (1 << 20):.0f} MiB to decode, and {limit >> 20} are allowed for a "
-            f"picture; shrink it, save it as a baseline JPEG, or allow more MiB with --decode-memory or {VARIABLE}"
+            f"picture; shrink it,{smaller} or allow more MiB with --decode-memory or {VARIABLE}"
         )
 
 
@@ -248,6 +254,16 @@ def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
         return
     with _opened(source) as file, _identified(file) as image:
         yield image.size, image.getexif()
+
+
+def suffix_of(content: bytes) -> str:
+    """What the name of a file ends in that holds an encoded picture, such as ``.jpg``; its format is told by its content.
+
+    Raises:
+        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+    """
+    with quiet, _opened(content) as file, _identified(file) as image:
+        return _SUFFIXES[str(image.format)]
 
 
 def _opened(source: str | bytes | bytearray | memoryview) -> Any:

@@ -61,14 +61,18 @@ _BATCH_BYTES = 32 << 20
 _PICTURE_BYTES = 1 << 30
 # A full or a starting server says when to ask again; it is asked so often, and waited for so long each time.
 _TRIES, _LONGEST_PAUSE = 3, 5.0
-_IDLE_SECONDS = 2.0  # after which a connection is not used again: a server closes it after five
+_IDLE_SECONDS = 4.0  # after which a connection is not used again, long before the server closes it
 
 _HIT_FIELDS = [field.name for field in fields(Hit)]
 _WRONG_INPUT = {400, 404, 413, 415}  # statuses that are about what was sent
+# What to do about refusals, where the server's own words do not say it.
 _REMEDIES = {
-    401: f"pass api_key=..., or set {API_KEY_VARIABLE}, to the key that the server was started with",
-    403: "start the server with finelip serve --writable to add and delete",
-    421: "name the host by which the server is called: finelip serve --allowed-host",
+    401: (
+        API_KEY_VARIABLE,
+        f"pass api_key=..., or set {API_KEY_VARIABLE}, to the key that the server was started with",
+    ),
+    403: ("--writable", "start the server with finelip serve --writable to add and delete"),
+    421: ("--allowed-host", "name the host by which the server is called: finelip serve --allowed-host"),
 }
 
 
@@ -642,8 +646,9 @@ def _refusal(response: httpx2.Response) -> FineLIPError:
         )
     if status in _WRONG_INPUT:
         return InputError(message)
-    if status in _REMEDIES:
-        message += f"; {_REMEDIES[status]}"
+    word, remedy = _REMEDIES.get(status, ("", ""))
+    if word not in message:
+        message += f"; {remedy}"
     return ServerError(message, status=status, code=code, request_id=request_id)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from finelip_fast.errors import InputError
 from finelip_fast.folders import walk_folder
+from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
 from finelip_fast.picture_files import FIELDS, HASH, STAMP, content_hash, describe, read_sidecar, sidecar_names, stamp
@@ -112,7 +113,7 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
     if not root_of_index.is_dir():
         raise InputError(
             f"expected the pictures of the index in {str(root_of_index)!r}, where there is no folder now: if they were moved, "
-            f"say where to with finelip index move-root FOLDER --index {index.folder}"
+            f"say where to with {remedies.move_root(index.folder)}"
         )
     return root_of_index
 

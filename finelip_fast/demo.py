@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._pages import render
+from finelip_fast.collection import prepare_root
 from finelip_fast.datasets import Scenes
 from finelip_fast.errors import InputError
 from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
+from finelip_fast.picture_files import describe
 from finelip_fast.retriever import Retriever
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
@@ -101,7 +103,12 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         shutil.rmtree(folder / "index", ignore_errors=True)
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
-    retriever.add_images(paths, progress=progress)
+    prepare_root(retriever.index, [pictures])
+    metadata = [
+        describe(path) | {"time": scene.time, "weather": scene.weather, "family": scene.family}
+        for scene, path in zip(world, paths, strict=True)
+    ]
+    retriever.add_images(paths, metadata=metadata, progress=progress)
     index_seconds = time.perf_counter() - started
 
     captions = [scene.caption for scene in world]

@@ -159,9 +159,14 @@ def score_meanings(hits: Hits, alpha: float | None = None) -> dict[str, str]:
 def picture_file(hit: Hit) -> str | None:
     """File of a hit's picture; None where there is none on this machine."""
     path = hit.path or hit.id
+    return path if is_local_file(path) else None
+
+
+def is_local_file(path: str) -> bool:
+    """Whether a path that a stranger may have written leads to a regular file of this machine."""
     if path.startswith(("//", "\\\\")):  # another machine's, to which Windows would connect
-        return None
-    return path if os.path.isfile(path) else None  # unlike Path's, never raises
+        return False
+    return os.path.isfile(path)  # unlike Path's, never raises
 
 
 def thumbnail(path: str, side: int) -> Image | None:

@@ -174,6 +174,27 @@ def open_image(source: ImageSource) -> Image.Image:
     return image
 
 
+def open_thumbnail(source: ImageSource, side: int) -> Image.Image:
+    """A picture as :func:`open_image` gives it, shrunk to at most ``side`` pixels in width and in height.
+
+    A large JPEG is shrunk while it is decoded, which takes a fraction of the time and the memory.
+
+    Raises:
+        ImageError, InputError: Where :func:`open_image` raises it.
+    """
+
+    def reduction(width: int, height: int) -> tuple[int, int]:
+        factor = max(1, max(width, height) // (2 * side))
+        return factor, factor
+
+    with _upright(source, reduction) as upright:
+        scale = min(1, side / max(upright.size))
+        width, height = (max(1, round(length * scale)) for length in upright.size)
+        image = upright.copy() if scale == 1 else upright.resize((width, height), Image.Resampling.BICUBIC)
+    image.info = {}
+    return image
+
+
 def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryview]:
     """The name that an error gives to a path or to encoded bytes, and the path or the bytes."""
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from os import PathLike
@@ -30,7 +31,7 @@ from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
 from finelip_fast.folders import walk_folder
 from finelip_fast.hits import Hit, Hits
-from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, stored_dtype
+from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
@@ -116,6 +117,7 @@ class Retriever:
         self.alpha = self._engine.config.choose_alpha(alpha)
         self.overflow: Overflow = overflow
         self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
+        self._model_lock = threading.Lock()
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
@@ -645,11 +647,12 @@ class Retriever:
             if not os.path.isfile(path):  # unlike Path's, never raises
                 raise InputError(
                     f"expected a hit whose picture is there, got {path!r}; pass the picture itself, or say where the pictures "
-                    "lie now: finelip index move-root"
+                    f"lie now: {remedies.move_root(self._folder)}"
                 )
             image = path
-        if self._model is None:
-            self._model = self.engine.load_model()
+        with self._model_lock:
+            if self._model is None:
+                self._model = self.engine.load_model()
         return explain(self._model, image, text, alpha=self.alpha)
 
     def _hits(self, queries: Tensor, *, k: int, mode: Mode, where: str | None, alpha: float) -> list[Hits]:

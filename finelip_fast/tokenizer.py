@@ -120,6 +120,7 @@ def encode_batch(
     *,
     overflow: Overflow = "truncate",
     overlap: int | None = None,
+    warn: bool = True,
 ) -> TokenBatch:
     """Token ids of captions, with lengths and an account of the long ones.
 
@@ -130,6 +131,7 @@ def encode_batch(
             ``T`` tokens, each with its own START and EOT, that together hold every token of the text in order.
         overlap: Number of text tokens that neighbouring windows share, with ``"window"``, from 0 to ``context_length - 3``;
             None: ``context_length // 4``. The last window ends where the caption ends, so it may share more.
+        warn: Whether to warn of captions that were cut.
 
     Returns:
         A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
@@ -141,7 +143,8 @@ def encode_batch(
         TruncationWarning: As for :func:`tokenize`.
     """
     batch = _encode(texts, context_length, overflow, overlap)
-    _warn_if_cut(batch)
+    if warn:
+        _warn_if_cut(batch)
     return batch
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finelip_fast import Retriever
 from finelip_fast.demo import DemoReport, _characters_within, run_demo
 from finelip_fast.errors import InputError, WriteError
 from finelip_fast.tokenizer import encode_batch
@@ -121,3 +122,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"cannot write .*file/scenes: Not a directory"):
         run_demo(tmp_path / "file", scenes=1)
+
+
+def test_its_index_shows_pictures_and_has_what_to_filter_by(report: DemoReport) -> None:
+    """As a page of a server needs it."""
+    folder = Path(report.page).parent
+    with Retriever(index=folder / "index") as retriever:
+        hits = retriever.search("snow at night", where="weather = 'snow' or time = 'night'", k=3)
+        assert len(hits) == 3
+        for hit in hits:
+            assert hit.path is not None
+            assert Path(hit.path).is_file()

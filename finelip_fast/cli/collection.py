@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import warnings
@@ -255,12 +254,10 @@ def search(
     if server is not None and _asks_server(server):
         retriever = _RemoteRetriever(server, alpha)
     else:
-        from finelip_fast.index import stored_source
+        from finelip_fast.index import remedies, stored_source
 
         if stored_source(index) is None:
-            raise StoreError(
-                f"there is no index at {index}: make one with finelip add FOLDER --index {shlex.quote(index)}"
-            )
+            raise StoreError(f"there is no index at {index}: {remedies.make(index)}")
         retriever = model.open_retriever(index, alpha=alpha, verify=verify)
     hits = retriever.search(text, image=image, k=k, mode=mode, where=where)
     if hits and sys.stdout.isatty() and shows_progress() and not (paths or speaks_json()):
@@ -307,7 +304,7 @@ def _asks_server(server: str) -> bool:
 
 
 class _RemoteRetriever:
-    """As much of a retriever as a search needs, on a server."""
+    """The part of a retriever that a search needs, on a server."""
 
     def __init__(self, url: str, alpha: float | None) -> None:
         from finelip_fast.client import Client

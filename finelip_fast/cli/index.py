@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from finelip_fast.cli.commands import (
     precision_option,
     shows_progress,
 )
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, StoreError
 
 _MAX_QUERIES = 1 << 28  # bytes
 
@@ -145,7 +146,10 @@ def _move_root(folder: str, index: str) -> str:
     opened = stored_index(index)
     if not os.path.isdir(folder):
         raise InputError(f"expected the folder of the pictures, got {folder!r}: no such folder")
-    before, opened.root = opened.root, Path(folder)
+    before = None
+    with suppress(StoreError):  # what cannot be read is replaced
+        before = opened.root
+    opened.root = Path(folder)
     return f"the pictures lie in {opened.root}" + (f", no more in {before}" if before is not None else "")
 
 

@@ -8,7 +8,6 @@ import ipaddress
 import os
 import re
 import shlex
-import sys
 import threading
 import warnings
 import webbrowser
@@ -55,7 +54,7 @@ _MAX_WORKERS = 256
     metavar="ADDRESS",
     help="Address to listen on; all but this machine's own need a key.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any that is free.")
 @click.option(
     "--workers", type=click.IntRange(1, _MAX_WORKERS), default=1, help="Processes that answer; each loads the model."
 )
@@ -148,6 +147,8 @@ def serve(
         raise InputError("expected --ray with --shards, got it alone")
     if shards and workers > 1:
         raise InputError(f"expected --workers 1 with --shards, got {workers}: shards are processes of their own")
+    if opens and port == 0:
+        raise InputError("expected --open with a --port, got --port 0: which one it will be is not known before")
     if uploads is not None and not writable:
         raise InputError("expected --uploads with --writable, got it alone")
     if shards and writable:
@@ -187,7 +188,7 @@ def serve(
 
 
 def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: bool = False) -> Iterator[str]:
-    """Serve until a signal; gives the lines to print.
+    """Serve until a signal; there is nothing to print after it.
 
     Args:
         settings, opening: How it answers, and what.
@@ -210,10 +211,9 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
             )
         if opening.checkpoint is None:
             checkpoint_of(folder)
-    yield f"{address(settings)} (Ctrl-C stops it)"
-    sys.stdout.flush()  # also into a pipe: whoever started it waits for this line
     with _opened_in_browser(settings) if opens else nullcontext():
-        server.serve(settings, opening, workers)
+        server.serve(settings, opening, workers=workers)  # prints the address
+    yield from ()
 
 
 def require_packages() -> None:

@@ -286,7 +286,7 @@ class Worker:
             StoreError: The disk refuses.
         """
         before = journal.begin()
-        fatal = [row for row in journal.named_last(before) if row < len(files)]
+        fatal = [row for row in dict.fromkeys(journal.named_last(before)) if row < len(files)]
         if before.count("begin") >= _MOST_DEATHS:
             names = ", ".join(files[row] for row in fatal)
             raise EngineError(

@@ -116,6 +116,11 @@ class Shards:
             self.close()
             raise
 
+    @property
+    def folders(self) -> list[str]:
+        """Folders of the shards, in their order, as they were given."""
+        return [shard.folder for shard in self._shards]
+
     def _open(self) -> IndexSpec:
         """Wait for all shards; what their items have in common."""
         self._ray.wait(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from finelip_fast.index.filters import field_name
@@ -77,6 +78,23 @@ def fields_of(metadata: Iterable[Mapping[str, Any]]) -> list[Field]:
     ranked = sorted(known.items(), key=lambda entry: -sum(values.number for values in entry[1].values()))
     fields = (_field(path, kinds) for path, kinds in ranked)
     return [field for field, _ in zip(filter(None, fields), range(_MOST_FIELDS), strict=False)]
+
+
+def joined_fields(parts: Sequence[Sequence[Field]]) -> list[Field]:
+    """The fields of several collections as those of one; of a field that is of two kinds, that which comes first."""
+    joined: dict[str, Field] = {}
+    for field in chain.from_iterable(parts):
+        known = joined.setdefault(field.name, field)
+        if known.kind != field.kind:
+            continue
+        values = None
+        if known.values is not None and field.values is not None:
+            values = list(dict.fromkeys([*known.values, *field.values]))
+            values = values if len(values) <= _MOST_VALUES else None
+        ends: list[Any] = [end for end in (known.least, field.least, known.greatest, field.greatest) if end is not None]
+        least, greatest = (min(ends), max(ends)) if ends else (None, None)
+        joined[field.name] = Field(field.name, field.kind, values, least, greatest)
+    return list(joined.values())[:_MOST_FIELDS]
 
 
 def _leaves(values: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:

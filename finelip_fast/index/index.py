@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
@@ -324,7 +325,8 @@ class Index:
         root = self._store.catalogue.note(_ROOT)
         if root is not None and not isinstance(root, str):
             raise StoreError(
-                f"the root of the index at {self.folder} cannot be read, {root!r:.80}: set it with finelip index move-root"
+                f"the root of the index at {self.folder} cannot be read, {root!r:.80}: set it with "
+                f"{remedies.move_root(self.folder)}"
             )
         return None if root is None else Path(root)
 
@@ -394,6 +396,16 @@ class Index:
             StoreError: The disk refuses, or the index is closed; nothing was taken out.
         """
         self._store.delete(ids)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """No other thread or process changes the index meanwhile, nor may what is done inside: to look, and to act on it.
+
+        Raises:
+            StoreError: Another process changes the index all the time, or it is closed.
+        """
+        with self._store.catalogue.undisturbed():
+            yield
 
     @property
     def incoming(self) -> Path:
@@ -544,7 +556,8 @@ class Index:
             return None if recorded is None else _tuning(**recorded)
         except (TypeError, ValueError, KeyError):
             raise StoreError(
-                f"what was tuned of the index at {self.folder} cannot be read, {recorded!r:.80}: run finelip index tune again"
+                f"what was tuned of the index at {self.folder} cannot be read, {recorded!r:.80}: run "
+                f"{remedies.tune(self.folder)} again, or in Python forget it: index.tuning = None"
             ) from None
 
     @tuning.setter
@@ -625,6 +638,6 @@ def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
     """
     stored = stored_spec(folder)
     if stored is None:
-        raise StoreError(f"there is no index at {folder}: make one with finelip add FOLDER --index {folder}")
+        raise StoreError(f"there is no index at {folder}: {remedies.make(folder)}")
     spec, source = stored
     return Index(spec, folder, source=source, **options)

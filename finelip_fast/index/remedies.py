@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import shlex
 from os import PathLike
+from typing import TypeAlias
+
+Folder: TypeAlias = str | PathLike[str] | None
 
 
-def repair(folder: str | PathLike[str] | None) -> str:
+def _quoted(folder: Folder) -> str:
+    return shlex.quote(str(folder))
+
+
+def repair(folder: Folder) -> str:
     """What takes damaged items out of an index folder."""
-    return f"finelip index repair --index {shlex.quote(str(folder))}"
+    return f"finelip index repair --index {_quoted(folder)}"
 
 
-def restore(folder: str | PathLike[str] | None) -> str:
+def restore(folder: Folder) -> str:
     """What replaces a damaged catalogue."""
     return f"{repair(folder)} --restore makes it anew, or restore a snapshot"
 
 
-def outdated(path: str, folder: str | PathLike[str] | None) -> str:
+def make(folder: Folder) -> str:
+    """What makes an index where there is none."""
+    return f"make one with finelip add FOLDER --index {_quoted(folder)}"
+
+
+def move_root(folder: Folder) -> str:
+    """What says where the pictures lie."""
+    return f"finelip index move-root FOLDER --index {_quoted(folder)}"
+
+
+def tune(folder: Folder) -> str:
+    """What measures again how many candidates a search needs."""
+    return f"finelip index tune --index {_quoted(folder)}"
+
+
+def outdated(path: str, folder: Folder) -> str:
     """What is there of a picture that was read before and cannot be now."""
     note = "its item stays, with the embedding of its earlier content"
     if folder is None:
         return note
-    return f"{note}, unless finelip remove {shlex.quote(path)} --index {shlex.quote(str(folder))} takes it out"
+    return f"{note}, unless finelip remove {shlex.quote(path)} --index {_quoted(folder)} takes it out"

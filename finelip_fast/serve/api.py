@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
 from finelip_fast._files import installed
+from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 from finelip_fast.explain import Explanation
 from finelip_fast.explain.pictures import tables
@@ -24,7 +24,9 @@ from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import Refusal, answer
+from finelip_fast.serve.collection import Collection, Upload
 from finelip_fast.serve.requests import (
+    File,
     check_count,
     check_pictures,
     check_texts,
@@ -45,15 +47,35 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation, token_span
 
 SIDES = (160, 320, 640, 1280, 2048)
 
-_SEARCH_FIELDS = ("text", "image", "item", "k", "offset", "mode", "where", "alpha")
 _WORD = re.compile(r"\S+")
 
-router = APIRouter(prefix="/v1")
+_UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "metadata": {
+                            "type": "string",
+                            "description": "JSON: an object for the one picture, or a list of one for each.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+router = APIRouter(prefix="/v1", tags=["search"])
 
 
-def takes(*models: type[BaseModel], form: bool = False) -> dict[str, Any]:
+def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
     """What OpenAPI says of a request's body, which the routes read themselves, within bounds."""
-    schema = {"$ref": f"#/components/schemas/{models[0].__name__}"}
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     content = {"application/json": {"schema": schema}}
     if form:
         content["multipart/form-data"] = {"schema": schema}
@@ -127,8 +149,8 @@ async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[st
     pictures: list[str | bytes] = []
     for name, value in await read_form(request, serving(request).settings.limits):
         if name == "image":
-            pictures.append(await value.read() if isinstance(value, UploadFile) else value)
-        elif isinstance(value, UploadFile):
+            pictures.append(value.content if isinstance(value, File) else value)
+        elif isinstance(value, File):
             raise Refusal(400, "invalid_form", "expected files under the name image alone", param=name[:200])
         elif name in ("text", "item") and name in values:
             values[name] = [*listed(values[name]), value]
@@ -203,7 +225,7 @@ async def explain(request: Request) -> Response:
         return answer(await pipeline.run(work, deadline=deadline(request)))
 
 
-def _explained(collection: Any, source: bytes | Path, text: str) -> dict[str, Any]:
+def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[str, Any]:
     explanation: Explanation = collection.explain(source, text)
     width, height = size_of(source)
     is_fine = explanation.fine_score is not None
@@ -310,6 +332,47 @@ async def thumbnail(
         return Response(status_code=304, headers=headers)
     kind = "image/jpeg" if content.startswith(b"\xff\xd8") else "image/webp"
     return Response(content, media_type=kind, headers=headers)
+
+
+@router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)
+async def add(request: Request) -> Response:
+    """Add pictures; what is told as added is on disk, and found by every later search."""
+    require_writable(request)
+    server = serving(request)
+    limits = server.settings.limits
+    kind = media_type(request)
+    if kind != "multipart/form-data":
+        raise unsupported(kind, "multipart/form-data")
+    files: list[File] = []
+    metadata: list[dict[str, Any]] | None = None
+    for name, value in await read_form(request, limits):
+        if name == "image" and isinstance(value, File):
+            files.append(value)
+        elif name == "metadata" and metadata is None:
+            metadata = _metadata(value.content if isinstance(value, File) else value)
+        else:
+            message = "expected image as files, and metadata once"
+            raise Refusal(400, "invalid_form", message, param=name[:200])
+    if not files or (metadata is not None and len(metadata) != len(files)):
+        got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
+        raise Refusal(400, "invalid_form", f"expected files as image, and metadata for each or none, got {got}")
+    await check_pictures([file.content for file in files], limits, "image")
+    uploads = [
+        Upload(file.content, file.name, fields)
+        for file, fields in zip(files, metadata or [{} for _ in files], strict=True)
+    ]
+    added = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
+    items = [{"id": item.id, "name": item.name, "reason": item.reason} for item in added]
+    count = sum(item.id is not None and not item.existing for item in added)
+    return answer({"added": count, "items": items}, status=201)
+
+
+def _metadata(text: str | bytes) -> list[dict[str, Any]]:
+    values = parse_json(text, "metadata", error=InputError, expected="an object, or a list of one for each picture")
+    fields = listed(values)
+    if not all(isinstance(part, dict) for part in fields):
+        raise Refusal(400, "invalid_form", "expected metadata as an object, or a list of objects", param="metadata")
+    return fields
 
 
 @router.delete("/items/{id:path}", response_model=schemas.RemoveResponse)

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import hashlib
+import io
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from PIL import Image
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from finelip_fast._files import installed
 from finelip_fast._pages import render
 from finelip_fast.errors import FineLIPError
-from finelip_fast.serve import api
+from finelip_fast.serve import api, health, openai, schemas
 from finelip_fast.serve.answers import Refusal, refusal_of
-from finelip_fast.serve.direct import Pipeline, RetrieverCollection, Thumbnails
+from finelip_fast.serve.collection import Collection
+from finelip_fast.serve.direct import Pipeline, Thumbnails
+from finelip_fast.serve.guards import Account, Bounds, Doors
+from finelip_fast.serve.health import Health, warm
+from finelip_fast.serve.metrics import Metrics
 from finelip_fast.serve.requests import Serving, invalid
 from finelip_fast.serve.settings import ServeSettings
 
 _PAGES = Path(__file__).parent.parent / "data" / "pages"
 _KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+_SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+_REQUESTS = (
+    schemas.SearchRequest,
+    schemas.ScoreRequest,
+    schemas.ExplainRequest,
+    schemas.TokensRequest,
+    schemas.EmbeddingsRequest,
+)
+_FAULTS = {
+    400: "Not what the route takes.",
+    401: "No key, or another one.",
+    404: "No such item.",
+    413: "Too much for one request.",
+    429: "Too many requests wait; `Retry-After` says when to come again.",
+    503: "Not ready, or the index cannot be read.",
+    504: "Not done in time.",
+}
 
 
-def create_app(collection: RetrieverCollection, settings: ServeSettings) -> FastAPI:
-    """The application over a collection.
+def create_app(collection: Collection, settings: ServeSettings) -> FastAPI:
+    """The application over a collection; it is warm once its start is done.
 
     Args:
         collection: What is searched; its caller closes it.
@@ -34,39 +63,81 @@ def create_app(collection: RetrieverCollection, settings: ServeSettings) -> Fast
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server = app.state.serving
         await server.pipeline.start()
+        await warm(server, _picture())
         server.state = "ready"
         try:
             yield
         finally:
             server.state = "draining"
-            await server.pipeline.close()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(server.pipeline.close(), settings.drain)
 
-    app = FastAPI(title="finelip_fast", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.serving = Serving(collection, settings, Pipeline(collection, settings), Thumbnails())
-    app.include_router(api.router)
+    faults: dict[int | str, dict[str, Any]] = {
+        status: {"model": schemas.FaultResponse, "description": reason} for status, reason in _FAULTS.items()
+    }
+    app = FastAPI(
+        title="finelip_fast",
+        version=installed("finelip-fast").get("finelip-fast", "0"),
+        description="Search pictures with long descriptions. With a key: `Authorization: Bearer KEY`.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    metrics = Metrics()
+    server = Serving(collection, settings, Pipeline(collection, settings, metrics), Thumbnails())
+    app.state.serving, app.state.metrics, app.state.health = server, metrics, Health(server)
+    app.state.described = {
+        "version": app.version,
+        "model": api.model_name(collection.engine.source),
+        "engine": str(collection.engine),
+    }
+    app.include_router(api.router, responses=faults)
+    app.include_router(openai.router, responses=faults)
+    app.include_router(health.router)
     _add_pages(app)
     _add_handlers(app)
+    _describe_requests(app)
+    app.add_middleware(Bounds, server=server)
+    app.add_middleware(Doors, server=server)
+    app.add_middleware(Account, server=server, metrics=metrics)
     return app
 
 
+def _picture() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64), (90, 120, 60)).save(content, "PNG")
+    return content.getvalue()
+
+
 def _add_pages(app: FastAPI) -> None:
-    files = {path.name: path for path in _PAGES.iterdir() if path.suffix in _KINDS}
+    files = {path.name: path.read_bytes() for path in _PAGES.iterdir() if path.suffix in _KINDS}
+    for name in _SWAGGER:
+        files[name] = (resources.files("fastapi_offline") / "static" / name).read_bytes()
+    tags = {name: f'"{hashlib.sha256(content).hexdigest()[:32]}"' for name, content in files.items()}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(render("serve.html"))
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(render("docs.html"))
+
     @app.get("/static/{name}", include_in_schema=False)
-    async def static(name: str) -> Response:
+    async def static(request: Request, name: str) -> Response:
         if name not in files:
             raise Refusal(404, "no_such_file", f"expected a file of the page, got {name!r:.80}")
-        return Response(files[name].read_bytes(), media_type=_KINDS[files[name].suffix])
+        headers = {"ETag": tags[name], "Cache-Control": "no-cache"}
+        if tags[name] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], media_type=_KINDS[Path(name).suffix], headers=headers)
 
 
 def _add_handlers(app: FastAPI) -> None:
     def answered(request: Request, refusal: Refusal) -> Response:
+        request.scope["finelip.code"] = refusal.code
         return refusal.answer(getattr(request.state, "request_id", None))
 
     @app.exception_handler(Refusal)
@@ -85,7 +156,31 @@ def _add_handlers(app: FastAPI) -> None:
     async def no_route(request: Request, error: HTTPException) -> Response:
         message = {
             404: "expected a path of the API, see /docs",
-            405: f"expected another method than {request.method}, see /docs",
+            405: f"expected another method than {request.method:.20}, see /docs",
         }.get(error.status_code, str(error.detail))
         code = {404: "no_such_route", 405: "method"}.get(error.status_code, "invalid_request")
-        return answered(request, Refusal(error.status_code, code, message, headers=error.headers))
+        headers: Mapping[str, str] | None = error.headers
+        return answered(request, Refusal(error.status_code, code, message, headers=headers))
+
+
+def _describe_requests(app: FastAPI) -> None:
+    """Add to OpenAPI what the routes read themselves."""
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in _REQUESTS], ref_template="#/components/schemas/{model}"
+    )
+    generate = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = generate()
+        known = schema.setdefault("components", {}).setdefault("schemas", {})
+        for name, definition in definitions["$defs"].items():
+            known.setdefault(name, definition)
+        # FastAPI's own words for what is answered in ours.
+        known.pop("HTTPValidationError", None)
+        known.pop("ValidationError", None)
+        for routes in schema["paths"].values():
+            for route in routes.values():
+                route.get("responses", {}).pop("422", None)
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]

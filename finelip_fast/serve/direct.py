@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from finelip_fast.explain import Explanation
-from finelip_fast.hits import Hits, thumbnail
+from finelip_fast.hits import thumbnail
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.retriever import Retriever
+from finelip_fast.serve.collection import Added, Collection, Found, Upload
 from finelip_fast.serve.settings import ServeSettings
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
@@ -29,14 +29,6 @@ class TextEmbedding:
     embedding: Tensor
     tokens: int
     tokens_cut: int
-
-
-@dataclass(frozen=True)
-class Found:
-    hits: list[Hits]
-    covered: float = 1.0
-    missing: dict[str, str] = field(default_factory=dict)
-    shards: list[list[str]] | None = None
 
 
 class RetrieverCollection:
@@ -53,9 +45,7 @@ class RetrieverCollection:
     def search(
         self, queries: Tensor, k: int, *, mode: Mode = "auto", where: str | None = None, alpha: float | None = None
     ) -> Found:
-        retriever = copy.copy(self._retriever)
-        retriever.alpha = self.alpha if alpha is None else alpha
-        return Found(retriever._hits(queries, k, mode, where))
+        return Found(self._retriever.search_embeddings(queries, k=k, mode=mode, where=where, alpha=alpha))
 
     def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
         index = self._retriever.index
@@ -83,22 +73,28 @@ class RetrieverCollection:
     def explain(self, image: bytes | Path, text: str) -> Explanation:
         return self._retriever.explain(image, text)
 
-    def add(self, uploads: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
+    def add(self, uploads: Sequence[Upload]) -> list[Added]:
+        report = self._retriever.add_images(
+            [upload.content for upload in uploads],
+            ids=[upload.name for upload in uploads],
+            metadata=[upload.metadata for upload in uploads],
+            progress=False,
+        )
+        return [Added(upload.name if upload.name in report.added else None, upload.name) for upload in uploads]
 
     def delete(self, ids: Sequence[str]) -> None:
         self._retriever.delete(ids)
 
 
 class Pipeline:
-    def __init__(self, collection: RetrieverCollection, settings: ServeSettings, observer: Any = None) -> None:
+    def __init__(self, collection: Collection, settings: ServeSettings, observer: Any = None) -> None:
         self.collection = collection
 
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
 
-    async def embed_texts(self, texts: Sequence[str], *, deadline: float) -> list[TextEmbedding]:
+    async def embed_texts(self, texts: Sequence[str], *, deadline: float, recent: bool = True) -> list[TextEmbedding]:
         def embed() -> list[TextEmbedding]:
             engine = self.collection.engine
             with expected_truncation():

@@ -57,7 +57,7 @@ class Opening:
                 :class:`finelip_fast.distributed.Shards`.
         """
         from finelip_fast.known_checkpoints import checkpoint_of
-        from finelip_fast.serve.collection import RetrieverCollection, ShardCollection
+        from finelip_fast.serve.collection import RetrieverCollection
 
         checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
         if self.index is not None:
@@ -74,8 +74,12 @@ class Opening:
             return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
         from finelip_fast.distributed import Shards
         from finelip_fast.engines import open_engine
+        from finelip_fast.serve.collection import ShardCollection
 
         if self.ray is not None:
             os.environ["RAY_ADDRESS"] = self.ray
         engine = open_engine(self.engine, checkpoint, self.device, precision=self.precision)
-        return ShardCollection(engine, Shards(self.shards, partial="mark"), alpha=self.alpha)
+        collection = ShardCollection(engine, Shards(self.shards, partial="mark"))
+        if self.alpha is not None:
+            collection.alpha = engine.config.choose_alpha(self.alpha)
+        return collection

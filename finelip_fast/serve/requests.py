@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel, ValidationError
@@ -25,7 +25,8 @@ from finelip_fast._decode import header, quiet
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal
-from finelip_fast.serve.direct import Pipeline, RetrieverCollection, Thumbnails
+from finelip_fast.serve.collection import Collection
+from finelip_fast.serve.direct import Pipeline, Thumbnails
 from finelip_fast.serve.settings import Limits, ServeSettings
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,7 +42,7 @@ _MAX_ERRORS = 3  # that a message tells
 class Serving:
     """What the routes of one application share."""
 
-    collection: RetrieverCollection
+    collection: Collection
     settings: ServeSettings
     pipeline: Pipeline
     thumbnails: Thumbnails
@@ -81,19 +82,31 @@ async def read_json(request: Request, model: type[Model]) -> Model:
     Raises:
         Refusal: 415 for another media type, 400 for what is no JSON or not what the model takes.
     """
+    return validated(model, await read_object(request), strict=True)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The body of a request, an object of JSON; errors as those of :func:`read_json`."""
     kind = media_type(request)
     if kind != "application/json":
         raise unsupported(kind, "application/json")
     body = await request.body()
     parse = partial(parse_json, error=InputError, expected="a JSON object", kind=dict, surrogates=True)
     if len(body) < _IN_LOOP:
-        values = parse(body, "the body")
+        values: dict[str, Any] = parse(body, "the body")
     else:
         values = await asyncio.to_thread(parse, body, "the body")
-    return validated(model, values, strict=True)
+    return values
 
 
-async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | UploadFile]]:
+class File(NamedTuple):
+    """A file of a form."""
+
+    name: str
+    content: bytes
+
+
+async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | File]]:
     """Names and values of a multipart form, in their order; files stay in memory, which the bound on bodies bounds.
 
     Raises:
@@ -105,7 +118,7 @@ async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | U
     )
     parser.spool_max_size = limits.body + 1
     try:
-        return (await parser.parse()).multi_items()
+        return [(name, await _read(value)) for name, value in (await parser.parse()).multi_items()]
     except MultiPartException as error:
         if error.message.startswith("Too many"):
             raise Refusal(
@@ -115,6 +128,14 @@ async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | U
     except (FormParserError, KeyError, ValueError) as error:
         reason = str(error)
     raise Refusal(400, "invalid_form", f"expected a multipart form: {reason}")
+
+
+async def _read(value: str | UploadFile) -> str | File:
+    if isinstance(value, str):
+        return value
+    content = await value.read()
+    await value.close()
+    return File(value.filename or "", content)
 
 
 def media_type(request: Request) -> str:

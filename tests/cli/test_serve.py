@@ -56,7 +56,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeSettings, Opening
     """What servers were told; none is started."""
     calls: list[Any] = []
     module = ModuleType("finelip_fast.serve.run")
-    module.serve = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    module.serve = lambda *arguments, workers: calls.append((*arguments, workers))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(package, "run", module, raising=False)
     monkeypatch.delenv("FINELIP_API_KEY", raising=False)
@@ -78,8 +78,8 @@ def serve(
     return run
 
 
-def test_the_address_is_printed_and_the_server_told(serve, served, folder: Path) -> None:
-    assert serve() == (0, "http://127.0.0.1:8000 (Ctrl-C stops it)\n", "")
+def test_a_server_is_told_what_to_serve(serve, served, folder: Path) -> None:
+    assert serve() == (0, "", "")
     assert served == [(ServeSettings(), Opening(index="index"), 1)]
 
 
@@ -91,7 +91,7 @@ def test_every_option_arrives(serve, served, folder: Path) -> None:
         "--drain 3 --log-queries --alpha 0.3 --checkpoint checkpoint --engine torch --device cpu"
     )
     code, out, _ = serve(*options.split())
-    assert (code, out) == (0, "http://[::1]:9000 (Ctrl-C stops it)\n")
+    assert (code, out) == (0, "")
     settings = ServeSettings(
         host="::1",
         port=9000,
@@ -129,7 +129,7 @@ def test_uploads_lie_in_the_index_unless_told(serve, served) -> None:
         ("--host photos.example", "expected a key for --host photos.example"),
         ("--host ::", "expected a key for --host ::"),
         ("--host a/b", "expected --host as an address or a name"),
-        ("--port 0", "0 is not in the range"),
+        ("--port 0 --open", "expected --open with a --port"),
         ("--port 65536", "65536 is not in the range"),
         ("--workers 0", "0 is not in the range"),
         ("--timeout nan", "expected --timeout from 0.1 to 3600, got nan"),
@@ -166,7 +166,7 @@ def test_shards_are_processes_and_folders_of_their_own(serve, served, words: str
 def test_the_key_comes_from_the_environment_too(serve, served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINELIP_API_KEY", KEY)
     code, out, _ = serve("--host", "0.0.0.0")
-    assert (code, out) == (0, "http://127.0.0.1:8000 (Ctrl-C stops it)\n")
+    assert (code, out) == (0, "")
     assert served[0][0].api_key == KEY
     monkeypatch.setenv("FINELIP_API_KEY", "a b")
     assert "FINELIP_API_KEY: expected a key" in serve()[2]
@@ -204,7 +204,7 @@ def test_the_demo_is_served_and_names_the_command_otherwise(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "search them in a browser: .venv/bin/finelip serve --index demo/index --open"
     assert main(["demo", "--serve", "--port", "9000"]) == 0
-    assert capsys.readouterr().out == "done\nhttp://127.0.0.1:9000 (Ctrl-C stops it)\n"
+    assert capsys.readouterr().out == "done\n"
     assert served == [(ServeSettings(port=9000), Opening(index=str(Path("demo") / "index")), 1)]
 
 
@@ -252,7 +252,7 @@ def test_the_browser_is_opened_once_the_server_answers(
     opened = threading.Event()
     addresses: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: addresses.append(address) or opened.set() or True)
-    package.run.serve = lambda *_: opened.wait(10)  # type: ignore[attr-defined]
+    package.run.serve = lambda *_, workers: opened.wait(10)  # type: ignore[attr-defined]
     assert serve("--port", url.rpartition(":")[2], "--open")[0] == 0
     assert addresses == [url]
 

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +232,27 @@ def test_a_batch_does_not_kill_workers_for_ever(worker: bulk.Worker, photos: Pat
         worker.encode([str(photos / "00.png")], journal)
 
 
-def test_workers_refuse_another_checkpoint(worker: bulk.Worker, photos: Path) -> None:
-    worker.job.spec = replace(worker.job.spec, checkpoint="abc")
-    with pytest.raises(EngineError, match="to be the same for all workers, abc, got"):
+def test_files_on_which_workers_die_can_be_taken_out(worker: bulk.Worker, photos: Path) -> None:
+    files = [str(photos / f"{number:02}.png") for number in range(4)]
+    journal = worker.job.journal("task")
+    for _ in range(16):
+        for line in ("begin", "2"):
+            journal.write(line)
+    with pytest.raises(EngineError, match="have died 16 times at the same 4 files: take out ") as caught:
+        worker.encode(files, journal)
+    files.remove(str(caught.value).rpartition("take out ")[2])  # as the message says
+    assert worker.encode(files, worker.job.journal("another task"))["rows"] == [0, 1, 2]
+
+
+def test_workers_refuse_another_checkpoint_until_they_see_the_same(
+    worker: bulk.Worker, photos: Path, checkpoint: Path, tmp_path: Path, make_model: Any
+) -> None:
+    finelip_fast.save(make_model(seed=1, context_length=40, vision_layers=1, text_width=32), tmp_path / "other")
+    worker.job.opening["checkpoint"] = str(tmp_path / "other")
+    with pytest.raises(EngineError, match=r"to be the same for all workers, .*: put it where all see it"):
         worker.encode([str(photos / "00.png")], worker.job.journal("task"))
+    shutil.copytree(checkpoint, tmp_path / "other", dirs_exist_ok=True)
+    assert worker.encode([str(photos / "00.png")], worker.job.journal("task"))["rows"] == [0]
 
 
 @pytest.mark.parametrize("option", ["workers", "batch_size", "part"])

@@ -29,6 +29,15 @@ def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.Monkey
         _connect(None, 1)
 
 
+def test_without_its_address_this_machine_is_used(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(EngineError, match="or unset RAY_ADDRESS to use this machine alone"):
+        _connect(ray, 1)
+    monkeypatch.delenv("RAY_ADDRESS")
+    with cluster(1) as module:
+        assert module.is_initialized()
+
+
 def test_the_cluster_lives_as_long_as_its_users(ray: Any) -> None:
     with cluster(2) as same:
         assert same is ray

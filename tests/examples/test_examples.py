@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,17 +52,27 @@ def test_compare_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     assert "candidate" in printed
 
 
-@pytest.mark.slow
-def test_serve_engine(scenes: Path, checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+def test_ask_a_server(scenes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     import finelip_fast
 
-    index = tmp_path / "index"
-    finelip_fast.Retriever(checkpoint, engine="torch", index=index).add_images(scenes, progress=False)
+    finelip_fast.Retriever(engine="torch", index=tmp_path / "index").add_images(scenes, progress=False)
     names = ["test-000002", "test-000005"]
-    given = "\n\n".join(CAPTIONS[name] for name in names)
-    answers = [
-        json.loads(line) for line in run("serve_engine", checkpoint, index, cwd=tmp_path, given=given).splitlines()
-    ]
+    words = ["--index", "index", "--port", "0", "--engine", "torch"]
+    server = subprocess.Popen(
+        [sys.executable, "-P", "-m", "finelip_fast.cli", "serve", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with server:
+        try:
+            assert server.stdout is not None
+            (url,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+            given = "\n\n".join(CAPTIONS[name] for name in names)
+            answers = [json.loads(line) for line in run("ask_a_server", url, cwd=tmp_path, given=given).splitlines()]
+        finally:
+            server.terminate()
     assert [answer["query"] for answer in answers] == [CAPTIONS[name] for name in names]
     assert [Path(answer["hits"][0]["id"]).stem for answer in answers] == names

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from starlette.testclient import TestClient
 
 import finelip_fast
@@ -16,13 +14,9 @@ from finelip_fast.serve.app import create_app
 from finelip_fast.serve.direct import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
+from .asgi import picture
+
 CONTEXT = 40
-
-
-def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A smooth picture of its own: four random colours, blended."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
-    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

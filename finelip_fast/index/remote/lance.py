@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -427,7 +428,9 @@ def open_store(
     uri = os.fspath(uri)
     dataset = find_dataset(uri, None, storage_options=dict(storage_options or {}))
     if dataset is None:
-        raise StoreError(f"there is no store at {uri}: make one with finelip index push {uri} --index FOLDER")
+        raise StoreError(
+            f"there is no store at {uri}: make one with finelip index push {shlex.quote(uri)} --index FOLDER"
+        )
     stored = spec_of(schema_of(dataset, uri), uri)
     spec = IndexSpec(**{field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored})
     return LanceStore(spec, uri, source=stored["source"], storage_options=storage_options, version=version)

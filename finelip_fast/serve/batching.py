@@ -1,0 +1,345 @@
+"""Requests of many clients, processed in batches: asyncio in front, threads behind.
+
+What waits is kept on the event loop, which alone forms batches; threads only process them. So nothing needs a lock, a request
+that is cancelled or late leaves the queue at once, and whatever a batch raises comes back as an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from bisect import insort
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+
+from finelip_fast.errors import FineLIPError
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Seconds for which a batch of several requests says that there is company worth waiting for.
+_COMPANY_SECONDS = 1.0
+_LONGEST_RETRY = 60
+# Weight of the latest batch in the mean time of an item.
+_LATEST = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+class Overloaded(FineLIPError):
+    """The queue is full.
+
+    Attributes:
+        retry_after: Whole seconds after which there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(FineLIPError):
+    """A request was not answered in time; what still waited of it was dropped."""
+
+
+class Draining(FineLIPError):
+    """The server is stopping: it answers what it has accepted, and nothing else."""
+
+
+class Observer(Protocol):
+    """Someone who counts; called on the event loop."""
+
+    def batch(self, name: str, size: int, waited: float, took: float) -> None:
+        """A batch was processed.
+
+        Args:
+            name: Name of the stage.
+            size: Number of items.
+            waited: Seconds from the arrival of its oldest item to its start.
+            took: Seconds of processing.
+        """
+
+    def queue(self, name: str, length: int) -> None:
+        """The number of items that wait for a stage has changed."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """Items that were submitted together, and are answered together."""
+
+    answer: asyncio.Future[list[Any]]
+    deadline: float
+    results: list[Any]
+    missing: int
+
+
+@dataclass(order=True)
+class _Entry(Generic[K, T]):
+    """An item that waits; the least comes first."""
+
+    turn: int
+    number: int
+    key: K = field(compare=False)
+    item: T = field(compare=False)
+    place: int = field(compare=False)
+    request: _Request = field(compare=False)
+    arrived: float = field(compare=False)
+
+
+class Batcher(Generic[K, T, R]):
+    """A queue whose items are processed in batches of one key.
+
+    A free worker takes the oldest item, and with it those of the same key. It waits for more only where there is company: the
+    batch before, less than a second ago, was of several requests. Of a request of many items half a batch goes ahead of what
+    others submit meanwhile.
+
+    Args:
+        process: Function of a key and items, called in a worker's thread. It returns for each item its result, or the
+            exception that this item's request is to raise. Where it raises, the batch is halved until the item is alone
+            whose fault it is.
+        name: What the stage is called, in messages and by the observer.
+        max_batch: Largest number of items processed at once.
+        wait: Seconds that an item waits for company, at most.
+        capacity: Number of items that may wait. A request of more is accepted while nothing else waits.
+        workers: Number of threads.
+        limit: Function from a key to the largest number of its items processed at once, where that is fewer.
+        observer: Whoever counts batches and the length of the queue.
+    """
+
+    def __init__(
+        self,
+        process: Callable[[K, Sequence[T]], Sequence[R | Exception]],
+        *,
+        name: str,
+        max_batch: int,
+        wait: float,
+        capacity: int,
+        workers: int = 1,
+        limit: Callable[[K], int] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._process, self.name, self._observer = process, name, observer
+        self._max_batch, self._limit = max_batch, limit
+        self._wait, self._capacity, self._workers = wait, capacity, workers
+        self._waiting: list[_Entry[K, T]] = []  # in order
+        self._requests: set[_Request] = set()
+        self._batches: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = workers
+        self._timer: asyncio.TimerHandle | None = None
+        self._n_batches = self._n_items = 0
+        self._company_until = -math.inf
+        self._item_seconds: float | None = None
+        self._draining = False
+
+    def __len__(self) -> int:
+        """Number of items that wait."""
+        return len(self._waiting)
+
+    async def start(self) -> None:
+        """Start the threads; the first request does it otherwise."""
+        self._draining = False
+        self._start_threads()
+
+    async def close(self) -> None:
+        """Refuse new requests, answer those that are there, or let their deadlines pass, and stop the threads."""
+        self._draining = True
+        if self._requests:
+            await asyncio.wait([request.answer for request in self._requests])
+        for _ in self._threads:
+            self._batches.put(None)
+        self._threads = []
+
+    async def submit(self, key: K, items: Sequence[T], *, deadline: float) -> list[R]:
+        """The results of items of one key; see :meth:`submit_pairs`."""
+        return await self.submit_pairs([(key, item) for item in items], deadline=deadline)
+
+    async def submit_pairs(self, pairs: Sequence[tuple[K, T]], *, deadline: float) -> list[R]:
+        """The results of items, in their order.
+
+        Args:
+            pairs: Keys, which the items of a batch have in common, and items; none are answered at once.
+            deadline: Time of the event loop's clock at which the request is given up.
+
+        Raises:
+            Overloaded: There is no room for the items.
+            DeadlineExceeded: The results were not there in time.
+            Draining: The batcher was closed.
+            Exception: What processing one of the items raised; the others are dropped.
+        """
+        loop = asyncio.get_running_loop()
+        if self._draining:
+            raise Draining(f"the server is stopping and takes no more work ({self.name}); try again once it is back")
+        if not pairs:
+            return []
+        if self._waiting and len(self._waiting) + len(pairs) > self._capacity:
+            seconds = self._seconds_to_wait()
+            raise Overloaded(
+                f"expected at most {self._capacity} items in the queue ({self.name}), got {len(pairs)} more where "
+                f"{len(self._waiting)} wait; try again in {seconds} s",
+                seconds,
+            )
+        request = _Request(loop.create_future(), deadline, [None] * len(pairs), len(pairs))
+        timer = loop.call_at(deadline, self._give_up, request)
+        self._requests.add(request)
+        try:
+            self._enqueue(pairs, request, loop.time())
+            self._dispatch()
+            return await request.answer
+        finally:
+            timer.cancel()
+            self._requests.discard(request)
+            self._forget(request)
+
+    def _seconds_to_wait(self) -> int:
+        seconds = len(self._waiting) * (self._item_seconds or 0.0) / self._workers
+        return min(_LONGEST_RETRY, max(1, math.ceil(seconds)))
+
+    # On the event loop -------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, pairs: Sequence[tuple[K, T]], request: _Request, arrived: float) -> None:
+        for place, (key, item) in enumerate(pairs):
+            self._n_items += 1
+            turn = self._n_batches + place // max(1, self._largest(key) // 2)
+            insort(self._waiting, _Entry(turn, self._n_items, key, item, place, request, arrived))
+        self._note_length()
+
+    def _dispatch(self) -> None:
+        """Hand batches to workers that have nothing to do."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._idle and self._waiting:
+            present = loop.time()
+            oldest = self._waiting[0]
+            if oldest.request.deadline <= present:
+                self._give_up(oldest.request)
+                continue
+            largest = self._largest(oldest.key)
+            batch = [entry for entry in self._waiting if entry.key == oldest.key][:largest]
+            ready = min(entry.arrived for entry in batch) + self._wait
+            if len(batch) < largest and present < min(ready, self._company_until):
+                self._timer = loop.call_at(ready, self._dispatch)
+                return
+            numbers = {entry.number for entry in batch}
+            self._waiting = [entry for entry in self._waiting if entry.number not in numbers]
+            self._note_length()
+            self._n_batches += 1
+            self._idle -= 1
+            if len({entry.request for entry in batch}) > 1:
+                self._company_until = present + _COMPANY_SECONDS
+            self._start_threads()
+            self._batches.put(partial(self._work, loop, batch, present))
+
+    def _largest(self, key: K) -> int:
+        return self._max_batch if self._limit is None else max(1, min(self._max_batch, self._limit(key)))
+
+    def _finish(
+        self, batch: list[_Entry[K, T]], outcomes: dict[int, R | BaseException], started: float, took: float
+    ) -> None:
+        self._idle += 1
+        mean = took / len(batch)
+        self._item_seconds = mean if self._item_seconds is None else (1 - _LATEST) * self._item_seconds + _LATEST * mean
+        for number, entry in enumerate(batch):
+            request, outcome = entry.request, outcomes.get(number)
+            if request.answer.done():
+                continue
+            if isinstance(outcome, BaseException):
+                request.answer.set_exception(outcome if _can_be_raised(outcome) else _as_exception(outcome))
+                self._forget(request)
+                continue
+            request.results[entry.place] = outcome
+            request.missing -= 1
+            if not request.missing:
+                request.answer.set_result(request.results)
+        self._observe("batch", len(batch), started - min(entry.arrived for entry in batch), took)
+        self._dispatch()
+
+    def _give_up(self, request: _Request) -> None:
+        if not request.answer.done():
+            request.answer.set_exception(
+                DeadlineExceeded(
+                    f"not answered in time ({self.name}, {len(self._waiting)} items wait); ask for less at once, or later"
+                )
+            )
+        self._forget(request)
+
+    def _forget(self, request: _Request) -> None:
+        """Take what waits of a request out of the queue."""
+        left = [entry for entry in self._waiting if entry.request is not request]
+        if len(left) < len(self._waiting):
+            self._waiting = left
+            self._note_length()
+
+    def _note_length(self) -> None:
+        self._observe("queue", len(self._waiting))
+
+    def _observe(self, event: str, *values: float) -> None:
+        if self._observer is not None:
+            try:
+                getattr(self._observer, event)(self.name, *values)
+            except Exception:  # whoever only counts must not stop what is counted
+                _log.exception("the observer of %s failed", self.name)
+
+    # In a thread -------------------------------------------------------------------------------------------------------
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self._workers:
+            # Daemons: one that never comes back from its batch does not keep the process from ending.
+            number = len(self._threads)
+            thread = threading.Thread(target=self._run, name=f"finelip-{self.name}-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _run(self) -> None:
+        while (work := self._batches.get()) is not None:
+            work()
+
+    def _work(self, loop: asyncio.AbstractEventLoop, batch: list[_Entry[K, T]], started: float) -> None:
+        before = time.perf_counter()
+        outcomes: dict[int, R | BaseException] = {}
+        try:
+            self._process_all(batch, list(range(len(batch))), outcomes)
+        except BaseException as error:
+            outcomes = dict.fromkeys(range(len(batch)), error)
+        took = time.perf_counter() - before
+        with suppress(RuntimeError):  # the loop was closed, and with it whoever waited
+            loop.call_soon_threadsafe(self._finish, batch, outcomes, started, took)
+
+    def _process_all(
+        self, batch: list[_Entry[K, T]], numbers: list[int], outcomes: dict[int, R | BaseException]
+    ) -> None:
+        """Process the entries of these numbers; what raises for several is halved."""
+        numbers = [number for number in numbers if not batch[number].request.answer.done()]
+        if not numbers:
+            return
+        try:
+            results = self._process(batch[numbers[0]].key, [batch[number].item for number in numbers])
+            outcomes.update(zip(numbers, results, strict=True))
+        except BaseException as error:
+            if len(numbers) == 1:
+                outcomes[numbers[0]] = error
+                return
+            middle = len(numbers) // 2
+            self._process_all(batch, numbers[:middle], outcomes)
+            self._process_all(batch, numbers[middle:], outcomes)
+
+
+def _can_be_raised(error: BaseException) -> bool:
+    """Whether a request may raise it as it is: what ends programs, tasks or generators must not end the server's."""
+    return isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration))
+
+
+def _as_exception(error: BaseException) -> RuntimeError:
+    converted = RuntimeError(f"processing raised {type(error).__name__}: {error}")
+    converted.__cause__ = error
+    return converted

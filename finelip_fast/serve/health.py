@@ -1,0 +1,99 @@
+"""Whether the server lives, and whether it really answers; what Prometheus reads."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from finelip_fast.serve.answers import answer, log
+from finelip_fast.serve.metrics import CONTENT_TYPE
+from finelip_fast.serve.requests import Serving, serving
+
+_SECONDS = 1.0  # for which a result is told again
+_TRIAL_SECONDS = 10.0  # within which a trial must end, or within the timeout of requests where that is less
+
+router = APIRouter()
+
+
+class Health:
+    """Trials of a server: a text is encoded and searched with, at most once a second."""
+
+    def __init__(self, server: Serving) -> None:
+        self._server = server
+        self._lock = asyncio.Lock()
+        self._until, self._fault = 0.0, "has not been tried"
+
+    async def fault(self) -> str | None:
+        """What is wrong; None: it encodes and searches."""
+        if self._server.state != "ready":
+            return self._server.state
+        clock = asyncio.get_running_loop().time
+        async with self._lock:
+            if clock() >= self._until:
+                self._fault = await self._trial() or ""
+                self._until = clock() + _SECONDS
+        return self._fault or None
+
+    async def _trial(self) -> str | None:
+        seconds = min(_TRIAL_SECONDS, self._server.settings.timeout)
+        try:
+            await asyncio.wait_for(try_search(self._server, "a house", seconds), seconds + 1)
+        except Exception as error:  # whatever it is, the server does not answer
+            log.error("the server is not ready: %s: %s", type(error).__name__, error)
+            return "failing"
+        return None
+
+
+async def try_search(server: Serving, text: str, seconds: float) -> None:
+    """Encode a text and search with it.
+
+    Raises:
+        Exception: Whatever keeps it from being done within so many seconds.
+    """
+    deadline = asyncio.get_running_loop().time() + seconds
+    (embedded,) = await server.pipeline.embed_texts([text], deadline=deadline, recent=False)
+    await server.pipeline.search([embedded.embedding], 1, deadline=deadline)
+
+
+async def warm(server: Serving, picture: bytes) -> None:
+    """Run all that a first request would wait for; what fails is told by the health instead."""
+    seconds = 600.0  # a GPU may build kernels
+    with suppress(Exception):
+        await server.pipeline.embed_images([picture], deadline=asyncio.get_running_loop().time() + seconds)
+        for text in ("a", "a house with a door and a window, " * 8):
+            await try_search(server, text, seconds)
+
+
+@router.get("/health/live", tags=["health"])
+async def live() -> Response:
+    """The process answers."""
+    return answer({"status": "live"})
+
+
+@router.get("/health/ready", tags=["health"], responses={503: {"description": "It does not answer searches now."}})
+async def ready(request: Request) -> Response:
+    """A text was encoded and searched with within the last second."""
+    fault = await request.app.state.health.fault()
+    if fault is None:
+        return answer({"status": "ready"})
+    return answer({"status": fault}, status=503, headers={"Retry-After": "2"})
+
+
+@router.get("/metrics", tags=["health"], response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    server = serving(request)
+    figures: Any = request.app.state.metrics
+
+    def text() -> bytes:
+        with suppress(Exception):  # an index that cannot be read is no reason to tell nothing
+            figures.describe(items=len(server.collection), **request.app.state.described)
+        content: bytes = figures.text()
+        return content
+
+    return Response(await asyncio.to_thread(text), headers={"Content-Type": CONTENT_TYPE})

@@ -1,0 +1,383 @@
+"""Processes and sockets: one server, or several workers that share an address and an index.
+
+A server that is told to stop (SIGTERM, Ctrl-C) takes no more requests, answers those it has within ``settings.drain``, and is
+gone ``STOP_SECONDS`` later at most. Workers are spawned, never forked, and one that dies is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, get_context, parent_process
+from types import FrameType
+from typing import Any, Protocol
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from finelip_fast._terminal import printable
+from finelip_fast.errors import EngineError, FineLIPError, InputError
+from finelip_fast.serve.guards import check_exposure
+from finelip_fast.serve.settings import ServeSettings
+
+STOP_SECONDS = 10.0
+
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_BACKLOG = 1024
+_MAX_HEADERS = 64 << 10  # bytes of a request's headers
+_HEADER_SECONDS = 20.0  # within which a connection's request must have come, its body aside
+_RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start, the first and the longest
+
+_log = logging.getLogger("finelip_fast.serve")
+
+
+class Opening(Protocol):
+    """What is told to each process of a server; with several, it is pickled."""
+
+    def open(self) -> Any:
+        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection`."""
+
+
+def print_address(address: str) -> None:
+    """Say where the server is, also into a pipe: whoever started it may wait for this line."""
+    print(f"{address} (Ctrl-C stops it)", flush=True)
+
+
+def serve(
+    settings: ServeSettings, opening: Opening, workers: int = 1, *, ready: Callable[[str], object] = print_address
+) -> None:
+    """Serve an index until the process is told to stop.
+
+    Args:
+        settings: How to answer, and where; port 0: any that is free.
+        opening: What to open, in each process.
+        workers: Number of processes.
+        ready: What is called with the address once it answers.
+
+    Raises:
+        InputError: An address that is taken or is none of this machine, or one that others reach and no key.
+        FineLIPError: What cannot be opened.
+    """
+    check_exposure(settings)
+    with contextlib.closing(listen(settings)) as listener:
+        if workers == 1:
+            _answer(settings, opening, listener, lambda: ready(address_of(listener)))
+        else:
+            _supervise(settings, opening, workers, listener, lambda: ready(address_of(listener)))
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """A socket that listens at the address.
+
+    Raises:
+        InputError: It is taken, or is none of this machine; says how to choose another.
+    """
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise InputError(
+            f"expected an address of this machine, got {host!r:.80}: {error}; try --host 127.0.0.1"
+        ) from None
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"expected a free port, got {port}, which another program has; take another with --port"
+        else:
+            message = f"cannot listen on {printable(host)}, port {port}: {error.strerror}; see --host and --port"
+        raise InputError(message) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The address that a browser opens."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+# One process ---------------------------------------------------------------------------------------------------------
+
+
+def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, ready: Callable[[], object]) -> None:
+    """Answer in this process until told to stop."""
+    from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
+
+    configure_logs()
+    app = create_app(opening.open(), settings)
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=math.ceil(settings.drain),
+        h11_max_incomplete_event_size=_MAX_HEADERS,
+    )
+    server = _Server(config, app.state.serving, settings.drain, ready)
+    server.run([listener])
+    if not server.started:
+        raise EngineError("the server could not start: what its log says above has to be mended first")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends without an error when it is told to stop, and within a stated time."""
+
+    def __init__(self, config: uvicorn.Config, serving: Any, drain: float, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._serving, self._drain, self._ready = serving, drain, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with caught_signals(self.handle_exit):
+            yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._serving.state = "draining"
+            # What hangs in a thread cannot be ended otherwise.
+            timer = threading.Timer(self._drain + STOP_SECONDS, os._exit, (0,))
+            timer.daemon = True
+            timer.start()
+        super().handle_exit(sig, frame)
+
+
+@contextlib.contextmanager
+def caught_signals(handler: Any) -> Iterator[None]:
+    """Have the signals that end a process call a handler; those that are ignored stay so."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol of HTTP/1.1 that refuses in our shape, and waits for headers no longer than a bounded time."""
+
+    _timer: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._disarm()
+        elif self._timer is None:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.conn.their_state is h11.IDLE:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where an answer is under way, end the connection."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        error = {
+            "message": f"expected a request of HTTP/1.1 with headers of at most {_MAX_HEADERS} bytes",
+            "type": "invalid_request_error",
+            "code": "no_http",
+            "param": None,
+            "request_id": None,
+        }
+        content = json.dumps({"error": error}).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(content))),
+            ("x-content-type-options", "nosniff"),
+            ("connection", "close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def configure_logs() -> None:
+    """Send the server's log to standard error: of each request one line of JSON, of faults their traceback."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    for name, sink, level in (
+        ("finelip_fast.serve", handler, logging.INFO),
+        ("finelip_fast.serve.access", lines, logging.INFO),
+        ("uvicorn", handler, logging.ERROR),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [sink], False
+        logger.setLevel(level)
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+def _work(settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket, report: Any) -> None:
+    """A worker's process: says that it is ready, or why it never will be."""
+    import torch
+
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    try:
+        _answer(settings, opening, listener, lambda: report.send(""))
+    except FineLIPError as error:
+        with contextlib.suppress(OSError):
+            report.send(str(error))
+        sys.exit(2)
+
+
+def _follow_parent() -> None:
+    """Stop once the parent is no more."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Process:
+    """A worker as its parent sees it."""
+
+    def __init__(self, settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket) -> None:
+        context = get_context("spawn")
+        self.report, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(settings, opening, workers, listener, sender))
+        self.process.start()
+        sender.close()
+        self.is_ready = False
+
+    def hear(self) -> str | None:
+        """What it says: empty, it is ready; another text, why it never will be; None, it said nothing."""
+        try:
+            text: str | None = self.report.recv() if self.report.poll() else None
+        except (EOFError, OSError):
+            text = None
+        self.is_ready = self.is_ready or text == ""
+        return text
+
+
+def _supervise(
+    settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket, ready: Callable[[], object]
+) -> None:
+    """Start workers, replace those that die, and stop them all when told to."""
+    stopping = threading.Event()
+    shared = tempfile.mkdtemp(prefix="finelip-metrics-")
+    os.environ[_MULTIPROCESS] = shared
+    processes: list[_Process] = []
+    try:
+        with caught_signals(lambda *_: stopping.set()):
+            # What the first cannot open, none can: it is told once.
+            processes.append(_Process(settings, opening, workers, listener))
+            _await_first(processes[0], stopping)
+            while not stopping.is_set() and len(processes) < workers:
+                processes.append(_Process(settings, opening, workers, listener))
+            if not stopping.is_set():
+                ready()
+            _replace_dead(processes, lambda: _Process(settings, opening, workers, listener), stopping)
+            _stop([process.process for process in processes], settings.drain)
+    finally:
+        for process in processes:
+            if process.process.is_alive():
+                process.process.kill()
+        del os.environ[_MULTIPROCESS]
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+def _await_first(first: _Process, stopping: threading.Event) -> None:
+    """Wait until a worker answers.
+
+    Raises:
+        EngineError: It ended before.
+    """
+    while not stopping.is_set() and not first.is_ready:
+        connection.wait([first.report, first.process.sentinel], timeout=0.2)
+        text = first.hear()
+        if text:
+            raise EngineError(text)
+        if text is None and not first.process.is_alive() and not first.report.poll():
+            raise EngineError(
+                f"a worker ended with {first.process.exitcode} before it answered; its log above says why"
+            )
+
+
+def _replace_dead(processes: list[_Process], start: Any, stopping: threading.Event) -> None:
+    """Replace workers that end, the later the more often they end before they answer; until told to stop."""
+    from prometheus_client import multiprocess
+
+    pause, longest = _RESTART_SECONDS
+    while not stopping.is_set():
+        connection.wait([process.process.sentinel for process in processes], timeout=0.2)
+        for place, process in enumerate(processes):
+            process.hear()
+            if process.process.is_alive() or stopping.is_set():
+                continue
+            _log.error(
+                "worker %s ended with %s: another takes its place", process.process.pid, process.process.exitcode
+            )
+            multiprocess.mark_process_dead(process.process.pid)  # type: ignore[no-untyped-call]
+            pause = _RESTART_SECONDS[0] if process.is_ready else min(2 * pause, longest)
+            if not stopping.wait(pause):
+                processes[place] = start()
+
+
+def _stop(processes: list[Any], drain: float) -> None:
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + drain + STOP_SECONDS
+    for process in processes:
+        process.join(max(0.1, until - time.monotonic()))

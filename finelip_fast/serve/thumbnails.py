@@ -1,0 +1,111 @@
+"""Small copies of pictures, made once and kept in memory.
+
+A file is decoded as a picture within the bounds of every other (:mod:`finelip_fast._decode`), and what leaves is encoded anew:
+of a file that is none, no byte does.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import features
+
+from finelip_fast.errors import ImageError, InputError
+from finelip_fast.preprocess import open_thumbnail
+
+SIDES = (160, 320, 640, 1280, 2048)
+
+_QUALITY = 80
+
+
+class _Key(NamedTuple):
+    """A thumbnail of a file as it is: one that is overwritten has another."""
+
+    path: str
+    side: int
+    bytes: int
+    modified: int
+
+
+class Thumbnails:
+    """Thumbnails by path and side, the latest kept; used from several threads at once.
+
+    Attributes:
+        media_type: Type of what :meth:`get` returns.
+
+    Args:
+        capacity: Bytes to keep.
+    """
+
+    def __init__(self, capacity: int = 64 << 20) -> None:
+        self._format = "WEBP" if features.check("webp") else "JPEG"
+        self.media_type = f"image/{self._format.lower()}"
+        self._capacity, self._bytes = capacity, 0
+        self._lock = threading.Lock()
+        self._copies: OrderedDict[_Key, bytes] = OrderedDict()
+        self._under_way: dict[_Key, Future[bytes]] = {}
+
+    def get(self, path: Path, side: int) -> bytes:
+        """An encoded copy of a picture, upright, at most ``side`` pixels wide and high, and never enlarged.
+
+        Who asks for what another thread is making waits for that.
+
+        Args:
+            path: File of a picture.
+            side: 160, 320, 640, 1280 or 2048.
+
+        Raises:
+            InputError: Another side.
+            ImageError: The file is no picture that is read, or is gone.
+        """
+        if side not in SIDES:
+            raise InputError(f"expected side as one of {', '.join(map(str, SIDES))}, got {side!r:.80}")
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            raise ImageError(f"expected an image file, got {str(path)!r:.200}: no such file") from None
+        key = _Key(str(path), side, status.st_size, status.st_mtime_ns)
+        with self._lock:
+            if (copy := self._copies.get(key)) is not None:
+                self._copies.move_to_end(key)
+                return copy
+            promise = self._under_way.get(key)
+            is_ours = promise is None
+            if promise is None:
+                promise = self._under_way[key] = Future()
+        if is_ours:
+            self._fulfil(promise, key)
+        return promise.result()
+
+    def _fulfil(self, promise: Future[bytes], key: _Key) -> None:
+        try:
+            content = self._encoded(key)
+        except BaseException as error:
+            promise.set_exception(error)
+        else:
+            promise.set_result(content)
+            self._keep(key, content)
+        finally:
+            with self._lock:
+                del self._under_way[key]
+
+    def _encoded(self, key: _Key) -> bytes:
+        file = io.BytesIO()
+        open_thumbnail(key.path, key.side).save(file, self._format, quality=_QUALITY, method=2)
+        return file.getvalue()
+
+    def _keep(self, key: _Key, content: bytes) -> None:
+        if len(content) > self._capacity:
+            return
+        with self._lock:
+            self._copies[key] = content
+            self._bytes += len(content)
+            while self._bytes > self._capacity:
+                _, oldest = self._copies.popitem(last=False)
+                self._bytes -= len(oldest)

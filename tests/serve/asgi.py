@@ -1,0 +1,70 @@
+"""Pictures to send, and clients that speak to an application without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture of its own: four random colours, blended."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
+    """What a file of the picture holds."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    """The picture in base64."""
+    return base64.b64encode(file_of(image, kind)).decode()
+
+
+async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str, Any]]:
+    """What an application sends to a client of these messages: an ASGI message, or seconds to wait."""
+    sent: list[dict[str, Any]] = []
+    waiting = list(messages)
+
+    async def receive() -> dict[str, Any]:
+        while waiting and not isinstance(waiting[0], dict):
+            await asyncio.sleep(waiting.pop(0))
+        if waiting:
+            return waiting.pop(0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), *scope.pop("headers", [])]
+    path = scope.pop("path", "/v1/search")
+    whole = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        **scope,
+    }
+    await app(whole, receive, send)
+    return sent
+
+
+def part(body: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}

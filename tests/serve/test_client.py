@@ -1,0 +1,167 @@
+"""The client and a real server: what a retriever answers here, it answers over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+
+from finelip_fast import AsyncClient, Client, ImageError, InputError, Retriever, ServerError, TruncationWarning
+from finelip_fast.serve.app import create_app
+from finelip_fast.serve.opening import Opening
+from finelip_fast.serve.settings import ServeSettings
+
+from .conftest import picture
+
+TEXT = "a red house with two floors"
+
+
+@contextmanager
+def running(opening: Opening, settings: ServeSettings) -> Iterator[str]:
+    """A server in a thread; its address."""
+    app = create_app(opening.open(), settings)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        until = time.monotonic() + 60
+        while not server.started and thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+        try:
+            assert server.started
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint: Path) -> Iterator[Callable[..., str]]:
+    """Starts a server over an index folder; gives its address."""
+    with ExitStack() as servers:
+
+        def run(index: Path, uploads: Path | None = None, **settings: object) -> str:
+            opening = Opening(
+                index=str(index),
+                checkpoint=str(checkpoint),
+                engine="torch",
+                device="cpu",
+                uploads=None if uploads is None else str(uploads),
+            )
+            return servers.enter_context(running(opening, ServeSettings(**settings)))  # type: ignore[arg-type]
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def url(start, folder: Path) -> str:
+    return start(folder)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def test_hits_are_those_of_the_retriever(client: Client, retriever: Retriever) -> None:
+    expected = retriever.search([TEXT, "a bus"], k=4)
+    found = client.search([TEXT, "a bus"], k=4)
+    assert [[hit.id for hit in hits] for hits in found] == [[hit.id for hit in hits] for hits in expected]
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert (ours.metadata, ours.path, ours.mode, ours.stands_out) == (
+            *(theirs.metadata, theirs.path, theirs.mode, theirs.stands_out),
+        )
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+    image = picture(3)
+    assert client.search(image=image, k=1)[0].id == retriever.search(image=image, k=1)[0].id
+    assert [hit.id for hit in client.search(TEXT, where="camera = 'front'")] == ["a.png"]
+
+
+def test_arrays_are_those_of_the_retriever(client: Client, retriever: Retriever) -> None:
+    texts, images = [TEXT, ""], [picture(0), picture(1)]
+    expected = retriever.encode_texts(texts, convert_to_numpy=True)
+    np.testing.assert_allclose(client.encode_texts(texts), expected, atol=1e-4)
+    expected = retriever.encode_images(images, convert_to_numpy=True)
+    np.testing.assert_allclose(client.encode_images(images), expected, atol=1e-4)
+    np.testing.assert_allclose(client.score(images, texts), retriever.score(images, texts).numpy(), atol=1e-4)
+
+
+def test_items_info_and_explanations(client: Client, retriever: Retriever) -> None:
+    assert [item.id for item in client.items()] == list(retriever.index.ids)
+    assert [item.id for item in client.items(where="year = 2024")] == ["a.png"]
+    assert client.info()["items"] == len(retriever)
+    hit = client.search(TEXT, k=1)[0]
+    assert hit.path is not None
+    of_item, of_file = client.explain(hit, TEXT), client.explain(hit.path, TEXT)
+    assert [word["text"] for word in of_item["words"]] == TEXT.split()
+    assert of_item["score"] == pytest.approx(of_file["score"], abs=1e-4)
+
+
+def test_what_the_server_refuses(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="filter"):
+        client.search(TEXT, where="(((")
+    with pytest.raises(InputError, match="mode"):
+        client.search(TEXT, mode="fast")  # type: ignore[call-overload]
+    with pytest.raises(InputError):
+        client.search(image=b"no picture")
+    with pytest.raises(ImageError, match="cannot read"):
+        client.search(image=tmp_path / "none.png")
+    with pytest.raises(ServerError, match="--writable") as caught:
+        client.delete("a.png")
+    assert caught.value.status == 403
+    assert caught.value.code is not None
+    with pytest.warns(TruncationWarning):
+        client.search("a house " * 100, k=1)
+
+
+def test_an_asynchronous_client_asks_at_once(url: str, retriever: Retriever) -> None:
+    async def ask() -> list[str]:
+        async with AsyncClient(url) as client:
+            hits = await asyncio.gather(*(client.search(TEXT, k=1) for _ in range(8)))
+            assert {found[0].id for found in hits} == {retriever.search(TEXT, k=1)[0].id}
+            return [item.id async for item in client.items()]
+
+    assert asyncio.run(ask()) == list(retriever.index.ids)
+
+
+def test_pictures_are_added_found_and_deleted(start, checkpoint: Path, tmp_path: Path) -> None:
+    with Retriever(checkpoint, index=tmp_path / "index", device="cpu", engine="torch") as retriever:
+        retriever.add_images([picture(0)], ids=["first"], progress=False)
+    (tmp_path / "photos").mkdir()
+    for number in (1, 2):
+        picture(number).save(tmp_path / "photos" / f"{number}.png")
+    url = start(tmp_path / "index", tmp_path / "uploads", writable=True, api_key="a-key-of-16-or-more")
+    with pytest.raises(ServerError, match="FINELIP_API_KEY"), Client(url) as client:
+        client.search(TEXT)
+    with Client(url, api_key="a-key-of-16-or-more") as client:
+        report = client.add_images(tmp_path / "photos", metadata=[{"n": 1}, {"n": 2}])
+        assert (len(report.added), report.skipped) == (2, [])
+        assert client.search(image=picture(2), k=1)[0].id == report.added[1]
+        content = io.BytesIO()
+        picture(4).save(content, "PNG")
+        mixed = client.add_images([content.getvalue(), b"no picture"], ids=["a/b %2F.png", "never"])
+        assert mixed.added == ["a/b %2F.png"]
+        assert len(mixed.skipped) == 1
+        client.delete(["a/b %2F.png", report.added[0]])
+        assert {item.id for item in client.items()} == {"first", report.added[1]}
+        with pytest.raises(InputError):
+            client.delete(report.added[0])
+
+
+def test_the_command_line_asks_the_server(url: str, retriever: Retriever) -> None:
+    command = [sys.executable, "-P", "-m", "finelip_fast.cli", "search", TEXT, "--server", url, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [hit["id"] for hit in json.loads(result.stdout)] == [hit.id for hit in retriever.search(TEXT)]

@@ -1,0 +1,406 @@
+"""What is served: found as the library finds it, changed safely, and never a file that is no item's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import Retriever
+from finelip_fast.collection import item_id
+from finelip_fast.errors import InputError, WriteError
+from finelip_fast.serve import collection as collections
+from finelip_fast.serve.collection import Added, RetrieverCollection, Upload
+from finelip_fast.serve.uploads import Uploads
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, kind)
+    return file.getvalue()
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "checkpoint"
+    finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_options(checkpoint: Path) -> dict[str, Any]:
+    return {"checkpoint": checkpoint, "engine": "torch", "device": "cpu"}
+
+
+@pytest.fixture
+def retriever(engine_options: dict[str, Any], tmp_path: Path) -> Iterator[Retriever]:
+    with Retriever(**engine_options, index=tmp_path / "index") as retriever:
+        yield retriever
+
+
+@pytest.fixture
+def photos(retriever: Retriever, tmp_path: Path) -> Path:
+    """Five pictures in a folder, added as one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(5):
+        picture(seed).save(folder / f"{seed}.png")
+    retriever.add_folder(folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def served(retriever: Retriever, tmp_path: Path) -> RetrieverCollection:
+    return RetrieverCollection(retriever, tmp_path / "index" / "uploads")
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: RetrieverCollection) -> None:
+    queries = retriever.encode_texts(["a red house", "night"])
+    found = served.search(queries, 3, where="bytes > 0", alpha=0.5)
+    assert found.hits == retriever.search(["a red house", "night"], k=3, where="bytes > 0", alpha=0.5)
+    assert (found.covered, found.missing, found.shards) == (1, {}, None)
+    assert served.search(queries, 1).hits == retriever.search(["a red house", "night"], k=1)
+    assert (len(served), served.version(), served.alpha) == (5, retriever.index.version, 0.8)
+    stored = served.embeddings_of(["3.png"])["3.png"]
+    assert served.search(stored[None], 1).hits[0][0].id == "3.png"
+    items, after = served.items(limit=3)
+    assert [item.id for item in items + served.items(after=after)[0]] == retriever.index.ids
+    assert [field.name for field in served.fields()] == []
+    explanation = served.explain(photos / "1.png", "a red house")
+    assert explanation.score == pytest.approx(served.explain((photos / "1.png").read_bytes(), "a red house").score)
+
+
+def test_a_picture_is_the_file_of_an_item_and_no_other(
+    photos: Path, retriever: Retriever, served: RetrieverCollection
+) -> None:
+    retriever.add_texts(["a text"], ids=["a text"], progress=False)
+    picture(9).save(photos / "not added.png")
+    assert served.picture("1.png") == photos / "1.png"
+    for wrong in ("not added.png", "a text", "", "..", "../photos/1.png", str(photos / "1.png"), "1.png\0", "\ud800"):
+        assert served.picture(wrong) is None
+    (photos / "1.png").unlink()
+    assert served.picture("1.png") is None
+    os.mkfifo(photos / "1.png")
+    assert served.picture("1.png") is None
+
+
+def test_pictures_that_were_added_by_their_paths_are_there(
+    retriever: Retriever, served: RetrieverCollection, tmp_path: Path
+) -> None:
+    picture(1).save(tmp_path / "one.png")
+    retriever.add_images([tmp_path / "one.png"], progress=False)
+    assert served.picture(str(tmp_path / "one.png")) == tmp_path / "one.png"
+
+
+def test_what_another_process_changes_is_seen(
+    photos: Path, engine_options: dict[str, Any], served: RetrieverCollection, tmp_path: Path
+) -> None:
+    script = (
+        "import sys, torch; from finelip_fast.index import stored_index\n"
+        "index = stored_index(sys.argv[1]); stored = index.embeddings_of(['1.png'])['1.png']\n"
+        "index.add(['new'], torch.nn.functional.normalize(-stored, dim=-1)[None], [{'colour': 'red'}])\n"
+        "index.delete(['0.png']); index.maintain()"
+    )
+    stored, before = served.embeddings_of(["1.png"])["1.png"], served.version()
+    assert served.search(-stored[None], 1).hits[0][0].id != "new"
+    command = [sys.executable, "-P", "-c", script, str(tmp_path / "index")]
+    subprocess.run(command, check=True, timeout=60)
+    assert served.version() > before
+    assert served.search(-stored[None], 1).hits[0][0].id == "new"
+    assert [field.name for field in served.fields()] == ["colour"]
+    assert [item.id for item in served.items()[0]] == ["1.png", "2.png", "3.png", "4.png", "new"]
+    assert served.picture("0.png") is None
+
+
+# Adding ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_is_a_file_and_an_item(served: RetrieverCollection, retriever: Retriever, tmp_path: Path) -> None:
+    uploads = [
+        Upload(encoded(1), "beach.png", {"trip": "Łódź", "sha256": "forged", "camera": "X100"}),
+        Upload(encoded(2, "JPEG"), "../../etc/a b<script>.txt"),
+        Upload(encoded(3, "WEBP")),
+    ]
+    added = served.add(uploads)
+    assert [(one.name, one.reason, one.existing) for one in added] == [(one.name, None, False) for one in uploads]
+    ids = [one.id for one in added]
+    for name, upload, ending in zip(ids, uploads, ("-beach.png", "-a-b-script.jpg", ".webp"), strict=True):
+        path = served.picture(name)
+        assert path.read_bytes() == upload.content
+        assert path.name.endswith(ending)
+        assert path.is_relative_to(tmp_path / "index" / "uploads")
+        assert item_id(path, retriever.index.root) == name
+        (hits,) = served.search(retriever.encode_images([upload.content]), 1).hits
+        assert (hits[0].id, hits[0].path) == (name, str(path))
+    metadata = retriever.index.get(ids)[ids[0]].metadata
+    assert metadata["trip"] == "Łódź"
+    assert metadata["camera"] == "X100"
+    assert (metadata["width"], metadata["height"]) == (48, 40)
+    assert metadata["sha256"] != "forged"
+    # What was uploaded is in line with its folder already.
+    report = retriever.add_folder(tmp_path / "index" / "uploads", progress=False)
+    assert (report.added, report.changed, report.moved, report.gone) == (0, 0, 0, 0)
+
+
+def test_the_root_of_an_index_stays(photos: Path, served: RetrieverCollection, retriever: Retriever) -> None:
+    (added,) = served.add([Upload(encoded(7), "x.png")])
+    assert retriever.index.root == photos
+    assert added.id.startswith("../index/uploads/")
+    assert served.picture(added.id).read_bytes() == encoded(7)
+
+
+def test_an_upload_is_found_wherever_the_root_is_moved(
+    photos: Path, served: RetrieverCollection, retriever: Retriever, tmp_path: Path
+) -> None:
+    (added,) = served.add([Upload(encoded(7), "x.png")])
+    retriever.index.root = tmp_path / "far" / "away" / "photos"
+    path = served.picture(added.id)
+    assert path.read_bytes() == encoded(7)
+    served.delete([added.id])
+    assert not path.exists()
+
+
+def test_the_same_picture_is_one_item(served: RetrieverCollection, tmp_path: Path) -> None:
+    first, again, other = served.add(
+        [Upload(encoded(1), "a.png", {"n": 1}), Upload(encoded(1), "b.png", {"n": 2}), Upload(encoded(2), "b.png")]
+    )
+    assert (first.existing, again.existing, other.existing) == (False, True, False)
+    assert first.id == again.id != other.id
+    (later,) = served.add([Upload(encoded(1), "c.png")])
+    assert later == Added(first.id, "c.png", existing=True)
+    assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 2
+    assert served.items()[0][0].metadata["n"] == 1
+
+
+def test_a_bad_upload_is_reported_alone(served: RetrieverCollection, tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"x": deep}
+    wrong = [
+        *(b"", b"no picture", encoded(1)[:60], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ]
+    uploads = [Upload(content, f"{at}.png") for at, content in enumerate(wrong)]
+    uploads += [Upload(encoded(3), "deep.png", deep), Upload(encoded(4), "nan.png", {"x": float("nan")})]
+    results = served.add([*uploads[:3], Upload(encoded(1), "good.png"), *uploads[3:]])
+    good = results.pop(3)
+    assert good.reason is None
+    assert all(result.id is None and result.reason for result in results)
+    assert [item.id for item in served.items()[0]] == [good.id]
+    assert len(files_of(tmp_path / "index" / "uploads")) == 1
+    assert served.add([]) == []
+
+
+def test_a_file_without_an_item_is_taken_over(served: RetrieverCollection, tmp_path: Path) -> None:
+    """As a crash between the two leaves it."""
+    uploads = Uploads(tmp_path / "index" / "uploads")
+    path = uploads.path_for(digest(encoded(1)), "first.png", ".png")
+    assert uploads.keep(path, encoded(1))
+    (added,) = served.add([Upload(encoded(1), "second.png")])
+    assert (added.existing, served.picture(added.id)) == (False, path)
+    torn = uploads.path_for(digest(encoded(2)), "x.png", ".png")
+    torn.parent.mkdir(exist_ok=True)
+    torn.write_bytes(encoded(2)[:50])
+    (added,) = served.add([Upload(encoded(2), "x.png")])
+    assert served.picture(added.id).read_bytes() == encoded(2)
+    served.picture(added.id).unlink()
+    (added,) = served.add([Upload(encoded(2), "x.png")])
+    assert added.existing
+    assert served.picture(added.id).read_bytes() == encoded(2)
+
+
+def test_an_index_that_cannot_be_written_leaves_no_file(
+    served: RetrieverCollection, retriever: Retriever, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served.add([Upload(encoded(1), "a.png")])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise WriteError(28, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retriever.index, "add", refuse)
+        with pytest.raises(WriteError, match="no room"):
+            served.add([Upload(encoded(1), "a.png"), Upload(encoded(2), "b.png")])
+    assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 1
+    assert served.add([Upload(encoded(2), "b.png")])[0].reason is None
+
+
+def test_more_uploads_than_a_batch(served: RetrieverCollection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collections, "_AT_ONCE", 3)
+    added = served.add([Upload(encoded(seed % 7), f"{seed}.png") for seed in range(10)])
+    assert [one.existing for one in added] == [False] * 7 + [True] * 3
+    assert len(served) == 7
+
+
+def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, tmp_path: Path) -> None:
+    def send(number: int) -> list[Added]:
+        return served.add([Upload(encoded(seed), f"{number}.png") for seed in range(4)])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(send, range(8)))
+    assert sum(not one.existing for added in answers for one in added) == 4
+    assert {tuple(one.id for one in added) for added in answers} == {tuple(one.id for one in answers[0])}
+    assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 4
+
+
+def test_adding_and_deleting_at_once_leaves_every_item_its_file(served: RetrieverCollection, tmp_path: Path) -> None:
+    """The same picture added and deleted by several threads: what is there at the end is there with its file."""
+
+    def change(number: int) -> None:
+        for _ in range(6):
+            (added,) = served.add([Upload(encoded(0), f"{number}.png")])
+            if number % 2:
+                with suppress(InputError):  # another thread was faster
+                    served.delete([added.id])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(change, range(4)))
+    files = files_of(tmp_path / "index" / "uploads")
+    assert [served.picture(item.id) for item in served.items()[0]] == files
+
+
+# Deleting -------------------------------------------------------------------------------------------------------------
+
+
+def test_deleting_removes_uploaded_files_and_no_others(photos: Path, served: RetrieverCollection) -> None:
+    (added,) = served.add([Upload(encoded(7), "x.png")])
+    path = served.picture(added.id)
+    with pytest.raises(InputError, match="expected ids of the index, got 'nothing'"):
+        served.delete([added.id, "nothing"])
+    assert path.exists()
+    served.delete([added.id, "1.png"])
+    assert not path.exists()
+    assert (photos / "1.png").exists()
+    assert len(served) == 4
+    assert served.picture(added.id) is None
+    (again,) = served.add([Upload(encoded(7), "y.png")])
+    assert not again.existing
+    assert served.picture(again.id).read_bytes() == encoded(7)
+
+
+def test_a_strangers_items_lead_to_no_file_that_is_removed(
+    photos: Path, served: RetrieverCollection, retriever: Retriever, tmp_path: Path
+) -> None:
+    """An index may name any file: deleting its item leaves the file, in the folder of uploads also where it is not ours."""
+    notes = tmp_path / "index" / "uploads" / "notes.txt"
+    notes.parent.mkdir(exist_ok=True)
+    notes.write_text("mine")
+    ids = [item_id(path, retriever.index.root) for path in (notes, tmp_path / "index" / "catalogue.sqlite")]
+    stored = served.embeddings_of(["1.png"])["1.png"]
+    retriever.index.add(ids, torch.stack([stored, stored]), [{"sha256": "0" * 64}] * 2)
+    served.delete(ids)
+    assert notes.read_text() == "mine"
+    assert (tmp_path / "index" / "catalogue.sqlite").exists()
+
+
+def test_without_a_folder_for_uploads_nothing_can_be_changed(photos: Path, retriever: Retriever) -> None:
+    served = RetrieverCollection(retriever)
+    assert not served.writable
+    for change in (lambda: served.add([Upload(encoded(1))]), lambda: served.delete(["1.png"])):
+        with pytest.raises(InputError, match="read only: serve it with --writable"):
+            change()
+    assert len(served) == 5
+
+
+# Killing --------------------------------------------------------------------------------------------------------------
+
+_ADDING = """
+import sys
+from pathlib import Path
+from finelip_fast import Retriever
+from finelip_fast.serve.collection import RetrieverCollection, Upload
+index, checkpoint, *pictures = sys.argv[1:]
+with Retriever(checkpoint, engine="torch", device="cpu", index=index) as retriever:
+    served = RetrieverCollection(retriever, Path(index) / "uploads")
+    for path in pictures:
+        (added,) = served.add([Upload(Path(path).read_bytes(), "x.png")])
+        print(Path(path).name, added.id, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_a_kill(
+    engine_options: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for seed in range(60):
+        paths.append(tmp_path / f"{seed}.png")
+        picture(seed).save(paths[-1])
+    command = [sys.executable, "-P", "-c", _ADDING, str(tmp_path / "index"), str(checkpoint), *map(str, paths)]
+    acknowledged = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout:
+                acknowledged.append(line.split())
+                if len(acknowledged) == 9:
+                    process.send_signal(signal.SIGKILL)
+        finally:
+            process.kill()
+    assert len(acknowledged) >= 9
+    with Retriever(**engine_options, index=tmp_path / "index") as retriever:
+        served = RetrieverCollection(retriever, tmp_path / "index" / "uploads")
+        for name, item in acknowledged:
+            content = (tmp_path / name).read_bytes()
+            assert served.picture(item).read_bytes() == content
+            (hits,) = served.search(retriever.encode_images([content]), 1).hits
+            assert hits[0].id == item
+            assert served.add([Upload(content, "again.png")])[0].existing
+        assert retriever.index.check() == {}
+
+
+def test_names_of_uploads_are_harmless(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path / "uploads")
+    content = encoded(1)
+    for name in (
+        "",
+        ".",
+        "..",
+        "/",
+        "a/../../b.png",
+        "C:\\x\\y.png",
+        "\0\n",
+        "\ud800",
+        "ü" * 500,
+        "x" * 5000,
+        ".htaccess",
+        "a.php",
+    ):
+        path = uploads.path_for(digest(content), name, ".png")
+        assert path.parent.parent == uploads.folder
+        assert path.suffix == ".png"
+        assert len(path.name.encode()) < 150
+        assert uploads.holds(path)
+        assert uploads.keep(path, content)
+        assert uploads.find(f"../{path.name}") == path
+        uploads.remove(path)
+    for other in (uploads.folder, uploads.folder / "x.png", uploads.folder / "ab" / "cd.png", tmp_path / path.name):
+        assert not uploads.holds(other)

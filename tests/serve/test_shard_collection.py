@@ -1,0 +1,121 @@
+"""Shards that are served: one collection to search and to look at, with what is missing told."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import Retriever
+from finelip_fast.distributed import Shards
+from finelip_fast.engines import Engine, open_engine
+from finelip_fast.errors import InputError, StoreError
+from finelip_fast.serve.collection import ShardCollection, Upload
+
+
+@pytest.fixture(scope="module")
+def engine(make_model, tmp_path_factory) -> Engine:
+    folder = tmp_path_factory.mktemp("shards") / "checkpoint"
+    finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder)
+    return open_engine("torch", folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(engine: Engine, tmp_path_factory) -> list[Path]:
+    """Two folders of pictures with an index each."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in "ab":
+        (folder / f"photos-{shard}").mkdir()
+        for number in range(3):
+            values = np.random.default_rng([number, ord(shard)]).integers(0, 256, (2, 2, 3), np.uint8)
+            image = Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC)
+            image.save(folder / f"photos-{shard}" / f"{shard}{number}.png")
+            sidecar = folder / f"photos-{shard}" / f"{shard}{number}.json"
+            sidecar.write_text(f'{{"shard": "{shard}", "number": {number}}}')
+        with Retriever(engine.source, engine="torch", device="cpu", index=folder / shard) as retriever:
+            retriever.add_folder(folder / f"photos-{shard}", progress=False)
+    return [folder / shard for shard in "ab"]
+
+
+@pytest.fixture(scope="module")
+def served(engine: Engine, folders: list[Path]) -> Iterator[ShardCollection]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    with Shards(folders, partial="mark", cpus=0) as shards:
+        collection = ShardCollection(engine, shards)
+        yield collection
+        collection.close()
+
+
+def test_shards_are_searched_and_looked_at(served: ShardCollection, engine: Engine, folders: list[Path]) -> None:
+    found = served.search(engine.embed_texts(["a red house", "night"]), 6, alpha=0.5)
+    assert (found.covered, found.missing, [len(hits) for hits in found.hits]) == (1, {}, [6, 6])
+    for hits, shards in zip(found.hits, found.shards, strict=True):
+        for hit, shard in zip(hits, shards, strict=True):
+            assert shard == str(folders["ab".index(hit.metadata["shard"])])
+            assert hit.score == pytest.approx(0.5 * hit.global_score + 0.5 * hit.fine_score, abs=1e-5)
+            assert served.picture(hit.id) == Path(hit.path)
+            assert Path(hit.path).is_file()
+    assert served.picture("nothing") is None
+    assert len(served) == 6
+    stored = served.embeddings_of(["b1.png", "nothing"])
+    assert stored.keys() == {"b1.png"}
+    assert served.search(stored["b1.png"][None], 1).hits[0][0].id == "b1.png"
+    fields = {field.name: field for field in served.fields()}
+    assert sorted(fields["shard"].values) == ["a", "b"]
+    assert (fields["number"].least, fields["number"].greatest) == (0, 2)
+    explanation = served.explain(served.picture("a0.png"), "a red house")
+    assert explanation.alpha == served.alpha == 0.8
+    with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got 2"):
+        served.search(stored["b1.png"][None], 1, alpha=2)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 100])
+def test_shards_are_listed_one_after_another(served: ShardCollection, limit: int) -> None:
+    ids, after = [], None
+    while True:
+        items, after = served.items(limit=limit, after=after)
+        ids += [item.id for item in items]
+        if after is None:
+            break
+        assert len(items) == limit
+    assert ids == [f"{shard}{number}.png" for shard in "ab" for number in range(3)]
+    assert [item.id for item in served.items(where="shard = 'b'")[0]] == ["b0.png", "b1.png", "b2.png"]
+    for wrong in ("", "x", "7:", "0:x", "-1:"):
+        with pytest.raises(InputError, match="expected after as a page of the listing gave it"):
+            served.items(after=wrong)
+
+
+def test_shards_are_not_written_to(served: ShardCollection) -> None:
+    assert not served.writable
+    for change in (lambda: served.add([Upload(b"")]), lambda: served.delete(["a0.png"])):
+        with pytest.raises(InputError, match=r"shards, which are searched only.* --writable"):
+            change()
+
+
+def test_a_shard_that_is_gone_is_told(
+    served: ShardCollection, engine: Engine, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, it is searched all the same; what its folder would have to be read for says so."""
+    elsewhere: dict[str, Any] = {str(folders[0]): served._here()[str(folders[0])]}
+    monkeypatch.setattr(served, "_here", lambda: elsewhere)
+    hits = served.search(engine.embed_texts(["night"]), 6).hits[0]
+    assert len(hits) == 6
+    assert {hit.path is None for hit in hits if hit.id.startswith("b")} == {True}
+    assert served.picture("b0.png") is None
+    assert {field.name for field in served.fields()} == {"number", "shard"}
+    for call in (served.items, lambda: served.embeddings_of(["a0.png"])):
+        with pytest.raises(StoreError, match=r"expected the folder of the shard .*/b on this machine"):
+            call()
+
+
+def test_shards_of_another_checkpoint_are_refused(served: ShardCollection, make_model, tmp_path: Path) -> None:
+    finelip_fast.save(make_model(seed=1, context_length=40, vision_layers=1, text_width=32), tmp_path / "other")
+    with pytest.raises(StoreError, match="open them with the checkpoint that made them"):
+        ShardCollection(open_engine("torch", tmp_path / "other", "cpu"), served._shards)
