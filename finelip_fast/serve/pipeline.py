@@ -248,7 +248,7 @@ class Pipeline:
         results = self._collection.search(
             torch.stack(list(queries)), key.k, mode=key.mode, where=key.where, alpha=key.alpha
         )
-        shards = results.shards or [None] * len(queries)
+        shards: Sequence[list[str] | None] = results.shards or [None] * len(queries)
         return [
             dataclasses.replace(results, hits=[hits], shards=None if places is None else [places])
             for hits, places in zip(results.hits, shards, strict=True)
