@@ -38,27 +38,25 @@ def name_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Sixty scenes, every seventh half as wide again, one with a name of HTML."""
+    """Sixty scenes with metadata, every seventh half as wide again, one with a name of HTML."""
     folder = tmp_path_factory.mktemp("scenes")
-    for number, scene in enumerate(SCENES):
-        size = (192, 128) if number % 7 == 1 else (128, 128)
-        scene.draw().resize(size).save(folder / name_of(number))
-    return [folder / name_of(number) for number in range(len(SCENES))]
+    paths = [folder / name_of(number) for number in range(len(SCENES))]
+    for number, (scene, path) in enumerate(zip(SCENES, paths, strict=True)):
+        scene.draw().resize((192, 128) if number % 7 == 1 else (128, 128)).save(path)
+        metadata = {
+            "weather": scene.weather,
+            "family": scene.family,
+            "taken": f"2024-{1 + number // 28:02}-{1 + number % 28:02}T12:00:00",
+            "drawn by": "O'Hara" if number % 2 else "Łucja",
+        }
+        Path(f"{path}.json").write_text(json.dumps(metadata))
+    return paths
 
 
 @pytest.fixture(scope="module")
 def retriever(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
     with Retriever(index=tmp_path_factory.mktemp("index"), engine="torch", device="cpu") as retriever:
-        metadata = [
-            {
-                "weather": scene.weather,
-                "family": scene.family,
-                "taken": f"2024-{1 + number // 28:02}-{1 + number % 28:02}T12:00:00",
-                "drawn by": "O'Hara" if number % 2 else "Łucja",
-            }
-            for number, scene in enumerate(SCENES)
-        ]
-        retriever.add_images(pictures, metadata=metadata, progress=False)
+        retriever.add_folder(pictures[0].parent, progress=False)
         yield retriever
 
 
@@ -68,6 +66,7 @@ def serving(retriever: Retriever, **settings: Any) -> Iterator[str]:
     uploads = Path(settings["uploads"]) if "uploads" in settings else None
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         port = listener.getsockname()[1]
         app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(port=port, **settings))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))

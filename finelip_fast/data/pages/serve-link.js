@@ -34,8 +34,8 @@ export function linkOf(search) {
   if (search.text) values.set("q", search.text);
   for (const name of SINGLE) if (search[name] && name !== "open") values.set(name, search[name]);
   for (const [field, choice] of search.choices) {
-    for (const value of choice.is) values.append(`is.${name}`, value);
-    for (const kind of ["from", "to", "has"]) if (choice[kind]) values.set(`${kind}.${name}`, choice[kind]);
+    for (const value of choice.is) values.append(`is.${field}`, value);
+    for (const kind of ["from", "to", "has"]) if (choice[kind]) values.set(`${kind}.${field}`, choice[kind]);
   }
   if (search.open) values.set("open", search.open);
   const query = values.toString();
