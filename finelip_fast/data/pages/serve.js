@@ -345,21 +345,33 @@ async function remove(item) {
 
 // --- Adding
 
-/** @param {FileList} files */
+/**
+ * Add pictures one after another: each is refused for itself, and a request stays within the server's bounds.
+ *
+ * @param {File[]} files
+ */
 async function add(files) {
-  const form = new FormData();
-  for (const file of files) form.append("image", file);
-  announce(`Adding ${plural(files.length, "picture")} …`);
-  try {
-    const { added, items } = await ask("v1/items", { method: "POST", form });
-    const refused = items.filter(({ reason }) => reason).map(({ name, reason }) => `${name}: ${reason}`);
-    announce([`${plural(added, "picture")} added.`, ...refused].join(" "));
-    await loadInfo();
-    await run();
-  } catch (fault) {
-    announce("");
-    say(fault, () => add(files));
+  const said = [];
+  let count = 0;
+  for (const [place, file] of files.entries()) {
+    announce(`Adding picture ${place + 1} of ${files.length} …`);
+    const form = new FormData();
+    form.append("image", file);
+    try {
+      const { added, items } = await ask("v1/items", { method: "POST", form });
+      count += added;
+      said.push(...items.filter(({ reason }) => reason).map(({ name, reason }) => `${name}: ${reason}.`));
+    } catch (fault) {
+      if (fault.status !== 400) { // what is wrong with a picture; all else would be wrong with the next, too
+        announce(count ? `${plural(count, "picture")} added.` : "");
+        return say(fault, () => add(files.slice(place)));
+      }
+      said.push(`${file.name}: ${fault.message}`);
+    }
   }
+  announce([`${plural(count, "picture")} added.`, ...said].join(" "));
+  await loadInfo();
+  return run();
 }
 
 /** @param {string} news */
@@ -468,7 +480,7 @@ document.addEventListener("drop", (event) => {
 
 at("add").addEventListener("click", () => at("added").click());
 at("added").addEventListener("change", async () => {
-  if (at("added").files.length) await add(at("added").files);
+  await add([...at("added").files]);
   at("added").value = "";
 });
 
