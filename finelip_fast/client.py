@@ -288,22 +288,20 @@ class Client(_Connection):
         self,
         images: Iterable[PictureSource] | PictureSource,
         *,
-        ids: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int = _BATCH,
     ) -> AddReport:
         """Send pictures to be added; the server must have been started with ``--writable``.
 
         Args:
-            images: Folder, one picture, or several.
-            ids: An id for each picture; None: the server chooses.
+            images: Folder, one picture, or several; the server names them.
             metadata: A dictionary of JSON values for each picture.
             batch_size: Number of pictures sent at once. Where a request fails, those before it stay added.
 
         Returns:
             Ids of the pictures added, and those skipped, with the reason. What was added is found by every later search.
         """
-        return self._run(_add_images(images, ids, metadata, batch_size))
+        return self._run(_add_images(images, metadata, batch_size))
 
     def delete(self, ids: Sequence[str] | str) -> None:
         """Delete items, one after the other.
@@ -433,12 +431,11 @@ class AsyncClient(_Connection):
         self,
         images: Iterable[PictureSource] | PictureSource,
         *,
-        ids: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int = _BATCH,
     ) -> AddReport:
         """See :meth:`Client.add_images`."""
-        return await self._run(_add_images(images, ids, metadata, batch_size))
+        return await self._run(_add_images(images, metadata, batch_size))
 
     async def delete(self, ids: Sequence[str] | str) -> None:
         """See :meth:`Client.delete`."""
@@ -535,15 +532,12 @@ def _embed(inputs: Iterable[Any], batch_size: int) -> Steps[Array]:
     return np.stack(embeddings) if embeddings else np.zeros((0, 0, 0), np.float32)
 
 
-def _add_images(
-    images: Any, ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None, batch_size: int
-) -> Steps[AddReport]:
+def _add_images(images: Any, metadata: Sequence[dict[str, Any]] | None, batch_size: int) -> Steps[AddReport]:
     if isinstance(images, (str, PathLike)) and os.path.isdir(images):
         images = list_images(images)
     pictures = _pictures(images)
-    for name, values in (("ids", ids), ("metadata", metadata)):
-        if values is not None and len(values) != len(pictures):
-            raise InputError(f"expected {name} for {len(pictures)} pictures, got {len(values)}")
+    if metadata is not None and len(metadata) != len(pictures):
+        raise InputError(f"expected metadata for {len(pictures)} pictures, got {len(metadata)}")
     report = AddReport()
 
     def readable() -> Iterator[tuple[int, str, bytes]]:
@@ -557,8 +551,6 @@ def _add_images(
 
     for batch in _batches(readable(), batch_size, size=lambda entry: len(entry[2])):
         data: dict[str, Any] = {}
-        if ids is not None:
-            data["id"] = [_sound("ids", ids[number]) for number, *_ in batch]
         if metadata is not None:
             data["metadata"] = _json([metadata[number] for number, *_ in batch]).decode()
         files = [("image", (name, content, "application/octet-stream")) for _, name, content in batch]

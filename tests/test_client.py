@@ -216,17 +216,17 @@ def test_pictures_are_added(ask, tmp_path: Path) -> None:
         {"id": None, "name": "b.png", "reason": "cannot read b.png"},
     ]
     server = Server(httpx2.Response(201, json={"added": 1, "items": items}))
-    report = ask(server, "add_images", tmp_path, metadata=[{"n": 1}, {"n": 2}], ids=["x", "y"])
+    report = ask(server, "add_images", tmp_path, metadata=[{"n": 1}, {"n": 2}])
     assert report.added == ["a.png"]
     assert report.skipped == [("b.png", "cannot read b.png")]
     body = server.requests[0].content
-    for part in (b'filename="a.png"', b'[{"n": 1}, {"n": 2}]', b'name="id"\r\n\r\ny\r\n'):
+    for part in (b'filename="a.png"', b'[{"n": 1}, {"n": 2}]'):
         assert part in body
     missing = ask(server, "add_images", [tmp_path / "none.png"])
     assert (missing.added, missing.skipped[0][0]) == ([], "none.png")
     assert len(server.requests) == 1, "a picture that cannot be read here is not sent"
-    with pytest.raises(InputError, match="expected ids for 2 pictures, got 1"):
-        ask(server, "add_images", [b"1", b"2"], ids=["x"])
+    with pytest.raises(InputError, match="expected metadata for 2 pictures, got 1"):
+        ask(server, "add_images", [b"1", b"2"], metadata=[{}])
 
 
 @pytest.mark.parametrize(

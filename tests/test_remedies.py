@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,20 @@ def test_the_commands_that_messages_name_can_be_run(where: str, words: str, opti
     name = second if second in known else first
     assert name in known, f"{where}: there is no command finelip {words}"
     assert set(options) <= known[name], f"{where}: finelip {name} has no {options}"
+
+
+def unquoted(node: ast.JoinedStr) -> Iterator[str]:
+    """What a message fills in behind ``--index`` as it is, so that a shell would part a name with a blank."""
+    for before, part in pairwise(node.values):
+        is_index = isinstance(before, ast.Constant) and str(before.value).endswith("--index ")
+        if is_index and isinstance(part, ast.FormattedValue) and "quote" not in ast.unparse(part.value):
+            yield ast.unparse(part.value)
+
+
+def test_the_commands_that_messages_name_quote_folders() -> None:
+    for path in sorted((REPOSITORY / "finelip_fast").rglob("*.py")):
+        strings = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr))
+        assert not [name for node in strings for name in unquoted(node)], path
 
 
 def test_the_commands_are_found() -> None:

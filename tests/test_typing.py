@@ -39,6 +39,22 @@ with ff.Retriever("checkpoint", engine="torch", precision=None, dtype="int8", ov
     assert_type(retriever.engine, ff.Engine)
     assert_type(retriever.index, ff.Index)
 
+with ff.Client("http://127.0.0.1:8000", api_key=None, timeout=5) as client:
+    assert_type(client.search("a house", alpha=0.5), ff.Hits)
+    assert_type(client.search(["a house", "a bus"]), list[ff.Hits])
+    assert_type(client.search(image=[Image.new("RGB", (8, 8))]), list[ff.Hits])
+    assert_type(client.score(["a.jpg"], ["a house"]), np.ndarray[Any, np.dtype[np.float32]])
+    assert_type(client.add_images(["a.jpg", b"", Image.new("RGB", (8, 8))]), ff.AddReport)
+    assert_type([item.metadata for item in client.items()], list[dict[str, Any]])
+
+
+async def ask() -> None:
+    async with ff.AsyncClient("http://127.0.0.1:8000") as client:
+        assert_type(await client.search("a house"), ff.Hits)
+        assert_type(await client.search(image=("a.jpg", "b.jpg")), list[ff.Hits])
+        assert_type([item.id async for item in client.items()], list[str])
+
+
 assert_type(ff.Retriever.open("index"), ff.Retriever)
 model = ff.FineLIP.from_pretrained("org/name")
 assert_type(model, ff.FineLIP)

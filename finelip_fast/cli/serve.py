@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import ipaddress
 import os
@@ -12,7 +11,7 @@ import threading
 import warnings
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -20,7 +19,6 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
-from finelip_fast._addresses import is_loopback
 from finelip_fast._files import read_bytes
 from finelip_fast.cli.commands import Command, ModelOptions, Several, alpha_option, index_option, model_options
 from finelip_fast.errors import InputError, StoreError
@@ -33,7 +31,6 @@ API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?")
-_SHORTEST_KEY = 16  # characters; a shorter one is soon guessed by trying
 _MAX_WORKERS = 256
 
 
@@ -147,8 +144,6 @@ def serve(
         raise InputError("expected --ray with --shards, got it alone")
     if shards and workers > 1:
         raise InputError(f"expected --workers 1 with --shards, got {workers}: shards are processes of their own")
-    if opens and port == 0:
-        raise InputError("expected --open with a --port, got --port 0: which one it will be is not known before")
     if uploads is not None and not writable:
         raise InputError("expected --uploads with --writable, got it alone")
     if shards and writable:
@@ -168,11 +163,6 @@ def serve(
         drain=_seconds("--drain", drain, 0, 3600),
         log_queries=log_queries,
     )
-    if settings.api_key is None and not is_loopback(host):
-        raise InputError(
-            f"expected a key for --host {host}, where others reach the server, got none: --api-key-file FILE, or "
-            f"{API_KEY_VARIABLE}; one is made by python -c 'import secrets; print(secrets.token_urlsafe())'"
-        )
     opening = Opening(
         index=None if shards else index,
         shards=shards,
@@ -211,8 +201,13 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
             )
         if opening.checkpoint is None:
             checkpoint_of(folder)
-    with _opened_in_browser(settings) if opens else nullcontext():
-        server.serve(settings, opening, workers=workers)  # prints the address
+
+    def ready(address: str) -> None:
+        server.print_address(address)
+        if opens:  # a browser in the terminal would keep the server from answering it
+            threading.Thread(target=_open_page, args=(address,), daemon=True).start()
+
+    server.serve(settings, opening, workers, ready=ready)
     yield from ()
 
 
@@ -226,57 +221,20 @@ def require_packages() -> None:
         raise InputError(f"finelip serve needs the packages {', '.join(missing)}: pip install 'finelip-fast[serve]'")
 
 
-def address(settings: ServeSettings) -> str:
-    """Address of the page as a browser on this machine finds it."""
-    host = _local(settings.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-
-
-def _local(host: str) -> str:
-    """Address to connect to, where the server listens on all."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-@contextmanager
-def _opened_in_browser(settings: ServeSettings) -> Iterator[None]:
-    """Open the page as soon as the server answers, which takes as long as its model takes to load."""
-    stopped = threading.Event()
-
-    def wait() -> None:
-        while not stopped.wait(0.2):
-            with suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(_local(settings.host), settings.port, timeout=1)
-                connection.request("GET", "/health/live")
-                connection.getresponse()
-                if not webbrowser.open(address(settings)):
-                    warnings.warn(f"no browser was found to open {address(settings)}", stacklevel=2)
-                return
-
-    threading.Thread(target=wait, daemon=True).start()
-    try:
-        yield
-    finally:
-        stopped.set()
+def _open_page(address: str) -> None:
+    if not webbrowser.open(address):
+        warnings.warn(f"no browser was found to open {address}", stacklevel=2)
 
 
 def _api_key(path: str | None) -> str | None:
     """The key out of a file, or else out of the environment; None: there is none.
 
     Raises:
-        InputError: A file that cannot be read, or a key that is too short or cannot be sent.
+        InputError: A file that cannot be read.
     """
-    if path is not None:
-        name, key = path, read_bytes(path, error=InputError, max_bytes=4096).decode("latin-1").strip()
-    else:
-        name, key = API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE, "")
-        if not key:
-            return None
-    if len(key) < _SHORTEST_KEY or not re.fullmatch("[!-~]+", key):
-        raise InputError(
-            f"{name}: expected a key of at least {_SHORTEST_KEY} ASCII characters without spaces, got another; one is made by "
-            "python -c 'import secrets; print(secrets.token_urlsafe())'"
-        )
-    return key
+    if path is None:
+        return os.environ.get(API_KEY_VARIABLE) or None
+    return read_bytes(path, error=InputError, max_bytes=1 << 14).decode("latin-1").strip()
 
 
 def _checked_host(host: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import Response
 
 from finelip_fast.errors import FineLIPError, InputError, StoreError, WriteError
+from finelip_fast.serve.batching import DeadlineExceeded, Draining, Overloaded
 
 log = logging.getLogger("finelip_fast.serve")
 
@@ -60,13 +61,6 @@ class Refusal(Exception):
         return answer({"error": error}, status=self.status, headers=self.headers)
 
 
-class Overloaded(Refusal):
-    """More is waiting than the server lets wait."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(429, "overloaded", message, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
-
-
 def answer(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A value as an answer of JSON."""
     return Response(json_bytes(value), status, headers, media_type="application/json")
@@ -94,11 +88,12 @@ def _plain(value: Any) -> Any:
 
 def refusal_of(error: FineLIPError) -> Refusal:
     """What a client is told of an error of the library; of one that is not its fault, the log has the rest."""
-    # Bounds of waiting, whose module knows nothing of HTTP.
-    if type(error).__name__ == "Overloaded":
-        return Overloaded(str(error), getattr(error, "retry_after", 1.0))
-    if type(error).__name__ == "DeadlineExceeded":
+    if isinstance(error, Overloaded):
+        return Refusal(429, "overloaded", str(error), headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, DeadlineExceeded):
         return Refusal(504, "deadline", str(error))
+    if isinstance(error, Draining):
+        return Refusal(503, "not_ready", str(error), headers={"Retry-After": "2"})
     if isinstance(error, InputError):
         return Refusal(400, "invalid_input", str(error))
     log.error("%s: %s", type(error).__name__, error)

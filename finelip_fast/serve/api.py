@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from finelip_fast._files import installed
 from finelip_fast._json import parse_json
-from finelip_fast.errors import InputError
+from finelip_fast.errors import ImageError, InputError
 from finelip_fast.explain import Explanation
 from finelip_fast.explain.pictures import tables
 from finelip_fast.hits import Hit
@@ -43,9 +43,8 @@ from finelip_fast.serve.requests import (
     unsupported,
     validated,
 )
+from finelip_fast.serve.thumbnails import SIDES
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
-
-SIDES = (160, 320, 640, 1280, 2048)
 
 _WORD = re.compile(r"\S+")
 
@@ -325,13 +324,15 @@ async def thumbnail(
     path = await server.pipeline.run(server.collection.picture, item, deadline=deadline(request))
     if path is None:
         raise no_item(item, "whose picture is there")
-    content = await server.pipeline.run(server.thumbnails.get, path, side, deadline=deadline(request))
+    try:
+        content = await server.pipeline.run(server.thumbnails.get, path, side, deadline=deadline(request))
+    except ImageError:
+        raise no_item(item, "whose picture can be read") from None
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    kind = "image/jpeg" if content.startswith(b"\xff\xd8") else "image/webp"
-    return Response(content, media_type=kind, headers=headers)
+    return Response(content, media_type=server.thumbnails.media_type, headers=headers)
 
 
 @router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)

@@ -25,12 +25,13 @@ from finelip_fast.errors import FineLIPError
 from finelip_fast.serve import api, health, openai, schemas
 from finelip_fast.serve.answers import Refusal, refusal_of
 from finelip_fast.serve.collection import Collection
-from finelip_fast.serve.direct import Pipeline, Thumbnails
 from finelip_fast.serve.guards import Account, Bounds, Doors
 from finelip_fast.serve.health import Health, warm
 from finelip_fast.serve.metrics import Metrics
+from finelip_fast.serve.pipeline import Pipeline
 from finelip_fast.serve.requests import Serving, invalid
 from finelip_fast.serve.settings import ServeSettings
+from finelip_fast.serve.thumbnails import Thumbnails
 
 _PAGES = Path(__file__).parent.parent / "data" / "pages"
 _KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}

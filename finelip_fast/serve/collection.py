@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,9 +30,10 @@ from finelip_fast.index.catalogue import Item
 from finelip_fast.index.checks import as_json
 from finelip_fast.index.fields import joined_fields
 from finelip_fast.index.search import Mode
-from finelip_fast.ingest import AddReport, Ingest
+from finelip_fast.ingest import Ingest
 from finelip_fast.model import FineLIP
 from finelip_fast.picture_files import HASH, STAMP, describe
+from finelip_fast.reports import AddReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.serve.uploads import Uploads
 
@@ -188,7 +190,9 @@ class RetrieverCollection:
         where: str | None = None,
         alpha: float | None = None,
     ) -> Found:
-        return Found(self._retriever.search_embeddings(queries, k=k, mode=mode, where=where, alpha=alpha))
+        results = self._retriever.search_embeddings(queries, k=k, mode=mode, where=where, alpha=alpha)
+        root = self._index.root
+        return Found([Hits(_with_path(hit, root) for hit in hits) for hits in results])
 
     def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
         return self._index.embeddings_of(ids)
@@ -207,9 +211,8 @@ class RetrieverCollection:
         return None if item is None else self._file_of(item, self._index.root)
 
     def _file_of(self, item: Item, root: Path | None) -> Path | None:
-        path = str(picture_path(item.id, item.metadata, root) or item.id)
-        if is_local_file(path):
-            return Path(path)
+        if (path := _local_file(item.id, item.metadata, root)) is not None:
+            return path
         return None if self._uploads is None else self._uploads.find(item.id)
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
@@ -376,16 +379,15 @@ class ShardCollection:
         roots = {folder: index.root for folder, index in self._here().items()}
 
         def hit(query: int, rank: int, item: ShardItem) -> Hit:
-            path = picture_path(item.id, item.metadata, roots.get(item.shard))
-            return Hit(
+            bare = Hit(
                 item.id,
                 float(result.scores[query, rank]),
                 float(result.global_scores[query, rank]),
                 None if result.fine_scores is None else float(result.fine_scores[query, rank]),
                 item.metadata,
                 result.modes[item.shard],
-                None if path is None else str(path),
             )
+            return _with_path(bare, roots[item.shard]) if item.shard in roots else bare
 
         hits = [
             Hits(hit(query, rank, item) for rank, item in enumerate(items)) for query, items in enumerate(result.items)
@@ -438,9 +440,8 @@ class ShardCollection:
     def picture(self, id: str) -> Path | None:
         for index in self._here().values():
             for item in index.get([id]).values():
-                path = str(picture_path(item.id, item.metadata, index.root) or item.id)
-                if is_local_file(path):
-                    return Path(path)
+                if (path := _local_file(item.id, item.metadata, index.root)) is not None:
+                    return path
         return None
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
@@ -467,6 +468,17 @@ class ShardCollection:
             for index in self._indexes.values():
                 index.close()
             self._indexes.clear()
+
+
+def _local_file(id: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
+    """The file of an item's picture, of one that was added by its path without its hash, too; None: there is none here."""
+    path = picture_path(id, metadata, root) or (id if root is None else os.path.normpath(root / id))
+    return Path(path) if is_local_file(str(path)) else None
+
+
+def _with_path(hit: Hit, root: Path | None) -> Hit:
+    path = hit.path or _local_file(hit.id, hit.metadata, root)
+    return hit if path is None else replace(hit, path=str(path))
 
 
 class _Sound(NamedTuple):

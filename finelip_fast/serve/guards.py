@@ -25,7 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finelip_fast.errors import InputError
-from finelip_fast.serve.answers import Overloaded, Refusal, log
+from finelip_fast.serve.answers import Refusal, log
 from finelip_fast.serve.metrics import Metrics
 from finelip_fast.serve.requests import Serving
 from finelip_fast.serve.settings import ServeSettings
@@ -338,10 +338,11 @@ class Room:
     def take(self, size: int) -> None:
         """
         Raises:
-            Overloaded: There is no room for so much.
+            Refusal: 429, there is no room for so much.
         """
         if size > self._left:
-            raise Overloaded("the server holds as much as it can of other requests: try again soon", 1.0)
+            message = "the server holds as much as it can of other requests: try again soon"
+            raise Refusal(429, "overloaded", message, headers={"Retry-After": "1"})
         self._left -= size
 
     def give(self, size: int) -> None:

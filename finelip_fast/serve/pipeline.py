@@ -192,7 +192,7 @@ class Pipeline:
         """Search with embeddings.
 
         Args:
-            queries: At least one embedding ``[L, D]``.
+            queries: Embeddings ``[L, D]``, one or more.
             k, mode, where, alpha: The same as for the collection's search; an alpha of None is the collection's.
             deadline: Time at which to give up.
 

@@ -26,8 +26,9 @@ from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal
 from finelip_fast.serve.collection import Collection
-from finelip_fast.serve.direct import Pipeline, Thumbnails
+from finelip_fast.serve.pipeline import Pipeline
 from finelip_fast.serve.settings import Limits, ServeSettings
+from finelip_fast.serve.thumbnails import Thumbnails
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -127,7 +127,8 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
     from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
 
     configure_logs()
-    app = create_app(opening.open(), settings)
+    collection = opening.open()
+    app = create_app(collection, settings)
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -145,6 +146,8 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
     )
     server = _Server(config, app.state.serving, settings.drain, ready)
     server.run([listener])
+    if hasattr(collection, "close"):
+        collection.close()
     if not server.started:
         raise EngineError("the server could not start: what its log says above has to be mended first")
 

@@ -65,8 +65,11 @@ def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
     monkeypatch.setattr(loading, "BUNDLED", folder)
     assert_same_weights(load(), model)
     monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"lacks the bundled model .*reinstall"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks the bundled model .*reinstall finelip-fast, or name a checkpoint"
+    ):
         load()
+    assert_same_weights(load(folder), model)
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,27 @@ def test_open_clip_failures(monkeypatch):
             load(name)
 
 
-def test_an_open_clip_model_of_another_activation(tiny_open_clip, longclip_state, tmp_path, monkeypatch):
+def test_what_cannot_be_downloaded_is_given_by_its_path(tiny_open_clip, clip_state, model, tmp_path, monkeypatch):
+    def unreachable(cfg):
+        raise ConnectionError("no route")
+
+    tag = {"hf_hub": "org/tiny/", "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: tag if wanted == "web" else {})
+    monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
+    torch.save(clip_state, tmp_path / "clip.bin")
+    with pytest.raises(CheckpointError, match="or download it elsewhere and give its path: ") as caught:
+        load(f"open_clip:{tiny_open_clip}/web")
+    advised = str(caught.value).rpartition("give its path: ")[2]
+    assert_same_towers(load_untrained(advised.replace("PATH", str(tmp_path / "clip.bin"))), model)
+
+
+def test_an_open_clip_model_of_another_activation(
+    tiny_open_clip, longclip_state, known_widths, model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: {})
     torch.save(longclip_state, tmp_path / "clip.pt")
     with pytest.raises(
         CheckpointError, match=r"ViT-Tiny-Test is a model with plain GELU.*Long-CLIP.*name the file alone"
     ):
         load(f"open_clip:{tiny_open_clip}/{tmp_path / 'clip.pt'}")
+    assert_same_towers(load_untrained(tmp_path / "clip.pt"), model)

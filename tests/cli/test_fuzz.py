@@ -127,7 +127,7 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("webbrowser.open", lambda _: True)
         patch.setattr("watchfiles.watch", lambda *_, **__: iter(()))  # without an end
         server = ModuleType("finelip_fast.serve.run")
-        server.serve = lambda *_, workers: None  # type: ignore[attr-defined]  # nothing listens
+        server.serve = lambda *_, ready: None  # type: ignore[attr-defined]  # nothing listens
         patch.setitem(sys.modules, server.__name__, server)
         patch.setattr("finelip_fast.serve.run", server, raising=False)
         patch.setattr("tempfile.tempdir", str(folder))

@@ -11,6 +11,7 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Queue
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 import finelip_fast
 from finelip_fast import serve as package
 from finelip_fast.cli import main
+from finelip_fast.serve.guards import check_exposure
 from finelip_fast.serve.opening import Opening
 from finelip_fast.serve.settings import ServeSettings
 
@@ -56,7 +58,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeSettings, Opening
     """What servers were told; none is started."""
     calls: list[Any] = []
     module = ModuleType("finelip_fast.serve.run")
-    module.serve = lambda *arguments, workers: calls.append((*arguments, workers))  # type: ignore[attr-defined]
+    module.print_address = print  # type: ignore[attr-defined]
+
+    def serve(*arguments: Any, ready: Callable[[str], object]) -> None:
+        check_exposure(arguments[0])
+        calls.append(arguments)
+        ready("http://127.0.0.1:8123")
+
+    module.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(package, "run", module, raising=False)
     monkeypatch.delenv("FINELIP_API_KEY", raising=False)
@@ -79,7 +88,7 @@ def serve(
 
 
 def test_a_server_is_told_what_to_serve(serve, served, folder: Path) -> None:
-    assert serve() == (0, "", "")
+    assert serve() == (0, "http://127.0.0.1:8123\n", "")
     assert served == [(ServeSettings(), Opening(index="index"), 1)]
 
 
@@ -90,8 +99,7 @@ def test_every_option_arrives(serve, served, folder: Path) -> None:
         "--allowed-host b.example --origin https://a.example:8443 --timeout 5 --batch-wait 1.5 --max-batch 8 --queue 16 "
         "--drain 3 --log-queries --alpha 0.3 --checkpoint checkpoint --engine torch --device cpu"
     )
-    code, out, _ = serve(*options.split())
-    assert (code, out) == (0, "")
+    assert serve(*options.split())[0] == 0
     settings = ServeSettings(
         host="::1",
         port=9000,
@@ -125,18 +133,17 @@ def test_uploads_lie_in_the_index_unless_told(serve, served) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--host 0.0.0.0", "expected a key for --host 0.0.0.0"),
-        ("--host photos.example", "expected a key for --host photos.example"),
-        ("--host ::", "expected a key for --host ::"),
+        ("--host 0.0.0.0", "expected an API key to listen on '0.0.0.0'"),
+        ("--host photos.example", "expected an API key to listen on 'photos.example'"),
+        ("--host ::", "expected an API key to listen on '::'"),
         ("--host a/b", "expected --host as an address or a name"),
-        ("--port 0 --open", "expected --open with a --port"),
         ("--port 65536", "65536 is not in the range"),
         ("--workers 0", "0 is not in the range"),
         ("--timeout nan", "expected --timeout from 0.1 to 3600, got nan"),
         ("--batch-wait -1", "expected --batch-wait from 0 to 1000, got -1"),
         ("--drain inf", "expected --drain from 0 to 3600, got inf"),
         ("--api-key-file none", "cannot read none"),
-        ("--api-key-file short", "short: expected a key of at least 16"),
+        ("--api-key-file short", "expected an API key of 16 to 4096"),
         ("--allowed-host http://a", "expected --allowed-host as a name"),
         ("--allowed-host *", "expected --allowed-host as a name"),
         ("--origin *", "expected --origin as scheme"),
@@ -165,11 +172,10 @@ def test_shards_are_processes_and_folders_of_their_own(serve, served, words: str
 
 def test_the_key_comes_from_the_environment_too(serve, served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINELIP_API_KEY", KEY)
-    code, out, _ = serve("--host", "0.0.0.0")
-    assert (code, out) == (0, "")
+    assert serve("--host", "0.0.0.0")[0] == 0
     assert served[0][0].api_key == KEY
     monkeypatch.setenv("FINELIP_API_KEY", "a b")
-    assert "FINELIP_API_KEY: expected a key" in serve()[2]
+    assert "expected an API key of 16 to 4096" in serve()[2]
 
 
 def test_a_missing_package_is_named_with_what_brings_it(serve, served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +210,7 @@ def test_the_demo_is_served_and_names_the_command_otherwise(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "search them in a browser: .venv/bin/finelip serve --index demo/index --open"
     assert main(["demo", "--serve", "--port", "9000"]) == 0
-    assert capsys.readouterr().out == "done\n"
+    assert capsys.readouterr().out == "done\nhttp://127.0.0.1:8123\n"
     assert served == [(ServeSettings(port=9000), Opening(index=str(Path("demo") / "index")), 1)]
 
 
@@ -246,15 +252,11 @@ def url(server: ThreadingHTTPServer) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
-def test_the_browser_is_opened_once_the_server_answers(
-    serve, served, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = threading.Event()
-    addresses: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda address: addresses.append(address) or opened.set() or True)
-    package.run.serve = lambda *_, workers: opened.wait(10)  # type: ignore[attr-defined]
-    assert serve("--port", url.rpartition(":")[2], "--open")[0] == 0
-    assert addresses == [url]
+def test_the_browser_is_opened_once_the_server_answers(serve, served, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: Queue[str] = Queue()
+    monkeypatch.setattr(webbrowser, "open", lambda address: addresses.put(address) or True)
+    assert serve("--open")[0] == 0
+    assert addresses.get(timeout=10) == "http://127.0.0.1:8123"
 
 
 @pytest.fixture

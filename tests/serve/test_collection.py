@@ -114,12 +114,17 @@ def test_a_picture_is_the_file_of_an_item_and_no_other(
     assert served.picture("1.png") is None
 
 
+@pytest.mark.parametrize("has_root", [False, True])
 def test_pictures_that_were_added_by_their_paths_are_there(
-    retriever: Retriever, served: RetrieverCollection, tmp_path: Path
+    retriever: Retriever, served: RetrieverCollection, tmp_path: Path, has_root: bool
 ) -> None:
     picture(1).save(tmp_path / "one.png")
-    retriever.add_images([tmp_path / "one.png"], progress=False)
-    assert served.picture(str(tmp_path / "one.png")) == tmp_path / "one.png"
+    if has_root:
+        retriever.index.root = tmp_path
+    (name,) = retriever.add_images([tmp_path / "one.png"], progress=False).added
+    assert served.picture(name) == tmp_path / "one.png"
+    (hits,) = served.search(retriever.encode_texts(["night"]), 1).hits
+    assert (hits[0].id, hits[0].path) == (name, str(tmp_path / "one.png"))
 
 
 def test_what_another_process_changes_is_seen(

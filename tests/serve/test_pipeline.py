@@ -7,7 +7,6 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finelip_fast import Hit, Hits, ImageError, InputError, Retriever
+from finelip_fast import Hits, ImageError, InputError, Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.batching import Overloaded
+from finelip_fast.serve.collection import Found, RetrieverCollection
 from finelip_fast.serve.pipeline import Pipeline
 from finelip_fast.serve.settings import Limits, ServeSettings
 
@@ -25,31 +25,19 @@ ITEMS = 12
 LONG = "a red house beside a tall tree and a blue car " * 40
 
 
-@dataclass(frozen=True)
-class Found:
-    hits: list[Hits]
-    covered: float = 1.0
-    missing: dict[str, str] = field(default_factory=dict)
-    shards: list[list[str]] | None = None
-
-
-class Holdings:
-    """A retriever's items; keeps how many queries each search had, and stops at a gate while that is shut."""
+class Holdings(RetrieverCollection):
+    """A retriever's items, said to be of a shard; keeps the sizes of searches, and stops at a gate while that is shut."""
 
     def __init__(self, retriever: Retriever) -> None:
-        self.retriever, self.engine, self.alpha, self.writable = retriever, retriever.engine, retriever.alpha, False
+        super().__init__(retriever)
         self.searches: list[tuple[int, int]] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def search(self, queries: Tensor, k: int, *, mode: Any, where: str | None, alpha: float) -> Found:
+    def search(self, queries: Tensor, k: int, **options: Any) -> Found:
         self.searches.append((len(queries), k))
         assert self.gate.wait(10)
-        result = self.retriever.index.search(queries, k, alpha=alpha, mode=mode, where=where)
-        hits = [
-            Hits(Hit(item.id, score, 0.0, None, item.metadata) for item, score in zip(items, scores, strict=True))
-            for items, scores in zip(result.items, result.scores.tolist(), strict=True)
-        ]
+        hits = super().search(queries, k, **options).hits
         return Found(hits, 0.5, {"other": "gone"}, [["here"] * len(row) for row in hits])
 
 
@@ -72,7 +60,7 @@ def with_pipeline(
     holdings: Holdings, scenario: Callable[[Pipeline, float], Coroutine[Any, Any, None]], **settings: Any
 ) -> None:
     async def bounded() -> None:
-        pipeline: Any = Pipeline(holdings, ServeSettings(**settings))  # type: ignore[arg-type]
+        pipeline = Pipeline(holdings, ServeSettings(**settings))
         await pipeline.start()
         await asyncio.wait_for(scenario(pipeline, asyncio.get_running_loop().time() + 30), 60)
         await pipeline.close()

@@ -1,0 +1,239 @@
+"""Real processes: they start, drain, end and are replaced as they say."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finelip_fast.errors import InputError
+from finelip_fast.serve.run import address_of, listen, serve
+from finelip_fast.serve.settings import ServeSettings
+
+SEARCH = json.dumps({"text": "a red house", "k": 1})
+
+PROGRAM = """
+import sys
+from finelip_fast._command_line import run_command
+from finelip_fast.serve.opening import Opening
+from finelip_fast.serve.run import serve
+from finelip_fast.serve.settings import ServeSettings
+
+if __name__ == "__main__":
+    index, checkpoint, workers, settings = sys.argv[1:]
+    opening = Opening(index, checkpoint=checkpoint, engine="torch", device="cpu")
+    sys.exit(run_command(lambda: serve(ServeSettings(**eval(settings)), opening, int(workers))))
+"""
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None
+        self.address = process.stdout.readline().split(" ")[0]
+        self.port = int(self.address.rpartition(":")[2]) if self.address else 0
+
+    def ask(self, method: str, path: str, body: str | None = None, timeout: float = 30) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """The exit code, and what was written to standard error."""
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=40)
+        return self.process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Callable[..., Server]]:
+    """Starts a server at any port that is free, and waits until it answers."""
+    processes: list[subprocess.Popen[str]] = []
+    program = tmp_path_factory.mktemp("run") / "program.py"
+    program.write_text(PROGRAM)
+
+    def started(workers: int = 1, index: Path = folder, **settings: Any) -> Server:
+        words = [str(index), str(checkpoint), str(workers), repr({"port": 0} | settings)]
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(program), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        processes.append(process)
+        return Server(process)
+
+    yield started
+    for process in processes:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        process.communicate()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 40) -> Any:
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Server]) -> Server:
+    """One that several tests ask, since starting takes seconds; the last of them stops it."""
+    return start()
+
+
+def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
+    def say(content: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(content)
+            client.shutdown(socket.SHUT_WR)
+            parts = []
+            while part := client.recv(1 << 16):
+                parts.append(part)
+            return b"".join(parts)
+
+    host = b"\r\nHost: localhost\r\n"
+    bad = [
+        b"\0" * 1000,
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /\xff HTTP/1.1" + host + b"\r\n",
+    ]
+    bad += [
+        b"GET / HTTP/1.1" + host + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ]
+    bad += [b"POST / HTTP/1.1" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab"]
+    for content in bad:
+        answer = say(content)
+        assert answer.startswith(b"HTTP/1.1 400 "), (content[:40], answer)
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "no_http"
+    upgrade = b"GET /health/live HTTP/1.1" + host + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    assert say(upgrade).startswith(b"HTTP/1.1 200 ")
+    chunked = b"POST /v1/search HTTP/1.1" + host + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    assert b" 500 " not in say(chunked)
+    assert server.ask("GET", "/health/ready")[0] == 200
+
+
+def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
+    assert server.ask("GET", "/health/ready")[0] == 200
+    status, body = server.ask("POST", "/v1/search?q=secret", SEARCH)
+    assert (status, len(json.loads(body)["results"][0]["hits"])) == (200, 1)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.putrequest("POST", "/v1/search")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(SEARCH)))
+    connection.endheaders(SEARCH[:5].encode())
+    time.sleep(0.5)  # the server has the headers
+    ended: list[tuple[int, str]] = []
+    stopping = threading.Thread(target=lambda: ended.append(server.stop()))
+    stopping.start()
+    time.sleep(0.5)
+    connection.send(SEARCH[5:].encode())
+    answer = connection.getresponse()
+    assert (answer.status, answer.getheader("connection")) == (200, "close")
+    stopping.join()
+    ((code, errors),) = ended
+    assert code == 0, errors
+    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert [line["path"] for line in lines][-3:] == ["/health/ready", "/v1/search", "/v1/search"]
+    assert "secret" not in errors
+    assert "red house" not in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_what_does_not_end_is_cut_off(start: Callable[..., Server]) -> None:
+    server = start(drain=1.0)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        head = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        time.sleep(0.5)
+        assert server.stop(signal.SIGINT)[0] == 0
+
+
+def test_a_port_that_is_taken() -> None:
+    with listen(ServeSettings(port=0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"expected a free port, got {port}.*--port"):
+            listen(ServeSettings(port=port))
+        assert address_of(taken) == f"http://127.0.0.1:{port}"
+    with pytest.raises(InputError, match="expected an address of this machine"):
+        listen(ServeSettings(host="no.such.name.invalid", port=0))
+    with pytest.raises(InputError, match=r"cannot listen on 192\.0\.2\.1"):
+        listen(ServeSettings(host="192.0.2.1", port=0))
+
+
+def test_nothing_is_opened_where_others_would_reach_it() -> None:
+    class Never:
+        def open(self) -> None:
+            raise AssertionError
+
+    with pytest.raises(InputError, match="expected an API key to listen on"):
+        serve(ServeSettings(host="0.0.0.0", port=0), Never())
+
+
+@pytest.mark.slow
+def test_what_cannot_be_opened_is_said(start: Callable[..., Server], tmp_path: Path) -> None:
+    for workers in (1, 2):
+        (tmp_path / "file").touch()
+        server = start(workers, index=tmp_path / "file")
+        _, errors = server.process.communicate(timeout=60)
+        assert (server.process.returncode, server.address) == (2, ""), errors
+        assert errors.count("error: ") == 1
+        assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Server]) -> None:
+    server = start(2)
+    parent = psutil.Process(server.process.pid)
+
+    def workers() -> set[int]:
+        return {child.pid for child in parent.children() if "resource_tracker" not in " ".join(child.cmdline())}
+
+    before = wait_until(lambda: len(workers()) == 2 and workers())
+    victim = next(iter(before))
+    os.kill(victim, signal.SIGKILL)
+    after = wait_until(lambda: len(workers() - {victim}) == 2 and workers())
+    assert victim not in after
+    assert [server.ask("POST", "/v1/search", SEARCH)[0] for _ in range(10)] == [200] * 10
+    assert b"finelip_request_seconds_count" in server.ask("GET", "/metrics")[1]
+    code, errors = server.stop()
+    assert (code, f"worker {victim} ended with -9" in errors) == (0, True), errors
+    assert not any(psutil.pid_exists(pid) for pid in after)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(start: Callable[..., Server]) -> None:
+    server = start(2)
+    workers = psutil.Process(server.process.pid).children()
+    os.kill(server.process.pid, signal.SIGKILL)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
