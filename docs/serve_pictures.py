@@ -1,13 +1,14 @@
 """The README's pictures of ``finelip serve``, in Chromium, of the scenes of ``make demo``.
 
-``python docs/serve_pictures.py`` writes ``docs/serve-*.png``; ``python docs/serve_pictures.py FOLDER`` writes every state there,
-at the widths of a desk and of a phone, in light and dark.
+``python docs/serve_pictures.py`` writes ``docs/serve-*.png``; with a FOLDER it writes every state there, at the widths of a
+desk and of a phone, in light and dark.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import socket
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from finelip_fast.datasets import Scenes
 from finelip_fast.retriever import Retriever
@@ -29,6 +30,10 @@ from finelip_fast.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parent
 SCENES, QUERY = 200, 76
+STATES = [
+    *("empty", "results", "opened", "explained", "too-long", "filters", "wrong-filter"),
+    *("nothing-stands-out", "no-answer"),
+]
 SIZES = {"desk": (1440, 900), "phone": (390, 844)}
 # Which of all states the documentation shows.
 SHOWN = [("results", "desk", "light"), ("explained", "desk", "dark"), ("explained", "phone", "light")]
@@ -79,7 +84,7 @@ def show_states(page: Page, address: str, text: str, save: Callable[[str], None]
     page.locator(".word").first.wait_for()
     save("opened")
     words = [word.strip(".,;") for word in page.locator(".word").all_inner_texts()]
-    page.locator(".word").nth(words.index("umbrella")).click()
+    page.locator(".word").nth(words.index("truck")).click()
     save("explained")
     page.keyboard.press("Escape")
     page.get_by_label("Description of the picture").fill(f"{text} {text}")
@@ -113,6 +118,13 @@ def photograph(browser: Browser, address: str, size: str, scheme: str, places: d
     )
     page = context.new_page()
 
+    def hide_folder(route: Route) -> None:
+        """The pictures' folder is this machine's, and of no use to a reader."""
+        answer = route.fetch()
+        route.fulfill(response=answer, body=re.sub(r'"/[^"]*/(scenes/[^"/]*\.png)"', r'"/home/ada/\1"', answer.text()))
+
+    page.route("**/v1/search", hide_folder)
+
     def save(state: str) -> None:
         if state not in places:
             return
@@ -129,7 +141,6 @@ def main() -> None:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         sys.exit("expected Chromium: apt-get install chromium")
-    states = "empty results opened explained too-long filters wrong-filter nothing-stands-out no-answer".split()
     with serving() as address, sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
@@ -138,7 +149,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for size in SIZES:
                 for scheme in ("light", "dark"):
-                    places = {state: folder / f"{state}-{size}-{scheme}.png" for state in states}
+                    places = {state: folder / f"{state}-{size}-{scheme}.png" for state in STATES}
                     photograph(browser, address, size, scheme, places)
         else:
             for state, size, scheme in SHOWN:

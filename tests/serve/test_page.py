@@ -162,6 +162,17 @@ def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
     assert page.get_by_label("Description of the picture").input_value() == TEXT
 
 
+def test_what_is_typed_before_the_server_has_answered_stays(open_page: Callable[..., Page], address: str) -> None:
+    page = open_page()
+    waiting: list[Route] = []
+    page.route("**/v1/info", waiting.append)
+    page.goto(address)
+    page.get_by_label("Description of the picture").fill(TEXT)
+    waiting[0].continue_()
+    expect(cards(page).first).to_be_visible()
+    assert page.get_by_label("Description of the picture").input_value() == TEXT
+
+
 def test_more_comes_on_scrolling_and_by_a_button(page: Page) -> None:
     search(page, TEXT)
     page.mouse.wheel(0, 20_000)

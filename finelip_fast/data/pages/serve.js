@@ -408,7 +408,7 @@ async function start() {
   } catch (fault) {
     return say(fault, start);
   }
-  showSearch();
+  showFilters(at("filters"), info, search, submit); // and nothing else: by now, something may have been typed
   return run();
 }
 
