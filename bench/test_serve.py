@@ -2,8 +2,8 @@
 
 A model of ViT-B/16's size with random weights, ONNX int8 (made anew, five minutes, unless ``FINELIP_BENCH_MODEL`` names a
 folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients are in another process on the same machine, and
-send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODE`` (``two-stage``) is how the index is searched;
-``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (128, or four a client) say how much is asked.
+send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODE`` (``auto``) is how the index is searched;
+``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from served import export_model, load, query, served
 from finelip_fast import Retriever
 
 ITEMS = int(os.environ.get("FINELIP_BENCH_ITEMS", 20_000))
-MODE: Any = os.environ.get("FINELIP_BENCH_MODE", "two-stage")
+MODE: Any = os.environ.get("FINELIP_BENCH_MODE", "auto")
 CLIENTS = tuple(map(int, os.environ.get("FINELIP_BENCH_CLIENTS", "1,8,32,128").split(",")))
-REQUESTS = int(os.environ.get("FINELIP_BENCH_REQUESTS", 128))
+REQUESTS = int(os.environ.get("FINELIP_BENCH_REQUESTS", 96))
 ROUNDS = 3
 ITEMS_AT_ONCE = 1_000
 
@@ -65,7 +65,7 @@ def measured(folder: Path) -> dict[int, dict[str, Result]]:
     ):
         for count in CLIENTS:
             servers = {BATCHES: batches, SINGLY: singly}
-            seconds, n_requests = dict.fromkeys(servers, 0.0), max(REQUESTS, 4 * count)
+            seconds, n_requests = dict.fromkeys(servers, 0.0), max(REQUESTS, 3 * count)
             results[count] = {name: Result() for name in servers}
             for number in range(ROUNDS + 1):
                 for name, server in servers.items():
