@@ -4,7 +4,7 @@ import { countFilters, showFilters } from "./serve-filters.js";
 import { composeWhere, linkOf, readLink } from "./serve-link.js";
 import { nameOf, showResult } from "./serve-opened.js";
 import { keepPicture, keptPicture, pictureIn } from "./serve-picture.js";
-import { addressOf, ask, keepKey, showThumbnail } from "./serve-server.js";
+import { addressOf, asSentence, ask, keepKey, showThumbnail } from "./serve-server.js";
 
 const PAGE = 48; // pictures asked for at once
 const at = (id) => document.getElementById(id);
@@ -194,7 +194,7 @@ function card(item) {
 /** What there is to say of results as a whole. */
 function tell({ note, covered, missing }) {
   at("note").hidden = !note;
-  at("note").textContent = note ? `${note.charAt(0).toUpperCase()}${note.slice(1)}.` : "";
+  at("note").textContent = note ? asSentence(note) : "";
   const isPartial = covered !== undefined && covered < 1;
   at("partial").hidden = !isPartial;
   const reasons = Object.entries(missing ?? {}).map(([shard, reason]) => `${shard}: ${reason}`).join("; ");
@@ -392,7 +392,7 @@ async function loadInfo() {
   } catch { // a browser that keeps nothing
   }
   at("warning").hidden = !info.warning || isKnown;
-  at("warning").querySelector("span").textContent = info.warning ?? "";
+  at("warning").querySelector("span").textContent = info.warning ? asSentence(info.warning) : "";
 }
 
 function askKey() {
