@@ -218,7 +218,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, as Debian and others have it; for one module, since Playwright holds the thread's event loop until it is closed."""
+    """Chromium, as Debian and others have it; of one module, since Playwright holds the thread's event loop meanwhile."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
     programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     program = next(filter(None, programs), None)

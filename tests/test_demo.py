@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,3 +135,18 @@ def test_its_index_shows_pictures_and_has_what_to_filter_by(report: DemoReport) 
         for hit in hits:
             assert hit.path is not None
             assert Path(hit.path).is_file()
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_can_be_read_by_all_and_on_a_phone(
+    report: DemoReport, browser: Any, check_access: Callable[[Any, str], None], width: int
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844}, reduced_motion="reduce")
+    try:
+        page.goto(Path(report.page).as_uri())
+        check_access(page, "the demo")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        sizes = page.locator(".row img").evaluate_all("images => images.map((image) => image.clientWidth)")
+        assert min(sizes) >= 100
+    finally:
+        page.close()

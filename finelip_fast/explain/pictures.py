@@ -81,7 +81,7 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
 
 def explained(explanation: Explanation) -> dict[str, Any]:
     """What ``explanation.js`` lights: ``side``, ``squashed`` and, by their kind, ``maps``."""
-    maps = {kind: tables(explanation, kind) for kind in explanation.maps}
+    maps = {kind: _tables(explanation, kind) for kind in explanation.maps}
     return {"side": explanation.side, "squashed": explanation.squashed, "maps": maps}
 
 
@@ -92,7 +92,7 @@ def bounded(source: ImageSource) -> Image.Image:
     return picture
 
 
-def tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
+def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
     """Each word's patches and each patch's words, two hexadecimal digits each."""
     maps = torch.zeros(len(explanation.words), explanation.side**2)
     for row, word in zip(maps, explanation.words, strict=True):

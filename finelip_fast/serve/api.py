@@ -19,7 +19,7 @@ from finelip_fast._files import installed
 from finelip_fast._json import parse_json
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.explain import Explanation
-from finelip_fast.explain.pictures import tables
+from finelip_fast.explain.pictures import explained
 from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
@@ -245,8 +245,7 @@ def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[
         "alpha": explanation.alpha,
         "words": words,
         "beyond": end if text[end:].strip() else len(text),
-        "side": explanation.side,
-        "maps": {kind: tables(explanation, kind) for kind in explanation.maps},
+        **explained(explanation),
         "width": width,
         "height": height,
     }

@@ -118,8 +118,11 @@ class ExplainResponse(BaseModel):
     beyond: int = Field(description="Place in the text, in code points, from which on nothing was read.")
     side: int = Field(description="Places of a row, and of a column, of the picture.")
     maps: dict[Literal["raw", "aggregated"], PictureMaps]
-    width: int = Field(description="Width of the picture; the model sees the square in its middle, scaled.")
+    width: int = Field(description="Width of the picture.")
     height: int
+    squashed: bool = Field(
+        description="Whether the model sees the whole picture, squashed to a square; false: the square in its middle."
+    )
 
 
 class TokensRequest(Request):

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +163,38 @@ def test_a_page_that_cannot_be_written_is_named(explanation: Explanation, tmp_pa
     with pytest.raises(WriteError, match=r"cannot write .*missing/why\.html: No such file"):
         explanation.to_html(tmp_path / "missing/why.html")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_answers_to_pointer_touch_and_keys(
+    explanation: Explanation, browser: Any, check_access: Callable[[Any, str], None], tmp_path: Path, width: int
+) -> None:
+    wide = explain(finelip_fast.load(), SCENE.draw().resize((192, 128)), explanation.caption)
+    wide.to_html(tmp_path / "why.html")
+    page = browser.new_page(viewport={"width": width, "height": 844}, has_touch=True, reduced_motion="reduce")
+    try:
+        page.goto((tmp_path / "why.html").as_uri())
+        assert page.evaluate("document.querySelector('.view img').naturalWidth") == 192  # not the model's 64
+        view, seen = (page.locator(name).bounding_box() for name in (".view", ".seen"))
+        assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.02)
+        assert seen["width"] == pytest.approx(seen["height"], abs=2)  # the square in the middle
+        check_access(page, "at first")
+        assert page.locator(".word[tabindex='0']").count() == 1
+        last = page.locator(".word").last
+        last.tap()
+        assert page.locator(".word[aria-pressed='true']").count() == 1
+        message = page.locator(".message")
+        assert "most at row" in message.inner_text()
+        for answer in (page.locator(".view"), message):  # where the finger was, they are in sight
+            box = answer.bounding_box()
+            assert box["y"] >= -1
+            assert box["y"] + box["height"] <= 845
+        check_access(page, "a word chosen")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.dataset.word") == str(len(wide.words) - 2)
+        page.locator(".view").focus()
+        page.keyboard.press("ArrowUp")
+        assert message.inner_text().startswith(f"row {wide.side // 2}, column {wide.side // 2 + 1}:")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    finally:
+        page.close()

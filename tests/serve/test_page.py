@@ -23,13 +23,14 @@ from finelip_fast.serve.app import create_app
 from finelip_fast.serve.collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
-SCENES = list(Scenes("test", 60, image_size=128))
-QUERY = 8
+SCENES = list(Scenes("test", 60, image_size=256))
+QUERY = 28
 TEXT = SCENES[QUERY].caption
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">.png"
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 # Too slow a machine fails by this, in milliseconds, and no other way.
-PATIENCE = 15_000
+PATIENCE = 20_000
+expect.set_options(timeout=PATIENCE)
 
 
 def name_of(number: int) -> str:
@@ -42,7 +43,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("scenes")
     paths = [folder / name_of(number) for number in range(len(SCENES))]
     for number, (scene, path) in enumerate(zip(SCENES, paths, strict=True)):
-        scene.draw().resize((192, 128) if number % 7 == 1 else (128, 128)).save(path)
+        scene.draw().resize((384, 256) if number % 7 == 1 else (256, 256)).save(path)
         metadata = {
             "weather": scene.weather,
             "family": scene.family,
@@ -161,6 +162,17 @@ def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
     assert page.get_by_label("Description of the picture").input_value() == TEXT
 
 
+def test_what_is_typed_before_the_server_has_answered_stays(open_page: Callable[..., Page], address: str) -> None:
+    page = open_page()
+    waiting: list[Route] = []
+    page.route("**/v1/info", waiting.append)
+    page.goto(address)
+    page.get_by_label("Description of the picture").fill(TEXT)
+    waiting[0].continue_()
+    expect(cards(page).first).to_be_visible()
+    assert page.get_by_label("Description of the picture").input_value() == TEXT
+
+
 def test_more_comes_on_scrolling_and_by_a_button(page: Page) -> None:
     search(page, TEXT)
     page.mouse.wheel(0, 20_000)
@@ -203,7 +215,7 @@ def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever
     expect(page.get_by_label("taken to")).to_have_value("2024-01-28")
     expression.fill("weather =")
     expression.press("Enter")
-    expect(page.locator("#where-fault")).to_contain_text("Expected a value, got the end")
+    expect(page.locator("#where-fault")).to_contain_text("Expected a value, got")
     expect(expression).to_be_focused()
 
 
@@ -454,7 +466,7 @@ def test_what_goes_wrong_is_a_sentence(page: Page, status: int, headers: dict[st
     if status:
         failing(page, "**/v1/search", status, headers)
     else:
-        page.route("**/v1/search", Route.abort)
+        page.route("**/v1/search", lambda route: route.abort())
     page.get_by_label("Description of the picture").fill(TEXT)
     page.get_by_role("button", name="Search", exact=True).click()
     expect(page.get_by_role("alert").filter(visible=True)).to_contain_text(sentence)
@@ -536,7 +548,7 @@ def test_axe_finds_nothing_in_any_state(
     size: dict[str, int], open_page: Callable[..., Page], address: str, check_access: Callable[[Page, str], None]
 ) -> None:
     page = open_page(size)
-    page.goto(address)
+    page.goto(f"{address}/?to.family=2")  # few pictures, since axe takes its time for each
     expect(cards(page).first).to_be_visible()
     check_access(page, "empty")
     search(page, TEXT)

@@ -75,6 +75,6 @@ export function composeWhere(search, fields) {
     if (choice.has) parts.push(`${name} like ${quoted(`%${choice.has}%`)}`);
   }
   const free = search.where.trim();
-  if (free) parts.push(parts.length ? `(${free})` : free);
+  if (free) parts.unshift(parts.length ? `(${free})` : free); // first, so that errors count its columns
   return parts.length ? parts.join(" and ") : null;
 }

@@ -50,9 +50,11 @@ function sentence(status, message, wait) {
   if (status === 429) return `The server has more to do than it can take. ${later}`;
   if (status === 504) return `The server took too long. ${later}`;
   if (!message) return status === 503 ? `The server is not ready. ${later}` : `The server failed (${status}). ${later}`;
-  const text = message.charAt(0).toUpperCase() + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
-  return status === 503 ? `${text} ${later}` : text;
+  return status === 503 ? `${asSentence(message)} ${later}` : asSentence(message);
 }
+
+/** @param {string} message As the library writes them: in lower case, without a full stop. */
+export const asSentence = (message) => message.charAt(0).toUpperCase() + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
 
 /** Sides of the thumbnails that the server makes. */
 const SIDES = [160, 320, 640, 1280, 2048];

@@ -4,7 +4,7 @@ import { countFilters, showFilters } from "./serve-filters.js";
 import { composeWhere, linkOf, readLink } from "./serve-link.js";
 import { nameOf, showResult } from "./serve-opened.js";
 import { keepPicture, keptPicture, pictureIn } from "./serve-picture.js";
-import { addressOf, ask, keepKey, showThumbnail } from "./serve-server.js";
+import { addressOf, asSentence, ask, keepKey, showThumbnail } from "./serve-server.js";
 
 const PAGE = 48; // pictures asked for at once
 const at = (id) => document.getElementById(id);
@@ -194,7 +194,7 @@ function card(item) {
 /** What there is to say of results as a whole. */
 function tell({ note, covered, missing }) {
   at("note").hidden = !note;
-  at("note").textContent = note ? `${note.charAt(0).toUpperCase()}${note.slice(1)}.` : "";
+  at("note").textContent = note ? asSentence(note) : "";
   const isPartial = covered !== undefined && covered < 1;
   at("partial").hidden = !isPartial;
   const reasons = Object.entries(missing ?? {}).map(([shard, reason]) => `${shard}: ${reason}`).join("; ");
@@ -345,21 +345,33 @@ async function remove(item) {
 
 // --- Adding
 
-/** @param {FileList} files */
+/**
+ * Add pictures one after another: each is refused for itself, and a request stays within the server's bounds.
+ *
+ * @param {File[]} files
+ */
 async function add(files) {
-  const form = new FormData();
-  for (const file of files) form.append("image", file);
-  announce(`Adding ${plural(files.length, "picture")} …`);
-  try {
-    const { added, items } = await ask("v1/items", { method: "POST", form });
-    const refused = items.filter(({ reason }) => reason).map(({ name, reason }) => `${name}: ${reason}`);
-    announce([`${plural(added, "picture")} added.`, ...refused].join(" "));
-    await loadInfo();
-    await run();
-  } catch (fault) {
-    announce("");
-    say(fault, () => add(files));
+  const said = [];
+  let count = 0;
+  for (const [place, file] of files.entries()) {
+    announce(`Adding picture ${place + 1} of ${files.length} …`);
+    const form = new FormData();
+    form.append("image", file);
+    try {
+      const { added, items } = await ask("v1/items", { method: "POST", form });
+      count += added;
+      said.push(...items.filter(({ reason }) => reason).map(({ name, reason }) => `${name}: ${reason}.`));
+    } catch (fault) {
+      if (fault.status !== 400) { // what is wrong with a picture; all else would be wrong with the next, too
+        announce(count ? `${plural(count, "picture")} added.` : "");
+        return say(fault, () => add(files.slice(place)));
+      }
+      said.push(`${file.name}: ${fault.message}`);
+    }
   }
+  announce([`${plural(count, "picture")} added.`, ...said].join(" "));
+  await loadInfo();
+  return run();
 }
 
 /** @param {string} news */
@@ -380,7 +392,7 @@ async function loadInfo() {
   } catch { // a browser that keeps nothing
   }
   at("warning").hidden = !info.warning || isKnown;
-  at("warning").querySelector("span").textContent = info.warning ?? "";
+  at("warning").querySelector("span").textContent = info.warning ? asSentence(info.warning) : "";
 }
 
 function askKey() {
@@ -396,7 +408,7 @@ async function start() {
   } catch (fault) {
     return say(fault, start);
   }
-  showSearch();
+  showFilters(at("filters"), info, search, submit); // and nothing else: by now, something may have been typed
   return run();
 }
 
@@ -468,7 +480,7 @@ document.addEventListener("drop", (event) => {
 
 at("add").addEventListener("click", () => at("added").click());
 at("added").addEventListener("change", async () => {
-  if (at("added").files.length) await add(at("added").files);
+  await add([...at("added").files]);
   at("added").value = "";
 });
 
