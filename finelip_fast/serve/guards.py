@@ -17,13 +17,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finelip_fast._addresses import is_loopback
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal, log
 from finelip_fast.serve.metrics import Metrics
@@ -234,14 +235,6 @@ def check_exposure(settings: ServeSettings) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 class Gone(Exception):
     """The client went away before its request had come."""
 
@@ -276,17 +269,29 @@ class Bounds:
             message = f"the server is {self._server.state}: try again soon"
             await refuse(Refusal(503, "not_ready", message, headers={"Retry-After": "2"}))
             return
+        loop, settings = asyncio.get_running_loop(), self._server.settings
+        late = loop.create_future()
+        seconds = settings.timeout + (settings.limits.body_seconds if body.is_expected else 0)
+        timer = loop.call_later(seconds + _GRACE, _set, late)
+
+        def start_clock() -> None:
+            nonlocal timer
+            timer.cancel()
+            timer = loop.call_later(settings.timeout + _GRACE, _set, late)
+            scope["state"]["deadline"] = loop.time() + settings.timeout
+
         work = asyncio.ensure_future(self._work(scope, body, send_after_body))
-        watch = asyncio.ensure_future(self._watch(scope, body))
+        leaving = asyncio.ensure_future(body.wait_for_leaving(start_clock))
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, leaving, late}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 await _cancelled(work)
-                if watch.result() == "gone" or started:
+                if started or not late.done():
                     scope["finelip.status"] = _CLOSED
                 else:
-                    seconds = self._server.settings.timeout
-                    message = f"the request took longer than {seconds:g} s, and was given up; send less at once"
+                    message = (
+                        f"the request took longer than {settings.timeout:g} s, and was given up; send less at once"
+                    )
                     await refuse(Refusal(504, "deadline", message))
                 return
             try:
@@ -294,39 +299,26 @@ class Bounds:
             except Gone:
                 scope["finelip.status"] = _CLOSED
         finally:
-            await _cancelled(watch)
+            timer.cancel()
+            await _cancelled(leaving)
             await _cancelled(work)
             body.release()
 
     async def _work(self, scope: Scope, body: Body, send: Send) -> None:
         await self._app(scope, body.receive, send)
 
-    async def _watch(self, scope: Scope, body: Body) -> str:
-        """Wait until the client goes away, or its time is up."""
-        settings, loop = self._server.settings, asyncio.get_running_loop()
-        if not body.is_expected:
-            scope["state"]["deadline"] = loop.time() + settings.timeout
-            await body.take_end()
-        else:
-            # A route that reads no body does not wait for its end.
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(body.ended.wait(), settings.limits.body_seconds + settings.timeout)
-            if not body.ended.is_set():
-                return "late"
-            scope["state"]["deadline"] = loop.time() + settings.timeout
-        try:
-            await asyncio.wait_for(body.wait_for_leaving(), settings.timeout + _GRACE)
-        except asyncio.TimeoutError:
-            return "late"
-        return "gone"
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:
     """End a task, whatever it is at."""
-    if not task.done():
+    while not task.done():
         task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+        # Before Python 3.12, a wait that ends just now swallows it.
+        await asyncio.wait({task}, timeout=0.1)
 
 
 class Room:
@@ -402,15 +394,18 @@ class Body:
             self.ended.set()
         return message
 
-    async def take_end(self) -> None:
-        """Take the end of a body that is empty."""
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            self._left.set()
-        self.ended.set()
+    async def wait_for_leaving(self, ended: Callable[[], None]) -> None:
+        """Return once the client has gone away; what it sends after the body is not for this request.
 
-    async def wait_for_leaving(self) -> None:
-        """Return once the client has gone away; what it sends until then is not for this request."""
+        Args:
+            ended: Function that is called once all of the body is here.
+        """
+        if not self.is_expected:
+            if (await self._receive())["type"] == "http.disconnect":
+                self._left.set()
+            self.ended.set()
+        await self.ended.wait()
+        ended()
         while not self._left.is_set():
             if (await self._receive())["type"] == "http.disconnect":
                 self._left.set()

@@ -46,7 +46,8 @@ async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), *scope.pop("headers", [])]
+    headers = [(b"content-type", b"application/json"), *scope.pop("headers", [])]
+    headers = [(b"host", b"127.0.0.1"), *scope.pop("only_headers", headers)]
     path = scope.pop("path", "/v1/search")
     whole = {
         "type": "http",
