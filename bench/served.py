@@ -1,6 +1,6 @@
 """A server of ours on this machine, and clients that load it: what the measurements of serving share.
 
-``python bench/served.py ADDRESS CLIENTS REQUESTS SEED MODE`` is the clients' process; it prints JSON.
+``python bench/served.py URL CLIENTS REQUESTS SEED NAME BODY`` is the clients' process; it prints JSON.
 """
 
 from __future__ import annotations
@@ -52,18 +52,17 @@ def free_port() -> int:
 
 
 class Server:
-    """``finelip serve`` in a process of its own, ready to answer.
+    """A server in a process of its own, ready to answer.
 
     Args:
-        index: Folder of the index.
-        options: Further options of the command.
+        command: What starts it; its port is added.
+        ready: Path that answers once it does.
     """
 
-    def __init__(self, index: Path, options: Sequence[str] = ()) -> None:
-        self._port = free_port()
-        self.address = f"http://{HOST}:{self._port}"
-        self._command = [sys.executable, "-P", "-m", "finelip_fast.cli", "serve", "--index", str(index)]
-        self._command += ["--port", str(self._port), *options]
+    def __init__(self, command: Sequence[str], ready: str = "/health/ready") -> None:
+        port = free_port()
+        self.address, self._ready = f"http://{HOST}:{port}", ready
+        self._command = [*command, "--port", str(port)]
         self.start()
 
     def start(self) -> None:
@@ -77,7 +76,7 @@ class Server:
             if self.process.poll() is not None:
                 break
             with suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{self.address}/health/ready", timeout=10).close()
+                urllib.request.urlopen(f"{self.address}{self._ready}", timeout=10).close()
                 return
             time.sleep(0.1)
         self.kill()
@@ -97,42 +96,55 @@ class Server:
 
 @contextmanager
 def served(index: Path, options: Sequence[str] = ()) -> Iterator[Server]:
-    server = Server(index, options)
+    """``finelip serve`` over an index, with further options."""
+    with started([sys.executable, "-P", "-m", "finelip_fast.cli", "serve", "--index", str(index), *options]) as server:
+        yield server
+
+
+@contextmanager
+def started(command: Sequence[str], ready: str = "/health/ready") -> Iterator[Server]:
+    server = Server(command, ready)
     try:
         yield server
     finally:
         server.stop()
 
 
-def load(address: str, clients: int, requests: int, seed: int, mode: str) -> dict[str, Any]:
-    """Searches by clients in another process, each one request after another.
+def load(url: str, clients: int, requests: int, seed: int, name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Requests by clients in another process, each one after another.
+
+    Args:
+        url: Where they are posted.
+        clients, requests: Numbers of clients, and of requests of all together.
+        seed: Of the descriptions that are sent.
+        name: Name of the description in a request.
+        body: The rest of each request.
 
     Returns:
         ``latencies`` of all requests, and the ``seconds`` from the first to the last.
     """
-    command = [sys.executable, "-P", __file__, address, str(clients), str(requests), str(seed), mode]
+    command = [sys.executable, "-P", __file__, url, str(clients), str(requests), str(seed), name, json.dumps(body)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2 * _REQUEST_SECONDS).stdout
     result: dict[str, Any] = json.loads(output)
     return result
 
 
-async def _search(address: str, clients: int, requests: int, seed: int, mode: str) -> dict[str, Any]:
+async def _ask(url: str, clients: int, requests: int, seed: int, name: str, body: dict[str, Any]) -> dict[str, Any]:
     import httpx2
 
     rng = random.Random(seed)
-    bodies = iter([{"text": query(rng), "k": 10, "mode": mode} for _ in range(requests)])
+    bodies = iter([{name: query(rng), **body} for _ in range(requests)])
     latencies: list[float] = []
     limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx2.AsyncClient(base_url=address, timeout=_REQUEST_SECONDS, limits=limits) as session:
+    async with httpx2.AsyncClient(timeout=_REQUEST_SECONDS, limits=limits) as session:
 
         async def client() -> None:
-            for body in bodies:
+            for content in bodies:
                 start = time.perf_counter()
-                answer = await session.post("/v1/search", json=body)
+                answer = await session.post(url, json=content)
                 answer.raise_for_status()
                 latencies.append(time.perf_counter() - start)
 
-        await session.get("/health/live")
         start = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         return {"latencies": latencies, "seconds": time.perf_counter() - start}
@@ -154,5 +166,5 @@ def export_model(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    where, n_clients, n_requests, seed, mode = sys.argv[1:]
-    print(json.dumps(asyncio.run(_search(where, int(n_clients), int(n_requests), int(seed), mode))))
+    url, n_clients, n_requests, seed, name, body = sys.argv[1:]
+    print(json.dumps(asyncio.run(_ask(url, int(n_clients), int(n_requests), int(seed), name, json.loads(body)))))

@@ -1,15 +1,19 @@
-"""``finelip serve`` under load: batches over requests beside one at a time, and one client beside the library in the process.
+"""``finelip serve`` under load: searches in batches beside one at a time, and embeddings beside infinity-emb.
 
 A model of ViT-B/16's size with random weights, ONNX int8 (made anew, five minutes, unless ``FINELIP_BENCH_MODEL`` names a
 folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients are in another process on the same machine, and
 send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODE`` (``auto``) is how the index is searched;
 ``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked.
+
+``FINELIP_BENCH_INFINITY`` is a command that serves a CLIP of the same size and context by infinity-emb, which needs an
+environment of its own: ``infinity_emb v2 --model-id FOLDER --engine torch --device cpu --host 127.0.0.1``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shlex
 import time
 from functools import cache
 from pathlib import Path
@@ -20,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import Result, clock
-from served import export_model, load, query, served
+from served import export_model, load, query, served, started
 
 from finelip_fast import Retriever
 
@@ -32,6 +36,9 @@ ROUNDS = 3
 ITEMS_AT_ONCE = 1_000
 
 BATCHES, SINGLY, LIBRARY = "finelip serve", "finelip serve --max-batch 1", "Retriever.search"
+INT8, FULL, INFINITY = "finelip serve, ONNX int8", "finelip serve, torch", "infinity-emb, torch"
+# What is measured is not how requests are refused.
+BOUNDS = ("--timeout", "600", "--queue", "1024")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve")
 
 
+@cache
 def filled(folder: Path) -> Retriever:
     """A retriever over an index of random items."""
     retriever = Retriever(export_model(folder / "model"), index=folder / "index", engine="onnx", precision="int8")
@@ -53,36 +61,66 @@ def filled(folder: Path) -> Retriever:
 
 
 @cache
-def measured(folder: Path) -> dict[int, dict[str, Result]]:
-    """Results of the contenders, by the number of clients."""
+def searches(folder: Path) -> dict[int, dict[str, Result]]:
+    """Results of searching, by the number of clients."""
     retriever = filled(folder)
     model = ["--checkpoint", retriever.engine.source, "--engine", "onnx", "--precision", "int8"]
-    bounds = ["--timeout", "600", "--queue", "1024"]
-    results: dict[int, dict[str, Result]] = {count: {} for count in CLIENTS}
     with (
-        served(folder / "index", [*model, *bounds]) as batches,
-        served(folder / "index", [*model, *bounds, "--max-batch", "1"]) as singly,
+        served(folder / "index", [*model, *BOUNDS]) as batches,
+        served(folder / "index", [*model, *BOUNDS, "--max-batch", "1"]) as singly,
     ):
-        for count in CLIENTS:
-            servers = {BATCHES: batches, SINGLY: singly}
-            seconds, n_requests = dict.fromkeys(servers, 0.0), max(REQUESTS, 3 * count)
-            results[count] = {name: Result() for name in servers}
-            for number in range(ROUNDS + 1):
-                for name, server in servers.items():
-                    answer = load(server.address, count, n_requests // ROUNDS, 1000 * count + number, MODE)
-                    if number:  # the first only warms up
-                        results[count][name].seconds += answer["latencies"]
-                        seconds[name] += answer["seconds"]
-            if count == 1:
-                results[count][LIBRARY] = in_process(retriever, n_requests)
-                seconds[LIBRARY] = sum(results[count][LIBRARY].seconds)
-            for name, result in results[count].items():
-                names = ("p20", "p50", "p80", "p95", "p99")
-                quantiles = np.quantile(result.seconds, [0.2, 0.5, 0.8, 0.95, 0.99]).tolist()
-                result.info |= dict(zip(names, quantiles, strict=True))
-                result.info["requests_per_second"] = len(result.seconds) / seconds[name]
-    retriever.close()
+        urls = {BATCHES: f"{batches.address}/v1/search", SINGLY: f"{singly.address}/v1/search"}
+        results = {count: raced(urls, count, "text", {"k": 10, "mode": MODE}) for count in CLIENTS}
+    if 1 in results:
+        results[1][LIBRARY] = in_process(retriever, max(REQUESTS, 3))
     return results
+
+
+@cache
+def embeddings(folder: Path) -> dict[int, dict[str, Result]]:
+    """Results of embedding texts, by the number of clients."""
+    if "FINELIP_BENCH_INFINITY" not in os.environ:
+        pytest.skip("FINELIP_BENCH_INFINITY names no server to race")
+    command = shlex.split(os.environ["FINELIP_BENCH_INFINITY"])
+    model = ["--checkpoint", filled(folder).engine.source, *BOUNDS, "--engine"]
+    with (
+        served(folder / "index", [*model, "onnx", "--precision", "int8"]) as int8,
+        served(folder / "index", [*model, "torch"]) as full,
+        started(command, ready="/health") as infinity,
+    ):
+        urls = {
+            INT8: f"{int8.address}/v1/embeddings",
+            FULL: f"{full.address}/v1/embeddings",
+            INFINITY: f"{infinity.address}/embeddings",
+        }
+        # Each answers for the one model that it has, by a name of its own.
+        names = {INT8: {}, FULL: {}, INFINITY: {"model": Path(command[command.index("--model-id") + 1]).name}}
+        return {count: raced(urls, count, "input", {}, names) for count in CLIENTS}
+
+
+def raced(
+    urls: dict[str, str], count: int, name: str, body: dict[str, Any], own: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Result]:
+    """Results of servers that are asked in turns; the first round only warms them up."""
+    n_requests, seconds = max(REQUESTS, 3 * count), dict.fromkeys(urls, 0.0)
+    results = {contender: Result() for contender in urls}
+    for number in range(ROUNDS + 1):
+        for contender, url in urls.items():
+            content = {**body, **(own or {}).get(contender, {})}
+            answer = load(url, count, n_requests // ROUNDS, 1000 * count + number, name, content)
+            if number:
+                results[contender].seconds += answer["latencies"]
+                seconds[contender] += answer["seconds"]
+    for contender, result in results.items():
+        tell(result, seconds[contender])
+    return results
+
+
+def tell(result: Result, seconds: float) -> None:
+    """Add quantiles of the latencies, and the requests a second, to a result."""
+    names = ("p20", "p50", "p80", "p95", "p99")
+    result.info |= dict(zip(names, np.quantile(result.seconds, [0.2, 0.5, 0.8, 0.95, 0.99]).tolist(), strict=True))
+    result.info["requests_per_second"] = len(result.seconds) / seconds
 
 
 def in_process(retriever: Retriever, count: int) -> Result:
@@ -92,13 +130,23 @@ def in_process(retriever: Retriever, count: int) -> Result:
         start = time.perf_counter()
         retriever.search(text, k=10, mode=MODE)
         result.seconds.append(time.perf_counter() - start)
+    tell(result, sum(result.seconds))
     return result
 
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("contender", [BATCHES, SINGLY, LIBRARY])
 @pytest.mark.parametrize("clients", CLIENTS)
-def test_serve(benchmark: Any, folder: Path, clients: int, contender: str) -> None:
+def test_search(benchmark: Any, folder: Path, clients: int, contender: str) -> None:
     benchmark.extra_info.update(items=ITEMS, mode=MODE, clients=clients)
     group = f"searches of {clients} client{'s' * (clients > 1)} among {ITEMS:,} items, {MODE}, ViT-B/16"
-    clock.into(benchmark, measured(folder)[clients], contender, group=group, baseline=SINGLY)
+    clock.into(benchmark, searches(folder)[clients], contender, group=group, baseline=SINGLY)
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("contender", [INT8, FULL, INFINITY])
+@pytest.mark.parametrize("clients", CLIENTS)
+def test_embeddings(benchmark: Any, folder: Path, clients: int, contender: str) -> None:
+    benchmark.extra_info.update(clients=clients)
+    group = f"texts embedded for {clients} client{'s' * (clients > 1)}, ViT-B/16"
+    clock.into(benchmark, embeddings(folder)[clients], contender, group=group, baseline=INFINITY)
