@@ -24,7 +24,7 @@ from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import Refusal, answer
-from finelip_fast.serve.collection import Collection, Upload
+from finelip_fast.serve.collection import Added, Collection, Upload
 from finelip_fast.serve.requests import (
     File,
     check_count,
@@ -37,6 +37,7 @@ from finelip_fast.serve.requests import (
     media_type,
     read_form,
     read_json,
+    refused_pictures,
     serving,
     size_of,
     stage,
@@ -336,7 +337,10 @@ async def thumbnail(
 
 @router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)
 async def add(request: Request) -> Response:
-    """Add pictures; what is told as added is on disk, and found by every later search."""
+    """Add pictures; what is told as added is on disk, and found by every later search.
+
+    One that cannot be added is told with the reason, and keeps none of the others; 400, with the same `items`, where none was.
+    """
     require_writable(request)
     server = serving(request)
     limits = server.settings.limits
@@ -356,15 +360,22 @@ async def add(request: Request) -> Response:
     if not files or (metadata is not None and len(metadata) != len(files)):
         got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
         raise Refusal(400, "invalid_form", f"expected files as image, and metadata for each or none, got {got}")
-    await check_pictures([file.content for file in files], limits, "image")
-    uploads = [
-        Upload(file.content, file.name, fields)
-        for file, fields in zip(files, metadata or [{} for _ in files], strict=True)
+    added = [
+        Added(None, file.name, reason)
+        for file, reason in zip(files, await refused_pictures([file.content for file in files], limits), strict=True)
     ]
-    added = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
+    sound = [place for place, item in enumerate(added) if item.reason is None]
+    uploads = [Upload(files[place].content, files[place].name, metadata[place] if metadata else {}) for place in sound]
+    if uploads:
+        results = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
+        for place, item in zip(sound, results, strict=True):
+            added[place] = item
     items = [{"id": item.id, "name": item.name, "reason": item.reason} for item in added]
-    count = sum(item.id is not None and not item.existing for item in added)
-    return answer({"added": count, "items": items}, status=201)
+    body = {"added": sum(item.id is not None and not item.existing for item in added), "items": items}
+    if all(item.id is None for item in added):
+        reasons = [str(item.reason) if len(added) == 1 else f"{item.name}: {item.reason}" for item in added]
+        raise Refusal(400, "nothing_added", "; ".join(reasons), param="image", fields=body)
+    return answer(body, status=201)
 
 
 def _metadata(text: str | bytes) -> list[dict[str, Any]]:

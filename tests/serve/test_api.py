@@ -19,7 +19,9 @@ from finelip_fast.hits import Hit, Hits
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import json_bytes
 from finelip_fast.serve.api import thumbnail_address
-from finelip_fast.serve.collection import Found
+from finelip_fast.serve.app import create_app
+from finelip_fast.serve.collection import Found, RetrieverCollection
+from finelip_fast.serve.settings import Limits, ServeSettings
 
 from .asgi import encoded, file_of, picture, talk
 
@@ -144,8 +146,6 @@ def test_too_many_parts(client: TestClient) -> None:
 
 
 def test_a_picture_of_too_many_pixels(open_client: Callable[..., TestClient]) -> None:
-    from finelip_fast.serve.settings import Limits
-
     client = open_client(limits=Limits(pixels=1000))
     error = post(client, "/v1/search", {"image": encoded(picture(0))}, 413)
     assert (error["code"], error["param"]) == ("too_many_pixels", "image")
@@ -283,6 +283,42 @@ def test_it_is_read_only_unless_told(client: TestClient) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "read_only")
     assert client.delete("/v1/items/a.png").status_code == 403
     assert client.get("/v1/info").json()["writable"] is False
+
+
+def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: Path, tmp_path: Path) -> None:
+    sound, large = file_of(picture(1)), file_of(picture(2, (300, 200)))
+    files = [
+        ("image", (name, content))
+        for name, content in [("a.png", sound), ("b.png", b"no picture"), ("c.png", large), ("d.png", sound[:-300])]
+    ]
+    values = json.dumps([{"place": name} for name in "abcd"])
+    settings = ServeSettings(writable=True, limits=Limits(pixels=50_000))
+    with Retriever(checkpoint, index=tmp_path / "index", device="cpu", engine="torch") as retriever:
+        app = create_app(RetrieverCollection(retriever, tmp_path / "uploads"), settings)
+        with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+            answer = client.post("/v1/items", files=files, data={"metadata": values})
+            assert answer.status_code == 201
+            added = schemas.AddResponse.model_validate(answer.json())
+            assert added.added == 1
+            assert [(item.name, item.id is None) for item in added.items] == [
+                ("a.png", False),
+                ("b.png", True),
+                ("c.png", True),
+                ("d.png", True),
+            ]
+            assert [bool(item.reason) for item in added.items] == [False, True, True, True]
+            assert "at most 50000 pixels" in str(added.items[2].reason)
+            (item,) = client.get("/v1/items").json()["items"]
+            assert (item["id"], item["metadata"]["place"]) == (added.items[0].id, "a")
+            again = client.post("/v1/items", files=files[:2]).json()
+            assert (again["added"], again["items"][0]["id"]) == (0, item["id"])
+
+            none = client.post("/v1/items", files=files[1:])
+            assert none.status_code == 400
+            assert (none.json()["error"]["code"], none.json()["error"]["param"]) == ("nothing_added", "image")
+            assert [item["id"] for item in none.json()["items"]] == [None] * 3
+            assert all(f"{name}.png: " in none.json()["error"]["message"] for name in "bcd")
+            assert client.get("/v1/info").json()["items"] == 1
 
 
 # The page and the documentation --------------------------------------------------------------------------------------
