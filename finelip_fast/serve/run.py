@@ -48,7 +48,7 @@ class Opening(Protocol):
     """What is told to each process of a server; with several, it is pickled."""
 
     def open(self) -> Any:
-        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection`."""
+        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection` to be closed."""
 
 
 def print_address(address: str) -> None:
@@ -127,27 +127,25 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
     from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
 
     configure_logs()
-    collection = opening.open()
-    app = create_app(collection, settings)
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=_Protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=math.ceil(settings.drain),
-        h11_max_incomplete_event_size=_MAX_HEADERS,
-    )
-    server = _Server(config, app.state.serving, settings.drain, ready)
-    server.run([listener])
-    if hasattr(collection, "close"):
-        collection.close()
+    with contextlib.closing(opening.open()) as collection:
+        app = create_app(collection, settings)
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=_Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=math.ceil(settings.drain),
+            h11_max_incomplete_event_size=_MAX_HEADERS,
+        )
+        server = _Server(config, app.state.serving, settings.drain, ready)
+        server.run([listener])
     if not server.started:
         raise EngineError("the server could not start: what its log says above has to be mended first")
 

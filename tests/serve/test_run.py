@@ -15,13 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
 
+from finelip_fast import Client, Retriever
 from finelip_fast.errors import InputError
 from finelip_fast.serve.run import address_of, listen, serve
 from finelip_fast.serve.settings import ServeSettings
+
+from .asgi import file_of, picture
 
 SEARCH = json.dumps({"text": "a red house", "k": 1})
 
@@ -65,16 +69,13 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def start(folder: Path, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Callable[..., Server]]:
-    """Starts a server at any port that is free, and waits until it answers."""
+def launch() -> Iterator[Callable[..., Server]]:
+    """Runs Python with some arguments as a server, and waits until it answers."""
     processes: list[subprocess.Popen[str]] = []
-    program = tmp_path_factory.mktemp("run") / "program.py"
-    program.write_text(PROGRAM)
 
-    def started(workers: int = 1, index: Path = folder, **settings: Any) -> Server:
-        words = [str(index), str(checkpoint), str(workers), repr({"port": 0} | settings)]
+    def launched(*words: object) -> Server:
         process = subprocess.Popen(
-            [sys.executable, "-P", str(program), *words],
+            [sys.executable, "-P", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -87,13 +88,34 @@ def start(folder: Path, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Cal
         processes.append(process)
         return Server(process)
 
-    yield started
+    yield launched
     for process in processes:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def start(
+    launch: Callable[..., Server], folder: Path, checkpoint: Path, tmp_path_factory: Any
+) -> Callable[..., Server]:
+    """Starts a server at any port that is free."""
+    program = tmp_path_factory.mktemp("run") / "program.py"
+    program.write_text(PROGRAM)
+
+    def started(workers: int = 1, index: Path = folder, **settings: Any) -> Server:
+        return launch(program, index, checkpoint, workers, repr({"port": 0} | settings))
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def command(launch: Callable[..., Server], checkpoint: Path) -> Callable[..., Server]:
+    """Starts ``finelip serve`` with further words."""
+    told = ("--checkpoint", checkpoint, "--engine", "torch", "--device", "cpu", "--port", 0)
+    return lambda *words: launch("-m", "finelip_fast.cli", "serve", *told, *words)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 40) -> Any:
@@ -248,3 +270,94 @@ def test_workers_end_with_their_parent(start: Callable[..., Server]) -> None:
     workers = psutil.Process(server.process.pid).children()
     os.kill(server.process.pid, signal.SIGKILL)
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+# As a person runs it -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_added_over_http_is_there_after_a_kill(
+    command: Callable[..., Server], checkpoint: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    with Retriever(checkpoint, index=index, device="cpu", engine="torch") as retriever:
+        retriever.add_images([picture(0)], ids=["first"], progress=False)
+    contents = [file_of(picture(1)), b"no picture", file_of(picture(2))]
+    server = command("--index", index, "--writable")
+    with Client(server.address) as client:
+        report = client.add_images(contents, metadata=[{"place": name} for name in "abc"])
+        assert ([name for name, _ in report.skipped], len(report.added)) == (["image-1"], 2)
+        first, second = report.added
+        (hit,) = client.search(image=contents[2], k=1, where="place = 'c'")
+        assert (hit.id, Path(hit.path or "").read_bytes()) == (second, contents[2])
+        status, thumbnail = server.ask("GET", f"/v1/items/{quote(second, safe='')}/thumbnail")
+        assert (status, thumbnail[8:12]) == (200, b"WEBP")
+        (gone,) = client.search(image=contents[0], k=1, where="place = 'a'")
+        client.delete([first])
+        assert not Path(gone.path or "").exists()
+        (last,) = client.add_images(file_of(picture(3))).added
+        os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait(timeout=30)
+    server = command("--index", index, "--writable")
+    with Client(server.address) as client:
+        assert {item.id for item in client.items()} == {"first", second, last}
+        assert [client.search(image=picture(seed), k=1)[0].id for seed in (2, 3)] == [second, last]
+    assert server.stop()[0] == 0
+
+
+@pytest.mark.slow
+def test_workers_of_the_command_answer(command: Callable[..., Server], folder: Path) -> None:
+    server = command("--index", folder, "--workers", 2)
+    wait_until(lambda: b"finelip_items 6.0" in server.ask("GET", "/metrics")[1])
+    with Client(server.address) as client:
+        assert len({hit.id for hit in client.search("a red house", k=6)}) == 6
+    code, errors = server.stop()
+    assert (code, "Traceback" in errors) == (0, False), errors
+
+
+@pytest.mark.slow
+def test_shards_are_served_and_those_that_are_gone_are_told(
+    command: Callable[..., Server], checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    for shard, seeds in (("a", (0, 1)), ("b", (2, 3))):
+        (tmp_path / f"photos-{shard}").mkdir()
+        for seed in seeds:
+            picture(seed).save(tmp_path / f"photos-{shard}" / f"{seed}.png")
+        with Retriever(checkpoint, index=tmp_path / shard, device="cpu", engine="torch") as retriever:
+            retriever.add_folder(tmp_path / f"photos-{shard}", progress=False)
+    server = command("--shards", tmp_path / "a", tmp_path / "b", "--alpha", 1)
+
+    def search() -> Any:
+        status, body = server.ask("POST", "/v1/search", json.dumps({"text": "a red house", "k": 4}))
+        assert status == 200, body
+        return json.loads(body)
+
+    answer = search()
+    hits = answer["results"][0]["hits"]
+    assert (answer["covered"], answer["missing"]) == (1, {})
+    assert {(hit["id"], Path(hit["shard"]).name) for hit in hits} == {
+        ("0.png", "a"),
+        ("1.png", "a"),
+        ("2.png", "b"),
+        ("3.png", "b"),
+    }
+    scores = [hit["score"] for hit in hits]
+    assert scores == sorted(scores, reverse=True) == [hit["global_score"] for hit in hits]
+    assert server.ask("GET", hits[-1]["thumbnail"])[0] == 200
+    assert server.ask("POST", "/v1/items", "x")[0] == 403
+
+    victim, *_ = [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if "_Server" in child.name() or any("_Server" in word for word in child.cmdline())
+    ]
+    victim.kill()
+    partial = search()
+    (gone,) = partial["missing"]
+    assert partial["covered"] == 0.5
+    assert {hit["shard"] for hit in partial["results"][0]["hits"]} == {str(tmp_path / "a"), str(tmp_path / "b")} - {
+        gone
+    }
+    wait_until(lambda: search()["covered"] == 1)
+    code, errors = server.stop()
+    assert (code, "Traceback" in errors) == (0, False), errors
