@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -30,14 +29,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from finelip_fast._terminal import printable
 from finelip_fast.errors import EngineError, FineLIPError, InputError
-from finelip_fast.serve.guards import check_exposure
+from finelip_fast.serve.answers import Refusal
+from finelip_fast.serve.guards import MAX_HEADERS, check_exposure, headers_too_large
 from finelip_fast.serve.settings import ServeSettings
 
 STOP_SECONDS = 10.0
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _BACKLOG = 1024
-_MAX_HEADERS = 64 << 10  # bytes of a request's headers
 _HEADER_SECONDS = 20.0  # within which a connection's request must have come, its body aside
 _RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start, the first and the longest
 
@@ -142,7 +141,7 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
             backlog=_BACKLOG,
             timeout_keep_alive=15,
             timeout_graceful_shutdown=math.ceil(settings.drain),
-            h11_max_incomplete_event_size=_MAX_HEADERS,
+            h11_max_incomplete_event_size=MAX_HEADERS,
         )
         server = _Server(config, app.state.serving, settings.drain, ready)
         server.run([listener])
@@ -231,21 +230,17 @@ class _Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        error = {
-            "message": f"expected a request of HTTP/1.1 with headers of at most {_MAX_HEADERS} bytes",
-            "type": "invalid_request_error",
-            "code": "no_http",
-            "param": None,
-            "request_id": None,
-        }
-        content = json.dumps({"error": error}).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(content))),
-            ("x-content-type-options", "nosniff"),
-            ("connection", "close"),
-        ]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+        hint = getattr(sys.exc_info()[1], "error_status_hint", None)
+        if hint == 431 and self.conn.our_state is h11.IDLE:
+            refusal = headers_too_large()
+        else:
+            refusal = Refusal(
+                400, "no_http", "expected a request of HTTP/1.1, got something else", headers={"Connection": "close"}
+            )
+        answer = refusal.answer(None)
+        headers = [*answer.raw_headers, (b"x-content-type-options", b"nosniff")]
+        events = h11.Response(status_code=answer.status_code, headers=headers), h11.Data(data=bytes(answer.body))
+        for event in (*events, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

@@ -152,16 +152,23 @@ def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
         b"GET\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET /\xff HTTP/1.1" + host + b"\r\n",
-    ]
-    bad += [
-        b"GET / HTTP/1.1" + host + b"X: " + b"a" * 300_000,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST / HTTP/1.1" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     ]
-    bad += [b"POST / HTTP/1.1" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab"]
     for content in bad:
         answer = say(content)
         assert answer.startswith(b"HTTP/1.1 400 "), (content[:40], answer)
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "no_http"
+    long = b"a" * 70_000
+    for content in (
+        b"GET / HTTP/1.1" + host + b"X: " + b"a" * 300_000,
+        b"GET /?" + long + b" HTTP/1.1" + host + b"\r\n",
+        b"GET / HTTP/1.1" + host + b"X: " + long + b"\r\n\r\n",
+        b"GET /health/live HTTP/1.1" + host + b"\r\nGET / HTTP/1.1" + host + b"X: " + long + b"\r\n\r\n",
+    ):
+        answer = say(content)
+        assert b"HTTP/1.1 431 " in answer, (content[:40], answer)
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
     upgrade = b"GET /health/live HTTP/1.1" + host + b"Connection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
     assert say(upgrade).startswith(b"HTTP/1.1 200 ")
     chunked = b"POST /v1/search HTTP/1.1" + host + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
