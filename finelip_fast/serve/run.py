@@ -226,12 +226,24 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; where an answer is under way, end the connection."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        """Refuse what is no HTTP.
+
+        What follows a whole request is passed over, and the connection ends with its answer; so it does where a part of the
+        answer is out already.
+        """
+        state = self.conn.our_state
+        if state in (h11.SEND_RESPONSE, h11.SEND_BODY) and not self.cycle.more_body:
+            self.flow.pause_reading()
+            return
+        if state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
+        is_begun = state is h11.SEND_RESPONSE
+        if is_begun:  # its application learns that nobody waits any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         hint = getattr(sys.exc_info()[1], "error_status_hint", None)
-        if hint == 431 and self.conn.our_state is h11.IDLE:
+        if hint == 431 and not is_begun:
             refusal = headers_too_large()
         else:
             refusal = Refusal(
@@ -239,8 +251,9 @@ class _Protocol(H11Protocol):
             )
         answer = refusal.answer(None)
         headers = [*answer.raw_headers, (b"x-content-type-options", b"nosniff")]
-        events = h11.Response(status_code=answer.status_code, headers=headers), h11.Data(data=bytes(answer.body))
-        for event in (*events, h11.EndOfMessage()):
+        content = b"" if is_begun and self.scope["method"] == "HEAD" else bytes(answer.body)
+        response = h11.Response(status_code=answer.status_code, headers=headers)
+        for event in (response, h11.Data(data=content), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
