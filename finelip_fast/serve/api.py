@@ -62,6 +62,7 @@ _UPLOAD = {
                         "metadata": {
                             "type": "string",
                             "description": "JSON: an object for the one picture, or a list of one for each.",
+                            "examples": ['{"camera": "front"}', '[{"camera": "front"}, {"camera": "rear"}]'],
                         },
                     },
                 }
@@ -76,7 +77,8 @@ router = APIRouter(prefix="/v1", tags=["search"])
 def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
     """What OpenAPI says of a request's body, which the routes read themselves, within bounds."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    content = {"application/json": {"schema": schema}}
+    examples = {name: {"value": body} for name, body in schemas.EXAMPLES[model].items()}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
     if form:
         content["multipart/form-data"] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}
@@ -281,7 +283,7 @@ def _counted(text: str, context: int) -> dict[str, int | None]:
 @router.get("/items", response_model=schemas.ItemsResponse)
 async def items(
     request: Request,
-    where: Annotated[str | None, Query(description="Filter on the metadata.")] = None,
+    where: Annotated[str | None, Query(description="Filter on the metadata, such as `camera = 'front'`.")] = None,
     limit: Annotated[int, Query(ge=1, description="Items of the page.")] = 100,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
 ) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,12 @@ def test_what_is_served_is_told(client: TestClient) -> None:
     assert info["limits"]["k"] == 1000
 
 
+def test_the_limits_that_are_told_are_the_documented_ones(client: TestClient) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE))
+    assert {name: float(value) for name, value in documented.items()} == client.get("/v1/info").json()["limits"]
+
+
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
@@ -369,6 +376,19 @@ def test_every_route_is_documented(client: TestClient) -> None:
             assert route.get("description"), (path, method)
             if path.startswith("/v1/"):
                 assert "FaultResponse" in json.dumps(route["responses"]["400"])
+
+
+def test_every_example_is_answered(client: TestClient) -> None:
+    bodies = {
+        path: methods["post"]["requestBody"]["content"].get("application/json")
+        for path, methods in client.get("/openapi.json").json()["paths"].items()
+        if "post" in methods
+    }
+    assert [path for path, body in bodies.items() if body is None] == ["/v1/items"]
+    for path, body in bodies.items():
+        for example in body["examples"].values() if body else ():
+            answer = client.post(path, json=example["value"])
+            assert answer.status_code == 200, (example, answer.text)
 
 
 @pytest.mark.parametrize(
