@@ -152,7 +152,7 @@ def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
 def test_what_is_typed_before_the_server_has_answered_stays(open_page: Callable[..., Page], address: str) -> None:
     page = open_page()
     waiting: list[Route] = []
-    page.route("**/v1/info", waiting.append)
+    page.route("**/v1/info", lambda route: waiting.append(route))  # no builtin: it gets an attribute
     page.goto(address)
     page.get_by_label("Description of the picture").fill(TEXT)
     waiting[0].continue_()
