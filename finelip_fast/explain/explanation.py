@@ -369,11 +369,11 @@ def explain_pairs(
     patches = model.visual(pixels.to(model.device, model.dtype)).float()
     tokens, lengths = model.text_tokens(ids.to(model.device))
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
-    shown = (pixels * std + mean).clamp(0, 1)
+    plain_pixels = (pixels * std + mean).clamp(0, 1)
     return [
         _explain(model, source, caption, own_patches, own_tokens[:length].float(), own_pixels, alpha)
         for source, caption, own_patches, own_tokens, length, own_pixels in zip(
-            images, captions, patches, tokens, lengths.tolist(), shown, strict=True
+            images, captions, patches, tokens, lengths.tolist(), plain_pixels, strict=True
         )
     ]
 

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from torch import Tensor
 
 from finelip_fast._files import installed
 from finelip_fast._json import parse_json
@@ -102,26 +103,8 @@ async def search(request: Request) -> Response:
     where = check_where(query.where, limits)
     alpha = None if query.alpha is None else server.collection.engine.config.choose_alpha(query.alpha)
 
-    counts: list[dict[str, int | None]]
     with stage(request, "encode"):
-        if query.text is not None:
-            texts = check_texts(listed(query.text), limits, "text")
-            request.scope["finelip.queries"] = texts
-            embedded = await pipeline.embed_texts(texts, deadline=deadline(request))
-            queries = [text.embedding for text in embedded]
-            counts = [{"tokens": text.tokens, "tokens_cut": text.tokens_cut} for text in embedded]
-        elif query.item is not None:
-            ids = listed(query.item)
-            check_count(ids, limits.images, "items", "item")
-            stored = await pipeline.run(server.collection.embeddings_of, ids, deadline=deadline(request))
-            if missing := [id for id in ids if id not in stored]:
-                raise no_item(missing[0])
-            queries = [stored[id] for id in ids]
-        else:
-            images = await check_pictures(pictures or listed(query.image), limits, "image")
-            queries = await pipeline.embed_images(images, deadline=deadline(request))
-    if query.text is None:
-        counts = [{"tokens": None, "tokens_cut": None}] * len(queries)
+        queries, counts = await _embed_queries(request, query, pictures)
     if not queries:
         return answer({"results": [], "covered": 1.0, "missing": {}})
     with stage(request, "search"):
@@ -138,6 +121,33 @@ async def search(request: Request) -> Response:
         for hits, names, count in zip(found.hits, shards, counts, strict=True)
     ]
     return answer({"results": results, "covered": found.covered, "missing": found.missing})
+
+
+async def _embed_queries(
+    request: Request, query: schemas.SearchRequest, pictures: list[str | bytes]
+) -> tuple[list[Tensor], list[dict[str, int | None]]]:
+    """Embeddings ``[L, D]`` of the queries, and how much of each text was read."""
+    server = serving(request)
+    limits, pipeline = server.settings.limits, server.pipeline
+    if query.text is not None:
+        texts = check_texts(listed(query.text), limits, "text")
+        request.scope["finelip.queries"] = texts
+        embedded = await pipeline.embed_texts(texts, deadline=deadline(request))
+        counts: list[dict[str, int | None]] = [
+            {"tokens": text.tokens, "tokens_cut": text.tokens_cut} for text in embedded
+        ]
+        return [text.embedding for text in embedded], counts
+    if query.item is not None:
+        ids = listed(query.item)
+        check_count(ids, limits.images, "items", "item")
+        stored = await pipeline.run(server.collection.embeddings_of, ids, deadline=deadline(request))
+        if missing := [id for id in ids if id not in stored]:
+            raise no_item(missing[0])
+        queries = [stored[id] for id in ids]
+    else:
+        images = await check_pictures(pictures or listed(query.image), limits, "image")
+        queries = await pipeline.embed_images(images, deadline=deadline(request))
+    return queries, [{"tokens": None, "tokens_cut": None}] * len(queries)
 
 
 async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[str | bytes]]:

@@ -94,6 +94,56 @@ class _Entry(Generic[K, T]):
     arrived: float = field(compare=False)
 
 
+class Workers:
+    """Threads that process batches, of one batcher or of several that share them.
+
+    Args:
+        name: What the threads are called.
+        count: Number of threads.
+    """
+
+    def __init__(self, name: str, count: int = 1) -> None:
+        self.name, self.count, self.idle = name, count, count
+        self._batchers: list[Batcher[Any, Any, Any]] = []
+        self._batches: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def join(self, batcher: Batcher[Any, Any, Any]) -> None:
+        """Work for a batcher too; of several that wait, for those that joined first."""
+        self._batchers.append(batcher)
+
+    def start(self) -> None:
+        """Start the threads that do not run."""
+        while len(self._threads) < self.count:
+            # Daemons: one that never comes back from its batch does not keep the process from ending.
+            name = f"finelip-{self.name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Stop the threads once they are done with what they have."""
+        for _ in self._threads:
+            self._batches.put(None)
+        self._threads = []
+
+    def take(self, work: Callable[[], None]) -> None:
+        """Have an idle thread do some work, which ends by calling :meth:`free` on the event loop."""
+        self.idle -= 1
+        self.start()
+        self._batches.put(work)
+
+    def free(self) -> None:
+        """Give a thread back, and let the batchers hand out what waits."""
+        self.idle += 1
+        for batcher in self._batchers:
+            batcher.dispatch()
+
+    def _run(self) -> None:
+        while (work := self._batches.get()) is not None:
+            work()
+
+
 class Batcher(Generic[K, T, R]):
     """A queue whose items are processed in batches of one key.
 
@@ -109,7 +159,7 @@ class Batcher(Generic[K, T, R]):
         max_batch: Largest number of items processed at once.
         wait: Seconds that an item waits for company, at most.
         capacity: Number of items that may wait. A request of more is accepted while nothing else waits.
-        workers: Number of threads.
+        workers: Number of threads; or threads that are shared, which whoever shares them closes.
         limit: Function from a key to the largest number of its items processed at once, where that is fewer.
         observer: Whoever counts batches and the length of the queue.
     """
@@ -122,18 +172,18 @@ class Batcher(Generic[K, T, R]):
         max_batch: int,
         wait: float,
         capacity: int,
-        workers: int = 1,
+        workers: int | Workers = 1,
         limit: Callable[[K], int] | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._process, self.name, self._observer = process, name, observer
         self._max_batch, self._limit = max_batch, limit
-        self._wait, self._capacity, self._workers = wait, capacity, workers
+        self._wait, self._capacity = wait, capacity
+        self._shares = isinstance(workers, Workers)
+        self._workers = workers if isinstance(workers, Workers) else Workers(name, workers)
+        self._workers.join(self)
         self._waiting: list[_Entry[K, T]] = []  # in order
         self._requests: set[_Request] = set()
-        self._batches: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._idle = workers
         self._timer: asyncio.TimerHandle | None = None
         self._n_batches = self._n_items = 0
         self._company_until = -math.inf
@@ -147,16 +197,15 @@ class Batcher(Generic[K, T, R]):
     async def start(self) -> None:
         """Start the threads; the first request does it otherwise."""
         self._draining = False
-        self._start_threads()
+        self._workers.start()
 
     async def close(self) -> None:
         """Refuse new requests, answer those that are there, or let their deadlines pass, and stop the threads."""
         self._draining = True
         if self._requests:
             await asyncio.wait([request.answer for request in self._requests])
-        for _ in self._threads:
-            self._batches.put(None)
-        self._threads = []
+        if not self._shares:
+            self._workers.close()
 
     async def submit(self, key: K, items: Sequence[T], *, deadline: float) -> list[R]:
         """The results of items of one key; see :meth:`submit_pairs`."""
@@ -192,7 +241,7 @@ class Batcher(Generic[K, T, R]):
         self._requests.add(request)
         try:
             self._enqueue(pairs, request, loop.time())
-            self._dispatch()
+            self.dispatch()
             return await request.answer
         finally:
             timer.cancel()
@@ -200,7 +249,7 @@ class Batcher(Generic[K, T, R]):
             self._forget(request)
 
     def _seconds_to_wait(self) -> int:
-        seconds = len(self._waiting) * (self._item_seconds or 0.0) / self._workers
+        seconds = len(self._waiting) * (self._item_seconds or 0.0) / self._workers.count
         return min(_LONGEST_RETRY, max(1, math.ceil(seconds)))
 
     # On the event loop -------------------------------------------------------------------------------------------------
@@ -212,13 +261,13 @@ class Batcher(Generic[K, T, R]):
             insort(self._waiting, _Entry(turn, self._n_items, key, item, place, request, arrived))
         self._note_length()
 
-    def _dispatch(self) -> None:
-        """Hand batches to workers that have nothing to do."""
+    def dispatch(self) -> None:
+        """Hand batches to workers that have nothing to do; called on the event loop."""
         loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._idle and self._waiting:
+        while self._workers.idle and self._waiting:
             present = loop.time()
             oldest = self._waiting[0]
             if oldest.request.deadline <= present:
@@ -228,17 +277,15 @@ class Batcher(Generic[K, T, R]):
             batch = [entry for entry in self._waiting if entry.key == oldest.key][:largest]
             ready = min(entry.arrived for entry in batch) + self._wait
             if len(batch) < largest and present < min(ready, self._company_until):
-                self._timer = loop.call_at(ready, self._dispatch)
+                self._timer = loop.call_at(ready, self.dispatch)
                 return
             numbers = {entry.number for entry in batch}
             self._waiting = [entry for entry in self._waiting if entry.number not in numbers]
             self._note_length()
             self._n_batches += 1
-            self._idle -= 1
             if len({entry.request for entry in batch}) > 1:
                 self._company_until = present + _COMPANY_SECONDS
-            self._start_threads()
-            self._batches.put(partial(self._work, loop, batch, present))
+            self._workers.take(partial(self._work, loop, batch, present))
 
     def _largest(self, key: K) -> int:
         return self._max_batch if self._limit is None else max(1, min(self._max_batch, self._limit(key)))
@@ -246,7 +293,6 @@ class Batcher(Generic[K, T, R]):
     def _finish(
         self, batch: list[_Entry[K, T]], outcomes: dict[int, R | BaseException], started: float, took: float
     ) -> None:
-        self._idle += 1
         mean = took / len(batch)
         self._item_seconds = mean if self._item_seconds is None else (1 - _LATEST) * self._item_seconds + _LATEST * mean
         for number, entry in enumerate(batch):
@@ -262,7 +308,7 @@ class Batcher(Generic[K, T, R]):
             if not request.missing:
                 request.answer.set_result(request.results)
         self._observe("batch", len(batch), started - min(entry.arrived for entry in batch), took)
-        self._dispatch()
+        self._workers.free()
 
     def _give_up(self, request: _Request) -> None:
         if not request.answer.done():
@@ -291,18 +337,6 @@ class Batcher(Generic[K, T, R]):
                 _log.exception("the observer of %s failed", self.name)
 
     # In a thread -------------------------------------------------------------------------------------------------------
-
-    def _start_threads(self) -> None:
-        while len(self._threads) < self._workers:
-            # Daemons: one that never comes back from its batch does not keep the process from ending.
-            number = len(self._threads)
-            thread = threading.Thread(target=self._run, name=f"finelip-{self.name}-{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _run(self) -> None:
-        while (work := self._batches.get()) is not None:
-            work()
 
     def _work(self, loop: asyncio.AbstractEventLoop, batch: list[_Entry[K, T]], started: float) -> None:
         before = time.perf_counter()

@@ -106,6 +106,7 @@ class Collection(Protocol):
 
     def version(self) -> int:
         """Counts the changes to what is served."""
+        ...
 
     def search(
         self,
@@ -117,9 +118,11 @@ class Collection(Protocol):
         alpha: float | None = None,
     ) -> Found:
         """The best items for embeddings ``[Q, L, D]``; errors as those of :meth:`finelip_fast.Retriever.search_embeddings`."""
+        ...
 
     def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Stored embeddings ``[L, D]`` of those ids that are there."""
+        ...
 
     def items(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
@@ -129,15 +132,19 @@ class Collection(Protocol):
         Raises:
             InputError: A filter that cannot be read, or an ``after`` that no page gave.
         """
+        ...
 
     def fields(self) -> list[Field]:
         """Fields of the metadata that items can be filtered by."""
+        ...
 
     def picture(self, id: str) -> Path | None:
         """The file of an item; None: there is no such item, or no regular file."""
+        ...
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
         """Why a picture and a text score as they do; errors as those of :meth:`finelip_fast.Retriever.explain`."""
+        ...
 
     def add(self, uploads: Sequence[Upload]) -> list[Added]:
         """Keep pictures and add them; what is reported as added is on disk.
@@ -146,6 +153,7 @@ class Collection(Protocol):
             InputError: The collection is read only.
             StoreError, WriteError: The disk refuses; what was not reported may be added again.
         """
+        ...
 
     def delete(self, ids: Sequence[str]) -> None:
         """Take items out for good.
@@ -154,6 +162,7 @@ class Collection(Protocol):
             InputError: An id that is not there, or the collection is read only; nothing was taken out.
             StoreError: The disk refuses; nothing was taken out.
         """
+        ...
 
     def close(self) -> None:
         """Release what is served."""

@@ -1,14 +1,14 @@
 """The way from texts and pictures to hits, for many requests at once: each stage is a queue that forms batches.
 
-==========  ==================================  =========================================
+==========  ==================================  ============================================================
 stage       what shares a batch                 threads
-==========  ==================================  =========================================
+==========  ==================================  ============================================================
 tokenize    texts                               1
 decode      nothing: pictures one by one        as many as processors, 8 at most
-encode      texts of similar length; pictures   1: two would take each other's processors
-search      the same k, mode, filter, alpha     1, likewise
+encode      texts of similar length; pictures   1, shared: two would take each other's processors,
+search      the same k, mode, filter, alpha     and PyTorch keeps a team of threads for each that calls it
 work        nothing: whatever else blocks       as decode
-==========  ==================================  =========================================
+==========  ==================================  ============================================================
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finelip_fast.errors import ImageError
 from finelip_fast.hits import Hits
 from finelip_fast.index.search import Mode
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.serve.batching import Batcher, Observer
+from finelip_fast.serve.batching import Batcher, Observer, Workers
 from finelip_fast.serve.settings import ServeSettings
 from finelip_fast.tokenizer import encode_batch
 
@@ -117,11 +117,19 @@ class Pipeline:
         single = partial(several, max_batch=1, workers=min(os.cpu_count() or 1, _MOST_THREADS))
         self._tokenize: Batcher[None, str, _Tokens] = several(self._tokenize_batch, name="tokenize", wait=0.0)
         self._decode: Batcher[None, tuple[str, bytes], Tensor] = single(self._decode_batch, name="decode")
-        self._encode: Batcher[_EncodeKey, Tensor, Tensor] = several(
-            self._encode_batch, name="encode", limit=self._most_encoded if self._on_cpu else None
-        )
+        self._computing = Workers("compute")
+        # Before the encodings: what is nearly done is answered first.
         self._search: Batcher[_SearchKey, Tensor, Found] = several(
-            self._search_batch, name="search", limit=self._most_searched if self._on_cpu else None
+            self._search_batch,
+            name="search",
+            workers=self._computing,
+            limit=self._most_searched if self._on_cpu else None,
+        )
+        self._encode: Batcher[_EncodeKey, Tensor, Tensor] = several(
+            self._encode_batch,
+            name="encode",
+            workers=self._computing,
+            limit=self._most_encoded if self._on_cpu else None,
         )
         self._work: Batcher[None, Callable[[], Any], Any] = single(self._work_batch, name="work")
 
@@ -139,6 +147,7 @@ class Pipeline:
         """Answer what waits, refuse the rest, and stop the threads."""
         for stage in self._stages:
             await stage.close()
+        self._computing.close()
 
     async def embed_texts(self, texts: Sequence[str], *, deadline: float, recent: bool = True) -> list[TextEmbedding]:
         """Embed texts; what is longer than the context is cut.

@@ -198,3 +198,12 @@ def test_the_page_answers_to_pointer_touch_and_keys(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     finally:
         page.close()
+
+
+def test_the_picture_of_an_explanation_is_the_original_within_bounds() -> None:
+    model = finelip_fast.load()
+    assert explain(model, Image.new("RGB", (300, 200)), "a cat").picture.size == (300, 200)
+    assert explain(model, Image.new("RGB", (3000, 2000)), "a cat").picture.size == (1024, 683)
+    squash = FineLIP(replace(model.config, resize_mode="squash")).eval()
+    assert explain(squash, Image.new("RGB", (300, 200)), "a cat").squashed
+    assert not explain(model, Image.new("RGB", (300, 200)), "a cat").squashed

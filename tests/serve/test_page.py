@@ -152,9 +152,11 @@ def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
 def test_what_is_typed_before_the_server_has_answered_stays(open_page: Callable[..., Page], address: str) -> None:
     page = open_page()
     waiting: list[Route] = []
-    page.route("**/v1/info", lambda route: waiting.append(route))  # no builtin: it gets an attribute
+    page.route("**/v1/info", lambda route: waiting.append(route))
     page.goto(address)
     page.get_by_label("Description of the picture").fill(TEXT)
+    page.wait_for_function("document.querySelector('#text').value")
+    assert waiting
     waiting[0].continue_()
     expect(cards(page).first).to_be_visible()
     assert page.get_by_label("Description of the picture").input_value() == TEXT
@@ -477,11 +479,15 @@ def test_partial_answers_and_those_that_match_nothing_say_so(page: Page) -> None
     expect(page.locator("#partial")).to_have_text("Only 50 % of the pictures were searched: b: no answer within 5 s.")
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(open_page: Callable[..., Page], retriever: Retriever) -> None:
+def test_a_key_is_asked_for_and_kept_for_the_tab(
+    open_page: Callable[..., Page], retriever: Retriever, check_access: Callable[[Page, str], None]
+) -> None:
     with serving(retriever, api_key="a-long-secret-key") as address:
         page = open_page()
         page.goto(address)
         dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        check_access(page, "a key is asked for")
         for key in ("wrong", "a-long-secret-key"):
             expect(dialog).to_be_visible()
             dialog.get_by_label("Key").fill(key)
@@ -495,7 +501,11 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(open_page: Callable[..., Page],
 
 
 def test_pictures_are_added_and_deleted_only_where_that_is_on(
-    page: Page, open_page: Callable[..., Page], pictures: list[Path], tmp_path: Path
+    page: Page,
+    open_page: Callable[..., Page],
+    pictures: list[Path],
+    tmp_path: Path,
+    check_access: Callable[[Page, str], None],
 ) -> None:
     expect(page.get_by_role("button", name="Add pictures")).to_be_hidden()
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -511,6 +521,11 @@ def test_pictures_are_added_and_deleted_only_where_that_is_on(
         chooser.value.set_files([pictures[QUERY], pictures[20], tmp_path / "broken.png"])
         expect(page.locator("#news")).to_contain_text("2 pictures added. broken.png:")
         expect(cards(page)).to_have_count(2)
+        check_access(page, "pictures were added")
+        chosen(page, pictures[QUERY])
+        expect(page.get_by_text("Like your picture")).to_be_visible()
+        check_access(page, "a search by a picture")
+        page.get_by_role("button", name="Search by a description instead").click()
         search(page, TEXT)
         dialog = open_best(page)
         dialog.get_by_role("button", name="Delete").click()

@@ -518,7 +518,7 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("popstate", () => {
   const goal = readLink(location.search);
-  if (linkOf({ ...goal, open: "" }) === shown.link) {
+  if (linkOf({ ...goal, open: "" }) === linkOf({ ...search, open: "" })) {
     search.open = goal.open;
     return void showOpened();
   }
