@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from os import PathLike
@@ -554,14 +554,26 @@ def _add_images(images: Any, metadata: Sequence[dict[str, Any]] | None, batch_si
         if metadata is not None:
             data["metadata"] = _json([metadata[number] for number, *_ in batch]).decode()
         files = [("image", (name, content, "application/octet-stream")) for _, name, content in batch]
-        answer = yield from _exchange(_Request("POST", "v1/items", {"files": files, "data": data}, repeatable=False))
+        response = yield _Request("POST", "v1/items", {"files": files, "data": data}, repeatable=False)
         with _expected_answer():
-            for item in answer["items"]:
+            for item in _added(response):
                 if item["id"] is None:
                     report.skipped.append((item["name"], item["reason"]))
                 else:
                     report.added.append(item["id"])
     return report
+
+
+def _added(response: httpx2.Response) -> list[dict[str, Any]]:
+    """What became of each picture, which is told where all were refused, too."""
+    if response.status_code == 400:
+        with suppress(ServerError, KeyError):
+            refused: list[dict[str, Any]] = parse_json(
+                response.content, "", error=ServerError, kind=dict, surrogates=True
+            )["items"]
+            return refused
+    added: list[dict[str, Any]] = _answer(response)["items"]
+    return added
 
 
 def _delete(ids: Sequence[str] | str) -> Steps[None]:

@@ -225,6 +225,10 @@ def test_pictures_are_added(ask, tmp_path: Path) -> None:
     missing = ask(server, "add_images", [tmp_path / "none.png"])
     assert (missing.added, missing.skipped[0][0]) == ([], "none.png")
     assert len(server.requests) == 1, "a picture that cannot be read here is not sent"
+    refused = {"error": {"message": "cannot read b.png"}, "added": 0, "items": items[1:]}
+    server = Server(httpx2.Response(201, json={"added": 1, "items": items[:1]}), httpx2.Response(400, json=refused))
+    report = ask(server, "add_images", tmp_path, batch_size=1)
+    assert (report.added, report.skipped) == (["a.png"], [("b.png", "cannot read b.png")])
     with pytest.raises(InputError, match="expected metadata for 2 pictures, got 1"):
         ask(server, "add_images", [b"1", b"2"], metadata=[{}])
 

@@ -33,6 +33,7 @@ class Refusal(Exception):
         message: What was expected, what came, and what to do.
         param: Field of the request that is meant.
         headers: Further headers.
+        fields: What the answer holds beside the error.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Refusal(Exception):
         *,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers = dict(headers or {})
+        self.headers, self.fields = dict(headers or {}), dict(fields or {})
 
     def answer(self, request_id: str | None) -> Response:
         """The answer that a client gets."""
@@ -58,7 +60,7 @@ class Refusal(Exception):
             "param": self.param,
             "request_id": request_id,
         }
-        return answer({"error": error}, status=self.status, headers=self.headers)
+        return answer({"error": error, **self.fields}, status=self.status, headers=self.headers)
 
 
 def answer(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -25,7 +25,7 @@ from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import Refusal, answer
-from finelip_fast.serve.collection import Collection, Upload
+from finelip_fast.serve.collection import Added, Collection, Upload
 from finelip_fast.serve.requests import (
     File,
     check_count,
@@ -38,6 +38,7 @@ from finelip_fast.serve.requests import (
     media_type,
     read_form,
     read_json,
+    refused_pictures,
     serving,
     size_of,
     stage,
@@ -62,6 +63,7 @@ _UPLOAD = {
                         "metadata": {
                             "type": "string",
                             "description": "JSON: an object for the one picture, or a list of one for each.",
+                            "examples": ['{"camera": "front"}', '[{"camera": "front"}, {"camera": "rear"}]'],
                         },
                     },
                 }
@@ -76,7 +78,8 @@ router = APIRouter(prefix="/v1", tags=["search"])
 def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
     """What OpenAPI says of a request's body, which the routes read themselves, within bounds."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    content = {"application/json": {"schema": schema}}
+    examples = {name: {"value": body} for name, body in schemas.EXAMPLES[model].items()}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
     if form:
         content["multipart/form-data"] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}
@@ -290,7 +293,7 @@ def _counted(text: str, context: int) -> dict[str, int | None]:
 @router.get("/items", response_model=schemas.ItemsResponse)
 async def items(
     request: Request,
-    where: Annotated[str | None, Query(description="Filter on the metadata.")] = None,
+    where: Annotated[str | None, Query(description="Filter on the metadata, such as `camera = 'front'`.")] = None,
     limit: Annotated[int, Query(ge=1, description="Items of the page.")] = 100,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
 ) -> Response:
@@ -346,7 +349,10 @@ async def thumbnail(
 
 @router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)
 async def add(request: Request) -> Response:
-    """Add pictures; what is told as added is on disk, and found by every later search."""
+    """Add pictures; what is told as added is on disk, and found by every later search.
+
+    One that cannot be added is told with the reason, and keeps none of the others; 400, with the same `items`, where none was.
+    """
     require_writable(request)
     server = serving(request)
     limits = server.settings.limits
@@ -366,15 +372,22 @@ async def add(request: Request) -> Response:
     if not files or (metadata is not None and len(metadata) != len(files)):
         got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
         raise Refusal(400, "invalid_form", f"expected files as image, and metadata for each or none, got {got}")
-    await check_pictures([file.content for file in files], limits, "image")
-    uploads = [
-        Upload(file.content, file.name, fields)
-        for file, fields in zip(files, metadata or [{} for _ in files], strict=True)
+    added = [
+        Added(None, file.name, reason)
+        for file, reason in zip(files, await refused_pictures([file.content for file in files], limits), strict=True)
     ]
-    added = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
+    sound = [place for place, item in enumerate(added) if item.reason is None]
+    uploads = [Upload(files[place].content, files[place].name, metadata[place] if metadata else {}) for place in sound]
+    if uploads:
+        results = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
+        for place, item in zip(sound, results, strict=True):
+            added[place] = item
     items = [{"id": item.id, "name": item.name, "reason": item.reason} for item in added]
-    count = sum(item.id is not None and not item.existing for item in added)
-    return answer({"added": count, "items": items}, status=201)
+    body = {"added": sum(item.id is not None and not item.existing for item in added), "items": items}
+    if all(item.id is None for item in added):
+        reasons = [str(item.reason) if len(added) == 1 else f"{item.name}: {item.reason}" for item in added]
+        raise Refusal(400, "nothing_added", "; ".join(reasons), param="image", fields=body)
+    return answer(body, status=201)
 
 
 def _metadata(text: str | bytes) -> list[dict[str, Any]]:

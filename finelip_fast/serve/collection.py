@@ -164,6 +164,9 @@ class Collection(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release what is served."""
+
 
 class RetrieverCollection:
     """The items of a retriever's index.
@@ -171,7 +174,7 @@ class RetrieverCollection:
     What other processes change in the index folder is seen by the next call.
 
     Args:
-        retriever: Retriever, which stays its caller's to close.
+        retriever: Retriever, which is closed with the collection.
         uploads: Folder that keeps added pictures, made if it is missing; None: nothing can be added or deleted.
 
     Raises:
@@ -323,6 +326,10 @@ class RetrieverCollection:
                 if root is None or item_id(path, root) not in present:
                     folder.remove(path)
 
+    def close(self) -> None:
+        """Close the retriever."""
+        self._retriever.close()
+
     def _writable(self) -> Uploads:
         if self._uploads is None:
             raise InputError(
@@ -338,23 +345,25 @@ class ShardCollection:
 
     Args:
         engine: Engine of the checkpoint that made the shards.
-        shards: Shards, which stay their caller's to close; with ``partial="mark"`` a search is answered without those that are
-            missing.
+        shards: Shards, which are closed with the collection; with ``partial="mark"`` a search is answered without those that
+            are missing.
+        alpha: Weight of the global cosine where a request names none; None: that of the shards.
 
     Raises:
         StoreError: The shards are of another checkpoint.
+        InputError: ``alpha`` outside [0, 1].
     """
 
     writable = False
 
-    def __init__(self, engine: Engine, shards: Shards) -> None:
+    def __init__(self, engine: Engine, shards: Shards, alpha: float | None = None) -> None:
         if engine.fingerprint != shards.spec.checkpoint:
             raise StoreError(
                 f"expected shards made by {engine.source or 'the bundled checkpoint'}, {engine.fingerprint[:12]}…, got ones "
                 f"made from {shards.spec.checkpoint[:12]}…: open them with the checkpoint that made them"
             )
         self.engine, self._shards = engine, shards
-        self.alpha = engine.config.choose_alpha(shards.spec.alpha)
+        self.alpha = engine.config.choose_alpha(shards.spec.alpha if alpha is None else share("alpha", alpha))
         self._indexes: dict[str, Index] = {}
         self._opening, self._loading = threading.Lock(), threading.Lock()
         self._model: FineLIP | None = None
@@ -472,11 +481,12 @@ class ShardCollection:
         )
 
     def close(self) -> None:
-        """Close the folders that were opened here."""
+        """Close the shards, and those of their folders that were opened here."""
         with self._opening:
             for index in self._indexes.values():
                 index.close()
             self._indexes.clear()
+        self._shards.close()
 
 
 def _local_file(id: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:

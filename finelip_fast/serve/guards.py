@@ -2,8 +2,8 @@
 
 - :class:`Account` gives each request an id, a line in the log and its place in the metrics, each answer the headers that
   browsers heed, and what nobody caught an answer that tells nothing.
-- :class:`Doors` refuses by where a request says it comes from: a name that is not the server's (DNS rebinding), a page of
-  another origin, no key.
+- :class:`Doors` refuses by what the headers say: too much, a name that is not the server's (DNS rebinding), a page of another
+  origin, no key.
 - :class:`Bounds` holds a request to bytes and seconds, and ends the work of a client that has gone away.
 """
 
@@ -30,6 +30,8 @@ from finelip_fast.serve.answers import Refusal, log
 from finelip_fast.serve.metrics import Metrics
 from finelip_fast.serve.requests import Serving
 from finelip_fast.serve.settings import ServeSettings
+
+MAX_HEADERS = 64 << 10  # bytes of a request's line and headers
 
 access = logging.getLogger("finelip_fast.serve.access")
 
@@ -144,6 +146,7 @@ class Doors:
     def _answer(self, scope: Scope, headers: Headers) -> Any:
         """The answer that ends it here; None: go on."""
         try:
+            _check_size(scope)
             self._check_host(headers)
             origin = headers.get("origin")
             is_named = origin is not None and origin in self._settings.origins
@@ -204,6 +207,22 @@ def is_ours(name: str, settings: ServeSettings) -> bool:
         return address.is_loopback or ipaddress.ip_address(settings.host).is_unspecified
     except ValueError:
         return False
+
+
+def _check_size(scope: Scope) -> None:
+    """
+    Raises:
+        Refusal: 431. The protocol refuses what it has to wait for, not what arrives at once.
+    """
+    size = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+    if size + len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_HEADERS:
+        raise headers_too_large()
+
+
+def headers_too_large() -> Refusal:
+    """The refusal of a request's headers."""
+    message = f"expected a request line and headers of at most {MAX_HEADERS} bytes, got more; send it in the body"
+    return Refusal(431, "headers_too_large", message, headers={"Connection": "close"})
 
 
 def _check_origin(origin: str, headers: Headers) -> None:

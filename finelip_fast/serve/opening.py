@@ -50,7 +50,7 @@ class Opening:
             raise InputError("expected an index to add pictures to, got shards: add to a shard's own folder instead")
 
     def open(self) -> Collection:
-        """Load the model and open what it searches; takes seconds.
+        """Load the model and open what it searches, which is the caller's to close; takes seconds.
 
         Raises:
             InputError, EngineError, CheckpointError, StoreError: The same as for :class:`finelip_fast.Retriever` and
@@ -71,7 +71,11 @@ class Opening:
                 index=self.index,
                 alpha=self.alpha,
             )
-            return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
+            try:
+                return RetrieverCollection(retriever, None if self.uploads is None else Path(self.uploads))
+            except BaseException:
+                retriever.close()
+                raise
         from finelip_fast.distributed import Shards
         from finelip_fast.engines import open_engine
         from finelip_fast.serve.collection import ShardCollection
@@ -79,7 +83,9 @@ class Opening:
         if self.ray is not None:
             os.environ["RAY_ADDRESS"] = self.ray
         engine = open_engine(self.engine, checkpoint, self.device, precision=self.precision)
-        collection = ShardCollection(engine, Shards(self.shards, partial="mark"))
-        if self.alpha is not None:
-            collection.alpha = engine.config.choose_alpha(self.alpha)
-        return collection
+        shards = Shards(self.shards, partial="mark")
+        try:
+            return ShardCollection(engine, shards, self.alpha)
+        except BaseException:
+            shards.close()
+            raise

@@ -229,6 +229,19 @@ async def check_pictures(pictures: Sequence[str | bytes], limits: Limits, param:
     return await asyncio.to_thread(lambda: [_picture(picture, limits, param) for picture in pictures])
 
 
+async def refused_pictures(pictures: Sequence[bytes], limits: Limits) -> list[str | None]:
+    """Why each is no picture within the bound on pixels; None: it is one."""
+
+    def reason(picture: bytes) -> str | None:
+        try:
+            _picture(picture, limits, "image")
+        except (Refusal, InputError) as error:
+            return str(error)
+        return None
+
+    return await asyncio.to_thread(lambda: [reason(picture) for picture in pictures])
+
+
 def _picture(picture: str | bytes, limits: Limits, param: str) -> bytes:
     content = picture if isinstance(picture, bytes) else _decoded(picture, param)
     try:

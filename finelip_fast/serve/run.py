@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -30,14 +29,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from finelip_fast._terminal import printable
 from finelip_fast.errors import EngineError, FineLIPError, InputError
-from finelip_fast.serve.guards import check_exposure
+from finelip_fast.serve.answers import Refusal
+from finelip_fast.serve.guards import MAX_HEADERS, check_exposure, headers_too_large
 from finelip_fast.serve.settings import ServeSettings
 
 STOP_SECONDS = 10.0
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _BACKLOG = 1024
-_MAX_HEADERS = 64 << 10  # bytes of a request's headers
 _HEADER_SECONDS = 20.0  # within which a connection's request must have come, its body aside
 _RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start, the first and the longest
 
@@ -48,7 +47,7 @@ class Opening(Protocol):
     """What is told to each process of a server; with several, it is pickled."""
 
     def open(self) -> Any:
-        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection`."""
+        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection` to be closed."""
 
 
 def print_address(address: str) -> None:
@@ -127,27 +126,25 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
     from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
 
     configure_logs()
-    collection = opening.open()
-    app = create_app(collection, settings)
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=_Protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=math.ceil(settings.drain),
-        h11_max_incomplete_event_size=_MAX_HEADERS,
-    )
-    server = _Server(config, app.state.serving, settings.drain, ready)
-    server.run([listener])
-    if hasattr(collection, "close"):
-        collection.close()
+    with contextlib.closing(opening.open()) as collection:
+        app = create_app(collection, settings)
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=_Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=math.ceil(settings.drain),
+            h11_max_incomplete_event_size=MAX_HEADERS,
+        )
+        server = _Server(config, app.state.serving, settings.drain, ready)
+        server.run([listener])
     if not server.started:
         raise EngineError("the server could not start: what its log says above has to be mended first")
 
@@ -229,25 +226,34 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; where an answer is under way, end the connection."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        """Refuse what is no HTTP.
+
+        What follows a whole request is passed over, and the connection ends with its answer; so it does where a part of the
+        answer is out already.
+        """
+        state = self.conn.our_state
+        if state in (h11.SEND_RESPONSE, h11.SEND_BODY) and not self.cycle.more_body:
+            self.flow.pause_reading()
+            return
+        if state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        error = {
-            "message": f"expected a request of HTTP/1.1 with headers of at most {_MAX_HEADERS} bytes",
-            "type": "invalid_request_error",
-            "code": "no_http",
-            "param": None,
-            "request_id": None,
-        }
-        content = json.dumps({"error": error}).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(content))),
-            ("x-content-type-options", "nosniff"),
-            ("connection", "close"),
-        ]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+        is_begun = state is h11.SEND_RESPONSE
+        if is_begun:  # its application learns that nobody waits any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        hint = getattr(sys.exc_info()[1], "error_status_hint", None)
+        if hint == 431 and not is_begun:
+            refusal = headers_too_large()
+        else:
+            refusal = Refusal(
+                400, "no_http", "expected a request of HTTP/1.1, got something else", headers={"Connection": "close"}
+            )
+        answer = refusal.answer(None)
+        headers = [*answer.raw_headers, (b"x-content-type-options", b"nosniff")]
+        content = b"" if is_begun and self.scope["method"] == "HEAD" else bytes(answer.body)
+        response = h11.Response(status_code=answer.status_code, headers=headers)
+        for event in (response, h11.Data(data=content), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

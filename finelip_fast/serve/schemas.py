@@ -259,3 +259,27 @@ class FaultResponse(BaseModel):
     """Every answer that is no success, in the shape of OpenAI's."""
 
     error: Fault
+
+
+# Examples ------------------------------------------------------------------------------------------------------------
+
+_PICTURE = (  # eight by eight pixels of red
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mPc4GDAgA0wMeAAg1MCAOZIATB1oGVIAAAAAElFTkSuQmCC"
+)
+_TEXT = "a red house with two floors, and a tree to the left of it"
+
+# Bodies that any server answers, by what they are.
+EXAMPLES: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
+    SearchRequest: {
+        "a description": {"text": _TEXT, "k": 3},
+        "several, filtered": {"text": [_TEXT, "a blue bus"], "where": "width > 10 and height > 10", "alpha": 1.0},
+        "a picture": {"image": _PICTURE, "k": 3},
+    },
+    ScoreRequest: {"a picture, two texts": {"images": [_PICTURE], "texts": [_TEXT, "a blue bus"]}},
+    ExplainRequest: {"a picture": {"text": _TEXT, "image": _PICTURE}},
+    TokensRequest: {"a description": {"text": _TEXT}},
+    EmbeddingsRequest: {
+        "texts": {"input": [_TEXT, "a blue bus"], "model": "finelip"},
+        "a picture, all its rows": {"input": {"image": _PICTURE}, "multi_vector": True},
+    },
+}

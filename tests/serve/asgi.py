@@ -1,13 +1,19 @@
-"""Pictures to send, and clients that speak to an application without a network."""
+"""Pictures to send, and applications that are spoken to without a network, or at an address of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
@@ -69,3 +75,23 @@ async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str
 
 def part(body: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.request", "body": body, "more_body": more}
+
+
+@contextmanager
+def running(app: FastAPI, **options: Any) -> Iterator[str]:
+    """The address of an application in a thread of this process, at a port that was free."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, **{"lifespan": "on", "log_config": None, "access_log": False} | options)
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        until = time.monotonic() + 60
+        while not server.started and thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+        try:
+            assert server.started
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from finelip_fast.hits import Hit, Hits
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import json_bytes
 from finelip_fast.serve.api import thumbnail_address
-from finelip_fast.serve.collection import Found
+from finelip_fast.serve.app import create_app
+from finelip_fast.serve.collection import Found, RetrieverCollection
+from finelip_fast.serve.settings import Limits, ServeSettings
 
 from .asgi import encoded, file_of, picture, talk
 
@@ -144,8 +147,6 @@ def test_too_many_parts(client: TestClient) -> None:
 
 
 def test_a_picture_of_too_many_pixels(open_client: Callable[..., TestClient]) -> None:
-    from finelip_fast.serve.settings import Limits
-
     client = open_client(limits=Limits(pixels=1000))
     error = post(client, "/v1/search", {"image": encoded(picture(0))}, 413)
     assert (error["code"], error["param"]) == ("too_many_pixels", "image")
@@ -285,6 +286,42 @@ def test_it_is_read_only_unless_told(client: TestClient) -> None:
     assert client.get("/v1/info").json()["writable"] is False
 
 
+def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: Path, tmp_path: Path) -> None:
+    sound, large = file_of(picture(1)), file_of(picture(2, (300, 200)))
+    files = [
+        ("image", (name, content))
+        for name, content in [("a.png", sound), ("b.png", b"no picture"), ("c.png", large), ("d.png", sound[:-300])]
+    ]
+    values = json.dumps([{"place": name} for name in "abcd"])
+    settings = ServeSettings(writable=True, limits=Limits(pixels=50_000))
+    with Retriever(checkpoint, index=tmp_path / "index", device="cpu", engine="torch") as retriever:
+        app = create_app(RetrieverCollection(retriever, tmp_path / "uploads"), settings)
+        with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+            answer = client.post("/v1/items", files=files, data={"metadata": values})
+            assert answer.status_code == 201
+            added = schemas.AddResponse.model_validate(answer.json())
+            assert added.added == 1
+            assert [(item.name, item.id is None) for item in added.items] == [
+                ("a.png", False),
+                ("b.png", True),
+                ("c.png", True),
+                ("d.png", True),
+            ]
+            assert [bool(item.reason) for item in added.items] == [False, True, True, True]
+            assert "at most 50000 pixels" in str(added.items[2].reason)
+            (item,) = client.get("/v1/items").json()["items"]
+            assert (item["id"], item["metadata"]["place"]) == (added.items[0].id, "a")
+            again = client.post("/v1/items", files=files[:2]).json()
+            assert (again["added"], again["items"][0]["id"]) == (0, item["id"])
+
+            none = client.post("/v1/items", files=files[1:])
+            assert none.status_code == 400
+            assert (none.json()["error"]["code"], none.json()["error"]["param"]) == ("nothing_added", "image")
+            assert [item["id"] for item in none.json()["items"]] == [None] * 3
+            assert all(f"{name}.png: " in none.json()["error"]["message"] for name in "bcd")
+            assert client.get("/v1/info").json()["items"] == 1
+
+
 # The page and the documentation --------------------------------------------------------------------------------------
 
 
@@ -293,6 +330,12 @@ def test_what_is_served_is_told(client: TestClient) -> None:
     schemas.InfoResponse.model_validate(info)
     assert (info["items"], info["context"], info["model"], info["warning"]) == (6, 40, "checkpoint", None)
     assert info["limits"]["k"] == 1000
+
+
+def test_the_limits_that_are_told_are_the_documented_ones(client: TestClient) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE))
+    assert {name: float(value) for name, value in documented.items()} == client.get("/v1/info").json()["limits"]
 
 
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
@@ -333,6 +376,19 @@ def test_every_route_is_documented(client: TestClient) -> None:
             assert route.get("description"), (path, method)
             if path.startswith("/v1/"):
                 assert "FaultResponse" in json.dumps(route["responses"]["400"])
+
+
+def test_every_example_is_answered(client: TestClient) -> None:
+    bodies = {
+        path: methods["post"]["requestBody"]["content"].get("application/json")
+        for path, methods in client.get("/openapi.json").json()["paths"].items()
+        if "post" in methods
+    }
+    assert [path for path, body in bodies.items() if body is None] == ["/v1/items"]
+    for path, body in bodies.items():
+        for example in body["examples"].values() if body else ():
+            answer = client.post(path, json=example["value"])
+            assert answer.status_code == 200, (example, answer.text)
 
 
 @pytest.mark.parametrize(

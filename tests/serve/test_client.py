@@ -6,46 +6,23 @@ import asyncio
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 
 from finelip_fast import AsyncClient, Client, ImageError, InputError, Retriever, ServerError, TruncationWarning
 from finelip_fast.serve.app import create_app
 from finelip_fast.serve.opening import Opening
 from finelip_fast.serve.settings import ServeSettings
 
-from .conftest import picture
+from .asgi import picture, running
 
 TEXT = "a red house with two floors"
-
-
-@contextmanager
-def running(opening: Opening, settings: ServeSettings) -> Iterator[str]:
-    """A server in a thread; its address."""
-    app = create_app(opening.open(), settings)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        until = time.monotonic() + 60
-        while not server.started and thread.is_alive() and time.monotonic() < until:
-            time.sleep(0.01)
-        try:
-            assert server.started
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +38,7 @@ def start(checkpoint: Path) -> Iterator[Callable[..., str]]:
                 device="cpu",
                 uploads=None if uploads is None else str(uploads),
             )
-            return servers.enter_context(running(opening, ServeSettings(**settings)))  # type: ignore[arg-type]
+            return servers.enter_context(running(create_app(opening.open(), ServeSettings(**settings))))  # type: ignore[arg-type]
 
         yield run
 

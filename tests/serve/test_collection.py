@@ -22,9 +22,10 @@ from PIL import Image
 import finelip_fast
 from finelip_fast import Retriever
 from finelip_fast.collection import item_id
-from finelip_fast.errors import InputError, WriteError
+from finelip_fast.errors import InputError, StoreError, WriteError
 from finelip_fast.serve import collection as collections
 from finelip_fast.serve.collection import Added, RetrieverCollection, Upload
+from finelip_fast.serve.opening import Opening
 from finelip_fast.serve.uploads import Uploads
 
 
@@ -335,6 +336,20 @@ def test_without_a_folder_for_uploads_nothing_can_be_changed(photos: Path, retri
         with pytest.raises(InputError, match="read only: serve it with --writable"):
             change()
     assert len(served) == 5
+
+
+def test_what_was_opened_to_be_served_is_closed_with_it(
+    engine_options: dict[str, Any], retriever: Retriever, tmp_path: Path
+) -> None:
+    told = {**engine_options, "checkpoint": str(engine_options["checkpoint"]), "index": str(tmp_path / "index")}
+    served = Opening(**told).open()
+    assert len(served) == 0
+    served.close()
+    with pytest.raises(StoreError, match="closed"):
+        len(served)
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError):
+        Opening(**told, uploads=str(tmp_path / "file" / "uploads")).open()
 
 
 # Killing --------------------------------------------------------------------------------------------------------------

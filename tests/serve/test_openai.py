@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 
 from finelip_fast import Retriever
 from finelip_fast.serve import schemas
+from finelip_fast.serve.app import create_app
+from finelip_fast.serve.collection import RetrieverCollection
+from finelip_fast.serve.settings import ServeSettings
 
-from .asgi import encoded, picture
+from .asgi import encoded, picture, running
 
 TEXTS = ["a red house", "a blue bus waits beside the tall tree"]
 
@@ -87,3 +91,28 @@ def test_its_model_is_listed(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert model == client.get(f"/v1/models/{model['id']}").json()
     assert client.get("/v1/models/gpt-5").json()["error"]["code"] == "model_not_found"
+
+
+def test_openais_own_client_is_answered(retriever: Retriever) -> None:
+    key = "a-key-of-16-or-more"
+    app = create_app(RetrieverCollection(retriever), ServeSettings(api_key=key))
+    with running(app) as address, OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as client:
+        (model,) = client.models.list()
+        assert client.models.retrieve(model.id) == model
+        expected = retriever.encode_texts(TEXTS, convert_to_numpy=True)[:, 0]
+        for options in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+            answer = client.embeddings.create(model=model.id, input=TEXTS, **options)
+            rows = [row.embedding for row in answer.data]
+            if "base64" in options.values():  # it decodes what it was not asked for alone
+                rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+            np.testing.assert_allclose(rows, expected, atol=1e-5)
+        (row,) = client.embeddings.create(
+            model="finelip", input=TEXTS[0], extra_body={"multi_vector": True, "encoding_format": "float"}
+        ).data
+        assert np.shape(row.embedding) == (retriever.engine.config.tokens, len(expected[0]))
+        assert answer.usage.total_tokens > 4
+        with pytest.raises(NotFoundError, match="expected model 'checkpoint'") as refusal:
+            client.embeddings.create(model="text-embedding-3-small", input="a")
+        assert refusal.value.code == "model_not_found"
+        with pytest.raises(BadRequestError, match="at least one input"):
+            client.embeddings.create(model=model.id, input=[])

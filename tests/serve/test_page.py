@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
@@ -22,6 +19,8 @@ from finelip_fast.datasets import Scenes
 from finelip_fast.serve.app import create_app
 from finelip_fast.serve.collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
+
+from .asgi import running
 
 SCENES = list(Scenes("test", 60, image_size=256))
 QUERY = 28
@@ -61,23 +60,11 @@ def retriever(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
         yield retriever
 
 
-@contextmanager
-def serving(retriever: Retriever, **settings: Any) -> Iterator[str]:
-    """The address of a server over an index, in a thread of this process."""
+def serving(retriever: Retriever, **settings: Any) -> AbstractContextManager[str]:
+    """The address of a server over an index."""
     uploads = Path(settings["uploads"]) if "uploads" in settings else None
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(port=port, **settings))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
+    app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(**settings))
+    return running(app, timeout_graceful_shutdown=2)
 
 
 @pytest.fixture(scope="module")
@@ -589,3 +576,19 @@ def test_axe_finds_nothing_in_any_state(
     page.reload()
     expect(page.locator("#fault")).to_be_visible()
     check_access(page, "an error")
+
+
+def test_the_apis_documentation_is_drawn_under_its_own_policy(open_page: Callable[..., Page], address: str) -> None:
+    page = open_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(f"{address}/docs")
+    operations = page.locator(".opblock-summary")
+    expect(operations.filter(has_text="/v1/search")).to_be_visible()
+    assert operations.count() > 10
+    operations.filter(has_text="/v1/tokens").get_by_role("button").first.click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    answer = page.locator(".live-responses-table .response-col_description .microlight").first
+    expect(answer).to_contain_text('"context": 256')
+    assert all(url.startswith((address, "data:")) for url in requests)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
 
+from finelip_fast import Client, Retriever
 from finelip_fast.errors import InputError
 from finelip_fast.serve.run import address_of, listen, serve
 from finelip_fast.serve.settings import ServeSettings
 
+from .asgi import file_of, picture
+
 SEARCH = json.dumps({"text": "a red house", "k": 1})
+HOST = b"\r\nHost: localhost\r\n"
+JSON = b"Content-Type: application/json\r\n"
 
 PROGRAM = """
 import sys
@@ -42,8 +54,8 @@ if __name__ == "__main__":
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
+        self.process, self._errors = process, errors
         assert process.stdout is not None
         self.address = process.stdout.readline().split(" ")[0]
         self.port = int(self.address.rpartition(":")[2]) if self.address else 0
@@ -60,40 +72,62 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """The exit code, and what was written to standard error."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=40)
-        return self.process.returncode, errors
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        return self.process.wait(timeout=60), self._errors.read_text()
 
 
 @pytest.fixture(scope="module")
-def start(folder: Path, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Callable[..., Server]]:
-    """Starts a server at any port that is free, and waits until it answers."""
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Runs Python with some arguments as a server, and waits until it answers."""
     processes: list[subprocess.Popen[str]] = []
-    program = tmp_path_factory.mktemp("run") / "program.py"
-    program.write_text(PROGRAM)
 
-    def started(workers: int = 1, index: Path = folder, **settings: Any) -> Server:
-        words = [str(index), str(checkpoint), str(workers), repr({"port": 0} | settings)]
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(program), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
+    def launched(*words: object) -> Server:
+        errors = tmp_path_factory.mktemp("launched") / "errors"  # a pipe that nobody reads fills
+        with errors.open("w") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-P", *map(str, words)],
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                text=True,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                    "OMP_NUM_THREADS": "1",
+                },
+            )
         processes.append(process)
-        return Server(process)
+        return Server(process, errors)
 
-    yield started
+    yield launched
     for process in processes:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def start(
+    launch: Callable[..., Server], folder: Path, checkpoint: Path, tmp_path_factory: Any
+) -> Callable[..., Server]:
+    """Starts a server at any port that is free."""
+    program = tmp_path_factory.mktemp("run") / "program.py"
+    program.write_text(PROGRAM)
+
+    def started(workers: int = 1, index: Path = folder, **settings: Any) -> Server:
+        return launch(program, index, checkpoint, workers, repr({"port": 0} | settings))
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def command(launch: Callable[..., Server], checkpoint: Path) -> Callable[..., Server]:
+    """Starts ``finelip serve`` with further words."""
+    told = ("--checkpoint", checkpoint, "--engine", "torch", "--device", "cpu", "--port", 0)
+    return lambda *words: launch("-m", "finelip_fast.cli", "serve", *told, *words)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 40) -> Any:
@@ -123,27 +157,116 @@ def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
                 parts.append(part)
             return b"".join(parts)
 
-    host = b"\r\nHost: localhost\r\n"
     bad = [
         b"\0" * 1000,
         b"GET\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
-        b"GET /\xff HTTP/1.1" + host + b"\r\n",
-    ]
-    bad += [
-        b"GET / HTTP/1.1" + host + b"X: " + b"a" * 300_000,
+        b"GET /\xff HTTP/1.1" + HOST + b"\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST / HTTP/1.1" + HOST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     ]
-    bad += [b"POST / HTTP/1.1" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab"]
     for content in bad:
         answer = say(content)
         assert answer.startswith(b"HTTP/1.1 400 "), (content[:40], answer)
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "no_http"
-    upgrade = b"GET /health/live HTTP/1.1" + host + b"Connection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    long = b"a" * 70_000
+    for content in (
+        b"GET / HTTP/1.1" + HOST + b"X: " + b"a" * 300_000,
+        b"GET /?" + long + b" HTTP/1.1" + HOST + b"\r\n",
+        b"GET / HTTP/1.1" + HOST + b"X: " + long + b"\r\n\r\n",
+        b"GET /health/live HTTP/1.1" + HOST + b"\r\nGET / HTTP/1.1" + HOST + b"X: " + long + b"\r\n\r\n",
+    ):
+        answer = say(content)
+        assert b"HTTP/1.1 431 " in answer, (content[:40], answer)
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
+    upgrade = b"GET /health/live HTTP/1.1" + HOST + b"Connection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
     assert say(upgrade).startswith(b"HTTP/1.1 200 ")
-    chunked = b"POST /v1/search HTTP/1.1" + host + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
-    assert b" 500 " not in say(chunked)
+    for method in (b"POST", b"HEAD"):
+        answer = say(method + b" /v1/search HTTP/1.1" + HOST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert (head.split()[1], bool(body)) == (b"400", method == b"POST")
+    for rest in (b"\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 9000):  # after a request that was said to be the last
+        asked = (
+            b"POST /v1/search HTTP/1.1" + HOST + JSON + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(SEARCH)
+        )
+        answer = say(asked + SEARCH.encode() + rest)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["results"]
     assert server.ask("GET", "/health/ready")[0] == 200
+
+
+def hostile_bytes(random: Random) -> bytes:
+    """Some requests one after another on a connection, most of them damaged."""
+    body = SEARCH.encode()
+    cut = random.randrange(len(body))
+    chunks = b"%x\r\n%b\r\n%x;a=b\r\n%b\r\n0\r\n\r\n" % (cut, body[:cut], len(body) - cut, body[cut:])
+    sound = [
+        b"GET /health/live HTTP/1.1" + HOST + b"\r\n",
+        b"GET /v1/items?limit=2 HTTP/1.0" + HOST + b"\r\n",
+        b"HEAD / HTTP/1.1" + HOST + b"Connection: close\r\n\r\n",
+        b"POST /v1/search HTTP/1.1" + HOST + JSON + b"Content-Length: %d\r\n\r\n" % len(body) + body,
+        b"POST /v1/tokens HTTP/1.1" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n" + chunks,
+        b"POST /v1/tokens HTTP/1.1" + HOST + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n",
+        b"DELETE /v1/items/%2e%2e HTTP/1.1" + HOST + b"Content-Length: 3\r\n\r\nabc",
+    ]
+    odd = [
+        b"",
+        b"\r\n",
+        b"\r\n\r\n",
+        b" ",
+        b":",
+        b"\0",
+        b"\n",
+        b"\xff\xfe",
+        b"HTTP/9.9",
+        b"-1",
+        b"9" * 40,
+        b"%",
+        b"a" * 3000,
+    ]
+    odd += [
+        b"\r\nContent-Length: 7",
+        b"\r\nTransfer-Encoding: gzip, chunked",
+        b"\r\nHost: evil",
+        b"\r\n X: folded",
+        b"ffffffffff\r\n",
+    ]
+    content = b"".join(random.choices(sound, k=random.choice([1, 1, 2, 4])))
+    for _ in range(random.choice([0, 1, 1, 2, 5])):
+        at = random.randrange(len(content) + 1)
+        content = content[:at] + random.choice([*odd, random.randbytes(8)]) + content[at + random.randrange(12) :]
+    return content
+
+
+def test_damaged_bytes_leave_it_answering(server: Server) -> None:
+    before = server.ask("POST", "/v1/search", SEARCH)
+
+    def attack(seed: int) -> list[bytes]:
+        """Status lines that were answered."""
+        random = Random(seed)
+        content, answer = hostile_bytes(random), b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            if random.randrange(8) == 0:  # closing resets the connection
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(ConnectionError, socket.timeout):
+                cut = random.randrange(len(content) + 1)
+                client.sendall(content[:cut])
+                if random.randrange(6) == 0:
+                    return []
+                client.sendall(content[cut:])
+                client.settimeout(0.3)
+                while part := client.recv(1 << 16):
+                    answer += part
+        return re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = Counter(status for answered in pool.map(attack, range(250)) for status in answered)
+    assert b"500" not in statuses
+    assert min(statuses[b"200"], statuses[b"400"]) > 20, statuses
+    assert server.ask("GET", "/health/ready")[0] == 200
+    assert server.ask("POST", "/v1/search", SEARCH) == before
+    wait_until(lambda: b"finelip_in_flight 1.0" in server.ask("GET", "/metrics")[1])
 
 
 def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
@@ -209,8 +332,8 @@ def test_what_cannot_be_opened_is_said(start: Callable[..., Server], tmp_path: P
     for workers in (1, 2):
         (tmp_path / "file").touch()
         server = start(workers, index=tmp_path / "file")
-        _, errors = server.process.communicate(timeout=60)
-        assert (server.process.returncode, server.address) == (2, ""), errors
+        code, errors = server.wait()
+        assert (code, server.address) == (2, ""), errors
         assert errors.count("error: ") == 1
         assert "Traceback" not in errors
 
@@ -248,3 +371,93 @@ def test_workers_end_with_their_parent(start: Callable[..., Server]) -> None:
     workers = psutil.Process(server.process.pid).children()
     os.kill(server.process.pid, signal.SIGKILL)
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+# As a person runs it -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_added_over_http_is_there_after_a_kill(
+    command: Callable[..., Server], checkpoint: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    with Retriever(checkpoint, index=index, device="cpu", engine="torch") as retriever:
+        retriever.add_images([picture(0)], ids=["first"], progress=False)
+    contents = [file_of(picture(1)), b"no picture", file_of(picture(2))]
+    server = command("--index", index, "--writable")
+    with Client(server.address) as client:
+        report = client.add_images(contents, metadata=[{"place": name} for name in "abc"])
+        assert ([name for name, _ in report.skipped], len(report.added)) == (["image-1"], 2)
+        first, second = report.added
+        (hit,) = client.search(image=contents[2], k=1, where="place = 'c'")
+        assert (hit.id, Path(hit.path or "").read_bytes()) == (second, contents[2])
+        status, thumbnail = server.ask("GET", f"/v1/items/{quote(second, safe='')}/thumbnail")
+        assert (status, thumbnail[8:12]) == (200, b"WEBP")
+        (gone,) = client.search(image=contents[0], k=1, where="place = 'a'")
+        client.delete([first])
+        assert not Path(gone.path or "").exists()
+        (last,) = client.add_images(file_of(picture(3))).added
+        os.kill(server.process.pid, signal.SIGKILL)
+    server.wait()
+    server = command("--index", index, "--writable")
+    with Client(server.address) as client:
+        assert {item.id for item in client.items()} == {"first", second, last}
+        assert [client.search(image=picture(seed), k=1)[0].id for seed in (2, 3)] == [second, last]
+    assert server.stop()[0] == 0
+
+
+@pytest.mark.slow
+def test_workers_of_the_command_answer(command: Callable[..., Server], folder: Path) -> None:
+    server = command("--index", folder, "--workers", 2)
+    wait_until(lambda: b"finelip_items 6.0" in server.ask("GET", "/metrics")[1])
+    with Client(server.address) as client:
+        assert len({hit.id for hit in client.search("a red house", k=6)}) == 6
+    code, errors = server.stop()
+    assert (code, "Traceback" in errors) == (0, False), errors
+
+
+@pytest.mark.slow
+def test_shards_are_served_and_those_that_are_gone_are_told(
+    command: Callable[..., Server], checkpoint: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("ray") is None:  # not imported, which has to come after its settings
+        pytest.skip("ray is not installed")
+    for shard, seeds in (("a", (0, 1)), ("b", (2, 3))):
+        (tmp_path / f"photos-{shard}").mkdir()
+        for seed in seeds:
+            picture(seed).save(tmp_path / f"photos-{shard}" / f"{seed}.png")
+        with Retriever(checkpoint, index=tmp_path / shard, device="cpu", engine="torch") as retriever:
+            retriever.add_folder(tmp_path / f"photos-{shard}", progress=False)
+    server = command("--shards", tmp_path / "a", tmp_path / "b", "--alpha", 1)
+
+    def search() -> Any:
+        status, body = server.ask("POST", "/v1/search", json.dumps({"text": "a red house", "k": 4}))
+        assert status == 200, body
+        return json.loads(body)
+
+    answer = search()
+    hits = answer["results"][0]["hits"]
+    assert (answer["covered"], answer["missing"]) == (1, {})
+    assert {(hit["id"], Path(hit["shard"]).name) for hit in hits} == {
+        ("0.png", "a"),
+        ("1.png", "a"),
+        ("2.png", "b"),
+        ("3.png", "b"),
+    }
+    scores = [hit["score"] for hit in hits]
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx([hit["global_score"] for hit in hits], abs=1e-6)
+    assert server.ask("GET", hits[-1]["thumbnail"])[0] == 200
+    assert server.ask("POST", "/v1/items", "x")[0] == 403
+
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    victim = next(process for process in processes if "ray::_Server" in " ".join(process.cmdline()))
+    victim.kill()
+    partial = search()
+    (gone,) = partial["missing"]
+    assert partial["covered"] == 0.5
+    assert {hit["shard"] for hit in partial["results"][0]["hits"]} == {str(tmp_path / "a"), str(tmp_path / "b")} - {
+        gone
+    }
+    wait_until(lambda: search()["covered"] == 1)
+    code, errors = server.stop()
+    assert (code, "Traceback" in errors) == (0, False), errors

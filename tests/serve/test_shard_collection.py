@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ def folders(engine: Engine, tmp_path_factory) -> list[Path]:
 def served(engine: Engine, folders: list[Path]) -> Iterator[ShardCollection]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
-    with Shards(folders, partial="mark", cpus=0) as shards:
-        collection = ShardCollection(engine, shards)
+    with closing(ShardCollection(engine, Shards(folders, partial="mark", cpus=0))) as collection:
         yield collection
-        collection.close()
 
 
 def test_shards_are_searched_and_looked_at(served: ShardCollection, engine: Engine, folders: list[Path]) -> None:
@@ -72,8 +71,13 @@ def test_shards_are_searched_and_looked_at(served: ShardCollection, engine: Engi
     assert (fields["number"].least, fields["number"].greatest) == (0, 2)
     explanation = served.explain(served.picture("a0.png"), "a red house")
     assert explanation.alpha == served.alpha == 0.8
+    by_cosine = ShardCollection(engine, served._shards, alpha=1)
+    (hits,) = by_cosine.search(stored["b1.png"][None], 6).hits
+    assert [hit.score for hit in hits] == pytest.approx([hit.global_score for hit in hits])
     with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got 2"):
         served.search(stored["b1.png"][None], 1, alpha=2)
+    with pytest.raises(InputError, match=r"expected alpha in \[0, 1\], got 2"):
+        ShardCollection(engine, served._shards, alpha=2)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 100])
