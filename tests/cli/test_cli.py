@@ -836,3 +836,20 @@ def test_a_quiet_command_does_not_warn(
     with pytest.warns(UserWarning, match="look out"):
         finelip("demo")
     assert caplog.messages == ["skipped"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is Linux's")
+@pytest.mark.parametrize(("variable", "policy"), [("FINELIP_UNRELATED", "active"), ("GOMP_SPINCOUNT", "None")])
+def test_a_command_tells_openmp_to_stay_awake_unless_the_user_told_it_something(variable: str, policy: str) -> None:
+    program = (
+        "import os; from finelip_fast.cli import main; main(['--version']); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, variable: "1000"},
+    )
+    assert run.stdout.splitlines()[-1] == policy
