@@ -116,7 +116,7 @@ def load(url: str, clients: int, requests: int, seed: int, name: str, body: dict
     Args:
         url: Where they are posted.
         clients, requests: Numbers of clients, and of requests of all together.
-        seed: Of the descriptions that are sent.
+        seed: Seed of the descriptions that are sent.
         name: Name of the description in a request.
         body: The rest of each request.
 

@@ -2,8 +2,8 @@
 
 A model of ViT-B/16's size with random weights, ONNX int8 (made anew, five minutes, unless ``FINELIP_BENCH_MODEL`` names a
 folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients are in another process on the same machine, and
-send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODE`` (``auto``) is how the index is searched;
-``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked.
+send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and
+``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked.
 
 ``FINELIP_BENCH_INFINITY`` is a command that serves a CLIP of the same size and context by infinity-emb, which needs an
 environment of its own: ``infinity_emb v2 --model-id FOLDER --engine torch --device cpu --host 127.0.0.1``.
@@ -17,7 +17,7 @@ import shlex
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from served import export_model, load, query, served, started
 from finelip_fast import Retriever
 
 ITEMS = int(os.environ.get("FINELIP_BENCH_ITEMS", 20_000))
-MODE: Any = os.environ.get("FINELIP_BENCH_MODE", "auto")
+MODES = ("exact", "two-stage")
 CLIENTS = tuple(map(int, os.environ.get("FINELIP_BENCH_CLIENTS", "1,8,32,128").split(",")))
 REQUESTS = int(os.environ.get("FINELIP_BENCH_REQUESTS", 96))
 ROUNDS = 3
@@ -60,19 +60,33 @@ def filled(folder: Path) -> Retriever:
     return retriever
 
 
+class Target(NamedTuple):
+    """A server as one contender asks it: the address, the name of the description in a request, and the rest of it."""
+
+    url: str
+    name: str
+    body: dict[str, Any]
+
+
 @cache
-def searches(folder: Path) -> dict[int, dict[str, Result]]:
-    """Results of searching, by the number of clients."""
+def searches(folder: Path) -> dict[tuple[str, int], dict[str, Result]]:
+    """Results of searching, by the mode and the number of clients."""
     retriever = filled(folder)
     model = ["--checkpoint", retriever.engine.source, "--engine", "onnx", "--precision", "int8"]
+    results = {}
     with (
         served(folder / "index", [*model, *BOUNDS]) as batches,
         served(folder / "index", [*model, *BOUNDS, "--max-batch", "1"]) as singly,
     ):
-        urls = {BATCHES: f"{batches.address}/v1/search", SINGLY: f"{singly.address}/v1/search"}
-        results = {count: raced(urls, count, "text", {"k": 10, "mode": MODE}) for count in CLIENTS}
-    if 1 in results:
-        results[1][LIBRARY] = in_process(retriever, max(REQUESTS, 3))
+        for mode in MODES:
+            body = {"k": 10, "mode": mode}
+            targets = {
+                BATCHES: Target(f"{batches.address}/v1/search", "text", body),
+                SINGLY: Target(f"{singly.address}/v1/search", "text", body),
+            }
+            results |= {(mode, count): raced(targets, count) for count in CLIENTS}
+    for mode in MODES if 1 in CLIENTS else ():
+        results[mode, 1][LIBRARY] = in_process(retriever, max(REQUESTS, 3), mode)
     return results
 
 
@@ -88,26 +102,22 @@ def embeddings(folder: Path) -> dict[int, dict[str, Result]]:
         served(folder / "index", [*model, "torch"]) as full,
         started(command, ready="/health") as infinity,
     ):
-        urls = {
-            INT8: f"{int8.address}/v1/embeddings",
-            FULL: f"{full.address}/v1/embeddings",
-            INFINITY: f"{infinity.address}/embeddings",
+        name = Path(command[command.index("--model-id") + 1]).name
+        targets = {
+            INT8: Target(f"{int8.address}/v1/embeddings", "input", {}),
+            FULL: Target(f"{full.address}/v1/embeddings", "input", {}),
+            INFINITY: Target(f"{infinity.address}/embeddings", "input", {"model": name}),
         }
-        # Each answers for the one model that it has, by a name of its own.
-        names = {INT8: {}, FULL: {}, INFINITY: {"model": Path(command[command.index("--model-id") + 1]).name}}
-        return {count: raced(urls, count, "input", {}, names) for count in CLIENTS}
+        return {count: raced(targets, count) for count in CLIENTS}
 
 
-def raced(
-    urls: dict[str, str], count: int, name: str, body: dict[str, Any], own: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Result]:
+def raced(targets: dict[str, Target], count: int) -> dict[str, Result]:
     """Results of servers that are asked in turns; the first round only warms them up."""
-    n_requests, seconds = max(REQUESTS, 3 * count), dict.fromkeys(urls, 0.0)
-    results = {contender: Result() for contender in urls}
+    n_requests, seconds = max(REQUESTS, 3 * count), dict.fromkeys(targets, 0.0)
+    results = {contender: Result() for contender in targets}
     for number in range(ROUNDS + 1):
-        for contender, url in urls.items():
-            content = {**body, **(own or {}).get(contender, {})}
-            answer = load(url, count, n_requests // ROUNDS, 1000 * count + number, name, content)
+        for contender, (url, name, body) in targets.items():
+            answer = load(url, count, n_requests // ROUNDS, 1000 * count + number, name, body)
             if number:
                 results[contender].seconds += answer["latencies"]
                 seconds[contender] += answer["seconds"]
@@ -123,12 +133,12 @@ def tell(result: Result, seconds: float) -> None:
     result.info["requests_per_second"] = len(result.seconds) / seconds
 
 
-def in_process(retriever: Retriever, count: int) -> Result:
+def in_process(retriever: Retriever, count: int, mode: Any) -> Result:
     rng, result = random.Random(0), Result()
     for _ in range(count):
         text = query(rng)
         start = time.perf_counter()
-        retriever.search(text, k=10, mode=MODE)
+        retriever.search(text, k=10, mode=mode)
         result.seconds.append(time.perf_counter() - start)
     tell(result, sum(result.seconds))
     return result
@@ -137,10 +147,11 @@ def in_process(retriever: Retriever, count: int) -> Result:
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("contender", [BATCHES, SINGLY, LIBRARY])
 @pytest.mark.parametrize("clients", CLIENTS)
-def test_search(benchmark: Any, folder: Path, clients: int, contender: str) -> None:
-    benchmark.extra_info.update(items=ITEMS, mode=MODE, clients=clients)
-    group = f"searches of {clients} client{'s' * (clients > 1)} among {ITEMS:,} items, {MODE}, ViT-B/16"
-    clock.into(benchmark, searches(folder)[clients], contender, group=group, baseline=SINGLY)
+@pytest.mark.parametrize("mode", MODES)
+def test_search(benchmark: Any, folder: Path, mode: str, clients: int, contender: str) -> None:
+    benchmark.extra_info.update(items=ITEMS, mode=mode, clients=clients)
+    group = f"searches of {clients} client{'s' * (clients > 1)} among {ITEMS:,} items, {mode}, ViT-B/16"
+    clock.into(benchmark, searches(folder)[mode, clients], contender, group=group, baseline=SINGLY)
 
 
 @pytest.mark.benchmark(timer=clock)
