@@ -6,7 +6,6 @@ import importlib.util
 import ipaddress
 import os
 import re
-import shlex
 import threading
 import warnings
 import webbrowser
@@ -190,15 +189,13 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
         StoreError: There is no such index, or it names a checkpoint that this user has not opened.
     """
     require_packages()
-    from finelip_fast.index import stored_source
+    from finelip_fast.index import remedies, stored_source
     from finelip_fast.known_checkpoints import checkpoint_of
     from finelip_fast.serve import run as server
 
     for folder in opening.shards or (str(opening.index),):
         if stored_source(folder) is None:
-            raise StoreError(
-                f"there is no index at {folder}: make one with finelip add FOLDER --index {shlex.quote(folder)}"
-            )
+            raise StoreError(f"there is no index at {folder}: {remedies.make(folder)}")
         if opening.checkpoint is None:
             checkpoint_of(folder)
 
