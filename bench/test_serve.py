@@ -2,8 +2,8 @@
 
 A model of ViT-B/16's size with random weights, ONNX int8 (made anew, five minutes, unless ``FINELIP_BENCH_MODEL`` names a
 folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients are in another process on the same machine, and
-send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and
-``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked.
+send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODES`` (exact,two-stage), ``FINELIP_BENCH_CLIENTS``
+(1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked, and how it is searched.
 
 ``FINELIP_BENCH_INFINITY`` is a command that serves a CLIP of the same size and context by infinity-emb, which needs an
 environment of its own: ``infinity_emb v2 --model-id FOLDER --engine torch --device cpu --host 127.0.0.1``.
@@ -29,7 +29,7 @@ from served import export_model, load, query, served, started
 from finelip_fast import Retriever
 
 ITEMS = int(os.environ.get("FINELIP_BENCH_ITEMS", 20_000))
-MODES = ("exact", "two-stage")
+MODES = tuple(os.environ.get("FINELIP_BENCH_MODES", "exact,two-stage").split(","))
 CLIENTS = tuple(map(int, os.environ.get("FINELIP_BENCH_CLIENTS", "1,8,32,128").split(",")))
 REQUESTS = int(os.environ.get("FINELIP_BENCH_REQUESTS", 96))
 ROUNDS = 3
