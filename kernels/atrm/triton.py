@@ -12,7 +12,6 @@ Sums, softmax and norms are float32; float32 inputs are multiplied in full float
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -282,7 +281,7 @@ class Launch(NamedTuple):
         return _settings.key("atrm", capability=self.capability, dtype=self.dtype, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> AtrmSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, AtrmSettings) or default_settings(**launch._asdict())

@@ -15,7 +15,6 @@ NaN: every entry of ``S`` passes through the running maximum, which keeps NaN; s
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -104,7 +103,7 @@ class Launch(NamedTuple):
         return _settings.key(operation, capability=self.capability, dtype=self.dtype, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> ClimSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, ClimSettings) or default_settings(**launch._asdict())
