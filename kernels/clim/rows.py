@@ -33,7 +33,8 @@ class Pieces:
     Attributes:
         shape: ``[n, ...]``.
         dtype, device: Dtype and device of every piece.
-        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory.
+        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory, or is made
+            as it is read.
         breaks: int64, ascending: positions whose items do not lie behind those of the position before.
 
     Raises:
@@ -149,7 +150,7 @@ class Dequantized(Pieces):
 
     def __init__(self, values: Rows, scales: Rows, anchors: Rows) -> None:
         super().__init__(values)
-        self.dtype = torch.float32
+        self.dtype, self.mapped = torch.float32, True
         self._parts = [Pieces(part) for part in (values, scales, anchors)]
 
     def only(self, among: Tensor | None) -> Dequantized:

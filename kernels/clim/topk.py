@@ -32,6 +32,7 @@ from finelip_fast.kernels.clim.quantize import (
     rounding,
 )
 from finelip_fast.kernels.clim.rows import Pieces, chunks
+from finelip_fast.kernels.precision import full_float32
 
 Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
 Finer = Callable[
@@ -201,7 +202,7 @@ def _search(
     """Scores, positions, and how many pairs of each query were scored again."""
     k = whole_number("k", k)
     k = min(k, items.shape[0])
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         query, item = _candidates(len(queries), k, brackets, finer, queries.device)
         return _rank(query, item, _rescore(queries, items, query, item, alpha), len(queries), k)
 

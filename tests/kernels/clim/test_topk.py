@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_topk, clim_topk_int8, quantize
 from finelip_fast.kernels.clim import rows as _rows
+from finelip_fast.kernels.clim import search as _search
 from finelip_fast.kernels.clim import topk as _topk
 from finelip_fast.kernels.clim.cpu import scores
 from finelip_fast.kernels.clim.quantize import QuantizedItems, error_terms, quantize_items
 from finelip_fast.kernels.clim.rows import Pieces
 from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
+from finelip_fast.kernels.dispatch import Choice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -435,3 +438,68 @@ def test_items_kept_in_int8_alone_are_what_it_stands_for(seed: int, sizes: list[
         scores, indices, _ = clim_topk_int8(queries, None, given_items, 3, alpha=alpha, among=among)
         assert torch.equal(scores, expected[0])
         assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("search", [search_full, search_int8])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_product_of_a_search_is_rounded_whatever_the_process_has_chosen(search, precision):
+    """The errors that both count on are those of float32; on a GPU "high" means TF32's ten bits."""
+    inside = []
+
+    def score(*rows, **options):
+        inside.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
+        return scores(*rows, **options)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        search(make(2, 3, 16), make(50, 3, 16, seed=1), 5, alpha=0.8, score=score)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(inside) == {("highest", False)}
+
+
+@pytest.mark.parametrize("queries_dtype", DTYPES)
+@pytest.mark.parametrize("kept", ["int8 alone", "int8 beside the items", "items"])
+def test_the_fused_kernels_are_given_rows_of_one_dtype(monkeypatch, queries_dtype, kept):
+    """An index kept in int8 has float16 anchors and float32 queries: of two dtypes the kernels would run nothing."""
+    calls = []
+
+    def clim_scores(queries, items, **options):
+        calls.append((queries.dtype, items.dtype))
+        return scores(queries, items, **options)
+
+    monkeypatch.setattr(_search.dispatch, "choose", lambda device: Choice("triton", "a test"))
+    monkeypatch.setattr(_search, "clim_scores", clim_scores)
+    monkeypatch.setattr(_search, "_CONVERTED_ELEMENTS", 500)
+    queries, items = make(2, 3, 16, dtype=queries_dtype), make(50, 3, 16, seed=1, dtype=torch.float16)
+    quantized = quantize_items(items)
+    by_int8 = partial(clim_topk_int8, queries, quantized=quantized, k=5)
+    found = {
+        "int8 alone": lambda: by_int8(items=None)[:2],
+        "int8 beside the items": lambda: by_int8(items=items)[:2],
+        "items": lambda: clim_topk(queries, items, 5),
+    }[kept]()
+    assert calls
+    assert all(ours == theirs for ours, theirs in calls)
+    monkeypatch.undo()
+    expected = by_int8(items=None)[:2] if kept == "int8 alone" else clim_topk(queries, items, 5)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_pass_over_items_made_of_int8_makes_few_at_a_time(monkeypatch):
+    """On a GPU, where the int8 fits, all of them in float32 would not."""
+    monkeypatch.setattr(_rows, "_COPY_BYTES", 10 * 3 * 16 * 4)
+    sizes = []
+
+    def score(queries, items, **options):
+        if items.dtype == torch.float32 and items.shape[1] == 3:
+            sizes.append(len(items))
+        return scores(queries, items, **options)
+
+    items = make(1, 3, 16).expand(100, 3, 16).half()  # int8 leaves all of them open
+    quantized = quantize_items(items)
+    pieces = _rows.Dequantized(quantized.values, quantized.scales, quantized.anchors)
+    exact_topk_int8(make(1, 3, 16), pieces, quantized, 5, alpha=0.8, score=score)
+    assert max(sizes) <= 10
