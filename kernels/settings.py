@@ -66,7 +66,7 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
     try:
         return None if numbers is None else kind(**numbers)
     except TypeError as error:
-        _tables.cache_clear()  # the table may be mended while this process lives
+        _forget()  # the table may be mended while this process lives
         raise KernelError(
             f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
         ) from error
@@ -106,9 +106,13 @@ def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
     with _alone_in(path.parent):
         table = (_read(path) if path.exists() else {}) | measured
         write_text_whole(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    _forget()
+    return path
+
+
+def _forget() -> None:
     for clear in _caches:
         clear()
-    return path
 
 
 @contextmanager
