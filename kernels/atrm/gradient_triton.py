@@ -221,6 +221,8 @@ def gradient(
 def _through_softmax(
     grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tensor | None, settings: AtrmGradientSettings
 ) -> tuple[Tensor, Tensor]:
+    if logits.shape[2] == 0:
+        return torch.empty_like(logits), torch.zeros_like(x)
     grad_out = unit_stride(grad_out)
     (items, tokens, width), aggregated = x.shape, logits.shape[2]
     row_grad = x.new_empty(items, aggregated, width)
