@@ -43,8 +43,9 @@ Finer = Callable[
 _LONGEST = 1.01
 # The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
 _MOST_OPEN = 1 / 8
-# Elements that scoring again in float64 may hold, 16 MiB: more would leave the cache.
-_RESCORE_ELEMENTS = 1 << 21
+# Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would leave the cache; 512 MiB on a GPU, where
+# 49 pairs a launch would leave most of it idle.
+_RESCORE_ELEMENTS, _GPU_RESCORE_ELEMENTS = 1 << 21, 1 << 26
 
 
 class Score(Protocol):
@@ -255,8 +256,7 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
     item_tokens = items.shape[1]
     if 0 in (query_tokens, item_tokens):
         return torch.zeros(len(query), device=query.device)
-    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
-    at_once = max(1, _RESCORE_ELEMENTS // per_pair)
+    at_once = _pairs_at_once(query_tokens, item_tokens, width, queries.device)
     parts = [torch.empty(0, device=query.device)]
     for some_queries, some_items in zip(query.split(at_once), item.split(at_once), strict=True):
         rows = items.take(some_items).to(queries.device)
@@ -265,6 +265,12 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
         over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
         parts.append((alpha * similarity[:, 0, 0] + (1 - alpha) * (over_items + over_queries)).float())
     return torch.cat(parts)
+
+
+def _pairs_at_once(query_tokens: int, item_tokens: int, width: int, device: torch.device) -> int:
+    """How many pairs are scored again at a time."""
+    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
+    return max(1, (_GPU_RESCORE_ELEMENTS if device.type == "cuda" else _RESCORE_ELEMENTS) // per_pair)
 
 
 def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

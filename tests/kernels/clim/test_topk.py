@@ -351,6 +351,12 @@ def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
 # How much is scored again --------------------------------------------------------------------------------------------
 
 
+def test_a_gpu_scores_the_usual_candidates_again_in_one_go():
+    at_once = [_topk._pairs_at_once(40, 40, 512, torch.device(device)) for device in ("cuda", "cpu")]
+    assert at_once[0] >= 1_000
+    assert at_once[1] <= 50
+
+
 def test_few_items_are_scored_again(chunks):
     queries, items = make(3, 8, 128), make(200, 8, 128, seed=1)
     for row, query in enumerate(queries):  # ten items near each query
