@@ -31,7 +31,7 @@ from finelip_fast.kernels.clim.quantize import (
     quantize,
     rounding,
 )
-from finelip_fast.kernels.clim.rows import Pieces, chunks
+from finelip_fast.kernels.clim.rows import Pieces, chunks, is_gpu
 from finelip_fast.kernels.precision import full_float32
 
 Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
@@ -43,6 +43,8 @@ Finer = Callable[
 _LONGEST = 1.01
 # The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
 _MOST_OPEN = 1 / 8
+# Scores that are made before the best are looked for, on a GPU: 128 MiB, and a few such matrices beside.
+_GPU_SCORE_ELEMENTS = 1 << 25
 # Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would leave the cache; 512 MiB on a GPU, where
 # 49 pairs a launch would leave most of it idle.
 _RESCORE_ELEMENTS, _GPU_RESCORE_ELEMENTS = 1 << 21, 1 << 26
@@ -100,8 +102,10 @@ def topk(
     errors = rounding_errors + largest * product_error * 2 * abs(1 - alpha)
 
     def brackets() -> Iterator[Bracket]:
-        for first, (chunk,) in chunks([items], len(queries), queries.device):
-            yield first, (coarse or score)(queries, chunk, alpha=alpha), errors
+        for first, (scores,) in _passes(
+            [items], queries, lambda chunk: [(coarse or score)(queries, chunk, alpha=alpha)]
+        ):
+            yield first, scores, errors
 
     def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
         return _pass(queries, items, range(first, first + count), alpha, score), rounding_errors
@@ -152,10 +156,14 @@ def exact_topk_int8(
     values, scales = quantize(queries)
     terms = error_terms(queries, values, scales)
 
+    def parts(item_values: Tensor, item_scales: Tensor, item_terms: Tensor, anchors: Tensor) -> list[Tensor]:
+        cosines = score(queries[:, :1], anchors, alpha=1.0)
+        fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
+        return [cosines, fine, item_terms.T.clone()]  # the chunk's memory goes to the next
+
     def brackets() -> Iterator[Bracket]:
-        for first, (item_values, item_scales, item_terms, anchors) in chunks(fields, len(queries), queries.device):
-            cosines = score(queries[:, :1], anchors, alpha=1.0)
-            fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
+        for first, (cosines, fine, item_terms) in _passes(fields, queries, parts):
+            item_terms = item_terms.T
             cosine_errors = cosine_rounding(terms, item_terms, width=width)
             fine_errors = error_bound(terms, item_terms, alpha=0.0)
             scores = alpha * cosines + (1 - alpha) * fine
@@ -189,6 +197,41 @@ def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
     _, query_tokens, width = queries.shape
     slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
     return slack * (abs(alpha) + 2 * abs(1 - alpha))
+
+
+def _passes(
+    sources: list[Pieces], queries: Tensor, parts: Callable[..., list[Tensor]]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """What ``parts`` makes of each chunk, ``[..., n]``, with the chunk's first position.
+
+    On a GPU the parts come joined, and where most items are chosen all are scored and the others left out afterwards: so
+    neither the pieces nor the gaps between items say how often the best are looked for and the GPU is waited for.
+    """
+    device = queries.device
+    if not is_gpu(device):
+        for first, chunk in chunks(sources, len(queries), device):
+            yield first, parts(*chunk)
+        return
+    among = None
+    if sources[0].is_dense and all(source.device == device for source in sources):
+        among, sources = (
+            sources[0].numbers(torch.arange(sources[0].shape[0])),
+            [source.everything for source in sources],
+        )
+        columns = among.to(device)
+    start, end, waiting = 0, 0, []
+    for first, chunk in chunks(sources, len(queries), device):
+        waiting.append(parts(*chunk))
+        end = first + len(chunk[0])
+        if end < sources[0].shape[0] and (end - start) * len(queries) < _GPU_SCORE_ELEMENTS:
+            continue
+        joined = [torch.cat(matrices, dim=-1) for matrices in zip(*waiting, strict=True)]
+        if among is None:
+            yield start, joined
+        else:
+            low, high = torch.searchsorted(among, torch.tensor([start, end])).tolist()
+            yield low, [matrix[..., columns[low:high] - start] for matrix in joined]
+        start, waiting = end, []
 
 
 def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Score) -> Tensor:

@@ -26,15 +26,23 @@ from finelip_fast.kernels.dispatch import Choice
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "smallest"])
+@pytest.fixture(scope="module", params=["as shipped", "small", "smallest", "joined as on a GPU"])
 def chunks(request):
-    """Sizes of the chunks: as shipped, with edges between few items, and one item at a time."""
-    sizes = {"as shipped": (), "small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}[request.param]
+    """Sizes of the chunks: as shipped, with edges between few items, one item at a time, and a few of them joined."""
+    sizes = {"small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}.get(request.param, ())
     names = ["_SCORE_ELEMENTS", "_COPY_BYTES", "_TINY_BYTES", "_RESCORE_ELEMENTS"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(names, sizes, strict=False):
             patch.setattr(_topk if name == "_RESCORE_ELEMENTS" else _rows, name, value)
+        if request.param == "joined as on a GPU":
+            as_on_a_gpu(patch)
+            patch.setattr(_topk, "_GPU_SCORE_ELEMENTS", 40)
         yield
+
+
+def as_on_a_gpu(patch):
+    for module in (_topk, _rows):
+        patch.setattr(module, "is_gpu", lambda device: True)
 
 
 def make(*shape, seed=0, dtype=torch.float32):
@@ -355,6 +363,74 @@ def test_a_gpu_scores_the_usual_candidates_again_in_one_go():
     at_once = [_topk._pairs_at_once(40, 40, 512, torch.device(device)) for device in ("cuda", "cpu")]
     assert at_once[0] >= 1_000
     assert at_once[1] <= 50
+
+
+class OnGpu(torch.Tensor):
+    """Rows and what is made of them; counts what a GPU would launch, and what the host would wait for."""
+
+    WAITS = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero", "unique", "masked_select", "equal")
+    launches = waits = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        place = args[1] if function.__name__ in ("__getitem__", "__setitem__") else ()
+        by_mask = any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in (place, *torch_tuple(place))
+        )
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        OnGpu.waits += by_mask or function.__name__ in cls.WAITS
+        OnGpu.launches += isinstance(result, torch.Tensor) and not (args and is_view(result, args[0]))
+        return result
+
+
+def is_view(result, tensor):
+    with torch._C.DisableTorchFunctionSubclass():
+        return (
+            isinstance(tensor, torch.Tensor)
+            and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        )
+
+
+def torch_tuple(place):
+    return place if isinstance(place, tuple) else ()
+
+
+def scores_in_one_launch(queries, items, **options):
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = {
+            name: value.as_subclass(torch.Tensor) if name.endswith("scales") else value
+            for name, value in options.items()
+        }
+        result = scores(queries.as_subclass(torch.Tensor), items.as_subclass(torch.Tensor), **plain)
+    OnGpu.launches += 1
+    return result.as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("search", [search_full, search_int8])
+def test_on_a_gpu_neither_pieces_nor_gaps_say_how_often_it_is_waited_for(monkeypatch, search):
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(_rows, "_TINY_BYTES", 0)
+    queries, items = make(2, 3, 16).as_subclass(OnGpu), make(600, 3, 16, seed=1)
+    fields = quantize_items(items)
+
+    def counts(n_pieces, among):
+        """Waits, and launches."""
+        cut = lambda rows: [piece.as_subclass(OnGpu) for piece in rows.tensor_split(n_pieces)]  # noqa: E731
+        more = {"quantized": QuantizedItems(*map(cut, fields))} if search is search_int8 else {}
+        OnGpu.waits = OnGpu.launches = 0
+        search(queries, cut(items), 5, alpha=0.8, score=scores_in_one_launch, among=among, **more)
+        return OnGpu.waits, OnGpu.launches
+
+    alive = torch.arange(600)[torch.arange(600) % 3 != 1]
+    waits, launches = counts(1, None)
+    waits_of_gaps, launches_of_gaps = counts(1, alive)
+    assert waits_of_gaps <= waits + 4
+    assert launches_of_gaps <= launches + 20
+    for n_pieces in (2, 60):
+        for among in (None, alive):
+            assert counts(n_pieces, among)[0] <= waits + 10
+    per_piece = (counts(60, alive)[1] - counts(30, alive)[1]) / 30
+    assert per_piece <= (8 if search is search_int8 else 3)  # its reading and its scores
 
 
 def test_few_items_are_scored_again(chunks):
