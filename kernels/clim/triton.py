@@ -81,6 +81,8 @@ def default_settings(
     columns = settings.columns(query_tokens)
     if columns > most_columns:
         return replace(settings, block_items=64, num_stages=3)
+    if dtype == torch.int8 and columns > 64 and capability in (100, 103):  # its integer products are held in registers
+        return replace(settings, block_items=64, num_warps=4)
     return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
 
 

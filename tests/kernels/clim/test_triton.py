@@ -248,13 +248,14 @@ CASES = [
     (torch.bfloat16, 512, 40, 8),
     (torch.int8, 512, 40, 8),
     (torch.int8, 1024, 52, 1),
+    (torch.int8, 1280, 65, 8),
     (torch.float16, 1280, 65, 64),
     (torch.float32, 512, 40, 8),
 ]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_fits_and_spills_nothing(capability, case):
     from ahead_of_time import SHARED_MEMORY_LIMIT
