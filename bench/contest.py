@@ -5,6 +5,7 @@ pytest-benchmark keeps and writes the times: it replays them by :class:`Replay`'
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -61,7 +62,15 @@ class Result:
 
 
 def compete(contenders: dict[str, Contender], expected: Tensor, *, rounds: int = 5) -> dict[str, Result]:
-    """Check every contender against ``expected`` (float64), then time the right ones in turns."""
+    """Check every contender against ``expected`` (float64), then time the right ones in turns.
+
+    Contenders whose names hold a part of ``FINELIP_BENCH_WITHOUT`` (parts are separated by ``;``) are left out: on a GPU an
+    illegal access of one ends the work of all.
+    """
+    without = [part.strip() for part in os.environ.get("FINELIP_BENCH_WITHOUT", "").split(";") if part.strip()]
+    contenders = {
+        name: contender for name, contender in contenders.items() if not any(part in name for part in without)
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a peer's, and compilers' own
         return _compete(contenders, expected, rounds)
@@ -136,7 +145,7 @@ class Replay:
             baseline: The contender that the others are compared with.
         """
         if contender not in results:
-            pytest.skip("not installed")
+            pytest.skip("not installed, or left out")
         result = results[contender]
         if result.refusal:
             pytest.skip(result.refusal)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +29,16 @@ SHIPPED = Path(__file__).with_name("settings.json")
 
 Numbers = dict[str, int]  # of a settings dataclass, by field
 S = TypeVar("S")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_caches: list[Callable[[], None]] = []
+
+
+def until_saved(function: F) -> F:
+    """Cache results until :func:`save`: what was tuned counts at once, also in the process that tuned."""
+    cached: Any = functools.cache(function)
+    _caches.append(cached.cache_clear)
+    return cached  # type: ignore[no-any-return]
 
 
 def cache_file() -> Path:
@@ -54,7 +66,7 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
     try:
         return None if numbers is None else kind(**numbers)
     except TypeError as error:
-        _tables.cache_clear()  # the table may be mended while this process lives
+        _forget()  # the table may be mended while this process lives
         raise KernelError(
             f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
         ) from error
@@ -73,7 +85,7 @@ def names(path: Path | None = None) -> set[str]:
 
 
 def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
-    """Add settings to a table; it is written whole or not at all.
+    """Add settings to a table, beside what others add meanwhile; it is written whole or not at all.
 
     Args:
         measured: Settings by :func:`key`.
@@ -87,18 +99,40 @@ def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
         WriteError: One that cannot be written.
     """
     path = path or cache_file()
-    table = (_read(path) if path.exists() else {}) | measured
-    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
-    write_text_whole(path, text)
-    _tables.cache_clear()
+    with _alone_in(path.parent):
+        table = (_read(path) if path.exists() else {}) | measured
+        write_text_whole(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    _forget()
     return path
 
 
-@functools.cache
+def _forget() -> None:
+    for clear in _caches:
+        clear()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread adds to a table of the folder, where the system can lock folders."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@until_saved
 def _tables(user_table: Path) -> dict[str, Numbers]:
     return _read(SHIPPED) | (_read(user_table) if user_table.exists() else {})
 

@@ -1,8 +1,9 @@
 """Find the fastest launch settings on this GPU, and keep them for every later run.
 
 A case is one kind of launch: an operation, a dtype, sizes, as the tables name it (``settings.py``). Candidates are variations
-of the default settings. One that cannot run here, or whose result is not the defaults', is out; of the others the fastest is
-kept. Each case is saved as soon as it is decided, so that a run that is stopped goes on where it was.
+of the default settings. One that cannot run here, or whose result is not right, is out; of the others the fastest is kept. A
+part of each result is compared with float64, all of it with the defaults' result. Each case is saved as soon as it is decided,
+so that a run that is stopped goes on where it was; nothing is saved of one whose GPU stopped working on the way.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, KernelError
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
 from finelip_fast.kernels.atrm import triton as atrm
-from finelip_fast.kernels.atrm.formula import AtrmInputs
+from finelip_fast.kernels.atrm.formula import AtrmInputs, atrm_reference
 from finelip_fast.kernels.atrm.parts_triton import capability_of
+from finelip_fast.kernels.clim import gradient as plain_gradient
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
 from finelip_fast.kernels.clim import triton as clim
+from finelip_fast.kernels.clim.formula import clim_reference, scaled_rows
 from finelip_fast.kernels.clim.quantize import quantize
 
 OPERATIONS = ("clim", "clim_gradient", "atrm", "atrm_gradient")
@@ -42,10 +45,41 @@ _SHARE_OF_MEMORY = 0.4
 _BATCH = 512
 # Items that are made at once.
 _AT_ONCE = 5_000
-# Results may differ by the order of rounding, of numbers around 1.
-_TOLERANCE = 2e-2
+# Errors, as a share of the largest number: sums in float32 of exact products; results and operands in float16.
+_SCORE_ERROR, _HALF_ERROR = 1e-5, 5e-3
+# Winners that may differ, of maxima that all but tie.
+_WINNERS = 1e-3
+# Items at both ends of a result that float64 is computed of.
+_CHECKED = 64
 
-Run = Callable[[Any], Tensor]  # of settings; gives the result
+Results = tuple[Tensor, ...]
+Run = Callable[[Any], Results]  # of settings
+
+
+class Prepared(NamedTuple):
+    """What is timed, and how its results are known to be right.
+
+    Attributes:
+        run: The launch.
+        exact: Places in the first results, in their order, and what float64 gives there.
+        tolerance: Largest error, as a share of the largest number.
+    """
+
+    run: Run
+    exact: tuple[tuple[Any, Tensor], ...]
+    tolerance: float
+
+    def is_right(self, results: Results, defaults: Results) -> bool:
+        """Whether these results are float64's where that is known, and elsewhere those of the default settings."""
+        exact = [(result[at], part) for result, (at, part) in zip(results, self.exact, strict=False)]
+        pairs = [*exact, *zip(results, defaults, strict=True)]
+        return all(self._agree(result, expected) for result, expected in pairs)
+
+    def _agree(self, result: Tensor, expected: Tensor) -> bool:
+        if not result.is_floating_point():
+            return bool((result != expected).double().mean() <= _WINNERS)
+        error = (result.to(expected.dtype) - expected).abs().max()
+        return bool(error <= self.tolerance * expected.abs().max())  # False for NaN
 
 
 @dataclass(frozen=True)
@@ -56,13 +90,13 @@ class Case:
         names: Its keys in the table; dtypes that the hardware treats alike share what is found.
         default: The settings without tuning.
         candidates: Settings to try beside them.
-        prepare: Makes the inputs; gives what is to be timed.
+        prepare: Makes the inputs; gives what is to be timed and compared.
     """
 
     names: tuple[str, ...]
     default: Any
     candidates: tuple[Any, ...]
-    prepare: Callable[[], Run]
+    prepare: Callable[[], Prepared]
 
 
 @dataclass(frozen=True)
@@ -101,6 +135,10 @@ def tune(
 
     Returns:
         Settings of the cases that were tuned, without those that were skipped.
+
+    Raises:
+        KernelError: The default settings give wrong results on this GPU, or a candidate left it without right ones. Cases
+            decided before are saved.
     """
     measure = measure or _do_bench
     known = _settings.names(settings)
@@ -119,19 +157,38 @@ def tune(
 
 
 def _best(case: Case, measure: Measure) -> Tuned:
-    run = case.prepare()
-    expected = run(case.default)
-    times = {case.default: measure(partial(run, case.default))}
+    prepared = case.prepare()
+    defaults = prepared.run(case.default)
+    if not prepared.is_right(defaults, defaults):
+        raise KernelError(
+            f"{case.names[0]}: expected float64's results to within {prepared.tolerance:g}, got others by the default settings"
+            " on this GPU; FINELIP_KERNELS=reference computes without the fused kernels"
+        )
+    times = {case.default: measure(partial(prepared.run, case.default))}
     failed = 0
     for candidate in case.candidates:
         try:
-            right = torch.allclose(run(candidate), expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-            times[candidate] = measure(partial(run, candidate)) if right else float("inf")
-        except Exception:  # does not compile, asks for too much memory: Triton has many names for it
+            right = prepared.is_right(prepared.run(candidate), defaults)
+            times[candidate] = measure(partial(prepared.run, candidate)) if right else float("inf")
+        except Exception as error:  # does not compile, asks for too much memory: Triton has many names for it
+            _check_alive(case, prepared, defaults, candidate, error)
             times[candidate] = float("inf")
         failed += times[candidate] == float("inf")
     best = min(times, key=times.__getitem__)
     return Tuned(case.names[0], best, times[case.default] / times[best], failed)
+
+
+def _check_alive(case: Case, prepared: Prepared, defaults: Results, candidate: Any, error: Exception) -> None:
+    """An illegal access ends all work of this process on the GPU: every later candidate would fail, too."""
+    try:
+        alive = prepared.is_right(prepared.run(case.default), defaults)
+    except Exception:
+        alive = False
+    if not alive:
+        raise KernelError(
+            f"{case.names[0]}: expected a GPU that goes on after {candidate} failed, but the default settings fail, too"
+            f" ({error}); of this case nothing is saved: tune in a new process, other --operations first"
+        ) from error
 
 
 def _do_bench(run: Callable[[], Any]) -> float:
@@ -173,16 +230,27 @@ def _clim_candidates(default: clim.ClimSettings) -> Iterator[clim.ClimSettings]:
                 yield clim.ClimSettings(block_items, queries, block_width, num_warps, num_stages)
 
 
-def _search(launch: clim.Launch, device: torch.device) -> Run:
+def _search(launch: clim.Launch, device: torch.device) -> Prepared:
     queries = _unit_rows(launch.n_queries, launch.query_tokens, launch.width, device)
     items = _unit_rows(_items_that_fit(device, launch), launch.query_tokens, launch.width, device)
-    if launch.dtype != torch.int8:
-        return lambda settings: clim.scores(queries, items, alpha=0.8, settings=settings)
-    quantized = zip(*map(quantize, items.split(_AT_ONCE)), strict=True)
-    (values, scales), (item_values, item_scales) = quantize(queries), map(torch.cat, quantized)
-    return lambda settings: clim.scores(
-        values, item_values, alpha=0.8, query_scales=scales, item_scales=item_scales, settings=settings
+    ends = _ends(items)
+    scales = item_scales = None
+    if launch.dtype == torch.int8:
+        queries, scales = quantize(queries)
+        items, item_scales = map(torch.cat, zip(*map(quantize, items.split(_AT_ONCE)), strict=True))
+    exact = clim_reference(
+        scaled_rows(queries, scales),
+        scaled_rows(items[ends], None if item_scales is None else item_scales[ends]),
+        0.8,
+        dtype=torch.float64,
     )
+
+    def run(settings: Any) -> Results:
+        return (
+            clim.scores(queries, items, alpha=0.8, query_scales=scales, item_scales=item_scales, settings=settings),
+        )
+
+    return Prepared(run, (((slice(None), ends), exact),), _SCORE_ERROR)
 
 
 def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
@@ -202,17 +270,27 @@ def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
         yield _case(launch, cut, candidates, partial(_gradient, launch, device))
 
 
-def _scores_with_winners(launch: clim.Launch, device: torch.device) -> Run:
+def _scores_with_winners(launch: clim.Launch, device: torch.device) -> Prepared:
     queries, items = (_unit_rows(_BATCH, launch.query_tokens, launch.width, device) for _ in range(2))
-    return lambda settings: clim_gradient.scores_with_winners(queries, items, alpha=0.8, settings=settings)[0]
+    ends = _ends(items)
+    exact = clim_reference(queries[ends], items[ends], 0.8, dtype=torch.float64)
+    run = partial(clim_gradient.scores_with_winners, queries, items, alpha=0.8)
+    return Prepared(lambda settings: run(settings=settings), (((ends[:, None], ends[None, :]), exact),), _SCORE_ERROR)
 
 
-def _gradient(launch: clim_gradient.Launch, device: torch.device) -> Run:
+def _gradient(launch: clim_gradient.Launch, device: torch.device) -> Prepared:
     queries, items = (_unit_rows(_BATCH, launch.tokens, launch.width, device) for _ in range(2))
     grad, *winners = clim_gradient.scores_with_winners(queries, items, alpha=0.8)
-    return lambda settings: torch.stack(
-        clim_gradient.gradient(grad, queries, items, *winners, alpha=0.8, settings=settings)
+    ends = _ends(items)
+    # By these winners, for float64 has others of maxima that all but tie.
+    of_queries, _ = plain_gradient.gradient(
+        grad[ends], queries[ends].float(), items.float(), *(winner[ends] for winner in winners), alpha=0.8
     )
+    _, of_items = plain_gradient.gradient(
+        grad[:, ends], queries.float(), items[ends].float(), *(winner[:, ends] for winner in winners), alpha=0.8
+    )
+    run = partial(clim_gradient.gradient, grad, queries, items, *winners, alpha=0.8)
+    return Prepared(lambda settings: run(settings=settings), ((ends, of_queries), (ends, of_items)), _HALF_ERROR)
 
 
 def _atrm_cases(device: torch.device) -> Iterator[Case]:
@@ -235,9 +313,11 @@ def _atrm_cases(device: torch.device) -> Iterator[Case]:
             yield _case(launch, default, chain(first, second), partial(_aggregate, launch, patches, device))
 
 
-def _aggregate(launch: atrm.Launch, patches: int, device: torch.device) -> Run:
+def _aggregate(launch: atrm.Launch, patches: int, device: torch.device) -> Prepared:
     inputs = _aggregation(launch.items, patches, launch.width, launch.aggregated, device)
-    return lambda settings: atrm.aggregate(inputs, settings=settings)
+    ends = _ends(inputs.x)
+    exact = atrm_reference(_exact_inputs(inputs, ends), dtype=torch.float64)
+    return Prepared(lambda settings: (atrm.aggregate(inputs, settings=settings),), ((ends, exact),), _HALF_ERROR)
 
 
 def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
@@ -259,13 +339,22 @@ def _atrm_gradient_cases(device: torch.device) -> Iterator[Case]:
         yield _case(launch, default, chain(first, second), partial(_aggregate_gradient, launch, patches, device))
 
 
-def _aggregate_gradient(launch: atrm_gradient.Launch, patches: int, device: torch.device) -> Run:
+def _aggregate_gradient(launch: atrm_gradient.Launch, patches: int, device: torch.device) -> Prepared:
     inputs = _aggregation(_BATCH, patches, launch.width, launch.aggregated, device)
     grad = torch.randn(_BATCH, launch.aggregated + 1, launch.width, device=device).half()
-    return lambda settings: atrm_gradient.gradient(grad, inputs, settings=settings)[0]
+    ends = _ends(inputs.x)
+    part = _exact_inputs(inputs, ends)
+    x = part.x.requires_grad_()
+    (exact,) = torch.autograd.grad(atrm_reference(part, dtype=torch.float64), x, grad[ends].double())
+
+    def run(settings: Any) -> Results:
+        of_x, _, _, of_w1, _, of_w2, *_ = atrm_gradient.gradient(grad, inputs, settings=settings)
+        return of_x, of_w1, of_w2
+
+    return Prepared(run, ((ends, exact),), _HALF_ERROR)
 
 
-def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callable[[], Run]) -> Case:
+def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callable[[], Prepared]) -> Case:
     # float16 and bfloat16 run at one speed on every GPU that has both.
     alike = {launch.case, launch.case.replace(" float16 ", " bfloat16 ")}
     return Case(tuple(sorted(alike)), default, tuple(dict.fromkeys(candidates)), prepare)
@@ -276,6 +365,12 @@ def _items_that_fit(device: torch.device, launch: Any) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     item_bytes = 4 * launch.query_tokens * launch.width  # float16, and what quantising holds beside it
     return max(1, min(_ITEMS, int(_SHARE_OF_MEMORY * free) // int(item_bytes)))
+
+
+def _ends(rows: Tensor) -> Tensor:
+    """Numbers of the first and the last items."""
+    numbers = torch.arange(len(rows), device=rows.device)
+    return torch.cat([numbers[:_CHECKED], numbers[_CHECKED:][-_CHECKED:]])
 
 
 def _unit_rows(count: int, tokens: int, width: int, device: torch.device) -> Tensor:
@@ -304,4 +399,12 @@ def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: t
         torch.ones((), device=device),
         None,
         draw(items, width),
+    )
+
+
+def _exact_inputs(inputs: AtrmInputs, items: Tensor) -> AtrmInputs:
+    """Some items in float64."""
+    return AtrmInputs._make(
+        None if tensor is None else tensor.double()
+        for tensor in inputs._replace(x=inputs.x[items], anchor=inputs.anchor[items])
     )

@@ -42,23 +42,23 @@ class AtrmInputs(NamedTuple):
     anchor: Tensor
 
 
-def atrm_reference(inputs: AtrmInputs, *, layer: Layer = F.linear) -> Tensor:
-    """The operation in plain PyTorch, in float32 whatever the inputs; ``layer`` as ``F.linear``."""
-    dtype, x = inputs.x.dtype, inputs.x.float()
+def atrm_reference(inputs: AtrmInputs, *, layer: Layer = F.linear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The operation in plain PyTorch, in ``dtype`` whatever the inputs, the result in theirs; ``layer`` as ``F.linear``."""
+    x = inputs.x.to(dtype)
     if inputs.lengths is not None:
         # Before anything else: a NaN in the padding would come back as zero times NaN.
         x = x.masked_fill(~_valid(inputs.lengths, x), 0.0)
-    weights = aggregation_weights(inputs._replace(x=x), layer=layer)
-    rows = torch.cat([inputs.anchor.float()[:, None], weights.transpose(1, 2) @ x], dim=1)
-    return F.normalize(rows, dim=-1).to(dtype)
+    weights = aggregation_weights(inputs._replace(x=x), layer=layer, dtype=dtype)
+    rows = torch.cat([inputs.anchor.to(dtype)[:, None], weights.transpose(1, 2) @ x], dim=1)
+    return F.normalize(rows, dim=-1).to(inputs.x.dtype)
 
 
-def aggregation_weights(inputs: AtrmInputs, *, layer: Layer = F.linear) -> Tensor:
-    """What each aggregated token is mixed of: a distribution over the item's tokens, float32 ``[B, N, K]``.
+def aggregation_weights(inputs: AtrmInputs, *, layer: Layer = F.linear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What each aggregated token is mixed of: a distribution over the item's tokens, ``[B, N, K]`` in ``dtype``.
 
     The anchor takes no part.
     """
-    x, norm_weight, norm_bias, w1, b1, w2, b2, scale = (tensor.float() for tensor in inputs[:8])
+    x, norm_weight, norm_bias, w1, b1, w2, b2, scale = (tensor.to(dtype) for tensor in inputs[:8])
     hidden = F.gelu(layer(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
     logits = layer(hidden, w2, b2) * scale.reshape(())
     if inputs.lengths is not None:

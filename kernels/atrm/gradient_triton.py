@@ -6,7 +6,6 @@ one owner, so that there are no atomics and the bits are the same every time.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -192,7 +191,7 @@ class Launch(NamedTuple):
         return _settings.key("atrm_gradient", capability=self.capability, dtype=torch.float32, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> AtrmGradientSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, AtrmGradientSettings) or default_settings(**launch._asdict())
@@ -222,6 +221,8 @@ def gradient(
 def _through_softmax(
     grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tensor | None, settings: AtrmGradientSettings
 ) -> tuple[Tensor, Tensor]:
+    if logits.shape[2] == 0:
+        return torch.empty_like(logits), torch.zeros_like(x)
     grad_out = unit_stride(grad_out)
     (items, tokens, width), aggregated = x.shape, logits.shape[2]
     row_grad = x.new_empty(items, aggregated, width)

@@ -12,11 +12,11 @@ Sums, softmax and norms are float32; float32 inputs are multiplied in full float
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -282,7 +282,7 @@ class Launch(NamedTuple):
         return _settings.key("atrm", capability=self.capability, dtype=self.dtype, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> AtrmSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, AtrmSettings) or default_settings(**launch._asdict())
@@ -307,6 +307,8 @@ def aggregate_folded(inputs: AtrmInputs, folded: Folded, *, settings: AtrmSettin
         return aggregate_folded(inputs._replace(x=x.float()), folded, settings=settings).to(x.dtype)
     (items, tokens, width), aggregated = x.shape, inputs.w2.shape[0]
     settings = settings or settings_for(Launch(capability_of(x.device), width, aggregated, x.dtype, items))
+    if aggregated == 0:  # no program would write the anchors
+        return F.normalize(inputs.anchor.float(), dim=-1).to(x.dtype)[:, None]
     x, anchor = unit_stride(x), unit_stride(inputs.anchor)
     lengths = None if inputs.lengths is None else inputs.lengths.contiguous()
     logits = token_logits(inputs._replace(x=x, lengths=lengths), folded, settings)

@@ -15,15 +15,15 @@ from finelip_fast.errors import InputError
 from finelip_fast.kernels import cpu, derivatives
 from finelip_fast.kernels.checks import check_floats
 from finelip_fast.kernels.clim.quantize import quantize
-from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks
+from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks, is_gpu
 
 # Widths whose products of int8 rows stay exact: 2^14 * 2^10 = 2^24 in float32, 2^15 (oneDNN moves one side to uint8) * 2^16
 # = 2^31 in int32.
 _FLOAT_WIDTH, _INTEGER_WIDTH = 1 << 10, (1 << 16) - 1
-# Elements of int8 rows that are float32 at a time, 8 MiB.
-_PRODUCT_ELEMENTS = 1 << 21
-# As soon as so many cosines wait, 16 MiB, the best of them are found; a chunk brings as many at most.
-_WAITING_ELEMENTS = 1 << 22
+# Elements of int8 rows that are float32 at a time: 8 MiB, within a CPU's cache; 512 MiB on a GPU, whose time goes to launches.
+_PRODUCT_ELEMENTS, _GPU_PRODUCT_ELEMENTS = 1 << 21, 1 << 27
+# As soon as so many cosines wait, 16 MiB and on a GPU 128 MiB, the best of them are found.
+_WAITING_ELEMENTS, _GPU_WAITING_ELEMENTS = 1 << 22, 1 << 25
 
 
 def cosine_candidates(
@@ -61,13 +61,14 @@ def cosine_candidates(
     n_items, device = pieces.shape[0], queries.device
     best = torch.empty(len(queries), 0, device=device)  # the highest cosines up to `start`, and their positions
     candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    most_waiting = _GPU_WAITING_ELEMENTS if is_gpu(device) else _WAITING_ELEMENTS
     start, waiting = 0, []  # cosines from `start` on, not compared yet
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         values = quantize(queries)[0]
         for first, (rows, scales) in chunks([pieces, their_scales], len(queries), device):
             waiting.append(_cosines(values, rows, scales))
             end = first + len(rows)
-            if end == n_items or (end - start) * len(queries) >= _WAITING_ELEMENTS:
+            if end == n_items or (end - start) * len(queries) >= most_waiting:
                 cosines = torch.cat([best, *waiting], dim=1)
                 numbers = torch.cat(
                     [candidates, torch.arange(start, end, device=device).expand(len(queries), -1)], dim=1
@@ -91,12 +92,12 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
         return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()  # pyright: ignore[reportPrivateImportUsage]
     products = []
-    for block in rows.split(max(1, _PRODUCT_ELEMENTS // width)):
-        exact = torch.zeros(len(queries), len(block), dtype=torch.float64, device=rows.device)
-        for left, right in zip(queries.split(_FLOAT_WIDTH, dim=1), block.split(_FLOAT_WIDTH, dim=1), strict=True):
-            # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
-            exact += cpu.product(left.float(), right.float().T)
-        products.append(exact.float())
+    elements = _GPU_PRODUCT_ELEMENTS if is_gpu(rows.device) else _PRODUCT_ELEMENTS
+    for block in rows.split(max(1, elements // width)):
+        sides = zip(queries.split(_FLOAT_WIDTH, dim=1), block.split(_FLOAT_WIDTH, dim=1), strict=True)
+        # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
+        exact, *rest = (cpu.product(left.float(), right.float().T) for left, right in sides)
+        products.append(sum((part.double() for part in rest), exact.double()).float() if rest else exact)
     return torch.cat(products, dim=1)
 
 

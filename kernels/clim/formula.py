@@ -25,12 +25,12 @@ MAX_QUERY_TOKENS, MAX_GRADIENT_TOKENS = 256, 128
 TILE_ELEMENTS = 1 << 24
 
 
-def clim_reference(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
-    """The operation in plain PyTorch, in float32 whatever the inputs, all of ``S`` at once; shapes as :func:`clim_scores`."""
+def clim_reference(queries: Tensor, items: Tensor, alpha: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The operation in plain PyTorch, in ``dtype`` whatever the inputs, ``S`` at once; shapes as :func:`clim_scores`."""
     n_queries, n_items = queries.shape[0], items.shape[0]
     if queries.shape[1] == 0 or items.shape[1] == 0:
-        return torch.zeros(n_queries, n_items, device=queries.device)
-    queries, items = queries.float(), items.float()
+        return torch.zeros(n_queries, n_items, dtype=dtype, device=queries.device)
+    queries, items = queries.to(dtype), items.to(dtype)
     similarity = (queries.flatten(0, 1) @ items.flatten(0, 1).T).view(
         n_queries, queries.shape[1], n_items, items.shape[1]
     )

@@ -15,7 +15,6 @@ The score gradients multiply in float32, after the product: float16 would lose t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,7 +80,7 @@ class Launch(NamedTuple):
         return _settings.key("clim_gradient", capability=self.capability, dtype=self.dtype, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> GradientSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, GradientSettings) or default_gradient_settings(**launch._asdict())

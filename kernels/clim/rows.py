@@ -23,8 +23,11 @@ Rows = Piece | Sequence[Piece]  # a sequence: one after another, all of one dtyp
 _SCORE_ELEMENTS = 1 << 22
 # Bytes of a chunk that must be copied before it can be scored.
 _COPY_BYTES = 1 << 26
-# Neighbours that lie together for no more bytes than this are copied into one chunk: a pass of their own takes as long.
+# Neighbours that lie together for no more bytes than this are copied into one chunk: a pass of their own takes as long. A GPU
+# copies all that is no chunk of its own (:data:`_COPY_BYTES`).
 _TINY_BYTES = 1 << 20
+# The share of items chosen from which on a GPU scores all: to copy one takes as long as to score two more.
+_DENSE = 1 / 3
 
 
 class Pieces:
@@ -33,7 +36,8 @@ class Pieces:
     Attributes:
         shape: ``[n, ...]``.
         dtype, device: Dtype and device of every piece.
-        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory.
+        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory, or is made
+            as it is read.
         breaks: int64, ascending: positions whose items do not lie behind those of the position before.
 
     Raises:
@@ -57,6 +61,7 @@ class Pieces:
         self.dtype, self.device = pieces[0].dtype, pieces[0].device
         self.mapped = any(isinstance(piece, np.ndarray) for piece in listed)
         self._among: Tensor | None = None
+        self._everything: Pieces | None = None
         self._lay_out(pieces, starts, starts)
 
     def only(self, among: Tensor | None) -> Pieces:
@@ -73,9 +78,25 @@ class Pieces:
         among = _checked(among, self.shape[0])
         selection = copy.copy(self)
         selection.shape, selection._among = torch.Size([len(among), *self.shape[1:]]), among
+        selection._everything = self
         starts = [*self._starts, self.shape[0]]
         selection._lay_out(self._pieces, starts, torch.searchsorted(among, torch.tensor(starts)).tolist())
         return selection
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether these are some of the items."""
+        return self._among is not None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether most of the items are chosen, so that to score the others, too, is the shorter way."""
+        return self._among is not None and len(self._among) >= _DENSE * self.everything.shape[0]
+
+    @property
+    def everything(self) -> Pieces:
+        """All items, where some are chosen."""
+        return self._everything or self
 
     def _lay_out(self, pieces: list[Tensor], starts: list[int], edges: list[int]) -> None:
         """Keep the pieces that have a position; they start at these items and positions, and the last ends there."""
@@ -104,12 +125,14 @@ class Pieces:
         numbers = self.numbers(positions).to(self.device)
         if len(self._pieces) == 1:
             return self._pieces[0][numbers - self._starts[0]]
-        pieces = torch.bucketize(numbers, torch.tensor(self._starts, device=self.device), right=True) - 1
-        rows = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype, device=self.device)
-        for at in pieces.unique().tolist():
-            in_piece = pieces == at
-            rows[in_piece] = self._pieces[at][numbers[in_piece] - self._starts[at]]
-        return rows
+        # Sorted where the host sees them, so that a GPU is waited for once, however many pieces there are.
+        ascending, order = numbers.cpu().sort()
+        starts = torch.tensor(self._starts)
+        local = (ascending - starts[torch.bucketize(ascending, starts, right=True) - 1]).to(self.device)
+        edges = [*torch.searchsorted(ascending, starts).tolist(), len(ascending)]
+        parts = [torch.empty(0, *self.shape[1:], dtype=self.dtype, device=self.device)]
+        parts += [self._pieces[at][local[start:end]] for at, (start, end) in enumerate(pairwise(edges)) if start < end]
+        return torch.cat(parts)[order.argsort().to(self.device)]
 
     def read(self, first: int, last: int) -> Tensor:
         """The items from ``first`` to before ``last``: a view where they lie together, else a copy."""
@@ -149,7 +172,7 @@ class Dequantized(Pieces):
 
     def __init__(self, values: Rows, scales: Rows, anchors: Rows) -> None:
         super().__init__(values)
-        self.dtype = torch.float32
+        self.dtype, self.mapped = torch.float32, True
         self._parts = [Pieces(part) for part in (values, scales, anchors)]
 
     def only(self, among: Tensor | None) -> Dequantized:
@@ -224,6 +247,11 @@ def _checked(among: Tensor, n_items: int) -> Tensor:
     return among
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether launches and waits are what many small chunks cost."""
+    return device.type == "cuda"
+
+
 # Chunks --------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +274,8 @@ def chunks(
         longest = copied if any(source.mapped for source in sources) else size
         # A CPU's memory for larger copies would come from the system page by page each time, which takes longer than they do.
         joined = copied if device.type == "cuda" else _affordable(sources, size, _COPY_BYTES // 4)
-        for first, last in _cuts(sources, within, longest, joined):
+        tiny = _COPY_BYTES if is_gpu(device) and any(source.is_choice for source in sources) else _TINY_BYTES
+        for first, last in _cuts(sources, within, longest, joined, tiny):
             yield first, [source.read(first, last) for source in sources]
     elif device.type == "cuda" and len(within):
         yield from _streamed(sources, within, min(copied, len(within)), device)
@@ -268,8 +297,8 @@ def _steps(within: range, size: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, within.stop)) for first in range(within.start, within.stop, size)]
 
 
-def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int) -> Iterator[tuple[int, int]]:
-    """Chunks that no source has to copy, up to ``size``; and up to ``joined`` of neighbours that are tiny."""
+def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int, tiny: int) -> Iterator[tuple[int, int]]:
+    """Chunks that no source has to copy, up to ``size``; and up to ``joined`` of neighbours of ``tiny`` bytes at most."""
     breaks = torch.cat([source.breaks for source in sources])
     breaks = breaks[(breaks > within.start) & (breaks < within.stop)]
     if not len(breaks):
@@ -277,7 +306,7 @@ def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int) -> I
         return
     ends = torch.tensor([within.start, within.stop])
     edges = torch.cat([ends, breaks]).unique()
-    large = edges.diff() * _item_bytes(sources) > _TINY_BYTES
+    large = edges.diff() * _item_bytes(sources) > tiny
     views = set(edges[:-1][large].tolist())
     for start, end in pairwise(torch.cat([ends, edges[:-1][large], edges[1:][large]]).unique().tolist()):
         yield from _steps(range(start, end), size if start in views else joined)

@@ -16,6 +16,9 @@ from finelip_fast.kernels.clim.quantize import QuantizedItems
 from finelip_fast.kernels.clim.rows import Dequantized, Pieces, Rows
 from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
+# Elements that are converted to the other side's dtype at a time, 64 MiB in float32.
+_CONVERTED_ELEMENTS = 1 << 24
+
 
 def clim_topk(
     queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8, among: Tensor | None = None
@@ -46,7 +49,7 @@ def clim_topk(
     """
     pieces = Pieces(items)
     _check_search("clim_topk", queries, items, pieces, alpha)
-    search = partial(topk, queries, pieces, k, alpha=alpha, score=clim_scores, among=among)
+    search = partial(topk, queries, pieces, k, alpha=alpha, score=_scores, among=among)
     with torch.no_grad():
         error = _rounding_error(queries, pieces)
         if error is not None:
@@ -91,7 +94,25 @@ def clim_topk_int8(
     pieces = Dequantized(quantized.values, quantized.scales, quantized.anchors) if items is None else Pieces(items)
     _check_search("clim_topk_int8", queries, items, pieces, alpha)
     with torch.no_grad():
-        return exact_topk_int8(queries, pieces, quantized, k, alpha=alpha, score=clim_scores, among=among)
+        return exact_topk_int8(queries, pieces, quantized, k, alpha=alpha, score=_scores, among=among)
+
+
+def _scores(
+    queries: Tensor,
+    items: Tensor,
+    *,
+    alpha: float,
+    query_scales: Tensor | None = None,
+    item_scales: Tensor | None = None,
+) -> Tensor:
+    """:func:`clim_scores`; floats of two dtypes become one first where the fused kernels run, which take no two."""
+    one_dtype = partial(clim_scores, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
+    if queries.dtype == items.dtype or dispatch.choose(queries.device).implementation != "triton":
+        return one_dtype(queries, items)
+    dtype = torch.promote_types(queries.dtype, items.dtype)
+    dtype = torch.float32 if dtype.itemsize > 4 else dtype
+    at_once = max(1, _CONVERTED_ELEMENTS // max(1, items.shape[1] * items.shape[2]))
+    return torch.cat([one_dtype(queries.to(dtype), part.to(dtype)) for part in items.split(at_once)], dim=1)
 
 
 def _check_search(name: str, queries: Tensor, items: Rows | None, pieces: Pieces, alpha: float) -> None:

@@ -31,7 +31,8 @@ from finelip_fast.kernels.clim.quantize import (
     quantize,
     rounding,
 )
-from finelip_fast.kernels.clim.rows import Pieces, chunks
+from finelip_fast.kernels.clim.rows import Pieces, chunks, is_gpu
+from finelip_fast.kernels.precision import full_float32
 
 Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
 Finer = Callable[
@@ -42,8 +43,11 @@ Finer = Callable[
 _LONGEST = 1.01
 # The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
 _MOST_OPEN = 1 / 8
-# Elements that scoring again in float64 may hold, 16 MiB: more would leave the cache.
-_RESCORE_ELEMENTS = 1 << 21
+# Scores that are made before the best are looked for, on a GPU: 128 MiB, and a few such matrices beside.
+_GPU_SCORE_ELEMENTS = 1 << 25
+# Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would leave the cache; 512 MiB on a GPU, where
+# 49 pairs a launch would leave most of it idle.
+_RESCORE_ELEMENTS, _GPU_RESCORE_ELEMENTS = 1 << 21, 1 << 26
 
 
 class Score(Protocol):
@@ -98,8 +102,10 @@ def topk(
     errors = rounding_errors + largest * product_error * 2 * abs(1 - alpha)
 
     def brackets() -> Iterator[Bracket]:
-        for first, (chunk,) in chunks([items], len(queries), queries.device):
-            yield first, (coarse or score)(queries, chunk, alpha=alpha), errors
+        for first, (scores,) in _passes(
+            [items], queries, lambda chunk: [(coarse or score)(queries, chunk, alpha=alpha)]
+        ):
+            yield first, scores, errors
 
     def finer(first: int, count: int) -> tuple[Tensor, Tensor]:
         return _pass(queries, items, range(first, first + count), alpha, score), rounding_errors
@@ -150,10 +156,14 @@ def exact_topk_int8(
     values, scales = quantize(queries)
     terms = error_terms(queries, values, scales)
 
+    def parts(item_values: Tensor, item_scales: Tensor, item_terms: Tensor, anchors: Tensor) -> list[Tensor]:
+        cosines = score(queries[:, :1], anchors, alpha=1.0)
+        fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
+        return [cosines, fine, item_terms.T.clone()]  # the chunk's memory goes to the next
+
     def brackets() -> Iterator[Bracket]:
-        for first, (item_values, item_scales, item_terms, anchors) in chunks(fields, len(queries), queries.device):
-            cosines = score(queries[:, :1], anchors, alpha=1.0)
-            fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
+        for first, (cosines, fine, item_terms) in _passes(fields, queries, parts):
+            item_terms = item_terms.T
             cosine_errors = cosine_rounding(terms, item_terms, width=width)
             fine_errors = error_bound(terms, item_terms, alpha=0.0)
             scores = alpha * cosines + (1 - alpha) * fine
@@ -189,6 +199,41 @@ def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
     return slack * (abs(alpha) + 2 * abs(1 - alpha))
 
 
+def _passes(
+    sources: list[Pieces], queries: Tensor, parts: Callable[..., list[Tensor]]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """What ``parts`` makes of each chunk, ``[..., n]``, with the chunk's first position.
+
+    On a GPU the parts come joined, and where most items are chosen all are scored and the others left out afterwards: so
+    neither the pieces nor the gaps between items say how often the best are looked for and the GPU is waited for.
+    """
+    device = queries.device
+    if not is_gpu(device):
+        for first, chunk in chunks(sources, len(queries), device):
+            yield first, parts(*chunk)
+        return
+    among = None
+    if sources[0].is_dense and all(source.device == device for source in sources):
+        among, sources = (
+            sources[0].numbers(torch.arange(sources[0].shape[0])),
+            [source.everything for source in sources],
+        )
+        columns = among.to(device)
+    start, end, waiting = 0, 0, []
+    for first, chunk in chunks(sources, len(queries), device):
+        waiting.append(parts(*chunk))
+        end = first + len(chunk[0])
+        if end < sources[0].shape[0] and (end - start) * len(queries) < _GPU_SCORE_ELEMENTS:
+            continue
+        joined = [torch.cat(matrices, dim=-1) for matrices in zip(*waiting, strict=True)]
+        if among is None:
+            yield start, joined
+        else:
+            low, high = torch.searchsorted(among, torch.tensor([start, end])).tolist()
+            yield low, [matrix[..., columns[low:high] - start] for matrix in joined]
+        start, waiting = end, []
+
+
 def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Score) -> Tensor:
     """The scores of the items at these positions, ``[Q, n]``."""
     parts = chunks([items], len(queries), queries.device, within)
@@ -201,7 +246,7 @@ def _search(
     """Scores, positions, and how many pairs of each query were scored again."""
     k = whole_number("k", k)
     k = min(k, items.shape[0])
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         query, item = _candidates(len(queries), k, brackets, finer, queries.device)
         return _rank(query, item, _rescore(queries, items, query, item, alpha), len(queries), k)
 
@@ -254,8 +299,7 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
     item_tokens = items.shape[1]
     if 0 in (query_tokens, item_tokens):
         return torch.zeros(len(query), device=query.device)
-    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
-    at_once = max(1, _RESCORE_ELEMENTS // per_pair)
+    at_once = _pairs_at_once(query_tokens, item_tokens, width, queries.device)
     parts = [torch.empty(0, device=query.device)]
     for some_queries, some_items in zip(query.split(at_once), item.split(at_once), strict=True):
         rows = items.take(some_items).to(queries.device)
@@ -264,6 +308,12 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
         over_queries = F.leaky_relu(similarity.amax(dim=1), LEAKY_SLOPE).mean(dim=1)
         parts.append((alpha * similarity[:, 0, 0] + (1 - alpha) * (over_items + over_queries)).float())
     return torch.cat(parts)
+
+
+def _pairs_at_once(query_tokens: int, item_tokens: int, width: int, device: torch.device) -> int:
+    """How many pairs are scored again at a time."""
+    per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
+    return max(1, (_GPU_RESCORE_ELEMENTS if device.type == "cuda" else _RESCORE_ELEMENTS) // per_pair)
 
 
 def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,6 @@ NaN: every entry of ``S`` passes through the running maximum, which keeps NaN; s
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,6 +31,9 @@ from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, MAX_QUERY_TOKENS
 # known when the kernel is compiled, and masking the others costs nothing.
 _GROUP = tl.constexpr(8)
 _SLOPE = tl.constexpr(LEAKY_SLOPE)
+
+# Items of a program are halved down to so few, as long as there are fewer programs than a large GPU has multiprocessors.
+_FEWEST_ITEMS, _PROGRAMS = 16, 128
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -82,6 +84,8 @@ def default_settings(
     columns = settings.columns(query_tokens)
     if columns > most_columns:
         return replace(settings, block_items=64, num_stages=3)
+    if dtype == torch.int8 and columns > 64 and capability in (100, 103):  # its integer products are held in registers
+        return replace(settings, block_items=64, num_warps=4)
     return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
 
 
@@ -104,10 +108,18 @@ class Launch(NamedTuple):
         return _settings.key(operation, capability=self.capability, dtype=self.dtype, **sizes)
 
 
-@functools.cache
+@_settings.until_saved
 def settings_for(launch: Launch) -> ClimSettings:
     """The tuned settings, or else the default ones."""
     return _settings.tuned(launch.case, ClimSettings) or default_settings(**launch._asdict())
+
+
+def spread(settings: ClimSettings, n_queries: int, n_items: int) -> ClimSettings:
+    """Fewer items a program where there are few, such as the candidates of a second stage: most of a GPU would be idle."""
+    block_items, query_blocks = settings.block_items, triton.cdiv(n_queries, settings.queries_per_program)
+    while block_items > _FEWEST_ITEMS and triton.cdiv(n_items, block_items) * query_blocks < _PROGRAMS:
+        block_items //= 2
+    return replace(settings, block_items=block_items)
 
 
 @triton.jit
@@ -298,7 +310,8 @@ def launch(
     (n_queries, query_tokens, width), (n_items, item_tokens, _) = queries.shape, items.shape
     if settings is None:
         has_winners = winners[0] is not None
-        settings = settings_for(Launch(capability, queries.dtype, width, n_queries, query_tokens, has_winners))
+        case = Launch(capability, queries.dtype, width, n_queries, query_tokens, has_winners)
+        settings = spread(settings_for(case), n_queries, n_items)
     queries, items = readable(queries), readable(items)
     per_program = settings.queries_per_program
     grid = (triton.cdiv(n_items, settings.block_items) * triton.cdiv(n_queries, per_program),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
@@ -120,6 +121,13 @@ def test_settings_of_another_version_say_what_to_do(own, numbers):
         _settings.tuned(CASE, Cut)
 
 
+def test_tuners_side_by_side_lose_nothing(own):
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: _settings.save({str(number): {"block_items": 16}}), range(40)))
+    assert _settings.names() == set(map(str, range(40)))
+    assert [path.name for path in own.parent.iterdir()] == [own.name]
+
+
 def test_another_table_can_be_written(own, tmp_path):
     table = tmp_path / "table.json"
     assert _settings.save({CASE: {"block_items": 16}}, table) == table
@@ -151,8 +159,7 @@ def test_a_launch_takes_tuned_settings_before_its_defaults(name):
     default = module.settings_for(launch)
     assert type(default).__name__ == kind
     tuned = {field: number + 1 for field, number in asdict(default).items()}
-    _settings.save({case: tuned})
-    module.settings_for.cache_clear()
+    _settings.save({case: tuned})  # counts at once
     assert asdict(module.settings_for(launch)) == tuned
     module.settings_for.cache_clear()
 

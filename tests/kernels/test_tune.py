@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from finelip_fast.errors import InputError
+from finelip_fast.errors import InputError, KernelError
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels import tune
-from finelip_fast.kernels.tune import Case
+from finelip_fast.kernels.clim.formula import clim_reference
+from finelip_fast.kernels.tune import Case, Prepared
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ def table(tmp_path, monkeypatch):
     return tmp_path / "settings.json"
 
 
-def case(name, *blocks, run=lambda cut: torch.ones(3)):
-    return Case((name,), Cut(1), tuple(map(Cut, blocks)), lambda: run)
+def case(name, *blocks, run=lambda cut: torch.ones(3), tolerance=1e-5):
+    """A case whose right result is ones, at its first place by float64."""
+    exact = ((slice(1), torch.ones(1, dtype=torch.float64)),)
+    return Case((name,), Cut(1), tuple(map(Cut, blocks)), lambda: Prepared(lambda cut: (run(cut),), exact, tolerance))
 
 
 def clock(milliseconds):
@@ -58,6 +61,54 @@ def test_what_fails_or_gives_another_result_is_out(table):
     times = clock({1: 5.0, 2: 1.0, 4: 1.0, 8: 4.0})
     (found,) = tune.tune([case("one", 2, 4, 8, run=run)], measure=times, progress=False)
     assert (found.settings, found.failed) == (Cut(8), 2)
+
+
+def test_a_kernel_that_ignores_half_of_the_tokens_is_out(table, monkeypatch):
+    monkeypatch.setattr(tune, "_items_that_fit", lambda device, launch: 300)
+
+    def scores(queries, items, *, alpha, settings, **_):
+        seen = items.shape[1] // 2 if settings.block_items == 64 else items.shape[1]
+        return clim_reference(queries, items[:, :seen], alpha)
+
+    monkeypatch.setattr(tune.clim, "scores", scores)
+    monkeypatch.setattr(tune, "capability_of", lambda device: 90)
+    first, *_ = tune._clim_cases(torch.device("cpu"))
+    (tuned,) = tune.tune([first], measure=lambda run: run.args[-1].block_items, progress=False)
+    wrong = sum(candidate.block_items == 64 for candidate in first.candidates)
+    assert (tuned.settings.block_items, tuned.failed) == (128, wrong)
+
+
+@pytest.mark.parametrize("places", [[0], [2]], ids=["where float64 is known", "elsewhere"])
+def test_a_small_error_anywhere_is_out(table, places):
+    def run(cut):
+        return torch.ones(3).index_fill(0, torch.tensor(places), 1.0 + (3e-5 if cut.block == 2 else 0))
+
+    (tuned,) = tune.tune([case("one", 2, run=run)], measure=clock({1: 5.0, 2: 1.0}), progress=False)
+    assert (tuned.settings, tuned.failed) == (Cut(1), 1)
+
+
+def test_wrong_default_settings_are_told_and_not_saved(table):
+    with pytest.raises(KernelError, match=r"one: expected float64's .* default settings.*FINELIP_KERNELS=reference"):
+        tune.tune([case("one", 2, run=lambda cut: torch.zeros(3))], measure=clock({1: 5.0}), progress=False)
+    assert not table.exists()
+
+
+def test_a_gpu_that_stopped_working_saves_nothing_more(table):
+    """As after an illegal access: no launch of this process works any more."""
+    broken = []
+
+    def run(cut):
+        if cut.block == 4:
+            broken.append(cut)
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return torch.ones(3)
+
+    times = clock({1: 5.0, 2: 1.0, 4: 0.5, 8: 0.1})
+    cases = [case("first", 2), case("one", 2, 4, 8, run=run), case("later", 2)]
+    with pytest.raises(KernelError, match=r"one: .*Cut\(block=4\) failed.*illegal memory.*new process"):
+        tune.tune(cases, measure=times, progress=False)
+    assert json.loads(table.read_text()) == {"first": {"block": 2}}
 
 
 def test_what_was_tuned_before_is_skipped_unless_asked(table):

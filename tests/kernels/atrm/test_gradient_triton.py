@@ -175,6 +175,14 @@ def test_the_same_bits_every_time(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_without_aggregated_tokens_only_the_anchor_gets_a_gradient(device):
+    grad_out, arguments = make(5, 24, aggregated=0, device=device)
+    of_x, *of_parameters, of_anchor = gradient(grad_out, AtrmInputs(*arguments))
+    assert not any(grad.any() for grad in (of_x, *of_parameters))
+    expected = by_autograd(grad_out, arguments, torch.float64)[-1]
+    torch.testing.assert_close(of_anchor.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [{"batch": 0, "tokens": 5}, {"batch": 2, "tokens": 0}], ids=str)
 def test_without_tokens_only_the_anchor_gets_a_gradient(device, sizes):
     grad_out, arguments = make(width=16, **sizes, device=device)

@@ -247,6 +247,12 @@ def test_an_item_without_tokens_has_zero_rows_after_its_anchor(device, tokens):
     assert torch.equal(out[:, 1:], torch.zeros(3, 4, 40, device=device))
 
 
+def test_without_aggregated_tokens_there_are_the_anchors(device, poisoned_memory):
+    x, parameters, anchor = make(5, 40, aggregated=0, device=device)
+    out = aggregate(AtrmInputs(x, *parameters, None, anchor), settings=SMALL)
+    torch.testing.assert_close(out, F.normalize(anchor, dim=-1)[:, None])
+
+
 def test_an_empty_batch(device):
     x, parameters, anchor = make(5, 16, batch=0, device=device)
     lengths = torch.zeros(0, dtype=torch.int64, device=device)

@@ -52,6 +52,28 @@ def expected_candidates(queries, values, scales, count):
     return torch.from_numpy(np.sort(order, axis=1))
 
 
+def test_a_gpu_takes_all_items_in_one_product_and_one_selection(monkeypatch):
+    calls = []
+    product, first_best = cpu.product, candidates._first_best
+    monkeypatch.setattr(cpu, "has", lambda feature: False)
+    monkeypatch.setattr(cpu, "product", lambda *sides: calls.append("product") or product(*sides))
+    monkeypatch.setattr(candidates, "_first_best", lambda *cosines: calls.append("selection") or first_best(*cosines))
+    values, scales = quantize(make(20_000, 512))
+    queries = make(300, 512, seed=1)
+    on_cpu = cosine_candidates(queries, values, scales, 5)
+    assert len(calls) > 4
+    calls.clear()
+    for module in (candidates, _rows):
+        monkeypatch.setattr(module, "is_gpu", lambda device: True)
+    alive = torch.arange(20_000)[torch.arange(20_000) % 100 != 1]
+    for among in (None, alive):
+        calls.clear()
+        found = cosine_candidates(queries, values, scales, 5, among=among)
+        assert calls.count("selection") == 1
+        assert calls.count("product") <= 2
+        assert among is not None or torch.equal(found, on_cpu)
+
+
 def cut(rows, at):
     pieces = list(rows.tensor_split(at))
     pieces[::2] = [piece.numpy() for piece in pieces[::2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,24 +15,34 @@ from hypothesis import strategies as st
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_topk, clim_topk_int8, quantize
 from finelip_fast.kernels.clim import rows as _rows
+from finelip_fast.kernels.clim import search as _search
 from finelip_fast.kernels.clim import topk as _topk
 from finelip_fast.kernels.clim.cpu import scores
 from finelip_fast.kernels.clim.quantize import QuantizedItems, error_terms, quantize_items
 from finelip_fast.kernels.clim.rows import Pieces
 from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
+from finelip_fast.kernels.dispatch import Choice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "smallest"])
+@pytest.fixture(scope="module", params=["as shipped", "small", "smallest", "joined as on a GPU"])
 def chunks(request):
-    """Sizes of the chunks: as shipped, with edges between few items, and one item at a time."""
-    sizes = {"as shipped": (), "small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}[request.param]
+    """Sizes of the chunks: as shipped, with edges between few items, one item at a time, and a few of them joined."""
+    sizes = {"small": (30, 4000, 900, 2000), "smallest": (1, 1, 0, 1)}.get(request.param, ())
     names = ["_SCORE_ELEMENTS", "_COPY_BYTES", "_TINY_BYTES", "_RESCORE_ELEMENTS"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(names, sizes, strict=False):
             patch.setattr(_topk if name == "_RESCORE_ELEMENTS" else _rows, name, value)
+        if request.param == "joined as on a GPU":
+            as_on_a_gpu(patch)
+            patch.setattr(_topk, "_GPU_SCORE_ELEMENTS", 40)
         yield
+
+
+def as_on_a_gpu(patch):
+    for module in (_topk, _rows):
+        patch.setattr(module, "is_gpu", lambda device: True)
 
 
 def make(*shape, seed=0, dtype=torch.float32):
@@ -348,6 +359,80 @@ def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
 # How much is scored again --------------------------------------------------------------------------------------------
 
 
+def test_a_gpu_scores_the_usual_candidates_again_in_one_go():
+    at_once = [_topk._pairs_at_once(40, 40, 512, torch.device(device)) for device in ("cuda", "cpu")]
+    assert at_once[0] >= 1_000
+    assert at_once[1] <= 50
+
+
+class OnGpu(torch.Tensor):
+    """Rows and what is made of them; counts what a GPU would launch, and what the host would wait for."""
+
+    WAITS = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero", "unique", "masked_select", "equal")
+    launches = waits = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        place = args[1] if function.__name__ in ("__getitem__", "__setitem__") else ()
+        by_mask = any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in (place, *torch_tuple(place))
+        )
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        OnGpu.waits += by_mask or function.__name__ in cls.WAITS
+        OnGpu.launches += isinstance(result, torch.Tensor) and not (args and is_view(result, args[0]))
+        return result
+
+
+def is_view(result, tensor):
+    with torch._C.DisableTorchFunctionSubclass():
+        return (
+            isinstance(tensor, torch.Tensor)
+            and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        )
+
+
+def torch_tuple(place):
+    return place if isinstance(place, tuple) else ()
+
+
+def scores_in_one_launch(queries, items, **options):
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = {
+            name: value.as_subclass(torch.Tensor) if name.endswith("scales") else value
+            for name, value in options.items()
+        }
+        result = scores(queries.as_subclass(torch.Tensor), items.as_subclass(torch.Tensor), **plain)
+    OnGpu.launches += 1
+    return result.as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("search", [search_full, search_int8])
+def test_on_a_gpu_neither_pieces_nor_gaps_say_how_often_it_is_waited_for(monkeypatch, search):
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(_rows, "_TINY_BYTES", 0)
+    queries, items = make(2, 3, 16).as_subclass(OnGpu), make(600, 3, 16, seed=1)
+    fields = quantize_items(items)
+
+    def counts(n_pieces, among):
+        """Waits, and launches."""
+        cut = lambda rows: [piece.as_subclass(OnGpu) for piece in rows.tensor_split(n_pieces)]  # noqa: E731
+        more = {"quantized": QuantizedItems(*map(cut, fields))} if search is search_int8 else {}
+        OnGpu.waits = OnGpu.launches = 0
+        search(queries, cut(items), 5, alpha=0.8, score=scores_in_one_launch, among=among, **more)
+        return OnGpu.waits, OnGpu.launches
+
+    alive = torch.arange(600)[torch.arange(600) % 3 != 1]
+    waits, launches = counts(1, None)
+    waits_of_gaps, launches_of_gaps = counts(1, alive)
+    assert waits_of_gaps <= waits + 4
+    assert launches_of_gaps <= launches + 20
+    for n_pieces in (2, 60):
+        for among in (None, alive):
+            assert counts(n_pieces, among)[0] <= waits + 10
+    per_piece = (counts(60, alive)[1] - counts(30, alive)[1]) / 30
+    assert per_piece <= (8 if search is search_int8 else 3)  # its reading and its scores
+
+
 def test_few_items_are_scored_again(chunks):
     queries, items = make(3, 8, 128), make(200, 8, 128, seed=1)
     for row, query in enumerate(queries):  # ten items near each query
@@ -435,3 +520,68 @@ def test_items_kept_in_int8_alone_are_what_it_stands_for(seed: int, sizes: list[
         scores, indices, _ = clim_topk_int8(queries, None, given_items, 3, alpha=alpha, among=among)
         assert torch.equal(scores, expected[0])
         assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("search", [search_full, search_int8])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_product_of_a_search_is_rounded_whatever_the_process_has_chosen(search, precision):
+    """The errors that both count on are those of float32; on a GPU "high" means TF32's ten bits."""
+    inside = []
+
+    def score(*rows, **options):
+        inside.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
+        return scores(*rows, **options)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        search(make(2, 3, 16), make(50, 3, 16, seed=1), 5, alpha=0.8, score=score)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(inside) == {("highest", False)}
+
+
+@pytest.mark.parametrize("queries_dtype", DTYPES)
+@pytest.mark.parametrize("kept", ["int8 alone", "int8 beside the items", "items"])
+def test_the_fused_kernels_are_given_rows_of_one_dtype(monkeypatch, queries_dtype, kept):
+    """An index kept in int8 has float16 anchors and float32 queries: of two dtypes the kernels would run nothing."""
+    calls = []
+
+    def clim_scores(queries, items, **options):
+        calls.append((queries.dtype, items.dtype))
+        return scores(queries, items, **options)
+
+    monkeypatch.setattr(_search.dispatch, "choose", lambda device: Choice("triton", "a test"))
+    monkeypatch.setattr(_search, "clim_scores", clim_scores)
+    monkeypatch.setattr(_search, "_CONVERTED_ELEMENTS", 500)
+    queries, items = make(2, 3, 16, dtype=queries_dtype), make(50, 3, 16, seed=1, dtype=torch.float16)
+    quantized = quantize_items(items)
+    by_int8 = partial(clim_topk_int8, queries, quantized=quantized, k=5)
+    found = {
+        "int8 alone": lambda: by_int8(items=None)[:2],
+        "int8 beside the items": lambda: by_int8(items=items)[:2],
+        "items": lambda: clim_topk(queries, items, 5),
+    }[kept]()
+    assert calls
+    assert all(ours == theirs for ours, theirs in calls)
+    monkeypatch.undo()
+    expected = by_int8(items=None)[:2] if kept == "int8 alone" else clim_topk(queries, items, 5)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_pass_over_items_made_of_int8_makes_few_at_a_time(monkeypatch):
+    """On a GPU, where the int8 fits, all of them in float32 would not."""
+    monkeypatch.setattr(_rows, "_COPY_BYTES", 10 * 3 * 16 * 4)
+    sizes = []
+
+    def score(queries, items, **options):
+        if items.dtype == torch.float32 and items.shape[1] == 3:
+            sizes.append(len(items))
+        return scores(queries, items, **options)
+
+    items = make(1, 3, 16).expand(100, 3, 16).half()  # int8 leaves all of them open
+    quantized = quantize_items(items)
+    pieces = _rows.Dequantized(quantized.values, quantized.scales, quantized.anchors)
+    exact_topk_int8(make(1, 3, 16), pieces, quantized, 5, alpha=0.8, score=score)
+    assert max(sizes) <= 10

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels.clim.triton import ClimSettings, scores
+from finelip_fast.kernels.clim.triton import ClimSettings, default_settings, scores, spread
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -198,7 +198,7 @@ def test_shapes_that_do_not_fit_are_refused(queries, items):
 def test_mixed_dtypes_and_too_many_query_tokens_are_refused():
     with pytest.raises(InputError, match=r"of one dtype on one device, got torch.float32 on cpu and torch.float16 on"):
         scores(torch.ones(1, 2, 16), torch.ones(1, 2, 16).half(), alpha=0.8)
-    with pytest.raises(InputError, match="expected at most 256 query tokens, got 257: use the reference"):
+    with pytest.raises(InputError, match=r"expected at most 256 query tokens, got 257: use .*clim_scores"):
         scores(torch.ones(1, 257, 16), torch.ones(1, 2, 16), alpha=0.8)
 
 
@@ -228,10 +228,10 @@ def test_tensors_on_the_cpu_are_refused():
 
 
 @cache
-def compile_scores(capability, dtype, width, tokens, n_queries):
+def compile_scores(capability, dtype, width, tokens, n_queries, n_items=100_000):
     from ahead_of_time import compile_launches
 
-    counts = n_queries, 1000
+    counts = n_queries, n_items
     queries, items = (torch.empty(count, tokens, width, dtype=dtype, device="meta") for count in counts)
     scales = {}
     if dtype == torch.int8:
@@ -248,13 +248,14 @@ CASES = [
     (torch.bfloat16, 512, 40, 8),
     (torch.int8, 512, 40, 8),
     (torch.int8, 1024, 52, 1),
+    (torch.int8, 1280, 65, 8),
     (torch.float16, 1280, 65, 64),
     (torch.float32, 512, 40, 8),
 ]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_fits_and_spills_nothing(capability, case):
     from ahead_of_time import SHARED_MEMORY_LIMIT
@@ -263,6 +264,30 @@ def test_the_kernel_fits_and_spills_nothing(capability, case):
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
     assert compiled.spilled_bytes == 0
     assert compiled.uses_wgmma is (capability == 90 and case[0] != torch.float32)
+
+
+@pytest.mark.parametrize("n_queries", [1, 8, 64])
+def test_few_items_are_spread_over_many_programs(n_queries):
+    usual = default_settings(capability=90, dtype=torch.float16, width=512, n_queries=n_queries, query_tokens=40)
+
+    def programs(n_items):
+        cut = spread(usual, n_queries, n_items)
+        return -(-n_items // cut.block_items) * -(-n_queries // cut.queries_per_program)
+
+    assert programs(256) >= 16  # 2 at the usual settings, for one query
+    assert spread(usual, n_queries, 100_000) == usual
+    assert spread(usual, n_queries, 0).block_items == 16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "case", [(torch.float16, 512, 40, 1), (torch.int8, 512, 40, 8), (torch.float32, 512, 40, 1)], ids=str
+)
+def test_for_few_items_it_fits_too(capability, case):
+    compiled = compile_scores(capability, *case, n_items=256)
+    assert compiled.fits
+    assert compiled.spilled_bytes == 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
