@@ -257,7 +257,7 @@ def launches_of(capability: int) -> list[Any]:
             case.run()
         for swept in tune.cases_for(("clim",)):
             run = swept.prepare()
-            for settings in swept.candidates:
+            for settings in (swept.default, *swept.candidates):
                 run(settings)
     return [launch for launch, *_ in launches]
 
@@ -269,9 +269,8 @@ def kernels() -> None:
     names = ["clim-int8"] if TINY else list(KERNELS)
     if TINY:
         os.environ["FINELIP_KERNELS"] = "triton"  # interpreted
-    with ThreadPoolExecutor(6) as pool:
-        for verdict in pool.map(verify_alone, names):
-            note(OUT, "kernels", **verdict)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda kernel: note(OUT, "kernels", **verify_alone(kernel)), names))
 
 
 def verify_alone(kernel: str, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -333,12 +332,14 @@ def race_of_scores(step: str) -> None:
 
 
 def items_that_fit(count: int) -> int:
-    """So many of 40 x 512 in float16 that they fit twice, and half once more; few for a rehearsal."""
+    """So many of 40 x 512 in float16 that they fit two and a half times; a multiple of 16, as kernels were compiled for."""
     import torch
 
     if TINY:
         return 64
-    return min(count, int(torch.cuda.mem_get_info()[0] / (2.5 * 2 * 40 * 512))) if torch.cuda.is_available() else 1_000
+    if torch.cuda.is_available():
+        count = min(count, int(torch.cuda.mem_get_info()[0] / (2.5 * 2 * 40 * 512)))
+    return count // 16 * 16
 
 
 def rounds() -> int:
@@ -485,7 +486,7 @@ STEPS = {
     "tests": Step(tests, 110, 45, tuned=False),
     "sweep": Step(sweep, 120, 30, tuned=False),
     "headline-tuned": Step(headline_tuned, 45, 25),
-    "peers": Step(peers, 120, 40),
+    "peers": Step(peers, 150, 40),
     "search": Step(search, 45, 20),
     "training": Step(training, 60, 25),
     "aggregation": Step(aggregation, 45, 15),

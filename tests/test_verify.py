@@ -10,7 +10,7 @@ import torch
 import finelip_fast.verify as verify_module
 from finelip_fast.cli import main
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import clim_scores
+from finelip_fast.kernels import clim_scores, floor
 from finelip_fast.verify import KERNELS, verify
 
 FEW = ["clim-float32", "topk", "atrm-float16", "atrm-gradient-float32"]
@@ -69,6 +69,21 @@ def test_the_command_prints_its_table_and_ends_with_an_error(monkeypatch, capsys
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["clim-float32", "atrm-float32"]
     assert "expected the results of float64, got others from clim-float32: FINELIP_KERNELS=reference" in printed.err
+
+
+def test_speeds_are_shares_of_what_the_machine_itself_was_seen_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(verify_module, "_TIMED_ITEMS", 100)
+    monkeypatch.setattr(verify_module, "_TIMED_PICTURES", 2)
+    monkeypatch.setattr(floor, "peaks", lambda: {"bytes/s": 2e9, "flops/s": {"int8": 4e9}})
+    monkeypatch.setattr(floor, "timed", lambda run: 0.5)
+    speeds = {speed.kernel: speed for speed in verify_module._speeds(torch.device("cpu"))}
+    assert list(speeds)[-1] == "atrm 2 x 196 float16"
+    int8 = speeds["clim 8 x 100 int8"]
+    work = floor.clim(8, 100, 40, 512, torch.int8)
+    assert (int8.milliseconds, int8.copy_share, int8.product_share) == (500, work.bytes / 1e9, work.flops / 2e9)
+    assert speeds["clim 8 x 100 float16"].product_share == 0  # of a rate that is not known
+    assert "500.000 ms" in str(int8)
 
 
 def test_an_unknown_kernel_is_refused_by_name():
