@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, mangle_type
 
 from finelip_fast.errors import InputError, KernelError
@@ -209,6 +210,23 @@ class KernelLaunch:
             num_stages=self.num_stages,
             divisible=divisible,
         )
+
+    def compile_into_cache(self, capability: int) -> None:
+        """Compile it into Triton's cache, where the launch itself, on a GPU of that capability, will find it.
+
+        The GPU is not opened: for the rest of this process, Triton takes itself to be on such a one.
+        """
+        target = GPUTarget("cuda", capability, 32)
+        driver.set_active(
+            SimpleNamespace(
+                get_current_target=lambda: target,
+                get_current_device=lambda: 0,
+                get_current_stream=lambda device=None: 0,
+            )
+        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        with patch.object(Tensor, "is_cuda", True):
+            self.kernel.run(grid=None, warmup=True, **self.arguments, **options)
 
 
 def _is_divisible(value: object) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from floor import seconds
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from finelip_fast.kernels.floor import seconds
 
 # Elements of the similarities that tuned plain PyTorch tries to hold at once: from within the L2 cache to far beyond it.
 _ELEMENTS_AT_ONCE = (1 << 22, 1 << 24, 1 << 26, 1 << 28)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import floor
 import record
 import torch
+
+from finelip_fast.kernels import floor
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

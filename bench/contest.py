@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from floor import Work, timed
 from torch import Tensor
+
+from finelip_fast.kernels.floor import Work, timed
 
 # Seconds. Threads go on spinning for a while after their work, and would be in the way of the next contender's.
 _PAUSE = 0.05

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import floor
 import pytest
 import torch
 from contest import Contender, Result, clock, compete
@@ -16,7 +15,7 @@ from inputs import PATCHES as TOKENS_IN
 from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
-from finelip_fast.kernels import atrm
+from finelip_fast.kernels import atrm, floor
 from finelip_fast.kernels.atrm.formula import AtrmInputs, atrm_reference
 
 AGGREGATED = TOKENS - 1

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import floor
 import peers
 import pytest
 import torch
@@ -20,7 +19,7 @@ from inputs import DEVICE, HIDDEN, ITEMS, ON_GPU, PATCHES, TOKENS, WIDTH, WORDS,
 from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
-from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, quantize, quantize_items
+from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, floor, quantize, quantize_items
 
 QUERIES = (1, 8, 64) if ON_GPU else (1, min(1_000, ITEMS))
 HALF = torch.float16 if ON_GPU else torch.bfloat16

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import floor
 import peers
 import pytest
 import torch
@@ -21,7 +20,7 @@ from contest import Contender, Result, clock, compete
 from inputs import DEVICE, ON_GPU, TOKENS, WIDTH, unit_rows
 from torch import Tensor
 
-from finelip_fast.kernels import clim_scores
+from finelip_fast.kernels import clim_scores, floor
 
 DTYPES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.bfloat16)
 LARGEST = int(os.environ.get("FINELIP_BENCH_BATCH", 2048))

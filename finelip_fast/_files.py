@@ -14,7 +14,6 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
-import platformdirs
 from safetensors import SafetensorError
 
 from finelip_fast.errors import FineLIPError, WriteError
@@ -31,6 +30,8 @@ def cache_folder() -> Path:
         Path.home()
     except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
         return Path(os.devnull) / "finelip_fast"
+    import platformdirs  # not needed where the folder is given
+
     return platformdirs.user_cache_path("finelip_fast", appauthor=False)
 
 

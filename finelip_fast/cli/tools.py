@@ -1,4 +1,4 @@
-"""``finelip demo``, ``convert``, ``info``, ``tune`` and ``completion``."""
+"""``finelip demo``, ``convert``, ``info``, ``tune``, ``verify`` and ``completion``."""
 
 from __future__ import annotations
 
@@ -138,6 +138,31 @@ def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settin
     return {
         case.name: f"{case.speedup:.2f}x the default settings; {case.failed} candidates were out" for case in tuned
     } or "nothing to tune: --again tunes what was tuned before"
+
+
+@click.command(cls=Command)
+@click.option("--kernels", cls=Several, metavar="NAME", help="Kernels to check, such as clim-int8.  [default: all]")
+@click.option("--untimed", is_flag=True, help="Only whether they are right, not how fast.")
+def verify(kernels: tuple[str, ...], untimed: bool) -> Any:
+    """Check that the kernels are right on this machine, and on a GPU how fast they are; this takes a minute.
+
+    Each is compared with float64, must give the same bits twice, and on a GPU the same from a captured CUDA graph. Speeds
+    are shares of what the same GPU copies and multiplies. Without a GPU it checks what runs on the CPU instead.
+    """
+    from finelip_fast.verify import verify
+
+    report = verify(kernels, timed=not untimed)
+
+    def refuse() -> None:
+        if report.wrong:
+            names = ", ".join(verdict.kernel for verdict in report.wrong)
+            raise KernelError(
+                f"expected the results of float64, got others from {names}: FINELIP_KERNELS=reference searches without "
+                "the fused kernels; where launch settings were tuned, delete their table, which finelip info names"
+            )
+
+    after_result(refuse)
+    return report
 
 
 @click.command(cls=Command)

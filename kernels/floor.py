@@ -41,7 +41,8 @@ class Work:
     def seconds(self) -> float:
         """The floor on this machine."""
         most = peaks()
-        return max(self.bytes / most["bytes/s"], self.flops / most["flops/s"].get(name(self.dtype), math.inf))
+        seconds: float = max(self.bytes / most["bytes/s"], self.flops / most["flops/s"].get(name(self.dtype), math.inf))
+        return seconds
 
 
 def name(dtype: torch.dtype) -> str:
