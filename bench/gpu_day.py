@@ -256,7 +256,7 @@ def launches_of(capability: int) -> list[Any]:
         for case in compile_table.our_cases(capability):
             case.run()
         for swept in tune.cases_for(("clim",)):
-            run = swept.prepare()
+            run = swept.prepare().run
             for settings in (swept.default, *swept.candidates):
                 run(settings)
     return [launch for launch, *_ in launches]
@@ -385,7 +385,10 @@ def sweep() -> None:
     if TINY:
         import torch
 
-        cases = [tune.Case(("rehearsal",), Cut(1), (Cut(2),), lambda: lambda cut: torch.ones(cut.block)[:1])]
+        def run(cut: Cut) -> tuple[torch.Tensor, ...]:
+            return (torch.ones(cut.block)[:1],)
+
+        cases = [tune.Case(("rehearsal",), Cut(1), (Cut(2),), lambda: tune.Prepared(run, (), 0.0))]
         measure: Any = lambda run: float(run.args[-1].block)  # noqa: E731
     else:
         cases, measure = tune.cases_for(), None

@@ -61,3 +61,9 @@ def test_the_package_is_imported_from_the_checkout_with_its_version():
         shown = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.split()
         assert shown[0] == str(folder / "finelip_fast" / "__init__.py")
         assert shown[1][0].isdigit()
+
+
+def test_all_that_the_sweep_would_launch_is_compiled_before():
+    launches = gpu_day.launches_of(90)
+    assert len(launches) > 100
+    assert {"clim", "atrm"} <= {word for launch in launches for word in launch.kernel.fn.__module__.split(".")}
