@@ -24,6 +24,7 @@ from finelip_fast._pages import render
 from finelip_fast.errors import FineLIPError
 from finelip_fast.serve import api, health, openai, schemas
 from finelip_fast.serve.answers import Refusal, refusal_of
+from finelip_fast.serve.batching import Workers
 from finelip_fast.serve.collection import Collection
 from finelip_fast.serve.guards import Account, Bounds, Doors
 from finelip_fast.serve.health import Health, warm
@@ -54,12 +55,13 @@ _FAULTS = {
 }
 
 
-def create_app(collection: Collection, settings: ServeSettings) -> FastAPI:
+def create_app(collection: Collection, settings: ServeSettings, computing: Workers | None = None) -> FastAPI:
     """The application over a collection; it is warm once its start is done.
 
     Args:
         collection: What is searched; its caller closes it.
         settings: Bounds and permissions.
+        computing: Thread that computes, see :class:`finelip_fast.serve.pipeline.Pipeline`.
     """
 
     @asynccontextmanager
@@ -87,7 +89,7 @@ def create_app(collection: Collection, settings: ServeSettings) -> FastAPI:
         redirect_slashes=False,
     )
     metrics = Metrics()
-    server = Serving(collection, settings, Pipeline(collection, settings, metrics), Thumbnails())
+    server = Serving(collection, settings, Pipeline(collection, settings, metrics, computing), Thumbnails())
     app.state.serving, app.state.metrics, app.state.health = server, metrics, Health(server)
     app.state.described = {
         "version": app.version,

@@ -13,6 +13,7 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,10 +101,12 @@ class Workers:
     Args:
         name: What the threads are called.
         count: Number of threads.
+        lasting: Whether a thread stays for the next batch. One that ends takes along the team of threads that PyTorch keeps
+            for each that calls it, which slows the teams of others.
     """
 
-    def __init__(self, name: str, count: int = 1) -> None:
-        self.name, self.count, self.idle = name, count, count
+    def __init__(self, name: str, count: int = 1, *, lasting: bool = True) -> None:
+        self.name, self.count, self.idle, self._lasting = name, count, count, lasting
         self._batchers: list[Batcher[Any, Any, Any]] = []
         self._batches: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -113,13 +116,15 @@ class Workers:
         self._batchers.append(batcher)
 
     def start(self) -> None:
-        """Start the threads that do not run."""
-        while len(self._threads) < self.count:
-            # Daemons: one that never comes back from its batch does not keep the process from ending.
-            name = f"finelip-{self.name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        """Start the lasting threads that do not run."""
+        while self._lasting and len(self._threads) < self.count:
+            self._threads.append(self._started(self._run))
+
+    def _started(self, target: Callable[[], None]) -> threading.Thread:
+        # Daemons: one that never comes back from its batch does not keep the process from ending.
+        thread = threading.Thread(target=target, name=f"finelip-{self.name}", daemon=True)
+        thread.start()
+        return thread
 
     def close(self) -> None:
         """Stop the threads once they are done with what they have."""
@@ -127,11 +132,32 @@ class Workers:
             self._batches.put(None)
         self._threads = []
 
+    def call(self, function: Callable[[], R]) -> R:
+        """What a function returns, called in one of the lasting threads; waits for it.
+
+        Raises:
+            BaseException: Whatever the function raises.
+        """
+        result: Future[R] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.start()
+        self._batches.put(work)
+        return result.result()
+
     def take(self, work: Callable[[], None]) -> None:
         """Have an idle thread do some work, which ends by calling :meth:`free` on the event loop."""
         self.idle -= 1
-        self.start()
-        self._batches.put(work)
+        if self._lasting:
+            self.start()
+            self._batches.put(work)
+        else:
+            self._started(work)
 
     def free(self) -> None:
         """Give a thread back, and let the batchers hand out what waits."""

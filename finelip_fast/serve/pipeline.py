@@ -100,9 +100,17 @@ class Pipeline:
         collection: Items to search, and the engine that made their embeddings.
         settings: ``max_batch``, ``batch_wait`` and ``queue``, and the limit on pixels.
         observer: Whoever counts batches and lengths of queues, by the names of the stages.
+        computing: The thread that encodes and searches, best the one that opened the collection: PyTorch keeps a team of
+            threads for each that calls it, and a second team slows the first. None: a thread of its own.
     """
 
-    def __init__(self, collection: Collection, settings: ServeSettings, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        settings: ServeSettings,
+        observer: Observer | None = None,
+        computing: Workers | None = None,
+    ) -> None:
         self._collection, self._engine = collection, collection.engine
         self._preprocess = _BoundedPreprocess(**vars(self._engine.preprocess), max_pixels=settings.limits.pixels)
         self._on_cpu = self._engine.device.type == "cpu"
@@ -114,10 +122,13 @@ class Pipeline:
             capacity=settings.queue,
             observer=observer,
         )
-        single = partial(several, max_batch=1, workers=min(os.cpu_count() or 1, _MOST_THREADS))
+        several_threads = partial(Workers, count=min(os.cpu_count() or 1, _MOST_THREADS), lasting=False)
+        single = partial(several, max_batch=1)
         self._tokenize: Batcher[None, str, _Tokens] = several(self._tokenize_batch, name="tokenize", wait=0.0)
-        self._decode: Batcher[None, tuple[str, bytes], Tensor] = single(self._decode_batch, name="decode")
-        self._computing = Workers("compute")
+        self._decode: Batcher[None, tuple[str, bytes], Tensor] = single(
+            self._decode_batch, name="decode", workers=several_threads("decode")
+        )
+        self._computing = computing or Workers("compute")
         # Before the encodings: what is nearly done is answered first.
         self._search: Batcher[_SearchKey, Tensor, Found] = several(
             self._search_batch,
@@ -131,7 +142,9 @@ class Pipeline:
             workers=self._computing,
             limit=self._most_encoded if self._on_cpu else None,
         )
-        self._work: Batcher[None, Callable[[], Any], Any] = single(self._work_batch, name="work")
+        self._work: Batcher[None, Callable[[], Any], Any] = single(
+            self._work_batch, name="work", workers=several_threads("work")
+        )
 
     @property
     def _stages(self) -> tuple[Batcher[Any, Any, Any], ...]:

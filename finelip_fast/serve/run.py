@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from finelip_fast._terminal import printable
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.serve.answers import Refusal
+from finelip_fast.serve.batching import Workers
 from finelip_fast.serve.guards import MAX_HEADERS, check_exposure, headers_too_large
 from finelip_fast.serve.settings import ServeSettings
 
@@ -126,8 +127,9 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
     from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
 
     configure_logs()
-    with contextlib.closing(opening.open()) as collection:
-        app = create_app(collection, settings)
+    computing = Workers("compute")
+    with contextlib.closing(computing.call(opening.open)) as collection:
+        app = create_app(collection, settings, computing)
         config = uvicorn.Config(
             app,
             loop="asyncio",
