@@ -212,7 +212,7 @@ def _passes(
         for first, chunk in chunks(sources, len(queries), device):
             yield first, parts(*chunk)
         return
-    among = None
+    among = columns = None
     if sources[0].is_dense and all(source.device == device for source in sources):
         among, sources = (
             sources[0].numbers(torch.arange(sources[0].shape[0])),
@@ -226,7 +226,7 @@ def _passes(
         if end < sources[0].shape[0] and (end - start) * len(queries) < _GPU_SCORE_ELEMENTS:
             continue
         joined = [torch.cat(matrices, dim=-1) for matrices in zip(*waiting, strict=True)]
-        if among is None:
+        if among is None or columns is None:
             yield start, joined
         else:
             low, high = torch.searchsorted(among, torch.tensor([start, end])).tolist()

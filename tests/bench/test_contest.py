@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contest
-import floor
 import pytest
 import torch
 from contest import Contender
+
+from finelip_fast.kernels import floor
 
 
 def test_contenders_can_be_left_out(monkeypatch):
