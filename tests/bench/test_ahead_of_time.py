@@ -163,7 +163,7 @@ def test_all_that_an_autotuner_would_try_is_recorded():
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_launchers_choose_as_on_the_recorded_gpu(capability, monkeypatch, tmp_path):
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))  # without what was tuned on this machine
-    queries, items = (torch.empty(count, 40, 512, dtype=torch.float16, device="meta") for count in (8, 100))
+    queries, items = (torch.empty(count, 40, 512, dtype=torch.float16, device="meta") for count in (8, 100_000))
     with recorded_launches(capability) as launches:
         clim.scores(queries, items, alpha=0.8)
     [[launch]] = launches
