@@ -567,8 +567,20 @@ def test_the_public_names_are_what_a_user_needs() -> None:
         names = {name for name in dir(index) if not name.startswith("_")}
     assert names == {
         *("spec", "source", "device", "folder", "version", "tuning", "damaged", "total"),
-        *("items", "get", "ids", "metadata", "embeddings", "present", "search", "root"),
-        *("add", "upsert", "relabel", "delete", "incoming", "adopt", "close"),
+        *(
+            "items",
+            "page",
+            "get",
+            "ids",
+            "metadata",
+            "fields",
+            "embeddings",
+            "embeddings_of",
+            "present",
+            "search",
+            "root",
+        ),
+        *("add", "upsert", "relabel", "delete", "incoming", "adopt", "undisturbed", "close"),
         *("check", "repair", "maintain", "lost", "snapshot", "speed_up", "build_candidates"),
     }
 
