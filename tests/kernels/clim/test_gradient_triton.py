@@ -237,9 +237,7 @@ def test_winners_of_other_inputs_are_refused(device):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors anywhere")
 def test_tensors_on_the_cpu_are_refused():
-    with pytest.raises(
-        KernelError, match=r"got cpu: use finelip_fast\.kernels\.clim_scores"
-    ):
+    with pytest.raises(KernelError, match=r"got cpu: use finelip_fast\.kernels\.clim_scores"):
         scores_with_winners(torch.ones(1, 2, 16), torch.ones(1, 2, 16), alpha=0.8)
 
 

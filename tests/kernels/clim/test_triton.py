@@ -220,9 +220,7 @@ def test_scales_that_do_not_fit_are_refused(device, dtype, query_scales, item_sc
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors anywhere")
 def test_tensors_on_the_cpu_are_refused():
-    with pytest.raises(
-        KernelError, match=r"got cpu: use finelip_fast\.kernels\.clim_scores"
-    ):
+    with pytest.raises(KernelError, match=r"got cpu: use finelip_fast\.kernels\.clim_scores"):
         scores(torch.ones(1, 2, 16), torch.ones(1, 2, 16), alpha=0.8)
 
 
