@@ -1,8 +1,10 @@
-"""Addresses of the network that lead to this machine alone."""
+"""What a server and its clients agree on: which addresses are this machine's own, and where the key is looked for."""
 
 from __future__ import annotations
 
 import ipaddress
+
+API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 
 def is_loopback(host: str) -> bool:

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx2
 
-from finelip_fast._addresses import is_loopback
+from finelip_fast._addresses import API_KEY_VARIABLE, is_loopback
 from finelip_fast._arguments import listed, share, whole_number
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
-__all__ = ["API_KEY_VARIABLE", "AsyncClient", "Client", "RemoteItem"]
+__all__ = ["AsyncClient", "Client", "RemoteItem"]
 
-API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 PictureSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image"
 Picture = TypeVar("Picture", bound=PictureSource)

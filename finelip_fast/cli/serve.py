@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
+from finelip_fast._addresses import API_KEY_VARIABLE
 from finelip_fast._files import read_bytes
 from finelip_fast.cli.commands import Command, ModelOptions, Several, alpha_option, index_option, model_options
 from finelip_fast.errors import InputError, StoreError
@@ -25,8 +26,6 @@ from finelip_fast.errors import InputError, StoreError
 if TYPE_CHECKING:
     from finelip_fast.serve.opening import Opening
     from finelip_fast.serve.settings import ServeSettings
-
-API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?")

@@ -24,7 +24,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finelip_fast._addresses import is_loopback
+from finelip_fast._addresses import API_KEY_VARIABLE, is_loopback
 from finelip_fast.errors import InputError
 from finelip_fast.serve.answers import Refusal, log
 from finelip_fast.serve.metrics import Metrics
@@ -250,7 +250,7 @@ def check_exposure(settings: ServeSettings) -> None:
     if key is None and not is_loopback(settings.host):
         raise InputError(
             f"expected an API key to listen on {settings.host!r:.80}, where other machines reach the server: put one into a "
-            "file and name it with --api-key-file, or set FINELIP_API_KEY; or listen on 127.0.0.1"
+            f"file and name it with --api-key-file, or set {API_KEY_VARIABLE}; or listen on 127.0.0.1"
         )
 
 
