@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finelip_fast._arguments import find_device
 from finelip_fast.engines.exported import ExportedEngine
@@ -14,6 +17,7 @@ from finelip_fast.errors import EngineError
 from finelip_fast.runtimes import graph
 from finelip_fast.runtimes.manifest import Export, rebuild_command
 from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, adds_bytes_exactly, has_cuda
+from finelip_fast.runtimes.parallel import RowParallel
 
 
 class OnnxEngine(ExportedEngine):
@@ -77,7 +81,14 @@ class OnnxEngine(ExportedEngine):
         with ThreadPoolExecutor() as pool:  # reading, hashing and ONNX Runtime release the interpreter's lock
             self._image, self._text = pool.map(self._graph, ("image", "text"))
 
-    def _graph(self, name: str) -> OnnxGraph:
+    def _graph(self, name: str) -> Callable[[Tensor], Tensor]:
+        threads = self._threads or torch.get_num_threads()
+        whole = self._session(name, threads)
+        if self.device.type != "cpu" or threads == 1:
+            return whole
+        return RowParallel(whole, partial(self._session, name, 1), threads)
+
+    def _session(self, name: str, threads: int) -> OnnxGraph:
         """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""
         file = f"{name}.onnx"
         content = self._content(file)
@@ -89,7 +100,7 @@ class OnnxEngine(ExportedEngine):
         if wrong:
             raise self.export.refused([f"{file}: {problem}" for problem in wrong], self._rebuild)
         beside = {external: self._content(external) for external in graph.external_files(proto, file)}
-        return OnnxGraph(content, self.device, name=file, beside=beside, threads=self._threads)
+        return OnnxGraph(content, self.device, name=file, beside=beside, threads=threads)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
