@@ -98,7 +98,7 @@ def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
                 return [item async for item in value] if name == "items" else await value
 
         with monkeypatch.context() as patch:
-            patch.setattr("finelip_fast.client.asyncio.sleep", sleep)
+            patch.setattr("finelip_fast.client.clients.asyncio.sleep", sleep)
             return asyncio.run(run())
 
     return call

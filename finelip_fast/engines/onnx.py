@@ -83,10 +83,10 @@ class OnnxEngine(ExportedEngine):
 
     def _graph(self, name: str) -> Callable[[Tensor], Tensor]:
         threads = self._threads or torch.get_num_threads()
-        whole = self._session(name, threads)
+        session = self._session(name, threads)
         if self.device.type != "cpu" or threads == 1:
-            return whole
-        return RowParallel(whole, partial(self._session, name, 1), threads)
+            return session
+        return RowParallel(session, partial(self._session, name, 1), threads)
 
     def _session(self, name: str, threads: int) -> OnnxGraph:
         """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""

@@ -28,14 +28,14 @@ class RowParallel:
     May be called from several threads at once.
 
     Args:
-        whole: The graph, which runs with ``threads`` threads.
+        graph: The graph, which runs with ``threads`` threads.
         open_single: Opens the graph for runs of one thread. It is called at the first batch that gains by it, and costs the
             memory of another copy of the weights.
         threads: Number of threads.
     """
 
-    def __init__(self, whole: Graph, open_single: Callable[[], Graph], threads: int) -> None:
-        self._whole, self._open_single, self._threads = whole, open_single, threads
+    def __init__(self, graph: Graph, open_single: Callable[[], Graph], threads: int) -> None:
+        self._graph, self._open_single, self._threads = graph, open_single, threads
         self._single: Graph | None = None
         self._opening = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="finelip-rows")
@@ -47,7 +47,7 @@ class RowParallel:
             EngineError: As the graph does.
         """
         if not self._gains(len(batch)):
-            return self._whole(batch)
+            return self._graph(batch)
         parts = batch.tensor_split(min(self._threads, len(batch)))
         return torch.cat(list(self._pool.map(self._opened(), parts)))
 
@@ -62,5 +62,5 @@ class RowParallel:
                     self._single = self._open_single()
                 except EngineError as error:  # its files were made anew since the graph was opened
                     _log.warning("parts of a batch are run by all threads, which is slower: %s", error)
-                    self._single = self._whole
+                    self._single = self._graph
             return self._single

@@ -1,0 +1,323 @@
+"""The two clients, which run the same generators."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+import httpx2
+
+from finelip_fast.client import calls
+from finelip_fast.client.calls import RemoteItem
+from finelip_fast.client.connection import Connection
+from finelip_fast.client.exchange import Steps
+from finelip_fast.client.sending import BATCH
+from finelip_fast.hits import Hit, Hits
+from finelip_fast.reports import AddReport
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from finelip_fast.client.calls import Array
+    from finelip_fast.index.search import Mode
+
+PictureSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image"
+Picture = TypeVar("Picture", bound=PictureSource)
+T = TypeVar("T")
+
+
+class Client(Connection):
+    """A server that ``finelip serve`` started, searched and filled as a :class:`finelip_fast.Retriever` is.
+
+    May be used from several threads. Pictures are given as paths, which are read here, as encoded bytes or as PIL images, and
+    sent whole. What changes nothing is sent again, at most twice, when the server is full or starting and says for how long.
+
+    Args:
+        url: Address of the server, such as ``"http://127.0.0.1:8000"``.
+        api_key: Key that the server wants; None: that of the environment's ``FINELIP_API_KEY``, if it is set.
+        timeout: Seconds to wait for an answer.
+
+    Methods raise InputError where the server refuses what was sent, and :class:`finelip_fast.ServerError` where it cannot be
+    reached, is full, wants a key, or fails.
+
+    Example:
+        >>> with finelip_fast.Client("http://127.0.0.1:8000") as client:
+        ...     hits = client.search("A red house with two floors stands on the left …", k=3)
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
+        super().__init__(url, api_key=api_key, timeout=timeout)
+        self._http = httpx2.Client(**self._options())
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _run(self, steps: Steps[T]) -> T:
+        try:
+            request = next(steps)
+            while True:
+                time.sleep(request.pause)
+                with self._explaining():
+                    response = self._http.request(request.method, request.path, **request.arguments)
+                request = steps.send(response)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    @overload
+    def search(
+        self, text: str, *, k: int = 10, mode: Mode = "auto", where: str | None = None, alpha: float | None = None
+    ) -> Hits: ...
+    @overload
+    def search(
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> list[Hits]: ...
+    @overload
+    def search(
+        self,
+        *,
+        image: PictureSource,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Hits: ...
+    @overload
+    def search(
+        self,
+        *,
+        image: list[Picture] | tuple[Picture, ...],
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> list[Hits]: ...
+
+    def search(
+        self,
+        text: str | list[str] | tuple[str, ...] | None = None,
+        *,
+        image: PictureSource | list[Picture] | tuple[Picture, ...] | None = None,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Hits | list[Hits]:
+        """Find the best items for a text or a picture.
+
+        Args:
+            text, image, k, mode, where: The same as for :meth:`finelip_fast.Retriever.search`.
+            alpha: Weight of the global score; None: the server's.
+
+        Returns:
+            Hits, best first: a list for one query, a list of lists for a list of queries. Their paths are those of the
+            server's machine.
+
+        Warns:
+            TruncationWarning: Texts were cut.
+            PartialAnswerWarning: Shards of the server did not answer.
+        """
+        return self._run(calls.search(text, image, k, mode, where, alpha))
+
+    def score(self, images: Iterable[PictureSource], texts: Iterable[str]) -> Array:
+        """Scores of every picture with every text, without the index: float32 ``[n_images, n_texts]``."""
+        return self._run(calls.score(images, texts))
+
+    def explain(self, image: PictureSource | Hit, text: str) -> dict[str, Any]:
+        """Why a picture, or a hit's, and a description score as they do, as ``POST /v1/explain`` answers."""
+        return self._run(calls.explain(image, text))
+
+    def encode_texts(self, texts: Iterable[str], *, batch_size: int = BATCH) -> Array:
+        """Embeddings of descriptions, float32 ``[N, L, D]``, unit rows, row 0 = EOT; ``batch_size`` are sent at once."""
+        return self._run(calls.encode_texts(texts, batch_size))
+
+    def encode_images(self, images: Iterable[PictureSource], *, batch_size: int = BATCH) -> Array:
+        """Embeddings of pictures, float32 ``[N, L, D]``, unit rows, row 0 = CLS; ``batch_size`` are sent at once."""
+        return self._run(calls.encode_images(images, batch_size))
+
+    def add_images(
+        self,
+        images: Iterable[PictureSource] | PictureSource,
+        *,
+        metadata: Sequence[dict[str, Any]] | None = None,
+        batch_size: int = BATCH,
+    ) -> AddReport:
+        """Send pictures to be added; the server must have been started with ``--writable``.
+
+        Args:
+            images: Folder, one picture, or several; the server names them.
+            metadata: A dictionary of JSON values for each picture.
+            batch_size: Number of pictures sent at once. Where a request fails, those before it stay added.
+
+        Returns:
+            Ids of the pictures added, and those skipped, with the reason. What was added is found by every later search.
+        """
+        return self._run(calls.add_images(images, metadata, batch_size))
+
+    def delete(self, ids: Sequence[str] | str) -> None:
+        """Delete items, one after the other.
+
+        Raises:
+            InputError: An id that is not in the index; those before it are gone.
+        """
+        return self._run(calls.delete(ids))
+
+    def items(self, *, where: str | None = None) -> Iterator[RemoteItem]:
+        """The items in the order in which they were added, page by page as they are asked for."""
+        page = self._run(calls.page(where, None))
+        yield from page.items
+        while page.following is not None:
+            page = self._run(calls.page(where, page.following))
+            yield from page.items
+
+    def info(self) -> dict[str, Any]:
+        """What is served, as ``GET /v1/info`` answers: the model, the engine, the number of items, the limits."""
+        return self._run(calls.info())
+
+
+class AsyncClient(Connection):
+    """:class:`Client` for ``asyncio``: the same methods, to be awaited; ``items`` is an asynchronous iterator.
+
+    Belongs to the event loop that it is first used in.
+
+    Args:
+        url, api_key, timeout: The same as for :class:`Client`.
+
+    Example:
+        >>> async with finelip_fast.AsyncClient("http://127.0.0.1:8000") as client:
+        ...     hits = await client.search("A red house with two floors stands on the left …", k=3)
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
+        super().__init__(url, api_key=api_key, timeout=timeout)
+        self._http = httpx2.AsyncClient(**self._options())
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _run(self, steps: Steps[T]) -> T:
+        try:
+            request = next(steps)
+            while True:
+                await asyncio.sleep(request.pause)
+                with self._explaining():
+                    response = await self._http.request(request.method, request.path, **request.arguments)
+                request = steps.send(response)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    @overload
+    async def search(
+        self, text: str, *, k: int = 10, mode: Mode = "auto", where: str | None = None, alpha: float | None = None
+    ) -> Hits: ...
+    @overload
+    async def search(
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> list[Hits]: ...
+    @overload
+    async def search(
+        self,
+        *,
+        image: PictureSource,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Hits: ...
+    @overload
+    async def search(
+        self,
+        *,
+        image: list[Picture] | tuple[Picture, ...],
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> list[Hits]: ...
+
+    async def search(
+        self,
+        text: str | list[str] | tuple[str, ...] | None = None,
+        *,
+        image: PictureSource | list[Picture] | tuple[Picture, ...] | None = None,
+        k: int = 10,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Hits | list[Hits]:
+        """See :meth:`Client.search`."""
+        return await self._run(calls.search(text, image, k, mode, where, alpha))
+
+    async def score(self, images: Iterable[PictureSource], texts: Iterable[str]) -> Array:
+        """See :meth:`Client.score`."""
+        return await self._run(calls.score(images, texts))
+
+    async def explain(self, image: PictureSource | Hit, text: str) -> dict[str, Any]:
+        """See :meth:`Client.explain`."""
+        return await self._run(calls.explain(image, text))
+
+    async def encode_texts(self, texts: Iterable[str], *, batch_size: int = BATCH) -> Array:
+        """See :meth:`Client.encode_texts`."""
+        return await self._run(calls.encode_texts(texts, batch_size))
+
+    async def encode_images(self, images: Iterable[PictureSource], *, batch_size: int = BATCH) -> Array:
+        """See :meth:`Client.encode_images`."""
+        return await self._run(calls.encode_images(images, batch_size))
+
+    async def add_images(
+        self,
+        images: Iterable[PictureSource] | PictureSource,
+        *,
+        metadata: Sequence[dict[str, Any]] | None = None,
+        batch_size: int = BATCH,
+    ) -> AddReport:
+        """See :meth:`Client.add_images`."""
+        return await self._run(calls.add_images(images, metadata, batch_size))
+
+    async def delete(self, ids: Sequence[str] | str) -> None:
+        """See :meth:`Client.delete`."""
+        return await self._run(calls.delete(ids))
+
+    async def items(self, *, where: str | None = None) -> AsyncIterator[RemoteItem]:
+        """See :meth:`Client.items`."""
+        page = await self._run(calls.page(where, None))
+        for item in page.items:
+            yield item
+        while page.following is not None:
+            page = await self._run(calls.page(where, page.following))
+            for item in page.items:
+                yield item
+
+    async def info(self) -> dict[str, Any]:
+        """See :meth:`Client.info`."""
+        return await self._run(calls.info())

@@ -1,0 +1,103 @@
+"""Where a server is, and how it is reached."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from finelip_fast._addresses import API_KEY_VARIABLE, is_loopback
+from finelip_fast.errors import InputError, ServerError
+
+_IDLE_SECONDS = 4.0  # after which a connection is not used again, long before the server closes it
+
+
+class Connection:
+    """Address, key and timeout of a server; both clients have one."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
+        self.url = _checked_url(url)
+        self.timeout = _checked_timeout(timeout)
+        self._key = None if api_key is None else _checked_key("api_key", api_key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        """Pickle the arguments; a key from the environment is not among them."""
+        return partial(type(self), self.url, api_key=self._key, timeout=self.timeout), ()
+
+    def _options(self) -> dict[str, Any]:
+        """What both of httpx2's clients are opened with."""
+        key = self._key
+        if key is None and (variable := os.environ.get(API_KEY_VARIABLE)):
+            key = _checked_key(API_KEY_VARIABLE, variable)
+        address = urlsplit(self.url)
+        return {
+            "base_url": self.url,
+            "headers": {} if key is None else {"authorization": f"Bearer {key}"},
+            "timeout": self.timeout,
+            "limits": httpx2.Limits(keepalive_expiry=_IDLE_SECONDS),
+            # A proxy of the environment is for other hosts. Without TLS no certificates are read, which take a while.
+            "trust_env": not is_loopback(address.hostname or ""),
+            "verify": address.scheme == "https",
+        }
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn a connection that fails into a ServerError."""
+        try:
+            yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise ServerError(
+                f"no server answers at {self.url} ({str(error) or 'it took too long'}): start it with finelip serve, or check "
+                "the address"
+            ) from None
+        except httpx2.TimeoutException:
+            raise ServerError(
+                f"the server at {self.url} did not answer within {self.timeout:g} seconds: ask for less at once, or with a "
+                "longer timeout"
+            ) from None
+        except httpx2.HTTPError as error:
+            raise ServerError(
+                f"the connection to {self.url} broke: {error or type(error).__name__}; ask again"
+            ) from None
+
+
+def _checked_url(url: Any) -> str:
+    try:
+        address = urlsplit(url) if isinstance(url, str) else None
+        is_sound = (
+            address is not None
+            and address.scheme in ("http", "https")
+            and bool(address.hostname)
+            and not (address.query or address.fragment or address.username or address.password)
+            and (address.port is None or address.port > 0)
+            and url.isprintable()
+            and " " not in url
+            and httpx2.URL(url).host
+        )
+    except (ValueError, httpx2.InvalidURL):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"expected the address of a server, such as http://127.0.0.1:8000, got {url!r:.200}")
+    return str(url).rstrip("/")
+
+
+def _checked_timeout(timeout: Any) -> float:
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not is_number or not 0 < timeout < math.inf:
+        raise InputError(f"expected timeout as seconds above 0, got {timeout!r:.80}")
+    return float(timeout)
+
+
+def _checked_key(name: str, key: Any) -> str:
+    if not isinstance(key, str) or not key.isascii() or not key.isprintable() or not key or " " in key:
+        raise InputError(f"expected {name} as ASCII characters without spaces, got something else")
+    return key

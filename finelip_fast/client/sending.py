@@ -1,0 +1,104 @@
+"""What is sent: pictures as bytes, values as JSON, many in batches."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
+from typing import Any, TypeVar
+
+from finelip_fast._arguments import listed, whole_number
+from finelip_fast._files import read_bytes
+from finelip_fast.errors import ImageError, InputError
+
+T = TypeVar("T")
+
+BATCH = 64  # texts or pictures of a request
+_BATCH_BYTES = 32 << 20  # of one, as they are sent
+_PICTURE_BYTES = 1 << 30
+
+
+def as_json(value: Any) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"expected values that JSON can hold, got others: {error}") from None
+
+
+def batches(values: Iterable[T], count: int, *, size: Callable[[T], int] | None = None) -> Iterator[list[T]]:
+    """Values in lists of at most ``count``, and of at most some megabytes, if one value alone is no larger."""
+    count, size = whole_number("batch_size", count), size or (lambda value: len(str(value)))
+    batch: list[T] = []
+    total = 0
+    for value in values:
+        length = size(value)
+        if batch and (len(batch) == count or total + length > _BATCH_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(value)
+        total += length
+    if batch:
+        yield batch
+
+
+def as_pictures(images: Any) -> list[Any]:
+    """Pictures as a list; one is a list of it."""
+    single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview)) or hasattr(images, "save")
+    return [images] if single else listed("images", images)
+
+
+def encoded(source: Any) -> str:
+    return base64.b64encode(content_of(source)).decode()
+
+
+def content_of(source: Any) -> bytes:
+    """An encoded picture: a file's content, bytes as they are, an image as PNG.
+
+    Raises:
+        ImageError: A file that cannot be read, or anything else.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (str, PathLike)):
+        return read_bytes(source, error=ImageError, max_bytes=_PICTURE_BYTES)
+    from PIL import Image, ImageOps
+
+    if not isinstance(source, Image.Image):
+        raise ImageError(f"expected a path, encoded bytes or a PIL image, got {type(source).__name__}")
+    image = ImageOps.exif_transpose(source)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
+def file_name(name: str, text: Any) -> str:
+    """A text that can be the name of a file, of whatever bytes.
+
+    Raises:
+        InputError: No text, an empty one, or none that a file can have.
+    """
+    try:
+        if isinstance(text, str) and text.encode(errors="surrogateescape"):
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"expected {name} as texts that are not empty, got {text!r:.80}")
+
+
+def sound_text(name: str, text: Any) -> str:
+    """A text that can be sent.
+
+    Raises:
+        InputError: No text, or half of a surrogate pair in it.
+    """
+    try:
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"expected {name} as text that UTF-8 can hold, got {text!r:.80}")
