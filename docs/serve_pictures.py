@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 from finelip_fast.datasets import Scenes
 from finelip_fast.retriever import Retriever
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.collection import RetrieverCollection
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parent

@@ -57,7 +57,7 @@ class Opening:
                 :class:`finelip_fast.distributed.Shards`.
         """
         from finelip_fast.known_checkpoints import checkpoint_of
-        from finelip_fast.serve.collection import RetrieverCollection
+        from finelip_fast.serve.index_collection import RetrieverCollection
 
         checkpoint = self.checkpoint or checkpoint_of(self.index or self.shards[0]) or None
         if self.index is not None:
@@ -78,7 +78,7 @@ class Opening:
                 raise
         from finelip_fast.distributed import Shards
         from finelip_fast.engines import open_engine
-        from finelip_fast.serve.collection import ShardCollection
+        from finelip_fast.serve.shard_collection import ShardCollection
 
         if self.ray is not None:
             os.environ["RAY_ADDRESS"] = self.ray

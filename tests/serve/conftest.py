@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 import finelip_fast
 from finelip_fast import Retriever
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.collection import RetrieverCollection
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import picture

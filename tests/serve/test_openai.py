@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from finelip_fast import Retriever
 from finelip_fast.serve import schemas
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.collection import RetrieverCollection
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import encoded, picture, running

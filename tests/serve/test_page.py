@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, e
 from finelip_fast import Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.app import create_app
-from finelip_fast.serve.collection import RetrieverCollection
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.settings import ServeSettings
 
 from .asgi import running

@@ -17,7 +17,8 @@ from torch import Tensor
 from finelip_fast import Hits, ImageError, InputError, Retriever
 from finelip_fast.datasets import Scenes
 from finelip_fast.serve.batching import Overloaded
-from finelip_fast.serve.collection import Found, RetrieverCollection
+from finelip_fast.serve.collection import Found
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.pipeline import Pipeline
 from finelip_fast.serve.settings import Limits, ServeSettings
 

@@ -17,7 +17,8 @@ from finelip_fast import Retriever
 from finelip_fast.distributed import Shards
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import InputError, StoreError
-from finelip_fast.serve.collection import ShardCollection, Upload
+from finelip_fast.serve.collection import Upload
+from finelip_fast.serve.shard_collection import ShardCollection
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ import finelip_fast
 from finelip_fast import Retriever
 from finelip_fast.collection import item_id
 from finelip_fast.errors import InputError, StoreError, WriteError
-from finelip_fast.serve import collection as collections
-from finelip_fast.serve.collection import Added, RetrieverCollection, Upload
+from finelip_fast.serve import index_collection as collections
+from finelip_fast.serve.collection import Added, Upload
+from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.opening import Opening
 from finelip_fast.serve.uploads import Uploads
 
@@ -358,7 +359,8 @@ _ADDING = """
 import sys
 from pathlib import Path
 from finelip_fast import Retriever
-from finelip_fast.serve.collection import RetrieverCollection, Upload
+from finelip_fast.serve.collection import Upload
+from finelip_fast.serve.index_collection import RetrieverCollection
 index, checkpoint, *pictures = sys.argv[1:]
 with Retriever(checkpoint, engine="torch", device="cpu", index=index) as retriever:
     served = RetrieverCollection(retriever, Path(index) / "uploads")

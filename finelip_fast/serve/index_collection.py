@@ -1,0 +1,218 @@
+"""An index folder as a server searches and changes it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finelip_fast._decode import suffix_of
+from finelip_fast.collection import item_id, prepare_root
+from finelip_fast.errors import FineLIPError, InputError
+from finelip_fast.explain import Explanation
+from finelip_fast.hits import Hits
+from finelip_fast.index import Field
+from finelip_fast.index.catalogue import Item
+from finelip_fast.index.checks import as_json
+from finelip_fast.index.search import Mode
+from finelip_fast.ingest import Ingest
+from finelip_fast.picture_files import HASH, STAMP, describe
+from finelip_fast.reports import AddReport
+from finelip_fast.retriever import Retriever
+from finelip_fast.serve.collection import Added, Found, Upload, local_file, with_path
+from finelip_fast.serve.uploads import Uploads
+
+_AT_ONCE = 32  # uploads that are embedded and committed together
+
+
+class RetrieverCollection:
+    """The items of a retriever's index.
+
+    What other processes change in the index folder is seen by the next call.
+
+    Args:
+        retriever: Retriever, which is closed with the collection.
+        uploads: Folder that keeps added pictures, made if it is missing; None: nothing can be added or deleted.
+
+    Raises:
+        WriteError: The folder cannot be made.
+    """
+
+    def __init__(self, retriever: Retriever, uploads: Path | None = None) -> None:
+        self._retriever, self._index = retriever, retriever.index
+        self._uploads = None if uploads is None else Uploads(uploads)
+        self.engine, self.alpha, self.writable = retriever.engine, retriever.alpha, uploads is not None
+        self._changing, self._counting = threading.Lock(), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def version(self) -> int:
+        return self._index.version
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        mode: Mode = "auto",
+        where: str | None = None,
+        alpha: float | None = None,
+    ) -> Found:
+        results = self._retriever.search_embeddings(queries, k=k, mode=mode, where=where, alpha=alpha)
+        root = self._index.root
+        return Found([Hits(with_path(hit, root) for hit in hits) for hits in results])
+
+    def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        return self._index.embeddings_of(ids)
+
+    def items(
+        self, *, where: str | None = None, limit: int = 100, after: str | None = None
+    ) -> tuple[list[Item], str | None]:
+        return self._index.page(where=where, limit=limit, after=after)
+
+    def fields(self) -> list[Field]:
+        with self._counting:  # by one thread: the others get what it keeps
+            return self._index.fields()
+
+    def picture(self, id: str) -> Path | None:
+        item = self._index.get([id]).get(id)
+        return None if item is None else self._file_of(item, self._index.root)
+
+    def _file_of(self, item: Item, root: Path | None) -> Path | None:
+        if (path := local_file(item.id, item.metadata, root)) is not None:
+            return path
+        return None if self._uploads is None else self._uploads.find(item.id)
+
+    def explain(self, image: bytes | Path, text: str) -> Explanation:
+        return self._retriever.explain(image, text)
+
+    def add(self, uploads: Sequence[Upload]) -> list[Added]:
+        folder, results = self._writable(), list[Added]()
+        with self._changing:
+            root = prepare_root(self._index, [folder.folder])
+        for start in range(0, len(uploads), _AT_ONCE):
+            results += self._add(uploads[start : start + _AT_ONCE], folder, root)
+        return results
+
+    def _add(self, uploads: Sequence[Upload], folder: Uploads, root: Path) -> list[Added]:
+        with ThreadPoolExecutor() as pool:
+            checked = list(pool.map(self._check, uploads))
+        sound = {at: picture for at, picture in enumerate(checked) if isinstance(picture, _Sound)}
+        first = {picture.digest: at for at, picture in reversed(sound.items())}  # of the same picture sent twice
+        pictures = {at: sound[at] for at in sorted(first.values())}
+
+        def places() -> dict[int, Path]:
+            return {
+                at: folder.path_for(picture.digest, uploads[at].name, picture.suffix)
+                for at, picture in pictures.items()
+            }
+
+        def absent(ids: dict[int, str]) -> list[int]:
+            present = self._index.present(list(ids.values()))
+            return [at for at, item in ids.items() if item not in present]
+
+        # Before anything is locked, as far as can be told.
+        new = absent({at: item_id(path, root) for at, path in places().items()})
+        embeddings = self._embedded(pictures, new)
+        files: list[Path] = []
+        with self._changing:
+            try:
+                with self._index.undisturbed():
+                    paths = places()
+                    files += [path for at, path in paths.items() if folder.keep(path, uploads[at].content)]
+                    ids = {at: item_id(path, root) for at, path in paths.items()}
+                    new = absent(ids)
+                    metadata = [pictures[at].described(paths[at]) for at in new]
+                embeddings |= self._embedded(pictures, [at for at in new if at not in embeddings])
+                report = AddReport()
+                with Ingest(self._index, "image", report, existing="skip") as ingest:
+                    if new:
+                        ingest.add([ids[at] for at in new], torch.stack([embeddings[at] for at in new]), metadata)
+            except BaseException:
+                with suppress(FineLIPError):
+                    self._discard(files, folder, root)
+                raise
+            with (
+                self._index.undisturbed()
+            ):  # another process may have deleted an item of the same picture, and its file
+                for at in ids.keys() - set(absent(ids)):
+                    folder.keep(paths[at], uploads[at].content)
+        added = set(report.added)
+
+        def result(at: int) -> Added:
+            picture, name = checked[at], uploads[at].name
+            if not isinstance(picture, _Sound):
+                return Added(None, name, picture)
+            item = ids[first[picture.digest]]
+            return Added(item, name, existing=item not in added or first[picture.digest] != at)
+
+        return [result(at) for at in range(len(uploads))]
+
+    def _check(self, upload: Upload) -> _Sound | str:
+        """What is needed of a picture and its metadata, or why it cannot be added."""
+        try:
+            as_json(upload.metadata)
+            pixels = self.engine.preprocess(upload.content)
+            digest = hashlib.sha256(upload.content).hexdigest()
+            return _Sound(pixels, digest, suffix_of(upload.content), upload.metadata)
+        except InputError as error:
+            return str(error)
+
+    def _embedded(self, pictures: dict[int, _Sound], numbers: Sequence[int]) -> dict[int, Tensor]:
+        if not numbers:
+            return {}
+        embeddings = self.engine.encode_image(torch.stack([pictures[at].pixels for at in numbers]))
+        return dict(zip(numbers, embeddings, strict=True))
+
+    def delete(self, ids: Sequence[str]) -> None:
+        folder = self._writable()
+        with self._changing:
+            root = self._index.root
+            files = [self._file_of(item, root) for item in self._index.get(ids).values()]
+            self._index.delete(ids)
+            self._discard([path for path in files if path is not None and folder.holds(path)], folder, root)
+
+    def _discard(self, paths: Sequence[Path], folder: Uploads, root: Path | None) -> None:
+        """Remove those uploaded files that are no item's."""
+        if not paths:
+            return
+        with self._index.undisturbed():
+            present = self._index.present([] if root is None else [item_id(path, root) for path in paths])
+            for path in paths:
+                if root is None or item_id(path, root) not in present:
+                    folder.remove(path)
+
+    def close(self) -> None:
+        """Close the retriever."""
+        self._retriever.close()
+
+    def _writable(self) -> Uploads:
+        if self._uploads is None:
+            raise InputError(
+                "expected a collection that can be changed, got one that is read only: serve it with --writable"
+            )
+        return self._uploads
+
+
+class _Sound(NamedTuple):
+    """A picture that can be added: pixels ``[3, S, S]``, SHA-256, the suffix of its file, what was sent with it."""
+
+    pixels: Tensor
+    digest: str
+    suffix: str
+    metadata: dict[str, Any]
+
+    def described(self, path: Path) -> dict[str, Any]:
+        """Metadata of its item: its size, time and hash are always the file's."""
+        return {
+            **describe(path),
+            **{name: value for name, value in self.metadata.items() if name not in (*STAMP, HASH)},
+        }
