@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,18 @@ from torch import Tensor
 
 from finelip_fast.kernels import cpu
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
+from finelip_fast.kernels.threads import side_by_side
 
 # Fewer columns than this are not vectorised by a maximum over an axis further out.
 _BLOCK_QUERIES = 64
-# Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the second-level cache.
-_TILE_ELEMENTS = 1 << 18
+# Elements of a tile for each thread, 2 MiB in float32: the maxima read it from the second-level cache.
+_TILE_ELEMENTS = 1 << 19
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
-_PRODUCT_ROWS = 1 << 13
+# Elements of the items of a product, so many that the interpreter, which its threads share, is not what they wait for.
+_BLOCK_ELEMENTS = 1 << 22
+# Multiplications, a fraction of a millisecond of one thread, below which a thread is not woken.
+_LEAST_SHARED_WORK = 1 << 23
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -60,8 +65,8 @@ def scores(
         rounded: Round rows and products to bfloat16, where :func:`rounding_error` says that it is faster; not int8.
 
     Returns:
-        float32 ``[Q, N]``. Memory beside inputs and result: float32 copies of 64 queries and 8,192 rows of items, 8 MiB
-        of products and 2 MiB for each thread; more only where a single pair needs more.
+        float32 ``[Q, N]``. Memory beside inputs and result: a float32 copy of 64 queries; 16 MiB of items in float32, 8 MiB of
+        products and 4 MiB for each thread; more only where a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape
     n_items, item_tokens, _ = items.shape
@@ -72,21 +77,33 @@ def scores(
         return _scores_of_single_rows(queries, items, alpha)
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
-    block_rows = min(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // (block_queries * query_tokens))
-    block_items = max(1, block_rows // item_tokens)
-    tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
+    block_items = _block_items(n_items, item_tokens, block_queries * query_tokens, width)
     scratch = _Scratch()
+
+    def block_scores(block: slice, columns: _Columns) -> Tensor:
+        scales = None if item_scales is None else item_scales[block]
+        tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
+        tiles = _tiles(items[block], scales, columns, tile_items * item_tokens, rounded, scratch)
+        fine = _fine(tiles, len(items[block]), item_tokens, columns, tile_items, scratch)
+        cosine = _anchors(items[block], scales) @ columns.anchors
+        return (alpha * cosine + (1 - alpha) * fine).T
+
     with torch.no_grad():
         for query_block in _slices(n_queries, block_queries):
             some_scales = None if query_scales is None else query_scales[query_block]
             columns = _columns(queries[query_block], some_scales, reused=n_items > block_items)
-            for item_block in _slices(n_items, block_items):
-                scales = None if item_scales is None else item_scales[item_block]
-                tiles = _tiles(items[item_block], scales, columns, tile_items * item_tokens, rounded, scratch)
-                fine = _fine(tiles, len(items[item_block]), item_tokens, columns, tile_items, scratch)
-                cosine = _anchors(items[item_block], scales) @ columns.anchors
-                result[query_block, item_block] = (alpha * cosine + (1 - alpha) * fine).T
+            blocks = list(_slices(n_items, block_items))
+            for block, part in zip(blocks, side_by_side(partial(block_scores, columns=columns), blocks), strict=True):
+                result[query_block, block] = part
     return result
+
+
+def _block_items(n_items: int, item_tokens: int, columns: int, width: int) -> int:
+    """Number of items that are scored at once by one thread, or by all of them where there is too little work to share."""
+    rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
+    largest = max(1, rows // item_tokens)
+    least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
+    return min(largest, max(least, -(-n_items // torch.get_num_threads())))
 
 
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
@@ -95,7 +112,7 @@ def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tens
     # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
     columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
-        for block in items.split(_PRODUCT_ROWS):
+        for block in items.split(max(1, _BLOCK_ELEMENTS // items.shape[2])):
             rows = scratch("rows", (len(block), block.shape[2])).copy_(block[:, 0])
             parts.append(cpu.product(rows, columns))
         cosines = torch.cat(parts).T.contiguous()
@@ -204,15 +221,16 @@ def _fine(
 
 
 class _Scratch:
-    """Memory that all blocks share: fresh pages would cost more than the maxima."""
+    """Memory that all blocks of a thread share: fresh pages would cost more than the maxima."""
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[tuple[int, str], Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        memory, elements = self._memory.get(name), math.prod(shape)
+        key = get_ident(), name
+        memory, elements = self._memory.get(key), math.prod(shape)
         if memory is None or memory.numel() < elements:
-            memory = self._memory[name] = torch.empty(elements, dtype=dtype)
+            memory = self._memory[key] = torch.empty(elements, dtype=dtype)
         return memory[:elements].view(*shape)
 
 

@@ -24,8 +24,20 @@ def blocks(request):
     """Block sizes; the small ones put edges between queries, items and tiles, and reach the layout of many queries."""
     changes = {
         "as shipped": {},
-        "small": {"_BLOCK_QUERIES": 2, "_TILE_ELEMENTS": 100, "_PRODUCT_ELEMENTS": 1000, "_PRODUCT_ROWS": 30},
-        "smallest": {"_BLOCK_QUERIES": 1, "_TILE_ELEMENTS": 1, "_PRODUCT_ELEMENTS": 1, "_PRODUCT_ROWS": 1},
+        "small": {
+            "_BLOCK_QUERIES": 2,
+            "_TILE_ELEMENTS": 100,
+            "_PRODUCT_ELEMENTS": 1000,
+            "_BLOCK_ELEMENTS": 900,
+            "_LEAST_SHARED_WORK": 1,
+        },
+        "smallest": {
+            "_BLOCK_QUERIES": 1,
+            "_TILE_ELEMENTS": 1,
+            "_PRODUCT_ELEMENTS": 1,
+            "_BLOCK_ELEMENTS": 1,
+            "_LEAST_SHARED_WORK": 1,
+        },
         "plain processor": {"has": lambda feature: False},
     }
     with pytest.MonkeyPatch.context() as patch:
