@@ -1,7 +1,8 @@
 """Work shared out among threads each of which has PyTorch to itself.
 
 Inside an operation PyTorch's threads meet after every step, and where anything else runs on the same processors, each meeting
-waits for the thread that does not. Threads that do whole blocks of work meet once, at the end, and whoever is held up does fewer.
+waits for the thread that does not. Threads that do whole blocks of work meet once, at the end, and one that is held up does
+fewer.
 """
 
 from __future__ import annotations
