@@ -52,7 +52,8 @@ def open_engine(
             that engine or an error.
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         device: Where to run; None: a GPU if there is one.
-        precision: Precision of the exported files; None: the fastest available.
+        precision: Precision of an exported file, or of ``"torch"`` on a CPU (``"fp32"``, ``"bf16"``, ``"int8"``). None: of
+            exported files the fastest available, of ``"torch"`` float32, float16 on a GPU.
         threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
         build: Export what is asked for where it is missing or does not fit; takes minutes.
 
@@ -66,12 +67,9 @@ def open_engine(
     if precision is not None:
         one_of("precision", precision, manifest.PRECISIONS)
     if name == "torch":
-        if threads is not None or precision is not None:
-            raise InputError(
-                "engine='torch' has no precision or threads of its own: float32 on a CPU, float16 on a GPU; "
-                "torch.set_num_threads sets its threads"
-            )
-        return _torch(checkpoint, device, "asked for")
+        if threads is not None:
+            raise InputError("engine='torch' has no threads of its own: torch.set_num_threads sets them")
+        return _torch(checkpoint, device, precision, "asked for")
     if build:
         _build(name, checkpoint, device, precision)
     runtimes = [runtime for runtime in manifest.RUNTIMES if name in ("auto", runtime)]
@@ -93,9 +91,7 @@ def open_engine(
         if len(candidates) == 1 and not absent:
             return candidates[0].open("asked for")
     else:
-        label = f"torch {'float16' if find_device(device).type == 'cuda' else 'float32'}"
-        identity = candidates[0].identity if candidates else ""
-        candidates.append(Candidate(label, functools.partial(_torch, checkpoint, device), identity))
+        candidates.append(_in_torch(checkpoint, device, precision, candidates[0].identity if candidates else ""))
     return fastest(candidates, absent)
 
 
@@ -207,10 +203,28 @@ class _Times:
         return f"{machine}; {candidate.label}; {candidate.identity}"
 
 
-def _torch(checkpoint: str | PathLike[str] | None, device: str | torch.device | None, reason: str) -> Engine:
+def _torch(
+    checkpoint: str | PathLike[str] | None, device: str | torch.device | None, precision: Precision | None, reason: str
+) -> Engine:
     from finelip_fast.engines.torch import TorchEngine
 
-    return TorchEngine(checkpoint, device, reason=reason)
+    return TorchEngine(checkpoint, device, precision, reason=reason)
+
+
+def _in_torch(
+    checkpoint: str | PathLike[str] | None,
+    device: str | torch.device | None,
+    precision: Precision | None,
+    identity: str,
+) -> Candidate:
+    """The model itself, in the precision that was asked for, or in the device's first where it has no other."""
+    from finelip_fast.engines.torch import NUMBERS, PRECISIONS, why_not
+
+    known = PRECISIONS[find_device(device).type]
+    if precision is not None and (precision not in known or why_not(precision) is not None):
+        precision = None
+    label = f"torch {NUMBERS[precision or known[0]]}"
+    return Candidate(label, functools.partial(_torch, checkpoint, device, precision), identity)
 
 
 def _exported(
