@@ -22,13 +22,17 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device, one_of, whole_number
 from finelip_fast._files import cache_folder, installed, write_whole
 from finelip_fast._json import read_json
-from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.engines.base import ENGINES, Engine, EngineName
 from finelip_fast.errors import EngineError, InputError
+from finelip_fast.kernels import cpu
 from finelip_fast.runtimes import manifest, onnx, trt
 from finelip_fast.runtimes.manifest import Export, Precision
 
 _ROUNDS = 3
+
+# Width from which int8 takes about half the time of float32: rounding is done with every row, and counts less in wide ones.
+_WIDE = 512
 
 
 def why_not(name: str) -> str | None:
@@ -90,9 +94,14 @@ def open_engine(
             raise EngineError(f"engine={name!r} cannot run: {reason}; or use engine='torch' or engine='auto'")
         if len(candidates) == 1 and not absent:
             return candidates[0].open("asked for")
-    else:
-        candidates.append(_in_torch(checkpoint, device, precision, candidates[0].identity if candidates else ""))
-    return fastest(candidates, absent)
+        return fastest(candidates, absent)
+    has_int8 = any("int8" in candidate.label for candidate in candidates)
+    candidates.append(_in_torch(checkpoint, device, precision, candidates[0].identity if candidates else ""))
+    engine = fastest(candidates, absent)
+    if precision is None and not has_int8 and engine.name == "torch" and engine.device.type == "cpu":
+        engine.faster = _int8_advice(engine.config, checkpoint)
+        engine.reason = "; ".join(filter(None, (engine.reason, engine.faster)))
+    return engine
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,19 @@ def _in_torch(
         precision = None
     label = f"torch {NUMBERS[precision or known[0]]}"
     return Candidate(label, functools.partial(_torch, checkpoint, device, precision), identity)
+
+
+def _int8_advice(config: FineLIPConfig, checkpoint: str | PathLike[str] | None) -> str:
+    """How to encode in int8, where that was seen to take about half the time: a wide model on a processor made for it."""
+    if not cpu.has("vnni") or config.vision_width < _WIDE:
+        return ""
+    without = "--precision int8 (precision='int8')"
+    if why_not("onnx") is not None:
+        return f"int8 is about twice as fast on this processor: {without}"
+    command = manifest.rebuild_command(checkpoint, "onnx", "int8")
+    return (
+        f"int8 is about twice as fast on this processor: {command} makes an export and proves it, {without} needs none"
+    )
 
 
 def _exported(

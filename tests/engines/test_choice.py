@@ -165,6 +165,22 @@ def test_a_precision_is_that_of_the_model_too(bare: Path) -> None:
     assert open_engine("auto", bare, "cpu", precision="fp16").precision == "fp32", "which is all that is here"
 
 
+def test_int8_is_advised_where_it_would_be_much_faster(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has", lambda feature: feature == "vnni")
+    assert not open_engine("auto", bare, "cpu").faster, "a narrow model"
+    monkeypatch.setattr(choice, "_WIDE", 64)
+    engine = open_engine("auto", bare, "cpu")
+    command = f"finelip export onnx {bare} --precision int8"
+    assert f"int8 is about twice as fast on this processor: {command} makes an export" in engine.faster
+    assert engine.reason.endswith(f"; {engine.faster}")
+    for named in ({"name": "auto", "precision": "fp32"}, {"name": "torch"}):
+        assert not open_engine(checkpoint=bare, device="cpu", **named).faster, "what was asked for is no mistake"
+    monkeypatch.setattr(choice, "why_not", lambda name: "not installed")
+    assert open_engine("auto", bare, "cpu").faster.endswith(" processor: --precision int8 (precision='int8')")
+    monkeypatch.setattr(cpu, "has", lambda feature: False)
+    assert not open_engine("auto", bare, "cpu").faster, "another processor"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_precision_without_instructions_is_refused(
     bare: Path, monkeypatch: pytest.MonkeyPatch, precision: str
