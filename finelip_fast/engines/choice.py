@@ -233,7 +233,8 @@ def _in_torch(
     if precision is not None and (precision not in known or why_not(precision) is not None):
         precision = None
     label = f"torch {NUMBERS[precision or known[0]]}"
-    return Candidate(label, functools.partial(_torch, checkpoint, device, precision), identity)
+    # "frozen": what earlier versions measured was the plain module.
+    return Candidate(label, functools.partial(_torch, checkpoint, device, precision), f"{identity}, frozen")
 
 
 def _int8_advice(config: FineLIPConfig, checkpoint: str | PathLike[str] | None) -> str:
