@@ -1,8 +1,9 @@
 """Encoding by each engine at ViT-B/16's sizes, random weights, against open_clip's own eager encoders with the same weights.
 
-Captions are those of Scenes' test set, pictures are noise. open_clip encodes all 256 positions; the engines only up to the
-longest caption of the batch. Embeddings are compared by their global rows, all that open_clip gives. What int8 costs in
-quality is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
+Captions are those of Scenes' test set, all of much the same length, or cut to mixed lengths; pictures are noise. open_clip
+encodes all 256 positions; the plain module and exports up to the longest caption of the batch; the engine in PyTorch, on a
+CPU, each caption's own tokens. Embeddings are compared by their global rows, all that open_clip gives. What int8 and bfloat16
+cost in quality is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from torch import Tensor
 import finelip_fast
 from finelip_fast.datasets import Scenes
 from finelip_fast.encoders import caption_lengths
+from finelip_fast.engines.frozen import freeze
+from finelip_fast.engines.torch import why_not
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.plans import Builder, build_plan
 from finelip_fast.export.precision import in_half
 from finelip_fast.export.to_trt import input_shapes, profile_batches
+from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes import onnx, trt
 from finelip_fast.runtimes.onnx import OnnxGraph
@@ -41,8 +45,18 @@ PAIRS = "scenes:test:1000"
 
 # ONNX Runtime and TensorRT by their precisions; the largest error of an entry that is still the right answer.
 PRECISIONS = {"fp32": 1e-4, "int8": 5e-2} if not ON_GPU else {"fp32": 1e-4, "fp16": 5e-3}
-TORCH = "torch float16" if ON_GPU else "torch float32"
-CONTENDERS = (BASELINE, TORCH, "torch.compile", *(f"{name} {p}" for name in ("onnx", "trt") for p in PRECISIONS))
+PLAIN = "torch float16" if ON_GPU else "plain module"
+# The engine in PyTorch on a CPU, by its precisions; on a GPU it runs the plain module.
+FROZEN: dict[str, LinearPrecision] = {"torch float32": "fp32", "torch bfloat16": "bf16", "torch int8": "int8"}
+FROZEN = {} if ON_GPU else FROZEN
+LIMITS = {"fp32": 1e-5, "bf16": 5e-2, "int8": 5e-2}
+CONTENDERS = (
+    BASELINE,
+    PLAIN,
+    *FROZEN,
+    "torch.compile",
+    *(f"{name} {p}" for name in ("onnx", "trt") for p in PRECISIONS),
+)
 
 
 @cache
@@ -78,11 +92,17 @@ def open_clip_model() -> Any:
 
 @cache
 def batch(kind: str, size: int) -> Tensor:
-    """Pixels, or ids of the captions of middling length."""
+    """Pixels, ids of the captions of middling length, or ids of captions cut after 4 words to all of them."""
     if kind == "pictures":
         side = model().config.image_size
         return torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
-    ids = encode_batch([scene.caption for scene in Scenes("test", 101)]).ids
+    captions = [scene.caption for scene in Scenes("test", 101)]
+    if kind == "mixed captions":
+        words = [caption.split() for caption in captions[:size]]
+        shares = torch.linspace(0, 1, size + 2)[1:-1].tolist()  # of one caption, half
+        captions = [" ".join(w[: 4 + round(share * (len(w) - 4))]) for w, share in zip(words, shares, strict=True)]
+        return encode_batch(captions).ids[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
+    ids = encode_batch(captions).ids
     order = caption_lengths(ids).argsort()
     return ids[order[50 - size // 2 : 50 - size // 2 + size]]
 
@@ -114,7 +134,12 @@ def exported(kind: str, runtime: str, precision: str) -> Callable[[Tensor], Tens
             plan = build_plan(path, shapes, trt.machine(), Builder(), progress=False)
             path.with_suffix(".plan").write_bytes(plan)
             encode = trt.TrtPlan(path.with_suffix(".plan"), torch.device(DEVICE))
-    return up_to_the_longest(encode, 32 if ON_GPU else 1) if kind == "captions" else encode
+    return encode if kind == "pictures" else up_to_the_longest(encode, 32 if ON_GPU else 1)
+
+
+@cache
+def frozen(precision: LinearPrecision) -> FineLIP:
+    return freeze(copy.deepcopy(model()), precision)
 
 
 def in_torch(kind: str, compiled: bool) -> Callable[[Tensor], Tensor]:
@@ -122,7 +147,7 @@ def in_torch(kind: str, compiled: bool) -> Callable[[Tensor], Tensor]:
     encode = eager.encode_image if kind == "pictures" else eager.encode_text
     if compiled:
         encode = torch.compile(encode, dynamic=False)
-        encode = up_to_the_longest(encode) if kind == "captions" else encode
+        encode = encode if kind == "pictures" else up_to_the_longest(encode)
     return lambda x: encode(x.to(DEVICE, eager.dtype if kind == "pictures" else None))
 
 
@@ -142,9 +167,13 @@ def race(kind: str, size: int) -> dict[str, Result]:
             lambda x: encode(x.to(DEVICE, dtype if kind == "pictures" else None), normalize=True)[:, None],
             1e-4,
         ),
-        TORCH: (in_torch(kind, compiled=False), 1e-4),
+        PLAIN: (in_torch(kind, compiled=False), 1e-4),
         "torch.compile": (in_torch(kind, compiled=True), 1e-4),
     }
+    for name, precision in FROZEN.items():
+        if why_not(precision) is None:
+            encoders = frozen(precision)
+            ways[name] = (encoders.encode_image if kind == "pictures" else encoders.encode_text), LIMITS[precision]
     if ON_GPU:
         ways = {name: (way, PRECISIONS["fp16"]) for name, (way, _) in ways.items()}
     for runtime, why in (("onnx", onnx.why_not()), ("trt", trt.why_not())):
@@ -162,23 +191,31 @@ def race(kind: str, size: int) -> dict[str, Result]:
     for name, result in results.items():
         if name.startswith("onnx") and not ON_GPU:
             result.info["recall_change"] = recall_change(name.split()[1])
+        if FROZEN.get(name, "fp32") != "fp32":
+            result.info["recall_change"] = frozen_recall_change(FROZEN[name])
     return results
 
 
 @cache
+def frozen_recall_change(precision: LinearPrecision) -> float:
+    bundled = freeze(finelip_fast.load(), precision)
+    return proven(parity.Encoders(bundled.encode_image, bundled.encode_text), precision)
+
+
+@cache
 def recall_change(precision: str) -> float:
-    """Change of the bundled model's recall@1, the larger of both directions, on all of Scenes' test set."""
     bundled = finelip_fast.load()
     run, protos = {}, {}
     for name in ("image", "text"):
         proto = graphs.build(bundled, name)
         protos[name] = quantize.by_rows(proto) if precision == "int8" else proto
         run[name] = OnnxGraph(protos[name].SerializeToString(), torch.device("cpu"))
-    report = parity.prove(
-        parity.Reference(bundled, PAIRS, progress=False),
-        parity.Encoders(run["image"], run["text"], graphs=protos),
-        precision,
-    )
+    return proven(parity.Encoders(run["image"], run["text"], graphs=protos), precision)
+
+
+def proven(encoders: parity.Encoders, precision: str) -> float:
+    """Change of the bundled model's recall@1, the larger of both directions, on all of Scenes' test set."""
+    report = parity.prove(parity.Reference(finelip_fast.load(), PAIRS, progress=False), encoders, precision)
     assert report.passed, report.failures
     return next(check.value for check in report.checks if check.name == "ranking: recall@1")
 
@@ -186,10 +223,11 @@ def recall_change(precision: str) -> float:
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("size", BATCHES)
-@pytest.mark.parametrize("kind", ["pictures", "captions"])
+@pytest.mark.parametrize("kind", ["pictures", "captions", "mixed captions"])
 def test_encoding(benchmark: Any, kind: str, size: int, contender: str) -> None:
     benchmark.extra_info.update(model="ViT-B-16", batch=size)
-    if kind == "captions":
-        benchmark.extra_info["tokens"] = int(caption_lengths(batch(kind, size)).max())
+    if kind != "pictures":
+        lengths = caption_lengths(batch(kind, size))
+        benchmark.extra_info |= {"tokens": int(lengths.max()), "all_tokens": int(lengths.sum())}
     group = f"{size} {kind if size > 1 else kind[:-1]}, ViT-B/16"
     clock.into(benchmark, race(kind, size), contender, group=group, baseline=BASELINE)

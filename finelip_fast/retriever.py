@@ -61,8 +61,8 @@ class Retriever:
         alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's, which is 0.8 with trained
             aggregators and 1, the only one, without.
         overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
-        precision: Precision of the exported files: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``; None: the fastest
-            available.
+        precision: Precision of exported files, ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, or of ``"torch"`` on a CPU,
+            ``"fp32"``, ``"bf16"`` or ``"int8"``; None: the fastest file available, or ``"fp32"``.
         threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
         build: Whether to export what ``engine`` and ``precision`` need and is missing; takes a minute or more.
         dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size (of aggregated

@@ -6,9 +6,19 @@ has AVX-512 on all that have it: ``torch.compile`` freezes linear layers into th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Activation = Literal["none", "gelu", "swish"]
+LinearPrecision = Literal["fp32", "bf16", "int8"]
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "swish": F.silu}
+_LARGEST = 127
+_SMALLEST = 1e-30  # what a row of zeros is divided by
 
 
 def has(feature: str) -> bool:
@@ -55,3 +65,52 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear``, on a CPU by whichever library is faster; without a gradient."""
     return linear(x, weight, bias) if suits_onednn(x) else F.linear(x, weight, bias)
+
+
+def frozen_linear(
+    weight: Tensor, bias: Tensor | None, activation: Activation = "none", precision: LinearPrecision = "fp32"
+) -> Callable[[Tensor], Tensor]:
+    """A linear layer for inference on a CPU, whose weight is laid out once.
+
+    Args:
+        weight: float32 ``[n, D]``. What the layer keeps is a copy, except in ``"fp32"`` where :func:`suits_onednn` says no.
+        bias: float32 ``[n]``, or None.
+        activation: What follows the layer: nothing, exact GELU, or swish, ``x * sigmoid(x)``.
+        precision: Precision of the products. ``"bf16"`` rounds rows, weight and result to bfloat16, and adds up in float32.
+            ``"int8"`` rounds rows of the weight once and rows of the input as they come, each with a scale, and adds up whole
+            numbers: exact from there on.
+
+    Returns:
+        A function of rows ``[R, D]``, contiguous, to ``[R, n]``: bfloat16 for ``"bf16"``, else float32.
+    """
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if precision == "int8":
+        return _int8_linear(weight, bias, activation)
+    if precision == "fp32" and not suits_onednn(weight):
+        return lambda rows: _ACTIVATIONS[activation](F.linear(rows, weight, bias))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    columns, bias = packed(weight.to(dtype)), None if bias is None else bias.to(dtype)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda rows: product(rows.to(dtype), columns, bias, activation, [], "none")
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None, activation: Activation) -> Callable[[Tensor], Tensor]:
+    values, scales = _rounded(weight)
+    columns, scales = values.T, scales.T
+    offset = weight.new_zeros(len(weight)) if bias is None else bias
+
+    def layer(rows: Tensor) -> Tensor:
+        values, row_scales = _rounded(rows)
+        integers = torch._int_mm(values, columns)  # pyright: ignore[reportPrivateImportUsage]
+        result = torch.addcmul(offset, integers.float().mul_(scales), row_scales)
+        return _ACTIVATIONS[activation](result)
+
+    return layer
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``[R, D]`` as int8 in -127..127, and a float32 scale ``[R, 1]`` for each row."""
+    # Both extremes are found many times as fast as the norm of infinite order is.
+    largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
+    scales = largest.clamp_(min=_SMALLEST).div_(_LARGEST)
+    return (rows / scales).round_().to(torch.int8), scales

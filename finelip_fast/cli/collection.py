@@ -155,6 +155,8 @@ def add(
             "BeichenZhang/LongCLIP-B my-model, and add the pictures to another index with --checkpoint my-model",
             stacklevel=2,
         )
+    if retriever.engine.faster:
+        warnings.warn(retriever.engine.faster, stacklevel=2)
     prepare_root(retriever.index, folders or [root or os.path.dirname(os.path.abspath(sources[0]))])
 
     def run() -> FolderReport:

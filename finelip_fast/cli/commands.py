@@ -176,7 +176,8 @@ checkpoint_option = click.option(
 )
 engine_option = click.option("--engine", default="auto", help="Engine that encodes: auto, torch, onnx, trt.")
 precision_option = click.option(
-    "--precision", help="Precision of exported files: fp32, fp16, bf16, int8.  [default: the fastest available]"
+    "--precision",
+    help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest file]",
 )
 device_option = click.option("--device", help="Device to compute on: cpu, cuda.  [default: a GPU if there is one]")
 

@@ -1,10 +1,10 @@
-"""The PyTorch engine: runs everywhere, float16 on a GPU of NVIDIA's and float32 elsewhere."""
+"""The PyTorch engine: runs everywhere, float16 on a GPU of NVIDIA's and float32 elsewhere; on a CPU in less, by name."""
 
 from __future__ import annotations
 
 import copy
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,20 +12,31 @@ from torch import Tensor
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device
 from finelip_fast.engines.base import Engine
+from finelip_fast.engines.frozen import freeze
+from finelip_fast.errors import EngineError, InputError
+from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
+from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import tokenize
+
+# By kind of device, the precision that is taken where none is named first.
+PRECISIONS: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp16",)}
+NUMBERS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 class TorchEngine(Engine):
-    """The model itself, without gradients.
+    """The model itself, without gradients; on a CPU its encoders are frozen (:func:`finelip_fast.engines.frozen.freeze`).
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         device: None takes a GPU if there is one: of Apple's, where it computes what the CPU does.
+        precision: Precision of the linear layers: on a CPU ``"fp32"``, ``"bf16"`` or ``"int8"``, on a GPU of NVIDIA's
+            ``"fp16"``. None: the first of them.
         reason: Why this engine was chosen.
 
     Raises:
-        EngineError: A device that is not here.
+        InputError: A precision that the device does not have.
+        EngineError: A device that is not here, or a precision that this processor has no instructions for.
         CheckpointError: A checkpoint that cannot be loaded.
     """
 
@@ -35,28 +46,43 @@ class TorchEngine(Engine):
         self,
         checkpoint: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
+        precision: Precision | None = None,
         *,
         reason: str = "asked for",
     ) -> None:
         self.device = find_device(device)
+        self.precision = _check_precision(precision, self.device)
         model = checkpoints.load(checkpoint)
         self._identify(model.config, checkpoints.fingerprint(model), checkpoint)
-        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         # Embeddings come out on the CPU all the same: an index is searched there.
-        tries = device is None and self.device.type == "cpu" and torch.backends.mps.is_available()
+        tries = (
+            device is None
+            and self.device.type == "cpu"
+            and self.precision == "fp32"
+            and torch.backends.mps.is_available()
+        )
         self._accelerator = _apple_gpu(model) if tries else None
-        self.model = model.to(self._accelerator or self.device, dtype).eval()
-        self.precision = "fp16" if dtype == torch.float16 else "fp32"
-        self.description = f"{self._accelerator or self.device}, {str(dtype).removeprefix('torch.')}"
+        self._frozen = self.device.type == "cpu" and self._accelerator is None
+        if self._frozen:
+            self.model = freeze(model.eval(), cast(cpu.LinearPrecision, self.precision))
+        else:
+            dtype = torch.float16 if self.precision == "fp16" else torch.float32
+            self.model = model.to(self._accelerator or self.device, dtype).eval()
+        self.description = f"{self._accelerator or self.device}, {NUMBERS[self.precision]}"
         if tries and self._accelerator is None:
             self.description += "; the GPU failed a trial"
         self.reason = reason
 
     def _opened_with(self) -> tuple[Any, ...]:
-        return self.source or None, str(self.device)
+        return self.source or None, str(self.device), self.precision
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "precision": self.precision}
 
     def load_model(self) -> FineLIP:
-        return self.model if self._accelerator is None else super().load_model()
+        # A frozen model has no parameters left, and explanations are computed on the CPU.
+        return self.model if not self._frozen and self._accelerator is None else super().load_model()
 
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -67,6 +93,29 @@ class TorchEngine(Engine):
     def encode_text(self, ids: Tensor) -> Tensor:
         self._check_process()
         return self.model.encode_text(ids.to(self.model.device)).to(self.device)
+
+
+def why_not(precision: str) -> str | None:
+    """Why a processor gains nothing by a precision; None if it has the instructions."""
+    if precision == "bf16" and not cpu.has_bfloat16():
+        return "this processor has no bfloat16 instructions"
+    if precision == "int8" and not cpu.has("vnni"):
+        return "this processor has no int8 instructions (AVX-512 VNNI)"
+    return None
+
+
+def _check_precision(precision: Precision | None, device: torch.device) -> Precision:
+    known = PRECISIONS[device.type]
+    if precision is None:
+        return known[0]
+    if precision not in known:
+        raise InputError(
+            f"expected precision of engine='torch' on {device} to be one of {', '.join(known)}, got {precision!r:.80}; "
+            "an export can have others (engine='onnx', engine='trt')"
+        )
+    if device.type == "cpu" and (reason := why_not(precision)) is not None:
+        raise EngineError(f"engine='torch' cannot run in {precision}: {reason}; leave precision out")
+    return precision
 
 
 def _apple_gpu(model: FineLIP) -> torch.device | None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from finelip_fast import _decode
 from finelip_fast.cli import main
+from finelip_fast.engines import choice
 
 
 @pytest.fixture
@@ -51,6 +53,14 @@ def test_folders_and_tables_are_added_together(photos: Path, run: Any) -> None:
     assert items["photos/a.png"]["metadata"]["title"] == "first"
     assert run("remove", "photos/a.png") == {"removed": 1, "items": 1}
     assert run("remove", "./more/../more/c.png") == {"removed": 1, "items": 0}
+
+
+def test_add_says_how_it_would_be_much_faster(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_int8_advice", lambda *_: "int8 is faster: finelip export onnx")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["add", str(photos)]) == 0
+    assert [str(warning.message) for warning in caught].count("int8 is faster: finelip export onnx") == 1
 
 
 def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:

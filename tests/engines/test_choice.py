@@ -13,9 +13,11 @@ import torch
 
 import finelip_fast
 from finelip_fast.engines import choice, open_engine
+from finelip_fast.engines import torch as torch_engine
 from finelip_fast.engines.choice import Candidate, fastest
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export.to_onnx import export_onnx
+from finelip_fast.kernels import cpu
 from finelip_fast.runtimes.manifest import read
 
 CONTEXT = 24
@@ -145,14 +147,48 @@ def test_a_named_precision_is_an_order(checkpoint: Path) -> None:
 
 
 def test_settings_that_an_engine_does_not_have_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="engine='torch' has no precision or threads of its own"):
-        open_engine("torch", checkpoint, precision="fp16")
+    with pytest.raises(InputError, match=r"on cpu to be one of fp32, bf16, int8, got 'fp16'; an export can"):
+        open_engine("torch", checkpoint, "cpu", precision="fp16")
     with pytest.raises(InputError, match=r"torch\.set_num_threads"):
         open_engine("torch", checkpoint, threads=2)
     with pytest.raises(InputError, match="expected threads of at least 1, got 0"):
         open_engine("onnx", checkpoint, threads=0)
     with pytest.raises(InputError, match="expected precision to be one of"):
         open_engine("onnx", checkpoint, precision="fp8")
+
+
+def test_a_precision_is_that_of_the_model_too(bare: Path) -> None:
+    if torch_engine.why_not("int8") is not None:
+        pytest.skip("no int8 instructions")
+    engine = open_engine("auto", bare, "cpu", precision="int8")
+    assert (engine.name, engine.precision, engine.description) == ("torch", "int8", "cpu, int8")
+    assert open_engine("auto", bare, "cpu", precision="fp16").precision == "fp32", "which is all that is here"
+
+
+def test_int8_is_advised_where_it_would_be_much_faster(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has", lambda feature: feature == "vnni")
+    assert not open_engine("auto", bare, "cpu").faster, "a narrow model"
+    monkeypatch.setattr(choice, "_WIDE", 64)
+    engine = open_engine("auto", bare, "cpu")
+    command = f"finelip export onnx {bare} --precision int8"
+    assert f"int8 is about twice as fast on this processor: {command} makes an export" in engine.faster
+    assert engine.reason.endswith(f"; {engine.faster}")
+    for named in ({"name": "auto", "precision": "fp32"}, {"name": "torch"}):
+        assert not open_engine(checkpoint=bare, device="cpu", **named).faster, "what was asked for is no mistake"
+    monkeypatch.setattr(choice, "why_not", lambda name: "not installed")
+    assert open_engine("auto", bare, "cpu").faster.endswith(" processor: --precision int8 (precision='int8')")
+    monkeypatch.setattr(cpu, "has", lambda feature: False)
+    assert not open_engine("auto", bare, "cpu").faster, "another processor"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_precision_without_instructions_is_refused(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(cpu, "has", lambda feature: False)
+    with pytest.raises(EngineError, match=f"cannot run in {precision}: this processor has no .*; leave precision out"):
+        open_engine("torch", bare, "cpu", precision=precision)
+    assert open_engine("auto", bare, "cpu", precision=precision).description == "cpu, float32"
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "file", "proof", "device"])

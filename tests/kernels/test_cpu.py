@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from finelip_fast.kernels import cpu
 
@@ -32,6 +33,34 @@ def test_products_of_operands_that_lie_any_way(processor, sizes, dtype):
 def test_packed_columns_change_nothing():
     rows, columns = torch.randn(50, 64), torch.randn(9, 64)
     torch.testing.assert_close(cpu.linear(rows, cpu.packed(columns)), cpu.linear(rows, columns), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ["none", "gelu", "swish"])
+@pytest.mark.parametrize("sizes", [(7, 40, 5), (1, 1, 1), (0, 8, 3), (64, 512, 33)], ids=str)
+def test_frozen_layers_are_linear_layers(processor, sizes, activation, bias):
+    m, k, n = sizes
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, offset = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
+    weight = weight / k**0.5
+    offset = offset if bias else None
+    expected = F.linear(rows, weight, offset)
+    expected = {"none": lambda x: x, "gelu": F.gelu, "swish": F.silu}[activation](expected)
+    for precision, tolerance in {"fp32": 1e-5, "bf16": 5e-2, "int8": 5e-2}.items():
+        if precision == "bf16" and not cpu.has_onednn():
+            continue
+        found = cpu.frozen_linear(weight, offset, activation, precision)(rows)
+        assert found.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_in_int8_is_the_same_in_any_company():
+    rows, weight = torch.randn(3, 16), torch.randn(4, 16)
+    rows[1] = 0
+    rows[2] *= 1e4
+    layer = cpu.frozen_linear(weight, None, precision="int8")
+    assert torch.equal(layer(rows), torch.cat([layer(row[None]) for row in rows]))
+    assert not layer(rows)[1].any()
 
 
 def test_what_pytorch_cannot_say_is_no():
