@@ -20,9 +20,11 @@ _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _LEAST_SHARED_KIB, _MOST_SHARED_KIB = 99, 227
 # A sum and a maximum of so many pairs of rows fit the registers of a warp.
 _PAIRS_PER_WARP = 2048
+# The widest piece of D that Triton compiles for every GPU.
+_WIDEST = 512
 # Where all of D is one piece, queries stay in shared memory: they are read once a program, not once an item token. Items and
-# stages of such programs, the first that fits is taken; and the widest piece, past which Triton fails to compile for sm_100.
-_IN_ONE_PIECE, _WIDEST = ((128, 3), (128, 2), (64, 2)), 512
+# stages of such programs; the first that fits is taken.
+_IN_ONE_PIECE = ((128, 3), (128, 2), (64, 2))
 
 # Items of a program are halved down to so few, as long as there are fewer programs than a large GPU has multiprocessors.
 _FEWEST_ITEMS, _PROGRAMS = 16, 128
@@ -72,7 +74,7 @@ def default_settings(
     block_width = min(128 // dtype.itemsize, max(32, whole_width))
     settings = ClimSettings(128, queries, block_width, num_warps=8, num_stages=4 if hopper else 3)
     columns = settings.columns(query_tokens)
-    if hopper and block_width < width == whole_width <= _WIDEST and not winners and dtype != torch.float8_e4m3fn:
+    if hopper and block_width < width == whole_width and not winners and dtype != torch.float8_e4m3fn:
         launch = Launch(capability, dtype, width, n_queries, query_tokens)
         cuts = (replace(settings, block_items=items, block_width=width, num_stages=n) for items, n in _IN_ONE_PIECE)
         whole = next((cut for cut in cuts if fits(cut, launch)), None)
@@ -113,7 +115,8 @@ def fits(settings: ClimSettings, launch: Launch) -> bool:
     rows = pieces * settings.block_items + columns * (1 if settings.block_width >= launch.width else pieces)
     pairs = _PAIRS_PER_WARP * settings.num_warps // (2 if launch.winners else 1)
     return (
-        rows * settings.block_width * launch.dtype.itemsize <= shared_kib << 10
+        settings.block_width <= _WIDEST
+        and rows * settings.block_width * launch.dtype.itemsize <= shared_kib << 10
         and settings.block_items * columns <= pairs
     )
 
