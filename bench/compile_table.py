@@ -380,9 +380,9 @@ def main() -> None:
     known = {} if options.again else kept(versions)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         arguments = [(capability, capability not in known) for capability in GPUS]
-        ours = dict(zip(GPUS, pool.starmap(rows_of, arguments, chunksize=1), strict=True))
+        compiled_rows = dict(zip(GPUS, pool.starmap(rows_of, arguments, chunksize=1), strict=True))
         cuts = [row for rows in pool.map(cuts_of, GPUS, chunksize=1) for row in rows]
-    rows = [row for capability in GPUS for row in ours[capability] + known.get(capability, [])]
+    rows = [row for capability in GPUS for row in compiled_rows[capability] + known.get(capability, [])]
     compiled = {"commit": record.commit(), "versions": versions, "rows": rows + missing(), "cuts": cuts}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(compiled, indent=1) + "\n", encoding="utf-8")

@@ -86,8 +86,8 @@ def scores_entries(n_queries: int) -> Entries:
             return contender(partial(peers.scores, maxsim, queries, items()), ROUNDED)
         if in_half:
             return contender(partial(peers.scores, maxsim, queries[:n_small], items()), ROUNDED, share=part)
-        few = queries[:n_small].float()
-        return contender(partial(peers.scores, maxsim, few, wide()), EXACT, torch.float32, part)
+        wide_queries = queries[:n_small].float()
+        return contender(partial(peers.scores, maxsim, wide_queries, wide()), EXACT, torch.float32, part)
 
     def chamfer() -> Contender:
         pairs = items()[:PAIRS]

@@ -226,7 +226,7 @@ def _clim_cases(device: torch.device) -> Iterator[Case]:
 
 
 def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) -> Iterator[launches.ClimSettings]:
-    narrow, whole = 128 // launch.dtype.itemsize, int(triton.next_power_of_2(launch.width))
+    narrow, whole_width = 128 // launch.dtype.itemsize, int(triton.next_power_of_2(launch.width))
     cuts = (  # items, warps, piece of D, stages
         (64, 4, narrow, 4),
         (128, 4, narrow, 3),
@@ -237,14 +237,16 @@ def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) ->
         (128, 8, 2 * narrow, 2),
         (64, 4, 4 * narrow, 3),
         (128, 8, 4 * narrow, 2),
-        (64, 4, whole, 2),
-        (64, 8, whole, 2),
-        (64, 4, whole, 4),
-        (128, 8, whole, 2),
-        (128, 8, whole, 3),
+        (64, 4, whole_width, 2),
+        (64, 8, whole_width, 2),
+        (64, 4, whole_width, 4),
+        (128, 8, whole_width, 2),
+        (128, 8, whole_width, 3),
     )
     for items, warps, block_width, stages in cuts:
-        settings = launches.ClimSettings(items, default.queries_per_program, min(whole, block_width), warps, stages)
+        settings = launches.ClimSettings(
+            items, default.queries_per_program, min(whole_width, block_width), warps, stages
+        )
         if launches.fits(settings, launch):
             yield settings
             if launches.describes(settings, launch.capability, launch.width):

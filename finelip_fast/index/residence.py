@@ -86,8 +86,8 @@ def _runs(sources: Sequence[Tensor], present: Sequence[bool]) -> Iterator[Run]:
     """Segments that lie one after another in a buffer, or that are to come."""
     run = [0]
     for before, number in pairwise(range(len(sources))):
-        both = present[before], present[number]
-        if both == (False, False) or (all(both) and _adjacent(sources[before], sources[number])):
+        states = present[before], present[number]
+        if not any(states) or (all(states) and _adjacent(sources[before], sources[number])):
             run.append(number)
         else:
             yield run
@@ -114,8 +114,8 @@ def _bytes(sources: Sequence[Tensor], run: Run) -> int:
 
 
 def _adjacent(before: Tensor, after: Tensor) -> bool:
-    same = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
-    return same and bool(before.storage_offset() + before.numel() == after.storage_offset())
+    in_one_buffer = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    return in_one_buffer and bool(before.storage_offset() + before.numel() == after.storage_offset())
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:

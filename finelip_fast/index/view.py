@@ -188,13 +188,13 @@ class View:
     @cached_property
     def globals(self) -> tuple[list[Tensor], list[Tensor]]:
         """Global embeddings in int8 and their scales, in pieces on the device."""
-        kept = [
+        fields = [
             self._resident(name, [segment.arrays[name] for segment in self.segments])
             for name in ("globals", "global_scales")
         ]
-        if len(kept[0]) > _MOST_PIECES:
-            kept = [[torch.cat(pieces)] for pieces in kept]
-        values, scales = kept
+        if len(fields[0]) > _MOST_PIECES:
+            fields = [[torch.cat(pieces)] for pieces in fields]
+        values, scales = fields
         return values, scales
 
     def _resident(self, name: str, pieces: list[Tensor]) -> list[Tensor]:

@@ -77,9 +77,9 @@ def default_settings(
     if hopper and block_width < width == whole_width and not winners and dtype != torch.float8_e4m3fn:
         launch = Launch(capability, dtype, width, n_queries, query_tokens)
         cuts = (replace(settings, block_items=items, block_width=width, num_stages=n) for items, n in _IN_ONE_PIECE)
-        whole = next((cut for cut in cuts if fits(cut, launch)), None)
-        if whole and (columns <= 64 or capability == 90):  # elsewhere sums of more are held in registers
-            return whole
+        in_one_piece = next((cut for cut in cuts if fits(cut, launch)), None)
+        if in_one_piece and (columns <= 64 or capability == 90):  # elsewhere sums of more are held in registers
+            return in_one_piece
     if columns > most_columns:
         return replace(settings, block_items=64, num_stages=3)
     if dtype == torch.int8 and columns > 64 and hopper and capability != 90:

@@ -47,11 +47,11 @@ def test_lines_are_kernels_and_columns_are_gpus():
     hopper = ROW | {"capability": 90, "registers": 121, "shared_kib": 96.0, "wgmma": True, "programs_per_sm": 2}
     other = ROW | {"package": "flash-maxsim", "capability": 120, "fits": False, "programs_per_sm": 0}
     assert table([ROW, hopper, other]).splitlines() == [
-        "| kernel | package | L x D | dtype | sm_80 | sm_90 | sm_120 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | package | L x D | dtype | sm_80 | sm_90 | sm_100 | sm_120 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| clim, Q=1: scores_kernel | finelip-fast | 40 x 512 | float16 "
-        "| 126 / 32.0 / 0 / 4 | 121 / 96.0 / 0 / 2 wgmma |  |",
-        "| clim, Q=1: scores_kernel | flash-maxsim | 40 x 512 | float16 |  |  | 126 / 32.0 / 0 / 0 does not fit |",
+        "| 126 / 32.0 / 0 / 4 | 121 / 96.0 / 0 / 2 wgmma |  |  |",
+        "| clim, Q=1: scores_kernel | flash-maxsim | 40 x 512 | float16 |  |  |  | 126 / 32.0 / 0 / 0 does not fit |",
     ]
 
 
