@@ -80,10 +80,8 @@ def default_settings(
         in_one_piece = next((cut for cut in cuts if fits(cut, launch)), None)
         if in_one_piece and (columns <= 64 or capability == 90):  # elsewhere sums of more are held in registers
             return in_one_piece
-    if columns > most_columns:
+    if columns > most_columns or (dtype == torch.int8 and columns > 64 and capability != 90):
         return replace(settings, block_items=64, num_stages=3)
-    if dtype == torch.int8 and columns > 64 and hopper and capability != 90:
-        return replace(settings, block_items=64, num_warps=4)
     return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
 
 
