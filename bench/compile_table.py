@@ -91,15 +91,15 @@ SHAPES = (Shape(40, 512, 196), Shape(52, 768, 256))  # ViT-B/16, ViT-L/14
 # By queries and dtype; each is also compiled with tensor descriptors.
 CUTS = {
     (1, torch.float16): (
-        (128, 1, 64, 4, 4),
-        (256, 1, 64, 8, 3),
-        (128, 1, 256, 8, 2),
-        (64, 1, 512, 4, 2),
-        (64, 1, 512, 8, 2),
+        *((128, 1, 64, 4, 4), (128, 1, 64, 8, 3), (256, 1, 64, 8, 3), (128, 1, 256, 8, 2)),
+        *((64, 1, 512, 4, 2), (64, 1, 512, 8, 2)),
     ),
-    (1, torch.int8): ((128, 1, 128, 4, 4), (256, 1, 128, 8, 3), (64, 1, 512, 4, 4), (128, 1, 512, 8, 3)),
+    (1, torch.int8): (
+        *((128, 1, 128, 4, 4), (128, 1, 128, 8, 3), (256, 1, 128, 8, 3)),
+        *((64, 1, 512, 4, 4), (128, 1, 512, 8, 3)),
+    ),
     (8, torch.float16): ((128, 1, 64, 8, 3), (64, 3, 64, 4, 4), (128, 3, 64, 8, 4), (128, 3, 128, 8, 2)),
-    (8, torch.int8): ((128, 1, 128, 8, 3), (64, 3, 128, 4, 3), (128, 3, 128, 8, 4), (128, 3, 512, 8, 2)),
+    (8, torch.int8): ((128, 1, 128, 8, 3), (64, 3, 128, 8, 3), (128, 3, 128, 8, 4), (128, 3, 512, 8, 2)),
 }
 
 
@@ -329,7 +329,7 @@ def table(rows: Sequence[Row]) -> str:
 def cuts_table(rows: Sequence[Row]) -> str:
     """A line for each cut, a column for each GPU."""
     cells: dict[tuple[str, ...], dict[int, str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["queries"], row["dtype"], [*row["cut"].values()])):
         items, queries, width, warps, stages, descriptor = row["cut"].values()
         cut = f"{items} x {queries}, {width}, {warps}, {stages}{', TMA' if descriptor else ''}"
         names = str(row["queries"]), row["dtype"], cut, f"{row['l2_bytes'] / 1024:.1f}"
