@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -231,6 +231,7 @@ def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) ->
         (64, 4, narrow, 4),
         (128, 4, narrow, 3),
         (128, 4, narrow, 4),
+        (128, 8, narrow, 3),
         (128, 8, narrow, 4),
         (256, 8, narrow, 3),
         (128, 4, 2 * narrow, 3),
@@ -243,13 +244,15 @@ def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) ->
         (128, 8, whole_width, 2),
         (128, 8, whole_width, 3),
     )
-    for items, warps, block_width, stages in cuts:
-        settings = launches.ClimSettings(
-            items, default.queries_per_program, min(whole_width, block_width), warps, stages
-        )
+    # With more queries a program, items are read less often and fewer registers are left: the default on some GPUs alone.
+    most_queries = max(1, min(launch.n_queries, 128 // launches.query_columns(launch.query_tokens)))
+    for queries, (items, warps, block_width, stages) in product(
+        dict.fromkeys((default.queries_per_program, most_queries)), cuts
+    ):
+        settings = launches.ClimSettings(items, queries, min(whole_width, block_width), warps, stages)
         if launches.fits(settings, launch):
             yield settings
-            if launches.describes(settings, launch.capability, launch.width):
+            if queries == default.queries_per_program and launches.describes(settings, launch.capability, launch.width):
                 yield replace(settings, descriptor=True)
 
 

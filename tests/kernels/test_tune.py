@@ -169,6 +169,7 @@ def test_the_sweep_tries_all_of_a_row_at_once_and_tensor_descriptors(monkeypatch
     assert {ClimSettings(64, 1, 512, 4, 4), ClimSettings(128, 1, 512, 8, 3)} <= int8
     assert ClimSettings(128, 3, 512, 8, 2) in tried(90, "clim sm_90 int8 D=512 L=40 Q=8")
     assert not any(cut.descriptor for cut in tried(80, "clim sm_80 float16 D=512 L=40 Q=1"))
+    assert {cut.queries_per_program for cut in tried(80, "clim sm_80 float16 D=512 L=40 Q=8")} == {1, 3}
 
 
 def test_operations_are_chosen_by_name(monkeypatch):
