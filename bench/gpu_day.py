@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
-    from contest import Contender, Entries, Result
+    from contest import Result
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
@@ -298,49 +298,37 @@ def race_of_scores(step: str) -> None:
     """A million items of 40 x 512 in float16, and in int8."""
     import torch
     from baselines import exact_scores
-    from contest import race
-    from inputs import unit_row_parts, unit_rows
-    from test_clim import CHECKED
-
-    count = items_that_fit(1_000_000)
-    checked = next(unit_row_parts(count, dtype=torch.float16, seed=1))[:CHECKED].clone()
-    for n_queries in (1, 8) if TINY else (1, 8, 64):
-        expected = exact_scores(checked, unit_rows(n_queries, dtype=torch.float16, seed=0)).T
-        results = race(headline_entries, n_queries, count, expected=expected, rounds=rounds(), apart=True)
-        note_race(step, f"{n_queries} x {count}", results)
-
-
-def headline_entries(n_queries: int, count: int) -> Entries:
-    """Late interaction in float16 and in int8, each with its own items alone."""
-    import torch
-    from contest import Contender
-    from inputs import DEVICE, TOKENS, WIDTH, unit_row_parts, unit_rows
+    from contest import Contender, compete
+    from inputs import TOKENS, WIDTH, unit_rows
     from test_clim import CHECKED, EXACT, QUANTISED
 
     from finelip_fast.kernels import clim_scores, floor, quantize
 
-    queries = unit_rows(n_queries, dtype=torch.float16, seed=0)
-
-    def contender(run: Callable[[], torch.Tensor], tolerance: float, dtype: torch.dtype) -> Contender:
-        work = floor.clim(n_queries, count, TOKENS, WIDTH, dtype)
-        return Contender(run, tolerance, work=work, answer=lambda scores: scores[:, :CHECKED])
-
-    def in_half() -> Contender:
-        items = unit_rows(count, dtype=torch.float16, seed=1)
-        return contender(partial(clim_scores, queries, items), EXACT, torch.float16)
-
-    def in_int8() -> Contender:
-        items = torch.empty(count, TOKENS, WIDTH, dtype=torch.int8, device=DEVICE)
-        item_scales, first = torch.empty(count, TOKENS, device=DEVICE), 0
-        for part in unit_row_parts(count, dtype=torch.float16, seed=1):
-            last = first + len(part)
-            items[first:last], item_scales[first:last] = quantize(part)
-            first = last
+    items = unit_rows(items_that_fit(1_000_000), dtype=torch.float16, seed=1)
+    parts = [quantize(part) for part in items.split(5_000)]
+    item_values, item_scales = (torch.cat(rows) for rows in zip(*parts, strict=True))
+    del parts
+    for n_queries in (1, 8) if TINY else (1, 8, 64):
+        queries = unit_rows(n_queries, dtype=torch.float16, seed=0)
         values, scales = quantize(queries)
-        run = partial(clim_scores, values, items, query_scales=scales, item_scales=item_scales)
-        return contender(run, QUANTISED, torch.int8)
-
-    return {"float16": in_half, "int8": in_int8}
+        runs = {
+            torch.float16: (partial(clim_scores, queries, items), EXACT),
+            torch.int8: (
+                partial(clim_scores, values, item_values, query_scales=scales, item_scales=item_scales),
+                QUANTISED,
+            ),
+        }
+        contenders = {
+            floor.name(dtype): Contender(
+                run,
+                tolerance,
+                work=floor.clim(n_queries, len(items), TOKENS, WIDTH, dtype),
+                answer=lambda scores: scores[:, :CHECKED],
+            )
+            for dtype, (run, tolerance) in runs.items()
+        }
+        results = compete(contenders, exact_scores(items[:CHECKED], queries).T, rounds=rounds())
+        note_race(step, f"{n_queries} x {len(items)}", results)
 
 
 def items_that_fit(count: int) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import contest
 import pytest
@@ -98,6 +101,24 @@ def test_what_ends_a_contender_in_a_process_of_its_own_ends_no_other(racers):
     assert {"max_error": 0.0, "share": 0.5}.items() <= right.info.items()
     assert 0 < right.info["p50"] < 1
     assert right.info["pid"] != os.getpid()
+
+
+@pytest.mark.slow
+def test_a_race_of_the_benches_runs_apart_as_on_a_gpu():
+    """Its contenders are found by the name of its file, and given the same inputs: else their answers would be wrong."""
+    code = (
+        "import test_clim, contest, json; contest.race.__kwdefaults__['apart'] = True; race = test_clim.scores_race(2)"
+    )
+    code += "; print(json.dumps({name: [result.refusal, len(result.seconds)] for name, result in race.items()}))"
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(contest.__file__).parent),
+        "FINELIP_BENCH_ITEMS": "16",
+        "FINELIP_BENCH_WITHOUT": "loop; plain; late; float32",
+    }
+    code = f"from finelip_fast.kernels import floor; floor.peaks = lambda: {{'bytes/s': 1e10, 'flops/s': {{}}}}; {code}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    results = json.loads(process.stdout) if process.returncode == 0 else process.stderr
+    assert results == {f"finelip_fast, {dtype}": ["", 3] for dtype in ("bfloat16", "int8")}
 
 
 def test_a_contender_that_does_not_answer_is_ended(racers, tmp_path):
