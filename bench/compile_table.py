@@ -6,17 +6,20 @@ Each package's own launcher is called, with tensors that have shapes and no numb
 settings are those that it would choose on that GPU, and nothing of it is copied here. Where a package tries several settings
 on the GPU and keeps the fastest, all of them are compiled and the best on paper stands for it: one that fits and spills
 nothing, and of these the one of which most programs run side by side. No timing is in this table.
+
+Peers' rows of the record are kept as long as their versions and Triton's are what they were: most of the time is theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ import peers
 import record
 import torch
 from ahead_of_time import Compiled, KernelLaunch, recorded_launches
+from counted import CARDS, count
 from torch import Tensor
 
 from finelip_fast.kernels.atrm import gradient_triton as atrm_gradient
@@ -33,11 +37,12 @@ from finelip_fast.kernels.atrm import triton as atrm
 from finelip_fast.kernels.atrm.formula import AtrmInputs
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
 from finelip_fast.kernels.clim import triton as clim
+from finelip_fast.kernels.clim.launches import ClimSettings, Launch, default_settings, describes
 
 OUT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
 
 # By compute capability. Some launchers look for the name.
-GPUS = {80: "NVIDIA A100", 90: "NVIDIA H100", 120: "NVIDIA GeForce RTX 5090"}
+GPUS = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}
 
 OURS = "finelip-fast"
 
@@ -58,6 +63,15 @@ peers' of 2. Where a package tries settings on the GPU, the best on paper stands
 spill nothing. The peers' kernels score one direction and are launched twice.
 
 {table}
+
+## Cuts of late interaction
+
+Of 40 x 512. A cut: items and queries of a program, the piece of D, warps, stages, and whether items come by tensor descriptors
+(TMA, from compute capability 9.0). KiB from L2: what multiprocessors ask the L2 cache for, for one item. Cells as above, then
+the share of the floor that these bytes and the padded products allow **at most**, at the rates of {cards}
+([how it is counted](../../counted.py)); **bold**: shipped. `finelip tune` tries these and others on the card.
+
+{cuts}
 """
 
 
@@ -73,6 +87,20 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(40, 512, 196), Shape(52, 768, 256))  # ViT-B/16, ViT-L/14
+
+# By queries and dtype; each is also compiled with tensor descriptors.
+CUTS = {
+    (1, torch.float16): (
+        *((128, 1, 64, 4, 4), (128, 1, 64, 8, 3), (256, 1, 64, 8, 3), (128, 1, 256, 8, 2)),
+        *((64, 1, 512, 4, 2), (64, 1, 512, 8, 2)),
+    ),
+    (1, torch.int8): (
+        *((128, 1, 128, 4, 4), (128, 1, 128, 8, 3), (256, 1, 128, 8, 3)),
+        *((64, 1, 512, 4, 4), (128, 1, 512, 8, 3)),
+    ),
+    (8, torch.float16): ((128, 1, 64, 8, 3), (64, 3, 64, 4, 4), (128, 3, 64, 8, 4), (128, 3, 128, 8, 2)),
+    (8, torch.int8): ((128, 1, 128, 8, 3), (64, 3, 128, 8, 3), (128, 3, 128, 8, 4), (128, 3, 512, 8, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -104,13 +132,13 @@ def our_cases(capability: int) -> Iterator[Case]:
         yield Case("atrm, training", OURS, shape, partial(aggregate_backward, shape, capability), torch.float32)
 
 
-def search(shape: Shape, n_queries: int, dtype: torch.dtype) -> None:
+def search(shape: Shape, n_queries: int, dtype: torch.dtype, settings: ClimSettings | None = None) -> None:
     queries, items = (empty(count, shape.tokens, shape.width, dtype=dtype) for count in (n_queries, ITEMS))
     scales = {}
     if dtype == torch.int8:
         scales["query_scales"] = empty(n_queries, shape.tokens, dtype=torch.float32)
         scales["item_scales"] = empty(ITEMS, shape.tokens, dtype=torch.float32)
-    clim.scores(queries, items, alpha=0.8, **scales)
+    clim.scores(queries, items, alpha=0.8, settings=settings, **scales)
 
 
 def train(shape: Shape) -> None:
@@ -165,7 +193,7 @@ def peer_train(maxsim: peers.MaxSim, shape: Shape) -> None:
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(capability: int) -> list[Row]:
+def rows_of(capability: int, with_peers: bool = True) -> list[Row]:
     """All rows of one GPU. In a process of its own: the peers look at the GPU once, when they are imported."""
     # Shipped settings, not those that this user's tuning found.
     os.environ["FINELIP_CACHE"] = os.devnull
@@ -173,7 +201,7 @@ def rows_of(capability: int) -> list[Row]:
     os.environ["LIK_SUPPRESS_NORM_WARN"] = "1"
     rows: list[Row] = []
     with recorded_launches(capability, GPUS[capability]) as launches:
-        for case in (*our_cases(capability), *peer_cases()):
+        for case in (*our_cases(capability), *(peer_cases() if with_peers else ())):
             row = {
                 "package": case.package,
                 "shape": str(case.shape),
@@ -190,6 +218,39 @@ def rows_of(capability: int) -> list[Row]:
                 row_of_kernel = {"kernel": kernel, **row, **compile_best(candidates, capability)}
                 if row_of_kernel not in rows:  # a gradient kernel runs once a side
                     rows.append(row_of_kernel)
+    return rows
+
+
+def cuts_of(capability: int) -> list[Row]:
+    """What each of :data:`CUTS` needs on one GPU, and what it moves."""
+    os.environ["FINELIP_CACHE"] = os.devnull
+    shape, *_ = SHAPES
+    rows: list[Row] = []
+    for (n_queries, dtype), cuts in CUTS.items():
+        shipped = default_settings(**Launch(capability, dtype, shape.width, n_queries, shape.tokens)._asdict())
+        for cut, descriptor in itertools.product((ClimSettings(*numbers) for numbers in cuts), (False, True)):
+            settings = replace(cut, descriptor=descriptor)
+            if descriptor and not describes(settings, capability, shape.width):
+                continue
+            with recorded_launches(capability) as launches:
+                search(shape, n_queries, dtype, settings)
+            counts = count(launches[0][0].constants, n_queries, dtype)
+            rows.append(
+                {
+                    "queries": n_queries,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "cut": asdict(settings),
+                    "capability": capability,
+                    "shipped": settings == shipped,
+                    "l2_bytes": counts.l2,
+                    "share_of_floor": counts.share_of_floor(CARDS[capability], dtype),
+                    **{
+                        name: value
+                        for name, value in compile_best(launches[0], capability).items()
+                        if name != "settings"
+                    },
+                }
+            )
     return rows
 
 
@@ -265,6 +326,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cuts_table(rows: Sequence[Row]) -> str:
+    """A line for each cut, a column for each GPU."""
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in sorted(rows, key=lambda row: (row["queries"], row["dtype"], [*row["cut"].values()])):
+        items, queries, width, warps, stages, descriptor = row["cut"].values()
+        cut = f"{items} x {queries}, {width}, {warps}, {stages}{', TMA' if descriptor else ''}"
+        names = str(row["queries"]), row["dtype"], cut, f"{row['l2_bytes'] / 1024:.1f}"
+        text = cell(row) if "error" in row or not row["fits"] else f"{cell(row)}, {row['share_of_floor']:.0%}"
+        cells.setdefault(names, {})[row["capability"]] = f"**{text}**" if row["shipped"] else text
+    head = ["queries", "dtype", "cut", "KiB from L2", *(f"sm_{capability}" for capability in GPUS)]
+    lines = [head, ["---"] * len(head)]
+    lines += [[*names, *(line.get(capability, "") for capability in GPUS)] for names, line in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def cell(row: Row) -> str:
     if "error" in row:
         return str(row["error"]).replace("|", "\\|")
@@ -276,19 +352,38 @@ def page(record: dict[str, Any]) -> str:
     """A record as Markdown."""
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items() if version)
     dirty = " with changes" if record["commit"]["dirty"] else ""
-    return PAGE.format(versions=versions, commit=record["commit"]["id"][:10] + dirty, table=table(record["rows"]))
+    return PAGE.format(
+        versions=versions,
+        commit=record["commit"]["id"][:10] + dirty,
+        table=table(record["rows"]),
+        cards=", ".join(card.name for card in CARDS.values()),
+        cuts=cuts_table(record["cuts"]),
+    )
+
+
+def kept(versions: dict[str, str | None]) -> dict[int, list[Row]]:
+    """Peers' rows of the record by GPU, where it was made by the same versions."""
+    rows: dict[int, list[Row]] = {}
+    before = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    if before.get("versions") == versions and None not in versions.values():
+        for row in before["rows"]:
+            if row["package"] != OURS:
+                rows.setdefault(row["capability"], []).append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="compile the peers' kernels again, too")
+    options = parser.parse_args()
+    versions = record.versions("torch", "triton", peers.LATE, peers.FLASH)
+    known = {} if options.again else kept(versions)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = [row for rows in pool.map(rows_of, GPUS, chunksize=1) for row in rows] + missing()
-    compiled = {
-        "commit": record.commit(),
-        "versions": record.versions("torch", "triton", peers.LATE, peers.FLASH),
-        "rows": rows,
-    }
+        arguments = [(capability, capability not in known) for capability in GPUS]
+        compiled_rows = dict(zip(GPUS, pool.starmap(rows_of, arguments, chunksize=1), strict=True))
+        cuts = [row for rows in pool.map(cuts_of, GPUS, chunksize=1) for row in rows]
+    rows = [row for capability in GPUS for row in compiled_rows[capability] + known.get(capability, [])]
+    compiled = {"commit": record.commit(), "versions": versions, "rows": rows + missing(), "cuts": cuts}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(compiled, indent=1) + "\n", encoding="utf-8")
     OUT.with_name("README.md").write_text(page(compiled), encoding="utf-8")

@@ -1,29 +1,49 @@
 """Contenders timed in turns, so that none has a better minute to itself, and only those whose answer is right.
 
+On a GPU each contender of a :func:`race` has a process of its own, which takes its turns when it is told to: what ends one
+contender, such as an illegal access, ends no other.
+
 pytest-benchmark keeps and writes the times: it replays them by :class:`Replay`'s clock.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from inputs import ON_GPU
 from torch import Tensor
 
 from finelip_fast.kernels.floor import Work, timed
 
+# Seconds in which a process must answer: compilers and autotuners need minutes.
+_LIMIT = 300.0
+# Seconds in which one with nothing to do is gone.
+_ENDING = 10.0
 # Seconds. Threads go on spinning for a while after their work, and would be in the way of the next contender's.
 _PAUSE = 0.05
 
 
 def _itself(answer: Any) -> Any:
     return answer
+
+
+def _nothing(answer: Any) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class Contender:
         share: How much of the work ``run`` does; slow ones do a part, and their times are divided by it.
         work: What the whole work cannot do without.
         answer: What is checked, or its first rows and columns, of what ``run`` gives.
+        notes: More to record of what ``run`` gives.
     """
 
     run: Callable[[], Any]
@@ -43,6 +64,11 @@ class Contender:
     share: float = 1.0
     work: Work | None = None
     answer: Callable[[Any], Tensor] = _itself
+    notes: Callable[[Any], dict[str, Any]] = _nothing
+
+
+Entries = Mapping[str, Callable[[], Contender]]
+"""Contenders by name, each made when it is asked for, with what it needs alone: another process may ask for another."""
 
 
 @dataclass
@@ -54,51 +80,164 @@ class Result:
         info: ``max_error``, ``share``, the quantiles ``p20``, ``p50``, ``p80`` in seconds; on a GPU ``peak_mib``, memory of a
             run beside what was there before; where the work was counted ``bytes``, ``flops``, ``work_dtype``, ``floor`` in
             seconds and ``share_of_floor``, the floor over ``p50``.
-        refusal: Why it was not timed; empty: it was.
+        refusal: Why it has no times; empty: it has.
+        work: What the whole work cannot do without.
     """
 
     seconds: list[float] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     refusal: str = ""
+    work: Work | None = None
 
 
-def compete(contenders: dict[str, Contender], expected: Tensor, *, rounds: int = 5) -> dict[str, Result]:
+def race(
+    entries: Callable[..., Entries],
+    *arguments: Any,
+    expected: Tensor,
+    rounds: int = 5,
+    apart: bool = ON_GPU,
+    limit: float = _LIMIT,
+) -> dict[str, Result]:
     """Check every contender against ``expected`` (float64), then time the right ones in turns.
 
-    Contenders whose names hold a part of ``FINELIP_BENCH_WITHOUT`` (parts are separated by ``;``) are left out: on a GPU an
-    illegal access of one ends the work of all.
+    Args:
+        entries: Function of a file that can be imported; gives the same contenders, with the same inputs, in any process.
+        arguments: What it takes, nothing that lies on a GPU.
+        expected: The right answer.
+        rounds: Turns of each contender.
+        apart: Whether each has a process of its own.
+        limit: Seconds in which such a process must answer each time; one that does not has failed.
+
+    Contenders whose names hold a part of ``FINELIP_BENCH_WITHOUT`` (parts are separated by ``;``) are left out.
     """
+    makers = _admitted(entries(*arguments))
+    if not apart:
+        return _compete({name: _Here(maker, expected) for name, maker in makers.items()}, rounds)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_processes:
+        path = Path(folder, "expected.pt")
+        torch.save(expected.cpu(), path)
+        del expected
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        racers = {name: _Apart(entries, arguments, name, path, limit) for name in makers}
+        for racer in racers.values():
+            open_processes.callback(racer.end)
+        return _compete(racers, rounds)
+
+
+def compete(contenders: Mapping[str, Contender], expected: Tensor, *, rounds: int = 5) -> dict[str, Result]:
+    """A race in this process."""
+    racers = {name: _Here(lambda contender=contender: contender, expected) for name, contender in contenders.items()}
+    return _compete(_admitted(racers), rounds)
+
+
+def _admitted(contenders: Mapping[str, Any]) -> dict[str, Any]:
     without = [part.strip() for part in os.environ.get("FINELIP_BENCH_WITHOUT", "").split(";") if part.strip()]
-    contenders = {
-        name: contender for name, contender in contenders.items() if not any(part in name for part in without)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a peer's, and compilers' own
-        return _compete(contenders, expected, rounds)
+    return {name: contender for name, contender in contenders.items() if not any(part in name for part in without)}
 
 
-def _compete(contenders: dict[str, Contender], expected: Tensor, rounds: int) -> dict[str, Result]:
-    results = {name: _checked(contender, expected) for name, contender in contenders.items()}
-    right = [name for name, result in results.items() if not result.refusal]
+def _compete(racers: Mapping[str, _Here | _Apart], rounds: int) -> dict[str, Result]:
+    results = {name: racer.check() for name, racer in racers.items()}
     for _ in range(rounds):
-        for name in right:
-            contender = contenders[name]
-            time.sleep(_PAUSE)
-            results[name].seconds.append(timed(contender.run) / contender.share)
-    for name in right:
-        results[name].info |= _summary(results[name].seconds, contenders[name].work)
+        for name, result in results.items():
+            if not result.refusal:
+                time.sleep(_PAUSE)
+                racers[name].turn(result)
+    for result in results.values():
+        if not result.refusal:
+            result.info |= _summary(result.seconds, result.work)
     return results
 
 
-def _checked(contender: Contender, expected: Tensor) -> Result:
-    try:
-        return _check(contender, expected)
-    except Exception as error:  # a peer that cannot run here; compilers have many names for it
-        return Result(refusal=f"{type(error).__name__}: {error}")
+class _Here:
+    """A contender in this process."""
+
+    def __init__(self, maker: Callable[[], Contender], expected: Tensor) -> None:
+        self._maker, self._expected = maker, expected
+
+    def check(self) -> Result:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a peer's, and compilers' own
+            try:
+                self._contender = self._maker()
+                return _check(self._contender, self._expected)
+            except Exception as error:  # a peer that cannot run here; compilers have many names for it
+                return Result(refusal=f"{type(error).__name__}: {error}")
+
+    def turn(self, result: Result) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result.seconds.append(timed(self._contender.run) / self._contender.share)
+
+
+class _Apart:
+    """A contender in another process, which does a turn for each message."""
+
+    def __init__(
+        self, entries: Callable[..., Entries], arguments: tuple[Any, ...], name: str, expected: Path, limit: float
+    ) -> None:
+        context = get_context("spawn")
+        self._limit = limit
+        self._pipe, other_end = context.Pipe()
+        # By its file: a test runner and a script give their modules names that another process does not know.
+        source = entries.__code__.co_filename, entries.__name__
+        self._process = context.Process(target=_serve, args=(other_end, source, arguments, name, expected), daemon=True)
+        self._process.start()
+        other_end.close()
+
+    def check(self) -> Result:
+        answer = self._ask("check")
+        return answer if isinstance(answer, Result) else Result(refusal=answer)
+
+    def turn(self, result: Result) -> None:
+        answer = self._ask("turn")
+        if isinstance(answer, float):
+            result.seconds.append(answer)
+        else:
+            result.refusal = answer
+
+    def end(self) -> None:
+        self._pipe.close()  # which ends it, unless it is at work
+        self._process.join(_ENDING)
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, message: str) -> Any:
+        """Its answer, or why there is none."""
+        try:
+            self._pipe.send(message)
+            if self._pipe.poll(self._limit):
+                return self._pipe.recv()
+        except (OSError, EOFError):
+            self._process.join(self._limit)
+            code = self._process.exitcode
+            return f"failed: its process ended by {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
+        self._process.kill()
+        return f"failed: no answer within {self._limit:g} s"
+
+
+def _serve(pipe: Connection, source: tuple[str, str], arguments: tuple[Any, ...], name: str, expected: Path) -> None:
+    """What the process of a contender does, until it is killed."""
+    path, function = source
+    sys.path.insert(0, str(Path(path).parent))
+    entries = getattr(importlib.import_module(Path(path).stem), function)
+    racer: _Here | None = None
+    with suppress(EOFError):  # the race is over
+        while True:
+            message, result = pipe.recv(), Result()
+            try:
+                if message == "check":
+                    racer = _Here(entries(*arguments)[name], torch.load(expected))
+                    pipe.send(racer.check())
+                elif racer is not None:
+                    racer.turn(result)
+                    pipe.send(result.seconds[0])
+            except Exception as error:
+                pipe.send(f"failed: {type(error).__name__}: {error}")
 
 
 def _check(contender: Contender, expected: Tensor) -> Result:
-    result = Result(info={"share": contender.share})
+    result = Result(info={"share": contender.share}, work=contender.work)
     if torch.cuda.is_available():
         contender.run()  # compiles
         torch.cuda.synchronize()
@@ -108,6 +247,7 @@ def _check(contender: Contender, expected: Tensor) -> Result:
         result.info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     else:
         raw = contender.run()
+    result.info |= contender.notes(raw)
     answer = contender.answer(raw)
     part = tuple(slice(size) for size in answer.shape)
     error = (answer.to(expected) - expected[part]).abs().max().item()

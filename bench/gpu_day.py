@@ -448,7 +448,7 @@ def training() -> None:
 
     for batch in test_training.BATCHES:
         dtype = test_training.DTYPES[0]
-        note_race("training", f"{batch}, {dtype}", test_training.race(batch, dtype))
+        note_race("training", f"{batch}, {dtype}", test_training.gradients_race(batch, dtype))
 
 
 def aggregation() -> None:
@@ -457,7 +457,7 @@ def aggregation() -> None:
     for batch in test_atrm.BATCHES[: 1 if TINY else None]:
         for with_gradient in (False, True):
             race = f"{batch}, {'forward and backward' if with_gradient else 'forward'}"
-            note_race("aggregation", race, test_atrm.race(batch, with_gradient))
+            note_race("aggregation", race, test_atrm.aggregation_race(batch, with_gradient))
 
 
 def sanitizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,23 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # ViT-B/16: rows of an embedding, width, hidden width of an aggregator, patches of a picture, words of a caption.
 TOKENS, WIDTH, HIDDEN, PATCHES, WORDS = 40, 512, 102, 196, 181
 
+_PART = 5_000  # items that are made at once
+
 ITEMS = int(os.environ.get("FINELIP_BENCH_ITEMS", 100_000 if ON_GPU else 1_000))
 
 
 def unit_rows(count: int, tokens: int = TOKENS, *, dtype: torch.dtype, seed: int) -> Tensor:
-    """Unit rows ``[count, tokens, WIDTH]``, in parts, so that float32 of all of them never lies in memory."""
+    """Unit rows ``[count, tokens, WIDTH]``."""
+    rows, first = torch.empty(count, tokens, WIDTH, dtype=dtype, device=DEVICE), 0
+    for part in unit_row_parts(count, tokens, dtype=dtype, seed=seed):
+        rows[first : first + len(part)] = part
+        first += len(part)
+    return rows
+
+
+def unit_row_parts(count: int, tokens: int = TOKENS, *, dtype: torch.dtype, seed: int) -> Iterator[Tensor]:
+    """The rows of :func:`unit_rows` a part at a time, so that float32 of all of them never lies in memory."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    parts = [
-        F.normalize(torch.randn(min(5_000, count - first), tokens, WIDTH, generator=generator, device=DEVICE), dim=-1)
-        for first in range(0, count, 5_000)
-    ]
-    return torch.cat([part.to(dtype) for part in parts])
+    for first in range(0, count, _PART):
+        part = torch.randn(min(_PART, count - first), tokens, WIDTH, generator=generator, device=DEVICE)
+        yield F.normalize(part, dim=-1).to(dtype)

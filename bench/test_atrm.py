@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contest import Contender, Result, clock, compete
+from contest import Contender, Entries, Result, clock, race
 from inputs import DEVICE, HIDDEN, ON_GPU, TOKENS, WIDTH
 from inputs import PATCHES as TOKENS_IN
 from torch import Tensor
@@ -29,8 +29,21 @@ BASELINE = "eager reference"
 CONTENDERS = ("finelip_fast", BASELINE, "torch.compile")
 
 
-@cache
-def race(batch: int, with_gradient: bool) -> dict[str, Result]:
+def entries(batch: int, with_gradient: bool) -> Entries:
+    tolerance = GRADIENT_TOLERANCE if with_gradient else TOLERANCE
+    work = floor.atrm(batch, TOKENS_IN, WIDTH, HIDDEN, AGGREGATED, DTYPE, backward=with_gradient)
+    runs = {"finelip_fast": ours, BASELINE: plain, "torch.compile": torch.compile(plain)}
+
+    def contender(operation: Callable[..., Tensor]) -> Contender:
+        return Contender(prepared(operation, DTYPE, batch, with_gradient), tolerance, work=work)
+
+    return {name: partial(contender, operation) for name, operation in runs.items()}
+
+
+def prepared(
+    operation: Callable[..., Tensor], dtype: torch.dtype, batch: int, with_gradient: bool
+) -> Callable[[], Tensor]:
+    """The operation of random tokens, ready to run."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     patches = torch.randn(batch, TOKENS_IN, WIDTH, generator=generator, device=DEVICE)
     anchor = torch.randn(batch, WIDTH, generator=generator, device=DEVICE)
@@ -38,39 +51,32 @@ def race(batch: int, with_gradient: bool) -> dict[str, Result]:
     aggregator = TokenAggregator(WIDTH, HIDDEN, AGGREGATED).to(DEVICE)
     norm, hidden, logits = aggregator.norm, aggregator.hidden, aggregator.logits
     parameters = [norm.weight, norm.bias, hidden.weight, hidden.bias, logits.weight, logits.bias, aggregator.scale]
+    leaves = [tensor.detach().to(dtype).requires_grad_(with_gradient) for tensor in (patches, *parameters)]
+    first_rows = anchor.to(dtype)
 
-    def arguments(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        leaves = [tensor.detach().to(dtype).requires_grad_(with_gradient) for tensor in (patches, *parameters)]
-        return leaves, anchor.to(dtype)
+    def run() -> Tensor:
+        if not with_gradient:
+            with torch.no_grad():
+                return operation(*leaves, None, first_rows).flatten(1)
+        out = operation(*leaves, None, first_rows)
+        return torch.autograd.grad(out.float().square().sum() + out.float()[:, 1:, 0].sum(), leaves)[1][None]
 
-    def prepared(operation: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
-        leaves, first_rows = arguments(dtype)
+    return run
 
-        def run() -> Tensor:
-            if not with_gradient:
-                with torch.no_grad():
-                    return operation(*leaves, None, first_rows).flatten(1)
-            out = operation(*leaves, None, first_rows)
-            return torch.autograd.grad(out.float().square().sum() + out.float()[:, 1:, 0].sum(), leaves)[1][None]
 
-        return run
+def ours(*arguments: Any) -> Tensor:
+    *tensors, lengths, first_rows = arguments
+    return atrm(*tensors, lengths=lengths, anchor=first_rows)
 
-    def ours(*arguments: Any) -> Tensor:
-        *tensors, lengths, first_rows = arguments
-        return atrm(*tensors, lengths=lengths, anchor=first_rows)
 
-    def plain(*inputs: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return atrm_reference(AtrmInputs(*inputs), dtype=dtype)
+def plain(*inputs: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return atrm_reference(AtrmInputs(*inputs), dtype=dtype)
 
-    expected = prepared(partial(plain, dtype=torch.float64), torch.float64)()
-    tolerance = GRADIENT_TOLERANCE if with_gradient else TOLERANCE
-    work = floor.atrm(batch, TOKENS_IN, WIDTH, HIDDEN, AGGREGATED, DTYPE, backward=with_gradient)
-    runs = {"finelip_fast": ours, BASELINE: plain, "torch.compile": torch.compile(plain)}
-    return compete(
-        {name: Contender(prepared(run, DTYPE), tolerance, work=work) for name, run in runs.items()},
-        expected,
-        rounds=ROUNDS,
-    )
+
+@cache
+def aggregation_race(batch: int, with_gradient: bool) -> dict[str, Result]:
+    expected = prepared(partial(plain, dtype=torch.float64), torch.float64, batch, with_gradient)()
+    return race(entries, batch, with_gradient, expected=expected, rounds=ROUNDS)
 
 
 @pytest.mark.benchmark(timer=clock)
@@ -81,4 +87,4 @@ def test_aggregation(benchmark: Any, batch: int, with_gradient: bool, contender:
     sizes = {"tokens": TOKENS_IN, "width": WIDTH, "aggregated": AGGREGATED, "dtype": floor.name(DTYPE)}
     benchmark.extra_info.update(sizes)
     group = f"{batch} x {TOKENS_IN} tokens, {'forward and backward' if with_gradient else 'forward'}"
-    clock.into(benchmark, race(batch, with_gradient), contender, group=group, baseline=BASELINE)
+    clock.into(benchmark, aggregation_race(batch, with_gradient), contender, group=group, baseline=BASELINE)

@@ -14,8 +14,8 @@ import peers
 import pytest
 import torch
 from baselines import compiled_block, exact_scores, images_that_suit, one_caption_at_a_time, plain_torch
-from contest import Contender, Result, clock, compete
-from inputs import DEVICE, HIDDEN, ITEMS, ON_GPU, PATCHES, TOKENS, WIDTH, WORDS, unit_rows
+from contest import Contender, Entries, Result, clock, race
+from inputs import DEVICE, HIDDEN, ITEMS, ON_GPU, PATCHES, TOKENS, WIDTH, WORDS, unit_row_parts, unit_rows
 from torch import Tensor
 
 from finelip_fast.aggregator import TokenAggregator
@@ -51,19 +51,13 @@ PEERS = {
 }
 
 
-@cache
-def scores_race(n_queries: int) -> dict[str, Result]:
-    queries, items = unit_rows(n_queries, dtype=HALF, seed=0), unit_rows(ITEMS, dtype=HALF, seed=1)
-    wide_queries, wide_items = queries.float(), items[:MOST_WIDE].float()
-    int8_queries, query_scales = quantize(queries)
-    quantized = quantize_items(items)
-    int8_items, item_scales = quantized.values, quantized.scales
-    wide, n_small = len(wide_items) / ITEMS, min(n_queries, FEW)
+def scores_entries(n_queries: int) -> Entries:
+    """Contenders for all scores; what several of them need is made once a process."""
+    queries = unit_rows(n_queries, dtype=HALF, seed=0)
+    items = cache(lambda: unit_rows(ITEMS, dtype=HALF, seed=1))
+    wide = cache(lambda: items()[:MOST_WIDE].float())
+    n_wide, n_small = min(ITEMS, MOST_WIDE) / ITEMS, min(n_queries, FEW)
     part = n_small / n_queries
-    plain = plain_torch
-    if ON_GPU:
-        suited = images_that_suit(items, queries)
-        plain = partial(plain_torch, at_once=n_queries, images_at_once=suited)
 
     def contender(
         run: Callable[[], Tensor], tolerance: float, dtype: torch.dtype = HALF, share: float = 1.0
@@ -71,103 +65,150 @@ def scores_race(n_queries: int) -> dict[str, Result]:
         work = floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype)
         return Contender(run, tolerance, share, work, answer=lambda scores: scores[:, :CHECKED])
 
-    contenders = {
-        OURS_HALF: contender(lambda: clim_scores(queries, items), EXACT),
-        OURS_FULL: contender(lambda: clim_scores(wide_queries, wide_items), EXACT, torch.float32, wide),
-        OURS_INT8: contender(
-            lambda: clim_scores(int8_queries, int8_items, query_scales=query_scales, item_scales=item_scales),
-            QUANTISED,
-            torch.int8,
-        ),
-        PLAIN_HALF: contender(lambda: plain(items, queries).T, ROUNDED),
-        PLAIN_FULL: contender(lambda: plain_torch(wide_items, wide_queries).T, EXACT, torch.float32, wide),
-        LOOP: contender(
-            lambda: one_caption_at_a_time(wide_items, wide_queries[:n_small]).T, EXACT, torch.float32, wide * part
+    def of_int8() -> Contender:
+        (int8_queries, query_scales), quantized = quantize(queries), quantize_items(items())
+        int8_items, item_scales = quantized.values, quantized.scales
+        run = partial(clim_scores, int8_queries, int8_items, query_scales=query_scales, item_scales=item_scales)
+        return contender(run, QUANTISED, torch.int8)
+
+    def compiled() -> Contender:
+        plain = suited(items(), queries)
+        # Without CUDA graphs, which would first copy all items.
+        block = compiled_block("max-autotune-no-cudagraphs")
+        return contender(lambda: plain(items(), queries, block=block).T, ROUNDED)
+
+    def plain_half() -> Contender:
+        plain = suited(items(), queries)
+        return contender(lambda: plain(items(), queries).T, ROUNDED)
+
+    def peer(maxsim: peers.MaxSim, in_half: bool) -> Contender:
+        if ON_GPU:  # float32 is rounded to half precision by both of them
+            return contender(partial(peers.scores, maxsim, queries, items()), ROUNDED)
+        if in_half:
+            return contender(partial(peers.scores, maxsim, queries[:n_small], items()), ROUNDED, share=part)
+        wide_queries = queries[:n_small].float()
+        return contender(partial(peers.scores, maxsim, wide_queries, wide()), EXACT, torch.float32, part)
+
+    def chamfer() -> Contender:
+        pairs = items()[:PAIRS]
+        share = len(pairs) / (ITEMS * n_queries)
+        return contender(partial(peers.chamfer_scores, queries[0], pairs), ROUNDED, share=share)
+
+    full = queries.float()
+    entries: dict[str, Callable[[], Contender]] = {
+        OURS_HALF: lambda: contender(partial(clim_scores, queries, items()), EXACT),
+        OURS_FULL: lambda: contender(partial(clim_scores, full, wide()), EXACT, torch.float32, n_wide),
+        OURS_INT8: of_int8,
+        PLAIN_HALF: plain_half,
+        PLAIN_FULL: lambda: contender(lambda: plain_torch(wide(), full).T, EXACT, torch.float32, n_wide),
+        LOOP: lambda: contender(
+            lambda: one_caption_at_a_time(wide(), full[:n_small]).T, EXACT, torch.float32, n_wide * part
         ),
     }
     if ON_GPU:
-        # Without CUDA graphs, which would first copy all items.
-        block = compiled_block("max-autotune-no-cudagraphs")
-        contenders[COMPILED] = contender(lambda: plain(items, queries, block=block).T, ROUNDED)
+        entries[COMPILED] = compiled
     for name, maxsim in peers.maxsims().items():
-        in_half, in_full = PEERS[name, HALF_NAME], PEERS[name, "float32"]
-        if ON_GPU:  # float32 is rounded to half precision by both of them
-            contenders[in_half] = contender(partial(peers.scores, maxsim, queries, items), ROUNDED)
-        else:
-            contenders[in_half] = contender(
-                partial(peers.scores, maxsim, queries[:n_small], items), ROUNDED, share=part
-            )
-            contenders[in_full] = contender(
-                partial(peers.scores, maxsim, wide_queries[:n_small], wide_items), EXACT, torch.float32, part
-            )
+        entries[PEERS[name, HALF_NAME]] = partial(peer, maxsim, True)
+        if not ON_GPU:
+            entries[PEERS[name, "float32"]] = partial(peer, maxsim, False)
     if peers.has_chamfer():
-        pairs = items[:PAIRS]
-        contenders[CHAMFER] = contender(
-            partial(peers.chamfer_scores, queries[0], pairs), ROUNDED, share=len(pairs) / (ITEMS * n_queries)
-        )
-    return compete(contenders, exact_scores(items[:CHECKED], queries).T, rounds=ROUNDS)
+        entries[CHAMFER] = chamfer
+    return entries
+
+
+def suited(items: Tensor, queries: Tensor) -> Callable[..., Tensor]:
+    """Plain PyTorch, on a GPU with the number of images at once that suits it."""
+    if not ON_GPU:
+        return plain_torch
+    return partial(plain_torch, at_once=len(queries), images_at_once=images_that_suit(items, queries))
 
 
 @cache
-def from_tokens_race() -> dict[str, Result]:
+def scores_race(n_queries: int) -> dict[str, Result]:
+    queries, items = unit_rows(n_queries, dtype=HALF, seed=0), next(unit_row_parts(ITEMS, dtype=HALF, seed=1))
+    expected = exact_scores(items[:CHECKED], queries).T
+    return race(scores_entries, n_queries, expected=expected, rounds=ROUNDS)
+
+
+def from_tokens_entries() -> Entries:
     """1,000 pictures' patches and 1,000 captions' words to all scores: aggregation of both sides included."""
-    count = min(1_000, ITEMS)
-    patches = unit_rows(count, PATCHES, dtype=HALF, seed=0).float()
-    words = unit_rows(count, WORDS, dtype=HALF, seed=1).float()
-    n_small = max(1, count // 50)
-    torch.manual_seed(0)
-    image_aggregator, text_aggregator = (TokenAggregator(WIDTH, HIDDEN, TOKENS - 1).to(DEVICE) for _ in range(2))
+    patches, words, image_aggregator, text_aggregator = from_tokens()
+    n_small = max(1, len(words) // 50)
 
-    def embed(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return (
-            image_aggregator(patches, anchor=patches[:, 0]).to(dtype),
-            text_aggregator(words, anchor=words[:, -1]).to(dtype),
-        )
-
+    @torch.no_grad()
     def ours(dtype: torch.dtype) -> Tensor:
-        images, texts = embed(dtype)
+        images, texts = embeddings_from_tokens(dtype)
         return clim_scores(texts, images)
 
+    @torch.no_grad()
     def loop() -> Tensor:
         images = image_aggregator(patches, anchor=patches[:, 0])
         aggregate = lambda caption: text_aggregator(caption, anchor=caption[:, -1])  # noqa: E731
         return one_caption_at_a_time(images, words[:n_small], aggregate=aggregate).T
 
-    with torch.no_grad():
-        images, texts = embed(torch.float64)
-        contenders = {
-            OURS_HALF: Contender(partial(ours, HALF), ROUNDED),
-            OURS_FULL: Contender(partial(ours, torch.float32), EXACT),
-            LOOP: Contender(loop, EXACT, n_small / count),
-        }
-        return compete(contenders, exact_scores(images, texts).T, rounds=ROUNDS)
+    return {
+        OURS_HALF: lambda: Contender(partial(ours, HALF), ROUNDED),
+        OURS_FULL: lambda: Contender(partial(ours, torch.float32), EXACT),
+        LOOP: lambda: Contender(loop, EXACT, n_small / len(words)),
+    }
+
+
+@cache
+def from_tokens() -> tuple[Tensor, Tensor, TokenAggregator, TokenAggregator]:
+    count = min(1_000, ITEMS)
+    patches = unit_rows(count, PATCHES, dtype=HALF, seed=0).float()
+    words = unit_rows(count, WORDS, dtype=HALF, seed=1).float()
+    torch.manual_seed(0)
+    image_aggregator, text_aggregator = (TokenAggregator(WIDTH, HIDDEN, TOKENS - 1).to(DEVICE) for _ in range(2))
+    return patches, words, image_aggregator, text_aggregator
+
+
+def embeddings_from_tokens(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    patches, words, image_aggregator, text_aggregator = from_tokens()
+    return (
+        image_aggregator(patches, anchor=patches[:, 0]).to(dtype),
+        text_aggregator(words, anchor=words[:, -1]).to(dtype),
+    )
+
+
+@cache
+@torch.no_grad()
+def from_tokens_race() -> dict[str, Result]:
+    expected = exact_scores(*embeddings_from_tokens(torch.float64)).T
+    return race(from_tokens_entries, expected=expected, rounds=ROUNDS)
+
+
+def topk_entries(n_queries: int) -> Entries:
+    queries, items = unit_rows(n_queries, dtype=HALF, seed=0), cache(lambda: unit_rows(ITEMS, dtype=HALF, seed=1))
+    work, int8_work = (floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype) for dtype in (HALF, torch.int8))
+
+    def by_int8() -> Contender:
+        run = partial(clim_topk_int8, queries, items(), quantize_items(items()), 10)
+        rescored = lambda result: {"rescored": result[2].double().mean().item()}  # noqa: E731
+        return Contender(run, EXACT, work=int8_work, answer=ranked, notes=rescored)
+
+    def plain_best() -> Contender:
+        plain = suited(items(), queries)
+        return Contender(lambda: plain(items(), queries).T.float().topk(10).values, ROUNDED, work=work)
+
+    return {
+        TOPK: lambda: Contender(partial(clim_topk, queries, items(), 10), EXACT, work=work, answer=ranked),
+        TOPK_INT8: by_int8,
+        PLAIN_TOPK: plain_best,
+    }
+
+
+def ranked(result: tuple[Tensor, ...]) -> Tensor:
+    """The scores, then the indices, which must be float64's."""
+    return torch.cat([part.double() for part in result[:2]], dim=1)
 
 
 @cache
 def topk_race(n_queries: int) -> dict[str, Result]:
     queries, items = unit_rows(n_queries, dtype=HALF, seed=0), unit_rows(ITEMS, dtype=HALF, seed=1)
-    quantized = quantize_items(items)
-    plain = plain_torch
-    if ON_GPU:
-        plain = partial(plain_torch, at_once=n_queries, images_at_once=images_that_suit(items, queries))
-    work, int8_work = (floor.clim(n_queries, ITEMS, TOKENS, WIDTH, dtype) for dtype in (HALF, torch.int8))
-    best = exact_scores(items, queries).T.topk(10)
-
-    def ranked(result: tuple[Tensor, ...]) -> Tensor:
-        """The scores, then the indices, which must be float64's."""
-        return torch.cat([part.double() for part in result[:2]], dim=1)
-
-    contenders = {
-        TOPK: Contender(lambda: clim_topk(queries, items, 10), EXACT, work=work, answer=ranked),
-        TOPK_INT8: Contender(
-            lambda: clim_topk_int8(queries, items, quantized, 10), EXACT, work=int8_work, answer=ranked
-        ),
-        PLAIN_TOPK: Contender(lambda: plain(items, queries).T.float().topk(10).values, ROUNDED, work=work),
-    }
-    results = compete(contenders, ranked(best), rounds=ROUNDS)
-    if TOPK_INT8 in results:
-        results[TOPK_INT8].info["rescored"] = clim_topk_int8(queries, items, quantized, 10)[2].double().mean().item()
-    return results
+    expected = ranked(exact_scores(items, queries).T.topk(10))
+    del items  # another process makes them
+    return race(topk_entries, n_queries, expected=expected, rounds=ROUNDS)
 
 
 TOPK, TOPK_INT8 = f"{OURS}, exact", f"{OURS}, exact by int8"

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from baselines import exact_scores, one_caption_at_a_time
-from contest import Contender, Result, clock, compete
+from contest import Contender, Entries, Result, clock, race
 from inputs import DEVICE, ITEMS, ON_GPU, unit_rows
 from torch import Tensor
 
@@ -84,40 +84,49 @@ def reference_operations() -> Iterator[None]:
         yield
 
 
-@cache
-def race(name: str, n_captions: int) -> dict[str, Result]:
-    setting = case(name)
-    captions = [scene.caption for scene in Scenes("test", n_captions)]
+def entries(name: str, n_captions: int) -> Entries:
+    setting, captions = case(name), captions_of(n_captions)
     images = setting.images.to(setting.model.dtype)
 
-    def tokens() -> list[Tensor]:
-        """Features of the tokens of each caption, the end token last."""
-        ids = encode_batch(captions).ids.to(images.device)
-        return [
-            row[:length] for row, length in zip(setting.model.text(ids), caption_lengths(ids).tolist(), strict=True)
-        ]
-
-    def aggregate(caption: Tensor) -> Tensor:
-        return setting.model.text_aggregator(caption[:, :-1], anchor=caption[:, -1])
-
     def research_way() -> Tensor:
-        scores = one_caption_at_a_time(images, tokens(), aggregate=aggregate, alpha=setting.alpha).T
+        aggregate = partial(aggregated, setting.model)
+        scores = one_caption_at_a_time(images, features(setting, captions), aggregate=aggregate, alpha=setting.alpha).T
         return scores.topk(BEST).values
 
     def with_the_reference() -> Sequence[Any] | Tensor:
         with reference_operations():
             return setting.search(captions)
 
+    def contender(run: Callable[[], Any]) -> Contender:
+        return Contender(torch.inference_mode()(run), TOLERANCE, answer=torch.as_tensor)
+
     runs = {"finelip_fast": lambda: setting.search(captions), REFERENCE: with_the_reference, RESEARCH: research_way}
+    return {name: partial(contender, run) for name, run in runs.items()}
+
+
+def captions_of(count: int) -> list[str]:
+    return [scene.caption for scene in Scenes("test", count)]
+
+
+def features(setting: Case, captions: list[str]) -> list[Tensor]:
+    """Features of the tokens of each caption, the end token last."""
+    ids = encode_batch(captions).ids.to(setting.images.device)
+    return [row[:length] for row, length in zip(setting.model.text(ids), caption_lengths(ids).tolist(), strict=True)]
+
+
+def aggregated(model: FineLIP, caption: Tensor) -> Tensor:
+    return model.text_aggregator(caption[:, :-1], anchor=caption[:, -1])
+
+
+@cache
+def search_race(name: str, n_captions: int) -> dict[str, Result]:
+    setting = case(name)
     with torch.inference_mode(), reference_operations():
-        queries = torch.cat([aggregate(caption[None]) for caption in tokens()])
+        captions = features(setting, captions_of(n_captions))
+        queries = torch.cat([aggregated(setting.model, caption[None]) for caption in captions])
+        images = setting.images.to(setting.model.dtype)
         exact = exact_scores(images, queries, alpha=setting.alpha).T.topk(BEST).values
-    with torch.inference_mode():
-        return compete(
-            {name: Contender(run, TOLERANCE, answer=torch.as_tensor) for name, run in runs.items()},
-            exact,
-            rounds=ROUNDS,
-        )
+    return race(entries, name, n_captions, expected=exact, rounds=ROUNDS)
 
 
 @pytest.mark.benchmark(timer=clock)
@@ -125,7 +134,7 @@ def race(name: str, n_captions: int) -> dict[str, Result]:
 @pytest.mark.parametrize("n_captions", CAPTIONS)
 @pytest.mark.parametrize("name", ["scenes", "ViT-B-16"])
 def test_search(benchmark: Any, name: str, n_captions: int, contender: str) -> None:
-    results = race(name, n_captions)
+    results = search_race(name, n_captions)
     benchmark.extra_info["pictures"] = len(case(name).images)
     group = f"{n_captions} captions among {len(case(name).images)} pictures, {name}"
     clock.into(benchmark, results, contender, group=group, baseline=RESEARCH)

@@ -16,7 +16,7 @@ import peers
 import pytest
 import torch
 from baselines import checkpointed_block, compiled_block, plain_block, plain_torch
-from contest import Contender, Result, clock, compete
+from contest import Contender, Entries, Result, clock, race
 from inputs import DEVICE, ON_GPU, TOKENS, WIDTH, unit_rows
 from torch import Tensor
 
@@ -37,36 +37,52 @@ PEERS = {name: f"{name}, once a direction" for name in (peers.LATE, peers.FLASH)
 CONTENDERS = ("finelip_fast", PLAIN, "plain torch, checkpointed", "torch.compile", *PEERS.values())
 
 
-@cache
-def race(batch: int, dtype: torch.dtype) -> dict[str, Result]:
-    captions, images = unit_rows(batch, dtype=dtype, seed=0), unit_rows(batch, dtype=dtype, seed=1)
+Gradients = tuple[Tensor, ...]
+
+
+def inputs_of(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions, images, and the weights of their scores."""
     generator = torch.Generator(DEVICE).manual_seed(2)
     weights = torch.randn(batch, batch, generator=generator, device=DEVICE)
+    return unit_rows(batch, dtype=dtype, seed=0), unit_rows(batch, dtype=dtype, seed=1), weights
 
-    def gradients(score: Callable[[Tensor, Tensor], Tensor], wide: bool = False) -> tuple[Tensor, ...]:
-        leaves = [(rows.double() if wide else rows).detach().requires_grad_() for rows in (captions, images)]
-        return torch.autograd.grad((score(*leaves) * weights).sum(), leaves)
 
-    def by_blocks(block: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda captions, images: plain_torch(images, captions, block=block).T
+def gradients(
+    score: Callable[[Tensor, Tensor], Tensor], captions: Tensor, images: Tensor, weights: Tensor
+) -> Gradients:
+    leaves = [rows.detach().requires_grad_() for rows in (captions, images)]
+    return torch.autograd.grad((score(*leaves) * weights).sum(), leaves)
 
-    exact = torch.stack(gradients(by_blocks(checkpointed_block), wide=True))
-    largest = exact.abs().max()
+
+def by_blocks(block: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda captions, images: plain_torch(images, captions, block=block).T
+
+
+def entries(batch: int, dtype: torch.dtype, largest: float) -> Entries:
     work = floor.clim(batch, batch, TOKENS, WIDTH, dtype, backward=True)
 
     def contender(score: Callable[[Tensor, Tensor], Tensor], tolerance: dict[torch.dtype, float]) -> Contender:
         relative = lambda measured_gradients: torch.stack(measured_gradients) / largest  # noqa: E731
-        return Contender(partial(gradients, score), tolerance[dtype], work=work, answer=relative)
+        run = partial(gradients, score, *inputs_of(batch, dtype))
+        return Contender(run, tolerance[dtype], work=work, answer=relative)
 
-    contenders = {
-        "finelip_fast": contender(clim_scores, TOLERANCE),
-        PLAIN: contender(by_blocks(plain_block), ROUNDED),
-        "plain torch, checkpointed": contender(by_blocks(checkpointed_block), ROUNDED),
-        "torch.compile": contender(by_blocks(compiled_block()), ROUNDED),
+    makers: dict[str, Callable[[], Contender]] = {
+        "finelip_fast": lambda: contender(clim_scores, TOLERANCE),
+        PLAIN: lambda: contender(by_blocks(plain_block), ROUNDED),
+        "plain torch, checkpointed": lambda: contender(by_blocks(checkpointed_block), ROUNDED),
+        "torch.compile": lambda: contender(by_blocks(compiled_block()), ROUNDED),
     }
     for name, maxsim in peers.maxsims(gradient=True).items():
-        contenders[PEERS[name]] = contender(partial(peers.scores, maxsim), ROUNDED)
-    return compete(contenders, exact / largest, rounds=ROUNDS)
+        makers[PEERS[name]] = partial(contender, partial(peers.scores, maxsim), ROUNDED)
+    return makers
+
+
+@cache
+def gradients_race(batch: int, dtype: torch.dtype) -> dict[str, Result]:
+    captions, images, weights = inputs_of(batch, dtype)
+    exact = torch.stack(gradients(by_blocks(checkpointed_block), captions.double(), images.double(), weights))
+    largest = exact.abs().max().item()
+    return race(entries, batch, dtype, largest, expected=exact / largest, rounds=ROUNDS)
 
 
 @pytest.mark.benchmark(timer=clock)
@@ -76,4 +92,4 @@ def race(batch: int, dtype: torch.dtype) -> dict[str, Result]:
 def test_scores_and_gradients(benchmark: Any, batch: int, dtype: torch.dtype, contender: str) -> None:
     benchmark.extra_info.update({"tokens": TOKENS, "width": WIDTH, "dtype": floor.name(dtype)})
     group = f"batch {batch}, {floor.name(dtype)}"
-    clock.into(benchmark, race(batch, dtype), contender, group=group, baseline=PLAIN)
+    clock.into(benchmark, gradients_race(batch, dtype), contender, group=group, baseline=PLAIN)

@@ -27,7 +27,7 @@ _LARGEST = 1 << 16  # no block is as large, on any GPU
 
 SHIPPED = Path(__file__).with_name("settings.json")
 
-Numbers = dict[str, int]  # of a settings dataclass, by field
+Numbers = dict[str, Any]  # of a settings dataclass, by field: whole numbers and truth values
 S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,6 +64,9 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
     """
     numbers = _tables(cache_file()).get(case)
     try:
+        for name, value in (numbers or {}).items():
+            if isinstance(value, bool) != isinstance(getattr(kind, name, None), bool):
+                raise TypeError(f"{name} is {value!r}")
         return None if numbers is None else kind(**numbers)
     except TypeError as error:
         _forget()  # the table may be mended while this process lives
@@ -142,10 +145,14 @@ def _read(path: Path) -> dict[str, Numbers]:
         values = read_json(path, error=KernelError, expected="launch settings", kind=dict, max_bytes=_MAX_BYTES)
         table: dict[str, Numbers] = typed(values, dict[str, Numbers], str(path))
         for case, numbers in table.items():
-            if not all(1 <= number <= _LARGEST for number in numbers.values()):
+            if not all(map(_is_setting, numbers.values())):
                 raise ValueError(
-                    f"{path}: expected numbers from 1 to {_LARGEST} for {case!r:.80}, found {numbers!r:.80}"
+                    f"{path}: expected numbers from 1 to {_LARGEST}, true or false for {case!r:.80}, found {numbers!r:.80}"
                 )
     except (KernelError, ValueError) as error:
         raise KernelError(f"{error}; delete it to go back to the defaults") from None
     return table
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, int) and 1 <= value <= _LARGEST)

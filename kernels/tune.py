@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from finelip_fast.kernels.atrm.formula import AtrmInputs, atrm_reference
 from finelip_fast.kernels.atrm.parts_triton import capability_of
 from finelip_fast.kernels.clim import gradient as plain_gradient
 from finelip_fast.kernels.clim import gradient_triton as clim_gradient
+from finelip_fast.kernels.clim import launches
 from finelip_fast.kernels.clim import triton as clim
 from finelip_fast.kernels.clim.formula import clim_reference, scaled_rows
 from finelip_fast.kernels.clim.quantize import quantize
@@ -218,19 +220,43 @@ def _clim_cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float16, torch.int8):
         for width, tokens, _ in SHAPES:
             for n_queries in (1, 8, 64):
-                launch = clim.Launch(capability_of(device), dtype, width, n_queries, tokens)
-                default = clim.default_settings(**launch._asdict())
-                yield _case(launch, default, _clim_candidates(default), partial(_search, launch, device))
+                launch = launches.Launch(capability_of(device), dtype, width, n_queries, tokens)
+                default = launches.default_settings(**launch._asdict())
+                yield _case(launch, default, _clim_candidates(launch, default), partial(_search, launch, device))
 
 
-def _clim_candidates(default: clim.ClimSettings) -> Iterator[clim.ClimSettings]:
-    for queries in {1, default.queries_per_program}:
-        for block_items, num_warps in ((64, 4), (128, 4), (128, 8)):
-            for block_width, num_stages in ((default.block_width, 3), (default.block_width, 4), (32, 5)):
-                yield clim.ClimSettings(block_items, queries, block_width, num_warps, num_stages)
+def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) -> Iterator[launches.ClimSettings]:
+    narrow, whole_width = 128 // launch.dtype.itemsize, int(triton.next_power_of_2(launch.width))
+    cuts = (  # items, warps, piece of D, stages
+        (64, 4, narrow, 4),
+        (128, 4, narrow, 3),
+        (128, 4, narrow, 4),
+        (128, 8, narrow, 3),
+        (128, 8, narrow, 4),
+        (256, 8, narrow, 3),
+        (128, 4, 2 * narrow, 3),
+        (128, 8, 2 * narrow, 2),
+        (64, 4, 4 * narrow, 3),
+        (128, 8, 4 * narrow, 2),
+        (64, 4, whole_width, 2),
+        (64, 8, whole_width, 2),
+        (64, 4, whole_width, 4),
+        (128, 8, whole_width, 2),
+        (128, 8, whole_width, 3),
+    )
+    # With more queries a program, items are read less often and fewer registers are left: the default on some GPUs alone.
+    most_queries = max(1, min(launch.n_queries, 128 // launches.query_columns(launch.query_tokens)))
+    for queries, (items, warps, block_width, stages) in product(
+        dict.fromkeys((default.queries_per_program, most_queries)), cuts
+    ):
+        settings = launches.ClimSettings(items, queries, min(whole_width, block_width), warps, stages)
+        if launches.fits(settings, launch):
+            yield settings
+            if queries == default.queries_per_program and launches.describes(settings, launch.capability, launch.width):
+                yield replace(settings, descriptor=True)
 
 
-def _search(launch: clim.Launch, device: torch.device) -> Prepared:
+def _search(launch: launches.Launch, device: torch.device) -> Prepared:
     queries = _unit_rows(launch.n_queries, launch.query_tokens, launch.width, device)
     items = _unit_rows(_items_that_fit(device, launch), launch.query_tokens, launch.width, device)
     ends = _ends(items)
@@ -255,9 +281,9 @@ def _search(launch: clim.Launch, device: torch.device) -> Prepared:
 
 def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
     for width, tokens, _ in SHAPES:
-        scores = clim.Launch(capability_of(device), torch.float16, width, _BATCH, tokens, winners=True)
-        default = clim.default_settings(**scores._asdict())
-        yield _case(scores, default, _clim_candidates(default), partial(_scores_with_winners, scores, device))
+        scores = launches.Launch(capability_of(device), torch.float16, width, _BATCH, tokens, winners=True)
+        default = launches.default_settings(**scores._asdict())
+        yield _case(scores, default, _clim_candidates(scores, default), partial(_scores_with_winners, scores, device))
         launch = clim_gradient.Launch(capability_of(device), torch.float16, width, tokens)
         cut = clim_gradient.default_gradient_settings(**launch._asdict())
         candidates = (
@@ -270,7 +296,7 @@ def _clim_gradient_cases(device: torch.device) -> Iterator[Case]:
         yield _case(launch, cut, candidates, partial(_gradient, launch, device))
 
 
-def _scores_with_winners(launch: clim.Launch, device: torch.device) -> Prepared:
+def _scores_with_winners(launch: launches.Launch, device: torch.device) -> Prepared:
     queries, items = (_unit_rows(_BATCH, launch.query_tokens, launch.width, device) for _ in range(2))
     ends = _ends(items)
     exact = clim_reference(queries[ends], items[ends], 0.8, dtype=torch.float64)

@@ -14,16 +14,16 @@ from torch import Tensor
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item, Layout
+from finelip_fast.index.residence import resident
 from finelip_fast.index.segments import Segment, joined
 from finelip_fast.index.standing import sampled_rows
 from finelip_fast.kernels import QuantizedItems
+from finelip_fast.kernels.clim.rows import Pieces, is_gpu
 
 # More pieces than this are put together once, rather than gone through at each search.
 _MOST_PIECES = 32
 # Files that are read from at the same time; systems allow 1024 or less.
 _OPEN_FILES = 128
-# The share of a GPU's free memory that an index may take.
-_GPU_SHARE = 0.7
 
 
 class View:
@@ -103,12 +103,12 @@ class View:
         """
         if not len(rows):
             return torch.empty(0, 0, 0, dtype=torch.float16)
+        if self.tokens and is_gpu(self.tokens[0].device):
+            return Pieces(self.tokens).take(rows)
         rows, order = rows.cpu().sort()
         segments = torch.searchsorted(self._offsets, rows, right=True) - 1
         shape = self.segments[0].arrays["tokens" if self.tokens else "values"].shape[1:]
-        on_gpu = self.tokens if self.tokens and self.tokens[0].is_cuda else None
-        device = self.device if on_gpu else "cpu"
-        result = torch.empty(len(rows), *shape, dtype=self.segments[0].dtype, device=device)
+        result = torch.empty(len(rows), *shape, dtype=self.segments[0].dtype)
         numbers, counts = segments.unique_consecutive(return_counts=True)
         parts = zip(numbers.tolist(), result.split(counts.tolist()), rows.split(counts.tolist()), strict=True)
         while opened := list(islice(parts, _OPEN_FILES)):
@@ -116,14 +116,11 @@ class View:
                 reading = []
                 for number, part, rows_within in opened:
                     rows_within = rows_within - self._offsets[number]
-                    if on_gpu:
-                        part.copy_(on_gpu[number][rows_within.to(device)])
-                    else:
-                        reading.append(self.segments[number].reading(rows_within, part, resources))
+                    reading.append(self.segments[number].reading(rows_within, part, resources))
                 for finish in reading:
                     finish()
         is_sorted = bool((order.diff() > 0).all())
-        return result if is_sorted else result[order.argsort().to(device)]
+        return result if is_sorted else result[order.argsort()]
 
     @cached_property
     def sample(self) -> Tensor:
@@ -166,14 +163,14 @@ class View:
 
     @cached_property
     def tokens(self) -> list[Tensor] | None:
-        """All embeddings, a piece a segment: on a GPU if they fit, else mapped. None: they are kept in int8 alone."""
+        """All embeddings: a piece a segment, mapped; on a GPU, if they fit, in few. None: they are kept in int8 alone."""
         if not all("tokens" in segment.arrays for segment in self.segments):
             return None
         return self._resident("tokens", [segment.arrays["tokens"] for segment in self.segments])
 
     @cached_property
     def anchors(self) -> list[Tensor]:
-        """Global embeddings ``[n, 1, D]``, float16 as they are kept, a piece a segment: on a GPU if they fit, else mapped."""
+        """Global embeddings ``[n, 1, D]``, float16 as they are kept, in pieces as :attr:`tokens`."""
         return self._resident("anchors", [segment.anchors for segment in self.segments])
 
     @cached_property
@@ -191,27 +188,17 @@ class View:
     @cached_property
     def globals(self) -> tuple[list[Tensor], list[Tensor]]:
         """Global embeddings in int8 and their scales, in pieces on the device."""
-        resident = [
+        fields = [
             self._resident(name, [segment.arrays[name] for segment in self.segments])
             for name in ("globals", "global_scales")
         ]
-        if len(self.segments) > _MOST_PIECES:
-            resident = [[torch.cat(pieces)] for pieces in resident]
-        values, scales = resident
+        if len(fields[0]) > _MOST_PIECES:
+            fields = [[torch.cat(pieces)] for pieces in fields]
+        values, scales = fields
         return values, scales
 
     def _resident(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
-        """What every segment has under a name: on the GPU, if there is one and they fit; what is there already stays there."""
-        if self.device.type != "cuda":
+        """What every segment has under a name: joined on the GPU, if there is one and they fit."""
+        if not pieces or not is_gpu(self.device):
             return pieces
-        copies = [segment.copies for segment in self.segments]
-        missing = sum(
-            piece.nbytes for piece, copies_of_piece in zip(pieces, copies, strict=True) if name not in copies_of_piece
-        )
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if missing > _GPU_SHARE * free:
-            return pieces
-        for piece, copies_of_piece in zip(pieces, copies, strict=True):
-            if name not in copies_of_piece:
-                copies_of_piece[name] = piece.to(self.device)
-        return [copies_of_piece[name] for copies_of_piece in copies]
+        return resident(name, pieces, [segment.copies for segment in self.segments], self.device)

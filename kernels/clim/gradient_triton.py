@@ -26,10 +26,10 @@ from torch import Tensor
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, MAX_GRADIENT_TOKENS
+from finelip_fast.kernels.clim.launches import ClimSettings
 from finelip_fast.kernels.clim.triton import (
     FLOATS,
     INTERPRETED,
-    ClimSettings,
     check_inputs,
     is_nothing,
     launch,
@@ -163,7 +163,7 @@ def scores_with_winners(
         queries: ``[Q, L_q, D]``, float32, float16 or bfloat16.
         items: ``[N, L_i, D]`` in the same dtype. Both sides have at most 128 tokens.
         alpha: Weight of the global cosine.
-        settings: None: :func:`~finelip_fast.kernels.clim.triton.settings_for`.
+        settings: None: :func:`~finelip_fast.kernels.clim.launches.settings_for`.
 
     Returns:
         ``(scores float32 [Q, N], query_winners uint8 [Q, N, L_q], item_winners uint8 [Q, N, L_i])``. The low 7 bits of

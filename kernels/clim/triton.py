@@ -15,111 +15,31 @@ NaN: every entry of ``S`` passes through the running maximum, which keeps NaN; s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, MAX_QUERY_TOKENS
+from finelip_fast.kernels.clim.launches import (
+    GROUP,
+    ClimSettings,
+    Launch,
+    describes,
+    query_columns,
+    settings_for,
+    spread,
+)
 
-# A query's columns come in groups of 8, the width of a tensor core's tile: which query a register belongs to is then
-# known when the kernel is compiled, and masking the others costs nothing.
-_GROUP = tl.constexpr(8)
+_GROUP = tl.constexpr(GROUP)
 _SLOPE = tl.constexpr(LEAKY_SLOPE)
 
-# Items of a program are halved down to so few, as long as there are fewer programs than a large GPU has multiprocessors.
-_FEWEST_ITEMS, _PROGRAMS = 16, 128
+_ALIGNMENT = 16  # bytes, of what a tensor descriptor starts at and steps by
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
-
-
-@dataclass(frozen=True)
-class ClimSettings:
-    """How the work is cut; it changes the speed and the order of rounding, nothing else."""
-
-    block_items: int  # items of one program, a power of two, at least 16
-    queries_per_program: int
-    block_width: int  # piece of D of one product, a power of two, at least 16 (32 for one-byte embeddings)
-    num_warps: int = 4
-    num_stages: int = 3
-
-    def columns(self, query_tokens: int) -> int:
-        """Columns of the tile, a power of two."""
-        return max(16, int(triton.next_power_of_2(self.queries_per_program * query_columns(query_tokens))))
-
-
-def query_columns(query_tokens: int) -> int:
-    """Columns that one query takes."""
-    group = int(_GROUP.value)
-    return -(-query_tokens // group) * group
-
-
-def default_settings(
-    *, capability: int, dtype: torch.dtype, width: int, n_queries: int, query_tokens: int, winners: bool = False
-) -> ClimSettings:
-    """Sane settings where none were tuned.
-
-    Args:
-        capability: Compute capability of the GPU: 80, 90, 120, ...
-        dtype: Dtype of the embeddings.
-        width: ``D``.
-        n_queries, query_tokens: ``Q`` and ``L_q``.
-        winners: Whether the kernel also keeps who won each maximum.
-    """
-    if dtype == torch.float32:
-        # Full products run on the plain arithmetic units, whose operands are held in registers.
-        return ClimSettings(64, 1, block_width=16, num_warps=16 if winners else 8, num_stages=2)
-    hopper = capability in (90, 100, 103)  # 227 KB of shared memory, and products that read it without registers
-    # Winners, and float8's sums from piece to piece, take as many registers again as the sums themselves.
-    most_columns = 128 if hopper and not winners and dtype != torch.float8_e4m3fn else 64
-    queries = max(1, min(n_queries, most_columns // query_columns(query_tokens)))
-    block_width = min(128 // dtype.itemsize, max(32, triton.next_power_of_2(width)))
-    settings = ClimSettings(128, queries, block_width, num_warps=8, num_stages=4 if hopper else 3)
-    columns = settings.columns(query_tokens)
-    if columns > most_columns:
-        return replace(settings, block_items=64, num_stages=3)
-    if dtype == torch.int8 and columns > 64 and capability in (100, 103):  # its integer products are held in registers
-        return replace(settings, block_items=64, num_warps=4)
-    return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings
-
-
-class Launch(NamedTuple):
-    """What settings depend on; fields as the arguments of :func:`default_settings`."""
-
-    capability: int
-    dtype: torch.dtype
-    width: int
-    n_queries: int
-    query_tokens: int
-    winners: bool = False
-
-    @property
-    def case(self) -> str:
-        """Its name in the table of tuned settings, where one, few and many queries differ."""
-        operation = "clim_winners" if self.winners else "clim"
-        queries = 1 if self.n_queries == 1 else 8 if self.n_queries <= 16 else 64
-        sizes = {"D": self.width, "L": self.query_tokens, "Q": queries}
-        return _settings.key(operation, capability=self.capability, dtype=self.dtype, **sizes)
-
-
-@_settings.until_saved
-def settings_for(launch: Launch) -> ClimSettings:
-    """The tuned settings, or else the default ones."""
-    return _settings.tuned(launch.case, ClimSettings) or default_settings(**launch._asdict())
-
-
-def spread(settings: ClimSettings, n_queries: int, n_items: int) -> ClimSettings:
-    """Fewer items a program where there are few, such as the candidates of a second stage: most of a GPU would be idle."""
-    block_items, query_blocks = settings.block_items, triton.cdiv(n_queries, settings.queries_per_program)
-    while block_items > _FEWEST_ITEMS and triton.cdiv(n_items, block_items) * query_blocks < _PROGRAMS:
-        block_items //= 2
-    return replace(settings, block_items=block_items)
 
 
 @triton.jit
@@ -141,6 +61,16 @@ def sum_by_query(x, owner, QUERIES: tl.constexpr, SLOTS: tl.constexpr):
         own_sum = tl.sum(tl.where(owner[None, :] == q, x, 0.0), axis=1)
         sums = tl.where(tl.arange(0, SLOTS)[None, :] == q, own_sum[:, None], sums)
     return sums
+
+
+@triton.jit
+def query_columns_at(query_rows, live, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """A piece of ``D`` of the program's queries, ``[BLOCK_WIDTH, COLUMNS]``."""
+    d = first_column + tl.arange(0, BLOCK_WIDTH)
+    mask = live[None, :]
+    if WIDTH % BLOCK_WIDTH != 0:
+        mask = mask & (d < WIDTH)[:, None]
+    return tl.load(query_rows[None, :] + d[:, None], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_items"])
@@ -168,17 +98,23 @@ def scores_kernel(
     SLOTS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):
-    """Scales and winners are None where there are none; ``SLOTS`` is ``QUERIES`` as a power of two."""
+    """Scales and winners are None where there are none; ``SLOTS`` is ``QUERIES`` as a power of two.
+
+    ``items`` is a pointer, or with ``DESCRIPTOR`` a descriptor of all tokens of an item in a row, ``[N, L_i D]``.
+    """
     # The queries vary fastest: programs that share their items run side by side and find them in the L2 cache.
     query_blocks = tl.cdiv(n_queries, QUERIES)
     first_query = tl.program_id(0) % query_blocks * QUERIES
     # 64 bits before any product: items may hold more than 2^31 numbers.
+    first_item = tl.program_id(0) // query_blocks * BLOCK_ITEMS
     row = (tl.program_id(0) // query_blocks).to(tl.int64) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
     is_item = row < n_items
     item = tl.minimum(row, n_items - 1)  # past the end: the last item once more, never stored
-    item_rows = items + item * item_stride
-    token_step = tl.cast(item_token_stride, tl.int64)
+    if not DESCRIPTOR:
+        item_rows = items + item * item_stride
+        token_step = tl.cast(item_token_stride, tl.int64)
 
     column = tl.arange(0, COLUMNS)
     owner = column // _GROUP // (QUERY_COLUMNS // _GROUP)  # which of the program's queries
@@ -190,8 +126,10 @@ def scores_kernel(
     query_rows = queries + query * query_stride + token * query_token_stride
     if query_scales is not None:
         column_scale = tl.load(query_scales + query * QUERY_TOKENS + token, mask=live, other=0.0)
+        # Of the token to come: nothing waits for a scale that was asked for a token ago.
+        row_scale = tl.load(item_scales + item * ITEM_TOKENS)
 
-    SUM_TYPE: tl.constexpr = tl.int32 if items.dtype.element_ty == tl.int8 else tl.float32
+    SUM_TYPE: tl.constexpr = tl.int32 if queries.dtype.element_ty == tl.int8 else tl.float32
     slot = tl.arange(0, SLOTS)[None, :]
     sums = tl.zeros([BLOCK_ITEMS, COLUMNS], SUM_TYPE)
     item_sum = tl.zeros([BLOCK_ITEMS, SLOTS], tl.float32)
@@ -200,17 +138,23 @@ def scores_kernel(
     best_at = tl.zeros([BLOCK_ITEMS, COLUMNS], tl.int32)
     # One loop over tokens and pieces of D, so that one pipeline of loads runs through, from one token into the next.
     PIECES: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    if PIECES == 1:  # once for all item tokens: it stays in shared memory
+        whole_queries = query_columns_at(query_rows, live, 0, WIDTH, BLOCK_WIDTH)
     for step in range(ITEM_TOKENS * PIECES):
         j = step // PIECES
-        d = step % PIECES * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        item_at = item_rows[:, None] + (j * token_step + d)[None, :]
-        query_at = query_rows[None, :] + d[:, None]
-        if WIDTH % BLOCK_WIDTH == 0:
-            item_piece = tl.load(item_at)
-            query_piece = tl.load(query_at, mask=live[None, :], other=0.0)
+        first_column = step % PIECES * BLOCK_WIDTH
+        query_piece = (
+            whole_queries if PIECES == 1 else query_columns_at(query_rows, live, first_column, WIDTH, BLOCK_WIDTH)
+        )
+        if DESCRIPTOR:  # past the last item it gives zeros
+            item_piece = items.load([first_item, j * WIDTH + first_column])
         else:
-            item_piece = tl.load(item_at, mask=(d < WIDTH)[None, :], other=0.0)
-            query_piece = tl.load(query_at, mask=live[None, :] & (d < WIDTH)[:, None], other=0.0)
+            d = first_column + tl.arange(0, BLOCK_WIDTH)
+            item_at = item_rows[:, None] + (j * token_step + d)[None, :]
+            if WIDTH % BLOCK_WIDTH == 0:
+                item_piece = tl.load(item_at)
+            else:
+                item_piece = tl.load(item_at, mask=(d < WIDTH)[None, :], other=0.0)
         # Hopper adds float8 products up in fewer bits than float32: never past one piece (max_num_imprecise_acc).
         sums = tl.dot(
             item_piece, query_piece, sums, input_precision="ieee", max_num_imprecise_acc=BLOCK_WIDTH, out_dtype=SUM_TYPE
@@ -218,8 +162,8 @@ def scores_kernel(
         if step % PIECES == PIECES - 1:
             s = sums
             if query_scales is not None:
-                row_scale = tl.load(item_scales + item * ITEM_TOKENS + j)
                 s = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+                row_scale = tl.load(item_scales + item * ITEM_TOKENS + tl.minimum(j + 1, ITEM_TOKENS - 1))
             if query_winners is not None:
                 best_at = tl.where(s > best, j, best_at)  # strictly: the first of equals wins
             best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
@@ -270,7 +214,7 @@ def scores(
         alpha: Weight of the global cosine.
         query_scales: float32 ``[Q, L_q]``: row ``l`` of query ``q`` is ``queries[q, l] * query_scales[q, l]``.
         item_scales: float32 ``[N, L_i]``.
-        settings: None: :func:`settings_for`.
+        settings: None: :func:`~finelip_fast.kernels.clim.launches.settings_for`.
 
     Returns:
         float32 ``[Q, N]``. Not differentiable. float32 inputs are multiplied in full float32.
@@ -313,12 +257,15 @@ def launch(
         case = Launch(capability, queries.dtype, width, n_queries, query_tokens, has_winners)
         settings = spread(settings_for(case), n_queries, n_items)
     queries, items = readable(queries), readable(items)
+    descriptor = None
+    if settings.descriptor and describes(settings, capability, width):
+        descriptor = described(items, settings)
     per_program = settings.queries_per_program
     grid = (triton.cdiv(n_items, settings.block_items) * triton.cdiv(n_queries, per_program),)
     with torch.cuda.device_of(queries):
         scores_kernel[grid](
             queries,
-            items,
+            items if descriptor is None else descriptor,
             *scales,
             out,
             *winners,
@@ -336,10 +283,23 @@ def launch(
             SLOTS=triton.next_power_of_2(per_program),
             BLOCK_ITEMS=settings.block_items,
             BLOCK_WIDTH=settings.block_width,
+            DESCRIPTOR=descriptor is not None,
             num_warps=settings.num_warps,
             num_stages=settings.num_stages,
             enable_fp_fusion=True,  # by name: Triton 3.9 warns when the default is left alone
         )
+
+
+def described(items: Tensor, settings: ClimSettings) -> TensorDescriptor | None:
+    """``[N, L_i, D]`` as ``[N, L_i D]``, for the GPU's unit that copies by itself; None: the strides do not allow it."""
+    n_items, tokens, width = items.shape
+    item_stride, token_stride, _ = items.stride()
+    if token_stride != width or item_stride < tokens * width or item_stride * items.itemsize % _ALIGNMENT:
+        return None
+    if items.data_ptr() % _ALIGNMENT:
+        return None
+    block = [settings.block_items, settings.block_width]
+    return TensorDescriptor(items, [n_items, tokens * width], [item_stride, 1], block)
 
 
 def readable(rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_for, recorded_l
 
 from finelip_fast.errors import InputError, KernelError
 from finelip_fast.kernels.clim import triton as clim
+from finelip_fast.kernels.clim.launches import default_settings
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def test_launchers_choose_as_on_the_recorded_gpu(capability, monkeypatch, tmp_pa
     with recorded_launches(capability) as launches:
         clim.scores(queries, items, alpha=0.8)
     [[launch]] = launches
-    cut = clim.default_settings(capability=capability, dtype=torch.float16, width=512, n_queries=8, query_tokens=40)
+    cut = default_settings(capability=capability, dtype=torch.float16, width=512, n_queries=8, query_tokens=40)
     assert launch.kernel is clim.scores_kernel
     assert (launch.constants["BLOCK_ITEMS"], launch.constants["QUERIES"]) == (cut.block_items, cut.queries_per_program)
     assert (launch.num_warps, launch.num_stages) == (cut.num_warps, cut.num_stages)

@@ -430,7 +430,7 @@ def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.7, 0.0], ids=["kept on the GPU", "streamed to it"])
 def test_a_gpu_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    monkeypatch.setattr("finelip_fast.index.view._GPU_SHARE", share)
+    monkeypatch.setattr("finelip_fast.index.residence._SHARE", share)
     queries = embeddings(5, seed=9)
     with closing(Index(SPEC, tmp_path)) as index, closing(Index(SPEC, tmp_path, device="cuda")) as on_gpu:
         fill(index, 300, 40)

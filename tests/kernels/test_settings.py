@@ -7,7 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +21,12 @@ from finelip_fast.kernels import settings as _settings
 
 class Cut(NamedTuple):
     block_items: int
+
+
+@dataclass(frozen=True)
+class Switched:
+    block_items: int
+    described: bool = False
 
 
 CASE = _settings.key("clim", capability=90, dtype=torch.float16, D=512, L=40, Q=1)
@@ -81,7 +87,7 @@ def test_what_was_tuned_before_stays(own):
             '{"a": []}',
             '{"a": {"b": "16"}}',
             '{"a": {"b": null}}',
-            '{"a": {"b": true}}',
+            '{"a": {"b": [true]}}',
         ),
         *('{"a": {"b": 1.5}}', '{"a": {"b": -16}}', '{"a": {"b": 0}}', '{"a": {"b": 1000000000}}', "[" * 100_000),
     ],
@@ -112,6 +118,18 @@ def test_a_damaged_table_is_refused_or_right(own, damage_json, data):
         assert tuned is None or 1 <= tuned.block_items <= 1 << 16
 
 
+def test_truth_values_are_kept_as_such(own):
+    _settings.save({CASE: asdict(Switched(64, described=True))})
+    assert _settings.tuned(CASE, Switched) == Switched(64, described=True)
+
+
+@pytest.mark.parametrize("values", [{"block_items": True}, {"block_items": 16, "described": 1}], ids=str)
+def test_numbers_and_truth_values_are_not_mistaken_for_each_other(own, values):
+    _settings.save({CASE: values})
+    with pytest.raises(KernelError, match=r"are not this version's: (block_items is True|described is 1); tune again"):
+        _settings.tuned(CASE, Switched)
+
+
 @pytest.mark.parametrize("numbers", [{}, {"block_items": 16, "swizzle": 2}], ids=str)
 def test_settings_of_another_version_say_what_to_do(own, numbers):
     _settings.save({CASE: numbers})
@@ -137,7 +155,7 @@ def test_another_table_can_be_written(own, tmp_path):
 
 # Every kernel's launcher, at sizes that its tests use.
 LAUNCHES = {
-    "clim.triton": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
+    "clim.launches": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
     "clim.gradient_triton": (
         "GradientSettings",
         (80, torch.float16, 512, 40),
@@ -158,13 +176,13 @@ def test_a_launch_takes_tuned_settings_before_its_defaults(name):
     module.settings_for.cache_clear()
     default = module.settings_for(launch)
     assert type(default).__name__ == kind
-    tuned = {field: number + 1 for field, number in asdict(default).items()}
+    tuned = {field: not value if isinstance(value, bool) else value + 1 for field, value in asdict(default).items()}
     _settings.save({case: tuned})  # counts at once
     assert asdict(module.settings_for(launch)) == tuned
     module.settings_for.cache_clear()
 
 
 def test_one_few_and_many_queries_are_cases_of_their_own():
-    clim = pytest.importorskip("finelip_fast.kernels.clim.triton")
+    clim = pytest.importorskip("finelip_fast.kernels.clim.launches")
     cases = [clim.Launch(90, torch.float16, 512, count, 40).case.split("Q=")[1] for count in (1, 2, 16, 17, 1000)]
     assert cases == ["1", "8", "8", "64", "64"]

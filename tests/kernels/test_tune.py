@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from finelip_fast.errors import InputError, KernelError
 from finelip_fast.kernels import settings as _settings
 from finelip_fast.kernels import tune
 from finelip_fast.kernels.clim.formula import clim_reference
+from finelip_fast.kernels.clim.launches import ClimSettings
 from finelip_fast.kernels.tune import Case, Prepared
 
 
@@ -71,7 +72,7 @@ def test_a_kernel_that_ignores_half_of_the_tokens_is_out(table, monkeypatch):
         return clim_reference(queries, items[:, :seen], alpha)
 
     monkeypatch.setattr(tune.clim, "scores", scores)
-    monkeypatch.setattr(tune, "capability_of", lambda device: 90)
+    monkeypatch.setattr(tune, "capability_of", lambda device: 80)
     first, *_ = tune._clim_cases(torch.device("cpu"))
     (tuned,) = tune.tune([first], measure=lambda run: run.args[-1].block_items, progress=False)
     wrong = sum(candidate.block_items == 64 for candidate in first.candidates)
@@ -142,16 +143,33 @@ def test_another_table_is_written_and_looked_at(table, tmp_path):
     assert not table.exists()
 
 
-def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch):
-    monkeypatch.setattr(tune, "capability_of", lambda device: 90)
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch, capability):
+    monkeypatch.setattr(tune, "capability_of", lambda device: capability)
     cases = tune.cases_for()
     names = [name for one in cases for name in one.names]
     assert len(names) == len(set(names))
-    assert names[0].startswith("clim sm_90 bfloat16 D=512 L=40 Q=1")
+    assert names[0].startswith(f"clim sm_{capability} bfloat16 D=512 L=40 Q=1")
     for one in cases:
         assert 5 <= len(one.candidates) <= 30
         assert {type(candidate) for candidate in one.candidates} == {type(one.default)}
     assert {name.split()[0] for name in names} == {*tune.OPERATIONS, "clim_winners"}
+
+
+def test_the_sweep_tries_all_of_a_row_at_once_and_tensor_descriptors(monkeypatch):
+    def tried(capability, case):
+        monkeypatch.setattr(tune, "capability_of", lambda device: capability)
+        (found,) = (one for one in tune.cases_for(["clim"]) if case in one.names)
+        return {found.default, *found.candidates}
+
+    on_hopper = tried(90, "clim sm_90 float16 D=512 L=40 Q=1")
+    assert {ClimSettings(64, 1, 512, 4, 2), ClimSettings(64, 1, 512, 8, 2), ClimSettings(256, 1, 64, 8, 3)} <= on_hopper
+    assert {replace(cut, descriptor=not cut.descriptor) for cut in on_hopper} == on_hopper
+    int8 = tried(90, "clim sm_90 int8 D=512 L=40 Q=1")
+    assert {ClimSettings(64, 1, 512, 4, 4), ClimSettings(128, 1, 512, 8, 3)} <= int8
+    assert ClimSettings(128, 3, 512, 8, 2) in tried(90, "clim sm_90 int8 D=512 L=40 Q=8")
+    assert not any(cut.descriptor for cut in tried(80, "clim sm_80 float16 D=512 L=40 Q=1"))
+    assert {cut.queries_per_program for cut in tried(80, "clim sm_80 float16 D=512 L=40 Q=8")} == {1, 3}
 
 
 def test_operations_are_chosen_by_name(monkeypatch):

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
 from finelip_fast.kernels.clim.gradient_triton import GradientSettings, gradient, scores_with_winners
-from finelip_fast.kernels.clim.triton import ClimSettings
+from finelip_fast.kernels.clim.launches import ClimSettings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

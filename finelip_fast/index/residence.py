@@ -1,0 +1,124 @@
+"""Copies of segments on a GPU: one after another in few buffers, so that many segments take no more launches than one.
+
+Segments that come together, as all do when an index is opened, are copied from the host into one buffer, each straight to its
+place. What comes later starts a buffer of its own, and the last ones are joined where one is at most twice as large as what is
+behind it. So there are few, however many segments came, and a row is moved a few times at most. What is joined lies twice in
+memory, until it is copied and the view before is gone: a tenth of what was free at most.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# The share of a GPU's free memory that copies may take, and that joining may hold twice.
+_SHARE, _JOINED_SHARE = 0.7, 0.1
+# A buffer is joined to the ones behind it if it is at most so many times as large.
+_GROWTH = 2
+
+Copies = dict[str, Tensor]  # of a segment, by name
+Run = list[int]  # numbers of segments one after another
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has left."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def resident(name: str, pieces: Sequence[Tensor], copies: Sequence[Copies], device: torch.device) -> list[Tensor]:
+    """Pieces on a GPU, joined; what is there already stays there. As they are, where they do not fit.
+
+    Args:
+        name: What they are.
+        pieces: A piece ``[n, ...]`` of each segment, on the host.
+        copies: Copies of each segment; those of this name are added, or replaced by ones in a buffer of several segments.
+        device: Where to.
+
+    Returns:
+        The same rows in as many tensors or fewer.
+    """
+    missing = sum(piece.nbytes for piece, held in zip(pieces, copies, strict=True) if name not in held)
+    free = free_bytes(device)
+    if missing > _SHARE * free:
+        return list(pieces)
+    sources = [held.get(name, piece) for piece, held in zip(pieces, copies, strict=True)]
+    present = [name in held for held in copies]
+    joined = []
+    for run, is_new in _planned(sources, present, int(_JOINED_SHARE * free)):
+        parts = [sources[number] for number in run]
+        if is_new:
+            buffer = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
+            for number, part, source in zip(run, buffer.split([len(part) for part in parts]), parts, strict=True):
+                copies[number][name] = part.copy_(source)
+                sources[number] = part  # the buffer it lay in may go
+        else:
+            buffer = _whole(parts)
+        joined.append(buffer)
+    return joined
+
+
+def _planned(sources: Sequence[Tensor], present: Sequence[bool], budget: int) -> list[tuple[Run, bool]]:
+    """The runs of segments that share a buffer, and whether it is a new one; ``budget`` bytes may lie there twice."""
+    wasted = _wasted(sources, present)
+    plan: list[tuple[Run, bool]] = []
+    for run in reversed(list(_runs(sources, present))):
+        moved = 0 if not present[run[0]] else _bytes(sources, run)
+        if plan:
+            behind, is_new = plan[-1]
+            also_moved = 0 if is_new else _bytes(sources, behind)
+            small = _bytes(sources, run) <= _GROWTH * _bytes(sources, behind)
+            if small and moved + also_moved <= budget:
+                budget -= moved + also_moved
+                plan[-1] = run + behind, True
+                continue
+        is_new = not present[run[0]] or (run[0] in wasted and moved <= budget)
+        budget -= moved if is_new else 0
+        plan.append((run, is_new))
+    return plan[::-1]
+
+
+def _runs(sources: Sequence[Tensor], present: Sequence[bool]) -> Iterator[Run]:
+    """Segments that lie one after another in a buffer, or that are to come."""
+    run = [0]
+    for before, number in pairwise(range(len(sources))):
+        states = present[before], present[number]
+        if not any(states) or (all(states) and _adjacent(sources[before], sources[number])):
+            run.append(number)
+        else:
+            yield run
+            run = [number]
+    yield run
+
+
+def _wasted(sources: Sequence[Tensor], present: Sequence[bool]) -> set[int]:
+    """Segments in buffers most of which is of segments that are gone."""
+    within: dict[int, Run] = defaultdict(list)
+    for number, source in enumerate(sources):
+        if present[number]:
+            within[source.untyped_storage().data_ptr()].append(number)
+    return {
+        number
+        for run in within.values()
+        for number in run
+        if sources[run[0]].untyped_storage().nbytes() > 2 * _bytes(sources, run)
+    }
+
+
+def _bytes(sources: Sequence[Tensor], run: Run) -> int:
+    return sum(sources[number].nbytes for number in run)
+
+
+def _adjacent(before: Tensor, after: Tensor) -> bool:
+    in_one_buffer = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    return in_one_buffer and bool(before.storage_offset() + before.numel() == after.storage_offset())
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """Neighbours in a buffer as one tensor."""
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
