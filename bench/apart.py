@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -110,7 +111,7 @@ class Apart:
 
         try:
             process = psutil.Process(self._process.pid)
-            return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20
+            return sum(member.memory_info().rss for member in [process, *process.children(recursive=True)]) / 2**20
         except psutil.NoSuchProcess:
             return 0.0
 
@@ -128,19 +129,22 @@ def _serve(pipe: Connection, module: str, name: str) -> None:
         contender = importlib.import_module(module).CONTENDERS[name]()
     except Exception as error:  # a peer's packages fail in many ways; each is a reason to leave it out
         problem = _reason(error)
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):  # whoever asked is gone
+        while True:
             method, arguments = pipe.recv()
-        except EOFError:
-            return
-        start = time.perf_counter()
-        try:
-            if contender is None:
-                raise RuntimeError(problem)
-            value = getattr(contender, method)(*arguments)
-            pipe.send(("", value, time.perf_counter() - start))
-        except Exception as error:
-            pipe.send((problem or _reason(error), None, 0.0))
+            pipe.send(_answer(contender, problem, method, arguments))
+
+
+def _answer(contender: object, problem: str, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any, float]:
+    """Error, value and seconds of a request; no error: an empty one."""
+    if problem:
+        return problem, None, 0.0
+    start = time.perf_counter()
+    try:
+        value = getattr(contender, method)(*arguments)
+    except Exception as error:
+        return _reason(error), None, 0.0
+    return "", value, time.perf_counter() - start
 
 
 def _reason(error: Exception) -> str:

@@ -37,6 +37,23 @@ def versions(*packages: str) -> dict[str, str | None]:
     return {name: present.get(name) for name in packages}
 
 
+def opened(path: Path) -> dict[str, Any]:
+    """A record to add to, empty where there is no file.
+
+    Raises:
+        ValueError: The record is of another commit: what stands in one file is comparable.
+    """
+    present = commit()
+    if not path.exists():
+        return {"benchmarks": [], "left_out": {}, "commit_info": present}
+    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if run["commit_info"] != present:
+        raise ValueError(
+            f"{path} is a record of commit {run['commit_info']['id'][:10]}: remove it, or name another file"
+        )
+    return run
+
+
 def add(path: Path, group: str, results: Mapping[str, Result], *, baseline: str, threads: int) -> None:
     """Add a group to a record of the form that pytest-benchmark writes, made if missing; one of its name is replaced.
 
@@ -50,17 +67,11 @@ def add(path: Path, group: str, results: Mapping[str, Result], *, baseline: str,
         threads: Number of threads of each.
 
     Raises:
-        ValueError: The record is of another commit: what stands in one file would not be comparable.
+        ValueError: The record is of another commit.
     """
-    run: dict[str, Any] = {"benchmarks": [], "left_out": {}, "commit_info": commit()}
-    if path.exists():
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if run["commit_info"] != commit():
-            raise ValueError(
-                f"{path} is a record of commit {run['commit_info']['id'][:10]}: remove it, or name another file"
-            )
+    run = opened(path)
     peers = {result.info["package"]: result.info["version"] for result in results.values() if "package" in result.info}
-    run["machine_info"] = run.get("machine_info", {}) | _machine() | {"threads": threads} | peers
+    run["machine_info"] = run.get("machine_info", {}) | peers | _machine() | {"threads": threads}
     run["datetime"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     run["benchmarks"] = [benchmark for benchmark in run["benchmarks"] if benchmark["group"] != group]
     for name, result in results.items():

@@ -161,6 +161,8 @@ def opened(start: Callable[[float], Apart], inputs: Inputs, place: Path, result:
 
 def turned(entry: Entry, efforts: Sequence[int], practice: np.ndarray, exact: Any) -> int:
     """The least effort that agrees well enough; where none does, the least that agrees nearly as well as any."""
+    if len(efforts) == 1:
+        return efforts[0]
     agreements: dict[int, float] = {}
     for entry.effort in efforts:
         agreements[entry.effort] = agreement([entry.search(query)[0] for query in practice], exact, BEST)
@@ -186,10 +188,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "finelip-ring", help="embeddings")
     parser.add_argument("--out", type=Path, help="the record: a JSON file, to which a group is added")
     options = parser.parse_args()
+    if options.out:
+        record.opened(options.out)  # refused now, rather than after the race
 
     pythons = dict(text.split("=", 1) for text in options.python)
-    parts = [part.strip() for part in options.only.split(";")]
-    names = [name for name in CONTENDERS if any(part in name for part in parts)]
+    names = [name for name in CONTENDERS if any(part.strip() in name for part in options.only.split(";"))]
 
     def start(name: str, limit: float) -> Apart:
         python = pythons.get(CONTENDERS[name]().package, sys.executable)

@@ -258,8 +258,8 @@ class QdrantEdge(Contender):
         for first in range(0, len(rows), 1_000):
             points = []
             for number, tokens in enumerate(rows[first : first + 1_000].tolist(), start=first):
-                named = {"tokens": tokens, "global": tokens[0]} if self.knob else {"tokens": tokens}
-                points.append(qdrant.Point(number, named, None))
+                stored = {"tokens": tokens, "global": tokens[0]} if self.knob else {"tokens": tokens}
+                points.append(qdrant.Point(number, stored, None))
             shard.update(qdrant.UpdateOperation.upsert_points(points))
         shard.optimize()
         shard.flush()

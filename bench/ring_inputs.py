@@ -25,7 +25,7 @@ from finelip_fast.datasets import Scenes
 
 AT_ONCE, PRACTICE = 1_000, 30
 _IN_FLOAT64 = 200  # items at once
-_MIXED_IN = 0.3
+_MIXED_IN, _MIXED_AT_ONCE = 0.3, 10_000
 
 Array = npt.NDArray[Any]
 
@@ -86,15 +86,14 @@ def mixed(items: Array, count: int) -> Array:
 
     They lie where drawn ones do, and closer to each other than those: more rivals for every place among the best.
     """
-    numbers = np.arange(len(items), count)
-    rounds, rows = np.divmod(numbers, len(items))
-    others = (rows + 7_919 * rounds) % len(items)
-    further = [
-        (1 - _MIXED_IN) * items[some].astype(np.float32) + _MIXED_IN * items[partners].astype(np.float32)
-        for some, partners in zip(_parts(rows), _parts(others), strict=True)
-    ]
-    units = [(rows / np.linalg.norm(rows, axis=2, keepdims=True)).astype(np.float16) for rows in further]
-    return np.concatenate([items, *units])
+    rounds, rows = np.divmod(np.arange(len(items), count), len(items))
+    partners = (rows + 7_919 * rounds) % len(items)
+    further = np.empty((len(rows), *items.shape[1:]), items.dtype)
+    for first in range(0, len(rows), _MIXED_AT_ONCE):
+        part = slice(first, first + _MIXED_AT_ONCE)
+        moved = (1 - _MIXED_IN) * items[rows[part]].astype(np.float32) + _MIXED_IN * items[partners[part]]
+        further[part] = moved / np.linalg.norm(moved, axis=2, keepdims=True)
+    return np.concatenate([items, further])
 
 
 def exact_scores(queries: Tensor, items: Tensor, alpha: float) -> dict[str, Tensor]:
@@ -153,7 +152,3 @@ def _embed(first: int, path: Path) -> None:
     world = Scenes("train", first + AT_ONCE, image_size=engine.config.image_size)
     pictures = (world[number].draw() for number in range(first, first + AT_ONCE))
     save(path, engine.embed_images(pictures).half().numpy())
-
-
-def _parts(array: Array) -> list[Array]:
-    return [array[first : first + 10_000] for first in range(0, len(array), 10_000)]
