@@ -27,7 +27,7 @@ class Contender:
 
     Attributes:
         package, modules: Name of the package, as it is installed, and what is imported of it and beside it.
-        answers: Which ten are looked for: ``BOTH_WAYS`` or ``ONE_WAY``.
+        answers: Question of which ten are the best: ``BOTH_WAYS`` or ``ONE_WAY``.
         knob: What trades speed for agreement; empty: nothing does.
         efforts: Settings of the knob from fast to thorough.
     """

@@ -173,10 +173,13 @@ class Infinity(Encoder):
     def open(self, checkpoint: Path, folder: Path) -> None:
         from infinity_emb import EngineArgs, SyncEngineArray
 
-        dtype = {"fp32": "float32", "int8": "int8"}[self.precision]
-        where = str(checkpoint / "transformers")
         options = EngineArgs(
-            where, engine="torch", device="cpu", dtype=dtype, served_model_name="clip", model_warmup=False
+            model_name_or_path=str(checkpoint / "transformers"),
+            served_model_name="clip",
+            engine="torch",
+            device="cpu",
+            dtype={"fp32": "float32", "int8": "int8"}[self.precision],
+            model_warmup=False,
         )
         self.engines = SyncEngineArray.from_args([options])
 

@@ -64,10 +64,11 @@ def race(
         for number, name in enumerate(names):
             place = folder / str(number)
             place.mkdir()
-            print(name, flush=True)
             try:
                 opened[name], about = ready(partial(start, name), checkpoint, place)
+                print(f"{name}: ready", flush=True)
             except Failure as failure:
+                print(f"{name}: {failure}", flush=True)
                 for by_name in results.values():
                     by_name[name].refusal = str(failure)
                 continue
