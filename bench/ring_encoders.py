@@ -86,7 +86,7 @@ class Ours(Encoder):
 
         if self.engine == "torch":
             precision = None if self.precision == "fp32" else self.precision
-            engine = finelip_fast.Retriever(checkpoint, engine="torch", precision=precision).engine
+            engine = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu", precision=precision).engine
             self.embed = {CAPTIONS: engine.embed_texts, PICTURES: engine.embed_images}
             return
         config = finelip_fast.load(checkpoint).config

@@ -53,7 +53,7 @@ def race(
     start: Start, names: Sequence[str], checkpoint: Path, folder: Path, work: dict[tuple[str, int], list[Any]]
 ) -> dict[tuple[str, int], dict[str, Result]]:
     """Results by the kind and the size of a batch, and the contender."""
-    engine = finelip_fast.Retriever(checkpoint, engine="torch").engine
+    engine = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu").engine
     expected = {
         (kind, size): (engine.embed_texts if kind == CAPTIONS else engine.embed_images)(batch)[:, 0].numpy()
         for (kind, size), batch in work.items()

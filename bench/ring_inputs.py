@@ -59,7 +59,7 @@ def scenes(folder: Path, count: int, queries: int, *, alpha: float | None = None
         alpha: Weight of the global cosine; None: the model's.
         drawn: Number of pictures, in whole thousands; None: all of ``count``. Further items are :func:`mixed`.
     """
-    engine = Retriever(engine="torch").engine
+    engine = Retriever(engine="torch", device="cpu").engine
     cache = folder / f"scenes-{engine.fingerprint[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     drawn = count if drawn is None else min(drawn, count)
@@ -148,7 +148,7 @@ def _drawn(cache: Path, count: int) -> Array:
 
 
 def _embed(first: int, path: Path) -> None:
-    engine = Retriever(engine="torch").engine
+    engine = Retriever(engine="torch", device="cpu").engine
     world = Scenes("train", first + AT_ONCE, image_size=engine.config.image_size)
     pictures = (world[number].draw() for number in range(first, first + AT_ONCE))
     save(path, engine.embed_images(pictures).half().numpy())
