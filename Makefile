@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
 
-.PHONY: demo test lint stubs docs bench record clean
+.PHONY: demo test lint stubs docs bench record ring clean
 
 demo: $(INSTALLED)
 	$(BIN)/finelip demo
@@ -43,6 +43,15 @@ record: $(READY)
 		name=$$(basename $$path .py); \
 		$(BIN)/pytest $$path --benchmark-only --benchmark-json=bench/results/$(MACHINE)/$${name#test_}.json || exit 1; \
 	done
+	$(BIN)/python bench/report.py
+
+# Peers, to bench/results/$(MACHINE)/. Packages that need an environment of their own: RING="--python fast-plaid=PATH".
+ring: $(READY)
+	$(BIN)/pip install --quiet --editable '.[peers]'
+	for items in 20000 200000; do \
+		$(BIN)/python bench/ring.py --items $$items --out bench/results/$(MACHINE)/ring.json $(RING) || exit 1; \
+	done
+	$(BIN)/python bench/ring_encoding.py --out bench/results/$(MACHINE)/encoding.json $(RING)
 	$(BIN)/python bench/report.py
 
 # Installed again when the requirements change; the package itself is installed in place. The demo ends by naming a server.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from finelip_fast.kernels.floor import seconds
+from finelip_fast.model import FineLIP
 
 # Elements of the similarities that tuned plain PyTorch tries to hold at once: from within the L2 cache to far beyond it.
 _ELEMENTS_AT_ONCE = (1 << 22, 1 << 24, 1 << 26, 1 << 28)
@@ -101,3 +102,29 @@ def exact_scores(images: Tensor, captions: Tensor, *, alpha: float = 0.8) -> Ten
     """``[B_i, B_t]`` in float64, few at a time."""
     rows = [plain_torch(block.double(), captions.double(), alpha=alpha, at_once=4) for block in images.split(1_000)]
     return torch.cat(rows)
+
+
+def in_open_clip(model: FineLIP) -> Any:
+    """open_clip's own model with a model's weights: its towers carry the same names."""
+    import open_clip
+
+    config = model.config
+    vision = {
+        "image_size": config.image_size,
+        "layers": config.vision_layers,
+        "width": config.vision_width,
+        "patch_size": config.patch_size,
+    }
+    text = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.text_width,
+        "heads": config.text_heads,
+        "layers": config.text_layers,
+    }
+    reference = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).eval()
+    state = model.state_dict()
+    weights = {name: value for name, value in state.items() if name.startswith("visual.")}
+    weights |= {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+    reference.load_state_dict(weights | {"logit_scale": state["logit_scale"]})
+    return reference

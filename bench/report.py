@@ -30,6 +30,24 @@ RESULTS = ROOT / "bench" / "results"
 Run = dict[str, Any]  # a file that pytest-benchmark wrote
 Row = dict[str, Any]  # a contender of it: what ``contest.py`` recorded
 
+# Packages whose versions a record may hold.
+PEERS = (
+    "late-interaction-kernels",
+    "flash-maxsim",
+    "open-clip-torch",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+    "pylance",
+    "fast-plaid",
+    "infinity-emb",
+    "lancedb",
+    "qdrant-client",
+    "qdrant-edge-py",
+    "sentence-transformers",
+    "usearch",
+)
+
 _DIRECTIONS = (("i2t", "image→text"), ("t2i", "text→image"))
 
 _RECALL_MARK = re.compile(r"(<!-- recall (?P<file>[^\s:]+) -->\n).*?(<!-- /recall -->)", re.DOTALL)
@@ -67,6 +85,7 @@ def table(rows: list[Row]) -> str:
     """A group as Markdown."""
     columns = {
         "": lambda row: row["contender"],
+        "finds the best": lambda row: row.get("answers", ""),
         "median": lambda row: _time(row["p50"]),
         "20 % to 80 %": lambda row: f"{_time(row['p20'])} to {_time(row['p80'])}" if "p20" in row else "",
         f"speed beside {rows[0]['baseline']}": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.3g}x",
@@ -77,15 +96,28 @@ def table(rows: list[Row]) -> str:
         "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
         "recall@1 changes by": lambda row: f"{100 * row['recall_change']:.2g} points" if "recall_change" in row else "",
         "agrees with exact": lambda row: f"{row['agreement']:.1%}" if "agreement" in row else "",
+        "agrees with exact, one way": lambda row: (
+            f"{row['agreement_one_way']:.1%}" if "agreement_one_way" in row else ""
+        ),
+        "setting": lambda row: row.get("setting", ""),
         "candidates": lambda row: f"{row['candidates']:,}" if "candidates" in row else "",
         "items a second": lambda row: f"{row['items_per_second']:,.0f}" if "items_per_second" in row else "",
         "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
+        "on disk": lambda row: f"{row['disk_mib']:,.0f} MiB" if "disk_mib" in row else "",
+        "in memory": lambda row: f"{row['memory_mib']:,.0f} MiB" if "memory_mib" in row else "",
+        "built in": lambda row: _time(row["build_seconds"]) if "build_seconds" in row else "",
         "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
     }
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     filled = {name: column for name, column in cells.items() if any(column)}
     lines = ["|".join(filled), "|".join("---" for _ in filled), *map("|".join, zip(*filled.values(), strict=True))]
     return "".join(f"|{line}|\n" for line in lines)
+
+
+def left_out(run: Run, group: str) -> str:
+    """Contenders of a group that have no result, and why; empty: there are none."""
+    reasons = run.get("left_out", {}).get(group, {})
+    return f"\nLeft out: {'; '.join(f'{name} ({reason})' for name, reason in reasons.items())}.\n" if reasons else ""
 
 
 def recall_table(rows: list[Row]) -> str:
@@ -104,8 +136,7 @@ def source(run: Run) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     processor = machine.get("cpu", {}).get("brand_raw", machine["machine"])
     hardware = ", ".join(machine["gpus"]) or f"{processor}, {machine['threads']} threads"
-    peers = ("late-interaction-kernels", "flash-maxsim", "onnxruntime", "tensorrt", "tensorrt-rtx", "pylance")
-    packages = {"PyTorch": "torch", "Triton": "triton"} | {name: name for name in peers}
+    packages = {"PyTorch": "torch", "Triton": "triton"} | {name: name for name in PEERS}
     versions = ", ".join(f"{title} {machine[name]}" for title, name in packages.items() if machine.get(name))
     dirty = " with changes" if commit["dirty"] else ""
     return f"{hardware}; {versions}; commit {commit['id'][:10]}{dirty}, {run['datetime'][:10]}."
@@ -118,7 +149,7 @@ def page(folder: Path) -> str:
         parts.append("![Achieved operations a second over operations a byte](roofline.png)\n")
     for name, run in runs(folder):
         parts.append(f"## {name}\n\n{source(run)}\n")
-        parts += [f"### {group}\n\n{table(rows)}" for group, rows in groups(run).items()]
+        parts += [f"### {group}\n\n{table(rows)}{left_out(run, group)}" for group, rows in groups(run).items()]
     return "\n".join(parts)
 
 
@@ -140,7 +171,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def fill(mark: re.Match[str]) -> str:
         run = read(mark)
-        return f"{mark[1]}\n{table(groups(run)[mark['group']])}\n{source(run)}\n\n{mark[4]}"
+        group = mark["group"]
+        return f"{mark[1]}\n{table(groups(run)[group])}{left_out(run, group)}\n{source(run)}\n\n{mark[4]}"
 
     def fill_recall(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{recall_table(read(mark)['rows'])}\n{mark[3]}"

@@ -15,10 +15,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from baselines import in_open_clip
 from contest import Contender, Result, clock, compete
 from inputs import DEVICE, ON_GPU
 from torch import Tensor
@@ -67,27 +67,7 @@ def model() -> FineLIP:
 
 @cache
 def open_clip_model() -> Any:
-    """open_clip's own, with our weights: its towers carry the same names."""
-    config = model().config
-    vision = {
-        "image_size": config.image_size,
-        "layers": config.vision_layers,
-        "width": config.vision_width,
-        "patch_size": config.patch_size,
-    }
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
-    reference = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).eval()
-    our_weights = model().state_dict()
-    weights = {name: value for name, value in our_weights.items() if name.startswith("visual.")}
-    weights |= {name.removeprefix("text."): value for name, value in our_weights.items() if name.startswith("text.")}
-    reference.load_state_dict(weights | {"logit_scale": our_weights["logit_scale"]})
-    return reference.to(DEVICE, torch.float16 if ON_GPU else torch.float32)
+    return in_open_clip(model()).to(DEVICE, torch.float16 if ON_GPU else torch.float32)
 
 
 @cache
