@@ -75,7 +75,7 @@ def scores(
     block_rows = min(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // (block_queries * query_tokens))
     block_items = max(1, block_rows // item_tokens)
     tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
-    scratch = _Scratch()
+    scratch = Scratch()
     with torch.no_grad():
         for query_block in _slices(n_queries, block_queries):
             some_scales = None if query_scales is None else query_scales[query_block]
@@ -91,7 +91,7 @@ def scores(
 
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     """Scores of sets of one row each: their cosine is all that there is, and ``fine`` follows from it."""
-    scratch, parts = _Scratch(), []
+    scratch, parts = Scratch(), []
     # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
     columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
@@ -168,7 +168,7 @@ def _anchors(block: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def _tiles(
-    items: Tensor, scales: Tensor | None, columns: _Columns, height: int, rounded: bool, scratch: _Scratch
+    items: Tensor, scales: Tensor | None, columns: _Columns, height: int, rounded: bool, scratch: Scratch
 ) -> Iterator[Tensor]:
     """Similarities of a block of items, ``[height, w]`` at a time."""
     rows = items.reshape(-1, items.shape[2])
@@ -182,7 +182,7 @@ def _tiles(
 
 
 def _fine(
-    tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: _Scratch
+    tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: Scratch
 ) -> Tensor:
     """Tiles ``[tile_items * L_i, w]`` of similarities to ``[n, q]``."""
     n_queries, query_tokens = columns.shape
@@ -203,7 +203,7 @@ def _fine(
 # Products ``rows [m, D] @ columns [D, w]`` in float32, ``[height, w]`` at a time, in memory that the next one overwrites.
 
 
-class _Scratch:
+class Scratch:
     """Memory that all blocks share: fresh pages would cost more than the maxima."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ class _Scratch:
         return memory[:elements].view(*shape)
 
 
-def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", rows.shape).copy_(rows)
     if cpu.suits_onednn(rows):
@@ -226,7 +226,7 @@ def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
     yield from product.split(height)
 
 
-def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratch) -> Iterator[Tensor]:
     if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 one by one
         rows = scratch("rows", rows.shape).copy_(rows)
     if rows.dtype != torch.bfloat16:
@@ -235,7 +235,7 @@ def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
         yield scratch("wide", part.shape).copy_(part)  # maxima in float32 are faster
 
 
-def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: Scratch) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
     rounded = torch.mm(rows, columns, out=scratch("rounded", shape, torch.bfloat16))
     lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", shape, torch.bfloat16))
@@ -265,7 +265,7 @@ def rounding_error(dtype: torch.dtype) -> float | None:
 
 
 def _int8_tiles(
-    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: _Scratch
+    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
 ) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
     if cpu.has("vnni"):
