@@ -78,6 +78,7 @@ def table(rows: list[Row]) -> str:
         "recall@1 changes by": lambda row: f"{100 * row['recall_change']:.2g} points" if "recall_change" in row else "",
         "agrees with exact": lambda row: f"{row['agreement']:.1%}" if "agreement" in row else "",
         "candidates": lambda row: f"{row['candidates']:,}" if "candidates" in row else "",
+        "bytes an item": lambda row: f"{row['item_bytes']:,}" if "item_bytes" in row else "",
         "items a second": lambda row: f"{row['items_per_second']:,.0f}" if "items_per_second" in row else "",
         "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
         "more memory": lambda row: f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "",
