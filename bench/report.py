@@ -101,6 +101,7 @@ def table(rows: list[Row]) -> str:
         ),
         "setting": lambda row: row.get("setting", ""),
         "candidates": lambda row: f"{row['candidates']:,}" if "candidates" in row else "",
+        "bytes an item": lambda row: f"{row['item_bytes']:,}" if "item_bytes" in row else "",
         "items a second": lambda row: f"{row['items_per_second']:,.0f}" if "items_per_second" in row else "",
         "scored again": lambda row: f"{row['rescored']:.0f}" if "rescored" in row else "",
         "on disk": lambda row: f"{row['disk_mib']:,.0f} MiB" if "disk_mib" in row else "",

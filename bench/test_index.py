@@ -6,7 +6,8 @@
 the disk when it writes. To *load* is to have every embedding in memory, where a search finds it.
 
 What a search in two stages loses is measured on ``FINELIP_BENCH_INDEX_SCENES`` (20,000) pictures of Scenes, searched by the
-descriptions of some. Their index stays in ``FINELIP_BENCH_FOLDER``, for the next time.
+descriptions of some. Their index stays in ``FINELIP_BENCH_FOLDER``, for the next time. First stages are compared at an alpha
+of ``FINELIP_BENCH_ALPHA`` (0.25), where tokens count, on these pictures and on random items.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ SCENES = int(os.environ.get("FINELIP_BENCH_INDEX_SCENES", 20_000))
 SPEC = IndexSpec("bench", TOKENS, WIDTH)
 BATCH, FETCHED, BEST, CANDIDATES = 1_600, 200, 10, 200
 ITEM_BYTES = 2 * TOKENS * WIDTH
+
+ALPHA = float(os.environ.get("FINELIP_BENCH_ALPHA", "0.25"))
+EXACT = "exact-int8"
+FIRST_STAGES: dict[str, tuple[Any, int | None]] = {
+    "global rows": ("two-stage", None),
+    "sketch, 1 bit": ("sketch", 1),
+    "sketch, 2 bits": ("sketch", 2),
+}
+CANDIDATES_TRIED = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
 
 OURS, LANCE = "finelip_fast", "Lance"
 GLOBAL, WHOLE = "global rows alone", "whole embeddings"
@@ -316,8 +326,8 @@ def searched_globally(count: int) -> dict[str, Result]:
 
 
 @cache
-def scenes() -> dict[str, Result]:
-    """Pictures of Scenes, searched by the descriptions of 200 of them."""
+def described() -> tuple[Index, Tensor, list[str]]:
+    """An index of pictures of Scenes, embeddings of the descriptions of 200 of them, and their ids."""
     folder = Path(os.environ.get("FINELIP_BENCH_FOLDER", workplace()))
     retriever = finelip_fast.Retriever(index=folder / f"scenes-{SCENES}", engine="torch")
     world = Scenes("train", SCENES, image_size=retriever.engine.config.image_size)
@@ -326,12 +336,51 @@ def scenes() -> dict[str, Result]:
     sample = [world[number] for number in range(0, SCENES, max(1, SCENES // 200))][:200]
     queries = retriever.engine.embed_texts([scene.caption for scene in sample])
     retriever.index.search(queries[:1], BEST, mode="exact-int8")
-    tuning, _ = tune(retriever.index, queries, answers=[scene.id for scene in sample], progress=False)
+    return retriever.index, queries, [scene.id for scene in sample]
+
+
+@cache
+def scenes() -> dict[str, Result]:
+    """Pictures of Scenes, searched by the descriptions of 200 of them."""
+    index, queries, answers = described()
+    tuning, _ = tune(index, queries, answers=answers, modes=["two-stage"], progress=False)
     measured = {"agreement": tuning.agreement, "candidates": tuning.candidates, "recall_change": tuning.recall_change}
     return {
         "exact-int8": Result([tuning.seconds["exact"]]),
         "two-stage": Result([tuning.seconds["two-stage"]], measured),
     }
+
+
+@cache
+def staged() -> dict[str, Result]:
+    """First stages that choose 100 candidates each among pictures of Scenes, and as many as agree in 99.9 %."""
+    index, queries, answers = described()
+    options = {"answers": answers, "alpha": ALPHA, "agreement": 0.999, "progress": False}
+    return _first_stages(index, queries, options)
+
+
+@cache
+def staged_at_random(count: int) -> dict[str, Result]:
+    """The same among random items, each query one of them that was disturbed: rows in all directions alike."""
+    index = stores(count)[0][OURS].index
+    noise = unit_rows(20, dtype=torch.float32, seed=4).cpu()
+    rows = index._store.view().read(torch.arange(20) * (count // 20)).float()
+    queries = torch.nn.functional.normalize(rows + noise, dim=-1)
+    index.search(queries[:1], BEST, mode="exact-int8")
+    return _first_stages(index, queries, {"alpha": ALPHA, "agreement": 0.999, "progress": False})
+
+
+def _first_stages(index: Index, queries: Tensor, options: dict[str, Any]) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    global_bytes = index.spec.width + 4
+    for name, (mode, bits) in FIRST_STAGES.items():
+        size = global_bytes + (index.build_sketches(bits=bits) // len(index) if bits else 0)
+        for candidates, label in (([100], "100 candidates"), (CANDIDATES_TRIED, "99.9 %")):
+            tuning, _ = tune(index, queries, modes=[mode], candidates=candidates, **options)
+            info = {"agreement": tuning.agreement, "candidates": tuning.candidates, "item_bytes": size}
+            results[f"{name}, {label}"] = Result([tuning.seconds[mode]], info)
+            results[EXACT] = Result([tuning.seconds["exact"]])
+    return results
 
 
 # The benchmarks -------------------------------------------------------------------------------------------------------
@@ -387,3 +436,23 @@ def test_global_search(benchmark: Any, count: int, contender: str) -> None:
 def test_scenes(benchmark: Any, contender: str) -> None:
     group = f"best {BEST} of {SCENES:,} pictures of Scenes for 1 description"
     clock.into(benchmark, scenes(), contender, group=group, baseline="exact-int8")
+
+
+every_first_stage = pytest.mark.parametrize(
+    "contender", [EXACT, *(f"{name}, {label}" for name in FIRST_STAGES for label in ("100 candidates", "99.9 %"))]
+)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_first_stage
+def test_first_stages(benchmark: Any, contender: str) -> None:
+    group = f"first stages, best {BEST} of {SCENES:,} pictures of Scenes for 1 description, alpha {ALPHA:g}"
+    clock.into(benchmark, staged(), contender, group=group, baseline=EXACT)
+
+
+@pytest.mark.benchmark(timer=clock)
+@every_count
+@every_first_stage
+def test_first_stages_at_random(benchmark: Any, count: int, contender: str) -> None:
+    group = f"first stages, best {BEST} of {count:,} random items for 1 query, alpha {ALPHA:g}"
+    clock.into(benchmark, staged_at_random(count), contender, group=group, baseline=EXACT)

@@ -42,7 +42,7 @@ class Hit:
         global_score: Cosine of the two global embeddings, in [-1, 1].
         fine_score: Late interaction of all tokens in both directions, in [-0.2, 2]; None without trained aggregators.
         metadata: What was given with it.
-        mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result) or ``"two-stage"``.
+        mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result), ``"two-stage"`` or ``"sketch"``.
         path: File of a picture that came from a folder, absolute; None: of anything else.
         stands_out: How far the score stands out of those of the items that were searched, from 0 to 1: a probability that the
             hit matches, calibrated on the bundled model's drawn scenes, and a guide for other checkpoints. None: not

@@ -450,8 +450,9 @@ class Retriever:
             image: Picture or list of pictures to search by instead of a text.
             k: Number of hits; fewer are returned where the index has fewer.
             mode: ``"exact"``; ``"exact-int8"``, the same result from half the bytes; ``"two-stage"``, which may miss hits;
-                ``"auto"``: two stages where ``finelip index tune`` has measured that few enough are missed, else exact. See
-                :mod:`finelip_fast.index.search`.
+                ``"sketch"``, two stages of which the first sees tokens, too, and misses fewer where these count; ``"auto"``:
+                the one of these two that ``finelip index tune`` has chosen, where it has measured that few enough are missed,
+                else exact. See :mod:`finelip_fast.index.search`.
             where: Expression that the metadata of items must satisfy: ``"camera = 'front' and year >= 2024"``. See
                 :mod:`finelip_fast.index.filters`.
             alpha: Weight of the global cosine in this search; None: the retriever's.

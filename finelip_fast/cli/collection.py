@@ -199,7 +199,7 @@ def _watchfiles() -> Any:
 @click.option("-k", "k", type=int, default=10, help="Number of hits.")
 @index_option
 @where_option
-@click.option("--mode", default="auto", help="Mode of the search: auto, exact, exact-int8, two-stage.")
+@click.option("--mode", default="auto", help="Mode of the search: auto, exact, exact-int8, two-stage, sketch.")
 @alpha_option
 @click.option("--verify", is_flag=True, help="Compare the whole index with its checksums first.")
 @click.option("--paths", is_flag=True, help="Show the paths of the pictures alone.")

@@ -30,6 +30,8 @@ from finelip_fast.errors import InputError, StoreError
 
 _MAX_QUERIES = 1 << 28  # bytes
 
+bits_option = click.option("--bits", type=int, default=1, help="Bits of a sketch for each column of a row: 1, 2.")
+
 
 class _Count(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
     """A number of items, with a unit where it is large."""
@@ -175,6 +177,20 @@ def _faiss(index: str, lists: int | None) -> str:
     return f"searches of {index} in two stages start with faiss now; finelip index tune measures them"
 
 
+@index.command("sketch")
+@index_option
+@bits_option
+def _sketch(index: str, bits: int) -> str:
+    """Make a first stage of two that compares all tokens, in one or two bits a column, and keep it with the index.
+
+    Searches with --mode sketch start with it. What is added from now on gets it too.
+    """
+    from finelip_fast.index import stored_index
+
+    size = stored_index(index).build_sketches(bits=bits)
+    return f"{size:,} bytes; searches of {index} with --mode sketch start with them, finelip index tune measures them"
+
+
 @index.command("tune")
 @index_option
 @click.option(
@@ -198,7 +214,7 @@ def _tune(
     alpha: float | None,
     model: ModelOptions,
 ) -> dict[str, Any]:
-    """Measure what a search in two stages loses, and keep the choice."""
+    """Measure what a search in two stages loses, by sketches too where there are any, and keep the choice."""
     from dataclasses import asdict
 
     from finelip_fast.index import stored_index
@@ -221,15 +237,18 @@ def _tune(
         alpha=alpha,
         progress=shows_progress(),
     )
-    return {"chosen": asdict(tuning), "tried": {f"{trial.candidates} candidates": trial._asdict() for trial in trials}}
+    names = {"two-stage": "{} candidates", "sketch": "{} candidates by sketch"}
+    tried = {names[trial.mode].format(trial.candidates): trial._asdict() for trial in trials}
+    return {"chosen": asdict(tuning), "tried": tried}
 
 
 @index.command("plan")
 @click.option("--items", required=True, type=_Count(), metavar="COUNT", help="Number of items: 20000, 200k, 100M, 1B.")
 @click.option("--dtype", default="float16", help="Type of the numbers that are stored: float16, int8.")
 @click.option("--candidates", type=int, default=400, help="Candidates of a search in two stages.")
+@bits_option
 @model_options
-def _plan(items: int, dtype: str, candidates: int, model: ModelOptions) -> Any:
+def _plan(items: int, dtype: str, candidates: int, bits: int, model: ModelOptions) -> Any:
     """Foretell what an index of so many items takes on this machine."""
     import torch
 
@@ -244,9 +263,9 @@ def _plan(items: int, dtype: str, candidates: int, model: ModelOptions) -> Any:
         return len(batch)
 
     rates = measure(
-        config.tokens, config.embed_dim, alpha=engine.alpha, device=engine.device, encode_batch=encode_batch
+        config.tokens, config.embed_dim, alpha=engine.alpha, device=engine.device, encode_batch=encode_batch, bits=bits
     )
-    return plan(items, config.tokens, config.embed_dim, rates, dtype=dtype, candidates=candidates)
+    return plan(items, config.tokens, config.embed_dim, rates, dtype=dtype, candidates=candidates, bits=bits)
 
 
 def _store_options(function: Callable[..., Any]) -> Callable[..., Any]:

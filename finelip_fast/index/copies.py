@@ -1,4 +1,4 @@
-"""Embeddings of a float16 segment once more in int8, in a file of the folder ``cache``.
+"""What is made of a segment's embeddings and kept in a file of the folder ``cache``: copies in int8, sketches.
 
 What is kept there is never needed: where it cannot be written, and of embeddings that are not what was written, it is made in
 memory.
@@ -6,8 +6,10 @@ memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +28,34 @@ from finelip_fast.index.arrays import (
     refuse_link,
     write_arrays,
 )
-from finelip_fast.kernels import QuantizedItems, quantize_items
 
 
-class Int8Copies:
-    """The copies of one segment.
+class Kind(NamedTuple):
+    """What a file of copies must be.
 
-    Args:
-        segment: Name of its file.
-        tokens: Its embeddings, float16 ``[n, L, D]``.
-        written: The digest of the embeddings when they were written; None: of a time when it was not kept, or in memory.
+    Attributes:
+        name: Name of the file.
+        arrays: Dtype and shape of each array, by name.
+        notes: Notes that it must have beside its checksums.
     """
 
-    def __init__(self, segment: str, tokens: Tensor, digest: str | None) -> None:
-        self._name, self._tokens, self._written = cache_name(segment), tokens, digest
+    name: str
+    arrays: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    notes: dict[str, str]
+
+
+class Copies:
+    """Copies of one kind of one segment.
+
+    Args:
+        kind: What they are.
+        embeddings: What they are made of, arrays of the segment.
+        digest_written: The digest of the embeddings when they were written; None: of a time when it was not kept, or in
+            memory.
+    """
+
+    def __init__(self, kind: Kind, embeddings: Mapping[str, Tensor], digest_written: str | None) -> None:
+        self.kind, self._embeddings, self._written = kind, dict(embeddings), digest_written
         self._mapped: tuple[Path, int] | None = None  # the file, and its length
 
     @property
@@ -51,29 +67,20 @@ class Int8Copies:
         """The contents of the file that is kept, if it says that it was made of these embeddings."""
         try:
             refuse_link(cache)
-            contents = read_contents(cache / self._name)
+            contents = read_contents(cache / self.kind.name)
         except (OSError, StoreError):
             return None
-        rows, tokens, width = self._tokens.shape
-        shapes = {
-            "values": (rows, tokens, width),
-            "scales": (rows, tokens),
-            "terms": (rows, 6),
-            "anchors": (rows, 1, width),
-        }
-        dtypes = {"values": torch.int8, "anchors": torch.float16}
-        is_right = {name: (place.dtype, place.shape) for name, place in contents.places.items()} == {
-            name: (dtypes.get(name, torch.float32), shape) for name, shape in shapes.items()
-        }
         rows_of = contents.notes.get(DIGEST)
+        is_right = {name: (place.dtype, place.shape) for name, place in contents.places.items()} == self.kind.arrays
+        is_right &= self.kind.notes.items() <= contents.notes.items()
         return contents if is_right and rows_of and self._written in (None, rows_of) else None
 
-    def read(self, cache: Path) -> QuantizedItems | None:
+    def read(self, cache: Path) -> dict[str, Tensor] | None:
         """What is kept, compared with its checksums; None: nothing, or nothing sound."""
         contents = self.contents(cache)
         if contents is None:
             return None
-        path = cache / self._name
+        path = cache / self.kind.name
         try:
             if file_checksums(path, contents) != {name: contents.notes.get(name) for name in contents.places}:
                 return None
@@ -81,30 +88,53 @@ class Int8Copies:
         except (OSError, StoreError):
             return None
         self._mapped = path, contents.size
-        return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
+        return arrays
 
-    def make(self, cache: Path) -> QuantizedItems:
-        """The copies, kept from now on where that can be."""
-        items = quantize_items(self._tokens)
-        rows = digest(checksums({"tokens": self._tokens}))
+    def keep(self, cache: Path, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies that were made, from now on as they are kept, where that can be."""
+        rows = digest(checksums(self._embeddings))
         if self._written in (None, rows):
-            notes = {DIGEST: rows, **array_checksums(items._asdict())}
+            notes = {**self.kind.notes, DIGEST: rows, **array_checksums(arrays)}
             with suppress(StoreError, WriteError):
-                write_arrays(cache / self._name, items._asdict(), notes)
-                items = self.read(cache) or items
-        return items
+                write_arrays(cache / self.kind.name, arrays, notes)
+                arrays = self.read(cache) or arrays
+        return arrays
 
-    def drop_foreign(self, cache: Path) -> None:
-        """Remove those that were made of other embeddings.
 
-        Raises:
-            OSError: They cannot be removed.
-        """
-        contents = self.contents(cache)
-        if contents and contents.notes[DIGEST] != digest(checksums({"tokens": self._tokens})):
-            (cache / self._name).unlink(missing_ok=True)
+def drop_foreign(cache: Path, segment: str, embeddings: dict[str, Tensor]) -> None:
+    """Remove the copies of a segment that were made of other embeddings.
+
+    Raises:
+        OSError: They cannot be removed.
+    """
+    rows = None
+    for name in (cache_name(segment), sketch_name(segment)):
+        try:
+            refuse_link(cache)
+            made_of = read_contents(cache / name).notes.get(DIGEST)
+        except (OSError, StoreError):
+            continue
+        rows = rows or digest(checksums(embeddings))
+        if made_of != rows:
+            (cache / name).unlink(missing_ok=True)
 
 
 def cache_name(segment: str) -> str:
-    """The file in ``cache`` that belongs to a segment."""
+    """The file in ``cache`` that holds a segment in int8."""
     return segment if segment.endswith(".safetensors") else f"{segment}.safetensors"
+
+
+def sketch_name(segment: str) -> str:
+    """The file in ``cache`` that holds a segment's sketch."""
+    return f"{cache_name(segment).removesuffix('.safetensors')}.sketch.safetensors"
+
+
+def int8_kind(segment: str, rows: int, tokens: int, width: int) -> Kind:
+    """Copies in int8: the fields of :class:`finelip_fast.kernels.QuantizedItems`."""
+    arrays: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "values": (torch.int8, (rows, tokens, width)),
+        "scales": (torch.float32, (rows, tokens)),
+        "terms": (torch.float32, (rows, 6)),
+        "anchors": (torch.float16, (rows, 1, width)),
+    }
+    return Kind(cache_name(segment), arrays, {})

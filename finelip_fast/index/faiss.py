@@ -60,7 +60,8 @@ class FaissSource:
         self._view, self._file, self._covered, self._path, self._size = view, file, covered, path, size
         self.probes = probes or max(16, file.nlist // 8)
 
-    def __call__(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
+    def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
+        queries = queries[:, 0]
         with suppress(OSError):  # one that is gone can still be read from
             if self._path.stat().st_size < self._size:
                 return self._flat(queries, count, among)

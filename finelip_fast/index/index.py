@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import share, strings, whole_number
-from finelip_fast.errors import InputError, StoreError
+from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
@@ -23,6 +23,7 @@ from finelip_fast.index.fields import Field, fields_of
 from finelip_fast.index.forks import between_forks
 from finelip_fast.index.pages import Cursor
 from finelip_fast.index.search import (
+    TWO_STAGES,
     CandidateSource,
     Mode,
     Tuning,
@@ -31,12 +32,14 @@ from finelip_fast.index.search import (
     parts_of_scores,
     sampled_scores,
 )
+from finelip_fast.index.sketches import Sketches
 from finelip_fast.index.spec import IndexSpec, stored_spec
 from finelip_fast.index.standing import FEWEST, stands_out
 from finelip_fast.index.store import Existing, Store, Written
 from finelip_fast.index.view import View
+from finelip_fast.kernels.clim.sketch import BITS, check_bits
 
-_TUNING, _ROOT = "tuning", "root"
+_TUNING, _ROOT, _SKETCH = "tuning", "root", "sketch"
 _ITEMS_AT_ONCE = 8192
 _MOST_SAMPLED = 20_000  # items whose fields are looked at
 
@@ -110,6 +113,7 @@ class Index:
     def _open(self, store: Store) -> None:
         self._store = store
         self._stage: tuple[View, CandidateSource | None] | None = None
+        self._sketches = Sketches(store.cache_folder)
         self._fields: tuple[View, list[Field]] | None = None
         self.spec, self.source, self.device, self.folder = store.spec, store.source, store.device, store.folder
 
@@ -365,7 +369,9 @@ class Index:
                 JSON cannot hold.
             StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
         """
-        return self._store.add(ids, embeddings, metadata, existing=existing)
+        added = self._store.add(ids, embeddings, metadata, existing=existing)
+        self._sketch_changes()
+        return added
 
     def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
         """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
@@ -387,6 +393,7 @@ class Index:
             StoreError: An item is damaged, the disk refuses, or the index is closed; nothing was changed.
         """
         self._store.relabel(ids, new_ids, metadata)
+        self._sketch_changes()
 
     def delete(self, ids: Sequence[str]) -> None:
         """Take items out; with a folder they are gone for every later opening when this returns.
@@ -429,6 +436,7 @@ class Index:
             StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
         """
         self._store.adopt(segments, existing=existing)
+        self._sketch_changes()
 
     # Searching ---------------------------------------------------------------------------------------------------------
 
@@ -497,7 +505,7 @@ class Index:
         tuning = self.tuning
         count = len(view) if among is None else len(among)
         chosen = choose_mode(mode, view, tuning, k=k, alpha=alpha, items=count)
-        if candidates is None and tuning is not None:
+        if candidates is None and tuning is not None and tuning.mode == chosen:
             candidates = tuning.candidates
         scores, rows = best_rows(
             view,
@@ -507,7 +515,7 @@ class Index:
             mode=chosen,
             candidates=candidates,
             among=among,
-            source=self._first_stage(view),
+            source=self._first_stage(view, chosen, alpha),
         )
         rows = rows.cpu()
         positions = view.positions(rows)
@@ -528,8 +536,20 @@ class Index:
             standing = stands_out(scores, sampled_scores(view, queries, alpha=alpha, among=among).cpu(), count)
         return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
 
-    def _first_stage(self, view: View) -> CandidateSource | None:
-        """The first stage of two where :meth:`build_candidates` made one that suits the view; None: all global embeddings."""
+    def _first_stage(self, view: View, mode: Mode, alpha: float) -> CandidateSource | None:
+        """The first stage of two, as far as it is not all global embeddings: None then, and in the exact modes.
+
+        Of ``sketch`` it is made where it is missing. Of ``two-stage`` it is what :meth:`build_candidates` made, if that suits
+        the view.
+
+        Raises:
+            InputError: Embeddings too wide for a sketch.
+            StoreError: A segment cannot be read.
+        """
+        if mode == "sketch" and alpha != 1 and self.spec.tokens > 1 and len(view):
+            return self._sketches.source(view, self.sketch_bits or BITS[0])
+        if mode != "two-stage":
+            return None
         with between_forks(), self._store.view_lock:
             if self._stage is None or self._stage[0] is not view:
                 self._stage = view, faiss.find(view, self._store.cache_folder)
@@ -547,6 +567,49 @@ class Index:
             raise InputError("expected an index with a folder that can be written to")
         faiss.build(self._store.view(), self._store.cache_folder, lists=lists, progress=progress)
         self._stage = None
+
+    def build_sketches(self, *, bits: int = 1) -> int:
+        """Make sketches of all items, for searches with ``mode="sketch"``, and from now on of what is added.
+
+        Without it the first such search makes them.
+
+        Args:
+            bits: 1 or 2 for each column of a row.
+
+        Returns:
+            How many bytes they are.
+
+        Raises:
+            InputError: Another number of bits, or embeddings that are global rows alone or too wide.
+            StoreError: The index is closed or open at an older version, cannot be read, or the disk refuses.
+        """
+        check_bits(bits)
+        if self.spec.tokens == 1:
+            raise InputError(
+                "expected an index of embeddings with tokens, got one of global rows alone, which mode='exact' "
+                "compares as they are"
+            )
+        self._store.refuse_if_fixed()
+        self._store.catalogue.keep(_SKETCH, bits)
+        view = self._store.view()
+        return self._sketches.source(view, bits).bytes if len(view) else 0
+
+    @property
+    def sketch_bits(self) -> int | None:
+        """What :meth:`build_sketches` was told; None: it has not been called."""
+        bits = self._store.catalogue.note(_SKETCH)
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise StoreError(
+                f"what the index at {self.folder} notes of sketches cannot be read, {bits!r:.80}: run "
+                f"{remedies.sketch(self.folder)} again"
+            )
+        return bits
+
+    def _sketch_changes(self) -> None:
+        """Make sketches of new segments, if they are wanted; what fails is told by the next search that needs them."""
+        with suppress(FineLIPError, OSError):
+            if self.folder is not None and self.sketch_bits is not None and len(self):
+                self._sketches.source(self._store.view(), self.sketch_bits)
 
     @property
     def tuning(self) -> Tuning | None:
@@ -596,6 +659,7 @@ class Index:
         """
         report = upkeep.maintain(self._store)
         recovery.keep_copy(self._store)
+        self._sketch_changes()
         return report
 
     def lost(self) -> dict[str, int]:
@@ -617,8 +681,10 @@ def _tuning(**recorded: Any) -> Tuning:
         tuning.agreement,
         tuning.target,
         tuning.alpha,
-        *(tuning.seconds[mode] for mode in ("exact", "two-stage")),
+        *(tuning.seconds[mode] for mode in ("exact", tuning.mode)),
     ]
+    if tuning.mode not in TWO_STAGES:
+        raise ValueError
     if any(type(number) not in (int, float) for number in numbers):
         raise ValueError
     if any(type(count) is not int or count < 1 for count in (tuning.candidates, tuning.k, tuning.items)):

@@ -21,6 +21,7 @@ from finelip_fast.index.search import best_rows
 from finelip_fast.index.segments import DTYPES, Segment, encode
 from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
+from finelip_fast.kernels.clim.sketch import blocks, check_bits, fine_estimates, row_bytes, sketch_basis, sketch_items
 
 # Bytes of an item in the catalogue: a path of 60 characters, twice (row and index), and a line of metadata; and of both again
 # in the list beside its segment.
@@ -40,6 +41,8 @@ class Rates:
         exact, exact_int8: Items scored a second by one query.
         globals: Items whose global embeddings one query compares a second.
         candidates: Items read and scored a second by one query.
+        sketch: Items whose sketches one query compares a second, of rows that lie in no direction more than in others: the
+            slowest. None: of global rows alone there are no sketches.
     """
 
     encode: float | None
@@ -47,6 +50,7 @@ class Rates:
     exact_int8: float
     globals: float
     candidates: float
+    sketch: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Plan:
         items: How many.
         disk: Embeddings, global embeddings, catalogue and lists.
         int8_copies: More on disk when it is searched by ``exact-int8`` (float16 only).
+        sketches: More on disk when it is searched by ``sketch``.
         memory: Bytes that each mode needs for what a search goes through to stay in memory; a GPU's, where it searches.
         encode_seconds: Time to encode all items on this machine; None: not measured.
         search_seconds: Seconds of one query in each mode; ``two-stage`` is the sum of ``globals`` and ``candidates``.
@@ -66,6 +71,7 @@ class Plan:
     items: int
     disk: int
     int8_copies: int
+    sketches: int
     memory: dict[str, int]
     encode_seconds: float | None
     search_seconds: dict[str, float]
@@ -90,10 +96,21 @@ class Plan:
                 lines.append(f"      {mode}: {_duration(seconds)}")
         if self.int8_copies:
             lines.append(f"  exact-int8 keeps copies on disk: {_size(self.int8_copies)} more")
+        if self.sketches:
+            lines.append(f"  sketch keeps sketches on disk: {_size(self.sketches)} more")
         return "\n".join([*lines, f"  choose {self.mode}: {self.reason}"])
 
 
-def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "float16", candidates: int = 400) -> Plan:
+def plan(
+    items: int,
+    tokens: int,
+    width: int,
+    rates: Rates,
+    *,
+    dtype: str = "float16",
+    candidates: int = 400,
+    bits: int = 1,
+) -> Plan:
     """What an index of ``items`` matrices ``[L, D]`` takes.
 
     Args:
@@ -102,15 +119,18 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
         rates: Rates of this machine, see :func:`measure`.
         dtype: How embeddings are kept.
         candidates: Number of candidates of a search in two stages.
+        bits: Bits of a sketch for each column of a row, 1 or 2.
 
     Raises:
-        InputError: Fewer than one item, or no such dtype.
+        InputError: Fewer than one item, no such dtype, or another number of bits.
     """
+    check_bits(bits)
     whole_number("items", items)
     one_of("dtype", dtype, DTYPES)
     quantized = tokens * width + 4 * tokens + 4 * 6 + 2 * width
     stored = quantized if dtype == "int8" else 2 * tokens * width
     globals_ = width + 4
+    sketch = 0 if tokens == 1 else tokens * row_bytes(width, bits)
     memory = {
         "exact": items * stored,
         "exact-int8": items * quantized,
@@ -118,13 +138,18 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
     }
     if tokens == 1:  # global embeddings alone, which the exact modes compare in full precision
         memory["exact"] = memory["exact-int8"] = items * 2 * width
-    seconds = {
-        "exact": items / (rates.exact if dtype == "float16" else rates.exact_int8),
-        "exact-int8": items / rates.exact_int8,
-        "two-stage": items / rates.globals + min(items, candidates) / rates.candidates,
+    stages = {
         "global embeddings": items / rates.globals,
         f"{candidates} candidates": min(items, candidates) / rates.candidates,
     }
+    seconds = {
+        "exact": items / (rates.exact if dtype == "float16" else rates.exact_int8),
+        "exact-int8": items / rates.exact_int8,
+    }
+    if sketch and rates.sketch is not None:
+        memory["sketch"] = items * (sketch + globals_)
+        seconds["sketch"] = items / rates.sketch + sum(stages.values())
+    seconds |= {"two-stage": sum(stages.values()), **stages}
     fastest = min(("exact-int8", "exact"), key=lambda mode: seconds[mode])
     if seconds[fastest] <= _UNNOTICED:
         mode, reason = fastest, "every item is scored, and nobody notices"
@@ -137,6 +162,7 @@ def plan(items: int, tokens: int, width: int, rates: Rates, *, dtype: str = "flo
         items=items,
         disk=items * (stored + globals_ + _CATALOGUE_BYTES),
         int8_copies=0 if dtype == "int8" or tokens == 1 else items * quantized,
+        sketches=items * sketch,
         memory=memory,
         encode_seconds=None if rates.encode is None else items / rates.encode,
         search_seconds=seconds,
@@ -152,6 +178,7 @@ def measure(
     alpha: float,
     device: torch.device | str = "cpu",
     encode_batch: Callable[[], int] | None = None,
+    bits: int = 1,
 ) -> Rates:
     """Trials of some seconds on this machine.
 
@@ -160,12 +187,13 @@ def measure(
         alpha: Weight of the global cosine.
         device: Where to search.
         encode_batch: Encodes a batch and says how many items that was; None: encoding is not measured.
+        bits: Bits of a sketch for each column of a row, 1 or 2.
     """
     generator = torch.Generator().manual_seed(0)
     # So many that what each search takes besides does not count.
     n_items = max(2 * _TRIAL_CANDIDATES, _TRIAL_ROWS // tokens)
-    rows = torch.randn(n_items, tokens, width, generator=generator)
-    segment = Segment("trial", encode(F.normalize(rows, dim=-1), "float16"))
+    rows = F.normalize(torch.randn(n_items, tokens, width, generator=generator), dim=-1)
+    segment = Segment("trial", encode(rows, "float16"))
     view = View(Layout(0, [SegmentRow("trial", 0, n_items)], []), [segment], torch.device(device), None)
     query = F.normalize(torch.randn(1, tokens, width, generator=generator), dim=-1)
 
@@ -180,6 +208,11 @@ def measure(
     fewer_candidates = search(mode="two-stage", candidates=_TRIAL_CANDIDATES // 10)
     more_candidates = search(mode="two-stage", candidates=_TRIAL_CANDIDATES)
     per_candidate = max((more_candidates - fewer_candidates) / (0.9 * _TRIAL_CANDIDATES), 1e-9)
+    sketch_rate = None
+    if tokens > 1:
+        basis = sketch_basis(rows.flatten(0, 1), bits=bits)
+        codes = blocks(sketch_items(rows, basis), tokens, basis) * 4
+        sketch_rate = 4 * n_items / _median(lambda: fine_estimates(query, basis, codes))
     encode_rate = None
     if encode_batch is not None:
         encode_batch()  # warm
@@ -191,6 +224,7 @@ def measure(
         exact_int8=n_items / search(mode="exact-int8"),
         globals=_TRIAL_GLOBALS / globals_seconds,
         candidates=1 / per_candidate,
+        sketch=sketch_rate,
     )
 
 

@@ -38,6 +38,11 @@ def tune(folder: Folder) -> str:
     return f"finelip index tune --index {_quoted(folder)}"
 
 
+def sketch(folder: Folder) -> str:
+    """What makes the sketches of an index."""
+    return f"finelip index sketch --index {_quoted(folder)}"
+
+
 def outdated(path: str, folder: Folder) -> str:
     """What is there of a picture that was read before and cannot be now."""
     note = "its item stays, with the embedding of its earlier content"

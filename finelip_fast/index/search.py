@@ -5,7 +5,9 @@
   same result as ``exact``, from half the bytes.
 - ``two-stage``: the global embeddings choose ``candidates`` items, which are then scored token by token. What it loses is
   measured by :func:`finelip_fast.index.tune.tune`.
-- ``auto``: ``two-stage`` where that was measured to lose little enough, else the faster of the exact ones.
+- ``sketch``: two stages too, of which the first compares all token rows, in one or two bits a column, see
+  :mod:`finelip_fast.index.sketches`. Where late interaction counts it loses far less with as many candidates.
+- ``auto``: that of the two which was measured to lose little enough, else the faster of the exact ones.
 
 With ``alpha = 1`` only the global cosine counts: row 0 of each embedding is compared, in full precision in both exact modes,
 and no other is read.
@@ -29,7 +31,9 @@ from finelip_fast.index.view import View
 from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
 from finelip_fast.kernels.clim.rows import Pieces
 
-Mode = Literal["auto", "exact", "exact-int8", "two-stage"]
+Mode = Literal["auto", "exact", "exact-int8", "two-stage", "sketch"]
+TwoStages = Literal["two-stage", "sketch"]
+TWO_STAGES: tuple[TwoStages, ...] = get_args(TwoStages)
 
 # Candidates of a search in two stages that was not tuned: so many, or so many times k.
 _CANDIDATES, _CANDIDATES_PER_HIT = 256, 16
@@ -46,6 +50,7 @@ class Tuning:
         k, alpha, items: What it was measured with.
         recall_change: Change of recall@1, two stages against exact; None: the right answers were not known.
         seconds: Median of a query in each mode, on the machine that measured.
+        mode: The first stage that was chosen.
     """
 
     candidates: int
@@ -56,6 +61,7 @@ class Tuning:
     items: int
     recall_change: float | None
     seconds: dict[str, float]
+    mode: TwoStages = "two-stage"
 
     def holds(self, items: int, k: int, alpha: float) -> bool:
         """Whether it says enough of such a search: the same alpha, no more hits, and less than twice the items."""
@@ -66,13 +72,14 @@ class CandidateSource(Protocol):
     """The first stage of a search in two stages."""
 
     @abstractmethod
-    def __call__(self, queries: Tensor, count: int, among: Tensor | None) -> Tensor:
+    def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
         """Rows of items that may be the best.
 
         Args:
-            queries: Global embeddings ``[Q, D]``.
+            queries: ``[Q, L, D]``.
             count: How many for each.
             among: The only rows that may be given, ascending; None: all.
+            alpha: Weight of the global cosine.
 
         Returns:
             int64 ``[Q, C]``, ``C`` at most ``count``; -1 where there are fewer.
@@ -91,7 +98,7 @@ def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha:
     exact = exact_mode(view, alpha)
     if tuning is None or not tuning.holds(len(view), k, alpha) or items <= tuning.candidates:
         return exact
-    return "two-stage" if tuning.seconds["two-stage"] < tuning.seconds["exact"] * items / len(view) else exact
+    return tuning.mode if tuning.seconds[tuning.mode] < tuning.seconds["exact"] * items / len(view) else exact
 
 
 def exact_mode(view: View, alpha: float) -> Mode:
@@ -120,7 +127,7 @@ def best_rows(
         mode: Not ``auto``.
         candidates: Number of candidates of a search in two stages; at least ``k``.
         among: The only rows to search, ascending; None: all that are items.
-        source: The first stage; None: all global embeddings.
+        source: The first stage of ``two-stage`` and ``sketch``; None: all global embeddings.
 
     Returns:
         ``(scores [Q, k], rows [Q, k])``, float32 and int64, best first, ties by lower row.
@@ -135,7 +142,7 @@ def best_rows(
         empty = torch.empty(len(queries), 0, device=view.device)
         return empty, empty.long()
     queries = queries.to(view.device, _dtype(view))
-    if mode == "two-stage":
+    if mode in TWO_STAGES:
         n_candidates = max(k, candidates or max(_CANDIDATES, _CANDIDATES_PER_HIT * k))
         if n_candidates < count:
             return _two_stages(view, queries, k, alpha, n_candidates, among, source)
@@ -162,12 +169,11 @@ def _two_stages(
     among: Tensor | None,
     source: CandidateSource | None,
 ) -> tuple[Tensor, Tensor]:
-    anchors = queries[:, 0].contiguous()
     if source is None:
         values, scales = view.globals
-        candidates = cosine_candidates(anchors, values, scales, count, among=among)
+        candidates = cosine_candidates(queries[:, 0].contiguous(), values, scales, count, among=among)
     else:
-        candidates = source(anchors, count, among)
+        candidates = source(queries, count, among, alpha=alpha)
     embeddings_of: Callable[[Tensor], Tensor] = view.read
     if alpha == 1:
         queries, embeddings_of = queries[:, :1], Pieces(view.anchors).take

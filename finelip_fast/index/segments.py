@@ -46,7 +46,7 @@ from finelip_fast.index.arrays import (
     refuse_link,
     write_arrays,
 )
-from finelip_fast.index.copies import Int8Copies
+from finelip_fast.index.copies import Copies, Kind, drop_foreign, int8_kind
 from finelip_fast.kernels import QuantizedItems, quantize, quantize_items
 from finelip_fast.kernels.clim.quantize import error_terms
 from finelip_fast.kernels.clim.rows import dequantize
@@ -71,8 +71,8 @@ class Segment:
     ) -> None:
         self.name, self.arrays, self._path, self._contents = name, arrays, path, contents
         self.copies: dict[str, Tensor] = {}
-        digest = None if contents is None else contents.notes.get(DIGEST)
-        self._int8 = Int8Copies(name, arrays["tokens"], digest) if "tokens" in arrays else None
+        self._int8 = self.copies_of(int8_kind(name, *arrays["tokens"].shape)) if "tokens" in arrays else None
+        self.sketch: tuple[Copies, Tensor] | None = None  # see :mod:`finelip_fast.index.sketches`
         if "globals" not in arrays:
             arrays |= _derived(arrays)
 
@@ -90,6 +90,17 @@ class Segment:
         """Row 0 of all embeddings, float16 ``[n, 1, D]``."""
         return self.arrays["tokens"][:, :1] if "tokens" in self.arrays else self.arrays["anchors"]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(L, D)`` of an embedding."""
+        tokens, width = self.arrays["tokens" if "tokens" in self.arrays else "values"].shape[1:]
+        return tokens, width
+
+    @property
+    def _stored(self) -> dict[str, Tensor]:
+        """What makes the embeddings; the rest follows from it."""
+        return {name: self.arrays[name] for name in STORED if name in self.arrays}
+
     def _kept(self, *names: str) -> list[Tensor]:
         return [self.arrays[name] for name in names]
 
@@ -106,6 +117,11 @@ class Segment:
     def is_current(self) -> bool:
         """Whether the file is as it would be written today."""
         return self._path is None or self._path.suffix != ".npy"
+
+    def copies_of(self, kind: Kind) -> Copies:
+        """Copies of the embeddings, of any kind."""
+        digest = None if self._contents is None else self._contents.notes.get(DIGEST)
+        return Copies(kind, self._stored, digest)
 
     def is_quantized(self, cache: Path | None) -> bool:
         """Whether what a search in int8 needs is there already."""
@@ -205,7 +221,7 @@ class Segment:
         no search can compare; and what is wrong with each. All rows are looked at, by all cores.
         """
         self.refuse_shortened()
-        stored = {name: self.arrays[name] for name in STORED if name in self.arrays}
+        stored = self._stored
 
         def look(start: int) -> list[tuple[bool, bool]]:
             chunk = {name: values[start : start + _ROWS_AT_ONCE] for name, values in stored.items()}
@@ -224,22 +240,22 @@ class Segment:
         """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged."""
         if self._int8 is None:
             return QuantizedItems(*self._kept(*QuantizedItems._fields))
+        tokens = self.arrays["tokens"]
         if cache is None:
-            return quantize_items(self.arrays["tokens"])
-        items = self._int8.read(cache)
-        if items is None:
+            return quantize_items(tokens)
+        arrays = self._int8.read(cache)
+        if arrays is None:
             self.refuse_shortened()
-            items = self._int8.make(cache)
-        return items
+            arrays = self._int8.keep(cache, quantize_items(tokens)._asdict())
+        return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
 
     def drop_foreign_copies(self, cache: Path) -> None:
-        """Remove what is kept in int8 if it was made of other embeddings: of damaged ones, before they were restored.
+        """Remove what is kept in ``cache`` if it was made of other embeddings: of damaged ones, before they were restored.
 
         Raises:
             OSError: It cannot be removed.
         """
-        if self._int8 is not None:
-            self._int8.drop_foreign(cache)
+        drop_foreign(cache, self.name, self._stored)
 
 
 def _remedy(path: Path) -> str:

@@ -6,15 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast._arguments import one_of
 from finelip_fast.errors import InputError
 from finelip_fast.index.index import Index
-from finelip_fast.index.search import Tuning, best_rows, exact_mode
+from finelip_fast.index.search import TWO_STAGES, Tuning, TwoStages, best_rows, exact_mode
 from finelip_fast.index.view import View
 
 CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -24,8 +26,9 @@ _TIMED = 15
 
 
 class Trial(NamedTuple):
-    """A number of candidates that was tried: agreement and change of recall@1 (None: no answers) as in :class:`Tuning`."""
+    """A first stage that was tried: agreement and change of recall@1 (None: no answers) as in :class:`Tuning`."""
 
+    mode: TwoStages
     candidates: int
     agreement: float
     recall_change: float | None
@@ -56,26 +59,30 @@ def tune(
     k: int = 10,
     alpha: float | None = None,
     candidates: Sequence[int] = CANDIDATES,
+    modes: Sequence[TwoStages] | None = None,
     progress: bool = True,
 ) -> tuple[Tuning, list[Trial]]:
-    """Find how many candidates a search in two stages needs, and keep the choice with the index.
+    """Find which first stage a search in two needs, and how many candidates; and keep the choice with the index.
 
     Args:
         index: Index to search.
         queries: Embeddings ``[Q, L, D]`` like those that will be searched for.
         answers: The id of the right item of each, for the change of recall@1; None: not known.
-        agreement: Wanted mean share of the exact ``k`` best. The least number of candidates that gives it is chosen, or
-            the largest of all.
+        agreement: Wanted mean share of the exact ``k`` best. Of each mode the least number of candidates that gives it counts,
+            or the largest of all; of the modes that give it the fastest is chosen, else the one that gives most.
         k: Hits to compare.
         alpha: Weight of the global cosine; None: the index's.
         candidates: Numbers to try; those beyond the number of items are left out.
+        modes: First stages to try; None: ``two-stage``, and ``sketch`` if the index has sketches
+            (:meth:`finelip_fast.index.Index.build_sketches`).
         progress: Show a progress bar.
 
     Returns:
         What was chosen, and all that was tried.
 
     Raises:
-        InputError: No queries, answers of another number or that are not in the index, or an index too small to choose from.
+        InputError: No queries, answers of another number or that are not in the index, no such mode, or an index too small to
+            choose from.
         StoreError: The choice cannot be kept.
     """
     view = index._store.view()
@@ -87,22 +94,31 @@ def tune(
         raise InputError(
             f"expected more items than candidates to choose from, got {len(view)}: so small an index is searched exactly"
         )
+    if modes is None:
+        modes = TWO_STAGES if index.sketch_bits is not None else TWO_STAGES[:1]
+    for mode in modes:
+        one_of("mode", mode, TWO_STAGES)
     right = None if answers is None else _rows_of(index, view, answers)
-    exact = exact_mode(view, alpha)
-    with tqdm(total=len(queries) * (1 + len(tried)), unit="query", disable=not progress) as bar:
-        search = partial(best_rows, view, k=k, alpha=alpha, source=index._first_stage(view))
-        best = _search(partial(search, mode=exact), queries, bar)
-        seconds = {"exact": _seconds(partial(search, mode=exact), queries)}
+    exact = partial(best_rows, view, k=k, alpha=alpha, mode=exact_mode(view, alpha))
+    with tqdm(total=len(queries) * (1 + len(modes) * len(tried)), unit="query", disable=not progress) as bar:
+        best = _search(exact, queries, bar)
+        seconds = {"exact": _seconds(exact, queries)}
         trials: list[Trial] = []
-        for number in tried:
-            two_stages = partial(search, mode="two-stage", candidates=number)
+        for mode, number in product(modes, tried):
+            if any(trial.mode == mode and trial.agreement >= agreement for trial in trials):
+                continue  # more would only take longer
+            source = index._first_stage(view, mode, alpha)
+            two_stages = partial(best_rows, view, k=k, alpha=alpha, mode=mode, candidates=number, source=source)
             numbers = _search(two_stages, queries, bar)
             change = None if right is None else _recall(numbers, right) - _recall(best, right)
             time_of_one = _seconds(two_stages, queries)
-            trials.append(Trial(number, _agreement(numbers, best), change, 1e3 * time_of_one))
-            if trials[-1].agreement >= agreement:
-                break  # more would only take longer
-    chosen = trials[-1]
+            trials.append(Trial(mode, number, _agreement(numbers, best), change, 1e3 * time_of_one))
+    sufficient = [trial for trial in trials if trial.agreement >= agreement]
+    chosen = (
+        min(sufficient, key=lambda trial: trial.milliseconds)
+        if sufficient
+        else max(trials, key=lambda trial: trial.agreement)
+    )
     tuning = Tuning(
         candidates=chosen.candidates,
         agreement=chosen.agreement,
@@ -111,7 +127,8 @@ def tune(
         alpha=alpha,
         items=len(view),
         recall_change=chosen.recall_change,
-        seconds=seconds | {"two-stage": chosen.milliseconds / 1e3},
+        seconds=seconds | {chosen.mode: chosen.milliseconds / 1e3},
+        mode=chosen.mode,
     )
     index.tuning = tuning
     return tuning, trials

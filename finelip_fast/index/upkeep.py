@@ -28,8 +28,9 @@ from finelip_fast.index.arrays import (
     within_memory,
 )
 from finelip_fast.index.catalogue import SegmentRow
-from finelip_fast.index.copies import cache_name
+from finelip_fast.index.copies import cache_name, sketch_name
 from finelip_fast.index.segments import joined, write_segment
+from finelip_fast.index.sketches import BASIS
 from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS
 from finelip_fast.index.store import Store
 from finelip_fast.index.view import View
@@ -154,7 +155,7 @@ def _sweep(store: Store) -> None:
                 _remove(path)
         if replaced:
             store.catalogue.keep(_REPLACED, [])
-        named_copies = {cache_name(name) for name in in_catalogue}
+        named_copies = {BASIS} | {copies(name) for name in in_catalogue for copies in (cache_name, sketch_name)}
         for path in files_in(cache):
             if path.name not in named_copies and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
                 _remove(path)

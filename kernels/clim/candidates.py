@@ -66,20 +66,15 @@ def cosine_candidates(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         values = quantize(queries)[0]
         for first, (rows, scales) in chunks([pieces, their_scales], len(queries), device):
-            waiting.append(_cosines(values, rows, scales))
+            waiting.append(cosines_int8(values, rows, scales))
             end = first + len(rows)
             if end == n_items or (end - start) * len(queries) >= most_waiting:
-                cosines = torch.cat([best, *waiting], dim=1)
-                numbers = torch.cat(
-                    [candidates, torch.arange(start, end, device=device).expand(len(queries), -1)], dim=1
-                )
-                chosen = _first_best(cosines, count)
-                best, candidates = cosines.gather(1, chosen), numbers.gather(1, chosen)
+                best, candidates = merged((best, candidates), torch.cat(waiting, dim=1), start, count)
                 start, waiting = end, []
     return pieces.numbers(candidates)
 
 
-def _cosines(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+def cosines_int8(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     """Cosines up to the norms and the queries' scales, ``[Q, n]``; NaN as lowest, and infinite ones as they are."""
     cosines = _products(queries, rows).mul_(scales)
     return cosines.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -101,7 +96,15 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     return torch.cat(products, dim=1)
 
 
-def _first_best(scores: Tensor, count: int) -> Tensor:
+def merged(best: tuple[Tensor, Tensor], scores: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest of those before ``start`` and of the scores ``[Q, n]`` from there on, with their positions."""
+    positions = torch.arange(start, start + scores.shape[1], device=scores.device).expand(len(scores), -1)
+    scores, positions = torch.cat([best[0], scores], dim=1), torch.cat([best[1], positions], dim=1)
+    chosen = first_best(scores, count)
+    return scores.gather(1, chosen), positions.gather(1, chosen)
+
+
+def first_best(scores: Tensor, count: int) -> Tensor:
     """Where the ``count`` highest of ``[Q, n]`` are, of those that tie the first, in ascending order."""
     n_queries, n_items = scores.shape
     if count >= n_items:

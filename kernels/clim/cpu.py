@@ -78,7 +78,7 @@ def scores(
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
     block_items = _block_items(n_items, item_tokens, block_queries * query_tokens, width)
-    scratch = _Scratch()
+    scratch = Scratch()
 
     def block_scores(block: slice, columns: _Columns) -> Tensor:
         scales = None if item_scales is None else item_scales[block]
@@ -108,7 +108,7 @@ def _block_items(n_items: int, item_tokens: int, columns: int, width: int) -> in
 
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
     """Scores of sets of one row each: their cosine is all that there is, and ``fine`` follows from it."""
-    scratch, parts = _Scratch(), []
+    scratch, parts = Scratch(), []
     # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
     columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
@@ -185,7 +185,7 @@ def _anchors(block: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def _tiles(
-    items: Tensor, scales: Tensor | None, columns: _Columns, height: int, rounded: bool, scratch: _Scratch
+    items: Tensor, scales: Tensor | None, columns: _Columns, height: int, rounded: bool, scratch: Scratch
 ) -> Iterator[Tensor]:
     """Similarities of a block of items, ``[height, w]`` at a time."""
     rows = items.reshape(-1, items.shape[2])
@@ -199,7 +199,7 @@ def _tiles(
 
 
 def _fine(
-    tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: _Scratch
+    tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: Scratch
 ) -> Tensor:
     """Tiles ``[tile_items * L_i, w]`` of similarities to ``[n, q]``."""
     n_queries, query_tokens = columns.shape
@@ -220,7 +220,7 @@ def _fine(
 # Products ``rows [m, D] @ columns [D, w]`` in float32, ``[height, w]`` at a time, in memory that the next one overwrites.
 
 
-class _Scratch:
+class Scratch:
     """Memory that all blocks of a thread share: fresh pages would cost more than the maxima."""
 
     def __init__(self) -> None:
@@ -234,7 +234,7 @@ class _Scratch:
         return memory[:elements].view(*shape)
 
 
-def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratch) -> Iterator[Tensor]:
     if rows.dtype != torch.float32:
         rows = scratch("rows", rows.shape).copy_(rows)
     if cpu.suits_onednn(rows):
@@ -244,7 +244,7 @@ def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
     yield from product.split(height)
 
 
-def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratch) -> Iterator[Tensor]:
     if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 one by one
         rows = scratch("rows", rows.shape).copy_(rows)
     if rows.dtype != torch.bfloat16:
@@ -253,7 +253,7 @@ def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: _Scrat
         yield scratch("wide", part.shape).copy_(part)  # maxima in float32 are faster
 
 
-def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: _Scratch) -> Iterator[Tensor]:
+def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: Scratch) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
     rounded = torch.mm(rows, columns, out=scratch("rounded", shape, torch.bfloat16))
     lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", shape, torch.bfloat16))
@@ -283,7 +283,7 @@ def rounding_error(dtype: torch.dtype) -> float | None:
 
 
 def _int8_tiles(
-    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: _Scratch
+    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
 ) -> Iterator[Tensor]:
     shape = len(rows), columns.shape[1]
     if cpu.has("vnni"):

@@ -239,6 +239,11 @@ def test_two_stages_are_tuned_with_items_or_with_texts(
     tuned = json.loads(finelip(*arguments))
     assert tuned["chosen"]["recall_change"] is not None
     assert "50 candidates" in tuned["tried"]
+    assert "expected bits as 1 or 2" in fails("index", "sketch", "--bits", "4")
+    assert "searches of finelip-index with --mode sketch" in finelip("index", "sketch", "--bits", "2")
+    assert "50 candidates by sketch" in json.loads(finelip(*arguments))["tried"]
+    hits = json.loads(finelip("search", "a house", "--mode", "sketch", "-k", "3", "--json"))
+    assert len(hits) == 3
     for line, message in (
         ("not json", "line 1: expected"),
         ('{"id": "a"}', "line 1: expected"),

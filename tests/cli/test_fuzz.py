@@ -93,7 +93,7 @@ NAMES = [
         "open_clip:",
         "hf-hub:",
     ),
-    *("auto", "torch", "onnx", "trt", "cpu", "cuda:99", "meta", "fp32", "int8", "exact", "two-stage"),
+    *("auto", "torch", "onnx", "trt", "cpu", "cuda:99", "meta", "fp32", "int8", "exact", "two-stage", "sketch"),
     *("id = 'a'", 'id = "a', "n >= 1e999", "(" * 500, "a=b", "="),
 ]
 # Without the separator: nothing outside the test's folder is named.

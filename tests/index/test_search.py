@@ -300,7 +300,7 @@ def test_queries_are_sampled_from_what_is_there() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 10**10), st.integers(1, 60), st.integers(1, 1024), st.sampled_from(["float16", "int8"]))
 def test_a_plan_grows_with_the_items(items: int, tokens: int, width: int, dtype: str) -> None:
-    rates = Rates(encode=10.0, exact=1e5, exact_int8=2e5, globals=1e8, candidates=1e5)
+    rates = Rates(encode=10.0, exact=1e5, exact_int8=2e5, globals=1e8, candidates=1e5, sketch=1e7)
     one, ten = (plan(n, tokens, width, rates, dtype=dtype) for n in (items, 10 * items))
     assert ten.disk == 10 * one.disk
     assert ten.memory == {mode: 10 * size for mode, size in one.memory.items()}
@@ -317,13 +317,17 @@ def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
         with closing(Index(replace(SPEC, dtype=dtype), tmp_path / dtype)) as index:
             fill(index, 500)
             index.search(embeddings(1), 5, mode="exact-int8")
+            index.build_sketches(bits=2)
         sizes = {
             name: sum(path.stat().st_size for path in (tmp_path / dtype).glob(name))
-            for name in ("segments/*.safetensors", "cache/*")
+            for name in ("segments/*.safetensors", "cache/*[0-9a-f].safetensors", "cache/*.sketch.safetensors")
         }
-        planned = plan(500, SPEC.tokens, SPEC.width, rates, dtype=dtype)
+        planned = plan(500, SPEC.tokens, SPEC.width, rates, dtype=dtype, bits=2)
         assert sizes["segments/*.safetensors"] == pytest.approx(planned.disk - 500 * 450, rel=0.05)
-        assert sizes["cache/*"] == pytest.approx(planned.int8_copies, rel=0.05)
+        sketches, copies = sizes["cache/*.sketch.safetensors"], sizes["cache/*[0-9a-f].safetensors"]
+        assert sketches == pytest.approx(planned.sketches, rel=0.05)
+        assert copies == pytest.approx(planned.int8_copies, rel=0.05)
+        assert planned.memory["sketch"] == planned.memory["two-stage"] + planned.sketches
     with pytest.raises(InputError, match="expected items of at least 1, got 0"):
         plan(0, 3, 16, rates)
     with pytest.raises(InputError, match="expected dtype to be one of float16, int8, got 'int4'"):
@@ -363,9 +367,9 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         index.delete([str(n) for n in range(0, 400, 3)])
         options = {"mode": "two-stage", "candidates": 40}
         exact = ids(index, queries, 5, mode="exact")
-        assert index._first_stage(index._store.view()) is None
+        assert index._first_stage(index._store.view(), "two-stage", 0.5) is None
         index.build_candidates(lists=8, progress=False)
-        source = index._first_stage(index._store.view())
+        source = index._first_stage(index._store.view(), "two-stage", 0.5)
         assert source is not None
         source.probes = 8
         assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # every list: as good as all
@@ -376,14 +380,14 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         assert [len(row) for row in ids(index, queries, 300, mode="two-stage", candidates=399)] == [266] * 5
         new = torch.nn.functional.normalize(queries[:1] + 0.01, dim=-1)
         index.add(["new"], new, [{"n": 0}])
-        assert index._first_stage(index._store.view()) is not source
+        assert index._first_stage(index._store.view(), "two-stage", 0.5) is not source
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         assert ids(index, queries[:1], 1, **options, where="n = 0") == [["new"]]
     with closing(Index(SPEC, tmp_path)) as index:
-        assert index._first_stage(index._store.view()) is not None
+        assert index._first_stage(index._store.view(), "two-stage", 0.5) is not None
         assert tune(index, queries, agreement=0.5, k=5, candidates=[20], progress=False)[0].agreement > 0.5
         index.maintain()
-        assert index._first_stage(index._store.view()) is None
+        assert index._first_stage(index._store.view(), "two-stage", 0.5) is None
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         with pytest.raises(InputError, match="expected at least as many items as lists, got 267 for 1000"):
             index.build_candidates(lists=1000, progress=False)
@@ -422,8 +426,7 @@ def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path
         source = faiss.find(view, cache)
         assert source is not None
         path.write_bytes(content[:400])  # while it is mapped
-        anchors = queries[:, 0].contiguous()
-        assert torch.equal(source(anchors, 60, None).sort().values, torch.arange(60).expand(3, -1))
+        assert torch.equal(source(queries, 60, None, alpha=0.5).sort().values, torch.arange(60).expand(3, -1))
 
 
 @pytest.mark.gpu

@@ -54,10 +54,10 @@ def expected_candidates(queries, values, scales, count):
 
 def test_a_gpu_takes_all_items_in_one_product_and_one_selection(monkeypatch):
     calls = []
-    product, first_best = cpu.product, candidates._first_best
+    product, first_best = cpu.product, candidates.first_best
     monkeypatch.setattr(cpu, "has", lambda feature: False)
     monkeypatch.setattr(cpu, "product", lambda *sides: calls.append("product") or product(*sides))
-    monkeypatch.setattr(candidates, "_first_best", lambda *cosines: calls.append("selection") or first_best(*cosines))
+    monkeypatch.setattr(candidates, "first_best", lambda *cosines: calls.append("selection") or first_best(*cosines))
     values, scales = quantize(make(20_000, 512))
     queries = make(300, 512, seed=1)
     on_cpu = cosine_candidates(queries, values, scales, 5)

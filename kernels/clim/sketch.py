@@ -1,0 +1,320 @@
+"""Sketches: rows of items in one or two bits for each of their columns, and the late interaction that they stand for.
+
+The first stage of two that sees tokens. It follows RaBitQ (arXiv 2405.12497, and 2409.09913 for several bits): rows are
+rotated, each column is rounded to a code of few bits, and a factor makes the products unbiased. Three things are our own:
+
+- **The bytes go where the rows are.** Rows of a model lie mostly in few directions. So many bytes hold all columns in one bit
+  each, half of them in two, or a quarter in four, of the leading principal directions, whichever is expected to tell the most:
+  :func:`sketch_basis`. A quarter of the columns is also a quarter of the multiplications.
+- **One step and one factor for all rows.** Unit rows are nearly equal in length in every column once they are rotated; factors
+  of each row's own found no more, and without them a product of integers and two maxima over integers are all there is to do.
+- **Columns of a row add up to zero**: the rotation leaves out the direction ``(1, ..., 1)``. A code ``c`` stands for
+  ``step (c - (2^b - 1) / 2)``, and what is subtracted from all columns alike does not change a product with such a row.
+
+Codes of a block of items lie byte by byte, token by token, ``[bytes, L, n]``: unpacked they are the right side of the product
+``[L_q, k] @ [k, L n]``, whose maxima over either side's tokens run along the items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_fast._arguments import whole_number
+from finelip_fast.errors import InputError
+from finelip_fast.kernels import cpu, derivatives
+from finelip_fast.kernels.checks import check_alpha, check_floats
+from finelip_fast.kernels.clim.candidates import cosines_int8, merged
+from finelip_fast.kernels.clim.cpu import Scratch
+from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
+from finelip_fast.kernels.clim.quantize import quantize
+from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks
+from finelip_fast.kernels.threads import side_by_side
+
+BITS = (1, 2)
+_LARGEST_WIDTH = 8192  # whose principal directions are found in a minute
+# Steps of the best uniform quantisers of a normal variable by their bits, and the share of its variance that they lose
+# (Max, Quantizing for minimum distortion, 1960).
+_STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
+_LOST = {1: 0.3634, 2: 0.1188, 4: 0.01154}
+_MOST_BLOCK, _BLOCK_CODES = 2048, 1 << 21  # items; codes, a byte each once unpacked, within a cache
+_ESTIMATES_AT_ONCE = 1 << 22  # 16 MiB
+_LARGEST = 127
+_BYTES = 0x0101010101010101
+
+
+class SketchBasis(NamedTuple):
+    """What the codes of items mean.
+
+    Attributes:
+        projection: float32 ``[D, k]``; rows times it are what is rounded.
+        bits: Bits of a code, ``b``: 1, 2 or 4.
+        step: Distance of the numbers that neighbouring codes stand for, when rows are rounded.
+        unit: The same when products are estimated, which makes these unbiased.
+        error: Expected standard error of the cosine of two rows.
+    """
+
+    projection: Tensor
+    bits: int
+    step: float
+    unit: float
+    error: float
+
+    @property
+    def row_bytes(self) -> int:
+        return self.projection.shape[1] * self.bits // 8
+
+    def block_items(self, tokens: int) -> int:
+        """Items of a block, of ``L = tokens`` rows each."""
+        return max(32, min(_MOST_BLOCK, _BLOCK_CODES // (tokens * self.projection.shape[1]) // 32 * 32))
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of a row in a sketch of so many bits for each of ``D`` columns: multiples of 8."""
+    return 8 * math.ceil(bits * width / 64)
+
+
+def sketch_basis(rows: Tensor, *, bits: int = 1) -> SketchBasis:
+    """A basis for rows like these.
+
+    With ``l`` the eigenvalues of the rows' second moments, cosines of two rows of this kind vary by ``C = sum l_i^2``. Those
+    of ``k`` columns in ``b`` bits vary by ``C_k = sum_{i < k} l_i^2`` and by the noise of the codes, ``n = (sum_{i < k} l_i)^2
+    d_b / k``, so they correlate with the cosines by ``sqrt(C_k^2 / (C (C_k + n)))``. The highest correlation is chosen.
+
+    Args:
+        rows: ``[n, D]``, unit rows; a sample of some thousands is enough.
+        bits: 1 or 2 for each column, ``D bits / 8`` bytes for each row, see :func:`row_bytes`.
+
+    Raises:
+        InputError: No rows, of no float dtype or wider than 8192, or another number of bits.
+    """
+    check_bits(bits)
+    check_floats("rows", rows)
+    if rows.ndim != 2 or not len(rows) or not 0 < rows.shape[1] <= _LARGEST_WIDTH:
+        raise InputError(f"expected rows [n, D], n from 1 and D from 1 to {_LARGEST_WIDTH}, got {list(rows.shape)}")
+    rows, width = rows.detach().cpu().float(), rows.shape[1]
+    energies, directions = torch.linalg.eigh((rows.T @ rows).double() / len(rows))
+    energies, directions = energies.flip(0).clamp_min(0), directions.flip(1)
+    varied = energies.square().sum().clamp_min(1e-30)
+    choices = []
+    for code_bits, lost in _LOST.items():
+        columns = 8 * row_bytes(width, bits) // code_bits
+        leading = energies[: columns - 1]
+        noise = lost / (1 - lost) * leading.sum().square() / columns
+        captured = leading.square().sum()
+        correlation = (captured.square() / (varied * (captured + noise)).clamp_min(1e-30)).item()  # its square
+        choices.append((correlation, columns, code_bits, (captured / varied).item()))
+    correlation, columns, code_bits, share = max(choices)
+    error = math.sqrt(varied.item() * max(0.0, 1 / max(correlation, 1e-9) - 1))
+    directions = directions[:, : columns - 1]
+    projection = (directions @ _zero_sum_rotation(columns)[:, : directions.shape[1]].T).float()
+    projected = rows @ projection
+    step = _STEPS[code_bits] * projected.square().mean().sqrt().item() or 1.0  # rows of zeros
+    centred = _codes(projected, step, code_bits) - (2**code_bits - 1) / 2
+    agreement = (projected * centred).sum().item()
+    unit = projected.square().sum().item() / (agreement * share) if agreement > 0 else step
+    return SketchBasis(projection, code_bits, step, unit, error)
+
+
+def check_bits(bits: Any) -> None:
+    """
+    Raises:
+        InputError: No number of bits that a sketch may have.
+    """
+    if isinstance(bits, bool) or bits not in BITS:
+        raise InputError(f"expected bits as 1 or 2 for each column, got {bits!r:.80}")
+
+
+def _zero_sum_rotation(columns: int) -> Tensor:
+    """Orthonormal directions ``[k, k - 1]`` by chance, the same ones every time, all of whose numbers add up to zero."""
+    drawn = torch.randn(columns, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn[:, 0] = 1
+    return torch.linalg.qr(drawn).Q[:, 1:]
+
+
+def _codes(projected: Tensor, step: float, bits: int) -> Tensor:
+    return (projected / step + (2**bits - 1) / 2).round_().clamp_(0, 2**bits - 1)
+
+
+def sketch_items(items: Tensor, basis: SketchBasis) -> Tensor:
+    """Codes of ``items [N, L, D]``: uint8 ``[N L row_bytes]``, block by block; :func:`blocks` takes them apart.
+
+    Raises:
+        InputError: Items of another width.
+    """
+    if items.ndim != 3 or items.shape[2] != len(basis.projection):
+        raise InputError(f"expected items [N, L, {len(basis.projection)}], got {list(items.shape)}")
+    packed = [_packed(block, basis) for block in items.split(basis.block_items(items.shape[1]))]
+    return torch.cat([codes.flatten() for codes in packed] or [torch.empty(0, dtype=torch.uint8)])
+
+
+def _packed(items: Tensor, basis: SketchBasis) -> Tensor:
+    """Codes of a block, uint8 ``[bytes, L, n]``.
+
+    A byte has two halves of ``4 / b`` codes; its ``j``-th byte of a row holds column ``j`` of each half and place.
+    """
+    n_items, tokens, width = items.shape
+    rows = items.detach().cpu().float().transpose(0, 1).reshape(-1, width)
+    codes = _codes(cpu.product(rows, basis.projection), basis.step, basis.bits).to(torch.uint8)
+    codes = codes.T.reshape(2, 4 // basis.bits, basis.row_bytes, tokens, n_items)
+    packed = torch.zeros(codes.shape[2:], dtype=torch.uint8)
+    for half, places in enumerate(codes):
+        for place, part in enumerate(places):
+            packed |= part << (4 * half + basis.bits * place)
+    return packed
+
+
+def blocks(codes: Tensor, tokens: int, basis: SketchBasis) -> list[Tensor]:
+    """Blocks ``[bytes, L, n]`` of what :func:`sketch_items` made, without a copy."""
+    item_bytes = tokens * basis.row_bytes
+    parts = codes.split(item_bytes * basis.block_items(tokens))
+    return [part.view(basis.row_bytes, tokens, -1) for part in parts if len(part)]
+
+
+def sketch_candidates(
+    queries: Tensor,
+    basis: SketchBasis,
+    blocks: Sequence[Tensor],
+    items: Rows,
+    item_scales: Rows,
+    count: int,
+    *,
+    alpha: float,
+    among: Tensor | None = None,
+) -> Tensor:
+    """The ``count`` items of each query whose scores are highest, late interaction as sketches have it.
+
+    Args:
+        queries: ``[Q, L_q, D]``, unit rows.
+        basis, blocks: As :func:`fine_estimates`.
+        items, item_scales: Global embeddings in int8 and their scales, on the CPU, as for
+            :func:`finelip_fast.kernels.cosine_candidates`: they give the cosine.
+        count: How many; more than there are is taken as all.
+        alpha: Weight of the global cosine.
+        among: int64 ``[n]``, ascending, each once: these items alone; None: all.
+
+    Returns:
+        int64 ``[Q, min(count, n)]`` on the CPU, in ascending order, not by score.
+
+    Raises:
+        InputError: Shapes that do not fit together, ``count < 1``, or an alpha outside [0, 1].
+        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative.
+    """
+    derivatives.refuse("sketch_candidates", "search outside of it, and take clim_scores of the items found", queries)
+    check_floats("queries", queries)
+    check_alpha(alpha)
+    count = whole_number("count", count)
+    globals_, scales, width = Pieces(items), Pieces(item_scales), len(basis.projection)
+    ends = _ends(blocks)
+    if queries.ndim != 3 or queries.shape[2] != width or globals_.shape != (ends[-1], width):
+        raise InputError(
+            f"expected queries [Q, L, {width}] and global embeddings of the {ends[-1]} items of the blocks, got "
+            f"{list(queries.shape)} and {list(globals_.shape)}"
+        )
+    is_searched = None
+    if among is not None:
+        is_searched = torch.zeros(ends[-1], dtype=torch.bool)
+        is_searched[among.cpu()] = True
+        count = min(count, len(among))
+    if not count or not len(queries):
+        return torch.empty(len(queries), 0, dtype=torch.int64)
+    queries = queries.detach().cpu()
+    anchors, anchor_scales = quantize(queries[:, :1])
+    best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    first = 0
+    while first < len(blocks):
+        last = first + 1
+        while last < len(blocks) and (ends[last + 1] - ends[first]) * len(queries) <= _ESTIMATES_AT_ONCE:
+            last += 1
+        scores = fine_estimates(queries, basis, blocks[first:last]).mul_(1 - alpha)
+        within = range(ends[first], ends[last])
+        for start, (values, value_scales) in chunks([globals_, scales], len(queries), torch.device("cpu"), within):
+            cosines = cosines_int8(anchors[:, 0], values, value_scales).mul_(alpha * anchor_scales)
+            scores[:, start - within.start :][:, : len(values)] += cosines
+        if is_searched is not None:
+            scores[:, ~is_searched[within.start : within.stop]] = -torch.inf
+        best = merged(best, scores, within.start, count)
+        first = last
+    return best[1]
+
+
+def _ends(blocks: Sequence[Tensor]) -> list[int]:
+    """Where each block begins, and the last ends."""
+    return [0, *accumulate(block.shape[2] for block in blocks)]
+
+
+def fine_estimates(queries: Tensor, basis: SketchBasis, blocks: Sequence[Tensor]) -> Tensor:
+    """Estimates of ``fine``, late interaction without the global cosine.
+
+    Args:
+        queries: ``[Q, L_q, D]``, unit rows.
+        basis: Basis of the blocks.
+        blocks: Codes ``[bytes, L, n]``, contiguous, one block of items after another.
+
+    Returns:
+        float32 ``[Q, N]`` on the CPU. Memory beside it, for each thread: a byte for each code of a block, and 4 for each
+        similarity with a query.
+    """
+    if not len(queries) or not blocks:
+        return torch.empty(len(queries), _ends(blocks)[-1])
+    weights, units = _weights(queries, basis)
+
+    scratch = Scratch()
+
+    def block_estimates(block: Tensor) -> Tensor:
+        codes = _unpacked(block, basis.bits, scratch)
+        fine = [_fine(query, codes, block.shape[1], scratch) for query in weights]
+        return torch.stack(fine).mul_(units[:, None])
+
+    return torch.cat(side_by_side(block_estimates, blocks), dim=1)
+
+
+def _weights(queries: Tensor, basis: SketchBasis) -> tuple[Tensor, Tensor]:
+    """Integers ``[Q, L_q, k]`` whose products with unpacked codes are similarities, and the unit of each query's.
+
+    Unpacked, a code at place ``p`` of its half is ``2^(b p)`` times too large, so its weight is as much smaller.
+    """
+    # One by one: a product may round otherwise among other rows, and a query's candidates should not depend on its batch.
+    projected = torch.stack([query @ basis.projection for query in queries.detach().cpu().float()])
+    units = projected.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
+    weights = projected / units[:, None, None]
+    places = weights.unflatten(2, (2, 4 // basis.bits, basis.row_bytes))
+    places /= 2.0 ** (basis.bits * torch.arange(places.shape[3])[:, None])
+    return weights.round_().to(torch.int8), units * basis.unit
+
+
+def _unpacked(block: Tensor, bits: int, scratch: Scratch) -> Tensor:
+    """Codes of a block, int8 ``[k, L n]``, up to the powers of :func:`_weights`."""
+    words, places = block.reshape(-1).view(torch.int64), 4 // bits  # eight bytes at once
+    low, high = scratch("codes", (2, places, len(words)), torch.int64)
+    shifted = torch.bitwise_right_shift(words, 4, out=high[-1])
+    for place in range(places):
+        mask = ((2**bits - 1) << (bits * place)) * _BYTES
+        torch.bitwise_and(words, mask, out=low[place])
+        torch.bitwise_and(shifted, mask, out=high[place])
+    codes = scratch("codes", (2 * places * len(words),), torch.int64).view(torch.int8)
+    return codes.view(2 * places * len(block), -1)
+
+
+def _fine(weights: Tensor, codes: Tensor, tokens: int, scratch: Scratch) -> Tensor:
+    """``fine`` of a query ``[L_q, k]`` and a block ``[k, L n]``, ``[n]``, in the query's unit."""
+    shape = query_tokens, tokens, n_items = len(weights), tokens, codes.shape[1] // tokens
+    dtype = torch.int32 if cpu.has("vnni") else torch.float32  # exact in either
+    similarity = scratch("product", shape, dtype)
+    if dtype == torch.int32:
+        torch._int_mm(weights, codes, out=similarity.view(query_tokens, -1))  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        right = scratch("right", codes.shape).copy_(codes)
+        torch.mm(weights.float(), right, out=similarity.view(query_tokens, -1))
+    maxima = scratch("maxima", (query_tokens + tokens, n_items), dtype)
+    torch.amax(similarity, dim=1, out=maxima[:query_tokens])
+    torch.amax(similarity, dim=0, out=maxima[query_tokens:])
+    wide = scratch("wide", maxima.shape).copy_(maxima)
+    shares = torch.tensor([1 / query_tokens] * query_tokens + [1 / tokens] * tokens)
+    return shares @ F.leaky_relu_(wide, LEAKY_SLOPE)
