@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "finelip-ring", help="embeddings")
     parser.add_argument("--out", type=Path, help="the record: a JSON file, to which a group is added")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with this process the contenders'
     if options.out:
         record.opened(options.out)  # refused now, rather than after the race
 

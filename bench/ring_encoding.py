@@ -9,6 +9,7 @@ installed beside ours.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="file for what contenders print")
     parser.add_argument("--out", type=Path, help="the record: a JSON file, to which groups are added")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with this process the contenders'
     if options.out:
         record.opened(options.out)  # refused now, rather than after the race
     pythons = dict(text.split("=", 1) for text in options.python)

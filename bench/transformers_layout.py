@@ -74,6 +74,7 @@ def sizes(config: FineLIPConfig) -> dict[str, Any]:
     text |= {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
     text |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
     about = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
+    about |= {"max_length": config.context_length}  # infinity-emb cuts captions there, by default after 20 tokens
     return about | {"vision_config": vision, "text_config": text}
 
 
