@@ -28,13 +28,14 @@ from torch import Tensor
 
 from finelip_fast._arguments import whole_number
 from finelip_fast.errors import InputError
-from finelip_fast.kernels import cpu, derivatives, threads
+from finelip_fast.kernels import cpu, derivatives
 from finelip_fast.kernels.checks import check_alpha, check_floats
 from finelip_fast.kernels.clim.candidates import cosines_int8, merged
 from finelip_fast.kernels.clim.cpu import Scratch
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 from finelip_fast.kernels.clim.quantize import quantize
 from finelip_fast.kernels.clim.rows import Pieces, Rows
+from finelip_fast.kernels.threads import share
 
 BITS = (1, 2)
 _LARGEST_WIDTH = 8192  # whose principal directions are found in a minute
@@ -290,7 +291,7 @@ def _estimates(
                 if offset is not None:
                     target += offset(*ends[number : number + 2])
 
-    threads.share(work, range(len(blocks)))
+    share(work, range(len(blocks)))
     return result
 
 
