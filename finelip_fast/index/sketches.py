@@ -57,7 +57,8 @@ class SketchSource:
         self._segments = view.segments
         tokens = view.segments[0].shape[0]
         self._blocks = list(_joined([block for part in codes for block in blocks(part, tokens, basis)], basis, tokens))
-        self._globals = [[segment.arrays[name] for segment in view.segments] for name in ("globals", "global_scales")]
+        self._globals = [segment.arrays["globals"] for segment in view.segments]
+        self._global_scales = [segment.arrays["global_scales"] for segment in view.segments]
 
     @property
     def is_lost(self) -> bool:
@@ -65,7 +66,8 @@ class SketchSource:
         return any(segment.sketch is not None and segment.sketch[0].is_lost for segment in self._segments)
 
     def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
-        return sketch_candidates(queries, self.basis, self._blocks, *self._globals, count, alpha=alpha, among=among)
+        items = self._globals, self._global_scales
+        return sketch_candidates(queries, self.basis, self._blocks, *items, count, alpha=alpha, among=among)
 
 
 class Sketches:

@@ -18,7 +18,7 @@ Codes of a block of items lie byte by byte, token by token, ``[bytes, L, n]``: u
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from finelip_fast.kernels.clim.candidates import cosines_int8, merged
 from finelip_fast.kernels.clim.cpu import Scratch
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 from finelip_fast.kernels.clim.quantize import quantize
-from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks
+from finelip_fast.kernels.clim.rows import Pieces, Rows
 from finelip_fast.kernels.threads import side_by_side
 
 BITS = (1, 2)
@@ -232,11 +232,13 @@ def sketch_candidates(
         last = first + 1
         while last < len(blocks) and (ends[last + 1] - ends[first]) * len(queries) <= _ESTIMATES_AT_ONCE:
             last += 1
-        scores = fine_estimates(queries, basis, blocks[first:last]).mul_(1 - alpha)
         within = range(ends[first], ends[last])
-        for start, (values, value_scales) in chunks([globals_, scales], len(queries), torch.device("cpu"), within):
-            cosines = cosines_int8(anchors[:, 0], values, value_scales).mul_(alpha * anchor_scales)
-            scores[:, start - within.start :][:, : len(values)] += cosines
+
+        def cosines(start: int, stop: int, offset: int = within.start) -> Tensor:
+            parts = (part.read(offset + start, offset + stop) for part in (globals_, scales))
+            return cosines_int8(anchors[:, 0], *parts).mul_(alpha * anchor_scales)
+
+        scores = _estimates(queries, basis, blocks[first:last], 1 - alpha, cosines)
         if is_searched is not None:
             scores[:, ~is_searched[within.start : within.stop]] = -torch.inf
         best = merged(best, scores, within.start, count)
@@ -261,18 +263,31 @@ def fine_estimates(queries: Tensor, basis: SketchBasis, blocks: Sequence[Tensor]
         float32 ``[Q, N]`` on the CPU. Memory beside it, for each thread: a byte for each code of a block, and 4 for each
         similarity with a query.
     """
-    if not len(queries) or not blocks:
-        return torch.empty(len(queries), _ends(blocks)[-1])
-    weights, units = _weights(queries, basis)
+    return _estimates(queries, basis, blocks, 1.0, None)
 
+
+def _estimates(
+    queries: Tensor,
+    basis: SketchBasis,
+    blocks: Sequence[Tensor],
+    weight: float,
+    offset: Callable[[int, int], Tensor] | None,
+) -> Tensor:
+    """Weighted estimates of ``fine``, and what is added to those of each block: of the items from and up to these."""
+    ends = _ends(blocks)
+    if not len(queries) or not blocks:
+        return torch.empty(len(queries), ends[-1])
+    weights, units = _weights(queries, basis)
     scratch = Scratch()
 
-    def block_estimates(block: Tensor) -> Tensor:
+    def block_estimates(number: int) -> Tensor:
+        block = blocks[number]
         codes = _unpacked(block, basis.bits, scratch)
         fine = [_fine(query, codes, block.shape[1], scratch) for query in weights]
-        return torch.stack(fine).mul_(units[:, None])
+        estimates = torch.stack(fine).mul_(weight * units[:, None])
+        return estimates if offset is None else estimates.add_(offset(ends[number], ends[number + 1]))
 
-    return torch.cat(side_by_side(block_estimates, blocks), dim=1)
+    return torch.cat(side_by_side(block_estimates, range(len(blocks))), dim=1)
 
 
 def _weights(queries: Tensor, basis: SketchBasis) -> tuple[Tensor, Tensor]:
