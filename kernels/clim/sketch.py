@@ -135,11 +135,13 @@ def _zero_sum_rotation(columns: int) -> Tensor:
     """Orthonormal directions ``[k, k - 1]`` by chance, the same ones every time, all of whose numbers add up to zero."""
     drawn = torch.randn(columns, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn[:, 0] = 1
-    return torch.linalg.qr(drawn).Q[:, 1:]
+    rotation: Tensor = torch.linalg.qr(drawn).Q
+    return rotation[:, 1:]
 
 
 def _codes(projected: Tensor, step: float, bits: int) -> Tensor:
-    return (projected / step + (2**bits - 1) / 2).round_().clamp_(0, 2**bits - 1)
+    codes: Tensor = (projected / step + (2**bits - 1) / 2).round_().clamp_(0, 2**bits - 1)
+    return codes
 
 
 def sketch_items(items: Tensor, basis: SketchBasis) -> Tensor:
