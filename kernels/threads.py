@@ -37,6 +37,12 @@ def share(work: Callable[[Iterator[T]], None], pieces: Sequence[T]) -> None:
         future.result()
 
 
+def alone(compute: Callable[[], T]) -> T:
+    """What ``compute`` gives, in one thread: for operations that take less time than threads need to wait for each other."""
+    count = torch.get_num_threads()
+    return compute() if count <= 1 else _pool(count).submit(compute).result()
+
+
 def _pool(count: int) -> ThreadPoolExecutor:
     with _lock:
         if count not in _pools:

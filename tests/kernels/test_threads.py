@@ -54,6 +54,12 @@ def test_an_error_of_a_thread_is_that_of_the_call(count: int) -> None:
         threads.share(work, range(20))
 
 
+def test_a_thread_computes_alone(count: int) -> None:
+    assert threads.alone(torch.get_num_threads) == 1
+    with pytest.raises(ZeroDivisionError):
+        threads.alone(lambda: 1 // 0)
+
+
 def test_nothing_is_nothing(count: int) -> None:
     threads.share(lambda pieces: [*pieces] and None, [])
 
