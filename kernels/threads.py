@@ -33,17 +33,41 @@ def side_by_side(function: Callable[[T], R], values: Sequence[T]) -> list[R]:
     Raises:
         Exception: The first that the function raises.
     """
-    threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    pool, call = _callers_pool(), _in_callers_mode(function)
+    return list(map(call, values) if pool is None or len(values) < 2 else pool.map(call, values))
+
+
+def alone(function: Callable[[], R]) -> R:
+    """What a function returns that is called by one thread: its operations take less time than threads take to meet.
+
+    Args:
+        function: Function as :func:`side_by_side` takes it, without a value.
+
+    Raises:
+        Exception: Whatever the function raises.
+    """
+    pool, call = _callers_pool(), _in_callers_mode(lambda _: function())
+    return call(None) if pool is None else pool.submit(call, None).result()
+
+
+def _in_callers_mode(function: Callable[[T], R]) -> Callable[[T], R]:
+    """The function, without gradients and in the inference mode of the thread that is here now, wherever it is called."""
+    is_inference = torch.is_inference_mode_enabled()
 
     def call(value: T) -> R:
         with torch.inference_mode(is_inference), torch.no_grad():
             return function(value)
 
-    if threads == 1 or len(values) < 2 or not _has_threads_of_its_own():
-        return list(map(call, values))
+    return call
+
+
+def _callers_pool() -> ThreadPoolExecutor | None:
+    """As many threads as PyTorch uses here; None: it uses one, or its threads are not each thread's own."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not _has_threads_of_its_own():
+        return None
     with _starting:
-        pool = _pool(threads, os.getpid())
-    return list(pool.map(call, values))
+        return _pool(threads, os.getpid())
 
 
 @cache

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from finelip_fast.kernels.clim.cpu import Scratch
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 from finelip_fast.kernels.clim.quantize import quantize
 from finelip_fast.kernels.clim.rows import Pieces, Rows
-from finelip_fast.kernels.threads import side_by_side
+from finelip_fast.kernels.threads import alone, side_by_side
 
 BITS = (1, 2)
 _LARGEST_WIDTH = 8192  # whose principal directions are found in a minute
@@ -242,8 +243,8 @@ def sketch_candidates(
 
         scores = _estimates(queries, basis, blocks[first:last], 1 - alpha, cosines)
         if is_searched is not None:
-            scores[:, ~is_searched[within.start : within.stop]] = -torch.inf
-        best = merged(best, scores, within.start, count)
+            scores.masked_fill_(~is_searched[within.start : within.stop], -torch.inf)
+        best = alone(partial(merged, best, scores, within.start, count))
         first = last
     return best[1]
 

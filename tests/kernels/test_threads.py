@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from finelip_fast.kernels.threads import side_by_side
+from finelip_fast.kernels.threads import alone, side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3], autouse=True)
@@ -58,6 +58,14 @@ def test_a_call_from_inside_is_one_after_another() -> None:
         return side_by_side(lambda inner: value + inner, range(3))
 
     assert side_by_side(nested, range(4)) == [[value, value + 1, value + 2] for value in range(4)]
+
+
+def test_one_thread_computes_alone() -> None:
+    assert alone(lambda: (torch.ones(8).sum(), torch.get_num_threads())[1]) == 1
+    with torch.inference_mode():
+        assert alone(lambda: torch.ones(2)).is_inference()
+    with pytest.raises(ZeroDivisionError):
+        alone(lambda: 1 // 0)
 
 
 def test_the_callers_inference_mode_holds_and_gradients_do_not() -> None:
