@@ -41,7 +41,7 @@ def alone(function: Callable[[], R]) -> R:
     """What a function returns that is called by one thread: its operations take less time than threads take to meet.
 
     Args:
-        function: Function as :func:`side_by_side` takes it, without a value.
+        function: The same as for :func:`side_by_side`, without a value.
 
     Raises:
         Exception: Whatever the function raises.
@@ -62,7 +62,7 @@ def _in_callers_mode(function: Callable[[T], R]) -> Callable[[T], R]:
 
 
 def _callers_pool() -> ThreadPoolExecutor | None:
-    """As many threads as PyTorch uses here; None: it uses one, or its threads are not each thread's own."""
+    """Threads, as many as PyTorch uses here; None: it uses one, or lets no thread have its own number."""
     threads = torch.get_num_threads()
     if threads == 1 or not _has_threads_of_its_own():
         return None
