@@ -34,8 +34,8 @@ from finelip_fast.kernels.threads import side_by_side
 
 # Fewer columns than this are not vectorised by a maximum over an axis further out.
 _BLOCK_QUERIES = 64
-# Elements of a tile for each thread, 2 MiB in float32: the maxima read it from the second-level cache.
-_TILE_ELEMENTS = 1 << 19
+# Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the second-level cache.
+_TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product, so many that the interpreter, which its threads share, is not what they wait for.
@@ -66,7 +66,7 @@ def scores(
 
     Returns:
         float32 ``[Q, N]``. Memory beside inputs and result: a float32 copy of 64 queries; 16 MiB of items in float32, 8 MiB of
-        products and 4 MiB for each thread; more only where a single pair needs more.
+        products and 2 MiB for each thread; more only where a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape
     n_items, item_tokens, _ = items.shape
