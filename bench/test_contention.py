@@ -6,8 +6,9 @@ threads; ``loss`` is how many times as long the median takes beside them.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,23 +36,16 @@ FULL, HALF, INT8, PLAIN = (
 CONTENDERS = (FULL, HALF, INT8, PLAIN)
 
 
-def _spin() -> None:
-    while True:
-        pass
-
-
 @contextmanager
 def busy(count: int) -> Iterator[None]:
     """So many processes that do nothing but compute."""
-    processes = [multiprocessing.get_context("spawn").Process(target=_spin, daemon=True) for _ in range(count)]
-    for process in processes:
-        process.start()
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
     finally:
         for process in processes:
             process.kill()
-            process.join()
+            process.wait()
 
 
 @cache
