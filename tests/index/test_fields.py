@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finelip_fast.index import Field, Index, IndexSpec
-from finelip_fast.index import index as index_module
+from finelip_fast.index import contents
 
 SPEC = IndexSpec(checkpoint="abc", tokens=1, width=8)
 
@@ -95,7 +95,7 @@ def test_fields_follow_the_index(tmp_path: Path) -> None:
 
 
 def test_a_large_index_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_MOST_SAMPLED", 11)
+    monkeypatch.setattr(contents, "_MOST_SAMPLED", 11)
     index = filled([{"n": at, f"x{at}": 1} for at in range(101)])
     fields = index.fields()
     assert len(fields) == 12
