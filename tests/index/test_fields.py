@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast.index import Field, Index, IndexSpec
-from finelip_fast.index import contents
+from finelip_fast.index import Field, Index, IndexSpec, contents
 
 SPEC = IndexSpec(checkpoint="abc", tokens=1, width=8)
 
