@@ -92,6 +92,7 @@ def table(rows: list[Row]) -> str:
         "95 %": lambda row: _time(row["p95"]) if "p95" in row else "",
         "99 %": lambda row: _time(row["p99"]) if "p99" in row else "",
         "requests a second": lambda row: f"{row['requests_per_second']:.3g}" if "requests_per_second" in row else "",
+        "times as long as alone": lambda row: f"{row['loss']:.2f}x" if "loss" in row else "",
         "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
         "largest error": lambda row: f"{row['max_error']:.1e}" if "max_error" in row else "",
         "recall@1 changes by": lambda row: f"{100 * row['recall_change']:.2g} points" if "recall_change" in row else "",

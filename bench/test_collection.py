@@ -7,7 +7,6 @@ twenty noisy pictures, their contents all differ. All files are in the system's 
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import tempfile
@@ -21,38 +20,16 @@ from typing import Any
 import numpy as np
 import pytest
 from contest import Result, clock
-from PIL import Image
+from photographs import photographs, write
 
 from finelip_fast import FolderReport, Retriever
 
 COUNT = int(os.environ.get("FINELIP_BENCH_PHOTOS", 2_000))
-SIZE = 4_000, 3_000
 SHARE = 20  # a twentieth is changed, moved, or deleted
 ROUNDS = 3
 
 EVERYTHING, UNCHANGED = "embed everything", "run again, nothing has changed"
 CHANGED = f"run again, {COUNT // SHARE:,} each changed, moved and deleted"
-
-
-def photographs(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    contents = []
-    for _ in range(20):
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-        noise = rng.normal(0, 6, (SIZE[1], SIZE[0], 1)).astype(np.int16)
-        file = io.BytesIO()
-        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-        contents.append(file.getvalue())
-    for number in range(COUNT):
-        path = folder / f"{number % 10}" / f"{number:06}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, contents[number % 20], number)
-
-
-def write(path: Path, content: bytes, number: int) -> None:
-    """The file with a comment of its own, right behind its first marker."""
-    comment = f"number {number:12}".encode()
-    path.write_bytes(content[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + content[2:])
 
 
 def disturb(folder: Path, turn: int) -> None:
@@ -82,7 +59,7 @@ def scratch() -> Iterator[Path]:
 def measured() -> dict[str, Result]:
     results = {name: Result() for name in (EVERYTHING, UNCHANGED, CHANGED)}
     with scratch() as folder:
-        photographs(folder / "photos")
+        photographs(folder / "photos", COUNT)
         for turn in range(ROUNDS):
             shutil.rmtree(folder / "index", ignore_errors=True)
             with Retriever(engine="torch", device="cpu", index=folder / "index") as retriever:
