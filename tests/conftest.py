@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -169,6 +170,14 @@ def damage_json() -> Callable[[st.DataObject, Any], bytes]:
         return text
 
     return damage
+
+
+@pytest.fixture
+def hears_interrupts() -> Iterator[None]:
+    """A shell ignores interrupts in what it runs in the background, and programs that are started there take that over."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

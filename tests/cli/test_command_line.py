@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -147,14 +147,7 @@ def test_streams_that_nobody_reads_keep_the_work(
     assert "Exception" not in result.stderr
 
 
-@pytest.fixture
-def hears_interrupts() -> Iterator[None]:
-    """A shell ignores interrupts in what it runs in the background, and programs that are started there take that over."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc for what is loaded")
 @pytest.mark.parametrize(
     "command",
@@ -165,9 +158,7 @@ def hears_interrupts() -> Iterator[None]:
     ],
     ids=["finelip", "train.py", "to_onnx.py"],
 )
-def test_an_interrupt_while_pytorch_is_imported(
-    command: list[str | Path], tmp_path: Path, hears_interrupts: None
-) -> None:
+def test_an_interrupt_while_pytorch_is_imported(command: list[str | Path], tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

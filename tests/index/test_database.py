@@ -215,6 +215,7 @@ def test_a_catalogue_that_is_a_link_is_read_and_not_written_to(folder: Path) -> 
             index.delete(["a"])
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 def test_a_long_statement_ends_by_time_and_by_a_signal() -> None:
     script = f"""
 import signal, sqlite3, threading

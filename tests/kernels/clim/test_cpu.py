@@ -19,9 +19,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "smallest", "plain processor"])
+@pytest.fixture(scope="module", params=["as shipped", "small", "small, by threads", "smallest", "plain processor"])
 def blocks(request):
     """Block sizes; the small ones put edges between queries, items and tiles, and reach the layout of many queries."""
+    name, _, by_threads = request.param.partition(", ")
     changes = {
         "as shipped": {},
         "small": {
@@ -40,10 +41,14 @@ def blocks(request):
         },
         "plain processor": {"has": lambda feature: False},
     }
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in changes[request.param].items():
-            patch.setattr(cpu if name == "has" else clim_cpu, name, value)
+        for constant, value in changes[name].items():
+            patch.setattr(cpu if constant == "has" else clim_cpu, constant, value)
+        if by_threads:
+            torch.set_num_threads(3)
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["as shipped", "plain processor"])
