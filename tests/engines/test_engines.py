@@ -27,6 +27,7 @@ from finelip_fast.tokenizer import TruncationWarning, encode_batch
 ALL = {"torch": (1e-5, {}), "torch bf16": (2e-2, {"precision": "bf16"}), "torch int8": (5e-2, {"precision": "int8"})}
 ALL |= {"onnx": (1e-5, {"precision": "fp32"})}
 ALL |= {"onnx fp16": (2e-3, {"precision": "fp16"}), "onnx int8": (5e-2, {"precision": "int8"})}
+ALL |= {"onnx int8 by threads": (5e-2, {"precision": "int8", "threads": 2})}
 ALL |= {"trt": (5e-3, {"precision": "fp16"})}
 AVAILABLE = [
     name
@@ -53,7 +54,7 @@ def checkpoint(make_model, tmp_path_factory) -> Path:
     finelip_fast.save(make_model(context_length=CONTEXT, embed_dim=128, vision_layers=1, text_width=32), folder)
     for name in AVAILABLE:
         if name.startswith("onnx"):
-            export_onnx(folder, data="scenes:test:8", progress=False, **ALL[name][1])
+            export_onnx(folder, data="scenes:test:8", progress=False, precision=ALL[name][1]["precision"])
     if "trt" in AVAILABLE:
         export_trt(folder, data="scenes:test:8", progress=False)
     return folder
