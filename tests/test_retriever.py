@@ -862,13 +862,15 @@ def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], 
     assert build(index=tmp_path / "index").index.spec.dtype == dtype  # as it was made
     expected = retriever.search(TEXTS[0], k=6, mode="exact")
     assert {hit.mode for hit in expected} == {"exact"}
-    for mode in ("exact-int8", "two-stage"):
+    for mode in ("exact-int8", "two-stage", "sketch"):
         hits = retriever.search(TEXTS[0], k=6, mode=mode)
         assert [(hit.id, hit.score) for hit in hits] == [(hit.id, hit.score) for hit in expected]
         found = retriever.search(TEXTS[0], k=6, mode=mode, where="camera = 'b' and n > 1")
         assert [hit.id for hit in found] == [hit.id for hit in expected if hit.metadata["n"] in (3, 5)]
         assert retriever.search(TEXTS[0], mode=mode, where="camera = 'c'") == []
-    with pytest.raises(InputError, match="expected mode to be one of auto, exact, exact-int8, two-stage, got 'fast'"):
+    with pytest.raises(
+        InputError, match="expected mode to be one of auto, exact, exact-int8, two-stage, sketch, got 'fast'"
+    ):
         retriever.search(TEXTS[0], mode="fast")
     with pytest.raises(InputError, match="expected a value, got the end"):
         retriever.search(TEXTS[0], where="camera =")
