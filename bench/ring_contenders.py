@@ -351,6 +351,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "finelip_fast, exact": partial(Ours, "exact"),
     "finelip_fast, exact by int8": partial(Ours, "exact-int8"),
     "finelip_fast, two stages": partial(Ours, "two-stage", LEAST),
+    "finelip_fast, two stages by sketches": partial(Ours, "sketch", LEAST),
     "plain torch, float32": partial(PlainTorch, "float32"),
     "plain torch, bfloat16": partial(PlainTorch, "bfloat16"),
     "usearch of global rows, scored again": lambda: Rescored(Usearch()),
