@@ -1,4 +1,4 @@
-"""From a folder of photographs to embeddings on disk: ours, open_clip in a loop, and the way of clip-retrieval.
+"""Race from a folder of photographs to embeddings on disk: ours, open_clip in a loop, and the way of clip-retrieval.
 
 ``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels below ``FINELIP_BENCH_FOLDER`` (the system's folder of temporary
 files), in its memory when they are read; an encoder of ViT-B/16's size with random weights, the same for all. Ours also
@@ -94,14 +94,14 @@ def measured() -> dict[str, Result]:
         transform: Any = image_transform(model.config.image_size, is_train=False)
         pictures = Pictures(sorted((folder / "photos").rglob("*.jpg")), transform)
         write = partial(embedded, pictures, in_open_clip(model).encode_image)
-        ours = partial(indexed, folder / "photos", folder / "model")
+        index_photos = partial(indexed, folder / "photos", folder / "model")
         contenders: dict[str, Callable[[Path], None]] = {
             LOOP: lambda out: write(out.with_suffix(".npy"), workers=None),
             LOADER: lambda out: write(out.with_suffix(".npy"), workers=torch.get_num_threads()),
-            OURS: lambda out: ours(out, precision="fp32"),
+            OURS: lambda out: index_photos(out, precision="fp32"),
         }
         if why_not("int8") is None:
-            contenders[INT8] = lambda out: ours(out, precision="int8")
+            contenders[INT8] = lambda out: index_photos(out, precision="int8")
         results = {name: Result() for name in contenders}
         for turn in range(ROUNDS):
             for number, (name, run) in enumerate(contenders.items()):
@@ -120,8 +120,8 @@ def check(pictures: Pictures, out: Path, index: Path) -> None:
     """Hold our global embeddings to open_clip's of the same files."""
     with stored_index(index) as stored:
         rows = dict(zip((Path(name).name for name in stored.ids), stored.embeddings[:, 0].float(), strict=True))
-    ours = torch.stack([rows[path.name] for path in pictures._paths])
-    cosines = (ours * torch.from_numpy(np.load(out)).float()).sum(dim=1)
+    embeddings = torch.stack([rows[path.name] for path in pictures._paths])
+    cosines = (embeddings * torch.from_numpy(np.load(out)).float()).sum(dim=1)
     assert cosines.min() >= LEAST_COSINE, cosines.min()
 
 

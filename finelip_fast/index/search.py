@@ -28,8 +28,9 @@ from torch import Tensor
 from finelip_fast._arguments import one_of
 from finelip_fast.index.standing import sampled_rows
 from finelip_fast.index.view import View
-from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates
+from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, cosine_candidates, quantize
 from finelip_fast.kernels.clim.rows import Pieces
+from finelip_fast.kernels.threads import side_by_side
 
 Mode = Literal["auto", "exact", "exact-int8", "two-stage", "sketch"]
 TwoStages = Literal["two-stage", "sketch"]
@@ -177,23 +178,31 @@ def _two_stages(
     embeddings_of: Callable[[Tensor], Tensor] = view.read
     if alpha == 1:
         queries, embeddings_of = queries[:, :1], Pieces(view.anchors).take
-    pieces = []
-    for query, candidate_rows in zip(queries, candidates, strict=True):
-        rows = candidate_rows[candidate_rows >= 0].sort().values
+
+    def second_stage(query_and_candidates: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, rows = query_and_candidates
+        rows = rows[rows >= 0].sort().values
         scores, at = clim_topk(query[None], embeddings_of(rows).to(queries), k, alpha=alpha)
-        pieces.append((scores[0], rows.to(at.device)[at[0]]))
+        return scores[0], rows.to(at.device)[at[0]]
+
+    pairs = list(zip(queries, candidates, strict=True))
+    pieces = side_by_side(second_stage, pairs) if view.device.type == "cpu" else list(map(second_stage, pairs))
     return torch.stack([scores for scores, _ in pieces]), torch.stack([rows for _, rows in pieces])
 
 
 def sampled_scores(view: View, queries: Tensor, *, alpha: float, among: Tensor | None) -> Tensor:
-    """Scores float32 ``[Q, n]`` of a sample of the items, evenly spread; arguments as :func:`best_rows`."""
+    """Scores float32 ``[Q, n]`` of a sample of the items, evenly spread; arguments as :func:`best_rows`.
+
+    Of a sample of all items the rows are int8: what is wanted of the scores is how they are distributed.
+    """
     queries = queries.to(view.device, _dtype(view))
     if alpha == 1:
         rows = sampled_rows(view.rows, view.living if among is None else among)
-        queries, embeddings = queries[:, :1], Pieces(view.anchors).take(rows)
-    else:
-        embeddings = view.sample if among is None else view.read(sampled_rows(view.rows, among))
-    return clim_scores(queries, embeddings.to(queries), alpha=alpha)
+        return clim_scores(queries[:, :1], Pieces(view.anchors).take(rows).to(queries), alpha=alpha)
+    if among is not None:
+        return clim_scores(queries, view.read(sampled_rows(view.rows, among)).to(queries), alpha=alpha)
+    (values, scales), (query_values, query_scales) = view.sample, quantize(queries)
+    return clim_scores(query_values, values, alpha=alpha, query_scales=query_scales, item_scales=scales)
 
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor, *, fine: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from finelip_fast.index.catalogue import Item, Layout
 from finelip_fast.index.residence import resident
 from finelip_fast.index.segments import Segment, joined
 from finelip_fast.index.standing import sampled_rows
-from finelip_fast.kernels import QuantizedItems
+from finelip_fast.kernels import QuantizedItems, quantize
 from finelip_fast.kernels.clim.rows import Pieces, is_gpu
 
 # More pieces than this are put together once, rather than gone through at each search.
@@ -123,9 +123,9 @@ class View:
         return result if is_sorted else result[order.argsort()]
 
     @cached_property
-    def sample(self) -> Tensor:
-        """Embeddings of a few items, evenly spread, that every search compares its scores with; on the device."""
-        return self.read(sampled_rows(self.rows, self.living)).to(self.device)
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """A few items, evenly spread, that every search compares its scores with: int8 and its scales, on the device."""
+        return quantize(self.read(sampled_rows(self.rows, self.living)).to(self.device))
 
     def refuse_shortened(self) -> None:
         """Look whether what is mapped is still as long as it was: where it is not, a search would end the process.

@@ -18,6 +18,8 @@ from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
 # Elements that are converted to the other side's dtype at a time, 64 MiB in float32.
 _CONVERTED_ELEMENTS = 1 << 24
+# Items from which on a pass of rounded products goes first.
+_LEAST_ROUNDED = 1 << 11
 
 
 def clim_topk(
@@ -61,6 +63,8 @@ def _rounding_error(queries: Tensor, items: Pieces) -> float | None:
     """What a first pass of rounded products may be off by, where it makes a search faster."""
     if queries.shape[1] == items.shape[1] == 1:
         return None  # to round the rows takes longer than their cosines
+    if items.shape[0] < _LEAST_ROUNDED:
+        return None  # such as the candidates of a first stage: a pass that leaves many of a few open is a pass too many
     if dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
         return None
     return cpu.rounding_error(queries.dtype) if queries.dtype == items.dtype else None
