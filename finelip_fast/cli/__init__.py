@@ -42,7 +42,7 @@ def finelip() -> None:
 
 # Once several threads call PyTorch, as a server's do, GNU's OpenMP has more threads than processors, and lets them sleep at
 # every barrier: the engine in PyTorch takes a third longer. Told to be active, they stay awake there, here for a fifth of a
-# millisecond: longer, and they are in the way of the threads that search. LLVM's OpenMP sleeps after 200 ms, as it does untold.
+# millisecond: longer, and they are in the way of the threads that search. LLVM's OpenMP sleeps after 200 ms, as without this.
 _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "200"}
 
 
