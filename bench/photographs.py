@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 SIZE = 4_000, 3_000
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder below ``FINELIP_BENCH_FOLDER``, or the system's for temporary files, that is removed in the end."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("FINELIP_BENCH_FOLDER")))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def photographs(folder: Path, count: int) -> None:

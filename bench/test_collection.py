@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contest import Result, clock
-from photographs import photographs, write
+from photographs import photographs, scratch, write
 
 from finelip_fast import FolderReport, Retriever
 
@@ -44,15 +41,6 @@ def disturb(folder: Path, turn: int) -> None:
         path.rename(target / path.name)
     for path in deleted:
         path.unlink()
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("FINELIP_BENCH_FOLDER")))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 @cache

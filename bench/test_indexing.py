@@ -10,11 +10,8 @@ package pins an old PyTorch.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import torch.nn.functional as F
 from baselines import in_open_clip
 from contest import Result, clock
 from inputs import ON_GPU
-from photographs import photographs
+from photographs import photographs, scratch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -56,15 +53,6 @@ class Pictures(Dataset[Tensor]):
     def __getitem__(self, number: int) -> Tensor:
         with Image.open(self._paths[number]) as image:
             return self._transform(image)
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("FINELIP_BENCH_FOLDER")))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 def embedded(pictures: Pictures, encode: Callable[[Tensor], Tensor], out: Path, *, workers: int | None) -> None:

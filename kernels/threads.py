@@ -86,6 +86,20 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         started.wait()
 
-    list(pool.map(start, range(threads)))
-    torch.set_num_threads(threads)  # the last number set is what threads that are yet to come start with
+    try:
+        list(pool.map(start, range(threads)))
+    except RuntimeError:  # no more threads can be had, and those that are there would wait for the others
+        started.abort()
+        raise
+    finally:
+        torch.set_num_threads(threads)  # the last number set is what threads that are yet to come start with
     return pool
+
+
+def _after_fork() -> None:
+    global _starting
+    _starting = Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -267,9 +267,7 @@ class Index(Contents):
                     result = self._search(view, queries, k, alpha, mode, where, candidates)
             except FileNotFoundError as error:
                 if self._store.view() is view:
-                    raise StoreError(
-                        f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}"
-                    ) from None
+                    raise self._missing(error) from None
                 continue
             except OSError as error:  # of mapping and reading
                 raise StoreError(

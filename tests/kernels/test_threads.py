@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from finelip_fast.kernels import threads as kernel_threads
 from finelip_fast.kernels.threads import alone, side_by_side
 
 
@@ -66,6 +68,34 @@ def test_one_thread_computes_alone() -> None:
         assert alone(lambda: torch.ones(2)).is_inference()
     with pytest.raises(ZeroDivisionError):
         alone(lambda: 1 // 0)
+
+
+def test_where_threads_cannot_be_had_none_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    kernel_threads._pool.cache_clear()
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", starting)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                side_by_side(str, range(9))
+        assert torch.get_num_threads() == 5
+        assert side_by_side(str, range(9)) == [*"012345678"]
+    finally:
+        torch.set_num_threads(before)
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
 
 
 def test_the_callers_inference_mode_holds_and_gradients_do_not() -> None:
