@@ -23,9 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -134,7 +135,8 @@ def surroundings(out: Path, folder: Path, *, tuned: bool, tiny: bool) -> dict[st
     }
     if tiny:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment |= {"FINELIP_BENCH_ITEMS": "64", "FINELIP_BENCH_BATCH": "64"}
+        environment |= {"FINELIP_BENCH_ITEMS": "64", "FINELIP_BENCH_BATCH": "64", "FINELIP_BENCH_SCENES": "16"}
+        environment |= {"FINELIP_BENCH_WITHOUT": "torch float32;torch bfloat16;torch int8;onnx;trt"}
     return environment
 
 
@@ -242,23 +244,31 @@ def launches_of(capability: int) -> list[Any]:
     from unittest.mock import patch
 
     import compile_table
+    import torch
     from ahead_of_time import recorded_launches
+    from torch.overrides import TorchFunctionMode
 
     from finelip_fast.kernels import tune
 
-    def empty(count: int, tokens: int, width: int, device: object) -> torch.Tensor:
-        return compile_table.empty(count, tokens, width)
+    class WithoutNumbers(TorchFunctionMode):
+        """What would be made on the GPU has a shape and no numbers."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            return function(*args, **(kwargs | {"device": "meta"} if "device" in kwargs else kwargs))
 
     with (
         recorded_launches(capability) as launches,
-        patch.multiple(tune, _unit_rows=empty, _items_that_fit=lambda *_: tune._ITEMS),
+        patch.object(tune, "_items_that_fit", lambda *_: tune._ITEMS),
+        patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # knows no tensors without numbers
     ):
         for case in compile_table.our_cases(capability):
             case.run()
-        for swept in tune.cases_for(("clim",)):
-            run = swept.prepare().run
-            for settings in (swept.default, *swept.candidates):
-                run(settings)
+        with WithoutNumbers():
+            for swept in tune.cases_for():
+                run = swept.prepare().run
+                for settings in (swept.default, *swept.candidates):
+                    run(settings)
     return [launch for launch, *_ in launches]
 
 
@@ -354,13 +364,20 @@ def note_race(step: str, race: str, results: dict[str, Result]) -> None:
 
 def tests() -> None:
     """The tests that need a GPU; those of 60 GB have their own step."""
-    where = f"{TESTS}/test_on_gpu.py" if TINY else str(TESTS)
+    files = [TESTS / "test_on_gpu.py"] if TINY else [TESTS, *files_with_gpu_tests()]
     options = ["-m", "gpu", "-k", "not 60_gb", "-q", "--maxfail", "60", "-rfE", "--tb", "short"]
+    options += ["--continue-on-collection-errors"]  # of a file whose packages are not here
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "90"]
-    run_tests("tests", [where, *options])
+    run_tests("tests", [*map(str, files), *options])
+
+
+def files_with_gpu_tests() -> list[Path]:
+    """Those outside the kernels' folder, where nearly all of them are."""
+    paths = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if TESTS not in path.parents)
+    return [path for path in paths if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def index_of_60_gb() -> None:
@@ -460,6 +477,23 @@ def aggregation() -> None:
             note_race("aggregation", race, test_atrm.aggregation_race(batch, with_gradient))
 
 
+def encoders() -> None:
+    """ViT-B/16 in half precision, beside open_clip."""
+    import test_engines
+
+    for kind, size in product(("pictures", "captions"), test_engines.BATCHES[: 1 if TINY else None]):
+        note_race("encoders", f"{size} {kind}", test_engines.race(kind, size))
+
+
+def retrieval() -> None:
+    """Captions to the best pictures, from end to end."""
+    import test_search
+
+    for n_captions in test_search.CAPTIONS[: 1 if TINY else None]:
+        race = f"{n_captions} captions among {test_search.ITEMS}"
+        note_race("retrieval", race, test_search.search_race("scenes" if TINY else "ViT-B-16", n_captions))
+
+
 def sanitizer() -> None:
     """Small launches, every access of which is checked."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -493,6 +527,8 @@ STEPS = {
     "search": Step(search, 45, 20),
     "training": Step(training, 60, 25),
     "aggregation": Step(aggregation, 45, 15),
+    "encoders": Step(encoders, 60, 20),
+    "retrieval": Step(retrieval, 60, 20),
     "sanitizer": Step(sanitizer, 60, 30),
     "index-of-60-gb": Step(index_of_60_gb, 60, 30),
 }

@@ -117,9 +117,18 @@ def exported(kind: str, runtime: str, precision: str) -> Callable[[Tensor], Tens
     return encode if kind == "pictures" else up_to_the_longest(encode, 32 if ON_GPU else 1)
 
 
+def in_export(kind: str, runtime: str, precision: str, x: Tensor) -> Tensor:
+    return exported(kind, runtime, precision)(x)
+
+
 @cache
 def frozen(precision: LinearPrecision) -> FineLIP:
     return freeze(copy.deepcopy(model()), precision)
+
+
+def in_frozen(kind: str, precision: LinearPrecision, x: Tensor) -> Tensor:
+    encoders = frozen(precision)
+    return (encoders.encode_image if kind == "pictures" else encoders.encode_text)(x)
 
 
 def in_torch(kind: str, compiled: bool) -> Callable[[Tensor], Tensor]:
@@ -152,13 +161,12 @@ def race(kind: str, size: int) -> dict[str, Result]:
     }
     for name, precision in FROZEN.items():
         if why_not(precision) is None:
-            encoders = frozen(precision)
-            ways[name] = (encoders.encode_image if kind == "pictures" else encoders.encode_text), LIMITS[precision]
+            ways[name] = partial(in_frozen, kind, precision), LIMITS[precision]
     if ON_GPU:
         ways = {name: (way, PRECISIONS["fp16"]) for name, (way, _) in ways.items()}
     for runtime, why in (("onnx", onnx.why_not()), ("trt", trt.why_not())):
         if why is None and (runtime == "trt" or not ON_GPU or onnx.has_cuda()):
-            ways |= {f"{runtime} {p}": (exported(kind, runtime, p), limit) for p, limit in PRECISIONS.items()}
+            ways |= {f"{runtime} {p}": (partial(in_export, kind, runtime, p), limit) for p, limit in PRECISIONS.items()}
     judge = model()
     with torch.inference_mode():
         expected = (judge.encode_image if kind == "pictures" else judge.encode_text)(x)[:, 0].double()
