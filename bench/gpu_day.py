@@ -365,7 +365,7 @@ def note_race(step: str, race: str, results: dict[str, Result]) -> None:
 def tests() -> None:
     """The tests that need a GPU; those of 60 GB have their own step."""
     files = [TESTS / "test_on_gpu.py"] if TINY else [TESTS, *files_with_gpu_tests()]
-    options = ["-m", "gpu", "-k", "not 60_gb", "-q", "--maxfail", "60", "-rfE", "--tb", "short"]
+    options = ["-m", "gpu", "-k", "not 60_gb", "-v", "--maxfail", "60", "-rfE", "--tb", "short", "--durations", "15"]
     options += ["--continue-on-collection-errors"]  # of a file whose packages are not here
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -388,11 +388,13 @@ def run_tests(step: str, options: Sequence[str]) -> None:
     # Warnings are no errors: another PyTorch and Python have others.
     options = ["-c", str(ROOT / "pyproject.toml"), *options, "-W", "default", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options]
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(process.stdout)
-    lines = process.stdout.strip().splitlines()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout or ():  # the log has them, also where time runs out
+        print(line, end="")
+        lines.append(line.strip())
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    note(OUT, step, exit_code=process.returncode, summary=lines[-1] if lines else "", failed=failed)
+    note(OUT, step, exit_code=process.wait(), summary=lines[-1] if lines else "", failed=failed)
 
 
 def sweep() -> None:

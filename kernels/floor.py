@@ -97,7 +97,7 @@ def _product_peak(dtype: torch.dtype, device: str) -> float:
     side = 8192 if device == "cuda" else 2048
     square = torch.randint(-8, 8, (side, side), device=device).to(dtype)
     product = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm  # the latter has no int8
-    products = [partial(product, square, square)]
+    products = [partial(product, square, second) for second in (square, square.T)]  # int8 is fast from columns alone
     if device == "cpu" and dtype.is_floating_point and cpu.has_onednn():  # where PyTorch's own is MKL's
         products.append(partial(cpu.linear, square, cpu.packed(square)))
     return float(2 * side**3 / min(map(seconds, products)))
