@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from overwrites import overwrites
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,6 +74,7 @@ class Compiled:
     num_warps: int
     ptx: str = field(repr=False)
     ttir: str = field(repr=False)
+    ttgir: str = field(repr=False, default="")
 
     @property
     def fits(self) -> bool:
@@ -92,6 +94,11 @@ class Compiled:
     def uses_wgmma(self) -> bool:
         """Whether the products run on Hopper's tensor cores at their full rate."""
         return "wgmma.mma_async" in self.ptx
+
+    @property
+    def overwritten(self) -> list[str]:
+        """What the kernel may overwrite under a product that still reads it; empty, or its results are wrong at times."""
+        return overwrites(self.ttgir)
 
     @property
     def uses_64_bit_offsets(self) -> bool:
@@ -150,6 +157,7 @@ def compile_for(
         num_warps=num_warps,
         ptx=compiled.asm["ptx"],
         ttir=compiled.asm["ttir"],
+        ttgir=compiled.asm["ttgir"],
     )
 
 

@@ -332,7 +332,7 @@ def _atrm_cases(device: torch.device) -> Iterator[Case]:
             )
             second = (
                 replace(default, pool_rows=pooled, pool_tokens=tokens, pool_warps=warps)
-                for pooled in (16, 32, 64)
+                for pooled in (16, 32)
                 for tokens in (32, 64)
                 for warps in (4, 8)
             )

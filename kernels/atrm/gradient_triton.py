@@ -81,14 +81,18 @@ def row_gradient_kernel(
     clamped = norm <= NORMALIZE_EPS
     norm = tl.maximum(norm, NORMALIZE_EPS)
     along = tl.where(clamped, 0.0, product / norm / norm)[:, None]
+    # Of dp as it is rounded, though p . dp is 0 but for clamped rows: what rounding leaves of it is in every x . dp, too.
+    pooled_product = tl.zeros([BLOCK_K], tl.float32)
     for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         columns = chunk * BLOCK_D + d
         inside = (k < K)[:, None] & (columns < D)
         grad = tl.load(grad_rows + columns, mask=inside, other=0.0).to(tl.float32)
-        through_norm = (grad - sums[chunk] * scale * along) / norm[:, None]
+        pooled = sums[chunk] * scale
+        through_norm = (grad - pooled * along) / norm[:, None]
+        pooled_product += tl.sum(pooled * through_norm, axis=1)
         tl.store(row_grad + (item * K + k)[:, None] * D + columns, through_norm, mask=inside)
     tl.store(log_total + item * K + k, largest + tl.log(total), mask=k < K)
-    tl.store(offset + item * K + k, tl.where(clamped, product / norm, 0.0), mask=k < K)
+    tl.store(offset + item * K + k, pooled_product, mask=k < K)
 
 
 @triton.jit

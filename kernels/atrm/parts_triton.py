@@ -106,6 +106,11 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def has_own_products(device: torch.device) -> bool:
+    """Whether matrix products run by themselves, while the program goes on: on Hopper and on data-centre Blackwell."""
+    return INTERPRETED or torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
+
+
 def power_of_two(size: int) -> int:
     """The smallest side of a tile that holds `size`."""
     return max(SMALLEST_TILE, int(triton.next_power_of_2(size)))

@@ -29,6 +29,7 @@ from finelip_fast.kernels.atrm.parts_triton import (
     NORMALIZE_EPS,
     SMALLEST_TILE,
     capability_of,
+    has_own_products,
     pooled_sum,
     power_of_two,
     softmax_statistics,
@@ -39,6 +40,9 @@ from finelip_fast.kernels.atrm.parts_triton import (
 _LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
 # With fewer items than this, an item is pooled by more programs, though each reads all of its tokens.
 _FEW_ITEMS = 32
+# Rows of one program of the pool. From 64 on, Hopper's products run by themselves and take the weights from registers, which
+# Triton then writes while they are read (triton-lang/triton#9433). Measured on an H200, 16 rows are faster besides.
+_MOST_ROWS = 32
 
 
 @triton.jit
@@ -76,10 +80,15 @@ def logits_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
     """``x [B, N, D]`` to ``logits [B, N, K]``; rows at and after an item's length are left as they are.
 
     The ``H`` hidden units are held as ``HEAD + REST``, two powers of two: 153 as 128 + 32 instead of 256.
+
+    With ``TWICE`` each tile is loaded once for its product and once for its mean and variance. Where products run by
+    themselves, Triton gives a tile that registers read, too, a buffer too few, and the next tiles overwrite it while it is
+    multiplied (triton-lang/triton#6691).
     """
     tiles = tl.cdiv(tokens, BLOCK_N)
     item = (tl.program_id(0) // tiles).to(tl.int64)
@@ -107,7 +116,10 @@ def logits_kernel(
     for start_d in range(0, D, BLOCK_D):
         inside = start_d + d < D
         tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0)
-        centred = tl.where(inside, tile.to(tl.float32) - shift[:, None], 0.0)
+        seen = tile
+        if TWICE:  # the policy tells the two loads apart, which would be made one
+            seen = tl.load(rows + start_d + d, mask=valid & inside, other=0.0, eviction_policy="evict_first")
+        centred = tl.where(inside, seen.to(tl.float32) - shift[:, None], 0.0)
         total += tl.sum(centred, axis=1)
         squares += tl.sum(centred * centred, axis=1)
         if dtype == tl.float32:
@@ -219,7 +231,7 @@ class AtrmSettings:
     logits_width: int  # columns of D a step
     logits_warps: int
     logits_stages: int
-    pool_rows: int  # aggregated tokens of one program
+    pool_rows: int  # aggregated tokens of one program, 16 or 32
     pool_tokens: int  # a step
     pool_width: int  # columns of one accumulator
     pool_warps: int
@@ -243,12 +255,7 @@ def default_settings(
     half = dtype.itemsize == 2
     pool_width = min(256 if half else 128, power_of_two(width))
     accumulated = triton.cdiv(width, pool_width) * pool_width  # columns of a row of accumulators
-    if not half or items < _FEW_ITEMS:
-        rows = 16
-    elif capability == 90 and accumulated <= 768:  # its products of 64 rows read the tokens from shared memory
-        rows = 64
-    else:
-        rows = 32 if accumulated <= 768 else 16
+    few_rows = not half or items < _FEW_ITEMS or capability == 90 or accumulated > 768
     if not half:  # multiplied without tensor cores, which takes registers: small tiles, many threads
         tokens, columns, warps, stages = 16, 16, 16, 2
     else:
@@ -258,7 +265,7 @@ def default_settings(
         logits_width=columns,
         logits_warps=warps,
         logits_stages=stages,
-        pool_rows=min(rows, power_of_two(aggregated)),
+        pool_rows=min(16 if few_rows else 32, power_of_two(aggregated)),
         pool_tokens=32 if half else 16,
         pool_width=pool_width,
         pool_warps=8,
@@ -313,8 +320,9 @@ def aggregate_folded(inputs: AtrmInputs, folded: Folded, *, settings: AtrmSettin
     lengths = None if inputs.lengths is None else inputs.lengths.contiguous()
     logits = token_logits(inputs._replace(x=x, lengths=lengths), folded, settings)
     out = torch.empty(items, aggregated + 1, width, dtype=x.dtype, device=x.device)
+    pool_rows = min(settings.pool_rows, _MOST_ROWS)
     with torch.cuda.device_of(x):
-        pool_kernel[(items * triton.cdiv(aggregated, settings.pool_rows),)](
+        pool_kernel[(items * triton.cdiv(aggregated, pool_rows),)](
             x,
             logits,
             lengths,
@@ -326,7 +334,7 @@ def aggregate_folded(inputs: AtrmInputs, folded: Folded, *, settings: AtrmSettin
             anchor.stride(0),
             D=width,
             K=aggregated,
-            BLOCK_K=settings.pool_rows,
+            BLOCK_K=pool_rows,
             BLOCK_N=settings.pool_tokens,
             BLOCK_D=settings.pool_width,
             num_warps=settings.pool_warps,
@@ -367,6 +375,7 @@ def token_logits(inputs: AtrmInputs, folded: Folded, settings: AtrmSettings) -> 
             BLOCK_K=power_of_two(aggregated),
             BLOCK_N=settings.logits_tokens,
             BLOCK_D=settings.logits_width,
+            TWICE=x.dtype.itemsize == 2 and has_own_products(x.device),
             num_warps=settings.logits_warps,
             num_stages=settings.logits_stages,
             **LAUNCH_OPTIONS,

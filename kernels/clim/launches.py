@@ -22,9 +22,10 @@ _LEAST_SHARED_KIB, _MOST_SHARED_KIB = 99, 227
 _PAIRS_PER_WARP = 2048
 # The widest piece of D that Triton compiles for every GPU.
 _WIDEST = 512
-# Where all of D is one piece, queries stay in shared memory: they are read once a program, not once an item token. Items and
-# stages of such programs; the first that fits is taken.
-_IN_ONE_PIECE = ((128, 3), (128, 2), (64, 2))
+# Where all of D is one piece, queries stay in shared memory: they are read once a program, not once an item token. Items,
+# warps and stages of such programs, by whether they hold several queries; the first that fits is taken. Of two-byte embeddings
+# such pieces leave room for one program on a multiprocessor, and two of smaller ones are faster (measured on an H200).
+_IN_ONE_PIECE = {False: ((128, 8, 3), (128, 8, 2), (64, 8, 2)), True: ((64, 4, 4), (64, 4, 3), (64, 4, 2))}
 
 # Items of a program are halved down to so few, as long as there are fewer programs than a large GPU has multiprocessors.
 _FEWEST_ITEMS, _PROGRAMS = 16, 128
@@ -74,12 +75,17 @@ def default_settings(
     block_width = min(128 // dtype.itemsize, max(32, whole_width))
     settings = ClimSettings(128, queries, block_width, num_warps=8, num_stages=4 if hopper else 3)
     columns = settings.columns(query_tokens)
-    if hopper and block_width < width == whole_width and not winners and dtype != torch.float8_e4m3fn:
+    if hopper and block_width < width == whole_width and not winners and dtype == torch.int8:
         launch = Launch(capability, dtype, width, n_queries, query_tokens)
-        cuts = (replace(settings, block_items=items, block_width=width, num_stages=n) for items, n in _IN_ONE_PIECE)
+        cuts = (
+            replace(settings, block_items=items, block_width=width, num_warps=warps, num_stages=stages)
+            for items, warps, stages in _IN_ONE_PIECE[columns > 64]
+        )
         in_one_piece = next((cut for cut in cuts if fits(cut, launch)), None)
         if in_one_piece and (columns <= 64 or capability == 90):  # elsewhere sums of more are held in registers
             return in_one_piece
+    if hopper and columns <= 64 and not winners and dtype.itemsize == 2:
+        return replace(settings, block_width=min(128, max(32, whole_width)), num_warps=4, num_stages=3)
     if columns > most_columns or (dtype == torch.int8 and columns > 64 and capability != 90):
         return replace(settings, block_items=64, num_stages=3)
     return replace(settings, num_warps=4) if 2 * columns <= most_columns else settings

@@ -84,6 +84,11 @@ class Pieces:
         return selection
 
     @property
+    def among(self) -> Tensor | None:
+        """Which items these are, on the CPU; None: all."""
+        return self._among
+
+    @property
     def is_choice(self) -> bool:
         """Whether these are some of the items."""
         return self._among is not None
@@ -103,9 +108,16 @@ class Pieces:
         filled = [at for at, (first, last) in enumerate(pairwise(edges)) if first < last]
         self._pieces, self._starts = [pieces[at] for at in filled], [starts[at] for at in filled]
         self._edges = [*(edges[at] for at in filled), edges[-1]]
-        self.breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
-        if self._among is not None:
-            self.breaks = torch.cat([self.breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
+        self._breaks: Tensor | None = None
+
+    @property
+    def breaks(self) -> Tensor:
+        """Positions before which a piece ends, or items are left out; looked for when they are asked for."""
+        if self._breaks is None:
+            self._breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
+            if self._among is not None:
+                self._breaks = torch.cat([self._breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
+        return self._breaks
 
     @property
     def item_bytes(self) -> int:
@@ -240,7 +252,7 @@ def _checked(among: Tensor, n_items: int) -> Tensor:
     if among.dtype != torch.int64 or among.ndim != 1:
         raise InputError(f"{requirement}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
     among = among.detach().cpu().contiguous()
-    if (among.diff() < 1).any():
+    if (among[1:] <= among[:-1]).any():
         raise InputError(f"{requirement}, got some out of order or twice: sort them (among.unique())")
     if len(among) and not 0 <= among[0] <= among[-1] < n_items:
         raise InputError(f"{requirement}, got {among[0]} to {among[-1]}: they count the items of all pieces")

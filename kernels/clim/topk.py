@@ -214,11 +214,8 @@ def _passes(
         return
     among = columns = None
     if sources[0].is_dense and all(source.device == device for source in sources):
-        among, sources = (
-            sources[0].numbers(torch.arange(sources[0].shape[0])),
-            [source.everything for source in sources],
-        )
-        columns = among.to(device)
+        among, sources = sources[0].among, [source.everything for source in sources]
+        columns = None if among is None else among.to(device)
     start, end, waiting = 0, 0, []
     for first, chunk in chunks(sources, len(queries), device):
         waiting.append(parts(*chunk))

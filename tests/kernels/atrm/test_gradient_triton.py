@@ -305,6 +305,7 @@ def test_the_kernels_fit_and_spill_nothing(case, kernel):
     compiled = compile_both(*case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[case[0]]
     assert compiled.spilled_bytes == 0
+    assert not compiled.overwritten
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

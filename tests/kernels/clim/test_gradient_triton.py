@@ -271,6 +271,7 @@ def test_the_kernels_fit_and_spill_nothing(capability, case, kernel):
     compiled = compile_all(capability, *case)[kernel]
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
     assert compiled.spilled_bytes == 0
+    assert not compiled.overwritten
     assert compiled.uses_wgmma is (capability == 90 and case[0] != torch.float32)
 
 

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from finelip_fast.errors import InputError, KernelError
-from finelip_fast.kernels.clim.launches import ClimSettings, default_settings, spread
+from finelip_fast.kernels.clim.launches import ClimSettings, Launch, default_settings, fits, spread
 from finelip_fast.kernels.clim.triton import described, scores
+from finelip_fast.kernels.settings import SHIPPED, names, tuned
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -306,6 +307,7 @@ def test_the_kernel_fits_and_spills_nothing(capability, case):
     compiled = compile_scores(capability, *case)
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
     assert compiled.spilled_bytes == 0
+    assert not compiled.overwritten
     assert compiled.uses_wgmma is (capability == 90 and case[0] != torch.float32)
 
 
@@ -336,6 +338,7 @@ def test_tensor_descriptors_replace_loads_and_take_fewer_registers(capability, d
     assert described.fits
     if capability != 120:  # there, Triton 3.6 takes a few more, and 8 bytes of stack
         assert described.spilled_bytes == 0
+        assert not described.overwritten
         assert described.registers <= plain.registers
 
 
@@ -344,11 +347,24 @@ def test_tensor_descriptors_replace_loads_and_take_fewer_registers(capability, d
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
 def test_queries_in_one_piece_are_held_once(capability, dtype):
     """Shared memory has them once, beside as many pieces of items as there are stages."""
-    cut = default_settings(capability=capability, dtype=dtype, width=512, n_queries=1, query_tokens=40)
-    assert cut.block_width == 512
-    compiled = compile_scores(capability, dtype, 512, 40, 1)
+    cut = ClimSettings(64, 1, 512, num_warps=8, num_stages=2)
+    compiled = compile_scores(capability, dtype, 512, 40, 1, settings=cut)
     rows = cut.columns(40) + cut.num_stages * cut.block_items
     assert compiled.shared_bytes < rows * 512 * dtype.itemsize + 1024
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("case", sorted(case for case in names(SHIPPED) if case.startswith("clim ")))
+def test_shipped_settings_fit_and_spill_nothing(case):
+    gpu, name, *sizes = case.split()[1:]
+    width, tokens, n_queries = (int(size.partition("=")[2]) for size in sizes)
+    dtype, capability = getattr(torch, name), int(gpu.removeprefix("sm_"))
+    cut = tuned(case, ClimSettings)
+    assert fits(cut, Launch(capability, dtype, width, n_queries, tokens))
+    compiled = compile_scores(capability, dtype, width, tokens, n_queries, settings=cut)
+    assert compiled.fits
+    assert compiled.spilled_bytes == 0
+    assert not compiled.overwritten
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -360,6 +376,7 @@ def test_for_few_items_it_fits_too(capability, case):
     compiled = compile_scores(capability, *case, n_items=256)
     assert compiled.fits
     assert compiled.spilled_bytes == 0
+    assert not compiled.overwritten
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
