@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -191,7 +192,12 @@ def machine() -> None:
     from finelip_fast.kernels import floor
 
     os.chdir(ROOT)  # whose commit it is
-    values: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0], "commit": record.commit()}
+    values: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "commit": record.commit(),
+    }
     values |= record.versions("triton", "late-interaction-kernels", "flash-maxsim")
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -375,7 +381,7 @@ def tests() -> None:
 
 
 def files_with_gpu_tests() -> list[Path]:
-    """Those outside the kernels' folder, where nearly all of them are."""
+    """Test files with GPU tests outside the kernels' folder, which has nearly all of them."""
     paths = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if TESTS not in path.parents)
     return [path for path in paths if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 

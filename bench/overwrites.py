@@ -30,7 +30,7 @@ def overwrites(ttgir: str) -> list[str]:
     slots: dict[str, str] = {}  # of views, by which number
     ahead: dict[str, set[str]] = defaultdict(set)
     refilled: set[str] = set()
-    read: dict[str, str] = {}
+    operands: dict[str, str] = {}
 
     def allocation(view: str) -> str:
         while view in views:
@@ -49,12 +49,12 @@ def overwrites(ttgir: str) -> list[str]:
             else:
                 refilled.add(allocation(match[1]))
         elif match := _PRODUCT.search(line):
-            read |= {allocation(operand): operand for operand in (match[1], match[2])}
+            operands |= {allocation(operand): operand for operand in (match[1], match[2])}
             if "dot_op" in match[3]:
                 from_registers.append(match[1])
     wrong = [
         f"{name}: {buffers[name]} buffers, {len(ahead[name])} filled ahead"
-        for name in read
+        for name in operands
         if name in refilled and name in buffers and len(ahead[name]) >= buffers[name]
     ]
     if from_registers and _PENDING.search(ttgir):

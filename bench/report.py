@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_report
+
 from finelip_fast.records import redraw
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +62,14 @@ def machines() -> list[Path]:
 
 
 def runs(folder: Path) -> Iterator[tuple[str, Run]]:
-    """The recorded runs of a machine by the names of their files."""
+    """The recorded runs of a machine by the names of their files, a GPU's days among them."""
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in run:
             yield path.name, run
+    days = gpu_report.days(folder)
+    for name, lines in days.items():
+        yield name, gpu_report.as_run(lines, gpu_report.peaks(days.values()))
 
 
 def groups(run: Run) -> dict[str, list[Row]]:
@@ -88,7 +93,9 @@ def table(rows: list[Row]) -> str:
         "finds the best": lambda row: row.get("answers", ""),
         "median": lambda row: _time(row["p50"]),
         "20 % to 80 %": lambda row: f"{_time(row['p20'])} to {_time(row['p80'])}" if "p20" in row else "",
-        f"speed beside {rows[0]['baseline']}": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.3g}x",
+        f"speed beside {rows[0]['baseline']}".strip(): lambda row: (
+            "" if row["speedup"] is None else f"{row['speedup']:.3g}x"
+        ),
         "95 %": lambda row: _time(row["p95"]) if "p95" in row else "",
         "99 %": lambda row: _time(row["p99"]) if "p99" in row else "",
         "requests a second": lambda row: f"{row['requests_per_second']:.3g}" if "requests_per_second" in row else "",
@@ -149,9 +156,11 @@ def page(folder: Path) -> str:
     parts = [f"# {folder.name}\n\nWritten by `python bench/report.py` from the files beside it.\n"]
     if any(_points(run) for _, run in runs(folder)):
         parts.append("![Achieved operations a second over operations a byte](roofline.png)\n")
+    days = gpu_report.days(folder)
     for name, run in runs(folder):
         parts.append(f"## {name}\n\n{source(run)}\n")
         parts += [f"### {group}\n\n{table(rows)}{left_out(run, group)}" for group, rows in groups(run).items()]
+        parts += [gpu_report.tables(days[name])] if name in days else []
     return "\n".join(parts)
 
 
@@ -168,7 +177,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
     """
 
     def read(mark: re.Match[str]) -> Run:
-        run: Run = json.loads((results / mark["file"]).read_text(encoding="utf-8"))
+        path = results / mark["file"]
+        if path.suffix == ".jsonl":
+            return dict(runs(path.parent))[path.name]
+        run: Run = json.loads(path.read_text(encoding="utf-8"))
         return run
 
     def fill(mark: re.Match[str]) -> str:
@@ -211,7 +223,7 @@ def roofline(folder: Path) -> None:
     for axes, (name, run, points) in zip(panels[0], counted, strict=True):
         _draw(axes, run, points)
         axes.set_title(name, fontsize="medium")
-    figure.suptitle(f"Speed beside what the machine can do, {folder.name} (stars: finelip_fast, dots: the others)")
+    figure.suptitle(f"{folder.name}: speed beside what the machine can do\nstars: finelip_fast, dots: the others")
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)

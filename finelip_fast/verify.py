@@ -1,7 +1,8 @@
 """Whether the kernels are right on this machine: each against float64, the same bits twice, and captured in a CUDA graph.
 
 What is checked is what a search or a training would run here: the fused kernels on a GPU that has them, elsewhere what stands
-in for them. Shapes are small and odd, so that every block has an edge. On a GPU late interaction and aggregation are timed,
+in for them. Shapes are small and odd, so that every block has an edge; a GPU gets one more that keeps all of it busy, for what
+goes wrong only then. On a GPU late interaction and aggregation are timed,
 too, beside what the same GPU copies and multiplies in the same minute.
 """
 
@@ -36,6 +37,8 @@ ALPHA, BEST = 0.8, 5
 CLIM_SHAPES = ((1, 40, 67, 11, 512), (9, 13, 37, 17, 80), (3, 52, 35, 5, 768))
 # Items, tokens, D, hidden width, aggregated tokens.
 ATRM_SHAPES = ((1, 53, 96, 19, 7), (3, 37, 512, 102, 39))
+# Of a GPU alone, whose many programs run side by side.
+BUSY_CLIM_SHAPE, BUSY_ATRM_SHAPE = (8, 40, 1_000, 40, 512), (200, 196, 512, 102, 39)
 
 # Of results computed and kept in float32. A gradient or a row that is kept in half precision may be off by its rounding, too.
 _FLOAT32_ERROR = 1e-5
@@ -208,7 +211,8 @@ def exact_scores(queries: Tensor, items: Tensor, alpha: float = ALPHA) -> Tensor
 
 
 def _embeddings(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    for seed, (n_queries, query_tokens, n_items, item_tokens, width) in enumerate(CLIM_SHAPES):
+    shapes = (*CLIM_SHAPES, BUSY_CLIM_SHAPE) if device.type == "cuda" else CLIM_SHAPES
+    for seed, (n_queries, query_tokens, n_items, item_tokens, width) in enumerate(shapes):
         draw = _source(device, seed)
         yield (
             F.normalize(draw(n_queries, query_tokens, width), dim=-1).to(dtype),
@@ -287,9 +291,11 @@ def exact_aggregate(
 
 
 def _aggregations(
-    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = ATRM_SHAPES
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] | None = None
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Tensors in the order of :func:`exact_aggregate`, and lengths: the first item is full, the last of several empty."""
+    if shapes is None:
+        shapes = (*ATRM_SHAPES, BUSY_ATRM_SHAPE) if device.type == "cuda" else ATRM_SHAPES
     for seed, (batch, tokens, width, hidden, aggregated) in enumerate(shapes):
         draw = _source(device, seed)
         tensors = [

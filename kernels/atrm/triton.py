@@ -116,10 +116,10 @@ def logits_kernel(
     for start_d in range(0, D, BLOCK_D):
         inside = start_d + d < D
         tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0)
-        seen = tile
+        statistics_tile = tile
         if TWICE:  # the policy tells the two loads apart, which would be made one
-            seen = tl.load(rows + start_d + d, mask=valid & inside, other=0.0, eviction_policy="evict_first")
-        centred = tl.where(inside, seen.to(tl.float32) - shift[:, None], 0.0)
+            statistics_tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0, eviction_policy="evict_first")
+        centred = tl.where(inside, statistics_tile.to(tl.float32) - shift[:, None], 0.0)
         total += tl.sum(centred, axis=1)
         squares += tl.sum(centred * centred, axis=1)
         if dtype == tl.float32:
