@@ -114,9 +114,10 @@ class Pieces:
     def breaks(self) -> Tensor:
         """Positions before which a piece ends, or items are left out; looked for when they are asked for."""
         if self._breaks is None:
-            self._breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
+            breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
             if self._among is not None:
-                self._breaks = torch.cat([self._breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
+                breaks = torch.cat([breaks, (self._among.diff() != 1).nonzero()[:, 0] + 1]).unique()
+            self._breaks = breaks
         return self._breaks
 
     @property
