@@ -25,6 +25,9 @@ TEXT_HEADS = {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20}
 
 _DERIVED = ("aggregated_tokens", "aggregator_hidden")
 
+# FineLIP's weight of the global cosine (arXiv 2504.01916).
+ALPHA = 0.8
+
 # Several times what the largest CLIP has. A configuration may come from anyone, and building what it says must end.
 _LIMITS = {
     "embed_dim": 16_384,
@@ -65,6 +68,8 @@ class FineLIPConfig:
         aggregator_hidden: Hidden width ``h`` of an aggregator. Default: ``int(0.2 * D)``.
         trained_aggregators: False for weights that come from plain CLIP or Long-CLIP: the aggregators are then at their
             random start, wait to be trained, and take no part in an embedding, which is the global row alone.
+        alpha: Weight of the global cosine in the score, as it was chosen for these weights; 1 where the aggregators are
+            untrained, whatever is given.
         image_mean, image_std: Normalisation of the three colour channels, on values in [0, 1].
         resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect.
 
@@ -89,6 +94,7 @@ class FineLIPConfig:
     aggregated_tokens: int = 0
     aggregator_hidden: int = 0
     trained_aggregators: bool = True
+    alpha: float = ALPHA
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     resize_mode: Literal["shortest", "squash"] = "shortest"
@@ -107,6 +113,7 @@ class FineLIPConfig:
             _require(type(value) in (int, float) and 0 < value <= _MAX_RATIO, f"{name} above 0, to {_MAX_RATIO}", value)
         for name in ("quick_gelu", "trained_aggregators"):
             _require(type(getattr(self, name)) is bool, f"{name} as True or False", getattr(self, name))
+        _require(type(self.alpha) in (int, float) and 0 <= self.alpha <= 1, "alpha in [0, 1]", self.alpha)
         for name, least in {"image_mean": -_MAX_PIXEL, "image_std": 0}.items():
             value = getattr(self, name)
             _require(
@@ -127,6 +134,7 @@ class FineLIPConfig:
         _require(self.resize_mode in ["shortest", "squash"], "resize_mode 'shortest' or 'squash'", self.resize_mode)
         for name, default in self._derived().items():
             object.__setattr__(self, name, getattr(self, name) or default)
+        object.__setattr__(self, "alpha", float(self.alpha) if self.trained_aggregators else 1.0)
         object.__setattr__(self, "image_mean", tuple(self.image_mean))  # lists, when read from JSON
         object.__setattr__(self, "image_std", tuple(self.image_std))
 
@@ -139,11 +147,6 @@ class FineLIPConfig:
     def tokens(self) -> int:
         """``L``, rows of an embedding: ``K + 1``, or 1 where the aggregators are untrained."""
         return self.aggregated_tokens + 1 if self.trained_aggregators else 1
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
-        return 0.8 if self.trained_aggregators else 1.0
 
     def choose_alpha(self, alpha: float | None) -> float:
         """The weight of the global cosine that was asked for; None: :attr:`alpha`.
@@ -185,8 +188,12 @@ class FineLIPConfig:
         }
 
     def replace(self, **changes: Any) -> FineLIPConfig:
-        """A copy with some fields changed; the aggregators' sizes follow if they were at their defaults."""
-        following = {name: 0 for name, default in self._derived().items() if getattr(self, name) == default}
+        """A copy with some fields changed; what was at its default and depends on them follows."""
+        following: dict[str, Any] = {
+            name: 0 for name, default in self._derived().items() if getattr(self, name) == default
+        }
+        if not self.trained_aggregators:
+            following["alpha"] = ALPHA
         return dataclasses.replace(self, **{**following, **changes})
 
     def to_dict(self) -> dict[str, Any]:

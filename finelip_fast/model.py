@@ -60,7 +60,7 @@ class FineLIP(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """Weight of the global cosine in the score: 0.8, or 1 where the aggregators are untrained."""
+        """Weight of the global cosine in the score, from the configuration; 1 where the aggregators are untrained."""
         return self.config.alpha
 
     @property

@@ -72,6 +72,16 @@ def test_is_frozen_and_replaced_by_copy():
     assert config.context_length == 256
 
 
+def test_alpha_is_the_papers_unless_it_is_given_and_1_without_trained_aggregators():
+    config = FineLIPConfig.preset("scenes")
+    assert (config.alpha, config.replace(alpha=0.25).alpha) == (0.8, 0.25)
+    untrained = config.replace(trained_aggregators=False, alpha=0.25)
+    assert (untrained.alpha, untrained.replace(trained_aggregators=True).alpha) == (1.0, 0.8)
+    values = config.to_dict()
+    del values["alpha"]  # as folders were written before
+    assert FineLIPConfig.from_dict(values) == config
+
+
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"expected a preset of \[.*'ViT-B-16'.*\], got 'ViT-B/16'"):
         FineLIPConfig.preset("ViT-B/16")
@@ -122,6 +132,9 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
         ({"image_mean": "abc"}, "image_mean as three numbers"),
         ({"image_mean": (0.1, math.nan, 0.1)}, "image_mean as three numbers"),
         ({"resize_mode": ["squash"]}, "resize_mode 'shortest' or 'squash'"),
+        ({"alpha": 1.5}, r"alpha in \[0, 1\], got 1.5"),
+        ({"alpha": "0.8"}, r"alpha in \[0, 1\], got '0.8'"),
+        ({"alpha": math.nan}, r"alpha in \[0, 1\], got nan"),
     ],
 )
 def test_values_are_of_their_type_and_within_bounds(changes, message):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import AddReport, Hit, Retriever
-from finelip_fast.checkpoint import UntrainedAggregatorsWarning
+from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert
 from finelip_fast.engines import why_not
 from finelip_fast.errors import EngineError, ImageError, InputError, StoreError
 from finelip_fast.hits import Hits
@@ -297,6 +297,19 @@ def test_arguments_are_checked_before_a_model_is_loaded(
     monkeypatch.setattr("finelip_fast.checkpoint.load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=message):
         Retriever(**options)
+
+
+def test_an_index_follows_its_checkpoints_alpha(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    """Embeddings stay as they are when a checkpoint gets another weight, and so does the index."""
+    checkpoint = tmp_path / "checkpoint"
+    finelip_fast.save(build().engine.load_model(), checkpoint)
+    with build(checkpoint=checkpoint, index=tmp_path / "index") as retriever:
+        retriever.add_images(PICTURES, progress=False)
+        expected = retriever.search("a house", alpha=0.3)
+    convert(checkpoint, tmp_path / "other", alpha=0.3)
+    with build(checkpoint=tmp_path / "other", index=tmp_path / "index") as retriever:
+        assert (retriever.alpha, retriever.index.spec.alpha) == (0.3, 0.3)
+        assert [hit.score for hit in retriever.search("a house")] == [hit.score for hit in expected]
 
 
 def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_model, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ class TrainConfig:
         metadata={"help": "pairs to choose the best checkpoint on, in the same forms without webdataset"}
     )
     root: str = field(default="", metadata={"help": "folder that relative picture paths start from"})
+    alpha: str = field(
+        default="validation",
+        metadata={
+            "help": "weight of the global cosine that the checkpoint carries: a number from 0 to 1, or validation: the one of "
+            "the best recall there, chosen anew each time"
+        },
+    )
     init: str = field(default="", metadata={"help": "checkpoint to start from; empty: from nothing, with --preset"})
     preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
     context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
@@ -163,6 +170,7 @@ class TrainConfig:
         _require(len(self.loss) <= _MAX_TERMS, f"at most {_MAX_TERMS} loss terms", len(self.loss))
         for term in self.loss:
             LossTerm.parse(term)
+        _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
@@ -191,6 +199,13 @@ class TrainConfig:
     def last_step(self) -> int:
         """The step at which the run ends."""
         return min(self.steps, self.stop_at or self.steps)
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Weights of the global cosine to choose from."""
+        from finelip_fast.metrics import ALPHAS
+
+        return ALPHAS if self.alpha == "validation" else (float(self.alpha),)
 
     @property
     def criterion(self) -> Criterion:
@@ -284,6 +299,13 @@ def load_recipe(name: str, *, out: str | None = None, remote: bool = False) -> d
 def _require(condition: bool, expected: str, got: object) -> None:
     if not condition:
         raise ConfigError(f"expected {expected}, got {got!r:.80}")
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _needs(package: str, purpose: str) -> None:

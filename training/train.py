@@ -73,6 +73,7 @@ _FREE_TO_CHANGE = (
     "tensorboard",
     "max_broken_share",
     "remote_data",
+    "alpha",
 )
 _CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "processes")
 
@@ -267,10 +268,12 @@ class Trainer:
     # Validation and what is kept ---------------------------------------------------------------------------------------
 
     def _validate(self, pairs: Any) -> dict[str, float]:
-        """Recall on the validation pairs; the best model so far is saved at once."""
+        """Recall on the validation pairs; the model carries the alpha chosen there, and the best so far is saved at once."""
         model = self._averaged().eval()
         with self._autocast():
-            metrics = validate(model, pairs, name=self.config.validation)
+            metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas)
+        for checked in (model, self.model):
+            checked.config = checked.config.replace(alpha=metrics["val_alpha"])
         self.model.train()
         if mean_recall(metrics) > mean_recall(self.best):
             self.best = {**metrics, "step": float(self.step)}

@@ -13,7 +13,7 @@ from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
 from finelip_fast.embed import embed_texts
 from finelip_fast.errors import ImageError, TrainingError
-from finelip_fast.metrics import WAYS, pair_summary
+from finelip_fast.metrics import WAYS, pair_summary, quality
 from finelip_fast.model import FineLIP
 from finelip_fast.ranking import tiled_ranks
 
@@ -23,7 +23,9 @@ _BATCH = 64  # pictures at once
 
 
 @torch.inference_mode()
-def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, float]:
+def validate(
+    model: FineLIP, pairs: PairDataset, *, name: str, alphas: Sequence[float] | None = None
+) -> dict[str, float]:
     """Rank all captions for each picture and all pictures for each caption; a picture may have several captions.
 
     Args:
@@ -31,9 +33,12 @@ def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, floa
         pairs: Pairs to measure, at least one. Pictures that cannot be read are left out with their captions, and named in the
             log.
         name: What the pairs are called, for the message.
+        alphas: Weights of the global cosine, of which that of the best :func:`finelip_fast.metrics.quality` is chosen, of
+            equals the first; None, and where the aggregators are untrained: the model's own.
 
     Returns:
-        ``{"val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs: what ``finelip eval`` calls combined.
+        ``{"val_alpha": ..., "val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs: what
+        ``finelip eval`` calls combined, at that weight.
 
     Raises:
         TrainingError: No picture can be read.
@@ -65,8 +70,13 @@ def validate(model: FineLIP, pairs: PairDataset, *, name: str) -> dict[str, floa
         strict=True,
     )
     texts = embed_texts(encode_text, captions, context_length=model.config.context_length)
-    (ranks,) = tiled_ranks(torch.cat(images), texts, torch.tensor(picture_of), (model.alpha,))
-    return {f"val_{metric}": value for metric, value in pair_summary(ranks).items() if "_recall@" in metric}
+    if alphas is None or not model.config.trained_aggregators:
+        alphas = (model.alpha,)
+    swept = tiled_ranks(torch.cat(images), texts, torch.tensor(picture_of), alphas)
+    summaries = dict(zip(alphas, map(pair_summary, swept), strict=True))
+    alpha = max(alphas, key=lambda weight: quality(summaries[weight]))
+    recalls = {f"val_{metric}": value for metric, value in summaries[alpha].items() if "_recall@" in metric}
+    return {"val_alpha": alpha, **recalls}
 
 
 def mean_recall(metrics: dict[str, float]) -> float:

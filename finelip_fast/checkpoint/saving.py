@@ -92,6 +92,7 @@ def convert(
     activation: str | None = None,
     heads: int | tuple[int, int] | None = None,
     part: str | None = None,
+    alpha: float | None = None,
 ) -> dict[str, Any]:
     """Write any checkpoint that :func:`load` reads in our format, and such as lack a configuration that says what they are.
 
@@ -101,14 +102,16 @@ def convert(
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
         activation, heads, part: Of weights without a configuration, as in :func:`import_state_dict`.
+        alpha: Weight of the global cosine that the checkpoint carries from now on. Default: the source's.
 
     Returns:
-        What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``embed_dim``, ``tokens``,
+        What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``alpha``, ``embed_dim``, ``tokens``,
         ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision, text), ``dtype``, ``folder``.
 
     Raises:
         CheckpointError, ConfigError, InputError: Where :func:`load` raises it; weights that ``dtype`` cannot hold; or a
-            configuration is there that says what ``activation``, ``heads`` or ``part`` would.
+            configuration is there that says what ``activation``, ``heads`` or ``part`` would. An ``alpha`` outside
+            [0, 1], or below 1 where the aggregators are untrained.
 
     Warns:
         AveragedWeightsWarning: Where :func:`load` raises it.
@@ -116,7 +119,9 @@ def convert(
     opened = open_checkpoint(source, context_length, Hints.checked(activation, heads, part))
     warn_of_averages(source, opened)
     layout = opened.layout
-    model = build(opened.contents, FineLIP)
+    config = opened.contents.config
+    config = config.replace(alpha=config.choose_alpha(alpha))
+    model = build(Contents(config, opened.contents.tensors), FineLIP)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
@@ -124,11 +129,11 @@ def convert(
     if not isinstance(history, dict):
         raise CheckpointError(f"{config_file}: expected metadata as an object, found {history!r:.40}")
     save(model, out, dtype=dtype, metadata={**history, "source": name, "layout": layout})
-    config = model.config
     return {
         "layout": layout,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_aggregators": config.trained_aggregators,
+        "alpha": config.alpha,
         "embed_dim": config.embed_dim,
         "tokens": config.tokens,
         "image_size": config.image_size,
@@ -142,7 +147,7 @@ def convert(
 
 
 def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
-    """Identify a checkpoint: equal for equal configurations and weights.
+    """Identify a checkpoint by what embeddings depend on: equal for equal weights and configurations, but for ``alpha``.
 
     Args:
         model: A model, or what :func:`load` takes. Casting a model to half precision changes its fingerprint.
@@ -183,7 +188,8 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
 
 
 def _fingerprint(contents: Contents) -> str:
-    digest = hashlib.sha256(json.dumps(contents.config.to_dict(), sort_keys=True).encode())
+    config = {name: value for name, value in contents.config.to_dict().items() if name != "alpha"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(contents.tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)

@@ -76,6 +76,7 @@ def _program() -> str:
     help="Attention heads of weights of an unusual width: of both transformers, or of vision and text.",
 )
 @click.option("--part", metavar="KEY", help="Part of a training's checkpoint to take, such as ema_state_dict.")
+@click.option("--alpha", type=float, help="Weight of the global cosine that it carries.  [default: the checkpoint's]")
 def convert(
     source: str,
     out: str,
@@ -84,6 +85,7 @@ def convert(
     activation: str | None,
     heads: tuple[int, ...],
     part: str | None,
+    alpha: float | None,
 ) -> Any:
     """Convert a CLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
 
@@ -104,6 +106,7 @@ def convert(
         activation=activation,
         heads=heads or None,  # type: ignore[arg-type]  # one or two, or refused
         part=part,
+        alpha=alpha,
     )
 
 

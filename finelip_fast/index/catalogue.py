@@ -35,6 +35,7 @@ from finelip_fast.index.reader import (
     from_text,
     mixed,
     read_spec,
+    spec_differences,
     to_text,
 )
 from finelip_fast.index.schema import FORMAT, field_index, seal, seal_item
@@ -93,7 +94,7 @@ class Catalogue(CatalogueReader):
         # Of this very index: another one is refused as it is. What older formats did not tell is taken over.
         is_old = stored.get("format") in range(1, FORMAT)
         expected = {key: value for key, value in self._wanted.items() if key != "format"}
-        different = [key for key in expected if stored.get(key, expected[key] if is_old else None) != expected[key]]
+        different = spec_differences(expected | stored if is_old else stored, expected)
         if not is_old and stored.get("format") != FORMAT:
             different.append("format")
         if different:

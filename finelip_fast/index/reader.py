@@ -14,7 +14,7 @@ import json
 import math
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -383,6 +383,20 @@ def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
     except _DAMAGE:
         pass
     raise StoreError(f"{where}: the catalogue is damaged: {remedies.restore(path and path.parent)}")
+
+
+def spec_differences(stored: Mapping[str, Any], opening: Mapping[str, Any]) -> list[str]:
+    """Names of the fields in which a stored spec is not the opening one.
+
+    Another ``alpha`` is no difference, unless it is 1 on one side: it weighs the scores of the same embeddings, and an index
+    follows the checkpoint that it is opened with.
+    """
+    alphas = stored.get("alpha"), opening.get("alpha")
+    return [
+        name
+        for name in opening
+        if stored.get(name) != opening[name] and (name != "alpha" or None in alphas or 1 in alphas)
+    ]
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ class IndexSpec:
         checkpoint: Fingerprint of the checkpoint that made the embeddings.
         tokens: ``L``; 1 of a checkpoint without trained aggregators.
         width: ``D``.
-        alpha: Weight of the global cosine that the checkpoint was trained for; 1 without trained aggregators.
+        alpha: Weight of the global cosine that the checkpoint carries; 1 without trained aggregators.
         dtype: How embeddings are kept: ``"float16"``, or ``"int8"`` with a scale a row, half the size.
     """
 

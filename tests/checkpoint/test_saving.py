@@ -140,6 +140,7 @@ def test_convert(clip_state, model, tmp_path):
         "layout": "CLIP",
         "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
         "trained_aggregators": False,
+        "alpha": 1.0,
         "embed_dim": 48,
         "tokens": 1,
         "image_size": 32,
@@ -154,6 +155,15 @@ def test_convert(clip_state, model, tmp_path):
     assert (loaded.config.context_length, loaded.config.vision_heads, loaded.config.quick_gelu) == (248, 2, False)
     assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
     assert json.loads((tmp_path / "out/config.json").read_text())["metadata"] == {"source": "clip.pt", "layout": "CLIP"}
+
+
+def test_a_checkpoint_carries_its_alpha_and_embeds_as_before(folder, tmp_path):
+    summary = convert(folder, tmp_path / "out", alpha=0.3)
+    assert (summary["alpha"], load(tmp_path / "out").alpha, load(folder).alpha) == (0.3, 0.3, 0.8)
+    assert fingerprint(tmp_path / "out") == fingerprint(folder)
+    assert convert(tmp_path / "out", tmp_path / "again")["alpha"] == 0.3
+    with pytest.raises(InputError, match=r"alpha in \[0, 1\], got 2"):
+        convert(folder, tmp_path / "third", alpha=2)
 
 
 def test_converting_our_own_changes_nothing(folder, tmp_path, model):

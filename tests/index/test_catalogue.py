@@ -225,6 +225,11 @@ def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: 
     assert "index the pictures again into another folder" in message
 
 
+def test_another_weight_of_the_same_scores_is_no_other_spec(catalogue: Catalogue, path: Path) -> None:
+    Catalogue(path, SPEC | {"alpha": 0.3}, source="mine").close()
+    assert read_spec(path)["alpha"] == SPEC["alpha"]
+
+
 def test_the_source_is_kept_and_not_compared(catalogue: Catalogue, path: Path) -> None:
     assert read_spec(path)["source"] == "mine"
     Catalogue(path, SPEC, source="the same by another name").close()

@@ -299,6 +299,31 @@ def test_aggregators_count_as_trained_when_a_loss_reaches_them(configure, tmp_pa
     assert model.alpha == (0.8 if trained else 1.0)
 
 
+def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypatch):
+    """Also of the average; one that is given stays, and no weight depends on it."""
+    tried = []
+
+    def validate(model, pairs, *, name, alphas):
+        tried.append(alphas)
+        return {"val_alpha": alphas[5 % len(alphas)], "val_i2t_recall@1": 0.5, "val_t2i_recall@1": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    runs = {}
+    for alpha in ("validation", "0.6"):
+        config = configure(steps=2, eval_every=2, alpha=alpha, ema_decay=0.5)
+        train(config)
+        runs[alpha] = [finelip_fast.load(Path(config.out) / name) for name in ("best", "last")]
+        shutil.rmtree(config.out)
+    assert [len(alphas) for alphas in tried] == [21, 1]
+    assert [model.alpha for models in runs.values() for model in models] == [0.25, 0.25, 0.6, 0.6]
+    assert distance(*(models[1].state_dict() for models in runs.values())) == 0
+
+
+def test_a_loss_of_the_global_row_alone_leaves_no_alpha_to_choose(configure):
+    config = configure(loss=["contrastive:global"], steps=2, eval_every=2)
+    assert train(config)["val_alpha"] == 1.0
+
+
 def test_untrained_aggregators_are_trained_from_where_they_wait(configure, tmp_path):
     """Their embeddings have one row before, and all after."""
     start = FineLIP(TINY.replace(trained_aggregators=False))
@@ -353,7 +378,8 @@ def test_a_run_learns_and_leaves_its_files(configure):
     state = torch.load(out / "state.pt", weights_only=True)
     last = finelip_fast.load(out / "last")
     assert distance(last.state_dict(), state["model"]) == 0
-    assert finelip_fast.load(out / "best").config == last.config == TINY
+    assert last.config == TINY.replace(alpha=validations[-1]["val_alpha"])
+    assert finelip_fast.load(out / "best").config == TINY.replace(alpha=best["val_alpha"])
     metadata = json.loads((out / "best" / "config.json").read_text())["metadata"]
     assert metadata["step"] == best["step"]
     assert metadata["validation"] == {name: value for name, value in best.items() if name != "step"}
@@ -381,16 +407,16 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
 
     def summary(ranks):
         value = next(values)
-        return {"i2t_recall@1": value, "t2i_recall@1": value}
+        return {name: value for way in ("i2t", "t2i") for name in (f"{way}_recall@1", f"{way}_mrr")}
 
     tiled_ranks = validation.tiled_ranks
     monkeypatch.setattr(
         validation, "tiled_ranks", lambda *arrays: [embeddings.append(arrays[:2]), *tiled_ranks(*arrays)][1:]
     )
     monkeypatch.setattr(validation, "pair_summary", summary)
-    config = configure(eval_every=2, steps=8, ema_decay=0.5)
+    config = configure(eval_every=2, steps=8, ema_decay=0.5, alpha="0.8")
     best = train(config)
-    assert best == {"val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
+    assert best == {"val_alpha": 0.8, "val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
     kept, last = (finelip_fast.load(Path(config.out) / name) for name in ("best", "last"))
     assert distance(kept.state_dict(), last.state_dict()) > 1e-4
     averaged = torch.load(Path(config.out) / "state.pt", weights_only=True)["ema"]
@@ -511,7 +537,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_bit(configure, tmp_path, uninter
 
 def test_a_run_that_ends_early_goes_on_to_the_bit(configure, tmp_path, uninterrupted):
     train(configure(**LASTING, stop_at=3))
-    assert finelip_fast.load(tmp_path / "run" / "last").config == TINY
+    assert finelip_fast.load(tmp_path / "run" / "last").config.replace(alpha=0.8) == TINY
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
     assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
 

@@ -12,6 +12,8 @@ from finelip_fast.datasets.base import FileExamples
 from finelip_fast.engines import open_engine
 from finelip_fast.errors import TrainingError
 from finelip_fast.evaluation import evaluate
+from finelip_fast.metrics import WAYS
+from finelip_fast.training import validation
 from finelip_fast.training.validation import mean_recall, validate
 
 PICTURES = 12
@@ -35,7 +37,7 @@ def evaluated(pairs: FileExamples) -> dict[str, float]:
     """What ``finelip eval`` measures with the combined score."""
     result = evaluate(open_engine("torch", None, "cpu"), pairs, progress=False)
     (combined,) = (row.metrics for row in result.rows if row.score == "combined")
-    return {f"val_{name}": value for name, value in combined.items() if "recall" in name}
+    return {"val_alpha": 0.8, **{f"val_{name}": value for name, value in combined.items() if "recall" in name}}
 
 
 def test_recall_is_what_an_evaluation_of_several_captions_a_picture_measures(pairs: list[tuple[Path, str]]) -> None:
@@ -58,6 +60,27 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(
     expected = "none of the 1 pictures of validation='mine' can be read; .* give --root"
     with pytest.raises(TrainingError, match=expected):
         validate(model, FileExamples(broken), name="mine")
+
+
+def test_alpha_is_that_of_the_best_recall_then_of_the_best_mrr_then_the_first(
+    pairs: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recalls, ranks = {0.0: 0.5, 0.3: 0.7, 0.6: 0.7, 0.9: 0.7}, {0.0: 1.0, 0.3: 0.7, 0.6: 0.8, 0.9: 0.8}
+    monkeypatch.setattr(validation, "tiled_ranks", lambda images, texts, picture_of, alphas: alphas)
+    monkeypatch.setattr(
+        validation,
+        "pair_summary",
+        lambda alpha: {
+            f"{way}_{name}": of[alpha] for way in WAYS for name, of in (("recall@1", recalls), ("mrr", ranks))
+        },
+    )
+    model = finelip_fast.load(device="cpu")
+    metrics = validate(model, FileExamples(pairs), name="mine", alphas=tuple(recalls))
+    assert metrics == {"val_alpha": 0.6, "val_i2t_recall@1": 0.7, "val_t2i_recall@1": 0.7}
+    model.config = model.config.replace(trained_aggregators=False)
+    monkeypatch.setitem(recalls, 1.0, 0.1)
+    monkeypatch.setitem(ranks, 1.0, 0.1)
+    assert validate(model, FileExamples(pairs), name="mine", alphas=(0.0, 0.3))["val_alpha"] == 1.0
 
 
 def test_the_mean_counts_both_directions_and_no_validation_is_the_worst() -> None:

@@ -34,6 +34,7 @@ from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.checks import as_json, check_ids
 from finelip_fast.index.index import SearchResults
+from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
 from finelip_fast.index.remote.tables import (
     SPEC,
@@ -132,7 +133,7 @@ class LanceStore:
     def _compare(self, stored: dict[str, Any]) -> None:
         self._format = _FORMAT_OF_OLD if stored.get("format") == _FORMAT_OF_OLD else _FORMAT
         spec = {"format": self._format, **asdict(self.spec)}
-        different = [key for key in spec if stored.get(key) != spec[key]]
+        different = spec_differences(stored, spec)
         if different:
             was, current = ({key: side.get(key) for key in different} for side in (stored, spec))
             raise StoreError(

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -18,6 +19,7 @@ from finelip_fast.index import remedies
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
+from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.lance import LanceStore
 from finelip_fast.index.remote.rows import Keys, refuse_damaged
 
@@ -246,7 +248,7 @@ class _Local:
 
 
 def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
-    if index.spec != store.spec:
+    if spec_differences(asdict(store.spec), asdict(index.spec)):
         raise InputError(f"expected an index of the store's {store.spec}, got {index.spec}")
     if index._store.fixed is not None:
         raise InputError(

@@ -187,8 +187,18 @@ def test_another_spec_is_refused(store: LanceStore, tmp_path: Path) -> None:
         LanceStore(replace(SPEC, checkpoint="other"), store.uri, source="elsewhere")
     with pytest.raises(InputError, match="expected an index of dtype float16, got int8"):
         LanceStore(replace(SPEC, dtype="int8"), tmp_path / "new")
-    with closing(Index(replace(SPEC, alpha=0.5))) as index, pytest.raises(InputError, match="expected an index of the"):
+    with closing(Index(replace(SPEC, alpha=1.0))) as index, pytest.raises(InputError, match="expected an index of the"):
         push(index, store)
+
+
+def test_a_store_follows_the_alpha_that_it_is_opened_with(store: LanceStore) -> None:
+    add(store, "a", "b")
+    again = LanceStore(replace(SPEC, alpha=0.5), store.uri)
+    queries = embeddings(1)
+    assert torch.equal(again.search(queries, 2).scores, store.search(queries, 2, alpha=0.5).scores)
+    with closing(Index(again.spec)) as index:
+        push(index, store, remove=True)
+    assert len(store) == 0
 
 
 def test_what_is_not_there_is_named(store: LanceStore, tmp_path: Path) -> None:
