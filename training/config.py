@@ -16,6 +16,7 @@ from finelip_fast.config import KEEP_POSITIONS, PRESETS, FineLIPConfig
 from finelip_fast.errors import ConfigError
 
 if TYPE_CHECKING:
+    from finelip_fast.training.augment import Augmentation
     from finelip_fast.training.losses import Criterion
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -57,6 +58,13 @@ class TrainConfig:
     grounding: float = field(
         default=0.0,
         metadata={"help": "weight of matching phrases to their places in the picture; needs boxes, as scenes have"},
+    )
+    augment: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "changes of captions with their chances, CHANGE:CHANCE: sentences or words left out, typos, foreign "
+            "sentences, such as sentences:0.5 typos:0.2"
+        },
     )
     margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
@@ -120,6 +128,7 @@ class TrainConfig:
         # Late: the options of the command line are read from the fields, and PyTorch takes seconds.
         import torch
 
+        from finelip_fast.training.augment import Augmentation
         from finelip_fast.training.losses import LossTerm
         from finelip_fast.training.shards import shard_names
 
@@ -136,6 +145,7 @@ class TrainConfig:
                 fits = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
                 _require(fits, f"{name} as a list of texts", value)
         object.__setattr__(self, "loss", tuple(self.loss))
+        object.__setattr__(self, "augment", tuple(self.augment))
         _require(bool(self.out), "out, a folder", self.out)
         at_least = {
             "batch_size": 2,
@@ -170,6 +180,7 @@ class TrainConfig:
         _require(len(self.loss) <= _MAX_TERMS, f"at most {_MAX_TERMS} loss terms", len(self.loss))
         for term in self.loss:
             LossTerm.parse(term)
+        Augmentation.parse(self.augment)
         _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
@@ -217,6 +228,13 @@ class TrainConfig:
             gamma=self.gamma,
             label_smoothing=self.label_smoothing,
         )
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """What changes captions; None: they are trained on as they are."""
+        from finelip_fast.training.augment import Augmentation
+
+        return Augmentation.parse(self.augment) if self.augment else None
 
     @property
     def model_config(self) -> FineLIPConfig:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,15 @@ from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import ConfigError, FineLIPError, ImageError, InputError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
+from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.shards import CAPTIONS, PICTURES, shard_names, shard_samples, shard_size
 
 # Examples tried in place of a broken one, at least; more, until fewer broken ones than are allowed would come so by a chance
 # of one in 1e12.
 _SUBSTITUTES, _CHANCE = 100, 1e-12
+
+# Pairs that are drawn until one is of another picture.
+_STRANGERS_TRIED = 10
 
 # Broken samples of shards in a row that are reported, though no batch is full.
 _REPORT = 100
@@ -111,13 +116,26 @@ class Encoded(Dataset[Encoding]):
             are missing together are not.
         preprocess, context_length: What turns a pair into tensors.
         max_broken_share: Share of broken pairs up to which another one is looked for.
+        augmentation: Changes of captions; None: they stay as they are.
+        seed: Seed of the changes.
+
+    Attributes:
+        epoch: A pair's caption is changed otherwise in each.
     """
 
     def __init__(
-        self, pairs: PairDataset, preprocess: Preprocess, context_length: int, *, max_broken_share: float = 1.0
+        self,
+        pairs: PairDataset,
+        preprocess: Preprocess,
+        context_length: int,
+        *,
+        max_broken_share: float = 1.0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
     ) -> None:
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
-        self.max_broken_share = max_broken_share
+        self.max_broken_share, self.augmentation, self.seed = max_broken_share, augmentation, seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -131,7 +149,8 @@ class Encoded(Dataset[Encoding]):
         broken: list[str] = []
         order = _spread(len(self.pairs), index)
         while len(broken) < len(self.pairs) and not self._are_too_many(len(broken)):
-            example = self.pairs[next(order)]
+            number = next(order)
+            example = self._augmented(self.pairs[number], number)
             try:
                 return encode_example(example, self.preprocess, self.context_length)._replace(broken=broken)
             except ImageError as error:  # names the picture
@@ -142,6 +161,21 @@ class Encoded(Dataset[Encoding]):
             f"{len(broken)} of {len(self.pairs)} pairs were tried in turn, and none can be read; the last: "
             f"{printable(broken[-1])}; where the paths start from another folder, give --root, else mend the data"
         )
+
+    def _augmented(self, example: Example, number: int) -> Example:
+        if self.augmentation is None:
+            return example
+        random = Random(f"{self.seed}/{self.epoch}/{number}")
+        return self.augmentation(example, random, partial(self._other_caption, example.image_id, random))
+
+    def _other_caption(self, image_id: str, random: Random) -> str:
+        """A caption of another picture, unless nearly all pairs are of one."""
+        without_image: Callable[[int], Example] = getattr(self.pairs, "without_image", self.pairs.__getitem__)
+        for _ in range(_STRANGERS_TRIED):
+            example = without_image(random.randrange(len(self.pairs)))
+            if example.image_id != image_id:
+                break
+        return example.caption
 
     def __getitems__(self, indices: Sequence[int]) -> list[Encoding | TrainingError]:
         """Several pairs; an error is the last of them, as it is: raised in a worker, it would come with a traceback."""
@@ -278,6 +312,7 @@ class ShardBatches(IterableDataset[Batch]):
         seed: Seed of the order.
         rank, world: This process and how many there are.
         remote: Whether shards may come from the network.
+        augmentation: Changes of captions; sentences of others are of the sample before. None: they stay as they are.
 
     Attributes:
         epoch, lap: What is read: shards that hold less than an epoch are read again.
@@ -298,7 +333,9 @@ class ShardBatches(IterableDataset[Batch]):
         rank: int = 0,
         world: int = 1,
         remote: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
+        self.augmentation = augmentation
         self.shards, self.remote = shard_names(pattern, remote=remote), remote
         self.preprocess, self.context_length, self.batch_size = preprocess, context_length, batch_size
         self.seed, self.rank, self.world = seed, rank, world
@@ -327,24 +364,40 @@ class ShardBatches(IterableDataset[Batch]):
     def _encoded(self) -> Iterator[tuple[int, int, Encoding | str]]:
         """Samples as tensors, or the reason why there are none, behind the shard's number and the sample's, from 1."""
         order = list(range(len(self.shards)))
-        random.Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
+        Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
         worker = get_worker_info()
         mine = order[self.rank :: self.world]
         for number in mine[worker.id :: worker.num_workers] if worker else mine:
             laps, start = divmod(int(self.start[number]), _LAP)
-            count = 0
+            count, before = 0, ""
             try:
                 for count, sample in enumerate(shard_samples(self.shards[number], remote=self.remote), start=1):
+                    name = f"{self.shards[number]}:{sample['__key__']}"
+                    example = _shard_example_or_reason(sample, name)
                     if (self.lap, count) > (laps, start):
-                        yield number, count, self._encode(sample, f"{self.shards[number]}:{sample['__key__']}")
+                        random = Random(f"{self.seed}/{self.epoch}/{self.lap}/{number}/{count}")
+                        yield number, count, self._encode(example, name, random, before)
+                    before = before if isinstance(example, str) else example.caption
             except TrainingError as error:
                 yield number, count + 1, str(error)
 
-    def _encode(self, sample: dict[str, Any], name: str) -> Encoding | str:
+    def _encode(self, example: Example | str, name: str, random: Random, before: str) -> Encoding | str:
+        """A sample's tensors, or why there are none; ``before`` is the caption of the sample before it."""
+        if isinstance(example, str):
+            return example
+        if self.augmentation is not None:
+            example = self.augmentation(example, random, lambda: before)
         try:
-            return encode_example(_shard_example(sample, name), self.preprocess, self.context_length)
+            return encode_example(example, self.preprocess, self.context_length)
         except (InputError, OSError) as error:
             return f"{printable(name)}: {error}"
+
+
+def _shard_example_or_reason(sample: dict[str, Any], name: str) -> Example | str:
+    try:
+        return _shard_example(sample, name)
+    except InputError as error:
+        return f"{printable(name)}: {error}"
 
 
 def _shard_example(sample: dict[str, Any], name: str) -> Example:
@@ -408,6 +461,7 @@ class TrainingData:
         rank, world: This process and how many there are.
         max_broken_share: Share of broken pairs up to which map-style data has others take their place.
         remote: Whether shards may come from the network.
+        augmentation: Changes of captions; None: they stay as they are.
 
     Attributes:
         epoch: Number of the epoch.
@@ -430,6 +484,7 @@ class TrainingData:
         pin_memory: bool = False,
         max_broken_share: float = 1.0,
         remote: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.epoch = self.pairs = 0
         self._global_batch, self._layout = batch_size * world, [world, max(1, workers)]
@@ -447,14 +502,22 @@ class TrainingData:
                 rank=rank,
                 world=world,
                 remote=remote,
+                augmentation=augmentation,
             )
             self._loader: DataLoader[Any] = DataLoader(self._shards, batch_size=None, **options)
             self.epoch_batches = epoch_batches
             self._begin_shards()
         else:
             self._order = GroupedSampler(len(source), batch_size, group=group, seed=seed, rank=rank, world=world)
-            data = Encoded(source, preprocess, context_length, max_broken_share=max_broken_share)
-            self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=_collate_or_error, **options)
+            self._data = Encoded(
+                source,
+                preprocess,
+                context_length,
+                max_broken_share=max_broken_share,
+                augmentation=augmentation,
+                seed=seed,
+            )
+            self._loader = DataLoader(self._data, batch_sampler=self._order, collate_fn=_collate_or_error, **options)
             self.epoch_batches = len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -517,7 +580,7 @@ class TrainingData:
         self.pairs = finished * global_batch
 
     def _mapped_batches(self) -> Iterator[Batch]:
-        self._order.epoch, self._order.start = self.epoch, self.pairs
+        self._order.epoch, self._order.start, self._data.epoch = self.epoch, self.pairs, self.epoch
         return self._loaded()
 
     def _begin_shards(self) -> None:

@@ -391,7 +391,9 @@ class Trainer:
     def _check_same(self, state: Mapping[str, Any]) -> None:
         """Refuse to go on with what would make another run; say what makes one that is allowed."""
         current = {**dataclasses.asdict(self.config), "processes": self.world}
-        before = {RENAMED.get(name, name): value for name, value in state["config"].items()}
+        # What an earlier version did not know, it did as is the default now.
+        before = {option.name: option.default for option in dataclasses.fields(self.config)}
+        before |= {RENAMED.get(name, name): value for name, value in state["config"].items()}
         changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
         allowed = [name for name in changed if name in _CHANGE_THE_RUN]
         if "steps" in allowed and self.config.steps < before["steps"]:
@@ -477,6 +479,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             max_broken_share=self.config.max_broken_share,
             remote=self.config.remote_data,
+            augmentation=self.config.augmentation,
         )
 
     def _readable_batches(self) -> Iterator[Batch]:

@@ -61,6 +61,7 @@ def test_defaults_need_three_places_alone():
         ({"alpha": "best"}, r"expected alpha in \[0, 1\] or validation, got 'best'"),
         ({"alpha": "1.5"}, r"expected alpha in \[0, 1\] or validation, got '1.5'"),
         ({"alpha": "nan"}, r"expected alpha in \[0, 1\] or validation, got 'nan'"),
+        ({"augment": ("typos",)}, "expected terms CHANGE:CHANCE, .*, got 'typos'"),
         ({"device": "gpu"}, "expected device auto, cpu or cuda, got 'gpu'"),
         ({"steps": "100"}, "expected steps of type int, got '100'"),
         ({"steps": 1.5}, "expected steps of type int, got 1.5"),

@@ -19,6 +19,7 @@ from finelip_fast.datasets import Example, Region
 from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import tokenize
+from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example
 
 CONTEXT = 12
@@ -388,6 +389,16 @@ def test_shards_are_shuffled_by_seed_and_epoch_each_in_its_own_order(shards):
 def test_shards_go_on_exactly_after_a_restart(shards, position):
     expected = take(read_shards(shards), position + 5)[position:]
     assert_same_batches(take(read_shards(shards, position=position), 5), expected)
+
+
+@pytest.mark.parametrize("position", [2, 6, 9])
+def test_captions_of_shards_are_changed_alike_after_a_restart(shards, position):
+    """Sentences of others are of the sample before, which is read again."""
+    options = {"augmentation": Augmentation.parse(["foreign:0.7", "words:0.5"])}
+    expected = take(read_shards(shards, **options), position + 5)
+    assert_same_batches(take(read_shards(shards, position=position, **options), 5), expected[position:])
+    plain = take(read_shards(shards), position + 5)
+    assert any(changed.ids.shape != as_it_is.ids.shape for changed, as_it_is in zip(expected, plain, strict=True))
 
 
 def test_an_epoch_longer_than_the_shards_reads_them_again(shards):

@@ -319,6 +319,13 @@ def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypa
     assert distance(*(models[1].state_dict() for models in runs.values())) == 0
 
 
+def test_a_run_on_changed_captions_goes_on_to_the_bit(configure, tmp_path):
+    options = {**LASTING, "augment": ["sentences:0.5", "words:0.5", "foreign:0.5", "typos:0.5"]}
+    best = train(configure(**options, out=str(tmp_path / "whole")))
+    train(configure(**options, stop_at=3))
+    assert_same_run(tmp_path / "run", train(configure(**options)), (tmp_path / "whole", best))
+
+
 def test_a_loss_of_the_global_row_alone_leaves_no_alpha_to_choose(configure):
     config = configure(loss=["contrastive:global"], steps=2, eval_every=2)
     assert train(config)["val_alpha"] == 1.0
@@ -548,6 +555,7 @@ def test_a_run_whose_state_has_former_names_goes_on_to_the_bit(configure, tmp_pa
     state = torch.load(path, weights_only=True)
     for old, name in (("val", "validation"), ("image_root", "root")):
         state["config"][old] = state["config"].pop(name)
+    del state["config"]["augment"], state["config"]["alpha"]  # which it did not know
     torch.save(state, path)
     assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
 
