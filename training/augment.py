@@ -55,7 +55,7 @@ class Draft:
         self.origins[at], self.origins[at + 1] = self.origins[at + 1], self.origins[at]
 
     def regions(self, regions: Sequence[Region]) -> tuple[Region, ...]:
-        """Those whose words are still there, as they were, with their new places."""
+        """Regions whose words stand as they did, at their new places."""
         places = {origin: at for at, origin in enumerate(self.origins)}
         moved = []
         for region in regions:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ _LARGEST = (1 << 63) - 1
 _MAX_TERMS = 64
 _MAX_TEXT = 4096
 _MAX_RECIPE = 1 << 20  # bytes
+
+_UNFREEZE = re.compile(r"all|none|last:[1-9]\d{0,3}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,13 @@ class TrainConfig:
     weight_decay: float = field(default=1e-2, metadata={"help": "not on norms, biases, positions and scales"})
     warmup_steps: int = field(default=200, metadata={"help": "linear warm-up; cosine to zero after it"})
     clip_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0: never"})
+    unfreeze: str = field(
+        default="all",
+        metadata={
+            "help": "what is trained of the CLIP encoders: all, none, or last:N, the last N blocks of both; the aggregators "
+            "always are"
+        },
+    )
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
         metadata={"help": "first text positions that stay as they are; give 0 when from nothing"},
@@ -182,6 +192,7 @@ class TrainConfig:
             LossTerm.parse(term)
         Augmentation.parse(self.augment)
         _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
+        _require(bool(_UNFREEZE.fullmatch(self.unfreeze)), "unfreeze all, none or last:N", self.unfreeze)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)

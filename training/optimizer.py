@@ -1,8 +1,9 @@
-"""What AdamW does to which weights, and the learning rate over a run."""
+"""Which weights are trained, what AdamW does to them, and the learning rate over a run."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import nn
@@ -10,14 +11,39 @@ from torch import nn
 from finelip_fast.model import FineLIP
 from finelip_fast.training.config import TrainConfig
 
+# Of the two encoders, what stands behind their blocks.
+_BEHIND_BLOCKS = ("ln_post", "proj", "ln_final", "text_projection")
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+
+
+def freeze(model: FineLIP, unfreeze: str) -> None:
+    """Leave weights of the encoders as they are; aggregators and the scale of the scores are always trained.
+
+    Args:
+        model: Model whose parameters are marked.
+        unfreeze: What is trained of both encoders: ``"all"``, ``"none"``, or ``"last:N"``, the last ``N`` blocks and what is
+            behind them. No gradient is computed further ahead.
+    """
+    if unfreeze == "all":
+        return
+    count = 0 if unfreeze == "none" else int(unfreeze.removeprefix("last:"))
+    for encoder in (model.visual, model.text):
+        layers = len(encoder.transformer.resblocks)
+        for name, parameter in encoder.named_parameters():
+            block = _BLOCK.match(name)
+            is_late = int(block[1]) >= layers - count if block else name.partition(".")[0] in _BEHIND_BLOCKS
+            parameter.requires_grad_(is_late and count > 0)
+
 
 def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups: two learning rates, each with and without weight decay.
 
-    Norms, biases, positions, the class embedding and scales are not decayed.
+    Norms, biases, positions, the class embedding and scales are not decayed; frozen weights are in no group.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decayed = parameter.dim() >= 2 and not name.endswith("positional_embedding")
         groups.setdefault(("aggregator" in name, decayed), []).append(parameter)
     return [

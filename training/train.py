@@ -52,7 +52,7 @@ from finelip_fast.training.data import Batch, TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
-from finelip_fast.training.optimizer import parameter_groups, schedule
+from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
 from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
@@ -112,8 +112,9 @@ class Trainer:
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
         self.model = self._start_model().to(device).train()
+        freeze(self.model, config.unfreeze)
         self.model.gradient_checkpointing(config.gradient_checkpointing)
-        if config.freeze_positions:
+        if config.freeze_positions and self.model.text.positional_embedding.requires_grad:
             self.model.text.positional_embedding.register_hook(self._freeze)
         # CLIP's betas: the shorter second moment settles sooner after a jump of the gradient.
         self.optimizer = torch.optim.AdamW(

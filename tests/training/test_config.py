@@ -62,6 +62,8 @@ def test_defaults_need_three_places_alone():
         ({"alpha": "1.5"}, r"expected alpha in \[0, 1\] or validation, got '1.5'"),
         ({"alpha": "nan"}, r"expected alpha in \[0, 1\] or validation, got 'nan'"),
         ({"augment": ("typos",)}, "expected terms CHANGE:CHANCE, .*, got 'typos'"),
+        ({"unfreeze": "last:0"}, "expected unfreeze all, none or last:N, got 'last:0'"),
+        ({"unfreeze": "first:2"}, "expected unfreeze all, none or last:N, got 'first:2'"),
         ({"device": "gpu"}, "expected device auto, cpu or cuda, got 'gpu'"),
         ({"steps": "100"}, "expected steps of type int, got '100'"),
         ({"steps": 1.5}, "expected steps of type int, got 1.5"),

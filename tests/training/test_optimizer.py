@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finelip_fast.training.config import TrainConfig
-from finelip_fast.training.optimizer import parameter_groups, schedule
+from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
 
 
 def config_of(**changes):
@@ -33,6 +33,34 @@ def test_which_weights_decay_and_at_which_rate(make_model):
         assert rate == (2e-4 if "aggregator" in name else 1e-6)
     for name in ("logit_scale", "image_aggregator.scale", "visual.class_embedding", "visual.positional_embedding"):
         assert found[name][1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "first"), [("all", None), ("last:1", 1), ("last:2", 0), ("last:9", 0), ("none", 2)]
+)
+def test_what_is_frozen_is_in_no_group(make_model, unfreeze, first):
+    """``first``: the number of the first block that is trained; None: what is ahead of the blocks is, too."""
+    model = make_model(vision_layers=2, text_layers=2)
+    freeze(model, unfreeze)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {named[id(parameter)] for group in parameter_groups(model, config_of()) for parameter in group["params"]}
+    assert {"logit_scale", "image_aggregator.scale", "text_aggregator.logits.weight"} <= trained
+    blocks = {name.split(".")[0]: set() for name in trained if "resblocks" in name}
+    for name in trained:
+        if "resblocks" in name:
+            blocks[name.split(".")[0]].add(int(name.split(".")[3]))
+    numbers = set(range(first or 0, 2))
+    assert blocks == ({"visual": numbers, "text": numbers} if numbers else {})
+    behind = {"visual.proj", "visual.ln_post.weight", "text.text_projection", "text.ln_final.bias"}
+    assert (behind <= trained) is (unfreeze != "none")
+    ahead = {
+        "visual.conv1.weight",
+        "visual.positional_embedding",
+        "visual.ln_pre.weight",
+        "text.token_embedding.weight",
+    }
+    assert (ahead <= trained) is (unfreeze == "all")
+    assert unfreeze == "all" or not ahead & trained
 
 
 def test_schedule_warms_up_then_follows_a_cosine_to_zero():

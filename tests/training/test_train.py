@@ -319,6 +319,19 @@ def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypa
     assert distance(*(models[1].state_dict() for models in runs.values())) == 0
 
 
+@pytest.mark.parametrize("accumulation", ["cached", "separate"])
+def test_frozen_weights_stay_and_the_others_learn(configure, monkeypatch, tmp_path, accumulation):
+    monkeypatch.setitem(PRESETS, "tiny", TINY.replace(vision_layers=2, text_layers=2))
+    options = {"batch_size": 4, "accumulate": 2, "accumulation": accumulation, "freeze_positions": 3}
+    start = Trainer(configure(out=str(tmp_path / "start"), **options), CPU).model.state_dict()
+    for unfreeze, ahead in (("last:1", r"resblocks\.0|conv1|embedding|ln_pre"), ("none", r"^(visual|text)\.")):
+        out = tmp_path / unfreeze.replace(":", "-")
+        train(configure(out=str(out), unfreeze=unfreeze, **options))
+        last = finelip_fast.load(out / "last").state_dict()
+        for name, value in start.items():
+            assert torch.equal(last[name], value) is bool(re.search(ahead, name)), name
+
+
 def test_a_run_on_changed_captions_goes_on_to_the_bit(configure, tmp_path):
     options = {**LASTING, "augment": ["sentences:0.5", "words:0.5", "foreign:0.5", "typos:0.5"]}
     best = train(configure(**options, out=str(tmp_path / "whole")))
