@@ -96,7 +96,7 @@ class FineLIP(nn.Module):
         """
         check_pixels(pixels, self.config)
         tokens = self.visual(pixels)
-        return self._aggregate_image(tokens) if self._aggregates else global_rows(tokens[:, 0], self.dtype)
+        return self.aggregate_image(tokens) if self._aggregates else global_rows(tokens[:, 0], self.dtype)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed captions.
@@ -116,7 +116,7 @@ class FineLIP(nn.Module):
         check_ids(ids, self.config)
         tokens, lengths = self.text_tokens(ids)
         if self._aggregates:
-            return self._aggregate_text(tokens, lengths)
+            return self.aggregate_text(tokens, lengths)
         return global_rows(_end_tokens(tokens, lengths), self.dtype)
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
@@ -132,13 +132,22 @@ class FineLIP(nn.Module):
         """
         return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> TrainingOutput:
-        """What a training step differentiates, of pixels ``[B, 3, H, W]`` and ids ``[B, T]``."""
-        patches = self.visual(pixels)
-        tokens, lengths = self.text_tokens(ids)
+    def forward(self, pixels: Tensor, ids: Tensor, tokens: Tensor | None = None) -> TrainingOutput:
+        """What a training step differentiates.
+
+        Args:
+            pixels: ``[B, 3, H, W]``, or the pictures' features ``[B, 1 + P, D]``, where they were computed before.
+            ids: ``[B, T]``.
+            tokens: The captions' features ``[B, T', D]``, where they were computed before.
+        """
+        patches = self.visual(pixels) if pixels.dim() == 4 else pixels
+        if tokens is None:
+            tokens, lengths = self.text_tokens(ids)
+        else:
+            lengths = caption_lengths(ids)
         return TrainingOutput(
-            self._aggregate_image(patches),
-            self._aggregate_text(tokens, lengths),
+            self.aggregate_image(patches),
+            self.aggregate_text(tokens, lengths),
             self.logit_scale.exp(),
             patches[:, 1:],
             tokens,
@@ -156,13 +165,13 @@ class FineLIP(nn.Module):
         """Whether embeddings have aggregated rows."""
         return self.config.trained_aggregators
 
-    def _aggregate_image(self, tokens: Tensor) -> Tensor:
-        """``[B, 1 + P, D]``, CLS first, to ``[B, K + 1, D]``."""
+    def aggregate_image(self, tokens: Tensor) -> Tensor:
+        """Features ``[B, 1 + P, D]``, CLS first, to embeddings ``[B, K + 1, D]``."""
         embeddings: Tensor = self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
         return embeddings
 
-    def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """``[B, T, D]`` and the captions' lengths to ``[B, K + 1, D]``."""
+    def aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Features ``[B, T, D]`` and the captions' lengths, end token included, to embeddings ``[B, K + 1, D]``."""
         anchor = _end_tokens(tokens, lengths)
         embeddings: Tensor = self.text_aggregator(tokens, anchor=anchor, lengths=(lengths - 1).clamp(min=0))
         return embeddings

@@ -98,6 +98,13 @@ class TrainConfig:
             "always are"
         },
     )
+    features: str = field(
+        default="",
+        metadata={
+            "help": "folder for the token features of all pairs, computed once; with --unfreeze none the encoders then run no "
+            "more"
+        },
+    )
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
         metadata={"help": "first text positions that stay as they are; give 0 when from nothing"},
@@ -202,6 +209,10 @@ class TrainConfig:
         _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
         _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
         _require(not self.validation.startswith("webdataset:"), "validation of map-style data", self.validation)
+        if self.features:
+            _require(self.unfreeze == "none", "unfreeze none with features", self.unfreeze)
+            _require(not self.augment, "no augment with features, which are of captions as they are", self.augment)
+            _require(not self.train.startswith("webdataset:"), "train of map-style data with features", self.train)
         if self.grounding:
             place = "train=scenes:SPLIT[:SIZE] with grounding, whose phrases have boxes"
             _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from finelip_fast._json import parse_json
@@ -28,6 +29,7 @@ from finelip_fast.errors import ConfigError, FineLIPError, ImageError, InputErro
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
 from finelip_fast.training.augment import Augmentation
+from finelip_fast.training.features import Features
 from finelip_fast.training.shards import CAPTIONS, PICTURES, shard_names, shard_samples, shard_size
 
 # Examples tried in place of a broken one, at least; more, until fewer broken ones than are allowed would come so by a chance
@@ -55,6 +57,8 @@ class Encoding(NamedTuple):
         labels: int64 ``[R]``, equal for phrases that describe the same.
         is_cut: Whether the caption was longer than the context.
         broken: Pairs that could not be read before this one: which, and why.
+        tokens: Features ``[T, D]`` of the caption, where they were computed before; ``pixels`` are then the picture's,
+            ``[1 + P, D]``.
     """
 
     pixels: Tensor
@@ -65,6 +69,7 @@ class Encoding(NamedTuple):
     labels: Tensor
     is_cut: bool
     broken: Sequence[str] = ()
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Batch:
         captions_cut: How many of the captions were longer than the context.
         broken: Pairs that could not be read: which, and why.
         sample_counts: Samples up to which shards were read for this batch, by their numbers.
+        tokens: Features ``[B, T, D]`` of the captions, where they were computed before; ``pixels`` are then the pictures',
+            ``[B, 1 + P, D]``.
 
     A batch without pairs only reports what is broken.
     """
@@ -94,6 +101,7 @@ class Batch:
     captions_cut: int
     broken: list[str]
     sample_counts: dict[int, int] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -118,6 +126,7 @@ class Encoded(Dataset[Encoding]):
         max_broken_share: Share of broken pairs up to which another one is looked for.
         augmentation: Changes of captions; None: they stay as they are.
         seed: Seed of the changes.
+        features: Features of the pairs in place of their pixels and beside their ids; None: there are none.
 
     Attributes:
         epoch: A pair's caption is changed otherwise in each.
@@ -132,7 +141,10 @@ class Encoded(Dataset[Encoding]):
         max_broken_share: float = 1.0,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        features: Features | None = None,
     ) -> None:
+        self.features = features
+        self._look = getattr(pairs, "without_image", pairs.__getitem__) if features else pairs.__getitem__
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
         self.max_broken_share, self.augmentation, self.seed = max_broken_share, augmentation, seed
         self.epoch = 0
@@ -150,9 +162,9 @@ class Encoded(Dataset[Encoding]):
         order = _spread(len(self.pairs), index)
         while len(broken) < len(self.pairs) and not self._are_too_many(len(broken)):
             number = next(order)
-            example = self._augmented(self.pairs[number], number)
+            example = self._augmented(self._look(number), number)
             try:
-                return encode_example(example, self.preprocess, self.context_length)._replace(broken=broken)
+                return self._encoded(example, number)._replace(broken=broken)
             except ImageError as error:  # names the picture
                 broken.append(str(error))
             except (InputError, OSError) as error:
@@ -161,6 +173,13 @@ class Encoded(Dataset[Encoding]):
             f"{len(broken)} of {len(self.pairs)} pairs were tried in turn, and none can be read; the last: "
             f"{printable(broken[-1])}; where the paths start from another folder, give --root, else mend the data"
         )
+
+    def _encoded(self, example: Example, number: int) -> Encoding:
+        if self.features is None:
+            return encode_example(example, self.preprocess, self.context_length)
+        features = self.features
+        encoding = encode_example(example, lambda _: features.picture(number), self.context_length)
+        return encoding._replace(tokens=features.caption(number))
 
     def _augmented(self, example: Example, number: int) -> Example:
         if self.augmentation is None:
@@ -196,7 +215,7 @@ def _spread(size: int, start: int) -> Iterator[int]:
     return ((start + count * step) % size for count in range(size))
 
 
-def encode_example(example: Example, preprocess: Preprocess, context_length: int) -> Encoding:
+def encode_example(example: Example, preprocess: Callable[[Any], Tensor], context_length: int) -> Encoding:
     """A pair as tensors; phrases that the context cuts off or into are left out.
 
     Raises:
@@ -234,6 +253,7 @@ def collate(items: Sequence[Encoding]) -> Batch:
     ids = torch.stack([item.ids for item in items])
     longest = int(caption_lengths(ids).max())
     phrases = torch.tensor([len(item.spans) for item in items])
+    tokens = [item.tokens for item in items if item.tokens is not None]
     return Batch(
         torch.stack([item.pixels for item in items]),
         ids[:, :longest],
@@ -244,6 +264,7 @@ def collate(items: Sequence[Encoding]) -> Batch:
         torch.cat([item.labels for item in items]),
         sum(item.is_cut for item in items),
         [reason for item in items for reason in item.broken],
+        tokens=pad_sequence(tokens, batch_first=True) if tokens else None,
     )
 
 
@@ -462,6 +483,7 @@ class TrainingData:
         max_broken_share: Share of broken pairs up to which map-style data has others take their place.
         remote: Whether shards may come from the network.
         augmentation: Changes of captions; None: they stay as they are.
+        features: Features of map-style data in place of pixels; None: there are none.
 
     Attributes:
         epoch: Number of the epoch.
@@ -485,6 +507,7 @@ class TrainingData:
         max_broken_share: float = 1.0,
         remote: bool = False,
         augmentation: Augmentation | None = None,
+        features: Features | None = None,
     ) -> None:
         self.epoch = self.pairs = 0
         self._global_batch, self._layout = batch_size * world, [world, max(1, workers)]
@@ -516,6 +539,7 @@ class TrainingData:
                 max_broken_share=max_broken_share,
                 augmentation=augmentation,
                 seed=seed,
+                features=features,
             )
             self._loader = DataLoader(self._data, batch_sampler=self._order, collate_fn=_collate_or_error, **options)
             self.epoch_batches = len(self._order)

@@ -50,6 +50,7 @@ from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.config import RENAMED, TrainConfig
 from finelip_fast.training.data import Batch, TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
+from finelip_fast.training.features import Features, compute
 from finelip_fast.training.log import Log
 from finelip_fast.training.losses import grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
@@ -151,6 +152,7 @@ class Trainer:
         validation = self._open(self.config.validation) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from validation={self.config.validation!r}")
+        features = self._features(validation, "validation", 1) if validation is not None else None
         progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=not show, mininterval=2)
         batches = self._readable_batches()
         started, first = time.monotonic(), self.step
@@ -169,7 +171,7 @@ class Trainer:
                 log.write(self.step, {name: float(value) for name, value in values.items()})
                 progress.set_postfix(loss=f"{float(values['loss']):.3f}")
             if log and validates:
-                metrics = self._validate(validation)
+                metrics = self._validate(validation, features)
                 log.write(self.step, metrics)
                 progress.set_postfix(recall=f"{mean_recall(metrics):.3f}")
             stop = self._anyone_stops()
@@ -249,7 +251,7 @@ class Trainer:
         """The model's output, and the batch on the model's device."""
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         with self._autocast():
-            return self.forward(batch.pixels, batch.ids), batch
+            return self.forward(batch.pixels, batch.ids, batch.tokens), batch
 
     def _grounding(self, output: TrainingOutput, batch: Batch) -> Tensor:
         """Every process has the negatives of its own phrases: there are about ten times as many of them as pairs."""
@@ -268,11 +270,11 @@ class Trainer:
 
     # Validation and what is kept ---------------------------------------------------------------------------------------
 
-    def _validate(self, pairs: Any) -> dict[str, float]:
+    def _validate(self, pairs: Any, features: Features | None) -> dict[str, float]:
         """Recall on the validation pairs; the model carries the alpha chosen there, and the best so far is saved at once."""
         model = self._averaged().eval()
         with self._autocast():
-            metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas)
+            metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas, features=features)
         for checked in (model, self.model):
             checked.config = checked.config.replace(alpha=metrics["val_alpha"])
         self.model.train()
@@ -481,7 +483,18 @@ class Trainer:
             max_broken_share=self.config.max_broken_share,
             remote=self.config.remote_data,
             augmentation=self.config.augmentation,
+            features=self._features(source, "train", self.world),
         )
+
+    def _features(self, pairs: Any, part: str, world: int) -> Features | None:
+        """What the frozen encoders make of the pairs; so many processes share the work, and wait for each other."""
+        if not self.config.features:
+            return None
+        folder = Path(self.config.features) / part
+        features = compute(self.model, pairs, folder, autocast=self._autocast, rank=self.rank, world=world)
+        if world > 1:
+            gather(torch.zeros(1, device=self.device))
+        return features
 
     def _readable_batches(self) -> Iterator[Batch]:
         """Batches with pairs; what is broken is counted on the way."""

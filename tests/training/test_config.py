@@ -64,6 +64,12 @@ def test_defaults_need_three_places_alone():
         ({"augment": ("typos",)}, "expected terms CHANGE:CHANCE, .*, got 'typos'"),
         ({"unfreeze": "last:0"}, "expected unfreeze all, none or last:N, got 'last:0'"),
         ({"unfreeze": "first:2"}, "expected unfreeze all, none or last:N, got 'first:2'"),
+        ({"features": "x"}, "expected unfreeze none with features, got 'all'"),
+        ({"features": "x", "unfreeze": "none", "augment": ("typos:0.1",)}, "expected no augment with features"),
+        (
+            {"features": "x", "unfreeze": "none", "train": "webdataset:x.tar", "epoch_batches": 9},
+            "expected train of map-style data with features",
+        ),
         ({"device": "gpu"}, "expected device auto, cpu or cuda, got 'gpu'"),
         ({"steps": "100"}, "expected steps of type int, got '100'"),
         ({"steps": 1.5}, "expected steps of type int, got 1.5"),

@@ -303,7 +303,7 @@ def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypa
     """Also of the average; one that is given stays, and no weight depends on it."""
     tried = []
 
-    def validate(model, pairs, *, name, alphas):
+    def validate(model, pairs, *, name, alphas, features):
         tried.append(alphas)
         return {"val_alpha": alphas[5 % len(alphas)], "val_i2t_recall@1": 0.5, "val_t2i_recall@1": 0.5}
 

@@ -78,13 +78,13 @@ class AblatedFineLIP(FineLIP):
     def _aggregates(self) -> bool:
         return True  # what it makes of them is the variant's
 
-    def _aggregate_image(self, tokens: Tensor) -> Tensor:
+    def aggregate_image(self, tokens: Tensor) -> Tensor:
         if self.variant.image == "raw":
             return F.normalize(tokens.float(), dim=-1)
-        return self._pooled(super()._aggregate_image(tokens), self.variant.image)
+        return self._pooled(super().aggregate_image(tokens), self.variant.image)
 
-    def _aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        rows = super()._aggregate_text(tokens, lengths)
+    def aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        rows = super().aggregate_text(tokens, lengths)
         if self.variant.text == "raw":
             unit = F.normalize(tokens.float(), dim=-1)
             beyond = torch.arange(unit.shape[1], device=unit.device) >= lengths[:, None] - 1

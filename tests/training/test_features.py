@@ -1,0 +1,258 @@
+"""Features that frozen encoders compute once: a training on them is one without, but for their rounding."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import finelip_fast
+from finelip_fast import checkpoint
+from finelip_fast.config import FineLIPConfig
+from finelip_fast.datasets import open_dataset
+from finelip_fast.datasets.base import FileExamples
+from finelip_fast.encoders import ImageEncoder, TextEncoder
+from finelip_fast.errors import ConfigError, TrainingError
+from finelip_fast.model import FineLIP
+from finelip_fast.training import features as module
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.data import Encoded
+from finelip_fast.training.features import Features, compute
+from finelip_fast.training.train import train
+
+CONFIG = FineLIPConfig(
+    embed_dim=16,
+    image_size=32,
+    patch_size=8,
+    vision_width=32,
+    vision_layers=1,
+    vision_heads=1,
+    text_width=16,
+    text_layers=1,
+    text_heads=1,
+)
+COLOURS = ["red", "green", "blue", "black", "white"]
+
+
+@pytest.fixture
+def model() -> FineLIP:
+    torch.manual_seed(0)
+    return FineLIP(CONFIG)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> FileExamples:
+    """Five pictures, of which the first three have two captions, which do not lie side by side."""
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
+    captions = [
+        *((number, f"a {colour} square") for number, colour in enumerate(COLOURS)),
+        (0, "red"),
+        (1, "green alone"),
+        (2, "b"),
+    ]
+    return FileExamples([(tmp_path / f"{number}.png", caption) for number, caption in captions])
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several parts of each kind."""
+    monkeypatch.setattr(module, "_PICTURES", 2)
+    monkeypatch.setattr(module, "_CAPTIONS", 3)
+    yield
+    module._opened.cache_clear()
+
+
+def parts(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))}
+
+
+@torch.no_grad()
+def test_features_are_the_encoders(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    features = compute(model, pairs, tmp_path / "features")
+    assert len(parts(tmp_path / "features")) == 3 + 3
+    for index in range(len(pairs)):
+        example = pairs[index]
+        patches = model.visual(model.preprocess(example.image)[None])[0]
+        tokens, lengths = model.text_tokens(finelip_fast.tokenize([example.caption]))
+        assert (features.picture(index).dtype, len(features.caption(index))) == (torch.float16, int(lengths))
+        torch.testing.assert_close(features.picture(index).float(), patches, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(features.caption(index).float(), tokens[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_picture_of_several_captions_is_encoded_once(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    forward = ImageEncoder.forward
+    monkeypatch.setattr(
+        ImageEncoder, "forward", lambda self, pixels: counts.append(len(pixels)) or forward(self, pixels)
+    )
+    compute(model, pairs, tmp_path / "features")
+    assert sum(counts) == len(COLOURS)
+
+
+def test_what_is_missing_is_computed_again_and_nothing_else(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    compute(model, pairs, folder)
+    before = parts(folder)
+    lost = ["captions-000002.safetensors", "pictures-000001.safetensors"]
+    for name in lost:
+        (folder / name).unlink()
+    compute(model, pairs, folder)
+    after = parts(folder)
+    assert after.keys() == before.keys()
+    assert [name for name in before if after[name] != before[name]] == lost
+
+
+def test_processes_share_the_work(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    compute(model, pairs, tmp_path / "features", rank=1, world=2)
+    assert len(parts(tmp_path / "features")) == 3
+    compute(model, pairs, tmp_path / "features", rank=0, world=2)
+    assert len(parts(tmp_path / "features")) == 6
+
+
+def test_features_of_anything_else_are_refused(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    compute(model, pairs, folder)
+    with pytest.raises(ConfigError, match="holds features of other data: give another --features"):
+        compute(model, FileExamples(pairs.pairs[:4]), folder)
+    with pytest.raises(ConfigError, match="holds features of other encoders"):
+        compute(FineLIP(CONFIG), pairs, folder)
+    other = FineLIP(CONFIG.replace(context_length=16))
+    with pytest.raises(ConfigError, match="other encoders and other context_length"):
+        compute(other, pairs, folder)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_computed(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of room for features in .*, found 0\.0 GB"):
+        compute(model, pairs, tmp_path / "features")
+    assert not parts(tmp_path / "features")
+
+
+def test_what_float16_cannot_hold_is_refused(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.visual.proj *= 1e6
+    with pytest.raises(TrainingError, match="features of pictures-000000 are too large for float16"):
+        compute(model, pairs, tmp_path / "features")
+
+
+def test_a_cut_part_is_named(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    features = compute(model, pairs, tmp_path / "features")
+    path = tmp_path / "features" / "pictures-000000.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(
+        TrainingError, match=r"pictures-000000.*remove the file, and the same command computes it again"
+    ):
+        features.picture(0)
+
+
+def test_a_picture_that_cannot_be_read_counts_as_broken(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    (tmp_path / "3.png").write_bytes(b"none")
+    data = Encoded(pairs, model.preprocess, 256, features=compute(model, pairs, tmp_path / "features"))
+    encoding = data[3]
+    assert encoding.pixels.shape == (17, 16)
+    (message,) = encoding.broken
+    assert "3.png" in message
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+Configure = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def configure(model: FineLIP, tmp_path: Path) -> Configure:
+    torch.set_num_threads(1)
+    checkpoint.save(model, tmp_path / "base")
+    data = "scenes:val:24"
+
+    def build(**changes: object) -> TrainConfig:
+        options = {
+            "out": str(tmp_path / "run"),
+            "train": data,
+            "validation": "scenes:val:12",
+            "init": str(tmp_path / "base"),
+            "unfreeze": "none",
+            "batch_size": 8,
+            "steps": 6,
+            "warmup_steps": 0,
+            "aggregator_lr": 3e-3,
+            "precision": "fp32",
+            "workers": 0,
+            "log_every": 1,
+            "eval_every": 3,
+            "tensorboard": False,
+            "device": "cpu",
+        }
+        return TrainConfig(**(options | changes))
+
+    return build
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_on_features_is_one_without(configure: Configure, tmp_path: Path, accumulate: int) -> None:
+    results = {}
+    for name, features in (("with", str(tmp_path / "features")), ("without", "")):
+        results[name] = train(configure(out=str(tmp_path / name), features=features, accumulate=accumulate))
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-3)
+    first, second = (checkpoint.load(tmp_path / name / "last").state_dict() for name in results)
+    start = checkpoint.load(tmp_path / "base").state_dict()
+    for name, value in start.items():
+        is_frozen = name.startswith(("visual.", "text."))
+        assert (torch.equal(first[name], value), torch.equal(second[name], value)) == (is_frozen, is_frozen), name
+        assert (first[name] - second[name]).abs().max() < 2e-3, name
+    assert results["with"].keys() == results["without"].keys()
+
+
+def test_the_encoders_run_once(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(features=str(tmp_path / "features"), stop_at=3)
+    train(config)
+    for encoder in (ImageEncoder, TextEncoder):
+        monkeypatch.setattr(encoder, "forward", lambda *_: pytest.fail("an encoder ran"))
+    train(configure(features=str(tmp_path / "features")))
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_run_on_features_goes_on_to_the_bit(configure: Configure, tmp_path: Path) -> None:
+    features = str(tmp_path / "features")
+    train(configure(features=features, out=str(tmp_path / "whole")))
+    train(configure(features=features, stop_at=3))
+    train(configure(features=features))
+    whole, parted = (checkpoint.load(tmp_path / name / "last").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], value) for name, value in parted.items())
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_what_it_will_take_is_said_before(model: FineLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        compute(model, open_dataset("scenes:val:4", image_size=32), tmp_path / "features")
+    assert caplog.messages == [
+        f"features of 4 pictures and 4 captions: 0.0 GB in {tmp_path / 'features'}, 0.0 GB of them to compute"
+    ]
+
+
+def test_features_go_to_other_processes(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    import pickle
+
+    features = compute(model, pairs, tmp_path / "features")
+    again: Features = pickle.loads(pickle.dumps(features))
+    assert torch.equal(again.picture(4), features.picture(4))

@@ -1,0 +1,239 @@
+"""Token features of all pairs, computed once: aggregators are trained on them while the encoders stay as they are.
+
+A folder holds them in float16, pictures and captions in parts. A part is written whole, so that what was computed before an
+interrupt stays, and the same command goes on. ``features.json`` says whose features they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finelip_fast._files import write_error, write_text_whole, write_whole
+from finelip_fast._json import read_json
+from finelip_fast.datasets import PairDataset
+from finelip_fast.datasets.survey import Survey, survey
+from finelip_fast.encoders import caption_lengths
+from finelip_fast.errors import ConfigError, FineLIPError, ImageError, TrainingError
+from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import encode_batch, expected_truncation
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MAX_ABOUT = 1 << 16  # bytes of features.json
+# What a part holds: some 13 MB of ViT-B/16.
+_PICTURES, _CAPTIONS = 64, 256
+# Parts that a process has open; each is mapped.
+_OPEN = 256
+# Bytes of the disk that are left to others.
+_SPARE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of a dataset's pairs in a folder.
+
+    Args:
+        folder: Folder that :func:`compute` has filled.
+        known: What the dataset holds.
+    """
+
+    folder: Path
+    known: Survey
+
+    def picture(self, index: int) -> Tensor:
+        """Features of a pair's picture, float16 ``[1 + P, D]``, CLS first.
+
+        Raises:
+            ImageError: The picture could not be read when they were computed.
+        """
+        part, row = divmod(self.known.picture_of[index], _PICTURES)
+        file = _opened(self._picture_part(part))
+        broken = json.loads(file.metadata()["broken"])
+        if str(row) in broken:
+            raise ImageError(broken[str(row)])
+        features: Tensor = file.get_slice("features")[row]
+        return features
+
+    def caption(self, index: int) -> Tensor:
+        """Features of a pair's caption, float16 ``[T, D]``, the end token last."""
+        part, row = divmod(index, _CAPTIONS)
+        file = _opened(self._caption_part(part))
+        ends = file.get_tensor("ends")
+        first, last = (0 if row == 0 else int(ends[row - 1])), int(ends[row])
+        features: Tensor = file.get_slice("features")[first:last]
+        return features
+
+    def _picture_part(self, part: int) -> Path:
+        return self.folder / f"pictures-{part:06}.safetensors"
+
+    def _caption_part(self, part: int) -> Path:
+        return self.folder / f"captions-{part:06}.safetensors"
+
+
+@lru_cache(maxsize=_OPEN)
+def _opened(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(
+            f"cannot read features from {path}: {error}; remove the file, and the same command computes it again"
+        ) from None
+
+
+def compute(
+    model: FineLIP,
+    pairs: PairDataset,
+    folder: Path,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    rank: int = 0,
+    world: int = 1,
+) -> Features:
+    """Compute what is missing of a process's share of the features of all pairs, with progress.
+
+    Args:
+        model: Model whose encoders compute them, on its device.
+        pairs: Pairs of a map-style dataset; of several pairs of one picture it is encoded once.
+        folder: Folder to fill, made if missing.
+        autocast: Context of the computation.
+        rank, world: This process and how many there are; all features are there when the last is done.
+
+    Raises:
+        ConfigError: The folder holds features of other pairs, of other encoders or of another context; or the disk has no
+            room for all of them.
+        WriteError: The disk refuses.
+        TrainingError: Features that float16 cannot hold.
+    """
+    known = survey(pairs)
+    features = Features(folder, known)
+    context_length = model.config.context_length
+    with expected_truncation():
+        lengths = encode_batch(known.captions, context_length).lengths
+    _check_folder(
+        folder,
+        {
+            "format": _FORMAT,
+            "encoders": _identity(model),
+            "data": known.fingerprint,
+            "context_length": context_length,
+        },
+    )
+    row_bytes = 2 * model.config.embed_dim
+    todo: list[tuple[Path, range, int]] = []
+    for part, numbers in enumerate(_steps(len(known.ids), _PICTURES)):
+        todo.append((features._picture_part(part), numbers, len(numbers) * (1 + model.config.patches) * row_bytes))
+    for part, numbers in enumerate(_steps(len(known.captions), _CAPTIONS)):
+        todo.append(
+            (features._caption_part(part), numbers, int(lengths[numbers.start : numbers.stop].sum()) * row_bytes)
+        )
+    missing = [entry for entry in todo[rank::world] if not entry[0].exists()]
+    size = sum(nbytes for *_, nbytes in missing)
+    _check_room(folder, size)
+    if missing:
+        _logger.info(
+            "features of %d pictures and %d captions: %.1f GB in %s, %.1f GB of them to compute",
+            len(known.ids),
+            len(known.captions),
+            sum(nbytes for *_, nbytes in todo) / 1e9,
+            folder,
+            size / 1e9,
+        )
+    is_training = model.training
+    model.eval()
+    with tqdm(total=size, unit="B", unit_scale=True, desc="features", disable=None) as bar, torch.inference_mode():
+        for path, numbers, nbytes in missing:
+            with autocast():
+                if path.name.startswith("pictures"):
+                    tensors, metadata = _encode_pictures(model, pairs, known, numbers)
+                else:
+                    tensors, metadata = _encode_captions(model, known.captions[numbers.start : numbers.stop])
+            if not tensors["features"].isfinite().all():
+                raise TrainingError(f"features of {path.stem} are too large for float16: train without --features")
+            write_whole(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), size=nbytes)
+            bar.update(nbytes)
+    model.train(is_training)
+    return features
+
+
+def _identity(model: FineLIP) -> str:
+    """SHA-256 in hex of the encoders' weights; those of the aggregators change."""
+    digest = hashlib.sha256()
+    for encoder in (model.visual, model.text):
+        for name, tensor in sorted(encoder.state_dict().items()):
+            digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def _encode_pictures(
+    model: FineLIP, pairs: PairDataset, known: Survey, numbers: range
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Features ``[n, 1 + P, D]``; of pictures that cannot be read zeros, and why."""
+    side = model.config.image_size
+    pixels, broken = torch.zeros(len(numbers), 3, side, side), {}
+    for row, number in enumerate(numbers):
+        try:
+            pixels[row] = model.preprocess(pairs[known.first[number]].image)
+        except ImageError as error:  # names the picture
+            broken[str(row)] = str(error)
+        except (FineLIPError, OSError) as error:
+            broken[str(row)] = f"{known.ids[number]}: {error}"
+    features = model.visual(pixels.to(model.device)).half().cpu()
+    features[[int(row) for row in broken]] = 0
+    return {"features": features.contiguous()}, {"broken": json.dumps(broken)}
+
+
+def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Features ``[sum of T, D]`` of the captions' own tokens, one caption after another, and where each ends."""
+    with expected_truncation():
+        ids = encode_batch(captions, model.config.context_length).ids
+    tokens, lengths = model.text_tokens(ids.to(model.device))
+    is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    return {"features": tokens[is_token].half().cpu(), "ends": caption_lengths(ids).cumsum(0)}, {}
+
+
+def _check_folder(folder: Path, about: dict[str, Any]) -> None:
+    """Make the folder, or see that it is of the same features."""
+    path = folder / "features.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if not path.exists():
+        write_text_whole(path, json.dumps(about, indent=2) + "\n")
+        return
+    stored = read_json(path, error=ConfigError, expected="what features are of", kind=dict, max_bytes=_MAX_ABOUT)
+    different = [name for name in about if stored.get(name) != about[name]]
+    if different:
+        raise ConfigError(
+            f"{folder} holds features of other {' and other '.join(different)}: give another --features, or remove it"
+        )
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size + _SPARE > free:
+        raise ConfigError(
+            f"expected {size / 1e9:.1f} GB of room for features in {folder}, found {free / 1e9:.1f} GB: give --features on "
+            "another disk, or fewer pairs"
+        )
+
+
+def _steps(count: int, size: int) -> Iterator[range]:
+    return (range(first, min(first + size, count)) for first in range(0, count, size))
