@@ -14,6 +14,7 @@ from finelip_fast.errors import TrainingError
 from finelip_fast.evaluation import evaluate
 from finelip_fast.metrics import WAYS
 from finelip_fast.training import validation
+from finelip_fast.training.features import compute
 from finelip_fast.training.validation import mean_recall, validate
 
 PICTURES = 12
@@ -45,6 +46,15 @@ def test_recall_is_what_an_evaluation_of_several_captions_a_picture_measures(pai
     metrics = validate(finelip_fast.load(device="cpu"), data, name="mine")
     assert metrics == evaluated(data)
     assert metrics["val_i2t_recall@1"] > 0.5
+
+
+def test_features_take_the_encoders_place(pairs: list[tuple[Path, str]], tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    data = FileExamples([(tmp_path / "broken.png", "a tree"), *pairs])
+    model = finelip_fast.load(device="cpu")
+    features = compute(model, data, tmp_path / "features")
+    model.visual = model.text = None
+    assert validate(model, data, name="mine", features=features) == evaluated(FileExamples(pairs))
 
 
 def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(
