@@ -17,7 +17,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
-from finelip_fast.kernels.cpu import LinearPrecision, frozen_linear
+from finelip_fast.kernels.cpu import LinearPrecision, filled_rows, frozen_linear
 from finelip_fast.model import FineLIP
 
 # QuickGELU is x * sigmoid(1.702 x), which is swish(1.702 x) / 1.702, and swish is what oneDNN has.
@@ -109,10 +109,10 @@ class FrozenTextEncoder(nn.Module):
             # Of each token, caption by caption: which caption it is of, and where it stands there.
             caption, position = (torch.arange(ids.shape[1]) < lengths[numbers, None]).nonzero(as_tuple=True)
             x = F.embedding(ids[numbers[caption], position], self._embeddings) + self._positions[position]
-            runs = _runs(lengths[numbers])
+            x, runs = _filled(x, _runs(lengths[numbers]))
             for block in self._blocks:
                 block(x, runs, causal=True)
-            features[numbers[caption], position] = self._head(x)
+            features[numbers[caption], position] = self._head(x)[: len(caption)]
         return features
 
 
@@ -168,6 +168,15 @@ def _batches(lengths: Tensor) -> Iterator[Tensor]:
     order = lengths.argsort(stable=True)[int((lengths == 0).sum()) :]
     batch = (lengths[order].cumsum(0) - 1) // _ROWS
     return (numbers for numbers in order.split(batch.bincount().tolist()) if len(numbers))
+
+
+def _filled(x: Tensor, runs: list[Run]) -> tuple[Tensor, list[Run]]:
+    """Rows ``[R, W]`` with zeros behind them, which are an item of their own, up to one of few numbers of rows.
+
+    The reason: :func:`finelip_fast.kernels.cpu.filled_rows`.
+    """
+    padding = filled_rows(len(x)) - len(x)
+    return (F.pad(x, (0, 0, 0, padding)), [*runs, Run(1, padding)]) if padding else (x, runs)
 
 
 def _runs(lengths: Tensor) -> list[Run]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finelip_fast.kernels import cpu
 
@@ -74,3 +76,22 @@ def test_onednn_can_be_switched_off():
         assert not cpu.has_bfloat16()
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@given(rows=st.integers(0, 20_000))
+def test_few_rows_are_added(rows):
+    more = cpu.filled_rows(rows) - rows
+    assert 0 <= more < max(8, rows / 8 + 1)
+
+
+def test_layers_meet_few_numbers_of_rows():
+    """A product is prepared, and what was prepared is kept, for each."""
+    assert len({cpu.filled_rows(rows) for rows in range(1, 2049)}) == 32 + 3 * 8
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (2, 300), (0, 4), (4, 0)], ids=str)
+def test_rows_that_are_added_change_nothing(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 24, generator=generator)
+    weight, bias = torch.randn(10, 24, generator=generator), torch.randn(10, generator=generator)
+    torch.testing.assert_close(cpu.layer(x, weight, bias), F.linear(x, weight, bias))
