@@ -395,7 +395,7 @@ class Trainer:
         """Refuse to go on with what would make another run; say what makes one that is allowed."""
         current = {**dataclasses.asdict(self.config), "processes": self.world}
         # What an earlier version did not know, it did as is the default now.
-        before = {option.name: option.default for option in dataclasses.fields(self.config)}
+        before: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(self.config)}
         before |= {RENAMED.get(name, name): value for name, value in state["config"].items()}
         changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
         allowed = [name for name in changed if name in _CHANGE_THE_RUN]
