@@ -190,10 +190,10 @@ class Encoded(Dataset[Encoding]):
     def _other_caption(self, image_id: str, random: Random) -> str:
         """A caption of another picture, unless nearly all pairs are of one."""
         without_image: Callable[[int], Example] = getattr(self.pairs, "without_image", self.pairs.__getitem__)
-        for _ in range(_STRANGERS_TRIED):
-            example = without_image(random.randrange(len(self.pairs)))
-            if example.image_id != image_id:
-                break
+        draws = (without_image(random.randrange(len(self.pairs))) for _ in range(_STRANGERS_TRIED))
+        example = next(draws)
+        while example.image_id == image_id and (another := next(draws, None)) is not None:
+            example = another
         return example.caption
 
     def __getitems__(self, indices: Sequence[int]) -> list[Encoding | TrainingError]:

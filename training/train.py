@@ -396,7 +396,8 @@ class Trainer:
         current = {**dataclasses.asdict(self.config), "processes": self.world}
         # What an earlier version did not know, it did as is the default now.
         before: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(self.config)}
-        before |= {RENAMED.get(name, name): value for name, value in state["config"].items()}
+        stored: Mapping[str, Any] = state["config"]
+        before.update((RENAMED.get(name, name), value) for name, value in stored.items())
         changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
         allowed = [name for name in changed if name in _CHANGE_THE_RUN]
         if "steps" in allowed and self.config.steps < before["steps"]:
