@@ -299,6 +299,7 @@ def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
 @pytest.mark.slow
 def test_what_does_not_end_is_cut_off(start: Callable[..., Server]) -> None:
     server = start(drain=1.0)
+    assert server.ask("GET", "/health/ready")[0] == 200  # and it hears signals
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         head = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: 9\r\n\r\n{")
