@@ -30,7 +30,7 @@ def overwrites(ttgir: str) -> list[str]:
     slots: dict[str, str] = {}  # of views, by which number
     ahead: dict[str, set[str]] = defaultdict(set)
     refilled: set[str] = set()
-    operands: dict[str, str] = {}
+    operands: set[str] = set()
 
     def allocation(view: str) -> str:
         while view in views:
@@ -49,12 +49,12 @@ def overwrites(ttgir: str) -> list[str]:
             else:
                 refilled.add(allocation(match[1]))
         elif match := _PRODUCT.search(line):
-            operands |= {allocation(operand): operand for operand in (match[1], match[2])}
+            operands |= {allocation(match[1]), allocation(match[2])}
             if "dot_op" in match[3]:
                 from_registers.append(match[1])
     wrong = [
         f"{name}: {buffers[name]} buffers, {len(ahead[name])} filled ahead"
-        for name in operands
+        for name in sorted(operands)
         if name in refilled and name in buffers and len(ahead[name]) >= buffers[name]
     ]
     if from_registers and _PENDING.search(ttgir):

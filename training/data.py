@@ -144,7 +144,8 @@ class Encoded(Dataset[Encoding]):
         features: Features | None = None,
     ) -> None:
         self.features = features
-        self._look = getattr(pairs, "without_image", pairs.__getitem__) if features else pairs.__getitem__
+        self._without_image: Callable[[int], Example] = getattr(pairs, "without_image", pairs.__getitem__)
+        self._look = self._without_image if features else pairs.__getitem__
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
         self.max_broken_share, self.augmentation, self.seed = max_broken_share, augmentation, seed
         self.epoch = 0
@@ -189,8 +190,7 @@ class Encoded(Dataset[Encoding]):
 
     def _other_caption(self, image_id: str, random: Random) -> str:
         """A caption of another picture, unless nearly all pairs are of one."""
-        without_image: Callable[[int], Example] = getattr(self.pairs, "without_image", self.pairs.__getitem__)
-        draws = (without_image(random.randrange(len(self.pairs))) for _ in range(_STRANGERS_TRIED))
+        draws = (self._without_image(random.randrange(len(self.pairs))) for _ in range(_STRANGERS_TRIED))
         example = next(draws)
         while example.image_id == image_id and (another := next(draws, None)) is not None:
             example = another

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._json import read_json
+from finelip_fast.checkpoint.saving import add_weights
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
 from finelip_fast.encoders import caption_lengths
@@ -175,9 +176,7 @@ def _identity(model: FineLIP) -> str:
     """SHA-256 in hex of the encoders' weights; those of the aggregators change."""
     digest = hashlib.sha256()
     for encoder in (model.visual, model.text):
-        for name, tensor in sorted(encoder.state_dict().items()):
-            digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
+        add_weights(digest, encoder.state_dict())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from finelip_fast._arguments import floating_dtype, folder_path
 from finelip_fast._files import write_error, write_whole
@@ -190,10 +191,15 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
 def _fingerprint(contents: Contents) -> str:
     config = {name: value for name, value in contents.config.to_dict().items() if name != "alpha"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(contents.tensors.items()):
+    add_weights(digest, contents.tensors)
+    return digest.hexdigest()
+
+
+def add_weights(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Add every weight's name, shape and float32 values to a hash, in the order of their names."""
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
-    return digest.hexdigest()
 
 
 def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:

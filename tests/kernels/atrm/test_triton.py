@@ -365,6 +365,18 @@ def compile_both(capability, dtype, width, aggregated):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_without_care_hopper_overwrites_what_it_multiplies(monkeypatch):
+    """What an H200 showed, and that it is seen in the compiled code; should Triton mend it, the care may go."""
+    monkeypatch.setattr(kernels, "has_own_products", lambda _: False)
+    monkeypatch.setattr(kernels, "_MOST_ROWS", 64)
+    settings = kernels.default_settings
+    monkeypatch.setattr(kernels, "default_settings", lambda **sizes: replace(settings(**sizes), pool_rows=64))
+    careless = compile_both.__wrapped__(90, torch.float16, 512, 39)
+    assert "2 buffers, 2 filled ahead" in " ".join(careless["logits"].overwritten)
+    assert "several products in flight" in " ".join(careless["pool"].overwritten)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("case", [(torch.float16, 512, 39), (torch.bfloat16, 768, 51)], ids=str)
 @pytest.mark.parametrize("kernel", ["logits", "pool"])
