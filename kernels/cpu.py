@@ -63,7 +63,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.T)
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of ``x [..., D]``, on a CPU by whichever library is faster; without a gradient."""
     if not suits_onednn(x):
         return F.linear(x, weight, bias)

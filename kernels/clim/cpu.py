@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import get_ident
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ _PRODUCT_ELEMENTS = 1 << 21
 _BLOCK_ELEMENTS = 1 << 22
 # Multiplications, a fraction of a millisecond of one thread, below which a thread is not woken.
 _LEAST_SHARED_WORK = 1 << 23
+# Elements of items that are copied before another block has begun.
+_FEW_ELEMENTS = 1 << 20
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -77,33 +80,66 @@ def scores(
         return _scores_of_single_rows(queries, items, alpha)
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
-    block_items = _block_items(n_items, item_tokens, block_queries * query_tokens, width)
+    blocks = _blocks(n_items, item_tokens, block_queries * query_tokens, width)
     scratch = Scratch()
 
-    def block_scores(block: slice, columns: _Columns) -> Tensor:
-        scales = None if item_scales is None else item_scales[block]
+    def block_scores(block: _Block, columns: _Columns) -> Tensor:
+        some, scales = block.of(items), None if item_scales is None else block.of(item_scales)
         tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
-        tiles = _tiles(items[block], scales, columns, tile_items * item_tokens, rounded, scratch)
-        fine = _fine(tiles, len(items[block]), item_tokens, columns, tile_items, scratch)
-        cosine = _anchors(items[block], scales) @ columns.anchors
+        tiles = _tiles(some, scales, columns, tile_items * item_tokens, rounded, scratch)
+        fine = _fine(tiles, len(some), item_tokens, columns, tile_items, scratch)
+        cosine = _anchors(some, scales) @ columns.anchors
         return (alpha * cosine + (1 - alpha) * fine).T
 
     with torch.no_grad():
         for query_block in _slices(n_queries, block_queries):
             some_scales = None if query_scales is None else query_scales[query_block]
-            columns = _columns(queries[query_block], some_scales, reused=n_items > block_items)
-            blocks = list(_slices(n_items, block_items))
+            columns = _columns(queries[query_block], some_scales, reused=len(blocks) > 1)
             for block, part in zip(blocks, side_by_side(partial(block_scores, columns=columns), blocks), strict=True):
-                result[query_block, block] = part
+                result[query_block, block.start : block.stop] = part[:, : block.stop - block.start]
     return result
 
 
-def _block_items(n_items: int, item_tokens: int, columns: int, width: int) -> int:
-    """Number of items that are scored at once by one thread, or by all of them where there is too little work to share."""
+class _Block(NamedTuple):
+    """Items from ``start`` to before ``stop``, filled up to ``size`` with zeros."""
+
+    start: int
+    stop: int
+    size: int
+
+    def of(self, items: Tensor) -> Tensor:
+        """A view, or a filled copy, of these of the items ``[N, ...]``."""
+        block = items[self.start : self.stop]
+        more = self.size - len(block)
+        return F.pad(block, (*[0, 0] * (block.ndim - 1), 0, more)) if more else block
+
+
+def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
+    """Items that are scored at once by one thread, or by all of them where there is too little work to share.
+
+    Sizes below the largest are powers of two, and those of what is filled up also 3, 6, 12 and so on, so that a growing
+    collection meets few: oneDNN keeps a megabyte for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
+    """
     rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
     largest = max(1, rows // item_tokens)
     least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
-    return min(largest, max(least, -(-n_items // torch.get_num_threads())))
+    shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
+    size = min(largest, shared)
+    whole = n_items // size * size
+    blocks = [_Block(start, start + size, size) for start in range(0, whole, size)]
+    while whole < n_items:
+        rest = n_items - whole
+        if rest * item_tokens * width > _FEW_ELEMENTS:
+            rest = _power_of_two(rest)
+        half = _power_of_two(rest) // 2 or 1
+        blocks.append(_Block(whole, whole + rest, -(-rest // half) * half))
+        whole += rest
+    return blocks
+
+
+def _power_of_two(number: int) -> int:
+    """The largest up to this number."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
@@ -113,8 +149,9 @@ def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tens
     columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
         for block in items.split(max(1, _BLOCK_ELEMENTS // items.shape[2])):
-            rows = scratch("rows", (len(block), block.shape[2])).copy_(block[:, 0])
-            parts.append(cpu.product(rows, columns))
+            rows = scratch("rows", (cpu.filled_rows(len(block)), block.shape[2]))
+            rows[: len(block)].copy_(block[:, 0])
+            parts.append(cpu.product(rows, columns)[: len(block)])
         cosines = torch.cat(parts).T.contiguous()
         return alpha * cosines + (1 - alpha) * 2 * F.leaky_relu(cosines, LEAKY_SLOPE)
 

@@ -164,7 +164,7 @@ def _packed(items: Tensor, basis: SketchBasis) -> Tensor:
     """
     n_items, tokens, width = items.shape
     rows = items.detach().cpu().float().transpose(0, 1).reshape(-1, width)
-    codes = _codes(cpu.product(rows, basis.projection), basis.step, basis.bits).to(torch.uint8)
+    codes = _codes(cpu.layer(rows, basis.projection.T), basis.step, basis.bits).to(torch.uint8)
     codes = codes.T.reshape(2, 4 // basis.bits, basis.row_bytes, tokens, n_items)
     packed = torch.zeros(codes.shape[2:], dtype=torch.uint8)
     for half, places in enumerate(codes):

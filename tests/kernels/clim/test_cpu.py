@@ -31,6 +31,7 @@ def blocks(request):
             "_PRODUCT_ELEMENTS": 1000,
             "_BLOCK_ELEMENTS": 900,
             "_LEAST_SHARED_WORK": 1,
+            "_FEW_ELEMENTS": 30,
         },
         "smallest": {
             "_BLOCK_QUERIES": 1,
@@ -38,6 +39,7 @@ def blocks(request):
             "_PRODUCT_ELEMENTS": 1,
             "_BLOCK_ELEMENTS": 1,
             "_LEAST_SHARED_WORK": 1,
+            "_FEW_ELEMENTS": 1,
         },
         "plain processor": {"has": lambda feature: False},
     }
@@ -236,3 +238,23 @@ def test_int8_sums_are_exact(processor):
     for items, expected in [(values, 1040 * 127**2), (less, 1040 * 127**2 - 127)]:
         found = scores(values, items, alpha=0.0, query_scales=ones, item_scales=ones)
         assert found.item() == 2 * expected
+
+
+@pytest.mark.skipif(not cpu.has_onednn(), reason="needs a PyTorch with oneDNN")
+def test_a_growing_collection_meets_few_sizes_of_products(monkeypatch):
+    """oneDNN keeps what it prepares for each: a server that takes uploads would grow."""
+    sizes, product = set(), cpu.linear
+    monkeypatch.setattr(cpu, "suits_onednn", lambda rows: True)
+    monkeypatch.setattr(cpu, "linear", lambda rows, columns: sizes.add(len(rows)) or product(rows, columns))
+    items, queries = torch.randn(1200, 3, 64).half(), torch.randn(2, 3, 64)
+    found = [scores(queries, items[:n_items], alpha=0.5) for n_items in range(1, 1200, 7)]
+    for n_items, some in zip(range(1, 1200, 7), found, strict=True):
+        torch.testing.assert_close(some, found[-1][:, :n_items])
+    assert len(sizes) <= 25
+
+
+@given(n_items=st.integers(1, 5000), tokens=st.integers(1, 60), columns=st.integers(1, 2000), width=st.integers(1, 600))
+def test_blocks_hold_each_item_once(n_items, tokens, columns, width):
+    blocks = clim_cpu._blocks(n_items, tokens, columns, width)
+    assert [at for block in blocks for at in range(block.start, block.stop)] == list(range(n_items))
+    assert all(block.stop - block.start <= block.size < 1.5 * (block.stop - block.start) + 1 for block in blocks)
