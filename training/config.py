@@ -105,6 +105,10 @@ class TrainConfig:
             "more"
         },
     )
+    feature_precision: str = field(
+        default="fp32",
+        metadata={"help": "precision of the encoders that compute features: fp32, bf16 or, on a CPU, int8"},
+    )
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
         metadata={"help": "first text positions that stay as they are; give 0 when from nothing"},
@@ -201,6 +205,8 @@ class TrainConfig:
         _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
         _require(bool(_UNFREEZE.fullmatch(self.unfreeze)), "unfreeze all, none or last:N", self.unfreeze)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
+        has_precision = self.feature_precision in ("fp32", "bf16", "int8")
+        _require(has_precision, "feature_precision fp32, bf16 or int8", self.feature_precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
         _require(0 <= self.max_broken_share <= 1, "max_broken_share in [0, 1]", self.max_broken_share)

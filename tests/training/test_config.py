@@ -136,7 +136,7 @@ def from_arguments(arguments):
     )
 
 
-SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-long", "scenes-start"}
+SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-long", "scenes-start"}
 
 
 def test_the_shipped_recipes_are_these():
