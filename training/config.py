@@ -62,6 +62,13 @@ class TrainConfig:
         default=0.0,
         metadata={"help": "weight of matching phrases to their places in the picture; needs boxes, as scenes have"},
     )
+    contextual: float = field(
+        default=0.0,
+        metadata={"help": "weight of matching captions, sentences and phrases to what they attend to in the picture"},
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "weight of other parts of a caption among the positives of one, with contextual"}
+    )
     augment: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -187,6 +194,7 @@ class TrainConfig:
             "threads": 0,
             "stop_at": 0,
             "grounding": 0,
+            "contextual": 0,
         }
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
@@ -222,8 +230,10 @@ class TrainConfig:
         if self.grounding:
             place = "train=scenes:SPLIT[:SIZE] with grounding, whose phrases have boxes"
             _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)
+        _require(0 <= self.beta <= 1, "beta in [0, 1]", self.beta)
+        if self.grounding or self.contextual:
             cached = self.accumulate > 1 and self.accumulation == "cached"
-            _require(not cached, "accumulation separate with grounding", self.accumulation)
+            _require(not cached, "accumulation separate with grounding or contextual", self.accumulation)
         if self.train.startswith("webdataset:"):
             _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
             _require(self.group == 1, "group 1 with webdataset", self.group)

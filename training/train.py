@@ -46,12 +46,13 @@ from finelip_fast.datasets import open_dataset
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
 from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP, TrainingOutput
+from finelip_fast.training.batch import Batch
 from finelip_fast.training.config import RENAMED, TrainConfig
-from finelip_fast.training.data import Batch, TrainingData, identity_of
+from finelip_fast.training.data import TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.features import Features, compute
 from finelip_fast.training.log import Log
-from finelip_fast.training.losses import grounding_loss
+from finelip_fast.training.losses import contextual_alignment_loss, grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
 from finelip_fast.training.start import choose_device, start_model
 from finelip_fast.training.validation import mean_recall, validate
@@ -219,10 +220,9 @@ class Trainer:
             with self._sync(index == len(batches) - 1):
                 output, batch = self._forward(batch)
                 loss, terms = self._loss(output.images, output.texts, batch.image_ids, output.logit_scale)
-                if self.config.grounding:
-                    grounding = self._grounding(output, batch)
-                    loss = loss + self.config.grounding * grounding
-                    terms["grounding"] = grounding.detach()
+                for name, (weight, value) in self._local_terms(output, batch).items():
+                    loss = loss + weight * value
+                    terms[name] = value.detach()
                 (loss / len(batches)).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value / len(batches)
@@ -253,11 +253,17 @@ class Trainer:
         with self._autocast():
             return self.forward(batch.pixels, batch.ids, batch.tokens), batch
 
-    def _grounding(self, output: TrainingOutput, batch: Batch) -> Tensor:
-        """Every process has the negatives of its own phrases: there are about ten times as many of them as pairs."""
-        return grounding_loss(
-            output.patches, output.tokens, batch.owners, batch.spans, batch.boxes, batch.labels, output.logit_scale
-        )
+    def _local_terms(self, output: TrainingOutput, batch: Batch) -> dict[str, tuple[float, Tensor]]:
+        """Terms whose negatives are this process's alone, of which there are many, with their weights."""
+        terms, scale = {}, output.logit_scale
+        if weight := self.config.grounding:
+            phrases = batch.owners, batch.spans, batch.boxes, batch.labels
+            terms["grounding"] = weight, grounding_loss(output.patches, output.tokens, *phrases, scale)
+        if weight := self.config.contextual:
+            parts = output.texts[:, 0], batch.part_owners, batch.parts, batch.image_ids
+            value = contextual_alignment_loss(output.patches, output.tokens, *parts, scale, beta=self.config.beta)
+            terms["contextual"] = weight, value
+        return terms
 
     def _loss(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
