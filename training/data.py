@@ -148,7 +148,7 @@ def _collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | Trai
 
 def _report(broken: list[str]) -> Batch:
     none = torch.empty(0, dtype=torch.int64)
-    return Batch(*[none] * 9, 0, broken)
+    return Batch(none, none, none, none, none, none, none, none, none, 0, broken)
 
 
 class GroupedSampler(Sampler[list[int]]):
