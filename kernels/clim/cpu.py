@@ -45,6 +45,8 @@ _BLOCK_ELEMENTS = 1 << 22
 _LEAST_SHARED_WORK = 1 << 23
 # Elements of items that are copied before another block has begun.
 _FEW_ELEMENTS = 1 << 20
+# Rows of items that are multiplied as fast as fewer.
+_FEW_ROWS = 1 << 9
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -117,21 +119,22 @@ class _Block(NamedTuple):
 def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
     """Items that are scored at once by one thread, or by all of them where there is too little work to share.
 
-    Sizes below the largest are powers of two, and those of what is filled up also 3, 6, 12 and so on, so that a growing
-    collection meets few: oneDNN keeps a megabyte for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
+    Sizes below the largest are powers of two, and those of what is filled up also halves more, so that a growing collection
+    meets few: oneDNN keeps a megabyte for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
     """
     rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
     largest = max(1, rows // item_tokens)
     least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
     shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
     size = min(largest, shared)
+    fewest = _power_of_two(max(1, _FEW_ROWS // item_tokens))
     start = n_items // size * size
     blocks = [_Block(first, first + size, size) for first in range(0, start, size)]
     while start < n_items:
         rest = n_items - start
         if rest * item_tokens * width > _FEW_ELEMENTS:
             rest = _power_of_two(rest)
-        half = _power_of_two(rest) // 2 or 1
+        half = max(_power_of_two(rest) // 2, fewest)
         blocks.append(_Block(start, start + rest, -(-rest // half) * half))
         start += rest
     return blocks
