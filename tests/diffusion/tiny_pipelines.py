@@ -97,19 +97,18 @@ def scheduler() -> DDIMScheduler:
     return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def xl(text_encoder: Any = None, **options: Any) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL: two encoders, the second padded with ``!``."""
+def xl(text_encoder: Any = None, *, width: int = TEXT_WIDTH) -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL: two encoders, the first of some width, the second padded with ``!``."""
     torch.manual_seed(0)
     return StableDiffusionXLPipeline(
         vae=vae(),
-        text_encoder=text_encoder or CLIPTextModel(text_config(TEXT_WIDTH)).eval(),
+        text_encoder=text_encoder or CLIPTextModel(text_config(width)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(text_config(SECOND_WIDTH, hidden_act="gelu")).eval(),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(pad_token="!"),
-        unet=unet(TEXT_WIDTH + SECOND_WIDTH, xl=True),
+        unet=unet(width + SECOND_WIDTH, xl=True),
         scheduler=scheduler(),
         add_watermarker=False,
-        **options,
     )
 
 
