@@ -26,12 +26,11 @@ from torch import Tensor
 import finelip_fast
 from finelip_fast.datasets import Scenes
 from finelip_fast.encoders import caption_lengths
-from finelip_fast.engines.frozen import freeze
-from finelip_fast.engines.torch import why_not
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.plans import Builder, build_plan
 from finelip_fast.export.precision import in_half
 from finelip_fast.export.to_trt import input_shapes, profile_batches
+from finelip_fast.frozen import freeze, why_not
 from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes import onnx, trt

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import finelip_fast
 from finelip_fast import FineLIP, FineLIPConfig, Retriever
-from finelip_fast.engines.torch import why_not
+from finelip_fast.frozen import why_not
 from finelip_fast.index import stored_index
 
 COUNT = int(os.environ.get("FINELIP_BENCH_PHOTOS", 2_000))

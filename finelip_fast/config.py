@@ -161,7 +161,7 @@ class FineLIPConfig:
         if alpha < 1 and not self.trained_aggregators:
             raise InputError(
                 f"expected alpha=1, got {alpha:g}: this checkpoint has no trained aggregators, so the global score is its "
-                "only one; leave alpha out, or train the aggregators (finelip train)"
+                "only one; leave alpha out, or train the aggregators (finelip adapt)"
             )
         return alpha
 

@@ -1,7 +1,7 @@
 """Captions to token ids: CLIP's byte-level BPE at long context.
 
 A caption of ``n`` tokens is ``START, its text, EOT``. Captions longer than the context are cut with the EOT kept,
-refused, or split into overlapping windows; in every case the caller can learn what happened to which caption.
+refused, or split into windows that end with sentences; in every case the caller can learn what happened to which caption.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ Overflow = Literal["truncate", "error", "window"]
 # these are taken in pieces. Few words that people write come near, and the time of all else is linear.
 MAX_CHARACTERS = 1 << 18
 _LINE, _WORD = 4096, 256
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 _PIECES = re.compile(rf"[\s\S]{{1,{_LINE - 1}}}(?:\s|\Z)|[\s\S]{{1,{_LINE}}}")
 _SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # nothing that is ever repaired
@@ -109,7 +112,7 @@ def tokenize(
             'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
             "use encode_batch, which also returns the caption that each row belongs to"
         )
-    batch = _encode(texts, context_length, overflow, None)
+    batch = _encode(texts, context_length, overflow)
     _warn_if_cut(batch)
     return batch.ids
 
@@ -119,7 +122,6 @@ def encode_batch(
     context_length: int = 256,
     *,
     overflow: Overflow = "truncate",
-    overlap: int | None = None,
     warn: bool = True,
 ) -> TokenBatch:
     """Token ids of captions, with lengths and an account of the long ones.
@@ -127,29 +129,29 @@ def encode_batch(
     Args:
         texts: One caption, or an iterable of captions.
         context_length: Row width ``T``, at least 3.
-        overflow: ``"truncate"`` and ``"error"`` as in :func:`tokenize`. ``"window"`` splits a long caption into rows of
-            ``T`` tokens, each with its own START and EOT, that together hold every token of the text in order.
-        overlap: Number of text tokens that neighbouring windows share, with ``"window"``, from 0 to ``context_length - 3``;
-            None: ``context_length // 4``. The last window ends where the caption ends, so it may share more.
+        overflow: ``"truncate"`` and ``"error"`` as in :func:`tokenize`. ``"window"`` splits a long caption into as few rows
+            as its sentences allow, of about one length, each with its own START and EOT, that together hold every token of
+            the text in order. A sentence that is longer than a row is split, too.
         warn: Whether to warn of captions that were cut.
 
     Returns:
         A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
 
     Raises:
-        InputError: The errors of :func:`tokenize`, or ``overlap`` is out of range or given without windows.
+        InputError: The errors of :func:`tokenize`.
 
     Warns:
         TruncationWarning: As for :func:`tokenize`.
     """
-    batch = _encode(texts, context_length, overflow, overlap)
+    batch = _encode(texts, context_length, overflow)
     if warn:
         _warn_if_cut(batch)
     return batch
 
 
-def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow, overlap: int | None) -> TokenBatch:
-    overlap = _checked_overlap(context_length, overflow, overlap)
+def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow) -> TokenBatch:
+    check_overflow(overflow)
+    _check_context(context_length)
     rows: list[list[int]] = []
     owner: list[int] = []
     tokens_cut: list[int] = []
@@ -162,7 +164,7 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow,
                 'shorten it, raise context_length if the model allows, or pass overflow="truncate"'
             )
         if overflow == "window":
-            parts = _windows(tokens, context_length, overlap)
+            parts = _windows(text, tokens, context_length)
         else:
             parts = [[*tokens[: context_length - 1], EOT_TOKEN] if excess else tokens]
         rows += parts
@@ -180,13 +182,39 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow,
     )
 
 
-def _windows(tokens: list[int], context_length: int, overlap: int) -> list[list[int]]:
-    """The caption itself if it fits, else full rows whose text overlaps by ``overlap``, the last aligned to the end."""
+def _windows(caption: str, tokens: list[int], context_length: int) -> list[list[int]]:
+    """The caption itself if it fits, else rows that end where sentences do."""
     text, room = tokens[1:-1], context_length - 2
-    last = len(text) - room
-    if last <= 0:
+    if len(text) <= room:
         return [tokens]
-    return [[START_TOKEN, *text[at : at + room], EOT_TOKEN] for at in (*range(0, last, room - overlap), last)]
+    sizes = [_size(sentence) for sentence in SENTENCE_END.split(caption)]
+    if sum(sizes) != len(text):  # mojibake that is repaired across the end of a sentence
+        sizes = [len(text)]
+    return [[START_TOKEN, *text[first:last], EOT_TOKEN] for first, last in even_spans(sizes, room)]
+
+
+def even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
+    """Spans of up to ``room`` tokens: as few as sentences of these sizes allow, then the longest as short as can be.
+
+    A sentence that is longer is taken in even parts.
+    """
+    edges = [0]
+    for size in filter(None, sizes):
+        parts = -(-size // room)
+        edges += [edges[-1] + size * part // parts for part in range(1, parts + 1)]
+    shortest = max(end - start for start, end in pairwise(edges))
+    fewest = len(_packed(edges, room))
+    lengths = range(shortest, room + 1)
+    return _packed(edges, lengths[bisect_left(lengths, True, key=lambda length: len(_packed(edges, length)) <= fewest)])
+
+
+def _packed(edges: list[int], length: int) -> list[tuple[int, int]]:
+    """Spans from edge to edge of up to ``length`` each, which no two neighbouring edges are further apart."""
+    starts = [edges[0]]
+    for before, edge in pairwise(edges):
+        if edge - starts[-1] > length:
+            starts.append(before)
+    return list(pairwise([*starts, edges[-1]]))
 
 
 def _tokens(text: str) -> list[int]:
@@ -291,24 +319,12 @@ def check_overflow(overflow: Any) -> None:
     one_of("overflow", overflow, get_args(Overflow))
 
 
-def _checked_overlap(context_length: int, overflow: Overflow, overlap: int | None) -> int:
-    """Check the options against each other; the overlap to use."""
-    check_overflow(overflow)
+def _check_context(context_length: Any) -> None:
     if not isinstance(context_length, int) or not 3 <= context_length <= MAX_CHARACTERS:
         raise InputError(
             f"expected context_length as an int of at least 3 (START, one token, EOT) and at most {MAX_CHARACTERS}, got "
             f"{context_length!r:.80}; pass the model's own, e.g. 256"
         )
-    if overlap is None:
-        return context_length // 4
-    if overflow != "window":
-        raise InputError(f'expected overlap only with overflow="window", got it with {overflow!r}; leave it out')
-    if not isinstance(overlap, int) or not 0 <= overlap <= context_length - 3:
-        raise InputError(
-            f"expected overlap as an int from 0 to {context_length - 3} (context_length - 3), got {overlap!r}; "
-            "each window must add at least one token"
-        )
-    return overlap
 
 
 def _warn_if_cut(batch: TokenBatch) -> None:

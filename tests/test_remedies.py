@@ -216,7 +216,6 @@ CASES = {
                     [lambda _: tokenize(["a", ""])]),
     "characters": Case(lambda _: tokenize("a" * 300_000), "; cut it first", [lambda _: tokenize(("a" * 300_000)[:50], 77)]),
     "no context": Case(lambda _: tokenize("a", 2), "pass the model's own, e.g. 256", [lambda _: tokenize("a", 256)]),
-    "an overlap": Case(lambda _: encode_batch("a", 8, overlap=2), "; leave it out", [lambda _: encode_batch("a", 8)]),
     "an address": Case(lambda world: world.model.preprocess("http://a/b.png"), "download it first and pass its path or bytes",
                        [lambda world: world.model.preprocess(world.picture("b.png")),
                         lambda world: world.model.preprocess(world.picture("b.png").read_bytes())]),

@@ -13,11 +13,11 @@ from random import Random
 
 from finelip_fast.datasets.base import Example, Region
 from finelip_fast.errors import ConfigError
+from finelip_fast.tokenizer import SENTENCE_END
 
 # The most that is changed: shares of the sentences and of the words, and sentences of others.
 _SENTENCES, _WORDS, _TYPOS, _STRANGERS = 0.5, 0.5, 0.2, 4
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\S+")
 
 _FOREIGN = -1  # where a character is from that the caption did not have
@@ -32,7 +32,7 @@ class Draft:
 
     def sentences(self) -> list[slice]:
         """Each with the blanks behind it."""
-        ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]
+        ends = [match.end() for match in SENTENCE_END.finditer(self.text)]
         return [slice(first, last) for first, last in zip([0, *ends], [*ends, len(self.text)], strict=True)]
 
     def words(self) -> list[slice]:

@@ -62,6 +62,13 @@ class TrainConfig:
         default=0.0,
         metadata={"help": "weight of matching phrases to their places in the picture; needs boxes, as scenes have"},
     )
+    contextual: float = field(
+        default=0.0,
+        metadata={"help": "weight of matching captions, sentences and phrases to what they attend to in the picture"},
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "weight of other parts of a caption among the positives of one, with contextual"}
+    )
     augment: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -104,6 +111,10 @@ class TrainConfig:
             "help": "folder for the token features of all pairs, computed once; with --unfreeze none the encoders then run no "
             "more"
         },
+    )
+    feature_precision: str = field(
+        default="fp32",
+        metadata={"help": "precision of the encoders that compute features: fp32, bf16 or, on a CPU, int8"},
     )
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
@@ -183,6 +194,7 @@ class TrainConfig:
             "threads": 0,
             "stop_at": 0,
             "grounding": 0,
+            "contextual": 0,
         }
         for name, minimum in at_least.items():
             _require(getattr(self, name) >= minimum, f"{name} of at least {minimum}", getattr(self, name))
@@ -201,6 +213,8 @@ class TrainConfig:
         _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
         _require(bool(_UNFREEZE.fullmatch(self.unfreeze)), "unfreeze all, none or last:N", self.unfreeze)
         _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
+        has_precision = self.feature_precision in ("fp32", "bf16", "int8")
+        _require(has_precision, "feature_precision fp32, bf16 or int8", self.feature_precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)
         _require(0 <= self.ema_decay < 1, "ema_decay in [0, 1)", self.ema_decay)
         _require(0 <= self.max_broken_share <= 1, "max_broken_share in [0, 1]", self.max_broken_share)
@@ -216,8 +230,10 @@ class TrainConfig:
         if self.grounding:
             place = "train=scenes:SPLIT[:SIZE] with grounding, whose phrases have boxes"
             _require(self.train.startswith("scenes:") and self.train.count(":") < 3, place, self.train)
+        _require(0 <= self.beta <= 1, "beta in [0, 1]", self.beta)
+        if self.grounding or self.contextual:
             cached = self.accumulate > 1 and self.accumulation == "cached"
-            _require(not cached, "accumulation separate with grounding", self.accumulation)
+            _require(not cached, "accumulation separate with grounding or contextual", self.accumulation)
         if self.train.startswith("webdataset:"):
             _require(self.epoch_batches > 0, "epoch_batches with webdataset", self.epoch_batches)
             _require(self.group == 1, "group 1 with webdataset", self.group)

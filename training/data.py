@@ -6,17 +6,14 @@ process, and the reason travels with the batch to be reported and counted.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from finelip_fast._json import parse_json
@@ -24,11 +21,10 @@ from finelip_fast._terminal import printable
 from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.datasets.base import FileExamples
 from finelip_fast.datasets.survey import hash_of
-from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import ConfigError, FineLIPError, ImageError, InputError, TrainingError
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
 from finelip_fast.training.augment import Augmentation
+from finelip_fast.training.batch import Batch, Encoding, collate, encode_example
 from finelip_fast.training.features import Features
 from finelip_fast.training.shards import CAPTIONS, PICTURES, shard_names, shard_samples, shard_size
 
@@ -43,77 +39,6 @@ _STRANGERS_TRIED = 10
 _REPORT = 100
 
 _LAP = 1 << 40  # samples of a shard, at most
-
-
-class Encoding(NamedTuple):
-    """One pair as tensors.
-
-    Attributes:
-        pixels: ``[3, H, W]``.
-        ids: int64 ``[T]``.
-        image_id: 63 bits; equal for pairs of one picture.
-        spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
-        boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
-        labels: int64 ``[R]``, equal for phrases that describe the same.
-        is_cut: Whether the caption was longer than the context.
-        broken: Pairs that could not be read before this one: which, and why.
-        tokens: Features ``[T, D]`` of the caption, where they were computed before; ``pixels`` are then the picture's,
-            ``[1 + P, D]``.
-    """
-
-    pixels: Tensor
-    ids: Tensor
-    image_id: int
-    spans: Tensor
-    boxes: Tensor
-    labels: Tensor
-    is_cut: bool
-    broken: Sequence[str] = ()
-    tokens: Tensor | None = None
-
-
-@dataclass
-class Batch:
-    """``B`` pairs, ready for the model; ``R`` phrases of them have a known place in their picture.
-
-    Attributes:
-        pixels: ``[B, 3, H, W]``.
-        ids: int64 ``[B, T]``.
-        image_ids: int64 ``[B]``; equal for pairs of one picture.
-        owners: int64 ``[R]``, the pair that each phrase belongs to.
-        spans, boxes, labels: ``[R, 2]``, ``[R, 4]``, ``[R]``, as in :class:`Encoding`.
-        captions_cut: How many of the captions were longer than the context.
-        broken: Pairs that could not be read: which, and why.
-        sample_counts: Samples up to which shards were read for this batch, by their numbers.
-        tokens: Features ``[B, T, D]`` of the captions, where they were computed before; ``pixels`` are then the pictures',
-            ``[B, 1 + P, D]``.
-
-    A batch without pairs only reports what is broken.
-    """
-
-    pixels: Tensor
-    ids: Tensor
-    image_ids: Tensor
-    owners: Tensor
-    spans: Tensor
-    boxes: Tensor
-    labels: Tensor
-    captions_cut: int
-    broken: list[str]
-    sample_counts: dict[int, int] = field(default_factory=dict)
-    tokens: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor changed: moved, say."""
-        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the data loader)."""
-        return self.map(Tensor.pin_memory)
 
 
 class Encoded(Dataset[Encoding]):
@@ -215,59 +140,6 @@ def _spread(size: int, start: int) -> Iterator[int]:
     return ((start + count * step) % size for count in range(size))
 
 
-def encode_example(example: Example, preprocess: Callable[[Any], Tensor], context_length: int) -> Encoding:
-    """A pair as tensors; phrases that the context cuts off or into are left out.
-
-    Raises:
-        ImageError: A picture that cannot be read.
-        InputError: A caption that is empty, or longer than any is.
-    """
-    if not example.caption.strip():
-        raise InputError("expected a caption, got none")
-    with expected_truncation():
-        tokens = encode_batch([example.caption], context_length)
-    spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
-    known = [
-        (span, region)
-        for span, region in zip(spans, example.regions, strict=True)
-        if span[0] < span[1] < context_length
-    ]
-    return Encoding(
-        preprocess(example.image),
-        tokens.ids[0],
-        _number(example.image_id),
-        torch.tensor([span for span, _ in known], dtype=torch.int64).reshape(-1, 2),
-        torch.tensor([region.box for _, region in known], dtype=torch.float32).reshape(-1, 4),
-        torch.tensor([_number(region.label) for _, region in known], dtype=torch.int64),
-        is_cut=tokens.n_cut > 0,
-    )
-
-
-def _number(name: str) -> int:
-    """63 bits that stand for a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
-
-
-def collate(items: Sequence[Encoding]) -> Batch:
-    """Stack examples to a batch; the ids are cut to the longest caption."""
-    ids = torch.stack([item.ids for item in items])
-    longest = int(caption_lengths(ids).max())
-    phrases = torch.tensor([len(item.spans) for item in items])
-    tokens = [item.tokens for item in items if item.tokens is not None]
-    return Batch(
-        torch.stack([item.pixels for item in items]),
-        ids[:, :longest],
-        torch.tensor([item.image_id for item in items]),
-        torch.arange(len(items)).repeat_interleave(phrases),
-        torch.cat([item.spans for item in items]),
-        torch.cat([item.boxes for item in items]),
-        torch.cat([item.labels for item in items]),
-        sum(item.is_cut for item in items),
-        [reason for item in items for reason in item.broken],
-        tokens=pad_sequence(tokens, batch_first=True) if tokens else None,
-    )
-
-
 def _collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | TrainingError:
     encodings = [item for item in items if isinstance(item, Encoding)]
     errors = [item for item in items if isinstance(item, TrainingError)]
@@ -276,7 +148,7 @@ def _collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | Trai
 
 def _report(broken: list[str]) -> Batch:
     none = torch.empty(0, dtype=torch.int64)
-    return Batch(none, none, none, none, none, none, none, 0, broken)
+    return Batch(none, none, none, none, none, none, none, none, none, 0, broken)
 
 
 class GroupedSampler(Sampler[list[int]]):

@@ -6,12 +6,12 @@ interrupt stays, and the same command goes on. ``features.json`` says whose feat
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import ConfigError, FineLIPError, ImageError, TrainingError
+from finelip_fast.frozen import freeze, why_not
+from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
@@ -102,7 +104,7 @@ def compute(
     pairs: PairDataset,
     folder: Path,
     *,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: LinearPrecision = "fp32",
     rank: int = 0,
     world: int = 1,
 ) -> Features:
@@ -112,37 +114,28 @@ def compute(
         model: Model whose encoders compute them, on its device.
         pairs: Pairs of a map-style dataset; of several pairs of one picture it is encoded once.
         folder: Folder to fill, made if missing.
-        autocast: Context of the computation.
+        precision: Precision of the encoders' linear layers; ``"int8"`` on a CPU alone.
         rank, world: This process and how many there are; all features are there when the last is done.
 
     Raises:
         ConfigError: The folder holds features of other pairs, of other encoders or of another context; or the disk has no
-            room for all of them.
+            room for all of them; or the device does not have the precision.
         WriteError: The disk refuses.
         TrainingError: Features that float16 cannot hold.
     """
     known = survey(pairs)
     features = Features(folder, known)
-    context_length = model.config.context_length
-    with expected_truncation():
-        lengths = encode_batch(known.captions, context_length).lengths
     _check_folder(
         folder,
         {
             "format": _FORMAT,
             "encoders": _identity(model),
             "data": known.fingerprint,
-            "context_length": context_length,
+            "context_length": model.config.context_length,
+            "precision": precision,
         },
     )
-    row_bytes = 2 * model.config.embed_dim
-    todo: list[tuple[Path, range, int]] = []
-    for part, numbers in enumerate(_steps(len(known.ids), _PICTURES)):
-        todo.append((features._picture_part(part), numbers, len(numbers) * (1 + model.config.patches) * row_bytes))
-    for part, numbers in enumerate(_steps(len(known.captions), _CAPTIONS)):
-        todo.append(
-            (features._caption_part(part), numbers, int(lengths[numbers.start : numbers.stop].sum()) * row_bytes)
-        )
+    todo = _parts(model, features)
     missing = [entry for entry in todo[rank::world] if not entry[0].exists()]
     size = sum(nbytes for *_, nbytes in missing)
     _check_room(folder, size)
@@ -155,21 +148,59 @@ def compute(
             folder,
             size / 1e9,
         )
-    is_training = model.training
-    model.eval()
+    encoders, on_gpu = encoders_of(model, precision) if missing else model, model.device.type == "cuda"
     with tqdm(total=size, unit="B", unit_scale=True, desc="features", disable=None) as bar, torch.inference_mode():
         for path, numbers, nbytes in missing:
-            with autocast():
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and precision == "bf16"):
                 if path.name.startswith("pictures"):
-                    tensors, metadata = _encode_pictures(model, pairs, known, numbers)
+                    tensors, metadata = _encode_pictures(encoders, pairs, known, numbers)
                 else:
-                    tensors, metadata = _encode_captions(model, known.captions[numbers.start : numbers.stop])
+                    tensors, metadata = _encode_captions(encoders, known.captions[numbers.start : numbers.stop])
             if not tensors["features"].isfinite().all():
                 raise TrainingError(f"features of {path.stem} are too large for float16: train without --features")
             write_whole(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), size=nbytes)
             bar.update(nbytes)
-    model.train(is_training)
     return features
+
+
+def missing_bytes(model: FineLIP, known: Survey, folder: Path) -> int:
+    """Size of what :func:`compute` has yet to write of the features of pairs."""
+    return sum(nbytes for path, _, nbytes in _parts(model, Features(folder, known)) if not path.exists())
+
+
+def _parts(model: FineLIP, features: Features) -> list[tuple[Path, range, int]]:
+    """Every part: its file, the numbers of its pictures or captions, and its size in bytes."""
+    known, row_bytes = features.known, 2 * model.config.embed_dim
+    with expected_truncation():
+        lengths = encode_batch(known.captions, model.config.context_length).lengths
+    picture_bytes = (1 + model.config.patches) * row_bytes
+    pictures = [
+        (features._picture_part(part), numbers, len(numbers) * picture_bytes)
+        for part, numbers in enumerate(_steps(len(known.ids), _PICTURES))
+    ]
+    captions = [
+        (features._caption_part(part), numbers, int(lengths[numbers.start : numbers.stop].sum()) * row_bytes)
+        for part, numbers in enumerate(_steps(len(known.captions), _CAPTIONS))
+    ]
+    return pictures + captions
+
+
+def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
+    """A copy of the model whose encoders are as fast as this device has them.
+
+    Raises:
+        ConfigError: The device does not have the precision.
+    """
+    encoders = copy.deepcopy(model).eval()
+    if model.device.type != "cpu":
+        if precision == "int8":
+            raise ConfigError(
+                f"expected feature_precision fp32 or bf16 on {model.device}, got 'int8', which is a CPU's"
+            )
+        return encoders
+    if (reason := why_not(precision)) is not None:
+        raise ConfigError(f"expected another feature_precision than {precision!r}: {reason}; fp32 always works")
+    return freeze(encoders, precision)
 
 
 def _identity(model: FineLIP) -> str:

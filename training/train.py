@@ -21,10 +21,8 @@ if __name__ == "__main__":  # before the imports, whose seconds are a part of th
 import dataclasses
 import logging
 import math
-import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -46,14 +44,17 @@ from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
+from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP, TrainingOutput
+from finelip_fast.training.batch import Batch
 from finelip_fast.training.config import RENAMED, TrainConfig
-from finelip_fast.training.data import Batch, TrainingData, identity_of
+from finelip_fast.training.data import TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.features import Features, compute
 from finelip_fast.training.log import Log
-from finelip_fast.training.losses import grounding_loss
+from finelip_fast.training.losses import contextual_alignment_loss, grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
+from finelip_fast.training.start import choose_device, start_model
 from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = choose_device(config)
+    device = choose_device(config.device)
     with process_group(device) as (rank, world):
         return Trainer(config, device, rank, world).run(progress=progress)
 
@@ -219,10 +220,9 @@ class Trainer:
             with self._sync(index == len(batches) - 1):
                 output, batch = self._forward(batch)
                 loss, terms = self._loss(output.images, output.texts, batch.image_ids, output.logit_scale)
-                if self.config.grounding:
-                    grounding = self._grounding(output, batch)
-                    loss = loss + self.config.grounding * grounding
-                    terms["grounding"] = grounding.detach()
+                for name, (weight, value) in self._local_terms(output, batch).items():
+                    loss = loss + weight * value
+                    terms[name] = value.detach()
                 (loss / len(batches)).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value / len(batches)
@@ -253,11 +253,17 @@ class Trainer:
         with self._autocast():
             return self.forward(batch.pixels, batch.ids, batch.tokens), batch
 
-    def _grounding(self, output: TrainingOutput, batch: Batch) -> Tensor:
-        """Every process has the negatives of its own phrases: there are about ten times as many of them as pairs."""
-        return grounding_loss(
-            output.patches, output.tokens, batch.owners, batch.spans, batch.boxes, batch.labels, output.logit_scale
-        )
+    def _local_terms(self, output: TrainingOutput, batch: Batch) -> dict[str, tuple[float, Tensor]]:
+        """Terms whose negatives are this process's alone, of which there are many, with their weights."""
+        terms, scale = {}, output.logit_scale
+        if weight := self.config.grounding:
+            phrases = batch.owners, batch.spans, batch.boxes, batch.labels
+            terms["grounding"] = weight, grounding_loss(output.patches, output.tokens, *phrases, scale)
+        if weight := self.config.contextual:
+            parts = output.texts[:, 0], batch.part_owners, batch.parts, batch.image_ids
+            value = contextual_alignment_loss(output.patches, output.tokens, *parts, scale, beta=self.config.beta)
+            terms["contextual"] = weight, value
+        return terms
 
     def _loss(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
@@ -449,16 +455,7 @@ class Trainer:
     # Small parts -------------------------------------------------------------------------------------------------------
 
     def _start_model(self) -> FineLIP:
-        config = self.config
-        trains_aggregators = any(term.on != "global" for term in config.criterion.terms)
-        if not config.init:
-            return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # its advice is to do this
-            model = checkpoint.load(config.init, context_length=config.context_length)
-        if trains_aggregators:
-            model.config = model.config.replace(trained_aggregators=True)
-        return model
+        return start_model(self.config)
 
     def _open(self, spec: str) -> Any:
         return open_dataset(spec, image_size=self.model.config.image_size, root=self.config.root or None)
@@ -492,7 +489,8 @@ class Trainer:
         if not self.config.features:
             return None
         folder = Path(self.config.features) / part
-        features = compute(self.model, pairs, folder, autocast=self._autocast, rank=self.rank, world=world)
+        precision = cast("LinearPrecision", self.config.feature_precision)
+        features = compute(self.model, pairs, folder, precision=precision, rank=self.rank, world=world)
         if world > 1:
             gather(torch.zeros(1, device=self.device))
         return features
@@ -540,14 +538,3 @@ class Trainer:
         if self.world == 1:
             return self._stop
         return bool(gather(torch.tensor([self._stop], dtype=torch.int32, device=self.device)).any())
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(name)

@@ -18,6 +18,7 @@ from finelip_fast.errors import ImageError, TrainingError
 from finelip_fast.metrics import WAYS, pair_summary, quality
 from finelip_fast.model import FineLIP
 from finelip_fast.ranking import tiled_ranks
+from finelip_fast.tokenizer import expected_truncation
 from finelip_fast.training.features import Features
 
 _logger = logging.getLogger(__name__)
@@ -91,13 +92,14 @@ def _texts(model: FineLIP, known: Survey, indices: Sequence[int]) -> Tensor:
         return model.encode_text(ids.to(model.device))
 
     captions = [known.captions[index] for index in indices]
-    return embed_texts(encode_text, captions, context_length=model.config.context_length)
+    with expected_truncation():  # the log counts those of the batches
+        return embed_texts(encode_text, captions, context_length=model.config.context_length)
 
 
 def _aggregated_texts(model: FineLIP, features: Features, indices: Sequence[int]) -> Tensor:
     parts = []
     for first in range(0, len(indices), _BATCH):
-        tokens = [features.caption(index) for index in indices[first : first + _BATCH]]
+        tokens = [features.caption(index).float() for index in indices[first : first + _BATCH]]
         lengths = torch.tensor([len(rows) for rows in tokens], device=model.device)
         parts.append(model.aggregate_text(pad_sequence(tokens, batch_first=True).to(model.device), lengths))
     return torch.cat(parts)
@@ -108,7 +110,7 @@ def _pixels(model: FineLIP, pairs: PairDataset, known: Survey, number: int) -> T
 
 
 def _computed(features: Features, known: Survey, number: int) -> Tensor:
-    return features.picture(known.first[number])
+    return features.picture(known.first[number]).float()  # autocast on a CPU joins no float16
 
 
 def _readable(tensor_of: Callable[[int], Tensor], numbers: Sequence[int]) -> tuple[list[int], list[Tensor]]:

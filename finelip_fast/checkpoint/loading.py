@@ -74,7 +74,7 @@ def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stackl
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
             f"{checkpoint} ({opened.layout}) has no trained aggregators: an embedding is its global row alone, and only "
-            "the global cosine counts (alpha=1). Train them: finelip train finelip --init CHECKPOINT.",
+            "the global cosine counts (alpha=1). Train them: finelip adapt CHECKPOINT --help.",
             UntrainedAggregatorsWarning,
             stacklevel=stacklevel,
         )

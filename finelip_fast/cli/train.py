@@ -1,4 +1,4 @@
-"""``finelip train``: a training run, whose options are the fields of its configuration."""
+"""``finelip train`` and ``finelip adapt``: training runs, whose options are fields of their configuration."""
 
 from __future__ import annotations
 
@@ -10,14 +10,53 @@ import click
 
 from finelip_fast.cli.commands import Command, Several, shows_progress
 
+# Fields of the configuration that are options of ``finelip adapt``.
+_ADAPT = (
+    *(
+        "out",
+        "train",
+        "validation",
+        "root",
+        "alpha",
+        "context_length",
+        "loss",
+        "grounding",
+        "augment",
+        "batch_size",
+        "group",
+    ),
+    *(
+        "features",
+        "feature_precision",
+        "gradient_checkpointing",
+        "precision",
+        "workers",
+        "max_broken_share",
+        "eval_every",
+    ),
+    *("log_every", "tensorboard", "threads", "device", "seed"),
+)
 
-class _Train(Command):
-    """A command whose options are read from the configuration when they are needed."""
+
+class _Trains(Command):
+    """A command with fields of the configuration as options, which are read when they are needed.
+
+    Args:
+        fields: Names of the fields; None: all.
+    """
+
+    def __init__(self, *args: Any, fields: tuple[str, ...] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields = fields
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The options of the configuration, and those of every command."""
-        shared = super().get_params(ctx)
-        return [shared[0], *_options(), *shared[1:]]
+        """The argument, the options of the configuration, and the others."""
+        parameters = super().get_params(ctx)
+        return [parameters[0], *_options(self.fields), *parameters[1:]]
+
+
+class _Train(_Trains):
+    """A command that also names the recipes."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The names of the recipes."""
@@ -28,11 +67,12 @@ class _Train(Command):
 
 
 @cache
-def _options() -> tuple[click.Option, ...]:
+def _options(names: tuple[str, ...] | None) -> tuple[click.Option, ...]:
     from finelip_fast.training.config import TrainConfig
 
     hints = get_type_hints(TrainConfig)
-    return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(TrainConfig))
+    fields = [field for field in dataclasses.fields(TrainConfig) if names is None or field.name in names]
+    return tuple(_option(field, hints[field.name]) for field in fields)
 
 
 def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
@@ -69,3 +109,25 @@ def train(recipe: str | None, **options: Any) -> Any:
     from finelip_fast.training.train import train
 
     return train(config, progress=shows_progress())
+
+
+@click.command(cls=_Trains, fields=_ADAPT)
+@click.argument("base")
+@click.option("--unfreeze", default="last:2", help="What the second stage trains of the encoders: last:N, all, none.")
+@click.option("--steps", type=int, help="Steps of the first stage.  [default: 1500]")
+@click.option("--encoder-steps", type=int, help="Steps of the second stage.  [default: 500]")
+@click.option("--aggregator-lr", type=float, help="Peak learning rate of the aggregators.  [default: 0.001]")
+@click.option("--encoder-lr", type=float, help="Peak learning rate of the encoders.  [default: 1e-05]")
+def adapt(base: str, **options: Any) -> Any:
+    """Make a FineLIP from any CLIP; started again with the same --out, it resumes.
+
+    First the aggregators are trained, on what the encoders of BASE compute once; then the encoders' last blocks, too. What is
+    best on the validation pairs is written to --out.
+    """
+    values = {name: value for name, value in options.items() if value not in (None, ())}
+    missing = [name for name in ("out", "train", "validation") if name not in values]
+    if missing:
+        raise click.UsageError(f"Expected {', '.join('--' + name for name in missing)}.")
+    from finelip_fast.training.adapt import adapt
+
+    return adapt(base, progress=shows_progress(), **values)

@@ -7,7 +7,7 @@ names them; diffusers opens it once this module is imported (``import finelip_fa
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedM
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from finelip_fast.errors import InputError
+from finelip_fast.tokenizer import even_spans
 
 __all__ = [
     "LastLayerTextModel",
@@ -48,10 +49,11 @@ class LastLayerTextModelWithProjection(_LastLayer, CLIPTextModelWithProjection):
 class WindowedTextModelWithProjection(CLIPTextModelWithProjection):
     """``CLIPTextModelWithProjection`` that reads rows beyond its positions in windows.
 
-    A window holds start token, text, end token and padding, as a short prompt does. It ends at the last end of a sentence
-    within reach, where there is none at the last comma or semicolon, and else where it is full. Each token keeps its place
-    in the row and has the features that its window gives it; padding beyond the last window repeats that window's last row.
-    The pooled embedding is the mean of those of the windows. A row of one window is what the model itself makes of it.
+    A window holds start token, text, end token and padding, as a short prompt does. There are as few as the sentences allow,
+    of about one length, and each ends with a sentence; one that is longer than a window is taken in its clauses, and a clause
+    that is longer in even parts. Each token keeps its place in the row and has the features that its window gives it; padding
+    beyond the last window repeats that window's last row. The pooled embedding is the mean of those of the windows. A row of
+    one window is what the model itself makes of it.
 
     ``config.windows`` holds ids: ``end`` and ``padding``, and lists of ``sentence_ends`` and ``clause_ends``.
     """
@@ -106,20 +108,25 @@ class WindowedLastLayerTextModelWithProjection(_LastLayer, WindowedTextModelWith
 
 
 def window_spans(tokens: Sequence[int], room: int, ends: Sequence[Collection[int]]) -> list[tuple[int, int]]:
-    """Where windows of a text start and stop, one at least.
+    """Where windows of a text start and stop, one at least: as few as sentences allow, and as even as can be.
 
     Args:
         tokens: Ids of the text, without start and end token.
         room: Tokens that fit into a window.
-        ends: Ids after which a window may stop, those that are preferred first.
+        ends: Ids that end a sentence, ids that end its parts: a sentence that does not fit is taken in those.
     """
-    spans, start = [], 0
-    while len(tokens) - start > room:
-        reach = range(start + room, start, -1)
-        stop = next((at for kind in ends for at in reach if tokens[at - 1] in kind), start + room)
-        spans.append((start, stop))
-        start = stop
-    return [*spans, (start, len(tokens))]
+    if len(tokens) <= room:
+        return [(0, len(tokens))]
+    parts = [list(tokens)]
+    for kind in ends:
+        parts = [piece for part in parts for piece in (_split(part, kind) if len(part) > room else [part])]
+    return even_spans([len(part) for part in parts], room)
+
+
+def _split(tokens: list[int], ends: Collection[int]) -> list[list[int]]:
+    """Tokens in pieces that each stop with one of the ids, but for the last."""
+    edges = [0, *(at for at in range(1, len(tokens)) if tokens[at - 1] in ends), len(tokens)]
+    return [tokens[start:stop] for start, stop in pairwise(edges)]
 
 
 def _padded(row: list[int], size: int, padding: int) -> list[int]:

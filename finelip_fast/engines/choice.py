@@ -227,7 +227,8 @@ def _in_torch(
     identity: str,
 ) -> Candidate:
     """The model itself, in the precision that was asked for, or in the device's first where it has no other."""
-    from finelip_fast.engines.torch import NUMBERS, PRECISIONS, why_not
+    from finelip_fast.engines.torch import NUMBERS, PRECISIONS
+    from finelip_fast.frozen import why_not
 
     known = PRECISIONS[find_device(device).type]
     if precision is not None and (precision not in known or why_not(precision) is not None):

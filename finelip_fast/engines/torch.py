@@ -12,8 +12,8 @@ from torch import Tensor
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device
 from finelip_fast.engines.base import Engine
-from finelip_fast.engines.frozen import freeze
 from finelip_fast.errors import EngineError, InputError
+from finelip_fast.frozen import freeze, why_not
 from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.manifest import Precision
@@ -25,7 +25,7 @@ NUMBERS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "in
 
 
 class TorchEngine(Engine):
-    """The model itself, without gradients; on a CPU its encoders are frozen (:func:`finelip_fast.engines.frozen.freeze`).
+    """The model itself, without gradients; on a CPU its encoders are frozen (:func:`finelip_fast.frozen.freeze`).
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
@@ -93,15 +93,6 @@ class TorchEngine(Engine):
     def encode_text(self, ids: Tensor) -> Tensor:
         self._check_process()
         return self.model.encode_text(ids.to(self.model.device)).to(self.device)
-
-
-def why_not(precision: str) -> str | None:
-    """Why a processor gains nothing by a precision; None if it has the instructions."""
-    if precision == "bf16" and not cpu.has_bfloat16():
-        return "this processor has no bfloat16 instructions"
-    if precision == "int8" and not cpu.has("vnni"):
-        return "this processor has no int8 instructions (AVX-512 VNNI)"
-    return None
 
 
 def _check_precision(precision: Precision | None, device: torch.device) -> Precision:

@@ -10,15 +10,14 @@ from finelip_fast.engines import Engine
 from finelip_fast.errors import InputError
 from finelip_fast.records import Plot, Record, Table
 from finelip_fast.studies.setting import Setting, text_to_image
-from finelip_fast.tokenizer import encode_batch, expected_truncation
+from finelip_fast.tokenizer import SENTENCE_END, encode_batch, expected_truncation
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _TYPOS = 0.1  # share of the words
 
 
 def sentences(caption: str) -> list[str]:
     """The sentences of a caption; joined by spaces, the caption."""
-    return _SENTENCE.split(caption.strip())
+    return SENTENCE_END.split(caption.strip())
 
 
 def typos(caption: str, random: Random) -> str:

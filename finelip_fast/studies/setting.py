@@ -62,7 +62,7 @@ class Setting:
         if not engine.config.trained_aggregators:
             raise InputError(
                 "expected a checkpoint with trained aggregators, which this study is about, got one without: train them "
-                "(finelip train), or give another --checkpoint"
+                "(finelip adapt), or give another --checkpoint"
             )
 
     def about(self, engine: Engine, **facts: Any) -> dict[str, Any]:

@@ -84,11 +84,11 @@ def scores(
     scratch = Scratch()
 
     def block_scores(block: _Block, columns: _Columns) -> Tensor:
-        some, scales = block.of(items), None if item_scales is None else block.of(item_scales)
+        rows, scales = block.of(items), None if item_scales is None else block.of(item_scales)
         tile_items = max(1, torch.get_num_threads() * _TILE_ELEMENTS // (block_queries * per_pair))
-        tiles = _tiles(some, scales, columns, tile_items * item_tokens, rounded, scratch)
-        fine = _fine(tiles, len(some), item_tokens, columns, tile_items, scratch)
-        cosine = _anchors(some, scales) @ columns.anchors
+        tiles = _tiles(rows, scales, columns, tile_items * item_tokens, rounded, scratch)
+        fine = _fine(tiles, len(rows), item_tokens, columns, tile_items, scratch)
+        cosine = _anchors(rows, scales) @ columns.anchors
         return (alpha * cosine + (1 - alpha) * fine).T
 
     with torch.no_grad():
@@ -110,8 +110,8 @@ class _Block(NamedTuple):
     def of(self, items: Tensor) -> Tensor:
         """A view, or a filled copy, of these of the items ``[N, ...]``."""
         block = items[self.start : self.stop]
-        more = self.size - len(block)
-        return F.pad(block, (*[0, 0] * (block.ndim - 1), 0, more)) if more else block
+        padding = self.size - len(block)
+        return F.pad(block, (*[0, 0] * (block.ndim - 1), 0, padding)) if padding else block
 
 
 def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
@@ -125,15 +125,15 @@ def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_B
     least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
     shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
     size = min(largest, shared)
-    whole = n_items // size * size
-    blocks = [_Block(start, start + size, size) for start in range(0, whole, size)]
-    while whole < n_items:
-        rest = n_items - whole
+    start = n_items // size * size
+    blocks = [_Block(first, first + size, size) for first in range(0, start, size)]
+    while start < n_items:
+        rest = n_items - start
         if rest * item_tokens * width > _FEW_ELEMENTS:
             rest = _power_of_two(rest)
         half = _power_of_two(rest) // 2 or 1
-        blocks.append(_Block(whole, whole + rest, -(-rest // half) * half))
-        whole += rest
+        blocks.append(_Block(start, start + rest, -(-rest // half) * half))
+        start += rest
     return blocks
 
 

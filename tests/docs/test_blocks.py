@@ -44,7 +44,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def page_parameter(path: Path) -> Any:
     """A page as a test's argument; exporting and training take long."""
-    marks = [pytest.mark.slow] if path.name in ("export.md", "train.md") else []
+    marks = [pytest.mark.slow] if path.name in ("adapt.md", "export.md", "train.md") else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 

@@ -44,8 +44,10 @@ def test_defaults_need_three_places_alone():
         ({"grounding": 1.0, "train": "scenes:train:64:typos"}, "with grounding.* got 'scenes:train:64:typos'"),
         (
             {"grounding": 1.0, "train": "scenes:train", "accumulate": 2},
-            "expected accumulation separate with grounding, got 'cached'",
+            "expected accumulation separate with grounding or contextual, got 'cached'",
         ),
+        ({"contextual": 1.0, "accumulate": 2}, "expected accumulation separate with grounding or contextual, got"),
+        ({"beta": 1.5}, r"expected beta in \[0, 1\], got 1.5"),
         ({"validation": "webdataset:x.tar"}, "expected validation of map-style data"),
         ({"preset": "ViT-H"}, "expected preset of .*'scenes'.*, got 'ViT-H'"),
         ({"batch_size": 1}, "expected batch_size of at least 2, got 1"),
@@ -136,7 +138,7 @@ def from_arguments(arguments):
     )
 
 
-SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-long", "scenes-start"}
+SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-long", "scenes-start"}
 
 
 def test_the_shipped_recipes_are_these():

@@ -18,9 +18,10 @@ from PIL import Image
 from finelip_fast.datasets import Example, Region
 from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import tokenize
+from finelip_fast.tokenizer import token_spans, tokenize
 from finelip_fast.training.augment import Augmentation
-from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData, collate, encode_example
+from finelip_fast.training.batch import collate, encode_example
+from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData
 
 CONTEXT = 12
 PREPROCESS = Preprocess(8)
@@ -216,6 +217,18 @@ def test_phrases_that_the_context_cuts_are_left_out():
     assert torch.equal(cut.spans, whole.spans[:2])
     assert torch.equal(cut.boxes, whole.boxes[:2])
     assert len(encode_example(PHRASES, PREPROCESS, 7).spans) == 1
+
+
+def test_parts_are_sentences_and_the_phrases_of_those_that_have_several():
+    caption = "A red house stands 3.5 m left, with a blue door. A man waits!  Rain"
+    example = Example(picture(1), caption, "1")
+    encoded = encode_example(example, PREPROCESS, 32)
+    words = {text: caption.index(text) for text in (caption[:48], "A red house stands 3.5 m left", "with a blue door.")}
+    words |= {"A man waits!": 49, "Rain": 63}
+    stretches = [(start, start + len(text)) for text, start in words.items()]
+    assert encoded.parts.tolist() == [list(span) for span in token_spans(caption, stretches)]
+    assert len(encode_example(example, PREPROCESS, 12).parts) == 1
+    assert collate([encoded, encoded]).part_owners.tolist() == [0] * 5 + [1] * 5
 
 
 def test_a_batch_tells_which_pair_a_phrase_belongs_to():

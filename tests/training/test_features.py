@@ -20,6 +20,8 @@ from finelip_fast.datasets import open_dataset
 from finelip_fast.datasets.base import FileExamples
 from finelip_fast.encoders import ImageEncoder, TextEncoder
 from finelip_fast.errors import ConfigError, TrainingError
+from finelip_fast.frozen import FrozenImageEncoder, why_not
+from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
 from finelip_fast.training import features as module
 from finelip_fast.training.config import TrainConfig
@@ -87,13 +89,30 @@ def test_features_are_the_encoders(model: FineLIP, pairs: FileExamples, tmp_path
         torch.testing.assert_close(features.caption(index).float(), tokens[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(why_not("int8") is not None, reason="needs int8 instructions")
+def test_features_of_another_precision_are_near_and_others(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:
+    exact, rounded = (compute(model, pairs, tmp_path / name, precision=name) for name in ("fp32", "int8"))
+    torch.testing.assert_close(rounded.caption(0), exact.caption(0), rtol=0, atol=0.1)
+    assert not rounded.caption(0).equal(exact.caption(0))
+    with pytest.raises(ConfigError, match="holds features of other precision"):
+        compute(model, pairs, tmp_path / "fp32", precision="int8")
+
+
+def test_a_precision_that_the_processor_lacks_is_refused(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has", lambda feature: False)
+    with pytest.raises(ConfigError, match=r"another feature_precision than 'int8': .*; fp32 always works"):
+        compute(model, pairs, tmp_path, precision="int8")
+
+
 def test_a_picture_of_several_captions_is_encoded_once(
     model: FineLIP, pairs: FileExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
-    forward = ImageEncoder.forward
+    forward = FrozenImageEncoder.forward
     monkeypatch.setattr(
-        ImageEncoder, "forward", lambda self, pixels: counts.append(len(pixels)) or forward(self, pixels)
+        FrozenImageEncoder, "forward", lambda self, pixels: counts.append(len(pixels)) or forward(self, pixels)
     )
     compute(model, pairs, tmp_path / "features")
     assert sum(counts) == len(COLOURS)
@@ -221,6 +240,11 @@ def test_a_training_on_features_is_one_without(configure: Configure, tmp_path: P
         assert (torch.equal(first[name], value), torch.equal(second[name], value)) == (is_frozen, is_frozen), name
         assert (first[name] - second[name]).abs().max() < 2e-3, name
     assert results["with"].keys() == results["without"].keys()
+
+
+def test_a_training_on_features_in_bfloat16_validates(configure: Configure, tmp_path: Path) -> None:
+    config = configure(features=str(tmp_path / "features"), precision="bf16", stop_at=3)
+    assert train(config)["val_t2i_recall@1"] > 0
 
 
 def test_the_encoders_run_once(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

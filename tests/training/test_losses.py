@@ -15,6 +15,7 @@ from finelip_fast.training.losses import (
     Criterion,
     LossTerm,
     adaptive_margin_loss,
+    contextual_alignment_loss,
     contrastive_loss,
     grounding_loss,
     triplet_loss,
@@ -103,6 +104,45 @@ def test_a_batch_without_phrases_costs_nothing():
     patches, tokens, *where = phrases()
     loss = grounding_loss(patches, tokens, *(rows[:0] for rows in where), 4.0)
     assert (loss.shape, loss.item()) == ((), 0.0)
+
+
+# --- Parts of captions and what they attend to -------------------------------------------------------------------
+
+
+def captions_with_parts():
+    """Two pairs of 9 patches and 7 tokens, their captions' rows, and three parts: two of the first, one of the second."""
+    patches, tokens, *_ = phrases()
+    captions = random_embeddings(3, items=2, width=5)[:, 0]
+    return patches, tokens, captions, torch.tensor([0, 0, 1]), torch.tensor([[1, 3], [2, 6], [0, 1]])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("image_ids", [[4, 7], [4, 4]], ids=["two pictures", "one picture"])
+def test_a_part_is_matched_with_what_it_attends_to(beta, image_ids):
+    patches, tokens, captions, owners, parts = (tensor.detach() for tensor in captions_with_parts())
+    pairs = [0, 1, *owners.tolist()]
+    means = [tokens[pair, first:last].mean(0) for pair, (first, last) in zip(pairs[2:], parts.tolist(), strict=True)]
+    queries = F.normalize(torch.stack([*captions, *means]), dim=-1)
+    attended = []
+    for query, pair in zip(queries, pairs, strict=True):
+        weights = (20.0 * F.normalize(patches[pair], dim=-1) @ query).softmax(0)
+        attended.append(F.normalize(weights @ patches[pair], dim=-1))
+    logits = 4.0 * torch.stack(attended) @ queries.T
+    expected = 0.0
+    for at, pair in enumerate(pairs):
+        shares = [1.0 if at == to else beta * (image_ids[pair] == image_ids[other]) for to, other in enumerate(pairs)]
+        for row in (logits[at].log_softmax(0), logits[:, at].log_softmax(0)):
+            expected -= float(torch.tensor(shares).double() @ row) / sum(shares) / len(pairs) / 2
+    loss = contextual_alignment_loss(patches, tokens, captions, owners, parts, torch.tensor(image_ids), 4.0, beta=beta)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_captions_without_parts_are_matched_all_the_same():
+    patches, tokens, captions, owners, parts = captions_with_parts()
+    loss = contextual_alignment_loss(patches, tokens, captions, owners[:0], parts[:0], torch.tensor([1, 2]), 4.0)
+    loss.backward()
+    assert loss > 0
+    assert patches.grad.isfinite().all()
 
 
 # --- Parity ------------------------------------------------------------------------------------------------------

@@ -187,6 +187,16 @@ def test_gradient_checkpointing_gives_the_same_step(configure):
     assert distance(expected, recomputed) < 1e-6 < 1e-4 < distance(before, expected)
 
 
+def test_parts_of_captions_and_what_they_attend_to_add_to_the_loss(configure):
+    scenes = {"train": "scenes:train:16", "context_length": 256, "steps": 1}
+    plain, contextual = (Trainer(configure(**scenes, contextual=weight), CPU) for weight in (0.0, 0.5))
+    batch = next(iter(plain.data))
+    assert len(batch.parts) > 8 * 5
+    without, values = (trainer._train_step([batch]) for trainer in (plain, contextual))
+    torch.testing.assert_close(values["loss"], without["loss"] + 0.5 * values["contextual"])
+    assert values["contextual"] > 1
+
+
 def test_phrases_and_their_places_add_to_the_loss(configure):
     scenes = {"train": "scenes:train:16", "context_length": 256, "steps": 1}
     plain, grounded = (Trainer(configure(**scenes, grounding=weight), CPU) for weight in (0.0, 0.5))

@@ -28,7 +28,8 @@ from finelip_fast.model import FineLIP
 from finelip_fast.records import Table, commit
 from finelip_fast.studies.ablation.variants import AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
-from finelip_fast.training.train import Trainer, choose_device
+from finelip_fast.training.start import choose_device
+from finelip_fast.training.train import Trainer
 
 # Metrics of the score by the weight of the global cosine in it, as text: "1" is the cosine alone, which is all that a model
 # without late interaction has, "0" late interaction alone.
@@ -111,7 +112,7 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
     if missing:
         if config.threads:
             torch.set_num_threads(config.threads)
-        trainer = AblationTrainer(config, variant, choose_device(config))
+        trainer = AblationTrainer(config, variant, choose_device(config.device))
         trainer.run(progress=False)  # the bar of all runs is the caller's
         stored["measured"] |= {pairs: measure(trainer.model.eval(), pairs) for pairs in missing}
         text = json.dumps(stored, indent=2) + "\n"

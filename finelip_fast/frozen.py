@@ -17,6 +17,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
+from finelip_fast.kernels import cpu
 from finelip_fast.kernels.cpu import LinearPrecision, filled_rows, frozen_linear
 from finelip_fast.model import FineLIP
 
@@ -52,6 +53,15 @@ def freeze(model: FineLIP, precision: LinearPrecision = "fp32") -> FineLIP:
     model.add_module("visual", FrozenImageEncoder(model.visual, precision))
     model.add_module("text", FrozenTextEncoder(model.text, precision))
     return model
+
+
+def why_not(precision: str) -> str | None:
+    """Why a processor gains nothing by a precision; None if it has the instructions."""
+    if precision == "bf16" and not cpu.has_bfloat16():
+        return "this processor has no bfloat16 instructions"
+    if precision == "int8" and not cpu.has("vnni"):
+        return "this processor has no int8 instructions (AVX-512 VNNI)"
+    return None
 
 
 class FrozenImageEncoder(nn.Module):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finelip_fast
-from finelip_fast.engines import frozen
-from finelip_fast.engines.frozen import freeze
-from finelip_fast.engines.torch import TorchEngine, why_not
+from finelip_fast import frozen
+from finelip_fast.engines.torch import TorchEngine
+from finelip_fast.frozen import freeze, why_not
 from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
 

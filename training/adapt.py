@@ -1,0 +1,159 @@
+"""A FineLIP from any CLIP: first its aggregators, on what the encoders compute once, then the encoders' last blocks, too.
+
+Both stages are runs of :mod:`finelip_fast.training.train` in the folder of the checkpoint: what was interrupted goes on, with
+the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from finelip_fast import checkpoint
+from finelip_fast.datasets import PairDataset, open_dataset
+from finelip_fast.datasets.survey import survey
+from finelip_fast.errors import ConfigError
+from finelip_fast.kernels.cpu import LinearPrecision
+from finelip_fast.model import FineLIP
+from finelip_fast.training.config import TrainConfig
+from finelip_fast.training.features import compute, encoders_of, missing_bytes
+from finelip_fast.training.forecast import encoding_seconds, step_seconds
+from finelip_fast.training.start import choose_device, load_base
+from finelip_fast.training.train import train
+from finelip_fast.training.validation import mean_recall, validate
+
+# The options of each stage where none are given.
+AGGREGATORS: dict[str, Any] = {"steps": 1500, "aggregator_lr": 1e-3, "warmup_steps": 100}
+ENCODERS: dict[str, Any] = {"steps": 500, "encoder_lr": 1e-5, "warmup_steps": 50}
+
+# Options of one stage alone. Features are of captions as they are.
+_OF_AGGREGATORS = ("steps", "aggregator_lr", "features")
+_OF_ENCODERS = ("encoder_lr", "augment", "gradient_checkpointing")
+# Trained aggregators go on at this share of their learning rate.
+_SECOND_SHARE = 0.2
+
+
+def stages(
+    base: str, *, out: str, unfreeze: str = "last:2", encoder_steps: int = ENCODERS["steps"], **options: Any
+) -> list[TrainConfig]:
+    """The runs of an adaptation.
+
+    Args:
+        base: Checkpoint as :func:`finelip_fast.load` takes it.
+        out: Folder of the checkpoint that is made; the runs lie in it.
+        unfreeze: What the second stage trains of the encoders; ``"none"``: there is no second stage.
+        encoder_steps: Steps of the second stage.
+        options: Fields of :class:`TrainConfig`: ``steps`` and ``features`` of the first stage, ``encoder_lr``, ``augment`` and
+            ``gradient_checkpointing`` of the second, all others of both.
+
+    Raises:
+        ConfigError: Options that a run cannot honour, or that only a second stage has where there is none.
+    """
+    folder = Path(out)
+    alone = [name for name in _OF_ENCODERS if name in options]
+    if unfreeze == "none" and alone:
+        raise ConfigError(
+            f"expected no {', '.join(alone)} with unfreeze none, which trains the aggregators alone, on features that are "
+            "computed once: leave them out, or give unfreeze last:2"
+        )
+    if "loss" in options and all(term.split(":")[1:2] == ["global"] for term in options["loss"]):
+        raise ConfigError(
+            f"expected a loss with a term on fine or combined, which trains the aggregators, got {options['loss']}"
+        )
+    first = {
+        **AGGREGATORS,
+        "features": str(folder / "features"),
+        **{name: value for name, value in options.items() if name not in _OF_ENCODERS},
+    }
+    runs = [TrainConfig(**first, unfreeze="none", init=base, out=str(folder / "aggregators"))]
+    if unfreeze != "none":
+        second = {**ENCODERS, **{name: value for name, value in options.items() if name not in _OF_AGGREGATORS}}
+        second |= {"steps": encoder_steps, "aggregator_lr": _SECOND_SHARE * first["aggregator_lr"]}
+        start = str(folder / "aggregators" / "best")
+        runs.append(TrainConfig(**second, unfreeze=unfreeze, init=start, out=str(folder / "encoders")))
+    return runs
+
+
+def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]:
+    """Train the aggregators of a checkpoint, and then some of its encoders, and keep what is best on validation pairs.
+
+    Args:
+        base: Checkpoint as :func:`finelip_fast.load` takes it.
+        progress: Tell beforehand what it takes, and show progress bars.
+        options: Options of :func:`stages`.
+
+    Returns:
+        Mean recall@1 of both directions on the validation pairs: ``base_recall@1`` of the base by its own score, and
+        ``aggregators_recall@1`` and ``encoders_recall@1`` of each stage; ``chosen``, the stage whose weights are in the
+        checkpoint, ``alpha``, which they carry, ``checkpoint``, its folder, and ``features``, the folder that is needed no
+        more.
+
+    Raises:
+        CheckpointError: The base cannot be loaded.
+        ConfigError, TrainingError, WriteError: Where :func:`finelip_fast.training.train.train` raises them. The same command
+            then goes on.
+    """
+    runs = stages(base, **options)
+    out, first = Path(options["out"]), runs[0]
+    model = load_base(base, first.context_length).to(choose_device(first.device)).eval()
+    pairs, validation = (_open(spec, model, first) for spec in (first.train, first.validation))
+    if progress:
+        _tell(_forecast(model, runs, pairs))
+    features = compute(model, validation, Path(first.features) / "validation", precision=_precision(first))
+    before = validate(model, validation, name=first.validation, features=features)
+    del model
+    results = {"base": mean_recall(before)}
+    metrics: dict[str, dict[str, float]] = {}
+    for run in runs:
+        stage = Path(run.out).name
+        metrics[stage] = train(run, progress=progress)
+        results[stage] = mean_recall(metrics[stage])
+        if progress:
+            _tell([f"{stage}: recall@1 {results[stage]:.1%}, the base {results['base']:.1%}"])
+    chosen = max(metrics, key=lambda stage: results[stage])
+    best = checkpoint.load(out / chosen / "best")
+    checkpoint.save(best, out, metadata={"base": Path(base).name, "stage": chosen, "validation": metrics[chosen]})
+    return {
+        **{f"{name}_recall@1": recall for name, recall in results.items()},
+        "chosen": chosen,
+        "alpha": best.alpha,
+        "checkpoint": str(out),
+        "features": first.features,
+    }
+
+
+def _forecast(model: FineLIP, runs: list[TrainConfig], pairs: PairDataset) -> list[str]:
+    """What the stages that have not begun will take: bytes and minutes."""
+    known = survey(pairs)
+    first = runs[0]
+    lines = [f"{len(known.ids)} pictures, {len(known.captions)} captions:"]
+    folder = Path(first.features) / "train"
+    if size := missing_bytes(model, known, folder):
+        seconds = encoding_seconds(encoders_of(model, _precision(first)), pairs, known)
+        lines.append(f"  features: {size / 1e9:.1f} GB in {folder}, about {_minutes(seconds)}")
+    for run in runs:
+        if not (Path(run.out) / "state.pt").exists():
+            seconds = run.steps * step_seconds(model, run, known)
+            lines.append(f"  {Path(run.out).name}: {run.steps} steps, about {_minutes(seconds)}")
+    return lines if len(lines) > 1 else []
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def _tell(lines: list[str]) -> None:
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _precision(config: TrainConfig) -> LinearPrecision:
+    return cast("LinearPrecision", config.feature_precision)
+
+
+def _open(spec: str, model: FineLIP, config: TrainConfig) -> PairDataset:
+    pairs: PairDataset = open_dataset(spec, image_size=model.config.image_size, root=config.root or None)
+    return pairs
