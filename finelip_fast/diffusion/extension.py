@@ -69,9 +69,7 @@ def extend(
     Warns:
         TruncationWarning: Whenever the pipeline cuts a prompt or a negative prompt, from then on.
     """
-    if layer is not None:
-        one_of("layer", layer, LAYERS)
-    one_of("second", second, SECONDS)
+    check_choices(layer, second)
     require_packages()
     from finelip_fast.diffusion.encoders import CLIP_ENCODERS, first_encoder, second_encoder
 
@@ -105,6 +103,16 @@ def extend(
     if hasattr(parts, "tokenizer_max_length"):  # which Stable Diffusion 3 and FLUX ask in the tokenizer's place
         parts.tokenizer_max_length = length
     return pipeline
+
+
+def check_choices(layer: Any, second: Any) -> None:
+    """
+    Raises:
+        InputError: No layer, or no second encoder, that :func:`extend` knows.
+    """
+    if layer is not None:
+        one_of("layer", layer, LAYERS)
+    one_of("second", second, SECONDS)
 
 
 def _contents(checkpoint: str | os.PathLike[str] | FineLIP | None, context_length: int | None) -> Contents:

@@ -19,7 +19,7 @@ from finelip_fast._files import installed, write_whole
 from finelip_fast._terminal import printable
 from finelip_fast.checkpoint import load
 from finelip_fast.checkpoint.building import CLIP_CONTEXT
-from finelip_fast.diffusion.extension import Layer, Second, extend
+from finelip_fast.diffusion.extension import Layer, Second, check_choices, extend
 from finelip_fast.diffusion.packages import require_packages
 from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.explain import explain
@@ -130,11 +130,18 @@ def generate(
         "negative_prompt": negative,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    check_choices(layer, second)
     where = find_device(device)
     require_packages()
     with _messages(progress):
         model = load(checkpoint, where)
         network = _open_pipeline(pipeline, where)
+        length = (network.tokenizer or network.tokenizer_2).model_max_length
+        if compare_77 and length != CLIP_CONTEXT:
+            raise InputError(
+                f"expected a pipeline of {CLIP_CONTEXT} tokens to compare with, got {length}: it was extended before; name "
+                "the pipeline that it was made of"
+            )
         network.set_progress_bar_config(disable=not progress, leave=False)
         # Extended after the first picture: till then it is the pipeline as it was.
         pictures = [_picture(network, text, seed, options)] if compare_77 else []

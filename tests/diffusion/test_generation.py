@@ -14,6 +14,7 @@ from PIL import Image
 
 import finelip_fast
 from finelip_fast.cli import main
+from finelip_fast.diffusion import extend
 from finelip_fast.diffusion.generation import DrawnPicture, generate
 from finelip_fast.errors import CheckpointError, InputError, TruncationWarning, WriteError
 from finelip_fast.explain import explain
@@ -145,6 +146,26 @@ def test_the_command(material: dict[str, str], tmp_path: Path, capsys: pytest.Ca
     assert result["settings"]["guidance"] == "5.0"
     assert Image.open(out).text["seed"] == result["settings"]["seed"] != "3"  # type: ignore[attr-defined]
     assert {"tokens", "score", "words", "unmet"} == set(result["pictures"][0])
+
+
+def test_a_pipeline_that_was_extended_is_not_what_it_was(
+    material: dict[str, str], tiny_pipelines: ModuleType, tmp_path: Path
+) -> None:
+    extend(tiny_pipelines.xl(), material["checkpoint"], layer="last").save_pretrained(tmp_path / "extended")
+    again = {**material, "pipeline": str(tmp_path / "extended"), "out": str(tmp_path / "a.png")}
+    with pytest.raises(InputError, match="expected a pipeline of 77 tokens to compare with, got 256: it was extended"):
+        generate(LONG, compare_77=True, progress=False, **again)  # type: ignore[arg-type]
+    generate(LONG, steps=1, progress=False, **again)  # type: ignore[arg-type]
+
+
+def test_without_aggregators_no_word_is_met_or_not(
+    material: dict[str, str], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    finelip_fast.save(make_model(text_layers=3, trained_aggregators=False), tmp_path / "plain")
+    plain = {**material, "checkpoint": str(tmp_path / "plain"), "out": str(tmp_path / "a.png")}
+    with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
+        (drawn,) = generate(LONG, steps=1, progress=False, **plain).pictures  # type: ignore[arg-type]
+    assert drawn.unmet is None
 
 
 def test_cut_text_is_reported(material: dict[str, str], tmp_path: Path) -> None:
