@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_fast.checkpoint.building import CLIP_CONTEXT, Contents
@@ -71,15 +71,15 @@ def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
     kind: Any = CLIPTextModelWithProjection if projects else CLIPTextModel
     if last:
         kind = text_models.LastLayerTextModelWithProjection if projects else text_models.LastLayerTextModel
-    with torch.device("meta"):
-        model = kind(config)
-    model.load_state_dict(_named_as(model, text_for_transformers(contents.tensors), encoder), assign=True)
-    _number_positions(model, sizes.context_length, encoder.device)
-    return model.eval()
+    weights = {
+        name: tensor.to(encoder.device, encoder.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in text_for_transformers(contents.tensors).items()
+    }
+    return _model(kind, config, weights, encoder)
 
 
 def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, windows: bool) -> Any:
-    """A pipeline's second CLIP encoder for ``length`` tokens; it shares its weights with the one that it is made of.
+    """A pipeline's second CLIP encoder for ``length`` tokens; it shares the memory of its weights with the present one.
 
     Args:
         encoder: The pipeline's encoder, which stays as it is.
@@ -102,52 +102,33 @@ def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, win
             f"expected a second encoder of {CLIP_CONTEXT} positions for windows, got {rows}, stretched before; extend the "
             "pipeline as it was"
         )
-    # All of it is copied but the parameters: those are gigabytes.
-    model = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+    config, weights = copy.deepcopy(encoder.config), encoder.state_dict()
+    if hasattr(config, "windows"):  # of an extension before this one
+        del config.windows
     if windows:
-        model.config.windows = {
+        config.windows = {
             "end": EOT_TOKEN,
             "padding": tokenizer.pad_token_id,
             "sentence_ends": _ids(tokenizer, _SENTENCE_END),
             "clause_ends": _ids(tokenizer, _CLAUSE_END),
         }
     elif rows < length:
-        _stretch(model, length)
-    # The same parameters under the same names: only what is computed of them is another class's.
-    model.__class__ = _SECOND_ENCODERS[windows, last]
-    return model
+        config.max_position_embeddings = length
+        name = next(name for name in weights if name.endswith("position_embedding.weight"))
+        weights[name] = stretch_positions(weights[name].cpu(), length).to(weights[name].device)
+    return _model(_SECOND_ENCODERS[windows, last], config, weights, encoder)
 
 
-def _named_as(model: nn.Module, weights: Mapping[str, Tensor], encoder: Any) -> dict[str, Tensor]:
-    """The weights that a model has, under its names: ``text_model.`` stands before them in some versions and classes."""
+def _model(kind: Any, config: Any, weights: Mapping[str, Tensor], encoder: Any) -> Any:
+    """A model of just these weights, without copies, in the place of an encoder."""
+    with torch.device("meta"):
+        model = kind(config)
+    # The first part of the names is there in some versions and classes.
     bare = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-    return {
-        name: bare[name.removeprefix("text_model.")].to(
-            encoder.device, encoder.dtype, copy=True, memory_format=torch.contiguous_format
-        )
-        for name in model.state_dict()
-    }
-
-
-def _stretch(model: Any, length: int) -> None:
-    """Give a model's table of positions another length, in place."""
-    embeddings = _embeddings(model)
-    table = embeddings.position_embedding.weight
-    stretched = stretch_positions(table.detach().cpu(), length).to(table.device)
-    embeddings.position_embedding = nn.Embedding.from_pretrained(stretched, freeze=not table.requires_grad)
-    _number_positions(model, length, table.device)
-    for module in model.modules():  # some have a configuration of their own
-        if hasattr(module, "config"):
-            module.config.max_position_embeddings = length
-
-
-def _number_positions(model: Any, length: int, device: torch.device) -> None:
-    """Set the numbers of the positions, which no state dict carries."""
-    _embeddings(model).position_ids = torch.arange(length, device=device)[None]
-
-
-def _embeddings(model: Any) -> Any:
-    return getattr(model, "text_model", model).embeddings
+    model.load_state_dict({name: bare[name.removeprefix("text_model.")] for name in model.state_dict()}, assign=True)
+    positions = torch.arange(config.max_position_embeddings, device=encoder.device)
+    getattr(model, "text_model", model).embeddings.position_ids = positions[None]  # which no state dict carries
+    return model.requires_grad_(next(encoder.parameters()).requires_grad).eval()
 
 
 def _ids(tokenizer: Any, pattern: re.Pattern[str]) -> list[int]:

@@ -62,8 +62,8 @@ def extend(
         The pipeline.
 
     Raises:
-        InputError: A pipeline without a CLIP text encoder, or one with adapters or offloading; widths that do not fit; an
-            argument that is none of the above, or that this pipeline has no use for.
+        InputError: A pipeline without a CLIP text encoder, or one with adapters, offloading or quantized encoders; widths that
+            do not fit; an argument that is none of the above, or that this pipeline has no use for.
         CheckpointError, ConfigError: Where :func:`finelip_fast.load` raises them.
 
     Warns:
@@ -129,6 +129,10 @@ def _check_untouched(name: str, encoder: Any) -> None:
     """Refuse an encoder that carries what a new one would lack."""
     if getattr(encoder, "peft_config", None):
         raise InputError(f"expected a {name} without adapters; extend the pipeline first, then load_lora_weights")
+    if getattr(encoder, "is_quantized", False):
+        raise InputError(
+            f"expected a {name} in floating point, got a quantized one; load the pipeline with it as it was"
+        )
     if hasattr(encoder, "_hf_hook") or hasattr(encoder, "_diffusers_hook"):
         raise InputError(
             f"expected a {name} without offloading; extend the pipeline first, then enable_model_cpu_offload, or call "

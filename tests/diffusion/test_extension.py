@@ -152,7 +152,11 @@ def test_the_second_encoder_is_stretched_and_shares_its_weights(model: FineLIP, 
     second = pipeline.text_encoder_2
     stretched = second.text_model.embeddings.position_embedding.weight
     assert torch.equal(stretched, stretch_positions(table.detach(), 256))
-    assert second.text_projection.weight is parts["text_encoder_2"].text_projection.weight
+    weights, shared = (encoder.state_dict() for encoder in (parts["text_encoder_2"], second))
+    assert weights.keys() == shared.keys()
+    assert [name for name in weights if weights[name].data_ptr() != shared[name].data_ptr()] == [
+        "text_model.embeddings.position_embedding.weight"
+    ]
     assert second.config.max_position_embeddings == 256
     # What was there before can be used on: other pipelines may.
     again = type(pipeline)(**{**pipeline.components, **parts}, add_watermarker=False)
@@ -303,6 +307,10 @@ def test_what_cannot_be_extended_is_refused(model: FineLIP, make_model: Make, ti
     other.tokenizer = tiny_pipelines.tokenizer(bos_token="!")
     with pytest.raises(InputError, match="expected a pipeline with CLIP's tokenizer"):
         extend(other, model)
+    quantized = tiny_pipelines.xl()
+    quantized.text_encoder_2.is_quantized = True
+    with pytest.raises(InputError, match="expected a text_encoder_2 in floating point, got a quantized one"):
+        extend(quantized, model)
     offloaded = tiny_pipelines.xl()
     offloaded.text_encoder._hf_hook = object()
     with pytest.raises(InputError, match="expected a text_encoder without offloading; extend the pipeline first"):
