@@ -8,14 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finelip_fast.datasets.scenes import FAMILY_SIZE, VARIANTS, Scenes
+from finelip_fast.datasets.scenes import FAMILY_SIZE, VARIANTS, Scenes, ceiling, words
 from finelip_fast.errors import InputError
 
 PALETTE = {
@@ -340,3 +340,29 @@ def test_hours_have_their_own_light(weather):
         means.append(np.asarray(replace(scene, content=content).draw(64)).mean())
     assert means == sorted(means)
     assert np.diff(means).min() > 4
+
+
+# --- What can be found at best ---------------------------------------------------------------------------------------
+
+
+def test_whoever_reads_all_finds_all_and_whoever_reads_nothing_one_in_four():
+    scenes = list(Scenes("test", 400))
+    assert ceiling(scenes, [[(0, len(scene.caption))] for scene in scenes]) == (1.0, 1.0)
+    assert ceiling(scenes, [[]] * 400) == (0.25, 0.25)
+
+
+def test_what_decides_is_missed_where_its_sentence_is_missing():
+    scenes = Scenes("train", 4000)
+    first, family = next(
+        (pair[0], members)
+        for members in ([scenes[at + member] for member in range(FAMILY_SIZE)] for at in range(0, 4000, FAMILY_SIZE))
+        for pair in combinations(members, 2)
+        if pair[0].content._replace(time=pair[1].time) == pair[1].content
+    )
+    stretches = [[(0, len(scene.caption))] for scene in family]
+    hour = next(text for text in words.TIMES[first.time] if text in first.caption.lower())
+    at = first.caption.lower().index(hour)
+    stretches[family.index(first)] = [(0, at), (at + len(hour), len(first.caption))]
+    best = ceiling(family, stretches)
+    # The first's caption suits a sibling's picture, too; whoever has that picture has two captions to choose from.
+    assert best == (pytest.approx(1 - 0.5 / 4), pytest.approx(1 - 0.5 / 4))

@@ -1,5 +1,6 @@
 """Generated street scenes with long descriptions: their words, their town and traffic, and how they are drawn."""
 
+from finelip_fast.datasets.scenes.ceiling import Ceiling, ceiling
 from finelip_fast.datasets.scenes.content import FAMILY_SIZE, Building, Furniture, Person, Tree, Vehicle
 from finelip_fast.datasets.scenes.scenes import SPLITS, VARIANTS, Phrase, Scene, Scenes
 
@@ -8,6 +9,7 @@ __all__ = [
     "SPLITS",
     "VARIANTS",
     "Building",
+    "Ceiling",
     "Furniture",
     "Person",
     "Phrase",
@@ -15,4 +17,5 @@ __all__ = [
     "Scenes",
     "Tree",
     "Vehicle",
+    "ceiling",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-__all__ = ["VARIANTS", "Statement", "locate", "tell", "vary"]
+__all__ = ["NUMBERS", "TIMES", "VARIANTS", "WEATHERS", "Statement", "locate", "tell", "vary"]
 
 Choose = Callable[[Sequence[str]], str]  # of several phrasings, one
 
@@ -53,13 +53,13 @@ _OPENINGS = (
     "{when}, when {weather}, the street looks like this",
     "we see a street in a small town {when}; {weather}",
 )
-_TIMES = {
+TIMES = {
     "morning": ("in the morning", "early in the morning"),
     "noon": ("at noon", "at midday"),
     "sunset": ("at sunset", "in the evening at sunset"),
     "night": ("at night", "late at night"),
 }
-_WEATHERS = {
+WEATHERS = {
     "clear": ("the sky is clear", "the weather is clear"),
     "cloudy": ("the sky is cloudy", "clouds fill the sky"),
     "rain": ("it is raining", "rain is falling"),
@@ -182,7 +182,7 @@ _SIDES = (
     ("in the middle of the road",),
     ("on the right of the road", "on the road to the right"),
 )
-_NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three", "four")
 
 
 # --- Telling -----------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class _Teller:
 
     def opening(self) -> Clause:
         rng = self.rng
-        when, weather = rng.choice(_TIMES[self.content.time]), rng.choice(_WEATHERS[self.content.weather])
+        when, weather = rng.choice(TIMES[self.content.time]), rng.choice(WEATHERS[self.content.weather])
         return Clause(rng.choice(_OPENINGS).format(when=when, weather=weather))
 
     def clause(self, placed: Any, *, brief: bool = False) -> Clause:
@@ -279,7 +279,7 @@ class _Teller:
         return terms
 
     def _building(self, house: Any, choose: Choose) -> dict[str, str]:
-        number = _NUMBERS[house.storeys]
+        number = NUMBERS[house.storeys]
         return {
             "place": choose(_ROWS[len(self.houses)][self.houses.index(house)]),
             "home": choose(_HOMES),
