@@ -190,10 +190,10 @@ def _windows(caption: str, tokens: list[int], context_length: int) -> list[list[
     sizes = [_size(sentence) for sentence in SENTENCE_END.split(caption)]
     if sum(sizes) != len(text):  # mojibake that is repaired across the end of a sentence
         sizes = [len(text)]
-    return [[START_TOKEN, *text[first:last], EOT_TOKEN] for first, last in _even_spans(sizes, room)]
+    return [[START_TOKEN, *text[first:last], EOT_TOKEN] for first, last in even_spans(sizes, room)]
 
 
-def _even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
+def even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
     """Spans of up to ``room`` tokens: as few as sentences of these sizes allow, then the longest as short as can be.
 
     A sentence that is longer is taken in even parts.

@@ -42,6 +42,16 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")[:2]))
 
 
+def _module_of_a_file(path: Path) -> ModuleType:
+    """A module that is loaded by path, because ``tests/`` is not on the import path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _skip_where_triton_cannot_be_interpreted() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -70,14 +80,15 @@ def interpreter() -> None:
 
 @pytest.fixture(scope="session")
 def method() -> ModuleType:
-    """`method_reference.py`; loaded by path because ``tests/`` is not on the import path."""
-    path = Path(__file__).with_name("method_reference.py")
-    spec = importlib.util.spec_from_file_location("method_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """`method_reference.py`."""
+    return _module_of_a_file(Path(__file__).with_name("method_reference.py"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines() -> ModuleType:
+    """`diffusion/tiny_pipelines.py`, which makes pipelines for text-to-image."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'finelip-fast[diffusion]'")
+    return _module_of_a_file(Path(__file__).parent / "diffusion" / "tiny_pipelines.py")
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

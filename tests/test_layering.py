@@ -28,7 +28,7 @@ LAYERS = [
         "reports",
     },  # of the model alone, and of the index; the retriever offers both
     {"retriever"},
-    {"evaluation", "studies", "demo", "info", "verify", "distributed"},
+    {"evaluation", "studies", "demo", "info", "verify", "distributed", "diffusion"},
     {"serve", "client"},
     {"cli"},
 ]

@@ -62,6 +62,7 @@ def test_importing_is_lean() -> None:
     unwanted = {
         *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorboard", "webdataset", "sklearn", "matplotlib"),
         *("faiss", "lance", "pyarrow", "ray", "finelip_fast.distributed", "finelip_fast.index.remote.lance"),
+        *("diffusers", "finelip_fast.diffusion"),
         *("finelip_fast.training", "finelip_fast.export", "finelip_fast.cli"),
     }
     assert not unwanted & set(modules)

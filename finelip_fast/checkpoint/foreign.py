@@ -123,6 +123,27 @@ def translate(entries: Mapping[str, Any], part: str | None = None) -> Translatio
     return Translation(layout, tensors, names, averages, key)
 
 
+def text_for_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower of our weights under the names of transformers' ``CLIPTextModelWithProjection``, without copies.
+
+    Args:
+        tensors: A model's weights under our names; those of other parts are passed over.
+    """
+    parts = {target: source for source, target in _TRANSFORMERS_PARTS.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == _TRANSFORMERS_PROJECTIONS["text_projection.weight"]:
+            renamed["text_projection.weight"] = tensor.T
+        elif name.startswith("text."):
+            target = _replace(name, parts)
+            if ".in_proj_" in target:
+                for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    renamed[target.replace(".in_proj_", f".{part}_proj.")] = rows
+            else:
+                renamed[target] = tensor
+    return renamed
+
+
 def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
     """The aggregators' random start: nn.Linear's distribution, from a generator of its own, so the same everywhere."""
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from finelip_fast.cli.commands import Group
 from finelip_fast.cli.evaluate import compare, evaluate
 from finelip_fast.cli.explain import explain
 from finelip_fast.cli.export import export
+from finelip_fast.cli.generate import generate
 from finelip_fast.cli.index import index
 from finelip_fast.cli.serve import serve
 from finelip_fast.cli.study import ablation, study
@@ -47,7 +48,7 @@ _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME
 
 
 for command in (
-    *(demo, add, search, serve, list_, remove, explain, evaluate, compare, study, ablation),
+    *(demo, add, search, serve, list_, remove, explain, generate, evaluate, compare, study, ablation),
     *(train, adapt, export, convert, info, tune, verify, index, completion),
 ):
     finelip.add_command(command)

@@ -139,6 +139,14 @@ class Explanation:
         return MAPS[:1] if self.fine_score is None else MAPS
 
     @property
+    def unmet(self) -> tuple[Word, ...]:
+        """The words that nothing in the picture met: those that add nothing to the score, or take from it.
+
+        Without trained aggregators that is every word, since none adds to the score.
+        """
+        return tuple(word for word in self.words if float(self.contributions[word.first : word.last].sum()) <= 0)
+
+    @property
     def text_matches(self) -> Tensor:
         """int64 ``[L_t]``, the row of the picture that late interaction chose for each row of the caption."""
         return self.similarity.argmax(dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finelip_fast.checkpoint import config_from_open_clip, import_state_dict, stretch_positions
 from finelip_fast.checkpoint.architecture import config_from_transformers
-from finelip_fast.checkpoint.foreign import translate
+from finelip_fast.checkpoint.foreign import text_for_transformers, translate
 from finelip_fast.config import CLIP_MEAN, FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError
 
@@ -191,6 +191,15 @@ def test_our_own_state_dict_comes_back(make_model):
     assert model.config == original.config
     for name, tensor in original.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_text_tower_goes_to_transformers_and_back(make_model):
+    weights = make_model().state_dict()
+    exported = text_for_transformers(weights)
+    assert all(name == "text_projection.weight" or name.startswith("text_model.") for name in exported)
+    tensors = translate(exported).tensors
+    assert tensors.keys() == {name for name in weights if name.startswith("text.")}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors.items())
 
 
 def test_sizes_that_no_default_covers(pixels, captions):

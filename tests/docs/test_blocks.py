@@ -68,10 +68,18 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")  # which some pages search
 @pytest.mark.parametrize("page", [page_parameter(path) for path in PAGES])
 def test_a_page_does_what_it_says(
-    page: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(material, folder)
+    if page.name == "generate.md":  # and a pipeline that draws, as wide as the checkpoint
+        pipelines = request.getfixturevalue("tiny_pipelines")
+        pipelines.xl(width=finelip_fast.load().config.text_width).save_pretrained(folder / "my-pipeline")
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks(page):

@@ -124,6 +124,13 @@ def test_aggregated_maps_are_shares_of_what_words_add(explanation: Explanation) 
     assert torch.equal(heat.flatten(), maps[1])
 
 
+def test_words_that_nothing_met_are_those_that_add_nothing(explanation: Explanation) -> None:
+    adds = {(word["start"], word["end"]): word["adds"] for word in explanation.to_dict()["words"]}
+    unmet = [(word.start, word.end) for word in explanation.unmet]
+    assert unmet == [span for span, added in adds.items() if added <= 0]
+    assert 0 < len(unmet) < len(adds) / 2  # it is the picture's own caption
+
+
 def test_without_the_fine_score_only_the_ends_count(model: FineLIP) -> None:
     found = explain(model, SCENE.draw(), SCENE.caption, alpha=1)
     assert float(found.contributions[-1, 0]) == pytest.approx(found.score, abs=TOLERANCE)

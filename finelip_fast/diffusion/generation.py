@@ -1,0 +1,241 @@
+"""Pictures of long descriptions, and how much of each description is in its picture."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from finelip_fast._arguments import find_device, whole_number
+from finelip_fast._files import installed, write_whole
+from finelip_fast._terminal import printable
+from finelip_fast.checkpoint import load
+from finelip_fast.checkpoint.building import CLIP_CONTEXT
+from finelip_fast.diffusion.extension import Layer, Second, check_choices, extend
+from finelip_fast.diffusion.packages import require_packages
+from finelip_fast.errors import CheckpointError, InputError
+from finelip_fast.explain import explain
+from finelip_fast.model import FineLIP
+
+_NAMED = 12  # words without a match that are printed
+_GAP = 8  # pixels between two pictures
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """What a retriever finds of a description in the picture that was made of it.
+
+    Attributes:
+        tokens: Tokens of the description that the pipeline was able to read.
+        score: The retriever's score of picture and description.
+        words: Words of the description that the retriever read.
+        unmet: Those that add nothing to the score (:attr:`finelip_fast.Explanation.unmet`); None without trained aggregators.
+    """
+
+    tokens: int
+    score: float
+    words: int
+    unmet: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        line = f"{self.tokens} tokens: score {self.score:.4f}"
+        if self.unmet is None:
+            return f"{line}; which words were met is not known: this checkpoint has no trained aggregators"
+        line += f", {self.words - len(self.unmet)} of {self.words} words were met"
+        if not self.unmet:
+            return line
+        names = list(dict.fromkeys(self.unmet))
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"{line}; nothing met {', '.join(map(printable, names[:_NAMED]))}{rest}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A file that :func:`generate` wrote.
+
+    Attributes:
+        out: The file.
+        settings: What it was made with, as the file's metadata hold it.
+        pictures: Its pictures from left to right.
+    """
+
+    out: str
+    settings: dict[str, str]
+    pictures: tuple[DrawnPicture, ...]
+
+    def __str__(self) -> str:
+        recipe = ", ".join(f"{name} {self.settings[name]}" for name in ("seed", "steps", "guidance"))
+        return "\n".join([f"{printable(self.out)}: {recipe}", *(f"  {picture}" for picture in self.pictures)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def generate(
+    text: str,
+    *,
+    checkpoint: str,
+    pipeline: str,
+    out: str,
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    layer: Layer | None = None,
+    second: Second = "stretch",
+    compare_77: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> Generation:
+    """Make a picture of a description, write it, and have the checkpoint's own retriever compare the two.
+
+    Args:
+        text: Description, in which weights such as ``(red:1.2)`` are text.
+        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
+        pipeline: Folder or hub name of a pipeline of diffusers; weights other than safetensors are not read.
+        out: File to write, ``.png``. Its metadata hold what it was made with.
+        seed: Seed of the noise, the same on all devices; None: a random one.
+        steps: Steps of denoising; None: the pipeline's own number.
+        guidance: Weight of the description; None: the pipeline's own.
+        negative: Description of what is not wanted.
+        layer: Layer of the text encoders, as :func:`extend` takes it.
+        second: What gives the second encoder the length, as :func:`extend` takes it.
+        compare_77: Whether what the pipeline itself makes of the first 77 tokens, of the same noise, is put to the left.
+        device: Device to compute on; None: a GPU if there is one. There the pipeline runs in half precision.
+        progress: Whether progress bars are shown.
+
+    Raises:
+        InputError: An argument that cannot be, or a pipeline that is not for text-to-image.
+        CheckpointError: A checkpoint or a pipeline that cannot be opened.
+        WriteError: The file cannot be written.
+    """
+    path = Path(out)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise InputError(f"expected out as a .png in a folder that is there, got {out!r:.200}")
+    if not text.strip():
+        raise InputError("expected a description, got an empty one")
+    seed = secrets.randbelow(1 << 32) if seed is None else whole_number("seed", seed, least=0, most=(1 << 63) - 1)
+    options: dict[str, Any] = {
+        "num_inference_steps": None if steps is None else whole_number("steps", steps),
+        "guidance_scale": guidance,
+        "negative_prompt": negative,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    check_choices(layer, second)
+    where = find_device(device)
+    require_packages()
+    with _messages(progress):
+        model = load(checkpoint, where)
+        network = _open_pipeline(pipeline, where)
+        length = (network.tokenizer or network.tokenizer_2).model_max_length
+        if compare_77 and length != CLIP_CONTEXT:
+            raise InputError(
+                f"expected a pipeline of {CLIP_CONTEXT} tokens to compare with, got {length}: it was extended before; name "
+                "the pipeline that it was made of"
+            )
+        network.set_progress_bar_config(disable=not progress, leave=False)
+        # Extended after the first picture: till then it is the pipeline as it was.
+        pictures = [_picture(network, text, seed, options)] if compare_77 else []
+        extend(network, model, layer=layer, second=second)
+        pictures.append(_picture(network, text, seed, options))
+    settings = {
+        "prompt": text,
+        **({} if negative is None else {"negative_prompt": negative}),
+        "seed": str(seed),
+        "steps": str(_default(network, "num_inference_steps") if steps is None else steps),
+        "guidance": str(_default(network, "guidance_scale") if guidance is None else guidance),
+        "checkpoint": checkpoint,
+        "pipeline": pipeline,
+        "layer": layer or "the pipeline's own",
+        "second": second,
+        "context_length": str(model.config.context_length),
+        "software": f"finelip-fast {installed('finelip-fast').get('finelip-fast', '')}",
+    }
+    _write(path, _side_by_side(pictures), settings)
+    lengths = [CLIP_CONTEXT, model.config.context_length][-len(pictures) :]
+    drawn = [_compared(model, picture, text, length) for picture, length in zip(pictures, lengths, strict=True)]
+    return Generation(out, settings, tuple(drawn))
+
+
+def _open_pipeline(name: str, device: torch.device) -> Any:
+    """A pipeline for text-to-image, on a device, in half precision on a GPU."""
+    from diffusers import AutoPipelineForText2Image
+
+    # Pipelines that were extended and saved may name its classes.
+    import finelip_fast.diffusion.text_models  # noqa: F401
+
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    try:
+        pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # diffusers, transformers and the hub each raise their own
+        raise CheckpointError(
+            f"{name!r:.200} cannot be opened as a pipeline of diffusers for text-to-image, with weights in safetensors: "
+            f"{type(error).__name__}: {error!s:.500}"
+        ) from error
+    return pipeline.to(device)
+
+
+def _picture(pipeline: Any, text: str, seed: int, options: dict[str, Any]) -> Image.Image:
+    # Noise of the CPU, so that a seed gives the same everywhere.
+    picture: Image.Image = pipeline(text, generator=torch.Generator().manual_seed(seed), **options).images[0]
+    return picture
+
+
+def _default(pipeline: Any, name: str) -> Any:
+    """A pipeline's own value of an argument."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
+def _compared(model: FineLIP, picture: Image.Image, text: str, tokens: int) -> DrawnPicture:
+    explanation = explain(model, picture, text)
+    unmet = tuple(word.bare for word in explanation.unmet) if model.config.trained_aggregators else None
+    return DrawnPicture(tokens, explanation.score, len(explanation.words), unmet)
+
+
+def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), "white")
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * (width + _GAP), 0))
+    return row
+
+
+def _write(path: Path, picture: Image.Image, settings: dict[str, str]) -> None:
+    metadata = PngInfo()
+    for name, value in settings.items():
+        metadata.add_itxt(name, value)
+    write_whole(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=metadata))
+
+
+@contextmanager
+def _messages(progress: bool) -> Iterator[None]:
+    """What diffusers and transformers say by themselves: errors, and bars where progress is shown.
+
+    Their notes on cut prompts would come beside the warning that an extended pipeline gives.
+    """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        if not progress:
+            library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, shows_bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if shows_bars:
+                library.enable_progress_bar()
