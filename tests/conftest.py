@@ -71,13 +71,23 @@ def interpreter() -> None:
 @pytest.fixture(scope="session")
 def method() -> ModuleType:
     """`method_reference.py`; loaded by path because ``tests/`` is not on the import path."""
-    path = Path(__file__).with_name("method_reference.py")
-    spec = importlib.util.spec_from_file_location("method_reference", path)
+    return _module_beside("method_reference")
+
+
+def _module_beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["SigLIP", "SigLIP 2"])
+def open_clip_siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small SigLIP of open_clip's with the folder of its files, as ``open_clip_siglip.py`` writes it."""
+    module = sys.modules.get("open_clip_siglip") or _module_beside("open_clip_siglip")
+    return module.write(tmp_path_factory.mktemp("siglip"), request.param)
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
