@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finelip_fast._files import write_error
-from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.config import FineLIPConfig
 from finelip_fast.kernels import clim_scores
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.graph import Port, interface
@@ -130,8 +130,8 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
 def _example(name: str, port: Port, config: FineLIPConfig) -> Tensor:
     """An input to trace with. No free axis has a size that the model knows, or it would be taken for fixed."""
     if name == "ids":
-        ids = torch.full((2, max(3, config.context_length - 1)), 5)
-        ids[:, 0], ids[:, -1] = START_TOKEN, EOT_TOKEN
+        ids = torch.full((2, max(3, config.context_length - 1)), config.word_token)
+        ids[:, -1] = config.end_token
         return ids
     sizes = [size if isinstance(size, int) else 2 + index for index, size in enumerate(port.axes)]
     dtype = torch.uint8 if port.dtype == "UINT8" else torch.float32
@@ -145,11 +145,12 @@ def _facts(model: FineLIP, extra_facts: Mapping[str, Any] | None) -> dict[str, A
         "finelip.alpha": model.alpha,
         "finelip.normalisation": {"mean": config.image_mean, "std": config.image_std, "resize": config.resize_mode},
         "finelip.tokenizer": {
-            "name": "CLIP byte-level BPE",
+            "name": "tokenizer.json" if config.tokenizer else "CLIP byte-level BPE",
+            **({"sha256": config.tokenizer} if config.tokenizer else {}),
             "vocabulary": config.vocab_size,
-            "start": START_TOKEN,
-            "end": EOT_TOKEN,
-            "padding": 0,
+            "start": next(iter(model.tokenizer.start), None),
+            "end": config.end_token,
+            "padding": config.pad_token,
             "context_length": config.context_length,
         },
         **(extra_facts or {}),

@@ -27,7 +27,7 @@ from onnx import ModelProto
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.config import FineLIPConfig
 from finelip_fast.datasets import open_dataset
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import FineLIPError, InputError
@@ -140,7 +140,9 @@ class Reference:
         self._examples = [examples[index] for index in range(len(examples))]
         context = model.config.context_length
         with expected_truncation():
-            self.captions = encode_batch([example.caption for example in self._examples], context).ids
+            self.captions = encode_batch(
+                [example.caption for example in self._examples], context, tokenizer=model.tokenizer
+            ).ids
         self.lengths = sorted({min(length, context) for length in (*LENGTHS, context)})
 
     @cached_property
@@ -189,12 +191,13 @@ class Reference:
 
     def _of_length(self, length: int, start: int) -> Tensor:
         """``[length]``: words of the held-out captions from a start on, between start and end token."""
+        before, end = torch.tensor(self.model.tokenizer.start, dtype=torch.int64), self.model.config.end_token
         stream = self.captions[self.captions > 0]
-        words = stream[stream < START_TOKEN]
+        words = stream[~torch.isin(stream, torch.tensor([*before.tolist(), end]))]
         words = words.roll(-7 * start) if len(words) else torch.arange(1, 100)  # captions may be empty
-        ids = torch.cat([self.captions[0, :1], words.repeat(1 + length // len(words))])[:length]
+        ids = torch.cat([before, words.repeat(1 + length // len(words))])[:length]
         if length:
-            ids[-1] = EOT_TOKEN
+            ids[-1] = end
         return ids
 
 
@@ -349,7 +352,7 @@ class _Gate:
         ids, together = reference.every_length[0][0], pairs[0][0]
         for length in (1, 2):
             shifted.append(self._encode(encode, ids[length : length + 1, :length]) - together[length : length + 1])
-        lengths = caption_lengths(reference.captions)
+        lengths = caption_lengths(reference.captions, reference.model.config.end_token)
         for row in range(min(3, len(full_length))):
             alone = self._encode(encode, reference.captions[row : row + 1, : int(lengths[row])])
             shifted.append(alone - full_length[row : row + 1])
@@ -421,7 +424,8 @@ class _Gate:
         with torch.inference_mode():
             features = F.normalize(model.text(ids), dim=-1)
         positions = (features @ outputs[middle][:, 0, :, None]).squeeze(-1).argmax(dim=1)
-        offset = int((positions - (caption_lengths(ids) - 1)).mode().values)
+        ends = caption_lengths(ids, model.config.end_token) - 1
+        offset = int((positions - ends).mode().values)
         side = "after" if offset > 0 else "before"
         return f"row 0 comes from {abs(offset)} position(s) {side} the end token" if offset else ""
 

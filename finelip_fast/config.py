@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +18,11 @@ EOT_TOKEN = 49_407
 # Rows of CLIP's text positions that are well trained: kept as they are when the table is stretched, frozen in training.
 KEEP_POSITIONS = 20
 
+# SigLIP's text tower reads at least so many positions, padding included, and normalises with a smaller epsilon.
+SIGLIP_POSITIONS = 64
+SIGLIP_EPSILON = 1e-6
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -24,6 +31,20 @@ VISION_HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 
 TEXT_HEADS = {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20}
 
 _DERIVED = ("aggregated_tokens", "aggregator_hidden")
+# Ids, and rows of a table that CLIP does not have.
+_MAY_BE_ZERO = (*_DERIVED, "text_positions", "pad_token", "end_token")
+# Fields that a configuration does not name where they are CLIP's: it reads, and is identified, as before there were any.
+_SIGLIP_FIELDS = (
+    "family",
+    "vision_tanh_gelu",
+    "text_tanh_gelu",
+    "text_positions",
+    "pad_token",
+    "end_token",
+    "tokenizer",
+    "logit_bias",
+)
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 # FineLIP's weight of the global cosine (arXiv 2504.01916).
 ALPHA = 0.8
@@ -41,6 +62,9 @@ _LIMITS = {
     "text_heads": 1_024,
     "context_length": 8_192,
     "vocab_size": 1_048_576,
+    "text_positions": 8_192,
+    "pad_token": 1_048_575,
+    "end_token": 1_048_575,
     "aggregated_tokens": 16_384,
     "aggregator_hidden": 16_384,
 }
@@ -72,6 +96,17 @@ class FineLIPConfig:
             untrained, whatever is given.
         image_mean, image_std: Normalisation of the three colour channels, on values in [0, 1].
         resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect.
+        family: ``"clip"``: a class token; causal text, read at its end token. ``"siglip"``: pictures pooled by attention; text
+            that sees all of its positions, read at the last (:mod:`finelip_fast.encoders`).
+        vision_tanh_gelu, text_tanh_gelu: GELU by its tanh approximation, in the encoder of pictures and of captions.
+        text_positions: Rows of SigLIP's table of text positions, which stays as it was trained whatever the context: shorter
+            captions are padded to so many positions, longer ones spread theirs over it. 0 of CLIP, whose table has a row for
+            each token of the context.
+        pad_token: Id that fills what lies behind a caption's end; SigLIP sees it, and CLIP does not.
+        end_token: Id that ends a caption.
+        logit_bias: What SigLIP's loss adds to the scaled cosine before a sigmoid makes a probability of it
+            (:meth:`finelip_fast.FineLIP.probability`); None where there is none, or where a training has moved the cosines.
+        tokenizer: SHA-256 in hex of the ``tokenizer.json`` that lies beside the weights; empty: CLIP's byte-level BPE.
 
     Raises:
         ConfigError: Sizes that do not fit together.
@@ -98,20 +133,28 @@ class FineLIPConfig:
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     resize_mode: Literal["shortest", "squash"] = "shortest"
+    family: Literal["clip", "siglip"] = "clip"
+    vision_tanh_gelu: bool = False
+    text_tanh_gelu: bool = False
+    text_positions: int = 0
+    pad_token: int = 0
+    end_token: int = EOT_TOKEN
+    tokenizer: str = ""
+    logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         for name, most in _LIMITS.items():
             value = getattr(self, name)
-            derived = name in _DERIVED
+            least = 0 if name in _MAY_BE_ZERO else 1
             _require(
-                type(value) is int and (not derived) <= value <= most,
-                f"{name} as an int of {'0 (the default)' if derived else '1'} to {most}",
+                type(value) is int and least <= value <= most,
+                f"{name} as an int of {'0 (the default)' if name in _DERIVED else least} to {most}",
                 value,
             )
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
             value = getattr(self, name)
             _require(type(value) in (int, float) and 0 < value <= _MAX_RATIO, f"{name} above 0, to {_MAX_RATIO}", value)
-        for name in ("quick_gelu", "trained_aggregators"):
+        for name in ("quick_gelu", "trained_aggregators", "vision_tanh_gelu", "text_tanh_gelu"):
             _require(type(getattr(self, name)) is bool, f"{name} as True or False", getattr(self, name))
         _require(type(self.alpha) in (int, float) and 0 <= self.alpha <= 1, "alpha in [0, 1]", self.alpha)
         for name, least in {"image_mean": -_MAX_PIXEL, "image_std": 0}.items():
@@ -132,11 +175,46 @@ class FineLIPConfig:
             _require(width * ratio >= 1, f"{tower}_mlp_ratio that leaves a hidden width", ratio)
         _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
         _require(self.resize_mode in ["shortest", "squash"], "resize_mode 'shortest' or 'squash'", self.resize_mode)
+        self._check_family()
         for name, default in self._derived().items():
             object.__setattr__(self, name, getattr(self, name) or default)
         object.__setattr__(self, "alpha", float(self.alpha) if self.trained_aggregators else 1.0)
         object.__setattr__(self, "image_mean", tuple(self.image_mean))  # lists, when read from JSON
         object.__setattr__(self, "image_std", tuple(self.image_std))
+
+    def _check_family(self) -> None:
+        _require(self.family in ["clip", "siglip"], "family 'clip' or 'siglip'", self.family)
+        tokenizer = self.tokenizer
+        is_hash = isinstance(tokenizer, str) and (tokenizer == "" or _SHA256.fullmatch(tokenizer) is not None)
+        _require(is_hash, "tokenizer as a SHA-256 in hex, or empty", tokenizer)
+        bias = self.logit_bias
+        _require(
+            bias is None or (type(bias) in (int, float) and abs(bias) < _MAX_PIXEL), "logit_bias as a number", bias
+        )
+        tanh = self.vision_tanh_gelu or self.text_tanh_gelu
+        _require(not (self.quick_gelu and tanh), "quick_gelu or tanh approximations of GELU, not both", True)
+        for name in ("pad_token", "end_token") if self.family == "siglip" else ():
+            token = getattr(self, name)
+            _require(token < self.vocab_size, f"{name} below vocab_size, {self.vocab_size}", token)
+        if self.family == "siglip":
+            rows = self.text_positions
+            most = f"text_positions of 2 to context_length, {self.context_length}"
+            _require(2 <= rows <= self.context_length, most, rows)
+            _require(
+                self.vision_width == self.embed_dim,
+                f"vision_width equal to embed_dim, {self.embed_dim}",
+                self.vision_width,
+            )
+        else:
+            clips = {"text_positions": 0, "pad_token": 0, "end_token": EOT_TOKEN, "tokenizer": ""}
+            for name, value in clips.items():
+                own_value = getattr(self, name)
+                _require(own_value == value, f"{name} of {value!r} in the family 'clip'", own_value)
+
+    @property
+    def word_token(self) -> int:
+        """An id that ends no caption, for captions whose words do not matter."""
+        return 2 if self.end_token == 1 else 1
 
     @property
     def patches(self) -> int:
@@ -173,9 +251,16 @@ class FineLIPConfig:
             width, layers = getattr(self, f"{name}_width"), getattr(self, f"{name}_layers")
             hidden = int(width * getattr(self, f"{name}_mlp_ratio"))
             block = 4 * width * (width + 1) + 2 * 2 * width + hidden * (width + 1) + width * (hidden + 1)
-            towers += layers * block + width * self.embed_dim + 2 * width
-        vision = self.vision_width * (3 * self.patch_size**2 + self.patches + 1 + 1 + 2)
-        text = self.text_width * (self.vocab_size + self.context_length)
+            towers += layers * block + 2 * width
+        width, text_width = self.vision_width, self.text_width
+        hidden = int(width * self.vision_mlp_ratio)
+        vision = width * (3 * self.patch_size**2 + self.patches)
+        text = text_width * (self.vocab_size + (self.text_positions or self.context_length) + self.embed_dim)
+        if self.family == "siglip":  # a bias of the patches, and the pool; a bias of the text's projection
+            vision += width + 4 * width * (width + 1) + 3 * width + hidden * (width + 1) + width * (hidden + 1)
+            text += self.embed_dim
+        else:  # class token, its position, a first norm and the projection
+            vision += 4 * width + width * self.embed_dim
         hidden, aggregated = self.aggregator_hidden, self.aggregated_tokens
         aggregator = 1 + 2 * self.embed_dim + hidden * (self.embed_dim + 1) + aggregated * (hidden + 1)
         return towers + vision + text + 2 * aggregator + 1
@@ -197,8 +282,10 @@ class FineLIPConfig:
         return dataclasses.replace(self, **{**following, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values for JSON. Fields that only SigLIP has are left out where they are at CLIP's values."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _SIGLIP_FIELDS or value != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FineLIPConfig:
@@ -228,6 +315,12 @@ class FineLIPConfig:
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
         return PRESETS[name].replace(**changes)
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """Hidden width over width, such that truncating ``width * ratio`` gives the hidden width back."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _require(condition: bool, expected: str, got: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finelip_fast.aggregator import join_windows
 from finelip_fast.preprocess import Preprocess
-from finelip_fast.tokenizer import Overflow, TokenBatch, encode_batch
+from finelip_fast.tokenizer import CLIP_BPE, Overflow, TokenBatch, Tokenizer, encode_batch
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ def embed_texts(
     context_length: int,
     batch_size: int = 64,
     overflow: Overflow = "truncate",
+    tokenizer: Tokenizer = CLIP_BPE,
 ) -> Tensor:
     """Embed captions, in order of length so that a batch holds little padding; results come back in the given order.
 
@@ -50,6 +51,7 @@ def embed_texts(
         batch_size: Sequences at once.
         overflow: What happens to a longer caption: ``"truncate"``, ``"error"`` or ``"window"``
             (see :func:`finelip_fast.tokenize`).
+        tokenizer: That of the model.
 
     Returns:
         ``[N, L, D]`` on the encoder's device.
@@ -57,7 +59,7 @@ def embed_texts(
     Raises:
         InputError: A caption too long under ``overflow="error"``.
     """
-    batch = encode_batch(texts, context_length, overflow=overflow)
+    batch = encode_batch(texts, context_length, overflow=overflow, tokenizer=tokenizer)
     return embed_tokens(encode_text, batch, batch_size=batch_size)
 
 

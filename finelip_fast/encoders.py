@@ -1,16 +1,27 @@
-"""CLIP's two transformers, returning the projected features of every token instead of one vector.
+"""CLIP's two transformers and SigLIP's, returning the projected features of every token instead of one vector.
 
-The towers are open_clip's, whose parameters carry CLIP's own names. The text tower takes any context length: its table of
-positions is a stretched one (:func:`stretch_positions`).
+The towers are open_clip's, whose parameters carry CLIP's own names. All of them give features in one layout: of a picture the
+global one first, then one a patch; of a caption one a token, the global one in the place of the end token.
+
+CLIP reads a caption causally, up to its end token, and takes any context length by a stretched table of positions
+(:func:`stretch_positions`). SigLIP (arXiv 2303.15343, 2502.14786) was trained on captions padded to 64 positions, sees all of
+them from each, and is read at the last. So up to 64 tokens are read here in just this way, whatever the context. A caption of
+more tokens has no padding; its positions are spread evenly over the trained table, whose last row stays that of the position
+which is read. Every row has been trained, and none is left to keep or to add.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
-from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
+import torch.nn.functional as F
+from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, Transformer, VisionTransformer
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
-from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
+from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, SIGLIP_EPSILON, FineLIPConfig
 from finelip_fast.errors import InputError
 
 _MASKED = -1e4
@@ -28,7 +39,7 @@ class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is unt
             heads=config.vision_heads,
             mlp_ratio=config.vision_mlp_ratio,
             output_dim=config.embed_dim,
-            act_layer=_activation(config),
+            act_layer=_activation(config, "vision"),
         )
 
     def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,7 +65,7 @@ class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untype
             layers=config.text_layers,
             mlp_ratio=config.text_mlp_ratio,
             output_dim=config.embed_dim,
-            act_layer=_activation(config),
+            act_layer=_activation(config, "text"),
         )
 
     def build_causal_mask(self) -> Tensor:
@@ -71,11 +82,144 @@ class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untype
         return features
 
 
-def caption_lengths(ids: Tensor) -> Tensor:
-    """Real tokens of each caption, start to end token: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
+class AttentionPool(AttentionPoolLatent):
+    """Attention of a learned query over the patches, and the layers that make a feature of what it gathers.
+
+    A picture's feature is ``head(sum of weight_p * value_p)``. As CLIP's projection is applied to every token, so is this head
+    to every patch: ``head(value_p)``, what the pool would give if it looked there alone.
+    """
+
+    mlp: Any
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalised patches ``[B, P, W]`` to features ``[B, 1 + P, W]``, the picture's first."""
+        key, value = self.kv(x).chunk(2, dim=-1)
+        query = self.q(self.latent.to(x.dtype).expand(x.shape[0], -1, -1))
+        heads = [rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (query, key, value)]
+        gathered = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)  # [B, 1, W]
+        rows = self.proj(torch.cat([gathered, value], dim=1))
+        features: Tensor = rows + self.mlp(self.norm(rows))
+        return features
+
+
+class SigLIPImageEncoder(nn.Module):
+    """Vision transformer without a class token: pixels ``[B, 3, H, W]`` to features ``[B, 1 + P, D]``, the pooled first."""
+
+    def __init__(self, config: FineLIPConfig) -> None:
+        super().__init__()
+        width, patch = config.vision_width, config.patch_size
+        layers: dict[str, Any] = {
+            "norm_layer": _norm(),
+            "act_layer": _activation(config, "vision"),
+        }
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(config.patches, width))
+        self.transformer = Transformer(
+            width, config.vision_layers, config.vision_heads, config.vision_mlp_ratio, **layers
+        )
+        self.ln_post = layers["norm_layer"](width)
+        self.attn_pool = AttentionPool(
+            width, num_heads=config.vision_heads, mlp_ratio=config.vision_mlp_ratio, **layers
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
+        x = self.ln_post(self.transformer(x + self.positional_embedding.to(x.dtype)))
+        features: Tensor = self.attn_pool(x)
+        return features
+
+
+class SigLIPTextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
+    """Text transformer that sees all positions: ids ``[B, T]`` to features ``[B, T, D]``, the global one at the end token.
+
+    What stands behind a caption's end token does not matter, nor how wide the batch is.
+    """
+
+    text_projection: nn.Linear
+
+    def __init__(self, config: FineLIPConfig) -> None:
+        super().__init__(
+            context_length=config.text_positions,
+            vocab_size=config.vocab_size,
+            width=config.text_width,
+            heads=config.text_heads,
+            layers=config.text_layers,
+            mlp_ratio=config.text_mlp_ratio,
+            output_dim=config.embed_dim,
+            no_causal_mask=True,
+            pad_id=config.pad_token,
+            pool_type="last",
+            proj_bias=True,
+            norm_layer=_norm(),
+            act_layer=_activation(config, "text"),
+        )
+        self.end_token = config.end_token
+
+    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        width, rows = ids.shape[1], self.num_pos
+        lengths = caption_lengths(ids, self.end_token)
+        missing: Any = torch.sym_max(width, rows) - width  # no branch: an exported graph takes any width
+        ids = F.pad(ids, (0, missing))
+        position = torch.arange(ids.shape[1], device=ids.device)
+        x = self.token_embedding(ids.masked_fill(position >= lengths[:, None], self.pad_id))
+        visible = lengths.clamp(min=rows)  # [B], the positions of each caption
+        if ids.shape[1] == rows and not torch.compiler.is_compiling():
+            x = self.transformer(x + self.positional_embedding.to(x.dtype))
+        else:
+            x = x + spread_positions(self.positional_embedding, visible, ids.shape[1]).to(x.dtype)
+            hidden = torch.zeros(ids.shape, dtype=x.dtype, device=x.device)
+            hidden = hidden.masked_fill(position >= visible[:, None], _MASKED)
+            # [B heads, T, T] of which every position has the same row
+            mask = hidden.repeat_interleave(self.heads, 0)[:, None].expand(-1, ids.shape[1], -1)
+            x = self.transformer(x, attn_mask=mask)
+        last = x[torch.arange(x.shape[0], device=x.device), visible - 1]
+        x = torch.where((position == lengths[:, None] - 1)[..., None], last[:, None], x)
+        features: Tensor = self.text_projection(self.ln_final(x[:, :width]))
+        return features
+
+
+def spread_positions(table: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Learned positions, spread evenly over captions of any length.
+
+    The first position of a caption has the table's first row, its last the last; those between are interpolated linearly. A
+    caption of as many positions as the table has rows has just these.
+
+    Args:
+        table: Positions ``[S, W]``.
+        lengths: int64 ``[B]``, positions of each caption, at least ``S``.
+        width: ``T``; positions past a caption's last have the last row, too.
+
+    Returns:
+        ``[B, T, W]`` in the table's dtype.
+    """
+    # In whole numbers, up to the fraction: half precision would not tell one position of a long caption from the next.
+    steps = (lengths - 1)[:, None]
+    along = torch.arange(width, device=table.device) * (len(table) - 1)
+    left = torch.div(along, steps, rounding_mode="floor").clamp(max=len(table) - 2)
+    beyond = torch.minimum(along - left * steps, steps)
+    fraction = (beyond.to(table.dtype) / steps.to(table.dtype))[..., None]
+    start, end = F.embedding(left, table), F.embedding(left + 1, table)
+    return torch.lerp(start, end, fraction)
+
+
+def image_encoder(config: FineLIPConfig) -> ImageEncoder | SigLIPImageEncoder:
+    """The encoder of pictures of a model's family."""
+    return SigLIPImageEncoder(config) if config.family == "siglip" else ImageEncoder(config)
+
+
+def text_encoder(config: FineLIPConfig) -> TextEncoder | SigLIPTextEncoder:
+    """The encoder of captions of a model's family."""
+    return SigLIPTextEncoder(config) if config.family == "siglip" else TextEncoder(config)
+
+
+def caption_lengths(ids: Tensor, end_token: int = EOT_TOKEN) -> Tensor:
+    """Real tokens of each caption, the end token included: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
     # The lowest position of an end token, not argmax: its int64 form is missing or wrong in other runtimes.
     width = ids.shape[1]
-    first = torch.where(ids == EOT_TOKEN, torch.arange(width, device=ids.device), width).amin(dim=1)
+    first = torch.where(ids == end_token, torch.arange(width, device=ids.device), width).amin(dim=1)
     return torch.where(first < width, first + 1, 0)
 
 
@@ -110,5 +254,13 @@ def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS)
     return torch.lerp(exact[left], exact[left + 1], (source - left)[:, None]).to(table.dtype)
 
 
-def _activation(config: FineLIPConfig) -> type[nn.Module]:
-    return QuickGELU if config.quick_gelu else nn.GELU
+def _norm() -> Any:
+    """What makes a norm of SigLIP's; open_clip says a class, and takes any function."""
+    return partial(LayerNorm, eps=SIGLIP_EPSILON)
+
+
+def _activation(config: FineLIPConfig, tower: str) -> Any:
+    """What makes an activation; open_clip says a class, and takes any function."""
+    if config.quick_gelu:
+        return QuickGELU
+    return partial(nn.GELU, approximate="tanh") if getattr(config, f"{tower}_tanh_gelu") else nn.GELU

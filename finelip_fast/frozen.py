@@ -1,8 +1,9 @@
 """The encoders as they run on a CPU: weights laid out once, captions without padding, nothing kept for a gradient.
 
-A block of CLIP's transformers is seven operations here: two norms, four linear layers and attention. The activation of the MLP
-is a part of its first layer, and attention reads queries, keys and values where the one projection wrote them. Rows of all
-captions lie one after another, so that each takes what its own tokens take; only attention looks at them one length at a time.
+A block of CLIP's and SigLIP's transformers is seven operations here: two norms, four linear layers and attention. The
+activation of the MLP is a part of its first layer, and attention reads queries, keys and values where the one projection wrote
+them. Rows of all captions lie one after another, so that each takes what its own tokens take; only attention looks at them one
+length at a time.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
+from finelip_fast.encoders import (
+    ImageEncoder,
+    SigLIPImageEncoder,
+    SigLIPTextEncoder,
+    TextEncoder,
+    caption_lengths,
+    spread_positions,
+)
 from finelip_fast.kernels import cpu
-from finelip_fast.kernels.cpu import LinearPrecision, filled_rows, frozen_linear
+from finelip_fast.kernels.cpu import Activation, LinearPrecision, filled_rows, frozen_linear
 from finelip_fast.model import FineLIP
 
 # QuickGELU is x * sigmoid(1.702 x), which is swish(1.702 x) / 1.702, and swish is what oneDNN has.
@@ -50,8 +58,13 @@ def freeze(model: FineLIP, precision: LinearPrecision = "fp32") -> FineLIP:
     Returns:
         The model.
     """
+    text: nn.Module
+    if isinstance(model.text, SigLIPTextEncoder):
+        text = FrozenSigLIPTextEncoder(model.text, precision)
+    else:
+        text = FrozenTextEncoder(model.text, precision)
     model.add_module("visual", FrozenImageEncoder(model.visual, precision))
-    model.add_module("text", FrozenTextEncoder(model.text, precision))
+    model.add_module("text", text)
     return model
 
 
@@ -65,17 +78,23 @@ def why_not(precision: str) -> str | None:
 
 
 class FrozenImageEncoder(nn.Module):
-    """:class:`finelip_fast.encoders.ImageEncoder` without its parameters: pixels ``[B, 3, H, W]`` to ``[B, 1 + P, D]``."""
+    """An encoder of :mod:`finelip_fast.encoders` without its parameters: pixels ``[B, 3, H, W]`` to ``[B, 1 + P, D]``."""
 
-    def __init__(self, encoder: ImageEncoder, precision: LinearPrecision = "fp32") -> None:
+    def __init__(self, encoder: ImageEncoder | SigLIPImageEncoder, precision: LinearPrecision = "fp32") -> None:
         super().__init__()
         positions = encoder.positional_embedding.detach()
-        self._cls, self._positions = encoder.class_embedding.detach() + positions[0], positions[1:]
         self._patch = encoder.conv1.kernel_size[0]
-        self._embed = frozen_linear(encoder.conv1.weight.flatten(1), None)
-        self._norm = _norm(encoder.ln_pre)
+        self._embed = frozen_linear(encoder.conv1.weight.flatten(1), encoder.conv1.bias)
         self._blocks = [_Block(block, precision) for block in encoder.transformer.resblocks]
-        self._head = _Head(encoder.ln_post, encoder.proj)
+        self._head: _Head | _PoolingHead
+        if isinstance(encoder, SigLIPImageEncoder):
+            self._cls, self._positions = positions[:0], positions
+            self._norm: Callable[[Tensor], Tensor] = nn.Identity()
+            self._head = _PoolingHead(encoder.ln_post, encoder.attn_pool, len(positions))
+        else:
+            self._cls, self._positions = encoder.class_embedding.detach() + positions[:1], positions[1:]
+            self._norm = _norm(encoder.ln_pre)
+            self._head = _Head(encoder.ln_post, _transposed(encoder.proj))
 
     def forward(self, pixels: Tensor) -> Tensor:
         length = 1 + len(self._positions)
@@ -91,7 +110,7 @@ class FrozenImageEncoder(nn.Module):
         # [B, 3, H, W] -> [B, 3, rows, p, columns, p] -> [B, rows, columns, 3, p, p]: a patch is a row of the product.
         patches = pixels.unflatten(3, (-1, self._patch)).unflatten(2, (-1, self._patch)).permute(0, 2, 4, 1, 3, 5)
         embedded = self._embed(patches.flatten(3).flatten(0, 2)).view(len(pixels), *self._positions.shape)
-        x = torch.cat([self._cls.expand(len(pixels), 1, -1), embedded.add_(self._positions)], dim=1)
+        x = torch.cat([self._cls.expand(len(pixels), -1, -1), embedded.add_(self._positions)], dim=1)
         run = Run(*x.shape[:2])
         x = self._norm(x.flatten(0, 1))
         for block in self._blocks:
@@ -110,7 +129,7 @@ class FrozenTextEncoder(nn.Module):
         self._embeddings: Tensor = encoder.token_embedding.weight.detach()
         self._positions: Tensor = encoder.positional_embedding.detach()
         self._blocks = [_Block(block, precision) for block in encoder.transformer.resblocks]
-        self._head = _Head(encoder.ln_final, encoder.text_projection)
+        self._head = _Head(encoder.ln_final, _transposed(encoder.text_projection))
 
     def forward(self, ids: Tensor) -> Tensor:
         lengths = caption_lengths(ids)
@@ -124,6 +143,51 @@ class FrozenTextEncoder(nn.Module):
                 block(x, runs, causal=True)
             features[numbers[caption], position] = self._head(x)[: len(caption)]
         return features
+
+
+class FrozenSigLIPTextEncoder(nn.Module):
+    """:class:`finelip_fast.encoders.SigLIPTextEncoder` without its parameters: ids ``[B, T]`` to ``[B, T, D]``.
+
+    Positions after a caption's end are zeros.
+    """
+
+    def __init__(self, encoder: SigLIPTextEncoder, precision: LinearPrecision = "fp32") -> None:
+        super().__init__()
+        self._end, self._padding = encoder.end_token, encoder.pad_id
+        self._embeddings: Tensor = encoder.token_embedding.weight.detach()
+        self._positions: Tensor = encoder.positional_embedding.detach()
+        self._blocks = [_Block(block, precision) for block in encoder.transformer.resblocks]
+        projection = encoder.text_projection
+        self._head = _Head(encoder.ln_final, projection.weight, projection.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = caption_lengths(ids, self._end)
+        features = self._embeddings.new_zeros(*ids.shape, self._head.width)
+        ids = F.pad(ids, (0, max(0, len(self._positions) - ids.shape[1])))
+        at = torch.arange(ids.shape[1])
+        ids = ids.masked_fill(at >= lengths[:, None], self._padding)
+        visible = lengths.clamp(min=len(self._positions)).masked_fill(lengths == 0, 0)
+        for numbers in _batches(visible):
+            # Of each position, caption by caption: which caption it is of, and where it stands there.
+            caption, position = (at < visible[numbers, None]).nonzero(as_tuple=True)
+            x = F.embedding(ids[numbers[caption], position], self._embeddings) + self._spread(visible[numbers])
+            x, runs = _filled(x, _runs(visible[numbers]))
+            for block in self._blocks:
+                block(x, runs, causal=False)
+            # What the last position has gathered takes the end token's place, and the padding is left out.
+            numbers, end = numbers[caption], lengths[numbers[caption]] - 1
+            is_last = position == visible[numbers] - 1
+            rows = ((position < end) | is_last).nonzero()[:, 0]
+            features[numbers[rows], torch.where(is_last, end, position)[rows]] = self._head(x[rows])
+        return features
+
+    def _spread(self, lengths: Tensor) -> Tensor:
+        """Positions ``[R, W]`` of captions in order of length."""
+        parts = [
+            spread_positions(self._positions, torch.tensor([run.length]), run.length)[0].repeat(run.items, 1)
+            for run in _runs(lengths)
+        ]
+        return torch.cat(parts)
 
 
 class _Block:
@@ -141,7 +205,8 @@ class _Block:
             self._widen = linear(widen.weight * quick, widen.bias * quick, "swish")
             self._narrow = linear(narrow.weight / quick, narrow.bias)
         else:
-            self._widen, self._narrow = linear(widen.weight, widen.bias, "gelu"), linear(narrow.weight, narrow.bias)
+            self._widen = linear(widen.weight, widen.bias, _gelu(block.mlp.gelu))
+            self._narrow = linear(narrow.weight, narrow.bias)
 
     def __call__(self, x: Tensor, runs: Sequence[Run], *, causal: bool) -> None:
         """Add to the rows ``x [R, W]``, in place."""
@@ -152,14 +217,46 @@ class _Block:
 class _Head:
     """The last norm and the projection: ``[R, W]`` to ``[R, D]``."""
 
-    def __init__(self, norm: Any, projection: Any) -> None:  # open_clip is untyped
-        self.width: int = projection.shape[1]
+    def __init__(self, norm: Any, projection: Any, bias: Any = None) -> None:  # open_clip is untyped
+        self.width: int = projection.shape[0]
         self._norm = _norm(norm)
-        self._project = frozen_linear(projection.T.contiguous(), None)
+        self._project = frozen_linear(projection.contiguous(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         features: Tensor = self._project(self._norm(x))
         return features
+
+
+class _PoolingHead:
+    """The last norm and :class:`finelip_fast.encoders.AttentionPool`: ``[B P, W]`` to ``[B (1 + P), W]``."""
+
+    def __init__(self, norm: Any, pool: Any, patches: int) -> None:  # timm is untyped
+        self.width: int = pool.out_features
+        self._patches, self._heads = patches, pool.num_heads
+        self._norm, self._norm_2 = _norm(norm), _norm(pool.norm)
+        self._query: Tensor = pool.q(pool.latent).detach()
+        self._project = frozen_linear(pool.kv.weight, pool.kv.bias)
+        self._join = frozen_linear(pool.proj.weight, pool.proj.bias)
+        widen, narrow = pool.mlp.fc1, pool.mlp.fc2
+        self._widen = frozen_linear(widen.weight, widen.bias, _gelu(pool.mlp.act))
+        self._narrow = frozen_linear(narrow.weight, narrow.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key, value = self._project(self._norm(x)).view(-1, self._patches, 2 * self.width).chunk(2, dim=-1)
+        query = self._query.expand(len(key), -1, -1)
+        split = [rows.unflatten(-1, (self._heads, -1)).transpose(1, 2) for rows in (query, key, value)]
+        gathered = F.scaled_dot_product_attention(split[0], split[1], split[2]).transpose(1, 2).flatten(2)
+        rows = self._join(torch.cat([gathered, value], dim=1).flatten(0, 1))
+        return rows.add_(self._narrow(self._widen(self._norm_2(rows))))
+
+
+def _transposed(projection: Any) -> Tensor:
+    columns: Tensor = projection.T
+    return columns
+
+
+def _gelu(activation: nn.Module) -> Activation:
+    return "gelu_tanh" if getattr(activation, "approximate", "none") == "tanh" else "gelu"
 
 
 def _attention(projected: Tensor, heads: int, runs: Sequence[Run], causal: bool) -> Tensor:

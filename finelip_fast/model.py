@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from finelip_fast.aggregator import TokenAggregator, global_rows
 from finelip_fast.config import FineLIPConfig
-from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
+from finelip_fast.encoders import caption_lengths, image_encoder, text_encoder
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
+from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
 
 
 class TrainingOutput(NamedTuple):
@@ -40,6 +41,7 @@ class FineLIP(nn.Module):
 
     Args:
         config: Sizes. The weights start at random; :func:`finelip_fast.load` gives a trained model.
+        tokenizer: What makes its tokens of captions, kept as :attr:`tokenizer`.
 
     Example:
         >>> model = finelip_fast.load()
@@ -48,11 +50,11 @@ class FineLIP(nn.Module):
         >>> model.score(images, texts)                                    # [B_i, B_t]
     """
 
-    def __init__(self, config: FineLIPConfig) -> None:
+    def __init__(self, config: FineLIPConfig, tokenizer: Tokenizer = CLIP_BPE) -> None:
         super().__init__()
-        self.config = config
-        self.visual = ImageEncoder(config)
-        self.text = TextEncoder(config)
+        self.config, self.tokenizer = config, tokenizer
+        self.visual = image_encoder(config)
+        self.text = text_encoder(config)
         sizes = (config.embed_dim, config.aggregator_hidden, config.aggregated_tokens)
         self.image_aggregator = TokenAggregator(*sizes)
         self.text_aggregator = TokenAggregator(*sizes)
@@ -101,11 +103,11 @@ class FineLIP(nn.Module):
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed captions.
 
-        The transformer is causal: nothing after the longest caption's end token can change anything, so those positions
-        are not computed (except in a compiled or exported graph, whose shapes must not depend on values).
+        Nothing after the longest caption's end token can change anything, so those positions are not computed (except in a
+        compiled or exported graph, whose shapes must not depend on values).
 
         Args:
-            ids: int64 ``[B, T]`` from :func:`finelip_fast.tokenize`, ``T <= config.context_length``.
+            ids: int64 ``[B, T]`` from :func:`finelip_fast.tokenize` with :attr:`tokenizer`, ``T <= config.context_length``.
 
         Returns:
             ``[B, L, D]``, unit rows, row 0 from the end token. A row of padding alone gives zeros.
@@ -132,6 +134,30 @@ class FineLIP(nn.Module):
         """
         return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
 
+    def probability(self, images: Tensor, texts: Tensor) -> Tensor:
+        """How likely each picture and each caption belong together, as a SigLIP was trained to tell (arXiv 2303.15343).
+
+        ``sigmoid(exp(logit_scale) * cosine + logit_bias)``, of the global rows. Unlike scores, which order pictures,
+        probabilities are small throughout where nothing fits.
+
+        Args:
+            images: ``[B_i, L, D]`` from :meth:`encode_image`.
+            texts: ``[B_t, L, D]`` from :meth:`encode_text`.
+
+        Returns:
+            float32 ``[B_i, B_t]``.
+
+        Raises:
+            InputError: A model without a ``logit_bias``: no SigLIP, or one that was trained further with another loss.
+        """
+        if self.config.logit_bias is None:
+            raise InputError(
+                "expected a SigLIP as it was published, got a model without logit_bias: its cosines make no probabilities; "
+                "compare scores with each other (model.score)"
+            )
+        cosines = images[:, 0].float() @ texts[:, 0].float().T
+        return torch.sigmoid(self.logit_scale.float().exp() * cosines + self.config.logit_bias)
+
     def forward(self, pixels: Tensor, ids: Tensor, tokens: Tensor | None = None) -> TrainingOutput:
         """What a training step differentiates.
 
@@ -144,7 +170,7 @@ class FineLIP(nn.Module):
         if tokens is None:
             tokens, lengths = self.text_tokens(ids)
         else:
-            lengths = caption_lengths(ids)
+            lengths = self._lengths(ids)
         return TrainingOutput(
             self.aggregate_image(patches),
             self.aggregate_text(tokens, lengths),
@@ -155,10 +181,13 @@ class FineLIP(nn.Module):
 
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Projected features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
-        lengths = caption_lengths(ids)
-        if not torch.compiler.is_compiling() and len(ids):
-            ids = ids[:, : max(1, int(lengths.max()))]
+        lengths = self._lengths(ids)
+        if not torch.compiler.is_compiling():
+            ids = ids[:, : max(1, int(lengths.max()) if len(ids) else 0)]
         return self.text(ids), lengths
+
+    def _lengths(self, ids: Tensor) -> Tensor:
+        return caption_lengths(ids, self.config.end_token)
 
     @property
     def _aggregates(self) -> bool:
@@ -173,13 +202,25 @@ class FineLIP(nn.Module):
     def aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Features ``[B, T, D]`` and the captions' lengths, end token included, to embeddings ``[B, K + 1, D]``."""
         anchor = _end_tokens(tokens, lengths)
-        embeddings: Tensor = self.text_aggregator(tokens, anchor=anchor, lengths=(lengths - 1).clamp(min=0))
+        embeddings: Tensor = self.text_aggregator(
+            tokens, anchor=anchor, lengths=aggregated_lengths(lengths, self.config)
+        )
         return embeddings
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
+
+
+def aggregated_lengths(lengths: Tensor, config: FineLIPConfig) -> Tensor:
+    """How many tokens of captions are aggregated: those before the end token.
+
+    SigLIP has no start token, and an empty caption is its end token alone: then that is aggregated, so that all rows have a
+    length.
+    """
+    before = (lengths - 1).clamp(min=0)
+    return torch.maximum(before, lengths.clamp(max=1)) if config.family == "siglip" else before
 
 
 def _end_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -1,35 +1,35 @@
-"""Captions to token ids: CLIP's byte-level BPE at long context.
+"""Captions to token ids at long context: by CLIP's byte-level BPE, or by a checkpoint's own ``tokenizer.json``.
 
-A caption of ``n`` tokens is ``START, its text, EOT``. Captions longer than the context are cut with the EOT kept,
-refused, or split into windows that end with sentences; in every case the caller can learn what happened to which caption.
+A caption of ``n`` tokens is ``START, its text, EOT``, of a tokenizer without a start token ``its text, END``. Captions longer
+than the context are cut with the EOT kept, refused, or split into windows that end with sentences; in every case the caller
+can learn what happened to which caption.
 """
 
 from __future__ import annotations
 
-import html
 import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from finelip_fast._arguments import one_of
-from finelip_fast.config import EOT_TOKEN, START_TOKEN
 from finelip_fast.errors import InputError, TruncationWarning
-
-if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
+from finelip_fast.vocabulary import CLIP_BPE, FileTokenizer, Tokenizer
 
 __all__ = [
+    "CLIP_BPE",
+    "FileTokenizer",
     "Overflow",
     "TokenBatch",
+    "Tokenizer",
     "encode_batch",
     "expected_truncation",
     "token_spans",
@@ -38,16 +38,9 @@ __all__ = [
 
 Overflow = Literal["truncate", "error", "window"]
 
-# Repairing text takes time by the square of a line's length, byte pairs by the square of a word's: lines and words beyond
-# these are taken in pieces. Few words that people write come near, and the time of all else is linear.
 MAX_CHARACTERS = 1 << 18
-_LINE, _WORD = 4096, 256
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-
-_PIECES = re.compile(rf"[\s\S]{{1,{_LINE - 1}}}(?:\s|\Z)|[\s\S]{{1,{_LINE}}}")
-_SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # nothing that is ever repaired
-_LONG_NUMBER = re.compile(r"&#[0-9]{1000,};?")  # of a character: none, and more digits than Python reads
 
 
 @contextmanager
@@ -83,7 +76,11 @@ class TokenBatch:
 
 
 def tokenize(
-    texts: str | Iterable[str], context_length: int = 256, *, overflow: Literal["truncate", "error"] = "truncate"
+    texts: str | Iterable[str],
+    context_length: int = 256,
+    *,
+    overflow: Literal["truncate", "error"] = "truncate",
+    tokenizer: Tokenizer = CLIP_BPE,
 ) -> Tensor:
     """Token ids of captions, one row each.
 
@@ -95,6 +92,7 @@ def tokenize(
         context_length: Row width ``T``, at least 3.
         overflow: Treatment of captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last
             remaining token the EOT and warns once per call; ``"error"`` refuses them.
+        tokenizer: That of the model, ``model.tokenizer``. Default: CLIP's, which only SigLIP's checkpoints do not have.
 
     Returns:
         int64 ``[B_t, T]``, zero-padded.
@@ -112,7 +110,7 @@ def tokenize(
             'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
             "use encode_batch, which also returns the caption that each row belongs to"
         )
-    batch = _encode(texts, context_length, overflow)
+    batch = _encode(texts, context_length, overflow, tokenizer)
     _warn_if_cut(batch)
     return batch.ids
 
@@ -123,6 +121,7 @@ def encode_batch(
     *,
     overflow: Overflow = "truncate",
     warn: bool = True,
+    tokenizer: Tokenizer = CLIP_BPE,
 ) -> TokenBatch:
     """Token ids of captions, with lengths and an account of the long ones.
 
@@ -133,6 +132,7 @@ def encode_batch(
             as its sentences allow, of about one length, each with its own START and EOT, that together hold every token of
             the text in order. A sentence that is longer than a row is split, too.
         warn: Whether to warn of captions that were cut.
+        tokenizer: That of the model.
 
     Returns:
         A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
@@ -143,20 +143,20 @@ def encode_batch(
     Warns:
         TruncationWarning: As for :func:`tokenize`.
     """
-    batch = _encode(texts, context_length, overflow)
+    batch = _encode(texts, context_length, overflow, tokenizer)
     if warn:
         _warn_if_cut(batch)
     return batch
 
 
-def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow) -> TokenBatch:
+def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow, tokenizer: Tokenizer) -> TokenBatch:
     check_overflow(overflow)
     _check_context(context_length)
     rows: list[list[int]] = []
     owner: list[int] = []
     tokens_cut: list[int] = []
     for caption, text in enumerate(_as_list(texts)):
-        tokens = _tokens(text)
+        tokens = [*tokenizer.start, *tokenizer.tokens(text), tokenizer.end]
         excess = max(0, len(tokens) - context_length)
         if excess and overflow == "error":
             raise InputError(
@@ -164,9 +164,9 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow)
                 'shorten it, raise context_length if the model allows, or pass overflow="truncate"'
             )
         if overflow == "window":
-            parts = _windows(text, tokens, context_length)
+            parts = _windows(text, tokens, context_length, tokenizer)
         else:
-            parts = [[*tokens[: context_length - 1], EOT_TOKEN] if excess else tokens]
+            parts = [[*tokens[: context_length - 1], tokenizer.end] if excess else tokens]
         rows += parts
         owner += [caption] * len(parts)
         tokens_cut.append(excess if overflow == "truncate" else 0)
@@ -182,15 +182,16 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow)
     )
 
 
-def _windows(caption: str, tokens: list[int], context_length: int) -> list[list[int]]:
+def _windows(caption: str, tokens: list[int], context_length: int, tokenizer: Tokenizer) -> list[list[int]]:
     """The caption itself if it fits, else rows that end where sentences do."""
-    text, room = tokens[1:-1], context_length - 2
+    start, end = tokenizer.start, tokenizer.end
+    text, room = tokens[len(start) : -1], context_length - len(start) - 1
     if len(text) <= room:
         return [tokens]
-    sizes = [_size(sentence) for sentence in SENTENCE_END.split(caption)]
-    if sum(sizes) != len(text):  # mojibake that is repaired across the end of a sentence
+    sizes = [_size(sentence, tokenizer) for sentence in SENTENCE_END.split(caption)]
+    if sum(sizes) != len(text):  # what is repaired, or one token, across the end of a sentence
         sizes = [len(text)]
-    return [[START_TOKEN, *text[first:last], EOT_TOKEN] for first, last in even_spans(sizes, room)]
+    return [[*start, *text[first:last], end] for first, last in even_spans(sizes, room)]
 
 
 def even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
@@ -217,71 +218,39 @@ def _packed(edges: list[int], length: int) -> list[tuple[int, int]]:
     return list(pairwise([*starts, edges[-1]]))
 
 
-def _tokens(text: str) -> list[int]:
-    """START, the text's BPE tokens, EOT."""
-    tokens = [START_TOKEN]
-    for token in _bpe().encode(text):
-        # The vocabulary reads a special token's name as the token itself: an EOT inside a caption would end it there.
-        tokens += _spelled_out(token) if token in (START_TOKEN, EOT_TOKEN) else [token]
-    return [*tokens, EOT_TOKEN]
-
-
-def token_spans(caption: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def token_spans(
+    caption: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer = CLIP_BPE
+) -> list[tuple[int, int]]:
     """Where stretches of a caption are among its tokens.
 
     Args:
         caption: The text, as given to :func:`tokenize`.
         spans: ``(start, end)`` in characters, each of whole words.
+        tokenizer: That of the model.
 
     Returns:
-        ``(first, last + 1)`` of the token row for each span; START is position 0.
+        ``(first, last + 1)`` of the token row for each span; CLIP's START is position 0.
     """
     spans = list(spans)
     cuts = sorted({0, len(caption), *(edge for span in spans for edge in span)})
-    position, count = {0: 1}, 1
-    for start, end in pairwise(cuts):
-        count += _size(caption[start:end])
-        position[end] = count
-    if not caption.isascii() and count != 1 + _size(caption):  # mojibake that is repaired across a blank
+    before = len(tokenizer.start)
+    position, count = {0: before}, before
+    if tokenizer.splits_at_blanks:
+        for start, end in pairwise(cuts):
+            count += _size(caption[start:end], tokenizer)
+            position[end] = count
+    # Mojibake is repaired across a blank.
+    if not tokenizer.splits_at_blanks or (not caption.isascii() and count != before + _size(caption, tokenizer)):
         ends = cuts[::-1]
-        position = dict(zip(ends, accumulate((1 + _size(caption[:end]) for end in ends), min), strict=True))
+        counts = (before + _size(caption[:end], tokenizer) for end in ends)
+        position = dict(zip(ends, accumulate(counts, min), strict=True))
     return [(position[start], position[end]) for start, end in spans]
 
 
 @lru_cache(maxsize=1 << 16)  # words come back, and repairing text is slow
-def _size(text: str) -> int:
+def _size(text: str, tokenizer: Tokenizer) -> int:
     """Tokens of a stretch of text."""
-    return len(_tokens(text)) - 2
-
-
-@cache
-def _spelled_out(token: int) -> list[int]:
-    """A special token's name as plain text; the blank after "<" keeps the name from being recognised."""
-    tokens: list[int] = _bpe().encode(_bpe().decoder[token].replace("<", "< "))
-    return tokens
-
-
-@cache
-def _bpe() -> SimpleTokenizer:
-    """CLIP's BPE with its vocabulary. Imported on first use: open_clip takes seconds."""
-    import regex
-    from open_clip.tokenizer import SimpleTokenizer
-
-    bpe = SimpleTokenizer()
-    bpe.clean_fn = _cleaned  # pyright: ignore[reportAttributeAccessIssue]  # it names the argument otherwise
-    bpe.pat = regex.compile(bpe.pat.pattern.replace("]+", f"]{{1,{_WORD}}}"), regex.IGNORECASE)
-    return bpe
-
-
-def _cleaned(text: str) -> str:
-    """Text cleaned as open_clip does: mojibake repaired, HTML entities resolved, white space collapsed, lower case."""
-    from ftfy import fix_text
-
-    if not _SOUND.fullmatch(text):
-        text = "".join(map(fix_text, _PIECES.findall(text)))
-    for _ in range(2):
-        text = html.unescape(_LONG_NUMBER.sub("\ufffd", text))
-    return " ".join(text.split()).lower()
+    return len(tokenizer.tokens(text))
 
 
 def _as_list(texts: str | Iterable[str]) -> list[str]:

@@ -7,16 +7,22 @@ has AVX-512 on all that have it: ``torch.compile`` freezes linear layers into th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["none", "gelu", "swish"]
+Activation = Literal["none", "gelu", "gelu_tanh", "swish"]
 LinearPrecision = Literal["fp32", "bf16", "int8"]
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "swish": F.silu}
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+}
 _LARGEST = 127
 _SMALLEST = 1e-30  # what a row of zeros is divided by
 _STEP, _FINE = 8, 256  # of numbers of rows, and up to which number the step stays
@@ -90,7 +96,7 @@ def frozen_linear(
     Args:
         weight: float32 ``[n, D]``. What the layer keeps is a copy, except in ``"fp32"`` where :func:`suits_onednn` says no.
         bias: float32 ``[n]``, or None.
-        activation: What follows the layer: nothing, exact GELU, or swish, ``x * sigmoid(x)``.
+        activation: What follows the layer: nothing, exact GELU, its tanh approximation, or swish, ``x * sigmoid(x)``.
         precision: Precision of the products. ``"bf16"`` rounds rows, weight and result to bfloat16, and adds up in float32.
             ``"int8"`` rounds rows of the weight once and rows of the input as they come, each with a scale, and adds up whole
             numbers: exact from there on.
@@ -106,7 +112,8 @@ def frozen_linear(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     columns, bias = packed(weight.to(dtype)), None if bias is None else bias.to(dtype)
     product = torch.ops.mkldnn._linear_pointwise
-    return lambda rows: product(rows.to(dtype), columns, bias, activation, [], "none")
+    name, _, algorithm = activation.partition("_")
+    return lambda rows: product(rows.to(dtype), columns, bias, name, [], algorithm or "none")
 
 
 def _int8_linear(weight: Tensor, bias: Tensor | None, activation: Activation) -> Callable[[Tensor], Tensor]:

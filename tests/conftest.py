@@ -47,7 +47,7 @@ def _module_of_a_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -89,6 +89,13 @@ def tiny_pipelines() -> ModuleType:
     """`diffusion/tiny_pipelines.py`, which makes pipelines for text-to-image."""
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'finelip-fast[diffusion]'")
     return _module_of_a_file(Path(__file__).parent / "diffusion" / "tiny_pipelines.py")
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["SigLIP", "SigLIP 2"])
+def open_clip_siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small SigLIP of open_clip's with the folder of its files, as ``open_clip_siglip.py`` writes it."""
+    module = sys.modules.get("open_clip_siglip") or _module_of_a_file(Path(__file__).with_name("open_clip_siglip.py"))
+    return module.write(tmp_path_factory.mktemp("siglip"), request.param)
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

@@ -113,6 +113,54 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
     assert isinstance(caught.value, ValueError)
 
 
+SIGLIP = {"family": "siglip", "quick_gelu": False, "embed_dim": 192, "text_positions": 64}
+
+
+def test_a_siglip_goes_through_json_and_keeps_its_positions():
+    config = FineLIPConfig.preset("scenes", **SIGLIP, pad_token=1, end_token=1, tokenizer="0" * 64, text_tanh_gelu=True)
+    assert FineLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.replace(context_length=100).text_positions == 64
+
+
+def test_a_clip_is_written_as_before_there_were_others():
+    names = {
+        "family",
+        "text_positions",
+        "pad_token",
+        "end_token",
+        "tokenizer",
+        "vision_tanh_gelu",
+        "text_tanh_gelu",
+        "logit_bias",
+    }
+    assert not names & set(FineLIPConfig.preset("scenes").to_dict())
+    assert names - {"logit_bias", "pad_token", "vision_tanh_gelu"} <= set(
+        FineLIPConfig.preset("scenes", **SIGLIP, end_token=1, tokenizer="0" * 64, text_tanh_gelu=True).to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "blip"}, "family 'clip' or 'siglip', got 'blip'"),
+        ({"text_positions": 5}, "text_positions of 0 in the family 'clip', got 5"),
+        ({"end_token": 5}, "end_token of 49407 in the family 'clip', got 5"),
+        ({"tokenizer": "0" * 64}, "tokenizer of '' in the family 'clip', got '000"),
+        (SIGLIP | {"logit_bias": "-10"}, "logit_bias as a number, got '-10'"),
+        (SIGLIP | {"logit_bias": float("nan")}, "logit_bias as a number, got nan"),
+        (SIGLIP | {"tokenizer": "abc"}, "tokenizer as a SHA-256 in hex, or empty, got 'abc'"),
+        (SIGLIP | {"embed_dim": 128}, "vision_width equal to embed_dim, 128, got 192"),
+        (SIGLIP | {"text_positions": 0}, "text_positions of 2 to context_length, 256, got 0"),
+        (SIGLIP | {"context_length": 63}, "text_positions of 2 to context_length, 63, got 64"),
+        (SIGLIP | {"end_token": 49408}, "end_token below vocab_size, 49408, got 49408"),
+        (SIGLIP | {"quick_gelu": True, "text_tanh_gelu": True}, "quick_gelu or tanh approximations of GELU, not both"),
+    ],
+)
+def test_families_are_not_mixed(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        FineLIPConfig.preset("scenes", **changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

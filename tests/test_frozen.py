@@ -25,6 +25,17 @@ CONTEXT = 40
 MODELS = {
     "QuickGELU": {"quick_gelu": True, "vision_width": 72, "vision_heads": 3, "text_width": 40, "text_heads": 4},
     "GELU": {"quick_gelu": False, "image_size": 36, "patch_size": 12, "vision_layers": 3, "text_layers": 1},
+    "SigLIP": {
+        "family": "siglip",
+        "quick_gelu": False,
+        "text_tanh_gelu": True,
+        "text_positions": 16,
+        "pad_token": 7,
+        "embed_dim": 72,
+        "vision_width": 72,
+        "vision_heads": 3,
+        "text_width": 40,
+    },
     "global rows alone": {"quick_gelu": True, "trained_aggregators": False},
 }
 # Largest difference of an entry. int8 and bfloat16 are held by what they do to these small models.

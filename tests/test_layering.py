@@ -15,7 +15,7 @@ LAYERS = [
     },
     {"kernels"},
     {
-        *("tokenizer", "preprocess", "encoders", "aggregator", "model", "frozen", "checkpoint"),
+        *("vocabulary", "tokenizer", "preprocess", "encoders", "aggregator", "model", "frozen", "checkpoint"),
         *("embed", "metrics", "ranking", "records", "datasets", "runtimes"),
     },
     {"engines", "index"},

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 from finelip_fast.aggregator import join_windows
 from finelip_fast.config import EOT_TOKEN
-from finelip_fast.encoders import caption_lengths
+from finelip_fast.encoders import caption_lengths, spread_positions
 from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 
+SIGLIP = {"family": "siglip", "quick_gelu": False, "text_positions": 16, "pad_token": 7, "embed_dim": 64}
 
-@pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
+
+@pytest.fixture(scope="module", params=[{}, SIGLIP], ids=["CLIP", "SigLIP"])
+def model(request, make_model):
+    return make_model(**request.param)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +110,12 @@ def test_a_row_of_padding_gives_zeros_and_leaves_the_others_alone(model, make_ca
 
 
 def test_a_caption_of_its_end_token_alone_has_no_other_row(model):
+    """CLIP's has a start token, too; SigLIP's is the empty caption, whose rows are all the global one."""
     with torch.no_grad():
         embeddings = model.encode_text(torch.tensor([[EOT_TOKEN, 0, 0]]))
     assert_close(embeddings[:, 0].norm(dim=-1), torch.ones(1), 1e-6)
-    assert not embeddings[:, 1:].any()
+    others = embeddings[:, :1].expand(-1, model.config.aggregated_tokens, -1) if model.config.family == "siglip" else 0
+    assert_close(embeddings[:, 1:], others + torch.zeros_like(embeddings[:, 1:]))
 
 
 def test_batches_of_nothing(model):
@@ -128,6 +132,21 @@ def test_caption_lengths(make_captions):
     assert caption_lengths(ids).tolist() == lengths
     ids[2, 11] = EOT_TOKEN  # the first end token ends the caption
     assert caption_lengths(ids).tolist() == lengths
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+def test_positions_are_spread_evenly(rows):
+    table = torch.randn(rows, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([rows, rows + 1, 2 * rows - 1, 37])
+    spread = spread_positions(table, lengths, 40)
+    assert torch.equal(spread[0, :rows], table)
+    for own, length in zip(spread, lengths.tolist(), strict=True):
+        expected = F.interpolate(table.T[None], length, mode="linear", align_corners=True)[0].T
+        assert_close(own[:length], expected, 1e-12)
+        assert_close(own[length:], table[-1:].expand(40 - length, -1), 1e-12)
+    half = spread_positions(table.half(), torch.tensor([4096]), 8192)  # one position is told from the next
+    assert half.isfinite().all()
+    assert_close(half[0, :4096].double(), spread_positions(table, torch.tensor([4096]), 4096)[0], 5e-3)
 
 
 def test_forward_is_both_encoders_and_the_multiplier(model, make_captions, pixels):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import signal
+import sys
 import warnings
+from itertools import chain
 
 import numpy as np
 import open_clip
@@ -16,14 +19,16 @@ from hypothesis import strategies as st
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
 from finelip_fast.errors import InputError
 from finelip_fast.tokenizer import (
+    CLIP_BPE,
     MAX_CHARACTERS,
+    FileTokenizer,
     TruncationWarning,
-    _bpe,
     encode_batch,
     expected_truncation,
     token_spans,
     tokenize,
 )
+from finelip_fast.vocabulary import _bpe
 
 CAPTIONS = {
     "empty": "",
@@ -335,3 +340,62 @@ def test_a_file_given_as_a_caption_is_refused() -> None:
         InputError, match="expected captions of at most 262144 characters, got 262145 in caption 1; cut it"
     ):
         tokenize(["a cat", "a" * (MAX_CHARACTERS + 1)])
+
+
+# Tokenizers of their own files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def siglip_tokenizer(open_clip_siglip):
+    content = (open_clip_siglip.folder / "tokenizer.json").read_bytes()
+    return FileTokenizer(content, end=1, vocab_size=200)
+
+
+def test_a_file_s_tokens_are_of_text_as_siglip_cleaned_it(siglip_tokenizer):
+    plain = siglip_tokenizer.tokens("a red house trees and cars")
+    assert siglip_tokenizer.tokens("A red_house:\n TREES &amp; and cars!") == plain
+    assert siglip_tokenizer.tokens("") == siglip_tokenizer.tokens(" ?! ") == []
+    batch = encode_batch(["", "a red house"], 16, tokenizer=siglip_tokenizer)
+    assert batch.ids[0].tolist() == [1] + [0] * 15
+    assert batch.ids[1, : batch.lengths[1]].tolist() == [*siglip_tokenizer.tokens("a red house"), 1]
+
+
+def test_nothing_in_a_text_is_its_end(siglip_tokenizer):
+    for text in ("</s>", "<eos>", "a ＜/s＞ red ＜eos＞ house"):
+        assert 1 not in siglip_tokenizer.tokens(text)
+
+
+def test_windows_of_a_file_s_tokens_hold_all_of_them(siglip_tokenizer):
+    text = "the red car drives left of two large trees " * 4
+    tokens = siglip_tokenizer.tokens(text)
+    batch = encode_batch(text, 10, overflow="window", tokenizer=siglip_tokenizer)
+    rows = [row[: length - 1].tolist() for row, length in zip(batch.ids, batch.lengths.tolist(), strict=True)]
+    assert all(row[length - 1] == 1 for row, length in zip(batch.ids, batch.lengths.tolist(), strict=True))
+    assert len(rows) > 1
+    assert list(chain(*rows)) == tokens
+    with pytest.warns(TruncationWarning, match=f"the longest lost {len(tokens) + 1 - 10} tokens"):
+        assert tokenize(text, 10, tokenizer=siglip_tokenizer)[0].tolist() == [*tokens[:9], 1]
+
+
+def test_words_are_found_among_a_file_s_tokens(siglip_tokenizer):
+    caption = "The red_car, drives LEFT; of the tree."
+    words = [match.span() for match in re.finditer(r"\S+", caption)]
+    tokens = siglip_tokenizer.tokens(caption)
+    spans = token_spans(caption, words, siglip_tokenizer)
+    assert (spans[0][0], spans[-1][1]) == (0, len(tokens))
+    assert all(first < last for first, last in spans)
+    for (start, end), (first, last) in zip(words, spans, strict=True):
+        expected = re.sub(r"[^\w\s]", "", caption[start:end]).replace("_", " ").lower()
+        assert siglip_tokenizer.parsed.decode(tokens[first:last]).strip() == expected
+
+
+def test_tokenizers_go_to_other_processes(siglip_tokenizer):
+    assert pickle.loads(pickle.dumps(CLIP_BPE)) is CLIP_BPE
+    again = pickle.loads(pickle.dumps(siglip_tokenizer))
+    assert again.tokens("a red house") == siglip_tokenizer.tokens("a red house")
+
+
+def test_the_package_that_reads_them_is_named_where_it_is_missing(siglip_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InputError, match=r"needs the package tokenizers: pip install 'finelip-fast\[siglip\]'"):
+        siglip_tokenizer.tokens("a red house")

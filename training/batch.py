@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from finelip_fast.datasets import Example
-from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import InputError
-from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
+from finelip_fast.tokenizer import CLIP_BPE, Tokenizer, encode_batch, expected_truncation, token_spans
 
 # From a word to the end of its sentence, and of several words to a comma or the like.
 _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|\Z)", re.DOTALL)
@@ -28,6 +27,7 @@ class Encoding(NamedTuple):
     Attributes:
         pixels: ``[3, H, W]``.
         ids: int64 ``[T]``.
+        length: Tokens of the caption among them, the end token included.
         image_id: 63 bits; equal for pairs of one picture.
         spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
         boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
@@ -42,6 +42,7 @@ class Encoding(NamedTuple):
 
     pixels: Tensor
     ids: Tensor
+    length: int
     image_id: int
     spans: Tensor
     boxes: Tensor
@@ -100,7 +101,9 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
 
-def encode_example(example: Example, preprocess: Callable[[Any], Tensor], context_length: int) -> Encoding:
+def encode_example(
+    example: Example, preprocess: Callable[[Any], Tensor], context_length: int, tokenizer: Tokenizer = CLIP_BPE
+) -> Encoding:
     """A pair as tensors; phrases and parts that the context cuts off or into are left out.
 
     Raises:
@@ -110,9 +113,9 @@ def encode_example(example: Example, preprocess: Callable[[Any], Tensor], contex
     if not example.caption.strip():
         raise InputError("expected a caption, got none")
     with expected_truncation():
-        tokens = encode_batch([example.caption], context_length)
+        tokens = encode_batch([example.caption], context_length, tokenizer=tokenizer)
     stretches = [(region.start, region.end) for region in example.regions]
-    spans = token_spans(example.caption, stretches + _parts(example.caption))
+    spans = token_spans(example.caption, stretches + _parts(example.caption), tokenizer)
     parts = [span for span in spans[len(stretches) :] if span[0] < span[1] < context_length]
     known = [
         (span, region)
@@ -122,6 +125,7 @@ def encode_example(example: Example, preprocess: Callable[[Any], Tensor], contex
     return Encoding(
         preprocess(example.image),
         tokens.ids[0],
+        int(tokens.lengths[0]),
         _number(example.image_id),
         torch.tensor([span for span, _ in known], dtype=torch.int64).reshape(-1, 2),
         torch.tensor([region.box for _, region in known], dtype=torch.float32).reshape(-1, 4),
@@ -149,7 +153,7 @@ def _number(name: str) -> int:
 def collate(items: Sequence[Encoding]) -> Batch:
     """Stack examples to a batch; the ids are cut to the longest caption."""
     ids = torch.stack([item.ids for item in items])
-    longest = int(caption_lengths(ids).max())
+    longest = max(item.length for item in items)
     phrases = torch.tensor([len(item.spans) for item in items])
     tokens = [item.tokens for item in items if item.tokens is not None]
     return Batch(

@@ -118,7 +118,9 @@ class TrainConfig:
     )
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
-        metadata={"help": "first text positions that stay as they are; give 0 when from nothing"},
+        metadata={
+            "help": "first text positions that stay as they are; give 0 when from nothing; SigLIP's are all trained"
+        },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations: less memory, more time"}

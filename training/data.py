@@ -23,6 +23,7 @@ from finelip_fast.datasets.base import FileExamples
 from finelip_fast.datasets.survey import hash_of
 from finelip_fast.errors import ConfigError, FineLIPError, ImageError, InputError, TrainingError
 from finelip_fast.preprocess import Preprocess
+from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
 from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.batch import Batch, Encoding, collate, encode_example
 from finelip_fast.training.features import Features
@@ -52,6 +53,7 @@ class Encoded(Dataset[Encoding]):
         augmentation: Changes of captions; None: they stay as they are.
         seed: Seed of the changes.
         features: Features of the pairs in place of their pixels and beside their ids; None: there are none.
+        tokenizer: What makes tokens of a caption.
 
     Attributes:
         epoch: A pair's caption is changed otherwise in each.
@@ -67,8 +69,9 @@ class Encoded(Dataset[Encoding]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         features: Features | None = None,
+        tokenizer: Tokenizer = CLIP_BPE,
     ) -> None:
-        self.features = features
+        self.features, self.tokenizer = features, tokenizer
         self._without_image: Callable[[int], Example] = getattr(pairs, "without_image", pairs.__getitem__)
         self._look = self._without_image if features else pairs.__getitem__
         self.pairs, self.preprocess, self.context_length = pairs, preprocess, context_length
@@ -102,9 +105,9 @@ class Encoded(Dataset[Encoding]):
 
     def _encoded(self, example: Example, number: int) -> Encoding:
         if self.features is None:
-            return encode_example(example, self.preprocess, self.context_length)
+            return encode_example(example, self.preprocess, self.context_length, self.tokenizer)
         features = self.features
-        encoding = encode_example(example, lambda _: features.picture(number), self.context_length)
+        encoding = encode_example(example, lambda _: features.picture(number), self.context_length, self.tokenizer)
         return encoding._replace(tokens=features.caption(number))
 
     def _augmented(self, example: Example, number: int) -> Example:
@@ -206,6 +209,7 @@ class ShardBatches(IterableDataset[Batch]):
         rank, world: This process and how many there are.
         remote: Whether shards may come from the network.
         augmentation: Changes of captions; sentences of others are of the sample before. None: they stay as they are.
+        tokenizer: What makes tokens of a caption.
 
     Attributes:
         epoch, lap: What is read: shards that hold less than an epoch are read again.
@@ -227,8 +231,9 @@ class ShardBatches(IterableDataset[Batch]):
         world: int = 1,
         remote: bool = False,
         augmentation: Augmentation | None = None,
+        tokenizer: Tokenizer = CLIP_BPE,
     ) -> None:
-        self.augmentation = augmentation
+        self.augmentation, self.tokenizer = augmentation, tokenizer
         self.shards, self.remote = shard_names(pattern, remote=remote), remote
         self.preprocess, self.context_length, self.batch_size = preprocess, context_length, batch_size
         self.seed, self.rank, self.world = seed, rank, world
@@ -281,7 +286,7 @@ class ShardBatches(IterableDataset[Batch]):
         if self.augmentation is not None:
             example = self.augmentation(example, random, lambda: before)
         try:
-            return encode_example(example, self.preprocess, self.context_length)
+            return encode_example(example, self.preprocess, self.context_length, self.tokenizer)
         except (InputError, OSError) as error:
             return f"{printable(name)}: {error}"
 
@@ -356,6 +361,7 @@ class TrainingData:
         remote: Whether shards may come from the network.
         augmentation: Changes of captions; None: they stay as they are.
         features: Features of map-style data in place of pixels; None: there are none.
+        tokenizer: What makes tokens of a caption.
 
     Attributes:
         epoch: Number of the epoch.
@@ -380,6 +386,7 @@ class TrainingData:
         remote: bool = False,
         augmentation: Augmentation | None = None,
         features: Features | None = None,
+        tokenizer: Tokenizer = CLIP_BPE,
     ) -> None:
         self.epoch = self.pairs = 0
         self._global_batch, self._layout = batch_size * world, [world, max(1, workers)]
@@ -398,6 +405,7 @@ class TrainingData:
                 world=world,
                 remote=remote,
                 augmentation=augmentation,
+                tokenizer=tokenizer,
             )
             self._loader: DataLoader[Any] = DataLoader(self._shards, batch_size=None, **options)
             self.epoch_batches = epoch_batches
@@ -412,6 +420,7 @@ class TrainingData:
                 augmentation=augmentation,
                 seed=seed,
                 features=features,
+                tokenizer=tokenizer,
             )
             self._loader = DataLoader(self._data, batch_sampler=self._order, collate_fn=_collate_or_error, **options)
             self.epoch_batches = len(self._order)

@@ -28,7 +28,6 @@ from finelip_fast._json import read_json
 from finelip_fast.checkpoint.saving import add_weights
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
-from finelip_fast.encoders import caption_lengths
 from finelip_fast.errors import ConfigError, FineLIPError, ImageError, TrainingError
 from finelip_fast.frozen import freeze, why_not
 from finelip_fast.kernels.cpu import LinearPrecision
@@ -172,7 +171,7 @@ def _parts(model: FineLIP, features: Features) -> list[tuple[Path, range, int]]:
     """Every part: its file, the numbers of its pictures or captions, and its size in bytes."""
     known, row_bytes = features.known, 2 * model.config.embed_dim
     with expected_truncation():
-        lengths = encode_batch(known.captions, model.config.context_length).lengths
+        lengths = encode_batch(known.captions, model.config.context_length, tokenizer=model.tokenizer).lengths
     picture_bytes = (1 + model.config.patches) * row_bytes
     pictures = [
         (features._picture_part(part), numbers, len(numbers) * picture_bytes)
@@ -204,10 +203,11 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
 
 
 def _identity(model: FineLIP) -> str:
-    """SHA-256 in hex of the encoders' weights; those of the aggregators change."""
+    """SHA-256 in hex of the encoders' weights, and of whose tokens they read; those of the aggregators change."""
     digest = hashlib.sha256()
     for encoder in (model.visual, model.text):
         add_weights(digest, encoder.state_dict())
+    digest.update(model.config.tokenizer.encode())
     return digest.hexdigest()
 
 
@@ -232,10 +232,10 @@ def _encode_pictures(
 def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Features ``[sum of T, D]`` of the captions' own tokens, one caption after another, and where each ends."""
     with expected_truncation():
-        ids = encode_batch(captions, model.config.context_length).ids
+        ids = encode_batch(captions, model.config.context_length, tokenizer=model.tokenizer).ids
     tokens, lengths = model.text_tokens(ids.to(model.device))
     is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return {"features": tokens[is_token].half().cpu(), "ends": caption_lengths(ids).cumsum(0)}, {}
+    return {"features": tokens[is_token].half().cpu(), "ends": lengths.cpu().cumsum(0)}, {}
 
 
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:

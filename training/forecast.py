@@ -23,7 +23,7 @@ _PAIRS = 8
 
 def encoding_seconds(encoders: FineLIP, pairs: PairDataset, known: Survey) -> float:
     """Time to encode all pictures and captions once, reading included."""
-    ids = _ids(known, encoders.config.context_length, _PAIRS).to(encoders.device)
+    ids = _ids(encoders, known, _PAIRS).to(encoders.device)
     numbers = _spread(len(known.ids), _PAIRS)
 
     def encode_pictures() -> None:
@@ -49,9 +49,9 @@ def step_seconds(model: FineLIP, config: TrainConfig, known: Survey) -> float:
     sizes = model.config
     has_features = bool(config.features)
     n_pairs = config.batch_size if has_features else min(config.batch_size, _PAIRS)
-    ids = _ids(known, sizes.context_length, n_pairs).to(model.device)
+    ids = _ids(model, known, n_pairs).to(model.device)
     if has_features:
-        length = int(caption_lengths(ids).max())
+        length = int(caption_lengths(ids, sizes.end_token).max())
         pixels = torch.randn(n_pairs, 1 + sizes.patches, sizes.embed_dim, device=model.device)
         tokens = torch.randn(n_pairs, length, sizes.embed_dim, device=model.device)
     else:
@@ -68,9 +68,10 @@ def step_seconds(model: FineLIP, config: TrainConfig, known: Survey) -> float:
     return _timed(step, model.device) / n_pairs * config.batch_size * config.accumulate
 
 
-def _ids(known: Survey, context_length: int, count: int) -> torch.Tensor:
+def _ids(model: FineLIP, known: Survey, count: int) -> torch.Tensor:
+    captions = [known.captions[at] for at in _spread(len(known.captions), count)]
     with expected_truncation():
-        return encode_batch([known.captions[at] for at in _spread(len(known.captions), count)], context_length).ids
+        return encode_batch(captions, model.config.context_length, tokenizer=model.tokenizer).ids
 
 
 def _spread(size: int, count: int) -> list[int]:

@@ -12,7 +12,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.training.config import TrainConfig
 
 # Of the two encoders, what stands behind their blocks.
-_BEHIND_BLOCKS = ("ln_post", "proj", "ln_final", "text_projection")
+_BEHIND_BLOCKS = ("ln_post", "proj", "attn_pool", "ln_final", "text_projection")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
@@ -38,13 +38,14 @@ def freeze(model: FineLIP, unfreeze: str) -> None:
 def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups: two learning rates, each with and without weight decay.
 
-    Norms, biases, positions, the class embedding and scales are not decayed; frozen weights are in no group.
+    Norms, biases, positions, the class embedding, the query of a pool and scales are not decayed; frozen weights are in no
+    group.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.dim() >= 2 and not name.endswith("positional_embedding")
+        decayed = parameter.dim() >= 2 and not name.endswith(("positional_embedding", "attn_pool.latent"))
         groups.setdefault(("aggregator" in name, decayed), []).append(parameter)
     return [
         {

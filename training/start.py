@@ -25,6 +25,7 @@ def start_model(config: TrainConfig) -> FineLIP:
     if not config.init:
         return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
     model = load_base(config.init, config.context_length)
+    model.config = model.config.replace(logit_bias=None)  # a contrast moves the cosines that it was for
     if trains_aggregators:
         model.config = model.config.replace(trained_aggregators=True)
     return model

@@ -116,7 +116,9 @@ class Trainer:
         self.model = self._start_model().to(device).train()
         freeze(self.model, config.unfreeze)
         self.model.gradient_checkpointing(config.gradient_checkpointing)
-        if config.freeze_positions and self.model.text.positional_embedding.requires_grad:
+        # SigLIP's table is never stretched: none of its rows is newer than others.
+        freezes_positions = config.freeze_positions and self.model.config.family == "clip"
+        if freezes_positions and self.model.text.positional_embedding.requires_grad:
             self.model.text.positional_embedding.register_hook(self._freeze)
         # CLIP's betas: the shorter second moment settles sooner after a jump of the gradient.
         self.optimizer = torch.optim.AdamW(
@@ -470,6 +472,7 @@ class Trainer:
             source,
             self.preprocess,
             self.model.config.context_length,
+            tokenizer=self.model.tokenizer,
             batch_size=self.config.batch_size,
             group=self.config.group,
             epoch_batches=self.config.epoch_batches,

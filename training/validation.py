@@ -93,7 +93,7 @@ def _texts(model: FineLIP, known: Survey, indices: Sequence[int]) -> Tensor:
 
     captions = [known.captions[index] for index in indices]
     with expected_truncation():  # the log counts those of the batches
-        return embed_texts(encode_text, captions, context_length=model.config.context_length)
+        return embed_texts(encode_text, captions, context_length=model.config.context_length, tokenizer=model.tokenizer)
 
 
 def _aggregated_texts(model: FineLIP, features: Features, indices: Sequence[int]) -> Tensor:

@@ -15,11 +15,27 @@ from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
-from finelip_fast.checkpoint.foreign import LAYOUTS, OURS, Translation, shortened
-from finelip_fast.config import CLIP_MEAN, CLIP_STD, TEXT_HEADS, VISION_HEADS, VOCAB_SIZE, FineLIPConfig
+from finelip_fast.checkpoint.foreign import LAYOUTS, OURS, SIGLIP, Translation, shortened
+from finelip_fast.checkpoint.siglip import config_from_siglip
+from finelip_fast.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    TEXT_HEADS,
+    VISION_HEADS,
+    VOCAB_SIZE,
+    FineLIPConfig,
+    mlp_ratio,
+)
 from finelip_fast.errors import CheckpointError, InputError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
+
+# Options of open_clip's models: those that are read, and those of a training.
+_MODEL_OPTIONS = {
+    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
+    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict"),
+}
+_SIZES = {"layers", "width", "mlp_ratio", "output_tokens"}
 
 _BICUBIC = (3, "bicubic")  # 3 is Pillow's number
 
@@ -67,6 +83,12 @@ def config_from_weights(translation: Translation, hints: Hints) -> FineLIPConfig
         CheckpointError: Heads or an activation that must be given, or as :func:`config_from_tensors`.
         ConfigError: Heads that do not divide the width.
     """
+    if translation.layout == SIGLIP:
+        raise CheckpointError(
+            "expected the weights of a SigLIP with the configuration and the tokenizer that they belong to: name open_clip's "
+            "model, open_clip:MODEL/FILE, such as open_clip:ViT-B-16-SigLIP/FILE, or a folder with open_clip_config.json, "
+            "tokenizer.json and tokenizer_config.json"
+        )
     if translation.layout == OURS and not (hints.activation and hints.heads):
         raise CheckpointError(
             "expected this library's weights with the config.json that was written with them: name the folder of both, or put "
@@ -128,11 +150,11 @@ def config_from_tensors(
         vision_width=vision_width,
         vision_layers=_layers(tensors, "visual."),
         vision_heads=vision_heads,
-        vision_mlp_ratio=_ratio(shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        vision_mlp_ratio=mlp_ratio(*shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         text_width=text_width,
         text_layers=_layers(tensors, "text."),
         text_heads=text_heads,
-        text_mlp_ratio=_ratio(shapes["text.transformer.resblocks.0.mlp.c_fc.weight"]),
+        text_mlp_ratio=mlp_ratio(*shapes["text.transformer.resblocks.0.mlp.c_fc.weight"]),
         context_length=shapes["text.positional_embedding"][0],
         quick_gelu=activation == "quick_gelu",
     )
@@ -147,21 +169,20 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
             also has its own ``quick_gelu``, which counts because open_clip lists OpenAI's weights under models without it.
 
     Raises:
-        CheckpointError: An option that plain CLIP vision transformers do not have, by name, or a missing size.
+        CheckpointError: An option that neither plain CLIP vision transformers nor SigLIP have, by name, or a missing size.
     """
     preprocess = _object("preprocess_cfg", preprocess_cfg)
     model_cfg = _object("model_cfg", model_cfg)
     vision, text = (_object(name, model_cfg.get(name)) for name in ("vision_cfg", "text_cfg"))
     vision_defaults, text_defaults = asdict(CLIPVisionCfg()), asdict(CLIPTextCfg())
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
-    training = {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict"}
-    sizes = {"layers", "width", "mlp_ratio", "output_tokens"}
-    refused = [
-        *_unsupported("", model_cfg, known | training, {}),
+    refused = [*_unsupported("", model_cfg, _MODEL_OPTIONS, {}), *_unsupported_pictures(preprocess)]
+    if vision.get("timm_model_name") is not None and text.get("no_causal_mask"):
+        return config_from_siglip(model_cfg, vision, text, preprocess, refused)
+    refused += [
         *_unsupported(
-            "vision_cfg.", vision, sizes | {"head_width", "patch_size", "image_size", "patch_dropout"}, vision_defaults
+            "vision_cfg.", vision, _SIZES | {"head_width", "patch_size", "image_size", "patch_dropout"}, vision_defaults
         ),
-        *_unsupported("text_cfg.", text, sizes | {"heads", "context_length"}, text_defaults),
+        *_unsupported("text_cfg.", text, _SIZES | {"heads", "context_length"}, text_defaults),
     ]
     vision, text = {**vision_defaults, **vision}, {**text_defaults, **text}
     numbers = {
@@ -174,16 +195,9 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
     refused += [f"{name}={value!r:.40}" for name, value in numbers.items() if type(value) is not int or value < 1]
     gelus = [options.get("quick_gelu") for options in (model_cfg, preprocess)]
     refused += [f"quick_gelu={value!r:.40}" for value in gelus if value not in (None, True, False)]
-    resize_mode: Any = preprocess.get("resize_mode") or "shortest"
-    if resize_mode not in ["shortest", "squash"]:
-        refused.append(f"preprocess_cfg.resize_mode={resize_mode!r:.40}")
-    if preprocess.get("interpolation", "bicubic") != "bicubic":
-        refused.append(f"preprocess_cfg.interpolation={preprocess['interpolation']!r:.40}")
-    if preprocess.get("mode", "RGB") != "RGB":
-        refused.append(f"preprocess_cfg.mode={preprocess['mode']!r:.40}")
     if refused:
         raise CheckpointError(
-            "expected a plain CLIP vision transformer with CLIP's own text transformer and tokenizer, got "
+            "expected a plain CLIP vision transformer with CLIP's own text transformer and tokenizer, or a SigLIP, got "
             f"{shortened(refused)}, which this library does not support; choose another open_clip model"
         )
     return FineLIPConfig(
@@ -202,8 +216,22 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
         quick_gelu=any(gelus),
         image_mean=preprocess.get("mean") or CLIP_MEAN,
         image_std=preprocess.get("std") or CLIP_STD,
-        resize_mode=resize_mode,
+        resize_mode=preprocess.get("resize_mode") or "shortest",
     )
+
+
+def _unsupported_pictures(preprocess: Mapping[str, Any]) -> list[str]:
+    """How open_clip brings pictures to a model, where that is not done here."""
+    known: dict[str, list[Any]] = {
+        "resize_mode": [None, "shortest", "squash"],
+        "interpolation": ["bicubic"],
+        "mode": ["RGB"],
+    }
+    return [
+        f"preprocess_cfg.{name}={preprocess[name]!r:.40}"
+        for name, values in known.items()
+        if name in preprocess and preprocess[name] not in values
+    ]
 
 
 def config_from_transformers(
@@ -318,13 +346,6 @@ def _known_heads(vision_width: int, text_width: int) -> tuple[int, int]:
             "convert(file, folder, heads=(vision, text))"
         )
     return vision, text
-
-
-def _ratio(shape: list[int]) -> float:
-    """Hidden width over width, such that truncating ``width * ratio`` gives the hidden width back."""
-    hidden, width = shape
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _unsupported(

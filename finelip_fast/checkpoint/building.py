@@ -13,6 +13,7 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.encoders import stretch_positions
 from finelip_fast.errors import CheckpointError, ConfigError
 from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
 
 CLIP_CONTEXT = 77
 LONG_CONTEXT = 256
@@ -27,10 +28,11 @@ Describe = Callable[[Translation], FineLIPConfig]
 
 
 class Contents(NamedTuple):
-    """All that a checkpoint is: the sizes of a model, and its weights, as they lie in the file."""
+    """All that a checkpoint is: the sizes of a model, its weights, as they lie in the file, and what makes its tokens."""
 
     config: FineLIPConfig
     tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer = CLIP_BPE
 
 
 def translated(
@@ -39,7 +41,8 @@ def translated(
     """What another project's entries say in our words, and how they came."""
     try:
         translation = translate(entries, part)
-        config = describe(translation).replace(trained_aggregators=translation.has_aggregators)
+        calibration = None if translation.has_aggregators else translation.logit_bias
+        config = describe(translation).replace(trained_aggregators=translation.has_aggregators, logit_bias=calibration)
         tensors = translation.tensors
         logits = tensors.get("image_aggregator.logits.weight")
         if translation.has_aggregators and logits is not None and logits.dim() == 2:
@@ -104,10 +107,12 @@ def _is_finite(tensor: Tensor) -> bool:
 def lengthen(contents: Contents, length: int, source: str) -> Contents:
     """Stretch the context to ``length`` tokens.
 
+    SigLIP's table of positions stays as it is: its encoder spreads it (:func:`finelip_fast.encoders.spread_positions`).
+
     Raises:
         ConfigError: It is longer already.
     """
-    config, tensors = contents
+    config, tensors = contents.config, contents.tensors
     rows = config.context_length
     if length < rows:
         raise ConfigError(
@@ -117,13 +122,16 @@ def lengthen(contents: Contents, length: int, source: str) -> Contents:
     if length == rows:
         return contents
     config = config.replace(context_length=length)  # refuses a length beyond bounds
-    table = stretch_positions(tensors[_POSITIONS].to(torch.float32), length)
-    return Contents(config, {**tensors, _POSITIONS: table})
+    if config.family == "clip":
+        table = stretch_positions(tensors[_POSITIONS].to(torch.float32), length)
+        tensors = {**tensors, _POSITIONS: table}
+    return contents._replace(config=config, tensors=tensors)
 
 
 def build(contents: Contents, kind: type[Model]) -> Model:
     """A float32 model of some class, on the CPU and in eval mode, with copies of just these weights."""
     model = _outline(contents.config, kind)
+    model.tokenizer = contents.tokenizer
     model.load_state_dict(
         {
             name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -131,9 +139,8 @@ def build(contents: Contents, kind: type[Model]) -> Model:
         },
         assign=True,
     )
-    model.text.register_buffer(
-        "attn_mask", model.text.build_causal_mask(), persistent=False
-    )  # no state dict carries it
+    if contents.config.family == "clip":  # no state dict carries the mask
+        model.text.register_buffer("attn_mask", model.text.build_causal_mask(), persistent=False)
     return model.eval()
 
 

@@ -1,8 +1,9 @@
 """Other projects' checkpoints in our names.
 
 A state dict is a flat set of names, so one table of renamings serves every layout: OpenAI CLIP and open_clip (text at
-the top level or under ``text.``), Long-CLIP (two tables of positions), FineLIP as its authors' code saves it
-(``cross_net``), and transformers' ``CLIPModel``. Sizes are those of :mod:`finelip_fast.checkpoint.architecture`.
+the top level or under ``text.``), SigLIP as open_clip has it (pictures by timm's vision transformer), Long-CLIP (two tables of
+positions), FineLIP as its authors' code saves it (``cross_net``), and transformers' ``CLIPModel``. Sizes are those of
+:mod:`finelip_fast.checkpoint.architecture`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 from finelip_fast.config import KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import CheckpointError
 
-LAYOUTS = "OpenAI CLIP, open_clip, Long-CLIP, FineLIP, transformers' CLIPModel or finelip_fast"
+LAYOUTS = "OpenAI CLIP, open_clip, open_clip's SigLIP, Long-CLIP, FineLIP, transformers' CLIPModel or finelip_fast"
 
 OURS, OPENAI, LONG_CLIP, FINELIP = "finelip_fast", "OpenAI CLIP", "Long-CLIP", "FineLIP"
-TRANSFORMERS = "transformers CLIPModel"
+TRANSFORMERS, SIGLIP = "transformers CLIPModel", "open_clip SigLIP"
 # Long-CLIP and FineLIP continue the training of OpenAI's weights.
 _ACTIVATIONS: dict[str, str] = dict.fromkeys((OPENAI, LONG_CLIP, FINELIP), "quick_gelu")
 # What OpenAI's archives say of themselves, and no others do.
@@ -30,11 +31,13 @@ _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 # Left by data-parallel and compiled wrappers, around the model or around parts of it.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # A weight of every layout: what stands before its name stands before all names.
-_FIRST_WEIGHTS = re.compile(r"(?:visual\.conv1|vision_model\.embeddings\.patch_embedding)\.weight$")
+_FIRST_WEIGHTS = re.compile(
+    r"(?:visual\.conv1|visual\.trunk\.patch_embed\.proj|vision_model\.embeddings\.patch_embedding)\.weight$"
+)
 # Keys that training scripts put the weights under, and their running average.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
-# Entries without a weight in them; `logit_bias` only shifts a training loss.
+# Entries that are no weights of the model; `logit_bias` goes to the configuration.
 _IGNORED = {*_OPENAI_SIZES, "attn_mask", "position_ids", "logit_bias", "n_averaged"}
 
 _TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer"}
@@ -57,6 +60,21 @@ _TRANSFORMERS_PARTS = {
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
 }
+_TIMM = "visual.trunk."
+_TIMM_PARTS = {
+    "patch_embed.proj.": "conv1.",
+    "pos_embed": "positional_embedding",
+    "norm.": "ln_post.",
+}
+_TIMM_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_TIMM_BLOCK_PARTS = {
+    "norm1.": "ln_1.",
+    "norm2.": "ln_2.",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
 _TRANSFORMERS_PROJECTIONS = {
     "visual_projection.weight": "visual.proj",
     "text_projection.weight": "text.text_projection",
@@ -73,6 +91,7 @@ class Translation:
         names: The checkpoint's own name of each weight that was renamed.
         averages: Keys of a training's dictionary under which averaged weights lie that were not taken.
         part: Key under which those lay that were; empty where they lay in none.
+        logit_bias: What SigLIP's loss adds to the scaled cosine; None where there is none.
     """
 
     layout: str
@@ -80,6 +99,7 @@ class Translation:
     names: dict[str, str]
     averages: tuple[str, ...] = ()
     part: str = ""
+    logit_bias: float | None = None
 
     @property
     def has_aggregators(self) -> bool:
@@ -115,12 +135,19 @@ def translate(entries: Mapping[str, Any], part: str | None = None) -> Translatio
         names[renamed] = name
         if name in _TRANSFORMERS_PROJECTIONS and tensor.dim() == 2:
             tensor = tensor.T
+        elif name == f"{_TIMM}pos_embed" and tensor.dim() == 3:
+            tensor = tensor[0]
         elif tensor.numel() == 1 and (renamed == "logit_scale" or renamed.endswith("_aggregator.scale")):
             tensor = tensor.reshape(())
         _add(tensors, renamed, tensor)
     _join_attention(tensors)
     _join_positions(tensors)
-    return Translation(layout, tensors, names, averages, key)
+    biases = [
+        float(value)
+        for name, value in state_dict.items()
+        if str(name).rpartition(".")[2] == "logit_bias" and isinstance(value, Tensor) and value.numel() == 1
+    ]
+    return Translation(layout, tensors, names, averages, key, biases[0] if biases else None)
 
 
 def text_for_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +247,7 @@ def _layout(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> str:
         "cross_net.": FINELIP,
         "positional_embedding_res": LONG_CLIP,
         "text_model.": TRANSFORMERS,
+        f"{_TIMM}attn_pool.latent": SIGLIP,
         "text.": "open_clip CustomTextCLIP",
     }.items():
         if has(prefix):
@@ -236,7 +264,20 @@ def _rename(name: str) -> str:
     for aggregator, target in _AGGREGATORS.items():
         if name.startswith(aggregator):
             return target + _replace(name.removeprefix(aggregator), _AGGREGATOR_PARTS)
+    if name.startswith(_TIMM):
+        return "visual." + _rename_timm(name.removeprefix(_TIMM))
     return _replace(name, _TRANSFORMERS_PARTS) if name.startswith(("vision_model.", "text_model.")) else name
+
+
+def _rename_timm(name: str) -> str:
+    """The name in our vision transformer of a weight of timm's; its pool has timm's own names here, too."""
+    if block := _TIMM_BLOCK.fullmatch(name):
+        return f"transformer.resblocks.{block[1]}.{_replace_start(block[2], _TIMM_BLOCK_PARTS)}"
+    return _replace_start(name, _TIMM_PARTS)
+
+
+def _replace_start(name: str, parts: Mapping[str, str]) -> str:
+    return next((new + name.removeprefix(old) for old, new in parts.items() if name.startswith(old)), name)
 
 
 def _replace(name: str, parts: Mapping[str, str]) -> str:

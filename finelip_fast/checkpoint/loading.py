@@ -22,6 +22,7 @@ from finelip_fast.checkpoint.architecture import (
 )
 from finelip_fast.checkpoint.building import Contents, Describe, check_room, check_weights, lengthen, translated
 from finelip_fast.checkpoint.foreign import TRANSFORMERS, Translation, shortened
+from finelip_fast.checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_FILES, foreign_tokenizer, own_tokenizer
 from finelip_fast.checkpoint.weight_files import INDEX, SHARD, read_safetensors, read_weights, shards
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, ConfigError, InputError
@@ -144,7 +145,8 @@ def _open_folder(folder: Path, context_length: int | None, hints: Hints, weights
         )
     if kinds == ["finelip_fast"]:
         return Opened(_open_ours(folder / "config.json", weights, context_length), kinds[0], weights)
-    return _import(weights, partial(_described_by_folder, folder=folder, kinds=kinds), str(weights), context_length)
+    describe = partial(_described_by_folder, folder=folder, kinds=kinds)
+    return _import(weights, describe, str(weights), context_length, tokenizer_folder=lambda: folder)
 
 
 def _described_by_folder(translation: Translation, folder: Path, kinds: list[str]) -> FineLIPConfig:
@@ -228,7 +230,8 @@ def _open_ours(path: Path, weights: Path, context_length: int | None) -> Content
     tensors = read_safetensors(weights)
     check_room(config, tensors, str(weights))
     check_weights(config, tensors, str(weights))
-    return lengthen(Contents(config, tensors), context_length or config.context_length, str(weights))
+    contents = Contents(config, tensors, own_tokenizer(path.parent, config))
+    return lengthen(contents, context_length or config.context_length, str(weights))
 
 
 def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
@@ -276,7 +279,14 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
             )
         return config
 
-    return _import(file, describe, name, context_length)
+    def tokenizer_folder() -> Path:
+        """Beside a file that was named, or open_clip's own of this model."""
+        if not pretrained and (file.parent / TOKENIZER).is_file():
+            return file.parent
+        text: dict[str, Any] = (open_clip.get_model_config(model_name) or {}).get("text_cfg", {})
+        return _fetch(str(text.get("hf_tokenizer_name")), *TOKENIZER_FILES)
+
+    return _import(file, describe, name, context_length, tokenizer_folder=tokenizer_folder)
 
 
 def _download(name: str) -> Path:
@@ -291,12 +301,26 @@ def _download(name: str) -> Path:
                 f"hf-hub:{name}/{names[0]}"
             )
         return _fetch(name, *names) if names else folder
+    if _has_tokenizer(folder, kinds[0]):
+        folder = _fetch(name, *TOKENIZER_FILES)
     for weights in _WEIGHTS[kinds[0]]:
         folder = _fetch(name, weights)
         if (folder / weights).is_file():
             files = [path.name for path in shards(folder / weights)]
             return _fetch(name, *files) if files else folder
     return folder
+
+
+def _has_tokenizer(folder: Path, kind: str) -> bool:
+    """Whether a folder's configuration wants a tokenizer beside the weights: CLIP's own comes with this library."""
+    if kind == "finelip_fast":
+        return bool(read_config(folder / "config.json").get("tokenizer"))
+    if kind == "open_clip":
+        values = read_config(folder / "open_clip_config.json")
+        model_cfg = values.get("model_cfg", values)
+        text = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
+        return isinstance(text, dict) and "hf_tokenizer_name" in text
+    return False
 
 
 def _download_file(name: str, file: str) -> Path:
@@ -345,6 +369,16 @@ def _listing(folder: Path) -> str:
     return shortened(sorted(entry.name for entry in folder.iterdir())) + says
 
 
-def _import(path: Path, describe: Describe, source: str, context_length: int | None, part: str | None = None) -> Opened:
+def _import(
+    path: Path,
+    describe: Describe,
+    source: str,
+    context_length: int | None,
+    part: str | None = None,
+    tokenizer_folder: Callable[[], Path] | None = None,
+) -> Opened:
     contents, translation = translated(read_weights(path), describe, source, context_length, part)
+    if contents.config.family == "siglip" and tokenizer_folder is not None:
+        config, tokenizer = foreign_tokenizer(tokenizer_folder(), contents.config)
+        contents = contents._replace(config=config, tokenizer=tokenizer)
     return Opened(contents, translation.layout, path, translation.part, translation.averages)

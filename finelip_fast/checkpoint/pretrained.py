@@ -119,19 +119,20 @@ class FineLIP(model.FineLIP):
     def _write_card(self, folder: Path, name: str) -> None:
         config = self.config
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        base = "SigLIP" if config.family == "siglip" else "CLIP"
         aggregators = "trained" if config.trained_aggregators else "untrained: only the global cosine counts"
         card = f"""---
 library_name: finelip-fast
 pipeline_tag: zero-shot-image-classification
 tags:
 - finelip
-- clip
+- {base.lower()}
 - image-text-retrieval
 ---
 
 # FineLIP
 
-FineLIP (CVPR 2025) searches pictures with long descriptions: it extends CLIP to {config.context_length} text tokens and
+FineLIP (CVPR 2025) searches pictures with long descriptions: it extends {base} to {config.context_length} text tokens and
 compares pictures and captions token by token.
 
 | | |
@@ -173,7 +174,8 @@ def load(
                                  or an index of shards; recognised by its content. What neither it nor a configuration
                                  beside it tells is asked for: see :func:`finelip_fast.checkpoint.convert`
     ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
-    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model
+    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model; a SigLIP's with its ``tokenizer.json`` and
+                                 ``tokenizer_config.json`` beside it, or those that open_clip names from the hub
     ``org/name``                 a Hugging Face hub repository with one of the folders above, or with one file of weights;
                                  ``hf-hub:org/name`` too, and ``hf-hub:org/name/FILE`` where there are several
     ===========================  =====================================================================================
@@ -183,8 +185,8 @@ def load(
         device: Where the model goes. Default: the CPU.
         dtype: Precision of the loaded model.
         context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
-            its 77. A larger one stretches the table of positions as it stands (:func:`stretch_positions`); a smaller
-            one is refused.
+            its 77 and SigLIP with its 64. A larger one stretches the table of positions as it stands
+            (:func:`stretch_positions`), but for SigLIP's, which stays; a smaller one is refused.
 
     Returns:
         The model in eval mode, its parameters requiring gradients.
@@ -233,8 +235,9 @@ def import_state_dict(
     """Build a model from another project's state dict.
 
     The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
-    own. All sizes come from the tensors. Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start
-    and ``config.trained_aggregators`` is False.
+    own; not SigLIP's, which needs its configuration and its tokenizer (:func:`load`). All sizes come from the tensors.
+    Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start and ``config.trained_aggregators`` is
+    False.
 
     Args:
         state_dict: Names to tensors of any float dtype, possibly inside a training's dictionary. Prefixes of wrappers and

@@ -20,11 +20,14 @@ from finelip_fast.checkpoint.architecture import Hints
 from finelip_fast.checkpoint.building import Contents, build, not_finite
 from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config, warn_of, warn_of_averages
+from finelip_fast.checkpoint.tokenizer_files import TOKENIZER
 from finelip_fast.checkpoint.weight_files import damaged_records, shards
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import CLIP_BPE, FileTokenizer, Tokenizer
 
+_NO_EMBEDDING = ("alpha", "logit_bias")  # they make scores of embeddings, and none of these another
 _MAX_METADATA = 1 << 20  # bytes; indenting makes it larger by far
 
 
@@ -61,6 +64,12 @@ def save(
     if len(text) > _MAX_METADATA:
         raise InputError(f"expected at most {_MAX_METADATA} bytes of metadata, got {len(text)}")
     values = parse_json(text, "save", error=InputError, expected="metadata of plain values for JSON", kind=dict)
+    content = model.tokenizer.content if isinstance(model.tokenizer, FileTokenizer) else b""
+    if model.config.tokenizer != (hashlib.sha256(content).hexdigest() if content else ""):
+        raise InputError(
+            "expected a model with the tokenizer that its configuration names, got another: give both, "
+            "FineLIP(config.replace(tokenizer=tokenizer.sha256), tokenizer)"
+        )
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if broken := not_finite(tensors):
         remedy = (
@@ -79,6 +88,8 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
+    if content:
+        write_whole(folder / TOKENIZER, lambda path: path.write_bytes(content), size=len(content))
     write_whole(folder / "model.safetensors", write, size=sum(tensor.nbytes for tensor in tensors.values()))
     config = {"format": FORMAT, **model.config.to_dict(), "weights_sha256": digests[0], "metadata": values}
     write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
@@ -106,8 +117,9 @@ def convert(
         alpha: Weight of the global cosine that the checkpoint carries from now on. Default: the source's.
 
     Returns:
-        What was written: ``layout``, ``parameters``, ``trained_aggregators``, ``alpha``, ``embed_dim``, ``tokens``,
-        ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision, text), ``dtype``, ``folder``.
+        What was written: ``layout``, ``parameters``, ``family``, ``trained_aggregators``, ``alpha``, ``embed_dim``,
+        ``tokens``, ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision, text), ``dtype``,
+        ``folder``.
 
     Raises:
         CheckpointError, ConfigError, InputError: Where :func:`load` raises it; weights that ``dtype`` cannot hold; or a
@@ -122,7 +134,7 @@ def convert(
     layout = opened.layout
     config = opened.contents.config
     config = config.replace(alpha=config.choose_alpha(alpha))
-    model = build(Contents(config, opened.contents.tensors), FineLIP)
+    model = build(opened.contents._replace(config=config), FineLIP)
     # A path's last part: where it lay on one machine is no one else's business.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
@@ -133,6 +145,7 @@ def convert(
     return {
         "layout": layout,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "family": config.family,
         "trained_aggregators": config.trained_aggregators,
         "alpha": config.alpha,
         "embed_dim": config.embed_dim,
@@ -165,10 +178,11 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
 
 
 class Identity(NamedTuple):
-    """What a checkpoint is: the sizes of its model, and its fingerprint."""
+    """What a checkpoint is: the sizes of its model, its fingerprint, and what makes its tokens."""
 
     config: FineLIPConfig
     fingerprint: str
+    tokenizer: Tokenizer = CLIP_BPE
 
 
 def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
@@ -185,11 +199,11 @@ def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
     """
     opened = open_checkpoint(checkpoint, None)
     warn_of(checkpoint, opened)
-    return Identity(opened.contents.config, _fingerprint(opened.contents))
+    return Identity(opened.contents.config, _fingerprint(opened.contents), opened.contents.tokenizer)
 
 
 def _fingerprint(contents: Contents) -> str:
-    config = {name: value for name, value in contents.config.to_dict().items() if name != "alpha"}
+    config = {name: value for name, value in contents.config.to_dict().items() if name not in _NO_EMBEDDING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     add_weights(digest, contents.tensors)
     return digest.hexdigest()

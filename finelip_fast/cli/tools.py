@@ -87,7 +87,7 @@ def convert(
     part: str | None,
     alpha: float | None,
 ) -> Any:
-    """Convert a CLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
+    """Convert a CLIP, SigLIP, Long-CLIP or FineLIP checkpoint to a folder of this package.
 
     SOURCE is a file, a folder, open_clip:MODEL/WEIGHTS or a hub name; OUT is the folder to write.
     """

@@ -89,6 +89,11 @@ def extend(
         _check_single(kind, layer, second)
 
     contents = _contents(checkpoint, context_length)
+    if contents.config.family != "clip":
+        raise InputError(
+            f"expected a checkpoint of CLIP's family, with which {kind} was trained, got {contents.config.family}; "
+            "give a FineLIP, Long-CLIP or CLIP of a ViT-L/14"
+        )
     length, last = contents.config.context_length, layer == "last"
     replaced: dict[str, Any] = {}
     if first is not None:

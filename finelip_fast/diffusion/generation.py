@@ -168,7 +168,7 @@ def generate(
 
 def _open_pipeline(name: str, device: torch.device) -> Any:
     """A pipeline for text-to-image, on a device, in half precision on a GPU."""
-    from diffusers import AutoPipelineForText2Image
+    from diffusers import AutoPipelineForText2Image  # pyright: ignore[reportPrivateImportUsage]
 
     # Pipelines that were extended and saved may name its classes.
     import finelip_fast.diffusion.text_models  # noqa: F401

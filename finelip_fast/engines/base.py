@@ -20,7 +20,7 @@ from finelip_fast.errors import EngineError
 from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.runtimes.manifest import Export
-from finelip_fast.tokenizer import Overflow
+from finelip_fast.tokenizer import CLIP_BPE, Overflow, Tokenizer
 
 EngineName = Literal["auto", "torch", "onnx", "trt"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -37,6 +37,7 @@ class Engine(ABC):
         name: ``"torch"``, ``"onnx"`` or ``"trt"``.
         config: Sizes of the model.
         preprocess: What makes pixels of a picture.
+        tokenizer: What makes tokens of a caption.
         alpha: The model's own weight of the global cosine.
         fingerprint: Identifies the checkpoint; an index refuses another one.
         source: What the checkpoint was opened as; empty for the bundled one, absolute for a path.
@@ -50,6 +51,7 @@ class Engine(ABC):
     name: str
     config: FineLIPConfig
     preprocess: Preprocess
+    tokenizer: Tokenizer = CLIP_BPE
     alpha: float
     fingerprint: str
     source: str
@@ -88,7 +90,12 @@ class Engine(ABC):
         """Captions to ``[N, L, D]``, cut at the model's context or a shorter one; see :mod:`finelip_fast.embed`."""
         context_length = self.config.context_length if context_length is None else context_length
         return embed_texts(
-            self.encode_text, texts, context_length=context_length, batch_size=batch_size, overflow=overflow
+            self.encode_text,
+            texts,
+            context_length=context_length,
+            batch_size=batch_size,
+            overflow=overflow,
+            tokenizer=self.tokenizer,
         )
 
     def __str__(self) -> str:
@@ -131,7 +138,9 @@ class Engine(ABC):
     def _follow_fork(self) -> None:  # noqa: B027, for most engines there is nothing
         """Make anew what a forked process has no copy of."""
 
-    def _identify(self, config: FineLIPConfig, fingerprint: str, checkpoint: str | PathLike[str] | None) -> None:
+    def _identify(
+        self, config: FineLIPConfig, fingerprint: str, tokenizer: Tokenizer, checkpoint: str | PathLike[str] | None
+    ) -> None:
         """What follows from the checkpoint alone."""
         _use_one_thread_after_fork()
         self._process = os.getpid()
@@ -140,6 +149,7 @@ class Engine(ABC):
             "" if checkpoint is None else str(Path(checkpoint).absolute() if Path(checkpoint).exists() else checkpoint)
         )
         self.config, self.preprocess, self.alpha = config, Preprocess.of(config), config.alpha
+        self.tokenizer = tokenizer
 
 
 def _open_again(kind: type[Engine], opened_with: tuple[Any, ...], fingerprint: str, reason: str) -> Engine:

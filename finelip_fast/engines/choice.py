@@ -22,7 +22,7 @@ from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import find_device, one_of, whole_number
 from finelip_fast._files import cache_folder, installed, write_whole
 from finelip_fast._json import read_json
-from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
+from finelip_fast.config import FineLIPConfig
 from finelip_fast.engines.base import ENGINES, Engine, EngineName
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.kernels import cpu
@@ -171,8 +171,8 @@ def _seconds(engine: Engine) -> float:
     """Median time of one picture and one caption of half the context."""
     side, context = engine.config.image_size, engine.config.context_length
     pixels = torch.zeros(1, 3, side, side)
-    ids = torch.full((1, max(2, context // 2)), START_TOKEN)
-    ids[0, -1] = EOT_TOKEN
+    ids = torch.full((1, max(2, context // 2)), engine.config.word_token)
+    ids[0, -1] = engine.config.end_token
 
     def once() -> float:
         started = time.perf_counter()

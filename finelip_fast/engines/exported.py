@@ -96,7 +96,7 @@ class ExportedEngine(Engine):
     def encode_text(self, ids: Tensor) -> Tensor:
         self._check_process()
         check_ids(ids, self.config)
-        longest = max(1, int(caption_lengths(ids).max())) if len(ids) else 1
+        longest = max(1, int(caption_lengths(ids, self.config.end_token).max())) if len(ids) else 1
         step = self._positions_at_once
         width = min(-(-longest // step) * step, self.config.context_length)
         ids = torch.nn.functional.pad(ids[:, :width], (0, max(0, width - ids.shape[1])))

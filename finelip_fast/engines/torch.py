@@ -53,7 +53,7 @@ class TorchEngine(Engine):
         self.device = find_device(device)
         self.precision = _check_precision(precision, self.device)
         model = checkpoints.load(checkpoint)
-        self._identify(model.config, checkpoints.fingerprint(model), checkpoint)
+        self._identify(model.config, checkpoints.fingerprint(model), model.tokenizer, checkpoint)
         # Embeddings come out on the CPU all the same: an index is searched there.
         tries = (
             device is None
@@ -113,7 +113,7 @@ def _apple_gpu(model: FineLIP) -> torch.device | None:
     """The GPU of an Apple machine, if it encodes a picture and a text as the CPU does; PyTorch lacks operations there."""
     config = model.config
     pixels = torch.linspace(-1, 1, 3 * config.image_size**2).view(1, 3, config.image_size, config.image_size)
-    ids = tokenize(["a red house"], config.context_length)
+    ids = tokenize(["a red house"], config.context_length, tokenizer=model.tokenizer)
     try:
         with torch.inference_mode():
             expected = model.encode_image(pixels), model.encode_text(ids)

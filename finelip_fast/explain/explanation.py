@@ -33,7 +33,7 @@ from finelip_fast.errors import InputError
 from finelip_fast.explain import pictures
 from finelip_fast.explain.pictures import MAPS
 from finelip_fast.kernels.clim.formula import match_weights
-from finelip_fast.model import FineLIP
+from finelip_fast.model import FineLIP, aggregated_lengths
 from finelip_fast.preprocess import ImageSource
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
@@ -372,7 +372,7 @@ def explain_pairs(
     """Explanations as :func:`explain` gives them, of pairs encoded as one batch."""
     alpha = model.config.choose_alpha(alpha)
     with expected_truncation():
-        ids = tokenize(captions, model.config.context_length)
+        ids = tokenize(captions, model.config.context_length, tokenizer=model.tokenizer)
     pixels = model.preprocess.batch(images)
     patches = model.visual(pixels.to(model.device, model.dtype)).float()
     tokens, lengths = model.text_tokens(ids.to(model.device))
@@ -403,7 +403,9 @@ def _explain(
         # A picture's rows mix its patches alone, a caption's all tokens before the end token.
         aggregated = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
         image_weights = torch.cat([image_weights, aggregated])
-        aggregated = F.pad(model.text_aggregator.weights(tokens[None, :-1], tokens[-1:])[0], (0, 1))
+        count = int(aggregated_lengths(torch.tensor(len(tokens)), model.config))
+        aggregated = model.text_aggregator.weights(tokens[None, :count], tokens[-1:])[0]
+        aggregated = F.pad(aggregated, (0, len(tokens) - count))
         text_weights = torch.cat([text_weights, aggregated])
 
     image_rows, text_rows = image_weights @ patches, text_weights @ tokens
@@ -418,7 +420,7 @@ def _explain(
     # A word has a token, and a token few letters: what lies beyond these is behind the context.
     start = caption[: _LETTERS * len(tokens)]
     spans = [match.span() for match in islice(re.finditer(r"\S+", start), 2 * len(tokens))]
-    placed_spans = zip(spans, token_spans(start, spans), strict=True)
+    placed_spans = zip(spans, token_spans(start, spans, model.tokenizer), strict=True)
     words = (Word(caption[slice(*span)], *span, *place) for span, place in placed_spans)
     return Explanation(
         caption,

@@ -15,7 +15,7 @@ from finelip_fast.datasets import Example, PairDataset
 from finelip_fast.errors import InputError
 from finelip_fast.explain.explanation import Explanation, explain_pairs, patches_inside
 from finelip_fast.model import FineLIP
-from finelip_fast.tokenizer import token_spans
+from finelip_fast.tokenizer import Tokenizer, token_spans
 
 
 def pointing_game(
@@ -45,15 +45,15 @@ def pointing_game(
                 model, [example.image for example in examples], [example.caption for example in examples]
             )
             for example, explanation in zip(examples, explanations, strict=True):
-                played += _played(example, explanation)
+                played += _played(example, explanation, model.tokenizer)
             bar.update(len(examples))
     if not played:
         raise InputError("expected pairs whose phrases have boxes (regions), as those of scenes:test; found none")
     return played
 
 
-def _played(example: Example, explanation: Explanation) -> Iterator[dict[str, Any]]:
-    spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions])
+def _played(example: Example, explanation: Explanation, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    spans = token_spans(example.caption, [(region.start, region.end) for region in example.regions], tokenizer)
     for region, (first, last) in zip(example.regions, spans, strict=True):
         inside = patches_inside(region.box, explanation.side)
         if inside.any() and first < last < len(explanation.contributions):

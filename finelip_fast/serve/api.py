@@ -46,7 +46,7 @@ from finelip_fast.serve.requests import (
     validated,
 )
 from finelip_fast.serve.thumbnails import SIDES
-from finelip_fast.tokenizer import encode_batch, expected_truncation, token_spans
+from finelip_fast.tokenizer import Tokenizer, encode_batch, expected_truncation, token_spans
 
 _WORD = re.compile(r"\S+")
 
@@ -270,18 +270,19 @@ async def tokens(request: Request) -> Response:
     server = serving(request)
     text = (await read_json(request, schemas.TokensRequest)).text
     check_texts([text], server.settings.limits, "text")
-    context = server.collection.engine.config.context_length
-    return answer(await server.pipeline.run(partial(_counted, text, context), deadline=deadline(request)))
+    engine = server.collection.engine
+    counted = partial(_counted, text, engine.config.context_length, engine.tokenizer)
+    return answer(await server.pipeline.run(counted, deadline=deadline(request)))
 
 
-def _counted(text: str, context: int) -> dict[str, int | None]:
+def _counted(text: str, context: int, tokenizer: Tokenizer) -> dict[str, int | None]:
     with expected_truncation():
-        batch = encode_batch([text], context)
+        batch = encode_batch([text], context, tokenizer=tokenizer)
     cut = int(batch.tokens_cut[0])
     cut_at = None
     if cut:
         spans = [match.span() for match in _WORD.finditer(text)]
-        placed_spans = zip(spans, token_spans(text, spans), strict=True)
+        placed_spans = zip(spans, token_spans(text, spans, tokenizer), strict=True)
         # The last place of the context is the end token's.
         cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context), len(text))
     return {"tokens": int(batch.lengths[0]) + cut, "context": context, "cut_at": cut_at}

@@ -246,7 +246,8 @@ class Pipeline:
     # In threads --------------------------------------------------------------------------------------------------------
 
     def _tokenize_batch(self, _: None, texts: Sequence[str]) -> list[_Tokens]:
-        batch = encode_batch(texts, self._engine.config.context_length, warn=False)
+        engine = self._engine
+        batch = encode_batch(texts, engine.config.context_length, warn=False, tokenizer=engine.tokenizer)
         lengths, cut = batch.lengths.tolist(), batch.tokens_cut.tolist()
         return [_Tokens(ids[:length].clone(), n) for ids, length, n in zip(batch.ids, lengths, cut, strict=True)]
 

@@ -23,7 +23,7 @@ def beyond(engine: Engine, setting: Setting) -> Record:
     """
     context = engine.config.context_length
     pairs = setting.embed(engine)
-    tokens = encode_batch(pairs.captions, 100_000).lengths
+    tokens = encode_batch(pairs.captions, 100_000, tokenizer=engine.tokenizer).lengths
     longer = int((tokens > context).sum())
     if not longer:
         raise InputError(

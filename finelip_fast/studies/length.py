@@ -21,7 +21,7 @@ def length(engine: Engine, setting: Setting) -> Record:
     """Recall at 77, 128, 192 and 256 tokens, at the model's own context, and in windows where captions are longer."""
     full_context = engine.config.context_length
     pairs = setting.embed(engine)
-    tokens = encode_batch(pairs.captions, 100_000).lengths
+    tokens = encode_batch(pairs.captions, 100_000, tokenizer=engine.tokenizer).lengths
     settings: list[tuple[str, dict[str, Any]]] = [
         (str(context), {"context_length": context})
         for context in sorted({*_CONTEXTS, full_context})

@@ -109,7 +109,7 @@ def noise(engine: Engine, setting: Setting) -> Record:
     rows, measured = [], []
     for name, captions in spoilt.items():
         with expected_truncation():
-            cut = encode_batch(captions, engine.config.context_length).n_cut
+            cut = encode_batch(captions, engine.config.context_length, tokenizer=engine.tokenizer).n_cut
             result = pairs.measure(engine.embed_texts(captions), engine.alpha)
         measured.append(result)
         rows.append({"captions": name, "cut at the context": cut, **result.row()})

@@ -65,7 +65,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
 
     def ids(context: int) -> Tensor:
         with expected_truncation():
-            batch = encode_batch(captions, context)
+            batch = encode_batch(captions, context, tokenizer=engine.tokenizer)
         return batch.ids[:, : int(batch.lengths.max())]
 
     def clip_image(batch: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ def overhead(engine: Engine, setting: Setting) -> Record:
     short, long = ids(min(full_context, _CLIP_CONTEXT)), ids(full_context)
     towers = _count(model.visual) + _count(model.text)
     aggregators = _count(model.image_aggregator) + _count(model.text_aggregator)
-    at_77 = towers - max(0, full_context - _CLIP_CONTEXT) * model.text.positional_embedding.shape[1]
+    positions, width = model.text.positional_embedding.shape
+    at_77 = towers - max(0, positions - _CLIP_CONTEXT) * width
 
     def rows_of(name: str, image: Encoder, text: Encoder) -> list[_Run]:
         return [_Run("CLIP", name, at_77, image, text, short), _Run("CLIP", name, towers, image, text, long)]
@@ -107,7 +108,7 @@ def overhead(engine: Engine, setting: Setting) -> Record:
         )
     with torch.inference_mode():
         memories = [_memory(run, pixels) for run in runs]
-        times = _times(runs, pixels)
+        times = _times(runs, pixels, model.config.end_token)
     rows: list[dict[str, Any]] = [
         {
             "model": run.model,
@@ -168,9 +169,9 @@ def clip_alone(path: Path) -> bytes:
     return alone
 
 
-def _first(ids: Tensor) -> Tensor:
+def _first(ids: Tensor, end_token: int) -> Tensor:
     """The first caption without padding."""
-    return ids[:1, : int(caption_lengths(ids[:1]))]
+    return ids[:1, : int(caption_lengths(ids[:1], end_token))]
 
 
 def _memory(run: _Run, pixels: Tensor) -> float:
@@ -182,10 +183,10 @@ def _memory(run: _Run, pixels: Tensor) -> float:
     return round(memory[0], 1)
 
 
-def _times(runs: list[_Run], pixels: Tensor) -> list[dict[str, float]]:
+def _times(runs: list[_Run], pixels: Tensor, end_token: int) -> list[dict[str, float]]:
     """What all runs take, in turns."""
     image = medians_ms([partial(run.encode_image, pixels[:1]) for run in runs])
-    text = medians_ms([partial(run.encode_text, _first(run.ids)) for run in runs])
+    text = medians_ms([partial(run.encode_text, _first(run.ids, end_token)) for run in runs])
     images = medians_ms([partial(run.encode_image, pixels) for run in runs], 9)
     texts = medians_ms([partial(run.encode_text, run.ids) for run in runs], 9)
     return [

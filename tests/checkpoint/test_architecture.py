@@ -75,6 +75,8 @@ def test_known_heads_are_those_of_every_model_that_open_clip_lists() -> None:
             config = config_from_open_clip(open_clip.get_model_config(name))
         except CheckpointError:
             continue
+        if config.family == "siglip":  # never without its configuration
+            continue
         known[0].setdefault(config.vision_width, set()).add(config.vision_heads)
         known[1].setdefault(config.text_width, set()).add(config.text_heads)
     for heads, table in zip(known, (VISION_HEADS, TEXT_HEADS), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finelip_fast.checkpoint import config_from_open_clip, import_state_dict, stretch_positions
 from finelip_fast.checkpoint.architecture import config_from_transformers
 from finelip_fast.checkpoint.foreign import text_for_transformers, translate
-from finelip_fast.config import CLIP_MEAN, FineLIPConfig
+from finelip_fast.config import CLIP_MEAN, FineLIPConfig, mlp_ratio
 from finelip_fast.errors import CheckpointError, ConfigError
 
 VISION = {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8}
@@ -212,10 +212,8 @@ def test_sizes_that_no_default_covers(pixels, captions):
 
 @pytest.mark.parametrize("width", [1408, 1664, 192, 70])
 def test_a_ratio_gives_the_hidden_width_back(width):
-    from finelip_fast.checkpoint.architecture import _ratio
-
     for hidden in range(width, 5 * width, 7):
-        assert int(width * _ratio([hidden, width])) == hidden
+        assert int(width * mlp_ratio(hidden, width)) == hidden
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -352,6 +350,8 @@ def test_every_open_clip_vision_transformer_is_understood_or_refused(name):
         "ls_init_value",
     }
     plain = plain and not set(cfg["text_cfg"]) & {"hf_tokenizer_name", "no_causal_mask"}
+    if "SigLIP" in name:
+        return  # test_siglip.py
     if not plain:
         with pytest.raises(CheckpointError, match="does not support"):
             config_from_open_clip(cfg)
@@ -366,7 +366,7 @@ def test_every_open_clip_vision_transformer_is_understood_or_refused(name):
     ("name", "option"),
     [
         ("RN50", r"vision_cfg\.layers=\[3, 4, 6, 3\]"),
-        ("ViT-B-16-SigLIP", r"vision_cfg\.timm_model_name='vit_base_patch16_siglip_224'"),
+        ("nllb-clip-base-siglip", r"vision_cfg\.timm_model_name='vit_base_patch16_siglip_384'"),
         ("ViT-H-14-CLIPA", r"vision_cfg\.no_ln_pre=True, vision_cfg\.pool_type='avg'"),
         ("ViT-H-14-CLIPA", r"text_cfg\.vocab_size=32000"),
         ("roberta-ViT-B-32", r"text_cfg\.hf_model_name='roberta-base'"),

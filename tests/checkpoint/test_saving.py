@@ -19,6 +19,7 @@ from finelip_fast.checkpoint import UntrainedAggregatorsWarning, convert, finger
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import CheckpointError, InputError, WriteError
 from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import CLIP_BPE
 
 from .files import assert_same_weights, load_untrained
 
@@ -139,6 +140,7 @@ def test_convert(clip_state, model, tmp_path):
     assert summary == {
         "layout": "CLIP",
         "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
+        "family": "clip",
         "trained_aggregators": False,
         "alpha": 1.0,
         "embed_dim": 48,
@@ -191,7 +193,7 @@ def test_a_checkpoint_is_identified_without_its_model(make_model, tmp_path, monk
     model = load(tmp_path)
     expected = fingerprint(model)
     monkeypatch.setattr(FineLIP, "load_state_dict", lambda *_, **__: pytest.fail("the model was built"))
-    assert identify(tmp_path) == (model.config, expected)
+    assert identify(tmp_path) == (model.config, expected, CLIP_BPE)
     assert fingerprint(tmp_path) == expected
 
 
@@ -200,7 +202,7 @@ def test_a_foreign_checkpoint_is_identified_as_it_is_loaded(longclip_state, know
     with pytest.warns(UntrainedAggregatorsWarning):
         model = load(tmp_path / "clip.pt")
     with pytest.warns(UntrainedAggregatorsWarning, match=r"clip\.pt"):
-        assert identify(tmp_path / "clip.pt") == (model.config, fingerprint(model))
+        assert identify(tmp_path / "clip.pt") == (model.config, fingerprint(model), CLIP_BPE)
     assert model.config.context_length == 256  # stretched alike
 
 

@@ -289,6 +289,13 @@ def test_arguments_that_fit_no_pipeline(
         extend(tiny_pipelines.sd15(), model, **arguments)
 
 
+def test_a_text_encoder_of_another_family_is_refused(open_clip_siglip: Any, tiny_pipelines: ModuleType) -> None:
+    with pytest.raises(
+        InputError, match=r"expected a checkpoint of CLIP's family, with which .* was trained, got siglip"
+    ):
+        extend(tiny_pipelines.xl(), open_clip_siglip.folder)
+
+
 def test_what_cannot_be_extended_is_refused(model: FineLIP, make_model: Make, tiny_pipelines: ModuleType) -> None:
     pipeline = tiny_pipelines.xl()
     before = pipeline.text_encoder

@@ -53,8 +53,8 @@ def test_a_frozen_batch_is_refused(prove, protos):
 
 @pytest.mark.parametrize(("offset", "words"), [(-1, "1 position(s) before"), (1, "1 position(s) after")])
 def test_an_end_token_off_by_one_is_refused(prove, protos, model, monkeypatch, offset, words):
-    def lengths(ids):
-        return (caption_lengths(ids) + offset).clamp(min=0, max=ids.shape[1])
+    def lengths(ids, end_token):
+        return (caption_lengths(ids, end_token) + offset).clamp(min=0, max=ids.shape[1])
 
     monkeypatch.setattr("finelip_fast.model.caption_lengths", lengths)
     text = graphs.build(model, "text")

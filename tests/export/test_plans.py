@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from finelip_fast.errors import EngineError
+from finelip_fast.export import graphs
 from finelip_fast.export.plans import Builder, build_plan, capability
 from finelip_fast.export.precision import in_half
 from finelip_fast.export.quantize import calibrated
@@ -73,3 +74,11 @@ def test_progress_goes_to_stderr(image: Path, capsys: pytest.CaptureFixture[str]
 def test_capabilities_have_tensorrts_names() -> None:
     assert capability(trt, "12.0") == trt.ComputeCapability.SM120
     assert capability(trt, "9.0") is None
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("text", [[(1, 1), (4, 20), (16, 40)]]), ("image", SHAPES)])
+def test_siglip_s_graphs_build(make_model, tmp_path: Path, name: str, shapes: list[list[tuple[int, ...]]]) -> None:
+    model = make_model(family="siglip", quick_gelu=False, text_positions=16, embed_dim=64, context_length=40)
+    onnx.save(in_half(graphs.build(model, name), "fp16"), tmp_path / f"{name}.onnx")
+    plan = build_plan(tmp_path / f"{name}.onnx", shapes, ADA, Builder(), progress=False)
+    assert plan.startswith((b"ftrt", b"vtrt"))

@@ -82,6 +82,7 @@ def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
         lambda ids: model.encode_text(ids.to(model.device)),
         known.captions,
         context_length=model.config.context_length,
+        tokenizer=model.tokenizer,
         batch_size=batch_size,
     )
     global_scores, fine, alphas = (images[:, 0] @ texts[:, 0].T).cpu(), torch.tensor(0.0), [1.0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finelip_fast.model import FineLIP
+from finelip_fast.model import FineLIP, aggregated_lengths
 
 PAPER = "triplet (the paper's)"
 
@@ -70,7 +70,7 @@ class AblatedFineLIP(FineLIP):
     """FineLIP with parts left out; its captions' raw tokens are followed by rows of zeros, which are no tokens."""
 
     def __init__(self, model: FineLIP, variant: Variant) -> None:
-        super().__init__(model.config.replace(trained_aggregators=variant.is_fine))
+        super().__init__(model.config.replace(trained_aggregators=variant.is_fine), model.tokenizer)
         self.load_state_dict(model.state_dict())
         self.variant = variant
 
@@ -87,7 +87,9 @@ class AblatedFineLIP(FineLIP):
         rows = super().aggregate_text(tokens, lengths)
         if self.variant.text == "raw":
             unit = F.normalize(tokens.float(), dim=-1)
-            beyond = torch.arange(unit.shape[1], device=unit.device) >= lengths[:, None] - 1
+            beyond = (
+                torch.arange(unit.shape[1], device=unit.device) >= aggregated_lengths(lengths, self.config)[:, None]
+            )
             rows = torch.cat([rows[:, :1], unit.masked_fill(beyond[..., None], 0.0)], dim=1)
             return F.pad(rows, (0, 0, 0, 1 + self.config.context_length - rows.shape[1]))
         return self._pooled(rows, self.variant.text)
