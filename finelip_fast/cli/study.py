@@ -15,6 +15,7 @@ from finelip_fast.cli.commands import (
     Several,
     after_result,
     command_line,
+    device_option,
     model_options,
     shows_progress,
 )
@@ -29,6 +30,7 @@ NAMES = {
     "tokens": "recall, bytes and search time by aggregated tokens and precision",
     "pointing": "whether the maps of phrases peak where the phrases are true",
     "standing-out": "whether a search tells that nothing in the index matches",
+    "generation": "whether longer prompts draw nearer pictures (finelip study generation --help)",
 }
 
 _out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder of the record.")
@@ -109,6 +111,34 @@ def ablation(out: str, **options: Any) -> Any:
     from finelip_fast.studies.ablation.command import run_ablation
 
     return _record(run_ablation(**options, progress=shows_progress()), out)
+
+
+@click.command("study generation", cls=Command)
+@click.option("--pipeline", required=True, metavar="NAME_OR_FOLDER", help="Pipeline of diffusers for text-to-image.")
+@click.option("--checkpoint", required=True, help="Checkpoint whose text encoder extends it.")
+@click.option("--data", required=True, help="Pairs whose captions are drawn, as finelip eval takes them.")
+@click.option(
+    "--pictures", required=True, metavar="FOLDER", help="Folder of the drawn pictures; those there are not drawn again."
+)
+@click.option("--judge", help="Checkpoint that judges.  [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
+@click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
+@click.option("--steps", type=int, help="Steps of denoising.  [default: the pipeline's]")
+@click.option("--guidance", type=float, help="Weight of the description.  [default: the pipeline's]")
+@click.option("--seed", type=int, default=0, help="Seed of the first picture's noise.")
+@click.option("--layer", help="Layer of the text encoders: penultimate, last.  [default: the pipeline's]")
+@click.option("--second", default="stretch", help="What gives a second text encoder the length: stretch, windows.")
+@_out_option
+@device_option
+def generation(out: str, **options: Any) -> Any:
+    """Draw descriptions from 77 tokens and from the checkpoint's, and compare both with the described pictures.
+
+    The distance is FID on features of an independent CLIP, whose mean cosine with the descriptions is the score. A run that
+    was stopped goes on.
+    """
+    from finelip_fast.studies.generation import GenerationSetting, generation
+
+    values = {name: value for name, value in options.items() if value is not None}
+    return _record(generation(GenerationSetting(**values, progress=shows_progress())), out)
 
 
 def _record(record: Any, out: str) -> Any:

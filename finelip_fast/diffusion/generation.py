@@ -133,9 +133,9 @@ def generate(
     check_choices(layer, second)
     where = find_device(device)
     require_packages()
-    with _messages(progress):
+    with messages(progress):
         model = load(checkpoint, where)
-        network = _open_pipeline(pipeline, where)
+        network = open_pipeline(pipeline, where)
         length = (network.tokenizer or network.tokenizer_2).model_max_length
         if compare_77 and length != CLIP_CONTEXT:
             raise InputError(
@@ -144,9 +144,9 @@ def generate(
             )
         network.set_progress_bar_config(disable=not progress, leave=False)
         # Extended after the first picture: till then it is the pipeline as it was.
-        pictures = [_picture(network, text, seed, options)] if compare_77 else []
+        pictures = [draw(network, text, seed, options)] if compare_77 else []
         extend(network, model, layer=layer, second=second)
-        pictures.append(_picture(network, text, seed, options))
+        pictures.append(draw(network, text, seed, options))
     settings = {
         "prompt": text,
         **({} if negative is None else {"negative_prompt": negative}),
@@ -166,7 +166,7 @@ def generate(
     return Generation(out, settings, tuple(drawn))
 
 
-def _open_pipeline(name: str, device: torch.device) -> Any:
+def open_pipeline(name: str, device: torch.device) -> Any:
     """A pipeline for text-to-image, on a device, in half precision on a GPU."""
     from diffusers import AutoPipelineForText2Image  # pyright: ignore[reportPrivateImportUsage]
 
@@ -184,7 +184,7 @@ def _open_pipeline(name: str, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def _picture(pipeline: Any, text: str, seed: int, options: dict[str, Any]) -> Image.Image:
+def draw(pipeline: Any, text: str, seed: int, options: dict[str, Any]) -> Image.Image:
     # Noise of the CPU, so that a seed gives the same everywhere.
     picture: Image.Image = pipeline(text, generator=torch.Generator().manual_seed(seed), **options).images[0]
     return picture
@@ -218,7 +218,7 @@ def _write(path: Path, picture: Image.Image, settings: dict[str, str]) -> None:
 
 
 @contextmanager
-def _messages(progress: bool) -> Iterator[None]:
+def messages(progress: bool) -> Iterator[None]:
     """What diffusers and transformers say by themselves: errors, and bars where progress is shown.
 
     Their notes on cut prompts would come beside the warning that an extended pipeline gives.
