@@ -13,28 +13,19 @@ from finelip_fast.cli.commands import Command, Several, shows_progress
 # Fields of the configuration that are options of ``finelip adapt``.
 _ADAPT = (
     *(
-        "out",
-        "train",
         "validation",
         "root",
         "alpha",
         "context_length",
         "loss",
         "grounding",
+        "contextual",
+        "beta",
         "augment",
         "batch_size",
-        "group",
     ),
-    *(
-        "features",
-        "feature_precision",
-        "gradient_checkpointing",
-        "precision",
-        "workers",
-        "max_broken_share",
-        "eval_every",
-    ),
-    *("log_every", "tensorboard", "threads", "device", "seed"),
+    *("group", "features", "feature_precision", "gradient_checkpointing", "precision", "workers", "max_broken_share"),
+    *("eval_every", "log_every", "tensorboard", "threads", "device", "seed"),
 )
 
 
@@ -50,9 +41,10 @@ class _Trains(Command):
         self.fields = fields
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The argument, the options of the configuration, and the others."""
+        """The command's own, the options of the configuration, and those of every command."""
         parameters = super().get_params(ctx)
-        return [parameters[0], *_options(self.fields), *parameters[1:]]
+        count = len(self.params) - 2  # less --json and --quiet
+        return [*parameters[:count], *_options(self.fields), *parameters[count:]]
 
 
 class _Train(_Trains):
@@ -79,7 +71,7 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
     """The option of a field; None where it is not given, so that a recipe's value stays."""
     flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     text = text[0].upper() + text[1:] + "."
-    if field.default not in (dataclasses.MISSING, ""):
+    if field.default not in (dataclasses.MISSING, "", ()):
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         text += f"  [default: {default}]"
     if kind is bool:
@@ -113,6 +105,8 @@ def train(recipe: str | None, **options: Any) -> Any:
 
 @click.command(cls=_Trains, fields=_ADAPT)
 @click.argument("base")
+@click.option("--out", metavar="FOLDER", help="Folder of the checkpoint; features and runs lie in it.")
+@click.option("--train", metavar="DATA", help="Pairs to train on: jsonl:FILE, sharegpt4v:FILE or scenes:SPLIT:SIZE.")
 @click.option("--unfreeze", default="last:2", help="What the second stage trains of the encoders: last:N, all, none.")
 @click.option("--steps", type=int, help="Steps of the first stage.  [default: 1500]")
 @click.option("--encoder-steps", type=int, help="Steps of the second stage.  [default: 500]")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finelip_fast import checkpoint
+from finelip_fast.cli import main
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import ConfigError, TrainingError
 from finelip_fast.model import FineLIP
@@ -144,6 +145,30 @@ def test_options_go_where_they_belong() -> None:
     assert second.init == str(Path("m") / "aggregators" / "best")
     (alone,) = stages("clip", **options, features="elsewhere", unfreeze="none")
     assert alone.features == "elsewhere"
+
+
+def test_the_command_has_options_of_both_stages(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "adapt", lambda base, **options: calls.append({"base": base, **options}) or {})
+    words = "--out m --train scenes:train:64 --validation scenes:val:8 --contextual 0.5 --augment typos:0.1 --steps 3 --quiet"
+    assert main(["adapt", str(base), *words.split()]) == 0
+    assert calls == [
+        {
+            "base": str(base),
+            "progress": False,
+            "out": "m",
+            "train": "scenes:train:64",
+            "validation": "scenes:val:8",
+            "contextual": 0.5,
+            "augment": ("typos:0.1",),
+            "steps": 3,
+            "unfreeze": "last:2",
+        }
+    ]
+    assert main(["adapt", str(base), "--out", "m"]) == 2
+    assert "Expected --train, --validation." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
