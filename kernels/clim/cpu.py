@@ -45,8 +45,8 @@ _BLOCK_ELEMENTS = 1 << 22
 _LEAST_SHARED_WORK = 1 << 23
 # Elements of items that are copied before another block has begun.
 _FEW_ELEMENTS = 1 << 20
-# Rows of items that are multiplied as fast as fewer.
-_FEW_ROWS = 1 << 9
+# Elements of items up to which fewer are filled up, if that is too little work to share.
+_LEAST_ELEMENTS = 1 << 18
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
@@ -127,7 +127,7 @@ def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_B
     least = -(-_LEAST_SHARED_WORK // (item_tokens * columns * width))
     shared = max(_power_of_two(2 * least - 1), _power_of_two(n_items // torch.get_num_threads() or 1))
     size = min(largest, shared)
-    fewest = _power_of_two(max(1, _FEW_ROWS // item_tokens))
+    fewest = _power_of_two(max(1, min(largest, least, _LEAST_ELEMENTS // (item_tokens * width))))
     start = n_items // size * size
     blocks = [_Block(first, first + size, size) for first in range(0, start, size)]
     while start < n_items:

@@ -32,7 +32,7 @@ def blocks(request):
             "_BLOCK_ELEMENTS": 900,
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 30,
-            "_FEW_ROWS": 1,
+            "_LEAST_ELEMENTS": 1,
         },
         "smallest": {
             "_BLOCK_QUERIES": 1,
@@ -41,7 +41,7 @@ def blocks(request):
             "_BLOCK_ELEMENTS": 1,
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 1,
-            "_FEW_ROWS": 1,
+            "_LEAST_ELEMENTS": 1,
         },
         "plain processor": {"has": lambda feature: False},
     }
@@ -259,5 +259,7 @@ def test_a_growing_collection_meets_few_sizes_of_products(monkeypatch):
 def test_blocks_hold_each_item_once(n_items, tokens, columns, width):
     blocks = clim_cpu._blocks(n_items, tokens, columns, width)
     assert [at for block in blocks for at in range(block.start, block.stop)] == list(range(n_items))
-    fewest = max(1, clim_cpu._FEW_ROWS // tokens)
+    fewest = max(1, clim_cpu._LEAST_ELEMENTS // (tokens * width))
     assert all(block.stop - block.start <= block.size <= fewest + 1.5 * (block.stop - block.start) for block in blocks)
+    filled = sum(block.size + block.start - block.stop for block in blocks)
+    assert filled <= n_items / 2 + 1 or filled * tokens * columns * width <= 2 * clim_cpu._LEAST_SHARED_WORK
