@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from finelip_fast._files import read_bytes
+from finelip_fast._files import read_bytes, write_error, write_text_whole
 from finelip_fast.errors import FineLIPError
 
 MAX_BYTES = 1 << 30
@@ -46,6 +48,30 @@ def read_json(
     return parse_json(
         read_bytes(path, error=error, max_bytes=max_bytes), path, error=error, expected=expected, kind=kind
     )
+
+
+def stated_otherwise(
+    path: Path, statement: Mapping[str, Any], *, error: type[FineLIPError], expected: str, max_bytes: int
+) -> list[str]:
+    """Names of what the file of a folder states otherwise; where there is no file, it is written, and the folder made.
+
+    Args:
+        path: File that says whose contents the folder holds.
+        statement: What it should say, as plain values for JSON.
+        error, expected, max_bytes: As for :func:`read_json`.
+
+    Raises:
+        WriteError: The folder or the file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise write_error(path.parent, reason) from reason
+    if not path.exists():
+        write_text_whole(path, json.dumps(dict(statement), indent=2) + "\n")
+        return []
+    stored = read_json(path, error=error, expected=expected, kind=dict, max_bytes=max_bytes)
+    return [name for name in statement if stored.get(name) != statement[name]]
 
 
 def parse_json(

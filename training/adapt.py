@@ -6,10 +6,12 @@ the same command.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from tqdm import tqdm
 
 from finelip_fast import checkpoint
@@ -96,8 +98,15 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
         ConfigError, TrainingError, WriteError: Where :func:`finelip_fast.training.train.train` raises them. The same command
             then goes on.
     """
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "expected one process for an adaptation, got those of torchrun: run its two trainings with training/train.py, as "
+            "docs/how-to/adapt.md says"
+        )
     runs = stages(base, **options)
     out, first = Path(options["out"]), runs[0]
+    if first.threads:
+        torch.set_num_threads(first.threads)
     model = load_base(base, first.context_length).to(choose_device(first.device)).eval()
     pairs, validation = (_open(spec, model, first) for spec in (first.train, first.validation))
     if progress:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finelip_fast._files import write_error, write_text_whole, write_whole
-from finelip_fast._json import read_json
+from finelip_fast._files import write_whole
+from finelip_fast._json import stated_otherwise
 from finelip_fast.checkpoint.saving import add_weights
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, survey
@@ -147,7 +147,8 @@ def compute(
             folder,
             size / 1e9,
         )
-    encoders, on_gpu = encoders_of(model, precision) if missing else model, model.device.type == "cuda"
+    is_training, on_gpu = model.training, model.device.type == "cuda"
+    encoders = encoders_of(model, precision) if missing else model
     with tqdm(total=size, unit="B", unit_scale=True, desc="features", disable=None) as bar, torch.inference_mode():
         for path, numbers, nbytes in missing:
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and precision == "bf16"):
@@ -159,6 +160,7 @@ def compute(
                 raise TrainingError(f"features of {path.stem} are too large for float16: train without --features")
             write_whole(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), size=nbytes)
             bar.update(nbytes)
+    model.train(is_training)
     return features
 
 
@@ -199,7 +201,7 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
         return encoders
     if (reason := why_not(precision)) is not None:
         raise ConfigError(f"expected another feature_precision than {precision!r}: {reason}; fp32 always works")
-    return freeze(encoders, precision)
+    return freeze(copy.deepcopy(model).eval(), precision)
 
 
 def _identity(model: FineLIP) -> str:
@@ -241,15 +243,7 @@ def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str,
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     """Make the folder, or see that it is of the same features."""
     path = folder / "features.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    if not path.exists():
-        write_text_whole(path, json.dumps(about, indent=2) + "\n")
-        return
-    stored = read_json(path, error=ConfigError, expected="what features are of", kind=dict, max_bytes=_MAX_ABOUT)
-    different = [name for name in about if stored.get(name) != about[name]]
+    different = stated_otherwise(path, about, error=ConfigError, expected="what features are of", max_bytes=_MAX_ABOUT)
     if different:
         raise ConfigError(
             f"{folder} holds features of other {' and other '.join(different)}: give another --features, or remove it"

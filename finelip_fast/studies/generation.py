@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import find_device, whole_number
-from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
-from finelip_fast._json import read_json
+from finelip_fast._files import remove_unfinished, write_whole
+from finelip_fast._json import stated_otherwise
 from finelip_fast.checkpoint import UntrainedAggregatorsWarning, fingerprint, load
 from finelip_fast.checkpoint.building import CLIP_CONTEXT
 from finelip_fast.datasets import open_dataset
@@ -128,7 +127,7 @@ def generation(setting: GenerationSetting) -> Record:
         raise InputError(f"expected at least 2 pictures, whose features have a spread, got {len(known.ids)}")
     captions = [known.captions[at] for at in known.first]
     about = {
-        "pipeline": Path(setting.pipeline).name,
+        "pipeline": setting.pipeline,
         "checkpoint": fingerprint(model)[:12],
         "layer": setting.layer or "the pipeline's own",
         "second": setting.second,
@@ -182,15 +181,8 @@ def _name(number: int) -> str:
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     """Make the folder, or see that it is of the same run."""
     path = folder / "settings.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    if not path.exists():
-        write_text_whole(path, json.dumps(about, indent=2) + "\n")
-        return
-    stored = read_json(path, error=ConfigError, expected="settings of a run", kind=dict, max_bytes=_MAX_SETTINGS)
-    if changed := [name for name in about if stored.get(name) != about[name]]:
+    changed = stated_otherwise(path, about, error=ConfigError, expected="settings of a run", max_bytes=_MAX_SETTINGS)
+    if changed:
         raise ConfigError(
             f"{folder} holds pictures of other {', '.join(changed)}: give another --pictures, or remove it"
         )

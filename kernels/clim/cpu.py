@@ -45,7 +45,7 @@ _BLOCK_ELEMENTS = 1 << 22
 _LEAST_SHARED_WORK = 1 << 23
 # Elements of items that are copied before another block has begun.
 _FEW_ELEMENTS = 1 << 20
-# Elements of items up to which fewer are filled up, if that is too little work to share.
+# Fewer items than have so many elements are filled up to these, where that is not yet work to share.
 _LEAST_ELEMENTS = 1 << 18
 # Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
@@ -119,8 +119,8 @@ class _Block(NamedTuple):
 def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
     """Items that are scored at once by one thread, or by all of them where there is too little work to share.
 
-    Sizes below the largest are powers of two, and those of what is filled up also halves more, so that a growing collection
-    meets few: oneDNN keeps a megabyte for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
+    A size below the largest is a power of two, or one and a half of it where items are filled up, so that a growing collection
+    meets few: oneDNN keeps what it prepares for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
     """
     rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
     largest = max(1, rows // item_tokens)

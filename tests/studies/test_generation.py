@@ -79,6 +79,7 @@ def test_a_run_that_goes_on_draws_what_is_missing(setting: GenerationSetting, mo
     ("changes", "message"),
     [
         ({"steps": 2}, "holds pictures of other steps: give another --pictures"),
+        ({"pipeline": "elsewhere/pipeline"}, "holds pictures of other pipeline"),
         ({"data": "scenes:test:2", "seed": 5}, "holds pictures of other seed, data"),
     ],
 )

@@ -171,6 +171,26 @@ def test_the_command_has_options_of_both_stages(
     assert "Expected --train, --validation." in capsys.readouterr().err
 
 
+def test_the_defaults_are_those_that_the_help_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    options = stages("clip", out="m", train="scenes:train:64", validation="scenes:val:8", tensorboard=False)
+    for name, value in {
+        "--steps": options[0].steps,
+        "--encoder-steps": options[1].steps,
+        "--aggregator-lr": options[0].aggregator_lr,
+        "--encoder-lr": options[1].encoder_lr,
+        "--unfreeze": options[1].unfreeze,
+    }.items():
+        assert re.search(rf" {name} (?:(?! --).)*\[default: {value}\]", text), name
+
+
+def test_several_processes_are_refused(run: Adapt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"run its two trainings with training/train\.py"):
+        run()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
