@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import finelip_fast
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.model import FineLIP
 
@@ -96,6 +97,17 @@ def open_clip_siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     """A small SigLIP of open_clip's with the folder of its files, as ``open_clip_siglip.py`` writes it."""
     module = sys.modules.get("open_clip_siglip") or _module_of_a_file(Path(__file__).with_name("open_clip_siglip.py"))
     return module.write(tmp_path_factory.mktemp("siglip"), request.param)
+
+
+@pytest.fixture(scope="session")
+def siglip_checkpoint(open_clip_siglip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint for 24 tokens, more than its positions, as trained: aggregators at their random start, which count."""
+    with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
+        model = finelip_fast.load(open_clip_siglip.folder, context_length=24)
+    model.config = model.config.replace(trained_aggregators=True, alpha=0.5)
+    folder = tmp_path_factory.mktemp("checkpoint") / "siglip"
+    finelip_fast.save(model, folder)
+    return folder
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

@@ -18,51 +18,40 @@ from finelip_fast.explain.explanation import explain
 from finelip_fast.serve.api import _counted
 from finelip_fast.tokenizer import encode_batch
 
-CONTEXT = 24
+CONTEXT = 24  # of siglip_checkpoint
 TEXTS = ["a red house", "two cars drive left of the tree", "", "the blue car in front of the large house and " * 2]
 PICTURES = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
 pytestmark = pytest.mark.filterwarnings("ignore::finelip_fast.errors.TruncationWarning")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(open_clip_siglip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With aggregators at their random start, which count."""
-    with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
-        model = finelip_fast.load(open_clip_siglip.folder, context_length=CONTEXT)
-    model.config = model.config.replace(trained_aggregators=True, alpha=0.5)
-    folder = tmp_path_factory.mktemp("checkpoint") / "siglip"
-    finelip_fast.save(model, folder)
-    return folder
-
-
-def test_an_index_is_searched_by_texts_and_pictures(checkpoint: Path, tmp_path: Path) -> None:
-    retriever = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu", index=tmp_path / "index")
+def test_an_index_is_searched_by_texts_and_pictures(siglip_checkpoint: Path, tmp_path: Path) -> None:
+    retriever = finelip_fast.Retriever(siglip_checkpoint, engine="torch", device="cpu", index=tmp_path / "index")
     retriever.add_images(PICTURES, ids=["red", "green", "blue"], progress=False)
     retriever.add_texts(TEXTS, ids=["a", "b", "c", "d"], progress=False)
     assert retriever.search(image=PICTURES[1], k=1)[0].id == "green"
-    again = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu", index=tmp_path / "index")
+    again = finelip_fast.Retriever(siglip_checkpoint, engine="torch", device="cpu", index=tmp_path / "index")
     assert [again.search(text, k=1)[0].id for text in TEXTS] == ["a", "b", "c", "d"]
-    model = finelip_fast.load(checkpoint)
+    model = finelip_fast.load(siglip_checkpoint)
     with torch.inference_mode():
         ids = encode_batch(TEXTS, CONTEXT, tokenizer=model.tokenizer).ids
         scores = model.score(model.encode_image(model.preprocess.batch(PICTURES)), model.encode_text(ids))
     torch.testing.assert_close(again.score(PICTURES, TEXTS), scores, atol=1e-4, rtol=0)
 
 
-def test_an_index_refuses_the_same_weights_with_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(checkpoint, tmp_path / "other")
+def test_an_index_refuses_the_same_weights_with_another_tokenizer(siglip_checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(siglip_checkpoint, tmp_path / "other")
     model = finelip_fast.load(other)
     content = model.tokenizer.content + b"\n"
     model.tokenizer = type(model.tokenizer)(content, model.config.end_token, model.config.vocab_size)
     model.config = model.config.replace(tokenizer=model.tokenizer.sha256)
     finelip_fast.save(model, other)
-    first, second = (TorchEngine(folder, "cpu") for folder in (checkpoint, other))
+    first, second = (TorchEngine(folder, "cpu") for folder in (siglip_checkpoint, other))
     assert first.fingerprint != second.fingerprint
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_an_explanation_adds_up_to_the_score(checkpoint: Path, text: str) -> None:
-    model = finelip_fast.load(checkpoint)
+def test_an_explanation_adds_up_to_the_score(siglip_checkpoint: Path, text: str) -> None:
+    model = finelip_fast.load(siglip_checkpoint)
     explanation = explain(model, PICTURES[0], text)
     with torch.inference_mode():
         ids = encode_batch([text], CONTEXT, tokenizer=model.tokenizer).ids
@@ -72,8 +61,8 @@ def test_an_explanation_adds_up_to_the_score(checkpoint: Path, text: str) -> Non
     assert [word.text for word in explanation.words] == text.split()[: len(explanation.words)]
 
 
-def test_a_server_counts_its_tokens(checkpoint: Path) -> None:
-    tokenizer = finelip_fast.load(checkpoint).tokenizer
+def test_a_server_counts_its_tokens(siglip_checkpoint: Path) -> None:
+    tokenizer = finelip_fast.load(siglip_checkpoint).tokenizer
     whole, long = "a red house", "a red house " * 20
     assert _counted(whole, CONTEXT, tokenizer) == {
         "tokens": len(tokenizer.tokens(whole)) + 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ AVAILABLE = [
     if why_not(name.split()[0]) is None
     and not (name.startswith("torch ") and engine_module.why_not(name.split()[1]) is not None)
 ]
-CONTEXT = 24  # longer than the trained positions
+CONTEXT = 24  # of siglip_checkpoint
 TEXTS = [
     "a red house",
     "",
@@ -36,25 +35,14 @@ TEXTS = [
 PICTURES = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(open_clip_siglip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As trained: aggregators at their random start, which count."""
-    with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
-        model = finelip_fast.load(open_clip_siglip.folder, context_length=CONTEXT)
-    model.config = model.config.replace(trained_aggregators=True, alpha=0.5)
-    folder = tmp_path_factory.mktemp("engines") / "siglip"
-    finelip_fast.save(model, folder)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore::finelip_fast.errors.TruncationWarning")
 @pytest.mark.parametrize(("open_clip_siglip", "name"), AVAILABLE, indirect=["open_clip_siglip"])
-def test_embeddings_are_the_model_s(checkpoint: Path, name: str) -> None:
+def test_embeddings_are_the_model_s(siglip_checkpoint: Path, name: str) -> None:
     runtime, precision = name.split()
     if runtime == "onnx":
-        export_onnx(checkpoint, data="scenes:test:8", progress=False, precision=precision)
-    engine = open_engine(runtime, checkpoint, "cpu", precision=precision)
-    model, close = finelip_fast.load(checkpoint), {"atol": TOLERANCES[name], "rtol": 0}
+        export_onnx(siglip_checkpoint, data="scenes:test:8", progress=False, precision=precision)
+    engine = open_engine(runtime, siglip_checkpoint, "cpu", precision=precision)
+    model, close = finelip_fast.load(siglip_checkpoint), {"atol": TOLERANCES[name], "rtol": 0}
     ids = encode_batch(TEXTS, CONTEXT, tokenizer=model.tokenizer).ids
     with torch.inference_mode():
         texts, pictures = model.encode_text(ids), model.encode_image(model.preprocess.batch(PICTURES))
@@ -65,12 +53,12 @@ def test_embeddings_are_the_model_s(checkpoint: Path, name: str) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(engine)).embed_texts(TEXTS), together)
 
 
-def test_speed_is_measured_with_its_own_tokens(checkpoint: Path) -> None:
-    assert open_engine("auto", checkpoint, "cpu").fingerprint == checkpoints.fingerprint(checkpoint)
+def test_speed_is_measured_with_its_own_tokens(siglip_checkpoint: Path) -> None:
+    assert open_engine("auto", siglip_checkpoint, "cpu").fingerprint == checkpoints.fingerprint(siglip_checkpoint)
 
 
-def test_windows_join_a_long_caption(checkpoint: Path) -> None:
-    engine = open_engine("torch", checkpoint, "cpu")
+def test_windows_join_a_long_caption(siglip_checkpoint: Path) -> None:
+    engine = open_engine("torch", siglip_checkpoint, "cpu")
     windows = encode_batch(TEXTS, CONTEXT, overflow="window", tokenizer=engine.tokenizer)
     rows = windows.ids[windows.owner == len(TEXTS) - 1]
     assert all(
