@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finelip_fast.aggregator import TokenAggregator, global_rows
@@ -15,6 +16,9 @@ from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
+
+# Captions of like length that a CPU encodes together: the fewer, the less of their padding is computed.
+_CAPTIONS_AT_ONCE = 16
 
 
 class TrainingOutput(NamedTuple):
@@ -182,9 +186,15 @@ class FineLIP(nn.Module):
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Projected features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
         lengths = self._lengths(ids)
-        if not torch.compiler.is_compiling():
-            ids = ids[:, : max(1, int(lengths.max()) if len(ids) else 0)]
-        return self.text(ids), lengths
+        if torch.compiler.is_compiling():
+            return self.text(ids), lengths
+        # A GPU would rather have all of them at once.
+        size = _CAPTIONS_AT_ONCE if ids.device.type == "cpu" else len(ids)
+        order = lengths.argsort()
+        parts = [self.text(ids[rows, : max([1, *lengths[rows].tolist()])]) for rows in order.split(size)]
+        longest = parts[-1].shape[1]
+        tokens = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+        return tokens[order.argsort()], lengths
 
     def _lengths(self, ids: Tensor) -> Tensor:
         return caption_lengths(ids, self.config.end_token)

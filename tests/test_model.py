@@ -65,6 +65,21 @@ def test_a_caption_is_the_same_alone_in_any_batch_at_any_padding(model, make_cap
             assert_close(model.encode_text(ids[None, :length]), embeddings[row : row + 1])
 
 
+def test_many_captions_and_their_gradients_are_those_of_each_alone(model, make_captions):
+    lengths = [2 + 7 * number % 40 for number in range(40)]  # in no order, more than are encoded together
+    ids = make_captions(lengths, 64)
+    weights = torch.linspace(0.1, 1.0, 40)[:, None, None]
+
+    def gradient(embeddings):
+        return torch.autograd.grad((embeddings * weights).sum(), model.text.token_embedding.weight)[0]
+
+    together = model.encode_text(ids)
+    alone = torch.cat([model.encode_text(ids[row : row + 1]) for row in range(40)])
+    assert_close(together, alone)
+    expected = gradient(alone)
+    assert (gradient(together) - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_a_picture_is_the_same_alone_and_in_any_batch(model, pixels):
     with torch.no_grad():
         together = model.encode_image(pixels)
