@@ -31,7 +31,7 @@ PALETTE = {
     "grey": (146, 150, 158),
     "black": (46, 48, 56),
 }
-SPLITS = ("train", "val", "test", "very_long")
+SPLITS = ("train", "train_mixed", "val", "test", "very_long")
 COLOURS = ("wall", "roof_colour", "door", "awning", "colour", "coat", "hat", "umbrella", "dog", "name")
 indices = st.integers(0, 63_999)
 
@@ -63,7 +63,10 @@ def pixels_in(picture, box):
 # --- The dataset -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("split", "size"), [("train", 64_000), ("val", 1_000), ("test", 1_000), ("very_long", 200)])
+@pytest.mark.parametrize(
+    ("split", "size"),
+    [("train", 64_000), ("train_mixed", 64_000), ("val", 1_000), ("test", 1_000), ("very_long", 200)],
+)
 def test_default_sizes_and_both_ends(split, size):
     scenes = Scenes(split)
     assert len(scenes) == size
@@ -85,7 +88,7 @@ def test_an_empty_dataset_has_nothing_to_give():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "dev"}, "expected split to be one of train, val, test, very_long, got 'dev'"),
+        ({"split": "dev"}, "expected split to be one of train, train_mixed, val, test, very_long, got 'dev'"),
         ({"variant": "upper"}, "expected variant to be one of clean, typos, .*, got 'upper'"),
         ({"size": -1}, "expected size from 0 to 10000000, got -1; leave it out"),
         ({"image_size": 15}, "expected an image size from 16 to 4096 pixels, got 15; 128 and more"),
@@ -149,7 +152,7 @@ def test_seeds_and_splits_are_other_worlds():
 
 
 def test_no_scene_of_val_or_test_is_trained_on():
-    trained = {scene.content for scene in Scenes("train", 4_000)}
+    trained = {scene.content for split in ("train", "train_mixed") for scene in Scenes(split, 4_000)}
     for split in ("val", "test", "very_long"):
         assert trained.isdisjoint(scene.content for scene in Scenes(split))
 
@@ -225,6 +228,12 @@ def test_descriptions_are_long_but_fit_the_context(split, size, count_tokens):
 
 def test_very_long_descriptions_exceed_the_context(count_tokens):
     assert min(count_tokens(scene.caption) for scene in Scenes("very_long")) > 300
+
+
+def test_every_fourth_family_is_described_at_length_to_train_on(count_tokens):
+    scenes = Scenes("train_mixed", 40)
+    assert {scene.family for scene in scenes if count_tokens(scene.caption) > 300} == {0, 4, 8}
+    assert all(count_tokens(scene.caption) <= 240 for scene in scenes if scene.family % 4)
 
 
 @pytest.mark.parametrize("split", ["train", "very_long"])

@@ -34,9 +34,10 @@ from finelip_fast.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-SPLITS = {"train": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
+SPLITS = {"train": 64_000, "train_mixed": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
 MAX_SIZE = 10_000_000  # scenes, which take a day to draw
 MAX_IMAGE_SIZE = 4096
+_DETAILED_EVERY = 4  # of the families of "train_mixed"
 VARIANTS = words.VARIANTS
 
 
@@ -125,8 +126,10 @@ class Scenes:
     """A map-style dataset of generated scenes.
 
     Args:
-        split: "train", "val", "test", or "very_long" (descriptions of more than 300 tokens).
-        size: how many scenes; default 64,000 / 1,000 / 1,000 / 200. A larger size only adds scenes.
+        split: "train", "val", "test", "very_long" (descriptions of more than 300 tokens), or "train_mixed" (every fourth
+            family of scenes described as in "very_long", the others as in "train").
+        size: how many scenes; default 64,000 to train on, 1,000 of "val" and "test", 200 of "very_long". A larger size only
+            adds scenes.
         image_size: side in pixels of the pictures that ``Scene.draw`` makes unless told otherwise.
         seed: another seed, another world.
         variant: what happens to the captions: "clean", "typos", "plain" (lower case, no punctuation), "dropped"
@@ -180,7 +183,7 @@ class Scenes:
             content=family(key)[member],
             image_size=self.image_size,
             variant=self.variant,
-            detailed=self.split == "very_long",
+            detailed=self.split == "very_long" or (self.split == "train_mixed" and number % _DETAILED_EVERY == 0),
             telling=f"{key}/{member}",
             scenery=key,
         )
