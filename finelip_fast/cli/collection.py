@@ -169,6 +169,8 @@ def add(
                 )
             else:
                 report += retriever.add_table(source, folder=root, image_field=image_field, **common)
+        if watch:
+            retriever.index.compact_recent()
         return report
 
     return _watched(run, sources, index) if watch else run()

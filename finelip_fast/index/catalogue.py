@@ -195,10 +195,10 @@ class Catalogue(CatalogueReader):
                 dead = np.array([(row[0], died) for row in rows], dtype=np.int64)
                 self._count("dead", len(dead), mixed(dead))
 
-    def forget(self) -> None:
-        """Inside a change: older versions are no more, nor the items that only they have."""
+    def forget(self, first: int) -> None:
+        """Inside a change: older versions are no more, nor, from a position on, the items that only they have."""
         with self._database.writing() as connection:
-            connection.run("DELETE FROM item WHERE died IS NOT NULL", seconds=math.inf)
+            connection.run("DELETE FROM item WHERE died IS NOT NULL AND position >= ?", first, seconds=math.inf)
             self._set(oldest=self.version)
             self._count_again(connection)
 

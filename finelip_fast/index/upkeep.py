@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from os import PathLike
 from pathlib import Path
@@ -37,6 +37,8 @@ from finelip_fast.index.view import View
 
 # What compaction makes of small segments, in bytes; one of at least half of it is left alone.
 _FULL = 1 << 29
+# Of the newest segments, how many are too many, and by how much the next may be larger than these to be one with them.
+_MANY, _GROWTH = 64, 2
 _REPLACED = "replaced"  # the note in the catalogue of segments that a change has replaced
 _OUTDATED = ("globals.faiss", "globals.json")  # of a time when faiss kept its own files
 # A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
@@ -74,11 +76,36 @@ def maintain(store: Store) -> dict[str, int]:
         lost = [row for row in store.catalogue.layout(view.version).segments if row.name in store.damaged]
         if damaged := _damaged(store, view.version, rewritten + lost):
             raise _refusal(store, damaged)
-        after = _rewrite(store, view)
+        after = _rewrite(store, view, _runs(view))
     store.reload()
     _sweep(store)
     strays = len(unnamed(store))
     return {"segments": before, "after": after, "strays": strays, "bytes": size - _size(store.folder)}
+
+
+def compact_recent(store: Store) -> None:
+    """Make one of the newest segments where many small ones have come; what is before them stays, gaps and all.
+
+    For who adds a few items at a time and goes on for long: every segment takes memory, and a part of each search's and each
+    change's time. A row is moved a few times at most. Older versions can no longer be opened afterwards. Where an item is
+    damaged, nothing is done: a new checksum would hide it.
+
+    Raises:
+        StoreError: Where :meth:`add` raises it.
+    """
+    store.refuse_if_fixed()
+    if store.folder is None or len(_recent(store.view())) < _MANY:
+        return
+    with store.lock, within_memory(), store.catalogue.undisturbed():
+        view = store.load()
+        run = _recent(view)  # again, since others may have changed the index meanwhile
+        rows = [view.layout.segments[at] for at in run]
+        if len(run) < _MANY or store.damaged or _damaged(store, view.version, rows):
+            return
+        with store.catalogue.changing():
+            _rewrite(store, view, [run], first=rows[0].first)
+    store.reload()
+    _sweep(store)
 
 
 def repair(store: Store) -> dict[str, str]:
@@ -101,20 +128,24 @@ def repair(store: Store) -> dict[str, str]:
             # Again, since others may have changed the index meanwhile.
             damaged = _damaged(store, view.version, store.catalogue.layout(view.version).segments)
             store.catalogue.remove(damage.position for damage in damaged)
-            _rewrite(store, store.load())
+            view = store.load()
+            _rewrite(store, view, _runs(view))
         store.reload()
         _sweep(store)
     return {damage.id: damage.reason for damage in damaged}
 
 
-def _rewrite(store: Store, view: View) -> int:
-    """Inside a change: compact what gains by it; how many segments there are then."""
+def _rewrite(store: Store, view: View, runs: Sequence[list[int]], first: int = 0) -> int:
+    """Inside a change: make one segment of each run; how many there are then.
+
+    From the position ``first`` on, no other segment may have gaps.
+    """
     replaced = [row for row in store.catalogue.layout().segments if row.name in store.damaged]
-    store.catalogue.forget()
+    store.catalogue.forget(first)
     for row in replaced:
         store.catalogue.replace([row], None, [])
     count = len(view.segments)
-    for run in _runs(view):
+    for run in runs:
         parts = [(view.segments[at], view.living_in(at)) for at in run]
         rows = [view.layout.segments[at] for at in run]
         if sum(len(living) for _, living in parts):
@@ -317,6 +348,20 @@ def _runs(view: View) -> list[list[int]]:
         size += bytes_
     runs.append(run)
     return [run for run in runs if len(run) > 1 or (run and not view.is_complete(run[0]))]
+
+
+def _recent(view: View) -> list[int]:
+    """The newest segments, as far as each is at most twice as large as all behind it."""
+    run: list[int] = []
+    size = 0
+    for at in reversed(range(len(view.segments))):
+        segment = view.segments[at]
+        bytes_ = len(segment) * segment.bytes_per_item
+        if run and (bytes_ > _GROWTH * size or size + bytes_ > _FULL):
+            break
+        run.append(at)
+        size += bytes_
+    return run[::-1]
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from finelip_fast.reports import AddReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.serve.collection import Added, Found, Upload, local_file, with_path
 from finelip_fast.serve.uploads import Uploads
+
+_logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # uploads that are embedded and committed together
 
@@ -145,6 +148,10 @@ class RetrieverCollection:
             ):  # another process may have deleted an item of the same picture, and its file
                 for at in ids.keys() - set(absent(ids)):
                     folder.keep(paths[at], uploads[at].content)
+        try:
+            self._index.compact_recent()
+        except FineLIPError as error:  # what was added is there
+            _logger.warning("the index cannot be kept in few segments: %s", error)
         added = set(report.added)
 
         def result(at: int) -> Added:

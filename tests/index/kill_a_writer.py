@@ -12,9 +12,10 @@ import sys
 
 import torch
 
-from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index import Index, IndexSpec, upkeep
 
 SPEC = IndexSpec("abc", 3, 8)
+upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
 
 
 def unit_row(value: int) -> list[float]:
@@ -28,10 +29,10 @@ def main(folder: str, seed: int) -> None:
     index = Index(SPEC, folder)
     number = 0
     while True:
-        kind = choose.choice(["add", "add", "upsert", "delete", "maintain"])
+        kind = choose.choice(["add", "add", "upsert", "delete", "maintain", "compact_recent"])
         number += 1
-        if kind == "maintain":
-            index.maintain()
+        if kind in ("maintain", "compact_recent"):
+            getattr(index, kind)()
             continue
         if kind == "add":
             ids = [f"{seed}-{number}-{one}" for one in range(choose.randint(1, 3))]

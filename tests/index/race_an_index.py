@@ -13,11 +13,12 @@ from collections import Counter
 import torch
 
 from finelip_fast.errors import StoreError
-from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index import Index, IndexSpec, upkeep
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.store import Written
 
 SPEC = IndexSpec("abc", 3, 8)
+upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
 
 
 def embeddings(seed: int) -> torch.Tensor:
@@ -43,7 +44,7 @@ def main(role: str, folder: str, seconds: float, seed: int) -> None:
                 index.adopt([Written(name, [item], crcs, [{}])])
                 added.append(item)
             elif role == "maintain":
-                index.maintain()
+                (index.maintain if count % 2 else index.compact_recent)()
             elif role == "check":
                 assert index.check() == {}
             elif role == "snapshot":

@@ -33,8 +33,10 @@ import torch
 import torch.nn.functional as F
 
 from finelip_fast.errors import FineLIPError, StoreError
-from finelip_fast.index import Index, IndexSpec
+from finelip_fast.index import Index, IndexSpec, upkeep
 from finelip_fast.kernels import clim_scores
+
+upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
 
 TOKENS, WIDTH = 4, 16
 MODES = ["exact", "exact-int8", "two-stage", "auto"]
@@ -99,7 +101,14 @@ class Worker:
         self.value = max([line[3] for line in journal.lines if line[0] == "begin"], default=0)
         self.removed: Model = {}
         kinds: dict[Callable[[], None], int] = {self.add: 12, self.upsert: 8, self.delete: 8, self.search: 30}
-        kinds |= {self.search_removed: 8, self.search_where: 8, self.read: 4, self.contains: 8, self.maintain: 1}
+        kinds |= {
+            self.search_removed: 8,
+            self.search_where: 8,
+            self.read: 4,
+            self.contains: 8,
+            self.maintain: 1,
+            self.compact_recent: 2,
+        }
         if index.folder is not None:
             kinds |= {self.check: 1, self.snapshot: 1, self.reopen: 2}
         self.kinds, self.weights = list(kinds), list(kinds.values())
@@ -208,6 +217,9 @@ class Worker:
 
     def maintain(self) -> None:
         self.index.maintain()
+
+    def compact_recent(self) -> None:
+        self.index.compact_recent()
 
     def check(self) -> None:
         for item, text in self.index.check().items():

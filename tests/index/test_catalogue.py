@@ -103,7 +103,7 @@ def test_older_versions_stay_until_they_are_forgotten(catalogue: Catalogue) -> N
     assert catalogue.layout() == (2, segments, [0])
     assert [catalogue.count(version) for version in (0, 1, 2)] == [0, 2, 2]
     with catalogue.changing():
-        catalogue.forget()
+        catalogue.forget(0)
         catalogue.replace(segments, "third", [4, 5])
     assert (catalogue.oldest, catalogue.version) == (3, 3)
     assert catalogue.layout() == (3, [SegmentRow("third", 0, 2)], [])
@@ -124,7 +124,7 @@ def test_a_run_of_segments_is_replaced_and_the_order_stays(catalogue: Catalogue)
         catalogue.remove([1, 4, 5, 6, 7, 8])
     segments = catalogue.layout().segments
     with catalogue.changing():
-        catalogue.forget()
+        catalogue.forget(0)
         catalogue.replace(segments[:2], "both", [7, 8, 9])
         catalogue.replace(segments[2:3], None, [])
     assert catalogue.layout().segments == [SegmentRow("both", 0, 3), SegmentRow("segment 3", 9, 3)]

@@ -61,6 +61,60 @@ def test_older_versions_can_be_opened_until_the_folder_is_put_in_order(folder: P
         Index(SPEC, version=0)
 
 
+def test_items_that_come_one_by_one_stay_in_few_segments(folder: Path) -> None:
+    """Also beside a large segment with a gap, which is not written again; and for who has the index open meanwhile."""
+    with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as reader:
+        index.add([f"old {n}" for n in range(1_000)], embeddings(1_000, 7), [{}] * 1_000)
+        index.delete(["old 3", "old 500"])
+        large = {path.name for path in (folder / "segments").glob("*.safetensors")}
+        expected = {f"old {n}": row for n, row in enumerate(embeddings(1_000, 7)) if n not in (3, 500)}
+        for number in range(300):
+            add(index, f"new {number}", seed=number)
+            expected[f"new {number}"] = embeddings(1, number)[0]
+            if number % 3 == 0:
+                index.delete([gone := f"new {number // 2}"])
+                del expected[gone]
+            index.compact_recent()
+        files = {path.name for path in (folder / "segments").glob("*.safetensors")}
+        assert len(files) < 80
+        assert large < files
+        for opened in (index, reader):
+            assert opened.ids == list(expected)
+            assert torch.equal(opened.embeddings, torch.stack(list(expected.values())).half())
+            assert opened.search(embeddings(1, 299), 1).items[0][0].id == "new 299"
+        assert index.check() == {}
+        with pytest.raises(StoreError, match="expected a version"):
+            Index(SPEC, folder, version=1)
+
+
+def test_few_small_segments_are_left_alone_and_their_versions_too(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        for number in range(20):
+            add(index, f"item {number}", seed=number)
+            index.compact_recent()
+        assert len(list((folder / "segments").glob("*.safetensors"))) == 20
+        with closing(Index(SPEC, folder, version=5)) as old:
+            assert len(old) == 5
+    with closing(Index(SPEC)) as index:  # in memory
+        add(index, "a")
+        index.compact_recent()
+        assert index.ids == ["a"]
+
+
+def test_damaged_items_are_not_written_again_with_a_new_checksum(folder: Path) -> None:
+    with closing(Index(SPEC, folder)) as index:
+        for number in range(64):
+            add(index, f"item {number}", seed=number)
+        path = next((folder / "segments").glob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        damaged = index.check()
+        index.compact_recent()
+        assert index.check() == damaged != {}
+        assert len(index) == 64
+
+
 def test_putting_in_order_leaves_one_segment_and_what_nothing_names(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         for number in range(4):

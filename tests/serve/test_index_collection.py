@@ -269,6 +269,14 @@ def test_more_uploads_than_a_batch(served: RetrieverCollection, monkeypatch: pyt
     assert len(served) == 7
 
 
+def test_uploads_one_by_one_leave_few_segments(served: RetrieverCollection, tmp_path: Path) -> None:
+    for seed in range(70):
+        (added,) = served.add([Upload(encoded(seed), "a.png")])
+        assert added.id in served.embeddings_of([added.id])
+    assert len(served) == 70
+    assert len(list((tmp_path / "index" / "segments").glob("*.safetensors"))) < 20
+
+
 def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, tmp_path: Path) -> None:
     def send(number: int) -> list[Added]:
         return served.add([Upload(encoded(seed), f"{number}.png") for seed in range(4)])
