@@ -22,7 +22,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.studies.ablation import runs as ablation_runs
 from finelip_fast.studies.ablation.record import record
 from finelip_fast.studies.ablation.runs import Run, _stored, choose_alpha
-from finelip_fast.studies.ablation.variants import LOSSES, PARTS, AblatedFineLIP, Arm, Variant
+from finelip_fast.studies.ablation.variants import ADDITIONS, LOSSES, PARTS, AblatedFineLIP, Arm, Variant
 from finelip_fast.training.config import TrainConfig
 
 TINY = FineLIPConfig(
@@ -143,6 +143,25 @@ def test_the_command_trains_once_and_records(
     assert main(["study", "ablation", *command, "--name", "again"]) == 0
     assert (tmp_path / "studies/again-losses.png").exists()
     assert [path.stat().st_mtime_ns for path in results] == written
+
+
+def test_what_is_added_to_the_loss_and_the_captions_is_trained_with(
+    recipes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finelip_fast.studies.ablation.runs.ProcessPoolExecutor", AtOnce)
+    command = [*recipes, "--variants", *ADDITIONS, "--seeds", "0", "--rates", "1", "--data", "scenes:test:8"]
+    assert main(["study", "ablation", *command, "--out", str(tmp_path / "studies")]) == 0
+    (additions,) = json.loads((tmp_path / "studies/ablation.json").read_text())["tables"]
+    assert [row["additions"] for row in additions["rows"]] == list(ADDITIONS)
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/config.json")}
+    told = {name: (run["contextual"], run["gamma"], len(run["augment"])) for name, run in runs.items()}
+    assert told == {
+        "start": (0.0, 0.5, 0),
+        "nothing-added-1x-0": (0.0, 0.5, 0),
+        "contextual-alignment-1x-0": (0.5, 0.5, 0),
+        "margins-of-0-25-1x-0": (0.0, 0.25, 0),
+        "augmented-captions-1x-0": (0.0, 0.5, 4),
+    }
 
 
 class AtOnce:

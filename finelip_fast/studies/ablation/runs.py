@@ -155,6 +155,9 @@ def run(
             seed=seed,
             loss=arm.variant.loss,
             grounding=arm.variant.grounding,
+            contextual=arm.variant.contextual,
+            gamma=arm.variant.gamma,
+            augment=arm.variant.augment,
             encoder_lr=arm.rate * shared.encoder_lr,
             aggregator_lr=arm.rate * shared.aggregator_lr,
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finelip_fast.metrics import SCORES
 from finelip_fast.model import FineLIP, aggregated_lengths
 
 PAPER = "triplet (the paper's)"
@@ -22,13 +23,16 @@ class Variant:
         loss: Terms, as in :class:`TrainConfig`.
         image, text: ``"aggregated"``: row 0 and what ATRM makes of the tokens; ``"raw"``: row 0 and the tokens themselves;
             ``"pooled"``: one row, the mean of what ATRM makes.
-        grounding: Weight of the grounding loss.
+        grounding, contextual, gamma, augment: As in :class:`TrainConfig`.
     """
 
     loss: tuple[str, ...]
     image: str = "aggregated"
     text: str = "aggregated"
     grounding: float = 0.0
+    contextual: float = 0.0
+    gamma: float = 0.5
+    augment: tuple[str, ...] = ()
 
     @property
     def is_fine(self) -> bool:
@@ -45,6 +49,7 @@ class Arm(NamedTuple):
 
 _GLOBAL = ("contrastive:global",)
 _BOTH = ("contrastive:global", "contrastive:fine")
+_THREE = (*_BOTH, "contrastive:combined")
 
 PARTS = {
     "neither": Variant(_GLOBAL),
@@ -60,10 +65,18 @@ LOSSES = {
     "contrast": PARTS["ATRM and CLIM"],
     "adaptive margins": Variant(("adaptive_margin:global", "adaptive_margin:fine")),
     "contrast on the combined score, grounding": Variant(("contrastive:combined",), grounding=1.0),
-    "contrast on three scores": Variant((*_BOTH, "contrastive:combined")),
-    "contrast on three scores, grounding": Variant((*_BOTH, "contrastive:combined"), grounding=1.0),
+    "contrast on three scores": Variant(_THREE),
+    "contrast on three scores, grounding": Variant(_THREE, grounding=1.0),
 }
-GROUPS = {"parts": PARTS, "losses": LOSSES}
+ADDITIONS = {
+    "nothing added": LOSSES["contrast on three scores, grounding"],
+    "contextual alignment": Variant(_THREE, grounding=1.0, contextual=0.5),
+    "margins of 0.25": Variant(tuple(f"adaptive_margin:{on}" for on in SCORES), grounding=1.0, gamma=0.25),
+    "augmented captions": Variant(
+        _THREE, grounding=1.0, augment=("sentences:0.3", "words:0.15", "foreign:0.35", "typos:0.3")
+    ),
+}
+GROUPS = {"parts": PARTS, "losses": LOSSES, "additions": ADDITIONS}
 
 
 class AblatedFineLIP(FineLIP):
