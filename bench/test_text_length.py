@@ -1,25 +1,32 @@
 """Captions per second: only up to the longest end token of a batch, in order of length, against always all 256 positions.
 
-Both ways give the same embeddings, checked before either is timed.
+And a training batch's pass through the text encoder and back: captions of like length together, against all at once. Both ways
+give the same embeddings, checked before either is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import finelip_fast
-from finelip_fast.datasets import Scenes
+from finelip_fast.datasets import Scenes, open_dataset
 from finelip_fast.embed import embed_tokens
 from finelip_fast.encoders import caption_lengths
 from finelip_fast.model import FineLIP
-from finelip_fast.tokenizer import encode_batch
+from finelip_fast.tokenizer import encode_batch, expected_truncation
+from finelip_fast.training.augment import Augmentation
+from finelip_fast.training.config import load_recipe
 
 BATCH = 32
+TRAINING_BATCH = 128
 
 
 def _all_positions(model: FineLIP, ids: Tensor) -> Tensor:
@@ -55,3 +62,42 @@ def test_captions(benchmark: Any, case: tuple[dict[str, Callable[[], Tensor]], i
     benchmark.extra_info.update({"captions": count, "contender": way, "baseline": "all 256 positions"})
     with torch.inference_mode():
         benchmark.pedantic(ways[way], rounds=5, warmup_rounds=1)
+
+
+@pytest.fixture(scope="module")
+def training_ways() -> dict[str, Callable[[], None]]:
+    """A batch of captions, some with sentences left out and some with others', as the recipe ``scenes-robust`` meets them."""
+    model = finelip_fast.load().train()
+    augmentation = Augmentation.parse(load_recipe("scenes-robust")["augment"])
+    pairs = open_dataset(f"scenes:train_mixed:{TRAINING_BATCH + 1}", image_size=16)
+    captions = [
+        augmentation(pairs[at], Random(at), lambda: pairs[TRAINING_BATCH].caption).caption
+        for at in range(TRAINING_BATCH)
+    ]
+    with expected_truncation():
+        ids = encode_batch(captions).ids
+    longest = int(caption_lengths(ids).max())
+
+    def at_once() -> Tensor:
+        return model.text(ids[:, :longest])
+
+    def of_like_length() -> Tensor:
+        return model.text_tokens(ids)[0]
+
+    inside = torch.arange(longest) < caption_lengths(ids)[:, None]
+    with torch.inference_mode():
+        assert (at_once() - of_like_length())[inside].abs().max() <= 1e-4
+
+    def step(encode: Callable[[], Tensor]) -> None:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            (encode()[inside].float() ** 2).sum().backward()
+        model.zero_grad()
+
+    return {"all at once": partial(step, at_once), "of like length": partial(step, of_like_length)}
+
+
+@pytest.mark.parametrize("way", ["all at once", "of like length"])
+def test_training_batch(benchmark: Any, training_ways: dict[str, Callable[[], None]], way: str) -> None:
+    benchmark.group = f"a training batch of {TRAINING_BATCH} captions, there and back"
+    benchmark.extra_info.update({"captions": TRAINING_BATCH, "contender": way, "baseline": "all at once"})
+    benchmark.pedantic(training_ways[way], rounds=5, warmup_rounds=1)

@@ -19,7 +19,7 @@ from finelip_fast.cli.export import export
 from finelip_fast.cli.generate import generate
 from finelip_fast.cli.index import index
 from finelip_fast.cli.serve import serve
-from finelip_fast.cli.study import ablation, generation, study
+from finelip_fast.cli.study import ablation, adaptation, generation, study
 from finelip_fast.cli.tools import COMPLETE_VARIABLE, completion, convert, demo, info, tune, verify
 from finelip_fast.cli.train import adapt, train
 from finelip_fast.errors import InputError
@@ -48,7 +48,22 @@ _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME
 
 
 for command in (
-    *(demo, add, search, serve, list_, remove, explain, generate, evaluate, compare, study, ablation, generation),
+    *(
+        demo,
+        add,
+        search,
+        serve,
+        list_,
+        remove,
+        explain,
+        generate,
+        evaluate,
+        compare,
+        study,
+        ablation,
+        adaptation,
+        generation,
+    ),
     *(train, adapt, export, convert, info, tune, verify, index, completion),
 ):
     finelip.add_command(command)

@@ -30,6 +30,7 @@ NAMES = {
     "tokens": "recall, bytes and search time by aggregated tokens and precision",
     "pointing": "whether the maps of phrases peak where the phrases are true",
     "standing-out": "whether a search tells that nothing in the index matches",
+    "adaptation": "what adapting a CLIP gives for its cost (finelip study adaptation --help)",
     "generation": "whether longer prompts draw nearer pictures (finelip study generation --help)",
 }
 
@@ -111,6 +112,26 @@ def ablation(out: str, **options: Any) -> Any:
     from finelip_fast.studies.ablation.command import run_ablation
 
     return _record(run_ablation(**options, progress=shows_progress()), out)
+
+
+@click.command("study adaptation", cls=Command)
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Checkpoint that is adapted.")
+@click.option("--recipe", default="scenes-full", help="Recipe that trains everything at once: a name, or a JSON file.")
+@click.option("--data", default="scenes:test", help="Pairs to measure on.")
+@click.option("--runs", default="runs/adaptation", metavar="FOLDER", help="Folder of the runs and of the features.")
+@click.option("--steps", type=int, default=1500, help="Steps of the aggregators alone.")
+@click.option("--encoder-steps", type=int, default=500, help="Steps of the second stage.")
+@click.option("--aggregator-lr", type=float, default=1e-3, help="Peak learning rate of the aggregators.")
+@click.option("--encoder-lr", type=float, default=1e-5, help="Peak learning rate of the encoders in the second stage.")
+@_out_option
+def adaptation(out: str, **options: Any) -> Any:
+    """Adapt a CLIP in three ways, train all of it at once, and compare recall and cost.
+
+    A run that was stopped goes on, and a finished one is not trained again.
+    """
+    from finelip_fast.studies.adaptation import AdaptationSetting, adaptation
+
+    return _record(adaptation(AdaptationSetting(**options, progress=shows_progress())), out)
 
 
 @click.command("study generation", cls=Command)

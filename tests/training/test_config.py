@@ -138,7 +138,10 @@ def from_arguments(arguments):
     )
 
 
-SHIPPED = {"ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-long", "scenes-start"}
+SHIPPED = {
+    *("ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-full", "scenes-long", "scenes-robust"),
+    "scenes-start",
+}
 
 
 def test_the_shipped_recipes_are_these():
