@@ -15,7 +15,8 @@ from finelip_fast.datasets.base import Example, Region
 from finelip_fast.errors import ConfigError
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.training.augment import CHANGES, Augmentation, Draft
-from finelip_fast.training.data import Encoded, TrainingData
+from finelip_fast.training.data import TrainingData
+from finelip_fast.training.pairs import Encoded
 
 CAPTION = "A red house stands left. Two men wait beside it! Is a tree behind? Yes, a tall one."
 STRANGER = "A boat lies there. Nobody is in it."

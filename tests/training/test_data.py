@@ -21,7 +21,8 @@ from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import token_spans, tokenize
 from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.batch import collate, encode_example
-from finelip_fast.training.data import Encoded, GroupedSampler, TrainingData
+from finelip_fast.training.data import TrainingData
+from finelip_fast.training.pairs import Encoded, GroupedSampler
 
 CONTEXT = 12
 PREPROCESS = Preprocess(8)

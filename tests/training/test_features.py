@@ -25,8 +25,8 @@ from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
 from finelip_fast.training import features as module
 from finelip_fast.training.config import TrainConfig
-from finelip_fast.training.data import Encoded
 from finelip_fast.training.features import Features, compute
+from finelip_fast.training.pairs import Encoded
 from finelip_fast.training.train import train
 
 CONFIG = FineLIPConfig(

@@ -28,7 +28,7 @@ from finelip_fast.preprocess import Preprocess
 from finelip_fast.training import shards as module
 from finelip_fast.training.batch import Batch
 from finelip_fast.training.config import TrainConfig, configure, load_recipe
-from finelip_fast.training.data import ShardBatches
+from finelip_fast.training.shard_batches import ShardBatches
 from finelip_fast.training.shards import shard_names, shard_samples
 
 pytest.importorskip("webdataset")

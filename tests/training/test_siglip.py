@@ -12,8 +12,8 @@ import torch
 import finelip_fast
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 from finelip_fast.training.adapt import adapt
+from finelip_fast.training.batch import encode_example
 from finelip_fast.training.config import TrainConfig
-from finelip_fast.training.data import encode_example
 from finelip_fast.training.train import Trainer, train
 
 CONTEXT = 24
