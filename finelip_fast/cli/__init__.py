@@ -19,7 +19,7 @@ from finelip_fast.cli.export import export
 from finelip_fast.cli.generate import generate
 from finelip_fast.cli.index import index
 from finelip_fast.cli.serve import serve
-from finelip_fast.cli.study import ablation, adaptation, generation, study
+from finelip_fast.cli.study import ablation, adaptation, drawing, generation, study
 from finelip_fast.cli.tools import COMPLETE_VARIABLE, completion, convert, demo, info, tune, verify
 from finelip_fast.cli.train import adapt, train
 from finelip_fast.errors import InputError
@@ -62,6 +62,7 @@ for command in (
         study,
         ablation,
         adaptation,
+        drawing,
         generation,
     ),
     *(train, adapt, export, convert, info, tune, verify, index, completion),

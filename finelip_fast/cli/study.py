@@ -31,6 +31,7 @@ NAMES = {
     "pointing": "whether the maps of phrases peak where the phrases are true",
     "standing-out": "whether a search tells that nothing in the index matches",
     "adaptation": "what adapting a CLIP gives for its cost (finelip study adaptation --help)",
+    "drawing": "how much of a description is drawn from 77 tokens, and from 256 (finelip study drawing --help)",
     "generation": "whether longer prompts draw nearer pictures (finelip study generation --help)",
 }
 
@@ -160,6 +161,27 @@ def generation(out: str, **options: Any) -> Any:
 
     values = {name: value for name, value in options.items() if value is not None}
     return _record(generation(GenerationSetting(**values, progress=shows_progress())), out)
+
+
+@click.command("study drawing", cls=Command)
+@click.option(
+    "--generators", cls=Several, metavar="FOLDER", required=True, help="Runs of training/generator.py, to compare."
+)
+@click.option("--scenes", type=int, default=400, help="Scenes whose descriptions are drawn, a multiple of 4.")
+@click.option("--judge", metavar="CHECKPOINT", help="Checkpoint that ranks the pictures.  [default: the bundled one]")
+@click.option("--steps", type=int, default=30, help="Steps of denoising.")
+@click.option("--guidance", type=float, default=3.0, help="Weight of the description.")
+@click.option("--seed", type=int, default=0, help="Seed of the first batch's noise.")
+@_out_option
+def drawing(out: str, generators: tuple[str, ...], **options: Any) -> Any:
+    """Draw descriptions of scenes, and count which of the told details are in the pictures.
+
+    Scenes of a family differ in a detail or two: where it lies, a picture is nearer to the renderer's own of the scene that is
+    told, or to that of another of the family.
+    """
+    from finelip_fast.studies.drawing import DrawingSetting, drawing
+
+    return _record(drawing(DrawingSetting(generators, **options, progress=shows_progress())), out)
 
 
 def _record(record: Any, out: str) -> Any:

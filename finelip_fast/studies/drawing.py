@@ -1,0 +1,159 @@
+"""How much of what a caption tells a generator draws, in a world where both are known: ``finelip study drawing``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from finelip_fast.checkpoint import load
+from finelip_fast.checkpoint.building import CLIP_CONTEXT
+from finelip_fast.datasets.scenes import FAMILY_SIZE, Scene, Scenes
+from finelip_fast.errors import InputError
+from finelip_fast.kernels import clim_scores
+from finelip_fast.metrics import pair_ranks
+from finelip_fast.model import FineLIP
+from finelip_fast.records import Record, Table
+from finelip_fast.tokenizer import token_spans, tokenize
+from finelip_fast.training.generator import Generator, as_pixels
+
+_BATCH = 16  # pictures that are drawn at once
+
+
+@dataclass(frozen=True)
+class DrawingSetting:
+    """What is drawn, and who judges.
+
+    Attributes:
+        generators: Folders of runs of :mod:`finelip_fast.training.generator`.
+        scenes: Scenes of the test split whose captions are drawn, whole families.
+        judge: Checkpoint that ranks the pictures for the captions; None: the bundled one.
+        steps, guidance, seed: As in :meth:`finelip_fast.training.generator.Generator.draw`.
+        progress: Show a progress bar.
+    """
+
+    generators: tuple[str, ...]
+    scenes: int = 400
+    judge: str | None = None
+    steps: int = 30
+    guidance: float = 3.0
+    seed: int = 0
+    progress: bool = True
+
+
+class Detail(NamedTuple):
+    """What a scene and another of its family differ in: where it lies in the picture, and behind which token it is told."""
+
+    scene: int
+    sibling: int
+    box: tuple[float, float, float, float]
+    token: int
+
+
+def drawing(setting: DrawingSetting) -> Record:
+    """Draw captions, and ask of each detail whether the picture is nearer to the right scene or to its sibling.
+
+    Scenes of a family differ in a detail or two. Where the detail lies, a picture is compared, by the mean squared difference,
+    with the renderer's own pictures of the scene that is told and of the other: chance is 50 %.
+
+    Raises:
+        InputError: Scenes that are no whole families.
+        ConfigError: A folder that holds no generator.
+    """
+    if setting.scenes % FAMILY_SIZE or not setting.scenes:
+        raise InputError(f"expected scenes a multiple of {FAMILY_SIZE}, the size of a family, got {setting.scenes}")
+    scenes = list(Scenes("test", setting.scenes))
+    details = [detail for at in range(len(scenes)) for detail in _details(scenes, at)]
+    judge = load(setting.judge)
+    rows = []
+    size = judge.config.image_size
+    for folder in setting.generators:
+        generator = Generator.load(folder)
+        pictures = _drawn(generator, [scene.caption for scene in scenes], setting)
+        size = pictures.shape[-1]
+        rows.append({"generator": folder, **_measures(pictures, scenes, details, judge)})
+    rows.append(
+        {"generator": f"the renderer, at {size} pixels", **_measures(as_pixels(scenes, size), scenes, details, judge)}
+    )
+    about = {"scenes": setting.scenes, "steps": setting.steps, "guidance": setting.guidance, "seed": setting.seed}
+    sentences = [f"{row['generator']}: {row['told later (%)']:.1f} %." for row in rows]
+    finding = (
+        f"Of the details that are told behind token {CLIP_CONTEXT} are drawn, by {' '.join(sentences)} Chance is 50 %."
+    )
+    return Record("drawing", "How much of what is told is drawn", (Table("Details drawn", rows),), (), about, finding)
+
+
+def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
+    """Where a scene and each other of its family show different things, of which the scene's caption tells its own."""
+    first = at - at % FAMILY_SIZE
+    scene = scenes[at]
+    for sibling in range(first, first + FAMILY_SIZE):
+        for placed, changed in zip(scene.objects, scenes[sibling].objects, strict=True):
+            differing = [name for name, value in vars(placed).items() if vars(changed)[name] != value]
+            places = [place for name in differing if (place := _told_at(scene, placed, name)) is not None]
+            if places:
+                boxes = zip(placed.box, changed.box, strict=True)
+                box = tuple(edge(pair) for edge, pair in zip((min, min, max, max), boxes, strict=True))
+                ((token, _),) = token_spans(scene.caption, [(min(places), min(places))])
+                yield Detail(at, sibling, box, token)  # type: ignore[arg-type]
+
+
+def _told_at(scene: Scene, placed: object, name: str) -> int | None:
+    """The character of a caption at which it tells a detail; None: no word of it does."""
+    value = vars(placed)[name]
+    for part in scene.parts:
+        if part.object is placed and isinstance(value, str) and value in part.text:
+            return part.start + part.text.index(value)
+    return None
+
+
+def _drawn(generator: Generator, captions: Sequence[str], setting: DrawingSetting) -> Tensor:
+    batches = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
+    return torch.cat(
+        [
+            generator.draw(batch, seed=setting.seed + number, steps=setting.steps, guidance=setting.guidance)
+            for number, batch in enumerate(tqdm(batches, unit="batch", disable=not setting.progress))
+        ]
+    )
+
+
+def _measures(pictures: Tensor, scenes: list[Scene], details: list[Detail], judge: FineLIP) -> dict[str, float]:
+    """Shares of the details that are drawn, and how well the judge finds the pictures by their captions, in %."""
+    truth = as_pixels(scenes, pictures.shape[-1])
+    right: dict[bool, list[bool]] = defaultdict(list)
+    for detail in details:
+        images = pictures[detail.scene], truth[detail.scene], truth[detail.sibling]
+        drawn, true, false = (_crop(image, detail.box) for image in images)
+        is_right = bool((drawn - true).square().mean() < (drawn - false).square().mean())
+        right[detail.token >= CLIP_CONTEXT - 1].append(is_right)
+    ranks = _ranks(pictures, [scene.caption for scene in scenes], judge)
+    return {
+        "told within 77 tokens (%)": 100 * sum(right[False]) / max(1, len(right[False])),
+        "told later (%)": 100 * sum(right[True]) / max(1, len(right[True])),
+        "details": len(details),
+        "recall@1 of captions for pictures (%)": 100 * float((ranks <= 1).double().mean()),
+    }
+
+
+def _crop(image: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+    size = image.shape[-1]
+    x0, y0 = (min(size - 1, max(0, int(edge * size))) for edge in box[:2])
+    x1, y1 = (max(low + 1, min(size, round(edge * size))) for low, edge in zip((x0, y0), box[2:], strict=True))
+    return image[:, y0:y1, x0:x1]
+
+
+@torch.inference_mode()
+def _ranks(pictures: Tensor, captions: Sequence[str], judge: FineLIP) -> Tensor:
+    """The rank of each caption's picture among all."""
+    drawn = [to_pil_image(picture) for picture in pictures]
+    batches = [drawn[start : start + _BATCH] for start in range(0, len(drawn), _BATCH)]
+    images = torch.cat([judge.encode_image(judge.preprocess.batch(batch)) for batch in batches])
+    texts = judge.encode_text(tokenize(captions, judge.config.context_length, tokenizer=judge.tokenizer))
+    _, ranks = pair_ranks(clim_scores(images, texts, alpha=judge.alpha), torch.arange(len(captions)))
+    return ranks

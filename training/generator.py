@@ -1,0 +1,293 @@
+"""A small text-to-image model of drawn scenes, which reads a checkpoint's text tokens: ``python training/generator.py``.
+
+What more tokens are worth to a generator can be seen where everything that is told is known: trained twice, on captions cut at
+77 tokens and at 256, the pictures are compared with the renderer's own by ``finelip study drawing``. The model is a U-Net of
+diffusers on pixels; the text encoder is a checkpoint's and stays as it is, as in Stable Diffusion. A run that was stopped goes
+on with the same command, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from finelip_fast._files import write_text_whole, write_whole
+from finelip_fast._json import read_json
+from finelip_fast._typed import typed
+from finelip_fast.checkpoint import load
+from finelip_fast.checkpoint.weight_files import read_weights
+from finelip_fast.datasets.scenes import Scene, Scenes
+from finelip_fast.errors import ConfigError, FineLIPError, InputError
+from finelip_fast.model import FineLIP
+from finelip_fast.tokenizer import encode_batch, expected_truncation
+from finelip_fast.training.start import choose_device
+
+_MAX_BYTES = 1 << 20
+_NOISE_STEPS = 1_000
+_SQUARE = 2  # pixels, to a side, of what the U-Net sees as one place
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """A run; each field is an option of the command."""
+
+    out: str = dataclasses.field(metadata={"help": "folder of the run"})
+    tokens: int = _option(256, "tokens of a caption that are read")
+    checkpoint: str = _option("", "checkpoint whose text encoder reads them; none: the bundled one")
+    scenes: int = _option(409_600, "scenes of the training split")
+    size: int = _option(64, "side of the pictures in pixels; the U-Net sees squares of 2 x 2 as one place")
+    channels: tuple[int, ...] = _option(
+        (48, 96, 144), "channels of the U-Net at each halving of the places; all but the first look at the text"
+    )
+    steps: int = _option(6_000, "optimizer steps")
+    batch_size: int = _option(32, "scenes of a step")
+    learning_rate: float = _option(4e-4, "peak learning rate, which falls to zero by a cosine")
+    warmup_steps: int = _option(200, "steps of linear warm-up")
+    unconditional: float = _option(0.1, "share of the captions that are left out, for guidance")
+    average: float = _option(0.998, "decay of the average of the weights, which is what draws")
+    save_every: int = _option(100, "steps after which the state is kept")
+    seed: int = _option(0, "seed of weights, pictures and noise")
+    device: str = _option("auto", "cpu, cuda, or auto for a GPU if there is one")
+
+
+class Condition:
+    """Captions as the U-Net reads them: the checkpoint's features of their tokens.
+
+    Args:
+        model: Checkpoint; its text encoder reads, on its device.
+        tokens: Tokens of a caption that are read.
+    """
+
+    def __init__(self, model: FineLIP, tokens: int) -> None:
+        if not 3 <= tokens <= model.config.context_length:
+            raise ConfigError(f"expected tokens in 3..{model.config.context_length}, got {tokens}")
+        self._model, self._tokens = model.eval(), tokens
+        self.width = model.config.embed_dim
+
+    @torch.inference_mode()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features ``[B, T, D]`` of about unit variance, and which of them are tokens, bool ``[B, T]``."""
+        with expected_truncation():
+            ids = encode_batch(captions, self._tokens, tokenizer=self._model.tokenizer).ids
+        features, lengths = self._model.text_tokens(ids.to(self._model.device))
+        mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+        return F.normalize(features.float(), dim=-1) * self.width**0.5, mask
+
+
+class Generator:
+    """What draws captions.
+
+    Args:
+        unet: U-Net of :func:`make_unet`.
+        condition: Reader of captions.
+    """
+
+    def __init__(self, unet: Any, condition: Condition) -> None:
+        self.unet, self.condition = unet.eval(), condition
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> Generator:
+        """What a run has trained so far, its weights averaged.
+
+        Raises:
+            ConfigError: No run of this kind.
+        """
+        config = read_config(Path(folder))
+        chosen = choose_device(device)
+        condition = Condition(load(config.checkpoint or None).to(chosen), config.tokens)
+        unet = make_unet(config, condition.width).to(chosen)
+        average = AveragedModel(unet)
+        average.load_state_dict(read_weights(Path(folder) / "state.pt")["average"])
+        return cls(average.module, condition)
+
+    @torch.inference_mode()
+    def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance: float = 3.0) -> Tensor:
+        """Pictures of captions.
+
+        Args:
+            captions: Captions, as many as pictures.
+            seed: Seed of the noise; that of a caption does not depend on the others.
+            steps: Steps of denoising.
+            guidance: Weight of the caption against none.
+
+        Returns:
+            ``[B, 3, S, S]`` in [0, 1].
+        """
+        from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
+
+        scheduler: Any = DDIMScheduler(**_SCHEDULE, clip_sample=True)
+        scheduler.set_timesteps(steps)
+        shape = self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
+        noise = [torch.randn(shape, generator=_generator(seed, at)) for at in range(len(captions))]
+        pictures = torch.stack(noise).to(self.unet.device)
+        tokens, mask = self.condition([*captions, *[""] * len(captions)])
+        for step in scheduler.timesteps:
+            velocities = self.unet(torch.cat([pictures, pictures]), step, tokens, encoder_attention_mask=mask).sample
+            conditional, unconditional = velocities.chunk(2)
+            velocity = unconditional + guidance * (conditional - unconditional)
+            pictures = scheduler.step(velocity, step, pictures).prev_sample
+        return (F.pixel_shuffle(pictures, _SQUARE) / 2 + 0.5).clamp(0, 1).cpu()
+
+
+_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": _NOISE_STEPS,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+}
+
+
+def make_unet(config: GeneratorConfig, width: int) -> Any:
+    """The U-Net of a run, with random weights; ``width`` is that of the text's features.
+
+    Raises:
+        InputError: The package diffusers is missing.
+    """
+    try:
+        from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    except ImportError:
+        raise InputError("drawing scenes needs diffusers: pip install 'finelip-fast[diffusion]'") from None
+    looking = len(config.channels) - 1
+    return UNet2DConditionModel(
+        sample_size=config.size // _SQUARE,
+        in_channels=3 * _SQUARE**2,
+        out_channels=3 * _SQUARE**2,
+        layers_per_block=1,
+        block_out_channels=config.channels,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * looking),
+        up_block_types=(*["CrossAttnUpBlock2D"] * looking, "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=max(1, config.channels[-1] // 48),
+        norm_num_groups=min(8, *config.channels),
+    )
+
+
+def as_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
+    """The renderer's own pictures ``[B, 3, S, S]`` in [0, 1]."""
+    drawn = np.stack([np.asarray(scene.draw(size)) for scene in scenes])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+
+
+def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
+    """Run, or go on with, a training.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+        WriteError: The disk is full; the same command goes on.
+    """
+    from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    folder, device = Path(config.out), choose_device(config.device)
+    torch.manual_seed(config.seed)
+    condition = Condition(load(config.checkpoint or None).to(device), config.tokens)
+    unet = make_unet(config, condition.width).to(device).train()
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    rates = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+    scheduler: Any = DDPMScheduler(**_SCHEDULE)
+    scenes = Scenes("train", config.scenes, image_size=config.size)
+    first = _resume(folder, config, unet, average, optimizer, rates)
+    steps = tqdm(range(first, config.steps), initial=first, total=config.steps, unit="step", disable=not progress)
+    for step in steps:
+        random, generator = Random(f"{config.seed}/{step}"), _generator(config.seed, step)
+        batch = [scenes[random.randrange(len(scenes))] for _ in range(config.batch_size)]
+        captions = [scene.caption if random.random() >= config.unconditional else "" for scene in batch]
+        pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.size) - 1, _SQUARE).to(device)
+        tokens, mask = (tensor.clone() for tensor in condition(captions))  # no longer of inference mode
+        noise = torch.randn(pixels.shape, generator=generator).to(device)
+        at = torch.randint(_NOISE_STEPS, (len(batch),), generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = unet(scheduler.add_noise(pixels, noise, at), at, tokens, encoder_attention_mask=mask).sample
+        loss = F.mse_loss(predicted.float(), scheduler.get_velocity(pixels, noise, at))
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        average.update_parameters(unet)
+        steps.set_postfix(loss=f"{loss.item():.3f}")
+        if step + 1 == config.steps or (step + 1) % config.save_every == 0:
+            _save(folder, step + 1, unet, average, optimizer, rates)
+
+
+def read_config(folder: Path) -> GeneratorConfig:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    values = read_json(path, error=ConfigError, expected="the configuration of a run", kind=dict, max_bytes=_MAX_BYTES)
+    try:
+        config: GeneratorConfig = typed({**values, "out": str(folder)}, GeneratorConfig, "config")
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected the configuration of a run ({error})") from None
+    return config
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(Random(f"{seeds}").getrandbits(63))
+
+
+def _resume(folder: Path, config: GeneratorConfig, *parts: Any) -> int:
+    """Restore the folder's state, if it has one; the step to go on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "state.pt").exists():
+        write_text_whole(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        return 0
+    stored = dataclasses.replace(read_config(folder), save_every=config.save_every, device=config.device)
+    if stored != dataclasses.replace(config, out=stored.out):
+        raise ConfigError(f"{folder} holds a run with {stored}, asked for {config}; give another --out")
+    state = read_weights(folder / "state.pt")
+    for name, part in zip(_PARTS, parts, strict=True):
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+_PARTS = ("weights", "average", "optimizer", "rates")
+
+
+def _save(folder: Path, step: int, *parts: Any) -> None:
+    state = {"step": step, **{name: part.state_dict() for name, part in zip(_PARTS, parts, strict=True)}}
+    write_whole(folder / "state.pt", lambda path: torch.save(state, path))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Train a small text-to-image model of drawn scenes.")
+    for field in dataclasses.fields(GeneratorConfig):
+        several = {"nargs": "+", "type": int} if field.name == "channels" else {}
+        is_required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"required": True} if is_required else {"type": type(field.default), **several}
+        text = field.metadata["help"] + (
+            "" if field.default in (dataclasses.MISSING, "") else f" (default: {field.default})"
+        )
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **options)
+    values = vars(parser.parse_args())
+    if "channels" in values:
+        values["channels"] = tuple(values["channels"])
+    try:
+        train_generator(GeneratorConfig(**values))
+    except FineLIPError as error:
+        raise SystemExit(f"Error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
