@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from PIL import Image
 from finelip_fast import _decode
 from finelip_fast.cli import main
 from finelip_fast.engines import choice
+from finelip_fast.index import stored_index
 
 
 @pytest.fixture
@@ -115,3 +118,19 @@ def test_a_watched_folder_is_followed(photos: Path) -> None:
             assert process.stdout.readline() == "0 added, 1 removed, 0 skipped\n"
         finally:
             process.kill()
+
+
+def test_what_comes_one_by_one_is_kept_in_few_segments(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchfiles = pytest.importorskip("watchfiles")
+    monkeypatch.setattr("finelip_fast.index.upkeep._MANY", 4)
+
+    def pictures_come(*_: Any, **__: Any) -> Iterator[None]:
+        for number in range(10):
+            draw(photos / f"new-{number}.png")
+            yield
+
+    monkeypatch.setattr(watchfiles, "watch", pictures_come)
+    assert main(["add", "photos", "--watch", "--quiet", "--index", "index"]) == 0
+    with closing(stored_index("index")) as index:
+        assert len(index) == 12
+    assert len(list(Path("index/segments").glob("*.safetensors"))) < 6
