@@ -581,7 +581,7 @@ def test_the_public_names_are_what_a_user_needs() -> None:
             "root",
         ),
         *("add", "upsert", "relabel", "delete", "incoming", "adopt", "undisturbed", "close"),
-        *("check", "repair", "maintain", "lost", "snapshot", "speed_up", "build_candidates"),
+        *("check", "repair", "maintain", "compact_recent", "lost", "snapshot", "speed_up", "build_candidates"),
         *("build_sketches", "sketch_bits"),
     }
 

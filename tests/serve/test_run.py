@@ -297,6 +297,7 @@ def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_interrupts")
 def test_what_does_not_end_is_cut_off(start: Callable[..., Server]) -> None:
     server = start(drain=1.0)
     assert server.ask("GET", "/health/ready")[0] == 200  # and it hears signals

@@ -37,7 +37,7 @@ def engine() -> Engine:
 
 
 def test_every_study_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(NAMES) == {*STUDIES, "ablation", "generation"}
+    assert set(NAMES) == {*STUDIES, "ablation", "adaptation", "drawing", "generation"}
     assert main(["study"]) == 0
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
 
