@@ -157,6 +157,7 @@ class Index(Contents):
             StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
         """
         added = self._store.add(ids, embeddings, metadata, existing=existing)
+        upkeep.warn_of_many(self._store)
         self._sketch_changes()
         return added
 

@@ -23,6 +23,11 @@ def restore(folder: Folder) -> str:
     return f"{repair(folder)} --restore makes it anew, or restore a snapshot"
 
 
+def maintain(folder: Folder) -> str:
+    """What makes few segments of many."""
+    return f"finelip index maintain --index {_quoted(folder)}"
+
+
 def make(folder: Folder) -> str:
     """What makes an index where there is none."""
     return f"make one with finelip add FOLDER --index {_quoted(folder)}"

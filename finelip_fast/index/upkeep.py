@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from os import PathLike
@@ -39,6 +40,7 @@ from finelip_fast.index.view import View
 _FULL = 1 << 29
 # Of the newest segments, how many are too many, and by how much the next may be larger than these to be one with them.
 _MANY, _GROWTH = 64, 2
+_WARNED_OF = 1_000  # segments
 _REPLACED = "replaced"  # the note in the catalogue of segments that a change has replaced
 _OUTDATED = ("globals.faiss", "globals.json")  # of a time when faiss kept its own files
 # A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
@@ -106,6 +108,18 @@ def compact_recent(store: Store) -> None:
             _rewrite(store, view, [run], first=rows[0].first)
     store.reload()
     _sweep(store)
+
+
+def warn_of_many(store: Store) -> None:
+    """Warn of many small segments, each time that so many more have come."""
+    view = store.view()
+    count = len(view.segments)
+    if store.folder is not None and count and count % _WARNED_OF == 0 and len(_recent(view)) >= _MANY:
+        warnings.warn(
+            f"{store.folder} has {count} segments, one of each addition: searches and changes take longer with every one. Add "
+            f"more items at a time, join them by index.compact_recent(), or run {remedies.maintain(store.folder)}",
+            stacklevel=4,
+        )
 
 
 def repair(store: Store) -> dict[str, str]:

@@ -101,6 +101,18 @@ def test_few_small_segments_are_left_alone_and_their_versions_too(folder: Path) 
         assert index.ids == ["a"]
 
 
+def test_many_small_additions_are_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "_WARNED_OF", 70)
+    with closing(Index(SPEC, folder)) as index:
+        for number in range(69):
+            add(index, f"item {number}")
+        with pytest.warns(UserWarning, match=r"has 70 segments.* finelip index maintain --index"):
+            add(index, "the last")
+        index.compact_recent()
+        add(index, "another")
+        assert len(index) == 71
+
+
 def test_damaged_items_are_not_written_again_with_a_new_checksum(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         for number in range(64):
