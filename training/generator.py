@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from finelip_fast._files import write_text_whole, write_whole
-from finelip_fast._json import read_json
+from finelip_fast._files import write_whole
+from finelip_fast._json import read_json, stated_otherwise
 from finelip_fast._typed import typed
 from finelip_fast.checkpoint import load
 from finelip_fast.checkpoint.weight_files import read_weights
@@ -36,6 +35,8 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 from finelip_fast.training.start import choose_device
 
 _MAX_BYTES = 1 << 20
+_EXPECTED = "the configuration of a run"
+_FREE_TO_CHANGE = ("out", "save_every", "device")  # of a run that goes on
 _NOISE_STEPS = 1_000
 _SQUARE = 2  # pixels, to a side, of what the U-Net sees as one place
 
@@ -114,6 +115,8 @@ class Generator:
         condition = Condition(load(config.checkpoint or None).to(chosen), config.tokens)
         unet = make_unet(config, condition.width).to(chosen)
         average = AveragedModel(unet)
+        if not (Path(folder) / "state.pt").exists():
+            raise ConfigError(f"{folder} holds a run that has kept no state yet: train it up to --save-every steps")
         average.load_state_dict(read_weights(Path(folder) / "state.pt")["average"])
         return cls(average.module, condition)
 
@@ -157,6 +160,7 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
     """The U-Net of a run, with random weights; ``width`` is that of the text's features.
 
     Raises:
+        ConfigError: A side that cannot be halved as often as there are channels.
         InputError: The package diffusers is missing.
     """
     try:
@@ -164,6 +168,11 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
     except ImportError:
         raise InputError("drawing scenes needs diffusers: pip install 'finelip-fast[diffusion]'") from None
     looking = len(config.channels) - 1
+    multiple = _SQUARE << looking
+    if config.size < multiple or config.size % multiple:
+        raise ConfigError(
+            f"expected size a multiple of {multiple}, which {looking + 1} channels halve {looking} times, got {config.size}"
+        )
     return UNet2DConditionModel(
         sample_size=config.size // _SQUARE,
         in_channels=3 * _SQUARE**2,
@@ -188,7 +197,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
     """Run, or go on with, a training.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration.
+        ConfigError: The folder holds a run of another configuration, or this one has no meaning.
         WriteError: The disk is full; the same command goes on.
     """
     from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -234,11 +243,12 @@ def read_config(folder: Path) -> GeneratorConfig:
         ConfigError: There is none, or it cannot be read.
     """
     path = folder / "config.json"
-    values = read_json(path, error=ConfigError, expected="the configuration of a run", kind=dict, max_bytes=_MAX_BYTES)
+    values = read_json(path, error=ConfigError, expected=_EXPECTED, kind=dict, max_bytes=_MAX_BYTES)
+    free = {name: getattr(GeneratorConfig(out=str(folder)), name) for name in _FREE_TO_CHANGE}
     try:
-        config: GeneratorConfig = typed({**values, "out": str(folder)}, GeneratorConfig, "config")
+        config: GeneratorConfig = typed({**values, **free}, GeneratorConfig, "config")
     except ValueError as error:
-        raise ConfigError(f"{path}: expected the configuration of a run ({error})") from None
+        raise ConfigError(f"{path}: expected {_EXPECTED} ({error})") from None
     return config
 
 
@@ -248,13 +258,14 @@ def _generator(*seeds: int) -> torch.Generator:
 
 def _resume(folder: Path, config: GeneratorConfig, *parts: Any) -> int:
     """Restore the folder's state, if it has one; the step to go on from."""
-    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_TO_CHANGE}
+    about = {**values, "channels": list(config.channels)}
+    path = folder / "config.json"
+    changed = stated_otherwise(path, about, error=ConfigError, expected=_EXPECTED, max_bytes=_MAX_BYTES)
+    if changed:
+        raise ConfigError(f"{folder} holds a run of other {', '.join(changed)}: give another --out, or remove it")
     if not (folder / "state.pt").exists():
-        write_text_whole(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         return 0
-    stored = dataclasses.replace(read_config(folder), save_every=config.save_every, device=config.device)
-    if stored != dataclasses.replace(config, out=stored.out):
-        raise ConfigError(f"{folder} holds a run with {stored}, asked for {config}; give another --out")
     state = read_weights(folder / "state.pt")
     for name, part in zip(_PARTS, parts, strict=True):
         part.load_state_dict(state[name])

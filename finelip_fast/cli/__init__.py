@@ -48,23 +48,8 @@ _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME
 
 
 for command in (
-    *(
-        demo,
-        add,
-        search,
-        serve,
-        list_,
-        remove,
-        explain,
-        generate,
-        evaluate,
-        compare,
-        study,
-        ablation,
-        adaptation,
-        drawing,
-        generation,
-    ),
+    *(demo, add, search, serve, list_, remove, explain, generate, evaluate, compare),
+    *(study, ablation, adaptation, drawing, generation),
     *(train, adapt, export, convert, info, tune, verify, index, completion),
 ):
     finelip.add_command(command)

@@ -118,7 +118,7 @@ def warn_of_many(store: Store) -> None:
         warnings.warn(
             f"{store.folder} has {count} segments, one of each addition: searches and changes take longer with every one. Add "
             f"more items at a time, join them by index.compact_recent(), or run {remedies.maintain(store.folder)}",
-            stacklevel=4,
+            stacklevel=3,  # who calls Index.add
         )
 
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from finelip_fast._files import read_bytes, write_text_whole
-from finelip_fast._json import parse_json, read_json
+from finelip_fast._json import parse_json, read_json, stated_otherwise
 from finelip_fast._typed import typed
-from finelip_fast.checkpoint import load
+from finelip_fast.checkpoint import fingerprint, load
 from finelip_fast.datasets import PairDataset, open_dataset
 from finelip_fast.errors import ConfigError
 from finelip_fast.kernels.cpu import LinearPrecision
@@ -84,9 +84,11 @@ def adaptation(setting: AdaptationSetting) -> Record:
     Raises:
         ConfigError: A recipe or rates that cannot be honoured, or a folder with runs of others.
     """
-    ways = _ways(setting)
+    recipe = {**load_recipe(setting.recipe, out=f"{setting.runs}/everything"), "init": setting.base, "workers": 0}
+    ways = _ways(setting, recipe)
     first = ways[0].runs[0]
     base = load_base(setting.base, first.context_length).eval()
+    _refuse_others(setting, recipe, base)
     folder, precision = Path(first.features), cast("LinearPrecision", first.feature_precision)
     for_features = _hours(
         folder, lambda: compute(base, _open(first.train, base), folder / "train", precision=precision)
@@ -96,11 +98,8 @@ def adaptation(setting: AdaptationSetting) -> Record:
         for way in ways
         for run in way.runs
     }
-    start, curves, rows = (
-        100 * mean_recall(_measured(base, first.validation)),
-        [],
-        [_row("the base", base, setting.data)],
-    )
+    start, curves = 100 * mean_recall(_measured(base, first.validation)), []
+    rows = [_row("the base", base, setting.data)]
     for way in ways:
         spent = for_features if way.has_features else 0.0
         costs, reached = [0.0], [start]
@@ -114,10 +113,9 @@ def adaptation(setting: AdaptationSetting) -> Record:
     return _record(rows, curves, setting)
 
 
-def _ways(setting: AdaptationSetting) -> list[Way]:
+def _ways(setting: AdaptationSetting, recipe: dict[str, Any]) -> list[Way]:
     """The adaptations, which share their first stage, and everything at once."""
     folder = Path(setting.runs)
-    recipe = {**load_recipe(setting.recipe, out=str(folder / "everything")), "init": setting.base, "workers": 0}
     shared = {name: value for name, value in recipe.items() if name not in _OF_THE_RECIPE}
     shared |= {"steps": setting.steps, "aggregator_lr": setting.aggregator_lr, "features": str(folder / "features")}
     ways = []
@@ -134,6 +132,18 @@ def _ways(setting: AdaptationSetting) -> list[Way]:
         second = [dataclasses.replace(run, out=f"{folder / unfreeze.replace(':', '-')}") for run in runs[1:]]
         ways.append(Way(name, [runs[0], *second]))
     return [*ways, Way(EVERYTHING, [TrainConfig(**recipe)])]
+
+
+def _refuse_others(setting: AdaptationSetting, recipe: dict[str, Any], base: FineLIP) -> None:
+    """Refuse a folder with runs of another setting: a finished run is not looked at again."""
+    names = ("steps", "encoder_steps", "aggregator_lr", "encoder_lr")
+    about = {"base": fingerprint(base), "recipe": recipe, **{name: getattr(setting, name) for name in names}}
+    path = Path(setting.runs) / "setting.json"
+    changed = stated_otherwise(path, about, error=ConfigError, expected="settings of a study", max_bytes=_MAX_BYTES)
+    if changed:
+        raise ConfigError(
+            f"{setting.runs} holds runs of another {' and another '.join(changed)}: give another --runs, or remove it"
+        )
 
 
 def _open(spec: str, model: FineLIP) -> PairDataset:

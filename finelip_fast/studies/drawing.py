@@ -71,18 +71,12 @@ def drawing(setting: DrawingSetting) -> Record:
     scenes = list(Scenes("test", setting.scenes))
     details = [detail for at in range(len(scenes)) for detail in _details(scenes, at)]
     judge = load(setting.judge)
-    rows = []
-    size = judge.config.image_size
-    for folder in setting.generators:
-        generator = Generator.load(folder)
-        pictures = _drawn(generator, [scene.caption for scene in scenes], setting)
-        size = pictures.shape[-1]
-        rows.append({"generator": folder, **_measures(pictures, scenes, details, judge)})
-    rows.append(
-        {"generator": f"the renderer, at {size} pixels", **_measures(as_pixels(scenes, size), scenes, details, judge)}
-    )
+    drawn = {folder: _drawn(Generator.load(folder), scenes, setting) for folder in setting.generators}
+    for size in sorted({pictures.shape[-1] for pictures in drawn.values()}):
+        drawn[f"the renderer, at {size} pixels"] = as_pixels(scenes, size)
+    rows = [{"drawn by": name, **_measures(pictures, scenes, details, judge)} for name, pictures in drawn.items()]
     about = {"scenes": setting.scenes, "steps": setting.steps, "guidance": setting.guidance, "seed": setting.seed}
-    sentences = [f"{row['generator']}: {row['told later (%)']:.1f} %." for row in rows]
+    sentences = [f"{row['drawn by']}: {row['told later (%)']:.1f} %." for row in rows]
     finding = (
         f"Of the details that are told behind token {CLIP_CONTEXT} are drawn, by {' '.join(sentences)} Chance is 50 %."
     )
@@ -113,14 +107,15 @@ def _told_at(scene: Scene, placed: object, name: str) -> int | None:
     return None
 
 
-def _drawn(generator: Generator, captions: Sequence[str], setting: DrawingSetting) -> Tensor:
-    batches = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
-    return torch.cat(
-        [
-            generator.draw(batch, seed=setting.seed + number, steps=setting.steps, guidance=setting.guidance)
-            for number, batch in enumerate(tqdm(batches, unit="batch", disable=not setting.progress))
-        ]
-    )
+def _drawn(generator: Generator, scenes: Sequence[Scene], setting: DrawingSetting) -> Tensor:
+    batches = [scenes[start : start + _BATCH] for start in range(0, len(scenes), _BATCH)]
+    pictures = []
+    for number, batch in enumerate(tqdm(batches, unit="batch", disable=not setting.progress)):
+        captions = [scene.caption for scene in batch]
+        pictures.append(
+            generator.draw(captions, seed=setting.seed + number, steps=setting.steps, guidance=setting.guidance)
+        )
+    return torch.cat(pictures)
 
 
 def _measures(pictures: Tensor, scenes: list[Scene], details: list[Detail], judge: FineLIP) -> dict[str, float]:

@@ -37,7 +37,9 @@ def command(tmp_path: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch) ->
     return ["study", "adaptation", *options, "--steps", "6", "--encoder-steps", "2", "--out", "studies"]
 
 
-def test_all_ways_are_measured_beside_the_base_and_nothing_is_done_twice(command: list[str], tmp_path: Path) -> None:
+def test_all_ways_are_measured_beside_the_base_and_nothing_is_done_twice(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command) == 0
     record = json.loads((tmp_path / "studies/adaptation.json").read_text())
     (table,), (plot,) = record["tables"], record["plots"]
@@ -56,12 +58,15 @@ def test_all_ways_are_measured_beside_the_base_and_nothing_is_done_twice(command
     assert [len(series["x"]) for series in plot["series"]] == [4, 5, 5, 3]
     assert EVERYTHING.capitalize() in record["finding"]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
-        *("features", "aggregators", "last-2", "all", "everything"),
+        *("features", "aggregators", "last-2", "all", "everything", "setting.json"),
     }
     states = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert main([*command, "--out", "again"]) == 0
     assert states == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert json.loads((tmp_path / "again/adaptation.json").read_text())["tables"] == record["tables"]
+    capsys.readouterr()
+    assert main([*command, "--steps", "7"]) == 2
+    assert "holds runs of another steps: give another --runs" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_has_cost_what_it_took_before_too(
