@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finelip_fast.cli import main
 from finelip_fast.errors import StoreError
-from finelip_fast.index import Index, IndexSpec, stored_index, stored_source
+from finelip_fast.index import Index, IndexSpec, stored_index, stored_source, upkeep
 
 SPEC = IndexSpec(checkpoint="abc", tokens=4, width=64)
 Guest = Callable[[Path], AbstractContextManager[None]]
@@ -70,12 +70,16 @@ def test_a_full_disk(folder: Path, limit: int, count: int, metadata: dict) -> No
         assert index.check() == {}
 
 
-def test_compaction_on_a_full_disk_changes_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("compact", [Index.maintain, Index.compact_recent])
+def test_compaction_on_a_full_disk_changes_nothing(
+    folder: Path, compact: Callable[[Index], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_MANY", 2)
     with closing(Index(SPEC, folder)) as index:
         index.add([f"new {n}" for n in range(100)], embeddings(100, 1), [{}] * 100)
         before = index.ids
         with largest_file(40_000), pytest.raises(StoreError, match="cannot write"):
-            index.maintain()
+            compact(index)
         assert index.ids == before
         assert index.check() == {}
         assert index.maintain()["segments"] == 2
