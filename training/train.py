@@ -24,7 +24,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finelip_fast import checkpoint
-from finelip_fast._files import remove_unfinished, write_error, write_text_whole, write_whole
+from finelip_fast._files import remove_unfinished, write_error, write_text_whole
 from finelip_fast._terminal import printable
 from finelip_fast.checkpoint.building import not_finite
 from finelip_fast.checkpoint.foreign import shortened
@@ -47,7 +47,7 @@ from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
 from finelip_fast.kernels.cpu import LinearPrecision
 from finelip_fast.model import FineLIP, TrainingOutput
 from finelip_fast.training.batch import Batch
-from finelip_fast.training.config import RENAMED, TrainConfig
+from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.data import TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.features import Features, compute
@@ -55,29 +55,13 @@ from finelip_fast.training.log import Log
 from finelip_fast.training.losses import contextual_alignment_loss, grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
 from finelip_fast.training.start import choose_device, start_model
+from finelip_fast.training.state import check_resumable, damage_explained, write_state
 from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
 
 # Pairs met before the share of broken ones is held against the limit.
 _BROKEN_AFTER = 200
-
-# What may differ between an interrupted run and the one that goes on: without a change of its weights, and with one.
-_FREE_TO_CHANGE = (
-    "out",
-    "stop_at",
-    "workers",
-    "threads",
-    "device",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "tensorboard",
-    "max_broken_share",
-    "remote_data",
-    "alpha",
-)
-_CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "processes")
 
 # CLIP's upper bound of exp(logit_scale).
 _MAX_LOGIT_SCALE = math.log(100)
@@ -342,10 +326,7 @@ class Trainer:
             "place": place,
             "config": {**dataclasses.asdict(self.config), "processes": self.world},
         }
-        moments = (value for values in state["optimizer"]["state"].values() for value in values.values())
-        tensors = [*state["model"].values(), *(state["ema"] or {}).values(), *moments]
-        size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-        write_whole(self.out / "state.pt", lambda path: torch.save(state, path), size=size)
+        write_state(self.out / "state.pt", state)
 
     def _resume(self) -> TrainingData:
         """Restore the folder's state, if it has one.
@@ -360,9 +341,11 @@ class Trainer:
         self.data_identity = identity_of(source, remote=self.config.remote_data)
         path = self.out / "state.pt"
         if path.exists():
-            with self._explained(path):
+            with damage_explained(self.out):
                 state = read_weights(path)
-                self._check_same(state)
+                warning = check_resumable(state, self.config, processes=self.world, identity=self.data_identity)
+                if warning and self.rank == 0:
+                    _logger.warning("%s", warning)
                 data = self._open_data(source)
                 self._restore(state, data)
         else:
@@ -374,64 +357,6 @@ class Trainer:
                 raise write_error(self.out, error) from error
             write_text_whole(self.out / "config.json", self.config.to_json())
         return data
-
-    @contextmanager
-    def _explained(self, path: Path) -> Iterator[None]:
-        """Say of a state that cannot be restored what there is to go on from."""
-        try:
-            yield
-        except (ConfigError, TrainingError, torch.cuda.OutOfMemoryError):
-            raise
-        except (
-            CheckpointError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            checkpoints = [self.out / name for name in ("last", "best") if (self.out / name / "config.json").is_file()]
-            start = f" with --init {checkpoints[0]}" if checkpoints else ""
-            raise CheckpointError(
-                f"{path}: expected the state of a run, found a cut or damaged one, or something else "
-                f"({type(error).__name__}: {error!s:.200}); begin again with another --out{start}, or in this one once the "
-                "file is removed"
-            ) from error
-
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        """Refuse to go on with what would make another run; say what makes one that is allowed."""
-        current = {**dataclasses.asdict(self.config), "processes": self.world}
-        # What an earlier version did not know, it did as is the default now.
-        before: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(self.config)}
-        stored: Mapping[str, Any] = state["config"]
-        before.update((RENAMED.get(name, name), value) for name, value in stored.items())
-        changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
-        allowed = [name for name in changed if name in _CHANGE_THE_RUN]
-        if "steps" in allowed and self.config.steps < before["steps"]:
-            allowed.remove("steps")
-        former, chosen = ({name: values.get(name) for name in changed} for values in (before, current))
-        if changed != allowed:
-            raise ConfigError(
-                f"{self.out} holds a run with {former}, asked for {chosen}; give the same options to go on, or another --out"
-            )
-        identity = state.get("data", self.data_identity)  # earlier versions did not keep it
-        if identity != self.data_identity:
-            former_data, data = (
-                ", ".join(f"{name} {value!s:.12}" for name, value in values.items())
-                for values in (identity, self.data_identity)
-            )
-            raise ConfigError(
-                f"{self.out} holds a run on other data than {self.config.train!r} is now: {former_data}, now {data}; put back "
-                "what was there to go on, or give another --out"
-            )
-        if changed and self.rank == 0:
-            _logger.warning(
-                "goes on with %s in place of %s: its weights are not those of a run that was so from its start%s",
-                chosen,
-                former,
-                "; the learning rate follows the schedule of the new length" if "steps" in changed else "",
-            )
 
     def _restore(self, state: Mapping[str, Any], data: TrainingData) -> None:
         self.step, self.seen, self.broken = (int(state[name]) for name in ("step", "seen", "broken"))

@@ -1,0 +1,122 @@
+"""``state.pt`` in a run's folder: what an interrupted run goes on from, and whether a configuration may go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finelip_fast._files import write_whole
+from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
+from finelip_fast.training.config import RENAMED, TrainConfig
+
+# What may differ between an interrupted run and the one that goes on: without a change of its weights, and with one.
+_FREE_TO_CHANGE = (
+    "out",
+    "stop_at",
+    "workers",
+    "threads",
+    "device",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "tensorboard",
+    "max_broken_share",
+    "remote_data",
+    "alpha",
+)
+_CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "processes")
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Keep a state: nobody ever finds half of it.
+
+    Raises:
+        WriteError: The disk is full, found before anything is written.
+    """
+    moments = (value for values in state["optimizer"]["state"].values() for value in values.values())
+    tensors = [*state["model"].values(), *(state["ema"] or {}).values(), *moments]
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    write_whole(path, lambda unfinished: torch.save(state, unfinished), size=size)
+
+
+def check_resumable(
+    state: Mapping[str, Any], config: TrainConfig, *, processes: int, identity: Mapping[str, Any]
+) -> str | None:
+    """Refuse to go on with what would make another run.
+
+    Args:
+        state: Content of ``state.pt``.
+        config: Configuration of the run that goes on.
+        processes: Number of its processes.
+        identity: Identity of its data, as :func:`finelip_fast.training.data.identity_of` gives it.
+
+    Returns:
+        A warning where the run changes in a way that is allowed.
+
+    Raises:
+        ConfigError: Another configuration, or other data.
+    """
+    current = {**dataclasses.asdict(config), "processes": processes}
+    # What an earlier version did not know, it did as is the default now.
+    before: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(config)}
+    stored: Mapping[str, Any] = state["config"]
+    before.update((RENAMED.get(name, name), value) for name, value in stored.items())
+    changed = [name for name in current if name not in _FREE_TO_CHANGE and current[name] != before.get(name)]
+    allowed = [name for name in changed if name in _CHANGE_THE_RUN]
+    if "steps" in allowed and config.steps < before["steps"]:
+        allowed.remove("steps")
+    former, chosen = ({name: values.get(name) for name in changed} for values in (before, current))
+    folder = Path(config.out)
+    if changed != allowed:
+        raise ConfigError(
+            f"{folder} holds a run with {former}, asked for {chosen}; give the same options to go on, or another --out"
+        )
+    trained_on = state.get("data", identity)  # earlier versions did not keep it
+    if trained_on != identity:
+        former_data, data = (
+            ", ".join(f"{name} {value!s:.12}" for name, value in values.items()) for values in (trained_on, identity)
+        )
+        raise ConfigError(
+            f"{folder} holds a run on other data than {config.train!r} is now: {former_data}, now {data}; put back "
+            "what was there to go on, or give another --out"
+        )
+    if not changed:
+        return None
+    schedule = "; the learning rate follows the schedule of the new length" if "steps" in changed else ""
+    changes = f"goes on with {chosen} in place of {former}"
+    return f"{changes}: its weights are not those of a run that was so from its start{schedule}"
+
+
+@contextmanager
+def damage_explained(folder: Path) -> Iterator[None]:
+    """Say of a state in ``folder`` that cannot be restored what there is to go on from.
+
+    Raises:
+        CheckpointError: The state is damaged, or no run's.
+    """
+    try:
+        yield
+    except (ConfigError, TrainingError, torch.cuda.OutOfMemoryError):
+        raise
+    except (
+        CheckpointError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        checkpoints = [folder / name for name in ("last", "best") if (folder / name / "config.json").is_file()]
+        start = f" with --init {checkpoints[0]}" if checkpoints else ""
+        raise CheckpointError(
+            f"{folder / 'state.pt'}: expected the state of a run, found a cut or damaged one, or something else "
+            f"({type(error).__name__}: {error!s:.200}); begin again with another --out{start}, or in this one once the "
+            "file is removed"
+        ) from error
