@@ -47,11 +47,13 @@ class TrainConfig:
     alpha: str = field(
         default="validation",
         metadata={
-            "help": "weight of the global cosine that the checkpoint carries: a number from 0 to 1, or validation: the one of "
-            "the best recall there, chosen anew each time"
+            "help": "weight of the global cosine to store in the checkpoint: a number from 0 to 1, or "
+            "validation, the one with the best recall at each validation"
         },
     )
-    init: str = field(default="", metadata={"help": "checkpoint to start from; empty: from nothing, with --preset"})
+    init: str = field(
+        default="", metadata={"help": "checkpoint to start from; empty: train from scratch, with --preset"}
+    )
     preset: str = field(default="scenes", metadata={"help": f"sizes of a model from nothing: {', '.join(PRESETS)}"})
     context_length: int = field(default=256, metadata={"help": "longest caption in tokens"})
     loss: tuple[str, ...] = field(
@@ -60,56 +62,65 @@ class TrainConfig:
     )
     grounding: float = field(
         default=0.0,
-        metadata={"help": "weight of matching phrases to their places in the picture; needs boxes, as scenes have"},
+        metadata={
+            "help": "weight of the loss that matches phrases to their places in the picture; needs boxes, as Scenes has"
+        },
     )
     contextual: float = field(
         default=0.0,
-        metadata={"help": "weight of matching captions, sentences and phrases to what they attend to in the picture"},
+        metadata={
+            "help": "weight of the loss that matches captions, sentences and phrases to what they attend "
+            "to in the picture"
+        },
     )
     beta: float = field(
-        default=0.5, metadata={"help": "weight of other parts of a caption among the positives of one, with contextual"}
+        default=0.5, metadata={"help": "with --contextual: weight of a caption's other parts as positives"}
     )
     augment: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "changes of captions with their chances, CHANGE:CHANCE: sentences or words left out, typos, foreign "
-            "sentences, such as sentences:0.5 typos:0.2"
+            "help": "augmentations of captions with their probabilities, such as sentences:0.5 typos:0.2: "
+            "sentences or words left out, typos, foreign sentences"
         },
     )
     margin: float = field(default=0.2, metadata={"help": "margin of the triplet losses"})
     gamma: float = field(default=0.5, metadata={"help": "weight of the adaptive margins"})
     label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of the contrastive loss"})
-    batch_size: int = field(default=128, metadata={"help": "pairs of one process in one pass"})
+    batch_size: int = field(default=128, metadata={"help": "pairs per process in one pass"})
     accumulate: int = field(default=1, metadata={"help": "passes per optimizer step"})
     accumulation: str = field(
         default="cached",
         metadata={
-            "help": "cached: every pair meets the negatives of the whole step, exact, one more forward pass; "
-            "separate: negatives come from the pass alone, as FineLIP's authors trained"
+            "help": "cached: each pair meets the negatives of the whole step, at the cost of another forward "
+            "pass; separate: only those of its own pass, as FineLIP's authors trained"
         },
     )
-    steps: int = field(default=1000, metadata={"help": "optimizer steps; a run may go on with more"})
+    steps: int = field(default=1000, metadata={"help": "optimizer steps; a finished run can go on with more"})
     stop_at: int = field(
         default=0,
-        metadata={"help": "end the run at this step of the schedule, for another one to start from; 0: at its end"},
+        metadata={
+            "help": "stop at this step of the schedule, so that another run can start from there; 0: run to the end"
+        },
     )
     encoder_lr: float = field(default=1e-6, metadata={"help": "peak learning rate of the CLIP encoders"})
     aggregator_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the aggregators"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "not on norms, biases, positions and scales"})
-    warmup_steps: int = field(default=200, metadata={"help": "linear warm-up; cosine to zero after it"})
-    clip_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0: never"})
+    weight_decay: float = field(
+        default=1e-2, metadata={"help": "weight decay, except of norms, biases, positions and scales"}
+    )
+    warmup_steps: int = field(default=200, metadata={"help": "steps of linear warm-up, followed by a cosine to zero"})
+    clip_norm: float = field(default=1.0, metadata={"help": "maximum norm of the gradient; 0: no clipping"})
     unfreeze: str = field(
         default="all",
         metadata={
-            "help": "what is trained of the CLIP encoders: all, none, or last:N, the last N blocks of both; the aggregators "
-            "always are"
+            "help": "blocks of the CLIP encoders to train: all, none, or last:N, the last N of both; the "
+            "aggregators are always trained"
         },
     )
     features: str = field(
         default="",
         metadata={
-            "help": "folder for the token features of all pairs, computed once; with --unfreeze none the encoders then run no "
-            "more"
+            "help": "with --unfreeze none: folder for the token features of all pairs, so that the encoders run"
+            " only once"
         },
     )
     feature_precision: str = field(
@@ -119,27 +130,28 @@ class TrainConfig:
     freeze_positions: int = field(
         default=KEEP_POSITIONS,
         metadata={
-            "help": "first text positions that stay as they are; give 0 when from nothing; SigLIP's are all trained"
+            "help": "number of first text positions to freeze; give 0 when training from scratch; SigLIP's are "
+            "all trained"
         },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations: less memory, more time"}
     )
-    ema_decay: float = field(default=0.0, metadata={"help": "keep an exponential average of the weights; 0: none"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "decay of an exponential moving average of the weights; 0: none"}
+    )
     precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
     group: int = field(
-        default=1, metadata={"help": "neighbouring examples that stay in one batch (scenes: 4, a family)"}
+        default=1, metadata={"help": "number of neighbouring examples to keep in one batch (Scenes: 4, a family)"}
     )
     remote_data: bool = field(
-        default=False, metadata={"help": "let webdataset shards come from the network; not from a recipe"}
+        default=False, metadata={"help": "allow webdataset shards from the network; a recipe cannot set this"}
     )
-    epoch_batches: int = field(
-        default=0, metadata={"help": "batches of an epoch for each process; needed with webdataset"}
-    )
+    epoch_batches: int = field(default=0, metadata={"help": "batches per epoch and process; required with webdataset"})
     workers: int = field(default=2, metadata={"help": "data loading processes"})
     max_broken_share: float = field(
-        default=0.01, metadata={"help": "share of pairs that cannot be read from which the run stops"}
+        default=0.01, metadata={"help": "share of unreadable pairs above which the run stops"}
     )
     eval_every: int = field(default=500, metadata={"help": "steps between validations"})
     save_every: int = field(default=500, metadata={"help": "steps between saved states"})

@@ -33,8 +33,8 @@ class _Finelip(Group):
 
 @click.group(
     cls=_Finelip,
-    epilog="Start with finelip demo. Then: finelip add PHOTOS; finelip search 'a long description'. "
-    "Commands and options are completed by the shell after finelip completion bash, zsh or fish.",
+    epilog="Start with finelip demo. Then: finelip add PHOTOS; finelip search 'a long description'. For "
+    "completion of commands and options in the shell, see finelip completion.",
 )
 @click.version_option(package_name="finelip-fast", message="%(prog)s %(version)s")
 def finelip() -> None:

@@ -97,19 +97,17 @@ class Removal:
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER...")
 @index_option
-@click.option("--sync", is_flag=True, help="Remove from the index what is no longer in the folders.")
-@click.option("--watch", is_flag=True, help="Go on, and follow what changes in the folders.")
-@click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Name or path to leave out; may be given more than once."
-)
+@click.option("--sync", is_flag=True, help="Also remove items whose pictures are no longer in the folders.")
+@click.option("--watch", is_flag=True, help="Keep running, and follow changes in the folders.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Name or path to leave out; can be repeated.")
 @click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
-    help="Name or path to take although it is hidden or kept by another program; may be given more than once.",
+    help="Name or path to include although it is hidden or kept by another program; can be repeated.",
 )
 @click.option(
-    "--metadata", metavar="FILE", help="Table of further metadata, JSON lines or CSV, with a column of paths."
+    "--metadata", metavar="FILE", help="Table of additional metadata, JSON Lines or CSV, with a column of paths."
 )
 @click.option(
     "--root", metavar="FOLDER", help="Folder that the paths in a table are relative to.  [default: the table's]"
@@ -135,8 +133,8 @@ def add(
 ) -> Any:
     """Add the pictures in folders and their subfolders to an index.
 
-    Run again, the command adds what is new, embeds again what was changed, and follows what was moved. Instead of a folder, a
-    table of pictures can be given, JSON lines or CSV; its other columns become their metadata.
+    Run it again to add new pictures, embed changed ones again and follow moved ones. Instead of a folder you can give a
+    table of pictures, JSON Lines or CSV; its other columns become metadata.
     """
     from finelip_fast.collection import prepare_root
     from finelip_fast.folders import walk_folder
@@ -203,17 +201,19 @@ def _watchfiles() -> Any:
 @where_option
 @click.option("--mode", default="auto", help="Mode of the search: auto, exact, exact-int8, two-stage, sketch.")
 @alpha_option
-@click.option("--verify", is_flag=True, help="Compare the whole index with its checksums first.")
-@click.option("--paths", is_flag=True, help="Show the paths of the pictures alone.")
+@click.option("--verify", is_flag=True, help="Verify the checksums of the whole index first.")
+@click.option("--paths", is_flag=True, help="Print only the paths of the pictures.")
 @click.option("--preview", is_flag=True, help="Show thumbnails in the terminal.")
-@click.option("--html", metavar="FILE.html", help="Page to write: a thumbnail of each hit, its scores and metadata.")
-@click.option("--open", "opens", is_flag=True, help="Open that page in the browser; without --html a temporary one.")
+@click.option(
+    "--html", metavar="FILE.html", help="HTML page to write, with a thumbnail, the scores and the metadata of each hit."
+)
+@click.option("--open", "opens", is_flag=True, help="Open the page in the browser; without --html, a temporary one.")
 @click.option(
     "--why",
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="With --html or --open: pages that explain the first N pictures, linked there.",
+    help="With --html or --open: link pages that explain the first N hits.",
 )
 @click.option(
     "--server",
@@ -241,7 +241,7 @@ def search(
 ) -> Any:
     """Search an index with a description (TEXT) or a picture.
 
-    Beside each hit stands whether it stands out of the index, and below them whether nothing here matches.
+    Each hit says whether it stands out from the rest of the index; a line below the hits says when nothing seems to match.
     """
     if (text is None) == (image is None):
         raise InputError(
@@ -366,16 +366,17 @@ def _open_page(path: str) -> None:
 @click.command("list", cls=Command)
 @index_option
 @where_option
-@click.option("--paths", is_flag=True, help="Show the paths of the pictures alone.")
-@click.option("--duplicates", is_flag=True, help="Show groups of pictures of the same content.")
+@click.option("--paths", is_flag=True, help="Print only the paths of the pictures.")
+@click.option("--duplicates", is_flag=True, help="Show groups of pictures with the same content.")
 @click.option(
     "--similarity",
     type=float,
     metavar="COSINE",
-    help="With --duplicates: global embeddings so near count as the same, too; 0.98 or more finds copies and bursts.",
+    help="With --duplicates: also group pictures whose global embeddings are at least this similar; 0.98 or "
+    "more finds copies and bursts.",
 )
 def list_(index: str, where: str | None, paths: bool, duplicates: bool, similarity: float | None) -> Any:
-    """List the items of an index in the order in which they were added."""
+    """List the items of an index in the order they were added."""
     from finelip_fast.index import stored_index
 
     opened = stored_index(index)
@@ -397,9 +398,9 @@ def list_(index: str, where: str | None, paths: bool, duplicates: bool, similari
 @index_option
 @where_option
 def remove(ids: tuple[str, ...], index: str, where: str | None) -> Removal:
-    """Remove items from an index, by their ids or by a filter.
+    """Remove items from an index, by id or by a filter.
 
-    The ids are those that finelip list shows, or paths of pictures; the pictures themselves stay where they are.
+    Ids are those that finelip list shows, or paths of pictures. The picture files themselves are not deleted.
     """
     from finelip_fast.index import stored_index
 

@@ -174,7 +174,7 @@ checkpoint_option = click.option(
     help="Checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name.  "
     "[default: the index's, or the bundled one]",
 )
-engine_option = click.option("--engine", default="auto", help="Engine that encodes: auto, torch, onnx, trt.")
+engine_option = click.option("--engine", default="auto", help="Engine for encoding: auto, torch, onnx, trt.")
 precision_option = click.option(
     "--precision",
     help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest file]",
@@ -194,14 +194,12 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return checkpoint_option(engine_option(precision_option(device_option(with_model))))
 
 
-dtype_option = click.option(
-    "--dtype", help="Type of the numbers that a new index stores: float16, int8.  [default: float16]"
-)
+dtype_option = click.option("--dtype", help="Number type that a new index stores: float16, int8.  [default: float16]")
 index_option = click.option("--index", default=DEFAULT_INDEX, metavar="FOLDER", help="Folder of the index.")
 alpha_option = click.option(
     "--alpha", type=float, help="Weight of the global score, from 0 to 1.  [default: the checkpoint's]"
 )
-batch_size_option = click.option("--batch-size", type=int, default=64, help="Pictures or captions in one pass.")
+batch_size_option = click.option("--batch-size", type=int, default=64, help="Pictures or captions per batch.")
 
 
 def _limit_picture_memory(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
@@ -225,7 +223,7 @@ decode_memory_option = click.option(
     metavar="MIB",
     callback=_limit_picture_memory,
     expose_value=False,
-    help="Memory that decoding a picture may take; all at once take twice as much.  [default: 1024]",
+    help="Memory limit for decoding one picture; all at once take at most twice as much.  [default: 1024]",
 )
 
 

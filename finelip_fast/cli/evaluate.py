@@ -33,24 +33,27 @@ def _complete_compare(_: click.Context, __: click.Parameter, incomplete: str) ->
     "--context-lengths",
     cls=Several,
     type=int,
-    help="Lengths in tokens to cut captions at.  [default: the model's context]",
+    help="Lengths, in tokens, to truncate captions to.  [default: the model's context]",
 )
 @alpha_option
 @click.option(
     "--validation",
     metavar="DATA",
-    help="Pairs to choose the weight of the global score on, other than the measured ones: the weight among 0, 0.05 .. 1 of "
-    "the best mean recall@1 of both directions.",
+    help="Other pairs to choose the weight of the global score on: the weight among 0, 0.05 .. 1 with the best "
+    "recall@1, averaged over both directions.",
 )
 @batch_size_option
 @click.option(
     "--cache",
     metavar="FOLDER",
-    help="Folder that keeps the embeddings: an evaluation that was stopped goes on, and memory does not grow with the data.  "
-    "[default: in memory, 128 KB for a picture and for a caption of 64 tokens by 512 in float32]",
+    help="Folder to keep embeddings in, so that a stopped evaluation resumes and memory does not grow with the "
+    "data.  [default: in memory, 128 KB for a picture and for a caption of 64 tokens by 512 in float32]",
 )
 @click.option(
-    "--save", type=click.Path(path_type=Path), metavar="FILE", help="Result with all ranks, for finelip eval compare."
+    "--save",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File to save the result to, with all ranks, for finelip eval compare.",
 )
 @model_options
 def evaluate(
@@ -64,11 +67,11 @@ def evaluate(
     save: Path | None,
     model: ModelOptions,
 ) -> Any:
-    """Measure recall, ranks and their intervals on pairs of pictures and captions, in both directions.
+    """Measure recall and ranks, with confidence intervals, on pairs of pictures and captions in both directions.
 
     DATA is scenes:test, scenes:test:SIZE:VARIANT, jsonl:FILE, sharegpt4v:FILE, or a folder as published: urban1k:ROOT,
-    docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT, coco:ROOT, flickr30k:ROOT:SPLIT. Results that were saved are compared by
-    finelip eval compare.
+    docci:ROOT:SPLIT, dci:ROOT:SPLIT, long-dci:ROOT, coco:ROOT, flickr30k:ROOT:SPLIT. Compare saved results with finelip eval
+    compare.
     """
     from finelip_fast.datasets import open_dataset
     from finelip_fast.errors import InputError
@@ -101,7 +104,7 @@ def evaluate(
 def compare(files: tuple[str, ...], markdown: bool) -> Any:
     """Show results of finelip eval --save side by side; the first is the baseline.
 
-    Each FILE must be of the same pairs.
+    All FILEs must be results on the same pairs.
     """
     from finelip_fast.evaluation import compare
 

@@ -12,9 +12,11 @@ from finelip_fast.cli.commands import Command, ModelOptions, alpha_option, model
 @click.command(cls=Command, renamed={"--out": "--html"})
 @click.argument("image")
 @click.argument("text")
-@click.option("--html", metavar="FILE.html", help="Page to write: move over words and over the picture.")
+@click.option(
+    "--html", metavar="FILE.html", help="Interactive HTML page to write: hover over the words and over the picture."
+)
 @click.option("--phrase", help="Words of the description to show with --overlay.")
-@click.option("--overlay", metavar="FILE.png", help="Picture to write, lit where --phrase is found.")
+@click.option("--overlay", metavar="FILE.png", help="Picture to write, highlighted where --phrase is found.")
 @click.option("--tokens", default="raw", help="Tokens that --overlay shows: raw, aggregated.")
 @alpha_option
 @model_options
@@ -28,9 +30,9 @@ def explain(
     alpha: float | None,
     model: ModelOptions,
 ) -> Any:
-    """Show which words of a description met which parts of a picture, and what each adds to the score.
+    """Show which words of a description matched which parts of a picture, and what each adds to the score.
 
-    PyTorch computes this always, whatever --engine says.
+    PyTorch always computes this, whatever --engine says.
     """
     from finelip_fast._arguments import find_device
     from finelip_fast.checkpoint import load

@@ -15,16 +15,16 @@ _checkpoint_argument = click.argument("checkpoint", required=False)
 _out_option = click.option(
     "--out", metavar="FOLDER", help="Folder to write.  [default: beside the checkpoint, where engines look]"
 )
-_data_option = click.option("--data", help="Pairs that the files are compared with the model on.", default=_DATA)
+_data_option = click.option("--data", help="Pairs to compare the files with the model on.", default=_DATA)
 _keep_failed_option = click.option(
-    "--keep-failed", is_flag=True, help="Keep files that were refused, in a folder beside it named failed-…"
+    "--keep-failed", is_flag=True, help="Keep files that fail the comparison, in a folder named failed-… beside it."
 )
-_again_option = click.option("--again", is_flag=True, help="Export again where a proven export is there.")
+_again_option = click.option("--again", is_flag=True, help="Export again even if a proven export exists.")
 
 
 @click.group(cls=Group)
 def export() -> None:
-    """Write the encoders of a checkpoint for another runtime, compared with the model."""
+    """Export the encoders of a checkpoint to another runtime, and compare them with the model."""
 
 
 @export.command("onnx", renamed=_RENAMED)
@@ -36,9 +36,9 @@ def export() -> None:
     help="Precisions to export: fp32, fp16, bf16, int8, int8-calibrated.",
 )
 @_out_option
-@click.option("--opset", type=int, default=20, help="Version of ONNX's operator set.")
-@click.option("--uint8", is_flag=True, help="Write a graph of uint8 pixels, too, with the normalisation inside.")
-@click.option("--scorer", is_flag=True, help="Write a graph from embeddings to scores, too.")
+@click.option("--opset", type=int, default=20, help="Version of the ONNX operator set.")
+@click.option("--uint8", is_flag=True, help="Also write a graph that takes uint8 pixels and normalises them itself.")
+@click.option("--scorer", is_flag=True, help="Also write a graph from embeddings to scores.")
 @_data_option
 @click.option("--calibration", default="scenes:val:64", metavar="DATA", help="Pairs to calibrate int8 on.")
 @_keep_failed_option
@@ -62,16 +62,22 @@ def _onnx(checkpoint: str | None, **options: Any) -> Any:
 )
 @_out_option
 @click.option(
-    "--workspace", type=int, metavar="MIB", help="Greatest scratch memory of a layer.  [default: all there is]"
+    "--workspace", type=int, metavar="MIB", help="Maximum workspace memory of a layer.  [default: all there is]"
 )
-@click.option("--version-compatible", is_flag=True, help="Build plans that later versions of TensorRT read, too.")
-@click.option("--hardware-compatible", is_flag=True, help="Build slower plans for every GPU from capability 8.0 on.")
-@click.option("--refittable", is_flag=True, help="Build plans that take another checkpoint's weights with --refit.")
-@click.option("--strip", is_flag=True, help="Build plans without weights, for --refit alone.")
+@click.option("--version-compatible", is_flag=True, help="Build plans that later versions of TensorRT can read, too.")
+@click.option(
+    "--hardware-compatible", is_flag=True, help="Build plans for every GPU of capability 8.0 or newer; slower."
+)
+@click.option("--refittable", is_flag=True, help="Build plans that --refit can fill with another checkpoint's weights.")
+@click.option("--strip", is_flag=True, help="Build plans without weights, to be filled by --refit.")
 @click.option(
     "--refit", metavar="FOLDER", help="Folder of plans to fill with the checkpoint's weights, without building."
 )
-@click.option("--prove", is_flag=True, help="Build nothing: compare plans from elsewhere with the model, on their GPU.")
+@click.option(
+    "--prove",
+    is_flag=True,
+    help="Build nothing: compare plans built elsewhere with the model, on the GPU they are for.",
+)
 @_data_option
 @_keep_failed_option
 @_again_option

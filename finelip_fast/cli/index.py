@@ -87,13 +87,13 @@ class _KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic from clic
     otherwise="To add the pictures of a folder: finelip add {}",
 )
 def index() -> None:
-    """Care for an index: check, repair, maintain, tune, copy and move it."""
+    """Check, repair, maintain, tune, copy and move an index."""
 
 
 @index.command("check")
 @index_option
 def _check(index: str) -> dict[str, int]:
-    """Read a whole index again and report what is damaged."""
+    """Read a whole index and report any damage."""
     from finelip_fast.info import check_index
 
     return check_index(index)
@@ -104,10 +104,11 @@ def _check(index: str) -> dict[str, int]:
 @click.option(
     "--restore",
     is_flag=True,
-    help="Replace a damaged catalogue by the copy of the last maintenance first; what was removed since comes back.",
+    help="First replace a damaged catalogue with the copy made by the last maintenance; items removed since "
+    "then come back.",
 )
 def _repair(index: str, restore: bool) -> dict[str, Any]:
-    """Take damaged items out of an index, so that the others can be searched, and take lost items back in."""
+    """Remove damaged items from an index, so that the others can be searched, and recover lost ones."""
     from finelip_fast.index import restore as restore_catalogue
     from finelip_fast.index import stored_index
 
@@ -121,7 +122,7 @@ def _repair(index: str, restore: bool) -> dict[str, Any]:
 @index.command("maintain")
 @index_option
 def _maintain(index: str) -> dict[str, int]:
-    """Merge the files of an index into few without gaps; older versions go."""
+    """Merge the files of an index into a few without gaps, and delete older versions."""
     from finelip_fast.index import stored_index
 
     return stored_index(index).maintain()
@@ -131,7 +132,7 @@ def _maintain(index: str) -> dict[str, int]:
 @click.argument("out", metavar="OUT")
 @index_option
 def _snapshot(out: str, index: str) -> str:
-    """Copy an index as it is now to OUT, a new or empty folder, while others may use it."""
+    """Copy an index to OUT, a new or empty folder; it can be in use meanwhile."""
     from finelip_fast.index import stored_index
 
     stored_index(index).snapshot(out)
@@ -142,7 +143,7 @@ def _snapshot(out: str, index: str) -> str:
 @click.argument("folder", metavar="FOLDER")
 @index_option
 def _move_root(folder: str, index: str) -> str:
-    """Say where the pictures of an index lie now: FOLDER is what the ids of its items are relative to."""
+    """Tell an index where its pictures are now: the ids of its items are relative to FOLDER."""
     from finelip_fast.index import stored_index
 
     opened = stored_index(index)
@@ -159,7 +160,7 @@ def _move_root(folder: str, index: str) -> str:
 @click.argument("field")
 @index_option
 def _field(field: str, index: str) -> str:
-    """Make filters fast that compare FIELD of the metadata, such as camera or place.city."""
+    """Speed up filters on FIELD of the metadata, such as camera or place.city."""
     from finelip_fast.index import stored_index
 
     stored_index(index).speed_up(field)
@@ -168,9 +169,11 @@ def _field(field: str, index: str) -> str:
 
 @index.command("faiss")
 @index_option
-@click.option("--lists", type=int, help="Lists of the inverted file.  [default: four times the root of the items]")
+@click.option(
+    "--lists", type=int, help="Number of inverted lists.  [default: four times the square root of the number of items]"
+)
 def _faiss(index: str, lists: int | None) -> str:
-    """Make the first stage of two fast for many millions of items, with faiss."""
+    """Speed up the first stage of two-stage search over many millions of items, with faiss."""
     from finelip_fast.index import stored_index
 
     stored_index(index).build_candidates(lists=lists, progress=shows_progress())
@@ -181,9 +184,9 @@ def _faiss(index: str, lists: int | None) -> str:
 @index_option
 @bits_option
 def _sketch(index: str, bits: int) -> str:
-    """Make a first stage of two that compares all tokens, in one or two bits a column, and keep it with the index.
+    """Build a first stage that compares all tokens, at one or two bits per column, and keep it with the index.
 
-    Searches with --mode sketch start with it. What is added from now on gets it too.
+    Searches with --mode sketch start with it. Items added later are included.
     """
     from finelip_fast.index import stored_index
 
@@ -197,10 +200,10 @@ def _sketch(index: str, bits: int) -> str:
     "--queries",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='JSON lines of {"text": ..., "id": ...}; the id of the right item is optional.  [default: items of the index, '
-    "which search unlike texts do]",
+    help='JSON Lines of {"text": ..., "id": ...}; the id of the right item is optional.  [default: items of the'
+    " index, which rank differently from texts]",
 )
-@click.option("--agreement", type=float, default=0.99, help="Wanted share of the best hits of an exact search.")
+@click.option("--agreement", type=float, default=0.99, help="Share of an exact search's best hits to reach.")
 @click.option("-k", "k", type=int, default=10, help="Number of hits to compare.")
 @click.option("--samples", type=int, default=200, help="Number of queries.")
 @alpha_option
@@ -214,7 +217,7 @@ def _tune(
     alpha: float | None,
     model: ModelOptions,
 ) -> dict[str, Any]:
-    """Measure what a search in two stages loses, by sketches too where there are any, and keep the choice."""
+    """Measure what two-stage search loses, with sketches too if there are any, and keep the best choice."""
     from dataclasses import asdict
 
     from finelip_fast.index import stored_index
@@ -244,12 +247,12 @@ def _tune(
 
 @index.command("plan")
 @click.option("--items", required=True, type=_Count(), metavar="COUNT", help="Number of items: 20000, 200k, 100M, 1B.")
-@click.option("--dtype", default="float16", help="Type of the numbers that are stored: float16, int8.")
-@click.option("--candidates", type=int, default=400, help="Candidates of a search in two stages.")
+@click.option("--dtype", default="float16", help="Number type to store: float16, int8.")
+@click.option("--candidates", type=int, default=400, help="Candidates of a two-stage search.")
 @bits_option
 @model_options
 def _plan(items: int, dtype: str, candidates: int, bits: int, model: ModelOptions) -> Any:
-    """Foretell what an index of so many items takes on this machine."""
+    """Estimate what an index of a given size takes on this machine."""
     import torch
 
     from finelip_fast.index.plan import measure, plan
@@ -276,7 +279,7 @@ def _store_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=_KeyValue(),
         multiple=True,
         metavar="KEY=VALUE",
-        help="Credential or endpoint, as Lance takes it; may be given more than once.  [default: from the environment]",
+        help="Credential or endpoint, as Lance expects it; can be repeated.  [default: from the environment]",
     )(function)
     return click.argument("uri")(function)
 
@@ -284,9 +287,9 @@ def _store_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @index.command("push")
 @_store_options
 @index_option
-@click.option("--keep", is_flag=True, help="Leave in the store what the index lacks.")
+@click.option("--keep", is_flag=True, help="Keep items in the store that the index lacks.")
 def _push(uri: str, storage_options: tuple[tuple[str, str], ...], index: str, keep: bool) -> dict[str, int]:
-    """Make a store on object storage equal to an index; what differs is sent.
+    """Bring a store on object storage up to date with an index; only differences are sent.
 
     URI is a Lance table: s3://BUCKET/NAME, gs://, az://, or a path.
     """
@@ -311,7 +314,7 @@ def _pull(
     part: tuple[int, int],
     version: int | None,
 ) -> dict[str, int]:
-    """Make an index equal to a store, or to a part of it; what differs is fetched.
+    """Bring an index up to date with a store, or a part of it; only differences are fetched.
 
     URI is a Lance table: s3://BUCKET/NAME, gs://, az://, or a path.
     """
@@ -329,13 +332,13 @@ def _pull(
 @engine_option
 @precision_option
 @dtype_option
-@click.option("--workers", type=int, default=2, help="Number of processes that encode, each with the model.")
-@click.option("--cpus", type=float, default=1, help="CPU cores of each worker.")
-@click.option("--gpus", type=float, default=0, help="GPUs of each worker; at 0.5 two workers share one.")
+@click.option("--workers", type=int, default=2, help="Number of encoding processes; each loads the model.")
+@click.option("--cpus", type=float, default=1, help="CPU cores per worker.")
+@click.option("--gpus", type=float, default=0, help="GPUs per worker; at 0.5, two workers share one.")
 @batch_size_option
 @decode_memory_option
 def _bulk(folder: str, index: str, checkpoint: str | None, **options: Any) -> Any:
-    """Add the pictures in FOLDER to an index by several workers, on Ray."""
+    """Add the pictures in FOLDER to an index with several workers on Ray."""
     from finelip_fast.distributed import index_images
     from finelip_fast.known_checkpoints import checkpoint_of
 

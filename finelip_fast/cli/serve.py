@@ -38,7 +38,7 @@ _MAX_WORKERS = 256
     "--shards",
     cls=Several,
     metavar="FOLDER",
-    help="Folders of indexes to search together, each in a process of its own.",
+    help="Index folders to search together, each in its own process.",
 )
 @click.option(
     "--ray", metavar="ADDRESS", help="Ray cluster of the shards, such as ray://head:10001.  [default: this machine]"
@@ -47,60 +47,61 @@ _MAX_WORKERS = 256
     "--host",
     default="127.0.0.1",
     metavar="ADDRESS",
-    help="Address to listen on; all but this machine's own need a key.",
+    help="Address to listen on; any but a local one needs a key.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @click.option(
-    "--workers", type=click.IntRange(1, _MAX_WORKERS), default=1, help="Processes that answer; each loads the model."
+    "--workers",
+    type=click.IntRange(1, _MAX_WORKERS),
+    default=1,
+    help="Number of worker processes; each loads the model.",
 )
 @click.option(
     "--api-key-file",
     metavar="FILE",
     help=f"File with the key that requests must carry.  [default: {API_KEY_VARIABLE}, or none]",
 )
-@click.option("--writable", is_flag=True, help="Let pictures be added and deleted.")
+@click.option("--writable", is_flag=True, help="Allow pictures to be added and deleted.")
 @click.option(
     "--uploads",
     metavar="FOLDER",
-    help="With --writable: folder that keeps added pictures.  [default: uploads in the index]",
+    help="With --writable: folder for added pictures.  [default: uploads in the index]",
 )
 @click.option(
     "--allowed-host",
     "hosts",
     multiple=True,
     metavar="NAME",
-    help="Name by which the server is called, beside its address and localhost; may be given more than once.",
+    help="Host name of the server, besides its address and localhost; can be repeated.",
 )
 @click.option(
     "--origin",
     "origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Origin of another page that may ask, such as https://example.org; may be given more than once.",
+    help="Origin of another page that may send requests, such as https://example.org; can be repeated.",
 )
-@click.option(
-    "--timeout", type=float, default=30.0, metavar="SECONDS", help="Seconds after which a request is given up."
-)
+@click.option("--timeout", type=float, default=30.0, metavar="SECONDS", help="Timeout of a request, in seconds.")
 @click.option(
     "--batch-wait",
     type=float,
     default=2.0,
     metavar="MS",
-    help="Milliseconds that an encoding waits for others to share its batch.",
+    help="Milliseconds to wait for other requests that can share a batch.",
 )
-@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, help="Texts or pictures encoded at once.")
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, help="Texts or pictures in one batch.")
 @click.option(
     "--queue",
     type=click.IntRange(1, 10**6),
     default=256,
-    help="Texts or pictures that may wait; more are answered 429.",
+    help="Texts or pictures that may wait in the queue; more are answered with 429.",
 )
 @click.option(
     "--drain",
     type=float,
     default=20.0,
     metavar="SECONDS",
-    help="Seconds that requests may take to end when it is stopped.",
+    help="Seconds that running requests get to finish when the server is stopped.",
 )
 @click.option("--log-queries", is_flag=True, help="Write the texts of queries to the access log.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
@@ -130,7 +131,7 @@ def serve(
 ) -> Iterator[str]:
     """Search an index in a browser, and over HTTP.
 
-    The page is at the address that is printed, the API's documentation at /docs there. Ctrl-C and SIGTERM stop it.
+    The command prints the address of the page; the API's documentation is at /docs there. Stop it with Ctrl-C or SIGTERM.
     """
     from finelip_fast.serve.opening import Opening
     from finelip_fast.serve.settings import ServeSettings

@@ -35,7 +35,7 @@ NAMES = {
     "generation": "whether longer prompts draw nearer pictures (finelip study generation --help)",
 }
 
-_out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder of the record.")
+_out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder to write the results to.")
 
 
 def _complete_name(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -48,9 +48,7 @@ def _complete_name(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option("--validation", metavar="DATA", default="scenes:val:200", help="Pairs to choose on.")
 @click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
 @_out_option
-@click.option(
-    "--build", is_flag=True, help="For overhead: export the checkpoint to ONNX first where that was not done."
-)
+@click.option("--build", is_flag=True, help="For overhead: export the checkpoint to ONNX first if that is missing.")
 @model_options
 def study(
     name: str | None,
@@ -61,9 +59,9 @@ def study(
     build: bool,
     model: ModelOptions,
 ) -> Any:
-    """Answer a question of the paper by a table and a plot.
+    """Answer one of the paper's questions with a table and a plot.
 
-    Without NAME, the command says what each study asks.
+    Without NAME, the command lists what each study asks.
     """
     if name is None:
         return NAMES
@@ -81,11 +79,13 @@ def study(
 
 @click.command("study ablation", cls=Command, renamed={"--choose-on": "--validation"})
 @click.option("--recipe", default="ablation", help="Recipe that all runs share: a name, or a JSON file.")
-@click.option("--start", default="ablation-start", help="Recipe that trains the other's init where it is absent.")
+@click.option(
+    "--start", default="ablation-start", help="Recipe that trains the checkpoint all runs start from, if it is missing."
+)
 @click.option("--steps", type=int, help="Optimizer steps of each run.  [default: the recipe's]")
 @click.option("--seeds", cls=Several, type=int, default=(0, 1, 2), help="Seeds of the runs.")
 @click.option(
-    "--variants", cls=Several, metavar="NAME", help="Variants to train, in quotes where spaces are.  [default: all]"
+    "--variants", cls=Several, metavar="NAME", help="Variants to train; quote names that have spaces.  [default: all]"
 )
 @click.option(
     "--rates",
@@ -100,15 +100,15 @@ def study(
     default="scenes:val",
     help="Pairs to choose learning rates and the weight of the global score on.",
 )
-@click.option("--jobs", type=int, default=1, help="Runs at once, each in a process.")
+@click.option("--jobs", type=int, default=1, help="Number of runs at once, each in its own process.")
 @click.option("--data", default="scenes:test", help="Pairs to measure on.")
 @click.option("--runs", metavar="FOLDER", help="Folder of the runs.  [default: the recipe's out]")
 @_out_option
-@click.option("--name", default="ablation", help="Stem of the record's files.")
+@click.option("--name", default="ablation", help="Stem of the names of the result files.")
 def ablation(out: str, **options: Any) -> Any:
-    """Train the parts and the losses of FineLIP apart, at equal budget, and compare them.
+    """Train variants of FineLIP's parts and losses at an equal budget, and compare them.
 
-    All runs go on from one checkpoint. A run that was stopped goes on, and a finished one is not trained again.
+    All runs start from one checkpoint. A stopped run resumes, and a finished one is not trained again.
     """
     from finelip_fast.studies.ablation.command import run_ablation
 
@@ -116,7 +116,7 @@ def ablation(out: str, **options: Any) -> Any:
 
 
 @click.command("study adaptation", cls=Command)
-@click.option("--base", required=True, metavar="CHECKPOINT", help="Checkpoint that is adapted.")
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Checkpoint to adapt.")
 @click.option("--recipe", default="scenes-full", help="Recipe that trains everything at once: a name, or a JSON file.")
 @click.option("--data", default="scenes:test", help="Pairs to measure on.")
 @click.option("--runs", default="runs/adaptation", metavar="FOLDER", help="Folder of the runs and of the features.")
@@ -128,7 +128,7 @@ def ablation(out: str, **options: Any) -> Any:
 def adaptation(out: str, **options: Any) -> Any:
     """Adapt a CLIP in three ways, train all of it at once, and compare recall and cost.
 
-    A run that was stopped goes on, and a finished one is not trained again.
+    A stopped run resumes, and a finished one is not trained again.
     """
     from finelip_fast.studies.adaptation import AdaptationSetting, adaptation
 
@@ -136,26 +136,29 @@ def adaptation(out: str, **options: Any) -> Any:
 
 
 @click.command("study generation", cls=Command)
-@click.option("--pipeline", required=True, metavar="NAME_OR_FOLDER", help="Pipeline of diffusers for text-to-image.")
+@click.option("--pipeline", required=True, metavar="NAME_OR_FOLDER", help="Text-to-image pipeline of diffusers.")
 @click.option("--checkpoint", required=True, help="Checkpoint whose text encoder extends it.")
-@click.option("--data", required=True, help="Pairs whose captions are drawn, as finelip eval takes them.")
+@click.option("--data", required=True, help="Pairs whose captions to generate from, as finelip eval takes them.")
 @click.option(
-    "--pictures", required=True, metavar="FOLDER", help="Folder of the drawn pictures; those there are not drawn again."
+    "--pictures",
+    required=True,
+    metavar="FOLDER",
+    help="Folder of the generated pictures; existing ones are not generated again.",
 )
-@click.option("--judge", help="Checkpoint that judges.  [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
+@click.option("--judge", help="Checkpoint that judges the pictures.  [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
 @click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
-@click.option("--steps", type=int, help="Steps of denoising.  [default: the pipeline's]")
-@click.option("--guidance", type=float, help="Weight of the description.  [default: the pipeline's]")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the pipeline's]")
+@click.option("--guidance", type=float, help="Guidance scale.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=0, help="Seed of the first picture's noise.")
 @click.option("--layer", help="Layer of the text encoders: penultimate, last.  [default: the pipeline's]")
-@click.option("--second", default="stretch", help="What gives a second text encoder the length: stretch, windows.")
+@click.option("--second", default="stretch", help="How a second text encoder reads long prompts: stretch, windows.")
 @_out_option
 @device_option
 def generation(out: str, **options: Any) -> Any:
-    """Draw descriptions from 77 tokens and from the checkpoint's, and compare both with the described pictures.
+    """Generate pictures from 77 tokens and from the checkpoint's context, and compare both with the described pictures.
 
-    The distance is FID on features of an independent CLIP, whose mean cosine with the descriptions is the score. A run that
-    was stopped goes on.
+    The distance is FID on features of an independent CLIP, whose mean cosine with the descriptions is the score. A stopped
+    run resumes.
     """
     from finelip_fast.studies.generation import GenerationSetting, generation
 
@@ -167,17 +170,17 @@ def generation(out: str, **options: Any) -> Any:
 @click.option(
     "--generators", cls=Several, metavar="FOLDER", required=True, help="Runs of training/generator.py, to compare."
 )
-@click.option("--scenes", type=int, default=400, help="Scenes whose descriptions are drawn, a multiple of 4.")
+@click.option("--scenes", type=int, default=400, help="Number of scenes to generate, a multiple of 4.")
 @click.option("--judge", metavar="CHECKPOINT", help="Checkpoint that ranks the pictures.  [default: the bundled one]")
-@click.option("--steps", type=int, default=30, help="Steps of denoising.")
-@click.option("--guidance", type=float, default=3.0, help="Weight of the description.")
+@click.option("--steps", type=int, default=30, help="Denoising steps.")
+@click.option("--guidance", type=float, default=3.0, help="Guidance scale.")
 @click.option("--seed", type=int, default=0, help="Seed of the first batch's noise.")
 @_out_option
 def drawing(out: str, generators: tuple[str, ...], **options: Any) -> Any:
-    """Draw descriptions of scenes, and count which of the told details are in the pictures.
+    """Generate pictures of scenes, and count which of the described details are in them.
 
-    Scenes of a family differ in a detail or two: where it lies, a picture is nearer to the renderer's own of the scene that is
-    told, or to that of another of the family.
+    Scenes of a family differ in one or two details. Where they differ, a generated picture is closer either to the
+    renderer's picture of the described scene or to that of another scene of the family.
     """
     from finelip_fast.studies.drawing import DrawingSetting, drawing
 

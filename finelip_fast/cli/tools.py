@@ -27,12 +27,12 @@ _SHELLS = {
 @click.command(cls=Command)
 @click.option("--out", default="demo", metavar="FOLDER", help="Folder of pictures, index and page.")
 @click.option("--scenes", type=int, default=400, help="Number of scenes.")
-@click.option("--serve", "serves", is_flag=True, help="Then serve the page that searches them.")
+@click.option("--serve", "serves", is_flag=True, help="Then serve the search page.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, help="With --serve: port of the page.")
 def demo(out: str, scenes: int, serves: bool, port: int) -> Any:
     """Draw scenes, search them with the bundled model, and write an HTML page.
 
-    The command that searches them in a browser is named at the end.
+    At the end it prints the command that searches them in a browser.
     """
     from finelip_fast.cli.serve import require_packages, run
 
@@ -66,17 +66,19 @@ def _program() -> str:
 @click.argument("source")
 @click.argument("out", metavar="OUT")
 @click.option("--context-length", type=int, help="Longest caption in tokens.  [default: the checkpoint's, or 256]")
-@click.option("--dtype", default="float32", help="Type of the numbers that are stored: float32, float16.")
-@click.option("--activation", help="Activation of weights that do not tell it: quick_gelu (OpenAI's), gelu (LAION's).")
+@click.option("--dtype", default="float32", help="Number type to store: float32, float16.")
+@click.option(
+    "--activation", help="Activation, for weights that do not specify it: quick_gelu (OpenAI's), gelu (LAION's)."
+)
 @click.option(
     "--heads",
     cls=Several,
     type=int,
     metavar="NUMBER",
-    help="Attention heads of weights of an unusual width: of both transformers, or of vision and text.",
+    help="Attention heads, for weights of an unusual width: of both transformers, or of vision and text.",
 )
-@click.option("--part", metavar="KEY", help="Part of a training's checkpoint to take, such as ema_state_dict.")
-@click.option("--alpha", type=float, help="Weight of the global cosine that it carries.  [default: the checkpoint's]")
+@click.option("--part", metavar="KEY", help="Part of a training checkpoint to use, such as ema_state_dict.")
+@click.option("--alpha", type=float, help="Weight of the global cosine to store in it.  [default: the checkpoint's]")
 def convert(
     source: str,
     out: str,
@@ -117,8 +119,8 @@ def convert(
     metavar="NAME",
     help="Operations to tune: clim, clim_gradient, atrm, atrm_gradient.  [default: all]",
 )
-@click.option("--seconds", type=float, help="Time after which no new case starts; run again, the tuning goes on.")
-@click.option("--again", is_flag=True, help="Tune what was tuned before, too.")
+@click.option("--seconds", type=float, help="Time after which no new case starts; run the command again to continue.")
+@click.option("--again", is_flag=True, help="Also tune what was tuned before.")
 @click.option(
     "--settings",
     type=click.Path(path_type=Path),
@@ -126,7 +128,7 @@ def convert(
     help="Table of settings to write.  [default: this user's, which every later run reads]",
 )
 def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settings: Path | None) -> Any:
-    """Find the fastest launch settings of the kernels on this GPU and keep them; this takes some minutes."""
+    """Find the fastest launch settings of the kernels on this GPU, and keep them; takes a few minutes."""
     from finelip_fast.kernels import describe
 
     implementation, reason = describe()
@@ -145,12 +147,13 @@ def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settin
 
 @click.command(cls=Command)
 @click.option("--kernels", cls=Several, metavar="NAME", help="Kernels to check, such as clim-int8.  [default: all]")
-@click.option("--untimed", is_flag=True, help="Only whether they are right, not how fast.")
+@click.option("--untimed", is_flag=True, help="Check that they are right, not how fast they are.")
 def verify(kernels: tuple[str, ...], untimed: bool) -> Any:
-    """Check that the kernels are right on this machine, and on a GPU how fast they are; this takes a minute.
+    """Check that the kernels are right on this machine and, on a GPU, how fast they are; takes a minute.
 
-    Each is compared with float64, must give the same bits twice, and on a GPU the same from a captured CUDA graph. Speeds
-    are shares of what the same GPU copies and multiplies. Without a GPU it checks what runs on the CPU instead.
+    Each kernel is compared with float64, must give the same bits twice and, on a GPU, the same bits from a captured CUDA
+    graph. Speeds are shares of the rates at which the same GPU copies and multiplies. Without a GPU, the command checks what
+    runs on the CPU instead.
     """
     from finelip_fast.verify import verify
 
@@ -171,11 +174,11 @@ def verify(kernels: tuple[str, ...], untimed: bool) -> Any:
 @click.command(cls=Command)
 @click.argument("checkpoint", required=False)
 @click.option("--index", metavar="FOLDER", help="Folder of an index to describe.")
-@click.option("--verify", is_flag=True, help="Compare files with what was recorded when they were written.")
+@click.option("--verify", is_flag=True, help="Compare files with the checksums recorded when they were written.")
 def info(checkpoint: str | None, index: str | None, verify: bool) -> Any:
-    """Show versions, devices, and which kernels and engines run here; or describe what is named.
+    """Show versions, devices, and which kernels and engines run here, or describe a checkpoint or an index.
 
-    CHECKPOINT is compared with what was recorded of it, with --verify; without CHECKPOINT, the bundled one.
+    With --verify, CHECKPOINT, or the bundled one without it, is compared with the checksums recorded when it was written.
     """
     from finelip_fast.info import checkpoint_info, index_info
     from finelip_fast.info import info as describe
@@ -193,7 +196,7 @@ def info(checkpoint: str | None, index: str | None, verify: bool) -> Any:
 @click.argument("shell")
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> str:
-    """Print the script by which SHELL (bash, zsh or fish) completes commands and options."""
+    """Print the script that lets SHELL (bash, zsh or fish) complete commands and options."""
     completer = get_completion_class(shell) if shell in _SHELLS else None
     if completer is None:
         raise InputError(f"expected a shell among {', '.join(_SHELLS)}, got {shell!r:.80}")

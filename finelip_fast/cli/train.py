@@ -91,9 +91,9 @@ def _complete_recipe(*_: Any) -> list[str]:
 @click.command(cls=_Train, renamed={"--val": "--validation", "--image-root": "--root"})
 @click.argument("recipe", required=False, shell_complete=_complete_recipe)
 def train(recipe: str | None, **options: Any) -> Any:
-    """Train a checkpoint; started again with the same --out, the run resumes.
+    """Train a checkpoint; run again with the same --out, it resumes.
 
-    RECIPE is the name of a recipe of the package, or a JSON file; options change its values.
+    RECIPE is the name of a built-in recipe, or a JSON file; options override its values.
     """
     from finelip_fast.training.config import configure
 
@@ -105,18 +105,18 @@ def train(recipe: str | None, **options: Any) -> Any:
 
 @click.command(cls=_Trains, fields=_ADAPT)
 @click.argument("base")
-@click.option("--out", metavar="FOLDER", help="Folder of the checkpoint; features and runs lie in it.")
+@click.option("--out", metavar="FOLDER", help="Folder for the checkpoint, the features and the runs.")
 @click.option("--train", metavar="DATA", help="Pairs to train on: jsonl:FILE, sharegpt4v:FILE or scenes:SPLIT:SIZE.")
-@click.option("--unfreeze", default="last:2", help="What the second stage trains of the encoders: last:N, all, none.")
+@click.option("--unfreeze", default="last:2", help="Encoder blocks that the second stage trains: last:N, all, none.")
 @click.option("--steps", type=int, help="Steps of the first stage.  [default: 1500]")
 @click.option("--encoder-steps", type=int, help="Steps of the second stage.  [default: 500]")
 @click.option("--aggregator-lr", type=float, help="Peak learning rate of the aggregators.  [default: 0.001]")
 @click.option("--encoder-lr", type=float, help="Peak learning rate of the encoders.  [default: 1e-05]")
 def adapt(base: str, **options: Any) -> Any:
-    """Make a FineLIP from any CLIP; started again with the same --out, it resumes.
+    """Turn any CLIP into a FineLIP; run again with the same --out, it resumes.
 
-    First the aggregators are trained, on what the encoders of BASE compute once; then the encoders' last blocks, too. What is
-    best on the validation pairs is written to --out.
+    The first stage trains the aggregators on features that the encoders of BASE compute once; the second also trains the
+    last blocks of the encoders. The checkpoint that is best on the validation pairs is written to --out.
     """
     values = {name: value for name, value in options.items() if value not in (None, ())}
     missing = [name for name in ("out", "train", "validation") if name not in values]
