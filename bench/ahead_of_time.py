@@ -1,8 +1,8 @@
-"""Compile a Triton kernel for a GPU that is not here, and read what came out: registers, shared memory, spills.
+"""Compile Triton kernels for a GPU that is not present, and report registers, shared memory and spills.
 
-Triton carries ``ptxas`` and ``cuobjdump``, so that any machine can hold a kernel to "fits, spills nothing, uses the
-tensor cores of that GPU". :func:`compile_for` takes types and constants by hand; :func:`recorded_launches` takes them from a
-launcher itself, ours or another package's. Only tests and benchmarks need this.
+Triton bundles ``ptxas`` and ``cuobjdump``, so any machine can check that a kernel fits a GPU, spills nothing and uses its
+tensor cores. :func:`compile_for` takes explicit types and constants; :func:`recorded_launches` takes them from a launcher,
+ours or another package's. Only tests and benchmarks need this module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finelip_fast.errors import InputError, KernelError
 
 
 class Multiprocessor(NamedTuple):
-    """What the programs that run side by side on one multiprocessor share."""
+    """Resources shared by the programs that run concurrently on one multiprocessor."""
 
     shared_bytes: int
     warps: int
@@ -49,27 +49,27 @@ MULTIPROCESSOR = {
     120: Multiprocessor(100 << 10, warps=48, programs=24),
 }
 
-# Of each program's shared memory, the driver's own: the guide's "Shared Memory" of compute capability 8.x and later.
+# Shared memory that the driver reserves per program: the guide's "Shared Memory", compute capability 8.x and later.
 _RESERVED_BYTES = 1 << 10
 
-# What one program may ask for.
+# Largest shared memory of one program.
 SHARED_MEMORY_LIMIT = {
     capability: multiprocessor.shared_bytes - _RESERVED_BYTES for capability, multiprocessor in MULTIPROCESSOR.items()
 }
 
-# How memory is handed out, on all of them: ``cuda_occupancy.h`` of the CUDA toolkit. Each quarter of a multiprocessor has a
-# quarter of its 65,536 registers.
+# Allocation granularity on all of them, from ``cuda_occupancy.h`` in the CUDA toolkit. Each quarter of a multiprocessor has
+# a quarter of its 65,536 registers.
 _QUARTERS, _QUARTER_REGISTERS, _WARP = 4, 16_384, 32
 _REGISTER_UNIT, _SHARED_UNIT = 256, 128
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel needs on one GPU."""
+    """Resources that a kernel needs on one GPU."""
 
-    registers: int  # of one thread
-    shared_bytes: int  # of one program
-    spilled_bytes: int  # of one thread: registers, or arrays, that went to memory
+    registers: int  # per thread
+    shared_bytes: int  # per program
+    spilled_bytes: int  # per thread: registers or arrays spilled to memory
     capability: int  # of the GPU: 80, 90, 120, ...
     num_warps: int
     ptx: str = field(repr=False)
@@ -78,12 +78,12 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU can run it at all."""
+        """Whether the GPU can run the kernel at all."""
         return self.programs_per_sm > 0
 
     @property
     def programs_per_sm(self) -> int:
-        """How many programs run side by side on one multiprocessor: what hides the latency of memory."""
+        """Number of programs that run concurrently on one multiprocessor, which hides memory latency."""
         limits = MULTIPROCESSOR[self.capability]
         shared_bytes = _round_up(self.shared_bytes + _RESERVED_BYTES, _SHARED_UNIT)
         warp_registers = _round_up(self.registers * _WARP, _REGISTER_UNIT)
@@ -92,17 +92,17 @@ class Compiled:
 
     @property
     def uses_wgmma(self) -> bool:
-        """Whether the products run on Hopper's tensor cores at their full rate."""
+        """Whether the matrix products run on Hopper's tensor cores at full rate."""
         return "wgmma.mma_async" in self.ptx
 
     @property
     def overwritten(self) -> list[str]:
-        """What the kernel may overwrite under a product that still reads it; empty, or its results are wrong at times."""
+        """Buffers that may be overwritten while a product still reads them; if not empty, results are sometimes wrong."""
         return overwrites(self.ttgir)
 
     @property
     def uses_64_bit_offsets(self) -> bool:
-        """Whether any pointer is moved by a 64-bit offset; says nothing about the other pointers."""
+        """Whether any pointer is advanced by a 64-bit offset; says nothing about the other pointers."""
         return re.search(r"tt\.addptr .*[ x]i64>?( loc|$)", self.ttir, re.MULTILINE) is not None
 
 
@@ -120,13 +120,13 @@ def compile_for(
 
     Args:
         kernel: A function under ``@triton.jit``.
-        signature: Types of its run-time arguments by name: ``"*fp16"``, ``"i32"``, ``"fp32"``, ...
-        constants: Values of its ``tl.constexpr`` arguments, and of integers that a launch would specialise: those
-            that are 1.
-        divisible: Pointers and integers that are multiples of 16, as a launch finds out by itself. Wide loads need it.
+        signature: Types of the run-time arguments by name: ``"*fp16"``, ``"i32"``, ``"fp32"``, ...
+        constants: Values of the ``tl.constexpr`` arguments, and of the integers that a launch would specialise (those
+            equal to 1).
+        divisible: Pointers and integers that are multiples of 16, which a launch detects by itself. Wide loads need it.
 
     Raises:
-        InputError: An argument of the kernel without a type or a value, or a name it does not have.
+        InputError: An argument of the kernel has no type or value, or a name is unknown.
         KernelError: The kernel was imported under ``TRITON_INTERPRET=1``.
     """
     if not isinstance(kernel, triton.JITFunction):
@@ -145,7 +145,7 @@ def compile_for(
         dict(constants),
         {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    # Fused multiply-add is named because Triton 3.9 warns when its default is left alone.
+    # Fused multiply-add is set explicitly because Triton 3.9 warns if it is left at its default.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
@@ -162,7 +162,7 @@ def compile_for(
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """What ``cuobjdump`` says of the one kernel in `cubin`: ``REG``, ``STACK``, ``LOCAL``, ..."""
+    """Return the resources that ``cuobjdump`` reports for the only kernel in `cubin`: ``REG``, ``STACK``, ``LOCAL``, ..."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -177,22 +177,22 @@ def _round_up(size: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """A launch of a kernel, as its launcher asked for it. Of Triton's options it keeps the two that the launchers vary."""
+    """A kernel launch as its launcher requested it, with the two Triton options that the launchers vary."""
 
-    kernel: Any  # under ``@triton.jit``
-    arguments: Mapping[str, Any]  # all of the kernel's, by name
-    num_warps: int = 4  # this and the next: Triton's own defaults
+    kernel: Any  # decorated with ``@triton.jit``
+    arguments: Mapping[str, Any]  # all arguments of the kernel by name
+    num_warps: int = 4  # this default and the next are Triton's own
     num_stages: int = 3
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Its ``tl.constexpr`` arguments: how the work is cut, and what for."""
+        """The ``tl.constexpr`` arguments, which define the tiling and the variant."""
         return {
             parameter.name: self.arguments[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr
         }
 
     def compile(self, capability: int) -> Compiled:
-        """What Triton would compile for it on a GPU of that capability, specialised as it does by itself.
+        """Compile the launch as Triton would on a GPU of that capability, with Triton's own specialisation.
 
         Raises:
             KernelError: The kernel was imported under ``TRITON_INTERPRET=1``.
@@ -220,9 +220,9 @@ class KernelLaunch:
         )
 
     def compile_into_cache(self, capability: int) -> None:
-        """Compile it into Triton's cache, where the launch itself, on a GPU of that capability, will find it.
+        """Compile into Triton's cache, where the launch itself will find it on a GPU of that capability.
 
-        The GPU is not opened: for the rest of this process, Triton takes itself to be on such a one.
+        The GPU is not opened: for the rest of this process, Triton assumes that it runs on such a GPU.
         """
         target = GPUTarget("cuda", capability, 32)
         driver.set_active(
@@ -238,7 +238,7 @@ class KernelLaunch:
 
 
 def _is_divisible(value: object) -> bool:
-    """Whether Triton would know it as a multiple of 16; memory of its own starts at one."""
+    """Whether Triton would treat the value as a multiple of 16; memory that it allocates is aligned to 16."""
     if isinstance(value, Tensor):
         return int(value.storage_offset()) * value.element_size() % 16 == 0
     return type(value) is int and value % 16 == 0
@@ -254,17 +254,17 @@ def _as_launched(kernel: Any, arguments: Sequence[object], keywords: Mapping[str
 
 @contextmanager
 def recorded_launches(capability: int, name: str = "") -> Iterator[list[tuple[KernelLaunch, ...]]]:
-    """Inside, launchers meet a GPU of that capability, and what they launch is written down instead.
+    """Record what launchers launch, instead of running it, as if on a GPU of that capability.
 
-    Give them tensors on the ``meta`` device, which have shapes and strides but no numbers. A package that looks at the GPU
-    when it is imported must be imported inside, for the first time.
+    Pass tensors on the ``meta`` device, which have shapes and strides but no data. A package that checks the GPU on import
+    must be imported for the first time inside the context.
 
     Args:
         capability: 80, 90, 120, ...
-        name: What the GPU is called, for launchers that ask.
+        name: Name of the GPU, for launchers that ask for it.
 
     Yields:
-        The launches so far, in their order; of an autotuned kernel all that it would try, of another the one.
+        The launches so far, in order: all candidates of an autotuned kernel, a single one of any other kernel.
     """
     launches: list[tuple[KernelLaunch, ...]] = []
 
@@ -272,7 +272,7 @@ def recorded_launches(capability: int, name: str = "") -> Iterator[list[tuple[Ke
         launches.append((_as_launched(kernel, arguments, keywords),))
 
     def tune(tuner: Any, *arguments: object, **keywords: Any) -> None:
-        tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))  # for the pruning
+        tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))  # needed for pruning
         configs = tuner.prune_configs(keywords)
         launches.append(tuple(_as_launched(tuner.fn, arguments, keywords | config.all_kwargs()) for config in configs))
 
@@ -293,7 +293,7 @@ def recorded_launches(capability: int, name: str = "") -> Iterator[list[tuple[Ke
 
 
 def compile_launches(capability: int, run: Callable[[], object]) -> list[Compiled]:
-    """What each launch of ``run`` needs on a GPU of that capability, in their order; see :func:`recorded_launches`."""
+    """Compile each launch of ``run`` for a GPU of that capability, in order; see :func:`recorded_launches`."""
     with recorded_launches(capability) as launches:
         run()
     return [launch.compile(capability) for launch, *_ in launches]

@@ -1,7 +1,7 @@
-"""A contender in a process of its own: what it loads, breaks or never ends stays there.
+"""Run a contender in a process of its own, so that whatever it loads, breaks or hangs stays there.
 
-``python bench/apart.py FD MODULE NAME`` is that process. It takes the contender ``MODULE.CONTENDERS[NAME]``, and answers
-requests from a pipe. Its interpreter may be another one, with packages that are not installed beside ours.
+``python bench/apart.py FD MODULE NAME`` starts that process. It creates the contender ``MODULE.CONTENDERS[NAME]`` and answers
+requests from a pipe. It may use another interpreter, with packages that cannot be installed beside ours.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _THREADS = (
     "LANCE_CPU_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
-# Kernels of an older processor that an administrator chose for OpenBLAS would slow the peers that multiply with NumPy.
+# If an administrator selected OpenBLAS kernels for an older processor, peers that multiply with NumPy would be slowed.
 _CHOSEN_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 class Failure(Exception):
-    """The contender raised an error, died, or has used up its time; the message says which."""
+    """The contender raised an error, died, or exceeded its time limit, as the message says."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request gave, and the seconds that it took inside the contender's process."""
+    """The result of a request, and the seconds that it took inside the contender's process."""
 
     value: Any
     seconds: float
@@ -48,11 +48,11 @@ class Apart:
     """A contender's process.
 
     Args:
-        module, name: Where it is defined: ``MODULE.CONTENDERS[NAME]``.
-        seconds: Limit of all its requests together, and of starting it.
-        python: Interpreter that has its packages.
+        module, name: Location of the contender: ``MODULE.CONTENDERS[NAME]``.
+        seconds: Time limit for startup and all requests together.
+        python: Interpreter that has the contender's packages.
         threads: Number of threads and of processors it may use.
-        log: File for all that it prints.
+        log: File for everything that it prints.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Apart:
         """Call a method of the contender.
 
         Raises:
-            Failure: It raised an error, its process died, or its time is used up; in the last two cases it is ended.
+            Failure: The contender raised an error, its process died, or its time is used up. The last two end the process.
         """
         start = time.perf_counter()
         try:
@@ -106,7 +106,7 @@ class Apart:
         return Answer(value, seconds)
 
     def memory(self) -> float:
-        """Resident memory in MiB, with that of processes it has started."""
+        """Resident memory in MiB, including child processes."""
         import psutil
 
         try:
@@ -116,7 +116,7 @@ class Apart:
             return 0.0
 
     def end(self) -> None:
-        """End the process, and those that it has started."""
+        """End the process and its child processes."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -129,14 +129,14 @@ def _serve(pipe: Connection, module: str, name: str) -> None:
         contender = importlib.import_module(module).CONTENDERS[name]()
     except Exception as error:  # a peer's packages fail in many ways; each is a reason to leave it out
         problem = _reason(error)
-    with suppress(EOFError, BrokenPipeError):  # whoever asked is gone
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             method, arguments = pipe.recv()
             pipe.send(_answer(contender, problem, method, arguments))
 
 
 def _answer(contender: object, problem: str, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any, float]:
-    """Error, value and seconds of a request; no error: an empty one."""
+    """Return error, value and seconds of a request; the error is empty on success."""
     if problem:
         return problem, None, 0.0
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def _answer(contender: object, problem: str, method: str, arguments: tuple[Any, 
 
 
 def _reason(error: Exception) -> str:
-    """One line, such as ends up in a table."""
+    """Return the error as one line, short enough for a table."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

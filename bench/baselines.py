@@ -1,6 +1,7 @@
-"""What to beat: late interaction as research code does it, and as careful plain PyTorch does it.
+"""Baselines: late interaction as research code does it, and as careful plain PyTorch does it.
 
-Shapes as in the library: images ``[B_i, L_i, D]``, captions ``[B_t, L_t, D]``, unit rows, row 0 global; scores ``[B_i, B_t]``.
+Shapes are those of the library: images ``[B_i, L_i, D]``, captions ``[B_t, L_t, D]``, unit rows, row 0 global; scores
+``[B_i, B_t]``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from finelip_fast.kernels.floor import seconds
 from finelip_fast.model import FineLIP
 
-# Elements of the similarities that tuned plain PyTorch tries to hold at once: from within the L2 cache to far beyond it.
+# Numbers of similarities that tuned plain PyTorch tries to hold at once, from within the L2 cache to far beyond it.
 _ELEMENTS_AT_ONCE = (1 << 22, 1 << 24, 1 << 26, 1 << 28)
 
 
@@ -28,16 +29,16 @@ def one_caption_at_a_time(
     aggregate: Callable[[Tensor], Tensor] | None = None,
     alpha: float = 0.8,
 ) -> Tensor:
-    """The research loop: a caption is aggregated, repeated for every image, multiplied, and all of ``S'`` goes through memory.
+    """The research loop: each caption is aggregated, repeated per image and multiplied, and all of ``S'`` goes through memory.
 
     Args:
-        images: ``[B_i, L_i, D]``.
-        captions: Each ``[n, D]``: token features with ``aggregate``, an embedding without.
-        aggregate: ``[1, n, D]`` to an embedding ``[1, L_t, D]``.
+        images: Embeddings ``[B_i, L_i, D]``.
+        captions: Tensors ``[n, D]``: token features if ``aggregate`` is given, otherwise an embedding.
+        aggregate: Function from ``[1, n, D]`` to an embedding ``[1, L_t, D]``.
         alpha: Weight of the global cosine.
 
     Returns:
-        ``[B_i, B_t]`` in the dtype of the images.
+        Scores ``[B_i, B_t]`` in the dtype of the images.
     """
     columns = []
     for caption in captions:
@@ -51,7 +52,7 @@ def one_caption_at_a_time(
 
 
 def plain_block(images: Tensor, captions: Tensor, alpha: float) -> Tensor:
-    """All scores ``[B_i, B_t]``: one matrix product, two maxima, leaky ReLU on the maxima alone."""
+    """All scores ``[B_i, B_t]`` by one matrix product and two maxima, with leaky ReLU applied only to the maxima."""
     similarity = images.flatten(0, 1) @ captions.flatten(0, 1).T
     similarity = similarity.view(*images.shape[:2], *captions.shape[:2])  # [B_i, L_i, b_t, L_t]
     over_captions = F.leaky_relu(similarity.amax(dim=3), 0.1).mean(dim=1)
@@ -68,10 +69,10 @@ def plain_torch(
     images_at_once: int | None = None,
     block: Callable[[Tensor, Tensor, float], Tensor] = plain_block,
 ) -> Tensor:
-    """``block`` for ``at_once`` captions and ``images_at_once`` images (None: all) at a time.
+    """Apply ``block`` to ``at_once`` captions and ``images_at_once`` images (None: all) at a time.
 
     Returns:
-        ``[B_i, B_t]`` in the dtype of the inputs.
+        Scores ``[B_i, B_t]`` in the dtype of the inputs.
     """
     rows = [
         torch.cat([block(some_images, some_captions, alpha) for some_captions in captions.split(at_once)], dim=1)
@@ -85,13 +86,13 @@ checkpointed_block: Callable[[Tensor, Tensor, float], Tensor] = partial(checkpoi
 
 
 def compiled_block(mode: str | None = None) -> Any:
-    """The block by ``torch.compile``, with nothing left of an earlier one: past a few shapes, it would give up unasked."""
+    """Compile the block with ``torch.compile``, resetting it first: after a few shapes, it would silently stop compiling."""
     torch.compiler.reset()
     return torch.compile(plain_block, dynamic=False, mode=mode)
 
 
 def images_that_suit(images: Tensor, captions: Tensor) -> int:
-    """How many images at once are the fastest here, all captions at a time: tried out before the contest."""
+    """The fastest number of images at once on this machine, with all captions at a time, measured before the contest."""
     per_image = max(1, images.shape[1] * captions.shape[0] * captions.shape[1])
     sizes = {min(len(images), max(1, elements // per_image)) for elements in _ELEMENTS_AT_ONCE}
     runs = {size: partial(plain_torch, images, captions, at_once=len(captions), images_at_once=size) for size in sizes}
@@ -99,13 +100,13 @@ def images_that_suit(images: Tensor, captions: Tensor) -> int:
 
 
 def exact_scores(images: Tensor, captions: Tensor, *, alpha: float = 0.8) -> Tensor:
-    """``[B_i, B_t]`` in float64, few at a time."""
+    """``[B_i, B_t]`` in float64, a few at a time."""
     rows = [plain_torch(block.double(), captions.double(), alpha=alpha, at_once=4) for block in images.split(1_000)]
     return torch.cat(rows)
 
 
 def in_open_clip(model: FineLIP) -> Any:
-    """open_clip's own model with a model's weights: its towers carry the same names."""
+    """open_clip's own model with the weights of ``model``: its towers use the same names."""
     import open_clip
 
     config = model.config

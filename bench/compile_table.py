@@ -1,13 +1,13 @@
-"""What our kernels and the peers' need on each GPU: registers, shared memory, spills. Compiled, not run: no GPU needed.
+"""Tabulate what our kernels and the peers' need on each GPU: registers, shared memory, spills. No GPU is needed.
 
-``python bench/compile_table.py`` writes ``bench/results/compiled/kernels.json``, and the table of it in ``README.md`` beside.
+``python bench/compile_table.py`` writes ``bench/results/compiled/kernels.json``, and a table of it to ``README.md`` beside it.
 
-Each package's own launcher is called, with tensors that have shapes and no numbers, and what it launches is compiled: the
-settings are those that it would choose on that GPU, and nothing of it is copied here. Where a package tries several settings
-on the GPU and keeps the fastest, all of them are compiled and the best on paper stands for it: one that fits and spills
-nothing, and of these the one of which most programs run side by side. No timing is in this table.
+Each package's own launcher is called with tensors that have shapes but no data, and its launches are compiled, not run. The
+settings are therefore those that it would choose on that GPU; none are copied here. If a package tries several settings on the
+GPU and keeps the fastest, all of them are compiled and the best on paper is reported: one that fits and spills nothing and,
+among these, lets the most programs run concurrently. The table has no timings.
 
-Peers' rows of the record are kept as long as their versions and Triton's are what they were: most of the time is theirs.
+Recorded rows of the peers are reused while their versions and Triton's are unchanged, because they take most of the time.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from finelip_fast.kernels.clim.launches import ClimSettings, Launch, default_set
 
 OUT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
 
-# By compute capability. Some launchers look for the name.
+# By compute capability. Some launchers check the name.
 GPUS = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}
 
 OURS = "finelip-fast"
 
-BATCH = 512  # of training, both sides
+BATCH = 512  # of training, on both sides
 ITEMS = peers.AT_ONCE  # of a search
 IMAGES = 1024  # of an aggregation
 
@@ -76,7 +76,7 @@ the share of the floor that these bytes and the padded products allow **at most*
 
 
 class Shape(NamedTuple):
-    """A model's sizes: ``L`` and ``D`` of its embeddings, and the patches of a picture."""
+    """A model's sizes: ``L`` and ``D`` of its embeddings, and the number of patches of a picture."""
 
     tokens: int
     width: int
@@ -88,7 +88,7 @@ class Shape(NamedTuple):
 
 SHAPES = (Shape(40, 512, 196), Shape(52, 768, 256))  # ViT-B/16, ViT-L/14
 
-# By queries and dtype; each is also compiled with tensor descriptors.
+# By number of queries and dtype; each is also compiled with tensor descriptors.
 CUTS = {
     (1, torch.float16): (
         *((128, 1, 64, 4, 4), (128, 1, 64, 8, 3), (256, 1, 64, 8, 3), (128, 1, 256, 8, 2)),
@@ -108,7 +108,7 @@ CUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Something that launches kernels, on the ``meta`` device."""
+    """An operation that launches kernels, on the ``meta`` device."""
 
     name: str
     package: str
@@ -121,7 +121,7 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """A tensor that has a shape and no numbers."""
+    """Return a tensor that has a shape but no data."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -164,7 +164,7 @@ def aggregate(shape: Shape, capability: int) -> None:
 
 
 def aggregate_backward(shape: Shape, capability: int) -> None:
-    """The two kernels alone: what is around them is PyTorch's."""
+    """Launch only the two kernels; the rest of the gradient is PyTorch's."""
     aggregated, width = shape.tokens - 1, shape.width
     atrm_gradient._through_softmax(
         empty(IMAGES, aggregated + 1, width),
@@ -197,10 +197,10 @@ def peer_train(maxsim: peers.MaxSim, shape: Shape) -> None:
 
 
 def rows_of(capability: int, with_peers: bool = True) -> list[Row]:
-    """All rows of one GPU. In a process of its own: the peers look at the GPU once, when they are imported."""
-    # Shipped settings, not those that this user's tuning found.
+    """Return all rows of one GPU. Runs in a process of its own: peers check the GPU once, on import."""
+    # Use the shipped settings, not those that this user's tuning found.
     os.environ["FINELIP_CACHE"] = os.devnull
-    # A check of the norms, once a process, that would look at the numbers.
+    # Skip a check of the norms, once per process, that would read the data.
     os.environ["LIK_SUPPRESS_NORM_WARN"] = "1"
     rows: list[Row] = []
     with recorded_launches(capability, GPUS[capability]) as launches:
@@ -214,18 +214,18 @@ def rows_of(capability: int, with_peers: bool = True) -> list[Row]:
             launches.clear()
             try:
                 case.run()
-            except Exception as error:  # a peer may change, or refuse: the row says so
+            except Exception as error:  # a peer may change, or refuse; the row reports it
                 rows.append({"kernel": case.name, **row, "error": brief(error)})
             for candidates in launches:
                 kernel = f"{case.name}: {candidates[0].kernel.__name__}"
                 row_of_kernel = {"kernel": kernel, **row, **compile_best(candidates, capability)}
-                if row_of_kernel not in rows:  # a gradient kernel runs once a side
+                if row_of_kernel not in rows:  # a gradient kernel runs once per side
                     rows.append(row_of_kernel)
     return rows
 
 
 def cuts_of(capability: int) -> list[Row]:
-    """What each of :data:`CUTS` needs on one GPU, and what it moves."""
+    """Return what each of :data:`CUTS` needs on one GPU, and how many bytes it moves."""
     os.environ["FINELIP_CACHE"] = os.devnull
     shape, *_ = SHAPES
     rows: list[Row] = []
@@ -258,13 +258,13 @@ def cuts_of(capability: int) -> list[Row]:
 
 
 def compile_best(candidates: Sequence[KernelLaunch], capability: int) -> Row:
-    """What is said of a launch; of several, of the best."""
+    """Describe a launch; if there are several candidates, the best one."""
     compiled: list[tuple[KernelLaunch, Compiled]] = []
     error = ""
     for candidate in candidates:
         try:
             compiled.append((candidate, candidate.compile(capability)))
-        except Exception as failure:  # Triton has many names for it; an autotuner passes over it, too
+        except Exception as failure:  # Triton raises many types; an autotuner skips it, too
             error = brief(failure)
     if not compiled:
         return {"error": error}
@@ -291,18 +291,18 @@ def compile_best(candidates: Sequence[KernelLaunch], capability: int) -> Row:
 
 
 def plain(value: object) -> object:
-    """A value that JSON has, a dtype of Triton's as its name."""
+    """Return a value that JSON supports; a Triton dtype becomes its name."""
     return value if isinstance(value, int | float | str | None) else str(value)
 
 
 def brief(error: Exception) -> str:
-    """One line of an error: its last, where compilers say what it was."""
+    """Shorten an error to its last line, where compilers state the cause."""
     *_, last = ["", *str(error).strip().splitlines()]
     return f"{type(error).__name__}: {last}"[:200]
 
 
 def missing() -> list[Row]:
-    """A row for each peer that is not installed."""
+    """Return a row for each peer that is not installed."""
     return [
         {"kernel": "all", "package": package, "shape": "", "error": f"not installed: pip install {package}"}
         for package in (peers.LATE, peers.FLASH)
@@ -314,9 +314,9 @@ def missing() -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """GitHub markdown: a line for each kernel, package and shape; a column for each GPU.
+    """Return GitHub Markdown with a row for each kernel, package and shape, and a column for each GPU.
 
-    A cell: registers / shared KiB / spilled bytes / programs side by side on one multiprocessor.
+    A cell holds registers / shared KiB / spilled bytes / programs that run concurrently on one multiprocessor.
     """
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
@@ -330,7 +330,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def cuts_table(rows: Sequence[Row]) -> str:
-    """A line for each cut, a column for each GPU."""
+    """Return a table with a row for each cut and a column for each GPU."""
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     for row in sorted(rows, key=lambda row: (row["queries"], row["dtype"], [*row["cut"].values()])):
         items, queries, width, warps, stages, descriptor = row["cut"].values()
@@ -352,7 +352,7 @@ def cell(row: Row) -> str:
 
 
 def page(record: dict[str, Any]) -> str:
-    """A record as Markdown."""
+    """Format a record as Markdown."""
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items() if version)
     dirty = " with changes" if record["commit"]["dirty"] else ""
     return PAGE.format(
@@ -365,7 +365,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def kept(versions: dict[str, str | None]) -> dict[int, list[Row]]:
-    """Peers' rows of the record by GPU, where it was made by the same versions."""
+    """Return the peers' recorded rows by GPU, if the same versions produced them."""
     rows: dict[int, list[Row]] = {}
     before = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     if before.get("versions") == versions and None not in versions.values():

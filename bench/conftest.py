@@ -1,4 +1,4 @@
-"""What every recorded result says: commit, machine, versions, what the machine can do.
+"""Add commit, machine, versions and machine capabilities to every recorded result.
 
 Record with ``pytest bench/ --benchmark-only --benchmark-json=bench/results/MACHINE/NAME.json``.
 """
@@ -28,7 +28,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["threads"] = torch.get_num_threads()
     machine_info["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine_info["peaks"] = floor.peaks()
-    machine_info.pop("node", None)  # the machine's name says nothing and is somebody's
+    machine_info.pop("node", None)  # the host name is useless and may be private
 
 
 def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:

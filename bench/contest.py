@@ -1,9 +1,9 @@
-"""Contenders timed in turns, so that none has a better minute to itself, and only those whose answer is right.
+"""Time contenders in turns, so that none benefits from a quiet moment, and only those whose answer is right.
 
-On a GPU each contender of a :func:`race` has a process of its own, which takes its turns when it is told to: what ends one
-contender, such as an illegal access, ends no other.
+On a GPU each contender of a :func:`race` has a process of its own, which runs one turn per message. A failure that ends one
+contender, such as an illegal access, therefore leaves the others running.
 
-pytest-benchmark keeps and writes the times: it replays them by :class:`Replay`'s clock.
+pytest-benchmark records the times, replayed through :class:`Replay`'s clock.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import Tensor
 
 from finelip_fast.kernels.floor import Work, timed
 
-# Seconds in which a process must answer: compilers and autotuners need minutes.
+# Seconds within which a process must answer; compilers and autotuners need minutes.
 _LIMIT = 300.0
-# Seconds in which one with nothing to do is gone.
+# Seconds within which an idle process must exit.
 _ENDING = 10.0
-# Seconds. Threads go on spinning for a while after their work, and would be in the way of the next contender's.
+# Seconds. Threads keep spinning for a while after their work and would slow the next contender.
 _PAUSE = 0.05
 
 
@@ -48,15 +48,15 @@ def _nothing(answer: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to the answer.
+    """One way to compute the answer.
 
     Args:
-        run: Does the work.
-        tolerance: Largest error that still is the right answer.
-        share: How much of the work ``run`` does; slow ones do a part, and their times are divided by it.
-        work: What the whole work cannot do without.
-        answer: What is checked, or its first rows and columns, of what ``run`` gives.
-        notes: More to record of what ``run`` gives.
+        run: Function that does the work.
+        tolerance: Largest error that still counts as right.
+        share: Share of the work that ``run`` does. Slow contenders do a part, and their times are divided by it.
+        work: Minimum cost of the whole work.
+        answer: Function that extracts the part to check, or its first rows and columns, from the result of ``run``.
+        notes: Function that extracts further values to record from the result of ``run``.
     """
 
     run: Callable[[], Any]
@@ -73,15 +73,15 @@ Entries = Mapping[str, Callable[[], Contender]]
 
 @dataclass
 class Result:
-    """What came of a contender.
+    """Outcome of a contender.
 
     Attributes:
-        seconds: One number a round.
-        info: ``max_error``, ``share``, the quantiles ``p20``, ``p50``, ``p80`` in seconds; on a GPU ``peak_mib``, memory of a
-            run beside what was there before; where the work was counted ``bytes``, ``flops``, ``work_dtype``, ``floor`` in
-            seconds and ``share_of_floor``, the floor over ``p50``.
-        refusal: Why it has no times; empty: it has.
-        work: What the whole work cannot do without.
+        seconds: One time per round.
+        info: ``max_error``, ``share``, the quantiles ``p20``, ``p50``, ``p80`` in seconds; on a GPU also ``peak_mib``, the
+            additional memory of a run; if the work was counted, also ``bytes``, ``flops``, ``work_dtype``, ``floor`` in
+            seconds and ``share_of_floor``, the floor divided by ``p50``.
+        refusal: Reason why there are no times; empty if there are.
+        work: Minimum cost of the whole work.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -101,14 +101,14 @@ def race(
     """Check every contender against ``expected`` (float64), then time the right ones in turns.
 
     Args:
-        entries: Function of a file that can be imported; gives the same contenders, with the same inputs, in any process.
-        arguments: What it takes, nothing that lies on a GPU.
+        entries: Function in an importable file that returns the same contenders, with the same inputs, in any process.
+        arguments: Arguments of ``entries``; none may be on a GPU.
         expected: The right answer.
-        rounds: Turns of each contender.
-        apart: Whether each has a process of its own.
-        limit: Seconds in which such a process must answer each time; one that does not has failed.
+        rounds: Number of turns of each contender.
+        apart: Whether each contender has a process of its own.
+        limit: Seconds within which such a process must answer each message; otherwise it has failed.
 
-    Contenders whose names hold a part of ``FINELIP_BENCH_WITHOUT`` (parts are separated by ``;``) are left out.
+    Contenders whose names contain a part of ``FINELIP_BENCH_WITHOUT`` (parts are separated by ``;``) are left out.
     """
     makers = _admitted(entries(*arguments))
     if not apart:
@@ -126,7 +126,7 @@ def race(
 
 
 def compete(contenders: Mapping[str, Contender], expected: Tensor, *, rounds: int = 5) -> dict[str, Result]:
-    """A race in this process."""
+    """Run a race in this process."""
     racers = {name: _Here(lambda contender=contender: contender, expected) for name, contender in contenders.items()}
     return _compete(_admitted(racers), rounds)
 
@@ -157,11 +157,11 @@ class _Here:
 
     def check(self) -> Result:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a peer's, and compilers' own
+            warnings.simplefilter("ignore")  # from peers and from compilers
             try:
                 self._contender = self._maker()
                 return _check(self._contender, self._expected)
-            except Exception as error:  # a peer that cannot run here; compilers have many names for it
+            except Exception as error:  # a peer that cannot run here; compilers raise many types
                 return Result(refusal=f"{type(error).__name__}: {error}")
 
     def turn(self, result: Result) -> None:
@@ -171,7 +171,7 @@ class _Here:
 
 
 class _Apart:
-    """A contender in another process, which does a turn for each message."""
+    """A contender in another process, which runs one turn per message."""
 
     def __init__(
         self, entries: Callable[..., Entries], arguments: tuple[Any, ...], name: str, expected: Path, limit: float
@@ -179,7 +179,7 @@ class _Apart:
         context = get_context("spawn")
         self._limit = limit
         self._pipe, other_end = context.Pipe()
-        # By its file: a test runner and a script give their modules names that another process does not know.
+        # By file: another process does not know the module names that a test runner or a script uses.
         source = entries.__code__.co_filename, entries.__name__
         self._process = context.Process(target=_serve, args=(other_end, source, arguments, name, expected), daemon=True)
         self._process.start()
@@ -197,13 +197,13 @@ class _Apart:
             result.refusal = answer
 
     def end(self) -> None:
-        self._pipe.close()  # which ends it, unless it is at work
+        self._pipe.close()  # ends the process unless it is busy
         self._process.join(_ENDING)
         self._process.kill()
         self._process.join()
 
     def _ask(self, message: str) -> Any:
-        """Its answer, or why there is none."""
+        """Send a message; return the reply, or the reason why there is none."""
         try:
             self._pipe.send(message)
             if self._pipe.poll(self._limit):
@@ -217,7 +217,7 @@ class _Apart:
 
 
 def _serve(pipe: Connection, source: tuple[str, str], arguments: tuple[Any, ...], name: str, expected: Path) -> None:
-    """What the process of a contender does, until it is killed."""
+    """Serve a contender's turns in its process, until the process is killed."""
     path, function = source
     sys.path.insert(0, str(Path(path).parent))
     entries = getattr(importlib.import_module(Path(path).stem), function)
@@ -239,7 +239,7 @@ def _serve(pipe: Connection, source: tuple[str, str], arguments: tuple[Any, ...]
 def _check(contender: Contender, expected: Tensor) -> Result:
     result = Result(info={"share": contender.share}, work=contender.work)
     if torch.cuda.is_available():
-        contender.run()  # compiles
+        contender.run()  # triggers compilation
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -267,7 +267,7 @@ def _summary(seconds: list[float], work: Work | None) -> dict[str, Any]:
 
 
 class Replay:
-    """A clock that shows times that were taken before."""
+    """A clock that replays recorded times."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -276,14 +276,14 @@ class Replay:
         return self.now
 
     def into(self, benchmark: Any, results: dict[str, Result], contender: str, *, group: str, baseline: str) -> None:
-        """Hand a contender's times to pytest-benchmark, whose timer is this clock.
+        """Pass a contender's times to pytest-benchmark, whose timer is this clock.
 
         Args:
             benchmark: pytest-benchmark's fixture.
             results: Results of all contenders of the group.
-            contender: The one of this test.
-            group: What is done; contenders of a group are comparable.
-            baseline: The contender that the others are compared with.
+            contender: Contender of this test.
+            group: Name of the operation; contenders of a group are comparable.
+            baseline: Contender that the others are compared with.
         """
         if contender not in results:
             pytest.skip("not installed, or left out")

@@ -1,6 +1,7 @@
-"""What a cut of late interaction moves and multiplies, counted, and the most that a card could make of it.
+"""Count the bytes and operations of a tiling of late interaction, and derive the best speed that a GPU could reach with it.
 
-No timing: bytes and products of a launch, over rates that are on data sheets. What a kernel waits for besides is not in it.
+Nothing is timed: the bytes and products of a launch are divided by data-sheet rates, and no other stalls of the
+kernel are modelled.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Of what data sheets say, what careful programs were seen to reach.
+# Fractions of the data-sheet rates that well-tuned programs have reached.
 _OF_MEMORY, _OF_PRODUCTS = 0.9, 0.8
-# Bytes that a multiprocessor gets from the L2 cache a clock. Its way there is twice as wide; on A100 and H100 others measured
-# some two thirds of that, with all multiprocessors at it somewhat more than half.
+# Bytes that a multiprocessor receives from the L2 cache per clock. The path is twice as wide; published measurements on A100
+# and H100 reach about two thirds of it, or slightly more than half with all multiprocessors active.
 _L2_BYTES = 32
 
 
 class Card(NamedTuple):
-    """Rates of a card: bytes and operations a second, dense; multiprocessors and their clock."""
+    """Rates of a GPU: bytes and dense operations per second; multiprocessors and their clock rate."""
 
     name: str
     memory: float
@@ -28,7 +29,7 @@ class Card(NamedTuple):
     clock: float
 
 
-# By compute capability, from NVIDIA's data sheets; float16 with sums in float32.
+# By compute capability, from NVIDIA's data sheets; float16 with float32 accumulation.
 CARDS = {
     80: Card("A100 80GB", 2.04e12, 312e12, 624e12, 108, 1.41e9),
     90: Card("H200", 4.8e12, 989e12, 1979e12, 132, 1.755e9),
@@ -38,13 +39,13 @@ CARDS = {
 
 
 class Count(NamedTuple):
-    """What one item costs.
+    """Cost of one item.
 
     Attributes:
         memory: Bytes that must come from memory.
-        l2: Bytes that multiprocessors ask the L2 cache for.
-        needed: Operations of the products of both sides.
-        done: Those of the tiles, with what is padded.
+        needed: Operations that the products of queries and items need.
+        needed: Operations of the products in both directions.
+        done: Operations of the tiles, including padding.
     """
 
     memory: float
@@ -53,7 +54,7 @@ class Count(NamedTuple):
     done: float
 
     def share_of_floor(self, card: Card, dtype: torch.dtype) -> float:
-        """The least time over the time that the counted work takes at these rates: no run can have a larger share."""
+        """Minimum time divided by the time of the counted work at these rates; no run can have a larger share."""
         products = _OF_PRODUCTS * (card.int8 if dtype == torch.int8 else card.float16)
         memory, l2 = _OF_MEMORY * card.memory, _L2_BYTES * card.multiprocessors * card.clock
         least = max(self.memory / memory, self.needed / products)
@@ -61,12 +62,12 @@ class Count(NamedTuple):
 
 
 def count(constants: Mapping[str, Any], n_queries: int, dtype: torch.dtype) -> Count:
-    """The work of a launch of the scores' kernel, by its constants, over its items."""
+    """Count the work per item of a launch of the scores' kernel, from its constants."""
     item_tokens, width, block_width = (constants[name] for name in ("ITEM_TOKENS", "WIDTH", "BLOCK_WIDTH"))
     blocks = -(-n_queries // constants["QUERIES"])  # programs that read the same items
     item = item_tokens * (width * dtype.itemsize + (4 if dtype == torch.int8 else 0))
     queries = n_queries * constants["QUERY_COLUMNS"] * width * dtype.itemsize
-    times = 1 if block_width >= width else item_tokens  # in one piece, queries stay with the program
+    times = 1 if block_width >= width else item_tokens  # if in one piece, queries stay with the program
     pieces = -(-width // block_width)
     return Count(
         memory=item,

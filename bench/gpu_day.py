@@ -1,11 +1,12 @@
-"""Some minutes on a GPU: is everything right there, how fast is it, and which settings are faster.
+"""Check on a GPU, within minutes, that everything is right, how fast it is, and which launch settings are faster.
 
-``python bench/gpu_day.py --minutes 12 --out DIR`` runs from a checkout, with PyTorch and Triton; the package need not be
-installed. Each step is a group of processes with a time limit, so that an illegal access, a hang or a compiler's crash ends
-that step alone. Steps come in the order of their worth; what no longer fits is skipped, and said. In DIR: ``results.jsonl``,
-a line for each thing as soon as it is known; ``log.txt``, what the steps print; ``settings.json``, the fastest settings.
+``python bench/gpu_day.py --minutes 12 --out DIR`` runs from a checkout with PyTorch and Triton; the package need not be
+installed. Each step is a group of processes with a time limit, so that an illegal access, a hang or a compiler crash ends only
+that step. Steps run in order of importance; those that no longer fit are skipped and reported. DIR receives ``results.jsonl``,
+with a line for each result as soon as it is known; ``log.txt``, the output of the steps; and ``settings.json``, the fastest
+settings.
 
-``--tiny`` rehearses all of it on a CPU with small sizes: its figures say nothing.
+``--tiny`` rehearses all of it on a CPU with small sizes; its figures are meaningless.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ ROOT = HERE.parents[1]
 TESTS = ROOT / "tests" / "kernels"
 RESULTS, LOG, SETTINGS = "results.jsonl", "log.txt", "settings.json"
 
-# The limits below are for so many minutes; with more, they grow.
+# The limits below assume this many minutes; they grow if there are more.
 MINUTES = 12
-# Seconds in which a step that ran out of time is ended.
+# Seconds reserved for ending a step that ran out of time.
 ENDING = 3
 
 
 class Step(NamedTuple):
-    """A part of the day.
+    """One step of the run.
 
     Args:
-        run: What is done, in a process of its own.
-        most: Seconds after which it is ended.
-        least: Seconds without which it is not begun.
-        tuned: Whether it runs with the settings that the sweep found.
+        run: Function that runs in a process of its own.
+        most: Seconds after which the step is ended.
+        least: Seconds that must be left for the step to start.
+        tuned: Whether the step uses the settings that the sweep found.
     """
 
     run: Callable[[], None]
@@ -63,7 +64,7 @@ class Step(NamedTuple):
     tuned: bool = True
 
 
-# The day: no package is needed here -----------------------------------------------------------------------------------
+# The run: no package is needed here -----------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
 
 @contextmanager
 def package() -> Iterator[Path]:
-    """A folder to import the package from: links in the layout of a wheel, and a version for who asks."""
+    """Yield a folder to import the package from: links in the layout of a wheel, and metadata with the version."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "finelip_fast").mkdir()
@@ -100,7 +101,7 @@ def package() -> Iterator[Path]:
 
 
 def spend(out: Path, folder: Path, seconds: float, names: Sequence[str], *, tiny: bool) -> None:
-    """Run the steps in their order, as long as there is time."""
+    """Run the steps in order while time remains."""
     end = time.monotonic() + seconds
     growth = max(1.0, seconds / (60 * MINUTES))
     with (out / LOG).open("ab") as log:
@@ -121,7 +122,7 @@ def spend(out: Path, folder: Path, seconds: float, names: Sequence[str], *, tiny
 
 
 def surroundings(out: Path, folder: Path, *, tuned: bool, tiny: bool) -> dict[str, str]:
-    """The environment of a step."""
+    """Return the environment variables of a step."""
     paths = [str(folder), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -131,8 +132,8 @@ def surroundings(out: Path, folder: Path, *, tuned: bool, tiny: bool) -> dict[st
         "GPU_DAY_TINY": "1" if tiny else "",
         "FINELIP_CACHE": str(out if tuned else folder / "cache"),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic, which the tests ask for
-        "LIK_SUPPRESS_NORM_WARN": "1",  # a peer's check of all norms
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic, as the tests require
+        "LIK_SUPPRESS_NORM_WARN": "1",  # disables a peer's check of all norms
     }
     if tiny:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -144,9 +145,9 @@ def surroundings(out: Path, folder: Path, *, tuned: bool, tiny: bool) -> dict[st
 def run_group(
     command: Sequence[str], limit: float, log: Any, environment: Mapping[str, str], folder: Path
 ) -> int | str:
-    """Its exit code; nothing of what it started is left.
+    """Run a command; return its exit code, or the limit that it exceeded. Every process it started is ended.
 
-    Not in the repository, whose folder of kernels would hide another project's package.
+    It does not run in the repository, whose ``kernels`` folder would hide another project's package.
     """
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
@@ -162,7 +163,7 @@ def run_group(
 
 
 def note(out: Path, step: str, **values: Any) -> None:
-    """Append a line to the results, and print it."""
+    """Append a line to the results and print it."""
     with (out / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **values}) + "\n")
     words = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
@@ -176,7 +177,7 @@ TINY = bool(os.environ.get("GPU_DAY_TINY"))
 
 
 def rehearse() -> None:
-    """Leave out what takes long and is not this script's: measuring the machine, and PyTorch's compiler."""
+    """Skip what takes long and is not part of this script: measuring the machine, and PyTorch's compiler."""
     import torch
 
     from finelip_fast.kernels import floor
@@ -191,7 +192,7 @@ def machine() -> None:
 
     from finelip_fast.kernels import floor
 
-    os.chdir(ROOT)  # whose commit it is
+    os.chdir(ROOT)  # for the commit
     values: dict[str, Any] = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -209,7 +210,7 @@ def machine() -> None:
 
 
 def query_smi(names: str) -> str:
-    """What ``nvidia-smi`` says; empty: there is none. It asks the driver, and opens no context."""
+    """Return the output of ``nvidia-smi``, or an empty string if it is missing. It asks the driver and opens no context."""
     try:
         command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
@@ -219,8 +220,8 @@ def query_smi(names: str) -> str:
 
 
 def compile_ahead() -> None:
-    """What later steps launch, on all cores, into Triton's cache; the GPU stays closed."""
-    os.environ.pop("TRITON_INTERPRET", None)  # of the workers
+    """Compile what later steps launch into Triton's cache, on all cores; the GPU stays unopened."""
+    os.environ.pop("TRITON_INTERPRET", None)  # for the workers
     capability = int(query_smi("compute_cap").replace(".", "") or 90)
     begun, failed = time.monotonic(), 0
     with ProcessPoolExecutor(1 if TINY else os.cpu_count(), get_context("spawn")) as pool:
@@ -229,7 +230,7 @@ def compile_ahead() -> None:
         for future in as_completed(futures):
             try:
                 future.result()
-            except Exception as error:  # a candidate of the sweep that fits no GPU of this kind
+            except Exception as error:  # a candidate of the sweep that does not fit this kind of GPU
                 failed += 1
                 print(futures[future], type(error).__name__, str(error)[-200:])
     seconds = time.monotonic() - begun
@@ -246,7 +247,7 @@ def compile_launch(capability: int, number: int) -> None:
 
 @cache
 def launches_of(capability: int) -> list[Any]:
-    """Launches with the shipped settings, then with all that a sweep would try."""
+    """Return the launches with the shipped settings, then all that a sweep would try."""
     from unittest.mock import patch
 
     import compile_table
@@ -257,7 +258,7 @@ def launches_of(capability: int) -> list[Any]:
     from finelip_fast.kernels import tune
 
     class WithoutNumbers(TorchFunctionMode):
-        """What would be made on the GPU has a shape and no numbers."""
+        """Replace tensors that would be created on the GPU with tensors that have a shape but no data."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -266,7 +267,7 @@ def launches_of(capability: int) -> list[Any]:
     with (
         recorded_launches(capability) as launches,
         patch.object(tune, "_items_that_fit", lambda *_: tune._ITEMS),
-        patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # knows no tensors without numbers
+        patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # does not support tensors without data
     ):
         for case in compile_table.our_cases(capability):
             case.run()
@@ -279,18 +280,18 @@ def launches_of(capability: int) -> list[Any]:
 
 
 def kernels() -> None:
-    """Each against float64, in its own process, several at a time."""
+    """Check each kernel against float64, in its own process, several at a time."""
     from finelip_fast.verify import KERNELS
 
     names = ["clim-int8"] if TINY else list(KERNELS)
     if TINY:
-        os.environ["FINELIP_KERNELS"] = "triton"  # interpreted
+        os.environ["FINELIP_KERNELS"] = "triton"  # use the interpreter
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda kernel: note(OUT, "kernels", **verify_alone(kernel)), names))
 
 
 def verify_alone(kernel: str, command: Sequence[str] = ()) -> dict[str, Any]:
-    """The verdict of ``finelip verify``, run by another command if there is one."""
+    """Return the verdict of ``finelip verify``, optionally run through another command."""
     words = ["-m", "finelip_fast.cli", "verify", "--kernels", kernel, "--untimed", "--json"]
     process = subprocess.run([*command, sys.executable, *words], capture_output=True, text=True)
     print(kernel, process.stdout, process.stderr[-2_000:])
@@ -311,7 +312,7 @@ def headline_tuned() -> None:
 
 
 def race_of_scores(step: str) -> None:
-    """A million items of 40 x 512 in float16, and in int8."""
+    """Race the scores of a million items of 40 x 512, in float16 and in int8."""
     import torch
     from baselines import exact_scores
     from contest import Contender, compete
@@ -348,7 +349,7 @@ def race_of_scores(step: str) -> None:
 
 
 def items_that_fit(count: int) -> int:
-    """So many of 40 x 512 in float16 that they fit two and a half times; a multiple of 16, as kernels were compiled for."""
+    """Limit ``count`` so that 40 x 512 float16 items fit 2.5 times; a multiple of 16, as kernels were compiled for."""
     import torch
 
     if TINY:
@@ -369,10 +370,10 @@ def note_race(step: str, race: str, results: dict[str, Result]) -> None:
 
 
 def tests() -> None:
-    """The tests that need a GPU; those of 60 GB have their own step."""
+    """Run the tests that need a GPU; the 60 GB tests have a step of their own."""
     files = [TESTS / "test_on_gpu.py"] if TINY else [TESTS, *files_with_gpu_tests()]
     options = ["-m", "gpu", "-k", "not 60_gb", "-v", "--maxfail", "60", "-rfE", "--tb", "short", "--durations", "15"]
-    options += ["--continue-on-collection-errors"]  # of a file whose packages are not here
+    options += ["--continue-on-collection-errors"]  # for files whose packages are not installed
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -381,7 +382,7 @@ def tests() -> None:
 
 
 def files_with_gpu_tests() -> list[Path]:
-    """Test files with GPU tests outside the kernels' folder, which has nearly all of them."""
+    """Return test files with GPU tests outside the kernels' folder, which has nearly all of them."""
     paths = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if TESTS not in path.parents)
     return [path for path in paths if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -391,12 +392,12 @@ def index_of_60_gb() -> None:
 
 
 def run_tests(step: str, options: Sequence[str]) -> None:
-    # Warnings are no errors: another PyTorch and Python have others.
+    # Do not treat warnings as errors: other versions of PyTorch and Python have other warnings.
     options = ["-c", str(ROOT / "pyproject.toml"), *options, "-W", "default", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
-    for line in process.stdout or ():  # the log has them, also where time runs out
+    for line in process.stdout or ():  # logged even if time runs out
         print(line, end="")
         lines.append(line.strip())
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -404,7 +405,7 @@ def run_tests(step: str, options: Sequence[str]) -> None:
 
 
 def sweep() -> None:
-    """Launch settings; each case is kept as soon as it is decided."""
+    """Tune launch settings; each case is saved as soon as it is decided."""
     from finelip_fast.kernels import tune
 
     if TINY:
@@ -425,7 +426,7 @@ def sweep() -> None:
 
 
 def peers() -> None:
-    """Tuned PyTorch and installed peers, in turns with ours."""
+    """Time tuned PyTorch and installed peers in turns with ours."""
     import test_clim
 
     for n_queries in test_clim.QUERIES[: 1 if TINY else None]:
@@ -434,7 +435,7 @@ def peers() -> None:
 
 
 def search() -> None:
-    """Whole searches: what pieces, gaps and the way from host memory add to the scan."""
+    """Time whole searches: the cost of pieces, gaps and transfers from host memory on top of the scan."""
     import torch
     from baselines import exact_scores
     from contest import Contender, compete
@@ -486,7 +487,7 @@ def aggregation() -> None:
 
 
 def encoders() -> None:
-    """ViT-B/16 in half precision, beside open_clip."""
+    """Race ViT-B/16 in half precision against open_clip."""
     import test_engines
 
     for kind, size in product(("pictures", "captions"), test_engines.BATCHES[: 1 if TINY else None]):
@@ -494,7 +495,7 @@ def encoders() -> None:
 
 
 def retrieval() -> None:
-    """Captions to the best pictures, from end to end."""
+    """Race retrieval from captions to the best pictures, end to end."""
     import test_search
 
     for n_captions in test_search.CAPTIONS[: 1 if TINY else None]:
@@ -503,7 +504,7 @@ def retrieval() -> None:
 
 
 def sanitizer() -> None:
-    """Small launches, every access of which is checked."""
+    """Run small launches with every memory access checked."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     memcheck = (tool, "--tool", "memcheck", "--error-exitcode", "99")
     kernels = ("clim-float16", "clim-int8", "clim-gradient-float16", "atrm-float16", "atrm-gradient-float16")
@@ -518,7 +519,7 @@ def sanitizer() -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """Settings of a rehearsal."""
+    """Launch settings of a rehearsal."""
 
     block: int
 

@@ -1,4 +1,4 @@
-"""What ``gpu_day.py`` found, in the form of the other records: its races as contenders, the rest as tables of their own."""
+"""Convert results of ``gpu_day.py`` to the form of the other records: races as contenders, the rest as separate tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 Line = dict[str, Any]
 
-# Steps by what their lines say: contenders all of which are ours, verdicts, settings, tests.
+# Steps by the content of their lines: contenders that are all ours, verdicts, settings, tests.
 _OURS = ("headline", "headline-tuned", "search")
 _VERDICTS, _SWEEP, _TESTS = "kernels", "sweep", ("tests", "index-of-60-gb")
 
 
 def days(folder: Path) -> dict[str, list[Line]]:
-    """The days recorded in a folder, by the names of their files."""
+    """Return the GPU days recorded in a folder, by file name."""
     lines_by_name = {
         path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in sorted(folder.glob("*.jsonl"))
@@ -24,7 +24,7 @@ def days(folder: Path) -> dict[str, list[Line]]:
 
 
 def peaks(all_days: Iterable[Sequence[Line]]) -> dict[str, Any]:
-    """The highest rates that the machine was seen to have on any day."""
+    """Return the highest rates measured on the machine on any day."""
     bytes_per_second, flops = 0.0, dict[str, float]()
     for lines in all_days:
         for line in lines:
@@ -35,11 +35,11 @@ def peaks(all_days: Iterable[Sequence[Line]]) -> dict[str, Any]:
 
 
 def as_run(lines: Sequence[Line], rates: Mapping[str, Any]) -> dict[str, Any]:
-    """A day as pytest-benchmark would have written it; shares of the floor at these rates.
+    """Convert a day to the format of pytest-benchmark, with shares of the floor at these rates.
 
     Args:
         lines: The lines of ``results.jsonl``.
-        rates: What :func:`peaks` gives.
+        rates: Rates from :func:`peaks`.
     """
     machine = lines[0]
     benchmarks = []
@@ -63,7 +63,7 @@ def as_run(lines: Sequence[Line], rates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """Verdicts, tests and the sweep, as Markdown."""
+    """Format verdicts, tests and the sweep as Markdown."""
     parts = []
     verdicts = [line for line in lines if line["step"] == _VERDICTS and "kernel" in line]
     if verdicts:

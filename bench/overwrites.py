@@ -1,8 +1,8 @@
-"""Whether a compiled kernel overwrites what its own matrix products still read.
+"""Detect whether a compiled kernel overwrites operands that its own matrix products still read.
 
-Hopper's products (``wgmma``) run on while the program goes on. Two errors of Triton's pipelines of such loops let what comes
-next overwrite an operand under way. On a GPU the results are then wrong now and then; in the interpreter they are right.
-Triton's intermediate code of the GPU (TTGIR) shows both.
+Hopper's products (``wgmma``) run asynchronously. Two bugs in Triton's pipelining of loops with such products let later code
+overwrite an operand that is still being read. On a GPU the results are then occasionally wrong; in the interpreter they are
+right. Triton's GPU intermediate representation (TTGIR) shows both bugs.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _PENDING = re.compile(r"ttng\.warp_group_dot_wait .*pendings = ([1-9]\d*)")
 
 
 def overwrites(ttgir: str) -> list[str]:
-    """What may be overwritten while an asynchronous product reads it, in words; empty: nothing.
+    """Describe operands that may be overwritten while an asynchronous product reads them; empty if there are none.
 
-    - A tile that registers read, too, has as many buffers as tiles are loaded ahead, where a product in flight needs one
+    - A tile that is also read into registers has as many buffers as tiles are loaded ahead, but a product in flight needs one
       more (triton-lang/triton#6691).
-    - A product that takes its first operand from registers is not waited for before they are written again, where several
-      such products are in flight (triton-lang/triton#9433).
+    - A product that takes its first operand from registers is not awaited before those registers are written again, while
+      several such products are in flight (triton-lang/triton#9433).
     """
     buffers: dict[str, int] = {}
     views: dict[str, str] = {}
-    slots: dict[str, str] = {}  # of views, by which number
+    slots: dict[str, str] = {}  # of views: their index
     ahead: dict[str, set[str]] = defaultdict(set)
     refilled: set[str] = set()
     operands: set[str] = set()
@@ -44,7 +44,7 @@ def overwrites(ttgir: str) -> list[str]:
         elif match := _VIEW.search(line):
             views[match[1]], slots[match[1]] = match[2], match[3] or ""
         elif match := _COPY.search(line):
-            if slots.get(match[1], "").startswith("%c"):  # a constant: before the loop
+            if slots.get(match[1], "").startswith("%c"):  # a constant index: before the loop
                 ahead[allocation(match[1])].add(slots[match[1]])
             else:
                 refilled.add(allocation(match[1]))

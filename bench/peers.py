@@ -1,7 +1,7 @@
-"""Installed peers of late interaction. They know one direction, MaxSim: the sum, over the rows of a query, of the largest
-product with a row of an item. Two calls give both.
+"""Installed peers of late interaction. They support one direction, MaxSim: the sum, over the rows of a query, of the largest
+product with a row of an item. Two calls give both directions.
 
-``late-interaction-kernels`` (on a CPU its own reference) and ``flash-maxsim`` (GPU alone) are timed as installed packages.
+``late-interaction-kernels`` (on a CPU, its own reference) and ``flash-maxsim`` (GPU only) are timed as installed packages.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 LATE, FLASH = "late-interaction-kernels", "flash-maxsim"
 
-# Their offsets are of 32 bits: at 40 x 512, past 105,000 items they read elsewhere.
+# They use 32-bit offsets: at 40 x 512, they read wrong addresses past 105,000 items.
 AT_ONCE = 50_000
 
 MaxSim = Callable[[Tensor, Tensor], Tensor]  # queries [Q, L_q, D], items [N, L_i, D] to [Q, N]
 
 
 def maxsims(*, gradient: bool = False) -> dict[str, MaxSim]:
-    """Contenders that are installed and run here; with ``gradient``, those that autograd goes through."""
+    """Return the installed contenders that run here; with ``gradient``, those that support autograd."""
     installed: dict[str, MaxSim] = {}
     if importlib.util.find_spec("late_interaction_kernels"):
         if ON_GPU:
@@ -35,13 +35,13 @@ def maxsims(*, gradient: bool = False) -> dict[str, MaxSim]:
     if ON_GPU and importlib.util.find_spec("flash_maxsim"):
         from flash_maxsim import flash_maxsim_batched, flash_maxsim_batched_train
 
-        # Its padding of the rows of a query is left out: it would copy all items in one of the directions.
+        # Its padding of query rows is disabled: it would copy all items in one of the directions.
         installed[FLASH] = flash_maxsim_batched_train if gradient else partial(flash_maxsim_batched, pad_lq=False)
     return installed
 
 
 def scores(maxsim: MaxSim, queries: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor:
-    """Scores ``[Q, N]`` of both directions, ours where every maximum is positive, as those of many random rows are."""
+    """Return ``[Q, N]`` scores of both directions; they equal ours if every maximum is positive, as with many random rows."""
     chunks = items.split(AT_ONCE)
     over_items = torch.cat([maxsim(queries, chunk) for chunk in chunks], dim=1).float() / queries.shape[1]
     over_queries = torch.cat([maxsim(chunk, queries) for chunk in chunks]).T.float() / items.shape[1]
@@ -54,9 +54,9 @@ def has_chamfer() -> bool:
 
 
 def chamfer_scores(query: Tensor, items: Tensor, *, alpha: float = 0.8) -> Tensor:
-    """Scores ``[1, N]`` of one query by flash-maxsim's chamfer distance, which takes one pair at a time.
+    """Return scores ``[1, N]`` of one query by flash-maxsim's chamfer distance, which takes one pair at a time.
 
-    Of unit rows, ``|a - b|^2 = 2 - 2 a . b``, and the sum of both mean distances is ``4 - 2 fine``.
+    For unit rows, ``|a - b|^2 = 2 - 2 a . b``, and the sum of both mean distances is ``4 - 2 fine``.
     """
     from flash_maxsim import flash_chamfer
 

@@ -1,4 +1,4 @@
-"""JPEG files of 12 megapixels, about 2 MB each, such as a camera writes."""
+"""Generate JPEG files of 12 megapixels, about 2 MB each, like those of a camera."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 4_000, 3_000
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder below ``FINELIP_BENCH_FOLDER``, or the system's for temporary files, that is removed in the end."""
+    """Yield a temporary folder in ``FINELIP_BENCH_FOLDER``, or in the system's temporary folder; it is removed afterwards."""
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("FINELIP_BENCH_FOLDER")))
     try:
         yield folder
@@ -27,7 +27,7 @@ def scratch() -> Iterator[Path]:
 
 
 def photographs(folder: Path, count: int) -> None:
-    """Write files into ten folders: the pixels of twenty noisy pictures, and contents that all differ."""
+    """Write files into ten folders, with the pixels of twenty noisy pictures and unique contents."""
     rng = np.random.default_rng(0)
     contents = []
     for _ in range(20):
@@ -43,6 +43,6 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def write(path: Path, content: bytes, number: int) -> None:
-    """The file with a comment of its own, right behind its first marker."""
+    """Write the file with a unique comment right after its first marker."""
     comment = f"number {number:12}".encode()
     path.write_bytes(content[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + content[2:])

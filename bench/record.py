@@ -1,4 +1,4 @@
-"""What every recorded result says of where it comes from: commit, versions; and records of races that pytest does not run."""
+"""Provenance of every recorded result (commit, versions), and records of races that pytest does not run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finelip_fast._files import installed
 if TYPE_CHECKING:
     from contest import Result
 
-# Where the tree travels without .git: `git describe --always --dirty --abbrev=40` of where it came from.
+# Set where the tree is copied without .git: the output of `git describe --always --dirty --abbrev=40` at its source.
 COMMIT = "FINELIP_BENCH_COMMIT"
 
 _RESULTS = "bench/results"
 
 
 def commit() -> dict[str, Any]:
-    """The commit's ``id``, and whether the tree was ``dirty``, records apart."""
+    """Return the commit's ``id``, and whether the tree was ``dirty``, ignoring the records."""
     stated = os.environ.get(COMMIT)
     if stated:
         return {"id": stated.removesuffix("-dirty"), "dirty": stated.endswith("-dirty")}
@@ -32,16 +32,16 @@ def commit() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """The installed version of each package; None: it is not installed."""
+    """Return the installed version of each package, or None if it is not installed."""
     present = installed(*packages)
     return {name: present.get(name) for name in packages}
 
 
 def opened(path: Path) -> dict[str, Any]:
-    """A record to add to, empty where there is no file.
+    """Open a record to add to; it is empty if the file does not exist.
 
     Raises:
-        ValueError: The record is of another commit: what stands in one file is comparable.
+        ValueError: The record is of another commit; results in one file must be comparable.
     """
     present = commit()
     if not path.exists():
@@ -55,16 +55,16 @@ def opened(path: Path) -> dict[str, Any]:
 
 
 def add(path: Path, group: str, results: Mapping[str, Result], *, baseline: str, threads: int) -> None:
-    """Add a group to a record of the form that pytest-benchmark writes, made if missing; one of its name is replaced.
+    """Add a group to a record in pytest-benchmark's format; create the file if missing, and replace a group of the same name.
 
-    ``left_out`` of the record says, by group and contender, why there is no result.
+    The record's ``left_out`` gives the reason for each missing result, by group and contender.
 
     Args:
         path: The JSON file.
-        group: What was done.
+        group: Name of the group.
         results: Results of all contenders; their ``info`` may hold the version of a ``package``.
         baseline: Contender that the others are compared with.
-        threads: Number of threads of each.
+        threads: Number of threads of each contender.
 
     Raises:
         ValueError: The record is of another commit.

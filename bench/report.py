@@ -1,7 +1,7 @@
-"""What was recorded, as tables and pictures.
+"""Present recorded results as tables and plots.
 
-``python bench/report.py`` writes, for each folder ``bench/results/MACHINE/``, a ``README.md`` with a table for each group of
-contenders, and ``roofline.png``; the plots of the studies; and the README and the pages of ``docs/`` between their marks::
+``python bench/report.py`` writes, for each folder ``bench/results/MACHINE/``, a ``README.md`` with a table per group of
+contenders, and ``roofline.png``; the plots of the studies; and the tables between these marks in the README and ``docs/``::
 
     <!-- bench MACHINE/FILE.json: GROUP -->
     <!-- /bench -->
@@ -9,8 +9,8 @@ contenders, and ``roofline.png``; the plots of the studies; and the README and t
     <!-- recall MACHINE/FILE.json -->
     <!-- /recall -->
 
-A table of contenders is of one group of one file, so of one run: what it compares was timed in turns. A table of recall is of
-a file with ``rows``, one for each context and score.
+A contender table covers one group of one file, and therefore one run, whose contenders were timed in turns. A recall table
+covers a file with ``rows``, one per context and score.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from finelip_fast.records import redraw
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
-Run = dict[str, Any]  # a file that pytest-benchmark wrote
-Row = dict[str, Any]  # a contender of it: what ``contest.py`` recorded
+Run = dict[str, Any]  # a file written by pytest-benchmark
+Row = dict[str, Any]  # a contender of a run, as recorded by ``contest.py``
 
 # Packages whose versions a record may hold.
 PEERS = (
@@ -57,12 +57,12 @@ _MARK = re.compile(r"(<!-- bench (?P<file>[^\s:]+): (?P<group>.+?) -->\n).*?(<!-
 
 
 def machines() -> list[Path]:
-    """The folders that hold runs."""
+    """Return the folders that contain runs."""
     return sorted(path for path in RESULTS.iterdir() if any(runs(path)))
 
 
 def runs(folder: Path) -> Iterator[tuple[str, Run]]:
-    """The recorded runs of a machine by the names of their files, a GPU's days among them."""
+    """Yield a machine's recorded runs by file name, including its GPU days."""
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in run:
@@ -73,7 +73,7 @@ def runs(folder: Path) -> Iterator[tuple[str, Run]]:
 
 
 def groups(run: Run) -> dict[str, list[Row]]:
-    """The contenders of each group, the fastest first; times in seconds, ``speedup`` is the baseline's over the own."""
+    """Return each group's contenders, fastest first; times are in seconds, ``speedup`` is relative to the baseline."""
     rows_by_group: dict[str, list[Row]] = {}
     for benchmark in run["benchmarks"]:
         row = benchmark["extra_info"] | {"group": benchmark["group"]}
@@ -87,7 +87,7 @@ def groups(run: Run) -> dict[str, list[Row]]:
 
 
 def table(rows: list[Row]) -> str:
-    """A group as Markdown."""
+    """Format a group as Markdown."""
     columns = {
         "": lambda row: row["contender"],
         "finds the best": lambda row: row.get("answers", ""),
@@ -124,13 +124,13 @@ def table(rows: list[Row]) -> str:
 
 
 def left_out(run: Run, group: str) -> str:
-    """Contenders of a group that have no result, and why; empty: there are none."""
+    """Return the contenders of a group that have no result, and why; empty if there are none."""
     reasons = run.get("left_out", {}).get(group, {})
     return f"\nLeft out: {'; '.join(f'{name} ({reason})' for name, reason in reasons.items())}.\n" if reasons else ""
 
 
 def recall_table(rows: list[Row]) -> str:
-    """Recall in % by context and score, both directions, as Markdown."""
+    """Format recall in % by context and score, in both directions, as Markdown."""
     names = {f"{way}_recall@{k}": f"{title} R@{k}" for way, title in _DIRECTIONS for k in (1, 5, 10)}
     lines = [
         ["tokens read", "score", *names.values()],
@@ -141,7 +141,7 @@ def recall_table(rows: list[Row]) -> str:
 
 
 def source(run: Run) -> str:
-    """Where a run was made: hardware, versions, commit."""
+    """Describe where a run was made: hardware, versions, commit."""
     machine, commit = run["machine_info"], run["commit_info"]
     processor = machine.get("cpu", {}).get("brand_raw", machine["machine"])
     hardware = ", ".join(machine["gpus"]) or f"{processor}, {machine['threads']} threads"
@@ -152,7 +152,7 @@ def source(run: Run) -> str:
 
 
 def page(folder: Path) -> str:
-    """All tables of a machine."""
+    """Format all tables of a machine."""
     parts = [f"# {folder.name}\n\nWritten by `python bench/report.py` from the files beside it.\n"]
     if any(_points(run) for _, run in runs(folder)):
         parts.append("![Achieved operations a second over operations a byte](roofline.png)\n")
@@ -165,15 +165,15 @@ def page(folder: Path) -> str:
 
 
 def marked() -> list[Path]:
-    """The pages that may have marks."""
+    """Return the pages that may contain marks."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """A text with the tables that its marks name.
+    """Return a text with the tables that its marks name.
 
     Raises:
-        KeyError: A mark that names no group of its file.
+        KeyError: A mark names a group that its file does not have.
     """
 
     def read(mark: re.Match[str]) -> Run:
@@ -209,7 +209,7 @@ def _points(run: Run) -> list[Row]:
 
 
 def roofline(folder: Path) -> None:
-    """Write ``roofline.png``: each counted contender under the roofs that its machine was seen to have."""
+    """Write ``roofline.png``: each counted contender under the roofs measured on its machine."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -260,7 +260,7 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
 
 
 def _billions(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Operations a byte, and billions of operations a second."""
+    """Convert to operations per byte, and billions of operations per second."""
     return [x for x, _ in points], [y / 1e9 for _, y in points]
 
 

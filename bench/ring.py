@@ -1,13 +1,14 @@
-"""Peers of search in one ring: the same embeddings, descriptions and threads, and who finds the exact ten best.
+"""Race search indexes on the same embeddings, descriptions and threads, and measure who finds the exact ten best.
 
-``python bench/ring.py --items 20000 --out bench/results/MACHINE/ring.json`` races what ``ring_contenders.py`` defines among so
-many pictures of Scenes, as the bundled model embeds them. Each is built in a process of its own and opened in another,
-within limits of time; what is not installed, fails or takes too long is left out, and the record says why. Those that have a
-knob are turned, with descriptions that are not raced, until 99 % of their ten are right, or as far as that does any good. Then
-all take turns of ten descriptions.
+``python bench/ring.py --items 20000 --out bench/results/MACHINE/ring.json`` races the contenders of ``ring_contenders.py``
+on that many pictures of Scenes, as embedded by the bundled model. Each index is built in one process and opened in another,
+within time limits; contenders that are not installed, fail or take too long are left out, and the record gives the reason.
+Contenders with a knob are tuned, on descriptions that are not raced, until 99 % of their ten are right or the knob no longer
+helps. Then all take turns of ten descriptions.
 
-The ten are looked for *both ways*, by the score of the method, or *one way*, by MaxSim, which is all that most peers know:
-these are judged by both. ``--python fast-plaid=PATH`` names the interpreter of a package that cannot be installed beside ours.
+The ten best are defined *both ways*, by the score of the method, or *one way*, by MaxSim, which is all that most peers
+support; these are judged by both. ``--python fast-plaid=PATH`` sets the interpreter of a package that cannot be installed
+beside ours.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from ring_inputs import Inputs, agreement, scenes
 BEST, TURN, FEWEST = 10, 10, 20
 ENOUGH, NEARLY = 0.99, 0.005
 BASELINE = "plain torch, float32"
-_PAUSE = 0.05  # seconds; threads go on spinning for a while after their work
+_PAUSE = 0.05  # seconds; threads keep spinning for a while after their work
 
-Start = Callable[[str, float], Apart]  # a contender's process, by its name and its limit in seconds
+Start = Callable[[str, float], Apart]  # starts a contender's process, given its name and time limit in seconds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds that a contender may take to be built, and for all of its searches."""
+    """Time limits in seconds for building a contender, and for all of its searches."""
 
     build: float
     search: float
@@ -52,11 +53,11 @@ class Entry:
     """A contender that is ready to search.
 
     Args:
-        process: Where it is open.
-        result: What came of it.
+        process: Process that has the index open.
+        result: Outcome of the contender.
         effort: Setting of its knob.
-        hits: Numbers of items, for each query so far.
-        stopped: Why it takes no more turns.
+        hits: Item numbers for each query so far.
+        stopped: Reason why it takes no more turns.
     """
 
     process: Apart
@@ -70,7 +71,7 @@ class Entry:
         return answer.value, answer.seconds
 
     def turn(self, queries: np.ndarray) -> None:
-        """Search by some more queries, unless it is stopped; the first one also warms up."""
+        """Search for more queries unless the contender is stopped; the first query also warms up."""
         if self.stopped:
             return
         time.sleep(_PAUSE)
@@ -85,7 +86,7 @@ class Entry:
             self.stopped = str(failure)
 
     def conclude(self, exact: dict[str, Any]) -> None:
-        """Add quantiles and agreement to the result, or why there are none."""
+        """Add quantiles and agreement to the result, or the reason why there are none."""
         result = self.result
         if self.stopped and len(self.hits) < FEWEST:
             result.refusal = f"{self.stopped}, with {len(self.hits)} searches timed"
@@ -98,7 +99,7 @@ class Entry:
 
 
 def race(start: Start, names: Sequence[str], inputs: Inputs, folder: Path, limits: Limits) -> dict[str, Result]:
-    """Results of contenders by their names; what was left out has a refusal."""
+    """Race the contenders; return results by name, with a refusal for those left out."""
     results = {name: Result() for name in names}
     entries: list[Entry] = []
     try:
@@ -123,10 +124,10 @@ def race(start: Start, names: Sequence[str], inputs: Inputs, folder: Path, limit
 
 
 def built(start: Callable[[float], Apart], inputs: Inputs, place: Path, result: Result, limit: float) -> None:
-    """Build a contender's index in ``place``, in a process that ends.
+    """Build a contender's index in ``place``, in a process that ends afterwards.
 
     Raises:
-        Failure: It is not installed, fails, or takes too long.
+        Failure: The contender is not installed, fails, or takes too long.
     """
     process = start(limit)
     try:
@@ -137,14 +138,14 @@ def built(start: Callable[[float], Apart], inputs: Inputs, place: Path, result: 
     files = [path.stat() for path in place.rglob("*") if path.is_file()]
     result.info["disk_mib"] = (
         sum(512 * file.st_blocks for file in files) / 2**20
-    )  # less than the sizes where files have holes
+    )  # allocated blocks, because files may be sparse
 
 
 def opened(start: Callable[[float], Apart], inputs: Inputs, place: Path, result: Result, limit: float) -> Entry:
-    """A contender that has opened its index, its knob turned until it agrees well enough.
+    """Open a contender's index, and tune its knob until it agrees well enough.
 
     Raises:
-        Failure: It fails, or takes too long.
+        Failure: The contender fails, or takes too long.
     """
     entry = Entry(start(limit), result)
     try:
@@ -161,7 +162,7 @@ def opened(start: Callable[[float], Apart], inputs: Inputs, place: Path, result:
 
 
 def turned(entry: Entry, efforts: Sequence[int], practice: np.ndarray, exact: Any) -> int:
-    """The least effort that agrees well enough; where none does, the least that agrees nearly as well as any."""
+    """Return the lowest effort that agrees well enough; if none does, the lowest that agrees nearly as well as any."""
     if len(efforts) == 1:
         return efforts[0]
     agreements: dict[int, float] = {}
@@ -189,9 +190,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "finelip-ring", help="embeddings")
     parser.add_argument("--out", type=Path, help="the record: a JSON file, to which a group is added")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with this process the contenders'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # also ends the contenders' processes
     if options.out:
-        record.opened(options.out)  # refused now, rather than after the race
+        record.opened(options.out)  # fails now rather than after the race
 
     pythons = dict(text.split("=", 1) for text in options.python)
     names = [name for name in CONTENDERS if any(part.strip() in name for part in options.only.split(";"))]

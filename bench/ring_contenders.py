@@ -1,7 +1,7 @@
-"""Indexes of rows of embeddings that the ring races, each behind the same four methods.
+"""Token-level search indexes for the ring, each with the same four methods.
 
-Only NumPy is imported here: a contender's process imports what that one needs. Those that answer one way know MaxSim alone:
-the sum, over the rows of the query, of the largest product with a row of the item.
+Only NumPy is imported here; a contender's process imports its own packages. Contenders that answer one way support only
+MaxSim: the sum, over the rows of the query, of the largest product with a row of the item.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Contender:
     """An index. It is built in one process, and searched in another that opens its folder.
 
     Attributes:
-        package, modules: Name of the package, as it is installed, and what is imported of it and beside it.
-        answers: Question of which ten are the best: ``BOTH_WAYS`` or ``ONE_WAY``.
-        knob: What trades speed for agreement; empty: nothing does.
-        efforts: Settings of the knob from fast to thorough.
+        package, modules: Name of the package, as installed, and the modules imported from it and beside it.
+        answers: Definition of the ten best: ``BOTH_WAYS`` or ``ONE_WAY``.
+        knob: Name of the setting that trades speed for agreement; empty if there is none.
+        efforts: Settings of the knob, from fast to thorough.
     """
 
     package = ""
@@ -39,7 +39,7 @@ class Contender:
     efforts: Sequence[int] = (0,)
 
     def about(self) -> dict[str, Any]:
-        """What the race has to know; after this, the packages are imported."""
+        """Import the packages, and return what the race has to know."""
         for module in self.modules:
             import_module(module)
         about = {"answers": self.answers, "knob": self.knob, "efforts": list(self.efforts)}
@@ -53,12 +53,12 @@ class Contender:
         raise NotImplementedError
 
     def search(self, query: Floats, k: int, effort: int) -> list[int]:
-        """Numbers of the ``k`` best items for a query ``[L, D]`` of float32, best first."""
+        """Return the numbers of the ``k`` best items for a query ``[L, D]`` of float32, best first."""
         raise NotImplementedError
 
 
 class Ours(Contender):
-    """A folder of the library's index, searched in one of its modes."""
+    """The library's index in a folder, searched in one of its modes."""
 
     package, modules = "finelip-fast", ("finelip_fast.index",)
 
@@ -77,7 +77,7 @@ class Ours(Contender):
                 part = rows[first : first + 20_000]
                 index.add([str(first + number) for number in range(len(part))], part, [{}] * len(part))
             index.maintain()
-            index.search(rows[:1].float(), 1, mode=self.mode, **self.options)  # makes the copies that the mode reads
+            index.search(rows[:1].float(), 1, mode=self.mode, **self.options)  # creates the copies that the mode reads
 
     def open(self, folder: Path, alpha: float) -> None:
         from finelip_fast.index import Index
@@ -97,7 +97,7 @@ class Ours(Contender):
 
 
 class PlainTorch(Contender):
-    """All scores by careful plain PyTorch, as many items at once as suit the caches."""
+    """All scores by careful plain PyTorch, with as many items at once as suit the caches."""
 
     package, modules = "torch", ("baselines",)
 
@@ -127,7 +127,7 @@ class PlainTorch(Contender):
 
 
 class SentenceTransformers(Contender):
-    """``semantic_search`` of sentence-transformers with its ``maxsim``: exact, from memory."""
+    """``semantic_search`` of sentence-transformers with its ``maxsim``: exact, in memory."""
 
     package, modules, answers = "sentence-transformers", ("sentence_transformers.util",), ONE_WAY
 
@@ -149,7 +149,7 @@ class SentenceTransformers(Contender):
 
 
 class Usearch(Contender):
-    """A graph of global rows; by itself it answers neither way."""
+    """A graph of global rows; on its own it answers neither way."""
 
     package, modules = "usearch", ("usearch.index",)
 
@@ -173,7 +173,7 @@ class Usearch(Contender):
 
 
 class FastPlaid(Contender):
-    """PLAID of fast-plaid, which is also PyLate's index: centroids and residuals of four bits."""
+    """PLAID of fast-plaid, which is also PyLate's index: centroids and 4-bit residuals."""
 
     package, modules, answers = "fast-plaid", ("fast_plaid.search",), ONE_WAY
     knob, efforts = "n_ivf_probe", (8, 16, 32, 64, 128)
@@ -198,20 +198,20 @@ class FastPlaid(Contender):
 
 
 class Lance(Contender):
-    """A table of LanceDB with a column of several vectors a row, and an index of them or none."""
+    """A LanceDB table with a multivector column, with or without an index."""
 
     package, modules, answers = "lancedb", ("lancedb.index", "pyarrow"), ONE_WAY
 
     def __init__(self, index: str | None) -> None:
         self.kind = index
-        # A row is scored by the hits of each vector of the query: it takes many of them to have the best rows among them.
+        # A row is scored by the hits of each query vector: it takes many hits for the best rows to be among them.
         self.knob, self.efforts = ("hits a vector", LEAST) if index else ("", (0,))
 
     def build(self, items: Path, folder: Path, alpha: float) -> None:
         import lancedb
         import pyarrow as pa
 
-        rows = np.load(items).astype(np.float32)  # distances between float16 took several times as long
+        rows = np.load(items).astype(np.float32)  # float16 distances took several times as long
         count, tokens, width = rows.shape
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width)
         bags = pa.ListArray.from_arrays(pa.array(np.arange(0, tokens * count + 1, tokens, dtype=np.int32)), vectors)
@@ -235,7 +235,7 @@ class Lance(Contender):
 
 
 class QdrantEdge(Contender):
-    """Qdrant in this process, its multivectors compared by ``MAX_SIM``: all of them, or the nearest by their global rows."""
+    """In-process Qdrant, comparing multivectors by ``MAX_SIM``: all of them, or the nearest by global row."""
 
     package, modules, answers = "qdrant-edge-py", ("qdrant_edge",), ONE_WAY
 
@@ -285,7 +285,7 @@ class QdrantEdge(Contender):
 
 
 class QdrantLocal(Contender):
-    """qdrant-client without a server: NumPy, from memory."""
+    """qdrant-client without a server: NumPy, in memory."""
 
     package, modules, answers = "qdrant-client", ("qdrant_client",), ONE_WAY
 
@@ -314,7 +314,7 @@ class Rescored(Contender):
     """Candidates of a peer, scored both ways with float16 rows of a mapped file.
 
     Args:
-        first: Contender that gives the candidates, at its ``effort``.
+        first: Contender that supplies the candidates, at its ``effort``.
     """
 
     knob, efforts = "candidates", LEAST
@@ -339,7 +339,7 @@ class Rescored(Contender):
 
 
 def both_ways(query: Floats, items: Floats, alpha: float) -> Floats:
-    """Scores ``[n]`` of a query ``[L_q, D]`` and items ``[n, L_i, D]``, by the formula of the method."""
+    """Return scores ``[n]`` of a query ``[L_q, D]`` and items ``[n, L_i, D]``, by the formula of the method."""
     similarity = (items.reshape(-1, items.shape[2]) @ query.T).reshape(len(items), -1, len(query))  # [n, L_i, L_q]
     maxima = similarity.max(axis=1), similarity.max(axis=2)
     fine = sum(np.where(part < 0, 0.1 * part, part).mean(axis=1) for part in maxima)

@@ -1,6 +1,6 @@
-"""Encoders that the ring races, each behind the same methods: from captions and pictures to global embeddings.
+"""Encoders for the ring, each with the same methods, from captions and pictures to global embeddings.
 
-Only NumPy is imported here: a contender's process imports what that one needs.
+Only NumPy is imported here; a contender's process imports its own packages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Encoder:
     """A CLIP. It is built in one process, and opened in another.
 
     Attributes:
-        package, modules: Name of the package, as it is installed, and what is imported of it and beside it.
-        precision: Numbers that it computes with.
+        package, modules: Name of the package, as installed, and the modules imported from it and beside it.
+        precision: Precision of its computations.
     """
 
     package = ""
@@ -33,29 +33,29 @@ class Encoder:
     precision = "fp32"
 
     def about(self) -> dict[str, Any]:
-        """What the race has to know; after this, the packages are imported."""
+        """Import the packages, and return what the race has to know."""
         for module in self.modules:
             import_module(module)
         return {"package": self.package, "version": version(self.package), "precision": self.precision}
 
     def build(self, checkpoint: Path, folder: Path) -> None:
-        """Make what :meth:`open` reads, in an empty folder.
+        """Create the files that :meth:`open` reads, in an empty folder.
 
         Args:
-            checkpoint: Folder of ours, which has the same weights in the layout of transformers in ``transformers/``.
-            folder: Where it is made.
+            checkpoint: Folder of ours, with the same weights in the layout of transformers in ``transformers/``.
+            folder: Folder to write to.
         """
 
     def open(self, checkpoint: Path, folder: Path) -> None:
         raise NotImplementedError
 
     def encode(self, kind: str, batch: list[Any]) -> Floats:
-        """Unit rows ``[B, D]`` of captions or of PIL pictures."""
+        """Return unit rows ``[B, D]`` of captions or of PIL pictures."""
         raise NotImplementedError
 
 
 class Ours(Encoder):
-    """An engine of the library; the global row is the first of each embedding."""
+    """An engine of the library; the global row is the first row of each embedding."""
 
     package, modules = "finelip-fast", ("finelip_fast.engines",)
 
@@ -106,7 +106,7 @@ class Ours(Encoder):
 
 
 class OpenClip(Encoder):
-    """open_clip's own eager encoders and preprocessing; captions fill all positions."""
+    """open_clip's own eager encoders and preprocessing; captions are padded to all positions."""
 
     package, modules = "open-clip-torch", ("open_clip", "finelip_fast")
 
@@ -163,7 +163,7 @@ class SentenceTransformers(Encoder):
 
 
 class Infinity(Encoder):
-    """infinity-emb in a process, without its server: CLIP runs on its PyTorch engine alone."""
+    """In-process infinity-emb, without its server; CLIP runs only on its PyTorch engine."""
 
     package, modules = "infinity-emb", ("infinity_emb",)
 

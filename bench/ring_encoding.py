@@ -1,9 +1,9 @@
-"""Peers of encoding in one ring: the same weights, captions and pictures, from text and PIL pictures to global embeddings.
+"""Race encoders on the same weights, captions and pictures, from text and PIL pictures to global embeddings.
 
-``python bench/ring_encoding.py --out bench/results/MACHINE/encoding.json`` races what ``ring_encoders.py`` defines, at the
-sizes of ViT-B/16 with random weights, in batches of 1 and 32, each in a process of its own within a limit of time. A contender
-whose embeddings are wrong gets no time. ``--python infinity-emb=PATH`` names the interpreter of a package that cannot be
-installed beside ours.
+``python bench/ring_encoding.py --out bench/results/MACHINE/encoding.json`` races the contenders of ``ring_encoders.py``, at
+the sizes of ViT-B/16 with random weights, in batches of 1 and 32, each in a process of its own with a time limit. A
+contender whose embeddings are wrong is not timed. ``--python infinity-emb=PATH`` sets the interpreter of a package that
+cannot be installed beside ours.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from finelip_fast.datasets import Scenes
 
 BATCHES, ROUNDS = (1, 32), 7
 BASELINE = "open_clip, fp32"
-# Largest error of an entry that is still the right answer, of each precision.
+# Largest error of an entry that still counts as right, by precision.
 ERRORS = {"fp32": 1e-3, "bf16": 5e-2, "int8": 1e-1}
-_PAUSE = 0.05  # seconds; threads go on spinning for a while after their work
+_PAUSE = 0.05  # seconds; threads keep spinning for a while after their work
 
-Start = Callable[[str], Apart]  # a contender's process, by its name
+Start = Callable[[str], Apart]  # starts a contender's process, given its name
 
 
 def batches(config: finelip_fast.FineLIPConfig) -> dict[tuple[str, int], list[Any]]:
-    """Batches by their kind and size: captions of middling length, and pictures that need no resizing."""
+    """Return batches by kind and size: captions of medium length, and pictures that need no resizing."""
     world = list(Scenes("test", 101, image_size=config.image_size))
     by_length = sorted(world, key=lambda scene: len(scene.caption))
     work: dict[tuple[str, int], list[Any]] = {}
@@ -53,7 +53,7 @@ def batches(config: finelip_fast.FineLIPConfig) -> dict[tuple[str, int], list[An
 def race(
     start: Start, names: Sequence[str], checkpoint: Path, folder: Path, work: dict[tuple[str, int], list[Any]]
 ) -> dict[tuple[str, int], dict[str, Result]]:
-    """Results by the kind and the size of a batch, and the contender."""
+    """Race the contenders; return results by kind and size of the batch, then by contender."""
     engine = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu").engine
     expected = {
         (kind, size): (engine.embed_texts if kind == CAPTIONS else engine.embed_images)(batch)[:, 0].numpy()
@@ -84,10 +84,10 @@ def race(
 
 
 def ready(start: Callable[[], Apart], checkpoint: Path, place: Path) -> tuple[Apart, dict[str, Any]]:
-    """A contender, built by one process and opened in another, and what it says of itself.
+    """Build a contender in one process, open it in another, and return that process with the contender's description.
 
     Raises:
-        Failure: It is not installed, fails, or takes too long.
+        Failure: The contender is not installed, fails, or takes too long.
     """
     builder = start()
     try:
@@ -108,8 +108,8 @@ def ready(start: Callable[[], Apart], checkpoint: Path, place: Path) -> tuple[Ap
 def timed(
     processes: dict[str, Apart], results: dict[str, Result], kind: str, batch: list[Any], expected: np.ndarray
 ) -> None:
-    """Check what each process makes of a batch, then time the right ones in turns."""
-    for number in range(-1, ROUNDS):  # the first is for checking, and warms up
+    """Check each process's embeddings of a batch, then time the right ones in turns."""
+    for number in range(-1, ROUNDS):  # the first round checks, and warms up
         for name, process in processes.items():
             result = results[name]
             if result.refusal:
@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="file for what contenders print")
     parser.add_argument("--out", type=Path, help="the record: a JSON file, to which groups are added")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with this process the contenders'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # also ends the contenders' processes
     if options.out:
-        record.opened(options.out)  # refused now, rather than after the race
+        record.opened(options.out)  # fails now rather than after the race
     pythons = dict(text.split("=", 1) for text in options.python)
     names = [name for name in CONTENDERS if any(part.strip() in name for part in options.only.split(";"))]
 

@@ -1,6 +1,6 @@
-"""Pictures of Scenes and descriptions, as the bundled model embeds them, and what scores best for every description.
+"""Pictures and descriptions of Scenes, embedded by the bundled model, and the exact scores for every description.
 
-Pictures are drawn and encoded a thousand at a time, and their embeddings are kept in a folder: more of them only add to it.
+Pictures are drawn and encoded a thousand at a time, and their embeddings are cached in a folder: larger races only add to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finelip_fast import Retriever
 from finelip_fast.datasets import Scenes
 
 AT_ONCE, PRACTICE = 1_000, 30
-_IN_FLOAT64 = 200  # items at once
+_IN_FLOAT64 = 200  # number of items at once
 _MIXED_IN, _MIXED_AT_ONCE = 0.3, 10_000
 
 Array = npt.NDArray[Any]
@@ -32,12 +32,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is searched, and by what.
+    """Items to search, and the descriptions to search with.
 
     Args:
         items: File of float16 ``[N, L, D]``.
-        queries, practice: Descriptions that are raced, and those that knobs are turned with, float32 ``[Q, L, D]``.
-        exact, practice_exact: Scores of either, float64 ``[Q, N]``, by the question.
+        queries, practice: Descriptions that are raced, and those for tuning knobs, float32 ``[Q, L, D]``.
+        exact, practice_exact: Scores of each, float64 ``[Q, N]``, by question.
         alpha: Weight of the global cosine in scores both ways.
     """
 
@@ -50,10 +50,10 @@ class Inputs:
 
 
 def scenes(folder: Path, count: int, queries: int, *, alpha: float | None = None, drawn: int | None = None) -> Inputs:
-    """Pictures of Scenes, and the descriptions of some of them.
+    """Return pictures of Scenes, and the descriptions of some of them.
 
     Args:
-        folder: Where embeddings are kept.
+        folder: Folder where embeddings are cached.
         count: Number of items, in whole thousands.
         queries: Number of descriptions.
         alpha: Weight of the global cosine; None: the model's.
@@ -82,9 +82,9 @@ def scenes(folder: Path, count: int, queries: int, *, alpha: float | None = None
 
 
 def mixed(items: Array, count: int) -> Array:
-    """The items, and after them more, up to ``count``: each drawn one again, its rows moved by 30 % toward those of another.
+    """Extend the items to ``count``: each added item is a drawn one with its rows moved by 30 % toward those of another.
 
-    They lie where drawn ones do, and closer to each other than those: more rivals for every place among the best.
+    Added items lie in the same region as drawn ones, but closer together: more rivals for every place among the best.
     """
     rounds, rows = np.divmod(np.arange(len(items), count), len(items))
     partners = (rows + 7_919 * rounds) % len(items)
@@ -97,7 +97,7 @@ def mixed(items: Array, count: int) -> Array:
 
 
 def exact_scores(queries: Tensor, items: Tensor, alpha: float) -> dict[str, Tensor]:
-    """Scores ``[Q, N]`` by the question, in float64."""
+    """Return scores ``[Q, N]`` by question, in float64."""
     captions, width = queries.double(), queries.shape[2]
     both_ways, one_way = [], []
     for part in items.split(_IN_FLOAT64):
@@ -109,12 +109,12 @@ def exact_scores(queries: Tensor, items: Tensor, alpha: float) -> dict[str, Tens
 
 
 def agreement(hits: Sequence[Sequence[int]], exact: Tensor, k: int) -> float:
-    """Mean share of the exact ``k`` best among the first ``k`` hits of each query.
+    """Return the mean share of the exact ``k`` best among the first ``k`` hits of each query.
 
-    Equals are as good as each other: a hit counts where its score reaches the ``k``-th best. One that comes twice counts once.
+    Ties are equally good: a hit counts if its score reaches the ``k``-th best. Repeated hits count once.
 
     Args:
-        hits: Numbers of items, of as many queries as there are, from the first on.
+        hits: Item numbers for the first queries, or for all of them.
         exact: Scores ``[Q, N]``.
     """
     k = min(k, exact.shape[1])
@@ -127,7 +127,7 @@ def agreement(hits: Sequence[Sequence[int]], exact: Tensor, k: int) -> float:
 
 
 def save(path: Path, array: Array) -> None:
-    """Write the file whole, or not at all."""
+    """Write the file atomically."""
     unfinished = path.with_suffix(f".{os.getpid()}")
     with unfinished.open("wb") as file:
         np.save(file, array)
@@ -135,7 +135,7 @@ def save(path: Path, array: Array) -> None:
 
 
 def _drawn(cache: Path, count: int) -> Array:
-    """Embeddings of the first pictures, drawn and encoded by all processors where they are not in the cache."""
+    """Return embeddings of the first pictures; those not in the cache are drawn and encoded on all processors."""
     paths = {first: cache / f"{first:08}.npy" for first in range(0, count, AT_ONCE)}
     missing = {first: path for first, path in paths.items() if not path.exists()}
     if missing:

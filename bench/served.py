@@ -1,6 +1,6 @@
-"""A server of ours on this machine, and clients that load it: what the measurements of serving share.
+"""Start a server of ours on this machine, and clients that load it: shared by the serving benchmarks.
 
-``python bench/served.py URL CLIENTS REQUESTS SEED NAME BODY`` is the clients' process; it prints JSON.
+``python bench/served.py URL CLIENTS REQUESTS SEED NAME BODY`` runs the clients' process, which prints JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _START_SECONDS, _STOP_SECONDS, _REQUEST_SECONDS = 300, 60, 600
 
 
 def query(rng: random.Random) -> str:
-    """A description of 4 to 40 words, such as nobody has sent before."""
+    """Return a description of 4 to 40 words that has not been sent before."""
     return " ".join([*rng.choices(WORDS, k=rng.randint(4, 40)), str(rng.randrange(10**6))])
 
 
@@ -55,8 +55,8 @@ class Server:
     """A server in a process of its own, ready to answer.
 
     Args:
-        command: What starts it; its port is added.
-        ready: Path that answers once it does.
+        command: Command that starts the server; its port is appended.
+        ready: Path that answers once the server is ready.
     """
 
     def __init__(self, command: Sequence[str], ready: str = "/health/ready") -> None:
@@ -66,10 +66,10 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start the process, and wait until it answers.
+        """Start the process, and wait until the server answers.
 
         Raises:
-            RuntimeError: It ended, or does not answer.
+            RuntimeError: The process ended, or does not answer.
         """
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(10 * _START_SECONDS):
@@ -96,7 +96,7 @@ class Server:
 
 @contextmanager
 def served(index: Path, options: Sequence[str] = ()) -> Iterator[Server]:
-    """``finelip serve`` over an index, with further options."""
+    """Run ``finelip serve`` on an index, with further options."""
     with started([sys.executable, "-P", "-m", "finelip_fast.cli", "serve", "--index", str(index), *options]) as server:
         yield server
 
@@ -111,17 +111,17 @@ def started(command: Sequence[str], ready: str = "/health/ready") -> Iterator[Se
 
 
 def load(url: str, clients: int, requests: int, seed: int, name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Requests by clients in another process, each one after another.
+    """Send requests from clients in another process; each client sends one after another.
 
     Args:
-        url: Where they are posted.
-        clients, requests: Numbers of clients, and of requests of all together.
-        seed: Seed of the descriptions that are sent.
-        name: Name of the description in a request.
-        body: The rest of each request.
+        url: URL that requests are posted to.
+        clients, requests: Number of clients, and total number of requests.
+        seed: Seed of the descriptions.
+        name: Key of the description in the request body.
+        body: Remainder of each request body.
 
     Returns:
-        ``latencies`` of all requests, and the ``seconds`` from the first to the last.
+        ``latencies`` of all requests, and ``seconds`` from the first to the last.
     """
     command = [sys.executable, "-P", __file__, url, str(clients), str(requests), str(seed), name, json.dumps(body)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2 * _REQUEST_SECONDS).stdout
@@ -151,7 +151,7 @@ async def _ask(url: str, clients: int, requests: int, seed: int, name: str, body
 
 
 def export_model(folder: Path) -> Path:
-    """A checkpoint of ViT-B/16's size with random weights, and its int8 graphs; ``FINELIP_BENCH_MODEL``: one that is there."""
+    """Export a ViT-B/16-sized model with random weights and int8 graphs; ``FINELIP_BENCH_MODEL`` names an existing one."""
     import torch
 
     import finelip_fast

@@ -1,8 +1,8 @@
-"""``finelip serve`` for minutes under mixed load: memory over time, and all acknowledged uploads, also after ``kill -9``.
+"""Load ``finelip serve`` for minutes: record memory over time, and check acknowledged uploads, also after ``kill -9``.
 
 ``python bench/soak_serve.py --minutes 30 --out bench/results/MACHINE/soak_serve.json``: clients search, upload, delete, and
-send what no server should be sent. Twice, in the middle and at the end, the server is killed while they do and started again,
-and all that it had acknowledged is looked for. The bundled model; everything lies in a folder that is removed.
+send invalid requests. Twice, in the middle and at the end, the server is killed under load and restarted, and everything that
+it had acknowledged is looked up. It serves the bundled model; all files are in a folder that is removed afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from finelip_fast.datasets import Scenes
 
 ITEMS, CLIENTS = 500, 8
 SAMPLE_SECONDS, WARM_UP = 5.0, 0.2
-_MOST_ITEMS = 2_000  # so that the index, which is mapped, is not what grows
+_MOST_ITEMS = 2_000  # so that memory growth is not due to the mapped index
 
 _BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/search", {"content": b"{", "headers": {"Content-Type": "application/json"}}),
@@ -50,11 +50,11 @@ _BAD: list[tuple[str, str, dict[str, Any]]] = [
 
 @dataclass
 class Ledger:
-    """What the server has said, by the clients' account."""
+    """Responses of the server, as the clients have seen them."""
 
     present: set[str] = field(default_factory=set)
     removed: set[str] = field(default_factory=set)
-    undecided: set[str] = field(default_factory=set)  # whose deletion was sent, and not answered
+    undecided: set[str] = field(default_factory=set)  # deletion sent but not acknowledged
     statuses: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     interrupted: int = 0
@@ -100,7 +100,7 @@ async def client(session: httpx2.AsyncClient, ledger: Ledger, seed: int, stop: a
 async def ask(
     session: httpx2.AsyncClient, ledger: Ledger, method: str, path: str, expected: int | None, **body: Any
 ) -> dict[str, Any] | None:
-    """The answer; None: it is none of the expected status. Anything but a refusal is then noted as a fault."""
+    """Return the response, or None if its status is not the expected one; unless it is a refusal, that is noted as a fault."""
     answer = await session.request(method, path, **body)
     ledger.statuses[f"{method} {path.partition('?')[0].split('/')[2]} {answer.status_code}"] += 1
     if answer.status_code == expected:
@@ -125,7 +125,7 @@ async def listed(session: httpx2.AsyncClient) -> set[str]:
 
 
 async def compared(session: httpx2.AsyncClient, ledger: Ledger) -> dict[str, int]:
-    """Numbers of items that are not as they were acknowledged."""
+    """Count the items that differ from what was acknowledged."""
     ids = await listed(session)
     outcome = {
         "acknowledged": len(ledger.present),
@@ -139,7 +139,7 @@ async def compared(session: httpx2.AsyncClient, ledger: Ledger) -> dict[str, int
 async def phase(
     server: Server, ledger: Ledger, seconds: float, seed: int
 ) -> tuple[list[tuple[float, int]], dict[str, int]]:
-    """Load for so long, a kill in the midst of it, and what is there after a restart; with samples of the memory."""
+    """Apply load, kill the server in its midst, restart it and compare its items; also return memory samples."""
     samples, stop, start = [], asyncio.Event(), time.monotonic()
     process = psutil.Process(server.process.pid)
     async with httpx2.AsyncClient(base_url=server.address, timeout=60) as session:
@@ -158,7 +158,7 @@ async def phase(
 
 
 def growth(samples: list[tuple[float, int]]) -> float:
-    """Growth of the memory after warm-up: the last quarter's median over that of the quarter behind the warm-up, less 1."""
+    """Return memory growth: the last quarter's median relative to the first quarter's after the warm-up, minus 1."""
     steady = [memory for _, memory in samples[int(WARM_UP * len(samples)) :]]
     part = max(1, len(steady) // 4)
     return float(np.median(steady[-part:]) / np.median(steady[:part]) - 1)

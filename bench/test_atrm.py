@@ -1,4 +1,4 @@
-"""Token aggregation, forward and with its gradient, against the reference in eager PyTorch and compiled."""
+"""Token aggregation, forward and with its gradient, against the reference in eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGEST = int(os.environ.get("FINELIP_BENCH_BATCH", 2048))
 BATCHES = tuple(batch for batch in ((1, 32, 256, 1024) if ON_GPU else (1, 32, 256)) if batch <= LARGEST)
 ROUNDS = 20 if ON_GPU else 5
 TOLERANCE = 2e-3 if ON_GPU else 1e-5
-GRADIENT_TOLERANCE = 5e-2 if ON_GPU else 1e-3  # of sums over all tokens
+GRADIENT_TOLERANCE = 5e-2 if ON_GPU else 1e-3  # for sums over all tokens
 BASELINE = "eager reference"
 CONTENDERS = ("finelip_fast", BASELINE, "torch.compile")
 
@@ -43,7 +43,7 @@ def entries(batch: int, with_gradient: bool) -> Entries:
 def prepared(
     operation: Callable[..., Tensor], dtype: torch.dtype, batch: int, with_gradient: bool
 ) -> Callable[[], Tensor]:
-    """The operation of random tokens, ready to run."""
+    """Return the operation on random tokens, ready to run."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     patches = torch.randn(batch, TOKENS_IN, WIDTH, generator=generator, device=DEVICE)
     anchor = torch.randn(batch, WIDTH, generator=generator, device=DEVICE)

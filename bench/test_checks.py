@@ -1,7 +1,7 @@
-"""What it costs to verify: each thing is done as the library does it, and with its check taken out, in turns.
+"""The cost of verification: each operation is timed in turns, as the library does it and with its check removed.
 
 ``FINELIP_BENCH_CHECKED`` (5000) items of ViT-B/16's size, 40 KiB each; a checkpoint and an ONNX export of that size with
-random weights. All files are in the system's memory when they are read.
+random weights. All files are in the page cache when they are read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VERIFIED, UNVERIFIED = "verified", "not verified"
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings and their int8 copies."""
+    """Index with embeddings and their int8 copies."""
     folder = tmp_path_factory.mktemp("index")
     rows = unit_rows(COUNT, dtype=torch.float16, seed=0).cpu()
     with closing(Index(SPEC, folder, device="cpu")) as index:
@@ -62,7 +62,7 @@ def in_turns(ways: dict[str, Callable[[], object]]) -> dict[str, Result]:
         for name, run in ways.items():
             start = time.perf_counter()
             run()
-            if turn >= 0:  # the one before brings files into memory
+            if turn >= 0:  # the first turn loads files into the page cache
                 results[name].seconds.append(time.perf_counter() - start)
     for result in results.values():
         result.info |= dict(
@@ -72,12 +72,12 @@ def in_turns(ways: dict[str, Callable[[], object]]) -> dict[str, Result]:
 
 
 def touch(pieces: Iterable[Tensor]) -> None:
-    """A page of a mapped file comes when it is read from."""
+    """Read from every page: a page of a mapped file is loaded on first access."""
     for piece in pieces:
         piece.view(-1).view(torch.int32)[:: 4096 // 4].sum()
 
 
-# What is done, with and without its check -----------------------------------------------------------------------------
+# Operations, with and without their checks ----------------------------------------------------------------------------
 
 
 def hits(index: Path, weights: Path) -> dict[str, Callable[[], object]]:

@@ -1,7 +1,7 @@
-"""Late interaction, all scores and the best of them, against the research loop, plain PyTorch and installed peers.
+"""Late interaction, all scores and the best ones, against the research loop, plain PyTorch and installed peers.
 
-On a CPU 1,000 images meet 1,000 captions (the research loop a fiftieth of that, scaled up); on a GPU 1, 8 and 64 queries meet
-``FINELIP_BENCH_ITEMS`` (100,000) images in float16. Each machine's targets are in its own groups.
+On a CPU, 1,000 images are scored against 1,000 captions (for the research loop, a fiftieth of that, scaled up); on a GPU, 1, 8
+and 64 queries against ``FINELIP_BENCH_ITEMS`` (100,000) images in float16. Each machine has its own groups of targets.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from finelip_fast.kernels import clim_scores, clim_topk, clim_topk_int8, floor, 
 QUERIES = (1, 8, 64) if ON_GPU else (1, min(1_000, ITEMS))
 HALF = torch.float16 if ON_GPU else torch.bfloat16
 ROUNDS = 20 if ON_GPU else 3
-CHECKED = 1_000  # items whose scores are compared with float64's
-FEW = 20  # captions of the slow ones
-MOST_WIDE = 100_000  # items of those in float32, twice the memory of the others
-PAIRS = 1_000  # of what takes one pair at a time
+CHECKED = 1_000  # items whose scores are checked against float64
+FEW = 20  # captions for slow contenders
+MOST_WIDE = 100_000  # items for contenders in float32, which need twice the memory
+PAIRS = 1_000  # pairs for contenders that take one pair at a time
 
-# What a right answer may be off by: rounding of sums in float32, of scores and sums in half precision, of int8 rows.
+# Tolerances for float32 sums, for scores and sums in half precision, and for int8 rows.
 EXACT, ROUNDED, QUANTISED = 1e-5, 3e-2, 3e-2
 
 LOOP, CHAMFER = "research loop", f"{peers.FLASH}, chamfer, a pair at a time"
 HALF_NAME = floor.name(HALF)
-# On a GPU the plain one, too, is given the images that suit it.
+# On a GPU, the plain contender also gets the number of images at once that suits it.
 PLAIN = "tuned plain torch" if ON_GPU else "plain torch"
 PLAIN_HALF, PLAIN_FULL, PLAIN_TOPK = (
     f"{PLAIN}, {HALF_NAME}",
@@ -52,7 +52,7 @@ PEERS = {
 
 
 def scores_entries(n_queries: int) -> Entries:
-    """Contenders for all scores; what several of them need is made once a process."""
+    """Return contenders for all scores; shared inputs are created once per process."""
     queries = unit_rows(n_queries, dtype=HALF, seed=0)
     items = cache(lambda: unit_rows(ITEMS, dtype=HALF, seed=1))
     wide = cache(lambda: items()[:MOST_WIDE].float())
@@ -73,7 +73,7 @@ def scores_entries(n_queries: int) -> Entries:
 
     def compiled() -> Contender:
         plain = suited(items(), queries)
-        # Without CUDA graphs, which would first copy all items.
+        # CUDA graphs are disabled because they would first copy all items.
         block = compiled_block("max-autotune-no-cudagraphs")
         return contender(lambda: plain(items(), queries, block=block).T, ROUNDED)
 
@@ -82,7 +82,7 @@ def scores_entries(n_queries: int) -> Entries:
         return contender(lambda: plain(items(), queries).T, ROUNDED)
 
     def peer(maxsim: peers.MaxSim, in_half: bool) -> Contender:
-        if ON_GPU:  # float32 is rounded to half precision by both of them
+        if ON_GPU:  # both round float32 to half precision
             return contender(partial(peers.scores, maxsim, queries, items()), ROUNDED)
         if in_half:
             return contender(partial(peers.scores, maxsim, queries[:n_small], items()), ROUNDED, share=part)
@@ -117,7 +117,7 @@ def scores_entries(n_queries: int) -> Entries:
 
 
 def suited(items: Tensor, queries: Tensor) -> Callable[..., Tensor]:
-    """Plain PyTorch, on a GPU with the number of images at once that suits it."""
+    """Return plain PyTorch; on a GPU, with the number of images at once that suits it."""
     if not ON_GPU:
         return plain_torch
     return partial(plain_torch, at_once=len(queries), images_at_once=images_that_suit(items, queries))
@@ -131,7 +131,7 @@ def scores_race(n_queries: int) -> dict[str, Result]:
 
 
 def from_tokens_entries() -> Entries:
-    """1,000 pictures' patches and 1,000 captions' words to all scores: aggregation of both sides included."""
+    """Return contenders from 1,000 pictures' patches and 1,000 captions' words to all scores, including aggregation."""
     patches, words, image_aggregator, text_aggregator = from_tokens()
     n_small = max(1, len(words) // 50)
 
@@ -199,7 +199,7 @@ def topk_entries(n_queries: int) -> Entries:
 
 
 def ranked(result: tuple[Tensor, ...]) -> Tensor:
-    """The scores, then the indices, which must be float64's."""
+    """Return the scores followed by the indices, which must equal those of float64."""
     return torch.cat([part.double() for part in result[:2]], dim=1)
 
 
@@ -207,7 +207,7 @@ def ranked(result: tuple[Tensor, ...]) -> Tensor:
 def topk_race(n_queries: int) -> dict[str, Result]:
     queries, items = unit_rows(n_queries, dtype=HALF, seed=0), unit_rows(ITEMS, dtype=HALF, seed=1)
     expected = ranked(exact_scores(items, queries).T.topk(10))
-    del items  # another process makes them
+    del items  # another process creates them
     return race(topk_entries, n_queries, expected=expected, rounds=ROUNDS)
 
 

@@ -1,8 +1,8 @@
-"""A folder of photographs that is followed: what running ``finelip add`` again costs, beside embedding everything.
+"""Updating the index of a folder of photographs: the cost of ``finelip add`` again, compared with embedding everything.
 
 ``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels, about 2 MB each, in ten folders below
-``FINELIP_BENCH_FOLDER`` (the system's folder of temporary files); embedded by the bundled model. Their pixels are those of
-twenty noisy pictures, their contents all differ. All files are in the system's memory when they are read.
+``FINELIP_BENCH_FOLDER`` (the system's temporary folder), embedded by the bundled model. Their pixels are those of twenty noisy
+pictures, but the contents of all files differ. All files are in the page cache when they are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from photographs import photographs, scratch, write
 from finelip_fast import FolderReport, Retriever
 
 COUNT = int(os.environ.get("FINELIP_BENCH_PHOTOS", 2_000))
-SHARE = 20  # a twentieth is changed, moved, or deleted
+SHARE = 20  # one in twenty files is changed, moved, or deleted
 ROUNDS = 3
 
 EVERYTHING, UNCHANGED = "embed everything", "run again, nothing has changed"

@@ -1,7 +1,7 @@
-"""Late interaction on a CPU whose cores others want, too: what is lost beside busy processes, ours and plain PyTorch's.
+"""Late interaction on a CPU with contention: the slowdown beside busy processes, ours and plain PyTorch's.
 
 One query among ``FINELIP_BENCH_ITEMS`` (2,000) items of 40 x 512, alone and beside twice as many busy processes as there are
-threads; ``loss`` is how many times as long the median takes beside them.
+threads; ``loss`` is the median beside them divided by the median alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONTENDERS = (FULL, HALF, INT8, PLAIN)
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that do nothing but compute."""
+    """Run ``count`` processes that only compute."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -50,7 +50,7 @@ def busy(count: int) -> Iterator[None]:
 
 @cache
 def races() -> dict[int, dict[str, Result]]:
-    """Results by the number of busy processes."""
+    """Return results by number of busy processes."""
     items, query = unit_rows(N_ITEMS, dtype=torch.float32, seed=1), unit_rows(1, dtype=torch.float32, seed=2)
     half_items, half_query = items.half(), query.half()
     values, scales = quantize(items)

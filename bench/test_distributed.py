@@ -1,6 +1,6 @@
-"""Several processes by Ray on this machine: bulk indexing beside one process, shards beside one index, and a shard's return.
+"""Ray processes on this machine: bulk indexing against one process, shards against one index, and recovery of a shard.
 
-*Bulk* indexes ``FINELIP_BENCH_BULK`` (4,000) pictures of Scenes with the bundled model by two workers; its time has that of
+*Bulk* indexes ``FINELIP_BENCH_BULK`` (4,000) pictures of Scenes with the bundled model on two workers; its time includes
 starting Ray and the workers. *Shards* are two of 10,000 random items of the bundled model's size, 13 x 128.
 """
 
@@ -65,7 +65,7 @@ def rows(count: int, seed: int) -> Tensor:
 
 @cache
 def searched(folder: Path) -> dict[str, dict[str, Result]]:
-    """Results by mode, and how long after a kill the answers were whole again."""
+    """Return results by mode, and the time from a kill until the answers were complete again."""
     names = [str(folder / name) for name in ("a", "b")]
     single = Index(SPEC, folder / "whole")
     for seed, name in enumerate(names):
@@ -105,7 +105,7 @@ def _timed(search: Callable[[Tensor], Tensor], queries: Tensor, expected: Tensor
 
 
 def _until_whole(shards: Shards, query: Tensor) -> float:
-    """Seconds from a ``kill -9`` of a shard until all items are searched again."""
+    """Return the seconds from a ``kill -9`` of a shard until all items are searched again."""
     process = shards._ray.get(shards._shards[1].server.__ray_call__.remote(lambda _: os.getpid()))
     os.kill(process, signal.SIGKILL)
     start = time.perf_counter()

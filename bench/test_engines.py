@@ -1,9 +1,9 @@
-"""Encoding by each engine at ViT-B/16's sizes, random weights, against open_clip's own eager encoders with the same weights.
+"""Encoding by each engine at ViT-B/16's sizes, with random weights, against open_clip's eager encoders and the same weights.
 
-Captions are those of Scenes' test set, all of much the same length, or cut to mixed lengths; pictures are noise. open_clip
-encodes all 256 positions; the plain module and exports up to the longest caption of the batch; the engine in PyTorch, on a
-CPU, each caption's own tokens. Embeddings are compared by their global rows, all that open_clip gives. What int8 and bfloat16
-cost in quality is measured where weights are trained: by the parity gate, with the bundled model (``recall_change``).
+Captions are those of Scenes' test set, of similar length, or cut to mixed lengths; pictures are noise. open_clip encodes all
+256 positions; the plain module and exports encode up to the longest caption of the batch; the PyTorch engine on a CPU encodes
+only each caption's own tokens. Embeddings are compared by their global rows, the only ones that open_clip has. The quality
+loss of int8 and bfloat16 is measured with trained weights: by the parity gate, with the bundled model (``recall_change``).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ ROUNDS = 20 if ON_GPU else 7
 BASELINE = "open_clip"
 PAIRS = "scenes:test:1000"
 
-# ONNX Runtime and TensorRT by their precisions; the largest error of an entry that is still the right answer.
+# ONNX Runtime and TensorRT by precision, with the largest error of an entry that still counts as right.
 PRECISIONS = {"fp32": 1e-4, "int8": 5e-2} if not ON_GPU else {"fp32": 1e-4, "fp16": 5e-3}
 PLAIN = "torch float16" if ON_GPU else "plain module"
-# The engine in PyTorch on a CPU, by its precisions; on a GPU it runs the plain module.
+# The PyTorch engine on a CPU, by precision; on a GPU it runs the plain module.
 FROZEN: dict[str, LinearPrecision] = {"torch float32": "fp32", "torch bfloat16": "bf16", "torch int8": "int8"}
 FROZEN = {} if ON_GPU else FROZEN
 LIMITS = {"fp32": 1e-5, "bf16": 5e-2, "int8": 5e-2}
@@ -71,14 +71,14 @@ def open_clip_model() -> Any:
 
 @cache
 def batch(kind: str, size: int) -> Tensor:
-    """Pixels, ids of the captions of middling length, or ids of captions cut after 4 words to all of them."""
+    """Return pixels, ids of captions of medium length, or ids of captions cut to lengths from 4 words to all of them."""
     if kind == "pictures":
         side = model().config.image_size
         return torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
     captions = [scene.caption for scene in Scenes("test", 101)]
     if kind == "mixed captions":
         words = [caption.split() for caption in captions[:size]]
-        shares = torch.linspace(0, 1, size + 2)[1:-1].tolist()  # of one caption, half
+        shares = torch.linspace(0, 1, size + 2)[1:-1].tolist()  # half, for a single caption
         captions = [" ".join(w[: 4 + round(share * (len(w) - 4))]) for w, share in zip(words, shares, strict=True)]
         return encode_batch(captions).ids[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
     ids = encode_batch(captions).ids
@@ -87,7 +87,7 @@ def batch(kind: str, size: int) -> Tensor:
 
 
 def up_to_the_longest(encode: Callable[[Tensor], Tensor], step: int = 1) -> Callable[[Tensor], Tensor]:
-    """An encoder that pads captions as engines do for exported files."""
+    """Wrap an encoder so that captions are padded as engines do for exported files."""
 
     def run(ids: Tensor) -> Tensor:
         longest = int(caption_lengths(ids).max())
@@ -98,7 +98,7 @@ def up_to_the_longest(encode: Callable[[Tensor], Tensor], step: int = 1) -> Call
 
 @cache
 def exported(kind: str, runtime: str, precision: str) -> Callable[[Tensor], Tensor]:
-    """The graph as this runtime runs it."""
+    """Export the model's graph and open it in the runtime."""
     name = "image" if kind == "pictures" else "text"
     proto = graphs.build(model(), name)
     proto = quantize.by_rows(proto) if precision == "int8" else proto
@@ -169,7 +169,7 @@ def race(kind: str, size: int) -> dict[str, Result]:
     judge = model()
     with torch.inference_mode():
         expected = (judge.encode_image if kind == "pictures" else judge.encode_text)(x)[:, 0].double()
-        # Results go back to where they were made; the first row of each embedding is what is compared.
+        # Results are moved back to the CPU; the first row of each embedding is compared.
         contenders = {
             name: Contender(partial(way, x), limit, answer=lambda rows: F.normalize(rows[:, 0].float().cpu(), dim=-1))
             for name, (way, limit) in ways.items()
@@ -201,7 +201,7 @@ def recall_change(precision: str) -> float:
 
 
 def proven(encoders: parity.Encoders, precision: str) -> float:
-    """Change of the bundled model's recall@1, the larger of both directions, on all of Scenes' test set."""
+    """Return the change of the bundled model's recall@1, the larger of both directions, on all of Scenes' test set."""
     report = parity.prove(parity.Reference(finelip_fast.load(), PAIRS, progress=False), encoders, precision)
     assert report.passed, report.failures
     return next(check.value for check in report.checks if check.name == "ranking: recall@1")

@@ -1,13 +1,13 @@
-"""The index: writing, loading, fetching and searching, beside Lance on the same data.
+"""The index: writing, loading, fetching and searching, compared with Lance on the same data.
 
-``FINELIP_BENCH_INDEX`` (20000; several with commas) random items of ViT-B/16's size, 40 KiB each, are written in batches of
-64 MiB into ``FINELIP_BENCH_FOLDER`` (the system's folder of temporary files); three times their size must be free there.
-*Cold* is after the system was told to forget the files. Lance keeps an embedding as fixed-size binary, and does not wait for
-the disk when it writes. To *load* is to have every embedding in memory, where a search finds it.
+``FINELIP_BENCH_INDEX`` (20000; several separated by commas) random items of ViT-B/16's size, 40 KiB each, are written in
+batches of 64 MiB to ``FINELIP_BENCH_FOLDER`` (the system's temporary folder), which needs three times their size free.
+*Cold* means after the system was told to drop the files from its cache. Lance stores an embedding as fixed-size binary, and
+does not wait for the disk when it writes. To *load* is to have every embedding in memory, where a search finds it.
 
-What a search in two stages loses is measured on ``FINELIP_BENCH_INDEX_SCENES`` (20,000) pictures of Scenes, searched by the
-descriptions of some. Their index stays in ``FINELIP_BENCH_FOLDER``, for the next time. First stages are compared at an alpha
-of ``FINELIP_BENCH_ALPHA`` (0.25), where tokens count, on these pictures and on random items.
+The loss of a two-stage search is measured on ``FINELIP_BENCH_INDEX_SCENES`` (20,000) pictures of Scenes, searched by the
+descriptions of some of them. Their index is kept in ``FINELIP_BENCH_FOLDER`` for later runs. First stages are compared at an
+alpha of ``FINELIP_BENCH_ALPHA`` (0.25), where tokens matter, on these pictures and on random items.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Ours:
     def load(self) -> Tensor:
         index = Index(SPEC, self.folder, device=DEVICE)
         for piece in index._store.view().tokens or []:
-            piece.view(-1).view(torch.int32)[:: 4096 // 4].sum()  # a page of a mapped file comes when it is touched
+            piece.view(-1).view(torch.int32)[:: 4096 // 4].sum()  # a page of a mapped file is loaded on first access
         first = index._store.view().read(torch.arange(5))
         index.close()
         return first
@@ -84,7 +84,7 @@ class Ours:
 
 
 class Lance:
-    """A dataset of pylance."""
+    """A Lance dataset."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,10 +115,10 @@ class Lance:
 
 
 def _as_rows(column: Any) -> Tensor:
-    """The same memory, ``[n, L, D]``."""
+    """Return a view of the same memory, ``[n, L, D]``."""
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * ITEM_BYTES :][: len(column) * ITEM_BYTES]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is not writable, and nobody writes
+        warnings.simplefilter("ignore")  # it is read-only, and nothing writes to it
         return torch.from_numpy(values.view(np.float16).reshape(-1, TOKENS, WIDTH))
 
 
@@ -146,7 +146,7 @@ def cleaned_up() -> Iterator[None]:
 
 
 def items(count: int) -> Iterator[tuple[int, Tensor]]:
-    """Batches of float16 and where each begins: other ones every time, of few that were drawn."""
+    """Yield batches of float16 and their offsets; all batches differ, but derive from the same few random rows."""
     drawn = unit_rows(BATCH, dtype=torch.float16, seed=0).cpu()
     generator = torch.Generator().manual_seed(1)
     for first in range(0, count, BATCH):
@@ -155,18 +155,18 @@ def items(count: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def forget(folder: Path) -> None:
-    """Tell the system to drop what it keeps of a folder's files in memory."""
+    """Tell the system to drop a folder's files from its cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)  # what was not written yet cannot be dropped
+            os.fsync(descriptor)  # pages not yet written cannot be dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
 
 @contextmanager
 def watched(info: dict[str, Any]) -> Iterator[None]:
-    """Notes how much more memory of its own the process had at most; mapped files are not counted."""
+    """Record the peak increase of the process's anonymous memory; mapped files are not counted."""
     before, most, finished = _own_memory(), [0], threading.Event()
 
     def watch() -> None:
@@ -190,12 +190,12 @@ def _own_memory() -> int:
     return 0
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# Measurements ---------------------------------------------------------------------------------------------------------
 
 
 @cache
 def stores(count: int) -> tuple[dict[str, Any], dict[str, Result]]:
-    """All stores, filled, and how that went: seconds of all writing, until the disk has it where the store waits for that."""
+    """Fill all stores and time the writing, including syncing to disk where the store waits for it."""
     opened = {name: STORES[name](workplace() / f"{name}-{count}") for name in available()}
     results = {name: Result(info={"items_per_second": 0.0}) for name in opened}
     for name, store in opened.items():
@@ -228,7 +228,7 @@ def rounds(prepare: Callable[[], object], run: Callable[[], Tensor], expected: T
 @cache
 def loaded(count: int, cold: bool) -> dict[str, Result]:
     opened, _ = stores(count)
-    os.sync()  # what other tests have written
+    os.sync()  # flush what other tests have written
     expected = next(items(count))[1][:5]
     return {
         name: rounds(lambda store=store: cold and forget(store.folder), store.load, expected, 3 if cold else 5)
@@ -257,11 +257,11 @@ def fetched(count: int, cold: bool) -> dict[str, Result]:
 def searched(count: int) -> dict[str, Result]:
     opened, _ = stores(count)
     for store in opened.values():
-        forget(store.folder)  # memory may not hold all
+        forget(store.folder)  # memory may not hold all stores
     index = opened[OURS].index
     index.maintain()
     queries = unit_rows(8, dtype=torch.float16, seed=3).cpu()
-    index.search(queries[:1], BEST, mode="exact-int8")  # makes its copies
+    index.search(queries[:1], BEST, mode="exact-int8")  # creates the int8 copies
     expected = index.search(queries, BEST, mode="exact")
     results = {}
     for mode in ("two-stage", "exact-int8", "exact"):
@@ -300,7 +300,7 @@ def searched(count: int) -> dict[str, Result]:
 
 @cache
 def searched_globally(count: int) -> dict[str, Result]:
-    """Searches with ``alpha=1``: of whole embeddings, and of an index that has their global rows alone."""
+    """Search with ``alpha=1``: an index of whole embeddings, and one of global rows only."""
     opened, _ = stores(count)
     queries = unit_rows(8, dtype=torch.float16, seed=3).cpu()
     index = opened[OURS].index
@@ -327,7 +327,7 @@ def searched_globally(count: int) -> dict[str, Result]:
 
 @cache
 def described() -> tuple[Index, Tensor, list[str]]:
-    """An index of pictures of Scenes, embeddings of the descriptions of 200 of them, and their ids."""
+    """Return an index of pictures of Scenes, embeddings of the descriptions of 200 of them, and their ids."""
     folder = Path(os.environ.get("FINELIP_BENCH_FOLDER", workplace()))
     retriever = finelip_fast.Retriever(index=folder / f"scenes-{SCENES}", engine="torch")
     world = Scenes("train", SCENES, image_size=retriever.engine.config.image_size)
@@ -341,7 +341,7 @@ def described() -> tuple[Index, Tensor, list[str]]:
 
 @cache
 def scenes() -> dict[str, Result]:
-    """Pictures of Scenes, searched by the descriptions of 200 of them."""
+    """Search pictures of Scenes by the descriptions of 200 of them."""
     index, queries, answers = described()
     tuning, _ = tune(index, queries, answers=answers, modes=["two-stage"], progress=False)
     measured = {"agreement": tuning.agreement, "candidates": tuning.candidates, "recall_change": tuning.recall_change}
@@ -353,7 +353,7 @@ def scenes() -> dict[str, Result]:
 
 @cache
 def staged() -> dict[str, Result]:
-    """First stages that choose 100 candidates each among pictures of Scenes, and as many as agree in 99.9 %."""
+    """Compare first stages on pictures of Scenes, with 100 candidates each and with as many as 99.9 % agreement needs."""
     index, queries, answers = described()
     options = {"answers": answers, "alpha": ALPHA, "agreement": 0.999, "progress": False}
     return _first_stages(index, queries, options)
@@ -361,7 +361,7 @@ def staged() -> dict[str, Result]:
 
 @cache
 def staged_at_random(count: int) -> dict[str, Result]:
-    """The same among random items, each query one of them that was disturbed: rows in all directions alike."""
+    """Compare them on random items, each query being a perturbed item: rows in all directions alike."""
     index = stores(count)[0][OURS].index
     noise = unit_rows(20, dtype=torch.float32, seed=4).cpu()
     rows = index._store.view().read(torch.arange(20) * (count // 20)).float()

@@ -1,10 +1,10 @@
-"""Race from a folder of photographs to embeddings on disk: ours, open_clip in a loop, and the way of clip-retrieval.
+"""Race from a folder of photographs to embeddings on disk: ours, open_clip in a loop, and clip-retrieval's approach.
 
-``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels below ``FINELIP_BENCH_FOLDER`` (the system's folder of temporary
-files), in its memory when they are read; an encoder of ViT-B/16's size with random weights, the same for all. Ours also
-aggregates and keeps the rows of the patches; the others keep the global embedding. clip-retrieval's way is a PyTorch
-``DataLoader`` whose processes decode and resize, batches of 64, and one ``.npy`` of float16; it is written here, since the
-package pins an old PyTorch.
+``FINELIP_BENCH_PHOTOS`` (2,000) JPEG files of 12 megapixels below ``FINELIP_BENCH_FOLDER`` (the system's temporary folder),
+in the page cache when they are read; an encoder of ViT-B/16's size with the same random weights for all. Ours also
+aggregates and stores the rows of the patches; the others store the global embedding. clip-retrieval's approach is a PyTorch
+``DataLoader`` whose processes decode and resize, batches of 64, and one ``.npy`` of float16; it is reimplemented here
+because the package pins an old PyTorch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from finelip_fast.index import stored_index
 
 COUNT = int(os.environ.get("FINELIP_BENCH_PHOTOS", 2_000))
 ROUNDS, AT_ONCE = 3, 64
-LEAST_COSINE = 0.999  # of our global embeddings and open_clip's, in float32; in int8 only finite rows are asked for
+LEAST_COSINE = 0.999  # between our global embeddings and open_clip's, in float32; int8 only needs finite rows
 
 LOOP, LOADER = "open_clip in a loop", "open_clip behind a DataLoader"
 OURS, INT8 = "finelip_fast, torch float32", "finelip_fast, torch int8"
 
 
 class Pictures(Dataset[Tensor]):
-    """Pixels of files, as open_clip prepares them."""
+    """Pixels of files, preprocessed as open_clip does."""
 
     def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
         self._paths, self._transform = paths, transform
@@ -56,7 +56,7 @@ class Pictures(Dataset[Tensor]):
 
 
 def embedded(pictures: Pictures, encode: Callable[[Tensor], Tensor], out: Path, *, workers: int | None) -> None:
-    """Embeddings of all pictures, one by one or in batches that processes prepare, to a file."""
+    """Write the embeddings of all pictures to a file, encoded one by one or in batches that worker processes prepare."""
     with torch.inference_mode():
         if workers is None:
             rows = [encode(pictures[number][None]) for number in range(len(pictures))]
@@ -105,7 +105,7 @@ def measured() -> dict[str, Result]:
 
 
 def check(pictures: Pictures, out: Path, index: Path) -> None:
-    """Hold our global embeddings to open_clip's of the same files."""
+    """Compare our global embeddings with open_clip's of the same files."""
     with stored_index(index) as stored:
         rows = dict(zip((Path(name).name for name in stored.ids), stored.embeddings[:, 0].float(), strict=True))
     embeddings = torch.stack([rows[path.name] for path in pictures._paths])

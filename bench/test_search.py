@@ -1,7 +1,7 @@
-"""A search from end to end, captions to the ten best pictures: against the reference operations, and as research code does it.
+"""End-to-end search, from captions to the ten best pictures, against the reference operations and against research code.
 
-- *scenes*: the bundled model and ``FINELIP_BENCH_SCENES`` (300) pictures of the test scenes, by ``Retriever``.
-- *ViT-B-16*: that model's sizes, random weights, ``FINELIP_BENCH_ITEMS`` (100,000 on a GPU, else 1,000) random pictures.
+- *scenes*: the bundled model and ``FINELIP_BENCH_SCENES`` (300) pictures of the test scenes, through ``Retriever``.
+- *ViT-B-16*: a model of that size with random weights, ``FINELIP_BENCH_ITEMS`` (100,000 on a GPU, else 1,000) random pictures.
 
 Research code encodes all 256 positions, and compares one caption at a time with all pictures.
 """
@@ -33,7 +33,7 @@ from finelip_fast.tokenizer import encode_batch
 SCENES = int(os.environ.get("FINELIP_BENCH_SCENES", 300))
 CAPTIONS, BEST = (1, 32), 10
 ROUNDS = 20 if ON_GPU else 5
-# The embeddings of the captions are rounded to half precision, and computed in it on a GPU.
+# Caption embeddings are rounded to half precision, and computed in it on a GPU.
 TOLERANCE = 2e-2 if ON_GPU else 2e-3
 
 RESEARCH, REFERENCE = "research way", "reference operations"
@@ -42,11 +42,11 @@ CONTENDERS = ("finelip_fast", REFERENCE, RESEARCH)
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what its pictures became, and how the library searches them.
+    """A model, the embeddings of its pictures, and the library's search of them.
 
     Args:
-        images: ``[N, L, D]`` on the model's device.
-        search: Captions to the scores of the best, ``[Q, BEST]``.
+        images: Embeddings ``[N, L, D]`` on the model's device.
+        search: Function from captions to the best scores, ``[Q, BEST]``.
     """
 
     model: FineLIP
@@ -109,7 +109,7 @@ def captions_of(count: int) -> list[str]:
 
 
 def features(setting: Case, captions: list[str]) -> list[Tensor]:
-    """Features of the tokens of each caption, the end token last."""
+    """Return the token features of each caption, the end token last."""
     ids = encode_batch(captions).ids.to(setting.images.device)
     return [row[:length] for row, length in zip(setting.model.text(ids), caption_lengths(ids).tolist(), strict=True)]
 

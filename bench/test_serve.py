@@ -1,9 +1,10 @@
-"""``finelip serve`` under load: searches in batches beside one at a time, and embeddings beside infinity-emb.
+"""``finelip serve`` under load: batched searches against one at a time, and embeddings against infinity-emb.
 
-A model of ViT-B/16's size with random weights, ONNX int8 (made anew, five minutes, unless ``FINELIP_BENCH_MODEL`` names a
-folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients are in another process on the same machine, and
-send descriptions of 4 to 40 words that are all different. ``FINELIP_BENCH_MODES`` (exact,two-stage), ``FINELIP_BENCH_CLIENTS``
-(1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three a client) say how much is asked, and how it is searched.
+It serves a model of ViT-B/16's size with random weights as ONNX int8 (exported anew, which takes five minutes, unless
+``FINELIP_BENCH_MODEL`` names a folder that has it), and ``FINELIP_BENCH_ITEMS`` (20,000) random items. Clients run in
+another process on the same machine, and send distinct descriptions of 4 to 40 words. ``FINELIP_BENCH_MODES``
+(exact,two-stage), ``FINELIP_BENCH_CLIENTS`` (1,8,32,128) and ``FINELIP_BENCH_REQUESTS`` (96, or three per client) set the
+load and the search modes.
 
 ``FINELIP_BENCH_INFINITY`` is a command that serves a CLIP of the same size and context by infinity-emb, which needs an
 environment of its own: ``infinity_emb v2 --model-id FOLDER --engine torch --device cpu --host 127.0.0.1``.
@@ -37,7 +38,7 @@ ITEMS_AT_ONCE = 1_000
 
 BATCHES, SINGLY, LIBRARY = "finelip serve", "finelip serve --max-batch 1", "Retriever.search"
 INT8, FULL, INFINITY = "finelip serve, ONNX int8", "finelip serve, torch", "infinity-emb, torch"
-# What is measured is not how requests are refused.
+# Refusals are not measured, so the limits are generous.
 BOUNDS = ("--timeout", "600", "--queue", "1024")
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def filled(folder: Path) -> Retriever:
-    """A retriever over an index of random items."""
+    """Return a retriever with an index of random items."""
     retriever = Retriever(export_model(folder / "model"), index=folder / "index", engine="onnx", precision="int8")
     generator, spec = torch.Generator().manual_seed(1), retriever.index.spec
     for first in range(0, ITEMS, ITEMS_AT_ONCE):
@@ -61,7 +62,7 @@ def filled(folder: Path) -> Retriever:
 
 
 class Target(NamedTuple):
-    """A server as one contender asks it: the address, the name of the description in a request, and the rest of it."""
+    """A server as a contender addresses it: the URL, the key of the description in a request, and the rest of the body."""
 
     url: str
     name: str
@@ -70,7 +71,7 @@ class Target(NamedTuple):
 
 @cache
 def searches(folder: Path) -> dict[tuple[str, int], dict[str, Result]]:
-    """Results of searching, by the mode and the number of clients."""
+    """Return search results by mode and number of clients."""
     retriever = filled(folder)
     model = ["--checkpoint", retriever.engine.source, "--engine", "onnx", "--precision", "int8"]
     results = {}
@@ -92,7 +93,7 @@ def searches(folder: Path) -> dict[tuple[str, int], dict[str, Result]]:
 
 @cache
 def embeddings(folder: Path) -> dict[int, dict[str, Result]]:
-    """Results of embedding texts, by the number of clients."""
+    """Return results of embedding texts, by number of clients."""
     if "FINELIP_BENCH_INFINITY" not in os.environ:
         pytest.skip("FINELIP_BENCH_INFINITY names no server to race")
     command = shlex.split(os.environ["FINELIP_BENCH_INFINITY"])
@@ -112,7 +113,7 @@ def embeddings(folder: Path) -> dict[int, dict[str, Result]]:
 
 
 def raced(targets: dict[str, Target], count: int) -> dict[str, Result]:
-    """Results of servers that are asked in turns; the first round only warms them up."""
+    """Query servers in turns and return their results; the first round only warms them up."""
     n_requests, seconds = max(REQUESTS, 3 * count), dict.fromkeys(targets, 0.0)
     results = {contender: Result() for contender in targets}
     for number in range(ROUNDS + 1):
@@ -127,7 +128,7 @@ def raced(targets: dict[str, Target], count: int) -> dict[str, Result]:
 
 
 def tell(result: Result, seconds: float) -> None:
-    """Add quantiles of the latencies, and the requests a second, to a result."""
+    """Add latency quantiles and requests per second to a result."""
     names = ("p20", "p50", "p80", "p95", "p99")
     result.info |= dict(zip(names, np.quantile(result.seconds, [0.2, 0.5, 0.8, 0.95, 0.99]).tolist(), strict=True))
     result.info["requests_per_second"] = len(result.seconds) / seconds

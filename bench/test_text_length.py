@@ -1,7 +1,7 @@
-"""Captions per second: only up to the longest end token of a batch, in order of length, against always all 256 positions.
+"""Captions per second, encoded only up to a batch's longest end token, in order of length, against all 256 positions.
 
-And a training batch's pass through the text encoder and back: captions of like length together, against all at once. Both ways
-give the same embeddings, checked before either is timed.
+It also times a training batch's forward and backward pass through the text encoder: captions grouped by similar length against
+all at once. Both ways give the same embeddings, which is checked before timing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINING_BATCH = 128
 
 
 def _all_positions(model: FineLIP, ids: Tensor) -> Tensor:
-    """Every position of the context, as the padded ids stand."""
+    """Encode every position of the padded ids."""
     lengths = caption_lengths(ids) - 1
     tokens = model.text(ids)
     return model.text_aggregator(tokens, anchor=tokens[torch.arange(len(ids)), lengths], lengths=lengths)
@@ -66,7 +66,7 @@ def test_captions(benchmark: Any, case: tuple[dict[str, Callable[[], Tensor]], i
 
 @pytest.fixture(scope="module")
 def training_ways() -> dict[str, Callable[[], None]]:
-    """A batch of captions, some with sentences left out and some with others', as the recipe ``scenes-robust`` meets them."""
+    """A batch of captions with sentences dropped or taken from others, as the recipe ``scenes-robust`` produces."""
     model = finelip_fast.load().train()
     augmentation = Augmentation.parse(load_recipe("scenes-robust")["augment"])
     pairs = open_dataset(f"scenes:train_mixed:{TRAINING_BATCH + 1}", image_size=16)

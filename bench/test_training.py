@@ -1,8 +1,8 @@
-"""Late interaction in training: scores of all pairs of a batch, and the gradients of both sides.
+"""Late interaction in training: the scores of all pairs of a batch, and the gradients of both sides.
 
-Against PyTorch's autograd, plain, checkpointed and compiled, and against installed peers.
+The baselines are PyTorch's autograd (plain, checkpointed and compiled) and installed peers.
 
-``FINELIP_BENCH_BATCH`` leaves out the larger batches.
+``FINELIP_BENCH_BATCH`` leaves out larger batches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LARGEST = int(os.environ.get("FINELIP_BENCH_BATCH", 2048))
 BATCHES = tuple(batch for batch in ((128, 512, 2048) if ON_GPU else (64, 256)) if batch <= LARGEST)
 ROUNDS = 20 if ON_GPU else 3
 
-# Errors beside the largest gradient. Of rows that are nearly as similar, rounding chooses another winner here and there, more
-# often where products are rounded before the maximum is taken; autograd shares the gradient of a tie.
+# Errors relative to the largest gradient. If rows are nearly equally similar, rounding occasionally selects another maximum,
+# more often if products are rounded before the maximum is taken; autograd splits the gradient of a tie.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 ROUNDED = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -41,7 +41,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def inputs_of(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions, images, and the weights of their scores."""
+    """Return captions, images, and the weights of their scores."""
     generator = torch.Generator(DEVICE).manual_seed(2)
     weights = torch.randn(batch, batch, generator=generator, device=DEVICE)
     return unit_rows(batch, dtype=dtype, seed=0), unit_rows(batch, dtype=dtype, seed=1), weights

@@ -1,4 +1,4 @@
-"""The towers of a model as transformers keeps a CLIP, for peers that read that: a folder of weights, sizes and vocabulary."""
+"""Save a model's towers in the layout of a transformers CLIP, for peers that read it: weights, sizes and vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from finelip_fast.config import FineLIPConfig
 from finelip_fast.model import FineLIP
 
-# Parts of names in the order in which they are replaced.
+# Parts of names, in order of replacement.
 _PARTS = {
     r"^visual\.proj$": "visual_projection.weight",
     r"^text\.text_projection$": "text_projection.weight",
@@ -37,7 +37,7 @@ _PROJECTIONS = ("visual.proj", "text.text_projection")
 
 
 def write(model: FineLIP, folder: Path) -> None:
-    """Write ``config.json``, ``model.safetensors`` and what the tokenizer and the preprocessing need to a new folder."""
+    """Write ``config.json``, ``model.safetensors`` and the files of the tokenizer and preprocessing to a new folder."""
     folder.mkdir(parents=True)
     weights = {name: value.contiguous().clone() for name, value in renamed(model)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -48,7 +48,7 @@ def write(model: FineLIP, folder: Path) -> None:
 
 
 def renamed(model: FineLIP) -> Iterator[tuple[str, Tensor]]:
-    """The weights of both towers; those of queries, keys and values apart, projections transposed."""
+    """Yield the weights of both towers, with queries, keys and values separate and projections transposed."""
     for name, value in model.state_dict().items():
         if name != "logit_scale" and not name.startswith(("visual.", "text.")):
             continue
@@ -74,7 +74,7 @@ def sizes(config: FineLIPConfig) -> dict[str, Any]:
     text |= {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
     text |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
     about = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
-    about |= {"max_length": config.context_length}  # infinity-emb cuts captions there, by default after 20 tokens
+    about |= {"max_length": config.context_length}  # infinity-emb truncates captions there; its default is 20 tokens
     return about | {"vision_config": vision, "text_config": text}
 
 
@@ -87,7 +87,7 @@ def preprocessing(config: FineLIPConfig) -> dict[str, Any]:
 
 
 def vocabulary(config: FineLIPConfig, folder: Path) -> dict[str, Any]:
-    """CLIP's vocabulary, which open_clip has: ``merges.txt`` is written, the other files are returned."""
+    """Return the files of CLIP's vocabulary, taken from open_clip, except ``merges.txt``, which is written."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()

@@ -1,7 +1,7 @@
-"""The house, drawn from its imports: rooms, the floors on which they stand, and circles.
+"""The code base as a house, drawn from its imports: rooms, the floors on which they stand, and circles.
 
-``python docs/house.py`` lists them; tests/test_layering.py holds the rules. A room is a module or a folder directly in
-``finelip_fast``, with the mapped folders. Imports inside functions count like others, those for type checkers alone do not.
+``python docs/house.py`` lists them; tests/test_layering.py contains the rules. A room is a module or folder directly in
+``finelip_fast``, or a mapped folder. Imports inside functions count; imports only for type checkers do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = "__init__"  # the public names
 
 
 class Import(NamedTuple):
-    """One import of ours: ``importer`` and ``imported`` are dotted names below ``finelip_fast``."""
+    """An import of one of our modules: ``importer`` and ``imported`` are dotted names below ``finelip_fast``."""
 
     importer: str
     imported: str
@@ -33,7 +33,7 @@ class Import(NamedTuple):
 
 
 class BareImportError(Exception):
-    """A mapped folder is imported by its bare name, which is another copy of it."""
+    """A mapped folder is imported by its bare name, which loads a second copy of it."""
 
 
 def room_of(module: str) -> str:
@@ -41,7 +41,7 @@ def room_of(module: str) -> str:
 
 
 def find_modules() -> dict[str, Path]:
-    """Dotted names below ``finelip_fast`` (packages end in ``.__init__``) to files, the mapped folders included."""
+    """Map dotted names below ``finelip_fast`` (packages end in ``.__init__``) to files, including the mapped folders."""
     folders = {"": REPOSITORY / "finelip_fast"} | {name: REPOSITORY / name for name in MAPPED}
     return {
         ".".join([*([prefix] if prefix else []), *path.relative_to(folder).with_suffix("").parts]): path
@@ -53,7 +53,7 @@ def find_modules() -> dict[str, Path]:
 def find_imports(modules: Mapping[str, Path]) -> list[Import]:
     """
     Raises:
-        BareImportError: Says where.
+        BareImportError: A mapped folder is imported by its bare name; says where.
     """
     return [
         import_
@@ -84,7 +84,7 @@ def _imports_of(module: str, tree: ast.AST, modules: Mapping[str, Path], in_func
 
 
 def _resolve(parts: list[str], modules: Mapping[str, Path]) -> str:
-    """The module of ours that a dotted path leads to; a name inside a module leads to the module."""
+    """Return our module that a dotted path leads to; a name inside a module leads to the module."""
     while parts:
         for name in (".".join(parts), ".".join([*parts, "__init__"])):
             if name in modules:
@@ -94,7 +94,7 @@ def _resolve(parts: list[str], modules: Mapping[str, Path]) -> str:
 
 
 def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
-    """Sets of names that reach each other (Tarjan's strongly connected components), largest first."""
+    """Find the sets of names that reach each other (Tarjan's strongly connected components), largest first."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -123,7 +123,7 @@ def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def floors(arrows: Mapping[str, set[str]]) -> list[list[str]]:
-    """Each room as low as what it imports lets it stand; rooms of a circle stand together."""
+    """Place each room on the lowest floor that its imports allow; rooms in a circle stand together."""
     together = {name: circle[0] for circle in circles(arrows) for name in circle}
     names = set(arrows) | {name for onward in arrows.values() for name in onward}
     height: dict[str, int] = {}
@@ -131,7 +131,7 @@ def floors(arrows: Mapping[str, set[str]]) -> list[list[str]]:
     def rise(name: str) -> int:
         group = together.get(name, name)
         if group not in height:
-            height[group] = 0  # of what leads back into the circle
+            height[group] = 0  # for paths that lead back into the circle
             members = [room for room in names if together.get(room, room) == group]
             below = {onward for member in members for onward in arrows.get(member, ())} - set(members)
             height[group] = 1 + max(map(rise, below), default=-1)

@@ -1,7 +1,7 @@
-"""Pages of the site that are made when it is built: the front page, the command line, and what was recorded.
+"""Pages generated when the site is built: the front page, the command line, and recorded results.
 
-A hook of MkDocs (``mkdocs.yml``). Nothing here is kept twice: the front page is the README, records are the files of
-``bench/results``, and links between pages are written as they are true in the repository, so they lead somewhere there too.
+This is an MkDocs hook (``mkdocs.yml``). Nothing is stored twice: the front page is the README, records are the files in
+``bench/results``, and links between pages are written for the repository, so they work there too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finelip_fast.cli import finelip
 
 RESULTS = REPOSITORY / "bench" / "results"
 
-# Files of the repository, by the pages that they become.
+# Repository files, by the pages that they become.
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 COPIED = {"results": RESULTS, "examples": REPOSITORY / "examples"}
 
@@ -32,14 +32,14 @@ _ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>~?(.*?)</code>")
 
 
 def command_line() -> str:
-    """The page of all commands, as Markdown: what each ``--help`` prints."""
+    """Write the page of all commands in Markdown: the output of each ``--help``."""
     return "# The command line\n\n" + "\n".join(
         f"## finelip {name}\n\n```text\n{command.get_help(context)}\n```\n" for name, command, context in commands()
     )
 
 
 def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
-    """Each command that is shown, by its words after ``finelip``."""
+    """Yield each visible command, with its words after ``finelip``."""
 
     def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
         if not isinstance(command, click.Group):
@@ -56,9 +56,9 @@ def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
 
 @event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config: Any) -> None:
-    """Show mkdocstrings the package as it is installed, with the folders that are mapped into it."""
+    """Show mkdocstrings the package as installed, with the folders that are mapped into it."""
     installed = Path(_INSTALLED.name) / "finelip_fast"
-    if not installed.exists():  # where a server builds again, it is there
+    if not installed.exists():  # it exists when a server rebuilds the site
         installed.mkdir()
         for path in [*(REPOSITORY / "finelip_fast").iterdir(), *(REPOSITORY / name for name in MAPPED)]:
             (installed / path.name).symlink_to(path)
@@ -66,7 +66,7 @@ def on_config(config: Any) -> None:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are made."""
+    """Add the generated pages."""
     for file in _made(config):
         files.append(file)
     return files
@@ -84,13 +84,13 @@ def _made(config: Any) -> Iterator[File]:
 
 
 def _from_root(text: str) -> str:
-    """A page of the repository's root with links that are true in the site."""
+    """Rewrite the links of a page from the repository's root so that they work on the site."""
     text = re.sub(r"\]\((?=bench/results/|examples/|CHANGELOG|CONTRIBUTING)", "](../", text)
     return re.sub(r"(\]\(|src=\")docs/", r"\1", text)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that leave ``docs/`` for what the site holds lead there."""
+    """Redirect links that leave ``docs/`` to pages of the site."""
     up = r"\]\(((?:\.\./)*)\.\./"
     markdown = re.sub(up + "bench/results/", r"](\1results/", markdown)
     markdown = re.sub(up + "examples/", r"](\1examples/", markdown)
@@ -99,5 +99,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Names in docstrings, which are written for Sphinx, are names."""
+    """Show cross references in docstrings, which are written for Sphinx, as plain names."""
     return _ROLE.sub(r"<code>\1</code>", html)

@@ -1,4 +1,4 @@
-"""The README's picture of a search: a description, and the best of 400 drawn scenes.
+"""The README's picture of a search: a description, and the best matches among 400 drawn scenes.
 
 ``python docs/search_picture.py`` draws ``docs/search.png`` from the bundled model and the scenes of ``make demo``.
 """

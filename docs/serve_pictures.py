@@ -1,7 +1,7 @@
-"""The README's pictures of ``finelip serve``, in Chromium, of the scenes of ``make demo``.
+"""The README's screenshots of ``finelip serve`` in Chromium, with the scenes of ``make demo``.
 
-``python docs/serve_pictures.py`` writes ``docs/serve-*.png``; with a FOLDER it writes every state there, at the widths of a
-desk and of a phone, in light and dark.
+``python docs/serve_pictures.py`` writes ``docs/serve-*.png``; with a FOLDER argument it writes every state to that folder,
+at desktop and phone widths, in light and dark.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ STATES = [
     *("nothing-stands-out", "no-answer"),
 ]
 SIZES = {"desk": (1440, 900), "phone": (390, 844)}
-# Which of all states the documentation shows.
+# The states that the documentation shows.
 SHOWN = [("results", "desk", "light"), ("explained", "desk", "dark"), ("explained", "phone", "light")]
 
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """The address of a server over drawn scenes."""
+    """Run a server over drawn scenes, and yield its address."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
         pictures = Path(folder) / "scenes"
         pictures.mkdir()
@@ -65,7 +65,7 @@ def serving() -> Iterator[str]:
 
 
 def show_states(page: Page, address: str, text: str, save: Callable[[str], None]) -> None:
-    """Bring the page into each state, one after another, and save it."""
+    """Bring the page into each state in turn, and save it."""
 
     def search(text: str) -> None:
         page.get_by_label("Description of the picture").fill(text)
@@ -107,7 +107,7 @@ def show_states(page: Page, address: str, text: str, save: Callable[[str], None]
 
 
 def photograph(browser: Browser, address: str, size: str, scheme: str, places: dict[str, Path]) -> None:
-    """Write the pictures of some states."""
+    """Write screenshots of some states."""
     width, height = SIZES[size]
     context = browser.new_context(
         viewport={"width": width, "height": height},
@@ -119,7 +119,7 @@ def photograph(browser: Browser, address: str, size: str, scheme: str, places: d
     page = context.new_page()
 
     def hide_folder(route: Route) -> None:
-        """The pictures' folder is this machine's, and of no use to a reader."""
+        """Replace the pictures' folder, which exists only on this machine and is of no use to readers."""
         answer = route.fetch()
         route.fulfill(response=answer, body=re.sub(r'"/[^"]*/(scenes/[^"/]*\.png)"', r'"/home/ada/\1"', answer.text()))
 

@@ -3,8 +3,8 @@
     finelip serve --index finelip-index
     printf 'a red tram\\na snowy street at night\\n' | python examples/ask_a_server.py http://127.0.0.1:8000
 
-Each line of the input is a query, each line of the output its hits as JSON, in the same order. The queries share
-batches there, so many take little longer than one.
+Each input line is a query, and each output line contains its hits as JSON, in the same order. The queries share
+batches on the server, so many take little longer than one.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import finelip_fast
 
-AT_ONCE = 32  # queries; more would only wait on the server
+AT_ONCE = 32  # queries; more would only queue on the server
 
 
 async def main() -> None:

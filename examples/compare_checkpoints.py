@@ -2,8 +2,8 @@
 
     python examples/compare_checkpoints.py longclip-B.pt my-model --data urban1k:FOLDER
 
-Both find the right picture for each caption and the right caption for each picture. The table tells recall of either and how
-probable the difference would be by chance.
+Each checkpoint searches for the right picture for each caption and the right caption for each picture. The table shows the
+recall of both and how probable the difference would be by chance.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/search_folder.py demo/scenes "A woman in a red coat walks a black dog, and it is snowing."
 
-Pictures are embedded once: the index beside them is used again, and only new pictures are added.
+Pictures are embedded only once: later runs reuse the index folder and add only new pictures.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Exporters: the encoders in the files of other runtimes, and the gate that proves them."""
+"""Exporters, which write the encoders to files for other runtimes, and the gate that proves them."""
 
 from importlib.util import find_spec
 

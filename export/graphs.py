@@ -1,7 +1,7 @@
-"""The model as ONNX graphs in float32: what the other precisions are made from.
+"""The model as ONNX graphs in float32, from which the other precisions are made.
 
-Which there are, and what they take and give, is in :mod:`finelip_fast.runtimes.graph`.
-Encoder, aggregation and L2 norms are inside, row 0 of an embedding is the global one. ``length`` is 1 to the context.
+The graphs, their inputs and their outputs are listed in :mod:`finelip_fast.runtimes.graph`. They include encoder, aggregation
+and L2 norms; row 0 of an embedding is the global one. ``length`` is 1 to the context length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finelip_fast.runtimes.graph import Port, interface
 OPSET = 20  # the first with Gelu as one operation
 LEAST_OPSET = 18
 
-# Bytes of weights. Protobuf holds no more than 2 GiB.
+# Most bytes of weights in one file. Protobuf holds no more than 2 GiB.
 LARGEST_FILE = (1 << 31) - (1 << 24)
 
 
@@ -48,7 +48,7 @@ class _Text(nn.Module):
 
 
 class _ImageOfBytes(nn.Module):
-    """Decoded pictures as they lie in memory; CLIP's normalisation inside."""
+    """Encoder of decoded pictures as stored in memory, including CLIP's normalisation."""
 
     mean: Tensor
     std: Tensor
@@ -56,7 +56,7 @@ class _ImageOfBytes(nn.Module):
     def __init__(self, model: FineLIP) -> None:
         super().__init__()
         self.model = model
-        # Of 0 to 255: the division by 255 is in both.
+        # For pixels from 0 to 255: both include the division by 255.
         self.register_buffer("mean", 255 * torch.tensor(model.config.image_mean).reshape(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(model.config.image_std).reshape(3, 1, 1))
 
@@ -76,13 +76,13 @@ class _Scorer(nn.Module):
 def build(
     model: FineLIP, graph: str, *, opset: int = OPSET, metadata: Mapping[str, Any] | None = None
 ) -> onnx.ModelProto:
-    """A graph of the model, in float32.
+    """Build a graph of the model in float32.
 
     Args:
         model: Model in float32 on the CPU.
-        graph: A name of that table.
-        opset: ONNX's operator set, at least 18.
-        metadata: More values for JSON to write into the file, beside sizes, normalisation and tokenizer.
+        graph: Name from the table in :mod:`finelip_fast.runtimes.graph`.
+        opset: ONNX operator set, at least 18.
+        metadata: Additional values to write into the file as JSON, besides sizes, normalisation and tokenizer.
 
     Returns:
         The graph with its weights.
@@ -90,7 +90,7 @@ def build(
     module = {"image": _Image, "text": _Text, "image_uint8": _ImageOfBytes, "scorer": _Scorer}[graph](model).eval()
     expected = interface(graph, model.config)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's remarks on itself
+        warnings.simplefilter("ignore")  # the exporter's remarks about itself
         program = torch.onnx.export(
             module,
             tuple(_example(name, port, model.config) for name, port in expected.inputs.items()),
@@ -115,20 +115,20 @@ def build(
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; weights past what one file holds go to ``NAME.onnx.data`` beside it, and are then gone from ``proto``.
+    """Write a graph; weights too large for one file go to ``NAME.onnx.data`` beside it and are removed from ``proto``.
 
     Raises:
-        WriteError: The disk refuses.
+        WriteError: The graph cannot be written.
     """
     size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     try:
         onnx.save(proto, path, save_as_external_data=size > LARGEST_FILE, location=f"{path.name}.data")
-    except (OSError, RuntimeError) as error:  # the latter of what is written in native code
+    except (OSError, RuntimeError) as error:  # the latter from native code
         raise write_error(path, error) from error
 
 
 def _example(name: str, port: Port, config: FineLIPConfig) -> Tensor:
-    """An input to trace with. No free axis has a size that the model knows, or it would be taken for fixed."""
+    """Example input for tracing. No free axis has a size that occurs in the model, or it would be taken as fixed."""
     if name == "ids":
         ids = torch.full((2, max(3, config.context_length - 1)), config.word_token)
         ids[:, -1] = config.end_token

@@ -1,4 +1,4 @@
-"""Whose weights an exported graph holds, which shows without running it."""
+"""Check of the weights in an exported graph, without running it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WEIGHT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, T
 
 
 def weight_problems(graph: ModelProto, model: FineLIP) -> tuple[int, list[str]]:
-    """How many constants of a graph are the model's, and which are not, each with the weight that is nearest."""
+    """Count a graph's constants, and describe those that are not the model's weights, each with the nearest weight."""
     known = _Weights(model)
     count, wrong = 0, []
     for tensor in graph.graph.initializer:
@@ -31,7 +31,7 @@ def weight_problems(graph: ModelProto, model: FineLIP) -> tuple[int, list[str]]:
 
 
 class _Weights:
-    """The model's weights in every form that an exporter gives them."""
+    """The model's weights in every form that an exporter writes."""
 
     def __init__(self, model: FineLIP) -> None:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -42,7 +42,7 @@ class _Weights:
         self._quantized: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def problem(self, values: np.ndarray) -> str:
-        """What is wrong with a constant; empty: it is a weight, or nothing but zeros."""
+        """Describe what is wrong with a constant; empty if it is a weight, or all zeros."""
         if not values.any():
             return ""
         nearest, fewest = "is no weight of the checkpoint", values.size
@@ -58,7 +58,7 @@ class _Weights:
         return nearest
 
     def _forms(self, like: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Every form of a weight that has this type and shape."""
+        """Yield every form of a weight that has this type and shape."""
         for name, weight in self._exact.items():
             for label, form in ((name, weight), (f"{name}, transposed", weight.T)):
                 if label != name and weight.ndim != 2:
@@ -74,7 +74,7 @@ class _Weights:
                         yield f"{label}, scales", scales.astype(like.dtype)
 
     def _quantize(self, label: str, weight: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-        """Made from float32, or from what is left of it in float16."""
+        """Quantise a weight from float32, or from its values rounded to float16."""
         key = f"{label} {dtype.__name__}"
         if key not in self._quantized:
             self._quantized[key] = quantize_weight(rounded(weight, np.dtype(dtype)))

@@ -1,13 +1,13 @@
-"""The parity gate: no exported file is handed over before it gave the model's own embeddings.
+"""The parity gate: no exported file is released before it has reproduced the model's own embeddings.
 
-The judge is the PyTorch model in float32 on the CPU. :class:`Reference` holds its answers to a fixed set of questions, and
-:func:`prove` puts the same questions to exported encoders:
+The standard is the PyTorch model in float32 on the CPU. :class:`Reference` holds its embeddings of a fixed set of inputs, and
+:func:`prove` compares exported encoders with them:
 
 - files: names, axes and element types of every graph; every weight in it is one of the checkpoint's;
 - values: largest and mean error, and cosine of every row, for batches of 1, 7 and 64, texts of 3, 77, 128 and all positions,
-  and captions of every length from nothing but padding to exactly full;
-- company: the same item gives the same embedding twice in a batch, alone, and at any padding;
-- ranking: on held-out pairs, how often the best hit is the same, and what recall@1 loses.
+  and captions of every length from only padding to exactly full;
+- company: the same item gives the same embedding twice in a batch, alone, and with any padding;
+- ranking: on held-out pairs, how often the best hit is the same, and how recall@1 changes.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 DATA = "scenes:test:200"
 BATCHES = (1, 7, 64)
-LENGTHS = (3, 77, 128)  # and the whole context
+LENGTHS = (3, 77, 128)  # and the full context
 
 
 class Limits(NamedTuple):
-    """What a precision may lose.
+    """Limits on what a precision may lose.
 
     Attributes:
         largest, mean: Error of an embedding's entries.
-        cosine: Least cosine of a row with the model's.
-        company: Difference between embeddings of the same item in other company.
+        cosine: Smallest cosine of a row with the model's.
+        company: Difference between embeddings of the same item in different batches or with different padding.
         agreement: Share of queries, both directions, with the same best item.
         recall: Change of recall@1, both directions.
     """
@@ -75,13 +75,13 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Encoders:
-    """What is to be proven.
+    """Exported encoders to prove.
 
     Args:
-        image: Pixels ``[B, 3, S, S]`` to embeddings.
-        text: Ids ``[B, T]`` to embeddings.
-        more: Others that were exported: ``"image_uint8"`` of pixels ``[B, S, S, 3]``, ``"scorer"`` of two sets of embeddings.
-        graphs: The files of those that are ONNX, by name.
+        image: Function from pixels ``[B, 3, S, S]`` to embeddings.
+        text: Function from ids ``[B, T]`` to embeddings.
+        extras: Other exported functions: ``"image_uint8"`` of pixels ``[B, S, S, 3]``, ``"scorer"`` of two sets of embeddings.
+        graphs: Graphs of those that are ONNX, by name.
     """
 
     image: Encode
@@ -92,7 +92,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Check:
-    """One question: what was measured, what is allowed, and in words what is wrong."""
+    """Result of one check: the value measured, its limit, and what is wrong in words."""
 
     name: str
     passed: bool
@@ -118,16 +118,16 @@ class Case:
 
 
 class Reference:
-    """The model's own answers, computed once for all precisions.
+    """The model's own embeddings, computed once for all precisions.
 
     Args:
         model: Model in float32 on the CPU.
         pairs: Held-out pairs of pictures and captions, as :func:`finelip_fast.datasets.open_dataset` takes them.
         root: Folder that relative picture paths start from.
-        progress: Show progress bars.
+        progress: Whether to show progress bars.
 
     Raises:
-        InputError: Fewer than two pairs, or a data set that is not there.
+        InputError: Fewer than two pairs, or a data set that does not exist.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Reference:
 
     @cached_property
     def images(self) -> Tensor:
-        """Their embeddings ``[N, L, D]``."""
+        """Embeddings ``[N, L, D]`` of the held-out pictures."""
         return self.encode(self.model.encode_image, self.pixels, "model: pictures")
 
     @cached_property
@@ -162,7 +162,7 @@ class Reference:
 
     @cached_property
     def full(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """64 captions of exactly so many positions, and their embeddings, by that length."""
+        """Sets of 64 captions of exactly the same length in positions, and their embeddings, by that length."""
         outputs = {}
         for length in self.lengths:
             ids = torch.stack([self._of_length(length, start) for start in range(max(BATCHES))])
@@ -171,7 +171,7 @@ class Reference:
 
     @cached_property
     def every_length(self) -> list[tuple[Tensor, Tensor]]:
-        """Captions of every length from 0, padding alone, to the whole context; a few in each batch, and their embeddings."""
+        """Captions of every length from 0 (only padding) to the full context, a few in each batch, and their embeddings."""
         context = self.model.config.context_length
         outputs = []
         for first in range(0, context + 1, 16):
@@ -183,14 +183,14 @@ class Reference:
         return outputs
 
     def encode(self, encode: Encode, batch: Tensor, description: str) -> Tensor:
-        """A long batch in parts, with a progress bar; float32 on the CPU."""
+        """Encode a long batch in parts, with a progress bar; float32 on the CPU."""
         parts = batch.split(max(BATCHES))
         bar = tqdm(parts, desc=description, unit="batch", disable=not self.progress or len(parts) < 2, leave=False)
         with torch.inference_mode():
             return torch.cat([encode(part).float().cpu() for part in bar])
 
     def _of_length(self, length: int, start: int) -> Tensor:
-        """``[length]``: words of the held-out captions from a start on, between start and end token."""
+        """Ids ``[length]``: words of the held-out captions from a given start, between start and end token."""
         before, end = torch.tensor(self.model.tokenizer.start, dtype=torch.int64), self.model.config.end_token
         stream = self.captions[self.captions > 0]
         words = stream[~torch.isin(stream, torch.tensor([*before.tolist(), end]))]
@@ -203,13 +203,13 @@ class Reference:
 
 @dataclass
 class Report:
-    """What the gate found.
+    """Findings of the gate.
 
     Attributes:
         precision: The row of :data:`LIMITS` that was used.
-        checks: All questions, in order.
+        checks: All checks, in order.
         cases: Errors batch by batch.
-        facts: Where and on what it was measured.
+        facts: Machine and data of the measurement.
     """
 
     precision: str
@@ -218,7 +218,7 @@ class Report:
     facts: dict[str, str | float] = field(default_factory=dict)
 
     def also(self, addition: Report) -> Report:
-        """Both reports as one, the other one's lines under the name of what it ran on."""
+        """Merge this report with another, whose lines go under the name of what it ran on."""
         where = addition.facts["on"]
         checks = [replace(check, name=f"{where}: {check.name}") for check in addition.checks]
         cases = [replace(case, name=f"{where}: {case.name}") for case in addition.cases]
@@ -231,11 +231,11 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """What is wrong, a sentence for each failed check."""
+        """Descriptions of what is wrong, one for each failed check."""
         return [str(check) for check in self.checks if not check.passed]
 
     def summary(self) -> dict[str, object]:
-        """What a manifest keeps."""
+        """Summary that a manifest keeps."""
         measured = {check.name: check.value for check in self.checks if check.value is not None}
         return {"passed": self.passed, **self.facts, **measured}
 
@@ -267,16 +267,16 @@ class Report:
 
 
 def prove(reference: Reference, encoders: Encoders, precision: str, *, on: str = "CPU") -> Report:
-    """Put every question to exported encoders.
+    """Run all checks on exported encoders.
 
     Args:
-        reference: The model's answers.
-        encoders: The candidates.
-        precision: A row of :data:`LIMITS`.
-        on: What they run on, for the report.
+        reference: The model's own embeddings.
+        encoders: Encoders to check.
+        precision: Row of :data:`LIMITS` to apply.
+        on: Name of what they run on, for the report.
 
     Returns:
-        The report; questions that make no sense after an earlier failure are not asked.
+        The report; checks that make no sense after an earlier failure are skipped.
     """
     report = Report(precision)
     started = time.perf_counter()
@@ -302,7 +302,7 @@ def prove(reference: Reference, encoders: Encoders, precision: str, *, on: str =
 class _Gate:
     def __init__(self, reference: Reference, encoders: Encoders, limits: Limits, report: Report) -> None:
         self.reference, self.encoders, self.limits, self.report = reference, encoders, limits, report
-        self.held_out: list[Tensor] = []  # embeddings of the pictures and of the captions, as exported
+        self.held_out: list[Tensor] = []  # exported embeddings of the pictures and of the captions
 
     def files(self) -> None:
         for name, graph in self.encoders.graphs.items():
@@ -394,7 +394,7 @@ class _Gate:
         self.report.cases.append(case)
 
     def _values(self, name: str, outputs: list[Tensor], expected: list[Tensor], reason: str = "") -> bool:
-        """Compare embeddings; whether they are within the limits."""
+        """Compare embeddings, and return whether they are within the limits."""
         rows, expected_rows = (torch.cat([batch.flatten(0, 1) for batch in ones]) for ones in (outputs, expected))
         broken = int((~rows.isfinite()).any(dim=1).sum())
         if broken:
@@ -418,8 +418,8 @@ class _Gate:
         self._say(f"{name}: identical rows", value <= limit, "the same item four times in a batch", value, limit)
 
     def _end_token_reason(self, outputs: list[Tensor]) -> str:
-        """What position row 0 of captions comes from, where that is not the end token."""
-        middle = len(outputs) // 2  # captions that some padding follows
+        """Describe the position that row 0 of captions comes from, if it is not the end token."""
+        middle = len(outputs) // 2  # captions followed by some padding
         ids, model = self.reference.every_length[middle][0], self.reference.model
         with torch.inference_mode():
             features = F.normalize(model.text(ids), dim=-1)
@@ -436,13 +436,13 @@ class _Gate:
 
 
 def _cosine(output: Tensor, expected: Tensor) -> float:
-    """Least cosine of rows with those expected; a row of zeros agrees with a row of zeros alone."""
+    """Smallest cosine of rows with those expected; a row of zeros agrees only with a row of zeros."""
     output, expected = output.flatten(0, -2).double(), expected.flatten(0, -2).double()
     both_zero = (output.norm(dim=-1) == 0) & (expected.norm(dim=-1) == 0)
     return float(F.cosine_similarity(output, expected, dim=-1).masked_fill(both_zero, 1.0).min())
 
 
 def levels(pixels: Tensor, config: FineLIPConfig) -> Tensor:
-    """Normalised pixels ``[B, 3, S, S]`` back to the picture's own, uint8 ``[B, S, S, 3]``."""
+    """Convert normalised pixels ``[B, 3, S, S]`` back to the picture's own, uint8 ``[B, S, S, 3]``."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (config.image_mean, config.image_std))
     return ((pixels * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

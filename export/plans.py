@@ -1,4 +1,4 @@
-"""ONNX graphs to TensorRT plans, by ``tensorrt`` or ``tensorrt_rtx``."""
+"""Conversion of ONNX graphs to TensorRT plans, by ``tensorrt`` or ``tensorrt_rtx``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finelip_fast.runtimes import trt as runtime
 
 
 class Builder(NamedTuple):
-    """What the builder is told.
+    """Options of the builder.
 
     Args:
-        workspace: Greatest scratch memory of a layer, in MiB; None: as much as there is.
-        version_compatible: Plans that later versions with the same major number read, too.
-        hardware_compatible: Plans for every GPU from compute capability 8.0 on.
-        refittable: Plans that take the weights of another checkpoint of the same sizes.
-        strip: Plans without weights, to be refitted before they run.
+        workspace: Largest scratch memory of a layer in MiB; None means as much as there is.
+        version_compatible: Whether later versions with the same major number can read the plans, too.
+        hardware_compatible: Whether the plans run on every GPU of compute capability 8.0 or more.
+        refittable: Whether the plans can take the weights of another checkpoint of the same sizes.
+        strip: Whether the plans have no weights and must be refitted before they run.
     """
 
     workspace: int | None = None
@@ -42,22 +42,22 @@ def build_plan(
     *,
     progress: bool = True,
 ) -> bytes:
-    """A plan of an ONNX graph of one input.
+    """Build a plan from an ONNX graph with one input.
 
     Args:
-        path: The graph.
-        shapes: Least, best and greatest shape of the input, for each optimisation profile.
-        target: What to build with and for.
-        builder: What the builder is told.
-        progress: Show progress on stderr.
+        path: File of the graph.
+        shapes: Minimum, optimum and maximum shape of the input, for each optimisation profile.
+        target: TensorRT to build with, and GPU to build for.
+        builder: Options of the builder.
+        progress: Whether to show progress on stderr.
 
     Raises:
-        EngineError: TensorRT cannot read the graph or build it; says why.
+        EngineError: TensorRT cannot read the graph or build it; the message says why.
     """
     trt, log = runtime.load_module(target.module), runtime.logger(target.module)
     log.errors.clear()
     make = trt.Builder(log)
-    # From version 11 on every network is strongly typed: each operation in the precision that the graph gives it.
+    # From version 11 on, every network is strongly typed: each operation has the precision that the graph gives it.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = make.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
@@ -85,7 +85,7 @@ def build_plan(
 
 
 def refit_plan(plan: Path, graph: Path, module: str) -> bytes:
-    """A plan with the weights of an ONNX graph in the place of its own.
+    """Create a copy of a plan with the weights of an ONNX graph instead of its own.
 
     Raises:
         EngineError: TensorRT cannot read the plan, or some of its weights are not in the graph.
@@ -113,20 +113,20 @@ def _configure(trt: Any, config: Any, target: runtime.Machine, builder: Builder)
     for name, enabled in flags.items():
         if enabled:
             config.set_flag(getattr(trt.BuilderFlag, name))
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 products stay float32, as PyTorch's are
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 products stay float32, as in PyTorch
     if builder.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, builder.workspace << 20)
     if target.module == "tensorrt":
         if builder.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    elif not builder.hardware_compatible:  # with none named, plans of TensorRT for RTX are for all from 8.0 on
+    elif not builder.hardware_compatible:  # by default, plans of TensorRT for RTX are for all GPUs from 8.0 on
         config.num_compute_capabilities = 1
         level = capability(trt, target.compute_capability)
         config.set_compute_capability(trt.ComputeCapability.CURRENT if level is None else level, 0)
 
 
 class _Timings:
-    """What TensorRT measured in earlier builds on this GPU; TensorRT for RTX measures nothing."""
+    """Timings that TensorRT measured in earlier builds on this GPU; TensorRT for RTX measures none."""
 
     def __init__(self, trt: Any, config: Any, target: runtime.Machine) -> None:
         self._cache: Any = None
@@ -137,7 +137,7 @@ class _Timings:
             with contextlib.suppress(EngineError):
                 content = read_bytes(self._path, error=EngineError, max_bytes=1 << 28)
             self._cache = config.create_timing_cache(content)
-            if not config.set_timing_cache(self._cache, False):  # of another driver, say
+            if not config.set_timing_cache(self._cache, False):  # from another driver, for example
                 self._cache = config.create_timing_cache(b"")
                 config.set_timing_cache(self._cache, False)
 
@@ -151,7 +151,7 @@ class _Timings:
 
 def _monitor(trt: Any, bar: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Steps of the outermost phase; the name of the innermost one beside them."""
+        """Progress in steps of the outermost phase, with the name of the innermost one."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -181,5 +181,5 @@ def _monitor(trt: Any, bar: Any) -> Any:
 
 
 def capability(trt: Any, compute_capability: str) -> Any:
-    """TensorRT's own name of a compute capability such as ``"8.9"``; None: it has none."""
+    """TensorRT's own constant for a compute capability such as ``"8.9"``; None if it has none."""
     return getattr(trt.ComputeCapability, f"SM{compute_capability.replace('.', '')}", None)

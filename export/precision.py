@@ -1,7 +1,7 @@
-"""Graphs in half precision: products in float16 or bfloat16, what is sensitive in float32.
+"""Graphs in half precision: products in float16 or bfloat16, sensitive operations in float32.
 
-The rules are autocast's. A product (``PRODUCTS``) takes and gives half precision; what moves or scales numbers
-(``FOLLOWERS``) stays in the precision that it is given; everything else is float32: LayerNorm, softmax, norms, and the
+The rules are those of autocast. A product (``PRODUCTS``) takes and returns half precision; operations that move or scale
+numbers (``FOLLOWERS``) keep the precision of their inputs; everything else is float32: LayerNorm, softmax, norms, and the
 residual sums, where half precision loses most. Inputs and outputs of the graph keep their types.
 """
 
@@ -41,14 +41,14 @@ _GREATEST = float(np.finfo(np.float16).max)
 
 
 def in_half(proto: ModelProto, precision: str) -> ModelProto:
-    """A float32 graph in half precision.
+    """Convert a float32 graph to half precision.
 
     Args:
         proto: Graph from :func:`finelip_fast.export.graphs.build`, which is not changed.
         precision: ``"fp16"`` or ``"bf16"``.
 
     Returns:
-        A new graph. Constants that float16 cannot hold become its greatest number, so that nothing is infinite.
+        A new graph. Constants that float16 cannot hold become its largest number, so that nothing is infinite.
     """
     result = ModelProto()
     result.CopyFrom(proto)
@@ -56,7 +56,7 @@ def in_half(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Constants in another precision, nothing of them infinite."""
+    """Convert constants to another precision without making any infinite."""
     if dtype == np.float16:
         values = values.clip(-_GREATEST, _GREATEST)
     return values.astype(dtype)
@@ -70,7 +70,7 @@ class _Halver:
             tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.FLOAT
         }
         self.half: set[str] = set()  # activations that are held in half precision
-        self.kept: set[str] = set()  # constants that something still takes in float32
+        self.kept: set[str] = set()  # constants that are still needed in float32
         self.casts: dict[tuple[str, bool], str] = {}
         self.nodes: list[NodeProto] = []
         self.rounded: list[TensorProto] = []
@@ -82,7 +82,7 @@ class _Halver:
         for node in graph.node:
             floats = [name for name in node.input if name in self.constants or types.get(name) == TensorProto.FLOAT]
             moving = [name for name in floats if name not in self.constants]
-            # Without activations it takes rows of a constant table, as the embedding of words.
+            # Without activations, it takes rows of a constant table, such as the word embeddings.
             if node.op_type in self.products or not moving:
                 low = bool(floats)
             else:
@@ -101,7 +101,7 @@ class _Halver:
         return self.proto
 
     def _held(self, name: str, low: bool) -> str:
-        """The name under which a value is there in half precision (``low``) or float32."""
+        """Name of a value in half precision (``low``) or float32, with a cast if needed."""
         if name in self.constants:
             if not low:
                 self.kept.add(name)
@@ -120,10 +120,10 @@ class _Halver:
 
 
 def rounding_twin(proto: ModelProto) -> ModelProto:
-    """A half-precision graph as GPUs compute it, for a runtime that has no products of that type: each result is computed in
-    float32 and rounded.
+    """Convert a half-precision graph to one that computes each result in float32 and rounds it, as GPUs do.
 
-    ONNX Runtime has no bfloat16 on a CPU, and computes float16 there in float32 throughout, which hides an overflow.
+    It is for a runtime without products of that type: ONNX Runtime has no bfloat16 on a CPU, and computes float16 there in
+    float32 throughout, which hides an overflow.
     """
     result = ModelProto()
     result.CopyFrom(proto)
@@ -151,6 +151,6 @@ def rounding_twin(proto: ModelProto) -> ModelProto:
 
 
 def _element_types(proto: ModelProto) -> dict[str, int]:
-    """Element types of all activations, the weights left out of the inference: it is about their types alone."""
+    """Infer the element types of all activations, without those of the weights."""
     graph = onnx.shape_inference.infer_shapes(proto).graph
     return {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}

@@ -1,12 +1,12 @@
-"""Graphs in int8: the linear layers' products of 8-bit numbers, everything else as it was.
+"""Graphs in int8: linear layers multiply 8-bit numbers, everything else is unchanged.
 
-Weights ``[K, N]`` are symmetric with a scale for each column. The rows that they meet are scaled either
+Weights ``[K, N]`` are quantized symmetrically with a scale for each column. The rows that they multiply are scaled either
 
-- row by row as they come (:func:`by_rows`, for ONNX Runtime): a row's result depends on that row alone, so an embedding is the
+- row by row at run time (:func:`by_rows`, for ONNX Runtime): a row's result depends on that row alone, so an embedding is the
   same in any batch, which one scale for a whole tensor would break; or
-- by one constant a layer that calibration found (:func:`calibrated`, for TensorRT, which knows no other).
+- by one constant per layer from calibration (:func:`calibrated`, for TensorRT, which supports nothing else).
 
-Layers with fewer than ``LEAST_COLUMNS`` outputs stay as they are: they cost nothing, and those of ATRM weigh whole tokens.
+Layers with fewer than ``LEAST_COLUMNS`` outputs are unchanged: they cost nothing, and those of ATRM weight whole tokens.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from finelip_fast.runtimes.onnx import load_onnxruntime, session_options
 LEAST_COLUMNS = 128
 GREATEST = 127
 
-# Of a layer's inputs, so many are within the calibrated range; the rest is cut to it.
+# Share of a layer's inputs that are within the calibrated range; the rest are clipped to it.
 _WITHIN = 0.9999
 
 Array = NDArray[np.floating]
 
 
 def quantize_weight(weight: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """``[K, N]`` to int8 values and a scale for each of the ``N`` columns."""
+    """Quantize ``[K, N]`` to int8 values and a scale for each of the ``N`` columns."""
     scale = np.abs(weight.astype(np.float32)).max(axis=0) / GREATEST
     scale[scale == 0] = 1
     return np.round(weight / scale).astype(np.int8), scale
 
 
 def by_rows(proto: ModelProto) -> ModelProto:
-    """A float32 graph with linear layers in int8, the rows scaled as they come.
+    """Convert the linear layers of a float32 graph to int8, with rows scaled at run time.
 
     Args:
         proto: Graph from :func:`finelip_fast.export.graphs.build`, which is not changed.
     """
     result, layers = _copy(proto)
-    # Rows are uint8 around 128: with AVX-512 VNNI, ONNX Runtime multiplies those by int8 ten times as fast as int8 by int8.
+    # Rows are uint8 around 128: with AVX-512 VNNI, ONNX Runtime multiplies uint8 by int8 ten times as fast as int8 by int8.
     constants = {
         "int8_last_axis": np.array([-1], np.int64),
         "int8_least": np.float32(1e-12),
@@ -55,7 +55,7 @@ def by_rows(proto: ModelProto) -> ModelProto:
         "int8_zero": np.uint8(128),
     }
     nodes: list[NodeProto] = []
-    rows: dict[str, tuple[str, str]] = {}  # of each input, its quantized rows and their scales
+    rows: dict[str, tuple[str, str]] = {}  # quantized rows and their scales, by input
 
     def op(kind: str, *inputs: str, out: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [out], name=out, **attributes))
@@ -78,8 +78,8 @@ def by_rows(proto: ModelProto) -> ModelProto:
         constants[f"{y}_weight"], constants[f"{y}_weight_scale"] = quantize_weight(layer)
         total = op("MatMulInteger", quantized, f"{y}_weight", "int8_zero", out=f"{y}_int32")
         value = op("Cast", total, out=f"{y}_total", to=TensorProto.FLOAT)
-        # In this order: a product of the two scales would look like what ONNX Runtime fuses with one scale for all rows, and
-        # version 1.32 then takes the first row's for all.
+        # In this order: a product of the two scales would match a pattern that ONNX Runtime fuses with one scale for all rows,
+        # and version 1.32 would then use the first row's scale for all.
         by_columns = op("Mul", value, f"{y}_weight_scale", out=f"{y}_by_columns")
         bias = list(node.input[2:])
         product = op("Mul", by_columns, scale, out=f"{y}_product" if bias else y)
@@ -89,10 +89,10 @@ def by_rows(proto: ModelProto) -> ModelProto:
 
 
 def calibrated(proto: ModelProto, batches: Iterable[dict[str, np.ndarray]]) -> ModelProto:
-    """A graph with linear layers in int8, each layer's input scaled by one constant (QuantizeLinear, DequantizeLinear).
+    """Convert a graph's linear layers to int8, with one constant scale per layer input (QuantizeLinear, DequantizeLinear).
 
     Args:
-        proto: Graph in float16 or float32, which what is not in int8 keeps.
+        proto: Graph in float16 or float32; whatever is not int8 keeps this type.
         batches: Inputs of the graph to calibrate with, as :meth:`onnxruntime.InferenceSession.run` takes them.
     """
     result, layers = _copy(proto)
@@ -129,7 +129,7 @@ def calibrated(proto: ModelProto, batches: Iterable[dict[str, np.ndarray]]) -> M
 
 
 def _copy(proto: ModelProto) -> tuple[ModelProto, dict[str, Array]]:
-    """A copy, and the weights ``[K, N]`` of the layers to quantize by the names of their outputs."""
+    """Copy a graph, and collect the weights ``[K, N]`` of the layers to quantize, by the names of their outputs."""
     result = ModelProto()
     result.CopyFrom(proto)
     return result, dict(_layers(proto))
@@ -149,7 +149,7 @@ def _layers(proto: ModelProto) -> Iterator[tuple[str, Array]]:
 
 
 def _ranges(proto: ModelProto, names: list[str], batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Largest magnitude of each tensor, outliers apart, over all batches."""
+    """Largest magnitude of each tensor over all batches, ignoring outliers."""
     watched = ModelProto()
     watched.CopyFrom(proto)
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)

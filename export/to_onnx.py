@@ -1,11 +1,11 @@
 """Export a checkpoint's encoders to ONNX: ``python export/to_onnx.py CHECKPOINT``, or ``finelip export onnx CHECKPOINT``.
 
-The files are compared with the model before anyone gets them (:mod:`finelip_fast.export.parity`).
+The files are compared with the model before they are released (:mod:`finelip_fast.export.parity`).
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+if __name__ == "__main__":  # before the imports, whose seconds are part of the command
     from finelip_fast._command_line import run_script
 
     raise SystemExit(run_script("export", "onnx"))
@@ -59,21 +59,21 @@ def export_onnx(
     progress: bool = True,
     reference: parity.Reference | None = None,
 ) -> Path:
-    """Write ``image.onnx`` and ``text.onnx`` of a checkpoint, proven.
+    """Write and prove ``image.onnx`` and ``text.onnx`` of a checkpoint.
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` (products in half precision); ``"int8"`` (linear layers, rows scaled as
-            they come: for ONNX Runtime); ``"int8-calibrated"`` (linear layers, scales from calibration: for TensorRT).
-        out: Folder to write; None: ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
-        opset: ONNX's operator set, at least 18.
-        extras: More graphs: ``"image_uint8"``, ``"scorer"``; see :mod:`finelip_fast.export.graphs`.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` (products in half precision); ``"int8"`` (linear layers, rows scaled at
+            run time, for ONNX Runtime); ``"int8-calibrated"`` (linear layers, scales from calibration, for TensorRT).
+        out: Folder to write; None means ``exports/onnx-PRECISION`` beside the checkpoint, where engines look.
+        opset: ONNX operator set, at least 18.
+        extras: Additional graphs: ``"image_uint8"``, ``"scorer"``; see :mod:`finelip_fast.export.graphs`.
         data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
-        calibration: Pairs to calibrate with, other than those.
-        keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
-        again: Also where a proven export of this checkpoint is there.
-        progress: Show progress on stderr.
-        reference: The answers of this checkpoint's model on ``data``, where they are there from another export.
+        calibration: Pairs to calibrate with, different from those.
+        keep_failed: Whether to keep refused files, as ``failed-…`` beside the folder.
+        again: Whether to export even if a proven export of this checkpoint exists.
+        progress: Whether to show progress on stderr.
+        reference: Embeddings of this checkpoint's model on ``data``, if there are any from another export.
 
     Returns:
         The folder, with ``manifest.json``, ``parity.json`` and ``parity.md`` beside the graphs.
@@ -81,8 +81,8 @@ def export_onnx(
     Raises:
         InputError: An unknown precision, extra or data set; an opset that is too old.
         CheckpointError: A checkpoint that cannot be loaded.
-        EngineError: The files did not prove to be the model.
-        WriteError: The folder cannot be written; an export that was there before is there still.
+        EngineError: The files do not reproduce the model.
+        WriteError: The folder cannot be written; a previous export is kept.
     """
     one_of("precision", precision, PRECISIONS)
     if unknown := set(extras) - set(EXTRAS):
@@ -97,7 +97,7 @@ def export_onnx(
     if not again and _up_to_date(folder, fingerprint, options, names):
         return folder
     reference = reference or parity.Reference(model, data, progress=progress)
-    with being_written(folder, keep_failed) as partial:  # first of all, so that what cannot be written fails at once
+    with being_written(folder, keep_failed) as partial:  # first of all, so that an unwritable folder fails at once
         for name in tqdm(names, desc=f"export, {precision}", unit="graph", disable=not progress, leave=False):
             proto = graphs.build(model, name, opset=opset, metadata={"finelip.checkpoint": fingerprint})
             graphs.write(_in_precision(proto, name, precision, model, calibration), partial / f"{name}.onnx")
@@ -119,15 +119,15 @@ def export_onnx(
     return folder
 
 
-# ---- What to_trt.py shares
+# ---- Shared with to_trt.py
 
 
 @contextmanager
 def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
-    """A hidden folder that takes the place of ``folder`` when all went well; else it is deleted, or kept as ``failed-…``.
+    """Create a hidden folder that replaces ``folder`` on success; otherwise it is deleted, or kept as ``failed-…``.
 
     Raises:
-        WriteError: The disk refuses. What was there before is there still.
+        WriteError: The folder cannot be written. Its previous contents are kept.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -161,10 +161,10 @@ def _take_place(partial: Path, folder: Path) -> None:
 
 
 def finish(partial: Path, report: parity.Report, manifest: Manifest) -> None:
-    """Write report and manifest.
+    """Write the report and the manifest.
 
     Raises:
-        EngineError: The report refuses the files; says every reason.
+        EngineError: The report refuses the files; the message gives every reason.
     """
     report.write(partial)
     manifest.write(partial)
@@ -191,7 +191,7 @@ def _up_to_date(folder: Path, fingerprint: str, options: dict[str, Any], names: 
 
 def _in_precision(proto: ModelProto, name: str, precision: str, model: FineLIP, calibration: str) -> ModelProto:
     if name == "scorer" or precision == "fp32":
-        return proto  # scores are float32 always
+        return proto  # scores are always float32
     if precision == "int8":
         return quantize.by_rows(proto)
     if precision == "int8-calibrated":
@@ -211,7 +211,7 @@ def _calibration_batches(model: FineLIP, name: str, spec: str) -> Iterator[dict[
 def _prove(
     reference: parity.Reference, folder: Path, names: Sequence[str], precision: str
 ) -> tuple[parity.Report, list[str]]:
-    """The report on the written files, and the kinds of device that it speaks of: the CPU, and CUDA where that is here."""
+    """Prove the written files; return the report and the kinds of device that it covers: the CPU, and CUDA if available."""
     report = parity.prove(reference, _encoders(folder, names, precision, torch.device("cpu")), precision)
     if not report.passed or not (has_cuda() and torch.cuda.is_available()) or precision in CPU_ONLY:
         return report, ["cpu"]
@@ -222,13 +222,13 @@ def _prove(
 
 
 def _encoders(folder: Path, names: Sequence[str], precision: str, device: torch.device) -> parity.Encoders:
-    """The written files as ONNX Runtime runs them; half precision on the CPU with the rounding that a GPU has."""
+    """Open the written files in ONNX Runtime; on the CPU, half precision is rounded as on a GPU."""
     protos = {name: onnx.load(folder / f"{name}.onnx") for name in names}
 
     def load(name: str) -> OnnxGraph:
         if precision not in HALF or device.type == "cuda":
             return OnnxGraph(folder / f"{name}.onnx", device)
-        # As it stands bfloat16 cannot run here, and float16 runs without its rounding.
+        # Unchanged, bfloat16 cannot run here, and float16 runs without its rounding.
         with tempfile.TemporaryDirectory() as scratch:
             graphs.write(rounding_twin(protos[name]), Path(scratch) / f"{name}.onnx")
             return OnnxGraph(Path(scratch) / f"{name}.onnx", device)
@@ -254,10 +254,10 @@ def run(
     """Export one or several precisions, each with the options of :func:`export_onnx`.
 
     Returns:
-        What was made, by precision.
+        Folders and proofs, by precision.
 
     Raises:
-        InputError: Several precisions, and one folder for all.
+        InputError: Several precisions with a single folder.
     """
     for name in precision:
         one_of("precision", name, PRECISIONS)

@@ -1,12 +1,12 @@
 """Build a checkpoint's encoders as TensorRT plans: ``python export/to_trt.py``, or ``finelip export trt``.
 
-The plans are made from proven ONNX graphs and compared with the model before anyone gets them. That takes the GPU that they
-are for: plans for another one, named by its compute capability, are proven there, with ``--prove``.
+The plans are made from proven ONNX graphs and compared with the model before they are released. The comparison needs the GPU
+that they are for: plans for another one, named by its compute capability, are proven there, with ``--prove``.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+if __name__ == "__main__":  # before the imports, whose seconds are part of the command
     from finelip_fast._command_line import run_script
 
     raise SystemExit(run_script("export", "trt"))
@@ -62,28 +62,28 @@ def export_trt(
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         precision: ``"fp16"``, ``"bf16"``, ``"fp32"``, or ``"int8"`` (linear layers, scales from calibration; the rest fp16).
-        profile: Batches to build for: ``"latency"`` (1, and up to 16), ``"throughput"`` (up to 128, best at 32) or
-            ``"1,OPT,MAX"``. Texts are of 1 to all positions, best at half of them.
-        compute_capability: Capability of the GPU to build for, ``"8.9"``. Needs ``tensorrt_rtx``. Default: the GPU that is
-            here, with ``tensorrt`` where both are installed.
-        out: Folder to write; None: ``exports/trt-PRECISION-smCAPABILITY`` beside the checkpoint, where engines look
+        profile: Batch sizes to build for: ``"latency"`` (1, and up to 16), ``"throughput"`` (up to 128, best at 32) or
+            ``"1,OPT,MAX"``. Texts may have 1 to all positions, best at half of them.
+        compute_capability: Compute capability of the GPU to build for, such as ``"8.9"``. Needs ``tensorrt_rtx``. Default:
+            this machine's GPU, with ``tensorrt`` if both are installed.
+        out: Folder to write; None means ``exports/trt-PRECISION-smCAPABILITY`` beside the checkpoint, where engines look
             (``exports/stripped-trt-…`` for plans without weights, which no engine can run).
-        builder: What the builder is told.
-        refit: Folder of refittable plans to fill with this checkpoint's weights, instead of building; its profile is kept.
+        builder: Options of the builder.
+        refit: Folder of refittable plans to fill with this checkpoint's weights instead of building; its profile is kept.
         data: Held-out pairs for the comparison, as :func:`finelip_fast.datasets.open_dataset` takes them.
-        keep_failed: Keep files that were refused, as ``failed-…`` beside the folder.
-        again: Also where the same plans are there.
-        progress: Show progress on stderr.
+        keep_failed: Whether to keep refused files, as ``failed-…`` beside the folder.
+        again: Whether to build even if the same plans exist.
+        progress: Whether to show progress on stderr.
 
     Returns:
         The folder, with ``manifest.json`` beside the plans, and the report of the comparison if there was one.
 
     Raises:
-        InputError: An unknown precision or profile, or a data set that is not there.
+        InputError: An unknown precision or profile, or a data set that does not exist.
         CheckpointError: A checkpoint that cannot be loaded.
         EngineError: No TensorRT that can build this here, a failed build, weights that do not fit the plans of ``refit``, or
-            plans that did not prove to be the model.
-        WriteError: The folder cannot be written; plans that were there before are there still.
+            plans that do not reproduce the model.
+        WriteError: The folder cannot be written; previous plans are kept.
     """
     one_of("precision", precision, PRECISIONS)
     batches = profile_batches(profile)
@@ -142,16 +142,16 @@ def prove_trt(
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        folder: The plans.
+        folder: Folder of the plans.
         data, keep_failed, progress: As in :func:`export_trt`.
 
     Returns:
-        The folder, its manifest now with the proof.
+        The folder, whose manifest now has the proof.
 
     Raises:
-        EngineError: No TensorRT or no GPU here, plans that are not for it or not of this checkpoint, or that are not the
-            model: those are deleted.
-        WriteError: The folder cannot be written; the plans are there still.
+        EngineError: No TensorRT or no GPU here, plans that are not for it or not of this checkpoint, or plans that do not
+            reproduce the model, which are deleted.
+        WriteError: The folder cannot be written; the plans are kept.
     """
     export = read(folder)
     machine = runtime.machine(module=export.manifest.options.get("module"))
@@ -169,7 +169,7 @@ def prove_trt(
                 shutil.copy2(folder / name, partial / name)
             to_onnx.finish(partial, report, dataclasses.replace(export.manifest, proof=report.summary()))
     except EngineError:
-        shutil.rmtree(folder)  # what is refused is found no more
+        shutil.rmtree(folder)  # refused plans must not be found again
         raise
     return folder
 
@@ -178,10 +178,10 @@ def prove_trt(
 
 
 def profile_batches(profile: str) -> tuple[Batches, ...]:
-    """Least, best and greatest batch of each optimisation profile.
+    """Minimum, optimum and maximum batch of each optimisation profile.
 
     Raises:
-        InputError: Not a known name, nor three numbers that rise from 1.
+        InputError: Neither a known name nor three numbers that rise from 1.
     """
     if profile in _PROFILES:
         return _PROFILES[profile]
@@ -195,23 +195,23 @@ def profile_batches(profile: str) -> tuple[Batches, ...]:
 
 
 def text_lengths(config: FineLIPConfig) -> tuple[int, int, int]:
-    """Least, best and greatest number of positions."""
+    """Minimum, optimum and maximum number of positions."""
     return 1, max(1, config.context_length // 2), config.context_length
 
 
 def input_shapes(graph: str, config: FineLIPConfig, batches: Sequence[Batches]) -> list[list[tuple[int, ...]]]:
-    """Least, best and greatest shape of a graph's input, for each optimisation profile."""
+    """Minimum, optimum and maximum shape of a graph's input, for each optimisation profile."""
     if graph == "image":
         return [[(batch, 3, config.image_size, config.image_size) for batch in sizes] for sizes in batches]
     return [list(zip(sizes, text_lengths(config), strict=True)) for sizes in batches]
 
 
 def find_target(compute_capability: str | None) -> runtime.Machine:
-    """What to build with, and for which GPU.
+    """Find the TensorRT module to build with, and the GPU to build for.
 
     Raises:
         InputError: Not a compute capability.
-        EngineError: No TensorRT that can build for it here.
+        EngineError: No TensorRT here that can build for it.
     """
     if compute_capability is None:
         if not runtime.importable():
@@ -239,9 +239,9 @@ def find_target(compute_capability: str | None) -> runtime.Machine:
 
 
 def structure(path: Path) -> str:
-    """SHA-256 of what an ONNX graph is without its weights: nodes, names, sizes and types of constants, sizes as values.
+    """SHA-256 of an ONNX graph without its weights: nodes; names, sizes and types of constants; values of int64 constants.
 
-    Two checkpoints can differ in it: the exporter merges constants that are equal and drops those that do nothing.
+    It can differ between two checkpoints: the exporter merges constants that are equal and drops those that do nothing.
     """
     graph = parse(path.read_bytes(), path.name).graph
     digest = hashlib.sha256()
@@ -288,7 +288,7 @@ def _options(
         "refittable": builder.refittable or builder.strip,
         "stripped": builder.strip,
     }
-    as_read: dict[str, Any] = json.loads(json.dumps(options))  # lists, as the manifest gives them back
+    as_read: dict[str, Any] = json.loads(json.dumps(options))  # lists, as read back from the manifest
     return as_read
 
 
@@ -307,7 +307,7 @@ def _check_but_proof(export: Export, fingerprint: str, rebuild: str, **expected:
 
 
 def _provable(manifest: Manifest) -> bool:
-    """Whether plans are not proven yet and the GPU is here that can."""
+    """Whether plans are not proven yet and the GPU that can prove them is here."""
     if manifest.proven or manifest.options["stripped"] or runtime.why_not() is not None:
         return False
     expected = runtime.expected_options(manifest.options, runtime.machine(module=manifest.options["module"]))
@@ -337,7 +337,7 @@ def _compare(
 
 
 def _read_refittable(folder: Path, precision: str) -> Export:
-    """Plans to refit, checked for all but the new weights."""
+    """Read the plans to refit, and check everything except the new weights."""
     export = read(folder)
     manifest = export.manifest
     if manifest.runtime != "trt" or not manifest.options.get("refittable"):
@@ -392,10 +392,10 @@ def run(
     progress: bool,
     **builder: Any,
 ) -> dict[str, Any]:
-    """Build plans, or prove those from elsewhere; ``builder`` holds the fields of :class:`Builder`.
+    """Build plans, or prove plans from elsewhere; ``builder`` holds the fields of :class:`Builder`.
 
     Returns:
-        What was made.
+        Folder, options and proof of the plans.
     """
     one_of("precision", precision, PRECISIONS)
     if prove:

@@ -1,7 +1,7 @@
 """finelip_fast: search pictures with long descriptions.
 
-FineLIP (CVPR 2025) extends CLIP from 77 text tokens to 256 and compares pictures and captions token by token. Begin with
-:class:`Retriever`; :func:`load` gives the model itself.
+FineLIP (CVPR 2025) extends CLIP from 77 text tokens to 256 and compares pictures and captions token by token. Start with
+:class:`Retriever`; :func:`load` returns the model itself.
 """
 
 import importlib as _importlib
@@ -72,7 +72,7 @@ __all__ = [
     "tokenize",
 ]
 
-# Each comes when it is first asked for: PyTorch takes seconds, in which a command can neither help nor be interrupted.
+# Imported on first access: importing PyTorch takes seconds, in which a command can neither print help nor be interrupted.
 _MODULES = {
     "checkpoint": ("FineLIP", "UntrainedAggregatorsWarning", "load", "save"),
     "client": ("AsyncClient", "Client"),
@@ -95,7 +95,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """A public name, the version, or a module of the package."""
+        """Return a public name, the version, or a module of the package."""
         if name == "__version__":
             globals()[name] = value = _importlib.import_module("importlib.metadata").version("finelip-fast")
             return value

@@ -1,4 +1,4 @@
-"""What a server and its clients agree on: which addresses are this machine's own, and where the key is looked for."""
+"""Conventions of servers and clients: which addresses belong to this machine, and where the API key is looked up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own: ``localhost``, 127.0.0.0/8 or ``::1``; no name is looked up."""
+    """Return whether a host is this machine: ``localhost``, 127.0.0.0/8 or ``::1``. No name is resolved."""
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True

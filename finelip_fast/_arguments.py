@@ -1,4 +1,4 @@
-"""Arguments: refused by their names where they are given, not where they fail. PyTorch is imported by what needs it."""
+"""Argument checks: invalid arguments are refused by name, before they fail elsewhere. PyTorch is imported only if needed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
-    """An integer of any library, no truth value.
+    """Return an integer of any library's type; booleans are refused.
 
     Raises:
-        InputError: Something else, or one below ``least`` or above ``most``; says what it is called.
+        InputError: The value is not an integer, is below ``least`` or is above ``most``; the message gives ``name``.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -36,10 +36,10 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
 
 
 def share(name: str, value: Any) -> float:
-    """A number from 0 to 1, no truth value and no NaN.
+    """Return a number from 0 to 1; booleans and NaN are refused.
 
     Raises:
-        InputError: Something else; says what it is called.
+        InputError: The value is not such a number; the message gives ``name``.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise InputError(f"expected {name} in [0, 1], got {value!r:.80}")
@@ -49,17 +49,17 @@ def share(name: str, value: Any) -> float:
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """
     Raises:
-        InputError: None of the known texts; says what it is called.
+        InputError: The value is not one of the known strings; the message gives ``name``.
     """
     if not isinstance(value, str) or value not in known:
         raise InputError(f"expected {name} to be one of {', '.join(known)}, got {value!r:.80}")
 
 
 def listed(name: str, value: Any) -> list[Any]:
-    """Several values as a list; a text or a dictionary is one value.
+    """Return several values as a list; a string or a dictionary counts as a single value.
 
     Raises:
-        InputError: One value; says what it is called.
+        InputError: The value is a single one; the message gives ``name``.
     """
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InputError(f"expected {name} as a list, got {value!r:.80}")
@@ -67,10 +67,10 @@ def listed(name: str, value: Any) -> list[Any]:
 
 
 def strings(name: str, value: Any) -> list[str]:
-    """Several strings as a list.
+    """Return several strings as a list.
 
     Raises:
-        InputError: One value, or something else among them; says what it is called.
+        InputError: The value is a single one, or contains something other than strings; the message gives ``name``.
     """
     values = listed(name, value)
     for text in values:
@@ -82,7 +82,7 @@ def strings(name: str, value: Any) -> list[str]:
 def folder_path(name: str, value: Any) -> Path:
     """
     Raises:
-        InputError: No path; says what it is called.
+        InputError: The value is not a path; the message gives ``name``.
     """
     if not isinstance(value, (str, PathLike)):
         raise InputError(f"expected {name} as a path, got {value!r:.80}")
@@ -94,7 +94,7 @@ def folder_path(name: str, value: Any) -> Path:
 def floating_dtype(name: str, value: Any) -> torch.dtype:
     """
     Raises:
-        InputError: No dtype of floating-point numbers; says what it is called.
+        InputError: The value is not a floating-point dtype; the message gives ``name``.
     """
     import torch
 
@@ -106,7 +106,7 @@ def floating_dtype(name: str, value: Any) -> torch.dtype:
 def matrices(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
     """
     Raises:
-        InputError: No tensor of that shape; says what it is called.
+        InputError: The value is not a tensor of that shape; the message gives ``name``.
     """
     from torch import Tensor
 
@@ -117,10 +117,10 @@ def matrices(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
 
 
 def find_device(name: Any) -> torch.device:
-    """The device to run on; None: a GPU if there is one.
+    """Return the device to run on; None: a GPU if there is one.
 
     Raises:
-        InputError: ``name`` is no name of a device.
+        InputError: ``name`` is not the name of a device.
         EngineError: This machine has no such device.
     """
     import torch
@@ -132,7 +132,7 @@ def find_device(name: Any) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the former where torch is built without CUDA
+    except (AssertionError, RuntimeError) as error:  # the former if torch is built without CUDA
         reason = str(error).partition("\n")[0]
         raise EngineError(
             f"device={str(name)!r:.80} cannot be used: {reason:.200}; use device='cpu', or leave it out"

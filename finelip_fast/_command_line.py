@@ -1,15 +1,15 @@
-"""How every command ends: its exit code, whatever comes between.
+"""The end of every command: its exit code, whatever happens.
 
 ===== ==============================================================================================================
 code  when
 ===== ==============================================================================================================
-0     done; also where nobody read all that was printed (``finelip search … | head -1``)
-2     an error, which its message explains: of the library, of the system, or of the command line
-130   interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: 128 and the number of the signal
+0     success, even if the output was not read to its end (``finelip search … | head -1``)
+2     an error in the library, the system or the command line, which the message explains
+130   interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: 128 plus the number of the signal
 ===== ==============================================================================================================
 
-What was acknowledged before is kept in each case. A signal is raised where the work is, so a job that adds to an index also
-keeps what it has embedded. A training first ends its step and saves its state, and says so as an error: 2.
+Work that was acknowledged before is kept in each case. A signal is raised inside the running work, so a job that adds to an
+index also keeps what it has embedded. A training run first finishes its step, saves its state and reports an error: 2.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from finelip_fast.errors import FineLIPError
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command and explain what stops it.
+    """Run a command and report the error that stops it, if any.
 
     Args:
-        command: Function that does the work and prints; returns its exit code, None for 0, or exits as Click does.
+        command: Function that does the work and prints; returns an exit code, None for 0, or exits as Click does.
 
     Returns:
         The exit code.
@@ -49,7 +49,7 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 
 def run_script(*words: str) -> int:
-    """Run a file of the repository as the command that it is: ``finelip WORDS`` with the arguments of the process."""
+    """Run a script of the repository as the command it stands for: ``finelip WORDS`` with the process's arguments."""
     return run_command(lambda: importlib.import_module("finelip_fast.cli").main([*words, *sys.argv[1:]]))
 
 
@@ -75,7 +75,7 @@ def _explained(command: Callable[[], int | None]) -> int:
         _complain(f"{printable(error.filename)}: {error.strerror}" if error.filename is not None else str(error))
     except Exception as error:
         if (shortage := _shortage(error)) is None:
-            raise  # a mistake of ours, which its traceback explains
+            raise  # a bug in the library, which the traceback explains
         _complain(shortage)
     return 2
 
@@ -85,10 +85,10 @@ def _complain(message: str) -> None:
 
 
 def _shortage(error: Exception) -> str | None:
-    """What there was too little of; None: it is another error."""
+    """Describe the resource that ran out; None if the error has another cause."""
     if isinstance(error, RecursionError):
         return "something is nested too deeply, or refers to itself: give a simpler one"
-    # PyTorch has its own words: of the CPU's allocator, and of the GPU's.
+    # PyTorch has messages of its own, one for the CPU's allocator and one for the GPU's.
     if isinstance(error, MemoryError) or any(word in str(error) for word in ("allocate memory", "out of memory")):
         return f"there is not enough memory: {str(error) or 'the system has no more'}; give less at once, or free some"
     return None
@@ -96,11 +96,11 @@ def _shortage(error: Exception) -> str | None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Raise the signals that would end the process at once, as Ctrl-C is raised."""
+    """Raise signals that would end the process at once as KeyboardInterrupt, as Ctrl-C does."""
     process = os.getpid()
 
     def stop(number: int, _: object) -> None:
-        if os.getpid() != process:  # a child by fork, which is ended as its parent wishes
+        if os.getpid() != process:  # a forked child, which ends as its parent wishes
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         raise KeyboardInterrupt(number)
@@ -109,7 +109,7 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # One that is ignored, as under nohup, stays so.
+            # An ignored signal, as under nohup, stays ignored.
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, stop)
     try:
@@ -121,7 +121,7 @@ def _signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Show warnings as lines that a person reads: where they arose in the library says nothing to who runs a command."""
+    """Show warnings as plain lines: their position in the library's source means nothing to the user of a command."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {paragraph(message)}\n"
     try:
@@ -134,13 +134,13 @@ class _Stream:
     """A standard stream that never raises: a progress bar that nobody can see must not end the work.
 
     Attributes:
-        fault: The first error; since then, all goes nowhere.
+        fault: First error; all output after it is discarded.
     """
 
     def __init__(self, stream: Any, nowhere: Any) -> None:
         self._stream, self._nowhere = stream or nowhere, nowhere
         self.fault: OSError | None = None
-        if hasattr(self._stream, "reconfigure"):  # a path may hold what the terminal cannot show
+        if hasattr(self._stream, "reconfigure"):  # paths may have characters that it cannot show
             self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
@@ -158,22 +158,22 @@ class _Stream:
             action()
         except OSError as error:
             self.fault = self.fault or error
-            # What is still in its buffer must not fail again when the interpreter ends.
+            # Output that is still in the buffer must not fail again when the interpreter exits.
             with suppress(OSError):
                 os.dup2(self._nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
 def _streams() -> Iterator[_Stream]:
-    """Put streams that never raise in the place of the standard ones; gives the one for results."""
-    for number in range(3):  # a file that took the number of a closed stream would get its text
+    """Replace the standard streams with ones that never raise; yields the one for results."""
+    for number in range(3):  # a file opened under a closed stream's number would receive its output
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        output, messages = (_Stream(stream, nowhere) for stream in before)  # None where it is closed
+        output, messages = (_Stream(stream, nowhere) for stream in before)  # None if it is closed
         sys.stdout, sys.stderr = output, messages
         try:
             yield output

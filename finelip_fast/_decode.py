@@ -1,8 +1,8 @@
-"""Files of pictures, opened and decoded within bounds.
+"""Opening and decoding of picture files within bounds.
 
-Pillow reads some fifty formats, some of which start a program, and believes what a header says: 34 bytes can ask for
-gigabytes. So formats are an allow-list, what decoding takes is known from the header before anything is allocated, and the
-threads of a process share one budget: small pictures are decoded side by side, large ones one after another.
+Pillow reads some fifty formats, some of which start a program, and trusts what a header says: 34 bytes can ask for gigabytes.
+So there is an allow-list of formats, the memory for decoding is computed from the header before anything is allocated, and the
+threads of a process share one budget: small pictures are decoded in parallel, large ones one after another.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from finelip_fast.errors import ImageError, InputError
 VARIABLE = "FINELIP_PICTURE_MEMORY"
 _DEFAULT_MEMORY = 1024  # MiB
 
-# What cameras, phones, editors and data sets write; the commonest come first.
+# Formats that cameras, phones, editors and data sets write, the most common first.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "HEIF", "JXL")
 
 
 class _Plugin(NamedTuple):
-    """A package that teaches Pillow a format, imported when a file of it is met."""
+    """A package that adds a format to Pillow, imported when the first such file is opened."""
 
     module: str
     remedy: str
@@ -60,23 +60,23 @@ _PLUGINS = {
     ),
 }
 
-# What the name of a file ends in that holds a format.
+# Suffixes of file names by format.
 _SUFFIXES = {name: f".{name.lower()}" for name in ("PNG", "WEBP", "GIF", "BMP", "PPM", "AVIF", "JXL")}
 _SUFFIXES |= {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic"}
 
-# Peak bytes a pixel of decoding, measured: what a format's library keeps beside the picture, and the picture. Of JPEG only
-# what is wanted of it is decoded, so it is counted apart.
+# Measured peak bytes per pixel of decoding: the picture, and what the format's library keeps beside it. JPEG is computed
+# separately, since only the resolution that is needed is decoded.
 _BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24, "HEIF": 18, "JXL": 18}
-_WHOLE = 8  # of all others: the picture, and a strip or its conversion to RGB
+_WHOLE = 8  # for all others: the picture, and a strip or its conversion to RGB
 
-MAX_SIDE = 1 << 20  # every row costs, however short
-_MIN_BYTES_PER_PIXEL = 4  # bounds the time that the formats of few bytes take
-_MAX_SCANNED = 1 << 35  # pixels times scans of a progressive JPEG: each goes over the whole picture
-_MAX_INTERPRETED = 1 << 20  # pixels of what Pillow decodes in Python, at about a second a million
+MAX_SIDE = 1 << 20  # every row takes time, however short
+_MIN_BYTES_PER_PIXEL = 4  # bounds the time for formats that need few bytes
+_MAX_SCANNED = 1 << 35  # pixels times scans of a progressive JPEG: each scan covers the whole picture
+_MAX_INTERPRETED = 1 << 20  # pixels that Pillow decodes in Python, at about one second per million
 _MAX_HEADER_READS = 1 << 15
 
-# EXIF orientation -> what turns the picture upright; 1 is upright already. Not ImageOps.exif_transpose: it turns the picture
-# before it is shrunk, copies one that is upright, and fails where the rest of the metadata is broken.
+# EXIF orientation -> operation that turns the picture upright; 1 is upright already. ImageOps.exif_transpose is not used: it
+# turns the picture before it is shrunk, copies an upright one, and fails if the rest of the metadata is broken.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -91,7 +91,7 @@ Reduction = Callable[[int, int], tuple[int, int]]
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of the names of files that are read, such as ``.jpg``, or would be if a package were installed."""
+    """Suffixes, such as ``.jpg``, of files that can be read here or could be if a package were installed."""
     registered = (suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
     return frozenset(
         [*registered, *(suffix for plugin in _PLUGINS.values() for suffix in plugin.suffixes), *_raw.SUFFIXES]
@@ -99,10 +99,10 @@ def image_suffixes() -> frozenset[str]:
 
 
 def memory_limit() -> int:
-    """Bytes that one picture may take: ``FINELIP_PICTURE_MEMORY`` in MiB, or 1 GiB; pictures at once share twice as many.
+    """Memory limit of one picture in bytes: ``FINELIP_PICTURE_MEMORY`` in MiB, or 1 GiB; concurrent ones share twice that.
 
     Raises:
-        InputError: The variable is no positive integer.
+        InputError: The variable is not a positive integer.
     """
     text = os.environ.get(VARIABLE) or str(_DEFAULT_MEMORY)
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
@@ -114,10 +114,10 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
     """Refuse a picture that is too large to decode.
 
     Args:
-        need: Bytes that it takes, if known to be more than the least.
+        need: Number of bytes it takes, if known to exceed the minimum.
 
     Raises:
-        ImageError: Says the limit and how to raise it.
+        ImageError: The picture is too large; the message gives the limit and says how to raise it.
     """
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; cut or shrink it")
@@ -132,7 +132,7 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
 
 
 class _Budget:
-    """Bytes that decoding may take at once, over all threads of the process; first come, first served."""
+    """Memory that decoding may take at a time in all threads of the process; first come, first served."""
 
     def __init__(self) -> None:
         self._turn, self._freed, self._taken = threading.Lock(), threading.Condition(), 0
@@ -140,7 +140,7 @@ class _Budget:
     @contextmanager
     def share(self, need: int) -> Iterator[None]:
         total = 2 * memory_limit()
-        need = min(need, total)  # who needs more than all has it alone
+        need = min(need, total)  # a picture that needs more gets all of it
         with self._turn, self._freed:
             self._freed.wait_for(lambda: self._taken + need <= total)
             self._taken += need
@@ -161,13 +161,13 @@ def _renew_budget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_budget)  # a thread of the parent may hold the lock, or bytes
+    os.register_at_fork(after_in_child=_renew_budget)  # a thread of the parent may hold the lock, or memory
 
 
 class _Quiet:
-    """Keeps Pillow's warnings on odd files from showing, and from being raised, while any thread decodes.
+    """Suppresses Pillow's warnings about odd files, shown or raised, while any thread decodes.
 
-    ``warnings.catch_warnings`` in one thread undoes what another does meanwhile; here one filter comes and goes.
+    ``warnings.catch_warnings`` in one thread undoes what another does meanwhile, so one filter is added and removed here.
     """
 
     _FILTER: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
@@ -178,7 +178,7 @@ class _Quiet:
     def __enter__(self) -> None:
         with self._lock:
             self._threads += 1
-            if self._FILTER not in warnings.filters:  # also where another's catch_warnings has taken it away
+            if self._FILTER not in warnings.filters:  # even if another catch_warnings has removed it
                 warnings.filterwarnings("ignore", module=r"PIL\.")
 
     def __exit__(self, *_: object) -> None:
@@ -193,7 +193,7 @@ quiet = _Quiet()
 
 
 class _Header:
-    """A file that gives a header in a bounded number of reads, and its pixels in any."""
+    """A file whose header must take a bounded number of reads, and whose pixels may take any number."""
 
     reads_left: float = _MAX_HEADER_READS
 
@@ -213,20 +213,20 @@ class _PictureBytes(_Header, io.BytesIO):
 
 
 def open_without_waiting(path: str, flags: int) -> int:
-    """An ``opener`` that does not wait for a writer, should the path be a pipe's."""
+    """An ``opener`` that does not wait for a writer if the path is a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager
 def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction | None) -> Iterator[Image.Image]:
-    """A file's first picture, as it is stored, while its memory is set aside.
+    """Decode a file's first picture as it is stored, with its memory reserved inside the ``with`` block.
 
     Args:
-        source: Path of a regular file, or what one holds.
-        reduction: Factors by which a large picture may be shrunk, from its width and height; None: not at all.
+        source: Path of a regular file, or its content.
+        reduction: Function from width and height to the factors by which a large picture may be shrunk; None: no shrinking.
 
     Raises:
-        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+        ImageError: The format is not supported, or the picture is too large. Whatever Pillow raises is passed on.
     """
     if isinstance(source, str) and _raw.is_raw(source):
         with _raw.developed(source, _budget.share) as image:
@@ -241,13 +241,13 @@ def decoded(source: str | bytes | bytearray | memoryview, reduction: Reduction |
 
 @contextmanager
 def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
-    """Width and height of a file's first picture as it is stored, and its EXIF; pixels are not decoded.
+    """Read width, height and EXIF of a file's first picture as it is stored; pixels are not decoded.
 
     Args:
-        source: Path of a regular file, or what one holds.
+        source: Path of a regular file, or its content.
 
     Raises:
-        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+        ImageError: The format is not supported, or the picture is too large. Whatever Pillow raises is passed on.
     """
     if isinstance(source, str) and _raw.is_raw(source):
         yield _raw.header(source)
@@ -257,10 +257,10 @@ def header(source: str | bytes) -> Iterator[tuple[tuple[int, int], Image.Exif]]:
 
 
 def suffix_of(content: bytes) -> str:
-    """What the name of a file ends in that holds an encoded picture, such as ``.jpg``; its format is told by its content.
+    """Return the file name suffix for an encoded picture, such as ``.jpg``; its format is detected from the content.
 
     Raises:
-        ImageError: Another format, or a picture that is too large. All that Pillow raises passes.
+        ImageError: The format is not supported, or the picture is too large. Whatever Pillow raises is passed on.
     """
     with quiet, _opened(content) as file, _identified(file) as image:
         return _SUFFIXES[str(image.format)]
@@ -274,10 +274,10 @@ def _opened(source: str | bytes | bytearray | memoryview) -> Any:
 
 @contextmanager
 def within_budget(image: Image.Image, file: Any = None, reduction: Reduction | None = None) -> Iterator[None]:
-    """Set memory aside for an image that is still to be loaded.
+    """Reserve memory for an image that is yet to be loaded.
 
     Raises:
-        ImageError: It is too large, or of a format or a kind of its format that is not read.
+        ImageError: The image is too large, or its format or its variant of the format is not supported.
     """
     width, height = image.size
     check_size(width, height)
@@ -301,9 +301,9 @@ def within_budget(image: Image.Image, file: Any = None, reduction: Reduction | N
 
 @contextmanager
 def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
-    """The picture of the first format that takes the file.
+    """Open a file by the first format that accepts it.
 
-    ``Image.open`` has a limit of its own, which warns, and which photographs exceed: what it does besides is this loop.
+    ``Image.open`` also warns beyond a limit of its own, which photographs exceed; otherwise it does what this loop does.
     """
     Image.init()
     prefix = file.read(16)
@@ -317,7 +317,7 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
             claimed = max(claimed, width * height * _BYTES_PER_PIXEL.get(name, 0))
             check_size(width, height, claimed)
         file.seek(0)
-        # The plugin of JPEG XL decodes when it opens.
+        # The JPEG XL plugin decodes on opening.
         with _budget.share(claimed) if name == "JXL" else nullcontext():
             try:
                 image = factory(file, "")
@@ -333,7 +333,7 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
 
 
 def _import_plugin(prefix: bytes) -> None:
-    """Have Pillow learn the format of a file that begins so.
+    """Import the plugin for a file that begins with ``prefix``, if there is one.
 
     Raises:
         ImageError: The package is not installed.
@@ -350,7 +350,7 @@ def _import_plugin(prefix: bytes) -> None:
 
 def _accepts(accept: Any, prefix: bytes) -> bool:
     answer = accept is None or accept(prefix)
-    return bool(answer) and not isinstance(answer, str)  # a string says what is not installed
+    return bool(answer) and not isinstance(answer, str)  # a string names what is not installed
 
 
 def _not_read(name: str) -> ImageError:
@@ -358,7 +358,7 @@ def _not_read(name: str) -> ImageError:
 
 
 def _claims(name: str, file: Any) -> list[tuple[int, int]]:
-    """Sizes that a file gives, where its format's library believes them before Pillow tells one, or other ones than Pillow."""
+    """Sizes stated in a file whose format's library relies on them before Pillow reports one, or on others than Pillow."""
     if name not in ("WEBP", "AVIF", "JPEG2000", "HEIF", "JXL"):
         return []
     file.seek(0)
@@ -388,7 +388,7 @@ def _jxl_size(content: bytes) -> tuple[int, int]:
     """Width and height in the header of a JPEG XL codestream (ISO/IEC 18181-1, C.2).
 
     Raises:
-        ImageError: There is none.
+        ImageError: There is no codestream.
     """
     start = content.find(b"\xff\x0a") if content[:2] == b"\xff\x0a" else content.find(b"\xff\x0a", content.find(b"jxl"))
     bits, at = int.from_bytes(content[start + 2 : start + 14], "little"), 0
@@ -428,9 +428,9 @@ def _file_bytes_per_pixel(image: Any, file: Any, reduction: int) -> float:
 
 
 def _coefficient_bytes(image: Any, file: Any) -> float:
-    """Bytes a pixel of the coefficients that libjpeg keeps of the whole picture when it comes in several scans."""
+    """Bytes per pixel of the coefficients that libjpeg keeps for the whole picture if it is stored in several scans."""
     if file and image.format == "JPEG" and not image.info.get("progressive"):
-        # Pillow has read as far as the end of the first scan's header.
+        # Pillow has read up to the end of the first scan's header.
         length = 6 + 2 * image.layers
         end = file.tell()
         file.seek(max(end - length - 2, 0))
@@ -443,7 +443,7 @@ def _coefficient_bytes(image: Any, file: Any) -> float:
 
 
 def orientation(image: Image.Image) -> Any:
-    """What EXIF says of how the picture was held, if anything."""
+    """The orientation of a picture in its EXIF, None if there is none."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # broken metadata is no reason to lose a sound picture
@@ -451,7 +451,7 @@ def orientation(image: Image.Image) -> Any:
 
 
 def _tile_bytes(image: Any) -> int:
-    """Bytes of a tile of a TIFF, which may be larger than the picture."""
+    """Bytes of one tile of a TIFF, which may be larger than the picture."""
     sides = [image.tag_v2.get(tag, 0) for tag in (322, 323)] if image.format == "TIFF" else [0]
     return 16 * sides[0] * sides[-1] if all(isinstance(side, int) for side in sides) else 0
 

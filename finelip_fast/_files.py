@@ -1,4 +1,4 @@
-"""Files: read when they are ones, written whole or not at all, and named by plain names; caches; installed packages."""
+"""File helpers: reading regular files only, writing files atomically, plain names; the cache folder, package versions."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from safetensors import SafetensorError
 from finelip_fast.errors import FineLIPError, WriteError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names of files that :func:`write_whole` has not finished
-_MAX_NAME = 255  # bytes, of every file system in use
+_MAX_NAME = 255  # bytes, the limit of all common file systems
 
 
 def cache_folder() -> Path:
-    """Folder of this user's cached files: ``FINELIP_CACHE``, or the system's place; everything in it can be made again."""
+    """Folder of this user's cached files: ``FINELIP_CACHE``, or the system's default. All of it can be recreated."""
     if folder := os.environ.get("FINELIP_CACHE"):
         return Path(folder)
     try:
         Path.home()
-    except RuntimeError:  # a user without a home, as in a container: a folder that is none and cannot be made
+    except RuntimeError:  # a user without a home, as in a container: a path that cannot become a folder
         return Path(os.devnull) / "finelip_fast"
-    import platformdirs  # not needed where the folder is given
+    import platformdirs  # not needed if the folder is given
 
     return platformdirs.user_cache_path("finelip_fast", appauthor=False)
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """Versions of the packages that are installed."""
-    from importlib import metadata  # slow for a command that only helps
+    """Versions of those of the packages that are installed."""
+    from importlib import metadata  # slow for a command that only prints help
 
     versions = {}
     for name in packages:
@@ -47,25 +47,25 @@ def installed(*packages: str) -> dict[str, str]:
 
 
 def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes: int) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
     Raises:
-        error: There is none, it is larger than ``max_bytes``, or it is a pipe, a device or a folder: none is waited for.
+        error: The file cannot be read, is larger than ``max_bytes``, or is a pipe, a device or a folder; none is waited for.
     """
     try:
-        # Without O_NONBLOCK the opening of a pipe waits for its writer.
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             status = os.fstat(descriptor)
             is_file = stat.S_ISREG(status.st_mode)
             with open(descriptor, "rb", closefd=False) if is_file else io.BytesIO() as file:
-                # As large as it was when it was opened: reading "up to max_bytes" would ask for so much memory first.
+                # Reads the size that it had when it was opened: "up to max_bytes" would first allocate that much memory.
                 content = file.read(status.st_size) if status.st_size <= max_bytes else b""
         finally:
             os.close(descriptor)
     except OSError as fault:
         raise error(f"cannot read {path}: {fault.strerror}") from None
-    except ValueError as fault:  # a name with NUL
+    except ValueError as fault:  # a name that contains NUL
         raise error(f"cannot read {os.fspath(path)!r}: {fault}") from None
     if not is_file:
         raise error(f"{path}: expected a file, found a folder, a pipe or a device")
@@ -75,19 +75,19 @@ def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_byte
 
 
 def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str:
-    """A name that one file of a folder can have, and that leads nowhere else.
+    """Check that a name can be that of a file in a folder, and leads nowhere else.
 
     Args:
         name: Name from a catalogue, a manifest, an archive or a configuration.
-        where: Place that has the name, for the message.
+        where: Place where the name was found, for the message.
         error: Class of the error to raise.
 
     Returns:
         The name.
 
     Raises:
-        error: No text; empty; ``.`` or ``..``; with a separator of any system, a drive's colon or a control character; or
-            longer than a file system takes.
+        error: The name is not a string; is empty, ``.`` or ``..``; contains a separator of any system, a drive's colon or a
+            control character; or is longer than file systems allow.
     """
     plain = (
         isinstance(name, str)
@@ -102,22 +102,22 @@ def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o666, size: int = 0) -> None:
-    """Write a file whole or not at all, and wait until the disk has it.
+    """Write a file atomically, and wait until it is on the disk.
 
     Args:
-        path: The file; its folder must be there.
-        write: Writes the content to the path that it is given.
-        mode: Permissions of the file, less what the process's mask takes away.
-        size: Bytes that it will write, where they are known: a full disk's error then says how many are missing.
+        path: Path of the file; its folder must exist.
+        write: Function that writes the content to the path it is given.
+        mode: Permissions of the file, before the process's umask is applied.
+        size: Number of bytes to be written, if known; the error for a full disk then says how many are needed.
 
     Raises:
-        WriteError: The disk refuses, and what is missing; or something else than a file is there. A file that was there
-            before is what it was.
+        WriteError: The file cannot be written (the message says if space is lacking), or the path is not a file. An existing
+            file stays unchanged.
     """
-    # Of its own, since several processes may write one file; short, since the name may be as long as names can be.
+    # Unique, since several processes may write one file; short, since the file's own name may have the maximum length.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        if path.exists() and not path.is_file():  # renaming would put a file in a device's place
+        if path.exists() and not path.is_file():  # renaming would replace a device by a file
             raise FileExistsError(errno.EEXIST, "expected a file, found a folder, a pipe or a device")
         try:
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
@@ -132,29 +132,29 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is no OSError to all of them
+    except (OSError, RuntimeError, SafetensorError) as error:  # not all report a full disk by OSError
         raise write_error(path, error, size=size) from error
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """:func:`write_whole` of a text in UTF-8."""
+    """Write a string in UTF-8 by :func:`write_whole`."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed :func:`write_whole` left. Only where no other process writes to the folder."""
+    """Remove files left by a killed :func:`write_whole`. No other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -> WriteError:
-    """The error for a file or folder that cannot be written, with the room that is left where it may be a lack of room.
+    """Create the error for a file or folder that cannot be written, with the free space if lack of space may be the cause.
 
     Args:
-        path: What could not be written.
-        error: What its writer raised.
-        size: Bytes that were to be written; 0 where they are not known.
+        path: Path that could not be written.
+        error: Error that the writer raised.
+        size: Number of bytes that were to be written; 0 if unknown.
     """
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     folder = Path(path).absolute().parent
@@ -170,8 +170,8 @@ def write_error(path: str | PathLike[str], error: Exception, *, size: int = 0) -
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk knows the files of a folder by their names."""
-    if os.name == "nt":  # where a folder cannot be opened; a rename there is written through
+    """Wait until the names of a folder's files are on the disk."""
+    if os.name == "nt":  # folders cannot be opened there, and renames are written through
         return
     directory = os.open(folder, os.O_RDONLY)
     try:

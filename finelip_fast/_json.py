@@ -1,7 +1,7 @@
-"""The one reader of JSON: size, depth, numbers and text are bounded, and an error says in which file and where in it.
+"""The only JSON reader: size, depth, numbers and text are bounded, and errors name the file and the position in it.
 
-What comes out can be printed, compared, copied and written again: no NaN, no infinity, no integer beyond 64 bits, no nesting
-that overflows a stack, and no half of a surrogate pair, which UTF-8 cannot hold.
+Values that it returns can be printed, compared, copied and written again: no NaN, no infinity, no integer beyond 64 bits, no
+nesting that overflows a stack, and no lone surrogate, which UTF-8 cannot encode.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def read_json(
     kind: type | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Any:
-    """The value in a file.
+    """Read the value in a JSON file.
 
     Args:
-        path: A regular file: a pipe or a device is refused, not waited for.
-        error: Raised for whatever is wrong; its message starts with the path.
-        expected: What the file should hold, as a noun phrase for the message.
-        kind: ``dict`` or ``list`` where the outermost value must be one.
-        max_bytes: Size from which a file is refused unread.
+        path: Path of a regular file; a pipe or a device is refused, not waited for.
+        error: Class of every error raised; its message starts with the path.
+        expected: Expected content, as a noun phrase for the message.
+        kind: ``dict`` or ``list`` if the outermost value must be one.
+        max_bytes: Size above which a file is refused unread.
 
     Raises:
-        error: A file that cannot be read or is too large, or as :func:`parse_json`.
+        error: The file cannot be read or is too large, or :func:`parse_json` raises it.
     """
     return parse_json(
         read_bytes(path, error=error, max_bytes=max_bytes), path, error=error, expected=expected, kind=kind
@@ -53,15 +53,15 @@ def read_json(
 def stated_otherwise(
     path: Path, statement: Mapping[str, Any], *, error: type[FineLIPError], expected: str, max_bytes: int
 ) -> list[str]:
-    """Names of what the file of a folder states otherwise; where there is no file, it is written, and the folder made.
+    """Return the names of values that differ in the file of a folder; a missing file is written, and its folder created.
 
     Args:
         path: File that says whose contents the folder holds.
-        statement: What it should say, as plain values for JSON.
-        error, expected, max_bytes: As for :func:`read_json`.
+        statement: Expected values, which JSON can hold.
+        error, expected, max_bytes: The same as for :func:`read_json`.
 
     Raises:
-        WriteError: The folder or the file cannot be made.
+        WriteError: The folder or the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +83,17 @@ def parse_json(
     kind: type | None = None,
     surrogates: bool = False,
 ) -> Any:
-    """The value in a text.
+    """Parse the value in a JSON text.
 
     Args:
         text: JSON; bytes are UTF-8.
-        where: What the message starts with: a path, or a path and a line.
-        error, expected, kind: As for :func:`read_json`.
-        surrogates: Pass halves of surrogate pairs: so Python has names of files that are no UTF-8.
+        where: Start of the message: a path, or a path and a line.
+        error, expected, kind: The same as for :func:`read_json`.
+        surrogates: Whether to allow lone surrogates, by which Python represents file names that are not UTF-8.
 
     Raises:
-        error: No JSON, another kind of value, nesting deeper than ``MAX_DEPTH``, a number that is not finite or beyond 64
-            bits, or half of a surrogate pair.
+        error: The text is not JSON, is another kind of value, is nested deeper than ``MAX_DEPTH``, or contains a number that
+            is not finite or beyond 64 bits, or a lone surrogate.
     """
     try:
         if isinstance(text, bytes):
@@ -102,14 +102,14 @@ def parse_json(
         is_text = surrogates or not (
             _ESCAPED_SURROGATE.search(text) or (not text.isascii() and _SURROGATE.search(text))
         )
-        # A line of a data file has few brackets, and need not be walked.
+        # A line of a data file has few brackets and need not be traversed.
         if not is_text or text.count("[") + text.count("{") > MAX_DEPTH:
             check_value(value, surrogates=is_text)
     except json.JSONDecodeError as fault:
         reason = f"{fault.msg} at line {fault.lineno}, column {fault.colno}"
     except RecursionError:
         reason = f"nesting deeper than {MAX_DEPTH}"
-    except ValueError as fault:  # of the checks, and of bytes that are no UTF-8
+    except ValueError as fault:  # from the checks, or bytes that are not UTF-8
         reason = str(fault)
     else:
         if kind is None or isinstance(value, kind):
@@ -119,14 +119,14 @@ def parse_json(
 
 
 def check_value(value: Any, *, surrogates: bool = False, depth: int = MAX_DEPTH) -> None:
-    """Refuse a value of JSON that is nested deeper than ``depth``, or holds half of a surrogate pair.
+    """Refuse a JSON value that is nested deeper than ``depth`` or contains a lone surrogate.
 
     Args:
         value: Nested dictionaries, lists, strings and numbers.
-        surrogates: Pass halves of pairs; where the text is known to have none, this saves looking.
+        surrogates: Whether to allow lone surrogates; if the text is known to have none, this saves the search.
 
     Raises:
-        ValueError: Says which.
+        ValueError: The value is refused; the message says why.
     """
     if isinstance(value, str):
         if not surrogates and _SURROGATE.search(value):

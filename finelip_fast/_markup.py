@@ -1,7 +1,7 @@
-"""Text on its way to a page or to Markdown: what captions, names and ids hold is shown, and is never markup.
+"""Escaping of text for pages and Markdown: captions, names and ids are shown, and never act as markup.
 
-Line breaks stay where a page lays text out by itself. Control characters, marks that reverse the direction of writing and
-halves of surrogate pairs, which UTF-8 cannot hold, become escapes, as Python writes them.
+Line breaks are kept where a page lays out text by itself. Control characters, marks that reverse the writing direction and
+lone surrogates, which UTF-8 cannot encode, become Python's escapes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _MARKDOWN = re.compile(r"[\\`*<|]|(?<=\])[(\[]")
 
 
 def visible(text: str) -> str:
-    """A text whose every character can be seen; what it means to HTML, templates escape (:mod:`finelip_fast._pages`)."""
+    """Make every character of a text visible; HTML is escaped by the templates (:mod:`finelip_fast._pages`)."""
     return _UNSEEN.sub(lambda match: printable(match[0]), text)
 
 
 def in_markdown(text: str) -> str:
-    """A text on one line of Markdown, in a cell of a table too; no code, emphasis, HTML or link."""
+    """Escape a text for a line or a table cell of Markdown: no code, emphasis, HTML or link."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))

@@ -1,7 +1,7 @@
-"""HTML pages, from the templates in ``data/pages``: one stylesheet, scripts in files of their own, nothing from elsewhere.
+"""HTML pages from the templates in ``data/pages``: one stylesheet, scripts in separate files, no external resources.
 
-What captions, names and ids hold is shown, and is never markup: every value is escaped, and what cannot be seen of it is
-shown as :func:`finelip_fast._markup.visible` shows it.
+Captions, names and ids are shown, and never act as markup: every value is escaped, and
+:func:`finelip_fast._markup.visible` makes invisible characters visible.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent / "data" / "pages"
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as text.
+    """Render a page as text.
 
     Args:
         template: Name of a file in ``data/pages``.
@@ -30,7 +30,7 @@ def render(template: str, **values: Any) -> str:
 
 @functools.cache
 def environment() -> Environment:
-    """The environment that loads the templates: every value escaped, every missing one an error."""
+    """The environment of the templates: every value is escaped, and every missing one is an error."""
     templates = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -45,7 +45,7 @@ def environment() -> Environment:
 
 
 def _asset(name: str) -> Markup:
-    """A stylesheet or a script of ours, as it stands in its file."""
+    """The content of one of the package's own stylesheets or scripts, unescaped."""
     return Markup((_FOLDER / name).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Camera RAW, by LibRaw: the picture that the camera made of it, or one developed here."""
+"""Camera RAW, read by LibRaw: the picture that the camera embedded, or one developed here."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from PIL import ExifTags, Image
 
 from finelip_fast.errors import ImageError
 
-# Of files that LibRaw reads. Those of many cameras are TIFFs, of which Pillow would read a thumbnail.
+# Suffixes of files that LibRaw reads. The files of many cameras are TIFFs, of which Pillow would read only a thumbnail.
 SUFFIXES = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos", ".mrw"),
     *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
 )
 
-# The camera's picture is taken where it has a side of so many pixels: as much as any model looks at.
+# The camera's picture is used if its longer side has at least this many pixels: as many as any model looks at.
 _LEAST_SIDE = 1024
-# Peak bytes a pixel of developing at half the size, measured.
+# Measured peak bytes per pixel of developing at half size.
 _BYTES_PER_PIXEL = 10
-# What LibRaw calls turns, as EXIF's orientation.
+# LibRaw's flips as EXIF orientations.
 _ORIENTATIONS = {3: 3, 5: 8, 6: 6}
 
 
 def is_raw(path: str) -> bool:
-    """Whether a file is camera RAW, by its name."""
+    """Return whether a file is camera RAW, judged by its name."""
     return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 @contextmanager
 def developed(path: str, share: Callable[[int], Any]) -> Iterator[Image.Image]:
-    """The picture of a RAW file, with the orientation in its EXIF.
+    """Open the picture of a RAW file, with the orientation in its EXIF.
 
     Args:
-        path: The file.
-        share: Context manager that sets so many bytes of memory aside.
+        path: Path of the file.
+        share: Function from a number of bytes to a context manager that reserves this memory.
 
     Raises:
         ImageError: rawpy is not installed, or LibRaw cannot read the file.
@@ -49,7 +49,7 @@ def developed(path: str, share: Callable[[int], Any]) -> Iterator[Image.Image]:
 
 
 def header(path: str) -> tuple[tuple[int, int], Image.Exif]:
-    """Width and height as the sensor lies, and the EXIF of a RAW file that is a TIFF.
+    """Read width and height in the sensor's orientation, and the EXIF if the RAW file is a TIFF.
 
     Raises:
         ImageError: rawpy is not installed, or LibRaw cannot read the file.

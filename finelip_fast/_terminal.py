@@ -1,13 +1,13 @@
-"""Text on its way to a person's terminal."""
+"""Escaping of text for terminals."""
 
 from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """A text on one line that a terminal shows as it is, and never obeys.
+    """Escape a text to one line that a terminal shows and never interprets.
 
-    Names of files and ids of items come from strangers: control characters, line breaks, marks that reverse the direction of
-    writing and bytes that are no UTF-8 become escapes, as Python writes them; all else stays.
+    File names and item ids may come from strangers: control characters, line breaks, marks that reverse the writing direction
+    and bytes that are not UTF-8 become Python's escapes; everything else is kept.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
@@ -15,11 +15,11 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """A text of several lines, each as :func:`printable`: for tables, whose values have been made printable themselves."""
+    """Escape each line of a text by :func:`printable`; for tables, whose values have been escaped before."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
 def paragraph(text: object) -> str:
-    """A message of one or several lines, all but the first indented: none can be taken for a message of its own."""
+    """Escape a message and indent all lines but the first, so that none looks like a message of its own."""
     first, *rest = (printable(line.strip()) for line in str(text).split("\n"))
     return "\n  ".join([first, *filter(None, rest)])

@@ -1,4 +1,4 @@
-"""Values of JSON held to a type: a file has what a dataclass or an annotation says, or an error says where it differs."""
+"""Type checks of JSON values: a value matches a dataclass or an annotation, or an error says where it differs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 
 def typed(value: Any, kind: Any, place: str = "") -> Any:
-    """A value as a type has it: lists become tuples where the type says so, objects become dataclasses.
+    """Convert a value to a type: lists become tuples if the type says so, and objects become dataclasses.
 
     Args:
         value: Value that a JSON reader returned.
-        kind: ``bool``, ``int``, ``float``, ``str``, ``None``, ``Any``; a list, a tuple, a dictionary by texts or a union of
-            kinds; or a dataclass, whose fields are the object's.
-        place: Where the value stands, for the message, as in ``rows[2].score``.
+        kind: ``bool``, ``int``, ``float``, ``str``, ``None``, ``Any``; a list, a tuple, a dictionary with string keys or a
+            union of kinds; or a dataclass with the object's fields.
+        place: Position of the value for the message, such as ``rows[2].score``.
 
     Raises:
-        ValueError: Another type, a number that is not finite, a field that is missing, or one that is not known.
+        ValueError: The type differs, a number is not finite, or a field is missing or unknown.
     """
     if kind is Any:
         return value
@@ -43,13 +43,13 @@ def typed(value: Any, kind: Any, place: str = "") -> Any:
         )
     if parts[0] not in (int, str) or {type(part) for part in value} - {
         parts[0]
-    }:  # long lists of numbers are looked at once
+    }:  # long lists of numbers are checked in one pass
         value = [typed(part, parts[0], f"{place}[{at}]") for at, part in enumerate(value)]
     return tuple(value) if origin is tuple else value
 
 
 def _fields(values: Any, hints: dict[str, Any], place: str) -> dict[str, Any]:
-    """The fields of an object, each of its type."""
+    """The fields of an object, each converted to its type."""
     _require(isinstance(values, dict), values, "an object", place)
     for problem, names in (("no", hints.keys() - values.keys()), ("an unknown", values.keys() - hints.keys())):
         if names:

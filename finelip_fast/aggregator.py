@@ -1,4 +1,4 @@
-"""The aggregators' parameters, and the join of a caption's windows."""
+"""The aggregators' parameters, and joining the windows of a caption."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TokenAggregator(nn.Module):
     """ATRM's parameters for one modality; the operation is :func:`finelip_fast.kernels.atrm`.
 
     Args:
-        embed_dim: ``D``.
-        hidden: ``h``.
-        tokens: ``K``, aggregated tokens.
+        embed_dim: Embedding width ``D``.
+        hidden: Hidden width ``h``.
+        tokens: Number ``K`` of aggregated tokens.
     """
 
     def __init__(self, embed_dim: int, hidden: int, tokens: int) -> None:
@@ -27,15 +27,15 @@ class TokenAggregator(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, anchor: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Token features ``[B, N, D]`` and anchor ``[B, D]`` to the embedding ``[B, K + 1, D]``, unit rows.
+        """Aggregate token features ``[B, N, D]`` and anchor ``[B, D]`` to the embedding ``[B, K + 1, D]``, unit rows.
 
-        The features are taken to the parameters' dtype first: under autocast the embedding is float32.
+        The features are converted to the parameters' dtype first: under autocast the embedding is float32.
         """
         dtype = self.norm.weight.dtype
         return atrm(**self._inputs(x.to(dtype), anchor.to(dtype), lengths)._asdict())
 
     def weights(self, x: Tensor, anchor: Tensor) -> Tensor:
-        """What each aggregated token is mixed of, for :meth:`forward`'s arguments: distributions, float32 ``[B, K, N]``."""
+        """Mixing weights of each aggregated token, for :meth:`forward`'s arguments: distributions, float32 ``[B, K, N]``."""
         return aggregation_weights(self._inputs(x, anchor)).transpose(1, 2)
 
     def _inputs(self, x: Tensor, anchor: Tensor, lengths: Tensor | None = None) -> AtrmInputs:
@@ -54,11 +54,11 @@ class TokenAggregator(nn.Module):
 
 
 def global_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """The embeddings ``[B, 1, D]`` of global features ``[B, D]`` alone: the row 0 that :class:`TokenAggregator` gives.
+    """Embeddings ``[B, 1, D]`` of global features ``[B, D]`` alone: row 0 of what :class:`TokenAggregator` returns.
 
     Args:
         features: Features of CLS or of the end token; zeros stay zeros.
-        dtype: The parameters' dtype, which the embeddings have too.
+        dtype: Dtype of the parameters and of the embeddings.
     """
     return F.normalize(features.to(dtype).float(), dim=-1).to(dtype)[:, None]
 
@@ -66,8 +66,8 @@ def global_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
 def join_windows(embeddings: Tensor, owner: Tensor) -> Tensor:
     """Join the windows of long captions into one embedding per caption.
 
-    Row ``r`` of every window was made by the same aggregated token (row 0: the end token), so the rows of the windows are
-    averaged one by one and brought back to unit length. A caption of one window keeps its embedding bit for bit.
+    Row ``r`` of every window comes from the same aggregated token (row 0: the end token), so the windows are averaged row by
+    row and renormalised to unit length. A caption of one window keeps its embedding bit for bit.
 
     Args:
         embeddings: ``[W, L, D]``, one per window.

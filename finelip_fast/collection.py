@@ -1,8 +1,8 @@
-"""A collection: pictures in a folder, and their items in an index, brought in line with each other.
+"""Bringing the items of an index in line with a collection of pictures in a folder.
 
-The id of a picture is its path below the index's root, with ``/`` between names on every system: one item a file, however its
-path was typed. What a picture's metadata says of its file (:mod:`finelip_fast.picture_files`) shows whether it was changed or
-moved meanwhile; what was only moved or touched is not embedded again.
+The id of a picture is its path relative to the index's root, with ``/`` as separator on every system: one item per file,
+however its path was typed. A picture's metadata about its file (:mod:`finelip_fast.picture_files`) shows whether the file has
+been changed or moved since; a picture that was only moved or touched is not embedded again.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from finelip_fast.picture_tables import read_rows
 
 T = TypeVar("T")
 
-_AT_ONCE = 1024  # items of a change, and files that are looked at ahead
+_AT_ONCE = 1024  # items per change, and files examined ahead
 
 
 @dataclass
 class Listing:
-    """Pictures that an index is to hold.
+    """Pictures that an index should hold.
 
     Attributes:
-        paths: The pictures, absolute, by their ids.
-        fields: Metadata to add to what their files say, by id.
-        folder: Folder whose pictures are all listed; None: there is none.
-        skipped: ``(path, reason)`` of what is left out.
+        paths: Absolute paths of the pictures, by id.
+        fields: Metadata to add to that of their files, by id.
+        folder: Folder whose pictures are all listed; None if there is none.
+        skipped: ``(path, reason)`` for everything left out.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class Listing:
 
 @dataclass
 class Plan:
-    """What brings an index in line with a :class:`Listing`.
+    """Changes that bring an index in line with a :class:`Listing`.
 
     Attributes:
-        new, changed: Ids of pictures to embed, and the metadata that their files do not say.
-        relabelled: ``(new id, metadata)`` by the id of now: of pictures whose content is in the index already.
-        moved: Number of those that have a new id.
-        gone: Ids of items whose file is no more.
-        unchanged: Number of pictures that need nothing.
+        new, changed: Ids of pictures to embed, with the metadata that does not come from their files.
+        relabelled: ``(new id, metadata)`` by current id, for pictures whose content is already in the index.
+        moved: Number of relabelled pictures whose id changes.
+        gone: Ids of items whose file no longer exists.
+        unchanged: Number of pictures that need no change.
     """
 
     new: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -69,16 +69,16 @@ class Plan:
 
 
 def item_id(path: str | os.PathLike[str], root: Path) -> str:
-    """The id of a picture below a root, which is real; ``../`` leads out of it, and a path on another drive stays whole."""
+    """Id of a picture relative to a resolved root; ``../`` leads out of it, and a path on another drive stays absolute."""
     folder, name = os.path.split(os.path.abspath(path))
     path = os.path.join(os.path.realpath(folder), name)
-    with suppress(ValueError):  # no way leads from one drive to another
+    with suppress(ValueError):  # there is no relative path between drives
         path = os.path.relpath(path, root)
     return path.replace(os.sep, "/")
 
 
 def _below(path: Path, root: Path) -> str:
-    """:func:`item_id` of a path whose folder is real."""
+    """:func:`item_id` of a path whose folder is resolved."""
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
@@ -86,17 +86,17 @@ def _below(path: Path, root: Path) -> str:
 
 
 def picture_path(item: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
-    """The file of an item; None: it is not one of a collection."""
+    """The file of an item; None if the item is not part of a collection."""
     return None if root is None or HASH not in metadata else Path(os.path.normpath(root / item))
 
 
 def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Path:
-    """The root of an index; one that has none gets the folder, or what several have in common.
+    """Return the root of an index; if it has none, it gets the folder, or the common parent of several.
 
-    Items of a time when ids were paths as they had been typed get ids below the root, one a file.
+    Items from the time when ids were paths as typed get ids relative to the root, one per file.
 
     Raises:
-        InputError: The root is no more: with another one, every picture would be a new item.
+        InputError: The root no longer exists; with another one, every picture would be a new item.
         StoreError: The index cannot be read or written.
     """
     if index.root is None:
@@ -135,7 +135,7 @@ def _take_over(index: Index, root: Path) -> None:
 
 
 def relabel(index: Index, changes: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-    """Give items other ids and metadata, some at a time; what another process has taken out meanwhile is passed over."""
+    """Change ids and metadata of items in batches; items that another process has removed meanwhile are skipped."""
     for batch in _batches(list(changes)):
         present = index.present(batch)
         ids = [item for item in batch if item in present]
@@ -157,13 +157,13 @@ def list_folder(
     fields: Mapping[str, dict[str, Any]] | None = None,
     index: Path | None = None,
 ) -> Listing:
-    """The pictures of a folder and those below.
+    """List the pictures in a folder and its subfolders.
 
     Args:
         folder: Folder to walk.
         root: Root of the index.
         exclude, include: Patterns as :func:`finelip_fast.folders.walk_folder` takes them.
-        fields: Metadata by id, as :func:`read_fields` gives it.
+        fields: Metadata by id, as :func:`read_fields` returns it.
         index: Folder of the index, whose own files are not reported.
 
     Raises:
@@ -210,7 +210,7 @@ def list_table(
     base: str | os.PathLike[str] | None = None,
     image_field: str | None = None,
 ) -> Listing:
-    """The pictures that a table names, with its other columns as their metadata; arguments as for :func:`read_fields`."""
+    """List the pictures in a table, with its other columns as metadata; the arguments are those of :func:`read_fields`."""
     listing = Listing(fields=read_fields(table, root, base=base, image_field=image_field))
     for item in listing.fields:
         listing.paths[item] = Path(os.path.normpath(root / item))
@@ -224,16 +224,16 @@ def read_fields(
     base: str | os.PathLike[str] | None = None,
     image_field: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The fields of pictures, by their ids; a picture of several rows has lists of what differs in them, such as captions.
+    """Read fields of pictures, by id; values that differ between a picture's rows, such as captions, become lists.
 
     Args:
         table: Table as :func:`finelip_fast.picture_tables.read_rows` takes it.
         root: Root of the index.
         base: Folder that the pictures' paths are relative to; None: the folder of the table.
-        image_field: Name of the column of paths; None: the first that is there of ``image``, ``file``, ``path`` and the like.
+        image_field: Name of the path column; None: the first that exists of ``image``, ``file``, ``path`` and the like.
 
     Raises:
-        InputError: The table cannot be read, or a row names no picture; names the line.
+        InputError: The table cannot be read, or a row names no picture; the message gives the line.
     """
     folder = Path(table).parent if base is None else Path(base)
     fields: dict[str, dict[str, Any]] = {}
@@ -249,7 +249,7 @@ class _Several(list[Any]):
 
 
 def _put(fields: dict[str, Any], column: str, value: Any) -> None:
-    """Put a value beside those that other rows of the picture have."""
+    """Add a value to those from the picture's other rows."""
     before = fields.setdefault(column, value)
     if isinstance(before, _Several):
         if value not in before:
@@ -262,12 +262,12 @@ def _put(fields: dict[str, Any], column: str, value: Any) -> None:
 
 
 def plan(index: Index, listing: Listing, root: Path) -> Plan:
-    """What brings an index in line with a listing; only files whose size or time has changed are read.
+    """Plan the changes that bring an index in line with a listing; only files whose size or time has changed are read.
 
     Args:
-        index: Index, which stays as it is.
-        listing: Pictures that it is to hold.
-        root: Its root.
+        index: Index, which is not changed.
+        listing: Pictures that the index should hold.
+        root: Root of the index.
 
     Raises:
         StoreError: The index cannot be read.
@@ -290,7 +290,7 @@ def plan(index: Index, listing: Listing, root: Path) -> Plan:
     vanished = {item: before for item, before in stored.items() if before.hash and _is_gone(root / item)}
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(differing, pool.map(_hash, (listing.paths[item] for item in differing)), strict=True))
-        # What has no hash was added when there were none: it is taken for the same picture.
+        # An item without a hash is from the time before hashes; its picture is assumed to be the same.
         unaltered = [item for item, before in differing.items() if before.hash in (None, hashes[item])]
         moved = _moved(unknown, vanished, listing, pool)
         renamed = {**{item: item for item in unaltered}, **moved}
@@ -313,7 +313,7 @@ def plan(index: Index, listing: Listing, root: Path) -> Plan:
 
 
 class _Stamp(NamedTuple):
-    """What an item's metadata says of its file; None: it says nothing."""
+    """An item's metadata about its file; None if a value is missing."""
 
     bytes: int | None
     modified: str | None
@@ -336,7 +336,7 @@ def _items_below(index: Index, folder: Path, root: Path) -> Iterator[Item]:
 
 
 def filter_below(folder: Path, root: Path) -> str | None:
-    """A filter on the ids of pictures below a folder, which the catalogue answers fast; None: all ids may be."""
+    """A filter for ids of pictures below a folder, which the catalogue evaluates fast; None if it cannot exclude any id."""
     prefix = _below(folder, root).replace("'", "''")
     if root.is_relative_to(folder) or not prefix.isprintable():
         return None
@@ -344,7 +344,7 @@ def filter_below(folder: Path, root: Path) -> str | None:
 
 
 def _moved(unknown: Sequence[str], vanished: Mapping[str, _Stamp], listing: Listing, pool: Executor) -> dict[str, str]:
-    """New ids of vanished items, by their old ids: of pictures with the same content."""
+    """New ids of vanished items by old id, found by pictures with the same content."""
     sizes = {before.bytes for before in vanished.values()}
     candidates = [item for item in unknown if sizes and _stamp(listing.paths[item])[0] in sizes]
     homeless: dict[str | None, list[str]] = {}
@@ -364,12 +364,12 @@ def _metadata(index: Index, ids: Sequence[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _own_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given with a picture, without what its file said."""
+    """Metadata given with a picture, without that from its file."""
     return {name: value for name, value in metadata.items() if name not in FIELDS}
 
 
 def _fields(listing: Listing, item: str) -> dict[str, Any]:
-    """What is added to a picture's metadata; its size, time and hash are always the file's, or no change would be seen."""
+    """Fields to add to a picture's metadata; size, time and hash always come from the file, or no change would be detected."""
     return {name: value for name, value in listing.fields.get(item, {}).items() if name not in (*STAMP, HASH)}
 
 
@@ -395,7 +395,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _is_gone(path: Path) -> bool:
-    """Whether there is no such file; one that cannot be asked for may be there."""
+    """Return whether a file does not exist; one whose status cannot be read may exist."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

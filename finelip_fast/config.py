@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from finelip_fast.errors import ConfigError, InputError
 
-# CLIP's own vocabulary and special tokens; zero pads.
+# CLIP's own vocabulary size and special tokens; the padding is zero.
 VOCAB_SIZE = 49_408
 START_TOKEN = 49_406
 EOT_TOKEN = 49_407
@@ -18,7 +18,7 @@ EOT_TOKEN = 49_407
 # Rows of CLIP's text positions that are well trained: kept as they are when the table is stretched, frozen in training.
 KEEP_POSITIONS = 20
 
-# SigLIP's text tower reads at least so many positions, padding included, and normalises with a smaller epsilon.
+# SigLIP's text tower reads at least this many positions, including padding, and normalises with a smaller epsilon.
 SIGLIP_POSITIONS = 64
 SIGLIP_EPSILON = 1e-6
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
@@ -26,14 +26,14 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Attention heads of the published CLIPs, OpenAI's and open_clip's, by width: weights do not show them.
+# Attention heads of the published CLIPs, OpenAI's and open_clip's, by width: the weights do not reveal them.
 VISION_HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 TEXT_HEADS = {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20}
 
 _DERIVED = ("aggregated_tokens", "aggregator_hidden")
-# Ids, and rows of a table that CLIP does not have.
+# Ids, and the rows of a table that CLIP does not have.
 _MAY_BE_ZERO = (*_DERIVED, "text_positions", "pad_token", "end_token")
-# Fields that a configuration does not name where they are CLIP's: it reads, and is identified, as before there were any.
+# Fields omitted from a configuration if they have CLIP's values, so that it reads, and is identified, as before they existed.
 _SIGLIP_FIELDS = (
     "family",
     "vision_tanh_gelu",
@@ -49,7 +49,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 # FineLIP's weight of the global cosine (arXiv 2504.01916).
 ALPHA = 0.8
 
-# Several times what the largest CLIP has. A configuration may come from anyone, and building what it says must end.
+# Several times the values of the largest CLIP. A configuration may come from anyone, and building its model must terminate.
 _LIMITS = {
     "embed_dim": 16_384,
     "image_size": 16_384,
@@ -81,35 +81,35 @@ class FineLIPConfig:
         embed_dim: Width ``D`` of the joint embedding.
         image_size: Side of the square input picture, in pixels.
         patch_size: Side of a patch, in pixels; divides ``image_size``.
-        vision_width, vision_layers, vision_heads: The vision transformer.
-        text_width, text_layers, text_heads: The text transformer.
-        context_length: Longest caption in tokens, start and end token included.
-        vocab_size: Rows of the token embedding.
-        vision_mlp_ratio, text_mlp_ratio: Hidden width of an MLP over its input width.
-        quick_gelu: CLIP's sigmoid approximation of GELU; weights remember which one they were trained with.
-        aggregated_tokens: ``K``, tokens that an aggregator makes of a picture or a caption. Default: 20 % of the patches,
-            ``int(0.4 * 0.5 * P)``.
+        vision_width, vision_layers, vision_heads: Sizes of the vision transformer.
+        text_width, text_layers, text_heads: Sizes of the text transformer.
+        context_length: Longest caption in tokens, including start and end token.
+        vocab_size: Number of rows of the token embedding.
+        vision_mlp_ratio, text_mlp_ratio: Ratio of an MLP's hidden width to its input width.
+        quick_gelu: Whether to use CLIP's sigmoid approximation of GELU, which must be the one the weights were trained with.
+        aggregated_tokens: Number ``K`` of tokens that an aggregator makes of a picture or a caption. Default: 20 % of the
+            patches, ``int(0.4 * 0.5 * P)``.
         aggregator_hidden: Hidden width ``h`` of an aggregator. Default: ``int(0.2 * D)``.
-        trained_aggregators: False for weights that come from plain CLIP or Long-CLIP: the aggregators are then at their
-            random start, wait to be trained, and take no part in an embedding, which is the global row alone.
-        alpha: Weight of the global cosine in the score, as it was chosen for these weights; 1 where the aggregators are
-            untrained, whatever is given.
+        trained_aggregators: False for weights from plain CLIP or Long-CLIP: the aggregators are then randomly initialised, yet
+            to be trained, and not part of an embedding, which is the global row alone.
+        alpha: Weight of the global cosine in the score, as chosen for these weights; always 1 if the aggregators are
+            untrained.
         image_mean, image_std: Normalisation of the three colour channels, on values in [0, 1].
-        resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect.
-        family: ``"clip"``: a class token; causal text, read at its end token. ``"siglip"``: pictures pooled by attention; text
-            that sees all of its positions, read at the last (:mod:`finelip_fast.encoders`).
-        vision_tanh_gelu, text_tanh_gelu: GELU by its tanh approximation, in the encoder of pictures and of captions.
-        text_positions: Rows of SigLIP's table of text positions, which stays as it was trained whatever the context: shorter
-            captions are padded to so many positions, longer ones spread theirs over it. 0 of CLIP, whose table has a row for
-            each token of the context.
-        pad_token: Id that fills what lies behind a caption's end; SigLIP sees it, and CLIP does not.
+        resize_mode: ``"shortest"`` scales the shorter side and crops the centre (CLIP); ``"squash"`` ignores the aspect ratio.
+        family: ``"clip"``: a class token; causal text attention, read at the end token. ``"siglip"``: pictures pooled by
+            attention; full text attention, read at the last position (:mod:`finelip_fast.encoders`).
+        vision_tanh_gelu, text_tanh_gelu: Whether the picture or caption encoder uses the tanh approximation of GELU.
+        text_positions: Number of rows of SigLIP's table of text positions, which stays as trained whatever the context length:
+            shorter captions are padded to this length, longer ones are spread over the table. 0 for CLIP, whose table has a
+            row for each token of the context.
+        pad_token: Id of the padding after a caption's end; SigLIP attends to it, CLIP does not.
         end_token: Id that ends a caption.
-        logit_bias: What SigLIP's loss adds to the scaled cosine before a sigmoid makes a probability of it
-            (:meth:`finelip_fast.FineLIP.probability`); None where there is none, or where a training has moved the cosines.
-        tokenizer: SHA-256 in hex of the ``tokenizer.json`` that lies beside the weights; empty: CLIP's byte-level BPE.
+        logit_bias: Bias that SigLIP's loss adds to the scaled cosine before the sigmoid
+            (:meth:`finelip_fast.FineLIP.probability`); None if there is none, or if further training has shifted the cosines.
+        tokenizer: SHA-256 in hex of the ``tokenizer.json`` beside the weights; empty: CLIP's byte-level BPE.
 
     Raises:
-        ConfigError: Sizes that do not fit together.
+        ConfigError: Values are out of range or do not fit together.
     """
 
     embed_dim: int
@@ -213,24 +213,24 @@ class FineLIPConfig:
 
     @property
     def word_token(self) -> int:
-        """An id that ends no caption, for captions whose words do not matter."""
+        """An id other than the end token, for captions whose words do not matter."""
         return 2 if self.end_token == 1 else 1
 
     @property
     def patches(self) -> int:
-        """``P``, patches of a picture."""
+        """Number ``P`` of patches of a picture."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def tokens(self) -> int:
-        """``L``, rows of an embedding: ``K + 1``, or 1 where the aggregators are untrained."""
+        """Number ``L`` of rows of an embedding: ``K + 1``, or 1 if the aggregators are untrained."""
         return self.aggregated_tokens + 1 if self.trained_aggregators else 1
 
     def choose_alpha(self, alpha: float | None) -> float:
-        """The weight of the global cosine that was asked for; None: :attr:`alpha`.
+        """Return the requested weight of the global cosine; None: :attr:`alpha`.
 
         Raises:
-            InputError: It is outside [0, 1], or below 1 where the aggregators are untrained: there is no other score.
+            InputError: It is outside [0, 1], or below 1 although the aggregators are untrained and give no other score.
         """
         if alpha is None:
             return self.alpha
@@ -245,7 +245,7 @@ class FineLIPConfig:
 
     @property
     def parameters(self) -> int:
-        """Numbers in a model of these sizes; nothing is built to count them."""
+        """Number of parameters of a model of these sizes, which is not built to count them."""
         towers = 0
         for name in ("vision", "text"):
             width, layers = getattr(self, f"{name}_width"), getattr(self, f"{name}_layers")
@@ -256,7 +256,7 @@ class FineLIPConfig:
         hidden = int(width * self.vision_mlp_ratio)
         vision = width * (3 * self.patch_size**2 + self.patches)
         text = text_width * (self.vocab_size + (self.text_positions or self.context_length) + self.embed_dim)
-        if self.family == "siglip":  # a bias of the patches, and the pool; a bias of the text's projection
+        if self.family == "siglip":  # the patches' bias, and the pool; the bias of the text projection
             vision += width + 4 * width * (width + 1) + 3 * width + hidden * (width + 1) + width * (hidden + 1)
             text += self.embed_dim
         else:  # class token, its position, a first norm and the projection
@@ -266,14 +266,14 @@ class FineLIPConfig:
         return towers + vision + text + 2 * aggregator + 1
 
     def _derived(self) -> dict[str, int]:
-        """Sizes that follow from others where none is given."""
+        """Default sizes that depend on other sizes."""
         return {
             "aggregated_tokens": max(1, int(self.patches * 0.4 * 0.5)),
             "aggregator_hidden": max(1, int(self.embed_dim * 0.2)),
         }
 
     def replace(self, **changes: Any) -> FineLIPConfig:
-        """A copy with some fields changed; what was at its default and depends on them follows."""
+        """Return a copy with some fields changed; defaults that depend on them are computed again."""
         following: dict[str, Any] = {
             name: 0 for name, default in self._derived().items() if getattr(self, name) == default
         }
@@ -282,17 +282,17 @@ class FineLIPConfig:
         return dataclasses.replace(self, **{**following, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. Fields that only SigLIP has are left out where they are at CLIP's values."""
+        """Return plain values for JSON; fields that only SigLIP needs are left out if they have CLIP's values."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in _SIGLIP_FIELDS or value != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FineLIPConfig:
-        """The configuration that :meth:`to_dict` wrote.
+        """Create a configuration from the values that :meth:`to_dict` returns.
 
         Raises:
-            ConfigError: Unknown or missing fields, by name.
+            ConfigError: Fields are unknown or missing; the message names them.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(name[:40] for name in set(values) - set(fields))[:10]
@@ -307,10 +307,10 @@ class FineLIPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> FineLIPConfig:
-        """A configuration by CLIP's model name, or ``"scenes"``, the size of the bundled model.
+        """Return a configuration by CLIP's model name, or by ``"scenes"``, the size of the bundled model.
 
         Raises:
-            ConfigError: An unknown name.
+            ConfigError: The name is unknown.
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
@@ -318,7 +318,7 @@ class FineLIPConfig:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Hidden width over width, such that truncating ``width * ratio`` gives the hidden width back."""
+    """Ratio of hidden width to width, such that truncating ``width * ratio`` gives the hidden width again."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 

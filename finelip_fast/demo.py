@@ -1,4 +1,4 @@
-"""The demo: draw scenes, index them, search their descriptions, and show it all on one page."""
+"""The demo: draw scenes, index them, search with their descriptions, and show the results on one page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOWN_HITS = 5
 
 
 class _Query(NamedTuple):
-    """A description on the page, in the part that CLIP reads and the rest, and the pictures that searches found."""
+    """A description on the page, split into the part that CLIP reads and the rest, with the pictures that searches found."""
 
     start: str
     cut: str
@@ -40,14 +40,14 @@ class _Query(NamedTuple):
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo measured.
+    """Measurements of the demo.
 
     Attributes:
-        scenes: Pictures searched; each has a description of its own.
+        scenes: Number of pictures searched; each has its own description.
         rows: Recall by setting.
-        query_milliseconds: Median time of one search, encoding included.
+        query_milliseconds: Median time of one search, including encoding.
         index_seconds: Time to read, encode and store all pictures.
-        page: The HTML page.
+        page: Path of the HTML page.
     """
 
     scenes: int
@@ -71,10 +71,10 @@ class DemoReport:
 
 
 def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress: bool = True) -> DemoReport:
-    """Search drawn scenes with descriptions that the bundled model never saw, and write ``index.html``.
+    """Search drawn scenes with descriptions that the bundled model has never seen, and write ``index.html``.
 
     Args:
-        out: Folder for the pictures, the index and the page; made if missing.
+        out: Folder for the pictures, the index and the page; created if missing.
         scenes: Number of test scenes.
         queries: Number of queries on the page.
         progress: Whether to show progress bars.
@@ -83,8 +83,8 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         Recall, times and the path of the page.
 
     Raises:
-        InputError: Fewer than one scene or one query.
-        WriteError: A picture or a page that cannot be written.
+        InputError: ``scenes`` or ``queries`` is below 1.
+        WriteError: A picture or a page cannot be written.
     """
     if scenes < 1 or queries < 1:
         raise InputError(f"expected at least one scene and one query, got {scenes} and {queries}")
@@ -99,7 +99,7 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
     for scene, path in tqdm(list(zip(world, paths, strict=True)), desc="draw", disable=not progress):
         write_whole(path, partial(scene.draw().save, format="png"))
 
-    if (folder / "index" / CATALOGUE).exists():  # of an earlier demo, perhaps with another model
+    if (folder / "index" / CATALOGUE).exists():  # left by an earlier demo, perhaps with another model
         shutil.rmtree(folder / "index", ignore_errors=True)
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
@@ -151,7 +151,7 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
 
 
 def _characters_within(caption: str, context: int) -> int:
-    """Characters of a caption that fit into ``context`` tokens, to the end of a word."""
+    """Number of characters of a caption that fit into ``context`` tokens, up to the end of a word."""
     words = caption.split(" ")
     low, high = 0, len(words)
     while low < high:

@@ -1,4 +1,4 @@
-"""Lists of pictures or captions through an encoder in batches: the one loop that engines, training and evaluation share."""
+"""Encoding lists of pictures or captions in batches: the one loop that engines, training and evaluation share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def embed_images(
     """Embed pictures.
 
     Args:
-        encode_image: Pixels ``[B, 3, H, W]`` on the CPU to embeddings ``[B, L, D]``.
-        preprocess: What makes pixels of a picture.
+        encode_image: Function from pixels ``[B, 3, H, W]`` on the CPU to embeddings ``[B, L, D]``.
+        preprocess: Preprocessing that turns a picture into pixels.
         images: Anything that :func:`finelip_fast.preprocess.open_image` takes; read batch by batch.
-        batch_size: Pictures at once.
+        batch_size: Number of pictures encoded at once.
 
     Returns:
         ``[N, L, D]`` on the encoder's device.
@@ -42,22 +42,22 @@ def embed_texts(
     overflow: Overflow = "truncate",
     tokenizer: Tokenizer = CLIP_BPE,
 ) -> Tensor:
-    """Embed captions, in order of length so that a batch holds little padding; results come back in the given order.
+    """Embed captions, in order of length so that batches hold little padding; results are returned in the given order.
 
     Args:
-        encode_text: Ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
+        encode_text: Function from ids ``[B, T]`` on the CPU to embeddings ``[B, L, D]``.
         texts: Captions, at least one.
-        context_length: Longest sequence in tokens.
-        batch_size: Sequences at once.
-        overflow: What happens to a longer caption: ``"truncate"``, ``"error"`` or ``"window"``
+        context_length: Maximum length of a sequence in tokens.
+        batch_size: Number of sequences encoded at once.
+        overflow: Treatment of longer captions: ``"truncate"``, ``"error"`` or ``"window"``
             (see :func:`finelip_fast.tokenize`).
-        tokenizer: That of the model.
+        tokenizer: Tokenizer of the model.
 
     Returns:
         ``[N, L, D]`` on the encoder's device.
 
     Raises:
-        InputError: A caption too long under ``overflow="error"``.
+        InputError: A caption is too long under ``overflow="error"``.
     """
     batch = encode_batch(texts, context_length, overflow=overflow, tokenizer=tokenizer)
     return embed_tokens(encode_text, batch, batch_size=batch_size)

@@ -1,13 +1,13 @@
 """CLIP's two transformers and SigLIP's, returning the projected features of every token instead of one vector.
 
-The towers are open_clip's, whose parameters carry CLIP's own names. All of them give features in one layout: of a picture the
-global one first, then one a patch; of a caption one a token, the global one in the place of the end token.
+The towers are open_clip's, whose parameters carry CLIP's own names. All return features in one layout: for a picture, the
+global one first, then one per patch; for a caption, one per token, with the global one at the end token.
 
-CLIP reads a caption causally, up to its end token, and takes any context length by a stretched table of positions
-(:func:`stretch_positions`). SigLIP (arXiv 2303.15343, 2502.14786) was trained on captions padded to 64 positions, sees all of
-them from each, and is read at the last. So up to 64 tokens are read here in just this way, whatever the context. A caption of
-more tokens has no padding; its positions are spread evenly over the trained table, whose last row stays that of the position
-which is read. Every row has been trained, and none is left to keep or to add.
+CLIP reads a caption causally, up to its end token, and supports any context length by a stretched table of positions
+(:func:`stretch_positions`). SigLIP (arXiv 2303.15343, 2502.14786) was trained on captions padded to 64 positions, attends to
+all of them from each, and is read at the last. So up to 64 tokens are read in exactly this way here, whatever the context
+length. A longer caption has no padding; its positions are spread evenly over the trained table, whose last row stays with the
+position that is read. Every row has been trained, so none has to be kept or added.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untype
         )
 
     def build_causal_mask(self) -> Tensor:
-        """Added to the scores of attention, ``[S, S]``: no position sees a later one."""
-        # Finite, where open_clip has -inf: half precision adds to it without overflow, and its weight is 0 all the same.
+        """Build the mask added to attention scores, ``[S, S]``: no position attends to a later one."""
+        # Finite, unlike open_clip's -inf: half precision adds to it without overflow, and its weight is 0 all the same.
         return torch.full((self.num_pos, self.num_pos), _MASKED).triu_(1)
 
     def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,16 +83,16 @@ class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untype
 
 
 class AttentionPool(AttentionPoolLatent):
-    """Attention of a learned query over the patches, and the layers that make a feature of what it gathers.
+    """Attention of a learned query over the patches, and the layers that turn its result into a feature.
 
-    A picture's feature is ``head(sum of weight_p * value_p)``. As CLIP's projection is applied to every token, so is this head
-    to every patch: ``head(value_p)``, what the pool would give if it looked there alone.
+    A picture's feature is ``head(sum of weight_p * value_p)``. Just as CLIP's projection is applied to every token, this head
+    is applied to every patch: ``head(value_p)`` is what the pool would return if it attended to that patch alone.
     """
 
     mlp: Any
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalised patches ``[B, P, W]`` to features ``[B, 1 + P, W]``, the picture's first."""
+        """Map normalised patches ``[B, P, W]`` to features ``[B, 1 + P, W]``, the picture's first."""
         key, value = self.kv(x).chunk(2, dim=-1)
         query = self.q(self.latent.to(x.dtype).expand(x.shape[0], -1, -1))
         heads = [rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (query, key, value)]
@@ -103,7 +103,7 @@ class AttentionPool(AttentionPoolLatent):
 
 
 class SigLIPImageEncoder(nn.Module):
-    """Vision transformer without a class token: pixels ``[B, 3, H, W]`` to features ``[B, 1 + P, D]``, the pooled first."""
+    """Vision transformer without a class token: pixels ``[B, 3, H, W]`` to features ``[B, 1 + P, D]``, pooled one first."""
 
     def __init__(self, config: FineLIPConfig) -> None:
         super().__init__()
@@ -133,9 +133,9 @@ class SigLIPImageEncoder(nn.Module):
 
 
 class SigLIPTextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
-    """Text transformer that sees all positions: ids ``[B, T]`` to features ``[B, T, D]``, the global one at the end token.
+    """Text transformer with full attention: ids ``[B, T]`` to features ``[B, T, D]``, the global one at the end token.
 
-    What stands behind a caption's end token does not matter, nor how wide the batch is.
+    Neither ids after a caption's end token nor the width of the batch affect the result.
     """
 
     text_projection: nn.Linear
@@ -165,14 +165,14 @@ class SigLIPTextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is 
         ids = F.pad(ids, (0, missing))
         position = torch.arange(ids.shape[1], device=ids.device)
         x = self.token_embedding(ids.masked_fill(position >= lengths[:, None], self.pad_id))
-        visible = lengths.clamp(min=rows)  # [B], the positions of each caption
+        visible = lengths.clamp(min=rows)  # [B], number of positions of each caption
         if ids.shape[1] == rows and not torch.compiler.is_compiling():
             x = self.transformer(x + self.positional_embedding.to(x.dtype))
         else:
             x = x + spread_positions(self.positional_embedding, visible, ids.shape[1]).to(x.dtype)
             hidden = torch.zeros(ids.shape, dtype=x.dtype, device=x.device)
             hidden = hidden.masked_fill(position >= visible[:, None], _MASKED)
-            # [B heads, T, T] of which every position has the same row
+            # [B heads, T, T], with the same row for every position
             mask = hidden.repeat_interleave(self.heads, 0)[:, None].expand(-1, ids.shape[1], -1)
             x = self.transformer(x, attn_mask=mask)
         last = x[torch.arange(x.shape[0], device=x.device), visible - 1]
@@ -182,20 +182,20 @@ class SigLIPTextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is 
 
 
 def spread_positions(table: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Learned positions, spread evenly over captions of any length.
+    """Spread learned positions evenly over captions of any length.
 
-    The first position of a caption has the table's first row, its last the last; those between are interpolated linearly. A
-    caption of as many positions as the table has rows has just these.
+    A caption's first position gets the table's first row, its last position the last row; those between are interpolated
+    linearly. A caption with as many positions as the table has rows gets exactly these.
 
     Args:
         table: Positions ``[S, W]``.
-        lengths: int64 ``[B]``, positions of each caption, at least ``S``.
-        width: ``T``; positions past a caption's last have the last row, too.
+        lengths: int64 ``[B]``, number of positions of each caption, at least ``S``.
+        width: Width ``T``; positions past a caption's last get the last row, too.
 
     Returns:
         ``[B, T, W]`` in the table's dtype.
     """
-    # In whole numbers, up to the fraction: half precision would not tell one position of a long caption from the next.
+    # Computed in integers up to the fraction: half precision cannot distinguish neighbouring positions of a long caption.
     steps = (lengths - 1)[:, None]
     along = torch.arange(width, device=table.device) * (len(table) - 1)
     left = torch.div(along, steps, rounding_mode="floor").clamp(max=len(table) - 2)
@@ -206,18 +206,18 @@ def spread_positions(table: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 
 def image_encoder(config: FineLIPConfig) -> ImageEncoder | SigLIPImageEncoder:
-    """The encoder of pictures of a model's family."""
+    """Create the picture encoder of a model's family."""
     return SigLIPImageEncoder(config) if config.family == "siglip" else ImageEncoder(config)
 
 
 def text_encoder(config: FineLIPConfig) -> TextEncoder | SigLIPTextEncoder:
-    """The encoder of captions of a model's family."""
+    """Create the caption encoder of a model's family."""
     return SigLIPTextEncoder(config) if config.family == "siglip" else TextEncoder(config)
 
 
 def caption_lengths(ids: Tensor, end_token: int = EOT_TOKEN) -> Tensor:
-    """Real tokens of each caption, the end token included: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
-    # The lowest position of an end token, not argmax: its int64 form is missing or wrong in other runtimes.
+    """Count each caption's tokens, including the end token: ``[B, T]`` to int64 ``[B]``; 0 for a row without an end token."""
+    # The minimum of the end tokens' positions, not argmax, whose int64 form is missing or wrong in other runtimes.
     width = ids.shape[1]
     first = torch.where(ids == end_token, torch.arange(width, device=ids.device), width).amin(dim=1)
     return torch.where(first < width, first + 1, 0)
@@ -227,18 +227,18 @@ def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS)
     """Stretch a table of learned positions to a longer context (Long-CLIP, arXiv 2403.15378; FineLIP, arXiv 2504.01916).
 
     The first ``keep`` rows stay as they are; the others are interpolated linearly over the rest, and past the last learned
-    row the line through the last two goes on. Computed in float64.
+    row extrapolated along the line through the last two. Computed in float64.
 
     Args:
         table: Positions ``[S, W]``, ``S = 77`` in CLIP.
-        length: Rows wanted, at least ``S``.
-        keep: Rows that stay as they are.
+        length: Number of rows of the result, at least ``S``.
+        keep: Number of rows that stay as they are.
 
     Returns:
         ``[length, W]`` in the table's dtype.
 
     Raises:
-        InputError: A table too short, or ``length`` below its rows.
+        InputError: The table is too short, or ``length`` is below its number of rows.
     """
     rows = table.shape[0]
     if rows < keep + 2 or length < rows:
@@ -248,19 +248,19 @@ def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS)
     ratio = (rows - keep) / (length - keep)
     target = torch.arange(length, dtype=torch.float64, device=table.device)
     source = torch.where(target < keep, target, keep + (target - keep) * ratio)
-    # Clamped so that its right neighbour exists: the fraction then passes 1 beyond the last row, which extrapolates.
+    # Clamped so that its right neighbour exists: beyond the last row the fraction exceeds 1, which extrapolates.
     left = source.floor().clamp(max=rows - 2).long()
     exact = table.double()
     return torch.lerp(exact[left], exact[left + 1], (source - left)[:, None]).to(table.dtype)
 
 
 def _norm() -> Any:
-    """What makes a norm of SigLIP's; open_clip says a class, and takes any function."""
+    """Factory of SigLIP's norms; open_clip asks for a class, but accepts any function."""
     return partial(LayerNorm, eps=SIGLIP_EPSILON)
 
 
 def _activation(config: FineLIPConfig, tower: str) -> Any:
-    """What makes an activation; open_clip says a class, and takes any function."""
+    """Factory of activations; open_clip asks for a class, but accepts any function."""
     if config.quick_gelu:
         return QuickGELU
     return partial(nn.GELU, approximate="tanh") if getattr(config, f"{tower}_tanh_gelu") else nn.GELU

@@ -1,18 +1,18 @@
 """Every error that the library raises on purpose.
 
     FineLIPError
-    ├── InputError (ValueError)      an argument: what was expected, what came, what to do
+    ├── InputError (ValueError)      an invalid argument: what was expected, what was given, what to do
     │   └── ImageError               one picture that cannot be read; names the file
     ├── ConfigError (ValueError)     a model or training configuration that cannot be honoured
-    ├── CheckpointError              a file that is no checkpoint, or not this one
-    ├── KernelError (RuntimeError)   a kernel that was asked for by name and cannot run here
-    ├── EngineError (RuntimeError)   an engine that was asked for by name and cannot run here
+    ├── CheckpointError              a file that is not a checkpoint, or not the expected one
+    ├── KernelError (RuntimeError)   a kernel that was requested by name and cannot run here
+    ├── EngineError (RuntimeError)   an engine that was requested by name and cannot run here
     ├── StoreError                   an index folder that cannot be opened, read or written
     ├── WriteError (OSError)         a file that cannot be written: a full disk, a folder of someone else
-    ├── ServerError                  a server that cannot be reached, that refuses, or that is none of this library
-    └── TrainingError (RuntimeError) a run that cannot go on
+    ├── ServerError                  a server that cannot be reached, refuses, or does not run this library
+    └── TrainingError (RuntimeError) a run that cannot continue
 
-Catch :class:`FineLIPError` to catch them all. Warnings that a server's client gives, too, are here as well:
+Catch :class:`FineLIPError` to catch them all. The warnings that a server's client also issues are defined here, too:
 :class:`TruncationWarning` and :class:`PartialAnswerWarning`.
 """
 
@@ -52,15 +52,15 @@ class ConfigError(FineLIPError, ValueError):
 
 
 class CheckpointError(FineLIPError):
-    """A checkpoint is missing, of an unknown layout, or does not fit."""
+    """A checkpoint is missing, has an unknown layout, or does not fit."""
 
 
 class KernelError(FineLIPError, RuntimeError):
-    """A kernel was asked for by name and cannot run on this machine or on these inputs."""
+    """A kernel was requested by name and cannot run on this machine or on these inputs."""
 
 
 class EngineError(FineLIPError, RuntimeError):
-    """An engine was asked for by name and cannot run on this machine."""
+    """An engine was requested by name and cannot run on this machine."""
 
 
 class StoreError(FineLIPError):
@@ -68,18 +68,18 @@ class StoreError(FineLIPError):
 
 
 class WriteError(FineLIPError, OSError):
-    """A file cannot be written. Says which and why; what was there before is what it was."""
+    """A file cannot be written; the message says which and why. An existing file stays unchanged."""
 
     def __str__(self) -> str:
         return str(self.args[-1])
 
 
 class ServerError(FineLIPError):
-    """A server cannot be reached, refuses, fails, or is none of this library.
+    """A server cannot be reached, refuses, fails, or does not run this library.
 
     Attributes:
-        status: HTTP status of the answer; None: there was none.
-        code: Word that the server has for what went wrong, if it said so.
+        status: HTTP status of the response; None if there was none.
+        code: Error code in the response, if it has one.
         request_id: Id of the request in the server's log.
     """
 
@@ -91,7 +91,7 @@ class ServerError(FineLIPError):
 
 
 class TrainingError(FineLIPError, RuntimeError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class TruncationWarning(UserWarning):
@@ -99,4 +99,4 @@ class TruncationWarning(UserWarning):
 
 
 class PartialAnswerWarning(UserWarning):
-    """A server's shards did not all answer: hits are those of the others."""
+    """Some of a server's shards did not answer; the hits are those of the others."""

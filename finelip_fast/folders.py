@@ -1,4 +1,4 @@
-"""Folders of pictures: what is in them, by the names of files alone."""
+"""Listing folders of pictures, by file names alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["LEFT_OUT", "FolderScan", "Kind", "list_images", "scan_folder", "walk
 
 Kind: TypeAlias = Literal["image", "other", "left out", "unreadable"]
 
-# What other programs keep beside pictures: previews of network drives and Lightroom, waste baskets, what archives bring.
+# Entries that other programs keep beside pictures: previews of network drives and Lightroom, recycle bins, archive metadata.
 LEFT_OUT = (
     *("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
     *("*.lrdata", "__MACOSX", "Thumbs.db"),
@@ -24,14 +24,14 @@ _HIDDEN = ".*"
 
 
 class FolderScan(NamedTuple):
-    """What a folder holds: ``images`` by suffix, and all ``other_files``; both sorted, hidden files in neither."""
+    """The contents of a folder: ``images`` by suffix, and all ``other_files``; both sorted, without hidden files."""
 
     images: list[Path]
     other_files: list[Path]
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted; :func:`scan_folder` also tells what was left out.
+    """List the image files of a folder, sorted; :func:`scan_folder` also lists the other files.
 
     Raises:
         InputError: There is no such folder, or a folder in it cannot be read.
@@ -43,8 +43,8 @@ def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> Folde
     """Sort a folder's files into images and others, by suffix alone; no file is opened.
 
     Args:
-        folder: Folder to look in. The paths returned begin with it.
-        recursive: Whether to look into folders below too, as :func:`walk_folder` does.
+        folder: Folder to scan. The paths returned begin with it.
+        recursive: Whether to scan subfolders, too, as :func:`walk_folder` does.
 
     Raises:
         InputError: There is no such folder, or a folder in it cannot be read.
@@ -65,17 +65,17 @@ def walk_folder(
     exclude: Collection[str] = (),
     include: Collection[str] = (),
 ) -> Iterator[tuple[Path, Kind]]:
-    """The files of a folder in the order of their paths, one by one, and the folders in it that are not entered.
+    """Yield the files of a folder in the order of their paths, and the folders in it that are not entered.
 
-    Each entry is judged alone, by its name. Hidden ones (``.name``) are passed over. A link to a folder elsewhere is followed,
-    and no folder entered twice; what a link to a folder within this one leads to comes under its own name.
+    Each entry is judged by its name alone. Hidden ones (``.name``) are skipped. A link to a folder elsewhere is followed, and
+    no folder is entered twice; the target of a link to a folder within this one is listed under its own path.
 
     Args:
-        folder: Folder to look in. The paths begin with it.
-        recursive: Whether to look into folders below too.
-        exclude: Patterns of names, or of paths below ``folder``, to pass over: ``*`` is any text, ``?`` one character, and
-            upper case equals lower case.
-        include: Patterns of what is taken although it is hidden, or in :data:`LEFT_OUT`.
+        folder: Folder to walk. The paths begin with it.
+        recursive: Whether to walk subfolders, too.
+        exclude: Patterns of names, or of paths below ``folder``, to skip: ``*`` matches any text, ``?`` one character, and
+            case is ignored.
+        include: Patterns of entries to include although they are hidden or in :data:`LEFT_OUT`.
 
     Raises:
         InputError: There is no such folder.
@@ -105,7 +105,7 @@ class _Walk:
                 yield path, kind
 
     def _listed(self, folder: Path) -> Iterator[tuple[Path, Kind | None]]:
-        """What lies in a folder; None: a folder to enter."""
+        """Entries of a folder with their kinds; None marks a folder to enter."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self._entered and status.st_ino:
@@ -127,7 +127,7 @@ class _Walk:
                 if self._recursive and not self._comes_anyway(entry):
                     yield path, None
             else:
-                # No broken link, pipe or device.
+                # Excludes broken links, pipes and devices.
                 is_image = _answer(entry.is_file) and path.suffix.lower() in self._suffixes
                 yield path, "image" if is_image else "other"
 
@@ -136,7 +136,7 @@ class _Walk:
         return any(fnmatchcase(text, pattern.rstrip("/").lower()) for pattern in patterns for text in texts)
 
     def _comes_anyway(self, entry: os.DirEntry[str]) -> bool:
-        """Whether it is a link to a folder within this one, or to one that this one is in."""
+        """Return whether an entry is a link to a folder within this one, or to one that contains it."""
         if not _answer(entry.is_symlink):
             return False
         target = Path(os.path.realpath(entry.path))
@@ -144,7 +144,7 @@ class _Walk:
 
 
 def _answer(question: object) -> bool:
-    """What an entry says of itself; one that cannot be asked, such as a link to itself, is nothing."""
+    """Return an entry's answer about its kind; False if there is none, as for a link to itself."""
     try:
         return bool(question())  # type: ignore[operator]
     except OSError:

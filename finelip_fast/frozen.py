@@ -1,9 +1,8 @@
-"""The encoders as they run on a CPU: weights laid out once, captions without padding, nothing kept for a gradient.
+"""The encoders as they run on a CPU: weights laid out once, captions without padding, nothing kept for gradients.
 
-A block of CLIP's and SigLIP's transformers is seven operations here: two norms, four linear layers and attention. The
-activation of the MLP is a part of its first layer, and attention reads queries, keys and values where the one projection wrote
-them. Rows of all captions lie one after another, so that each takes what its own tokens take; only attention looks at them one
-length at a time.
+A block of CLIP's and SigLIP's transformers takes seven operations here: two norms, four linear layers and attention. The MLP's
+activation is part of its first layer, and attention reads queries, keys and values where their joint projection wrote them.
+The rows of all captions are concatenated, so that each costs only its own tokens; only attention handles one length at a time.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from finelip_fast.model import FineLIP
 # QuickGELU is x * sigmoid(1.702 x), which is swish(1.702 x) / 1.702, and swish is what oneDNN has.
 _QUICK = 1.702
 
-# Rows of a transformer's blocks that are computed together: the widest of their activations stay in the cache.
+# Rows that a transformer's blocks compute together, so that their widest activations stay in the cache.
 _ROWS = 1600
 
 
 class Run(NamedTuple):
-    """Items of one length, whose rows lie one after another."""
+    """Consecutive items of one length."""
 
     items: int
     length: int
@@ -48,12 +47,12 @@ class Run(NamedTuple):
 
 
 def freeze(model: FineLIP, precision: LinearPrecision = "fp32") -> FineLIP:
-    """Replace a model's encoders by frozen ones, which are all that then holds their weights.
+    """Replace a model's encoders with frozen ones, which then hold the only copy of their weights.
 
     Args:
-        model: A model in float32 on the CPU, in eval mode; changed in place, and good for :meth:`FineLIP.encode_image` and
-            :meth:`FineLIP.encode_text` from here on.
-        precision: Precision of the blocks' linear layers; ``"bf16"`` also of attention. Everything else is float32.
+        model: Model in float32 on the CPU, in eval mode; changed in place, and afterwards only usable for
+            :meth:`FineLIP.encode_image` and :meth:`FineLIP.encode_text`.
+        precision: Precision of the blocks' linear layers and, if ``"bf16"``, of attention. Everything else is float32.
 
     Returns:
         The model.
@@ -69,7 +68,7 @@ def freeze(model: FineLIP, precision: LinearPrecision = "fp32") -> FineLIP:
 
 
 def why_not(precision: str) -> str | None:
-    """Why a processor gains nothing by a precision; None if it has the instructions."""
+    """Return why this processor gains nothing from a precision; None if it has the instructions."""
     if precision == "bf16" and not cpu.has_bfloat16():
         return "this processor has no bfloat16 instructions"
     if precision == "int8" and not cpu.has("vnni"):
@@ -106,7 +105,7 @@ class FrozenImageEncoder(nn.Module):
         return features
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Pixels ``[B, 3, H, W]`` to features ``[B (1 + P), D]``."""
+        """Encode pixels ``[B, 3, H, W]`` as features ``[B (1 + P), D]``."""
         # [B, 3, H, W] -> [B, 3, rows, p, columns, p] -> [B, rows, columns, 3, p, p]: a patch is a row of the product.
         patches = pixels.unflatten(3, (-1, self._patch)).unflatten(2, (-1, self._patch)).permute(0, 2, 4, 1, 3, 5)
         embedded = self._embed(patches.flatten(3).flatten(0, 2)).view(len(pixels), *self._positions.shape)
@@ -135,7 +134,7 @@ class FrozenTextEncoder(nn.Module):
         lengths = caption_lengths(ids)
         features = self._embeddings.new_zeros(*ids.shape, self._head.width)
         for numbers in _batches(lengths):
-            # Of each token, caption by caption: which caption it is of, and where it stands there.
+            # For each token, caption by caption: the caption that it belongs to, and its position there.
             caption, position = (torch.arange(ids.shape[1]) < lengths[numbers, None]).nonzero(as_tuple=True)
             x = F.embedding(ids[numbers[caption], position], self._embeddings) + self._positions[position]
             x, runs = _filled(x, _runs(lengths[numbers]))
@@ -168,13 +167,13 @@ class FrozenSigLIPTextEncoder(nn.Module):
         ids = ids.masked_fill(at >= lengths[:, None], self._padding)
         visible = lengths.clamp(min=len(self._positions)).masked_fill(lengths == 0, 0)
         for numbers in _batches(visible):
-            # Of each position, caption by caption: which caption it is of, and where it stands there.
+            # For each position, caption by caption: the caption that it belongs to, and its place there.
             caption, position = (at < visible[numbers, None]).nonzero(as_tuple=True)
             x = F.embedding(ids[numbers[caption], position], self._embeddings) + self._spread(visible[numbers])
             x, runs = _filled(x, _runs(visible[numbers]))
             for block in self._blocks:
                 block(x, runs, causal=False)
-            # What the last position has gathered takes the end token's place, and the padding is left out.
+            # The result at the last position replaces that of the end token, and the padding is left out.
             numbers, end = numbers[caption], lengths[numbers[caption]] - 1
             is_last = position == visible[numbers] - 1
             rows = ((position < end) | is_last).nonzero()[:, 0]
@@ -182,7 +181,7 @@ class FrozenSigLIPTextEncoder(nn.Module):
         return features
 
     def _spread(self, lengths: Tensor) -> Tensor:
-        """Positions ``[R, W]`` of captions in order of length."""
+        """Positions ``[R, W]`` of captions sorted by length."""
         parts = [
             spread_positions(self._positions, torch.tensor([run.length]), run.length)[0].repeat(run.items, 1)
             for run in _runs(lengths)
@@ -209,7 +208,7 @@ class _Block:
             self._narrow = linear(narrow.weight, narrow.bias)
 
     def __call__(self, x: Tensor, runs: Sequence[Run], *, causal: bool) -> None:
-        """Add to the rows ``x [R, W]``, in place."""
+        """Add the block's output to the rows ``x [R, W]``, in place."""
         x += self._join(_attention(self._project(self._norm_1(x)), self._heads, runs, causal))
         x += self._narrow(self._widen(self._norm_2(x)))
 
@@ -260,7 +259,7 @@ def _gelu(activation: nn.Module) -> Activation:
 
 
 def _attention(projected: Tensor, heads: int, runs: Sequence[Run], causal: bool) -> Tensor:
-    """Queries, keys and values ``[R, 3 W]`` to ``[R, W]``; each item attends to itself."""
+    """Attend within each item: queries, keys and values ``[R, 3 W]`` to ``[R, W]``."""
     mixed = []
     for rows, (items, length) in zip(projected.split([run.rows for run in runs]), runs, strict=True):
         # [B T, 3 W] -> [3, B, heads, T, W / heads], without a copy
@@ -271,23 +270,23 @@ def _attention(projected: Tensor, heads: int, runs: Sequence[Run], causal: bool)
 
 
 def _batches(lengths: Tensor) -> Iterator[Tensor]:
-    """Numbers of the captions that have tokens, in order of length, a few at a time."""
+    """Indices of the captions that have tokens, sorted by length and split into batches."""
     order = lengths.argsort(stable=True)[int((lengths == 0).sum()) :]
     batch = (lengths[order].cumsum(0) - 1) // _ROWS
     return (numbers for numbers in order.split(batch.bincount().tolist()) if len(numbers))
 
 
 def _filled(x: Tensor, runs: list[Run]) -> tuple[Tensor, list[Run]]:
-    """Rows ``[R, W]`` with zeros behind them, which are an item of their own, up to one of few numbers of rows.
+    """Pad rows ``[R, W]`` with an item of zeros, up to one of a few numbers of rows.
 
-    The reason: :func:`finelip_fast.kernels.cpu.filled_rows`.
+    For the reason see :func:`finelip_fast.kernels.cpu.filled_rows`.
     """
     padding = filled_rows(len(x)) - len(x)
     return (F.pad(x, (0, 0, 0, padding)), [*runs, Run(1, padding)]) if padding else (x, runs)
 
 
 def _runs(lengths: Tensor) -> list[Run]:
-    """What lies one after another, of items in order of length."""
+    """Runs of items sorted by length."""
     values, counts = lengths.unique_consecutive(return_counts=True)
     return [Run(*pair) for pair in zip(counts.tolist(), values.tolist(), strict=True)]
 

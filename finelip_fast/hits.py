@@ -1,4 +1,4 @@
-"""What a search finds, and how a notebook and a page show it."""
+"""The hits of a search, and how notebooks and pages show them."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from finelip_fast._terminal import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a notebook shows, so that its file stays small whatever was found.
+# Limits on what a notebook shows, so that its file stays small whatever was found.
 _MOST_ROWS, _MOST_THUMBNAILS = 100, 24
 _SIDE = 160  # of a thumbnail in a notebook, in pixels
-_LARGE_SIDE = 320  # of one on a page, where screens of phones show two or three pixels for each
+_LARGE_SIDE = 320  # of one on a page, since phone screens show two or three pixels for each
 _LONGEST_TEXT = 300  # characters of an id, and of its metadata
 
 
 Verdict = Literal["stands out", "perhaps", "does not stand out"]
 
-# Probabilities that a hit matches, from which on it is called so.
+# Probabilities of a match from which a hit gets these verdicts.
 _STANDS_OUT, _PERHAPS = 0.9, 0.1
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One found item.
+    """One item found by a search.
 
     Attributes:
-        id: What it was added as.
-        score: ``alpha * global_score + (1 - alpha) * fine_score``; hits are ordered by it. Without trained aggregators
+        id: Id of the item.
+        score: ``alpha * global_score + (1 - alpha) * fine_score``; hits are ordered by it. Without trained aggregators, it is
             ``global_score``.
         global_score: Cosine of the two global embeddings, in [-1, 1].
         fine_score: Late interaction of all tokens in both directions, in [-0.2, 2]; None without trained aggregators.
-        metadata: What was given with it.
-        mode: How it was found: ``"exact"``, ``"exact-int8"`` (the same result), ``"two-stage"`` or ``"sketch"``.
-        path: File of a picture that came from a folder, absolute; None: of anything else.
-        stands_out: How far the score stands out of those of the items that were searched, from 0 to 1: a probability that the
-            hit matches, calibrated on the bundled model's drawn scenes, and a guide for other checkpoints. None: not
-            known, of fewer than 50 items.
+        metadata: Metadata of the item.
+        mode: Search mode that found it: ``"exact"``, ``"exact-int8"`` (the same result), ``"two-stage"`` or ``"sketch"``.
+        path: Absolute path of a picture that was added from a folder; None for any other item.
+        stands_out: How far the score stands out from those of all items searched, from 0 to 1: the probability that the hit
+            matches, calibrated on the bundled model's drawn scenes, and a guide for other checkpoints. None if unknown,
+            as with fewer than 50 items.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Hit:
 
     @property
     def verdict(self) -> Verdict | None:
-        """``stands_out`` in words: from 0.9 on, from 0.1 on, or less; None where it is not known."""
+        """``stands_out`` in words: at least 0.9, at least 0.1, or less; None if it is unknown."""
         if self.stands_out is None:
             return None
         if self.stands_out >= _STANDS_OUT:
@@ -76,15 +76,14 @@ class Hit:
 
 
 class Hits(list[Hit]):
-    """The hits of one query, best first: a list, which a notebook shows as a table with thumbnails.
+    """The hits of one query, best first: a list that a notebook shows as a table with thumbnails.
 
-    A thumbnail is made of a hit whose picture lies on this machine, for the first 24 of them. Nothing is read
-    until the table is shown.
+    The first 24 hits have a thumbnail if their picture is on this machine. No file is read until the table is shown.
     """
 
     @property
     def note(self) -> str | None:
-        """Says so where nothing matches: the best hit does not stand out."""
+        """A remark that nothing matches if the best hit does not stand out, otherwise None."""
         if self and self[0].verdict == "does not stand out":
             return "nothing here matches: the best hit scores no higher than pictures that have nothing to do with the query"
         return None
@@ -108,16 +107,16 @@ class Hits(list[Hit]):
         alpha: float | None = None,
         why: Mapping[int, str] | None = None,
     ) -> str:
-        """One page without anything from elsewhere: a thumbnail of each hit, its scores, and what they mean.
+        """Return a self-contained page with a thumbnail of each hit, its scores, and their meaning.
 
         Args:
-            path: File to write, too.
+            path: File that the page is also written to.
             text, image: Description or file of the picture that was searched with.
-            alpha: Weight of the global score, to tell it; ``Retriever.alpha``.
-            why: Addresses of explanations by rank, which counts from 1.
+            alpha: Weight of the global score, to be shown; ``Retriever.alpha``.
+            why: Addresses of explanations by rank, counted from 1.
 
         Raises:
-            WriteError: A file that cannot be written.
+            WriteError: The file cannot be written.
         """
         from finelip_fast._pages import render
 
@@ -137,11 +136,11 @@ class Hits(list[Hit]):
 
 
 def score_meanings(hits: Hits, alpha: float | None = None) -> dict[str, str]:
-    """What the scores of hits mean, by their names; none where there are no hits.
+    """Return the meanings of scores by name; empty if there are no hits.
 
     Args:
         hits: Hits of one search.
-        alpha: Weight of the global score, to tell it.
+        alpha: Weight of the global score, to be shown.
     """
     if not hits:
         return {}
@@ -157,26 +156,26 @@ def score_meanings(hits: Hits, alpha: float | None = None) -> dict[str, str]:
 
 
 def picture_file(hit: Hit) -> str | None:
-    """File of a hit's picture; None where there is none on this machine."""
+    """Return the file of a hit's picture; None if there is none on this machine."""
     path = hit.path or hit.id
     return path if is_local_file(path) else None
 
 
 def is_local_file(path: str) -> bool:
-    """Whether a path that a stranger may have written leads to a regular file of this machine."""
-    if path.startswith(("//", "\\\\")):  # another machine's, to which Windows would connect
+    """Return whether a path, possibly written by a stranger, leads to a regular file on this machine."""
+    if path.startswith(("//", "\\\\")):  # on another machine, to which Windows would connect
         return False
     return os.path.isfile(path)  # unlike Path's, never raises
 
 
 def thumbnail(path: str, side: int) -> Image | None:
-    """A small copy of a picture, at most ``side`` pixels wide and high; None where the file holds none."""
-    from finelip_fast.preprocess import open_image  # PyTorch, which hits from a server do without
+    """Return a copy of a picture, at most ``side`` pixels wide and high; None if the file has no readable picture."""
+    from finelip_fast.preprocess import open_image  # PyTorch, which hits from a server do not need
 
     try:
         image = open_image(path)
         image.thumbnail((side, side))
-    except Exception:  # whatever is wrong with a file, the other hits are shown
+    except Exception:  # whatever is wrong with one file, the other hits are shown
         return None
     return image
 

@@ -1,4 +1,4 @@
-"""What this machine can run; what a checkpoint or an index holds, and whether it is sound."""
+"""Information on what this machine can run, and on the contents and integrity of checkpoints and indexes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnx
 
 
 def info() -> dict[str, Any]:
-    """Versions of the packages that matter, devices, and for each kernel and engine whether it runs and why not."""
+    """Return package versions, devices, and for each kernel and engine whether it runs here and, if not, why."""
     kernel, reason = describe()
     return {
         "python": platform.python_version(),
@@ -35,10 +35,10 @@ def info() -> dict[str, Any]:
 
 
 def checkpoint_info(checkpoint: str | PathLike[str] | None = None) -> dict[str, Any]:
-    """The report of :func:`finelip_fast.checkpoint.verify`.
+    """Return the report of :func:`finelip_fast.checkpoint.verify`.
 
     Raises:
-        CheckpointError: The weights are not those that were recorded, or the checkpoint cannot be loaded.
+        CheckpointError: The weights differ from those recorded, or the checkpoint cannot be loaded.
     """
     report = checkpoints.verify(checkpoint)
     if report["status"] == "mismatch":
@@ -51,14 +51,14 @@ def checkpoint_info(checkpoint: str | PathLike[str] | None = None) -> dict[str, 
 
 
 def check_index(folder: str | PathLike[str]) -> dict[str, int]:
-    """Read all of an index folder again, and compare it with its checksums.
+    """Read an entire index folder and compare it with its checksums.
 
     Returns:
-        How many ``items`` there are, how many are ``damaged`` (0), and how many are ``lost``: in segments that nothing names,
-        from which ``finelip index repair`` takes them back.
+        Number of ``items``, of ``damaged`` ones (0), and of ``lost`` ones: those in segments that nothing refers to, from
+        which ``finelip index repair`` recovers them.
 
     Raises:
-        StoreError: There is no index, it cannot be read, or items are damaged; names these.
+        StoreError: There is no index, it cannot be read, or items are damaged; the message lists these.
     """
     index = stored_index(folder, skip_damaged=True)
     damaged = index.check()
@@ -73,11 +73,11 @@ def check_index(folder: str | PathLike[str]) -> dict[str, int]:
 
 
 def index_info(folder: str | PathLike[str], *, verify: bool = False) -> dict[str, Any]:
-    """What an index folder holds, and what of it is compared with checksums when.
+    """Return what an index folder contains, and when each part is compared with its checksums.
 
     Args:
         folder: Folder of an index.
-        verify: Whether to compare all of it now.
+        verify: Whether to compare everything now.
 
     Raises:
         StoreError: There is no index, it cannot be read, or with ``verify`` it is damaged.

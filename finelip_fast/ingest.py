@@ -1,5 +1,6 @@
-"""Many items on their way into an index: read ahead, in chunks, under ids, gathered to segments that are worth a file. The one
-path of the command line, the retriever and the workers of :mod:`finelip_fast.distributed`.
+"""Adding many items to an index: they are read ahead in chunks, given ids, and gathered to segments large enough for a file.
+
+This is the only path for the command line, the retriever and the workers of :mod:`finelip_fast.distributed`.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ Chunk = list[tuple[str, Any, dict[str, Any]]]  # id, item, metadata
 T = TypeVar("T")
 Pixels = TypeVar("Pixels")
 
-# How much is gathered before it is written: bytes of embeddings, and seconds of work that a killed process may lose.
+# Amount gathered before it is written: bytes of embeddings, and seconds of work that a killed process may lose.
 _FLUSH_BYTES, _FLUSH_SECONDS = 1 << 26, 30.0
 _MAX_BATCH = 1 << 20
 
 
 def as_images(images: Any) -> Any:
-    """One picture as a list of it; lists, generators and stacks of pictures as they are."""
+    """Wrap a single picture in a list; lists, generators and stacks of pictures are returned as they are."""
     single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview, Image.Image))
     return [images] if single or getattr(images, "ndim", None) in (2, 3) else images
 
 
 class Ingest:
-    """One job of adding items. Leaving the ``with`` block writes what :meth:`add` was given, also after an error.
+    """One job of adding items. Leaving the ``with`` block writes what was passed to :meth:`add`, even after an error.
 
     Args:
         index: Index to add to.
         kind: Word for an item: ``image`` or ``text``.
         report: Report to which the ids of written items are added.
-        existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the new item, or
-            ``"replace"`` the old.
-        batch_size: Items in a chunk.
+        existing: Treatment of an id that is already in the index: ``"error"``, ``"skip"`` the new item, or ``"replace"`` the
+            old one.
+        batch_size: Number of items in a chunk.
 
     Raises:
-        InputError: An ``existing`` other than these, or a ``batch_size`` that is no whole number or below 1.
+        InputError: ``existing`` is none of these, or ``batch_size`` is not an integer or below 1.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Ingest:
         self._batch_size = batch_size
         self._batches: list[tuple[list[str], Tensor, list[dict[str, Any]]]] = []
         self._since = time.monotonic()
-        self._pending: set[str] = set()  # ids that may be on their way
+        self._pending: set[str] = set()  # ids that may not be written yet
 
     def __enter__(self) -> Ingest:
         return self
@@ -85,7 +86,7 @@ class Ingest:
         self._flush()
 
     def add(self, ids: list[str], embeddings: Tensor, metadata: list[dict[str, Any]]) -> None:
-        """Add the embedded items of a chunk, ``[n, L, D]``; they are written at once or soon.
+        """Add the embedded items of a chunk, ``[n, L, D]``; they are written now or soon.
 
         Raises:
             InputError, StoreError: Whatever :meth:`finelip_fast.index.Index.add` raises.
@@ -103,12 +104,12 @@ class Ingest:
         *,
         describes: bool = False,
     ) -> None:
-        """Read and embed the pictures of :meth:`chunks` and add them; what cannot be read is reported.
+        """Read, embed and add the pictures of :meth:`chunks`; those that cannot be read are reported.
 
         Args:
             chunks: Pictures with ids and metadata.
-            describes: Whether the pictures are files, and what these say (:func:`finelip_fast.picture_files.describe`) is
-                metadata, too.
+            describes: Whether the pictures are files whose own metadata (:func:`finelip_fast.picture_files.describe`) is also
+                added.
             preprocess: Preprocessing that turns a picture into pixels.
             encode_image: Function from pixels ``[B, 3, S, S]`` on the CPU to embeddings ``[B, L, D]``.
 
@@ -119,7 +120,7 @@ class Ingest:
         def read(entry: tuple[str, Any, dict[str, Any]]) -> tuple[Tensor | ImageError, dict[str, Any]]:
             _, image, metadata = entry
             try:
-                # Before it is read: what is written to meanwhile is seen as changed later.
+                # Before the picture is read, so that a file written meanwhile counts as changed later.
                 described = describe(image) if describes else {}
             except OSError:
                 described = {}
@@ -157,25 +158,25 @@ class Ingest:
         total: int | None = None,
         progress: bool | tqdm[Any] = True,
     ) -> Iterator[Chunk]:
-        """New items with ids and metadata, in lists of ``batch_size``.
+        """Group new items with ids and metadata into lists of ``batch_size``.
 
         Args:
             items: Iterable of items, read chunk by chunk.
-            ids: An id for each item; None: its path, below the index's root if it has one, or ``KIND-N`` where it has none.
+            ids: An id for each item; None: its path, relative to the index's root if it has one, or ``KIND-N`` without a path.
             metadata: A dictionary for each item.
-            total: Number of items, where it is known.
-            progress: Whether to show a progress bar; or the bar of tqdm to advance.
+            total: Number of items, if known.
+            progress: Whether to show a progress bar, or the tqdm bar to advance.
 
         Raises:
-            InputError: An id that is in the index already or is given twice, metadata that JSON cannot hold, a text that is no
-                string, or lists of different lengths; raised before any work where it can be known then.
+            InputError: An id is already in the index or given twice, metadata cannot be written as JSON, a text is not a
+                string, or lists differ in length; raised before any work if it can be known then.
         """
         ids = None if ids is None else listed("ids", ids)
         metadata = None if metadata is None else listed("metadata", metadata)
         try:
             entries = self._entries(iter(items), ids, metadata)
             total = len(items) if isinstance(items, Sized) else total
-        except TypeError:  # as of an array without dimensions, which claims to have both
+        except TypeError:  # such as an array without dimensions, which claims to have both
             raise InputError(f"expected {self._kind}s in a list or another iterable, got {items!r:.80}") from None
         if isinstance(items, Sized):
             self._check_lengths(len(items), ids, metadata)
@@ -215,7 +216,7 @@ class Ingest:
     def _entries(
         self, items: Iterable[Any], ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]] | None
     ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-        """Give each item its id and metadata; of a generator, the lengths show only here."""
+        """Pair each item with its id and metadata; the length of a generator is known only here."""
         numbered = (f"{self._kind}-{number}" for number in count(len(self._index)))
         free = (name for name in numbered if name not in self._index)
         root, total = self._index.root, 0
@@ -258,11 +259,11 @@ def follow(
     """Bring an index in line with a listing of pictures.
 
     Args:
-        index, listing, root: As for :func:`finelip_fast.collection.plan`.
-        preprocess, encode_image: As for :meth:`Ingest.add_images`.
-        sync: Whether to remove items of the listing's folder whose file is no more; otherwise they are counted.
+        index, listing, root: The same as for :func:`finelip_fast.collection.plan`.
+        preprocess, encode_image: The same as for :meth:`Ingest.add_images`.
+        sync: Whether to remove items of the listing's folder whose file no longer exists; otherwise they are only counted.
         batch_size: Number of pictures embedded at once.
-        progress: Whether to show a progress bar; or the bar of tqdm to advance.
+        progress: Whether to show a progress bar, or the tqdm bar to advance.
 
     Raises:
         InputError: ``sync`` would remove all items of a folder that now has no picture at all.
@@ -297,7 +298,7 @@ def follow(
 
 @contextmanager
 def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> Iterator[tqdm[Any]]:
-    """A bar made here, hidden where ``progress`` is False; or the bar that was passed in."""
+    """Yield a new bar, hidden if ``progress`` is False, or the bar that was passed in."""
     if isinstance(progress, bool):
         with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
             yield bar
@@ -306,7 +307,7 @@ def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> It
 
 
 def read_picture(preprocess: Preprocess, image: Any) -> Tensor | ImageError:
-    """Pixels ``[3, S, S]`` of a picture, or why there are none."""
+    """Return the pixels ``[3, S, S]`` of a picture, or the error that prevents reading it."""
     try:
         return preprocess(image)
     except ImageError as error:
@@ -316,19 +317,19 @@ def read_picture(preprocess: Preprocess, image: Any) -> Tensor | ImageError:
 def read_ahead(
     batches: Iterable[list[T]], read_item: Callable[[T], Pixels], pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[T, Pixels]]]:
-    """Each batch as pairs of an item and what was read from it; the next batch is read while one is used.
+    """Yield each batch as pairs of an item and what was read from it; the next batch is read while one is used.
 
     Args:
         batches: Lists of items.
         read_item: Function that reads an item, as :func:`read_picture` does.
-        pool: Threads to read in; decoding and resizing release the interpreter's lock.
+        pool: Threads to read in; decoding and resizing release the GIL.
     """
     for batch in one_ahead([(item, pool.submit(read_item, item)) for item in batch] for batch in batches):
         yield [(item, future.result()) for item, future in batch]
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The next item is made before this one is used; an error in making it comes after this one."""
+    """Produce the next item before yielding the current one; an error in the next is raised after the current one is used."""
     iterator = iter(items)
     ahead = list(islice(iterator, 1))
     while ahead:

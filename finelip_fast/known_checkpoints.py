@@ -1,9 +1,9 @@
-"""Which checkpoints this user has opened: what an index may have loaded.
+"""Checkpoints that this user has opened, and that an index may therefore load.
 
-An index says by which checkpoint it was made. Were that simply loaded, whoever made the index would choose what is: a file
-that came with it, or anything on a hub. So, as ssh knows hosts, each user knows checkpoints by their fingerprints: one is
-noted in this user's cache when it is opened by its name together with an index, and an index is opened by the one that is
-noted under the fingerprint that it names. Whether that one still has this fingerprint, the index compares.
+An index names the checkpoint that made it. If that were simply loaded, whoever made the index would decide what is loaded: a
+file that came with it, or anything on a hub. So, as ssh does for hosts, each user has a list of known checkpoints by their
+fingerprints: one is recorded in this user's cache when it is opened by name together with an index, and an index is opened
+with the one recorded under the index's fingerprint. The index checks that this checkpoint still has that fingerprint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 def checkpoint_of(folder: str | PathLike[str]) -> str | None:
-    """The checkpoint to open an index folder by, as this user has named it; empty for the bundled one, None where there is no
-    index.
+    """Return the checkpoint for an index folder, as this user named it; empty for the bundled one, None if there is no index.
 
     Raises:
-        StoreError: The index names a checkpoint that this user has not opened, or one that came with the index; or it cannot
-            be read.
+        StoreError: The index names a checkpoint that this user has not opened or that came with the index, or cannot be read.
     """
     spec = read_spec(Path(folder) / CATALOGUE)
     if spec is None or not spec["source"]:
@@ -47,8 +45,8 @@ def checkpoint_of(folder: str | PathLike[str]) -> str | None:
 
 
 def note(source: str, fingerprint: str) -> None:
-    """Remember that this user has opened a checkpoint by its name; where the cache cannot be written, it is forgotten."""
-    # A file each: processes that note at once cannot lose each other's.
+    """Remember that this user has opened a checkpoint by name; does nothing if the cache cannot be written."""
+    # One file each, so that concurrent processes cannot lose each other's records.
     with suppress(OSError):
         if _noted(fingerprint) != source:
             path = _file(fingerprint)
@@ -57,7 +55,7 @@ def note(source: str, fingerprint: str) -> None:
 
 
 def _noted(fingerprint: str) -> str | None:
-    """What is noted under a fingerprint, in a file that none but this user can have written."""
+    """The checkpoint recorded under a fingerprint, in a file that only this user can have written."""
     if not _FINGERPRINT.fullmatch(fingerprint):
         return None
     try:

@@ -1,8 +1,8 @@
 """Retrieval metrics over a score matrix, and how far to trust them.
 
-From scores to ranks (:func:`best_ranks`, :func:`pair_ranks`), from ranks to numbers (:func:`summary`,
-:func:`pair_summary`, :func:`recall`), from numbers to what is chosen by them (:func:`quality`), and from numbers of a finite
-test set to what they say of others (:func:`bootstrap_interval`, :func:`mcnemar`).
+Ranks come from scores (:func:`best_ranks`, :func:`pair_ranks`), metrics from ranks (:func:`summary`, :func:`pair_summary`,
+:func:`recall`), and criteria for a choice from metrics (:func:`quality`); :func:`bootstrap_interval` and :func:`mcnemar` tell
+how far the metrics of a finite test set generalise to others.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from finelip_fast.errors import InputError
 
 WAYS = ("i2t", "t2i")  # a picture looks for its captions; a caption looks for its picture
 SCORES = ("global", "fine", "combined")
-ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))  # weights of the global cosine, where one is to be chosen
+ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))  # weights of the global cosine to choose from
 
 _DRAWS = 1 << 22  # items that the bootstrap draws at once: 100 MiB at most, unless one resample alone is larger
 
 
 def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """Rank of each query's best right item, where several may be right: 1 is best, ties count against it.
+    """Rank of each query's best right item, of which there may be several: 1 is best, and ties count against it.
 
-    Right items do not count against each other; a wrong item that ties or is NaN counts against. A right item that is
-    NaN is behind all wrong ones.
+    Right items do not count against each other; a wrong item that ties or is NaN counts against them. A right item that is
+    NaN ranks behind all wrong ones.
 
     Args:
-        scores: Floats ``[Q, N]``, a row for each query.
+        scores: Floats ``[Q, N]``, one row per query.
         right: Bool ``[Q, N]``, True where the item answers the query.
 
     Returns:
-        int64 ``[Q]``, from 1 to one more than the query's wrong items.
+        int64 ``[Q]``, from 1 to one more than the query's number of wrong items.
 
     Raises:
-        InputError: Other shapes or dtypes, nothing to rank, or a query without a right item.
+        InputError: A shape or dtype is wrong, there is nothing to rank, or a query has no right item.
     """
     if scores.ndim != 2 or not scores.numel() or not scores.is_floating_point():
         raise InputError(f"expected scores [Q, N] of floats, not empty, got {_described(scores)}")
@@ -54,13 +54,13 @@ def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def pair_ranks(scores: Tensor, picture_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Ranks in both directions where a picture may have several captions.
+    """Ranks in both directions, for pictures that may have several captions.
 
     The protocol of COCO and Flickr30k: a picture is found at ``k`` when any of its captions is among its ``k`` best, a
     caption when its one picture is.
 
     Args:
-        scores: Floats ``[P, C]``, a row for each picture, a column for each caption.
+        scores: Floats ``[P, C]``, one row per picture and one column per caption.
         picture_of: int64 ``[C]``, the row of the picture that each caption describes; None: caption ``i`` describes
             picture ``i``.
 
@@ -68,7 +68,7 @@ def pair_ranks(scores: Tensor, picture_of: Tensor | None = None) -> tuple[Tensor
         ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, ties counted as by :func:`best_ranks`.
 
     Raises:
-        InputError: Other shapes or dtypes, nothing to rank, a row that does not exist, or a picture without a caption.
+        InputError: A shape or dtype is wrong, there is nothing to rank, a row does not exist, or a picture has no caption.
     """
     if scores.ndim != 2 or not scores.numel():
         raise InputError(f"expected scores [P, C] of floats, not empty, got {_described(scores)}")
@@ -85,18 +85,18 @@ def pair_ranks(scores: Tensor, picture_of: Tensor | None = None) -> tuple[Tensor
 
 
 def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """The usual numbers of one direction's ranks.
+    """The usual metrics of one direction's ranks.
 
     Args:
         ranks: Integers ``[Q]``, 1 is best.
         ks: Cut-offs.
 
     Returns:
-        ``recall@k`` for each cut-off, in [0, 1]; ``mean_rank``; ``median_rank``, the mean of the middle two where ``Q``
-        is even; ``mrr``, the mean of 1 / rank (Voorhees, TREC-8, 1999).
+        ``recall@k`` for each cut-off, in [0, 1]; ``mean_rank``; ``median_rank``, the mean of the middle two if ``Q`` is even;
+        ``mrr``, the mean of 1 / rank (Voorhees, TREC-8, 1999).
 
     Raises:
-        InputError: Another shape or dtype, no ranks, or a rank below 1.
+        InputError: The shape or dtype is wrong, there are no ranks, or a rank is below 1.
     """
     if ranks.ndim != 1 or not ranks.numel() or ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise InputError(f"expected ranks [Q] of integers, not empty, got {_described(ranks)}")
@@ -116,14 +116,14 @@ def pair_summary(ranks: Iterable[Tensor], ks: tuple[int, ...] = (1, 5, 10)) -> d
     """:func:`summary` of both directions.
 
     Args:
-        ranks: ``i2t`` and ``t2i``, as :func:`pair_ranks` gives them.
+        ranks: ``i2t`` and ``t2i``, as :func:`pair_ranks` returns them.
         ks: Cut-offs.
 
     Returns:
         ``{"i2t_recall@1": ..., "i2t_mrr": ..., "t2i_recall@1": ...}``.
 
     Raises:
-        InputError: Ranks that :func:`summary` refuses.
+        InputError: The ranks are refused by :func:`summary`.
     """
     return {
         f"{way}_{name}": value
@@ -133,29 +133,29 @@ def pair_summary(ranks: Iterable[Tensor], ks: tuple[int, ...] = (1, 5, 10)) -> d
 
 
 def recall(scores: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of queries whose right item is among the ``k`` best, both directions.
+    """Share of queries whose right item is among the ``k`` best, in both directions.
 
     Args:
-        scores: Floats ``[N, N]``, a row for each picture, a column for each caption; pair ``i`` belongs together.
+        scores: Floats ``[N, N]``, one row per picture and one column per caption; pair ``i`` belongs together.
         ks: Cut-offs.
 
     Returns:
         ``{"i2t_recall@1": ..., "t2i_recall@1": ...}``, in [0, 1].
 
     Raises:
-        InputError: Scores that :func:`pair_ranks` refuses.
+        InputError: The scores are refused by :func:`pair_ranks`.
     """
     return {name: value for name, value in pair_summary(pair_ranks(scores), ks).items() if "_recall@" in name}
 
 
 def quality(*summaries: Mapping[str, float]) -> tuple[float, float]:
-    """The measures that a choice is made by: recall@1, and mrr where that is equal, each the mean of both directions.
+    """Criteria for a choice: recall@1, and mrr to break ties, each averaged over both directions.
 
     Args:
-        summaries: Results of :func:`pair_summary`, with names such as ``i2t_recall@1``; of several runs, their mean counts.
+        summaries: Results of :func:`pair_summary`, with names such as ``i2t_recall@1``; several runs are averaged.
 
     Returns:
-        ``(recall, mrr)``, in [0, 1], rounded: means of equal shares in another order differ in their last bits.
+        ``(recall, mrr)``, in [0, 1], rounded, since means of equal shares in another order differ in their last bits.
     """
     recall, mrr = (
         round(statistics.fmean(summary[f"{way}_{name}"] for summary in summaries for way in WAYS), 9)
@@ -174,22 +174,22 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. With ``groups`` whole groups are drawn
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. With ``groups``, whole groups are drawn
     (Cameron, Gelbach and Miller, Bootstrap-Based Improvements for Inference with Clustered Errors, 2008): the captions
     of one picture are found and missed together, and drawing them one by one would make the interval too narrow.
 
     Args:
         values: Numbers or bools ``[n]``, one for each query, such as hits ``ranks <= k`` or ``1 / ranks``.
         confidence: Share of intervals that should hold the true mean, in (0, 1).
-        resamples: Test sets to draw.
-        seed: Equal seeds give equal intervals, on any device.
-        groups: Integers ``[n]``, equal for values that belong together, such as ``picture_of``; None: each by itself.
+        resamples: Number of test sets to draw.
+        seed: Seed of the draws; equal seeds give equal intervals on any device.
+        groups: Integers ``[n]``, equal for values that belong together, such as ``picture_of``; None: no groups.
 
     Returns:
         ``(low, high)``, in the unit of ``values``.
 
     Raises:
-        InputError: Other shapes or dtypes, no values, a value that is not finite, or an option out of its range.
+        InputError: A shape or dtype is wrong, there are no values, a value is not finite, or an option is out of range.
     """
     if values.ndim != 1 or not values.numel() or values.is_complex():
         raise InputError(f"expected values [n] of numbers, not empty, got {_described(values)}")
@@ -199,7 +199,7 @@ def bootstrap_interval(
         raise InputError(f"expected confidence in (0, 1), got {confidence}")
     if resamples < 1:
         raise InputError(f"expected at least 1 resample, got {resamples}")
-    sums = values.to("cpu", torch.float64)  # draws on the CPU, since generators of devices differ
+    sums = values.to("cpu", torch.float64)  # draws on the CPU, since devices have different generators
     sizes = torch.ones_like(sums)
     if groups is not None:
         if groups.shape != values.shape or groups.is_floating_point() or groups.is_complex():
@@ -222,8 +222,8 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
 
     The exact test of McNemar, Note on the Sampling Error of the Difference between Correlated Proportions, 1947: only
     queries that one run finds and the other misses count, and each falls to either side with probability 1/2. Of ``n``
-    such, with ``m`` on the rarer side, ``p = min(1, 2 * sum_{i <= m} binomial(n, i) / 2^n)``. Queries are taken as
-    independent, so among captions that share a picture the p-value comes out too small.
+    such, with ``m`` on the rarer side, ``p = min(1, 2 * sum_{i <= m} binomial(n, i) / 2^n)``. Queries are assumed to be
+    independent, so the p-value is too small if captions share a picture.
 
     Args:
         a, b: Bool ``[n]``, the hits of each run at one cut-off, query by query.
@@ -232,7 +232,7 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
         The two-sided p-value, in [0, 1]; 1 when no query tells the runs apart.
 
     Raises:
-        InputError: Shapes that differ, other shapes or dtypes, or no queries.
+        InputError: The shapes differ from each other, a shape or dtype is wrong, or there are no queries.
     """
     for name, hits in (("a", a), ("b", b)):
         if hits.ndim != 1 or not hits.numel() or hits.dtype != torch.bool:
@@ -242,7 +242,7 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = torch.tensor(float(only_a + only_b), dtype=torch.float64)
     i = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
-    # In logarithms, since 2^n overflows from 1024 on.
+    # In logarithms, since 2^n overflows from n = 1024 on.
     log_binomial = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
     log_tail = log_binomial.logsumexp(dim=0) - n * math.log(2)
     return min(1.0, 2 * log_tail.exp().item())

@@ -17,17 +17,17 @@ from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
 
-# Captions of like length that a CPU encodes together: the fewer, the less of their padding is computed.
+# Captions of similar length that a CPU encodes together: fewer captions mean less padding to compute.
 _CAPTIONS_AT_ONCE = 16
 
 
 class TrainingOutput(NamedTuple):
-    """What losses need of a batch of pairs.
+    """The outputs for a batch of pairs that losses need.
 
     Attributes:
-        images, texts: Embeddings ``[B, K + 1, D]``: with the aggregated rows, also of aggregators that are yet to be trained.
+        images, texts: Embeddings ``[B, K + 1, D]``, with the aggregated rows even if the aggregators are yet to be trained.
         logit_scale: The multiplier of the scores itself, ``exp(logit_scale)``.
-        patches: Projected features ``[B, P, D]`` of the patches, before their aggregation.
+        patches: Projected features ``[B, P, D]`` of the patches, before aggregation.
         tokens: Projected features ``[B, T', D]`` of the captions' tokens, up to the longest caption.
     """
 
@@ -39,13 +39,13 @@ class TrainingOutput(NamedTuple):
 
 
 class FineLIP(nn.Module):
-    """A picture or a caption becomes one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
+    """A model that turns a picture or a caption into one matrix ``[L, D]`` of unit rows; row 0 is CLIP's global embedding.
 
-    Where ``config.trained_aggregators`` is False, as of plain CLIP, it is the only row (``L = 1``).
+    If ``config.trained_aggregators`` is False, as for plain CLIP, it is the only row (``L = 1``).
 
     Args:
-        config: Sizes. The weights start at random; :func:`finelip_fast.load` gives a trained model.
-        tokenizer: What makes its tokens of captions, kept as :attr:`tokenizer`.
+        config: Sizes. The weights are random at first; :func:`finelip_fast.load` returns a trained model.
+        tokenizer: Tokenizer of its captions, kept as :attr:`tokenizer`.
 
     Example:
         >>> model = finelip_fast.load()
@@ -62,16 +62,16 @@ class FineLIP(nn.Module):
         sizes = (config.embed_dim, config.aggregator_hidden, config.aggregated_tokens)
         self.image_aggregator = TokenAggregator(*sizes)
         self.text_aggregator = TokenAggregator(*sizes)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's initial value
 
     @property
     def alpha(self) -> float:
-        """Weight of the global cosine in the score, from the configuration; 1 where the aggregators are untrained."""
+        """Weight of the global cosine in the score, from the configuration; 1 if the aggregators are untrained."""
         return self.config.alpha
 
     @property
     def preprocess(self) -> Preprocess:
-        """What makes pixels of a picture for :meth:`encode_image`."""
+        """Preprocessing that turns a picture into pixels for :meth:`encode_image`."""
         return Preprocess.of(self.config)
 
     @property
@@ -83,7 +83,7 @@ class FineLIP(nn.Module):
         return self.logit_scale.dtype
 
     def extra_repr(self) -> str:
-        """What it is, at the top of what printing shows."""
+        """The main sizes, shown at the top when the model is printed."""
         config = self.config
         sizes = ("image_size", "patch_size", "context_length", "tokens", "embed_dim", "trained_aggregators")
         return ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
@@ -98,7 +98,7 @@ class FineLIP(nn.Module):
             ``[B, L, D]``, unit rows, row 0 from CLS.
 
         Raises:
-            InputError: Pixels of another shape.
+            InputError: The pixels have another shape.
         """
         check_pixels(pixels, self.config)
         tokens = self.visual(pixels)
@@ -107,7 +107,7 @@ class FineLIP(nn.Module):
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed captions.
 
-        Nothing after the longest caption's end token can change anything, so those positions are not computed (except in a
+        Positions after the longest caption's end token cannot affect the result, so they are not computed (except in a
         compiled or exported graph, whose shapes must not depend on values).
 
         Args:
@@ -117,7 +117,7 @@ class FineLIP(nn.Module):
             ``[B, L, D]``, unit rows, row 0 from the end token. A row of padding alone gives zeros.
 
         Raises:
-            InputError: Ids of another shape or longer than the context.
+            InputError: The ids have another shape or are longer than the context.
         """
         check_ids(ids, self.config)
         tokens, lengths = self.text_tokens(ids)
@@ -139,10 +139,10 @@ class FineLIP(nn.Module):
         return clim_scores(images, texts, alpha=self.alpha if alpha is None else alpha)
 
     def probability(self, images: Tensor, texts: Tensor) -> Tensor:
-        """How likely each picture and each caption belong together, as a SigLIP was trained to tell (arXiv 2303.15343).
+        """Probability that each picture and each caption belong together, as SigLIP's training defines it (arXiv 2303.15343).
 
-        ``sigmoid(exp(logit_scale) * cosine + logit_bias)``, of the global rows. Unlike scores, which order pictures,
-        probabilities are small throughout where nothing fits.
+        Computed as ``sigmoid(exp(logit_scale) * cosine + logit_bias)`` from the global rows. Unlike scores, which only order
+        pictures, all probabilities are small if nothing matches.
 
         Args:
             images: ``[B_i, L, D]`` from :meth:`encode_image`.
@@ -152,7 +152,7 @@ class FineLIP(nn.Module):
             float32 ``[B_i, B_t]``.
 
         Raises:
-            InputError: A model without a ``logit_bias``: no SigLIP, or one that was trained further with another loss.
+            InputError: The model has no ``logit_bias``: it is not a SigLIP, or was trained further with another loss.
         """
         if self.config.logit_bias is None:
             raise InputError(
@@ -163,12 +163,12 @@ class FineLIP(nn.Module):
         return torch.sigmoid(self.logit_scale.float().exp() * cosines + self.config.logit_bias)
 
     def forward(self, pixels: Tensor, ids: Tensor, tokens: Tensor | None = None) -> TrainingOutput:
-        """What a training step differentiates.
+        """Compute the outputs that a training step differentiates.
 
         Args:
-            pixels: ``[B, 3, H, W]``, or the pictures' features ``[B, 1 + P, D]``, where they were computed before.
+            pixels: ``[B, 3, H, W]``, or the pictures' features ``[B, 1 + P, D]`` if they were computed before.
             ids: ``[B, T]``.
-            tokens: The captions' features ``[B, T', D]``, where they were computed before.
+            tokens: The captions' features ``[B, T', D]`` if they were computed before.
         """
         patches = self.visual(pixels) if pixels.dim() == 4 else pixels
         if tokens is None:
@@ -184,11 +184,11 @@ class FineLIP(nn.Module):
         )
 
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features ``[B, T', D]`` up to the longest caption, and the captions' lengths, end token included."""
+        """Return projected features ``[B, T', D]`` up to the longest caption, and the captions' lengths with end token."""
         lengths = self._lengths(ids)
         if torch.compiler.is_compiling():
             return self.text(ids), lengths
-        # A GPU would rather have all of them at once.
+        # A GPU is faster with all of them at once.
         size = _CAPTIONS_AT_ONCE if ids.device.type == "cpu" else len(ids)
         order = lengths.argsort()
         parts = [self.text(ids[rows, : max([1, *lengths[rows].tolist()])]) for rows in order.split(size)]
@@ -201,16 +201,16 @@ class FineLIP(nn.Module):
 
     @property
     def _aggregates(self) -> bool:
-        """Whether embeddings have aggregated rows."""
+        """True if embeddings have aggregated rows."""
         return self.config.trained_aggregators
 
     def aggregate_image(self, tokens: Tensor) -> Tensor:
-        """Features ``[B, 1 + P, D]``, CLS first, to embeddings ``[B, K + 1, D]``."""
+        """Aggregate features ``[B, 1 + P, D]``, CLS first, to embeddings ``[B, K + 1, D]``."""
         embeddings: Tensor = self.image_aggregator(tokens[:, 1:], anchor=tokens[:, 0])
         return embeddings
 
     def aggregate_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Features ``[B, T, D]`` and the captions' lengths, end token included, to embeddings ``[B, K + 1, D]``."""
+        """Aggregate features ``[B, T, D]`` of captions, with lengths up to the end token, to embeddings ``[B, K + 1, D]``."""
         anchor = _end_tokens(tokens, lengths)
         embeddings: Tensor = self.text_aggregator(
             tokens, anchor=anchor, lengths=aggregated_lengths(lengths, self.config)
@@ -224,9 +224,9 @@ class FineLIP(nn.Module):
 
 
 def aggregated_lengths(lengths: Tensor, config: FineLIPConfig) -> Tensor:
-    """How many tokens of captions are aggregated: those before the end token.
+    """Number of aggregated tokens of each caption: those before the end token.
 
-    SigLIP has no start token, and an empty caption is its end token alone: then that is aggregated, so that all rows have a
+    SigLIP has no start token, and an empty caption is its end token alone, which is then aggregated so that all rows have a
     length.
     """
     before = (lengths - 1).clamp(min=0)
@@ -234,7 +234,7 @@ def aggregated_lengths(lengths: Tensor, config: FineLIPConfig) -> Tensor:
 
 
 def _end_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The features ``[B, D]`` of the captions' end tokens; a row without one has no caption, and gets zeros."""
+    """The features ``[B, D]`` of the captions' end tokens; a row without one has no caption and gets zeros."""
     last = (lengths - 1).clamp(min=0)
     features = tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
     return features.masked_fill((lengths == 0)[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""What the file of a picture says of itself: its size, time and content, and what the camera noted (EXIF)."""
+"""Metadata of a picture's file: its size, time and content, and what the camera recorded (EXIF)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 
-# The fields that show whether a file is what it was.
+# Fields that show whether a file has changed.
 STAMP = ("bytes", "modified")
 HASH = "sha256"
-# All that :func:`describe` may say.
+# All fields that :func:`describe` may return.
 FIELDS = (
     *(*STAMP, HASH, "width", "height", "taken", "camera", "lens", "orientation"),
     *("latitude", "longitude", "altitude"),
@@ -32,14 +32,14 @@ _MAX_SIDECAR = 1 << 22  # bytes
 _PIECE = 1 << 20
 _TIME = re.compile(r"(\d{4})[:-](\d\d)[:-](\d\d)[ T](\d\d):(\d\d):(\d\d)")
 _OFFSET = re.compile(r"[+-]\d\d:\d\d|Z")
-_TURNED = range(5, 9)  # orientations of pictures that lie on their side
+_TURNED = range(5, 9)  # orientations of pictures that are stored sideways
 
 
 def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Size in bytes and time of the last change (ISO 8601, UTC, microseconds) of a file.
+    """Return the size in bytes and the modification time (ISO 8601, UTC, microseconds) of a file.
 
     Raises:
-        OSError: There is no such file.
+        OSError: The file does not exist.
     """
     status = os.stat(path)
     changed = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, timezone.utc)
@@ -47,10 +47,10 @@ def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits.
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
@@ -60,14 +60,14 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Metadata of a picture's file; what it does not say is left out.
+    """Return the metadata of a picture's file; fields that it does not have are left out.
 
     Args:
-        path: File of a picture. One that cannot be decoded has the fields of any file.
+        path: File of a picture. One that cannot be decoded has only the fields of any file.
 
     Returns:
-        ``bytes``, ``modified`` and ``sha256``; ``width`` and ``height`` in pixels, of the upright picture; and of EXIF
-        ``taken`` (ISO 8601, with the offset where the camera noted one), ``camera``, ``lens``, ``orientation`` (1 to 8),
+        ``bytes``, ``modified`` and ``sha256``; ``width`` and ``height`` in pixels, of the upright picture; and from EXIF
+        ``taken`` (ISO 8601, with the offset if the camera recorded one), ``camera``, ``lens``, ``orientation`` (1 to 8),
         ``latitude`` and ``longitude`` in degrees, ``altitude`` in metres.
 
     Raises:
@@ -104,21 +104,21 @@ def _text(value: Any) -> str:
 
 
 def _taken(notes: Mapping[int, Any]) -> str | None:
-    """When the shutter was released, or a film was scanned."""
+    """Time when the picture was taken, or when the film was scanned."""
     for time, offset in (
         (ExifTags.Base.DateTimeOriginal, ExifTags.Base.OffsetTimeOriginal),
         (ExifTags.Base.DateTimeDigitized, ExifTags.Base.OffsetTimeDigitized),
     ):
         match = _TIME.match(_text(notes.get(time)))
         zone = _OFFSET.fullmatch(_text(notes.get(offset)))
-        with suppress(ValueError):  # of a camera whose clock was never set
+        with suppress(ValueError):  # from a camera whose clock was never set
             if match:
                 return datetime(*map(int, match.groups())).isoformat() + (zone[0] if zone else "")  # type: ignore[arg-type]
     return None
 
 
 def _camera(make: str, model: str) -> str:
-    """Maker and model, the maker once: models of some makers begin with it."""
+    """Make and model; a make that the model begins with is not repeated."""
     first = make.split(" ")[0].lower()
     return model if model.lower().startswith(first) else f"{make} {model}".strip()
 
@@ -143,15 +143,15 @@ def _altitude(place: Mapping[int, Any]) -> float | None:
 
 
 def sidecar_names(path: Path) -> list[Path]:
-    """Where notes on a picture may lie beside it: ``a.jpg.json``, as Google writes it, or ``a.json``."""
+    """Return the possible sidecar files of a picture: ``a.jpg.json``, as Google writes it, or ``a.json``."""
     return [path.with_name(f"{path.name}.json"), path.with_suffix(".json")]
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The fields in a file of JSON beside a picture.
+    """Read the fields in a JSON file beside a picture.
 
     Raises:
-        InputError: It cannot be read, or holds no object.
+        InputError: The file cannot be read, or does not hold an object.
     """
     content = read_bytes(path, error=InputError, max_bytes=_MAX_SIDECAR)
     fields: dict[str, Any] = parse_json(content, path, error=InputError, expected="an object of fields", kind=dict)

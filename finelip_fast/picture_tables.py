@@ -1,4 +1,4 @@
-"""Tables of pictures: a row a picture, with its path and any fields beside it, in JSON lines or CSV."""
+"""Tables of pictures in JSON Lines or CSV: each row has the path of a picture and any other fields."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 
-# Columns that name the picture, where none is named.
+# Columns that may hold the picture's path if none is specified.
 IMAGE_FIELDS = ("image", "file", "path", "filename", "file_name", "image_path")
 
 _LINES, _SEPARATORS = (".jsonl", ".jsonlines", ".ndjson"), {".csv": ",", ".tsv": "\t"}
-_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,15})(?:\.\d+)?")  # as JSON has it: 007 and +49 are texts
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,15})(?:\.\d+)?")  # as in JSON: 007 and +49 are strings
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://")
 _MAX_TABLE = 1 << 32  # bytes
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a table of pictures, by its name."""
+    """Return whether a file is a table of pictures, judged by its name."""
     return Path(path).suffix.lower() in (*_LINES, *_SEPARATORS) and os.path.isfile(path)
 
 
 def read_rows(table: str | os.PathLike[str], *, image_field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The path of each row's picture, as it stands there, and the row's other fields.
+    """Yield the path of each row's picture, as the table gives it, and the row's other fields.
 
     Args:
-        table: JSON lines of objects, or CSV (``.csv``, ``.tsv``) whose first line names the columns.
-        image_field: Name of the column of paths; None: the first of :data:`IMAGE_FIELDS` that there is.
+        table: JSON Lines of objects, or CSV (``.csv``, ``.tsv``) whose first line names the columns.
+        image_field: Name of the path column; None: the first of :data:`IMAGE_FIELDS` that exists.
 
     Raises:
-        InputError: The table cannot be read, or a row names no picture; names the line.
+        InputError: The table cannot be read, or a row names no picture; the message gives the line.
     """
     for where, row in _rows(Path(table)):
         name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
@@ -72,7 +72,7 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(table: Path, text: str, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with numbers in columns that hold nothing else; empty values are left out."""
+    """Yield rows, with numbers in columns that hold nothing else; empty values are left out."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = []
     try:

@@ -33,22 +33,22 @@ ImageSource: TypeAlias = (
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # A strip longer than this many times its width is cut to its middle before resizing: the crop keeps only the middle
-# square, and one pixel by 100,000 would otherwise grow to 5 billion pixels on the way.
+# square, and a strip of 1 by 100,000 pixels would otherwise grow to 5 billion pixels on the way.
 _MAX_ASPECT = 8
 
-# Pictures up to this many pixels are resized from all of them. Larger ones are first shrunk by a whole number that leaves at
-# least this many pixels for each that is wanted, in either direction: it hardly shows, and takes a fraction of the memory.
+# Pictures of up to this many pixels are resized directly. Larger ones are first shrunk by an integer factor that leaves at
+# least this many pixels for each one of the result, in either direction: it hardly shows, and takes a fraction of the memory.
 _EXACT_PIXELS, _SPARE = 1 << 26, 3
 
 # Pixels converted at once: a conversion takes several copies.
 _STRIP_PIXELS = 1 << 22
 
-# Floats a hair outside [0, 1] come from resampling and rounding; more than this is another scale.
+# Floats slightly outside [0, 1] come from resampling and rounding; more than this means another scale.
 _FLOAT_SLACK = 1e-2
 
 
 def _colours(name: str, values: Any) -> tuple[float, float, float]:
-    """A number for each of red, green and blue; a list, when it was read from JSON."""
+    """Return one number each for red, green and blue; values read from JSON are a list."""
     least = " above 0" if name == "std" else ""
     try:
         red, green, blue = (float(value) for value in values)
@@ -63,12 +63,12 @@ def _colours(name: str, values: Any) -> tuple[float, float, float]:
 class Preprocess:
     """CLIP's evaluation transform: resize, centre crop, scale to [0, 1], normalise.
 
-    Pictures above 67 megapixels are shrunk while they are decoded, to no less than three times the size that is wanted.
+    Pictures above 67 megapixels are shrunk while they are decoded, to no less than three times the target size.
 
     Attributes:
         image_size: Side ``S`` of the square result, in pixels.
-        mean: Subtracted from each of red, green, blue, on the [0, 1] scale.
-        std: Divides the result, per colour.
+        mean: Values subtracted from red, green and blue, on the [0, 1] scale.
+        std: Values that the result is divided by, per colour.
         interpolation: ``"bicubic"`` (CLIP's) or ``"bilinear"``, antialiased.
         resize_mode: ``"shortest"`` (CLIP's) brings the shorter side to ``S`` and crops the centre; ``"squash"`` ignores
             the aspect ratio and crops nothing.
@@ -96,7 +96,7 @@ class Preprocess:
         return cls(config.image_size, config.image_mean, config.image_std, resize_mode=config.resize_mode)
 
     def __call__(self, source: ImageSource) -> Tensor:
-        """One picture as pixels, float32 ``[3, S, S]``.
+        """Convert one picture to pixels, float32 ``[3, S, S]``.
 
         Raises:
             ImageError: The picture cannot be read; see :func:`open_image`.
@@ -108,11 +108,11 @@ class Preprocess:
         return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
 
     def batch(self, sources: Iterable[ImageSource]) -> Tensor:
-        """Pictures of any sizes and kinds as pixels, float32 ``[B, 3, S, S]``; no pictures give ``B = 0``.
+        """Convert pictures of any sizes and kinds to pixels, float32 ``[B, 3, S, S]``; no pictures give ``B = 0``.
 
         Raises:
-            InputError: ``sources`` is one picture.
-            ImageError: A picture cannot be read; names it.
+            InputError: ``sources`` is a single picture.
+            ImageError: A picture cannot be read; the message names it.
         """
         if isinstance(sources, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
             raise InputError(f"expected a list of images, got one {type(sources).__name__}; wrap it in a list")
@@ -137,50 +137,50 @@ class Preprocess:
             return image.resize((size, size), resample)
         image = _without_far_ends(image)
         short = min(image.size)
-        # Rounded as torchvision does, for equal pixels: the longer side down, the crop's corner to even.
+        # Rounded as in torchvision, to give equal pixels: the longer side down, the crop's corner to even.
         width, height = (size if side == short else int(size * side / short) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Any picture as an upright 8-bit RGB image of its own size.
+    """Open any picture as an upright 8-bit RGB image of its own size.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, an animation gives
-    its first frame. The result shares nothing with the source and no file stays open.
+    EXIF orientation is applied, transparency is blended over white, 16-bit grey is scaled to 8 bits, and an animation gives
+    its first frame. The result shares nothing with the source, and no file stays open.
 
     Files are JPEG, MPO, PNG, WebP, GIF, BMP, TIFF, binary PPM, AVIF or JPEG 2000; with pillow-heif, pillow-jxl-plugin or rawpy
-    installed also HEIF, JPEG XL or camera RAW (by its suffix: a path alone).
-    What decoding takes is computed from the header, and must not exceed 1 GiB a picture: 268 megapixels of JPEG, half as many
-    of formats that are decoded whole, fewer of WebP, AVIF and JPEG 2000. ``FINELIP_PICTURE_MEMORY`` sets another limit in MiB.
-    The threads of a process together take at most twice the limit, and wait for each other beyond it.
+    installed, also HEIF, JPEG XL or camera RAW (recognised by its suffix, so only as a path).
+    The memory for decoding is computed from the header and must not exceed 1 GiB per picture: 268 megapixels for JPEG, half as
+    many for formats that are decoded whole, fewer for WebP, AVIF and JPEG 2000. ``FINELIP_PICTURE_MEMORY`` sets another limit
+    in MiB. The threads of a process together use at most twice the limit, and wait for each other beyond it.
 
     Args:
         source: One of
 
             - a path, or the bytes of an encoded file;
-            - a PIL image of any mode, at the frame it stands at;
+            - a PIL image of any mode, at its current frame;
             - an array ``[H, W]`` or ``[H, W, 1 | 3 | 4]``: uint8, uint16 in 0..65535, bool, or float in [0, 1];
             - a tensor ``[1 | 3 | 4, H, W]`` of the same types.
 
     Raises:
-        ImageError: The picture cannot be read, or is too large; names the file or the array, and the reason.
-        InputError: ``FINELIP_PICTURE_MEMORY`` is no positive number.
+        ImageError: The picture cannot be read, or is too large; the message names the file or the array, and the reason.
+        InputError: ``FINELIP_PICTURE_MEMORY`` is not a positive number.
     """
     with _upright(source) as upright:
         shared = upright is source or isinstance(upright, ImageFile.ImageFile)
         image = upright.copy() if shared else upright
-    image.info = {}  # the orientation is spent: opening the result again must not turn it again
+    image.info = {}  # the orientation is applied: opening the result again must not turn it again
     return image
 
 
 def open_thumbnail(source: ImageSource, side: int) -> Image.Image:
-    """A picture as :func:`open_image` gives it, shrunk to at most ``side`` pixels in width and in height.
+    """Open a picture as :func:`open_image` does, shrunk to at most ``side`` pixels in width and in height.
 
     A large JPEG is shrunk while it is decoded, which takes a fraction of the time and the memory.
 
     Raises:
-        ImageError, InputError: Where :func:`open_image` raises it.
+        ImageError, InputError: The same as for :func:`open_image`.
     """
 
     def reduction(width: int, height: int) -> tuple[int, int]:
@@ -196,7 +196,7 @@ def open_thumbnail(source: ImageSource, side: int) -> Image.Image:
 
 
 def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryview]:
-    """The name that an error gives to a path or to encoded bytes, and the path or the bytes."""
+    """Return the name of a path or of encoded bytes in errors, and the path or the bytes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{memoryview(source).nbytes} bytes", source
     if not isinstance(source, (str, os.PathLike)):
@@ -208,7 +208,7 @@ def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryvi
         raise ImageError(f"expected a local file, got the URL {name}; download it first and pass its path or bytes")
     if os.path.isdir(file):
         raise ImageError(f"expected an image file, got the folder {name}; list_images gives the images in it")
-    if not os.path.isfile(file):  # before opening: a pipe would wait forever
+    if not os.path.isfile(file):  # before opening: opening a pipe would wait forever
         raise ImageError(f"expected an image file, got {name}: no such file")
     if os.path.getsize(file) == 0:
         raise ImageError(f"expected an image file, got {name}: the file is empty")
@@ -230,7 +230,7 @@ def _blaming(name: str) -> Iterator[None]:
 
 @contextmanager
 def _upright(source: ImageSource, reduction: Reduction | None = None) -> Iterator[Image.Image]:
-    """A picture as upright RGB, for reading only: it may be the source, or a file that is closed afterwards."""
+    """Yield a picture as upright RGB, for reading only: it may be the source, or a file that is closed afterwards."""
     if isinstance(source, (np.ndarray, Tensor)):
         name = f"{'array' if isinstance(source, np.ndarray) else 'tensor'} of shape {tuple(source.shape)}"
         with _blaming(name):
@@ -265,10 +265,10 @@ def _in_strips(
     *,
     simple: bool = False,
 ) -> Image.Image:
-    """An RGB image from its rows ``top .. bottom``, shrunk where it may be.
+    """Build an RGB image from parts with its rows ``top .. bottom``, shrunk if ``reduction`` allows it.
 
     Args:
-        simple: Whether a part takes no copies beside itself, so that they may all be one.
+        simple: Whether a part needs no further copies, so that one part may be the whole image.
     """
     width, height = size
     across, down = reduction(width, height) if reduction else (1, 1)
@@ -288,7 +288,7 @@ def _is_deep(mode: str) -> bool:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The image as RGB: deep grey scaled, transparency over white."""
+    """Convert an image to RGB: deep grey is scaled, and transparency is blended over white."""
     if _is_deep(image.mode):
         values = np.asarray(image)
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
@@ -302,7 +302,7 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Reduction | None) -> Image.Image:
-    """An array or a tensor as RGB."""
+    """Convert an array or a tensor to RGB."""
     if isinstance(source, Tensor):
         if source.ndim != 3 or source.shape[0] not in (1, 3, 4):
             raise ImageError(f"expected one picture as [1 | 3 | 4, H, W], got {name}; put the colours first")
@@ -328,7 +328,7 @@ def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Re
 
 
 def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """uint8 values of a picture, the scale known by the type alone and never guessed from the values."""
+    """Convert a picture's values to uint8; the scale depends on the dtype alone and is never guessed from the values."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -339,7 +339,7 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
         if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
             raise ImageError(f"expected float values in [0, 1], got {low} to {high} in {name}; rescale them")
         return np.round(array.clip(0, 1) * 255).astype(np.uint8)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     raise ImageError(f"expected uint8, uint16, bool or float values, got {array.dtype} in {name}; convert to uint8")
 
@@ -349,7 +349,7 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
     if long <= _MAX_ASPECT * short:
         return image
     keep = _MAX_ASPECT * short
-    keep += (long - keep) % 2  # an even rest keeps the middle exactly where it was
+    keep += (long - keep) % 2  # an even remainder keeps the middle exactly where it was
     width, height = (keep if side == long else side for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

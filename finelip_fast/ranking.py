@@ -1,4 +1,4 @@
-"""Ranks in both directions from tiles of scores: a whole matrix of scores is never there."""
+"""Ranks in both directions from tiles of scores: the whole matrix of scores is never in memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tqdm import tqdm
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 
-# A pair's own score and its tile come from calls of different shapes, which may add the products in another order: equal
-# embeddings then differ by some units in the last place of float32, 1.2e-7 near 1. Ties count against us also then, so
-# that a wrong item within this of the right one's score does.
+# A pair's own score and its tile come from calls of different shapes, which may add the products in another order: scores of
+# equal embeddings then differ by some units in the last place of float32, 1.2e-7 near 1. Ties must count against the right
+# item even then, so a wrong item whose score is within this distance of the right one's counts as a tie.
 TOLERANCE = 1e-6
 
-_OWN = 32  # captions whose own scores are found at once: of such a tile only one row in so many is wanted
+_OWN = 32  # captions whose own scores are computed at once: only one in this many scores of the tile is needed
 
 
 class Rows(Protocol):
-    """Embeddings ``[N, L, D]``, read by slices or by int64 numbers of rows, such as a tensor."""
+    """Embeddings ``[N, L, D]`` that are indexed by slices or int64 row numbers, such as a tensor."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
@@ -37,27 +37,27 @@ def tiled_ranks(
     tile: int = 1024,
     progress: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What :func:`finelip_fast.metrics.pair_ranks` gives for the matrix of scores, for several weights in one pass.
+    """Compute :func:`finelip_fast.metrics.pair_ranks` of the matrix of scores, for several weights in one pass.
 
-    Scores of two parts are found once for each tile, the global cosine and ``fine``; those of each weight are
-    ``alpha * global + (1 - alpha) * fine``. A wrong item within :data:`TOLERANCE` of the right one counts as a tie, and
-    ties count against; right items of one picture do not count against each other.
+    The two parts of the score, the global cosine and ``fine``, are computed once per tile; the scores for each weight are
+    ``alpha * global + (1 - alpha) * fine``. A wrong item within :data:`TOLERANCE` of the right one counts as a tie, and ties
+    count against the right one; right items of one picture do not count against each other.
 
     Args:
         images: Embeddings of ``P`` pictures.
         texts: Embeddings of ``C`` captions.
-        picture_of: int64 ``[C]``, the number of the picture that each caption describes; each picture has one.
+        picture_of: int64 ``[C]``, the number of the picture that each caption describes; each picture has a caption.
         alphas: Weights of the global cosine.
-        device: Where to score; None: where the embeddings are.
-        tile: Pictures and captions of a tile.
-        progress: Show a progress bar.
+        device: Device to score on; None: that of the embeddings.
+        tile: Number of pictures and of captions in a tile.
+        progress: Whether to show a progress bar.
 
     Returns:
-        For each weight ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, on the CPU. Memory beside the embeddings: two
+        For each weight ``i2t`` int64 ``[P]`` and ``t2i`` int64 ``[C]``, on the CPU. Memory used besides the embeddings: two
         blocks of them, ``tile * tile`` scores and a few numbers for each item and weight.
 
     Raises:
-        InputError: Nothing to rank, another shape of ``picture_of``, or a picture without a caption.
+        InputError: There is nothing to rank, ``picture_of`` has another shape, or a picture has no caption.
     """
     pictures, captions = len(images), len(texts)
     if not pictures or picture_of.shape != (captions,) or not torch.equal(picture_of.unique(), torch.arange(pictures)):
@@ -69,7 +69,7 @@ def tiled_ranks(
     device, owners = own_global.device, picture_of.to(own_global.device)
     to_beat, counts = [], []
     for alpha in alphas:
-        # A right item that is NaN is behind all wrong ones.
+        # A right item that is NaN ranks behind all wrong ones.
         right_score = _combined(own_global, own_fine, alpha).nan_to_num(nan=-torch.inf)
         best = torch.full((pictures,), -torch.inf, device=device).scatter_reduce(0, owners, right_score, "amax")
         to_beat.append((best - TOLERANCE, right_score - TOLERANCE))
@@ -86,7 +86,7 @@ def tiled_ranks(
                 wrong = owners[columns] != numbers
                 for alpha, (best, right_score), (i2t, t2i) in zip(alphas, to_beat, counts, strict=True):
                     scores = _combined(global_scores, fine, alpha)
-                    # So written that NaN counts against, too.
+                    # Written so that NaN counts against the right item, too.
                     i2t[rows] += (wrong & ~(scores < best[rows, None])).sum(dim=1)
                     t2i[columns] += (wrong & ~(scores < right_score[columns])).sum(dim=0)
                 bar.update()
@@ -110,7 +110,7 @@ def _own_scores(images: Rows, texts: Rows, picture_of: Tensor, device: torch.dev
 
 @torch.no_grad()
 def _both_scores(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    # With the first rows alone there is nothing but the cosine to compute.
+    # With only the first rows, there is nothing but the cosine to compute.
     return clim_scores(images[:, :1], texts[:, :1], alpha=1.0), clim_scores(images, texts, alpha=0.0)
 
 

@@ -1,4 +1,4 @@
-"""What a study leaves behind: tables and plots, with the command, commit and machine that they come from."""
+"""Records of studies: tables and plots, with the command, commit and machine that they come from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from finelip_fast._markup import in_markdown
 from finelip_fast._terminal import printable
 from finelip_fast.errors import InputError
 
-# A folder with what is in it, at the start of a word or after the colon or equals sign of an option: /home/me/photos
+# An absolute path, at the start of a word or after the colon or equals sign of an option: /home/me/photos
 _ABSOLUTE = re.compile(r"""(?<![^\s:='"])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'"]+[/\\])*([^\s/\\:'"]+)[/\\]?""")
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
-# Told apart without colour as well.
+# Distinguishable without colour as well.
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 
 
 def markdown_table(lines: Iterable[list[str]]) -> str:
-    """The head, then each row, as texts; nothing without lines."""
+    """Format the header and the rows as a Markdown table; empty if there are no lines."""
     cells = [[in_markdown(cell) for cell in line] for line in lines]
     cells[1:1] = [["---"] * len(line) for line in cells[:1]]
     return "\n".join("|" + "|".join(line) + "|" for line in cells)
@@ -37,13 +37,13 @@ def markdown_table(lines: Iterable[list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equal keys, which are the columns; a column's name states its unit. There may be none."""
+    """Rows with equal keys, which are the columns; a column's name states its unit. There may be no rows."""
 
     title: str
     rows: list[dict[str, Any]]
 
     def lines(self) -> Iterator[list[str]]:
-        """The head, then each row, as texts; nothing without rows."""
+        """Yield the header, then each row, as strings; nothing if there are no rows."""
         yield from (list(row) for row in self.rows[:1])
         yield from ([_told(value) for value in row.values()] for row in self.rows)
 
@@ -71,7 +71,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Series over one axis, which are drawn from zero; names on ``x`` become categories, numbers in texts numbers."""
+    """Series over one axis, drawn from zero; names on ``x`` become categories, strings of numbers become numbers."""
 
     name: str
     x: str
@@ -86,10 +86,10 @@ class Record:
 
     Attributes:
         name: Stem of the saved files.
-        title: Its question.
-        tables, plots: What was measured.
-        settings: What it was measured with; plain values.
-        finding: What it shows, in a few sentences.
+        title: Question of the study.
+        tables, plots: Measurements.
+        settings: Settings of the measurements, as plain values.
+        finding: Conclusion in a few sentences.
     """
 
     name: str
@@ -111,16 +111,16 @@ class Record:
         """Write ``NAME.json``, ``NAME.md`` and a picture of each plot.
 
         Args:
-            folder: Made where it is missing.
-            command: What a reader types to repeat it. Of absolute paths, here and in the settings, only the last part is
+            folder: Folder to write to; created if missing.
+            command: Command that repeats the study. Of absolute paths, here and in the settings, only the last part is
                 written.
 
         Returns:
             The files.
 
         Raises:
-            InputError: There are plots, and no matplotlib.
-            WriteError: A file that cannot be written.
+            InputError: There are plots, but matplotlib is not installed.
+            WriteError: A file cannot be written.
         """
         folder = Path(folder)
         try:
@@ -172,14 +172,14 @@ def redraw(data: str | Path) -> list[Path]:
     """Draw the pictures of a saved record again, beside it.
 
     Args:
-        data: The ``NAME.json`` that :meth:`Record.save` wrote.
+        data: ``NAME.json`` file that :meth:`Record.save` wrote.
 
     Returns:
         The pictures.
 
     Raises:
-        InputError: There are plots, and no matplotlib.
-        WriteError: A picture that cannot be written.
+        InputError: There are plots, but matplotlib is not installed.
+        WriteError: A picture cannot be written.
     """
     data = Path(data)
     stored = json.loads(data.read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
                 [high - y for y, high in zip(series.y, series.high, strict=True)],
             ]
         style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "label": series.label, "capsize": 3}
-        if has_names or x is None:  # names are read from left to right, so they stand on the upright axis
+        if has_names or x is None:  # names read from left to right, so they go on the vertical axis
             axes.errorbar(series.y, list(map(str, series.x)), xerr=error, linestyle="none", **style)
         else:
             axes.errorbar(x, series.y, yerr=error, linestyle=_LINES[number % len(_LINES)], **style)
@@ -225,7 +225,7 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
         axes.invert_yaxis()
     else:
         values = sorted({0.0, *(value for x in points for value in x or ())})
-        if plot.log_x:  # a logarithm alone would leave out a zero
+        if plot.log_x:  # a plain logarithmic axis would leave out zero
             axes.set_xscale("symlog", base=2, linthresh=min((value for value in values if value > 0), default=1))
         axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.grid(alpha=0.3)
@@ -236,7 +236,7 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
 
 
 def _numbers(values: list[Any]) -> list[float] | None:
-    """Values of an axis as numbers; None where one is a name."""
+    """Values of an axis as numbers; None if one is a name."""
     try:
         return [float(value) for value in values]
     except ValueError:
@@ -244,7 +244,7 @@ def _numbers(values: list[Any]) -> list[float] | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout that this file is in, and whether it was changed; None where there is none."""
+    """Return the commit of the checkout that contains this file, and whether it has changes; None if there is none."""
     head, status = (
         _git("rev-parse", "HEAD"),
         _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"),

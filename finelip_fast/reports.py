@@ -1,4 +1,4 @@
-"""What became of items that were to be added."""
+"""Reports on adding items to an index."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finelip_fast._terminal import printable
 
 @dataclass
 class AddReport:
-    """What became of the items given to ``add_images`` or ``add_texts``.
+    """Result for the items passed to ``add_images`` or ``add_texts``.
 
     Attributes:
         added: ids of the items added, in order.
-        skipped: ``(id, reason)`` of what could not be read.
+        skipped: ``(id, reason)`` for each item that could not be read.
     """
 
     added: list[str] = field(default_factory=list)
@@ -31,16 +31,16 @@ class AddReport:
 
 @dataclass
 class FolderReport:
-    """What became of a folder, however large.
+    """Result for a folder, however large.
 
     Attributes:
         added: number of pictures added.
-        changed: number of pictures whose content was another, embedded again.
-        moved: number of pictures that have another path than before, and their embedding still.
-        removed: number of items removed because their file is no more.
-        gone: number of items whose file is no more, and that were kept.
-        skipped: ``(path, reason)`` of what could not be read, or is no picture. A picture that was read before and cannot be
-            now keeps its item, as it was embedded then; its reason says so.
+        changed: number of pictures whose content had changed, embedded again.
+        moved: number of pictures that have a new path and kept their embedding.
+        removed: number of items removed because their file no longer exists.
+        gone: number of items that were kept although their file no longer exists.
+        skipped: ``(path, reason)`` for everything that could not be read or is not a picture. A picture that was readable
+            before and is not now keeps its item, as it was embedded then; the reason says so.
     """
 
     added: int = 0
@@ -55,13 +55,13 @@ class FolderReport:
         self.added += len(ids)
 
     def separate_changed(self, paths: Collection[str], index: Path | None) -> None:
-        """Count files whose content was another as changed, not added; of the unreadable, say that their items stay.
+        """Count files with changed content as changed, not added; for unreadable ones, say that their items stay.
 
         Args:
             paths: Files of items that the index has with other content.
             index: Folder of the index.
         """
-        from finelip_fast.index import remedies  # with PyTorch, which reports from a server do without
+        from finelip_fast.index import remedies  # with PyTorch, which reports from a server do not need
 
         unread = {path for path, _ in self.skipped}.intersection(paths)
         self.changed = len(paths) - len(unread)

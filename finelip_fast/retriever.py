@@ -1,4 +1,4 @@
-"""The front door: add pictures or texts, search with either."""
+"""The main interface: add pictures or texts, search with either."""
 
 from __future__ import annotations
 
@@ -53,31 +53,31 @@ class Retriever:
     Args:
         checkpoint: Checkpoint folder or file, or an open_clip or hub name (see :func:`finelip_fast.load`); None: the bundled
             model, which knows drawn street scenes only.
-        engine: ``"torch"``, ``"onnx"`` or ``"trt"``, which raise where they cannot run; ``"auto"``: the fastest of those
+        engine: ``"torch"``, ``"onnx"`` or ``"trt"``, which raise an error if they cannot run; ``"auto"``: the fastest of those
             available, as timed once on this machine. ONNX and TensorRT run what ``finelip export`` wrote beside the
             checkpoint.
-        index: Folder that stores the items; None: they stay in memory.
+        index: Folder that stores the items; None: they are kept in memory.
         device: Device of the model; None: a GPU if there is one.
         alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's, which is 0.8 with trained
-            aggregators and 1, the only one, without.
+            aggregators and 1, the only possible value, without.
         overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
         precision: Precision of exported files, ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, or of ``"torch"`` on a CPU,
             ``"fp32"``, ``"bf16"`` or ``"int8"``; None: the fastest file available, or ``"fp32"``.
-        threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
-        build: Whether to export what ``engine`` and ``precision`` need and is missing; takes a minute or more.
-        dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size (of aggregated
-            rows: global ones stay in float16); None: the format of the index if it exists, else ``"float16"``.
+        threads: Number of ONNX Runtime threads on the CPU; None: as many as PyTorch uses.
+        build: Whether to export missing files that ``engine`` and ``precision`` need; takes a minute or more.
+        dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size (aggregated rows
+            only: global ones stay in float16); None: the format of the index if it exists, else ``"float16"``.
         verify: Whether to compare every embedding of the index folder with its checksum before the first search; otherwise
             a search checks only the hits it returns.
 
     A retriever may be used from several threads at once, and several processes may have the same index open. With an index
-    folder it can be pickled: unpickling opens the same folder again. In a process made by fork it raises EngineError.
+    folder it can be pickled: unpickling opens the same folder again. In a forked process it raises EngineError.
 
-    Opening a checkpoint by its name together with an index folder allows ``finelip`` to load that checkpoint for an index,
+    Opening a checkpoint by name together with an index folder allows ``finelip`` to load that checkpoint for an index,
     see :mod:`finelip_fast.known_checkpoints`.
 
     Raises:
-        InputError: An argument out of its range, such as an ``alpha`` outside [0, 1], or below 1 without trained aggregators.
+        InputError: An argument is out of range, such as an ``alpha`` outside [0, 1], or below 1 without trained aggregators.
         EngineError, CheckpointError, StoreError: The engine, the checkpoint or the index cannot be opened; the message says
             why and what to do.
 
@@ -102,7 +102,7 @@ class Retriever:
         dtype: StoredDtype | None = None,
         verify: bool = False,
     ) -> None:
-        # Whatever can be known to be wrong is refused before a model is loaded.
+        # As many invalid arguments as possible are refused before a model is loaded.
         _check_path("checkpoint", checkpoint)
         _check_path("index", index)
         alpha = None if alpha is None else share("alpha", alpha)
@@ -116,7 +116,7 @@ class Retriever:
         self._verify = verify
         self.alpha = self._engine.config.choose_alpha(alpha)
         self.overflow: Overflow = overflow
-        self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first
+        self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first one
         self._model_lock = threading.Lock()
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
@@ -246,27 +246,27 @@ class Retriever:
     ) -> AddReport:
         """Embed pictures and add them; a picture that cannot be read is skipped and reported.
 
-        An index folder is written to at least every 30 seconds and every 64 MiB of embeddings. A job that was stopped is
-        resumed by running it again with ``existing="skip"``.
+        An index folder is written to at least every 30 seconds and every 64 MiB of embeddings. To resume a job that was
+        stopped, run it again with ``existing="skip"``.
 
         Args:
             images: Folder, one picture, or an iterable of files, encoded bytes, PIL images, arrays and tensors (see
                 :func:`finelip_fast.preprocess.open_image`), read batch by batch.
-            ids: An id for each picture; None: its path, below the index's root if that is known, or ``image-N`` where it has
-                none.
+            ids: An id for each picture; None: its path, relative to the index's root if that is known, or ``image-N`` if it
+                has no path.
             metadata: A dictionary of JSON values for each picture, checked before anything is embedded.
-            existing: What an id that is in the index already means: an ``"error"``, ``"skip"`` the picture, or ``"replace"``
-                the item, which stays where the picture cannot be read.
+            existing: Treatment of an id that is already in the index: ``"error"``, ``"skip"`` the picture, or ``"replace"``
+                the item, which stays if the picture cannot be read.
             batch_size: Number of pictures embedded at once.
-            progress: Whether to show a progress bar; or the bar of tqdm to advance.
+            progress: Whether to show a progress bar, or the tqdm bar to advance.
 
         Returns:
             Ids of the pictures added, and those skipped, with the reason.
 
         Raises:
-            InputError: An id that is in the index already, metadata that JSON cannot hold, or lists of different lengths;
-                raised before any work where the lists show it. Where a generator shows it later, earlier batches stay.
-            StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` goes on from it.
+            InputError: An id is already in the index, metadata cannot be written as JSON, or lists differ in length; raised
+                before any work if the lists show it. If a generator shows it later, earlier batches stay.
+            StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` resumes from it.
         """
         report, describes = AddReport(), False
         if isinstance(images, (str, PathLike)) and os.path.isdir(images):
@@ -291,22 +291,22 @@ class Retriever:
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> FolderReport:
-        """Bring the index in line with the pictures of a folder and of those below it, however many.
+        """Bring the index in line with the pictures in a folder and its subfolders, however many.
 
-        New pictures are embedded, and those whose content has changed; a file that was moved keeps its embedding. Run again,
-        it reads only the files whose size or time has changed. The id of a picture is its path below the index's root, which
-        is the first folder that was added; its metadata is what the file and the camera say, see
-        :func:`finelip_fast.picture_files.describe`, and what lies in JSON beside it, as ``a.jpg.json`` or ``a.json``.
+        New and changed pictures are embedded; a file that was moved keeps its embedding. A later call reads only the files
+        whose size or time has changed. The id of a picture is its path relative to the index's root, which is the first folder
+        that was added; its metadata comes from the file and the camera, see :func:`finelip_fast.picture_files.describe`, and
+        from a JSON file beside it, ``a.jpg.json`` or ``a.json``.
 
         Args:
             folder: Folder of pictures.
-            sync: Whether to remove items of the folder whose file is no more; otherwise they are counted.
+            sync: Whether to remove items of the folder whose file no longer exists; otherwise they are only counted.
             exclude: Patterns of names or paths below the folder to leave out, such as ``"*.png"`` or ``"2019/scans"``.
-            include: Patterns of what is hidden or left out by default (:data:`finelip_fast.folders.LEFT_OUT`) and is to be
-                taken.
-            metadata: Table of further metadata, JSON lines or CSV, with a column of paths relative to the folder.
+            include: Patterns of names or paths to include although they are hidden or left out by default
+                (:data:`finelip_fast.folders.LEFT_OUT`).
+            metadata: Table of additional metadata, JSON Lines or CSV, with a column of paths relative to the folder.
             batch_size: Number of pictures embedded at once.
-            progress: Whether to show a progress bar; or the bar of tqdm to advance.
+            progress: Whether to show a progress bar, or the tqdm bar to advance.
 
         Returns:
             Numbers of pictures added, changed and moved, and those skipped, with the reason.
@@ -316,7 +316,7 @@ class Retriever:
                 now has no picture at all.
             StoreError: The index cannot be written; what was written before stays.
         """
-        walk_folder(folder)  # raises where there is none
+        walk_folder(folder)  # raises an error if there is none
         root = prepare_root(self.index, [folder])
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
@@ -334,11 +334,11 @@ class Retriever:
         """Bring the index in line with the pictures that a table names; its other columns are their metadata.
 
         Args:
-            table: JSON lines or CSV, see :func:`finelip_fast.picture_tables.read_rows`.
+            table: JSON Lines or CSV, see :func:`finelip_fast.picture_tables.read_rows`.
             folder: Folder that the paths are relative to; None: that of the table.
-            image_field: Name of the column of paths; None: ``image``, ``file``, ``path`` or the like.
+            image_field: Name of the path column; None: ``image``, ``file``, ``path`` or the like.
             batch_size: Number of pictures embedded at once.
-            progress: Whether to show a progress bar; or the bar of tqdm to advance.
+            progress: Whether to show a progress bar, or the tqdm bar to advance.
 
         Returns:
             Numbers of pictures added, changed and moved, and those skipped, with the reason.
@@ -393,7 +393,7 @@ class Retriever:
         """Delete items from the index. Once this returns, they are gone from an index folder for good.
 
         Raises:
-            InputError: An id that is not in the index; nothing was deleted.
+            InputError: An id is not in the index; nothing is deleted.
             StoreError: The index cannot be written.
         """
         self.index.delete([ids] if isinstance(ids, str) else ids)
@@ -450,21 +450,21 @@ class Retriever:
             image: Picture or list of pictures to search by instead of a text.
             k: Number of hits; fewer are returned where the index has fewer.
             mode: ``"exact"``; ``"exact-int8"``, the same result from half the bytes; ``"two-stage"``, which may miss hits;
-                ``"sketch"``, two stages of which the first sees tokens, too, and misses fewer where these count; ``"auto"``:
-                the one of these two that ``finelip index tune`` has chosen, where it has measured that few enough are missed,
-                else exact. See :mod:`finelip_fast.index.search`.
+                ``"sketch"``, two stages of which the first compares tokens, too, and misses fewer hits if these matter;
+                ``"auto"``: whichever of these two ``finelip index tune`` has chosen, if it measured that few enough hits are
+                missed, else exact. See :mod:`finelip_fast.index.search`.
             where: Expression that the metadata of items must satisfy: ``"camera = 'front' and year >= 2024"``. See
                 :mod:`finelip_fast.index.filters`.
             alpha: Weight of the global cosine in this search; None: the retriever's.
 
         Returns:
             Hits, best first, ties in order of insertion: a list for one query, a list of lists for a list of queries. A
-            notebook shows them with thumbnails. There are ``k`` of them also where nothing matches: ``Hit.stands_out`` says.
+            notebook shows them with thumbnails. There are ``k`` of them even if nothing matches: see ``Hit.stands_out``.
 
         Raises:
-            InputError: Both or neither of text and image, a text that is no string, a ``k`` that is no whole number or below
-                1, an unknown mode, a filter that cannot be parsed, or an ``alpha`` that the checkpoint has no scores for.
-            ImageError: A query picture that cannot be read.
+            InputError: Both or neither of text and image are given, a text is not a string, ``k`` is not an integer or below
+                1, the mode is unknown, the filter cannot be parsed, or the checkpoint has no scores for ``alpha``.
+            ImageError: A query picture cannot be read.
         """
         if (text is None) == (image is None):
             raise InputError("expected either a text or image=..., " + ("got neither" if text is None else "got both"))
@@ -490,7 +490,7 @@ class Retriever:
         where: str | None = None,
         alpha: float | None = None,
     ) -> list[Hits]:
-        """Find the best items for embeddings: of :meth:`encode_texts`, :meth:`encode_images` or ``Index.embeddings_of``.
+        """Find the best items for embeddings from :meth:`encode_texts`, :meth:`encode_images` or ``Index.embeddings_of``.
 
         Args:
             queries: Embeddings ``[Q, L, D]``, unit rows, a tensor or an array.
@@ -500,7 +500,7 @@ class Retriever:
             Hits of each query, best first.
 
         Raises:
-            InputError: Embeddings of another shape or that are not finite; or as for :meth:`search`.
+            InputError: The embeddings have another shape or are not finite; or as for :meth:`search`.
         """
         options = self._search_options(k, mode, where, alpha)
         embedded = self._as_tensor("queries", queries)
@@ -541,8 +541,8 @@ class Retriever:
             ``[N, L, D]``, unit rows, row 0 = CLS.
 
         Raises:
-            ImageError: A picture that cannot be read.
-            InputError: ``images`` is no list of pictures.
+            ImageError: A picture cannot be read.
+            InputError: ``images`` is not a list of pictures.
         """
         images = listed("images", as_images(images))
         size = whole_number("batch_size", batch_size)
@@ -573,7 +573,7 @@ class Retriever:
             ``[N, L, D]``, unit rows, row 0 = EOT.
 
         Raises:
-            InputError: ``texts`` is no list, or a text is no string.
+            InputError: ``texts`` is not a list, or a text is not a string.
         """
         texts = listed("texts", [texts] if isinstance(texts, str) else texts)
         size = whole_number("batch_size", batch_size)
@@ -591,7 +591,7 @@ class Retriever:
             float32 ``[Q, N]`` on the engine's device.
 
         Raises:
-            InputError: Embeddings of different shapes.
+            InputError: The embeddings differ in shape.
         """
         first, second = (self._as_tensor(name, x) for name, x in (("queries", queries), ("items", items)))
         if first.dtype != second.dtype:
@@ -618,8 +618,8 @@ class Retriever:
             float32 ``[n_images, n_texts]``.
 
         Raises:
-            ImageError: A picture that cannot be read.
-            InputError: An argument that is no list, or a text that is no string.
+            ImageError: A picture cannot be read.
+            InputError: An argument is not a list, or a text is not a string.
         """
         images, texts = (
             listed("images", as_images(images)),
@@ -631,9 +631,9 @@ class Retriever:
         return clim_scores(embedded, self.engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
 
     def explain(self, image: Any, text: str) -> Explanation:
-        """Take the score of a picture and a description apart: which words matched which patches, and what each contributes.
+        """Explain the score of a picture and a description: which words matched which patches, and what each contributes.
 
-        The model in PyTorch computes it, whatever the engine: exported encoders do not return their aggregation weights.
+        The PyTorch model computes it whatever the engine, since exported encoders do not return their aggregation weights.
 
         Args:
             image: Picture as :meth:`add_images` takes it, or a hit of one; its file is found from any working folder.
@@ -641,7 +641,7 @@ class Retriever:
 
         Raises:
             ImageError: The picture cannot be read.
-            InputError: The text is no string, or the hit's picture is not there.
+            InputError: The text is not a string, or the hit's picture does not exist.
         """
         if isinstance(image, Hit):
             path = image.path or image.id

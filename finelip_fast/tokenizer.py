@@ -1,8 +1,8 @@
 """Captions to token ids at long context: by CLIP's byte-level BPE, or by a checkpoint's own ``tokenizer.json``.
 
-A caption of ``n`` tokens is ``START, its text, EOT``, of a tokenizer without a start token ``its text, END``. Captions longer
-than the context are cut with the EOT kept, refused, or split into windows that end with sentences; in every case the caller
-can learn what happened to which caption.
+A caption of ``n`` tokens is ``START, its text, EOT``, or ``its text, END`` for a tokenizer without a start token. Captions
+longer than the context are cut with the EOT kept, refused, or split into windows that end with sentences; in every case the
+caller can tell what happened to which caption.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 @contextmanager
 def expected_truncation() -> Iterator[None]:
-    """Silences :class:`TruncationWarning` where cutting captions is what is wanted."""
+    """Silence :class:`TruncationWarning` where captions are cut on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
         yield
@@ -53,15 +53,15 @@ def expected_truncation() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Token ids of a batch of captions, and what became of the long ones.
+    """Token ids of a batch of captions, and how the long ones were treated.
 
     ``W`` rows hold ``B_t`` captions: one row each, or several for a caption split into windows.
 
     Attributes:
         ids: ``[W, T]`` int64, zero after each row's EOT.
-        lengths: ``[W]`` int64, the tokens of each row from START to EOT; the EOT is at ``lengths - 1``.
+        lengths: ``[W]`` int64, the number of tokens of each row from START to EOT; the EOT is at ``lengths - 1``.
         owner: ``[W]`` int64, the caption that each row belongs to: ascending, a caption's windows side by side.
-        tokens_cut: ``[B_t]`` int64, the tokens that each caption lost to truncation; 0 where it is whole.
+        tokens_cut: ``[B_t]`` int64, the number of tokens that each caption lost to truncation; 0 if it is whole.
     """
 
     ids: Tensor
@@ -71,7 +71,7 @@ class TokenBatch:
 
     @property
     def n_cut(self) -> int:
-        """How many captions were cut."""
+        """Number of captions that were cut."""
         return int(self.tokens_cut.count_nonzero())
 
 
@@ -82,17 +82,17 @@ def tokenize(
     overflow: Literal["truncate", "error"] = "truncate",
     tokenizer: Tokenizer = CLIP_BPE,
 ) -> Tensor:
-    """Token ids of captions, one row each.
+    """Convert captions to token ids, one row each.
 
-    Text is cleaned as CLIP's was: mojibake repaired, HTML entities resolved, white space collapsed, lower case. An
-    empty caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
+    Text is cleaned as for CLIP: mojibake is repaired, HTML entities are resolved, white space is collapsed, and letters become
+    lower case. An empty caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
 
     Args:
         texts: One caption, or an iterable of captions.
         context_length: Row width ``T``, at least 3.
         overflow: Treatment of captions of more than ``context_length`` tokens: ``"truncate"`` cuts them, makes the last
             remaining token the EOT and warns once per call; ``"error"`` refuses them.
-        tokenizer: That of the model, ``model.tokenizer``. Default: CLIP's, which only SigLIP's checkpoints do not have.
+        tokenizer: Tokenizer of the model, ``model.tokenizer``. Default: CLIP's, which all checkpoints but SigLIP's use.
 
     Returns:
         int64 ``[B_t, T]``, zero-padded.
@@ -102,10 +102,10 @@ def tokenize(
             context; or an argument is out of range.
 
     Warns:
-        TruncationWarning: Captions were cut; says how many and the largest loss.
+        TruncationWarning: Captions were cut; the message gives their number and the largest loss.
     """
     one_of("overflow", overflow, get_args(Overflow))
-    if str(overflow) == "window":  # of a caller whose types nobody checks
+    if str(overflow) == "window":  # from a caller without type checks
         raise InputError(
             'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
             "use encode_batch, which also returns the caption that each row belongs to"
@@ -123,25 +123,25 @@ def encode_batch(
     warn: bool = True,
     tokenizer: Tokenizer = CLIP_BPE,
 ) -> TokenBatch:
-    """Token ids of captions, with lengths and an account of the long ones.
+    """Convert captions to token ids, with lengths and an account of the long ones.
 
     Args:
         texts: One caption, or an iterable of captions.
         context_length: Row width ``T``, at least 3.
         overflow: ``"truncate"`` and ``"error"`` as in :func:`tokenize`. ``"window"`` splits a long caption into as few rows
-            as its sentences allow, of about one length, each with its own START and EOT, that together hold every token of
+            as its sentences allow, of about equal length, each with its own START and EOT; together they hold every token of
             the text in order. A sentence that is longer than a row is split, too.
-        warn: Whether to warn of captions that were cut.
-        tokenizer: That of the model.
+        warn: Whether to warn about captions that were cut.
+        tokenizer: Tokenizer of the model.
 
     Returns:
         A :class:`TokenBatch`. A caption that fits has exactly one row, the same for every ``overflow``.
 
     Raises:
-        InputError: The errors of :func:`tokenize`.
+        InputError: The same as for :func:`tokenize`.
 
     Warns:
-        TruncationWarning: As for :func:`tokenize`.
+        TruncationWarning: The same as for :func:`tokenize`.
     """
     batch = _encode(texts, context_length, overflow, tokenizer)
     if warn:
@@ -189,15 +189,15 @@ def _windows(caption: str, tokens: list[int], context_length: int, tokenizer: To
     if len(text) <= room:
         return [tokens]
     sizes = [_size(sentence, tokenizer) for sentence in SENTENCE_END.split(caption)]
-    if sum(sizes) != len(text):  # what is repaired, or one token, across the end of a sentence
+    if sum(sizes) != len(text):  # a repair, or a token, spans the end of a sentence
         sizes = [len(text)]
     return [[*start, *text[first:last], end] for first, last in even_spans(sizes, room)]
 
 
 def even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
-    """Spans of up to ``room`` tokens: as few as sentences of these sizes allow, then the longest as short as can be.
+    """Spans of up to ``room`` tokens: as few as sentences of these sizes allow, then the longest as short as possible.
 
-    A sentence that is longer is taken in even parts.
+    A sentence that is longer is split evenly.
     """
     edges = [0]
     for size in filter(None, sizes):
@@ -210,7 +210,7 @@ def even_spans(sizes: list[int], room: int) -> list[tuple[int, int]]:
 
 
 def _packed(edges: list[int], length: int) -> list[tuple[int, int]]:
-    """Spans from edge to edge of up to ``length`` each, which no two neighbouring edges are further apart."""
+    """Spans from edge to edge of up to ``length`` each; no two neighbouring edges are further apart than that."""
     starts = [edges[0]]
     for before, edge in pairwise(edges):
         if edge - starts[-1] > length:
@@ -221,12 +221,12 @@ def _packed(edges: list[int], length: int) -> list[tuple[int, int]]:
 def token_spans(
     caption: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer = CLIP_BPE
 ) -> list[tuple[int, int]]:
-    """Where stretches of a caption are among its tokens.
+    """Locate spans of a caption among its tokens.
 
     Args:
         caption: The text, as given to :func:`tokenize`.
         spans: ``(start, end)`` in characters, each of whole words.
-        tokenizer: That of the model.
+        tokenizer: Tokenizer of the model.
 
     Returns:
         ``(first, last + 1)`` of the token row for each span; CLIP's START is position 0.
@@ -239,7 +239,7 @@ def token_spans(
         for start, end in pairwise(cuts):
             count += _size(caption[start:end], tokenizer)
             position[end] = count
-    # Mojibake is repaired across a blank.
+    # Mojibake may be repaired across a blank.
     if not tokenizer.splits_at_blanks or (not caption.isascii() and count != before + _size(caption, tokenizer)):
         ends = cuts[::-1]
         counts = (before + _size(caption[:end], tokenizer) for end in ends)
@@ -247,9 +247,9 @@ def token_spans(
     return [(position[start], position[end]) for start, end in spans]
 
 
-@lru_cache(maxsize=1 << 16)  # words come back, and repairing text is slow
+@lru_cache(maxsize=1 << 16)  # words recur, and repairing text is slow
 def _size(text: str, tokenizer: Tokenizer) -> int:
-    """Tokens of a stretch of text."""
+    """Number of tokens in a piece of text."""
     return len(tokenizer.tokens(text))
 
 
@@ -267,7 +267,7 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
 def check_caption(text: Any, number: int) -> None:
     """
     Raises:
-        InputError: A caption that is no string, or too long; says the ``number`` of it.
+        InputError: The caption is not a string, or is too long; the message gives its ``number``.
     """
     if not isinstance(text, str):
         raise InputError(
@@ -283,7 +283,7 @@ def check_caption(text: Any, number: int) -> None:
 def check_overflow(overflow: Any) -> None:
     """
     Raises:
-        InputError: Anything but ``"truncate"``, ``"error"`` and ``"window"``.
+        InputError: The value is none of ``"truncate"``, ``"error"`` and ``"window"``.
     """
     one_of("overflow", overflow, get_args(Overflow))
 

@@ -1,9 +1,9 @@
-"""Whether the kernels are right on this machine: each against float64, the same bits twice, and captured in a CUDA graph.
+"""Checks of the kernels on this machine: each against float64, for the same bits twice, and captured in a CUDA graph.
 
-What is checked is what a search or a training would run here: the fused kernels on a GPU that has them, elsewhere what stands
-in for them. Shapes are small and odd, so that every block has an edge; a GPU gets one more that keeps all of it busy, for what
-goes wrong only then. On a GPU late interaction and aggregation are timed,
-too, beside what the same GPU copies and multiplies in the same minute.
+The checks run what a search or a training would run here: the fused kernels on a GPU that supports them, elsewhere their
+replacements. Shapes are small and odd, so that every block has an edge; a GPU gets one more that keeps all of it busy, for
+errors that occur only then. On a GPU, late interaction and aggregation are also timed, relative to what the same GPU copies
+and multiplies in the same minute.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 
 ALPHA, BEST = 0.8, 5
 
-# Q, L_q, N, L_i, D: one query, several, and none of the sizes a multiple of a block's.
+# Q, L_q, N, L_i, D: one query, several, and no size a multiple of a block's.
 CLIM_SHAPES = ((1, 40, 67, 11, 512), (9, 13, 37, 17, 80), (3, 52, 35, 5, 768))
 # Items, tokens, D, hidden width, aggregated tokens.
 ATRM_SHAPES = ((1, 53, 96, 19, 7), (3, 37, 512, 102, 39))
-# Of a GPU alone, whose many programs run side by side.
+# Only for a GPU, which runs many programs in parallel.
 BUSY_CLIM_SHAPE, BUSY_ATRM_SHAPE = (8, 40, 1_000, 40, 512), (200, 196, 512, 102, 39)
 
-# Of results computed and kept in float32. A gradient or a row that is kept in half precision may be off by its rounding, too.
+# For results computed and stored in float32. A gradient or a row stored in half precision may also be off by its rounding.
 _FLOAT32_ERROR = 1e-5
 _ROUNDINGS = 2
 
-# Items and pictures that are timed: larger than any cache, and there in a moment.
+# Numbers of items and pictures for timing: larger than any cache, and quick to create.
 _TIMED_ITEMS, _TIMED_PICTURES, _ROUNDS = 100_000, 1_024, 11
 
 
 class Trial(NamedTuple):
-    """One call.
+    """One call to check.
 
     Args:
-        run: The call.
-        exact: What it must give, float64.
-        tolerance: The largest error that still is right.
+        run: Function that makes the call.
+        exact: Expected result, float64.
+        tolerance: Largest acceptable error.
         captured: Whether the call can be captured in a CUDA graph.
     """
 
@@ -66,13 +66,13 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a kernel: the worst of its shapes.
+    """Result for a kernel: the worst of its shapes.
 
     Attributes:
         kernel: Name in :data:`KERNELS`.
-        error: Largest difference from float64; of gradients beside the largest of them.
-        allowed: What it may be.
-        wrong: What is wrong with it; empty: nothing.
+        error: Largest difference from float64; for gradients relative to the largest entry.
+        allowed: Largest acceptable error.
+        wrong: Description of the fault; empty: none.
     """
 
     kernel: str
@@ -86,13 +86,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a kernel is beside what this GPU was seen to do.
+    """Speed of a kernel relative to the measured rates of this GPU.
 
     Attributes:
         kernel: Operation, dtype and size.
         milliseconds: Median of its runs, with a cold L2 cache.
-        copy_share: Bytes that it cannot do without, per second, over those of a copy.
-        product_share: Its products per second over those of a square matrix product.
+        copy_share: Bytes that it must move per second, relative to those of a copy.
+        product_share: Operations per second, relative to those of a square matrix product.
     """
 
     kernel: str
@@ -109,12 +109,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` gives.
+    """Result of :func:`verify`.
 
     Attributes:
         device: Name of the GPU, or ``CPU``.
-        implementation: What ran, and why no faster one.
-        verdicts: One a kernel.
+        implementation: Implementation that ran, and why no faster one did.
+        verdicts: One verdict per kernel.
         speeds: Timings; none on a CPU.
     """
 
@@ -138,14 +138,14 @@ def verify(kernels: Sequence[str] = (), *, timed: bool = True) -> Report:
     """Check the kernels that run on this machine.
 
     Args:
-        kernels: Names of :data:`KERNELS`; none: all.
-        timed: Whether right kernels are timed, where there is a GPU.
+        kernels: Names in :data:`KERNELS`; empty: all.
+        timed: Whether the kernels are timed if all are right and there is a GPU.
 
     Returns:
-        Every verdict, also of kernels that are wrong or that failed.
+        Every verdict, including those of kernels that are wrong or that failed.
 
     Raises:
-        InputError: A kernel of another name.
+        InputError: A name is unknown.
     """
     for name in kernels:
         one_of("kernels", name, KERNELS)
@@ -166,7 +166,7 @@ def _verdict(kernel: str, device: torch.device) -> Verdict:
             if verdict.wrong:
                 return verdict
             worst = max(worst, verdict, key=lambda verdict: verdict.error / verdict.allowed)
-    except Exception as error:  # compilers, drivers and allocators have many names for it
+    except Exception as error:  # compilers, drivers and allocators raise many kinds
         return Verdict(kernel, float("nan"), worst.allowed, f"{type(error).__name__}: {str(error).strip():.200}")
     return worst
 
@@ -185,7 +185,7 @@ def _tried(kernel: str, trial: Trial) -> Verdict:
 
 
 def _replayed(run: Callable[[], Tensor]) -> Tensor:
-    """What a call gives when it is captured, and run by its graph alone."""
+    """Result of a call that is captured, and run by its graph alone."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -194,7 +194,7 @@ def _replayed(run: Callable[[], Tensor]) -> Tensor:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
-    captured.zero_()  # a launch that was not captured leaves it so
+    captured.zero_()  # stays so if a launch was not captured
     graph.replay()
     return captured
 
@@ -203,7 +203,7 @@ def _replayed(run: Callable[[], Tensor]) -> Tensor:
 
 
 def exact_scores(queries: Tensor, items: Tensor, alpha: float = ALPHA) -> Tensor:
-    """Late interaction in float64, ``[Q, N]``, written down once more; differentiable."""
+    """Late interaction in float64, ``[Q, N]``, implemented independently; differentiable."""
     similarity = torch.einsum("qsd,ntd->qnst", queries.double(), items.double())
     over_items = F.leaky_relu(similarity.max(dim=3).values, LEAKY_SLOPE).mean(dim=2)
     over_queries = F.leaky_relu(similarity.max(dim=2).values, LEAKY_SLOPE).mean(dim=2)
@@ -249,7 +249,7 @@ def _clim_gradient(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def _topk(by_int8: bool, device: torch.device) -> Iterator[Trial]:
-    """Scores and positions; these are whole numbers, so that one that is not float64's is off by 1."""
+    """Scores and positions; positions are integers, so one that differs from float64's is off by at least 1."""
     for queries, items in _embeddings(device, torch.float16):
         search: Callable[[], tuple[Tensor, ...]] = partial(clim_topk, queries, items, BEST, alpha=ALPHA)
         if by_int8:
@@ -278,7 +278,7 @@ def exact_aggregate(
     *,
     lengths: Tensor,
 ) -> Tensor:
-    """Token aggregation in float64, ``[B, K + 1, D]``, an item at a time, written down once more; differentiable."""
+    """Token aggregation in float64, ``[B, K + 1, D]``, one item at a time, implemented independently; differentiable."""
     items = []
     for tokens, length, first in zip(x, lengths.tolist(), anchor, strict=True):
         tokens = tokens[:length]
@@ -337,11 +337,11 @@ def _atrm_gradient(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
         )
 
 
-# How fast -------------------------------------------------------------------------------------------------------------
+# Timing ---------------------------------------------------------------------------------------------------------------
 
 
 def _speeds(device: torch.device) -> Iterator[Speed]:
-    """Late interaction at 40 x 512 and aggregation of as many rows, as ViT-B/16 has them."""
+    """Time late interaction at 40 x 512, and aggregation to as many rows, as in ViT-B/16."""
     free, _ = torch.cuda.mem_get_info(device)
     n_items = min(_TIMED_ITEMS, free // (8 * 40 * 512))  # in float16, quantised, and what the benchmark keeps free
     items = torch.empty(n_items, 40, 512, dtype=torch.float16, device=device).normal_().mul_(512**-0.5)
@@ -369,11 +369,11 @@ def _speed(name: str, run: Callable[[], Tensor], work: floor.Work) -> Speed:
     return Speed(name, 1e3 * seconds, work.bytes / seconds / peaks["bytes/s"], work.flops / seconds / product_rate)
 
 
-# Both -----------------------------------------------------------------------------------------------------------------
+# Shared ---------------------------------------------------------------------------------------------------------------
 
 
 def _source(device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """Normal numbers of any shape, the same on every device."""
+    """Source of normal random numbers of any shape, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator).to(device)
 
@@ -383,11 +383,11 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _gradient_trial(loss: Callable[..., Tensor], exact_loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Trial:
-    """The gradients of all inputs, each beside its largest entry."""
+    """The gradients of all inputs, each relative to its largest entry."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     exact_leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = torch.autograd.grad(exact_loss(*exact_leaves), exact_leaves)
-    # One that is 0 by its nature, as that of a bias before a softmax, is held to the largest of all.
+    # A gradient that is 0 by nature, such as that of a bias before a softmax, is taken relative to the largest of all.
     sizes = [gradient.abs().max().item() for gradient in exact]
     largest = [size if size > 1e-9 * max(sizes) else max(sizes) for size in sizes]
 
@@ -417,4 +417,4 @@ KERNELS: dict[str, Callable[[torch.device], Iterator[Trial]]] = {
     "atrm-gradient-float32": partial(_atrm_gradient, torch.float32),
     "atrm-gradient-float16": partial(_atrm_gradient, torch.float16),
 }
-"""What is checked, by name."""
+"""Checks by name."""

@@ -1,4 +1,4 @@
-"""What makes tokens of a text: CLIP's byte-level BPE, or a checkpoint's own ``tokenizer.json``."""
+"""Tokenizers: CLIP's byte-level BPE, or a checkpoint's own ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
     from tokenizers import Tokenizer as Parsed
 
-# Repairing text takes time by the square of a line's length, byte pairs by the square of a word's: lines and words beyond
-# these are taken in pieces. Few words that people write come near, and the time of all else is linear.
+# Repairing text takes time quadratic in the length of a line, byte pairs in that of a word, so lines and words longer than
+# these are processed in pieces. Few words that people write come near, and everything else takes linear time.
 _LINE, _WORD = 4096, 256
 
 _PIECES = re.compile(rf"[\s\S]{{1,{_LINE - 1}}}(?:\s|\Z)|[\s\S]{{1,{_LINE}}}")
-_SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # nothing that is ever repaired
-_LONG_NUMBER = re.compile(r"&#[0-9]{1000,};?")  # of a character: none, and more digits than Python reads
+_SOUND = re.compile(r"[\t\n\f\r -%'-~]*")  # characters that are never repaired
+_LONG_NUMBER = re.compile(r"&#[0-9]{1000,};?")  # of no character, and with more digits than Python reads
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer(ABC):
-    """What makes tokens of a caption's text.
+    """A converter of a caption's text to tokens.
 
     Attributes:
-        start: Tokens before the text; empty where there are none.
-        end: The token behind it.
-        splits_at_blanks: Whether words are tokens of their own, so that the tokens of stretches of a text add up.
+        start: Tokens before the text; empty if there are none.
+        end: Token after the text.
+        splits_at_blanks: Whether tokens never span words, so that the token counts of parts of a text add up.
     """
 
     start: tuple[int, ...]
@@ -44,7 +44,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokens(self, text: str) -> list[int]:
-        """The text's own tokens, without start and end; the end token is none of them."""
+        """Return the text's own tokens, without start and end; the end token is never among them."""
 
 
 class _ClipBPE(Tokenizer):
@@ -69,14 +69,14 @@ CLIP_BPE = _ClipBPE()
 class FileTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the package ``tokenizers``, after SigLIP's cleaning of the text.
 
-    As of CLIP, mojibake is repaired and HTML entities are resolved; then ASCII punctuation is taken out, white space
-    collapsed, and all of it is lower case, as it was when SigLIP was trained.
+    As for CLIP, mojibake is repaired and HTML entities are resolved; then ASCII punctuation is removed, white space is
+    collapsed, and letters become lower case, as when SigLIP was trained.
 
     Args:
-        content: The file.
+        content: Content of the file.
         end: Id of the end token.
-        vocab_size: Ids that the model has embeddings of.
-        source: What messages call the file.
+        vocab_size: Number of ids that the model has embeddings for.
+        source: Name of the file in messages.
     """
 
     start, splits_at_blanks = (), False
@@ -92,7 +92,7 @@ class FileTokenizer(Tokenizer):
     def tokens(self, text: str) -> list[int]:
         text = " ".join(_repaired(text).replace("_", " ").translate(_PUNCTUATION).lower().split())
         ids = self._encode(text, add_special_tokens=False)
-        # What the file normalises, such as letters of full width, can still spell out the end token.
+        # Characters that the file normalises, such as full-width letters, can still spell out the end token.
         return [token for token in ids if token != self.end]
 
     @cached_property
@@ -100,7 +100,7 @@ class FileTokenizer(Tokenizer):
         """The tokenizer that the file describes.
 
         Raises:
-            CheckpointError: It describes none, or one whose ids the model does not have.
+            CheckpointError: The file describes no tokenizer, or one with ids that the model does not have.
             InputError: The package ``tokenizers`` is not installed.
         """
         try:
@@ -122,7 +122,7 @@ class FileTokenizer(Tokenizer):
         return parsed
 
     def added(self) -> list[int]:
-        """What the file adds to a text: SigLIP's an end token."""
+        """Return the tokens that the file adds to a text: an end token in SigLIP's."""
         return self._encode("", add_special_tokens=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -137,7 +137,7 @@ class FileTokenizer(Tokenizer):
             yield
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             raise CheckpointError(f"{self.source}: expected a tokenizer, found {error!s:.200}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -146,14 +146,14 @@ class FileTokenizer(Tokenizer):
 
 @cache
 def _spelled_out(token: int) -> list[int]:
-    """A special token's name as plain text; the blank after "<" keeps the name from being recognised."""
+    """The tokens of a special token's name as plain text; the blank after "<" keeps it from being recognised."""
     tokens: list[int] = _bpe().encode(_bpe().decoder[token].replace("<", "< "))
     return tokens
 
 
 @cache
 def _bpe() -> SimpleTokenizer:
-    """CLIP's BPE with its vocabulary. Imported on first use: open_clip takes seconds."""
+    """CLIP's BPE with its vocabulary. Imported on first use, since importing open_clip takes seconds."""
     import regex
     from open_clip.tokenizer import SimpleTokenizer
 

@@ -1,4 +1,4 @@
-"""What the public functions check of their arguments, so that nothing is dropped, read elsewhere or guessed."""
+"""Argument checks for the public functions, so that no data is dropped, read from the wrong memory or guessed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
-    """Refuse what is no dense tensor, or not on ``device``: a kernel would read memory that is not the tensor's."""
+    """Reject anything but a dense tensor, on ``device`` if given: a kernel would read memory outside the tensor."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         got = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"expected {name} as a dense torch.Tensor, got {got}")
@@ -23,14 +23,14 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> N
 
 
 def check_floats(name: str, value: Any, device: torch.device | None = None) -> None:
-    """Refuse what is no dense tensor of a float dtype: imaginary parts would be dropped, results cut to integers."""
+    """Reject anything but a dense tensor of a float dtype: imaginary parts would be dropped, results truncated."""
     check_tensor(name, value, device)
     if not value.is_floating_point():
         raise InputError(f"expected {name} in a float dtype, got {value.dtype}: {_conversion(value, 'float')}")
 
 
 def check_counts(name: str, value: Any, device: torch.device) -> None:
-    """Refuse what is no dense tensor of whole numbers."""
+    """Reject anything but a dense tensor of integers."""
     check_tensor(name, value, device)
     if value.dtype not in _COUNTS:
         raise InputError(f"expected {name} in an integer dtype, got {value.dtype}: {_conversion(value, 'long')}")
@@ -41,7 +41,7 @@ def _conversion(value: Tensor, method: str) -> str:
 
 
 def check_alpha(alpha: Any) -> None:
-    """Refuse what is no weight; a tensor too, whose gradient would be lost."""
+    """Reject anything that is not a weight, including a tensor, whose gradient would be lost."""
     if isinstance(alpha, Tensor):
         raise InputError(
             "expected alpha as a number, got a tensor, which would get no gradient: float(alpha), or for a weight that learns"

@@ -1,7 +1,7 @@
-"""What the processor multiplies fast, asked of PyTorch, and products that use it.
+"""Features of the processor, as reported by PyTorch, and matrix products that use them.
 
-PyTorch multiplies float32 by MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which PyTorch carries too,
-has AVX-512 on all that have it: ``torch.compile`` freezes linear layers into the operation that is used here.
+PyTorch multiplies float32 with MKL, which uses only AVX2 on non-Intel processors. oneDNN, which PyTorch also includes, uses
+AVX-512 wherever it is available: ``torch.compile`` freezes linear layers into the operation that is used here.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 _LARGEST = 127
-_SMALLEST = 1e-30  # what a row of zeros is divided by
-_STEP, _FINE = 8, 256  # of numbers of rows, and up to which number the step stays
+_SMALLEST = 1e-30  # avoids dividing a row of zeros by zero
+_STEP, _FINE = 8, 256  # step between row counts, and the count up to which it is constant
 
 
 def has(feature: str) -> bool:
-    """Whether the processor has ``avx512``, ``avx512_bf16``, ``amx_tile``, ``vnni``; no, if PyTorch cannot say."""
+    """Whether the processor has ``avx512``, ``avx512_bf16``, ``amx_tile`` or ``vnni``; False if PyTorch cannot tell."""
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())
 
 
 def has_onednn() -> bool:
-    """Whether oneDNN is there and not switched off (``torch.backends.mkldnn``)."""
+    """Whether oneDNN is available and not disabled (``torch.backends.mkldnn``)."""
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def has_bfloat16() -> bool:
-    """Whether a product of bfloat16 rows is faster than one of float32, by instructions that oneDNN alone uses."""
+    """Whether bfloat16 products are faster than float32 ones, thanks to instructions that only oneDNN uses."""
     return (has("avx512_bf16") or has("amx_tile")) and has_onednn()
 
 
 def suits_onednn(rows: Tensor) -> bool:
-    """Whether these are multiplied by oneDNN at least as fast as by MKL."""
+    """Whether oneDNN multiplies these rows at least as fast as MKL."""
     return rows.device.type == "cpu" and rows.dtype == torch.float32 and has("avx512") and has_onednn()
 
 
 def linear(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``rows [..., D] @ columns.T + bias`` by oneDNN, added up in float32; ``columns [n, D]`` plain or :func:`packed`."""
+    """``rows [..., D] @ columns.T + bias`` by oneDNN, accumulated in float32; ``columns [n, D]`` plain or :func:`packed`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
     return product
 
 
 def packed(columns: Tensor) -> Tensor:
-    """Laid out for :func:`linear`: worth it where several products use them."""
+    """Lay out columns for :func:`linear`; worthwhile if several products use them."""
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(columns)
     return laid_out
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a [m, k] @ b [k, n]``, on a CPU by whichever library is faster."""
+    """``a [m, k] @ b [k, n]``, on a CPU with whichever library is faster."""
     if not suits_onednn(a):
         return a @ b
-    if a.stride(1) != 1:  # oneDNN is slow with such a left side
+    if a.stride(1) != 1:  # oneDNN is slow with such a left operand
         return linear(b.T, a).T
     return linear(a, b.T)
 
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of ``x [..., D]``, on a CPU by whichever library is faster; without a gradient."""
+    """``F.linear`` of ``x [..., D]``, on a CPU with whichever library is faster; without a gradient."""
     if not suits_onednn(x):
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2)
@@ -79,10 +79,10 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def filled_rows(rows: int) -> int:
-    """How many rows to fill up to, so that a layer meets few numbers of them.
+    """Number of rows to pad to, so that a layer is called with few different row counts.
 
-    oneDNN prepares a product for its number of rows, and keeps what it prepared, half a megabyte each. Captions come in
-    hundreds of numbers of tokens: a server would prepare, and grow, for hours. Steps of 8 up to 256, then eight to a doubling.
+    oneDNN prepares a product for each row count and keeps the result, half a megabyte each. Captions have hundreds of token
+    counts, so a server would prepare, and grow, for hours. Steps are 8 rows up to 256, then eight per doubling.
     """
     step = _STEP if rows <= _FINE else 1 << ((rows - 1).bit_length() - 4)
     return -(-rows // step) * step
@@ -91,18 +91,18 @@ def filled_rows(rows: int) -> int:
 def frozen_linear(
     weight: Tensor, bias: Tensor | None, activation: Activation = "none", precision: LinearPrecision = "fp32"
 ) -> Callable[[Tensor], Tensor]:
-    """A linear layer for inference on a CPU, whose weight is laid out once.
+    """Create a linear layer for inference on a CPU, whose weight is laid out once.
 
     Args:
-        weight: float32 ``[n, D]``. What the layer keeps is a copy, except in ``"fp32"`` where :func:`suits_onednn` says no.
+        weight: float32 ``[n, D]``. The layer keeps a copy, except in ``"fp32"`` if :func:`suits_onednn` is False.
         bias: float32 ``[n]``, or None.
-        activation: What follows the layer: nothing, exact GELU, its tanh approximation, or swish, ``x * sigmoid(x)``.
-        precision: Precision of the products. ``"bf16"`` rounds rows, weight and result to bfloat16, and adds up in float32.
-            ``"int8"`` rounds rows of the weight once and rows of the input as they come, each with a scale, and adds up whole
-            numbers: exact from there on.
+        activation: Function after the layer: none, exact GELU, its tanh approximation, or swish, ``x * sigmoid(x)``.
+        precision: Precision of the products. ``"bf16"`` rounds rows, weight and result to bfloat16 and accumulates in
+            float32. ``"int8"`` rounds the rows of the weight once and those of the input at each call, with one scale per
+            row, and accumulates integers, which is exact.
 
     Returns:
-        A function of rows ``[R, D]``, contiguous, to ``[R, n]``: bfloat16 for ``"bf16"``, else float32.
+        A function from contiguous rows ``[R, D]`` to ``[R, n]``: bfloat16 for ``"bf16"``, otherwise float32.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if precision == "int8":
@@ -131,8 +131,8 @@ def _int8_linear(weight: Tensor, bias: Tensor | None, activation: Activation) ->
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``[R, D]`` as int8 in -127..127, and a float32 scale ``[R, 1]`` for each row."""
-    # Both extremes are found many times as fast as the norm of infinite order is.
+    """Rows ``[R, D]`` as int8 in -127..127, and a float32 scale for each row, ``[R, 1]``."""
+    # Finding both extremes is many times faster than computing the infinity norm.
     largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
     scales = largest.clamp_(min=_SMALLEST).div_(_LARGEST)
     return (rows / scales).round_().to(torch.int8), scales

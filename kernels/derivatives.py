@@ -1,9 +1,9 @@
-"""Derivatives that a registered operation does not have, taken of its reference.
+"""Derivatives that a registered operation lacks, computed from its reference.
 
-A registered operation knows its gradient, once. PyTorch gives it neither tangents nor the tensors of ``torch.func``'s
-transformations: it would return a derivative of zero without a word. So the public functions ask :func:`transformed` and run
-their references, which PyTorch differentiates as it likes, and a gradient that is itself to be differentiated is :func:`again`
-the reference's.
+A registered operation has only a first-order gradient. PyTorch passes it neither tangents nor the tensors of ``torch.func``'s
+transformations, so it would silently return a derivative of zero. The public functions therefore check :func:`transformed`
+and run their references, which PyTorch can differentiate in any way. A gradient that is itself to be differentiated also
+comes from the reference, through :func:`again`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from finelip_fast.errors import KernelError
 
 
 def transformed() -> bool:
-    """Whether tensors may carry tangents or be those of a transformation (``jvp``, ``grad``, ``vmap`` and what they make)."""
-    # Asked of the thread and not of each tensor: it takes a tenth of a microsecond, and torch.compile guards on it.
+    """Whether tensors may carry tangents or belong to a transformation (``jvp``, ``grad``, ``vmap`` or one built on them)."""
+    # Checked for the thread, not for each tensor: this takes a tenth of a microsecond, and torch.compile guards on it.
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def again(reference: Callable[..., Tensor], grad_result: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of ``inputs`` by the reference, in operations that can be differentiated again."""
+    """Compute the gradients of ``inputs`` from the reference, with operations that can be differentiated again."""
     gradients: tuple[Tensor, ...] = torch.func.vjp(reference, *inputs)[1](grad_result)
     return gradients
 
 
 def refuse(name: str, instead: str, *tensors: Any) -> None:
-    """Refuse to differentiate an operation; ``tensors`` are tensors, sequences of them, or anything else.
+    """Refuse to differentiate an operation; ``tensors`` are tensors, sequences of tensors, or anything else.
 
     Raises:
-        KernelError: A tensor that is being transformed: a derivative would be taken for zero.
+        KernelError: A tensor is being transformed: its derivative would be taken to be zero.
     """
     if transformed() and any(map(_carries, tensors)):
         raise KernelError(

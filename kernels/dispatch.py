@@ -1,7 +1,7 @@
-"""Which implementation of the operations runs here, and why not a faster one.
+"""Choice of the implementation of the operations, and the reason why no faster one runs.
 
-``FINELIP_KERNELS`` forces one: ``reference`` (plain PyTorch, all of it readable), ``triton`` (the fused kernels, or an error
-that says why they cannot run). Without it the fused kernels run on a GPU that has them, and blocked PyTorch elsewhere.
+``FINELIP_KERNELS`` forces one: ``reference`` (plain, readable PyTorch) or ``triton`` (the fused kernels, or an error that says
+why they cannot run). By default, the fused kernels run on GPUs that support them, and blocked PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from finelip_fast.errors import KernelError
 
 VARIABLE = "FINELIP_KERNELS"
 
-# Ampere: the first whose tensor cores multiply bfloat16.
+# Ampere, the first architecture whose tensor cores multiply bfloat16.
 LOWEST_CAPABILITY = 80
 
 
 class Choice(NamedTuple):
-    """An implementation, and why no faster one runs."""
+    """An implementation, and the reason why no faster one runs."""
 
     implementation: Literal["triton", "blocked", "reference"]
     reason: str
 
 
 def choose(device: torch.device, limit: str = "") -> Choice:
-    """The implementation for tensors on a device.
+    """Choose the implementation for tensors on a device.
 
     Args:
-        device: Where the tensors are.
-        limit: Why the fused kernels cannot take these inputs; empty: they can.
+        device: Device of the tensors.
+        limit: Reason why the fused kernels cannot take these inputs; empty if they can.
 
     Raises:
-        KernelError: ``FINELIP_KERNELS`` is no known value, or asks for kernels that cannot run here.
+        KernelError: ``FINELIP_KERNELS`` has an unknown value, or requests kernels that cannot run here.
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "reference", "triton"):
@@ -54,7 +54,7 @@ def choose(device: torch.device, limit: str = "") -> Choice:
 
 
 def describe() -> Choice:
-    """The implementation for tensors where a model would be put: on the GPU if there is one."""
+    """Choose the implementation for the default device of a model: the GPU if there is one."""
     return choose(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -1,8 +1,8 @@
-"""The least time that an operation can take: what it must move and multiply, at what this machine was seen to do.
+"""The least time that an operation can take, from the data that it must move and multiply and this machine's measured peaks.
 
     floor = max(bytes / memory bandwidth, flops / peak)
 
-Bytes are those of the inputs and of the results, each once; a product of ``[M, K]`` and ``[K, N]`` is ``2 M K N`` flops.
+Bytes are those of the inputs and results, each counted once; a product of ``[M, K]`` and ``[K, N]`` is ``2 M K N`` flops.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from finelip_fast.kernels import cpu
 
-# More than the L2 cache of any GPU: what one run left there is gone in the next.
+# More than the L2 cache of any GPU, so that nothing from one run is left in it for the next.
 _FLUSH_BYTES = 256 << 20
 
 # Few processors multiply float16.
@@ -31,7 +31,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation cannot do without."""
+    """The least work that an operation must do."""
 
     bytes: int
     flops: int
@@ -46,14 +46,14 @@ class Work:
 
 
 def name(dtype: torch.dtype) -> str:
-    """``float16``, not ``torch.float16``."""
+    """Name of a dtype: ``float16``, not ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def clim(n_queries: int, n_items: int, tokens: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> Work:
-    """All scores of late interaction; with ``backward`` also the gradients of both sides.
+    """Work for all scores of late interaction; with ``backward``, also for the gradients of both sides.
 
-    The gradient's two products are counted as long as the forward one, as matrix units do them, though most of the matrix
+    Each of the gradient's two products counts as much as the forward one, as on matrix units, although most of the matrix
     that they multiply by is zero.
     """
     rows = (n_queries + n_items) * tokens
@@ -68,7 +68,7 @@ def clim(n_queries: int, n_items: int, tokens: int, width: int, dtype: torch.dty
 def atrm(
     batch: int, tokens: int, width: int, hidden: int, aggregated: int, dtype: torch.dtype, *, backward: bool = False
 ) -> Work:
-    """Token aggregation, and with ``backward`` the gradients of tokens, parameters and anchor."""
+    """Work for token aggregation; with ``backward``, also for the gradients of tokens, parameters and anchor."""
     parameters = width * (hidden + 2) + hidden * (aggregated + 1) + aggregated + 1
     moved = dtype.itemsize * (batch * (tokens + 1 + aggregated + 1) * width + parameters)
     flops = 2 * batch * tokens * (width * hidden + hidden * aggregated + aggregated * width)
@@ -77,10 +77,10 @@ def atrm(
 
 @cache
 def peaks() -> dict[str, Any]:
-    """What this machine was seen to do, measured once a run: a copy larger than its caches, and square products.
+    """Measure this machine's peaks, once per process, by a copy larger than its caches and by square products.
 
     Returns:
-        ``bytes/s`` read and written, and ``flops/s`` by dtype, of those that this machine multiplies.
+        ``bytes/s`` read and written, and ``flops/s`` for each dtype that this machine can multiply.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.zeros(4 * _FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -97,25 +97,25 @@ def _product_peak(dtype: torch.dtype, device: str) -> float:
     side = 8192 if device == "cuda" else 2048
     square = torch.randint(-8, 8, (side, side), device=device).to(dtype)
     product = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm  # the latter has no int8
-    products = [partial(product, square, second) for second in (square, square.T)]  # int8 is fast from columns alone
-    if device == "cpu" and dtype.is_floating_point and cpu.has_onednn():  # where PyTorch's own is MKL's
+    products = [partial(product, square, second) for second in (square, square.T)]  # int8 is fast only column-major
+    if device == "cpu" and dtype.is_floating_point and cpu.has_onednn():  # PyTorch's own product uses MKL
         products.append(partial(cpu.linear, square, cpu.packed(square)))
     return float(2 * side**3 / min(map(seconds, products)))
 
 
 def seconds(run: Callable[[], Any], rounds: int = 5) -> float:
-    """The shortest of a few runs after a first one."""
+    """Shortest time of a few runs after a warm-up run."""
     run()
     return min(timed(run) for _ in range(rounds))
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one run; on a GPU with a cold L2 cache, between two events."""
+    """Time one run in seconds; on a GPU with a cold L2 cache, between two events."""
     if not torch.cuda.is_available():
         started = time.perf_counter()
         run()
         return time.perf_counter() - started
-    # By reading: what a write leaves in the cache goes to memory while the run is timed.
+    # By reading: data that a write leaves in the cache would go to memory during the timed run.
     _flush().sum()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -1,4 +1,4 @@
-"""Float32 products at their full precision, whatever the process has chosen for its other products."""
+"""Float32 products at full precision, whatever precision the process has chosen for its other products."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 _lock = threading.Lock()
-_inside = 0  # searches of all threads: PyTorch's choice is the process's
+_inside = 0  # active searches in all threads: PyTorch's setting applies to the whole process
 _restore: Callable[[], None] = lambda: None  # noqa: E731
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No float32 product is rounded to TF32 or bfloat16 inside: a bound on rounding rests on it."""
+    """Keep float32 products from being rounded to TF32 or bfloat16: a bound on rounding relies on it."""
     global _inside, _restore
     with _lock:
         if not _inside:
@@ -32,12 +32,12 @@ def full_float32() -> Iterator[None]:
 
 
 def _require() -> Callable[[], None]:
-    """Full precision from here on; gives what brings the former choice back."""
+    """Require full precision from here on; return a function that restores the previous settings."""
     products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [product.fp32_precision for product in products]
     try:
         for_all = torch.get_float32_matmul_precision()
-    except RuntimeError:  # chosen by `fp32_precision`, which PyTorch then wants to be asked alone
+    except RuntimeError:  # set by `fp32_precision`, which is then all that PyTorch lets one read
         for_all = None
     if for_all is not None:
         torch.set_float32_matmul_precision("highest")

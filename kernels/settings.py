@@ -1,8 +1,8 @@
-"""Launch settings that were measured: those shipped with the package, and those that tuning wrote on this machine.
+"""Measured launch settings: those shipped with the package, and those that tuning wrote on this machine.
 
-A table is a JSON object from keys to settings. A key names the operation, the GPU's compute capability, the dtype and the
-sizes that matter: ``"clim sm_90 float16 D=512 L=40 Q=1"``. What is in no table runs with the defaults of its kernel's file;
-nothing is ever tuned during a search.
+A table is a JSON object that maps keys to settings. A key names the operation, the GPU's compute capability, the dtype and the
+relevant sizes: ``"clim sm_90 float16 D=512 L=40 Q=1"``. A case that is in no table runs with the defaults in its kernel's
+file; nothing is ever tuned during a search.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from finelip_fast._typed import typed
 from finelip_fast.errors import KernelError
 
 _MAX_BYTES = 1 << 24
-_LARGEST = 1 << 16  # no block is as large, on any GPU
+_LARGEST = 1 << 16  # larger than any block on any GPU
 
 SHIPPED = Path(__file__).with_name("settings.json")
 
-Numbers = dict[str, Any]  # of a settings dataclass, by field: whole numbers and truth values
+Numbers = dict[str, Any]  # fields of a settings dataclass: integers and booleans
 S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,29 +35,29 @@ _caches: list[Callable[[], None]] = []
 
 
 def until_saved(function: F) -> F:
-    """Cache results until :func:`save`: what was tuned counts at once, also in the process that tuned."""
+    """Cache results until :func:`save`, so that tuned settings apply at once, even in the process that tuned them."""
     cached: Any = functools.cache(function)
     _caches.append(cached.cache_clear)
     return cached  # type: ignore[no-any-return]
 
 
 def cache_file() -> Path:
-    """Where tuning writes."""
+    """File that tuning writes."""
     return cache_folder() / "settings.json"
 
 
 def key(operation: str, *, capability: int, dtype: torch.dtype, **sizes: int) -> str:
-    """The name of a case; sizes in the order given."""
+    """Name of a case, with sizes in the order given."""
     numbers = " ".join(f"{name}={value}" for name, value in sizes.items())
     return f"{operation} sm_{capability} {str(dtype).removeprefix('torch.')} {numbers}"
 
 
 def tuned(case: str, kind: Callable[..., S]) -> S | None:
-    """Settings of a case: this machine's own before the shipped ones, None where neither has any.
+    """Settings of a case: this machine's own, otherwise the shipped ones, or None if neither exist.
 
     Args:
-        case: A :func:`key`.
-        kind: The dataclass of the kernel's settings.
+        case: Name from :func:`key`.
+        kind: Dataclass of the kernel's settings.
 
     Raises:
         KernelError: A table that cannot be read, or settings that are not this kernel's.
@@ -69,37 +69,37 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
                 raise TypeError(f"{name} is {value!r}")
         return None if numbers is None else kind(**numbers)
     except TypeError as error:
-        _forget()  # the table may be mended while this process lives
+        _forget()  # the table may be repaired while this process runs
         raise KernelError(
             f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
         ) from error
 
 
 def summary() -> str:
-    """How many settings are in use, and where they come from."""
+    """Describe how many settings are in use, and where they come from."""
     user_table = cache_file()
     return f"{len(_read(SHIPPED))} shipped, {len(names())} of this user ({user_table})"
 
 
 def names(path: Path | None = None) -> set[str]:
-    """The cases of a table; None: this machine's own."""
+    """Names of the cases in a table; None means this machine's own."""
     path = path or cache_file()
     return set(_read(path)) if path.exists() else set()
 
 
 def save(measured: dict[str, Numbers], path: Path | None = None) -> Path:
-    """Add settings to a table, beside what others add meanwhile; it is written whole or not at all.
+    """Add settings to a table, keeping additions by others; the file is written completely or not at all.
 
     Args:
         measured: Settings by :func:`key`.
-        path: The table; None: this machine's.
+        path: File of the table; None means this machine's own.
 
     Returns:
         The file.
 
     Raises:
-        KernelError: A table that cannot be read.
-        WriteError: One that cannot be written.
+        KernelError: The table cannot be read.
+        WriteError: The table cannot be written.
     """
     path = path or cache_file()
     try:
@@ -120,7 +120,7 @@ def _forget() -> None:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process or thread adds to a table of the folder, where the system can lock folders."""
+    """Lock a folder, if the system can, so that no other process or thread adds to its tables meanwhile."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,8 +1,8 @@
-"""Work shared out among threads each of which has PyTorch to itself.
+"""Work distributed over threads, each of which runs PyTorch on its own.
 
-Inside an operation PyTorch's threads meet after every step, and where anything else runs on the same processors, each meeting
-waits for the thread that does not. Threads that do whole blocks of work meet once, at the end, and one that is held up does
-fewer.
+Within an operation, PyTorch's threads synchronise after every step. If anything else runs on the same processors, they all
+wait at each step for the thread that was held up. Threads that process whole blocks synchronise once, at the end, and a
+thread that is held up processes fewer blocks.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _starting = Lock()
 
 
 def side_by_side(function: Callable[[T], R], values: Sequence[T]) -> list[R]:
-    """What a function returns for each value, in their order, called by as many threads as PyTorch uses, one thread a call.
+    """Map a function over values, in order, on as many threads as PyTorch uses, with one thread per call.
 
     Args:
-        function: Function that is called without gradients, in the caller's inference mode or out of it, and asks for no
-            threads itself: a call of it from there is one after another.
-        values: Values, one more often than there are threads, so that none waits long for the last.
+        function: Function to call, without gradients and with inference mode on or off as in the caller. It gets no threads
+            of its own: :func:`side_by_side` called from it runs sequentially.
+        values: Values to call it with; more than there are threads, so that no thread waits long for the last one.
 
     Raises:
-        Exception: The first that the function raises.
+        Exception: The first exception that the function raises.
     """
     pool, call = _callers_pool(), _in_callers_mode(function)
     return list(map(call, values) if pool is None or len(values) < 2 else pool.map(call, values))
 
 
 def alone(function: Callable[[], R]) -> R:
-    """What a function returns that is called by one thread: its operations take less time than threads take to meet.
+    """Call a function on a single thread, because its operations take less time than threads take to synchronise.
 
     Args:
-        function: The same as for :func:`side_by_side`, without a value.
+        function: Function as for :func:`side_by_side`, but without an argument.
 
     Raises:
-        Exception: Whatever the function raises.
+        Exception: Any exception that the function raises.
     """
     pool, call = _callers_pool(), _in_callers_mode(lambda _: function())
     return call(None) if pool is None else pool.submit(call, None).result()
 
 
 def _in_callers_mode(function: Callable[[T], R]) -> Callable[[T], R]:
-    """The function, without gradients and in the inference mode of the thread that is here now, wherever it is called."""
+    """Wrap a function to run without gradients and in the current thread's inference mode, on any thread."""
     is_inference = torch.is_inference_mode_enabled()
 
     def call(value: T) -> R:
@@ -62,7 +62,7 @@ def _in_callers_mode(function: Callable[[T], R]) -> Callable[[T], R]:
 
 
 def _callers_pool() -> ThreadPoolExecutor | None:
-    """Threads, as many as PyTorch uses here; None: it uses one, or lets no thread have its own number."""
+    """Pool of as many threads as PyTorch uses here; None if it uses one, or cannot set a count per thread."""
     threads = torch.get_num_threads()
     if threads == 1 or not _has_threads_of_its_own():
         return None
@@ -72,27 +72,27 @@ def _callers_pool() -> ThreadPoolExecutor | None:
 
 @cache
 def _has_threads_of_its_own() -> bool:
-    """Whether each thread says how many work for it: OpenMP's do, those of other builds are one number for the process."""
+    """Whether each thread has its own thread count, as with OpenMP; other builds have a single count for the process."""
     return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads, started; of one process, since a forked one has none of them."""
+    """Pool of started threads, one pool per process, because a forked process does not inherit the threads."""
     pool, started = ThreadPoolExecutor(threads, thread_name_prefix="finelip-block"), Barrier(threads)
 
     def start(_: int) -> None:
-        torch.get_num_threads()  # else the first operation sets the process's number again
+        torch.get_num_threads()  # otherwise the first operation restores the process's count
         torch.set_num_threads(1)
         started.wait()
 
     try:
         list(pool.map(start, range(threads)))
-    except RuntimeError:  # no more threads can be had, and those that are there would wait for the others
+    except RuntimeError:  # no more threads can be started, and the existing ones would wait for them
         started.abort()
         raise
     finally:
-        torch.set_num_threads(threads)  # the last number set is what threads that are yet to come start with
+        torch.set_num_threads(threads)  # new threads start with the count that was set last
     return pool
 
 

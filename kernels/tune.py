@@ -1,9 +1,9 @@
 """Find the fastest launch settings on this GPU, and keep them for every later run.
 
-A case is one kind of launch: an operation, a dtype, sizes, as the tables name it (``settings.py``). Candidates are variations
-of the default settings. One that cannot run here, or whose result is not right, is out; of the others the fastest is kept. A
-part of each result is compared with float64, all of it with the defaults' result. Each case is saved as soon as it is decided,
-so that a run that is stopped goes on where it was; nothing is saved of one whose GPU stopped working on the way.
+A case is one kind of launch, named by operation, dtype and sizes as in the tables (``settings.py``). Candidates are variations
+of the default settings. A candidate that cannot run here or gives a wrong result is discarded; the fastest of the others is
+kept. Part of each result is compared with float64, and all of it with the result of the defaults. Each case is saved as soon
+as it is decided, so that an interrupted run can resume. Nothing is saved for a case during which the GPU stopped working.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from finelip_fast.kernels.clim.quantize import quantize
 
 OPERATIONS = ("clim", "clim_gradient", "atrm", "atrm_gradient")
 
-# Of ViT-B/16 and ViT-L/14: D, L = K + 1, patches.
+# Sizes of ViT-B/16 and ViT-L/14: D, L = K + 1, patches.
 SHAPES = ((512, 40, 196), (768, 52, 256))
 
-# Items of a timed search, at most; fewer where memory is short.
+# Largest number of items in a timed search; fewer if memory is short.
 _ITEMS = 100_000
 _SHARE_OF_MEMORY = 0.4
-# Both sides of a timed training step, and the items of a timed aggregation.
+# Size of both sides of a timed training step, and of a timed aggregation.
 _BATCH = 512
-# Items that are made at once.
+# Items that are created at once.
 _AT_ONCE = 5_000
-# Errors, as a share of the largest number: sums in float32 of exact products; results and operands in float16.
+# Errors relative to the largest number: float32 sums of exact products; results and operands in float16.
 _SCORE_ERROR, _HALF_ERROR = 1e-5, 5e-3
-# Winners that may differ, of maxima that all but tie.
+# Share of winners that may differ, because their maxima almost tie.
 _WINNERS = 1e-3
-# Items at both ends of a result that float64 is computed of.
+# Items at each end of a result that are compared with float64.
 _CHECKED = 64
 
 Results = tuple[Tensor, ...]
-Run = Callable[[Any], Results]  # of settings
+Run = Callable[[Any], Results]  # takes settings
 
 
 class Prepared(NamedTuple):
-    """What is timed, and how its results are known to be right.
+    """A launch to time, and the values to check its results against.
 
     Attributes:
         run: The launch.
-        exact: Places in the first results, in their order, and what float64 gives there.
-        tolerance: Largest error, as a share of the largest number.
+        exact: Places in the first results, in order, and the float64 values there.
+        tolerance: Largest error, relative to the largest number.
     """
 
     run: Run
@@ -72,7 +72,7 @@ class Prepared(NamedTuple):
     tolerance: float
 
     def is_right(self, results: Results, defaults: Results) -> bool:
-        """Whether these results are float64's where that is known, and elsewhere those of the default settings."""
+        """Whether the results match float64 where it is known, and those of the default settings everywhere."""
         exact = [(result[at], part) for result, (at, part) in zip(results, self.exact, strict=False)]
         pairs = [*exact, *zip(results, defaults, strict=True)]
         return all(self._agree(result, expected) for result, expected in pairs)
@@ -89,10 +89,10 @@ class Case:
     """A kind of launch.
 
     Args:
-        names: Its keys in the table; dtypes that the hardware treats alike share what is found.
-        default: The settings without tuning.
-        candidates: Settings to try beside them.
-        prepare: Makes the inputs; gives what is to be timed and compared.
+        names: Keys in the table; dtypes that the hardware treats alike share their settings.
+        default: Settings without tuning.
+        candidates: Other settings to try.
+        prepare: Function that creates the inputs and returns the launch to time and compare.
     """
 
     names: tuple[str, ...]
@@ -103,7 +103,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of a case: the settings kept, how much faster than the defaults, and how many candidates were out."""
+    """Result of a case: the settings kept, their speedup over the defaults, and the number of candidates discarded."""
 
     name: str
     settings: Any
@@ -112,7 +112,7 @@ class Tuned:
 
 
 class Measure(Protocol):
-    """Milliseconds of a call, as a median."""
+    """Function that returns the median time of a call in milliseconds."""
 
     def __call__(self, run: Callable[[], Any]) -> float: ...
 
@@ -126,21 +126,21 @@ def tune(
     settings: Path | None = None,
     progress: bool = True,
 ) -> list[Tuned]:
-    """Tune the cases in their order.
+    """Tune the cases in order.
 
     Args:
-        cases: Cases of :func:`cases_for`.
-        measure: Function that times a call; None: ``triton.testing.do_bench``, which empties the L2 cache before each.
-        again: Whether to tune cases that the table has already.
-        seconds: Time after which no case is started; None: no limit.
-        settings: File of settings to write; None: this machine's.
+        cases: Cases from :func:`cases_for`.
+        measure: Function that times a call; None means ``triton.testing.do_bench``, which clears the L2 cache before each.
+        again: Whether to tune cases that are already in the table.
+        seconds: Time after which no further case is started; None means no limit.
+        settings: File of settings to write; None means this machine's own.
 
     Returns:
-        Settings of the cases that were tuned, without those that were skipped.
+        Results of the cases that were tuned, without those that were skipped.
 
     Raises:
-        KernelError: The default settings give wrong results on this GPU, or a candidate left it without right ones. Cases
-            decided before are saved.
+        KernelError: The default settings give wrong results on this GPU, or no longer give right ones after a candidate
+            failed. Cases decided before are saved.
     """
     measure = measure or _do_bench
     known = _settings.names(settings)
@@ -172,7 +172,7 @@ def _best(case: Case, measure: Measure) -> Tuned:
         try:
             right = prepared.is_right(prepared.run(candidate), defaults)
             times[candidate] = measure(partial(prepared.run, candidate)) if right else float("inf")
-        except Exception as error:  # does not compile, asks for too much memory: Triton has many names for it
+        except Exception as error:  # does not compile, or needs too much memory: Triton has many names for it
             _check_alive(case, prepared, defaults, candidate, error)
             times[candidate] = float("inf")
         failed += times[candidate] == float("inf")
@@ -181,7 +181,7 @@ def _best(case: Case, measure: Measure) -> Tuned:
 
 
 def _check_alive(case: Case, prepared: Prepared, defaults: Results, candidate: Any, error: Exception) -> None:
-    """An illegal access ends all work of this process on the GPU: every later candidate would fail, too."""
+    """Check that the GPU still works: after an illegal access, every later candidate in this process would fail."""
     try:
         alive = prepared.is_right(prepared.run(case.default), defaults)
     except Exception:
@@ -203,10 +203,10 @@ def _do_bench(run: Callable[[], Any]) -> float:
 
 
 def cases_for(operations: Sequence[str] = OPERATIONS, *, device: int = 0) -> list[Case]:
-    """The cases of a GPU, those that most searches meet first.
+    """Cases to tune on a GPU, starting with those that most searches use.
 
     Raises:
-        InputError: An operation of another name.
+        InputError: An unknown operation.
     """
     unknown = sorted(set(operations) - set(OPERATIONS))
     if unknown:
@@ -244,7 +244,7 @@ def _clim_candidates(launch: launches.Launch, default: launches.ClimSettings) ->
         (128, 8, whole_width, 2),
         (128, 8, whole_width, 3),
     )
-    # With more queries a program, items are read less often and fewer registers are left: the default on some GPUs alone.
+    # With more queries per program, items are read less often, but fewer registers are left: the default on some GPUs only.
     most_queries = max(1, min(launch.n_queries, 128 // launches.query_columns(launch.query_tokens)))
     for queries, (items, warps, block_width, stages) in product(
         dict.fromkeys((default.queries_per_program, most_queries)), cuts
@@ -308,7 +308,7 @@ def _gradient(launch: clim_gradient.Launch, device: torch.device) -> Prepared:
     queries, items = (_unit_rows(_BATCH, launch.tokens, launch.width, device) for _ in range(2))
     grad, *winners = clim_gradient.scores_with_winners(queries, items, alpha=0.8)
     ends = _ends(items)
-    # By these winners, for float64 has others of maxima that all but tie.
+    # From the same winners, because float64 has others where maxima almost tie.
     of_queries, _ = plain_gradient.gradient(
         grad[ends], queries[ends].float(), items.float(), *(winner[ends] for winner in winners), alpha=0.8
     )
@@ -381,7 +381,7 @@ def _aggregate_gradient(launch: atrm_gradient.Launch, patches: int, device: torc
 
 
 def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callable[[], Prepared]) -> Case:
-    # float16 and bfloat16 run at one speed on every GPU that has both.
+    # float16 and bfloat16 run at the same speed on every GPU that has both.
     alike = {launch.case, launch.case.replace(" float16 ", " bfloat16 ")}
     return Case(tuple(sorted(alike)), default, tuple(dict.fromkeys(candidates)), prepare)
 
@@ -389,12 +389,12 @@ def _case(launch: Any, default: Any, candidates: Iterable[Any], prepare: Callabl
 def _items_that_fit(device: torch.device, launch: Any) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    item_bytes = 4 * launch.query_tokens * launch.width  # float16, and what quantising holds beside it
+    item_bytes = 4 * launch.query_tokens * launch.width  # float16, and the additional memory of quantising
     return max(1, min(_ITEMS, int(_SHARE_OF_MEMORY * free) // int(item_bytes)))
 
 
 def _ends(rows: Tensor) -> Tensor:
-    """Numbers of the first and the last items."""
+    """Indices of the first and the last items."""
     numbers = torch.arange(len(rows), device=rows.device)
     return torch.cat([numbers[:_CHECKED], numbers[_CHECKED:][-_CHECKED:]])
 
@@ -408,7 +408,7 @@ def _unit_rows(count: int, tokens: int, width: int, device: torch.device) -> Ten
 
 
 def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: torch.device) -> AtrmInputs:
-    """Arguments of token aggregation in float16, every length full."""
+    """Arguments of token aggregation in float16, with every item at full length."""
     hidden = width // 5
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -429,7 +429,7 @@ def _aggregation(items: int, tokens: int, width: int, aggregated: int, device: t
 
 
 def _exact_inputs(inputs: AtrmInputs, items: Tensor) -> AtrmInputs:
-    """Some items in float64."""
+    """Inputs of some items in float64."""
     return AtrmInputs._make(
         None if tensor is None else tensor.double()
         for tensor in inputs._replace(x=inputs.x[items], anchor=inputs.anchor[items])

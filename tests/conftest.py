@@ -1,4 +1,4 @@
-"""Shared fixtures: the independent NumPy mathematics, small models, captions, and the devices of this machine."""
+"""Shared fixtures: the independent NumPy reference, small models, captions, and the devices of this machine."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ import finelip_fast
 from finelip_fast.config import EOT_TOKEN, START_TOKEN, FineLIPConfig
 from finelip_fast.model import FineLIP
 
-# Small tensors: with more threads than free cores, nearly all the time goes into threads waiting for each other.
+# The tensors are small: with more threads than free cores, nearly all the time would be spent waiting.
 torch.set_num_threads(1)
 
-# Of the fuzzers, as `@settings(settings.get_profile("fuzz"))`: bounded here, `FINELIP_FUZZ=100000` for a long run.
+# Profile of the fuzz tests, `@settings(settings.get_profile("fuzz"))`: bounded by default; `FINELIP_FUZZ=100000` runs long.
 settings.register_profile(
     "fuzz",
     max_examples=int(os.environ.get("FINELIP_FUZZ", "50")),
@@ -44,7 +44,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _module_of_a_file(path: Path) -> ModuleType:
-    """A module that is loaded by path, because ``tests/`` is not on the import path."""
+    """Load a module by path, because ``tests/`` is not on the import path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -67,7 +67,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor write what this user has in the cache: exports, timings, tuned settings."""
+    """Keep tests from using this user's cache of exports, timings and tuned settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINELIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -75,33 +75,33 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def interpreter() -> None:
-    """For tests that start a process in which Triton interprets."""
+    """Skip tests that start a process with Triton's interpreter if it cannot run here."""
     _skip_where_triton_cannot_be_interpreted()
 
 
 @pytest.fixture(scope="session")
 def method() -> ModuleType:
-    """`method_reference.py`."""
+    """The module `method_reference.py`."""
     return _module_of_a_file(Path(__file__).with_name("method_reference.py"))
 
 
 @pytest.fixture(scope="session")
 def tiny_pipelines() -> ModuleType:
-    """`diffusion/tiny_pipelines.py`, which makes pipelines for text-to-image."""
+    """The module `diffusion/tiny_pipelines.py`, which creates text-to-image pipelines."""
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'finelip-fast[diffusion]'")
     return _module_of_a_file(Path(__file__).parent / "diffusion" / "tiny_pipelines.py")
 
 
 @pytest.fixture(scope="session", params=[1, 2], ids=["SigLIP", "SigLIP 2"])
 def open_clip_siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small SigLIP of open_clip's with the folder of its files, as ``open_clip_siglip.py`` writes it."""
+    """A small open_clip SigLIP and the folder of its files, as written by ``open_clip_siglip.py``."""
     module = sys.modules.get("open_clip_siglip") or _module_of_a_file(Path(__file__).with_name("open_clip_siglip.py"))
     return module.write(tmp_path_factory.mktemp("siglip"), request.param)
 
 
 @pytest.fixture(scope="session")
 def siglip_checkpoint(open_clip_siglip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its checkpoint for 24 tokens, more than its positions, as trained: aggregators at their random start, which count."""
+    """Its checkpoint for 24 tokens, more than its positions, marked as trained: its aggregators are random but in use."""
     with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
         model = finelip_fast.load(open_clip_siglip.folder, context_length=24)
     model.config = model.config.replace(trained_aggregators=True, alpha=0.5)
@@ -118,7 +118,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., FineLIP]:
-    """Builds a small model none of whose parameters is at a trivial value (no zero bias, no unit gain)."""
+    """Return a function that builds a small model with no parameter at a trivial value (zero bias, unit gain)."""
 
     def build(seed: int = 0, **changes: object) -> FineLIP:
         sizes = {
@@ -137,7 +137,7 @@ def make_model() -> Callable[..., FineLIP]:
             model = FineLIP(FineLIPConfig(**(sizes | changes)))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    # Peaked distributions over the tokens: a nearly uniform one would hide a wrong logit.
+                    # Make the distributions over tokens peaked: a nearly uniform one would hide a wrong logit.
                     if "aggregator" in name and parameter.dim() == 2:
                         parameter.mul_(4.0)
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -148,7 +148,7 @@ def make_model() -> Callable[..., FineLIP]:
 
 @pytest.fixture(scope="session")
 def make_captions() -> Callable[..., Tensor]:
-    """Builds random captions of the given lengths (start and end token included, 0: padding alone), zero-padded."""
+    """Return a function that builds random captions, zero-padded; lengths include start and end token (0: only padding)."""
 
     def build(lengths: list[int], width: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -172,7 +172,7 @@ _HOSTILE = [
 
 @pytest.fixture(scope="session")
 def damage_json() -> Callable[[st.DataObject, Any], bytes]:
-    """Writes a value as JSON, with parts exchanged, left out, doubled or added, and now and then the text itself damaged."""
+    """Return a function that writes a value as JSON with parts replaced, removed, doubled or added, or the text damaged."""
 
     def change(data: st.DataObject, value: Any) -> Any:
         parts = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
@@ -204,7 +204,7 @@ def damage_json() -> Callable[[st.DataObject, Any], bytes]:
 
 @pytest.fixture
 def hears_interrupts() -> Iterator[None]:
-    """A shell ignores interrupts in what it runs in the background, and programs that are started there take that over."""
+    """Restore SIGINT handling: background jobs of a shell ignore interrupts, and their child processes inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -212,7 +212,7 @@ def hears_interrupts() -> Iterator[None]:
 
 @pytest.fixture
 def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
-    """What is done inside is done by someone who may read a folder and all around it, and write nothing."""
+    """Return a context manager in which the process may read a folder and its surroundings, but write nothing."""
 
     @contextmanager
     def guest(folder: Path) -> Iterator[None]:
@@ -221,7 +221,7 @@ def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
         for path in before:
             path.chmod(0o555 if path.is_dir() else 0o444)
         is_root = os.geteuid() == 0
-        if is_root:  # who may write everywhere
+        if is_root:  # root may write everywhere
             os.seteuid(65534)
         try:
             yield
@@ -236,7 +236,7 @@ def as_a_guest() -> Callable[[Path], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, with folders beside them that do not belong to it."""
+    """A wheel built from a copy of the sources, with unrelated folders beside them."""
     for name in ("build", "setuptools"):
         pytest.importorskip(name)
     repository = Path(__file__).parent.parent
@@ -257,7 +257,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, as Debian and others have it; of one module, since Playwright holds the thread's event loop meanwhile."""
+    """The system's Chromium; module-scoped because Playwright occupies the thread's event loop meanwhile."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
     programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     program = next(filter(None, programs), None)
@@ -272,7 +272,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def check_access() -> Callable[[Any, str], None]:
-    """Holds a page, as it stands, to what axe-core knows of WCAG 2.2 AA and good practice; its contrasts in the dark, too."""
+    """Return a function that checks a page with axe-core: WCAG 2.2 AA and best practices, and contrast in dark mode."""
     from axe_playwright_python.base import AXE_FILE_PATH
 
     script = AXE_FILE_PATH.read_text(encoding="utf-8")

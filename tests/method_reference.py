@@ -1,8 +1,7 @@
-"""FineLIP's mathematics a second time, in NumPy float64: what the tests hold the library to.
+"""FineLIP's mathematics reimplemented in NumPy float64, as the reference for the library.
 
-Written from the paper's formulas alone, one item or one pair at a time, and for reading rather than for speed. It
-shares no code with the library, so that a misunderstanding would have to be made twice to stay unseen.
-
+It follows only the paper's formulas, one item or one pair at a time, and favours readability over speed. It shares no code
+with the library, so a misunderstanding would have to occur twice to go unnoticed.
 Shapes: ``P`` patches, ``T`` text positions, ``W`` transformer width, ``D`` joint width, ``K`` aggregated tokens,
 ``B_i`` and ``B_t`` images and captions of a batch.
 """
@@ -11,14 +10,14 @@ import math
 
 import numpy as np
 
-EPS = 1e-5  # every LayerNorm of CLIP and of the aggregators
+EPS = 1e-5  # used by every LayerNorm of CLIP and of the aggregators
 
 
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
 def stretched_positions(table, context_length, keep=20):
-    """Stretch ``[T, W]`` to ``[context_length, W]``: the first `keep` rows stay, the rest is read along a line."""
+    """Stretch ``[T, W]`` to ``[context_length, W]``: keep the first `keep` rows and interpolate the rest linearly."""
     table = np.asarray(table, dtype=np.float64)
     last = len(table) - 1
     ratio = (len(table) - keep) / (context_length - keep)
@@ -37,7 +36,7 @@ def stretched_positions(table, context_length, keep=20):
 
 
 def long_clip_positions(table, keep=20, factor=4):
-    """Long-CLIP's rule: `factor` rows for each learned row past `keep`, the last one going on with its last slope."""
+    """Apply Long-CLIP's rule: `factor` rows per learned row past `keep`; the last row is extrapolated with its last slope."""
     table = np.asarray(table, dtype=np.float64)
     rows = list(table[:keep])
     for i in range(keep, len(table)):
@@ -51,12 +50,12 @@ def long_clip_positions(table, keep=20, factor=4):
 
 
 def gelu(x):
-    """The exact GELU: ``x`` times the normal distribution's cumulative value."""
+    """Exact GELU: ``x`` times the cumulative normal distribution."""
     return x * 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2.0)))
 
 
 def quick_gelu(x):
-    """OpenAI's activation: ``x * sigmoid(1.702 x)``."""
+    """OpenAI's activation, ``x * sigmoid(1.702 x)``."""
     return x / (1.0 + np.exp(-1.702 * x))
 
 
@@ -71,7 +70,7 @@ def softmax(x, axis):
 
 
 def self_attention(x, state, name, heads, causal):
-    """Multi-head attention of ``x [T, W]`` with itself; `causal` hides every later position."""
+    """Multi-head self-attention of ``x [T, W]``; `causal` masks later positions."""
     positions, width = x.shape
     size = width // heads
     queries, keys, values = np.split(x @ state[f"{name}.in_proj_weight"].T + state[f"{name}.in_proj_bias"], 3, axis=-1)
@@ -86,7 +85,7 @@ def self_attention(x, state, name, heads, causal):
 
 
 def transformer(x, state, name, heads, activation, causal):
-    """CLIP's pre-norm blocks, ``name.resblocks.0`` and on, as many as the state dict has."""
+    """CLIP's pre-norm blocks from ``name.resblocks.0`` on, as many as the state dict has."""
     depth = 1 + max(int(key.removeprefix(f"{name}.resblocks.").split(".")[0]) for key in state if key.startswith(name))
     for layer in range(depth):
         block = f"{name}.resblocks.{layer}"
@@ -99,7 +98,7 @@ def transformer(x, state, name, heads, activation, causal):
 
 
 def image_tokens(pixels, state, heads, activation):
-    """Every token of one image ``[3, H, W]`` in the joint space: ``[1 + P, D]``, CLS first."""
+    """Tokens of one image ``[3, H, W]`` in the joint space: ``[1 + P, D]``, CLS first."""
     kernels = state["visual.conv1.weight"]
     width, _, patch, _ = kernels.shape
     patches = [
@@ -115,7 +114,7 @@ def image_tokens(pixels, state, heads, activation):
 
 
 def text_tokens(ids, state, heads, activation):
-    """Every token of one caption ``[T]`` in the joint space: ``[T, D]``."""
+    """Tokens of one caption ``[T]`` in the joint space: ``[T, D]``."""
     x = state["token_embedding.weight"][ids] + state["positional_embedding"][: len(ids)]
     x = transformer(x, state, "transformer", heads, activation, causal=True)
     x = layer_norm(x, state["ln_final.weight"], state["ln_final.bias"])
@@ -132,7 +131,7 @@ def unit_rows(x):
 
 
 def aggregate(x, norm_weight, norm_bias, w1, b1, w2, b2, scale):
-    """``x [N, D]`` to ``[K, D]``, not yet normalised. Of no tokens at all, zeros."""
+    """Aggregate ``x [N, D]`` to ``[K, D]``, not yet normalised; zeros if there are no tokens."""
     if len(x) == 0:
         return np.zeros((len(w2), x.shape[-1]))
     hidden = gelu(layer_norm(x, norm_weight, norm_bias) @ w1.T + b1)
@@ -141,24 +140,24 @@ def aggregate(x, norm_weight, norm_bias, w1, b1, w2, b2, scale):
 
 
 def atrm(x, anchor, *parameters):
-    """One item's embedding ``[K + 1, D]``: the anchor (CLS or EOT) first, every row of unit length."""
+    """Embedding of one item ``[K + 1, D]``: the anchor (CLS or EOT) first, every row of unit length."""
     return unit_rows(np.concatenate([anchor[None], aggregate(x, *parameters)]))
 
 
 def aggregator_parameters(state, name):
-    """An aggregator's eight parameters under the released code's names, in `aggregate`'s order."""
+    """An aggregator's seven parameters under the released code's names, in `aggregate`'s order."""
     keys = ("weight.0.weight", "weight.0.bias", "weight.1.weight", "weight.1.bias", "weight.3.weight", "weight.3.bias")
     return (*(state[f"{name}.{key}"] for key in keys), state[f"{name}.scale"].item())
 
 
 def encode_image(pixels, state, heads, activation):
-    """One image's embedding ``[K + 1, D]``."""
+    """Embedding of one image ``[K + 1, D]``."""
     tokens = image_tokens(pixels, state, heads, activation)
     return atrm(tokens[1:], tokens[0], *aggregator_parameters(state, "cross_net.aggr_net"))
 
 
 def encode_text(ids, state, heads, activation):
-    """One caption's embedding ``[K + 1, D]``: the EOT joins last, the padding takes no part, the start token does."""
+    """Embedding of one caption ``[K + 1, D]``, of the start token and words with EOT as anchor; padding is ignored."""
     eot = int(np.argmax(ids))
     tokens = text_tokens(ids, state, heads, activation)
     return atrm(tokens[:eot], tokens[eot], *aggregator_parameters(state, "cross_net.cap_aggr_net"))
@@ -168,7 +167,7 @@ def encode_text(ids, state, heads, activation):
 
 
 def fine(text, image):
-    """How ``text [L_t, D]`` and ``image [L_i, D]`` meet, token by token and both ways; 0 where a side is empty."""
+    """Fine-grained similarity of ``text [L_t, D]`` and ``image [L_i, D]`` in both directions; 0 if either is empty."""
     if len(text) == 0 or len(image) == 0:
         return 0.0
     s = text @ image.T
@@ -177,14 +176,14 @@ def fine(text, image):
 
 
 def score(text, image, alpha=0.8):
-    """The retrieval score: the global cosine of the two first rows, and `fine`."""
+    """Retrieval score: the global cosine of the first rows, combined with `fine`."""
     if len(text) == 0 or len(image) == 0:
         return 0.0
     return float(alpha * (text[0] @ image[0]) + (1 - alpha) * fine(text, image))
 
 
 def score_matrix(queries, items, alpha=0.8):
-    """`score` of every query with every item, ``[Q, N]``."""
+    """Matrix ``[Q, N]`` of the `score` of every query with every item."""
     scores = [[score(query, item, alpha) for item in items] for query in queries]
     return np.asarray(scores, dtype=np.float64).reshape(len(queries), len(items))
 
@@ -193,7 +192,7 @@ def score_matrix(queries, items, alpha=0.8):
 
 
 def triplet_loss(scores, image_ids=None, margin=0.2, hardest=False):
-    """Hinge over ``scores [B_i, B_t]``, both ways, summed over the batch; `hardest` keeps one negative per anchor."""
+    """Hinge loss over ``scores [B_i, B_t]`` both ways, summed over the batch; `hardest` keeps one negative per anchor."""
     batch = len(scores)
     image_ids = list(range(batch)) if image_ids is None else list(image_ids)
     total = 0.0
@@ -207,7 +206,7 @@ def triplet_loss(scores, image_ids=None, margin=0.2, hardest=False):
 
 
 def cross_entropy(logits, label_smoothing=0.0):
-    """Mean over rows; row ``i`` should pick column ``i``, and a smoothed target spreads over all columns."""
+    """Mean over rows, where row ``i`` should pick column ``i``; label smoothing spreads over all columns."""
     batch, classes = logits.shape
     total = 0.0
     for i in range(batch):
@@ -224,12 +223,12 @@ def symmetric_cross_entropy(logits, label_smoothing=0.0):
 
 
 def contrastive_loss(cosines, logit_scale, label_smoothing=0.1):
-    """CLIP's loss. `logit_scale` is the learned logarithm, ``exp(logit_scale)`` the factor."""
+    """CLIP's loss; `logit_scale` is the learned logarithm of the factor, ``exp(logit_scale)``."""
     return symmetric_cross_entropy(math.exp(logit_scale) * cosines, label_smoothing)
 
 
 def adaptive_margin_loss(cosines, captions, logit_scale, gamma=0.5):
-    """A negative whose caption resembles the anchor's is pushed away harder; ``captions [B_t, D]`` of unit rows."""
+    """Contrastive loss with larger margins for negatives with similar captions; ``captions [B_t, D]`` are unit rows."""
     resemblance = captions @ captions.T
     np.fill_diagonal(resemblance, 0.0)
     return symmetric_cross_entropy(math.exp(logit_scale) * (cosines + gamma * resemblance))

@@ -1,4 +1,4 @@
-"""Small SigLIPs as open_clip has them: its model, its configuration, and tokenizers as the published ones are written."""
+"""Small SigLIPs of open_clip: model, configuration, and tokenizers in the format of the published ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WORDS = (
 
 @register_model
 def vit_test_siglip(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A vision transformer of timm's of the size of a test, with GELU by its tanh approximation."""
+    """A test-sized timm vision transformer, using the tanh approximation of GELU."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 3.7362}
     options = {name: value for name, value in options.items() if name in ("num_classes", "global_pool")}
     return VisionTransformer(class_token=False, act_layer="gelu_tanh", **sizes, **options)
 
 
 class OpenClipSigLIP(NamedTuple):
-    """A SigLIP of open_clip's, and the folder with its files."""
+    """A SigLIP of open_clip, and the folder with its files."""
 
     folder: Path
     model: CustomTextCLIP
@@ -37,7 +37,7 @@ class OpenClipSigLIP(NamedTuple):
 
 
 def write(folder: Path, version: int) -> OpenClipSigLIP:
-    """SigLIP (1) reads T5's pieces and fills captions with the end token; SigLIP 2 reads Gemma's, with a token of padding."""
+    """Write a SigLIP (1), with T5 pieces and end tokens as padding, or a SigLIP 2, with Gemma pieces and a pad token."""
     tokenizer, about = _pieces() if version == 1 else _byte_pairs()
     tokenizer.save(str(folder / "tokenizer.json"))
     about |= {"model_max_length": 10**30}

@@ -1,4 +1,4 @@
-"""Arguments of another kind are refused by their names."""
+"""Arguments of the wrong type are refused by name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_is_no_share(value: object) -> None:
         share("alpha", value)
 
 
-# One that compares with every element, and has no truth value of its own.
+# Compares element by element, and has no truth value.
 ARRAY = np.zeros(3)
 
 

@@ -1,4 +1,4 @@
-"""The client of a server: what it sends, what it makes of answers, and what it does when there are none."""
+"""The client of a server: its requests, its handling of responses, and its behaviour if there are none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refused(status: int, message: str = "expected this, got that", headers: Any 
 
 
 class Server:
-    """Answers in turn; the last answers all that follows."""
+    """Respond with each answer in turn, then repeat the last one."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
@@ -65,7 +65,7 @@ class Server:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer, httpx2.Response):  # a copy: one is read once
+        if isinstance(answer, httpx2.Response):  # copied because a response can be read only once
             return httpx2.Response(answer.status_code, headers=answer.headers, content=answer.content)
         return httpx2.Response(200, json=answer)
 
@@ -75,7 +75,7 @@ class Server:
 
 @pytest.fixture(params=["sync", "async"])
 def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Calls a method of a client by its name; both clients do the same."""
+    """Return a function that calls a client method by name, for both the sync and the async client."""
     monkeypatch.delenv("FINELIP_API_KEY", raising=False)
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)

@@ -1,4 +1,4 @@
-"""Pictures in a folder and their items in an index, brought in line: one item a file, and none embedded twice."""
+"""Synchronisation of a folder's pictures with an index: one item per file, none embedded twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def retriever(checkpoint: Path, tmp_path: Path) -> Iterator[Retriever]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six pictures, in the folder and two below."""
+    """Six pictures, in the folder and in two subfolders."""
     folder = tmp_path / "photos"
     for number, name in enumerate(("a.jpg", "b.png", "2023/c.jpg", "2023/d.jpg", "2024/e.jpg", "2024/f.jpg")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def draw(path: Path, number: int) -> None:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of what was encoded since."""
+    """Ids of the items encoded so far."""
     names: list[str] = []
     add = Ingest.add
 
@@ -105,7 +105,7 @@ def test_what_changed_is_embedded_again_and_what_was_moved_is_not(
     (photos / "new").mkdir()
     (photos / "2023" / "c.jpg").rename(photos / "new" / "moved.jpg")
     shutil.copy(photos / "2023" / "d.jpg", photos / "copy.jpg")
-    os.utime(photos / "2024" / "e.jpg")  # touched, and the same
+    os.utime(photos / "2024" / "e.jpg")  # touched but unchanged
     report = retriever.add_folder(photos, progress=False)
     assert counts(report) == {"added": 1, "changed": 1, "moved": 1, "gone": 1}
     assert "1 gone, which --sync removes" in str(report)
@@ -148,7 +148,7 @@ def test_a_picture_that_cannot_be_read_any_more_keeps_its_item_and_is_reported(
     retriever.add_folder(photos, progress=False)
     shutil.copy(photos / "a.jpg", tmp_path / "before.jpg")
     spoil(photos / "a.jpg")
-    for _ in range(2):  # until it can be read, or its item is taken out
+    for _ in range(2):  # repeatedly, until it is readable or its item is removed
         report = retriever.add_folder(photos, sync=True, progress=False)
         assert counts(report) == {}
         ((path, reason),) = report.skipped
@@ -175,7 +175,7 @@ def test_a_folder_that_lost_all_its_pictures_is_not_emptied(retriever: Retriever
     with pytest.raises(InputError, match="got none, and the index has 2 of it") as caught_below:
         retriever.add_folder(photos / "2023", sync=True, progress=False)
     assert len(retriever) == 7
-    for error, left in ((caught_below, 5), (caught, 1)):  # what is advised does it
+    for error, left in ((caught_below, 5), (caught, 1)):  # following the advice works
         words = shlex.split(str(error.value).partition("all the same: finelip ")[2])
         assert main([*words, "--index", str(retriever.index.folder)]) == 0
         assert len(retriever) == left

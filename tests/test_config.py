@@ -1,4 +1,4 @@
-"""Sizes: what is derived, what is refused, what ``config.json`` gives back."""
+"""Model sizes: derived values, refused values, and the round trip through ``config.json``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_round_trip_keeps_sizes_that_are_not_the_derived_ones():
     ("name", "patches", "aggregated", "hidden"),
     [
         ("ViT-B-32", 49, 9, 102),
-        ("ViT-B-16", 196, 39, 102),  # 39: the released weights
+        ("ViT-B-16", 196, 39, 102),  # 39, as in the released weights
         ("ViT-L-14", 256, 51, 153),
         ("ViT-L-14-336", 576, 115, 153),
         ("scenes", 64, 12, 25),
@@ -78,7 +78,7 @@ def test_alpha_is_the_papers_unless_it_is_given_and_1_without_trained_aggregator
     untrained = config.replace(trained_aggregators=False, alpha=0.25)
     assert (untrained.alpha, untrained.replace(trained_aggregators=True).alpha) == (1.0, 0.8)
     values = config.to_dict()
-    del values["alpha"]  # as folders were written before
+    del values["alpha"]  # as in folders of earlier versions
     assert FineLIPConfig.from_dict(values) == config
 
 

@@ -1,4 +1,4 @@
-"""Files of pictures within bounds: what is refused before it costs anything, and what decoding may take."""
+"""Limits on picture files: what is refused before it costs anything, and what decoding may use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, colour_type: int = 2, depth: int = 8, *, rows: int = 0) -> bytes:
-    """A PNG of any size with a few rows of zeros, which costs little to make."""
+    """Return a PNG of any size with a few rows of zeros, which is cheap to create."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -50,7 +50,7 @@ def png(width: int, height: int, colour_type: int = 2, depth: int = 8, *, rows: 
 
 
 def webp(kind: bytes, width: int, height: int) -> bytes:
-    """34 bytes that promise a picture."""
+    """Return 34 bytes whose header declares a picture."""
     if kind == b"VP8X":
         content = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     elif kind == b"VP8L":
@@ -62,7 +62,7 @@ def webp(kind: bytes, width: int, height: int) -> bytes:
 
 
 def lying(kind: str, mark: bytes, skip: int, *sizes: tuple[int, int], **options: object) -> bytes:
-    """A small file in which the size behind ``mark`` is another."""
+    """Return a small file in which the size after ``mark`` is false."""
     content = bytearray(encoded(Image.new("RGB", (16, 16)), kind, **options))
     at = content.index(mark) + len(mark) + skip
     for size in sizes:
@@ -72,7 +72,7 @@ def lying(kind: str, mark: bytes, skip: int, *sizes: tuple[int, int], **options:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG of a large empty picture whose second scan comes again and again."""
+    """Return a progressive JPEG of a large empty picture whose second scan is repeated."""
     content = encoded(Image.new("L", (64, 64)), "JPEG", progressive=True)
     frame, second = content.index(b"\xff\xc2"), content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
     content = content[: frame + 5] + struct.pack(">HH", 15000, 15000) + content[frame + 9 :]
@@ -80,7 +80,7 @@ def scans(count: int) -> bytes:
 
 
 def tiff_tiles(side: int) -> bytes:
-    """A TIFF of 16 x 16 pixels in a tile of another size."""
+    """Return a TIFF of 16 x 16 pixels with tiles of another size."""
     content = encoded(Image.new("RGB", (16, 16)), "TIFF", compression="tiff_lzw")
     entries, offset = struct.unpack_from("<I", content, 4)[0], []
     tags = [content[at : at + 12] for at in range(entries + 2, entries + 2 + 12 * content[entries], 12)]
@@ -336,14 +336,14 @@ print((peak() - before) >> 10)
 
 
 def peak(path: Path) -> int:
-    """MiB that a picture takes in a process of its own."""
+    """Return the MiB that a picture takes in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-I", "-c", PEAK, str(path)], capture_output=True, text=True, timeout=300, check=True
     )
     return int(run.stdout)
 
 
-# The most pixels that are let through, of pictures that are made and decoded fast.
+# The most pixels that are accepted, in pictures that are fast to create and decode.
 LIMITS = {
     "png": (lambda: png(11500, 11500, 2, rows=11500), 600),
     "png with alpha": (lambda: png(11500, 11500, 6, rows=11500), 600),
@@ -354,7 +354,7 @@ LIMITS = {
 
 
 def blank_jpeg(side: int) -> bytes:
-    """A grey JPEG whose data end early; Pillow takes it with an end marker."""
+    """Return a grey JPEG with truncated data, which Pillow accepts because of its end marker."""
     content = encoded(Image.new("L", (side, 1024)), "JPEG")
     frame = content.index(b"\xff\xc0")
     return content[: frame + 5] + struct.pack(">HH", side, side) + content[frame + 9 :]
@@ -386,7 +386,7 @@ def test_a_photograph_of_200_megapixels_is_shrunk_while_it_is_decoded(monkeypatc
 
 SEVERAL = {"save_all": True, "append_images": [Image.new("RGB", (24, 16), "red")]}
 
-# Every format and kind that Pillow can write here, small.
+# Small files of every format and kind that Pillow can write here.
 KINDS: list[tuple[str, str, dict[str, object]]] = [
     *[("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")],
     *[("JPEG", "RGB", {"progressive": True}), ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0", "subsampling": 0})],
@@ -423,7 +423,7 @@ def sound() -> list[bytes]:
                 image = Image.fromarray(noise).convert(mode)
             try:
                 files.append(encoded(image, kind, **options))
-            except (KeyError, OSError, RuntimeError, ValueError):  # without the library for it
+            except (KeyError, OSError, RuntimeError, ValueError):  # the library for it is missing
                 continue
     return files
 
@@ -435,7 +435,7 @@ LARGE += [
 
 
 def damaged(seed: int) -> bytes:
-    """A small picture with some of its bytes changed, cut, doubled, or another number in their place; mostly in its header."""
+    """Return a small picture with bytes changed, cut, doubled or replaced by another number, mostly in its header."""
     chance = random.Random(seed)
     content = bytearray(chance.choice(sound()))
     for _ in range(chance.choice((1, 1, 2, 3, 8))):
@@ -459,7 +459,7 @@ def damaged(seed: int) -> bytes:
                 other = chance.choice(sound())
                 content[at:] = other[chance.randrange(len(other)) :]
         content = content or bytearray(b"\0")
-    if content.startswith(b"\x89PNG") and chance.random() < 0.8:  # sound checksums let more through
+    if content.startswith(b"\x89PNG") and chance.random() < 0.8:  # valid checksums let more damage through
         at = 8
         while at + 12 <= len(content):
             length = struct.unpack_from(">I", content, at)[0]

@@ -1,4 +1,4 @@
-"""The demo: the bundled model finds scenes that it never saw, and the page shows it."""
+"""The demo: the bundled model finds scenes that it was not trained on, and the page shows them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """The sources of the images; fails where tags do not pair."""
+    """Collect the image sources; fail if tags are not balanced."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        # HTML lets the next cell or row end the one before.
+        # In HTML, the next cell or row implicitly closes the previous one.
         while self.open and self.open[-1] != tag and self.open[-1] in ("td", "th", "tr", "p"):
             self.open.pop()
         assert self.open.pop() == tag
@@ -86,7 +86,7 @@ def test_the_page_is_whole(report: DemoReport) -> None:
     assert all((path.parent / source).is_file() for source in page.sources)
     assert 'class="right"' in text
     assert 'class="cut"' in text
-    assert "http" not in text  # shows without a network
+    assert "http" not in text  # works offline
 
 
 def test_a_second_run_uses_what_is_there(report: DemoReport) -> None:
@@ -127,7 +127,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_its_index_shows_pictures_and_has_what_to_filter_by(report: DemoReport) -> None:
-    """As a page of a server needs it."""
+    """A server's page needs both."""
     folder = Path(report.page).parent
     with Retriever(index=folder / "index") as retriever:
         hits = retriever.search("snow at night", where="weather = 'snow' or time = 'night'", k=3)

@@ -1,4 +1,4 @@
-"""The image and the compose file, as far as they can be held without a daemon: names, paths and ports that must agree."""
+"""The image and the compose file, as far as they can be checked without a daemon: names, paths and ports must agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def instructions() -> list[tuple[str, str]]:
-    """Name and words of each instruction of the Dockerfile, long lines joined."""
+    """Name and words of each instruction of the Dockerfile, with continued lines joined."""
     text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [(name, words.strip()) for name, _, words in (line.partition(" ") for line in lines)]
@@ -39,7 +39,7 @@ def words(instructions: list[tuple[str, str]], name: str) -> list[str]:
 
 
 def parse(command: list[str]) -> dict[str, Any]:
-    """Values of the options of a command; fails where one is unknown."""
+    """Return the values of a command's options; fail if one is unknown."""
     found = cli.finelip.commands[command[0]]
     with found.make_context(command[0], command[1:], parent=click.Context(cli.finelip, info_name="finelip")) as context:
         return context.params

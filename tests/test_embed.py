@@ -1,4 +1,4 @@
-"""Lists through an encoder in batches: order, batch sizes, windows."""
+"""Encoding of lists in batches: order, batch sizes, windows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = ["a b c d e", "a", "", "a b c d e f", "b", "a b c", "c d"]
 
 
 class TextEncoder:
-    """Stands in for a model: an embedding that depends on every token of its row, and a record of what was asked."""
+    """Stand-in for a model: its embedding depends on every token of the row, and it records its inputs."""
 
     def __init__(self):
         self.lengths = []

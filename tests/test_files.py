@@ -1,4 +1,4 @@
-"""Files are read when they are ones, written whole or not at all, and named by plain names."""
+"""Reading only regular files, writing atomically, and accepting only plain names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_disk_that_refuses_leaves_the_old_file_and_says_what_is_missing(tmp_pa
 
 
 def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
-    """Each writes its own temporary file, so that the one that is renamed last is whole."""
+    """Each writer uses its own temporary file, so the one renamed last is complete."""
     barrier, faults = threading.Barrier(8), []
 
     def write(content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Folders as other programs leave them: every entry is judged alone."""
+"""Folders created by other programs: every entry is judged individually."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_link_to_itself_hides_nothing(tmp_path: Path) -> None:
 def test_folders_may_be_nested_deeper_than_pythons_stack(tmp_path: Path) -> None:
     depth = 1_100
     descriptor = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(depth):  # step by step: the whole path is longer than a system takes
+    for _ in range(depth):  # step by step, because the whole path is longer than the system allows
         os.mkdir("d", dir_fd=descriptor)
         below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
         os.close(descriptor)
@@ -106,7 +106,7 @@ def test_folders_may_be_nested_deeper_than_pythons_stack(tmp_path: Path) -> None
     os.close(descriptor)
     (tmp_path / "z.png").touch()
     assert [path.name for path in list_images(tmp_path)] == ["deep.png", "z.png"]
-    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # shutil.rmtree fails, and would fail for pytest later
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # shutil.rmtree fails, and would later fail for pytest
 
 
 def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
         path.touch()
     (photos / "disk").symlink_to(disk)
     (photos / "disk again").symlink_to(disk)
-    (photos / "ours").symlink_to(photos / "own")  # comes under its own name
+    (photos / "ours").symlink_to(photos / "own")  # listed under its own name
     (photos / "up").symlink_to(tmp_path)
     (disk / "back").symlink_to(photos)
     (disk / "deep" / "round").symlink_to(disk)

@@ -1,4 +1,4 @@
-"""Formats of phones and cameras: read where their package is installed, and named with it where not."""
+"""Formats of phones and cameras: read if their package is installed; otherwise the error names the package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save_jxl(path: Path) -> None:
 
 
 def save_dng(path: Path) -> None:
-    """An uncompressed DNG of an RGGB sensor, held upright by a turn to the right."""
+    """Save an uncompressed DNG of an RGGB sensor, with an orientation of a turn to the right."""
     pytest.importorskip("rawpy")
     colours = np.asarray(picture())
     sensor = np.empty((HEIGHT, WIDTH), "<u2")
@@ -92,7 +92,7 @@ def test_a_picture_of_another_format_is_read_like_any(tmp_path: Path, suffix: st
     assert list_images(tmp_path) == [path]
     image = open_image(path)
     expected = picture()
-    if suffix == ".dng":  # developed at half the size, and turned
+    if suffix == ".dng":  # developed at half the size, and rotated
         expected = expected.resize((WIDTH // 2, HEIGHT // 2)).transpose(Image.Transpose.ROTATE_270)
     assert image.size == expected.size
     for x, y in ((1, 1), (3, 1), (1, 3), (3, 3)):

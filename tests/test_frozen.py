@@ -1,4 +1,4 @@
-"""Frozen encoders give the plain model's embeddings, whatever stands beside an item, and are all that holds its weights."""
+"""Frozen encoders give the plain model's embeddings in any batch, and take over its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finelip_fast.kernels import cpu
 from finelip_fast.model import FineLIP
 
 CONTEXT = 40
-# Widths that no block of oneDNN's divides, a patch that is not a power of two, one layer and several.
+# Widths that are not multiples of oneDNN's blocks, a patch size that is not a power of two, one layer and several.
 MODELS = {
     "QuickGELU": {"quick_gelu": True, "vision_width": 72, "vision_heads": 3, "text_width": 40, "text_heads": 4},
     "GELU": {"quick_gelu": False, "image_size": 36, "patch_size": 12, "vision_layers": 3, "text_layers": 1},
@@ -38,7 +38,7 @@ MODELS = {
     },
     "global rows alone": {"quick_gelu": True, "trained_aggregators": False},
 }
-# Largest difference of an entry. int8 and bfloat16 are held by what they do to these small models.
+# Largest difference of an entry; for int8 and bfloat16, as observed with these small models.
 TOLERANCES = {"fp32": 1e-5, "bf16": 3e-2, "int8": 5e-2}
 PRECISIONS = [precision for precision in TOLERANCES if why_not(precision) is None]
 
@@ -68,7 +68,7 @@ def check(model: FineLIP, expected: FineLIP, ids: Tensor, pictures: int, toleran
 
 @pytest.mark.parametrize("size", [1, 2, 7, 33])
 def test_embeddings_are_the_plain_model_s(plain: FineLIP, quick: FineLIP, make_captions, size: int) -> None:
-    lengths = [2 + (13 * n) % (CONTEXT - 1) for n in range(size)]  # in no order, some of them equal
+    lengths = [2 + (13 * n) % (CONTEXT - 1) for n in range(size)]  # unsorted, some of them equal
     check(quick, plain, make_captions(lengths, CONTEXT), size)
 
 
@@ -82,7 +82,7 @@ def test_the_longest_and_the_shortest_captions(
 def test_tokens_after_the_end_or_without_one_change_nothing(plain: FineLIP, quick: FineLIP, make_captions) -> None:
     ids = make_captions([5, 9, 3], CONTEXT)
     ids[0, 5:] = 17
-    ids[1, ids[1].argmax()] = 23  # the end token is gone: no caption
+    ids[1, ids[1].argmax()] = 23  # without an end token, this is no caption
     check(quick, plain, ids, 1)
 
 

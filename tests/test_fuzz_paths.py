@@ -1,4 +1,4 @@
-"""Whatever lies where a file is expected, every loader says what is wrong with it, soon, in an error of the library."""
+"""Every loader promptly reports a clear error of the library, whatever is in place of the expected file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from finelip_fast.runtimes import manifest
 from finelip_fast.training.config import load_recipe
 
 SECONDS = 10
-# What a loader may take beside what this process has, where memory is counted so.
+# Memory that a loader may use on top of the process's own, where it can be measured.
 MEMORY = 2 << 30
 NOBODY = 65534
 
 
 class Loader(NamedTuple):
-    """``file`` is where it looks, in a folder of its own; ``open`` gets the path of that file."""
+    """``file`` is the path that a loader reads, in a folder of its own; ``open`` receives that path."""
 
     file: str
     open: Callable[[Path], object]
@@ -64,7 +64,7 @@ LOADERS = {
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         here = Path.cwd()
-        os.chdir(path.parent)  # the name of a socket may have a hundred characters
+        os.chdir(path.parent)  # socket paths are limited to about a hundred characters
         try:
             listener.bind(path.name)
         finally:
@@ -109,7 +109,7 @@ NAMES = {
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """An alarm, and bounded memory."""
+    """Limit time by an alarm, and limit memory."""
 
     def stop(number: int, frame: object) -> None:
         raise AssertionError(f"hangs for {SECONDS} s")
@@ -128,7 +128,7 @@ def bounded() -> Iterator[None]:
 
 
 def opens(loader: Loader, path: Path) -> None:
-    """A right result or an error of the library, of a length that can be read."""
+    """Check that the loader succeeds or raises an error of the library of readable length."""
     with bounded(), warnings.catch_warnings(action="ignore"):
         try:
             loader.open(path)

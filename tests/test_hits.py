@@ -1,4 +1,4 @@
-"""Hits: a list that prints and shows itself, whatever strangers have named their items."""
+"""Hits: a list that prints and displays itself safely, whatever its items are named."""
 
 from __future__ import annotations
 

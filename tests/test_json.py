@@ -1,4 +1,4 @@
-"""JSON from anywhere is a bounded value, or an error that says where it is wrong."""
+"""Untrusted JSON gives a bounded value, or an error that says where it is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An index has no checkpoint loaded that this user has not opened."""
+"""An index cannot load a checkpoint that this user has not opened."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checkpoint(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Of a user who has opened nothing yet."""
+    """The cache of a user who has opened nothing yet."""
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache" / "known_checkpoints"
@@ -69,7 +69,7 @@ def test_an_index_of_the_bundled_checkpoint_is_opened_by_it() -> None:
 
 
 def received(source: str | Path, mark: str = MARK, folder: str = "index") -> Path:
-    """An index folder as it might come from anyone."""
+    """Create an index folder as if received from someone else."""
     with closing(Index(IndexSpec(mark, 4, 8), folder, source=str(source))):
         return Path(folder)
 
@@ -79,7 +79,7 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
 ) -> None:
     with closing(Retriever(checkpoint, index="index", device="cpu").index) as index:
         spec = index.spec
-    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "of someone else"))  # the folder went to them
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "of someone else"))  # the folder was passed on to someone else
 
     def must_not_load(*_: object, **__: object) -> None:
         pytest.fail("a checkpoint was opened that only the index names")
@@ -100,11 +100,11 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
     options = shlex.split(message[message.index("--checkpoint") : message.index(", or the place")])
     search = ["search", "a house", "--index", "index", "--device", "cpu"]
     assert main([*search, *options]) == 0
-    assert main(search) == 0  # remembered
+    assert main(search) == 0  # the checkpoint is remembered
     capsys.readouterr()
     moved = shutil.copytree(checkpoint, "elsewhere")
     assert main([*search, "--checkpoint", str(moved)]) == 0
-    assert checkpoint_of("index") == str(tmp_path / "elsewhere")  # the place that was opened last
+    assert checkpoint_of("index") == str(tmp_path / "elsewhere")  # the place opened last
     received(checkpoint, spec.checkpoint, "other")
     assert checkpoint_of("other") == str(tmp_path / "elsewhere")
 
@@ -167,7 +167,7 @@ def test_what_another_may_have_written_is_not_believed(cache: Path, tmp_path: Pa
     file.symlink_to(tmp_path / "a downloaded file")
     with pytest.raises(StoreError, match="which this user has not opened"):
         checkpoint_of(folder)
-    note("mine", MARK)  # written anew
+    note("mine", MARK)  # written again
     assert checkpoint_of(folder) == "mine"
     if os.geteuid() == 0:
         os.chown(file, 65534, -1)

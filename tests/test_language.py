@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says of words, where it can be read from the sources: names of variables, descriptions of arguments."""
+"""CONTRIBUTING's rules on words that can be checked from the sources: variable names, descriptions of arguments."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ REPOSITORY = Path(__file__).parent.parent
 FOLDERS = ("finelip_fast", "kernels", "training", "export", "bench", "docs", "examples")
 PATHS = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
 
-# Pronouns, participles that stand for a thing, and words that point: none says what the variable holds.
+# Pronouns, participles used as nouns, and demonstratives: none of them says what the variable holds.
 POINTING = re.compile(
     r"asked|both|done|each|every|few|found|given|gone|good|here|kept|made|many|more|named|now|"
     r"one|other|others|ours|own|read|said|same|seen|shown|some|taken|that|theirs|them|there|"
     r"these|they|this|those|told|wanted|what|which|who|whole|whose|written"
 )
-# An argument is described by a noun phrase: "name of the file", not "Of the file."; so is what a docstring is about.
+# Arguments are described by noun phrases: "name of the file", not "Of the file."; so are the subjects of docstrings.
 NOT_A_NOUN = re.compile(r"^ +\*{0,2}[a-z_]\w*(?: \([^)]*\))?: (?:As|At|By|For|From|In|Of|On|To|Which|With)\b")
 FRAGMENT = re.compile(r"(?:As|At|But|By|For|From|In|Of|On|That|Those|To|With)\b")
 
 
 def variables(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Names that functions give to variables and arguments."""
+    """Yield the names of variables and arguments in functions."""
     functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)))
     for node in chain.from_iterable(map(ast.walk, functions)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

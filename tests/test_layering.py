@@ -1,4 +1,4 @@
-"""Which way imports may point: read from the sources, held to one table."""
+"""The direction of imports, read from the sources and checked against one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from house import REPOSITORY, ROOT, Import, circles, find_imports, find_modules, floors
 
-# Each row may import its own row and those above. A new module needs a place here.
+# Each row may import from itself and from the rows above. A new module needs a place here.
 LAYERS = [
     {
         *("_command_line", "_decode", "_raw", "errors", "_files", "_json", "_markup", "_pages"),
@@ -26,14 +26,14 @@ LAYERS = [
         "ingest",
         "known_checkpoints",
         "reports",
-    },  # of the model alone, and of the index; the retriever offers both
+    },  # these use only the model, or the index; the retriever combines both
     {"retriever"},
     {"evaluation", "studies", "demo", "info", "verify", "distributed", "diffusion"},
     {"serve", "client"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-# May import up to the model modules; only the command line and, of training, studies may import them.
+# These may import up to the model modules; only the command line (and studies, for training) may import them.
 BESIDE = {"training", "export"}
 STUDIES_TRAIN = ("studies", "training")
 MODEL_LAYER = LAYER["model"]
@@ -52,7 +52,7 @@ def complain(wrong: list[Import]) -> None:
 
 
 def test_the_imports_are_found(imports: list[Import]) -> None:
-    """The reader of imports sees what is known to be there: relative, through the package, and inside functions."""
+    """The import finder sees known imports: relative, through the package, and inside functions."""
     found = {(one.importer, one.imported, one.in_function) for one in imports}
     assert ("model", "aggregator", False) in found
     assert ("datasets.scenes.scenes", "datasets.scenes.words", False) in found
@@ -73,7 +73,7 @@ def test_imports_point_down(imports: list[Import]) -> None:
     for one in imports:
         importer, imported = one.rooms
         if importer in (imported, ROOT) or imported in BESIDE | {ROOT}:
-            continue  # other tests hold these
+            continue  # covered by other tests
         highest = MODEL_LAYER if importer in BESIDE else LAYER[importer]
         if LAYER[imported] > highest:
             wrong.append(one)
@@ -95,13 +95,13 @@ def test_kernels_import_the_ground_floor_alone_and_no_model(imports: list[Import
 
 
 def test_training_and_export_are_imported_by_the_command_line_and_studies_alone(imports: list[Import]) -> None:
-    """By the command line late: its other commands need neither."""
+    """The command line imports them lazily, because its other commands need neither."""
     into = [one for one in imports if one.rooms[1] in BESIDE and one.rooms[0] != one.rooms[1]]
     complain([one for one in into if not (one.rooms[0] == "cli" and one.in_function) and one.rooms != STUDIES_TRAIN])
 
 
 def test_there_are_no_circles(imports: list[Import]) -> None:
-    """Imports inside functions count: what needs them to get round a circle is one thing in two files."""
+    """Imports inside functions count: if they are needed to break a cycle, one thing is split over two files."""
     arrows: dict[str, set[str]] = {}
     for one in imports:
         if one.imported != one.importer:

@@ -1,4 +1,4 @@
-"""Whatever a caption or a name holds, text stays text: each character is seen, and Markdown does not obey it."""
+"""Text from captions and names stays text: every character is visible, and Markdown does not interpret it."""
 
 from __future__ import annotations
 

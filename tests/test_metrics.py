@@ -1,4 +1,4 @@
-"""Ranks and what is made of them, held to sorting, counting and small tables by hand."""
+"""Ranks and metrics, checked against sorting, counting and small tables by hand."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def test_best_ranks_by_eye(scores, right, rank, dtype):
 def test_pair_ranks_by_eye():
     scores = torch.tensor([[0.1, 0.9, 0.8, 0.3, 0.2], [0.6, 0.7, 0.5, 0.4, 0.2]])
     i2t, t2i = pair_ranks(scores, torch.tensor([0, 1, 0, 1, 1]))
-    assert i2t.tolist() == [2, 1]  # picture 0: caption 2 behind caption 1
+    assert i2t.tolist() == [2, 1]  # picture 0: caption 2 comes after caption 1
     assert t2i.tolist() == [2, 2, 1, 1, 2]  # the last is a tie
 
 
 def pessimistic_rank(scores: list[float], right: list[bool]) -> int:
-    """Sort so that whatever is unclear goes against the right items, and look for the first of them."""
+    """Return the first right item's rank when ties and NaN are resolved against the right items."""
     unclear = {True: -INF, False: INF}
     known = [(unclear[good] if math.isnan(score) else score, good) for score, good in zip(scores, right, strict=True)]
     return 1 + [good for _, good in sorted(known, key=lambda item: (-item[0], item[1]))].index(True)
@@ -120,7 +120,7 @@ def pessimistic_rank(scores: list[float], right: list[bool]) -> int:
 
 @st.composite
 def captioned(draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with many ties, and each picture with one caption at least, in any order."""
+    """Draw scores with many ties, and at least one caption per picture, in any order."""
     pictures, more = draw(st.integers(1, 6)), draw(st.lists(st.integers(0, 5), max_size=8))
     picture_of = draw(st.permutations([*range(pictures), *(index % pictures for index in more)]))
     size = pictures * len(picture_of)
@@ -145,7 +145,7 @@ def test_pair_ranks_are_positions_in_pessimistic_order_and_follow_a_permutation(
 
 
 def counted_recall(scores: torch.Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """Recall of pairs counted along the diagonal: an item that is not below the right one counts against it."""
+    """Recall of pairs counted along the diagonal; any item not ranked below the right one counts against it."""
     shares = {}
     for way, matrix in (("i2t", scores), ("t2i", scores.T)):
         ranks = (~(matrix < matrix.diagonal()[:, None])).sum(dim=1)
@@ -278,8 +278,8 @@ def test_captions_that_are_found_together_are_drawn_together():
     captions, groups = by_picture.repeat_interleave(5), torch.arange(100).repeat_interleave(5)
     assert bootstrap_interval(captions, groups=groups) == pytest.approx(bootstrap_interval(by_picture))
     low, high = bootstrap_interval(captions)
-    assert high - low < 0.6 * 0.2  # alone they look like five times the evidence: narrower by the root of five
-    renamed = 7 - 3 * groups  # numbers are names only, and the order of values says nothing
+    assert high - low < 0.6 * 0.2  # singly, they look like five times the evidence: narrower by the root of five
+    renamed = 7 - 3 * groups  # numbers are only names, and the order of values is irrelevant
     order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
     assert bootstrap_interval(captions[order], groups=renamed[order]) == pytest.approx((0.4, 0.6), abs=0.03)
 
@@ -332,7 +332,7 @@ def test_bootstrap_refuses(values, options, message):
 
 
 def hits(only_a: int, only_b: int, both: int = 1, neither: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two runs with so many queries in each cell of the table."""
+    """Return two runs with the given number of queries in each cell of the table."""
     a = torch.tensor([True] * only_a + [False] * only_b + [True] * both + [False] * neither)
     b = torch.tensor([False] * only_a + [True] * only_b + [True] * both + [False] * neither)
     return a, b
@@ -346,7 +346,7 @@ def hits(only_a: int, only_b: int, both: int = 1, neither: int = 1) -> tuple[tor
         (3, 0, 2 / 8),
         (4, 1, 2 * (1 + 5) / 32),
         (6, 2, 2 * (1 + 8 + 28) / 256),
-        (2, 2, 1.0),  # 2 * 11/16, held at 1
+        (2, 2, 1.0),  # 2 * 11/16, capped at 1
     ],
 )
 def test_mcnemar_by_hand(only_a, only_b, p):

@@ -1,4 +1,4 @@
-"""The model: an embedding depends on its own item alone, every parameter learns, wrong inputs say so."""
+"""The model: each embedding depends only on its own item, every parameter learns, and wrong inputs are refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_caption_is_the_same_alone_in_any_batch_at_any_padding(model, make_cap
 
 
 def test_many_captions_and_their_gradients_are_those_of_each_alone(model, make_captions):
-    lengths = [2 + 7 * number % 40 for number in range(40)]  # in no order, more than are encoded together
+    lengths = [2 + 7 * number % 40 for number in range(40)]  # unsorted, and more than are encoded together
     ids = make_captions(lengths, 64)
     weights = torch.linspace(0.1, 1.0, 40)[:, None, None]
 
@@ -91,7 +91,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(model, pixels):
 def test_positions_past_the_longest_caption_change_nothing(model, make_captions):
     ids = make_captions([7, 2, 31], 256)
     with torch.no_grad():
-        tokens = model.text(ids)  # all 256 positions: nothing trimmed
+        tokens = model.text(ids)  # all 256 positions, none trimmed
         last = torch.tensor([6, 1, 30])
         untrimmed = model.text_aggregator(tokens, anchor=tokens[[0, 1, 2], last], lengths=last)
         assert_close(model.encode_text(ids), untrimmed)
@@ -125,7 +125,7 @@ def test_a_row_of_padding_gives_zeros_and_leaves_the_others_alone(model, make_ca
 
 
 def test_a_caption_of_its_end_token_alone_has_no_other_row(model):
-    """CLIP's has a start token, too; SigLIP's is the empty caption, whose rows are all the global one."""
+    """CLIP's also has a start token; SigLIP's is the empty caption, with all rows equal to the global one."""
     with torch.no_grad():
         embeddings = model.encode_text(torch.tensor([[EOT_TOKEN, 0, 0]]))
     assert_close(embeddings[:, 0].norm(dim=-1), torch.ones(1), 1e-6)
@@ -159,7 +159,7 @@ def test_positions_are_spread_evenly(rows):
         expected = F.interpolate(table.T[None], length, mode="linear", align_corners=True)[0].T
         assert_close(own[:length], expected, 1e-12)
         assert_close(own[length:], table[-1:].expand(40 - length, -1), 1e-12)
-    half = spread_positions(table.half(), torch.tensor([4096]), 8192)  # one position is told from the next
+    half = spread_positions(table.half(), torch.tensor([4096]), 8192)  # adjacent positions stay distinct
     assert half.isfinite().all()
     assert_close(half[0, :4096].double(), spread_positions(table, torch.tensor([4096]), 4096)[0], 5e-3)
 
@@ -197,7 +197,7 @@ def test_alpha_is_one_where_the_aggregators_are_untrained(make_model, model, mak
 
 @torch.no_grad()
 def test_without_trained_aggregators_the_global_row_is_all(make_model, make_captions, pixels):
-    """The same row as with them, also of a caption of padding alone; what a training differentiates has all rows."""
+    """The row equals that with aggregators, also for a padding-only caption; the training forward pass still has all rows."""
     trained, untrained = make_model(), make_model(trained_aggregators=False)
     ids = make_captions([5, 9, 0], 16)
     assert untrained.config.tokens == 1
@@ -261,7 +261,7 @@ def test_no_windows_make_no_captions():
 
 
 def gradients(model, pixels, ids):
-    """Every parameter's gradient of an arbitrary scalar that reads all of both embeddings."""
+    """Return every parameter's gradient of an arbitrary scalar that depends on both whole embeddings."""
     model.zero_grad(set_to_none=True)
     images, texts, *_ = model(pixels, ids)
     generator = torch.Generator().manual_seed(1)
@@ -275,7 +275,7 @@ def test_backward_reaches_every_parameter(make_model, make_captions, pixels):
     # The temperature belongs to the losses.
     assert found.pop("logit_scale") is None
     assert [name for name, gradient in found.items() if gradient is None] == []
-    # The softmax over the tokens does not see a shift of all of them, so these two learn nothing, exactly.
+    # The softmax over the tokens is invariant to a common shift, so these two have a gradient of exactly zero.
     shifts = [found.pop(f"{side}_aggregator.logits.bias") for side in ("image", "text")]
     assert max(gradient.abs().max().item() for gradient in shifts) < 1e-5
     assert [name for name, gradient in found.items() if not gradient.abs().max() > 1e-4] == []
@@ -318,7 +318,7 @@ def test_gradient_checkpointing_recomputes(make_model, make_captions, pixels):
         tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing()
     gradients(model, pixels, make_captions([5, 9, 3], 16))
-    assert len(calls) == 4  # each tower forward, and once more in the backward pass
+    assert len(calls) == 4  # each tower once forward, and again in the backward pass
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The package: its public names, what importing it starts, and what a wheel of it holds."""
+"""The package: its public names, the effects of importing it, and the contents of a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAPPED = ("kernels", "training", "export")
 
 
 def fresh_python(code: str) -> str:
-    """What a new process prints, started outside the repository."""
+    """Return the output of a new process started outside the repository."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_there_are_no_other_names() -> None:
-    """But those of the package's own modules, which Python puts there when they are imported."""
+    """The package's own modules are exempt: Python adds them when they are imported."""
     code = (
         "import sys, finelip_fast\nfrom finelip_fast import *\n"
         "print(*sorted(name for name in dir(finelip_fast) if f'finelip_fast.{name}' not in sys.modules and name[0] != '_'))"
@@ -93,14 +93,14 @@ def test_the_mapped_folders_have_no_bare_names() -> None:
 
 
 def test_every_package_is_listed() -> None:
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     found = set()
     for folder in ("finelip_fast", *MAPPED):
         prefix = ["finelip_fast"] if folder == "finelip_fast" else ["finelip_fast", folder]
         for path in (REPOSITORY / folder).rglob("__init__.py"):
             found.add(".".join([*prefix, *path.parent.relative_to(REPOSITORY / folder).parts]))
-    # Folders of files, no code.
+    # Folders of data files, not code.
     data = {"finelip_fast.data.pages", "finelip_fast.data.scenes", "finelip_fast.training.recipes"}
     assert set(settings["packages"]) == found | data
     assert settings["package-dir"] == {"finelip_fast": "finelip_fast"} | {

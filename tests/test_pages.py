@@ -1,4 +1,4 @@
-"""Whatever a caption or a name holds, a page shows it and does not obey it."""
+"""A page shows the text of captions and names, and does not interpret it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CELL = environment().from_string(
 
 
 class Reader(HTMLParser):
-    """The text and the elements of a page."""
+    """Collect the text and the elements of a page."""
 
     def __init__(self) -> None:
         super().__init__()

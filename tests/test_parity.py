@@ -1,4 +1,4 @@
-"""The library in float32 against `method_reference.py` in float64: at most 1e-5 apart, everywhere."""
+"""The library in float32 against `method_reference.py` in float64: they differ by at most 1e-5 everywhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unit_rows(*shape, seed=0):
 
 
 def clip_state(model):
-    """A model's parameters as float64 arrays under CLIP's and the released code's names."""
+    """Return a model's parameters as float64 arrays under CLIP's and the released code's names."""
     state = {}
     for name, value in model.state_dict().items():
         first, _, rest = name.partition(".")
@@ -44,7 +44,7 @@ def clip_state(model):
 
 @pytest.fixture(scope="module", params=["quick", "exact"])
 def case(request, method, make_model):
-    """Two models unlike each other in every size: the model, its state dict in NumPy, the activation."""
+    """Two models that differ in every size: the model, its state dict in NumPy, the activation."""
     if request.param == "quick":
         return (model := make_model(quick_gelu=True)), clip_state(model), method.quick_gelu
     model = make_model(
@@ -87,7 +87,7 @@ def test_at_248_positions_are_long_clips(method):
     table = torch.randn(77, 24, generator=torch.Generator().manual_seed(0))
     stretched = stretch_positions(table, 248)
     assert_near(stretched, method.long_clip_positions(table.numpy()))
-    assert torch.equal(stretched[20::4], table[20:])  # a ratio of exactly 1/4: each learned row is met again, unchanged
+    assert torch.equal(stretched[20::4], table[20:])  # the ratio is exactly 1/4, so every learned row recurs unchanged
 
 
 def test_image_tokens(method, case, pixels):
@@ -112,7 +112,7 @@ def test_embeddings_and_score(method, case, pixels, ids):
     texts = np.stack([method.encode_text(caption, state, heads, activation) for caption in ids.numpy()])
     assert_near(model.encode_image(pixels), images)
     assert_near(model.encode_text(ids), texts)
-    # The formulas name the text first; the library's rows are images.
+    # The formulas put the text first; the library's rows are images.
     expected = method.score_matrix(texts, images).T
     assert_near(model.score(model.encode_image(pixels), model.encode_text(ids)), expected)
 
@@ -138,7 +138,7 @@ def test_clim_at_the_sizes_of_vit_b_16(method, alpha):
 
 @pytest.fixture(scope="module")
 def scores():
-    """A batch's scores, spread so that some hinges are open and some are shut."""
+    """Scores of a batch, spread so that some hinges are active and others are not."""
     return 0.4 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3)) + 0.3 * torch.eye(6)
 
 

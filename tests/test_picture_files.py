@@ -1,4 +1,4 @@
-"""What the file of a picture says of itself."""
+"""Metadata of picture files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures to pixels: every odd file is read rightly or refused by name, and normal ones give CLIP's own pixels."""
+"""Pictures to pixels: odd files are read correctly or refused by name, and normal ones give CLIP's own pixels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from finelip_fast.errors import ImageError, InputError
 from finelip_fast.preprocess import Preprocess, open_image
 
 RED, GREEN, BLUE, YELLOW, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255,) * 3, (0,) * 3
-CORNERS = [[RED, GREEN], [BLUE, YELLOW]]  # all different: any turn or flip shows
+CORNERS = [[RED, GREEN], [BLUE, YELLOW]]  # all different, so that any rotation or flip shows
 
 
 def corners(side: int = 16) -> Image.Image:
-    """Four squares of the colours in CORNERS."""
+    """Return four squares in the colours of CORNERS."""
     return Image.fromarray(np.kron(np.array(CORNERS, np.uint8), np.ones((side, side, 1), np.uint8)))
 
 
@@ -32,21 +32,21 @@ def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Im
 
 
 def read_corners(image: Image.Image) -> list[list[tuple[int, ...]]]:
-    """The centres of the four quarters, rounded to full or no colour."""
+    """Return the centres of the four quarters, each channel rounded to 0 or 255."""
     x, y = image.width // 4, image.height // 4
     at = [[image.getpixel((c * x, r * y)) for c in (1, 3)] for r in (1, 3)]
     return [[tuple(255 * (value > 127) for value in pixel) for pixel in row] for row in at]
 
 
 def near(image: Image.Image, colour: tuple[int, ...], tolerance: int = 0) -> bool:
-    """Whether every pixel is this colour."""
+    """Whether every pixel has this colour."""
     assert image.mode == "RGB"
     return np.abs(np.asarray(image, int) - colour).max() <= tolerance
 
 
 # Orientation ----------------------------------------------------------------------------------------------------------
 
-# How a camera that says `orientation` must store a picture for it to come out upright: the inverse of the turn.
+# How a camera that reports `orientation` must store a picture for it to appear upright: the inverse of the rotation.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -328,13 +328,13 @@ def test_equals_open_clip(size: tuple[int, int], mode: str, resize_mode: str, in
     actual = Preprocess(224, resize_mode=resize_mode, interpolation=interpolation)(image)
     assert actual.dtype == torch.float32
     assert actual.is_contiguous()
-    # open_clip resizes before it converts to RGB, so only there do the two agree whatever the mode.
+    # open_clip resizes before it converts to RGB, so the results agree in every mode only after conversion.
     torch.testing.assert_close(actual, expected(image.convert("RGB")), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(9, 100), (10, 101), (901, 100)], ids=str)
 def test_strips_cut_first_equal_open_clip(size: tuple[int, int]) -> None:
-    """Past 8:1 the ends are cut before resizing. Smooth pictures: the rounding of the longer side may differ."""
+    """Past 8:1 the ends are cut before resizing. Smooth pictures are used, as the rounding of the longer side may differ."""
     x, y = np.meshgrid(np.linspace(0, 3, size[0]), np.linspace(0, 3, size[1]))
     image = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.cos(x * y)], -1) + 1) * 127).astype(np.uint8))
     expected = image_transform(224, is_train=False)(image)
@@ -353,7 +353,7 @@ def test_any_size_gives_a_square(short: int, long: int, upright: bool, image_siz
     image = Image.new("RGB", (short, long) if upright else (long, short), RED)
     pixels = Preprocess(image_size, resize_mode=resize_mode)(image)
     red = Preprocess(image_size)(Image.new("RGB", (5, 5), RED))
-    torch.testing.assert_close(pixels, red, rtol=0, atol=0)  # nothing padded: red all over
+    torch.testing.assert_close(pixels, red, rtol=0, atol=0)  # no padding: red everywhere
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)], ids=str)

@@ -1,4 +1,4 @@
-"""Nothing is reported and nothing is left behind: no connection, no file outside the folders that are named for it."""
+"""Nothing is reported or left behind: no connections, and no files outside the folders named for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finelip_fast.model import FineLIP
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and system calls are Linux's")
 
-# Every way in which the library is used without a hub, a cluster or an object store; run in a process of its own.
+# All uses of the library without a hub, a cluster or an object store; run in a process of its own.
 JOURNEY = """
 import sys
 from pathlib import Path
@@ -48,7 +48,7 @@ def _works(*command: str) -> bool:
 
 
 def test_no_connection_and_no_file_elsewhere(make_model: Callable[..., FineLIP], tmp_path: Path) -> None:
-    """What a library does in native code shows in the system's calls alone, so they are traced where they can be."""
+    """Native code of dependencies is visible only in system calls, so these are traced if possible."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -69,14 +69,14 @@ def test_no_connection_and_no_file_elsewhere(make_model: Callable[..., FineLIP],
     assert [line for line in lines if re.search(r"AF_INET|htons\(53\)", line)] == []
     left = {path.relative_to(home) for path in home.rglob("*") if path.is_file()}
     assert {path.parts[:2] for path in left} <= {(".cache", "finelip_fast")}, left
-    # PyTorch makes this folder when it is imported.
+    # PyTorch creates this folder on import.
     assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}
     assert {path.name for path in tmp_path.iterdir()} <= {"home", "scratch", "checkpoint", "index", "calls"}
     assert {path.name for path in checkpoint.iterdir()} == {"config.json", "model.safetensors", "exports"}
 
 
 def test_onnx_runtime_is_imported_in_one_place() -> None:
-    """Where its telemetry is turned off first."""
+    """Telemetry is disabled there first."""
     folder = Path(__file__).parents[1]
     pattern = re.compile(r"^\s*(import|from) onnxruntime\b|importorskip\(.onnxruntime", re.MULTILINE)
     sources = [
@@ -85,5 +85,5 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
         for path in (folder / name).rglob("*.py")
     ]
     importing = {path.relative_to(folder).as_posix(): len(pattern.findall(path.read_text())) for path in sources}
-    # The other one there is for type checkers.
+    # The other import there is for type checkers.
     assert {path: count for path, count in importing.items() if count} == {"finelip_fast/runtimes/onnx.py": 2}

@@ -1,4 +1,4 @@
-"""Ranks from tiles are those of the whole matrix."""
+"""Ranks computed from tiles equal those of the whole matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unit_rows(*shape: int, seed: int) -> torch.Tensor:
 
 
 def nearly_tied(scores: torch.Tensor) -> bool:
-    """Whether any two scores of a row or a column are so close that their order is a matter of rounding."""
+    """Whether any two scores of a row or column are so close that rounding decides their order."""
     ordered = scores.sort(dim=0).values.diff(dim=0), scores.sort(dim=1).values.diff(dim=1)
     return any(bool((gaps < 4 * TOLERANCE).any()) for gaps in ordered)
 
@@ -68,7 +68,7 @@ def test_nan_counts_against() -> None:
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 5, 40])
 def test_copies_count_against_whatever_tile_they_are_in(tile: int) -> None:
-    """Each of 13 pictures is there three times, with one caption each: of three equal ones the right one is last."""
+    """Each of 13 pictures occurs three times, with one caption each: among three equal ones, the right one ranks last."""
     different = unit_rows(13, 7, 24, seed=3)
     images = different.repeat(3, 1, 1)
     for i2t, t2i in tiled_ranks(images, images, torch.arange(39), ALPHAS, tile=tile):
@@ -87,7 +87,7 @@ def test_what_cannot_be_ranked_is_refused(pictures: int, owners: list[int]) -> N
 
 
 class Watched:
-    """Rows that remember the most that was read of them at once."""
+    """Rows that record how many were read at once."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows, self.most = rows, 0

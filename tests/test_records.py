@@ -1,4 +1,4 @@
-"""Records of studies: the same numbers as text, Markdown, JSON and picture."""
+"""Records of studies: the same numbers as text, Markdown, JSON and plot."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_plots_without_matplotlib_say_what_to_install(tmp_path: Path, monkeypatc
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plot: Plot) -> Any:
-    """The axes of a plot as they were when it was saved."""
+    """Return the axes of a plot as they were when it was saved."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -87,7 +87,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plot: Plot) -> Any:
 
 @pytest.mark.parametrize("log_x", [False, True], ids=["linear", "logarithmic"])
 def test_a_plot_has_a_title_numbers_and_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_x: bool) -> None:
-    """Tokens come as texts where another study has a name among them; zero of both axes is in sight."""
+    """Token counts may be strings, because other studies mix them with names; zero is visible on both axes."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     axes = drawn(
         monkeypatch,

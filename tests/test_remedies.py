@@ -1,4 +1,4 @@
-"""What messages advise can be followed: every ``finelip`` command that they name is one, with the options that they name."""
+"""Remedies in messages work: every ``finelip`` command that they name exists, with the options that they name."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from finelip_fast.picture_tables import read_rows
 from finelip_fast.tokenizer import encode_batch, expected_truncation, tokenize
 
 REPOSITORY = Path(__file__).parent.parent
-# A command's words are in lower case; behind them stand options, FILES in capitals, and what a message fills in.
+# Words of a command are in lower case, followed by options, FILES in capitals, and placeholders.
 COMMAND = re.compile(r"finelip ((?:[a-z0-9]+(?:-[a-z]+)* ?)+)((?: ?(?:--?[a-z][a-z-]*|[A-Z]{3,}[A-Z_.]*|\0))*)")
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Every text of the sources that is no docstring, and where it is; ``\\0`` stands for what is filled in."""
+    """Yield every non-docstring text of the sources and its location; ``\\0`` stands for a placeholder."""
     for folder in ("finelip_fast", "kernels", "training", "export"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def options_of_commands() -> dict[str, set[str]]:
 
 
 def advised() -> list[tuple[str, str, list[str]]]:
-    """Where, the words of the command with what may be prose behind them, and its options."""
+    """Return location, words of the command (possibly followed by prose), and its options."""
     return [
         (where, match[1].strip(), re.findall(r"--?[a-z][a-z-]*", match[2]))
         for where, text in messages()
@@ -86,7 +86,7 @@ def test_the_commands_that_messages_name_can_be_run(where: str, words: str, opti
 
 
 def unquoted(node: ast.JoinedStr) -> Iterator[str]:
-    """What a message fills in behind ``--index`` as it is, so that a shell would part a name with a blank."""
+    """Yield the values that a message inserts unquoted after ``--index``, where a shell would split a name with a space."""
     for before, part in pairwise(node.values):
         is_index = isinstance(before, ast.Constant) and str(before.value).endswith("--index ")
         if is_index and isinstance(part, ast.FormattedValue) and "quote" not in ast.unparse(part.value):
@@ -106,7 +106,7 @@ def test_the_commands_are_found() -> None:
 
 
 def test_the_extras_that_messages_name_can_be_installed() -> None:
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {
         extra
@@ -122,7 +122,7 @@ def test_the_extras_that_messages_name_can_be_installed() -> None:
 def damage_a_row(folder: Path) -> None:
     (segment,) = (folder / "segments").glob("*.safetensors")
     content = bytearray(segment.read_bytes())
-    content[600] ^= 64  # behind the header, in the first item's embedding
+    content[600] ^= 64  # after the header, in the first item's embedding
     segment.write_bytes(content)
 
 
@@ -152,7 +152,7 @@ def test_what_is_advised_for_a_damaged_index_mends_it(
 
 
 class World(NamedTuple):
-    """What the calls are made on: a model with and one without trained aggregators, and a folder for files."""
+    """Objects that the calls use: a model with and one without trained aggregators, and a folder for files."""
 
     model: FineLIP
     untrained: FineLIP
@@ -185,7 +185,7 @@ def world(models: tuple[FineLIP, FineLIP], tmp_path: Path) -> World:
 
 
 class Case(NamedTuple):
-    """A call that is refused, what the error advises, and calls as it advises."""
+    """A refused call, the advice in its error, and calls that follow the advice."""
 
     refused: Callable[[World], Any]
     advice: str

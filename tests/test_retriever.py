@@ -1,4 +1,4 @@
-"""The front door: what is added is found, in every direction, from every odd file, and after every reopening."""
+"""The retriever: added items are found, in every direction, from every odd file, and after every reopening."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def other_checkpoint(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def build(checkpoint: Path) -> Iterator[Callable[..., Retriever]]:
-    """Opens retrievers on the CPU, in float32; their indexes are closed at the end."""
+    """Return a function that opens retrievers on the CPU, in float32; their indexes are closed at the end."""
     opened: list[Retriever] = []
 
     def open_one(**options: object) -> Retriever:
@@ -74,7 +74,7 @@ def retriever(build: Callable[..., Retriever]) -> Retriever:
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A smooth picture of its own: four random colours, blended."""
+    """Return a smooth unique picture: four random colours, blended."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
@@ -117,7 +117,7 @@ def test_search_agrees_with_scoring_everything(
         assert sorted(ids_of(hits)) == [str(n) for n in range(len(items))]
         got = torch.tensor([hit.score for hit in hits])
         assert got.tolist() == sorted(got.tolist(), reverse=True)
-        # The index keeps float16.
+        # The index stores float16.
         torch.testing.assert_close(got, row[[int(hit.id) for hit in hits]], atol=2e-3, rtol=0)
         torch.testing.assert_close(got, row.sort(descending=True).values, atol=2e-3, rtol=0)
     for query, hits in zip(queries, found, strict=True):
@@ -300,7 +300,7 @@ def test_arguments_are_checked_before_a_model_is_loaded(
 
 
 def test_an_index_follows_its_checkpoints_alpha(build: Callable[..., Retriever], tmp_path: Path) -> None:
-    """Embeddings stay as they are when a checkpoint gets another weight, and so does the index."""
+    """The embeddings stay the same when a checkpoint gets another weight, and so does the index."""
     checkpoint = tmp_path / "checkpoint"
     finelip_fast.save(build().engine.load_model(), checkpoint)
     with build(checkpoint=checkpoint, index=tmp_path / "index") as retriever:
@@ -338,7 +338,7 @@ def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_mode
 def test_a_folder_with_rows_of_untrained_aggregators_is_still_used(
     build: Callable[..., Retriever], make_model, tmp_path: Path
 ) -> None:
-    """As earlier versions made it; it keeps its number of rows, and finds the same."""
+    """Earlier versions created such folders; they keep their number of rows, and find the same items."""
     model = make_model(context_length=CONTEXT, trained_aggregators=False)
     finelip_fast.save(model, tmp_path / "untrained")
     fresh = build(checkpoint=tmp_path / "untrained")
@@ -414,7 +414,7 @@ def test_ids_are_paths_or_numbers(retriever: Retriever, tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_taken_is_passed_over(retriever: Retriever) -> None:
-    retriever.add_images([b"broken", *PICTURES[:2]], progress=False)  # two added as 1 and 2
+    retriever.add_images([b"broken", *PICTURES[:2]], progress=False)  # the two pictures are added as 1 and 2
     retriever.add_images(PICTURES[2:3], ids=["image-4"], progress=False)
     assert retriever.add_images(PICTURES[3:], progress=False).added == ["image-3", "image-5", "image-6"]
 
@@ -433,7 +433,7 @@ def test_generators_are_read_batch_by_batch(
     def generated() -> Iterator[Image.Image]:
         for n, one in enumerate(PICTURES):
             read.append(n)
-            assert len(read) - len(encoded) <= 2 * batch_size  # one is decoded while one is encoded
+            assert len(read) - len(encoded) <= 2 * batch_size  # one batch is decoded while another is encoded
             yield one
 
     monkeypatch.setattr(retriever.engine, "encode_image", counted)
@@ -460,7 +460,7 @@ def test_one_picture_of_any_kind_is_one_picture(retriever: Retriever, tmp_path: 
     one = convert(PICTURES[0], tmp_path / "one.png")
     report = retriever.add_images(one, progress=False)
     assert (len(report.added), report.skipped) == (1, [])
-    assert retriever.search(image=one)[0].score == pytest.approx(1.2, abs=5e-3)  # itself: 0.8 * 1 + 0.2 * 2
+    assert retriever.search(image=one)[0].score == pytest.approx(1.2, abs=5e-3)  # matches itself: 0.8 * 1 + 0.2 * 2
 
 
 def test_a_stack_of_pictures_is_as_many(retriever: Retriever) -> None:
@@ -495,7 +495,7 @@ def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
             retriever.add_texts(["b", "c"], ids=ids, batch_size=1, progress=False)
     with pytest.raises(InputError, match="expected ids as str, got 7"):
         retriever.add_texts(["b"], ids=[7], progress=False)
-    assert retriever.index.ids == ["old"]  # refused before work
+    assert retriever.index.ids == ["old"]  # refused before any work
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
@@ -645,12 +645,12 @@ def test_a_batch_holds_something(retriever: Retriever, batch_size: int) -> None:
         retriever.add_images(PICTURES, batch_size=batch_size, progress=False)
 
 
-# A folder of what people have -----------------------------------------------------------------------------------------
+# A folder of odd files ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def odd_folder(tmp_path_factory) -> dict[str, Path]:
-    """Names of kinds of files to their paths, all in one folder."""
+    """Paths of all files in one folder, by kind of file."""
     folder = tmp_path_factory.mktemp("odd") / "my photos"
     (folder / "below" / "deeper").mkdir(parents=True)
     (folder / ".thumbnails").mkdir()
@@ -677,7 +677,7 @@ def odd_folder(tmp_path_factory) -> dict[str, Path]:
     image = picture(20, (64, 48))
     image.save(paths["upright"], **lossless)
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    exif[ExifTags.Base.Orientation] = 6  # rotate 90 degrees clockwise to display
     image.transpose(Image.Transpose.ROTATE_90).save(paths["rotated"], exif=exif, **lossless)
 
     palette = picture(21).quantize(16)
@@ -732,7 +732,7 @@ def test_a_folder_of_odd_files(build: Callable[..., Retriever], odd_folder: dict
     for kind, path in readable.items():
         best = retriever.search(image=path, k=1)[0]
         assert best.score == pytest.approx(1.2, abs=5e-3), kind  # 0.8 * 1 + 0.2 * 2
-        if kind not in ("upright", "rotated"):  # those two are one picture
+        if kind not in ("upright", "rotated"):  # those two show the same picture
             assert best.path == str(path)
 
 
@@ -822,7 +822,7 @@ def test_an_interrupted_job_goes_on_where_it_was(
         patch.setattr(Catalogue, "add", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             retriever.add_images(PICTURES, ids=names, batch_size=2, progress=False)
-    assert retriever.index.ids == names[:4]  # what was encoded was kept before it gave up
+    assert retriever.index.ids == names[:4]  # items encoded before the failure are kept
 
     again = build(index=tmp_path / "index")
     assert again.index.ids == names[:4]
@@ -872,7 +872,7 @@ def test_ids_that_are_there_are_skipped_or_replaced(build: Callable[..., Retriev
 def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], tmp_path: Path, dtype: str) -> None:
     retriever = build(index=tmp_path / "index", dtype=dtype)
     retriever.add_images(PICTURES, metadata=[{"camera": "ab"[n % 2], "n": n} for n in range(6)], progress=False)
-    assert build(index=tmp_path / "index").index.spec.dtype == dtype  # as it was made
+    assert build(index=tmp_path / "index").index.spec.dtype == dtype  # as it was created
     expected = retriever.search(TEXTS[0], k=6, mode="exact")
     assert {hit.mode for hit in expected} == {"exact"}
     for mode in ("exact-int8", "two-stage", "sketch"):
@@ -944,7 +944,7 @@ def test_a_forked_process_is_told_to_open_anew(build: Callable[..., Retriever], 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        retriever.search(TEXTS[0])  # starts threads that a child does not have
+        retriever.search(TEXTS[0])  # starts threads that a forked child does not have
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

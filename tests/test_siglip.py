@@ -1,4 +1,4 @@
-"""A SigLIP through the front door: indexed, searched, explained, counted, described and converted like a CLIP."""
+"""A SigLIP through the public interface: indexed, searched, explained, counted, described and converted like a CLIP."""
 
 from __future__ import annotations
 

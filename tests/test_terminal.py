@@ -1,4 +1,4 @@
-"""What a stranger named is shown, and not obeyed."""
+"""Untrusted text is shown on a terminal, but not interpreted."""
 
 from __future__ import annotations
 

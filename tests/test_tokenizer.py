@@ -1,4 +1,4 @@
-"""Captions to ids: CLIP's own tokens, nothing cut in silence, windows that lose nothing."""
+"""Captions to ids: CLIP's own tokens, no silent truncation, windows that lose nothing."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_errors_say_expected_got_and_remedy(call, message: str) -> None:
         call()
 
 
-# Stretches of a caption ----------------------------------------------------------------------------------------------
+# Spans of a caption --------------------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
     ["a", "manservant's", "fire-hydrant", "3-storey", "red,", "house.", "naïve", "<end_of_text>", "!", "42nd;"]
@@ -225,7 +225,7 @@ def test_spans_of_words_hold_the_tokens_of_those_words(words, data):
 
 @pytest.mark.parametrize("blank", [" ", "\N{NO-BREAK SPACE} "])
 def test_spans_after_mojibake_with_a_blank_in_it(blank: str) -> None:
-    """The second half of what was an "à" is a blank, at which the words are told apart."""
+    """The second half of a broken "à" is a space, at which words are split."""
     caption = f"voilÃ{blank}une maison Ã{blank}vendre, rouge"
     row = tokenize(caption)[0].tolist()
     assert (
@@ -241,7 +241,7 @@ def test_spans_after_mojibake_with_a_blank_in_it(blank: str) -> None:
     assert row[slice(*spans["voilÃ"])] == tokenize("voilà")[0, 1:4].tolist()
 
 
-# --- Captions of strangers ---------------------------------------------------------------------------------------
+# --- Untrusted captions ------------------------------------------------------------------------------------------
 
 REFERENCE = open_clip.tokenizer.SimpleTokenizer()
 PIECES = st.sampled_from(
@@ -263,7 +263,7 @@ PIECES = st.sampled_from(
 def test_any_text_has_clips_tokens(text: str) -> None:
     try:
         expected = REFERENCE.encode(text)
-    except ValueError:  # an entity of more digits than Python reads
+    except ValueError:  # an entity with more digits than Python parses
         assert "&#" in text
         tokenize(text, 10_000)
     else:
@@ -315,7 +315,7 @@ def test_any_text_has_clips_tokens(text: str) -> None:
 def test_the_time_of_a_long_caption_is_bounded(start: str, unit: str) -> None:
     text = start + unit * (MAX_CHARACTERS // 8 // len(unit))
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(60)  # most take 0.1 s; with time that grows with the square, minutes
+    signal.alarm(60)  # most take 0.1 s; quadratic time would take minutes
     try:
         with expected_truncation():
             assert tokenize(text).shape == (1, 256)
@@ -342,7 +342,7 @@ def test_a_file_given_as_a_caption_is_refused() -> None:
         tokenize(["a cat", "a" * (MAX_CHARACTERS + 1)])
 
 
-# Tokenizers of their own files ----------------------------------------------------------------------------------------
+# Tokenizers from files ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

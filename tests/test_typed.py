@@ -1,4 +1,4 @@
-"""Values of JSON as types say, or where they differ."""
+"""JSON values are checked against types, and differences are located."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user's type checker says of a program that uses the public names, installed from a wheel or in place."""
+"""Type checkers accept a user's program that uses the public names, installed from a wheel or in place."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ except (ff.InputError, ff.StoreError):
 
 @pytest.fixture(scope="module", params=["wheel", "in place"])
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a wheel's content for the checkers to search first; empty where they follow the environment."""
+    """A folder with a wheel's contents for the checkers to search first; empty if they follow the environment."""
     if request.param == "in place":
         if not Path(sysconfig.get_path("purelib"), "finelip_fast-stubs").is_dir():
             pytest.skip("needs the stub package of an installation in place: make stubs")

@@ -1,4 +1,4 @@
-"""The check of the kernels: what is right passes, and whatever can be wrong with a result is seen."""
+"""The check of the kernels: right results pass, and every possible fault of a result is detected."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_speeds_are_shares_of_what_the_machine_itself_was_seen_to_do(monkeypatch
     int8 = speeds["clim 8 x 100 int8"]
     work = floor.clim(8, 100, 40, 512, torch.int8)
     assert (int8.milliseconds, int8.copy_share, int8.product_share) == (500, work.bytes / 1e9, work.flops / 2e9)
-    assert speeds["clim 8 x 100 float16"].product_share == 0  # of a rate that is not known
+    assert speeds["clim 8 x 100 float16"].product_share == 0  # relative to an unknown rate
     assert "500.000 ms" in str(int8)
 
 

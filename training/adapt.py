@@ -1,7 +1,7 @@
-"""A FineLIP from any CLIP: first its aggregators, on what the encoders compute once, then the encoders' last blocks, too.
+"""Make a FineLIP from any CLIP: train its aggregators on precomputed features, then also the encoders' last blocks.
 
-Both stages are runs of :mod:`finelip_fast.training.train` in the folder of the checkpoint: what was interrupted goes on, with
-the same command.
+Both stages are runs of :mod:`finelip_fast.training.train` in the folder of the checkpoint, so the same command resumes an
+interrupted adaptation.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from finelip_fast.training.start import choose_device, load_base
 from finelip_fast.training.train import train
 from finelip_fast.training.validation import mean_recall, validate
 
-# The options of each stage where none are given.
+# Default options of each stage.
 AGGREGATORS: dict[str, Any] = {"steps": 1500, "aggregator_lr": 1e-3, "warmup_steps": 100}
 ENCODERS: dict[str, Any] = {"steps": 500, "encoder_lr": 1e-5, "warmup_steps": 50}
 
-# Options of one stage alone. Features are of captions as they are.
+# Options of one stage only. Features are computed from unaugmented captions.
 _OF_AGGREGATORS = ("steps", "aggregator_lr", "features")
 _OF_ENCODERS = ("encoder_lr", "augment", "gradient_checkpointing")
-# Trained aggregators go on at this share of their learning rate.
+# In the second stage, the trained aggregators get this fraction of their first learning rate.
 _SECOND_SHARE = 0.2
 
 
 def stages(
     base: str, *, out: str, unfreeze: str = "last:2", encoder_steps: int = ENCODERS["steps"], **options: Any
 ) -> list[TrainConfig]:
-    """The runs of an adaptation.
+    """Configure the runs of an adaptation.
 
     Args:
-        base: Checkpoint as :func:`finelip_fast.load` takes it.
-        out: Folder of the checkpoint that is made; the runs lie in it.
-        unfreeze: What the second stage trains of the encoders; ``"none"``: there is no second stage.
+        base: Checkpoint, as accepted by :func:`finelip_fast.load`.
+        out: Folder of the resulting checkpoint, which also contains the runs.
+        unfreeze: Part of the encoders to train in the second stage; ``"none"``: there is no second stage.
         encoder_steps: Steps of the second stage.
-        options: Fields of :class:`TrainConfig`: ``steps`` and ``features`` of the first stage, ``encoder_lr``, ``augment`` and
-            ``gradient_checkpointing`` of the second, all others of both.
+        options: Fields of :class:`TrainConfig`: ``steps`` and ``features`` for the first stage, ``encoder_lr``, ``augment``
+            and ``gradient_checkpointing`` for the second, all others for both.
 
     Raises:
-        ConfigError: Options that a run cannot honour, or that only a second stage has where there is none.
+        ConfigError: A run cannot honour the options, or some apply only to a second stage and there is none.
     """
     folder = Path(out)
     alone = [name for name in _OF_ENCODERS if name in options]
@@ -80,23 +80,23 @@ def stages(
 
 
 def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]:
-    """Train the aggregators of a checkpoint, and then some of its encoders, and keep what is best on validation pairs.
+    """Train a checkpoint's aggregators, then part of its encoders, and keep the best weights on validation pairs.
 
     Args:
-        base: Checkpoint as :func:`finelip_fast.load` takes it.
-        progress: Tell beforehand what it takes, and show progress bars.
+        base: Checkpoint, as accepted by :func:`finelip_fast.load`.
+        progress: Whether to print a forecast of disk space and time, and to show progress bars.
         options: Options of :func:`stages`.
 
     Returns:
-        Mean recall@1 of both directions on the validation pairs: ``base_recall@1`` of the base by its own score, and
-        ``aggregators_recall@1`` and ``encoders_recall@1`` of each stage; ``chosen``, the stage whose weights are in the
-        checkpoint, ``alpha``, which they carry, ``checkpoint``, its folder, and ``features``, the folder that is needed no
-        more.
+        Mean recall@1 of both directions on the validation pairs: ``base_recall@1`` for the base with its own score, and
+        ``aggregators_recall@1`` and ``encoders_recall@1`` for the stages. Also ``chosen``, the stage whose weights the
+        checkpoint holds, ``alpha``, stored with them, ``checkpoint``, its folder, and ``features``, a folder that is no
+        longer needed.
 
     Raises:
         CheckpointError: The base cannot be loaded.
-        ConfigError, TrainingError, WriteError: Where :func:`finelip_fast.training.train.train` raises them. The same command
-            then goes on.
+        ConfigError, TrainingError, WriteError: As raised by :func:`finelip_fast.training.train.train`. The same command then
+            resumes.
     """
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(
@@ -135,7 +135,7 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
 
 
 def _forecast(model: FineLIP, runs: list[TrainConfig], pairs: PairDataset) -> list[str]:
-    """What the stages that have not begun will take: bytes and minutes."""
+    """Forecast the disk space and time of the stages that have not begun."""
     known = survey(pairs)
     first = runs[0]
     lines = [f"{len(known.ids)} pictures, {len(known.captions)} captions:"]

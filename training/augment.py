@@ -1,7 +1,7 @@
-"""Captions as people write them: words and sentences left out, mistyped, and sentences of other pictures among them.
+"""Caption augmentation that imitates how people write: words and sentences left out, typos, sentences of other pictures.
 
-HyFL-CLIP drops words and captions in training and loses half as much as FineLIP where a caption is incomplete; the other two
-answer what the study of spoilt captions shows (``finelip study noise``). Pictures are left as they are.
+HyFL-CLIP drops words and captions in training and loses half as much as FineLIP on incomplete captions; the other two changes
+address what the study of spoilt captions shows (``finelip study noise``). Pictures are not changed.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from finelip_fast.datasets.base import Example, Region
 from finelip_fast.errors import ConfigError
 from finelip_fast.tokenizer import SENTENCE_END
 
-# The most that is changed: shares of the sentences and of the words, and sentences of others.
+# Upper limits of the changes: shares of sentences, words and typos, and number of foreign sentences.
 _SENTENCES, _WORDS, _TYPOS, _STRANGERS = 0.5, 0.5, 0.2, 4
 
 _WORD = re.compile(r"\S+")
 
-_FOREIGN = -1  # where a character is from that the caption did not have
+_FOREIGN = -1  # origin of a character that was not in the caption
 
 
 class Draft:
-    """A caption that is being changed, and where in the original each of its characters is from."""
+    """A caption being changed, with the position of each of its characters in the original."""
 
     def __init__(self, caption: str) -> None:
         self.text = caption
         self.origins = list(range(len(caption)))
 
     def sentences(self) -> list[slice]:
-        """Each with the blanks behind it."""
+        """Slices of the sentences, each with the blanks after it."""
         ends = [match.end() for match in SENTENCE_END.finditer(self.text)]
         return [slice(first, last) for first, last in zip([0, *ends], [*ends, len(self.text)], strict=True)]
 
     def words(self) -> list[slice]:
-        """Each with the blanks behind it."""
+        """Slices of the words, each with the blanks after it."""
         starts = [match.start() for match in _WORD.finditer(self.text)]
         return [slice(first, last) for first, last in zip(starts, [*starts[1:], len(self.text)], strict=True)]
 
     def keep(self, parts: Sequence[slice]) -> None:
-        """Leave out everything else."""
+        """Keep only the given parts."""
         self.text = "".join(self.text[part] for part in parts).rstrip()
         self.origins = [origin for part in parts for origin in self.origins[part]][: len(self.text)]
 
@@ -50,12 +50,12 @@ class Draft:
         self.origins[at:at] = [_FOREIGN] * len(text)
 
     def swap(self, at: int) -> None:
-        """Exchange a character with the next."""
+        """Swap a character with the next one."""
         self.text = self.text[:at] + self.text[at + 1] + self.text[at] + self.text[at + 2 :]
         self.origins[at], self.origins[at + 1] = self.origins[at + 1], self.origins[at]
 
     def regions(self, regions: Sequence[Region]) -> tuple[Region, ...]:
-        """Regions whose words stand as they did, at their new places."""
+        """Regions whose words are unchanged, at their new positions."""
         places = {origin: at for at, origin in enumerate(self.origins)}
         moved = []
         for region in regions:
@@ -67,7 +67,7 @@ class Draft:
 
 
 def drop_sentences(draft: Draft, random: Random, _: Callable[[], str]) -> None:
-    """Leave out up to half of the sentences, at least one where there are two."""
+    """Leave out up to half of the sentences, at least one if there are two."""
     parts = draft.sentences()
     most = int(_SENTENCES * len(parts))
     if most:
@@ -76,7 +76,7 @@ def drop_sentences(draft: Draft, random: Random, _: Callable[[], str]) -> None:
 
 
 def drop_words(draft: Draft, random: Random, _: Callable[[], str]) -> None:
-    """Leave out each word by a chance that is drawn first, up to a half; one word stays."""
+    """Leave out each word with a probability that is drawn first, up to one half; at least one word stays."""
     parts, chance = draft.words(), _WORDS * random.random()
     remaining = [part for part in parts if random.random() >= chance]
     if parts:
@@ -84,7 +84,7 @@ def drop_words(draft: Draft, random: Random, _: Callable[[], str]) -> None:
 
 
 def mistype(draft: Draft, random: Random, _: Callable[[], str]) -> None:
-    """Exchange two neighbouring letters, not the first, in words of over three letters, by a chance up to a fifth."""
+    """Swap two adjacent letters, not the first, in words of over three letters, with a probability up to a fifth."""
     chance = _TYPOS * random.random()
     for part in draft.words():
         word = draft.text[part].rstrip()
@@ -94,7 +94,7 @@ def mistype(draft: Draft, random: Random, _: Callable[[], str]) -> None:
 
 
 def add_strangers(draft: Draft, random: Random, draw_stranger: Callable[[], str]) -> None:
-    """Put up to four sentences of other pictures' captions between the sentences."""
+    """Insert up to four sentences from other pictures' captions between the sentences."""
     for _ in range(random.randint(1, _STRANGERS)):
         stranger = Draft(draw_stranger())
         sentence = stranger.text[random.choice(stranger.sentences())].strip()
@@ -112,20 +112,20 @@ CHANGES: dict[str, Callable[[Draft, Random, Callable[[], str]], None]] = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which changes a caption meets.
+    """Random changes to captions.
 
     Args:
-        chances: Chance of each of :data:`CHANGES`, in (0, 1]; drawn one by one, so that a caption may meet several.
+        chances: Probability of each of :data:`CHANGES`, in (0, 1]; drawn independently, so a caption may undergo several.
     """
 
     chances: dict[str, float]
 
     @classmethod
     def parse(cls, terms: Sequence[str]) -> Augmentation:
-        """Terms ``CHANGE:CHANCE``.
+        """Parse terms ``CHANGE:CHANCE``.
 
         Raises:
-            ConfigError: An unknown change, one that comes twice, or a chance outside (0, 1].
+            ConfigError: A change is unknown or repeated, or a chance lies outside (0, 1].
         """
         chances: dict[str, float] = {}
         for term in terms:
@@ -143,12 +143,12 @@ class Augmentation:
         return cls(chances)
 
     def __call__(self, example: Example, random: Random, draw_stranger: Callable[[], str]) -> Example:
-        """A pair as it is trained on, with the regions that words of its caption still describe.
+        """Augment a pair, keeping the regions that its caption still describes.
 
         Args:
             example: The pair.
             random: Source of all draws.
-            draw_stranger: Function that gives another picture's caption, at each call one.
+            draw_stranger: Function that returns another picture's caption at each call.
         """
         draft = Draft(example.caption)
         for name, change in CHANGES.items():

@@ -1,4 +1,4 @@
-"""Pairs as tensors, one by one and in batches."""
+"""Pairs as tensors, individually and in batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finelip_fast.datasets import Example
 from finelip_fast.errors import InputError
 from finelip_fast.tokenizer import CLIP_BPE, Tokenizer, encode_batch, expected_truncation, token_spans
 
-# From a word to the end of its sentence, and of several words to a comma or the like.
+# A sentence, from its first word to its end, and a phrase: several words up to a comma, semicolon or colon.
 _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|\Z)", re.DOTALL)
 _PHRASE = re.compile(r"\w[^\s,;:]*(?:\s+[^\s,;:]+)+")
 
@@ -27,16 +27,16 @@ class Encoding(NamedTuple):
     Attributes:
         pixels: ``[3, H, W]``.
         ids: int64 ``[T]``.
-        length: Tokens of the caption among them, the end token included.
-        image_id: 63 bits; equal for pairs of one picture.
-        spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase whose place in the picture is known.
-        boxes: float32 ``[R, 4]``, that place, ``x0, y0, x1, y1`` in [0, 1].
-        labels: int64 ``[R]``, equal for phrases that describe the same.
-        parts: int64 ``[S, 2]``, the tokens of each sentence of the caption, and of each phrase between commas of those that
-            have several.
+        length: Number of the caption's tokens in ``ids``, including the end token.
+        image_id: 63 bits; equal for pairs with the same picture.
+        spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase with a known place in the picture.
+        boxes: float32 ``[R, 4]``, these places: ``x0, y0, x1, y1`` in [0, 1].
+        labels: int64 ``[R]``, equal for phrases that describe the same thing.
+        parts: int64 ``[S, 2]``, the tokens of each sentence of the caption and, if a sentence has several phrases between
+            commas, of each of these.
         is_cut: Whether the caption was longer than the context.
-        broken: Pairs that could not be read before this one: which, and why.
-        tokens: Features ``[T, D]`` of the caption, where they were computed before; ``pixels`` are then the picture's,
+        broken: Pairs tried before this one that could not be read, with the reasons.
+        tokens: Precomputed features ``[T, D]`` of the caption, if any; ``pixels`` then holds those of the picture,
             ``[1 + P, D]``.
     """
 
@@ -55,23 +55,23 @@ class Encoding(NamedTuple):
 
 @dataclass
 class Batch:
-    """``B`` pairs, ready for the model; ``R`` phrases of them have a known place in their picture.
+    """``B`` pairs, ready for the model; ``R`` of their phrases have a known place in the picture.
 
     Attributes:
         pixels: ``[B, 3, H, W]``.
         ids: int64 ``[B, T]``.
-        image_ids: int64 ``[B]``; equal for pairs of one picture.
+        image_ids: int64 ``[B]``; equal for pairs with the same picture.
         owners: int64 ``[R]``, the pair that each phrase belongs to.
         spans, boxes, labels: ``[R, 2]``, ``[R, 4]``, ``[R]``, as in :class:`Encoding`.
-        part_owners: int64 ``[S]``, the pair of each part of a caption.
+        part_owners: int64 ``[S]``, the pair that each part of a caption belongs to.
         parts: int64 ``[S, 2]``, as in :class:`Encoding`.
-        captions_cut: How many of the captions were longer than the context.
-        broken: Pairs that could not be read: which, and why.
-        sample_counts: Samples up to which shards were read for this batch, by their numbers.
-        tokens: Features ``[B, T, D]`` of the captions, where they were computed before; ``pixels`` are then the pictures',
+        captions_cut: Number of captions longer than the context.
+        broken: Pairs that could not be read, with the reasons.
+        sample_counts: Sample up to which each shard was read for this batch, by number of the shard.
+        tokens: Precomputed features ``[B, T, D]`` of the captions, if any; ``pixels`` then holds those of the pictures,
             ``[B, 1 + P, D]``.
 
-    A batch without pairs only reports what is broken.
+    A batch without pairs only reports what could not be read.
     """
 
     pixels: Tensor
@@ -92,23 +92,23 @@ class Batch:
         return len(self.image_ids)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor changed: moved, say."""
+        """Return the batch with every tensor changed, for example moved to a device."""
         changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the data loader)."""
+        """Return the batch in page-locked memory (called by the data loader)."""
         return self.map(Tensor.pin_memory)
 
 
 def encode_example(
     example: Example, preprocess: Callable[[Any], Tensor], context_length: int, tokenizer: Tokenizer = CLIP_BPE
 ) -> Encoding:
-    """A pair as tensors; phrases and parts that the context cuts off or into are left out.
+    """Encode a pair as tensors, leaving out phrases and parts that lie even partly beyond the context.
 
     Raises:
-        ImageError: A picture that cannot be read.
-        InputError: A caption that is empty, or longer than any is.
+        ImageError: The picture cannot be read.
+        InputError: The caption is empty or unreasonably long.
     """
     if not example.caption.strip():
         raise InputError("expected a caption, got none")
@@ -136,7 +136,7 @@ def encode_example(
 
 
 def _parts(caption: str) -> list[tuple[int, int]]:
-    """Where sentences are in a caption, and phrases between commas where a sentence has several, in characters."""
+    """Character ranges of a caption's sentences and, if a sentence has several, of its phrases between commas."""
     parts = []
     for sentence in _SENTENCE.finditer(caption):
         parts.append(sentence.span())
@@ -146,12 +146,12 @@ def _parts(caption: str) -> list[tuple[int, int]]:
 
 
 def _number(name: str) -> int:
-    """63 bits that stand for a name."""
+    """Hash a name to 63 bits."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def collate(items: Sequence[Encoding]) -> Batch:
-    """Stack examples to a batch; the ids are cut to the longest caption."""
+    """Stack examples into a batch, with the ids cut to the longest caption."""
     ids = torch.stack([item.ids for item in items])
     longest = max(item.length for item in items)
     phrases = torch.tensor([len(item.spans) for item in items])

@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, read from a recipe and the command line, written beside the result."""
+"""Configuration of a training run: one frozen dataclass, read from a recipe and the command line, saved with the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# Beyond these no machine follows: so many processes, threads, pairs of a pass, and tokens.
+# Limits beyond what any machine can handle: processes, threads, pairs per pass, passes per step and tokens.
 _AT_MOST = {"workers": 1024, "threads": 1024, "batch_size": 1 << 20, "accumulate": 1 << 20, "context_length": 1 << 16}
 _LARGEST = (1 << 63) - 1
 _MAX_TERMS = 64
@@ -34,7 +34,7 @@ _UNFREEZE = re.compile(r"all|none|last:[1-9]\d{0,3}")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run. Each field is a command-line option; the text behind it is its help."""
+    """A training run. Each field is a command-line option, with its help text in the metadata."""
 
     out: str = field(metadata={"help": "folder of the run: checkpoints, log, state to resume from"})
     train: str = field(
@@ -162,12 +162,12 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "seed of initial weights and of the order of pairs"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be honoured, before any data is read.
+        """Check all fields before any data is read.
 
         Raises:
-            ConfigError: The field, what was expected, what came.
+            ConfigError: A field is invalid; the message gives the field, the expected value and the actual one.
         """
-        # Late: the options of the command line are read from the fields, and PyTorch takes seconds.
+        # Imported late: the command line builds its options from the fields, and importing PyTorch takes seconds.
         import torch
 
         from finelip_fast.training.augment import Augmentation
@@ -283,38 +283,38 @@ class TrainConfig:
 
     @property
     def augmentation(self) -> Augmentation | None:
-        """What changes captions; None: they are trained on as they are."""
+        """Caption augmentation, or None to train on the original captions."""
         from finelip_fast.training.augment import Augmentation
 
         return Augmentation.parse(self.augment) if self.augment else None
 
     @property
     def model_config(self) -> FineLIPConfig:
-        """Sizes of a model from nothing."""
+        """Sizes of a model trained from scratch."""
         return FineLIPConfig.preset(self.preset, context_length=self.context_length)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-# Names of fields before one thing had one name: see CONTRIBUTING.
+# Former names of fields, from before one thing had one name: see CONTRIBUTING.
 RENAMED = {"val": "validation", "image_root": "root"}
 
 
 def recipe_names() -> list[str]:
-    """The recipes of the package."""
+    """Names of the recipes shipped with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.json"))
 
 
 def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a recipe's values, changed by options.
+    """Build a configuration from a recipe's values, overridden by options.
 
     Args:
-        recipe: Recipe as :func:`load_recipe` takes it; None: the options give everything.
-        options: Values of fields; None and an empty tuple stand for what is not given.
+        recipe: Recipe, as in :func:`load_recipe`; None: the options provide everything.
+        options: Field values; None and an empty tuple count as not given.
 
     Raises:
-        ConfigError: An unknown recipe or a configuration that cannot be honoured.
+        ConfigError: The recipe is unknown, or the configuration cannot be honoured.
     """
     overrides = {name: value for name, value in options.items() if value not in (None, ())}
     recipe_values = (
@@ -332,16 +332,16 @@ def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
 
 
 def load_recipe(name: str, *, out: str | None = None, remote: bool = False) -> dict[str, Any]:
-    """Values of a shipped recipe, or of a JSON file.
+    """Read the values of a shipped recipe or of a JSON file.
 
     Args:
         name: Name of a shipped recipe, or a path that ends in ``.json``.
-        out: Folder of the run in place of the recipe's.
-        remote: Whether the recipe may ask for ``remote_data``.
+        out: Folder of the run, instead of the recipe's.
+        remote: Whether the recipe may request ``remote_data``.
 
     Raises:
-        ConfigError: No such recipe, fields that no run has, or a folder of the run outside the one that we are in: where a
-            recipe comes from someone else, it does not choose what is written over.
+        ConfigError: There is no such recipe, it has unknown fields, or its run folder lies outside the current directory: a
+            recipe from someone else must not choose what gets overwritten.
     """
     shipped = {path.stem: path for path in RECIPES.glob("*.json")}
     if not name.endswith(".json") and name not in shipped:
@@ -354,7 +354,7 @@ def load_recipe(name: str, *, out: str | None = None, remote: bool = False) -> d
     unknown = sorted(set(values) - {option.name for option in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"{path}: expected fields of a recipe, found {str(unknown)[:200]}; see --help")
-    if values.pop("remote_data", False) and not remote:  # who received the recipe says so
+    if values.pop("remote_data", False) and not remote:  # only whoever runs the recipe may allow it
         raise ConfigError(f"{path} asks for remote_data; give --remote-data on the command line if you trust it")
     if out is not None:
         return values | {"out": out}

@@ -1,7 +1,7 @@
-"""Batches for training: the same ones for a seed, whatever the number of workers (but for shards), again after a restart.
+"""Training batches, determined by the seed whatever the number of workers (except for shards), also after a restart.
 
-A pair that cannot be read does not stop a run: another example takes its place, so that every batch keeps its size on every
-process, and the reason travels with the batch to be reported and counted.
+A pair that cannot be read does not stop a run: another example replaces it, so that every batch keeps its size on every
+process, and the batch carries the reason, which is then reported and counted.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from finelip_fast.training.shards import shard_names, shard_size
 
 
 def identity_of(source: PairDataset | str, *, remote: bool = False) -> dict[str, Any]:
-    """What tells data from other data of the same name, as far as it is cheap to know.
+    """Identify data well enough to detect other data of the same name, as far as that is cheap.
 
     Args:
-        source: A map-style dataset, or the pattern of webdataset shards.
+        source: Map-style dataset, or pattern of webdataset shards.
         remote: Whether shards may come from the network.
 
     Returns:
-        Of pairs of files their number and a hash of paths and captions; of shards their number, and the bytes and a hash of
-        names and sizes of those that are files. Nothing of others.
+        For pairs of files, their number and a hash of paths and captions. For shards, their number, the total bytes of those
+        that are files, and a hash of names and file sizes. Empty for other data.
 
     Raises:
-        TrainingError: A shard that is a file and cannot be found.
+        TrainingError: A shard file cannot be found.
     """
     if isinstance(source, str):
         sizes = {name: shard_size(name) for name in shard_names(source, remote=remote)}
@@ -54,23 +54,23 @@ def identity_of(source: PairDataset | str, *, remote: bool = False) -> dict[str,
 class TrainingData:
     """An endless, restartable stream of batches.
 
-    Batches without pairs report what cannot be read before the next one.
+    Batches without pairs only report what could not be read before the next batch.
 
     Args:
-        source: A map-style dataset, or the pattern of webdataset shards.
-        preprocess, context_length: What turns a pair into tensors.
-        batch_size: Pairs of one process at a time.
-        epoch_batches: Batches of an epoch; needed for shards, derived for map-style data.
-        rank, world: This process and how many there are.
-        max_broken_share: Share of broken pairs up to which map-style data has others take their place.
+        source: Map-style dataset, or pattern of webdataset shards.
+        preprocess, context_length: Preprocessing of pictures, and number of tokens in the context of captions.
+        batch_size: Number of pairs per batch and process.
+        epoch_batches: Batches per epoch; required for shards, derived for map-style data.
+        rank, world: Rank of this process, and number of processes.
+        max_broken_share: Share of broken pairs up to which map-style data replaces them by others.
         remote: Whether shards may come from the network.
-        augmentation: Changes of captions; None: they stay as they are.
-        features: Features of map-style data in place of pixels; None: there are none.
-        tokenizer: What makes tokens of a caption.
+        augmentation: Caption augmentation; None: captions stay unchanged.
+        features: Precomputed features of map-style data, used instead of pixels; None: pixels are used.
+        tokenizer: Tokenizer of the captions.
 
     Attributes:
-        epoch: Number of the epoch.
-        pairs: Pairs of it that all processes have taken.
+        epoch: Number of the current epoch.
+        pairs: Number of its pairs that all processes have taken.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class TrainingData:
             self._begin_shards()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, for :meth:`load_state_dict`; of all processes' ``places`` in shards the largest count."""
+        """Position in the stream, for :meth:`load_state_dict`; to merge processes, take the maximum of their ``places``."""
         state: dict[str, Any] = {"epoch": self.epoch, "pairs": self.pairs}
         if self._shards:
             since = {"layout": self._layout, "first": self._first, "start": self._shards.start}
@@ -147,16 +147,16 @@ class TrainingData:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, also one of another number of processes or workers.
+        """Resume from a state, possibly one of another number of processes or workers.
 
-        With as many as before all batches are those that would have come; else they hold the rest of the epoch in another
-        order, each pair once.
+        With the same numbers, all batches are those that would have followed; otherwise they hold the rest of the epoch in
+        another order, each pair once.
 
         Args:
-            state: What :meth:`state_dict` gave.
+            state: State returned by :meth:`state_dict`.
 
         Raises:
-            ValueError: A state of other shards.
+            ValueError: The state belongs to other shards.
         """
         self.epoch, self.pairs = int(state["epoch"]), int(state["pairs"])
         if self._shards:
@@ -168,14 +168,14 @@ class TrainingData:
             self._first = int(state["first"]) if is_same else self.pairs // self._global_batch
 
     def skip(self, batches: int, *, processes: int | None = None) -> None:
-        """Go on behind so many batches of the beginning.
+        """Skip a number of batches from the beginning.
 
         Args:
-            batches: Batches of each process.
-            processes: How many there were; None: as many as now.
+            batches: Number of batches per process.
+            processes: Number of processes that read them; None: as many as now.
 
         Raises:
-            ConfigError: Shards, of which other processes read.
+            ConfigError: The data are shards, and the number of processes differs.
         """
         processes = processes or self._layout[0]
         global_batch, epoch_batches = self._global_batch // self._layout[0] * processes, self.epoch_batches
@@ -194,14 +194,14 @@ class TrainingData:
         return self._loaded()
 
     def _begin_shards(self) -> None:
-        """Forget which shards were read: an epoch begins."""
+        """Reset the positions in shards for a new epoch."""
         if self._shards:
-            self._first = 0  # batch of the epoch that is read first
-            self._places = torch.zeros_like(self._shards.start)  # up to which shards were read, as ``start``
+            self._first = 0  # first batch of the epoch to read
+            self._places = torch.zeros_like(self._shards.start)  # how far each shard was read, encoded like ``start``
             self._shards.start = torch.zeros_like(self._places)
 
     def _shard_batches(self, shards: ShardBatches) -> Iterator[Batch]:
-        """The rest of an epoch of shards; those that hold less are read again."""
+        """Yield the rest of an epoch; shards that hold less are read again."""
         finished, count = self.pairs // self._global_batch, self._first
         laps = int(shards.start.max()) // MOST_SAMPLES
         shards.epoch, shards.lap = self.epoch, 0
@@ -226,10 +226,10 @@ class TrainingData:
             shards.lap += 1
 
     def _loaded(self) -> Iterator[Batch]:
-        """The loader's batches.
+        """Yield the loader's batches.
 
         Raises:
-            TrainingError: What went wrong in a worker, as a line.
+            TrainingError: A worker failed; the message gives the reason in one line.
         """
         try:
             for batch in self._loader:

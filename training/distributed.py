@@ -1,4 +1,4 @@
-"""Several processes as one: start-up, and gathering embeddings with their gradients."""
+"""Training with several processes: start-up, and gathering embeddings with their gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
-    """``(rank, world)`` of this process; joins the group that ``torchrun`` announces, if there is one."""
+    """Join the process group that ``torchrun`` announces, if there is one, and yield ``(rank, world)``."""
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
@@ -26,7 +26,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over processes; the gradient of a process's part is the sum of what every process asks of it."""
+    """Concatenate over processes; the gradient of a process's part is the sum over all processes."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """Rows of every process in order of rank, differentiable; every process must bring as many.
+    """Gather the rows of all processes in rank order, differentiably; each must provide the same number.
 
     When each process computes the same loss from the result, the average of the processes' parameter gradients (what
     DistributedDataParallel computes) is the gradient of that loss.

@@ -1,7 +1,7 @@
-"""Token features of all pairs, computed once: aggregators are trained on them while the encoders stay as they are.
+"""Token features of all pairs, computed once to train the aggregators while the encoders stay frozen.
 
-A folder holds them in float16, pictures and captions in parts. A part is written whole, so that what was computed before an
-interrupt stays, and the same command goes on. ``features.json`` says whose features they are.
+A folder holds them in float16, split into parts of pictures and parts of captions. Parts are written atomically, so work done
+before an interrupt is kept, and the same command resumes. ``features.json`` records what the features were computed from.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MAX_ABOUT = 1 << 16  # bytes of features.json
-# What a part holds: some 13 MB of ViT-B/16.
+# Pictures and captions per part, about 13 MB with ViT-B/16.
 _PICTURES, _CAPTIONS = 64, 256
-# Parts that a process has open; each is mapped.
+# Number of parts that a process keeps open, each memory-mapped.
 _OPEN = 256
-# Bytes of the disk that are left to others.
+# Bytes of the disk to leave free.
 _SPARE = 1 << 28
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a dataset's pairs in a folder.
+    """Features of a dataset's pairs in a folder.
 
     Args:
-        folder: Folder that :func:`compute` has filled.
-        known: What the dataset holds.
+        folder: Folder filled by :func:`compute`.
+        known: Survey of the dataset.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Features:
         """Features of a pair's picture, float16 ``[1 + P, D]``, CLS first.
 
         Raises:
-            ImageError: The picture could not be read when they were computed.
+            ImageError: The picture could not be read when the features were computed.
         """
         part, row = divmod(self.known.picture_of[index], _PICTURES)
         file = _opened(self._picture_part(part))
@@ -107,20 +107,20 @@ def compute(
     rank: int = 0,
     world: int = 1,
 ) -> Features:
-    """Compute what is missing of a process's share of the features of all pairs, with progress.
+    """Compute the missing features in a process's share of all pairs, showing progress.
 
     Args:
-        model: Model whose encoders compute them, on its device.
-        pairs: Pairs of a map-style dataset; of several pairs of one picture it is encoded once.
-        folder: Folder to fill, made if missing.
-        precision: Precision of the encoders' linear layers; ``"int8"`` on a CPU alone.
-        rank, world: This process and how many there are; all features are there when the last is done.
+        model: Model whose encoders compute the features, on its device.
+        pairs: Pairs of a map-style dataset; a picture with several pairs is encoded once.
+        folder: Folder to fill, created if missing.
+        precision: Precision of the encoders' linear layers; ``"int8"`` only on a CPU.
+        rank, world: Rank of this process, and number of processes; the features are complete when all have finished.
 
     Raises:
-        ConfigError: The folder holds features of other pairs, of other encoders or of another context; or the disk has no
-            room for all of them; or the device does not have the precision.
-        WriteError: The disk refuses.
-        TrainingError: Features that float16 cannot hold.
+        ConfigError: The folder holds features of other pairs, other encoders, another context or another precision, the disk
+            has too little room for them, or the device does not support the precision.
+        WriteError: A file cannot be written.
+        TrainingError: The features are not finite, or exceed the range of float16.
     """
     known = survey(pairs)
     features = Features(folder, known)
@@ -165,12 +165,12 @@ def compute(
 
 
 def missing_bytes(model: FineLIP, known: Survey, folder: Path) -> int:
-    """Size of what :func:`compute` has yet to write of the features of pairs."""
+    """Number of bytes that :func:`compute` has yet to write."""
     return sum(nbytes for path, _, nbytes in _parts(model, Features(folder, known)) if not path.exists())
 
 
 def _parts(model: FineLIP, features: Features) -> list[tuple[Path, range, int]]:
-    """Every part: its file, the numbers of its pictures or captions, and its size in bytes."""
+    """List every part: its file, the numbers of its pictures or captions, and its size in bytes."""
     known, row_bytes = features.known, 2 * model.config.embed_dim
     with expected_truncation():
         lengths = encode_batch(known.captions, model.config.context_length, tokenizer=model.tokenizer).lengths
@@ -187,10 +187,10 @@ def _parts(model: FineLIP, features: Features) -> list[tuple[Path, range, int]]:
 
 
 def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
-    """A copy of the model whose encoders are as fast as this device has them.
+    """Return a copy of the model with the fastest encoders for its device.
 
     Raises:
-        ConfigError: The device does not have the precision.
+        ConfigError: The device does not support the precision.
     """
     encoders = copy.deepcopy(model).eval()
     if model.device.type != "cpu":
@@ -205,7 +205,7 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
 
 
 def _identity(model: FineLIP) -> str:
-    """SHA-256 in hex of the encoders' weights, and of whose tokens they read; those of the aggregators change."""
+    """SHA-256 in hex of the encoders' weights and the tokenizer's name; the aggregators' weights change in training."""
     digest = hashlib.sha256()
     for encoder in (model.visual, model.text):
         add_weights(digest, encoder.state_dict())
@@ -216,7 +216,7 @@ def _identity(model: FineLIP) -> str:
 def _encode_pictures(
     model: FineLIP, pairs: PairDataset, known: Survey, numbers: range
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Features ``[n, 1 + P, D]``; of pictures that cannot be read zeros, and why."""
+    """Encode pictures as features ``[n, 1 + P, D]``, zeros for those that cannot be read, and collect the reasons."""
     side = model.config.image_size
     pixels, broken = torch.zeros(len(numbers), 3, side, side), {}
     for row, number in enumerate(numbers):
@@ -232,7 +232,7 @@ def _encode_pictures(
 
 
 def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Features ``[sum of T, D]`` of the captions' own tokens, one caption after another, and where each ends."""
+    """Encode captions as features ``[sum of T, D]`` of their tokens without padding, and the end of each caption."""
     with expected_truncation():
         ids = encode_batch(captions, model.config.context_length, tokenizer=model.tokenizer).ids
     tokens, lengths = model.text_tokens(ids.to(model.device))
@@ -241,7 +241,7 @@ def _encode_captions(model: FineLIP, captions: Sequence[str]) -> tuple[dict[str,
 
 
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Make the folder, or see that it is of the same features."""
+    """Create the folder, or check that it holds the same features."""
     path = folder / "features.json"
     different = stated_otherwise(path, about, error=ConfigError, expected="what features are of", max_bytes=_MAX_ABOUT)
     if different:

@@ -1,4 +1,4 @@
-"""How long an adaptation takes on this machine, foretold by a few of its pairs."""
+"""Forecast of how long an adaptation takes on this machine, from a few of its pairs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.optimizer import freeze
 
-# Pairs that are timed, from all over the data; a step of the aggregators alone is timed whole.
+# Number of pairs to time, spread over the data; a step that trains only the aggregators is timed whole.
 _PAIRS = 8
 
 
 def encoding_seconds(encoders: FineLIP, pairs: PairDataset, known: Survey) -> float:
-    """Time to encode all pictures and captions once, reading included."""
+    """Estimate the time to encode all pictures and captions once, including reading."""
     ids = _ids(encoders, known, _PAIRS).to(encoders.device)
     numbers = _spread(len(known.ids), _PAIRS)
 
@@ -31,7 +31,7 @@ def encoding_seconds(encoders: FineLIP, pairs: PairDataset, known: Survey) -> fl
         for number in numbers:
             try:
                 pixels.append(encoders.preprocess(pairs[known.first[number]].image))
-            except (FineLIPError, OSError):  # told when it is its turn
+            except (FineLIPError, OSError):  # reported when its turn comes
                 continue
         if pixels:
             encoders.visual(torch.stack(pixels).to(encoders.device))
@@ -43,7 +43,7 @@ def encoding_seconds(encoders: FineLIP, pairs: PairDataset, known: Survey) -> fl
 
 
 def step_seconds(model: FineLIP, config: TrainConfig, known: Survey) -> float:
-    """Time of a step of training, reading left out: workers do it meanwhile."""
+    """Estimate the time of a training step, without reading, which workers do in the meantime."""
     model = copy.deepcopy(model).train()
     freeze(model, config.unfreeze)
     sizes = model.config
@@ -75,12 +75,12 @@ def _ids(model: FineLIP, known: Survey, count: int) -> torch.Tensor:
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """So many numbers below ``size``, evenly; some come again where there are fewer."""
+    """Return ``count`` evenly spaced numbers below ``size``, some repeated if there are fewer."""
     return [at * size // count for at in range(count)]
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that some work takes, not for the first time."""
+    """Seconds that some work takes, after a warm-up run."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

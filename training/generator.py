@@ -1,9 +1,9 @@
-"""A small text-to-image model of drawn scenes, which reads a checkpoint's text tokens: ``python training/generator.py``.
+"""A small text-to-image model of drawn scenes that reads a checkpoint's text tokens: ``python training/generator.py``.
 
-What more tokens are worth to a generator can be seen where everything that is told is known: trained twice, on captions cut at
-77 tokens and at 256, the pictures are compared with the renderer's own by ``finelip study drawing``. The model is a U-Net of
-diffusers on pixels; the text encoder is a checkpoint's and stays as it is, as in Stable Diffusion. A run that was stopped goes
-on with the same command, to the bit.
+Drawn scenes show what more tokens are worth to a generator, since everything that a caption describes is known: the model is
+trained twice, on captions cut at 77 and at 256 tokens, and ``finelip study drawing`` compares the pictures with the
+renderer's own. The model is a diffusers U-Net on pixels; the text encoder comes from a checkpoint and stays frozen, as in
+Stable Diffusion. The same command resumes a stopped run, with bit-identical results.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from finelip_fast.training.start import choose_device
 
 _MAX_BYTES = 1 << 20
 _EXPECTED = "the configuration of a run"
-_FREE_TO_CHANGE = ("out", "save_every", "device")  # of a run that goes on
+_FREE_TO_CHANGE = ("out", "save_every", "device")  # when a run is resumed
 _NOISE_STEPS = 1_000
-_SQUARE = 2  # pixels, to a side, of what the U-Net sees as one place
+_SQUARE = 2  # side in pixels of the squares that the U-Net sees as one position
 
 
 def _option(default: Any, text: str) -> Any:
@@ -69,11 +69,11 @@ class GeneratorConfig:
 
 
 class Condition:
-    """Captions as the U-Net reads them: the checkpoint's features of their tokens.
+    """Encoder of captions for the U-Net, which reads the checkpoint's features of their tokens.
 
     Args:
-        model: Checkpoint; its text encoder reads, on its device.
-        tokens: Tokens of a caption that are read.
+        model: Checkpoint whose text encoder reads the captions, on its device.
+        tokens: Number of tokens read from a caption.
     """
 
     def __init__(self, model: FineLIP, tokens: int) -> None:
@@ -84,7 +84,7 @@ class Condition:
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features ``[B, T, D]`` of about unit variance, and which of them are tokens, bool ``[B, T]``."""
+        """Compute features ``[B, T, D]`` of about unit variance, and a mask of the tokens, bool ``[B, T]``."""
         with expected_truncation():
             ids = encode_batch(captions, self._tokens, tokenizer=self._model.tokenizer).ids
         features, lengths = self._model.text_tokens(ids.to(self._model.device))
@@ -93,11 +93,11 @@ class Condition:
 
 
 class Generator:
-    """What draws captions.
+    """Text-to-image generator.
 
     Args:
-        unet: U-Net of :func:`make_unet`.
-        condition: Reader of captions.
+        unet: U-Net from :func:`make_unet`.
+        condition: Encoder of captions.
     """
 
     def __init__(self, unet: Any, condition: Condition) -> None:
@@ -105,10 +105,10 @@ class Generator:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Generator:
-        """What a run has trained so far, its weights averaged.
+        """Load what a run has trained so far, with averaged weights.
 
         Raises:
-            ConfigError: No run of this kind.
+            ConfigError: The folder holds no run of this kind, or one that has not saved a state yet.
         """
         config = read_config(Path(folder))
         chosen = choose_device(device)
@@ -122,13 +122,13 @@ class Generator:
 
     @torch.inference_mode()
     def draw(self, captions: Sequence[str], *, seed: int = 0, steps: int = 30, guidance: float = 3.0) -> Tensor:
-        """Pictures of captions.
+        """Draw pictures of captions.
 
         Args:
-            captions: Captions, as many as pictures.
-            seed: Seed of the noise; that of a caption does not depend on the others.
-            steps: Steps of denoising.
-            guidance: Weight of the caption against none.
+            captions: Captions, one per picture.
+            seed: Seed of the noise; a caption's noise does not depend on the other captions.
+            steps: Number of denoising steps.
+            guidance: Weight of the caption relative to no caption.
 
         Returns:
             ``[B, 3, S, S]`` in [0, 1].
@@ -157,10 +157,10 @@ _SCHEDULE: dict[str, Any] = {
 
 
 def make_unet(config: GeneratorConfig, width: int) -> Any:
-    """The U-Net of a run, with random weights; ``width`` is that of the text's features.
+    """Make a run's U-Net, with random weights; ``width`` is that of the text features.
 
     Raises:
-        ConfigError: A side that cannot be halved as often as there are channels.
+        ConfigError: The side of the pictures cannot be halved as often as the channels require.
         InputError: The package diffusers is missing.
     """
     try:
@@ -188,17 +188,17 @@ def make_unet(config: GeneratorConfig, width: int) -> Any:
 
 
 def as_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
-    """The renderer's own pictures ``[B, 3, S, S]`` in [0, 1]."""
+    """Render scenes as pictures ``[B, 3, S, S]`` in [0, 1]."""
     drawn = np.stack([np.asarray(scene.draw(size)) for scene in scenes])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
 
 
 def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
-    """Run, or go on with, a training.
+    """Start or resume a training run.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration, or this one has no meaning.
-        WriteError: The disk is full; the same command goes on.
+        ConfigError: The folder holds a run with another configuration, or this one is invalid.
+        WriteError: The disk is full; the same command resumes the run.
     """
     from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -219,7 +219,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
         batch = [scenes[random.randrange(len(scenes))] for _ in range(config.batch_size)]
         captions = [scene.caption if random.random() >= config.unconditional else "" for scene in batch]
         pixels = F.pixel_unshuffle(2 * as_pixels(batch, config.size) - 1, _SQUARE).to(device)
-        tokens, mask = (tensor.clone() for tensor in condition(captions))  # no longer of inference mode
+        tokens, mask = (tensor.clone() for tensor in condition(captions))  # copies that are not inference tensors
         noise = torch.randn(pixels.shape, generator=generator).to(device)
         at = torch.randint(_NOISE_STEPS, (len(batch),), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -237,7 +237,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
 
 
 def read_config(folder: Path) -> GeneratorConfig:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
         ConfigError: There is none, or it cannot be read.
@@ -257,7 +257,7 @@ def _generator(*seeds: int) -> torch.Generator:
 
 
 def _resume(folder: Path, config: GeneratorConfig, *parts: Any) -> int:
-    """Restore the folder's state, if it has one; the step to go on from."""
+    """Restore the folder's state, if it has one, and return the step to resume from."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_TO_CHANGE}
     about = {**values, "channels": list(config.channels)}
     path = folder / "config.json"
@@ -281,7 +281,7 @@ def _save(folder: Path, step: int, *parts: Any) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Train a small text-to-image model of drawn scenes.")
     for field in dataclasses.fields(GeneratorConfig):
         several = {"nargs": "+", "type": int} if field.name == "channels" else {}

@@ -15,16 +15,16 @@ _MAX_BYTES = 1 << 30
 
 
 class Log:
-    """``log.jsonl``, and TensorBoard events beside it.
+    """Training log in ``log.jsonl``, with TensorBoard events beside it.
 
     Raises:
-        TrainingError: A log that cannot be read.
-        WriteError: A file that cannot be written.
+        TrainingError: An existing log cannot be read.
+        WriteError: A file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
-        if self.path.exists():  # lines behind the state that the run goes on from would be written twice
+        if self.path.exists():  # lines past the resumed state would be written twice
             lines = read_bytes(self.path, error=TrainingError, max_bytes=_MAX_BYTES).splitlines()
             earlier = b"".join(line + b"\n" for line in lines if _logged_step(line) <= step)
             write_whole(self.path, lambda temporary: temporary.write_bytes(earlier))
@@ -57,7 +57,7 @@ class Log:
 
 
 def _logged_step(line: bytes) -> float:
-    """The step of a line; none of a line that was cut short by a crash, or that is damaged."""
+    """Step of a line; infinity if the line is damaged, or was cut short by a crash."""
     try:
         step = parse_json(line, "log.jsonl", error=TrainingError, kind=dict).get("step")
     except TrainingError:

@@ -1,7 +1,7 @@
-"""The losses that train FineLIP, each a function of one score matrix, and their weighted sum.
+"""Losses for training FineLIP, and their weighted sum. Most are functions of one score matrix.
 
-``scores [B, B]`` has a row for each picture and a column for each caption; pair ``i`` belongs together. Which score it holds
-is the caller's choice: ``global`` cosine, ``fine`` late interaction or the ``combined`` retrieval score.
+``scores [B, B]`` has a row for each picture and a column for each caption; row ``i`` and column ``i`` belong together. The
+caller chooses the score: ``global`` cosine, ``fine`` late interaction or the ``combined`` retrieval score.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from finelip_fast.metrics import SCORES
 LOSSES = ("contrastive", "triplet", "hardest_triplet", "adaptive_margin")
 COMBINED_ALPHA = 0.8
 
-# Of the attention of a caption's part to patches: a tenth more of cosine is seven times the weight.
+# Sharpness of a caption part's attention to patches: a cosine higher by 0.1 has seven times the weight.
 _SHARPNESS = 20.0
 
 
 def fine_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """Late interaction alone: embeddings ``[B, L, D]`` to float32 ``[B, B]``."""
+    """Late interaction only: embeddings ``[B, L, D]`` to float32 ``[B, B]``."""
     return clim_scores(images, texts, alpha=0.0)
 
 
@@ -39,7 +39,7 @@ def contrastive_loss(
         scores: ``[B, B]``.
         logit_scale: Multiplier of the scores (the exponential already taken).
         label_smoothing: Share of the target spread over all entries; FineLIP's baseline uses 0.1.
-        ignored: bool ``[B, B]``, True for entries that are no negatives; not with label smoothing.
+        ignored: bool ``[B, B]``, True for entries that are not negatives; not with label smoothing.
 
     Returns:
         Scalar, the mean of both directions and of the batch.
@@ -56,13 +56,13 @@ def contrastive_loss(
 def triplet_loss(
     scores: Tensor, image_ids: Tensor | None = None, *, margin: float = 0.2, hardest: bool = False
 ) -> Tensor:
-    """Hinge of every negative against its pair, both directions (FineLIP, arXiv 2504.01916, section 3)::
+    """Hinge loss of every negative against its pair, in both directions (FineLIP, arXiv 2504.01916, section 3)::
 
         sum_{j != i} relu(margin + s[i,j] - s[i,i]) + sum_{j != i} relu(margin + s[j,i] - s[i,i])
 
     Args:
         scores: ``[B, B]``.
-        image_ids: int64 ``[B]``; entries of pairs that share an id are no negatives. None: all differ.
+        image_ids: int64 ``[B]``; entries of pairs that share an id are not negatives. None: all ids differ.
         margin: Amount by which a pair must beat its negatives.
         hardest: Take the worst negative of each row and column instead of the sum over all.
 
@@ -83,9 +83,9 @@ def triplet_loss(
 def adaptive_margin_loss(
     scores: Tensor, caption_similarity: Tensor, logit_scale: Tensor | float, *, gamma: float = 0.5
 ) -> Tensor:
-    """Contrastive loss whose negatives get a head start by how alike their captions are (HN-CLIP, arXiv 2608.18521).
+    """Contrastive loss with larger margins for negatives whose captions are more alike (HN-CLIP, arXiv 2608.18521).
 
-    ``z = logit_scale * (scores + gamma * G)``, ``G`` the captions' cosines, detached, with a zero diagonal.
+    ``z = logit_scale * (scores + gamma * G)``, where ``G`` holds the captions' cosines, detached, with a zero diagonal.
 
     Args:
         scores: ``[B, B]``.
@@ -111,22 +111,22 @@ def grounding_loss(
 ) -> Tensor:
     """Symmetric cross entropy between phrases and the parts of pictures that they describe.
 
-    A phrase is the mean of its tokens' features within the whole caption, a part is the mean of the patches' features weighted
-    by how much of each the box covers (region-text contrast of RegionCLIP, arXiv 2112.09106, and FG-CLIP, arXiv 2505.05071,
-    with the phrase left in its caption). Every phrase of another label in the batch is a negative, those of the same caption
-    too.
+    A phrase is the mean of its tokens' features within the whole caption, and a part is the mean of the patches' features
+    weighted by how much of each patch the box covers (region-text contrast of RegionCLIP, arXiv 2112.09106, and FG-CLIP,
+    arXiv 2505.05071, but with the phrase left in its caption). Every phrase with another label in the batch is a negative,
+    including those of the same caption.
 
     Args:
         patches: Projected features ``[B, P, D]`` of a square grid of patches, row by row, without CLS.
         tokens: Projected features ``[B, T, D]`` of the captions' tokens.
-        owners: int64 ``[R]``, the pair of each phrase.
-        spans: int64 ``[R, 2]``, its tokens, ``first .. last + 1``.
-        boxes: float ``[R, 4]``, its place, ``x0, y0, x1, y1`` in [0, 1].
-        labels: int64 ``[R]``, equal for phrases that describe the same.
+        owners: int64 ``[R]``, the pair that each phrase belongs to.
+        spans: int64 ``[R, 2]``, the tokens ``first .. last + 1`` of each phrase.
+        boxes: float ``[R, 4]``, the place of each phrase, ``x0, y0, x1, y1`` in [0, 1].
+        labels: int64 ``[R]``, equal for phrases that describe the same thing.
         logit_scale: Multiplier of the cosines (the exponential already taken).
 
     Returns:
-        Scalar, the mean of both directions and of the phrases; 0 without a phrase.
+        Scalar, the mean of both directions and of the phrases; 0 without phrases.
     """
     if not len(owners):
         return patches.new_zeros(())
@@ -149,22 +149,22 @@ def contextual_alignment_loss(
     *,
     beta: float = 0.5,
 ) -> Tensor:
-    """Symmetric cross entropy between captions and their parts and what each attends to in its picture.
+    """Symmetric cross entropy between captions or their parts and what each attends to in its picture.
 
-    After the contextualised alignment of beta-CLIP (arXiv 2512.12678). A query is a caption, or a part of one: the mean of its
-    tokens' features within the caption. It attends to the patches of its picture, by cosine; their weighted mean is told from
-    those of all other queries of the batch. Queries of one picture are positives of each other, too, in a lesser degree. None
-    of this has parameters, or is needed at inference.
+    Based on the contextualised alignment of beta-CLIP (arXiv 2512.12678). A query is a caption, or a part of one: the mean of
+    its tokens' features within the caption. It attends to the patches of its picture, by cosine; their weighted mean is
+    contrasted with those of all other queries in the batch. Queries of one picture are also positives of each other, to a
+    lesser degree. The loss has no parameters and plays no role at inference.
 
     Args:
         patches: Projected features ``[B, P, D]``, without CLS.
         tokens: Projected features ``[B, T, D]`` of the captions' tokens.
-        captions: Global rows ``[B, D]`` of the captions, unit.
-        owners: int64 ``[S]``, the pair of each part, ascending.
-        parts: int64 ``[S, 2]``, its tokens, ``first .. last + 1``.
-        image_ids: int64 ``[B]``, equal for pairs of one picture.
+        captions: Global rows ``[B, D]`` of the captions, of unit length.
+        owners: int64 ``[S]``, the pair that each part belongs to, ascending.
+        parts: int64 ``[S, 2]``, the tokens ``first .. last + 1`` of each part.
+        image_ids: int64 ``[B]``, equal for pairs with the same picture.
         logit_scale: Multiplier of the cosines (the exponential already taken).
-        beta: Weight of another query of the same picture in the target, against 1 of the query itself.
+        beta: Target weight of another query of the same picture, relative to 1 for the query itself.
 
     Returns:
         Scalar, the mean of both directions and of the queries.
@@ -182,18 +182,18 @@ def contextual_alignment_loss(
     logits = logit_scale * attended @ queries.T
     pictures = image_ids[owners]
     target = (beta * (pictures[:, None] == pictures)).fill_diagonal_(1.0)
-    target = target / target.sum(dim=1, keepdim=True)  # symmetric still: queries of one picture share their sum
+    target = target / target.sum(dim=1, keepdim=True)  # still symmetric: queries of one picture have the same sum
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _pooled(features: Tensor, weights: Tensor, owners: Tensor) -> Tensor:
-    """Unit rows: features ``[B, N, D]`` summed with each row of weights ``[R, N]``, which belongs to one of the ``B``."""
+    """Pool features ``[B, N, D]`` into unit rows by each row of weights ``[R, N]``, which belongs to one of the ``B``."""
     padded, place = _by_owner(weights, owners, len(features))
     return F.normalize(torch.bmm(padded, features)[owners, place], dim=-1)
 
 
 def _by_owner(rows: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, N]`` in the order of their owners as ``[count, R', N]``, filled up with zeros, and their places there."""
+    """Group rows ``[R, N]`` by owner into ``[count, R', N]``, zero-padded; also return the place of each in its group."""
     counts = torch.bincount(owners, minlength=count)
     place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
     padded = rows.new_zeros(count, int(counts.max()), rows.shape[1])
@@ -202,7 +202,7 @@ def _by_owner(rows: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 
 def _coverage(boxes: Tensor, patches: int) -> Tensor:
-    """The area of each patch that each box covers: ``[R, 4]`` to ``[R, P]``."""
+    """Area of each patch that each box covers: ``[R, 4]`` to ``[R, P]``."""
     side = math.isqrt(patches)
     edges = torch.arange(side + 1, device=boxes.device) / side
     low, high = edges[:-1], edges[1:]
@@ -230,7 +230,7 @@ class LossTerm:
 
     @classmethod
     def parse(cls, text: str) -> LossTerm:
-        """``"contrastive:fine"`` or ``"contrastive:fine:0.5"``."""
+        """Parse ``"contrastive:fine"`` or ``"contrastive:fine:0.5"``."""
         loss, on, weight = [*text.split(":"), "1"][:3] if text.count(":") in (1, 2) else ("", "", "0")
         try:
             return cls(loss, on, float(weight))
@@ -248,9 +248,9 @@ class Criterion:
     Args:
         terms: Terms of the loss, at least one.
         margin: Margin of the triplet losses.
-        gamma: Rate of the adaptive margins.
+        gamma: Weight of the adaptive margins.
         label_smoothing: Label smoothing of the contrastive loss.
-        late_interaction: Fine scores ``[B, B]`` of embeddings of pictures and of captions.
+        late_interaction: Function from embeddings of pictures and of captions to fine scores ``[B, B]``.
     """
 
     terms: tuple[LossTerm, ...]
@@ -262,7 +262,7 @@ class Criterion:
     def __call__(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, logit_scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of pairs.
+        """Compute the loss of a batch of pairs.
 
         Args:
             images, texts: Embeddings ``[B, L, D]``; pair ``i`` belongs together.
@@ -270,7 +270,7 @@ class Criterion:
             logit_scale: The multiplier itself, not its logarithm.
 
         Returns:
-            The loss, and each term unweighted and detached, by name.
+            The loss, and each term by name, unweighted and detached.
         """
         scores = {"global": images[:, 0].float() @ texts[:, 0].float().T}
         if any(term.on != "global" for term in self.terms):

@@ -1,4 +1,4 @@
-"""Which weights are trained, what AdamW does to them, and the learning rate over a run."""
+"""Selection of the weights to train, AdamW's parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 from finelip_fast.model import FineLIP
 from finelip_fast.training.config import TrainConfig
 
-# Of the two encoders, what stands behind their blocks.
+# Parts of the two encoders that follow their blocks.
 _BEHIND_BLOCKS = ("ln_post", "proj", "attn_pool", "ln_final", "text_projection")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
 def freeze(model: FineLIP, unfreeze: str) -> None:
-    """Leave weights of the encoders as they are; aggregators and the scale of the scores are always trained.
+    """Freeze weights of the encoders; the aggregators and the scale of the scores are always trained.
 
     Args:
-        model: Model whose parameters are marked.
-        unfreeze: What is trained of both encoders: ``"all"``, ``"none"``, or ``"last:N"``, the last ``N`` blocks and what is
-            behind them. No gradient is computed further ahead.
+        model: Model whose parameters are frozen or left trainable.
+        unfreeze: Part of both encoders to train: ``"all"``, ``"none"``, or ``"last:N"``, the last ``N`` blocks and the layers
+            after them. No gradient is computed for earlier layers.
     """
     if unfreeze == "all":
         return
@@ -38,8 +38,8 @@ def freeze(model: FineLIP, unfreeze: str) -> None:
 def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups: two learning rates, each with and without weight decay.
 
-    Norms, biases, positions, the class embedding, the query of a pool and scales are not decayed; frozen weights are in no
-    group.
+    Norms, biases, positions, the class embedding, the query of attention pooling and scales have no weight decay. Frozen
+    weights belong to no group.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def parameter_groups(model: FineLIP, config: TrainConfig) -> list[dict[str, Any]
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine to zero."""
+    """Fraction of the peak learning rate at a step: linear warm-up, then cosine decay to zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

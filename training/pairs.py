@@ -1,4 +1,4 @@
-"""Pairs of a map-style dataset as tensors, and the order in which a process meets them."""
+"""Pairs of a map-style dataset as tensors, and the order in which a process reads them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.batch import Batch, Encoding, collate, encode_example
 from finelip_fast.training.features import Features
 
-# Examples tried in place of a broken one, at least; more, until fewer broken ones than are allowed would come so by a chance
-# of one in 1e12.
+# Minimum number of examples to try instead of a broken one; more are tried until the chance that an allowed share of broken
+# pairs gives so many in a row falls below 1e-12.
 _SUBSTITUTES, _CHANCE = 100, 1e-12
 
-# Pairs that are drawn until one is of another picture.
+# Maximum number of pairs drawn to find one with another picture.
 _STRANGERS_TRIED = 10
 
 
@@ -31,17 +31,17 @@ class Encoded(Dataset[Encoding]):
     """A dataset of pairs as tensors.
 
     Args:
-        pairs: Pairs; the place of one that cannot be read is taken by another from elsewhere in the data, where those that
-            are missing together are not.
-        preprocess, context_length: What turns a pair into tensors.
-        max_broken_share: Share of broken pairs up to which another one is looked for.
-        augmentation: Changes of captions; None: they stay as they are.
-        seed: Seed of the changes.
-        features: Features of the pairs in place of their pixels and beside their ids; None: there are none.
-        tokenizer: What makes tokens of a caption.
+        pairs: Pairs; one that cannot be read is replaced by another from elsewhere in the data, since missing pairs often
+            lie side by side.
+        preprocess, context_length: Preprocessing of pictures, and number of tokens in the context of captions.
+        max_broken_share: Share of broken pairs up to which replacements are tried.
+        augmentation: Caption augmentation; None: captions stay unchanged.
+        seed: Seed of the augmentation.
+        features: Precomputed features of the pairs, used instead of pixels and in addition to ids; None: pixels are used.
+        tokenizer: Tokenizer of the captions.
 
     Attributes:
-        epoch: A pair's caption is changed otherwise in each.
+        epoch: Number of the epoch; a pair's caption is augmented differently in each.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Encoded(Dataset[Encoding]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Encoding:
-        """The pair of a number, or the first of the others that can be read.
+        """Return the pair at an index, or the first of the others that can be read.
 
         Raises:
             TrainingError: More than the allowed share of the pairs, or all of them, cannot be read.
@@ -102,7 +102,7 @@ class Encoded(Dataset[Encoding]):
         return self.augmentation(example, random, partial(self._other_caption, example.image_id, random))
 
     def _other_caption(self, image_id: str, random: Random) -> str:
-        """A caption of another picture, unless nearly all pairs are of one."""
+        """Draw a caption of another picture, unless nearly all pairs have the same one."""
         draws = (self._without_image(random.randrange(len(self.pairs))) for _ in range(_STRANGERS_TRIED))
         example = next(draws)
         while example.image_id == image_id and (another := next(draws, None)) is not None:
@@ -110,7 +110,7 @@ class Encoded(Dataset[Encoding]):
         return example.caption
 
     def __getitems__(self, indices: Sequence[int]) -> list[Encoding | TrainingError]:
-        """Several pairs; an error is the last of them, as it is: raised in a worker, it would come with a traceback."""
+        """Return several pairs. An error is returned as the last item: raised in a worker, it would carry a traceback."""
         encodings: list[Encoding | TrainingError] = []
         try:
             encodings.extend(self[index] for index in indices)
@@ -123,13 +123,13 @@ class Encoded(Dataset[Encoding]):
 
 
 def _spread(size: int, start: int) -> Iterator[int]:
-    """All numbers below ``size`` from ``start`` on, neighbours far apart: by steps of the golden ratio."""
+    """Iterate over all numbers below ``size`` from ``start`` on, in golden-ratio steps that keep neighbours far apart."""
     step = next(step for step in range(max(1, round(size * 0.618)), size + 1) if math.gcd(step, size) == 1)
     return ((start + count * step) % size for count in range(size))
 
 
 def collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | TrainingError:
-    """What :meth:`Encoded.__getitems__` gives, as a batch; or the error among it."""
+    """Collate the result of :meth:`Encoded.__getitems__` into a batch, or return the error in it."""
     encodings = [item for item in items if isinstance(item, Encoding)]
     errors = [item for item in items if isinstance(item, TrainingError)]
     return errors[0] if errors else collate(encodings)
@@ -138,17 +138,17 @@ def collate_or_error(items: Sequence[Encoding | TrainingError]) -> Batch | Train
 class GroupedSampler(Sampler[list[int]]):
     """This process's share of each global batch, in an order fixed by seed and epoch.
 
-    Neighbouring examples (``group`` of them) stay together in a batch: where a dataset puts look-alikes side by side, each
+    Neighbouring examples (``group`` of them) stay together in a batch: if a dataset puts look-alikes side by side, each
     batch then holds hard negatives. The global batches do not depend on the number of processes.
 
     Args:
-        size: Examples in the dataset; a last incomplete batch is left out.
-        batch_size: Pairs in a batch of one process; a multiple of ``group``.
-        group: Examples that stay together; 1 shuffles freely.
-        rank, world: This process and how many there are.
+        size: Number of examples in the dataset; an incomplete last batch is dropped.
+        batch_size: Number of pairs per batch and process; a multiple of ``group``.
+        group: Number of examples that stay together; 1 shuffles freely.
+        rank, world: Rank of this process, and number of processes.
 
     Attributes:
-        start: Examples of the epoch that were already taken.
+        start: Number of examples of the epoch already taken.
     """
 
     def __init__(self, size: int, batch_size: int, *, group: int, seed: int, rank: int, world: int) -> None:

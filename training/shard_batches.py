@@ -20,34 +20,34 @@ from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.batch import Batch, Encoding, collate, encode_example
 from finelip_fast.training.shards import CAPTIONS, PICTURES, shard_names, shard_samples
 
-# Broken samples of shards in a row that are reported, though no batch is full.
+# Number of broken samples in shards that are reported even before a batch is full.
 _REPORT = 100
 
-MOST_SAMPLES = 1 << 40  # of a shard
+MOST_SAMPLES = 1 << 40  # per shard
 
 
 class ShardBatches(IterableDataset[Batch]):
     """Batches of webdataset shards (``jpg|png|webp`` + ``txt`` or ``json`` with ``caption``), shuffled by shard.
 
-    Each process and worker has shards of its own. The order is fixed by seed, epoch and their numbers. A sample that cannot be
-    read is passed over, and so is the rest of a shard; many in a row are reported by a batch without pairs. Needs the
-    ``webdataset`` package.
+    Each process and worker reads its own shards, in an order fixed by the seed, the epoch and the numbers of processes and
+    workers. Samples that cannot be read are skipped, as is the rest of a damaged shard; if many accumulate, a batch
+    without pairs reports them. Requires the ``webdataset`` package.
 
     Args:
-        pattern: Shards, as :func:`finelip_fast.training.shards.shard_names` takes them.
-        preprocess, context_length, batch_size: What turns samples into batches.
+        pattern: Pattern of shards, as accepted by :func:`finelip_fast.training.shards.shard_names`.
+        preprocess, context_length, batch_size: Preprocessing of pictures, tokens in the context of captions, pairs per batch.
         seed: Seed of the order.
-        rank, world: This process and how many there are.
+        rank, world: Rank of this process, and number of processes.
         remote: Whether shards may come from the network.
-        augmentation: Changes of captions; sentences of others are of the sample before. None: they stay as they are.
-        tokenizer: What makes tokens of a caption.
+        augmentation: Caption augmentation, with foreign sentences from the previous sample; None: captions stay unchanged.
+        tokenizer: Tokenizer of the captions.
 
     Attributes:
-        epoch, lap: What is read: shards that hold less than an epoch are read again.
-        start: int64 ``[shards]``, where each shard is read from: laps times ``MOST_SAMPLES``, and samples.
+        epoch, lap: Epoch and lap to read: shards that hold less than an epoch are read again.
+        start: int64 ``[shards]``, position from which to read each shard: laps times ``MOST_SAMPLES``, plus samples.
 
     Raises:
-        ConfigError: A pattern that :func:`finelip_fast.training.shards.shard_names` does not take.
+        ConfigError: The pattern is not accepted by :func:`finelip_fast.training.shards.shard_names`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ShardBatches(IterableDataset[Batch]):
             yield _report(broken)
 
     def _encoded(self) -> Iterator[tuple[int, int, Encoding | str]]:
-        """Samples as tensors, or the reason why there are none, behind the shard's number and the sample's, from 1."""
+        """Yield the shard's number, the sample's number from 1, and its tensors or the reason why there are none."""
         order = list(range(len(self.shards)))
         Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
         worker = get_worker_info()
@@ -111,7 +111,7 @@ class ShardBatches(IterableDataset[Batch]):
                 yield number, count + 1, str(error)
 
     def _encode(self, example: Example | str, name: str, random: Random, before: str) -> Encoding | str:
-        """A sample's tensors, or why there are none; ``before`` is the caption of the sample before it."""
+        """Encode a sample, or return the reason why that fails; ``before`` is the caption of the previous sample."""
         if isinstance(example, str):
             return example
         if self.augmentation is not None:
@@ -135,10 +135,10 @@ def _shard_example_or_reason(sample: dict[str, Any], name: str) -> Example | str
 
 
 def _shard_example(sample: dict[str, Any], name: str) -> Example:
-    """The pair of a sample.
+    """Return the pair of a sample.
 
     Raises:
-        InputError: No picture, no caption, or one that is no text.
+        InputError: The sample has no picture or no caption, or the caption is not text.
     """
     image = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
     caption, reason = None, ""

@@ -1,7 +1,8 @@
-"""Shards of pictures and captions: tar archives from files, or from the network where that was asked for.
+"""Shards of pictures and captions: tar archives from files, or from the network if that is allowed.
 
-webdataset's own opener runs ``pipe:`` in a shell, and other addresses through programs. Nothing here starts one: files are
-opened as files, addresses by ``urllib`` and fsspec. What an archive may unpack to is bounded, and no name in it is a path.
+webdataset's own opener runs ``pipe:`` in a shell, and fetches other addresses with external programs. This module starts none:
+files are opened as files, addresses with ``urllib`` and fsspec. The unpacked size of an archive is limited, and names in it
+are never used as paths.
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ _WEB, _STORES = ("http", "https"), ("s3", "gs", "gcs", "az", "abfs", "hf")
 _MAX_SHARDS = 100_000
 _MAX_PATTERN = 4096  # characters; also of a member's name
 
-# Bytes of a caption's member, of a picture, of a sample, and of all that is read from one member to the next: attributes, and
-# members of no use.
+# Limits in bytes: a caption's member, a picture, a sample, and everything read from one member to the next, such as attributes
+# and unused members.
 _MAX_CAPTION = {"txt": 1 << 20, "json": 1 << 24}
 _MAX_PICTURE, _MAX_SAMPLE, _MAX_BETWEEN = 1 << 28, 1 << 29, 1 << 30
 _MAX_SAMPLE_MEMBERS = 100
 
-# Pictures hardly compress; an archive that unpacks to more than this many times itself is made of nothing.
+# Pictures hardly compress; an archive that unpacks to more than this many times its size holds no real content.
 _MAX_RATIO, _FREE_RATIO = 100, 1 << 26
 
 _EXPECTED = "expected a whole tar archive, plain or packed by gzip or bzip2"
 
-_TIMEOUT = 60.0  # seconds without a byte
+_TIMEOUT = 60.0  # seconds without receiving a byte
 
 
 def shard_names(pattern: str, *, remote: bool = False) -> list[str]:
-    """The shards that a pattern stands for.
+    """Expand a pattern into the names of its shards.
 
     Args:
-        pattern: A path or an address, or several with ``::`` between; ``{00..12}`` counts, ``{a,b}`` lists.
-        remote: Whether addresses may be among them: ``http(s)``, and object stores (``s3``, ``gs``, ``az``, ``abfs``, ``hf``)
-            where fsspec's package for one is installed.
+        pattern: Path or address, or several separated by ``::``; ``{00..12}`` expands to a range, ``{a,b}`` to a list.
+        remote: Whether addresses are allowed: ``http(s)``, and object stores (``s3``, ``gs``, ``az``, ``abfs``, ``hf``) if the
+            fsspec package for them is installed.
 
     Raises:
-        ConfigError: Another scheme, an address without ``remote``, braces within braces, or more shards than 100,000.
+        ConfigError: The pattern has another scheme, an address without ``remote``, nested braces, or over 100,000 shards.
     """
     if len(pattern) > _MAX_PATTERN or not pattern.isprintable():
         raise ConfigError(f"expected shards as at most {_MAX_PATTERN} printable characters, got {pattern!r:.80}")
@@ -84,7 +85,7 @@ def _expanded(pattern: str, most: int) -> list[str]:
 
 
 def _choices(inside: str) -> list[str]:
-    """What a pair of braces stands for, as in a shell."""
+    """Expand a pair of braces, as a shell does."""
     counted = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside, re.ASCII)
     if not counted:
         return inside.split(",") if "," in inside else [f"{{{inside}}}"]
@@ -98,7 +99,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _scheme(name: str) -> str:
-    """``http`` of an address; nothing of a path, also on Windows, whose drives have one letter."""
+    """Scheme of an address, such as ``http``; empty for a path, even on Windows, whose drives have one letter."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
     return match[1].lower() if match else ""
 
@@ -120,10 +121,10 @@ def _check_scheme(name: str, remote: bool) -> None:
 
 
 def shard_size(name: str) -> int | None:
-    """Bytes of a shard that is a file; None of others.
+    """Size in bytes of a shard that is a file; None for others.
 
     Raises:
-        TrainingError: A file that cannot be found.
+        TrainingError: The file cannot be found.
     """
     if _scheme(name) in _WEB + _STORES:
         return None
@@ -134,17 +135,17 @@ def shard_size(name: str) -> int | None:
 
 
 def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, in order: members by suffix, ``__key__`` and ``__url__``, as webdataset has them.
+    """Yield the samples of one shard in order: members by suffix, ``__key__`` and ``__url__``, as in webdataset.
 
-    Members that are neither pictures nor captions are there as empty bytes.
+    Members that are neither pictures nor captions appear as empty bytes.
 
     Args:
-        name: A shard, as :func:`shard_names` gives it.
-        remote: Whether addresses are allowed, as there.
+        name: Name of a shard, as returned by :func:`shard_names`.
+        remote: Whether addresses are allowed, as in :func:`shard_names`.
 
     Raises:
-        ConfigError: As there.
-        TrainingError: The shard cannot be read, or unpacks to too much; names it.
+        ConfigError: The name has another scheme, or is an address without ``remote``.
+        TrainingError: The shard cannot be read or unpacks to too much; the message names it.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -154,7 +155,7 @@ def shard_samples(name: str, *, remote: bool = False) -> Iterator[dict[str, Any]
             yield from group_by_keys({**member, "__url__": name} for member in _members(file, name))
     except FineLIPError as error:
         raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {error}") from None
-    except Exception as error:  # of sockets, zlib, tarfile, fsspec's stores and webdataset: many kinds
+    except Exception as error:  # sockets, zlib, tarfile, fsspec's stores and webdataset raise many kinds
         reason = printable(str(error.args[0] if error.args else error) or type(error).__name__)
         raise TrainingError(f"cannot read a webdataset shard: {printable(name)}: {reason:.300}") from error
 
@@ -180,7 +181,7 @@ def _path(name: str) -> str:
 
 
 class _Counted:
-    """A stream that counts what is read of it, all told and since the last member."""
+    """A stream that counts the bytes read from it, in total and since the last member."""
 
     def __init__(self, file: Any, packed: _Counted | None = None) -> None:
         self._file, self._packed = file, packed
@@ -198,7 +199,7 @@ class _Counted:
 
 
 def _members(file: Any, name: str) -> Iterator[dict[str, Any]]:
-    """Names and contents of the regular files of an archive; hidden ones, which macOS puts beside others, are left out."""
+    """Yield names and contents of an archive's regular files, without hidden ones, such as macOS adds beside others."""
     from webdataset.tariterators import base_plus_ext
 
     head = file.read(6)
@@ -242,14 +243,14 @@ def _members(file: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; where one should be and none is, the archive is damaged, which tarfile takes for its end."""
+    """A member's header; a missing one means that the archive is damaged, which tarfile takes for its end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """The header in a block.
+        """Read the header from a block.
 
         Raises:
-            TrainingError: A cut block or a damaged one; no block of zeros, which is the end.
+            TrainingError: The block is cut or damaged; a block of zeros is neither, but marks the end.
         """
         if len(buf) != tarfile.BLOCKSIZE:
             raise TrainingError(f"{_EXPECTED}; its last header is cut")
@@ -260,7 +261,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Joined:
-    """What was read of a stream to see its kind, and the rest: a network's cannot go back."""
+    """A stream's head, read to detect its kind, followed by the rest, since a network stream cannot seek back."""
 
     def __init__(self, head: bytes, file: Any) -> None:
         self._head, self._file = io.BytesIO(head), file

@@ -1,4 +1,4 @@
-"""Where a training run starts: its model and its device."""
+"""Starting point of a training run: its model and its device."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from finelip_fast.training.config import TrainConfig
 
 
 def load_base(source: str, context_length: int) -> FineLIP:
-    """A checkpoint to train, its context stretched to so many tokens; aggregators at their random start are expected."""
+    """Load a checkpoint to train, its context stretched to ``context_length`` tokens; its aggregators may be untrained."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # its advice is to do this
+        warnings.simplefilter("ignore", checkpoint.UntrainedAggregatorsWarning)  # it advises to train them
         return checkpoint.load(source, context_length=context_length)
 
 
 def start_model(config: TrainConfig) -> FineLIP:
-    """The model that a run starts from, on the CPU."""
+    """Build the model that a run starts from, on the CPU."""
     trains_aggregators = any(term.on != "global" for term in config.criterion.terms)
     if not config.init:
         return FineLIP(config.model_config.replace(trained_aggregators=trains_aggregators))
     model = load_base(config.init, config.context_length)
-    model.config = model.config.replace(logit_bias=None)  # a contrast moves the cosines that it was for
+    model.config = model.config.replace(
+        logit_bias=None
+    )  # contrastive training shifts the cosines that it was fitted to
     if trains_aggregators:
         model.config = model.config.replace(trained_aggregators=True)
     return model
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a configuration's ``device``; of several GPUs, this process's."""
+    """Choose the device for a configuration's ``device``; among several GPUs, the one of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

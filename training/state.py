@@ -1,4 +1,4 @@
-"""``state.pt`` in a run's folder: what an interrupted run goes on from, and whether a configuration may go on from it."""
+"""``state.pt`` in a run's folder: the state that an interrupted run resumes from, and which configurations may do so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finelip_fast._files import write_whole
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
 from finelip_fast.training.config import RENAMED, TrainConfig
 
-# What may differ between an interrupted run and the one that goes on: without a change of its weights, and with one.
+# Options that may differ when a run is resumed: without an effect on its weights, and with one.
 _FREE_TO_CHANGE = (
     "out",
     "stop_at",
@@ -34,10 +34,10 @@ _CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "pro
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Keep a state: nobody ever finds half of it.
+    """Save a state atomically, so that no partial file is ever left.
 
     Raises:
-        WriteError: The disk is full, found before anything is written.
+        WriteError: The disk is full, which is detected before anything is written.
     """
     moments = (value for values in state["optimizer"]["state"].values() for value in values.values())
     tensors = [*state["model"].values(), *(state["ema"] or {}).values(), *moments]
@@ -48,22 +48,22 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 def check_resumable(
     state: Mapping[str, Any], config: TrainConfig, *, processes: int, identity: Mapping[str, Any]
 ) -> str | None:
-    """Refuse to go on with what would make another run.
+    """Refuse to resume with changes that would make it another run.
 
     Args:
-        state: Content of ``state.pt``.
-        config: Configuration of the run that goes on.
-        processes: Number of its processes.
-        identity: Identity of its data, as :func:`finelip_fast.training.data.identity_of` gives it.
+        state: Contents of ``state.pt``.
+        config: Configuration to resume with.
+        processes: Number of processes to resume with.
+        identity: Identity of the data, as returned by :func:`finelip_fast.training.data.identity_of`.
 
     Returns:
-        A warning where the run changes in a way that is allowed.
+        A warning if the run changes in a permitted way, otherwise None.
 
     Raises:
-        ConfigError: Another configuration, or other data.
+        ConfigError: The configuration changes in a way that is not permitted, or the data differ.
     """
     current = {**dataclasses.asdict(config), "processes": processes}
-    # What an earlier version did not know, it did as is the default now.
+    # Options that an earlier version lacked behaved as today's defaults do.
     before: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(config)}
     stored: Mapping[str, Any] = state["config"]
     before.update((RENAMED.get(name, name), value) for name, value in stored.items())
@@ -95,10 +95,10 @@ def check_resumable(
 
 @contextmanager
 def damage_explained(folder: Path) -> Iterator[None]:
-    """Say of a state in ``folder`` that cannot be restored what there is to go on from.
+    """If the state in ``folder`` cannot be restored, explain what to start from instead.
 
     Raises:
-        CheckpointError: The state is damaged, or no run's.
+        CheckpointError: The state is damaged or does not belong to a run.
     """
     try:
         yield

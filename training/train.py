@@ -1,19 +1,19 @@
 """Train FineLIP: ``python training/train.py --help``, ``torchrun --nproc-per-node N training/train.py``, ``finelip train``.
 
 A run lives in its ``--out`` folder: ``best/`` and ``last/`` are checkpoints for :func:`finelip_fast.load`, ``log.jsonl`` has
-a line for each logged step and validation, ``state.pt`` is what an interrupted run goes on from, to the bit. It may also go on
-with more steps, other learning rates or another number of processes: each pair of the epoch is still met once, and the weights
-are others than those of a run that was so from its start.
+a line for each logged step and validation, and an interrupted run resumes from ``state.pt`` with bit-identical results. It may
+also resume with more steps, other learning rates or another number of processes: each pair of the epoch is still used once,
+but the weights differ from those of a run that had these settings from its start.
 
-What gradient accumulation means for losses that compare the pairs of a batch: with ``accumulation="cached"`` the embeddings
-of all passes are computed first without a graph, the loss and its gradient with respect to them follow, and a second forward
-pass carries that gradient into the weights. The step equals one over the whole batch. With ``"separate"`` each pass has only
-its own negatives: cheaper by a third, and another loss.
+Gradient accumulation affects losses that compare the pairs of a batch. With ``accumulation="cached"``, the embeddings of all
+passes are computed first without a graph, then the loss and its gradient with respect to them, and a second forward pass
+carries that gradient into the weights. The step equals one over the whole batch. With ``"separate"``, each pass has only its
+own negatives, which is cheaper by a third, but a different loss.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, whose seconds are a part of the command
+if __name__ == "__main__":  # before the imports, whose seconds count as part of the command
     from finelip_fast._command_line import run_script
 
     raise SystemExit(run_script("train"))
@@ -60,7 +60,7 @@ from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
 
-# Pairs met before the share of broken ones is held against the limit.
+# Number of pairs read before the share of broken ones is compared with the limit.
 _BROKEN_AFTER = 200
 
 # CLIP's upper bound of exp(logit_scale).
@@ -68,20 +68,20 @@ _MAX_LOGIT_SCALE = math.log(100)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
-    """Run, or go on with, the training that ``config`` describes.
+    """Start or resume the training run that ``config`` describes.
 
     Args:
-        config: Its ``out`` is the folder of the run.
-        progress: Show a progress bar.
+        config: Configuration, whose ``out`` is the folder of the run.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The best validation's metrics, with its ``step``.
+        Metrics of the best validation, with its ``step``.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration, or on data that has changed since.
-        CheckpointError: The folder's ``state.pt`` is damaged, or no run's.
-        TrainingError: Loss or weights are no longer finite, and at which step; or too many pairs cannot be read.
-        WriteError: The disk is full; the same command goes on from the last state that was kept.
+        ConfigError: The folder holds a run with another configuration, or one on data that has changed since.
+        CheckpointError: The folder's ``state.pt`` is damaged or does not belong to a run.
+        TrainingError: Loss or weights are no longer finite (the message gives the step), or too many pairs cannot be read.
+        WriteError: The disk is full; the same command resumes from the last saved state.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -100,11 +100,11 @@ class Trainer:
         self.model = self._start_model().to(device).train()
         freeze(self.model, config.unfreeze)
         self.model.gradient_checkpointing(config.gradient_checkpointing)
-        # SigLIP's table is never stretched: none of its rows is newer than others.
+        # SigLIP's table is never stretched, so none of its rows is newer than the others.
         freezes_positions = config.freeze_positions and self.model.config.family == "clip"
         if freezes_positions and self.model.text.positional_embedding.requires_grad:
             self.model.text.positional_embedding.register_hook(self._freeze)
-        # CLIP's betas: the shorter second moment settles sooner after a jump of the gradient.
+        # CLIP's betas: the second moment's shorter memory settles sooner after a jump in the gradient.
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True
         )
@@ -200,7 +200,7 @@ class Trainer:
         }
 
     def _plain_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Each pass with its own negatives; exact for a single pass."""
+        """Backpropagate each pass with its own negatives; exact for a single pass."""
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             with self._sync(index == len(batches) - 1):
@@ -215,7 +215,7 @@ class Trainer:
         return sums
 
     def _cached_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """All passes as one batch: embeddings first, then their gradient through a second forward pass each."""
+        """Backpropagate all passes as one batch: embeddings first, then their gradient through a second forward pass each."""
         with torch.no_grad():
             embedded = [self._forward(batch)[0][:3] for batch in batches]
         images, texts = (torch.cat([pair[side] for pair in embedded]).requires_grad_() for side in (0, 1))
@@ -234,13 +234,13 @@ class Trainer:
         return {"loss": loss.detach(), **terms}
 
     def _forward(self, batch: Batch) -> tuple[TrainingOutput, Batch]:
-        """The model's output, and the batch on the model's device."""
+        """Return the model's output, and the batch on the model's device."""
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         with self._autocast():
             return self.forward(batch.pixels, batch.ids, batch.tokens), batch
 
     def _local_terms(self, output: TrainingOutput, batch: Batch) -> dict[str, tuple[float, Tensor]]:
-        """Terms whose negatives are this process's alone, of which there are many, with their weights."""
+        """Loss terms, with their weights, whose negatives come from this process only, since it has many."""
         terms, scale = {}, output.logit_scale
         if weight := self.config.grounding:
             phrases = batch.owners, batch.spans, batch.boxes, batch.labels
@@ -256,14 +256,14 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all processes; every process computes the same one (see ``gather``)."""
         loss, terms = self.criterion(gather(images), gather(texts), gather(image_ids), scale)
-        # Losses that do not use the scale give it a gradient of zero: neither autograd.backward nor DistributedDataParallel
-        # takes "none" for that.
+        # Give the scale a zero gradient even if no loss uses it: neither autograd.backward nor DistributedDataParallel accepts
+        # a missing one.
         return loss + 0.0 * scale, terms
 
-    # Validation and what is kept ---------------------------------------------------------------------------------------
+    # Validation and saving ---------------------------------------------------------------------------------------------
 
     def _validate(self, pairs: Any, features: Features | None) -> dict[str, float]:
-        """Recall on the validation pairs; the model carries the alpha chosen there, and the best so far is saved at once."""
+        """Measure recall on the validation pairs, store the alpha chosen there in the model, and save the best so far."""
         model = self._averaged().eval()
         with self._autocast():
             metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas, features=features)
@@ -276,7 +276,7 @@ class Trainer:
         return metrics
 
     def _check_weights(self) -> None:
-        """Refuse to go on with weights that a step has made NaN or infinite; every process has the same."""
+        """Refuse to continue with weights that a step has made NaN or infinite; every process has the same weights."""
         models = [self.model, self._averaged()] if self.ema else [self.model]
         if broken := {name: None for model in models for name in not_finite(model.state_dict())}:
             raise TrainingError(
@@ -285,7 +285,7 @@ class Trainer:
 
     @property
     def _advice(self) -> str:
-        """What ends a divergence of this run, which goes on from its last state."""
+        """Advice on how to end a divergence of this run, which resumes from its last state."""
         rates = f"--encoder-lr, now {self.config.encoder_lr:g}, and --aggregator-lr, now {self.config.aggregator_lr:g}"
         return (
             f"lower {rates}; with the same --out the run goes on from its last state, with another it begins "
@@ -300,14 +300,16 @@ class Trainer:
         # A checkpoint travels; the folders of the machine that made it do not.
         training = {**dataclasses.asdict(self.config), "out": self.out.name, "root": ""}
         for name, value in training.items():
-            training[name] = printable(value) if isinstance(value, str) else value  # a path may be no UTF-8, JSON is
+            training[name] = (
+                printable(value) if isinstance(value, str) else value
+            )  # a path may not be UTF-8, JSON must be
         return {"step": self.step, "training": training, "validation": metrics}
 
     def _averaged(self) -> FineLIP:
         return cast("FineLIP", self.ema.module) if self.ema else self.model
 
     def _save_state(self) -> None:
-        """Keep what a run goes on from; every process takes part, the first one writes."""
+        """Save the state that a run resumes from; every process takes part, and the first one writes."""
         place = self.data.state_dict()
         if "places" in place:
             place["places"] = gather(place["places"].to(self.device)[None]).amax(dim=0).cpu()
@@ -332,7 +334,7 @@ class Trainer:
         """Restore the folder's state, if it has one.
 
         Returns:
-            The data, where the run is in it.
+            The training data, at the position of the run.
         """
         if self.rank == 0:
             for folder in (self.out, self.out / "best", self.out / "last"):
@@ -376,7 +378,7 @@ class Trainer:
         torch.set_rng_state(state["rng"].cpu())
         if "place" in state:
             data.load_state_dict(state["place"])
-        else:  # of an earlier version
+        else:  # saved by an earlier version
             data.skip(self.step * self.config.accumulate, processes=int(state["config"]["processes"]))
 
     # Small parts -------------------------------------------------------------------------------------------------------
@@ -413,7 +415,7 @@ class Trainer:
         )
 
     def _features(self, pairs: Any, part: str, world: int) -> Features | None:
-        """What the frozen encoders make of the pairs; so many processes share the work, and wait for each other."""
+        """Features of the pairs from the frozen encoders; ``world`` processes share the work and wait for each other."""
         if not self.config.features:
             return None
         folder = Path(self.config.features) / part
@@ -424,7 +426,7 @@ class Trainer:
         return features
 
     def _readable_batches(self) -> Iterator[Batch]:
-        """Batches with pairs; what is broken is counted on the way."""
+        """Yield batches with pairs, counting broken pairs on the way."""
         for batch in self.data:
             self._count_broken(batch)
             if len(batch):
@@ -452,11 +454,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _attention(self) -> Any:
-        """Plain matrix products on a CPU, where the fused attention's backward pass takes longer at short lengths."""
+        """Use plain matrix products on a CPU, where the fused attention's backward pass is slower at short lengths."""
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def _sync(self, last: bool) -> Any:
-        """Only the last pass of a step averages gradients over the processes."""
+        """Average gradients over the processes only in the last pass of a step."""
         return nullcontext() if last or self.world == 1 else self.forward.no_sync()
 
     def _ask_to_stop(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Recall on validation pairs, as ``finelip eval`` measures it, and what the best checkpoint is chosen by."""
+"""Recall on validation pairs, as ``finelip eval`` measures it, and the criterion for the best checkpoint."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def validate(
         model: Model in eval mode.
         pairs: Pairs to measure, at least one. Pictures that cannot be read are left out with their captions, and named in the
             log.
-        name: What the pairs are called, for the message.
-        alphas: Weights of the global cosine, of which that of the best :func:`finelip_fast.metrics.quality` is chosen, of
-            equals the first; None, and where the aggregators are untrained: the model's own.
-        features: Features of the pairs by the model's encoders, which then do not run; None: they run.
+        name: Name of the pairs, for the error message.
+        alphas: Weights of the global cosine to choose from by the best :func:`finelip_fast.metrics.quality`, the first one if
+            several are equal; None, or untrained aggregators: the model's own.
+        features: Features of the pairs from the model's encoders, which then do not run; None: the encoders run.
 
     Returns:
-        ``{"val_alpha": ..., "val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs: what
-        ``finelip eval`` calls combined, at that weight.
+        ``{"val_alpha": ..., "val_i2t_recall@1": ..., "val_t2i_recall@1": ...}``, with the usual cut-offs: the
+        combined score of ``finelip eval`` at that weight.
 
     Raises:
         TrainingError: No picture can be read.
@@ -83,7 +83,7 @@ def validate(
 
 
 def mean_recall(metrics: dict[str, float]) -> float:
-    """Mean recall@1 of both directions; below that of any validation where there was none."""
+    """Mean recall@1 of both directions; below that of any validation if there was none."""
     return sum(metrics.get(f"val_{way}_recall@1", -1.0) for way in WAYS) / 2
 
 
@@ -92,7 +92,7 @@ def _texts(model: FineLIP, known: Survey, indices: Sequence[int]) -> Tensor:
         return model.encode_text(ids.to(model.device))
 
     captions = [known.captions[index] for index in indices]
-    with expected_truncation():  # the log counts those of the batches
+    with expected_truncation():  # the log counts only those in training batches
         return embed_texts(encode_text, captions, context_length=model.config.context_length, tokenizer=model.tokenizer)
 
 
@@ -110,7 +110,7 @@ def _pixels(model: FineLIP, pairs: PairDataset, known: Survey, number: int) -> T
 
 
 def _computed(features: Features, known: Survey, number: int) -> Tensor:
-    return features.picture(known.first[number]).float()  # autocast on a CPU joins no float16
+    return features.picture(known.first[number]).float()  # autocast on a CPU cannot concatenate float16
 
 
 def _readable(tensor_of: Callable[[int], Tensor], numbers: Sequence[int]) -> tuple[list[int], list[Tensor]]:

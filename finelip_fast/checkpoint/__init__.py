@@ -5,7 +5,7 @@ Our format is one folder, read without pickle::
     config.json          {"format": "finelip_fast/1", the fields of FineLIPConfig, "weights_sha256": ..., "metadata": {...}}
     model.safetensors    the model's state dict, float32 or half precision
 
-Everything else is translated when it is read (:mod:`finelip_fast.checkpoint.foreign`).
+All other formats are translated as they are read (:mod:`finelip_fast.checkpoint.foreign`).
 """
 
 from finelip_fast.checkpoint.architecture import config_from_open_clip

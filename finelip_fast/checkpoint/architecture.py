@@ -1,7 +1,7 @@
-"""Sizes of a model: from the configuration that lies beside its weights, and from the weights themselves.
+"""Sizes of a model, read from the configuration beside its weights and from the weights themselves.
 
-Tensors show widths, layers and lengths. They do not show the attention heads, which are known for the widths of published
-CLIPs, nor the activation, which some layouts stand for; what neither tells must be given, and is never guessed.
+Tensors show widths, layers and lengths. They do not show the number of attention heads, which is known for the widths of
+published CLIPs, or the activation, which some layouts imply. Anything still unknown must be given; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from finelip_fast.errors import CheckpointError, InputError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 
-# Options of open_clip's models: those that are read, and those of a training.
+# Options of open_clip's models that are read here, and those that matter only in training.
 _MODEL_OPTIONS = {
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict"),
 }
 _SIZES = {"layers", "width", "mlp_ratio", "output_tokens"}
 
-_BICUBIC = (3, "bicubic")  # 3 is Pillow's number
+_BICUBIC = (3, "bicubic")  # 3 is Pillow's code
 
 
 class Hints(NamedTuple):
-    """What a user says of weights that lie without a configuration.
+    """Properties of weights without a configuration, as given by the user.
 
     Attributes:
         activation: ``"quick_gelu"`` or ``"gelu"``.
         heads: Attention heads of the vision and the text transformer.
-        part: Key of a training's dictionary under which the weights are.
+        part: Key of a training script's dictionary under which the weights are stored.
     """
 
     activation: str | None = None
@@ -57,7 +57,7 @@ class Hints(NamedTuple):
     def checked(cls, activation: Any, heads: Any, part: Any) -> Hints:
         """
         Raises:
-            InputError: An unknown activation, heads that are neither one number nor two, or a part that is no text.
+            InputError: An unknown activation, heads that are neither one number nor two, or a part that is not a string.
         """
         if activation is not None:
             one_of("activation", activation, ACTIVATIONS)
@@ -73,14 +73,14 @@ class Hints(NamedTuple):
 
 
 def config_from_weights(translation: Translation, hints: Hints) -> FineLIPConfig:
-    """Sizes of weights that lie without a configuration.
+    """Determine the sizes of weights without a configuration.
 
     Args:
-        translation: The weights; their layout may stand for an activation.
-        hints: What the user says; it goes before what the layout stands for.
+        translation: The weights; their layout may imply an activation.
+        hints: Properties given by the user; they take precedence over what the layout implies.
 
     Raises:
-        CheckpointError: Heads or an activation that must be given, or as :func:`config_from_tensors`.
+        CheckpointError: Heads or an activation that must be given, or any error of :func:`config_from_tensors`.
         ConfigError: Heads that do not divide the width.
     """
     if translation.layout == SIGLIP:
@@ -109,15 +109,16 @@ def config_from_weights(translation: Translation, hints: Hints) -> FineLIPConfig
 def config_from_tensors(
     tensors: Mapping[str, Tensor], *, activation: str, heads: tuple[int, int] | None = None
 ) -> FineLIPConfig:
-    """Sizes of both encoders, read from weights in our names.
+    """Read the sizes of both encoders from weights under our names.
 
     Args:
         tensors: Weights from :func:`finelip_fast.checkpoint.foreign.translate`.
         activation: ``"quick_gelu"`` or ``"gelu"``.
-        heads: Attention heads of the vision and the text transformer. Default: those of published CLIPs of these widths.
+        heads: Attention heads of the vision and the text transformer. Default: those of published CLIPs with these widths.
 
     Raises:
-        CheckpointError: Weights of no CLIP vision transformer, another vocabulary, or a width that no published CLIP has.
+        CheckpointError: Weights that are not a CLIP vision transformer's, another vocabulary, or a width that no published
+            CLIP has.
         ConfigError: Heads that do not divide the width.
     """
     shapes = _shapes(
@@ -161,11 +162,11 @@ def config_from_tensors(
 
 
 def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | None = None) -> FineLIPConfig:
-    """Sizes from an open_clip model configuration.
+    """Read the sizes from an open_clip model configuration.
 
     Args:
-        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, where the weights want it, ``quick_gelu``.
-        preprocess_cfg: ``mean``, ``std``, ``resize_mode`` and ``interpolation`` of the pictures; a pretrained tag's entry
+        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, if the weights need it, ``quick_gelu``.
+        preprocess_cfg: ``mean``, ``std``, ``resize_mode`` and ``interpolation`` for the pictures; a pretrained tag's entry
             also has its own ``quick_gelu``, which counts because open_clip lists OpenAI's weights under models without it.
 
     Raises:
@@ -221,7 +222,7 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
 
 
 def _unsupported_pictures(preprocess: Mapping[str, Any]) -> list[str]:
-    """How open_clip brings pictures to a model, where that is not done here."""
+    """List the options of open_clip's image preprocessing that are not supported here."""
     known: dict[str, list[Any]] = {
         "resize_mode": [None, "shortest", "squash"],
         "interpolation": ["bicubic"],
@@ -237,18 +238,18 @@ def _unsupported_pictures(preprocess: Mapping[str, Any]) -> list[str]:
 def config_from_transformers(
     tensors: Mapping[str, Tensor], config: dict[str, Any], preprocessor: dict[str, Any] | None = None
 ) -> FineLIPConfig:
-    """Sizes of a transformers ``CLIPModel``: from its tensors, with heads and activation from its ``config.json``.
+    """Read the sizes of a transformers ``CLIPModel`` from its tensors, and heads and activation from its ``config.json``.
 
     Args:
-        tensors: Weights from :func:`translate`.
+        tensors: Weights from :func:`finelip_fast.checkpoint.foreign.translate`.
         config: ``config.json``. Keys at their defaults may be absent: 12 heads for vision, 8 for text, quick GELU.
-        preprocessor: ``preprocessor_config.json``; None takes CLIP's own.
+        preprocessor: ``preprocessor_config.json``; None: CLIP's own preprocessing.
 
     Raises:
-        CheckpointError: An activation that is not CLIP's, pictures that are prepared in another way, or as
+        CheckpointError: An activation that is not CLIP's, unsupported image preprocessing, or any error of
             :func:`config_from_tensors`.
     """
-    # Old files repeat a tower's settings under `*_dict`, which wins.
+    # Old files repeat a tower's settings under `*_dict`, which takes precedence.
     vision, text = (
         _object(f"{tower}_config", config.get(f"{tower}_config"))
         | _object(f"{tower}_config_dict", config.get(f"{tower}_config_dict"))
@@ -267,10 +268,10 @@ def config_from_transformers(
 
 
 def _pictures(values: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """How transformers' CLIP brings pictures to the model, in our fields; an absent key is as the model wants it.
+    """Express the image preprocessing of transformers' CLIP in our fields; an absent key means what the model expects.
 
     Raises:
-        CheckpointError: What is not done here, by name.
+        CheckpointError: Preprocessing that is not supported here, by name.
     """
     kinds = {name: values.get(name, "CLIP") for name in ("image_processor_type", "feature_extractor_type")}
     refused = {name: kind for name, kind in kinds.items() if not str(kind).startswith("CLIP")}
@@ -307,7 +308,7 @@ def _pictures(values: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 
 def _sides(size: Any) -> set[Any]:
-    """The numbers of a size as transformers writes it: one, two, or an object of them."""
+    """Return the numbers of a size as transformers writes it: one number, a list, or an object."""
     if isinstance(size, dict):
         if not {*size} <= {"shortest_edge", "height", "width"}:
             return set()
@@ -351,7 +352,7 @@ def _known_heads(vision_width: int, text_width: int) -> tuple[int, int]:
 def _unsupported(
     prefix: str, options: Mapping[str, Any], understood: Iterable[str], neutral: Mapping[str, Any]
 ) -> list[str]:
-    """Options beyond the understood ones that are not at their neutral value."""
+    """List the options that are not among the understood ones and not at their neutral value."""
     return [
         f"{prefix}{name:.40}={value!r:.40}"
         for name, value in options.items()
@@ -360,7 +361,7 @@ def _unsupported(
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
-    """A part of a configuration; an absent one is empty."""
+    """Check a part of a configuration; an absent part becomes empty."""
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"expected {name} as an object, got {value!r:.40}")
     return value or {}

@@ -1,4 +1,4 @@
-"""Models made of another project's weights, or our own, and of exactly these."""
+"""Building models from exactly the weights of a checkpoint, another project's or our own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG_CONTEXT = 256
 
 _POSITIONS = "text.positional_embedding"
 
-# Parameters that a model may have beyond its weights before it is refused unbuilt.
+# Number of parameters that a model may have beyond its weights before it is refused without being built.
 _SMALL = 1 << 24
 
 Model = TypeVar("Model", bound=FineLIP)
@@ -28,7 +28,7 @@ Describe = Callable[[Translation], FineLIPConfig]
 
 
 class Contents(NamedTuple):
-    """All that a checkpoint is: the sizes of a model, its weights, as they lie in the file, and what makes its tokens."""
+    """The contents of a checkpoint: the sizes of a model, its weights as stored in the file, and its tokenizer."""
 
     config: FineLIPConfig
     tensors: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Contents(NamedTuple):
 def translated(
     entries: Mapping[str, Any], describe: Describe, source: str, context_length: int | None, part: str | None = None
 ) -> tuple[Contents, Translation]:
-    """What another project's entries say in our words, and how they came."""
+    """Translate another project's entries into our contents; also return the translation itself."""
     try:
         translation = translate(entries, part)
         calibration = None if translation.has_aggregators else translation.logit_bias
@@ -58,7 +58,7 @@ def translated(
 
 
 def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse sizes far beyond the weights before anything is made of them; which weights are missing, the model tells."""
+    """Refuse sizes far beyond the weights before anything is built; missing weights are reported by the model."""
     held = sum(tensor.numel() for tensor in tensors.values())
     if config.parameters > 2 * held + _SMALL:
         raise CheckpointError(
@@ -69,7 +69,7 @@ def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str
 def check_weights(
     config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse weights that are not exactly those of a model of these sizes, or not numbers; ``names`` are their own."""
+    """Refuse weights that are not finite or do not exactly fit a model of these sizes; ``names`` are their original names."""
     expected = _outline(config, FineLIP).state_dict()
     misshapen = [
         f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)}"
@@ -93,13 +93,13 @@ def check_weights(
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity, or what float32 cannot hold."""
+    """List the names of tensors that contain NaN, infinity or values beyond float32's range."""
     return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # A sum takes one pass at the speed of memory, and is not finite if one number is not. Finite ones may overflow it: then
-    # least and greatest tell, at a third of that speed; isfinite() takes forty times as long.
+    # A sum takes one pass at memory speed, and is not finite if any number is not. A sum of finite numbers may overflow;
+    # then minimum and maximum decide, at a third of that speed. isfinite() takes forty times as long.
     tensor = tensor if tensor.itemsize in (2, 4) else tensor.to(torch.float32)
     return bool(tensor.sum().isfinite()) or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
@@ -110,7 +110,7 @@ def lengthen(contents: Contents, length: int, source: str) -> Contents:
     SigLIP's table of positions stays as it is: its encoder spreads it (:func:`finelip_fast.encoders.spread_positions`).
 
     Raises:
-        ConfigError: It is longer already.
+        ConfigError: It is already longer.
     """
     config, tensors = contents.config, contents.tensors
     rows = config.context_length
@@ -129,7 +129,7 @@ def lengthen(contents: Contents, length: int, source: str) -> Contents:
 
 
 def build(contents: Contents, kind: type[Model]) -> Model:
-    """A float32 model of some class, on the CPU and in eval mode, with copies of just these weights."""
+    """Build a float32 model of a given class, on the CPU and in eval mode, with copies of exactly these weights."""
     model = _outline(contents.config, kind)
     model.tokenizer = contents.tokenizer
     model.load_state_dict(
@@ -139,12 +139,12 @@ def build(contents: Contents, kind: type[Model]) -> Model:
         },
         assign=True,
     )
-    if contents.config.family == "clip":  # no state dict carries the mask
+    if contents.config.family == "clip":  # the mask is not in any state dict
         model.text.register_buffer("attn_mask", model.text.build_causal_mask(), persistent=False)
     return model.eval()
 
 
 def _outline(config: FineLIPConfig, kind: type[Model]) -> Model:
-    """A model without numbers: quick to make, and the caller's random numbers stay as they were."""
+    """Make a model without allocating weights: this is quick, and leaves the caller's random state untouched."""
     with torch.device("meta"):
         return kind(config)

@@ -1,8 +1,8 @@
-"""Other projects' checkpoints in our names.
+"""Translation of other projects' checkpoints to our names.
 
-A state dict is a flat set of names, so one table of renamings serves every layout: OpenAI CLIP and open_clip (text at
-the top level or under ``text.``), SigLIP as open_clip has it (pictures by timm's vision transformer), Long-CLIP (two tables of
-positions), FineLIP as its authors' code saves it (``cross_net``), and transformers' ``CLIPModel``. Sizes are those of
+A state dict is a flat set of names, so one table of renamings covers every layout: OpenAI CLIP and open_clip (text at
+the top level or under ``text.``), SigLIP as in open_clip (with timm's vision transformer), Long-CLIP (two tables of
+positions), FineLIP as its authors' code saves it (``cross_net``), and transformers' ``CLIPModel``. Sizes come from
 :mod:`finelip_fast.checkpoint.architecture`.
 """
 
@@ -23,21 +23,21 @@ LAYOUTS = "OpenAI CLIP, open_clip, open_clip's SigLIP, Long-CLIP, FineLIP, trans
 
 OURS, OPENAI, LONG_CLIP, FINELIP = "finelip_fast", "OpenAI CLIP", "Long-CLIP", "FineLIP"
 TRANSFORMERS, SIGLIP = "transformers CLIPModel", "open_clip SigLIP"
-# Long-CLIP and FineLIP continue the training of OpenAI's weights.
+# Long-CLIP and FineLIP are trained further from OpenAI's weights.
 _ACTIVATIONS: dict[str, str] = dict.fromkeys((OPENAI, LONG_CLIP, FINELIP), "quick_gelu")
-# What OpenAI's archives say of themselves, and no others do.
+# Entries that only OpenAI's archives contain.
 _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 
-# Left by data-parallel and compiled wrappers, around the model or around parts of it.
+# Prefixes left by data-parallel and compiled wrappers around the model or parts of it.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# A weight of every layout: what stands before its name stands before all names.
+# One weight of each layout: any prefix of its name is a prefix of all names.
 _FIRST_WEIGHTS = re.compile(
     r"(?:visual\.conv1|visual\.trunk\.patch_embed\.proj|vision_model\.embeddings\.patch_embedding)\.weight$"
 )
-# Keys that training scripts put the weights under, and their running average.
+# Keys under which training scripts store the weights, and the weights' running average.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
-# Entries that are no weights of the model; `logit_bias` goes to the configuration.
+# Entries that are not weights of the model; `logit_bias` goes into the configuration.
 _IGNORED = {*_OPENAI_SIZES, "attn_mask", "position_ids", "logit_bias", "n_averaged"}
 
 _TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer"}
@@ -83,15 +83,15 @@ _TRANSFORMERS_PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Translation:
-    """A state dict in our names.
+    """A state dict under our names.
 
     Attributes:
-        layout: Whose layout it was.
-        tensors: Weights under our names, float types as they came; keys that no layout has keep their names.
-        names: The checkpoint's own name of each weight that was renamed.
-        averages: Keys of a training's dictionary under which averaged weights lie that were not taken.
-        part: Key under which those lay that were; empty where they lay in none.
-        logit_bias: What SigLIP's loss adds to the scaled cosine; None where there is none.
+        layout: Original layout.
+        tensors: Weights under our names, with their float types unchanged; keys that belong to no layout keep their names.
+        names: The checkpoint's own name of each weight, by our name.
+        averages: Keys of a training script's dictionary that hold averaged weights which were not used.
+        part: Key that held the weights which were used; empty if they were not nested.
+        logit_bias: Bias that SigLIP's loss adds to the scaled cosine; None if there is none.
     """
 
     layout: str
@@ -107,23 +107,23 @@ class Translation:
 
     @property
     def activation(self) -> str | None:
-        """The activation that the layout stands for; None where weights of this layout have either."""
+        """The activation that the layout implies; None if weights in this layout may have either."""
         return _ACTIVATIONS.get(self.layout)
 
 
 def translate(entries: Mapping[str, Any], part: str | None = None) -> Translation:
-    """Recognise a state dict's layout and bring its weights to our names.
+    """Recognise a state dict's layout and translate its weights to our names.
 
     Args:
         entries: A state dict, possibly inside a training script's dictionary and with wrappers' prefixes.
-        part: Key of that dictionary under which the weights are. Default: the first of ``state_dict``,
-            ``model_state_dict``, ``model`` and ``module`` that is there; a running average only where none is.
+        part: Key of that dictionary under which the weights are stored. Default: the first of ``state_dict``,
+            ``model_state_dict``, ``model`` and ``module`` that is present; a running average only if none is.
 
     Returns:
-        The weights and whose layout they came in. Whether they are complete is the caller's question.
+        The weights and their original layout. The caller must check whether they are complete.
 
     Raises:
-        CheckpointError: No tensors, no such part, two of one name, or Long-CLIP tables of positions that do not agree.
+        CheckpointError: No tensors, no such part, two weights with one name, or inconsistent Long-CLIP tables of positions.
     """
     state_dict, key, averages = _state_dict(entries, part)
     weights = _weights(state_dict)
@@ -151,10 +151,10 @@ def translate(entries: Mapping[str, Any], part: str | None = None) -> Translatio
 
 
 def text_for_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of our weights under the names of transformers' ``CLIPTextModelWithProjection``, without copies.
+    """Rename our text tower's weights to those of transformers' ``CLIPTextModelWithProjection``, without copying.
 
     Args:
-        tensors: A model's weights under our names; those of other parts are passed over.
+        tensors: A model's weights under our names; weights of other parts are skipped.
     """
     parts = {target: source for source, target in _TRANSFORMERS_PARTS.items()}
     renamed: dict[str, Tensor] = {}
@@ -172,7 +172,7 @@ def text_for_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
-    """The aggregators' random start: nn.Linear's distribution, from a generator of its own, so the same everywhere."""
+    """Initialise the aggregators with nn.Linear's distribution, from a separate generator, so the same everywhere."""
     generator = torch.Generator().manual_seed(0)
     width, hidden, tokens = config.embed_dim, config.aggregator_hidden, config.aggregated_tokens
 
@@ -194,7 +194,7 @@ def initial_aggregators(config: FineLIPConfig) -> dict[str, Tensor]:
 
 
 def _state_dict(entries: Mapping[str, Any], part: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
-    """The state dict in a training's dictionary, the key that it lay under, and those of averages besides."""
+    """Find the state dict in a training script's dictionary, its key, and the keys of other averages."""
     if not isinstance(entries, Mapping):
         raise CheckpointError(f"expected a state dict, names to tensors, got a {type(entries).__name__}")
     nests = [key for key, value in entries.items() if isinstance(value, Mapping)]
@@ -214,7 +214,7 @@ def _state_dict(entries: Mapping[str, Any], part: str | None) -> tuple[Mapping[s
 
 
 def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict without the prefixes of wrappers and of modules around the model."""
+    """Return the tensors of a state dict without the prefixes of wrappers and of modules around the model."""
     pairs = [(_WRAPPERS.sub("", str(name)), value) for name, value in entries.items() if isinstance(value, Tensor)]
     pairs = [(name, tensor) for name, tensor in pairs if name.rpartition(".")[2] not in _IGNORED]
     prefix = next((name[: match.start()] for name, _ in pairs if (match := _FIRST_WEIGHTS.search(name))), "")
@@ -256,7 +256,7 @@ def _layout(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> str:
 
 
 def _rename(name: str) -> str:
-    """Our name of a weight of any layout; a name of no layout stays."""
+    """Return our name for a weight of any layout; a name that belongs to no layout stays unchanged."""
     if name in _TRANSFORMERS_PROJECTIONS:
         return _TRANSFORMERS_PROJECTIONS[name]
     if name.partition(".")[0] in _TEXT_PARTS or name == "positional_embedding_res":
@@ -270,7 +270,7 @@ def _rename(name: str) -> str:
 
 
 def _rename_timm(name: str) -> str:
-    """The name in our vision transformer of a weight of timm's; its pool has timm's own names here, too."""
+    """Return our vision transformer's name for a timm weight; the pool keeps timm's own names."""
     if block := _TIMM_BLOCK.fullmatch(name):
         return f"transformer.resblocks.{block[1]}.{_replace_start(block[2], _TIMM_BLOCK_PARTS)}"
     return _replace_start(name, _TIMM_PARTS)
@@ -287,7 +287,7 @@ def _replace(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _join_attention(tensors: dict[str, Tensor]) -> None:
-    """transformers' three projections of an attention become CLIP's single one, in place."""
+    """Join transformers' three projections of an attention into CLIP's single one, in place."""
     for query in [name for name in tensors if ".attn.q_proj." in name]:
         three = [query.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
         rows = tensors[query]
@@ -296,7 +296,7 @@ def _join_attention(tensors: dict[str, Tensor]) -> None:
 
 
 def _join_positions(tensors: dict[str, Tensor]) -> None:
-    """Long-CLIP's two full tables become one: the kept rows of the first, all others of the second, in place."""
+    """Join Long-CLIP's two full tables into one, in place: the kept rows from the first, all others from the second."""
     rest = tensors.pop("text.positional_embedding_res", None)
     if rest is None:
         return
@@ -311,7 +311,7 @@ def _join_positions(tensors: dict[str, Tensor]) -> None:
 
 
 def shortened(names: Iterable[str], limit: int = 10) -> str:
-    """Names for an error message, ten at most."""
+    """Format names for an error message, at most ten by default."""
     listed = list(names)
     remainder = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(f"{name:.120}" for name in listed[:limit]) or "nothing") + remainder

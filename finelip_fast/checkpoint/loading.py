@@ -30,7 +30,7 @@ from finelip_fast.errors import CheckpointError, ConfigError, InputError
 FORMAT = "finelip_fast/1"
 BUNDLED = Path(__file__).parent.parent / "data" / "scenes"
 
-# The names of a folder's weights, in the order of preference, by whose configuration lies there.
+# The names of a folder's weight files, in order of preference, by the kind of configuration in the folder.
 _OURS = ("model.safetensors",)
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _TRANSFORMERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
@@ -44,11 +44,11 @@ _HUB_FILE = re.compile(rf"hf-hub:({_HUB_NAME.pattern})/([^/\\]+)")
 
 
 class UntrainedAggregatorsWarning(UserWarning):
-    """The weights come from a CLIP without aggregators: until they are trained, global embeddings are all that there is."""
+    """The weights come from a CLIP without aggregators: until these are trained, there are only global embeddings."""
 
 
 class AveragedWeightsWarning(UserWarning):
-    """A training's dictionary holds averaged weights besides those that are taken."""
+    """A training script's dictionary contains averaged weights besides those that are used."""
 
 
 class Opened(NamedTuple):
@@ -56,10 +56,10 @@ class Opened(NamedTuple):
 
     Attributes:
         contents: The sizes and the weights, checked against each other.
-        layout: The layout that they came in.
-        weights: The file of the weights, or the index of their shards.
-        part: Key of a training's dictionary under which they were taken; empty where there is no such dictionary.
-        averages: Keys of that dictionary under which averaged weights lie, which were not taken.
+        layout: Original layout of the weights.
+        weights: The weight file, or the index of its shards.
+        part: Key of a training script's dictionary that held the weights; empty if there is no such dictionary.
+        averages: Keys of that dictionary that hold averaged weights, which were not used.
     """
 
     contents: Contents
@@ -70,7 +70,7 @@ class Opened(NamedTuple):
 
 
 def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
-    """Warn of averaged weights that were not taken, and of untrained aggregators."""
+    """Warn about averaged weights that were not used, and about untrained aggregators."""
     warn_of_averages(checkpoint, opened, stacklevel=stacklevel + 1)
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
@@ -82,7 +82,7 @@ def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stackl
 
 
 def warn_of_averages(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stacklevel: int = 3) -> None:
-    """Warn of averaged weights that were not taken."""
+    """Warn about averaged weights that were not used."""
     if opened.averages:
         warnings.warn(
             f"{checkpoint} holds {opened.part} and {shortened(opened.averages)}: {opened.part} is taken. For averaged "
@@ -95,7 +95,7 @@ def warn_of_averages(checkpoint: str | os.PathLike[str] | None, opened: Opened, 
 def open_checkpoint(
     checkpoint: str | os.PathLike[str] | None, context_length: int | None, hints: Hints = _NO_HINTS
 ) -> Opened:
-    """What is behind a name; ``hints`` say what weights without a configuration do not."""
+    """Open the checkpoint behind a name; ``hints`` supply what weights without a configuration do not say."""
     context_length = None if context_length is None else whole_number("context_length", context_length)
     if checkpoint is None:
         if not BUNDLED.is_dir():
@@ -120,7 +120,7 @@ def open_checkpoint(
         hub_name = name.removeprefix("hf-hub:")
         if _HUB_NAME.fullmatch(hub_name) and path.suffix not in _SUFFIXES:
             return _open_folder(_download(hub_name), context_length, hints)
-    except OSError as error:  # of someone else, or too long for a name
+    except OSError as error:  # no permission, or too long for a name
         raise CheckpointError(f"{name:.200}: cannot be read: {error.strerror or error}") from error
     raise CheckpointError(
         f"{name:.200}: no such file or folder. Expected a checkpoint's folder or file, 'open_clip:MODEL/TAG', "
@@ -129,7 +129,7 @@ def open_checkpoint(
 
 
 def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
+    return Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
 
 
 def _open_folder(folder: Path, context_length: int | None, hints: Hints, weights: Path | None = None) -> Opened:
@@ -150,20 +150,20 @@ def _open_folder(folder: Path, context_length: int | None, hints: Hints, weights
 
 
 def _described_by_folder(translation: Translation, folder: Path, kinds: list[str]) -> FineLIPConfig:
-    """Sizes by the configuration that is these weights': repositories hold transformers' and open_clip's side by side."""
+    """Read the sizes from these weights' configuration: repositories may hold both transformers' and open_clip's."""
     if "open_clip" in kinds and not ("transformers" in kinds and translation.layout == TRANSFORMERS):
         path = folder / "open_clip_config.json"
         values = read_config(path)
         return _described(path, config_from_open_clip, values.get("model_cfg", values), values.get("preprocess_cfg"))
     pictures = read_config(folder / _CONFIGS[2]) if (folder / _CONFIGS[2]).is_file() else None
-    if pictures is None and (folder / _CONFIGS[3]).is_file():  # where transformers 5 writes it
+    if pictures is None and (folder / _CONFIGS[3]).is_file():  # written by transformers 5
         pictures = read_config(folder / _CONFIGS[3]).get("image_processor")
         pictures = pictures if isinstance(pictures, dict) else None
     return config_from_transformers(translation.tensors, read_config(folder / "config.json"), pictures)
 
 
 def _open_unconfigured(folder: Path, context_length: int | None, hints: Hints) -> Opened:
-    """A folder of one file of weights, such as that of a hub repository of Long-CLIP's."""
+    """Open a folder with one weight file, such as that of Long-CLIP's hub repository."""
     names = _lone_names(entry.name for entry in folder.iterdir() if entry.is_file())
     if len(names) == 1:
         return _open_file(folder / names[0], context_length, hints)
@@ -174,7 +174,7 @@ def _open_unconfigured(folder: Path, context_length: int | None, hints: Hints) -
 
 
 def _lone_names(names: Iterable[str]) -> list[str]:
-    """Names of files that may be weights without a configuration: not those under which a configuration's weights lie."""
+    """List the weight files that need no configuration: not shards, nor names that configurations use for weights."""
     configured = {name for names in _WEIGHTS.values() for name in names}
     return sorted(
         name
@@ -198,7 +198,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _described(where: object, describe: Callable[..., FineLIPConfig], *arguments: Any) -> FineLIPConfig:
-    """A configuration, or an error that says whose."""
+    """Read a configuration; errors say where it comes from."""
     try:
         return describe(*arguments)
     except (CheckpointError, ConfigError) as error:
@@ -206,7 +206,7 @@ def _described(where: object, describe: Callable[..., FineLIPConfig], *arguments
 
 
 def _folder_kinds(folder: Path) -> list[str]:
-    """Whose configurations a folder holds, keys of ``_WEIGHTS``."""
+    """List the kinds of configurations that a folder contains, as keys of ``_WEIGHTS``."""
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     if str(config.get("format", "")).startswith("finelip_fast/"):
         return ["finelip_fast"]
@@ -235,7 +235,7 @@ def _open_ours(path: Path, weights: Path, context_length: int | None) -> Content
 
 
 def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
-    # A file by one of the known names belongs to the configuration beside it; any other stands alone.
+    # A file with one of the known names belongs to the configuration beside it; any other file stands alone.
     known = any(path.name in names for names in _WEIGHTS.values())
     kinds = _folder_kinds(path.parent) if known else []
     if kinds and path.name in _WEIGHTS[kinds[0]]:
@@ -260,13 +260,13 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
     if not pretrained and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
         raise CheckpointError(f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file, got {tag!r}")
-    # Before the download: weights that cannot be used need not come.
+    # Before the download, so that unusable weights are not downloaded.
     config = config_from_open_clip(open_clip.get_model_config(model_name) or {}, pretrained)
     if pretrained:
         try:
             file = Path(open_clip.download_pretrained(pretrained))
-        except Exception as error:  # every client and proxy raises its own
-            # Tags may have another activation than their model; open_clip has a model of each, by name.
+        except Exception as error:  # clients and proxies raise errors of their own
+            # A tag may have another activation than its model; open_clip has a separately named model for each.
             is_plain = not (open_clip.get_model_config(model_name) or {}).get("quick_gelu")
             path = f"open_clip:{model_name}{'-quickgelu' if config.quick_gelu and is_plain else ''}/PATH"
             raise _unreachable(name, pretrained.get("hf_hub") or pretrained.get("url"), error, path) from error
@@ -280,7 +280,7 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
         return config
 
     def tokenizer_folder() -> Path:
-        """Beside a file that was named, or open_clip's own of this model."""
+        """Find the tokenizer beside a named file, or else fetch open_clip's own for this model."""
         if not pretrained and (file.parent / TOKENIZER).is_file():
             return file.parent
         text: dict[str, Any] = (open_clip.get_model_config(model_name) or {}).get("text_cfg", {})
@@ -290,7 +290,7 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
 
 
 def _download(name: str) -> Path:
-    """A hub repository's folder with a configuration and the one file of weights that it calls for."""
+    """Download a hub repository's configuration and the weights that belong to it; return their folder."""
     folder = _fetch(name, *_CONFIGS)
     kinds = _folder_kinds(folder)
     if not kinds:
@@ -312,7 +312,7 @@ def _download(name: str) -> Path:
 
 
 def _has_tokenizer(folder: Path, kind: str) -> bool:
-    """Whether a folder's configuration wants a tokenizer beside the weights: CLIP's own comes with this library."""
+    """Tell whether a folder's configuration needs a tokenizer beside the weights: CLIP's comes with this library."""
     if kind == "finelip_fast":
         return bool(read_config(folder / "config.json").get("tokenizer"))
     if kind == "open_clip":
@@ -331,22 +331,22 @@ def _download_file(name: str, file: str) -> Path:
 
 
 def _fetch(name: str, *files: str) -> Path:
-    """Files of a hub repository, such as are there; the folder that they lie in."""
-    from huggingface_hub import snapshot_download  # slow to import, and needed here alone
+    """Download those of the named files that a hub repository has; return their folder."""
+    from huggingface_hub import snapshot_download  # slow to import, and needed only here
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # every client and proxy raises its own
+    except Exception as error:  # clients and proxies raise errors of their own
         raise _unreachable(name, f"{', '.join(files)} of huggingface.co/{name}", error) from error
 
 
 def _files_on_hub(name: str, folder: Path) -> list[str]:
-    """Names of a hub repository's files; without a network, of those that came before."""
-    from huggingface_hub import list_repo_files  # slow to import, and needed here alone
+    """List a hub repository's files; without a network, those downloaded before."""
+    from huggingface_hub import list_repo_files  # slow to import, and needed only here
 
     try:
         return list(list_repo_files(name))
-    except Exception as error:  # every client and proxy raises its own
+    except Exception as error:  # clients and proxies raise errors of their own
         if names := [path.name for path in folder.iterdir()]:
             return names
         raise _unreachable(name, f"the list of files of huggingface.co/{name}", error) from error
@@ -361,7 +361,7 @@ def _unreachable(name: str, tried: object, error: Exception, path: str = "") -> 
 
 
 def _listing(folder: Path) -> str:
-    """A folder's contents for an error message, with what its config.json says of itself."""
+    """List a folder's contents for an error message, with the format and model type in its config.json."""
     says = ""
     if (folder / "config.json").is_file():
         config = read_config(folder / "config.json")

@@ -1,4 +1,4 @@
-"""Models that are loaded, saved and shared by name."""
+"""Loading, saving and sharing models by name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _CARD = "README.md"
 
 
 class FineLIP(model.FineLIP):
-    """A picture or a caption becomes one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
+    """Model that turns a picture or a caption into one matrix ``[L, D]`` of unit rows; row 0 is CLIP's own global embedding.
 
-    The network is :class:`finelip_fast.model.FineLIP`; this adds how it is loaded, saved and shared.
+    The network is :class:`finelip_fast.model.FineLIP`; this class adds loading, saving and sharing.
 
     Args:
-        config: Sizes of the model. The weights start at random; :meth:`from_pretrained` gives a trained model.
+        config: Sizes of the model. The weights are initialised randomly; :meth:`from_pretrained` gives a trained model.
 
     Example:
         >>> model = finelip_fast.FineLIP.from_pretrained("org/name")
@@ -49,7 +49,7 @@ class FineLIP(model.FineLIP):
         dtype: torch.dtype = torch.float32,
         context_length: int | None = None,
     ) -> FineLIP:
-        """Load a model; arguments, errors and warnings are those of :func:`finelip_fast.load`."""
+        """Load a model; arguments, errors and warnings are the same as for :func:`finelip_fast.load`."""
         return _load(cls, checkpoint, device, dtype, context_length)
 
     def save_pretrained(
@@ -62,7 +62,7 @@ class FineLIP(model.FineLIP):
         """Write a checkpoint folder as :func:`finelip_fast.save` does, with a model card unless there is a ``README.md``.
 
         Raises:
-            InputError, WriteError: Where :func:`finelip_fast.save` raises it.
+            InputError, WriteError: Under the same conditions as :func:`finelip_fast.save`.
         """
         save(self, folder, dtype=dtype, metadata=metadata)
         if not (Path(folder) / _CARD).exists():
@@ -78,24 +78,24 @@ class FineLIP(model.FineLIP):
         private: bool | None = None,
         token: str | None = None,
     ) -> str:
-        """Upload the model to a Hugging Face hub repository, which is made if it is missing; a model card goes with it.
+        """Upload the model, with a model card, to a Hugging Face hub repository, which is created if missing.
 
         Args:
             repo_id: Name of the repository, ``"org/name"``.
             dtype: Precision of the weights on the hub. Default: the model's.
-            metadata: Values for JSON to keep with it.
+            metadata: JSON values to store with the model.
             commit_message: Message of the commit.
             private: Visibility of a new repository. Default: the organisation's.
-            token: Access token. Default: that of ``hf auth login``.
+            token: Access token. Default: the one from ``hf auth login``.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
 
         Raises:
-            InputError: A name that is no string, or arguments that :func:`finelip_fast.save` refuses.
-            CheckpointError: The hub cannot be reached, or refuses.
+            InputError: A name that is not a string, or arguments that :func:`finelip_fast.save` rejects.
+            CheckpointError: The hub cannot be reached, or refuses the upload.
         """
-        from huggingface_hub import HfApi  # slow to import, and needed here alone
+        from huggingface_hub import HfApi  # slow to import, and needed only here
 
         if not isinstance(repo_id, str):
             raise InputError(f"expected repo_id as the name of a repository, got {repo_id!r:.80}")
@@ -110,7 +110,7 @@ class FineLIP(model.FineLIP):
                 return str(
                     hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
                 )
-            except Exception as error:  # every client and proxy raises its own
+            except Exception as error:  # clients and proxies raise errors of their own
                 raise CheckpointError(
                     f"{repo_id!r:.200} cannot be pushed to the hub: {type(error).__name__}: {error!s:.500}. Check the name "
                     "and the network, and log in with hf auth login or pass a token that may write"
@@ -169,38 +169,38 @@ def load(
     ``checkpoint``               what is read
     ===========================  =====================================================================================
     None                         the model that comes with the library
-    a folder                     ours, an open_clip hub folder, transformers' ``CLIPModel``, or one with one file of weights
+    a folder                     ours, an open_clip hub folder, transformers' ``CLIPModel``, or one with one weight file
     a file                       a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), OpenAI's TorchScript archive
-                                 or an index of shards; recognised by its content. What neither it nor a configuration
-                                 beside it tells is asked for: see :func:`finelip_fast.checkpoint.convert`
+                                 or an index of shards; recognised by its content. Details missing from both the file and
+                                 any configuration beside it must be given: see :func:`finelip_fast.checkpoint.convert`
     ``open_clip:MODEL/TAG``      open_clip's weights by name, ``open_clip:ViT-B-16/laion2b_s34b_b88k``
-    ``open_clip:MODEL/FILE``     a file of weights for an open_clip model; a SigLIP's with its ``tokenizer.json`` and
-                                 ``tokenizer_config.json`` beside it, or those that open_clip names from the hub
-    ``org/name``                 a Hugging Face hub repository with one of the folders above, or with one file of weights;
-                                 ``hf-hub:org/name`` too, and ``hf-hub:org/name/FILE`` where there are several
+    ``open_clip:MODEL/FILE``     a weight file for an open_clip model; for SigLIP with its ``tokenizer.json`` and
+                                 ``tokenizer_config.json`` beside it, or else those on the hub that open_clip names
+    ``org/name``                 a Hugging Face hub repository with one of the folders above, or with one weight file;
+                                 also ``hf-hub:org/name``, and ``hf-hub:org/name/FILE`` if there are several files
     ===========================  =====================================================================================
 
     Args:
-        checkpoint: Folder, file or name, by the table above.
-        device: Where the model goes. Default: the CPU.
+        checkpoint: Folder, file or name; see the table above.
+        device: Device for the model. Default: the CPU.
         dtype: Precision of the loaded model.
-        context_length: Longest caption in tokens. Default: what the checkpoint holds, or 256 for plain CLIP with
-            its 77 and SigLIP with its 64. A larger one stretches the table of positions as it stands
-            (:func:`stretch_positions`), but for SigLIP's, which stays; a smaller one is refused.
+        context_length: Longest caption in tokens. Default: the checkpoint's own, or 256 for plain CLIP with
+            its 77 and SigLIP with its 64. A larger value stretches the existing table of positions
+            (:func:`stretch_positions`), except for SigLIP's, which stays as it is; a smaller value is refused.
 
     Returns:
-        The model in eval mode, its parameters requiring gradients.
+        The model in eval mode, with parameters that require gradients.
 
     Raises:
-        CheckpointError: Nothing there, not reachable, no checkpoint, one that this library cannot run, or one with NaN or
-            infinity in its weights.
-        ConfigError: A ``context_length`` below the checkpoint's positions.
-        EngineError: A device that is not here.
-        InputError: An argument of another kind.
+        CheckpointError: Nothing found, not reachable, not a checkpoint, one that this library cannot run, or one with NaN
+            or infinity in its weights.
+        ConfigError: A ``context_length`` below the checkpoint's number of positions.
+        EngineError: A device that is not available.
+        InputError: An argument of the wrong type.
 
     Warns:
         UntrainedAggregatorsWarning: The checkpoint has no trained aggregators; the model scores by its global cosine.
-        AveragedWeightsWarning: It also holds averaged weights, which are not taken.
+        AveragedWeightsWarning: The checkpoint also contains averaged weights, which are not used.
     """
     return _load(FineLIP, checkpoint, device, dtype, context_length)
 
@@ -235,20 +235,20 @@ def import_state_dict(
     """Build a model from another project's state dict.
 
     The layouts are those of OpenAI CLIP, open_clip, Long-CLIP, FineLIP's authors, transformers' ``CLIPModel`` and our
-    own; not SigLIP's, which needs its configuration and its tokenizer (:func:`load`). All sizes come from the tensors.
-    Without a ``cross_net`` (FineLIP) the aggregators are at a fixed random start and ``config.trained_aggregators`` is
-    False.
+    own, but not SigLIP's, which needs its configuration and its tokenizer (:func:`load`). All sizes come from the tensors.
+    Without a ``cross_net`` (FineLIP), the aggregators have a fixed random initialisation and ``config.trained_aggregators``
+    is False.
 
     Args:
-        state_dict: Names to tensors of any float dtype, possibly inside a training's dictionary. Prefixes of wrappers and
-            entries without weights are ignored.
+        state_dict: Names to tensors of any float dtype, possibly inside a training script's dictionary. Prefixes of wrappers
+            and entries without weights are ignored.
         context_length: Longest caption in tokens, as in :func:`load`.
-        activation: ``"quick_gelu"``, as OpenAI's weights and all that started from them have it, or ``"gelu"``. Default: what
-            the layout stands for, where it is OpenAI's archive, Long-CLIP or FineLIP.
+        activation: ``"quick_gelu"``, as in OpenAI's weights and all weights trained from them, or ``"gelu"``. Default: the
+            activation that the layout implies, for OpenAI's archive, Long-CLIP and FineLIP.
         heads: Attention heads of both transformers, or of the vision and the text transformer. Default: those of published
-            CLIPs of these widths.
-        part: Key of a training's dictionary under which the weights are. Default: ``state_dict``, ``model_state_dict``,
-            ``model`` or ``module``, and a running average only where none of these is there.
+            CLIPs with these widths.
+        part: Key of a training script's dictionary under which the weights are stored. Default: ``state_dict``,
+            ``model_state_dict``, ``model`` or ``module``, and a running average only if none of these is present.
 
     Returns:
         A float32 model in eval mode on the CPU, sharing no memory with ``state_dict``.
@@ -256,8 +256,8 @@ def import_state_dict(
     Raises:
         CheckpointError: Missing, unknown or misshapen weights, by name; NaN or infinity in them; an activation or heads that
             must be given.
-        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's rows.
-        InputError: An unknown activation, or an argument of another kind.
+        ConfigError: Heads that do not divide the width, or a ``context_length`` below the table's number of rows.
+        InputError: An unknown activation, or an argument of the wrong type.
     """
     hints = Hints.checked(activation, heads, part)
     describe = partial(config_from_weights, hints=hints)

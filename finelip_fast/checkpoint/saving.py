@@ -1,4 +1,4 @@
-"""Writing our own format, and telling whether what is on the disk is what was written."""
+"""Writing our own format, and verifying that the files on disk are what was written."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import CLIP_BPE, FileTokenizer, Tokenizer
 
-_NO_EMBEDDING = ("alpha", "logit_bias")  # they make scores of embeddings, and none of these another
-_MAX_METADATA = 1 << 20  # bytes; indenting makes it larger by far
+_NO_EMBEDDING = ("alpha", "logit_bias")  # they affect scores, not embeddings
+_MAX_METADATA = 1 << 20  # bytes; indentation makes it much larger
 
 
 def save(
@@ -40,18 +40,18 @@ def save(
 ) -> None:
     """Write a model in our format.
 
-    Each file is written beside its place and renamed, the configuration last: a reader meets a whole file or none.
+    Each file is written under a temporary name and renamed, the configuration last, so readers see a complete file or none.
 
     Args:
         model: The model.
-        folder: Where to; made where it is missing.
+        folder: Folder to write; created if missing.
         dtype: Precision on disk. Default: the model's.
-        metadata: Values for JSON to keep with it, such as where it comes from.
+        metadata: JSON values to store with the model, such as where it comes from.
 
     Raises:
-        InputError: No model, folder or dtype, metadata that JSON cannot hold, or weights that are NaN or infinite in this
-            precision, by name.
-        WriteError: The disk is full, or the folder someone else's; says how much is missing.
+        InputError: An argument that is not a model, folder or dtype, metadata that JSON cannot hold, or weights that are NaN
+            or infinite in this precision, by name.
+        WriteError: The disk is full (says how much space is needed and free), or the folder is not writable.
     """
     folder = folder_path("folder", folder)
     if not isinstance(model, FineLIP):
@@ -106,28 +106,28 @@ def convert(
     part: str | None = None,
     alpha: float | None = None,
 ) -> dict[str, Any]:
-    """Write any checkpoint that :func:`load` reads in our format, and such as lack a configuration that says what they are.
+    """Write a checkpoint in our format: any that :func:`load` reads, or weights whose missing configuration is given here.
 
     Args:
-        source: Folder, file or name, as :func:`load` takes it. The metadata of a folder in our format is kept.
+        source: Folder, file or name, as for :func:`load`. The metadata of a folder in our format is kept.
         out: Folder to write.
         context_length: Longest caption in tokens, as in :func:`load`.
         dtype: Precision on disk. Default: float32.
-        activation, heads, part: Of weights without a configuration, as in :func:`import_state_dict`.
-        alpha: Weight of the global cosine that the checkpoint carries from now on. Default: the source's.
+        activation, heads, part: Properties of weights without a configuration, as in :func:`import_state_dict`.
+        alpha: Weight of the global cosine to store in the checkpoint. Default: the source's.
 
     Returns:
-        What was written: ``layout``, ``parameters``, ``family``, ``trained_aggregators``, ``alpha``, ``embed_dim``,
-        ``tokens``, ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision, text), ``dtype``,
-        ``folder``.
+        A description of the result: ``layout``, ``parameters``, ``family``, ``trained_aggregators``, ``alpha``,
+        ``embed_dim``, ``tokens``, ``image_size``, ``patch_size``, ``context_length``, ``activation``, ``heads`` (vision,
+        text), ``dtype``, ``folder``.
 
     Raises:
-        CheckpointError, ConfigError, InputError: Where :func:`load` raises it; weights that ``dtype`` cannot hold; or a
-            configuration is there that says what ``activation``, ``heads`` or ``part`` would. An ``alpha`` outside
-            [0, 1], or below 1 where the aggregators are untrained.
+        CheckpointError, ConfigError, InputError: Any error of :func:`load`; weights that ``dtype`` cannot hold;
+            ``activation``, ``heads`` or ``part`` although a configuration already defines them; an ``alpha`` outside
+            [0, 1], or below 1 if the aggregators are untrained.
 
     Warns:
-        AveragedWeightsWarning: Where :func:`load` raises it.
+        AveragedWeightsWarning: Under the same conditions as :func:`load`.
     """
     opened = open_checkpoint(source, context_length, Hints.checked(activation, heads, part))
     warn_of_averages(source, opened)
@@ -135,7 +135,7 @@ def convert(
     config = opened.contents.config
     config = config.replace(alpha=config.choose_alpha(alpha))
     model = build(opened.contents._replace(config=config), FineLIP)
-    # A path's last part: where it lay on one machine is no one else's business.
+    # Only the last part of a path: its location on this machine is private.
     name = "bundled" if source is None else Path(source).name if Path(source).exists() else os.fspath(source)
     config_file = Path(source) / "config.json" if source is not None and layout == "finelip_fast" else None
     history = read_config(config_file).get("metadata") if config_file is not None and config_file.is_file() else {}
@@ -161,16 +161,16 @@ def convert(
 
 
 def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
-    """Identify a checkpoint by what embeddings depend on: equal for equal weights and configurations, but for ``alpha``.
+    """Identify a checkpoint by what embeddings depend on: equal for equal weights and configurations, except ``alpha``.
 
     Args:
-        model: A model, or what :func:`load` takes. Casting a model to half precision changes its fingerprint.
+        model: A model, or anything that :func:`load` accepts. Casting a model to half precision changes its fingerprint.
 
     Returns:
-        SHA-256 in hex, over the configuration and every weight's name, shape and float32 values.
+        SHA-256 in hex of the configuration and every weight's name, shape and float32 values.
 
     Raises:
-        CheckpointError: Where :func:`load` raises it.
+        CheckpointError: Under the same conditions as :func:`load`.
     """
     if isinstance(model, FineLIP):
         return _fingerprint(Contents(model.config, model.state_dict()))
@@ -178,7 +178,7 @@ def fingerprint(model: FineLIP | str | os.PathLike[str] | None) -> str:
 
 
 class Identity(NamedTuple):
-    """What a checkpoint is: the sizes of its model, its fingerprint, and what makes its tokens."""
+    """The identity of a checkpoint: the sizes of its model, its fingerprint, and its tokenizer."""
 
     config: FineLIPConfig
     fingerprint: str
@@ -186,16 +186,16 @@ class Identity(NamedTuple):
 
 
 def identify(checkpoint: str | os.PathLike[str] | None = None) -> Identity:
-    """Tell what a checkpoint is from the weights in its file, without building the model.
+    """Identify a checkpoint from the weights in its file, without building the model.
 
     Args:
-        checkpoint: Folder, file or name, as :func:`load` takes it.
+        checkpoint: Folder, file or name, as for :func:`load`.
 
     Raises:
-        CheckpointError: Where :func:`load` raises it.
+        CheckpointError: Under the same conditions as :func:`load`.
 
     Warns:
-        UntrainedAggregatorsWarning: Where :func:`load` raises it.
+        AveragedWeightsWarning, UntrainedAggregatorsWarning: Under the same conditions as :func:`load`.
     """
     opened = open_checkpoint(checkpoint, None)
     warn_of(checkpoint, opened)
@@ -210,28 +210,28 @@ def _fingerprint(contents: Contents) -> str:
 
 
 def add_weights(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    """Add every weight's name, shape and float32 values to a hash, in the order of their names."""
+    """Add every weight's name, shape and float32 values to a hash, in order of name."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
 
 
 def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Load a checkpoint, and compare the file of its weights with what was recorded when it was written.
+    """Load a checkpoint, and compare its weight file with what was recorded when it was written.
 
     :func:`load` does not compare: hashing takes about as long as loading.
 
     Args:
-        checkpoint: Folder, file or name, as :func:`load` takes it.
+        checkpoint: Folder, file or name, as for :func:`load`.
 
     Returns:
-        ``format``: whose layout it is. ``fingerprint``: as :func:`fingerprint`. ``weights``: the file's path, or that of the
-        index of shards. ``sha256``: of that file. ``recorded_sha256``: by our ``config.json``; None where there is none.
-        ``damaged``: records of a PyTorch file, or of shards, that are not what their own checksums say; None where there
-        are no checksums. ``status``: ``"ok"``, ``"mismatch"``, or ``"none recorded"`` where nothing can be compared.
+        ``format``: the layout. ``fingerprint``: as from :func:`fingerprint`. ``weights``: path of the weight file, or of the
+        index of shards. ``sha256``: hash of that file. ``recorded_sha256``: hash in our ``config.json``; None if there is
+        none. ``damaged``: records of a PyTorch file, or of shards, that do not match their own checksums; None if there
+        are no checksums. ``status``: ``"ok"``, ``"mismatch"``, or ``"none recorded"`` if nothing can be compared.
 
     Raises:
-        CheckpointError: Where :func:`load` raises it.
+        CheckpointError: Under the same conditions as :func:`load`.
     """
     contents, layout, weights = open_checkpoint(checkpoint, None)[:3]
     config_file = weights.parent / "config.json"
@@ -258,7 +258,7 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
 
 
 def _damaged(files: list[Path]) -> list[str] | None:
-    """Damaged records of a checkpoint's files; None where none of them keeps checksums."""
+    """List the damaged records of a checkpoint's files; None if none of the files has checksums."""
     checked = [records for path in files if (records := damaged_records(path)) is not None]
     return [name for records in checked for name in records] if checked else None
 

@@ -1,4 +1,4 @@
-"""Sizes of SigLIP and SigLIP 2 from open_clip's model configuration, whose pictures go through a model of timm's."""
+"""Sizes of SigLIP and SigLIP 2 from open_clip's model configuration, whose vision tower is a timm model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from finelip_fast.config import SIGLIP_EPSILON, SIGLIP_MEAN, SIGLIP_STD, FineLIPConfig, mlp_ratio
 from finelip_fast.errors import CheckpointError
 
-# Of timm's registry, not of a hub: no such name makes timm fetch anything.
+# Names in timm's registry, not on a hub: no such name makes timm download anything.
 _TIMM_NAME = re.compile(r"vit_\w*siglip\w*")
 
-# What all of them have, and no field of ours can say otherwise.
+# Options that all SigLIP models share; our configuration has no fields for other values.
 _VISION = {"timm_pool": "map", "timm_proj": "none", "timm_model_pretrained": False}
 _TEXT = {
     "no_causal_mask": True,
@@ -34,14 +34,14 @@ def config_from_siglip(
     preprocess: Mapping[str, Any],
     refused: Sequence[str] = (),
 ) -> FineLIPConfig:
-    """Sizes from the parts of a configuration; end token, padding and tokenizer are the tokenizer's to say.
+    """Read the sizes from the parts of a configuration; the tokenizer's files give end token, padding and tokenizer.
 
     Args:
         model_cfg, vision, text, preprocess: The configuration and its parts.
-        refused: Options that are already known not to be done here.
+        refused: Options already known to be unsupported here.
 
     Raises:
-        CheckpointError: An option that SigLIP does not have, by name, or a size that is missing.
+        CheckpointError: An option that SigLIP does not have, by name, or a missing size.
     """
     wrong = list(refused)
     wrong += [
@@ -94,8 +94,8 @@ def config_from_siglip(
 
 
 def _tower(name: Any) -> dict[str, Any]:
-    """The vision transformer's fields, of a model of timm's that is built without numbers."""
-    import timm  # slow, and open_clip may do without
+    """Read the vision transformer's fields from a timm model that is built without allocating its weights."""
+    import timm  # slow to import, and not always needed
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(name, str) or not _TIMM_NAME.fullmatch(name) or not timm.is_model(name):

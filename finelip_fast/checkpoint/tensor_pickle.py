@@ -1,9 +1,9 @@
-"""Pickles of tensors, read by an interpreter of our own: there is nothing in it that could run what a file names.
+"""Pickles of tensors, read by our own interpreter, which cannot run anything that a file names.
 
-A pickle is a program. Python's machine for it imports what the program names and calls it, and an object's own
-``__setstate__`` runs with what the file says. This one knows numbers, texts, lists, dictionaries, tensors and a fixed table
-of names. A TorchScript module becomes :class:`Module`, which only holds its attributes. Whatever else a file names is
-refused by name.
+A pickle is a program. Python's interpreter for it imports and calls whatever the program names, and runs an object's own
+``__setstate__`` on data from the file. This interpreter knows numbers, strings, lists, dictionaries, tensors and a fixed
+table of names. A TorchScript module becomes :class:`Module`, which only holds its attributes. Anything else that a file
+names is refused, and the error says its name.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Far beyond any state dict with its optimizer: a few hundred kilobytes, some 50 operations for each tensor.
+# Far more than any state dict with its optimizer needs: a few hundred kilobytes, about 50 operations per tensor.
 MAX_BYTES = 1 << 24
 _MAX_OPERATIONS = 1_000_000
 _MAX_DEPTH = 64
 
-# What tensors that share memory may together take, in sizes of their file, and a little for small files.
+# Limit on the total size of tensors, which may share memory: a multiple of the file's size, plus spare bytes for small files.
 _SHARED = 4
 _SPARE = 1 << 24
 
-# The flat tensor of a storage: its dtype, key and number of elements to a tensor of one dimension.
+# Function from a storage's dtype, key and number of elements to a one-dimensional tensor.
 Storage = Callable[[torch.dtype, str, int], Tensor]
 
 
 @dataclass
 class Module:
-    """What TorchScript stores of a module: the name of its class and its attributes."""
+    """A module as TorchScript stores it: the name of its class and its attributes."""
 
     name: str
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -43,14 +43,14 @@ class Module:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name on the stack: of the table, or of a TorchScript class."""
+    """A name on the stack, either from the table or of a TorchScript class."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Remark:
-    """An object that a training script keeps beside its weights; of its content nothing is read."""
+    """An object that a training script keeps beside its weights; its content is not read."""
 
     name: str
 
@@ -92,7 +92,7 @@ def _dictionary(items: Any = None) -> dict[Any, Any]:
     return _with_items({}, [part for pair in pairs for part in _checked(pair, (list, tuple))])
 
 
-# What a call makes, for all that may be called besides the tensors' rebuilders.
+# Results of the permitted calls, except the tensors' rebuilders.
 _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
@@ -110,13 +110,13 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "builtins.complex": _all,
     "_codecs.encode": _first,
 }
-# What becomes a Remark: NumPy's scalars and arrays, as optimizers and schedulers keep them, options, paths and times.
+# Objects that become a Remark: NumPy scalars and arrays, as optimizers and schedulers keep them, options, paths and times.
 _REMARKS = {
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "torch.torch_version.TorchVersion"),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *("builtins.list", "builtins.dict", "builtins.int", "builtins.float"),  # as a defaultdict names them
+    *("builtins.list", "builtins.dict", "builtins.int", "builtins.float"),  # named by a defaultdict
 }
 _TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter"}
 _REBUILDERS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
@@ -147,21 +147,21 @@ _OPERATIONS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.o
 
 
 def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int = 0, modules: bool = False) -> Any:
-    """The value of the pickle at the stream's position; the stream then stands behind it.
+    """Read the pickle at the stream's position, and leave the stream just after it.
 
     Args:
         stream: Bytes in memory.
-        storage: Gives the memory of tensors. None: a pickle without tensors.
-        room: Size of the whole file in bytes: tensors cannot come to many times more.
-        modules: Take ``__torch__`` classes, as in a TorchScript archive.
+        storage: Function that returns the memory of tensors. None: a pickle without tensors.
+        room: Size of the whole file in bytes, which limits the total size of tensors to a few times as much.
+        modules: Whether to accept ``__torch__`` classes, as in a TorchScript archive.
 
     Returns:
-        Of dictionaries, lists, tuples, texts, numbers, None, tensors, :class:`Module` and :class:`Remark`; what the format
-        has besides (sets, sizes, devices) comes as one of them. No deeper than 64, and without cycles.
+        A value of dictionaries, lists, tuples, strings, numbers, None, tensors, :class:`Module` and :class:`Remark`; other
+        types of the format (sets, sizes, devices) become one of these. Nesting is at most 64 deep, without cycles.
 
     Raises:
-        pickle.UnpicklingError: The pickle names an object that is not in the table; nothing of it ran.
-        ValueError: A damaged pickle, or one that asks for more than its file holds.
+        pickle.UnpicklingError: The pickle names an object that is not in the table; nothing in it was run.
+        ValueError: A damaged pickle, or one that asks for more than its file contains.
     """
     machine = _Machine(storage, room * _SHARED + _SPARE, modules)
     try:
@@ -169,7 +169,7 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
             opcode = _OPERATIONS[stream.read(1)]
             if opcode.name not in _KNOWN:  # before its argument is read
                 raise pickle.UnpicklingError(f"an object by the operation {opcode.name}")
-            if opcode.name == "GLOBAL":  # pickletools' reader warns of backslashes
+            if opcode.name == "GLOBAL":  # pickletools' reader warns about backslashes
                 argument: Any = [stream.readline().rstrip(b"\n").decode("ascii") for _ in range(2)]
             else:
                 argument = opcode.arg.reader(stream) if opcode.arg else None
@@ -188,7 +188,7 @@ def read_pickle(stream: IO[bytes], storage: Storage | None = None, *, room: int 
 
 
 class _Machine:
-    """Stack, marks and memo of one pickle."""
+    """The stack, marks and memo of one pickle."""
 
     def __init__(self, storage: Storage | None, room: int, modules: bool) -> None:
         self.storage, self.room, self.modules = storage, room, modules
@@ -280,9 +280,9 @@ class _Machine:
     @staticmethod
     def _build(target: Any, state: Any) -> None:
         if isinstance(target, Module):
-            # A class with a __getstate__ of its own stores anything else, which only its code could read.
+            # A class with its own __getstate__ may store anything else, which only its code could read.
             target.attributes = {_checked(name, str): value for name, value in _checked(state, dict).items()}
-        elif not isinstance(target, (dict, Tensor, Remark)):  # whose state is nothing that is read here
+        elif not isinstance(target, (dict, Tensor, Remark)):  # their state is ignored
             raise pickle.UnpicklingError(f"a state of {type(target).__name__}")
 
     def _persistent(self, reference: Any) -> _Flat:
@@ -290,7 +290,7 @@ class _Machine:
         if _checked(kind, str) != "storage" or self.storage is None:
             raise pickle.UnpicklingError(f"a persistent object {kind!r:.40}")
         elements = self.storage(_checked(dtype, torch.dtype), _checked(key, str), _natural(count))
-        if view and view[0] is not None:  # a part of a storage, as old files have it
+        if view and view[0] is not None:  # a part of a storage, as in old files
             _, start, size = _checked(view[0], tuple)
             if _natural(start) + _natural(size) > count:
                 raise ValueError("a view beyond its storage")
@@ -298,9 +298,9 @@ class _Machine:
         return _Flat(elements)
 
     def _tensor(self, flat: Any, offset: Any, size: Any, stride: Any, *options: Any) -> Tensor:
-        """A tensor in its storage; ``more`` is whether it wants gradients, its hooks, and a dtype."""
+        """Make a tensor in its storage; ``options`` are whether it requires gradients, its hooks, and a dtype."""
         elements = _checked(flat, _Flat).elements
-        for dtype in options[2:]:  # no dtype: a remark that the values are conjugated or negated when they are read
+        for dtype in options[2:]:  # anything but a dtype: a flag that values are conjugated or negated when read
             elements = elements.view(_checked(dtype, torch.dtype))
         size, stride = ([_natural(number) for number in _checked(numbers, tuple)] for numbers in (size, stride))
         count = math.prod(size)
@@ -318,7 +318,7 @@ def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
     keys = items[::2]
     if len(items) % 2 or not all(
         isinstance(key, (str, int)) for key in keys
-    ):  # a nested tuple's hash may take for ever
+    ):  # hashing a nested tuple may take forever
         raise ValueError("a dictionary whose keys are neither texts nor numbers")
     mapping.update(zip(keys, items[1::2], strict=True))
     return mapping
@@ -337,7 +337,7 @@ def _natural(number: Any) -> int:
 
 
 def _check_size(value: Any, left: list[int], depth: int) -> None:
-    """Refuse cycles, and values that are small as a pickle and endless when they are walked through."""
+    """Refuse cycles, and values that are small as a pickle but practically endless to traverse."""
     left[0] -= 1
     if depth == 0 or left[0] < 0:
         raise ValueError(f"nesting deeper than {_MAX_DEPTH}, or too many values")

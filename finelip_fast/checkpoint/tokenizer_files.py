@@ -1,4 +1,4 @@
-"""Tokenizers that lie beside weights: our own, and those of open_clip's SigLIP models as transformers writes them."""
+"""Tokenizers stored beside weights: our own, and those of open_clip's SigLIP models as transformers writes them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from finelip_fast.errors import CheckpointError
 from finelip_fast.tokenizer import CLIP_BPE, FileTokenizer, Tokenizer
 
 TOKENIZER = "tokenizer.json"
-# The tokenizer, which says what ends a caption, and what says which token fills it.
+# The tokenizer, which determines the end token, and the files that name the padding token.
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-# transformers writes some 10 ** 30 where there is no longest text, beyond what is read as a number.
+# If there is no maximum length, transformers writes about 10 ** 30, which is too large to be read as a number.
 _UNBOUNDED = re.compile(rb'("model_max_length"\s*:)\s*\d{19,}')
 _MAX_TOKENIZER, _MAX_CONFIG = 1 << 27, 1 << 24  # bytes; a vocabulary of 256,000 pieces takes 34 MB
 
 
 def own_tokenizer(folder: Path, config: FineLIPConfig) -> Tokenizer:
-    """The tokenizer of a folder in our format.
+    """Open the tokenizer of a folder in our format.
 
     Raises:
-        CheckpointError: The file that the configuration names is missing, or another.
+        CheckpointError: The file that the configuration names is missing or different.
     """
     if not config.tokenizer:
         return CLIP_BPE
@@ -39,15 +39,15 @@ def own_tokenizer(folder: Path, config: FineLIPConfig) -> Tokenizer:
 
 
 def foreign_tokenizer(folder: Path, config: FineLIPConfig) -> tuple[FineLIPConfig, Tokenizer]:
-    """The tokenizer of a SigLIP model, and the configuration with its tokens.
+    """Open the tokenizer of a SigLIP model, and add its tokens to the configuration.
 
     Raises:
-        CheckpointError: It is missing, damaged, another model's, or one that adds more than an end token to a caption.
+        CheckpointError: It is missing, damaged, for another model, or adds more than an end token to a caption.
     """
     path = folder / TOKENIZER
     content = _content(path)
     about: dict[str, Any] = {}
-    for name in reversed(TOKENIZER_FILES[1:]):  # the first of them goes before the other
+    for name in reversed(TOKENIZER_FILES[1:]):  # the first one takes precedence
         if (folder / name).is_file():
             about |= _about(folder / name)
     tokenizer = FileTokenizer(content, 0, config.vocab_size, str(path))

@@ -1,4 +1,4 @@
-"""Files of weights: read by their content, never executed."""
+"""Weight files: recognised by their content, never executed."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ from finelip_fast.checkpoint.foreign import shortened
 from finelip_fast.checkpoint.tensor_pickle import Module, read_pickle
 from finelip_fast.errors import CheckpointError
 
-# What is added to a file's name by the index of its shards, which says in which of them each weight lies.
+# Suffix that an index of shards adds to the weight file's name; the index says which shard contains each weight.
 INDEX = ".index.json"
 _MAX_INDEX = 1 << 24  # bytes
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 
-# All that is read of a zip archive besides its tensors: the pickle, TorchScript's sources, the directory.
+# Limits on what is read of a zip archive besides its tensors: the pickle and TorchScript's sources, and the directory.
 _MAX_RECORDS = 1 << 26
 _MAX_DIRECTORY = 1 << 22
 
-# Behind the two bytes that name the protocol, 0x1950a86a20f9469cfc6c: how torch.save began its files before 1.6.
+# The magic number 0x1950a86a20f9469cfc6c, after the two bytes of the protocol: the start of torch.save's files before 1.6.
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _BARE_PICKLE = "a pickle that torch.save did not write"
 
-# In the sources of a TorchScript class, what of its attributes are weights.
+# The part of a TorchScript class's source that lists which of its attributes are weights.
 _SCRIPT_CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = \[([^\]]*)\]\n  __buffers__ = \[([^\]]*)\]", re.MULTILINE
 )
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """A file's state dict. What kind of file it is, its content says: suffixes lie.
+    """Read a file's state dict. The kind of file is determined by its content, because suffixes can be wrong.
 
     Args:
-        path: A file that ``torch.save`` or ``torch.jit.save`` wrote, a safetensors file, or the index of such files, called
+        path: A file written by ``torch.save`` or ``torch.jit.save``, a safetensors file, or the index of such files, called
             ``….index.json``. No code in it runs: it is read by :mod:`finelip_fast.checkpoint.tensor_pickle`.
 
     Returns:
-        What was saved. Its tensors lie in the file, mapped: what is written to them stays in memory.
+        The saved state dict. Its tensors are memory-mapped from the file; writes to them stay in memory.
 
     Raises:
-        CheckpointError: No such file, another kind of file, a damaged one, or one that holds more than tensors; a shard that
-            is missing, or a weight that is not in the shard that the index names.
+        CheckpointError: No such file, another kind of file, a damaged one, or one that contains more than tensors; a missing
+            shard, or a weight that is not in the shard named by the index.
     """
     return _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
 
 
 def shards(path: Path) -> list[Path]:
-    """The files that an index of shards names, beside it; none for a file that is no index."""
+    """List the files that an index of shards names, in its folder; empty for a file that is not an index."""
     return sorted(set(_places(path).values())) if path.name.endswith(INDEX) else []
 
 
 def _places(path: Path) -> dict[str, Path]:
-    """The shard of each weight."""
+    """Map each weight to its shard."""
     values = read_json(
         path, error=CheckpointError, expected="the index of a model's shards in JSON", kind=dict, max_bytes=_MAX_INDEX
     )
@@ -98,7 +98,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             head = file.read(9)
             is_zip = head[:4] == b"PK\x03\x04"
             if is_zip or head[:1] == b"\x80":
-                # A private copy of the pages that are written to; unmapped with the last tensor that lies in it.
+                # Copy-on-write; unmapped with the last tensor that uses it.
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 value = _read_zip(_Archive(file, data)) if is_zip else _read_legacy(data)
             elif head[8:] == b"{":
@@ -130,18 +130,18 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # a damaged header raises whatever its sizes happen to mean to PyTorch
+    except Exception as error:  # with a damaged header, PyTorch may raise any error
         raise CheckpointError(f"{path}: expected a safetensors file, found a damaged or cut one: {error}") from error
 
 
 def damaged_records(path: Path) -> list[str] | None:
-    """Records of a PyTorch file whose content is not what its checksum says; None where it keeps no checksums."""
+    """List the records of a PyTorch file whose content does not match their checksum; None if it has no checksums."""
     with _Reader(io.FileIO(path)) as file:
         if not zipfile.is_zipfile(file):
             return None
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         records = _Archive(file, data).records
-    # Zero is what PyTorch writes when it is told to save the time.
+    # PyTorch writes zero when told to skip checksums to save time.
     checked = {name: record for name, record in records.items() if record.checksum and not record.is_compressed}
     return (
         [name for name, record in checked.items() if zlib.crc32(record.content(data)) != record.checksum]
@@ -154,7 +154,7 @@ def damaged_records(path: Path) -> list[str] | None:
 
 
 class _Record(NamedTuple):
-    """Where in the file a record lies."""
+    """Location of a record in the file."""
 
     start: int
     length: int
@@ -166,7 +166,7 @@ class _Record(NamedTuple):
 
 
 class _Reader(io.BufferedReader):
-    """A file of which zipfile can read the directory: at once, whatever size the file gives."""
+    """A file that limits how much zipfile reads: it reads the directory in one call, whatever size the file claims."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > _MAX_DIRECTORY:
@@ -175,7 +175,7 @@ class _Reader(io.BufferedReader):
 
 
 class _Archive:
-    """The records of a mapped zip archive, by their names below its one folder."""
+    """The records of a memory-mapped zip archive, by their names below its single folder."""
 
     def __init__(self, file: _Reader, data: mmap.mmap) -> None:
         self.data = data
@@ -207,7 +207,7 @@ class _Archive:
         return _Record(start, entry.compress_size, entry.compress_type == zipfile.ZIP_DEFLATED, entry.CRC)
 
     def read(self, name: str) -> bytes:
-        """A record in memory; all that is read so is bounded, however much it is when it is unpacked."""
+        """Read a record into memory; the total size read this way, after decompression, is bounded."""
         record = self.records[name]
         content = record.content(self.data)
         if record.is_compressed:
@@ -247,14 +247,14 @@ def _read_zip(archive: _Archive) -> Any:
 
 
 class _Sources:
-    """Which attributes of a TorchScript class are weights: its source says it, which is read and not run."""
+    """The weight attributes of TorchScript classes, found by reading their source without running it."""
 
     def __init__(self, archive: _Archive) -> None:
         self._archive = archive
         self._known: dict[str, dict[str, set[str]]] = {}
 
     def weights(self, qualified: str) -> set[str] | None:
-        """Names of the weights of a class; None where the archive does not say."""
+        """Names of the weights of a class; None if the archive does not say."""
         module, _, name = qualified.rpartition(".")
         if module not in self._known:
             record = f"code/{module.replace('.', '/')}.py"
@@ -278,7 +278,7 @@ def _script_weights(module: Module, sources: _Sources, prefix: str) -> Iterator[
 
 
 def _read_legacy(data: mmap.mmap) -> Any:
-    """Pickles of a magic number, a version, the system, the value and the storages' keys; then the storages."""
+    """Read a file of pickles (a magic number, a version, the system, the value, the storages' keys), then the storages."""
     stream = io.BytesIO(data[: tensor_pickle.MAX_BYTES])
     if stream.read(2 + len(_LEGACY_MAGIC))[2:] != _LEGACY_MAGIC:
         raise pickle.UnpicklingError(_BARE_PICKLE)
@@ -294,7 +294,7 @@ def _read_legacy(data: mmap.mmap) -> Any:
             raise ValueError(f"a storage {key:.40} larger than the file, or of two kinds")
         return torch.empty(count, dtype=dtype, device="meta")
 
-    # The storages follow the value that names them: read once to learn what there is, and again with what they hold.
+    # The storages follow the value that names them: it is read once to find the storages, and again to fill them.
     read_pickle(stream, declare, room=len(data))
     places: dict[str, int] = {}
     keys, position = read_pickle(stream), stream.tell()
@@ -308,7 +308,7 @@ def _read_legacy(data: mmap.mmap) -> Any:
 
 
 def _flat(data: mmap.mmap, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Elements of a mapped file, as a tensor of one dimension."""
+    """Return elements of a memory-mapped file as a one-dimensional tensor."""
     length = count * dtype.itemsize
     if start + length > len(data):
         raise ValueError("a storage beyond the end of the file")

@@ -27,7 +27,7 @@ from finelip_fast.errors import InputError
 
 class _Finelip(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which a user meets them."""
+        """Return the commands in the order in which a user meets them."""
         return list(self.commands)
 
 
@@ -41,9 +41,9 @@ def finelip() -> None:
     """Search pictures with long descriptions."""
 
 
-# Once several threads call PyTorch, as a server's do, GNU's OpenMP has more threads than processors, and lets them sleep at
-# every barrier: the engine in PyTorch takes a third longer. Told to be active, they stay awake there, here for a fifth of a
-# millisecond: longer, and they are in the way of the threads that search. LLVM's OpenMP sleeps after 200 ms, as without this.
+# When several threads call PyTorch, as in a server, GNU's OpenMP has more threads than processors and lets them sleep at every
+# barrier, which makes the PyTorch engine take a third longer. With the active policy they stay awake there, here for a fifth
+# of a millisecond; any longer would obstruct the threads that search. LLVM's OpenMP sleeps after 200 ms, as by default.
 _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "200"}
 
 
@@ -56,7 +56,7 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     if sys.platform == "linux" and "torch" not in sys.modules and _AWAKE.keys().isdisjoint(os.environ):
         os.environ.update(_AWAKE)  # read when PyTorch is imported
     return run_command(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int | None:
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return shell_complete(finelip, {}, "finelip", COMPLETE_VARIABLE, instruction)
-    for argument in arguments:  # a system passes no others, but a caller may
+    for argument in arguments:  # the system never passes such ones, but a caller may
         if "\0" in argument or re.search("[\ud800-\udc7f\udd00-\udfff]", argument):
             raise InputError(f"expected arguments that can be names of files, got {argument!r:.80}")
-    # Not by Click's own main: how a command ends, also by a signal, is told in one place.
+    # Not Click's own main: how a command ends, even by a signal, is defined in one place.
     with finelip.make_context("finelip", arguments) as context:
         finelip.invoke(context)
     return None

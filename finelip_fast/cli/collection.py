@@ -1,4 +1,4 @@
-"""``finelip add``, ``search``, ``list`` and ``remove``: pictures into an index, and out of it."""
+"""``finelip add``, ``search``, ``list`` and ``remove``: adding pictures to an index, finding and removing them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ where_option = click.option(
 
 @dataclass
 class Nothing:
-    """No items, and why."""
+    """An empty result, with the reason."""
 
     reason: str
 
@@ -64,7 +64,7 @@ class Nothing:
 
 @dataclass
 class ListedItem:
-    """An item as ``finelip list`` shows it: in text without what its file says anyway."""
+    """An item as ``finelip list`` shows it; the text leaves out metadata that comes from its file."""
 
     id: str
     path: str | None
@@ -79,7 +79,7 @@ class ListedItem:
 
 @dataclass
 class Removal:
-    """What ``finelip remove`` did."""
+    """Result of ``finelip remove``."""
 
     removed: int
     items: int
@@ -143,7 +143,7 @@ def add(
 
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:
-        walk_folder(folder)  # one that is not there is an error before a model is loaded
+        walk_folder(folder)  # a missing one is an error before a model is loaded
     if watch:
         _watchfiles()
     retriever = model.open_retriever(index, dtype=dtype)
@@ -290,10 +290,10 @@ def _open_preview() -> Callable[[Hits], Iterator[str]]:
 
 
 def _asks_server(server: str) -> bool:
-    """Whether a search goes to the server: where that is the environment's, options that need the index here leave it aside.
+    """Return whether a search goes to the server; options that need the local index override a server from the environment.
 
     Raises:
-        InputError: The server and such an option are both typed.
+        InputError: The server and such an option are both on the command line.
     """
     context = click.get_current_context()
     typed = [
@@ -308,7 +308,7 @@ def _asks_server(server: str) -> bool:
 
 
 class _RemoteRetriever:
-    """The part of a retriever that a search needs, on a server."""
+    """The part of a retriever that a search needs, provided by a server."""
 
     def __init__(self, url: str, alpha: float | None) -> None:
         from finelip_fast.client import Client
@@ -316,7 +316,7 @@ class _RemoteRetriever:
         self._client, self._alpha = Client(url), alpha
 
     def search(self, text: str | None, **options: Any) -> Any:
-        """Hits of one query."""
+        """Return the hits of one query."""
         return self._client.search(text, alpha=self._alpha, **options)  # type: ignore[arg-type]
 
     @property
@@ -337,10 +337,10 @@ def _print_meanings(hits: Hits, alpha: float) -> None:
 
 
 def _write_explanations(retriever: Retriever, hits: Hits, text: str, page: Path, count: int) -> dict[int, str]:
-    """Write pages that explain the first hits that are pictures, beside the page that will link them.
+    """Write pages that explain the first hits that are pictures, beside the page that will link to them.
 
     Returns:
-        The pages' addresses there, by the hits' ranks.
+        Addresses of the pages, relative to that page, by the hits' ranks.
     """
     from finelip_fast.hits import picture_file
 
@@ -414,7 +414,7 @@ def remove(ids: tuple[str, ...], index: str, where: str | None) -> Removal:
 
 
 def _ids(index: Index, names: Sequence[str]) -> Iterator[str]:
-    """Ids that were typed, or those of the pictures whose paths were."""
+    """Yield the ids that were typed, or those of pictures whose paths were typed."""
     from finelip_fast.collection import item_id
 
     by_path = {} if index.root is None else {name: item_id(name, index.root) for name in names}
@@ -440,7 +440,7 @@ def _listed(first: ListedItem, following: Iterator[ListedItem], paths: bool) -> 
 
 @dataclass
 class Group:
-    """Items that are alike."""
+    """A group of similar items."""
 
     ids: list[str]
 

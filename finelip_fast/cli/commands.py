@@ -1,4 +1,4 @@
-"""What all commands share: ``--json`` and ``--quiet``, how a result is printed, and what a mistyped word is answered."""
+"""Parts that all commands share: ``--json`` and ``--quiet``, printing of results, and responses to mistyped words."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_c
 class Command(click.Command):
     """A command whose function returns a result, which is printed as text, or with ``--json`` as one JSON document.
 
-    An iterator is printed item by item as it goes, so that memory does not grow with it.
+    An iterator is printed item by item, so that memory does not grow with it.
 
     Args:
-        renamed: Today's names of options, by those they had before.
+        renamed: Current names of options, by their former names.
     """
 
     def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class Command(click.Command):
         ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words behind the command's name."""
+        """Parse the words after the command's name."""
         ctx.meta[__name__] = _Running([*ctx.command_path.split(), *args])
         try:
             return super().parse_args(ctx, _repeat_options(self.get_params(ctx), args))
@@ -66,7 +66,7 @@ class Command(click.Command):
         return super().get_short_help_str(max(limit, 200))
 
     def invoke(self, ctx: click.Context) -> None:
-        """Do the work, print the result, and do what comes after it."""
+        """Run the function, print its result, and then do what was registered by :func:`after_result`."""
         running: _Running = ctx.meta[__name__]
         running.speaks_json = ctx.params.pop("json")
         running.shows_progress = not ctx.params.pop("quiet")
@@ -79,11 +79,11 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A family of commands. A name of two words, such as ``eval compare``, stands behind a command that is one by itself.
+    """A group of commands. A name of two words, such as ``eval compare``, extends a name that is a command by itself.
 
     Args:
-        moved: Today's commands, by the words that they had in this family before.
-        otherwise: What a word that is none of the family's commands may have been meant as; ``{}`` becomes the word.
+        moved: Current commands, by their former names in this group.
+        otherwise: Suggestion for a word that is not a command of the group; ``{}`` is replaced with the word.
     """
 
     command_class = Command
@@ -95,7 +95,7 @@ class Group(click.Group):
         self.moved, self.otherwise = moved or {}, otherwise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """The words behind the family's name, which has no options of its own."""
+        """Parse the words after the group's name; the group has no options of its own."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -106,7 +106,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the first word or two words name."""
+        """Find the command named by the first word or the first two words."""
         if " ".join(args[:2]) in self.commands:
             args = [" ".join(args[:2]), *args[2:]]
         if args[0] not in self.commands and not ctx.resilient_parsing:
@@ -118,7 +118,7 @@ class Group(click.Group):
         return super().get_short_help_str(max(limit, 200))
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
-        """Names of one word: those of two are completed behind the first."""
+        """Complete names of one word; names of two words are completed after the first word."""
         return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
 
     def _unknown(self, ctx: click.Context, word: str) -> str:
@@ -140,12 +140,12 @@ class Several(click.Option):
         super().__init__(*args, **{**kwargs, "multiple": True})
 
     def make_metavar(self, *args: Any, **kwargs: Any) -> str:
-        """The metavar with dots behind it."""
+        """Return the metavar followed by dots."""
         return f"{super().make_metavar(*args, **kwargs)}..."
 
 
 class ModelOptions(NamedTuple):
-    """Which model, and how it runs."""
+    """Options that choose a model and how it runs."""
 
     checkpoint: str | None
     engine: EngineName
@@ -153,13 +153,13 @@ class ModelOptions(NamedTuple):
     device: str | None
 
     def open_engine(self) -> Any:
-        """The engine that encodes."""
+        """Open the engine that encodes."""
         from finelip_fast.engines import open_engine
 
         return open_engine(self.engine, self.checkpoint, self.device, precision=self.precision)
 
     def open_retriever(self, index: str, **options: Any) -> Any:
-        """A retriever on an index, by the index's checkpoint where none is named."""
+        """Open a retriever on an index, with the index's checkpoint if none is named."""
         from finelip_fast.known_checkpoints import checkpoint_of
         from finelip_fast.retriever import Retriever
 
@@ -183,7 +183,7 @@ device_option = click.option("--device", help="Device to compute on: cpu, cuda. 
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of a model; its function gets them as ``model``."""
+    """Add the model options to a command; its function receives them as ``model``."""
 
     @wraps(function)
     def with_model(
@@ -203,7 +203,7 @@ batch_size_option = click.option("--batch-size", type=int, default=64, help="Pic
 
 
 def _limit_picture_memory(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
-    """Have pictures decoded within so many MiB each, by this command and the processes that it starts."""
+    """Limit the memory for decoding a picture, in MiB, in this command and the processes that it starts."""
     from finelip_fast._decode import VARIABLE
 
     if value is not None:
@@ -228,26 +228,26 @@ decode_memory_option = click.option(
 
 
 def shows_progress() -> bool:
-    """Whether the running command shows progress bars."""
+    """Return whether the running command shows progress bars."""
     return _running().shows_progress
 
 
 def speaks_json() -> bool:
-    """Whether the running command prints JSON."""
+    """Return whether the running command prints JSON."""
     return _running().speaks_json
 
 
 def after_result(act: Callable[[], object]) -> None:
-    """Do something once the result is printed: where it fails, the result is not lost with it."""
+    """Do something after the result is printed, so that the result is not lost if it fails."""
     _running().after.append(act)
 
 
 def write_after_result(path: str, write: Callable[[str], object]) -> None:
-    """Write a file once the result is printed, and say so.
+    """Write a file after the result is printed, and print its path.
 
     Args:
-        path: The file.
-        write: Writes it to the path that it is given.
+        path: Path of the file.
+        write: Function that writes the file to the path that it is given.
     """
 
     def act() -> None:
@@ -265,12 +265,12 @@ def write_after_result(path: str, write: Callable[[str], object]) -> None:
 
 
 def command_line() -> str:
-    """The running command as it would be typed."""
+    """Return the running command as it would be typed."""
     return shlex.join(_running().words)
 
 
 def as_json(result: Any) -> Iterator[str]:
-    """One JSON document, in pieces."""
+    """Yield one JSON document in pieces."""
     if isinstance(result, Iterator):
         separator = "["
         for item in result:
@@ -282,11 +282,11 @@ def as_json(result: Any) -> Iterator[str]:
 
 
 def as_text(result: Any) -> Iterator[str]:
-    """What a person reads: dictionaries as indented names, lists and iterators item by item, the rest as it prints itself."""
+    """Yield text for people: dictionaries as indented names, lists and iterators item by item, all else as its ``str``."""
     if isinstance(result, Mapping):
         yield from (f"{line}\n" for line in _indented(result))
-    elif type(result) is list or isinstance(result, Iterator):  # a list with a text of its own, such as hits, is that
-        for item in result:  # a text is a name: it stays on its line
+    elif type(result) is list or isinstance(result, Iterator):  # no subclass with its own str, such as Hits
+        for item in result:  # a string is a name and stays on one line
             yield from [printable(item), "\n"] if isinstance(item, str) else as_text(item)
     else:
         yield printable_lines(result) + "\n"
@@ -294,7 +294,7 @@ def as_text(result: Any) -> Iterator[str]:
 
 @dataclass
 class _Running:
-    """The command that runs: its words, and what it does after its result."""
+    """The running command: its words, and what it does after its result."""
 
     words: list[str]
     after: list[Callable[[], object]] = field(default_factory=list)
@@ -334,7 +334,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _repeat_options(params: Sequence[click.Parameter], args: list[str]) -> list[str]:
-    """The words with an option of several values before each of them, as Click takes it."""
+    """Repeat an option of several values before each of them, as Click expects it."""
     names = {name for param in params if isinstance(param, Several) for name in param.opts}
     repeated: list[str] = []
     option, count = None, 0

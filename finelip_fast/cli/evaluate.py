@@ -1,4 +1,4 @@
-"""``finelip eval`` and ``finelip eval compare``: recall of a checkpoint, and several results side by side."""
+"""``finelip eval`` and ``finelip eval compare``: the recall of a checkpoint, and several results side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``finelip export onnx`` and ``finelip export trt``: encoders in the files of other runtimes."""
+"""``finelip export onnx`` and ``finelip export trt``: encoders as files for other runtimes."""
 
 from __future__ import annotations
 

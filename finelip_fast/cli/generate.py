@@ -1,4 +1,4 @@
-"""``finelip generate``: a picture of a long description."""
+"""``finelip generate``: a picture from a long description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``finelip index``: the care for an index, from checking its files to moving it between machines."""
+"""``finelip index``: maintenance of an index, from checking its files to moving it between machines."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ bits_option = click.option("--bits", type=int, default=1, help="Bits of a sketch
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
-    """A number of items, with a unit where it is large."""
+    """A number of items, with an optional unit."""
 
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number that ``20000``, ``200k``, ``100M`` or ``1B`` stands for."""
+        """Return the number that ``20000``, ``200k``, ``100M`` or ``1B`` stands for."""
         if isinstance(value, int):
             return value
         units = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
@@ -56,7 +56,7 @@ class _Part(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     name = "part"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """The number and the count that ``0/4`` stands for."""
+        """Return the part's number and the number of parts that ``0/4`` stands for."""
         if isinstance(value, tuple):
             return value
         try:
@@ -72,7 +72,7 @@ class _KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic from clic
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """The key and the value."""
+        """Return the key and the value."""
         if isinstance(value, tuple):
             return value
         key, equals, text = value.partition("=")
@@ -150,7 +150,7 @@ def _move_root(folder: str, index: str) -> str:
     if not os.path.isdir(folder):
         raise InputError(f"expected the folder of the pictures, got {folder!r}: no such folder")
     before = None
-    with suppress(StoreError):  # what cannot be read is replaced
+    with suppress(StoreError):  # an unreadable root is replaced
         before = opened.root
     opened.root = Path(folder)
     return f"the pictures lie in {opened.root}" + (f", no more in {before}" if before is not None else "")
@@ -272,7 +272,7 @@ def _plan(items: int, dtype: str, candidates: int, bits: int, model: ModelOption
 
 
 def _store_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the address of a store and how to reach it."""
+    """Add to a command the address of a store and the options to reach it."""
     function = click.option(
         "--storage-option",
         "storage_options",
@@ -347,7 +347,7 @@ def _bulk(folder: str, index: str, checkpoint: str | None, **options: Any) -> An
 
 
 def _read_queries(path: Path, count: int) -> tuple[list[str], list[str] | None]:
-    """Texts, and their answers if all have one."""
+    """Read texts, and their answers if all have one."""
     texts: list[str] = []
     answers: list[str | None] = []
     try:

@@ -1,7 +1,7 @@
 """``finelip search --preview``: thumbnails between the lines of a terminal, drawn by textual-image.
 
-It asks the terminal, when it is imported, whether it shows sixel pictures or knows kitty's graphics protocol; all others get
-half blocks in colour.
+On import, textual-image asks the terminal whether it supports sixel pictures or kitty's graphics protocol; all others get
+coloured half blocks.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from finelip_fast.errors import InputError
 from finelip_fast.hits import Hits, picture_file, thumbnail
 
-_ROWS = 8  # of the terminal, at most, for a thumbnail
-_SIDE = 320  # pixels: rows of 40 on a sharp screen
+_ROWS = 8  # maximum height of a thumbnail in the terminal
+_SIDE = 320  # pixels: 40 per row on a sharp screen
 
 
 def open_preview() -> Callable[[Hits], Iterator[str]]:
-    """What shows hits in this terminal: it draws a hit's picture, and gives the line to print below.
+    """Return a function that shows hits in this terminal: it draws a hit's picture and yields the line to print below it.
 
     Raises:
-        InputError: There is no terminal that could show them; or textual-image is missing.
+        InputError: There is no terminal that could show them, or textual-image is not installed.
     """
     if not _in_terminal():
         raise InputError(
@@ -47,6 +47,6 @@ def open_preview() -> Callable[[Hits], Iterator[str]]:
 
 
 def _in_terminal() -> bool:
-    """Whether a terminal prints and answers: what it can show is asked there. One that tells no size shows nothing."""
+    """Return whether a terminal prints and answers, as it is asked what it can show; one without a size shows nothing."""
     streams = (sys.stdin, sys.stdout)
     return all(stream is not None and stream.isatty() for stream in streams) and os.get_terminal_size().columns > 0

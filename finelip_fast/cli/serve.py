@@ -177,10 +177,10 @@ def serve(
 
 
 def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: bool = False) -> Iterator[str]:
-    """Serve until a signal; there is nothing to print after it.
+    """Serve until a signal arrives; nothing is printed after that.
 
     Args:
-        settings, opening: How it answers, and what.
+        settings, opening: Settings of the server, and what it serves.
         workers: Number of processes.
         opens: Whether to open the page in the browser.
 
@@ -201,7 +201,7 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
 
     def ready(address: str) -> None:
         server.print_address(address)
-        if opens:  # a browser in the terminal would keep the server from answering it
+        if opens:  # a browser in the terminal would block the server that it waits for
             threading.Thread(target=_open_page, args=(address,), daemon=True).start()
 
     server.serve(settings, opening, workers, ready=ready)
@@ -211,7 +211,7 @@ def run(settings: ServeSettings, opening: Opening, *, workers: int = 1, opens: b
 def require_packages() -> None:
     """
     Raises:
-        InputError: A package that serving needs is missing; says how to install it.
+        InputError: A package that serving needs is missing; the message says how to install it.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -224,10 +224,10 @@ def _open_page(address: str) -> None:
 
 
 def _api_key(path: str | None) -> str | None:
-    """The key out of a file, or else out of the environment; None: there is none.
+    """Return the key from a file, or else from the environment; None if there is none.
 
     Raises:
-        InputError: A file that cannot be read.
+        InputError: The file cannot be read.
     """
     if path is None:
         return os.environ.get(API_KEY_VARIABLE) or None
@@ -259,6 +259,6 @@ def _checked_origin(origin: str) -> str:
 
 
 def _seconds(name: str, value: float, least: float, most: float) -> float:
-    if not least <= value <= most:  # no NaN either
+    if not least <= value <= most:  # refuses NaN, too
         raise InputError(f"expected {name} from {least:g} to {most:g}, got {value:g}")
     return value

@@ -1,4 +1,4 @@
-"""``finelip study`` and ``finelip study ablation``: the paper's questions, each a table and a plot."""
+"""``finelip study`` and its subcommands: the paper's questions, each answered by a table and a plot."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def drawing(out: str, generators: tuple[str, ...], **options: Any) -> Any:
 
 
 def _record(record: Any, out: str) -> Any:
-    """The record, which is saved once it is printed."""
+    """Return the record, which is saved after it is printed."""
     command = command_line()
 
     def write() -> None:

@@ -55,7 +55,7 @@ def demo(out: str, scenes: int, serves: bool, port: int) -> Any:
 
 
 def _program() -> str:
-    """This command as it can be typed here, also where it lies in an environment that is not active."""
+    """Return this command as it can be typed here, even if its environment is not active."""
     path = shutil.which("finelip")
     if path is not None and os.path.realpath(path) == os.path.realpath(sys.argv[0]):
         return "finelip"

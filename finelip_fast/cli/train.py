@@ -1,4 +1,4 @@
-"""``finelip train`` and ``finelip adapt``: training runs, whose options are fields of their configuration."""
+"""``finelip train`` and ``finelip adapt``: training runs, whose options are the fields of their configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADAPT = (
 
 
 class _Trains(Command):
-    """A command with fields of the configuration as options, which are read when they are needed.
+    """A command with fields of the configuration as options, which are loaded only when needed.
 
     Args:
         fields: Names of the fields; None: all.
@@ -41,17 +41,17 @@ class _Trains(Command):
         self.fields = fields
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own, the options of the configuration, and those of every command."""
+        """Return the command's own parameters, the options of the configuration, and those of every command."""
         parameters = super().get_params(ctx)
-        count = len(self.params) - 2  # less --json and --quiet
+        count = len(self.params) - 2  # without --json and --quiet
         return [*parameters[:count], *_options(self.fields), *parameters[count:]]
 
 
 class _Train(_Trains):
-    """A command that also names the recipes."""
+    """A command whose help also lists the recipes."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The names of the recipes."""
+        """Write the names of the recipes."""
         from finelip_fast.training.config import recipe_names
 
         formatter.write_paragraph()
@@ -68,7 +68,7 @@ def _options(names: tuple[str, ...] | None) -> tuple[click.Option, ...]:
 
 
 def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
-    """The option of a field; None where it is not given, so that a recipe's value stays."""
+    """Return the option for a field; its value is None if not given, so that a recipe's value stays."""
     flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     text = text[0].upper() + text[1:] + "."
     if field.default not in (dataclasses.MISSING, "", ()):

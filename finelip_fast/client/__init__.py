@@ -1,4 +1,4 @@
-"""A server that runs elsewhere, asked as a :class:`finelip_fast.Retriever` is asked; imports no PyTorch."""
+"""Clients of a remote server, used like a :class:`finelip_fast.Retriever`; they do not import PyTorch."""
 
 from finelip_fast.client.calls import RemoteItem
 from finelip_fast.client.clients import AsyncClient, Client

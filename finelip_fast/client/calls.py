@@ -1,4 +1,4 @@
-"""What each method does: a generator that gives requests, is sent their answers, and returns what the method does."""
+"""The clients' methods as generators, which yield requests, receive their answers, and return the method's result."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class RemoteItem(NamedTuple):
     """An item of a server's index.
 
     Attributes:
-        id: What it was added as.
-        metadata: What was given with it.
-        path: File of its picture on the server's machine; None where it has none.
+        id: Id that it was added with.
+        metadata: Metadata that was given with it.
+        path: File of its picture on the server's machine; None if it has none.
     """
 
     id: str
@@ -136,7 +136,7 @@ def add_images(images: Any, metadata: Sequence[dict[str, Any]] | None, batch_siz
     report = AddReport()
 
     def readable() -> Iterator[tuple[int, str, bytes]]:
-        """Places, names and contents of the pictures that can be read."""
+        """Yield numbers, names and contents of the readable pictures."""
         for number, picture in enumerate(pictures):
             name = os.path.basename(picture) if isinstance(picture, (str, PathLike)) else f"image-{number}"
             try:
@@ -160,7 +160,7 @@ def add_images(images: Any, metadata: Sequence[dict[str, Any]] | None, batch_siz
 
 
 def _added(response: httpx2.Response) -> list[dict[str, Any]]:
-    """What became of each picture, which is told where all were refused, too."""
+    """Return the outcome for each picture, which the server reports even if all were refused."""
     if response.status_code == 400:
         with suppress(ServerError, KeyError):
             refused: list[dict[str, Any]] = parse_json(
@@ -173,14 +173,14 @@ def _added(response: httpx2.Response) -> list[dict[str, Any]]:
 
 def delete(ids: Sequence[str] | str) -> Steps[None]:
     for name in [ids] if isinstance(ids, str) else listed("ids", ids):
-        # A dot is written out, too: a path of one or two dots is shortened on its way.
+        # Dots are encoded, too: a segment of one or two dots is removed from the path on its way.
         segment = quote(file_name("ids", name), safe="", errors="surrogateescape").replace(".", "%2E")
         yield from exchange(Request("DELETE", f"v1/items/{segment}", repeatable=False))
 
 
 class Page(NamedTuple):
     items: list[RemoteItem]
-    following: str | None  # what to ask for the next one by
+    following: str | None  # value of ``after`` for the next page
 
 
 def page(where: str | None, after: str | None) -> Steps[Page]:

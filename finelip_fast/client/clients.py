@@ -30,18 +30,18 @@ T = TypeVar("T")
 
 
 class Client(Connection):
-    """A server that ``finelip serve`` started, searched and filled as a :class:`finelip_fast.Retriever` is.
+    """Client of a ``finelip serve`` server, which is searched and filled like a :class:`finelip_fast.Retriever`.
 
-    May be used from several threads. Pictures are given as paths, which are read here, as encoded bytes or as PIL images, and
-    sent whole. What changes nothing is sent again, at most twice, when the server is full or starting and says for how long.
+    May be used from several threads. Pictures are paths on this machine, encoded bytes or PIL images, and are sent whole.
+    Requests that change nothing are sent again, at most twice, if the server is full or starting and says for how long.
 
     Args:
         url: Address of the server, such as ``"http://127.0.0.1:8000"``.
-        api_key: Key that the server wants; None: that of the environment's ``FINELIP_API_KEY``, if it is set.
+        api_key: Key that the server requires; None: the environment variable ``FINELIP_API_KEY``, if set.
         timeout: Seconds to wait for an answer.
 
-    Methods raise InputError where the server refuses what was sent, and :class:`finelip_fast.ServerError` where it cannot be
-    reached, is full, wants a key, or fails.
+    Methods raise InputError if the server refuses the input, and :class:`finelip_fast.ServerError` if the server cannot be
+    reached, is full, requires a key, or fails.
 
     Example:
         >>> with finelip_fast.Client("http://127.0.0.1:8000") as client:
@@ -126,7 +126,7 @@ class Client(Connection):
             alpha: Weight of the global score; None: the server's.
 
         Returns:
-            Hits, best first: a list for one query, a list of lists for a list of queries. Their paths are those of the
+            Hits, best first: a list for one query, a list of lists for a list of queries. Their paths are paths on the
             server's machine.
 
         Warns:
@@ -136,19 +136,19 @@ class Client(Connection):
         return self._run(calls.search(text, image, k, mode, where, alpha))
 
     def score(self, images: Iterable[PictureSource], texts: Iterable[str]) -> Array:
-        """Scores of every picture with every text, without the index: float32 ``[n_images, n_texts]``."""
+        """Score every picture against every text, without the index: float32 ``[n_images, n_texts]``."""
         return self._run(calls.score(images, texts))
 
     def explain(self, image: PictureSource | Hit, text: str) -> dict[str, Any]:
-        """Why a picture, or a hit's, and a description score as they do, as ``POST /v1/explain`` answers."""
+        """Explain the score of a picture, or a hit's picture, and a description, as ``POST /v1/explain`` answers."""
         return self._run(calls.explain(image, text))
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int = BATCH) -> Array:
-        """Embeddings of descriptions, float32 ``[N, L, D]``, unit rows, row 0 = EOT; ``batch_size`` are sent at once."""
+        """Embed descriptions: float32 ``[N, L, D]``, unit rows, row 0 = EOT; ``batch_size`` are sent at once."""
         return self._run(calls.encode_texts(texts, batch_size))
 
     def encode_images(self, images: Iterable[PictureSource], *, batch_size: int = BATCH) -> Array:
-        """Embeddings of pictures, float32 ``[N, L, D]``, unit rows, row 0 = CLS; ``batch_size`` are sent at once."""
+        """Embed pictures: float32 ``[N, L, D]``, unit rows, row 0 = CLS; ``batch_size`` are sent at once."""
         return self._run(calls.encode_images(images, batch_size))
 
     def add_images(
@@ -158,28 +158,28 @@ class Client(Connection):
         metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int = BATCH,
     ) -> AddReport:
-        """Send pictures to be added; the server must have been started with ``--writable``.
+        """Add pictures; the server must have been started with ``--writable``.
 
         Args:
             images: Folder, one picture, or several; the server names them.
             metadata: A dictionary of JSON values for each picture.
-            batch_size: Number of pictures sent at once. Where a request fails, those before it stay added.
+            batch_size: Number of pictures sent at once. If a request fails, pictures of earlier requests stay added.
 
         Returns:
-            Ids of the pictures added, and those skipped, with the reason. What was added is found by every later search.
+            Ids of the added pictures, and the skipped ones with reasons. Added pictures are found by every later search.
         """
         return self._run(calls.add_images(images, metadata, batch_size))
 
     def delete(self, ids: Sequence[str] | str) -> None:
-        """Delete items, one after the other.
+        """Delete items one by one.
 
         Raises:
-            InputError: An id that is not in the index; those before it are gone.
+            InputError: An id that is not in the index; the items before it have been deleted.
         """
         return self._run(calls.delete(ids))
 
     def items(self, *, where: str | None = None) -> Iterator[RemoteItem]:
-        """The items in the order in which they were added, page by page as they are asked for."""
+        """Iterate over the items in the order they were added; pages are fetched as needed."""
         page = self._run(calls.page(where, None))
         yield from page.items
         while page.following is not None:
@@ -187,14 +187,14 @@ class Client(Connection):
             yield from page.items
 
     def info(self) -> dict[str, Any]:
-        """What is served, as ``GET /v1/info`` answers: the model, the engine, the number of items, the limits."""
+        """Return what is served, as ``GET /v1/info`` answers: the model, engine, number of items and limits."""
         return self._run(calls.info())
 
 
 class AsyncClient(Connection):
-    """:class:`Client` for ``asyncio``: the same methods, to be awaited; ``items`` is an asynchronous iterator.
+    """:class:`Client` for ``asyncio``: the same methods as coroutines; ``items`` is an asynchronous iterator.
 
-    Belongs to the event loop that it is first used in.
+    Belongs to the event loop in which it is first used.
 
     Args:
         url, api_key, timeout: The same as for :class:`Client`.

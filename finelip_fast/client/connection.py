@@ -1,4 +1,4 @@
-"""Where a server is, and how it is reached."""
+"""The address of a server, and how to connect to it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import httpx2
 from finelip_fast._addresses import API_KEY_VARIABLE, is_loopback
 from finelip_fast.errors import InputError, ServerError
 
-_IDLE_SECONDS = 4.0  # after which a connection is not used again, long before the server closes it
+_IDLE_SECONDS = 4.0  # after which a connection is not reused, long before the server closes it
 
 
 class Connection:
-    """Address, key and timeout of a server; both clients have one."""
+    """Address, key and timeout of a server; the base of both clients."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
         self.url = _checked_url(url)
@@ -34,7 +34,7 @@ class Connection:
         return partial(type(self), self.url, api_key=self._key, timeout=self.timeout), ()
 
     def _options(self) -> dict[str, Any]:
-        """What both of httpx2's clients are opened with."""
+        """Return the options that both of httpx2's clients are opened with."""
         key = self._key
         if key is None and (variable := os.environ.get(API_KEY_VARIABLE)):
             key = _checked_key(API_KEY_VARIABLE, variable)
@@ -44,14 +44,14 @@ class Connection:
             "headers": {} if key is None else {"authorization": f"Bearer {key}"},
             "timeout": self.timeout,
             "limits": httpx2.Limits(keepalive_expiry=_IDLE_SECONDS),
-            # A proxy of the environment is for other hosts. Without TLS no certificates are read, which take a while.
+            # Proxies from the environment are for other hosts. Without TLS, skip loading certificates, which takes a while.
             "trust_env": not is_loopback(address.hostname or ""),
             "verify": address.scheme == "https",
         }
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Turn a connection that fails into a ServerError."""
+        """Turn a failing connection into a ServerError."""
         try:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:

@@ -1,4 +1,4 @@
-"""Requests and the answers to them: what to send again, and what a refusal means."""
+"""Requests and their answers: what to send again, and what a refusal means."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from finelip_fast.errors import FineLIPError, InputError, ServerError
 
 T = TypeVar("T")
 
-# A full or a starting server says when to ask again; it is asked so often, and waited for so long each time.
+# A full or starting server says when to ask again: number of tries, and longest pause accepted between them, in seconds.
 _TRIES, _LONGEST_PAUSE = 3, 5.0
 
-_WRONG_INPUT = {400, 404, 413, 415}  # statuses that are about what was sent
-# What to do about refusals, where the server's own words do not say it.
+_WRONG_INPUT = {400, 404, 413, 415}  # statuses that concern the input
+# What to do about refusals, if the server's own message does not say it.
 _REMEDIES = {
     401: (
         API_KEY_VARIABLE,
@@ -35,8 +35,8 @@ class Request(NamedTuple):
 
     Attributes:
         method, path: HTTP method, and path below the server's address.
-        arguments: Its body or query, as httpx2 takes them.
-        repeatable: Whether it may be sent again: it changes nothing.
+        arguments: Body or query, as httpx2 takes them.
+        repeatable: Whether it may be sent again, because it changes nothing.
         pause: Seconds to wait before it is sent.
     """
 
@@ -55,7 +55,7 @@ def json_request(route: str, body: dict[str, Any]) -> Request:
 
 
 def exchange(request: Request) -> Steps[dict[str, Any]]:
-    """Send a request, also again where the server says when; its answer."""
+    """Send a request, again if the server says when to, and return its answer."""
     for _ in range(_TRIES - 1):
         response = yield request
         pause = _pause(response)
@@ -67,7 +67,7 @@ def exchange(request: Request) -> Steps[dict[str, Any]]:
 
 
 def _pause(response: httpx2.Response) -> float | None:
-    """Seconds after which to ask again; None: not at all."""
+    """Return the seconds after which to ask again, or None for not at all."""
     if response.status_code not in (429, 503):
         return None
     try:
@@ -81,7 +81,7 @@ def answer_of(response: httpx2.Response) -> dict[str, Any]:
     if not response.is_success:
         raise _refusal(response)
     expected = "the answer of finelip serve"
-    # An id may be the name of a file that is no UTF-8.
+    # An id may be a file name that is not valid UTF-8.
     answer: dict[str, Any] = parse_json(
         response.content, response.url, error=ServerError, expected=expected, kind=dict, surrogates=True
     )
@@ -89,7 +89,7 @@ def answer_of(response: httpx2.Response) -> dict[str, Any]:
 
 
 def _refusal(response: httpx2.Response) -> FineLIPError:
-    """The error that an answer tells of."""
+    """Return the error that an answer reports."""
     status, request_id = response.status_code, response.headers.get("x-request-id")
     try:
         fault = parse_json(response.content, "", error=ServerError, kind=dict)["error"]
@@ -110,7 +110,7 @@ def _refusal(response: httpx2.Response) -> FineLIPError:
 
 @contextmanager
 def expected_answer() -> Iterator[None]:
-    """Turn an answer of another shape into a ServerError."""
+    """Turn an answer of unexpected shape into a ServerError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What is sent: pictures as bytes, values as JSON, many in batches."""
+"""Data to send: pictures as bytes, values as JSON, many of them in batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from finelip_fast.errors import ImageError, InputError
 
 T = TypeVar("T")
 
-BATCH = 64  # texts or pictures of a request
-_BATCH_BYTES = 32 << 20  # of one, as they are sent
+BATCH = 64  # texts or pictures per request
+_BATCH_BYTES = 32 << 20  # per request, as sent
 _PICTURE_BYTES = 1 << 30
 
 
@@ -28,7 +28,7 @@ def as_json(value: Any) -> bytes:
 
 
 def batches(values: Iterable[T], count: int, *, size: Callable[[T], int] | None = None) -> Iterator[list[T]]:
-    """Values in lists of at most ``count``, and of at most some megabytes, if one value alone is no larger."""
+    """Yield lists of at most ``count`` values and at most some megabytes, unless a single value is larger."""
     count, size = whole_number("batch_size", count), size or (lambda value: len(str(value)))
     batch: list[T] = []
     total = 0
@@ -44,7 +44,7 @@ def batches(values: Iterable[T], count: int, *, size: Callable[[T], int] | None 
 
 
 def as_pictures(images: Any) -> list[Any]:
-    """Pictures as a list; one is a list of it."""
+    """Return pictures as a list; a single picture becomes a list of one."""
     single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview)) or hasattr(images, "save")
     return [images] if single else listed("images", images)
 
@@ -54,10 +54,10 @@ def encoded(source: Any) -> str:
 
 
 def content_of(source: Any) -> bytes:
-    """An encoded picture: a file's content, bytes as they are, an image as PNG.
+    """Return an encoded picture: a file's content, bytes unchanged, or an image as PNG.
 
     Raises:
-        ImageError: A file that cannot be read, or anything else.
+        ImageError: A file that cannot be read, or a source of another type.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -76,10 +76,10 @@ def content_of(source: Any) -> bytes:
 
 
 def file_name(name: str, text: Any) -> str:
-    """A text that can be the name of a file, of whatever bytes.
+    """Return a text that can be a file name, of any bytes.
 
     Raises:
-        InputError: No text, an empty one, or none that a file can have.
+        InputError: A value that is not a text, an empty text, or one that cannot be a file name.
     """
     try:
         if isinstance(text, str) and text.encode(errors="surrogateescape"):
@@ -90,10 +90,10 @@ def file_name(name: str, text: Any) -> str:
 
 
 def sound_text(name: str, text: Any) -> str:
-    """A text that can be sent.
+    """Return a text that can be sent.
 
     Raises:
-        InputError: No text, or half of a surrogate pair in it.
+        InputError: A value that is not a text, or a text with half of a surrogate pair.
     """
     try:
         if isinstance(text, str):

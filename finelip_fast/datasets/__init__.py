@@ -1,4 +1,4 @@
-"""Pairs of picture and caption: generated scenes, and readers of published and plain layouts.
+"""Pairs of picture and caption: generated scenes, and readers for published and plain layouts.
 
 Every map-style dataset is a sequence of :class:`Example`; :func:`open_dataset` opens one by name.
 """

@@ -1,4 +1,4 @@
-"""What a dataset of pairs is, and how one is opened by name."""
+"""Datasets of picture-caption pairs, and how to open one by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Region(NamedTuple):
 
     Attributes:
         start, end: ``caption[start:end]``, whole words.
-        box: ``(x0, y0, x1, y1)`` in parts of the picture as the model sees it, y downwards.
-        label: What is described; regions of equal labels may look alike.
+        box: ``(x0, y0, x1, y1)`` as fractions of the picture as the model sees it, y downwards.
+        label: Description of the content; regions with equal labels may look alike.
     """
 
     start: int
@@ -38,13 +38,13 @@ class Region(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One pair.
+    """One pair of picture and caption.
 
     Attributes:
-        image: Whatever :func:`finelip_fast.preprocess.open_image` takes; a path where there is a file.
+        image: Any input that :func:`finelip_fast.preprocess.open_image` accepts; a path if the picture is a file.
         caption: The description.
-        image_id: Pairs of one picture share it.
-        regions: What is known of where the caption's phrases are in the picture.
+        image_id: Id of the picture, shared by all of its pairs.
+        regions: Known locations of the caption's phrases in the picture.
     """
 
     image: Any
@@ -56,7 +56,8 @@ class Example(NamedTuple):
 class PairDataset(Protocol):
     """A map-style dataset of pairs.
 
-    One whose pictures take time to make may offer ``without_image(index)`` too, the pair with None as its picture.
+    A dataset whose pictures are expensive to make may also offer ``without_image(index)``, which returns the pair with None
+    as its picture.
     """
 
     def __len__(self) -> int: ...
@@ -64,7 +65,7 @@ class PairDataset(Protocol):
 
 
 class SceneExamples:
-    """:class:`Scenes` as pairs, drawn when asked for."""
+    """:class:`Scenes` as pairs, drawn on demand."""
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
@@ -77,12 +78,12 @@ class SceneExamples:
         return Example(scene.draw(), scene.caption, scene.id, tuple(self._regions(scene)))
 
     def without_image(self, index: int, /) -> Example:
-        """The pair with None as its picture: nothing is drawn."""
+        """Return the pair with None as its picture; nothing is drawn."""
         scene = self.scenes[index]
         return Example(None, scene.caption, scene.id, tuple(self._regions(scene)))
 
     def _regions(self, scene: Scene) -> Iterator[Region]:
-        if self.scenes.variant == "clean":  # phrases are known by their place in the clean caption
+        if self.scenes.variant == "clean":  # phrases are located by their position in the clean caption
             yield from (Region(part.start, part.end, part.box, repr(part.object)) for part in scene.parts)
 
 
@@ -105,19 +106,19 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
 
     Args:
         spec: ``"scenes:SPLIT"`` or ``"scenes:SPLIT:SIZE"`` or ``"scenes:SPLIT:SIZE:VARIANT"``, ``"jsonl:FILE"`` (one object
-            a line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON), or a folder as published:
-            ``"urban1k:ROOT"``, ``"docci:ROOT"`` or ``"docci:ROOT:SPLIT"`` (test unless told otherwise), ``"dci:ROOT"`` (all)
+            per line with ``image`` and ``caption``), ``"sharegpt4v:FILE"`` (the published JSON), or a folder as published:
+            ``"urban1k:ROOT"``, ``"docci:ROOT"`` or ``"docci:ROOT:SPLIT"`` (default: test), ``"dci:ROOT"`` (all)
             or ``"dci:ROOT:SPLIT"``, ``"long-dci:ROOT"``, ``"coco:ROOT"`` (val2017), ``"flickr30k:ROOT"`` or
-            ``"flickr30k:ROOT:SPLIT"`` (test).
+            ``"flickr30k:ROOT:SPLIT"`` (default: test).
         image_size: Side of drawn scenes, in pixels.
-        root: Folder that relative picture paths start from; None: the file's own folder. Of a published folder: ROOT where
+        root: Folder that relative picture paths start from; None: the file's own folder. For a published folder, ROOT if
             the name leaves it empty, as in ``"urban1k"`` and ``"docci::train"``.
 
     Returns:
         A map-style dataset of :class:`Example`.
 
     Raises:
-        InputError: An unknown name, a missing file, or one that is not of that layout.
+        InputError: An unknown name, a missing file, or a file with another layout.
     """
     if not isinstance(spec, str):
         raise InputError(f"expected the name of a dataset as a text, got {spec!r:.80}")

@@ -1,7 +1,7 @@
-"""Readers of caption files in JSON: plain JSON lines, and ShareGPT4V's published layout.
+"""Readers for JSON caption files: plain JSON lines, and ShareGPT4V's published layout.
 
-Pictures are files, and such a file may name any of this machine, by absolute paths too: what it names is read as a picture or
-not at all.
+Pictures are files. A caption file may name any file on this machine, even by an absolute path; a named file is read as a
+picture or not at all.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 
 _MAX_BYTES = 1 << 32  # ShareGPT4V's 1.2 million records take a third of it
-_MAX_PATH = 4096  # characters, which no system takes more of
+_MAX_PATH = 4096  # characters; no system accepts more
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path, str]]:
-    """One JSON object a line with ``image`` (a path) and ``caption``; other keys are left alone, blank lines too.
+    """Read one JSON object per line with ``image`` (a path) and ``caption``; other keys and blank lines are ignored.
 
     Args:
         path: The file.
@@ -35,7 +35,7 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         InputError: A missing file, or a line that is not such an object; names the line.
     """
     pairs = []
-    # Not splitlines(), which also splits at separators that may stand inside a JSON string.
+    # Not splitlines(), which also splits at separators that may occur inside a JSON string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -48,19 +48,19 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
 
 
 def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path, str]]:
-    """ShareGPT4V's JSON: a list of records with ``image`` and ``conversations``, the caption being the answer ``gpt`` gives.
+    """Read ShareGPT4V's JSON, a list of records with ``image`` and ``conversations``; the caption is the answer by ``gpt``.
 
     Published at https://sharegpt4v.github.io. Records without a picture (text-only conversations) are left out.
 
     Args:
         path: The file, such as ``share-captioner_coco_lcs_sam_1246k_1107.json``.
-        root: Folder that holds ``coco/``, ``sam/``, ``llava/``; None: the file's own folder.
+        root: Folder that contains ``coco/``, ``sam/``, ``llava/``; None: the file's own folder.
 
     Returns:
         ``(picture, caption)`` pairs in the file's order.
 
     Raises:
-        InputError: A missing file, or one of another layout; names the record.
+        InputError: A missing file, or one with another layout; names the record.
     """
     expected = "ShareGPT4V's JSON, a list of records"
     records = _parse(read_text(path), path, expected=expected)
@@ -82,10 +82,10 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8, with its line ends as ``\\n``.
+    """Read a UTF-8 file, with line endings as ``\\n``.
 
     Raises:
-        InputError: None that can be read, a pipe or a device, other text, or more than 4 GiB.
+        InputError: No readable file, a pipe or a device, text that is not UTF-8, or more than 4 GiB.
     """
     content = read_bytes(path, error=InputError, max_bytes=_MAX_BYTES)
     try:
@@ -97,10 +97,10 @@ def read_text(path: Path) -> str:
 
 
 def picture_name(name: object, where: str) -> str:
-    """A name that a file could have.
+    """Check that a name is one that a file could have.
 
     Raises:
-        InputError: No text, none, one with NUL or too long, one that no system has, or an address.
+        InputError: A name that is not text, is blank, contains NUL, is too long or cannot be encoded, or is a URL.
     """
     if (
         not isinstance(name, str)
@@ -116,7 +116,7 @@ def picture_name(name: object, where: str) -> str:
 
 
 def _parse(text: str, where: object, *, expected: str, kind: type | None = None) -> Any:
-    """A value of JSON; names of files that are no UTF-8 are in it as Python writes them, by halves of surrogate pairs."""
+    """Parse a JSON value; file names that are not UTF-8 are kept as Python writes them, with lone surrogates."""
     return parse_json(
         text.removeprefix("\ufeff"), where, error=InputError, expected=expected, kind=kind, surrogates=True
     )
@@ -145,7 +145,7 @@ def _keys(value: object) -> str:
 
 
 def _hint(value: object) -> str:
-    """How to open what is of another known layout."""
+    """Say how to open a file in another known layout."""
     keys = set(value) if isinstance(value, dict) else set()
     layouts = {
         "COCO's layout, whose folder is opened as coco:ROOT": {"images", "annotations"},

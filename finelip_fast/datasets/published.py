@@ -1,9 +1,9 @@
-"""Readers of published caption datasets, each from its folder as published: nothing is moved, renamed or converted.
+"""Readers for published caption datasets, each from its folder as published: nothing is moved, renamed or converted.
 
-Pictures and captions are matched by name, never by the order of a directory. Each reader returns ``(picture, caption)``
-pairs, several captions of a picture one after another, in the published order where there is one, else by picture name.
-Captions lose the white space around them. Every reader raises InputError for what is missing, and says where to get it.
-Names that a file gives stay within the published folder; links there lead where whoever made them wants.
+Pictures and captions are matched by name, never by directory order. Each reader returns ``(picture, caption)`` pairs, with
+several captions of one picture in a row, in the published order if there is one, otherwise by picture name. White space
+around captions is stripped. Every reader raises InputError if something is missing, and says where to get it. Names given
+in a file must stay within the published folder; links in that folder are followed wherever they lead.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ FLICKR30K = (
 
 
 def read_urban1k(root: Path) -> Pairs:
-    """Long-CLIP's Urban1k: ``image/NAME.jpg`` and ``caption/NAME.txt``, one caption a picture; other kinds of picture do, too.
+    """Read Long-CLIP's Urban1k: ``image/NAME.jpg`` (or another format) and ``caption/NAME.txt``, one caption per picture.
 
     Args:
-        root: The folder that holds ``image`` and ``caption``, or the one that holds ``Urban1k``.
+        root: The folder that contains ``image`` and ``caption``, or the one that contains ``Urban1k``.
 
     Raises:
-        InputError: A missing folder, a picture without caption, a caption without picture, two pictures of one name.
+        InputError: A missing folder, a picture without a caption, a caption without a picture, or two pictures with one name.
     """
     root = _inner(root, "Urban1k", "image")
     pictures: dict[str, Path] = {}
@@ -63,14 +63,14 @@ def read_urban1k(root: Path) -> Pairs:
 
 
 def read_docci(root: Path, split: str | None = None) -> Pairs:
-    """DOCCI: ``docci_descriptions.jsonlines`` and ``images``, one description a picture.
+    """Read DOCCI: ``docci_descriptions.jsonlines`` and ``images``, one description per picture.
 
     Args:
-        root: The folder that holds both.
+        root: The folder that contains both.
         split: "test" (None), "train", "qual_dev" or "qual_test".
 
     Raises:
-        InputError: A missing file, folder or picture, a line of another layout, an unknown split.
+        InputError: A missing file, folder or picture, a line with another layout, or an unknown split.
     """
     path = root / "docci_descriptions.jsonlines"
     images = _folder(root / "images", DOCCI)
@@ -89,16 +89,16 @@ def read_docci(root: Path, split: str | None = None) -> Pairs:
 
 
 def read_dci(root: Path, split: str | None = None) -> Pairs:
-    """Densely Captioned Images: ``annotations/*.json`` and ``photos``, one caption a picture.
+    """Read Densely Captioned Images: ``annotations/*.json`` and ``photos``, one caption per picture.
 
-    The caption is ``short_caption`` and ``extra_caption`` with a space between; captions of masks are left out.
+    The caption is ``short_caption`` and ``extra_caption`` joined by a space; captions of masks are left out.
 
     Args:
-        root: The folder that holds both, or the one that holds ``densely_captioned_images``.
-        split: "train", "valid" or "test", of ``splits.json``; None: every annotation, by picture name.
+        root: The folder that contains both, or the one that contains ``densely_captioned_images``.
+        split: "train", "valid" or "test" from ``splits.json``; None: every annotation, by picture name.
 
     Raises:
-        InputError: A missing file, folder or picture, an annotation of another layout, an unknown split.
+        InputError: A missing file, folder or picture, an annotation with another layout, or an unknown split.
     """
     root = _inner(root, "densely_captioned_images", "annotations")
     annotations, photos = _folder(root / "annotations", DCI), _folder(root / "photos", DCI)
@@ -120,16 +120,16 @@ def read_dci(root: Path, split: str | None = None) -> Pairs:
 
 
 def read_long_dci(root: Path) -> Pairs:
-    """Long-DCI of TULIP (arXiv 2410.10034): ``dci_long.csv``, one caption a picture, with DCI's pictures.
+    """Read Long-DCI from TULIP (arXiv 2410.10034): ``dci_long.csv``, one caption per picture, with DCI's pictures.
 
-    The file has the columns ``filepath``, a picture's name, and ``title``, its caption (DCI's ``extra_caption``), parted by
-    tabs, or by commas. Pictures are in ``photos``, as DCI has them, in ``images``, or beside the file.
+    The file has the columns ``filepath``, a picture's name, and ``title``, its caption (DCI's ``extra_caption``), separated
+    by tabs or commas. Pictures are in ``photos``, as in DCI, in ``images``, or beside the file.
 
     Args:
-        root: The folder that holds the file.
+        root: The folder that contains the file.
 
     Raises:
-        InputError: A missing file or picture, a file of other columns, a row that lacks one.
+        InputError: A missing file or picture, a file without these columns, or a row that lacks one.
     """
     path = root / "dci_long.csv"
     text = _text(path, LONG_DCI)
@@ -156,16 +156,16 @@ def read_long_dci(root: Path) -> Pairs:
 
 
 def read_coco(root: Path) -> Pairs:
-    """COCO's 5,000 validation pictures of 2017: ``annotations/captions_val2017.json`` and ``val2017``.
+    """Read COCO's 5,000 validation pictures of 2017: ``annotations/captions_val2017.json`` and ``val2017``.
 
-    Five captions a picture, the first ones in the file's order: a few pictures have more, and the usual protocol leaves
-    those out.
+    Each picture has five captions, the first five in the file's order: a few pictures have more, and the usual protocol
+    leaves the rest out.
 
     Args:
-        root: The folder that holds ``annotations`` and ``val2017``.
+        root: The folder that contains ``annotations`` and ``val2017``.
 
     Raises:
-        InputError: A missing file, folder or picture, a file of another layout, a picture or a caption without the other.
+        InputError: A missing file, folder or picture, a file with another layout, or a picture or caption without the other.
     """
     path = root / "annotations" / "captions_val2017.json"
     content = _parse(_text(path, COCO), path)
@@ -185,16 +185,16 @@ def read_coco(root: Path) -> Pairs:
 
 
 def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
-    """Flickr30k, five captions a picture: Karpathy's ``dataset_flickr30k.json``, or ``results_20130124.token`` without it.
+    """Read Flickr30k, five captions per picture: Karpathy's ``dataset_flickr30k.json``, or else ``results_20130124.token``.
 
     Pictures are in ``flickr30k-images`` or in ``images``.
 
     Args:
-        root: The folder that holds the captions and the folder of pictures.
-        split: "test" (None), "train" or "val" of Karpathy's; the token file knows no splits and gives every picture.
+        root: The folder that contains the captions and the folder of pictures.
+        split: "test" (None), "train" or "val" of Karpathy's splits; the token file has no splits and yields every picture.
 
     Raises:
-        InputError: A missing file, folder or picture, a file of another layout, an unknown split.
+        InputError: A missing file, folder or picture, a file with another layout, or an unknown split.
     """
     path, token = root / "dataset_flickr30k.json", root / "results_20130124.token"
     folder = root / "flickr30k-images"
@@ -230,7 +230,7 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
 
 
 def _inner(root: Path, name: str, needed: str) -> Path:
-    """``root / name``, which the published archive unpacks to, unless ``root`` is that folder already."""
+    """Return ``root / name``, which the published archive unpacks to, unless ``root`` is already that folder."""
     return root / name if os.path.isdir(root / name) and not os.path.exists(root / needed) else root
 
 
@@ -241,7 +241,7 @@ def _folder(path: Path, published: str) -> Path:
 
 
 def _list(folder: Path, suffixes: Collection[str], published: str) -> list[Path]:
-    """The files of a folder by their suffixes, in capitals or not; what is left out is logged."""
+    """List the files of a folder with some suffixes, ignoring case; files left out are logged."""
     try:
         paths = sorted(_folder(folder, published).iterdir())
     except OSError as error:
@@ -262,7 +262,7 @@ def _text(path: Path, published: str) -> str:
 
 
 def _present(pairs: Pairs, published: str) -> Pairs:
-    """The pairs, once every picture is known to be there as a file: better now than an hour into an evaluation."""
+    """Return the pairs after checking that every picture exists as a file: better now than an hour into an evaluation."""
     pictures = dict.fromkeys(path for path, _ in pairs)
     missing = [path for path in pictures if not os.path.isfile(path)]
     if missing:
@@ -273,7 +273,7 @@ def _present(pairs: Pairs, published: str) -> Pairs:
 
 
 def _beside(picture: Path) -> str:
-    """The picture that lies in another one's place under another suffix, for a message."""
+    """Name the picture that has the same name with another suffix, for an error message."""
     with suppress(OSError):
         for name in sorted(os.listdir(picture.parent)):
             if os.path.splitext(name)[0] == picture.stem and os.path.splitext(name)[1].lower() in image_suffixes():
@@ -281,11 +281,11 @@ def _beside(picture: Path) -> str:
     return ""
 
 
-# --- What files hold ---------------------------------------------------------------------------------------------
+# --- File contents -----------------------------------------------------------------------------------------------
 
 
 def _inside(folder: Path, name: object, where: Path | str) -> Path:
-    """The file of a name within a folder."""
+    """Return the path of a named file within a folder."""
     name = picture_name(name, str(where))
     if name[0] in "/\\" or ":" in name[1:2] or ".." in re.split(r"[/\\]", name):
         raise InputError(f"{where}: expected a name within {folder}, got {name!r:.80}")
@@ -312,7 +312,7 @@ def _choose(splits: Mapping[str, Kind], split: str, where: Path) -> Kind:
 
 
 def _match(pictures: Mapping[Key, Path], captions: Mapping[Key, Iterable[str]], where: Path, published: str) -> Pairs:
-    """Pairs in the order of ``pictures``; what is on one side only is an error."""
+    """Make pairs in the order of ``pictures``; a key on one side only is an error."""
     for kind, counterpart, lone in (
         ("picture", "caption", [key for key in pictures if key not in captions]),
         ("caption", "picture", [key for key in captions if key not in pictures]),

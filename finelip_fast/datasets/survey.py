@@ -1,4 +1,4 @@
-"""What a dataset of pairs holds, known before any picture is encoded."""
+"""The contents of a dataset of pairs, surveyed before any picture is encoded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from finelip_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Survey:
-    """Captions, and which picture each describes.
+    """Captions, and the picture that each describes.
 
     Attributes:
         captions: Captions in the dataset's order.
-        picture_of: Number of each caption's picture, in the order in which pictures first come.
+        picture_of: Number of each caption's picture; pictures are numbered by first appearance.
         ids: Ids of the pictures, by number.
         first: Number of the pair that each picture is read from.
-        stamps: Size in bytes and time of change in nanoseconds of pictures that are files, None of others; empty unless
-            asked for.
-        fingerprint: SHA-256 in hex of captions and pictures' names; equal for one dataset in different folders, since of a
-            path only the last part counts.
+        stamps: Size in bytes and modification time in nanoseconds of each picture that is a file, None for others; empty
+            unless requested.
+        fingerprint: SHA-256 in hex of captions and picture names; equal for one dataset in different folders, since only
+            the last part of a path counts.
     """
 
     captions: list[str]
@@ -36,10 +36,10 @@ class Survey:
 
 
 def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
-    """Go through a dataset once; pictures that are drawn on demand are not drawn where the dataset can do without.
+    """Go through a dataset once, without drawing pictures if the dataset offers pairs without them.
 
     Raises:
-        InputError: No pairs.
+        InputError: There are no pairs.
     """
     if not len(pairs):
         raise InputError("expected at least one pair to evaluate, got none")
@@ -65,7 +65,7 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
 
 
 def hash_of(texts: Iterable[str]) -> str:
-    """SHA-256 in hex of texts, one after another and told apart."""
+    """Hash texts in order with SHA-256 in hex; the boundaries between texts count."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -79,6 +79,6 @@ def _stamp(image: Any) -> tuple[int, int] | None:
         return None
     try:
         status = os.stat(image)
-    except (OSError, ValueError):  # said when the picture is read; ValueError: a name that no file can have
+    except (OSError, ValueError):  # reported when the picture is read; ValueError: a name that no file can have
         return None
     return status.st_size, status.st_mtime_ns

@@ -1,7 +1,7 @@
-"""Long prompts for text-to-image: FineLIP's text encoder in the pipelines of diffusers.
+"""Long prompts for text-to-image: FineLIP's text encoder in diffusers pipelines.
 
-:func:`extend` exchanges text encoders and tokenizers of a pipeline, and nothing of the pipeline itself: generating from text
-and from pictures, inpainting, ControlNet, LoRA and the refiner stay diffusers' own. ``diffusers`` and ``transformers`` are
+:func:`extend` replaces the text encoders and tokenizers of a pipeline and nothing else: generation from text and from
+pictures, inpainting, ControlNet, LoRA and the refiner remain those of diffusers. ``diffusers`` and ``transformers`` are only
 imported when a function is called (``pip install 'finelip-fast[diffusion]'``).
 """
 

@@ -1,4 +1,4 @@
-"""Text encoders for pipelines: FineLIP's as a model of transformers, and a second one that takes as many tokens."""
+"""Text encoders for pipelines: FineLIP's as a transformers model, and a second one that takes as many tokens."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from finelip_fast.errors import InputError
 
 CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 
-_SECOND_ENCODERS = {  # by whether they have windows, and give the last layer
+_SECOND_ENCODERS = {  # by whether they read windows, and whether they return the last layer
     (False, False): CLIPTextModelWithProjection,
     (False, True): text_models.LastLayerTextModelWithProjection,
     (True, False): text_models.WindowedTextModelWithProjection,
     (True, True): text_models.WindowedLastLayerTextModelWithProjection,
 }
-# The bare "!" is how a tokenizer reads exclamation marks that it also pads with, as the second of Stable Diffusion XL.
+# A tokenizer that pads with "!", as the second of Stable Diffusion XL does, reads exclamation marks as the bare "!".
 _SENTENCE_END = re.compile(r"""[.!?…]+["'’”)\]]*</w>|!""")
 _CLAUSE_END = re.compile(r"[,;:]</w>")
 
 
 def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
-    """FineLIP's text tower in the place of a pipeline's CLIP-L, of its class, precision and device.
+    """Make FineLIP's text tower to replace a pipeline's CLIP-L, with its class, precision and device.
 
     Args:
-        encoder: The pipeline's text encoder, which stays as it is.
-        contents: A checkpoint's sizes and weights.
-        last: Whether the last layer stands where the pipeline looks for the penultimate.
+        encoder: Text encoder of the pipeline, which stays unchanged.
+        contents: Sizes and weights of a checkpoint.
+        last: Whether to return the last layer where the pipeline expects the penultimate one.
 
     Raises:
-        InputError: The widths of the two do not fit.
+        InputError: The widths of the two do not match.
     """
     sizes = contents.config
     projects = isinstance(encoder, CLIPTextModelWithProjection)
@@ -65,7 +65,7 @@ def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
             "hidden_act": "quick_gelu" if sizes.quick_gelu else "gelu",
             "layer_norm_eps": 1e-5,
             "bos_token_id": START_TOKEN,
-            "eos_token_id": EOT_TOKEN,  # older configurations say 2: there the highest id is taken for the end token
+            "eos_token_id": EOT_TOKEN,  # older configurations say 2, with which the highest id is the end token
         }
     )
     kind: Any = CLIPTextModelWithProjection if projects else CLIPTextModel
@@ -79,17 +79,17 @@ def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
 
 
 def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, windows: bool) -> Any:
-    """A pipeline's second CLIP encoder for ``length`` tokens; it shares the memory of its weights with the present one.
+    """Make a pipeline's second CLIP encoder for ``length`` tokens, sharing the memory of its weights with the present one.
 
     Args:
-        encoder: The pipeline's encoder, which stays as it is.
-        tokenizer: Its tokenizer.
-        length: Tokens of a prompt.
-        last: Whether the last layer stands where the pipeline looks for the penultimate.
-        windows: Whether rows beyond its positions are read in windows; otherwise its table of positions is stretched.
+        encoder: Encoder of the pipeline, which stays unchanged.
+        tokenizer: Tokenizer of the encoder.
+        length: Number of tokens of a prompt.
+        last: Whether to return the last layer where the pipeline expects the penultimate one.
+        windows: Whether to read rows beyond its positions in windows; otherwise, its table of positions is stretched.
 
     Raises:
-        InputError: It has more positions, or those that windows were to have are stretched already.
+        InputError: The encoder has more positions, or those for windows are already stretched.
     """
     rows = encoder.config.max_position_embeddings
     if rows > length:
@@ -103,7 +103,7 @@ def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, win
             "pipeline as it was"
         )
     config, weights = copy.deepcopy(encoder.config), encoder.state_dict()
-    if hasattr(config, "windows"):  # of an extension before this one
+    if hasattr(config, "windows"):  # from an earlier extension
         del config.windows
     if windows:
         config.windows = {
@@ -120,17 +120,17 @@ def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, win
 
 
 def _model(kind: Any, config: Any, weights: Mapping[str, Tensor], encoder: Any) -> Any:
-    """A model of just these weights, without copies, in the place of an encoder."""
+    """Make a model from exactly these weights, without copies, to replace an encoder."""
     with torch.device("meta"):
         model = kind(config)
-    # The first part of the names is there in some versions and classes.
+    # Only some versions and classes have this prefix in the names.
     bare = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     model.load_state_dict({name: bare[name.removeprefix("text_model.")] for name in model.state_dict()}, assign=True)
     positions = torch.arange(config.max_position_embeddings, device=encoder.device)
-    getattr(model, "text_model", model).embeddings.position_ids = positions[None]  # which no state dict carries
+    getattr(model, "text_model", model).embeddings.position_ids = positions[None]  # not in any state dict
     return model.requires_grad_(next(encoder.parameters()).requires_grad).eval()
 
 
 def _ids(tokenizer: Any, pattern: re.Pattern[str]) -> list[int]:
-    """Ids of the tokens that a pattern describes."""
+    """Ids of the tokens that match a pattern."""
     return sorted(index for token, index in tokenizer.get_vocab().items() if pattern.fullmatch(token))

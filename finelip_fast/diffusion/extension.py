@@ -1,4 +1,4 @@
-"""FineLIP's text encoder in a pipeline of diffusers."""
+"""FineLIP's text encoder in a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -32,49 +32,49 @@ def extend(
     """Put FineLIP's text encoder into a pipeline, which then reads prompts of 256 tokens.
 
     ==========================  =====================================================  ==================================
-    pipelines                   encoders                                               layer that they read
+    pipeline                    encoders                                               layer read from them
     ==========================  =====================================================  ==================================
-    Stable Diffusion XL         CLIP-L is exchanged, the second one is extended        penultimate
+    Stable Diffusion XL         CLIP-L is replaced, the second one is extended         penultimate
     its refiner                 the second, its only one, is extended                  penultimate
-    Stable Diffusion 1.4, 1.5   CLIP-L is exchanged                                    last, after the final LayerNorm
-    Stable Diffusion 3          CLIP-L is exchanged, the second one is extended        penultimate, and pooled
-    FLUX                        CLIP-L is exchanged; T5, which reads the words, stays  pooled alone
+    Stable Diffusion 1.4, 1.5   CLIP-L is replaced                                     last, after the final LayerNorm
+    Stable Diffusion 3          CLIP-L is replaced, the second one is extended         penultimate, and pooled
+    FLUX                        CLIP-L is replaced; T5, which reads the words, stays   pooled only
     ==========================  =====================================================  ==================================
 
-    Those for pictures, inpainting and ControlNet likewise. Encoders and tokenizers are new objects, and the second encoder
-    shares its weights with the old one, so what else uses those is not changed. Prompt and negative prompt have one length.
-    Each encoder is padded as the pipeline's own tokenizers are configured, in Stable Diffusion XL the first with end tokens
-    and the second with ``!`` (id 0), since the U-Net attends to padding and was trained on that one.
+    The same holds for image-to-image, inpainting and ControlNet pipelines. Encoders and tokenizers are new objects, and the
+    second encoder shares its weights with the old one, so other users of the old objects are not affected. Prompt and negative
+    prompt have the same length. Padding follows the configuration of the pipeline's own tokenizers: end tokens for the first
+    encoder and ``!`` (id 0) for the second in Stable Diffusion XL, since the U-Net attends to padding and was trained with it.
 
-    Extend a pipeline before adapters (LoRA), textual inversions or offloading are added to it.
+    Extend a pipeline before adding adapters (LoRA), textual inversions or offloading to it.
 
     Args:
-        pipeline: Pipeline of diffusers; changed in place.
-        checkpoint: Whatever :func:`finelip_fast.load` takes, or a model; its image encoder and aggregators are not used.
-        layer: Layer that stands where a pipeline reads the penultimate: ``"penultimate"`` is diffusers' own, ``"last"``,
-            after the final LayerNorm and before the projection, that of FineLIP's authors. None: the pipeline's own.
-        second: What gives the second encoder the length: ``"stretch"`` stretches its positions
+        pipeline: Diffusers pipeline, changed in place.
+        checkpoint: Checkpoint, as accepted by :func:`finelip_fast.load`, or a model; image encoder and aggregators are unused.
+        layer: Layer to return where a pipeline reads the penultimate one: ``"penultimate"``, as in diffusers, or ``"last"``,
+            after the final LayerNorm and before the projection, as with FineLIP's authors. None: the pipeline's own.
+        second: Method of lengthening the second encoder: ``"stretch"`` stretches its positions
             (:func:`finelip_fast.checkpoint.stretch_positions`), untrained, as FineLIP's authors do; ``"windows"`` reads
-            windows of its own 77 positions, which end at ends of sentences where they can.
-        context_length: Tokens of a prompt. None: the checkpoint's, or 256 for plain CLIP.
+            windows of its own 77 positions, which end at the ends of sentences if possible.
+        context_length: Number of tokens of a prompt. None: the checkpoint's, or 256 for plain CLIP.
 
     Returns:
         The pipeline.
 
     Raises:
-        InputError: A pipeline without a CLIP text encoder, or one with adapters, offloading or quantized encoders; widths that
-            do not fit; an argument that is none of the above, or that this pipeline has no use for.
-        CheckpointError, ConfigError: Where :func:`finelip_fast.load` raises them.
+        InputError: The pipeline has no CLIP text encoder, or has adapters, offloading or quantized encoders; the widths do not
+            match; or an argument is invalid or of no use to this pipeline.
+        CheckpointError, ConfigError: As raised by :func:`finelip_fast.load`.
 
     Warns:
-        TruncationWarning: Whenever the pipeline cuts a prompt or a negative prompt, from then on.
+        TruncationWarning: From then on, whenever the pipeline cuts a prompt or a negative prompt.
     """
     check_choices(layer, second)
     require_packages()
     from finelip_fast.diffusion.encoders import CLIP_ENCODERS, first_encoder, second_encoder
 
     kind = type(pipeline).__name__
-    parts: Any = pipeline  # of types that diffusers sets when it is opened
+    parts: Any = pipeline  # diffusers sets the types when it is opened
     encoders = {name: getattr(parts, name, None) for name in ("text_encoder", "text_encoder_2")}
     encoders = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, CLIP_ENCODERS)}
     first, two = encoders.get("text_encoder"), encoders.get("text_encoder_2")
@@ -105,7 +105,7 @@ def extend(
         replaced["tokenizer_2"] = tokenizer
         replaced["text_encoder_2"] = second_encoder(two, tokenizer, length, last=last, windows=windows)
     parts.register_modules(**replaced)
-    if hasattr(parts, "tokenizer_max_length"):  # which Stable Diffusion 3 and FLUX ask in the tokenizer's place
+    if hasattr(parts, "tokenizer_max_length"):  # which Stable Diffusion 3 and FLUX read instead of the tokenizer's
         parts.tokenizer_max_length = length
     return pipeline
 
@@ -113,7 +113,7 @@ def extend(
 def check_choices(layer: Any, second: Any) -> None:
     """
     Raises:
-        InputError: No layer, or no second encoder, that :func:`extend` knows.
+        InputError: The layer, or the method for the second encoder, is unknown to :func:`extend`.
     """
     if layer is not None:
         one_of("layer", layer, LAYERS)
@@ -121,7 +121,7 @@ def check_choices(layer: Any, second: Any) -> None:
 
 
 def _contents(checkpoint: str | os.PathLike[str] | FineLIP | None, context_length: int | None) -> Contents:
-    """A checkpoint's sizes and weights; whether its aggregators are trained is no matter here."""
+    """Sizes and weights of a checkpoint; its aggregators may be untrained."""
     if isinstance(checkpoint, FineLIP):
         contents = Contents(checkpoint.config, checkpoint.state_dict())
         return contents if context_length is None else lengthen(contents, context_length, "the model")
@@ -131,7 +131,7 @@ def _contents(checkpoint: str | os.PathLike[str] | FineLIP | None, context_lengt
 
 
 def _check_untouched(name: str, encoder: Any) -> None:
-    """Refuse an encoder that carries what a new one would lack."""
+    """Refuse an encoder with additions that a new one would lack."""
     if getattr(encoder, "peft_config", None):
         raise InputError(f"expected a {name} without adapters; extend the pipeline first, then load_lora_weights")
     if getattr(encoder, "is_quantized", False):
@@ -146,7 +146,7 @@ def _check_untouched(name: str, encoder: Any) -> None:
 
 
 def _check_single(kind: str, layer: Layer | None, second: Second) -> None:
-    """Refuse choices that a pipeline with one CLIP encoder does not have."""
+    """Refuse choices that a pipeline with one CLIP encoder does not offer."""
     if layer == "penultimate":
         raise InputError(
             f"expected layer='last' or none, got 'penultimate': {kind} has one CLIP encoder and reads its last layer; for the "

@@ -1,4 +1,4 @@
-"""Pictures of long descriptions, and how much of each description is in its picture."""
+"""Generation of pictures from long descriptions, and how much of each description its picture shows."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.explain import explain
 from finelip_fast.model import FineLIP
 
-_NAMED = 12  # words without a match that are printed
+_NAMED = 12  # maximum number of unmatched words to print
 _GAP = 8  # pixels between two pictures
 
 
 @dataclass(frozen=True)
 class DrawnPicture:
-    """What a retriever finds of a description in the picture that was made of it.
+    """A retriever's comparison of a description with the picture made from it.
 
     Attributes:
-        tokens: Tokens of the description that the pipeline was able to read.
+        tokens: Number of tokens of the description that the pipeline was able to read.
         score: The retriever's score of picture and description.
-        words: Words of the description that the retriever read.
-        unmet: Those that add nothing to the score (:attr:`finelip_fast.Explanation.unmet`); None without trained aggregators.
+        words: Number of words of the description that the retriever read.
+        unmet: Words that add nothing to the score (:attr:`finelip_fast.Explanation.unmet`); None without trained aggregators.
     """
 
     tokens: int
@@ -59,11 +59,11 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class Generation:
-    """A file that :func:`generate` wrote.
+    """A file written by :func:`generate`.
 
     Attributes:
         out: The file.
-        settings: What it was made with, as the file's metadata hold it.
+        settings: Settings of the generation, as in the file's metadata.
         pictures: Its pictures from left to right.
     """
 
@@ -76,7 +76,7 @@ class Generation:
         return "\n".join([f"{printable(self.out)}: {recipe}", *(f"  {picture}" for picture in self.pictures)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
@@ -96,26 +96,26 @@ def generate(
     device: str | None = None,
     progress: bool = True,
 ) -> Generation:
-    """Make a picture of a description, write it, and have the checkpoint's own retriever compare the two.
+    """Make a picture from a description, write it, and compare the two with the checkpoint's own retriever.
 
     Args:
-        text: Description, in which weights such as ``(red:1.2)`` are text.
-        checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        pipeline: Folder or hub name of a pipeline of diffusers; weights other than safetensors are not read.
-        out: File to write, ``.png``. Its metadata hold what it was made with.
+        text: Description; weights such as ``(red:1.2)`` are read as text.
+        checkpoint: Folder, file or name, as accepted by :func:`finelip_fast.load`.
+        pipeline: Folder or hub name of a diffusers pipeline; only safetensors weights are read.
+        out: File to write, ``.png``. Its metadata hold the settings of the generation.
         seed: Seed of the noise, the same on all devices; None: a random one.
-        steps: Steps of denoising; None: the pipeline's own number.
-        guidance: Weight of the description; None: the pipeline's own.
-        negative: Description of what is not wanted.
-        layer: Layer of the text encoders, as :func:`extend` takes it.
-        second: What gives the second encoder the length, as :func:`extend` takes it.
-        compare_77: Whether what the pipeline itself makes of the first 77 tokens, of the same noise, is put to the left.
-        device: Device to compute on; None: a GPU if there is one. There the pipeline runs in half precision.
-        progress: Whether progress bars are shown.
+        steps: Number of denoising steps; None: the pipeline's default.
+        guidance: Weight of the description; None: the pipeline's default.
+        negative: Description of what to avoid.
+        layer: Layer of the text encoders, as in :func:`extend`.
+        second: Method of lengthening the second encoder, as in :func:`extend`.
+        compare_77: Whether to put the original pipeline's picture of the first 77 tokens, from the same noise, to the left.
+        device: Device to compute on; None: a GPU if there is one. On a GPU, the pipeline runs in half precision.
+        progress: Whether to show progress bars.
 
     Raises:
-        InputError: An argument that cannot be, or a pipeline that is not for text-to-image.
-        CheckpointError: A checkpoint or a pipeline that cannot be opened.
+        InputError: An argument is invalid, or the pipeline is not for text-to-image.
+        CheckpointError: The checkpoint or the pipeline cannot be opened.
         WriteError: The file cannot be written.
     """
     path = Path(out)
@@ -143,7 +143,7 @@ def generate(
                 "the pipeline that it was made of"
             )
         network.set_progress_bar_config(disable=not progress, leave=False)
-        # Extended after the first picture: till then it is the pipeline as it was.
+        # Extended after the first picture, which the original pipeline draws.
         pictures = [draw(network, text, seed, options)] if compare_77 else []
         extend(network, model, layer=layer, second=second)
         pictures.append(draw(network, text, seed, options))
@@ -167,16 +167,16 @@ def generate(
 
 
 def open_pipeline(name: str, device: torch.device) -> Any:
-    """A pipeline for text-to-image, on a device, in half precision on a GPU."""
+    """Open a text-to-image pipeline on a device, in half precision on a GPU."""
     from diffusers import AutoPipelineForText2Image  # pyright: ignore[reportPrivateImportUsage]
 
-    # Pipelines that were extended and saved may name its classes.
+    # Pipelines that were extended and saved may refer to its classes.
     import finelip_fast.diffusion.text_models  # noqa: F401
 
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except Exception as error:  # diffusers, transformers and the hub each raise their own
+    except Exception as error:  # diffusers, transformers and the hub each raise their own errors
         raise CheckpointError(
             f"{name!r:.200} cannot be opened as a pipeline of diffusers for text-to-image, with weights in safetensors: "
             f"{type(error).__name__}: {error!s:.500}"
@@ -185,13 +185,13 @@ def open_pipeline(name: str, device: torch.device) -> Any:
 
 
 def draw(pipeline: Any, text: str, seed: int, options: dict[str, Any]) -> Image.Image:
-    # Noise of the CPU, so that a seed gives the same everywhere.
+    # Noise from the CPU, so that a seed gives the same noise everywhere.
     picture: Image.Image = pipeline(text, generator=torch.Generator().manual_seed(seed), **options).images[0]
     return picture
 
 
 def _default(pipeline: Any, name: str) -> Any:
-    """A pipeline's own value of an argument."""
+    """A pipeline's default for an argument."""
     return inspect.signature(type(pipeline).__call__).parameters[name].default
 
 
@@ -202,7 +202,7 @@ def _compared(model: FineLIP, picture: Image.Image, text: str, tokens: int) -> D
 
 
 def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row."""
+    """Put pictures of one size side by side."""
     width, height = pictures[0].size
     row = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), "white")
     for number, picture in enumerate(pictures):
@@ -219,9 +219,9 @@ def _write(path: Path, picture: Image.Image, settings: dict[str, str]) -> None:
 
 @contextmanager
 def messages(progress: bool) -> Iterator[None]:
-    """What diffusers and transformers say by themselves: errors, and bars where progress is shown.
+    """Limit the output of diffusers and transformers to errors, and to progress bars if progress is shown.
 
-    Their notes on cut prompts would come beside the warning that an extended pipeline gives.
+    Their notes on cut prompts would repeat the warning that an extended pipeline gives.
     """
     import diffusers.utils.logging
     import transformers.utils.logging

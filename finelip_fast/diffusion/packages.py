@@ -1,4 +1,4 @@
-"""What this room needs beyond the library's own requirements."""
+"""Requirements of this subpackage beyond the library's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finelip_fast.errors import InputError
 def require_packages() -> None:
     """
     Raises:
-        InputError: A package of the extra ``diffusion`` is missing; says which.
+        InputError: A package of the extra ``diffusion`` is missing; the message names it.
     """
     missing = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Prompts to the tensors that pipelines take in their place."""
+"""Conversion of prompts to the tensors that pipelines take instead."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from finelip_fast.errors import InputError
 
 
 class PromptEmbeddings(NamedTuple):
-    """Prompts as a pipeline takes them: ``pipeline(**embeddings.arguments())``.
+    """Embeddings of prompts as a pipeline takes them: ``pipeline(**embeddings.arguments())``.
 
     Attributes:
-        prompt_embeds: ``[B, T, W]``, features of the tokens; two encoders' lie side by side in ``W``.
-        negative_prompt_embeds: The same of the negative prompts, of the same shape.
-        pooled_prompt_embeds: ``[B, D]``, one vector for each prompt; None where the pipeline takes none, as Stable Diffusion
-            1.5.
-        negative_pooled_prompt_embeds: The same of the negative prompts.
+        prompt_embeds: ``[B, T, W]``, features of the tokens; those of two encoders lie side by side in ``W``.
+        negative_prompt_embeds: The same for the negative prompts, in the same shape.
+        pooled_prompt_embeds: ``[B, D]``, one vector per prompt; None if the pipeline takes none, as in Stable Diffusion 1.5.
+        negative_pooled_prompt_embeds: The same for the negative prompts.
     """
 
     prompt_embeds: Tensor
@@ -38,22 +37,22 @@ class PromptEmbeddings(NamedTuple):
 def prompt_embeddings(
     pipeline: Any, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None
 ) -> PromptEmbeddings:
-    """The embeddings that a pipeline makes of prompts, to pass or to change them.
+    """Compute the embeddings that a pipeline makes of prompts, to pass them on or to change them.
 
-    They are the pipeline's own: its ``encode_prompt`` computes them, with adapters and textual inversions. Text is text:
-    weights such as ``(red:1.2)`` are read as they stand.
+    The pipeline's own ``encode_prompt`` computes them, with adapters and textual inversions. Weights such as ``(red:1.2)``
+    are read as text.
 
     Args:
-        pipeline: Pipeline of diffusers, extended or not; one that guides by a negative prompt.
+        pipeline: Diffusers pipeline, extended or not, that takes negative prompts.
         prompts: One prompt, or ``B``.
-        negative_prompts: One for all prompts, or ``B``. None: what the pipeline takes without one: zeros of the same shape
-            in Stable Diffusion XL, as it was trained (``force_zeros_for_empty_prompt``), otherwise the empty text.
+        negative_prompts: One for all prompts, or ``B``. None: the pipeline's default, which is zeros of the same shape in
+            Stable Diffusion XL, as it was trained (``force_zeros_for_empty_prompt``), otherwise the empty text.
 
     Returns:
         :class:`PromptEmbeddings` on the pipeline's device, in its precision, without gradients.
 
     Raises:
-        InputError: Prompts that are no texts, or negative prompts of another number; a pipeline without negative prompts.
+        InputError: Prompts are not texts, the number of negative prompts differs, or the pipeline takes no negative prompts.
 
     Warns:
         TruncationWarning: An extended pipeline cut a prompt or a negative prompt.

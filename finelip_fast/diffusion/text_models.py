@@ -1,7 +1,7 @@
-"""Text encoders that compute what transformers' own do not: another layer, and windows.
+"""Text encoders that offer what those of transformers do not: another layer, and windows.
 
-They are transformers' models with the same weights and names, so LoRA, offloading and saving work on them. A saved pipeline
-names them; diffusers opens it once this module is imported (``import finelip_fast.diffusion.text_models``).
+They are transformers models with the same weights and names, so LoRA, offloading and saving work on them. A saved pipeline
+refers to them; diffusers can open it once this module is imported (``import finelip_fast.diffusion.text_models``).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from finelip_fast.tokenizer import even_spans
 __all__ = [
     "LastLayerTextModel",
     "LastLayerTextModelWithProjection",
-    "PreTrainedModel",  # where diffusers opens a class of this module, it looks here for the parent that says how
+    "PreTrainedModel",  # to open a class of this module, diffusers looks here for the parent that says how
     "WindowedLastLayerTextModelWithProjection",
     "WindowedTextModelWithProjection",
 ]
 
 
 class _LastLayer:
-    """Puts the last layer, after the final LayerNorm, where a pipeline looks for the penultimate: ``hidden_states[-2]``."""
+    """Mixin that puts the last layer, after the final LayerNorm, in the penultimate one's place, ``hidden_states[-2]``."""
 
     def forward(self, *args: Any, return_dict: bool | None = None, **options: Any) -> Any:
         output = super().forward(*args, return_dict=True, **options)  # type: ignore[misc]  # of the class beside it
@@ -49,13 +49,13 @@ class LastLayerTextModelWithProjection(_LastLayer, CLIPTextModelWithProjection):
 class WindowedTextModelWithProjection(CLIPTextModelWithProjection):
     """``CLIPTextModelWithProjection`` that reads rows beyond its positions in windows.
 
-    A window holds start token, text, end token and padding, as a short prompt does. There are as few as the sentences allow,
-    of about one length, and each ends with a sentence; one that is longer than a window is taken in its clauses, and a clause
-    that is longer in even parts. Each token keeps its place in the row and has the features that its window gives it; padding
-    beyond the last window repeats that window's last row. The pooled embedding is the mean of those of the windows. A row of
-    one window is what the model itself makes of it.
+    A window holds a start token, text, an end token and padding, as a short prompt does. There are as few windows as the
+    sentences allow, of about equal length, and each ends with a sentence; a sentence longer than a window is split into its
+    clauses, and a clause longer than a window into even parts. Each token keeps its place in the row and has the features that
+    its window gives it; padding beyond the last window repeats that window's last row. The pooled embedding is the mean of
+    those of the windows. For a row of one window, the result is that of the model itself.
 
-    ``config.windows`` holds ids: ``end`` and ``padding``, and lists of ``sentence_ends`` and ``clause_ends``.
+    ``config.windows`` holds the ids ``end`` and ``padding``, and the lists of ids ``sentence_ends`` and ``clause_ends``.
     """
 
     def forward(
@@ -65,7 +65,7 @@ class WindowedTextModelWithProjection(CLIPTextModelWithProjection):
         position_ids: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Features of ids ``[B, T]`` of any length ``T``, as transformers names them."""
+        """Compute features of ids ``[B, T]`` of any length ``T``, named as in transformers."""
         size, length = self.config.max_position_embeddings, 0 if input_ids is None else input_ids.shape[1]
         if input_ids is None or length <= size:
             return super().forward(input_ids, attention_mask, position_ids, **options)
@@ -78,7 +78,7 @@ class WindowedTextModelWithProjection(CLIPTextModelWithProjection):
         ends = (ids["sentence_ends"], ids["clause_ends"])
         windows: list[list[int]] = []
         counts: list[int] = []
-        places: list[list[int]] = []  # of the row's tokens among those of all windows
+        places: list[list[int]] = []  # places of the row's tokens among those of all windows
         for row in input_ids.tolist():
             end = row.index(ids["end"])
             spans = window_spans(row[1:end], size - 2, ends)
@@ -108,12 +108,12 @@ class WindowedLastLayerTextModelWithProjection(_LastLayer, WindowedTextModelWith
 
 
 def window_spans(tokens: Sequence[int], room: int, ends: Sequence[Collection[int]]) -> list[tuple[int, int]]:
-    """Where windows of a text start and stop, one at least: as few as sentences allow, and as even as can be.
+    """Start and stop of each window of a text, at least one: as few as sentences allow, and as even as possible.
 
     Args:
-        tokens: Ids of the text, without start and end token.
-        room: Tokens that fit into a window.
-        ends: Ids that end a sentence, ids that end its parts: a sentence that does not fit is taken in those.
+        tokens: Ids of the text, without start and end tokens.
+        room: Number of tokens that fit into a window.
+        ends: Ids that end a sentence, and ids that end its parts, into which a sentence that does not fit is split.
     """
     if len(tokens) <= room:
         return [(0, len(tokens))]
@@ -124,7 +124,7 @@ def window_spans(tokens: Sequence[int], room: int, ends: Sequence[Collection[int
 
 
 def _split(tokens: list[int], ends: Collection[int]) -> list[list[int]]:
-    """Tokens in pieces that each stop with one of the ids, but for the last."""
+    """Split tokens into pieces that each end with one of the ids, except for the last."""
     edges = [0, *(at for at in range(1, len(tokens)) if tokens[at - 1] in ends), len(tokens)]
     return [tokens[start:stop] for start, stop in pairwise(edges)]
 
@@ -134,7 +134,7 @@ def _padded(row: list[int], size: int, padding: int) -> list[int]:
 
 
 def _places(spans: Sequence[tuple[int, int]], first: int, size: int, length: int) -> list[int]:
-    """Places of the ``length`` tokens after the start token in the flattened windows, the first at ``first``."""
+    """Places in the flattened windows of the ``length`` tokens after the start token, with the first window at ``first``."""
     starts = accumulate([first] + [size] * (len(spans) - 1))
     places = [
         window + 1 + at for window, (start, stop) in zip(starts, spans, strict=True) for at in range(stop - start)

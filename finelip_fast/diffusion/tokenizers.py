@@ -1,4 +1,4 @@
-"""Tokenizers of pipelines at another length, which report what they cut."""
+"""Tokenizers of pipelines for another length, which report what they cut."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PROBE = "A red house, 3 storeys high; isn't it?"
 
 
 def long_tokenizer(tokenizer: Any, length: int) -> Any:
-    """A copy of a pipeline's tokenizer that takes texts of ``length`` tokens and warns of those that it cuts.
+    """Copy a pipeline's tokenizer for texts of ``length`` tokens; the copy warns of those that it cuts.
 
-    It is saved as what it copies, so a saved pipeline opens without this library.
+    The copy is saved like the original, so a saved pipeline opens without this library.
 
     Raises:
-        InputError: It does not give CLIP's ids, or has tokens beyond CLIP's.
+        InputError: The tokenizer does not give CLIP's ids, or has tokens beyond CLIP's.
     """
     kind = next((base for base in type(tokenizer).__mro__ if not issubclass(base, _Reporting)), type(tokenizer))
     expected = encode_batch(_PROBE)
@@ -33,7 +33,7 @@ def long_tokenizer(tokenizer: Any, length: int) -> Any:
             f"expected CLIP's {EOT_TOKEN + 1} tokens, got {len(tokenizer)}: a textual inversion was loaded before; extend "
             "the pipeline first, then load_textual_inversion"
         )
-    # transformers and diffusers write the names of classes into what they save: these are the parent's.
+    # transformers and diffusers save the names of classes, so these are the parent's.
     reporting = type(kind.__name__, (_Reporting, kind), {"__module__": kind.__module__})
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -41,7 +41,7 @@ def long_tokenizer(tokenizer: Any, length: int) -> Any:
 
 
 class _Reporting:
-    """Warns of texts that are cut."""
+    """Mixin that warns of texts that are cut."""
 
     def __call__(self, text: Any = None, *args: Any, truncation: Any = None, **options: Any) -> Any:
         encoded = super().__call__(text, *args, truncation=truncation, **options)  # type: ignore[misc]  # of its parent

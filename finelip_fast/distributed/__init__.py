@@ -1,4 +1,4 @@
-"""Several processes or machines, by Ray: bulk indexing, and a search over many index folders."""
+"""Work on several processes or machines with Ray: bulk indexing, and search over many index folders."""
 
 from finelip_fast.distributed.bulk import index_images
 from finelip_fast.distributed.shards import ShardItem, Shards, ShardSearchResults

@@ -1,8 +1,8 @@
-"""Bulk indexing: several workers read, encode and write segments, and the driver takes them over into the index.
+"""Bulk indexing: several workers read, encode and write segments, and the driver adds these to the index.
 
-Embeddings go from a worker straight into a file of the index, so the folder must be on storage that all workers see: one
-machine, or a shared filesystem. Only names, checksums and reasons come back. A worker that dies is started again by Ray, and
-its files are encoded again; what it had written belongs to nobody until the driver takes it over.
+Workers write embeddings directly into files in the index folder, so it must be on storage that all workers see: one
+machine, or a shared filesystem. Only names, checksums and reasons are sent back. Ray restarts a worker that dies, and its
+files are encoded again; what it had written is not part of the index until the driver adds it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from finelip_fast.reports import FolderReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.runtimes.manifest import Precision
 
-# Files of a task, which makes one segment; fewer where there would be less than so many tasks for each worker.
+# Files per task, which makes one segment; fewer if needed to give every worker at least this many tasks.
 _FILES_PER_TASK, _TASKS_PER_WORKER = 1024, 4
-# Finished tasks are taken over so often; what a stopped job loses.
+# Interval at which finished tasks are added to the index; a stopped job loses about this much work.
 _KEPT_SECONDS = 30.0
-# Of workers at one task, before the job ends.
+# Number of workers that may die on one task before the job ends.
 _MOST_DEATHS = 16
 _MOST_JOURNAL = 1 << 24  # bytes
 
@@ -69,36 +69,37 @@ def index_images(
     metadata: Callable[[str], dict[str, Any]] | None = None,
     progress: bool | tqdm[Any] = True,
 ) -> FolderReport:
-    """Embed pictures by several workers and add them to an index; one that cannot be read is skipped and reported.
+    """Embed pictures with several workers and add them to an index; unreadable pictures are skipped and reported.
 
-    Files whose ids are in the index are left out, so a job that was stopped goes on when it is started again: half a minute
-    of work is lost. A folder is treated as :meth:`finelip_fast.Retriever.add_folder` does: ids are paths below the index's
-    root, metadata is what the files say, what has changed is embedded again and what was moved keeps its embedding. The items
-    come in the order of the files, whichever worker encodes them. Many small segments are left behind; ``finelip index
-    maintain`` makes few of them.
+    Files whose ids are already in the index are left out, so a stopped job continues when it is started again, with the
+    loss of half a minute of work. A folder is treated as by :meth:`finelip_fast.Retriever.add_folder`: ids are paths below
+    the index's root, metadata comes from the files, changed files are embedded again and moved files keep their embeddings.
+    Items are added in the order of the files, whichever worker encodes them. The job leaves many small segments; ``finelip
+    index maintain`` merges them.
 
-    Ray is used as this process is connected to it, or by ``RAY_ADDRESS``, or else started on this machine for the job.
+    The job uses the Ray cluster that this process is connected to, or the one at ``RAY_ADDRESS``, or else starts one on this
+    machine.
 
     Args:
-        files: A folder, or any iterable of files, read as it goes. Workers open them by the same paths.
-        index: Folder of the index, made if missing; on storage that all workers see.
-        checkpoint, engine, precision: As for :class:`finelip_fast.Retriever`; opened here, and by each worker what was chosen
-            here.
-        workers: Processes that encode, each with the model.
-        cpus, gpus: What each takes of the cluster. With ``gpus=0`` they encode on the CPU; 0.5 lets two share a GPU.
-        batch_size: Pictures at once.
-        part: Files of which the driver knows at once. The workers start anew for each part.
-        dtype: How a new index keeps embeddings; None: as the index that is there, or float16.
+        files: A folder, or any iterable of files, consumed lazily. Workers open the files by the same paths.
+        index: Folder of the index, created if missing; on storage that all workers see.
+        checkpoint, engine, precision: The same as for :class:`finelip_fast.Retriever`; opened here, and each worker opens
+            what was chosen here.
+        workers: Number of encoding processes, each with its own model.
+        cpus, gpus: Resources of the cluster for each worker. With ``gpus=0`` they encode on the CPU; 0.5 lets two share a GPU.
+        batch_size: Pictures per batch.
+        part: Number of files that the driver handles at a time. The workers are restarted for each part.
+        dtype: Storage type of embeddings in a new index; None: the type of the existing index, or float16.
         metadata: Function that makes an item's dictionary of JSON values from its id; None: none is added.
-        progress: Show a progress bar; or one of tqdm's to move.
+        progress: Whether to show a progress bar, or a tqdm bar to update.
 
     Returns:
-        How many were added, and what was skipped, with reasons. A file on which workers die is among these.
+        The number of added pictures, and the skipped files with reasons, including files on which workers died.
 
     Raises:
         InputError: A number below 1, or metadata that JSON cannot hold.
-        EngineError: Ray is not installed or cannot be reached, or the workers die again and again.
-        CheckpointError, StoreError: As for :class:`finelip_fast.Retriever`; what was taken over before stays.
+        EngineError: Ray is not installed or cannot be reached, the workers die repeatedly, or one opens another checkpoint.
+        CheckpointError, StoreError: Same as for :class:`finelip_fast.Retriever`; pictures added before the error stay.
     """
     for name, value in (("workers", workers), ("batch_size", batch_size), ("part", part)):
         if value < 1:
@@ -145,7 +146,7 @@ def _files(files: Iterable[str | PathLike[str]] | str | PathLike[str], index: In
 
 
 def _folder(index: Index, folder: Any, report: FolderReport) -> tuple[list[_Picture], set[str]]:
-    """The pictures of a folder that are to be encoded, and the ids of those that are in the index with other content."""
+    """List a folder's pictures that need encoding, and the ids of those that are in the index with other content."""
     root = prepare_root(index, [folder])
     listing = list_folder(folder, root, index=index.folder)
     changes = plan(index, listing, root)
@@ -164,7 +165,7 @@ def _add(
     report: FolderReport,
     bar: tqdm[Any],
 ) -> None:
-    """Encode files; finished tasks are taken over in the order of the files."""
+    """Encode files; finished tasks are added to the index in the order of the files."""
     size = pool.files_per_task(len(pictures))
     tasks = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     finished: dict[int, dict[str, Any]] = {}
@@ -201,15 +202,15 @@ def _add(
 
 
 class _Job:
-    """What all workers are told; sent to them.
+    """The settings that are sent to all workers.
 
-    Their files begin with the job's name, so that what dead ones have left can be removed: here, or by upkeep once nobody
-    holds the job's lock.
+    The names of their files begin with the job's name, so that the files of dead workers can be removed: here, or by upkeep
+    once nobody holds the job's lock.
     """
 
     def __init__(self, retriever: Retriever, device: str, batch_size: int, *, describes: bool) -> None:
         engine, spec = retriever.engine, retriever.index.spec
-        # The runtime that was chosen here, so that all embeddings are made alike.
+        # The runtime that was chosen here, so that all embeddings are made the same way.
         self.opening = {**engine.settings, "device": device}
         self.spec, self.batch_size, self.describes = spec, batch_size, describes
         self.name = JOB + uuid.uuid4().hex[:12]
@@ -223,7 +224,7 @@ class _Job:
         """Hold the job's lock.
 
         Raises:
-            StoreError: The disk refuses.
+            StoreError: The lock file cannot be written.
         """
         path = self.folder / f"{self.name}.lock"
         with ExitStack() as resources:
@@ -242,10 +243,10 @@ class _Job:
 
 
 class Worker:
-    """One of the pool: opens the engine once, then makes a segment of each list of files.
+    """A worker of the pool, which opens the engine once and then makes a segment of each list of files.
 
-    A list on which a worker has died is gone through file by file, each named in the journal before it is touched; so the
-    next worker knows which one it was, and leaves it out.
+    A list on which a worker has died is processed file by file, and each file is recorded in the journal before it is
+    opened, so that the next worker knows which file was fatal and leaves it out.
     """
 
     def __init__(self, job: _Job) -> None:
@@ -253,7 +254,7 @@ class Worker:
         self.readers = ThreadPoolExecutor()
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[str]]:
-        """One task, as ``{"report": [JSON]}``: what :meth:`encode` returns, or its error, which Ray would bury."""
+        """Run one task; return ``{"report": [JSON]}`` with what :meth:`encode` returns, or its error, which Ray would hide."""
         (task,), (files,) = batch["task"], batch["files"]
         report: dict[str, Any] = {"task": int(task)}
         try:
@@ -264,7 +265,7 @@ class Worker:
 
     @cached_property
     def engine(self) -> Engine:
-        """Opened when it is first needed, so that its errors are a task's."""
+        """The engine, opened on first use, so that its errors are reported as a task's."""
         opening, expected = self.job.opening, self.job.spec.checkpoint
         engine = open_engine(**opening)
         if engine.fingerprint != expected:
@@ -278,12 +279,12 @@ class Worker:
         """Write the segment of some files.
 
         Returns:
-            The segment's ``name`` (None: no file could be read), the ``rows`` of ``files`` in it and their checksums ``crcs``,
-            what these files say of themselves (``described``), and which were ``skipped``.
+            The segment's ``name`` (None if no file could be read), the ``rows`` of ``files`` in it and their checksums
+            ``crcs``, the metadata of these files (``described``), and the ``skipped`` files with reasons.
 
         Raises:
-            EngineError: Workers have died on too many of them, or on the way to the first.
-            StoreError: The disk refuses.
+            EngineError: Workers have died too often on these files, or before the first one.
+            StoreError: The segment or the journal cannot be written.
         """
         before = journal.begin()
         fatal = [row for row in dict.fromkeys(journal.named_last(before)) if row < len(files)]
@@ -293,7 +294,7 @@ class Worker:
                 f"workers have died {_MOST_DEATHS} times at the same {len(files)} files: "
                 + (f"take out {names}" if fatal else "is there memory for so many workers?")
             )
-        engine = self.engine  # opened before the readers ask for it, all at once
+        engine = self.engine  # opened before the readers all ask for it at once
         skipped = dict.fromkeys(fatal, "the worker died on this file")
         rows: list[int] = []
         described: list[dict[str, Any]] = []
@@ -333,11 +334,11 @@ class Worker:
         journal.write("through")
 
     def read(self, file: str) -> Tensor | ImageError:
-        """Pixels, or why there are none."""
+        """Read a file's pixels, or return the error that prevents it."""
         return read_picture(self.engine.preprocess, file)
 
     def describe(self, file: str) -> dict[str, Any]:
-        """What a file says of itself; nothing where nobody asks for it."""
+        """Read a file's own metadata; empty if the job does not use it."""
         try:
             return describe(file) if self.job.describes else {}
         except OSError:
@@ -345,12 +346,12 @@ class Worker:
 
 
 class _Pool:
-    """Workers by Ray Data.
+    """Workers run by Ray Data.
 
     Args:
         ray: The module, connected.
-        job: What they are told.
-        workers, cpus, gpus: How many, and what each takes.
+        job: Settings for the workers.
+        workers, cpus, gpus: Number of workers, and resources for each.
     """
 
     worker = Worker
@@ -359,29 +360,29 @@ class _Pool:
         self._ray, self._job, self._workers, self._cpus, self._gpus = ray, job, workers, cpus, gpus
 
     def files_per_task(self, files: int) -> int:
-        """How many make a task, in whole batches, when there are so many."""
+        """Choose the number of files per task, in whole batches, for a total number of files."""
         size = self._job.batch_size
         fair = math.ceil(files / (_TASKS_PER_WORKER * self._workers * size))
         return size * max(1, min(_FILES_PER_TASK // size, fair))
 
     def run(self, tasks: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
-        """What :class:`Worker` returns for each task, in any order.
+        """Yield the report of :class:`Worker` for each task, in any order.
 
         Raises:
-            EngineError: The workers cannot go on.
-            FineLIPError: What one of them has raised.
+            EngineError: The workers cannot continue.
+            FineLIPError: An error raised by one of them.
         """
         from ray.data import ActorPoolStrategy, from_items
 
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
-        # Paths as bytes, since some are no text, and absolute, since a worker may start elsewhere.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are also raised
+        # Paths are bytes, since some are not valid text, and absolute, since a worker may start in another folder.
         rows = [
             {"task": number, "files": b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)}
             for number, files in enumerate(tasks)
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of Ray about itself
-            # A block a task: so Ray repeats no more than what a dead worker was at.
+            warnings.simplefilter("ignore", DeprecationWarning)  # Ray warns about itself
+            # One block per task, so that Ray repeats only the tasks that a dead worker was working on.
             data = from_items(rows, override_num_blocks=len(rows)).map_batches(
                 self.worker,
                 batch_size=1,
@@ -407,13 +408,13 @@ class _Pool:
 
 
 class _Journal:
-    """A file that outlives its process: a line ``begin`` for each attempt, and rows as they are touched one by one."""
+    """A file that outlives its process: a line ``begin`` for each attempt, and each row before it is processed singly."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def begin(self) -> list[str]:
-        """Begin an attempt; the lines of those before, none of which came to its end."""
+        """Begin an attempt; return the lines of previous attempts, none of which finished."""
         before = []
         if self._path.exists():
             before = (
@@ -434,7 +435,7 @@ class _Journal:
 
     @staticmethod
     def named_last(lines: Sequence[str]) -> list[int]:
-        """The rows after which an attempt wrote nothing more."""
+        """List the rows after which an attempt wrote nothing more."""
         following = [*lines, "begin"][1:]
         rows = [line for line, after in zip(lines, following, strict=True) if after == "begin"]
         return [int(row) for row in rows if row.isdigit() and len(row) < 10]

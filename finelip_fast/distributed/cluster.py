@@ -1,4 +1,4 @@
-"""The Ray cluster: the one that this process is connected to, that of ``RAY_ADDRESS``, or else one on this machine alone."""
+"""The Ray cluster: the one this process is connected to, the one at ``RAY_ADDRESS``, or else one on this machine alone."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import Any
 
 from finelip_fast.errors import EngineError
 
-# Embeddings go through files, so little passes through Ray's own memory; bytes.
+# Bytes; embeddings go through files, so little passes through Ray's own memory.
 _OBJECT_STORE = 128 << 20
 
 _lock = threading.Lock()
-_users = 0  # of the connection that was made here
-_handler: Any = signal.SIG_DFL  # of SIGTERM, before it was made
+_users = 0  # number of users of the connection made here
+_handler: Any = signal.SIG_DFL  # SIGTERM handler from before that connection
 
 
 @contextmanager
 def cluster(cpus: float) -> Iterator[Any]:
-    """Ray, connected; what was connected or started here ends with its last user.
+    """Connect to Ray; a connection or cluster started here ends with its last user.
 
     Args:
-        cpus: Cores that will be taken. A cluster of our own offers as many, even if the machine has fewer.
+        cpus: Number of cores to be used. A cluster started here offers as many, even if the machine has fewer.
 
     Returns:
         The module ``ray``.
 
     Raises:
-        EngineError: Ray is not installed, or the cluster of ``RAY_ADDRESS`` cannot be reached.
+        EngineError: Ray is not installed, or the cluster at ``RAY_ADDRESS`` cannot be reached.
     """
     global _users, _handler
     ray = import_ray()
@@ -44,7 +44,7 @@ def cluster(cpus: float) -> Iterator[Any]:
         if started_here and not _users:
             _handler = signal.getsignal(signal.SIGTERM)
             _connect(ray, cpus)
-            if callable(_handler):  # a command's own, which ends it as documented; Ray puts another in its place
+            if callable(_handler):  # a command's own handler, which ends it as documented; Ray replaces it
                 _handle(_handler)
         _users += started_here
     try:
@@ -58,18 +58,18 @@ def cluster(cpus: float) -> Iterator[Any]:
 
 
 def _handle(handler: Any) -> None:
-    with suppress(ValueError, TypeError):  # only the main thread may; and there may be one that is not Python's
+    with suppress(ValueError, TypeError):  # only the main thread may do this; the handler may not be Python's
         signal.signal(signal.SIGTERM, handler)
 
 
 def import_ray() -> Any:
-    """The module; where it is new to this process and no cluster is named, with the settings of one of our own.
+    """Import Ray, with the settings for a cluster of our own if it is not imported yet and ``RAY_ADDRESS`` is not set.
 
     Raises:
         EngineError: It is not installed.
     """
     if "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ:
-        for name, value in _settings().items():  # read when Ray is imported; what the user has set stays
+        for name, value in _settings().items():  # read when Ray is imported; the user's own settings are kept
             os.environ.setdefault(name, value)
     try:
         import ray
@@ -80,11 +80,11 @@ def import_ray() -> Any:
 
 def _settings() -> dict[str, str]:
     return {
-        # It listens on all of the machine's addresses: with a secret in its environment it obeys this process alone.
+        # Ray listens on all of the machine's addresses: with a secret in its environment it obeys only this process.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that it will be so
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray warns that this will be the default
     }
 
 
@@ -110,13 +110,13 @@ def _connect(ray: Any, cpus: float) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise at once where nobody is; Ray would try for many minutes."""
+    """Raise at once if nothing listens at the address; Ray would keep trying for many minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():  # not "auto"
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def told(error: BaseException) -> str:
-    """Why, in a line, of an error that Ray has wrapped."""
+    """Give the reason for an error that Ray has wrapped, in one line."""
     inner = getattr(error, "cause", None) or error
     return str(inner).strip().partition("\n")[0] or type(inner).__name__

@@ -1,11 +1,12 @@
-"""A search over many index folders, each held by a process of its own on one machine or several.
+"""Search over many index folders, each served by its own process on one or several machines.
 
     engine = open_engine("auto", checkpoint)
     with Shards(["/data/a", "/data/b"], partial="mark") as shards:
         found = shards.search(engine.embed_texts(["A red house …"]), k=10)
 
-Every shard answers with its ``k`` best, and these are merged by score: the result of one index of all items. A process that
-dies is started again and opens its folder anew; meanwhile searches are refused, or answered from the other shards and marked.
+Every shard answers with its ``k`` best items, and these are merged by score: the result is that of one index of all items. A
+process that dies is restarted and reopens its folder; meanwhile searches are refused, or answered from the other shards and
+marked.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from finelip_fast.index.search import Mode
 
 Partial = Literal["refuse", "mark"]
 
-# For all shards to open their folders at the beginning.
+# Time for all shards to open their folders at the start.
 _START_SECONDS = 120.0
 
 
 class ShardItem(NamedTuple):
-    """A found item: the folder of its shard, and what the catalogue there knows of it."""
+    """A search hit: the folder of its shard, and its entry in the catalogue there."""
 
     shard: str
     id: str
@@ -44,14 +45,14 @@ class ShardItem(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSearchResults:
-    """What a search of ``Q`` queries found, best first, ties by the order of the shards and in each that of insertion.
+    """Results of a search with ``Q`` queries, best first; ties are in the order of shards, then of insertion.
 
     Attributes:
         scores, global_scores: float32 ``[Q, k]``.
-        fine_scores: float32 ``[Q, k]``; None of a checkpoint without trained aggregators.
-        items: What was found, ``Q`` lists of ``k``.
-        modes: How each shard searched, by its folder.
-        covered: Share of the items that were searched, by what is known of the missing shards; 1: all.
+        fine_scores: float32 ``[Q, k]``; None for a checkpoint without trained aggregators.
+        items: The hits, ``Q`` lists of ``k``.
+        modes: Search mode of each shard, by its folder.
+        covered: Share of all items that were searched, by the last known sizes of the missing shards; 1: all.
         missing: The shards that did not answer, and why.
     """
 
@@ -67,17 +68,17 @@ class ShardSearchResults:
 class Shards:
     """Index folders of one checkpoint, searched together.
 
-    May be used from several threads. Ray is used as this process is connected to it, or by ``RAY_ADDRESS``, or else started
-    on this machine.
+    May be used from several threads. Shards run on the Ray cluster that this process is connected to, or the one at
+    ``RAY_ADDRESS``, or else on one started on this machine.
 
     Args:
-        folders: Folders of the indexes, each once; where the processes run they must have the same paths.
-        partial: When shards are missing: ``"refuse"`` raises, ``"mark"`` answers from the others and says so.
+        folders: Folders of the indexes, each once; the processes must see them under the same paths.
+        partial: Behaviour if shards are missing: ``"refuse"`` raises, ``"mark"`` answers from the others and says so.
         timeout: Seconds to wait for the answers to a search.
-        cpus, gpus: What each shard takes of the cluster. With ``gpus=0`` it searches on the CPU, by ``cpus`` threads.
+        cpus, gpus: Resources of the cluster for each shard. With ``gpus=0`` it searches on the CPU, with ``cpus`` threads.
 
     Raises:
-        InputError: No folder, one twice, or no such ``partial``.
+        InputError: No folder, a duplicate folder, or an unknown ``partial``.
         EngineError: Ray is not installed or cannot be reached.
         StoreError: A folder without an index, indexes of different checkpoints, or shards that do not start.
     """
@@ -118,11 +119,11 @@ class Shards:
 
     @property
     def folders(self) -> list[str]:
-        """Folders of the shards, in their order, as they were given."""
+        """Folders of the shards, as given and in the same order."""
         return [shard.folder for shard in self._shards]
 
     def _open(self) -> IndexSpec:
-        """Wait for all shards; what their items have in common."""
+        """Wait for all shards; return what their items have in common."""
         self._ray.wait(
             [waking_shard.waking for waking_shard in self._shards],
             num_returns=len(self._shards),
@@ -142,26 +143,26 @@ class Shards:
         return first.spec
 
     def __len__(self) -> int:
-        """Items of all shards, as they were at their last answers."""
+        """Number of items in all shards, as of their last answers."""
         return sum(shard.size for shard in self._shards)
 
     def search(
         self, queries: Tensor, k: int, *, alpha: float | None = None, mode: Mode = "auto", where: str | None = None
     ) -> ShardSearchResults:
-        """The ``k`` best items of each query, over all shards.
+        """Find the ``k`` best items for each query, over all shards.
 
-        In the exact modes these are those of one index of all items in the order of the shards, the scores to the bit. In two
-        stages every shard chooses candidates of its own, more in all than one index would.
+        In the exact modes, the results are those of one index of all items in the order of the shards, with identical score
+        bits. In two-stage modes, every shard chooses its own candidates, more in total than one index would.
 
         Args:
             queries: Embeddings ``[Q, L_q, D]``, unit rows.
-            k: How many; fewer come back when there are fewer.
+            k: Number of items; fewer are returned if there are fewer.
             alpha: Weight of the global cosine; None: the spec's.
             mode: See :mod:`finelip_fast.index.search`; ``"auto"``: each shard by its own tuning.
-            where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
+            where: Filter on the items' metadata, see :mod:`finelip_fast.index.filters`.
 
         Raises:
-            InputError: ``k < 1``, no such mode, or a filter that cannot be read.
+            InputError: ``k < 1``, an unknown mode, or an invalid filter.
             StoreError: With ``partial="refuse"``: shards are missing; names them.
         """
         if k < 1:
@@ -176,7 +177,7 @@ class Shards:
         return self._merge(answers, missing, len(queries), k)
 
     def _ask(self, *request: Any) -> tuple[dict[str, _Answer], dict[str, str]]:
-        """Answers, and reasons why there is none, by folder, in the order of the shards."""
+        """Collect answers, and reasons for missing ones, by folder, in the order of the shards."""
         requests: dict[Any, _Shard] = {}
         missing: dict[str, str] = {}
         with self._lock:
@@ -193,7 +194,7 @@ class Shards:
                 answers[shard.folder] = answer = self._ray.get(ref, timeout=0)
                 shard.size = answer.size
             except self._ray.exceptions.GetTimeoutError:
-                self._ray.cancel(ref)  # where it still waits for its turn
+                self._ray.cancel(ref)  # if it is still waiting for its turn
                 missing[shard.folder] = f"no answer within {self.timeout:g} seconds"
             except self._ray.exceptions.RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), InputError):
@@ -213,7 +214,7 @@ class Shards:
             empty = np.empty((count, 0), np.float32)
             return torch.from_numpy(np.concatenate([empty, *(getattr(answer, name) for answer in answers.values())], 1))
 
-        # Stable, so that ties stay in the order of the shards.
+        # Stable sort, so that ties stay in the order of the shards.
         order = joined("scores").sort(dim=1, descending=True, stable=True).indices[:, :k]
         items = [
             [
@@ -250,7 +251,7 @@ class Shards:
 
 
 class _Answer(NamedTuple):
-    """One shard's answer: scores, global and fine ones, each ``[Q, k]``; items; how many it has."""
+    """One shard's answer: total, global and fine scores, each ``[Q, k]``; items; mode; number of items in the shard."""
 
     scores: np.ndarray[Any, Any]
     global_scores: np.ndarray[Any, Any]
@@ -261,7 +262,7 @@ class _Answer(NamedTuple):
 
 
 class _Server:
-    """The process of a shard. It opens its folder when it is first asked, so a folder that cannot be opened is an answer."""
+    """The process of a shard. It opens its folder on the first request, so failure to open it is reported as an answer."""
 
     def __init__(self, folder: str, device: str) -> None:
         self._folder, self._device = folder, device
@@ -276,7 +277,7 @@ class _Server:
     ) -> _Answer:
         index = self._opened()
         try:
-            # Copied, since what Ray hands over may not be written to, of which PyTorch warns.
+            # Copied, since arrays from Ray are read-only, about which PyTorch warns.
             result = index.search(torch.tensor(queries), k, alpha=alpha, mode=mode, where=where)
             fine_scores = None if result.fine_scores is None else result.fine_scores.numpy()
             scores, global_scores = result.scores.numpy(), result.global_scores.numpy()
@@ -284,7 +285,7 @@ class _Server:
         except InputError:
             raise
         except Exception:
-            self._index = None  # opened anew, it may be whole again
+            self._index = None  # it may be intact again once reopened
             raise
 
     def _opened(self) -> Index:
@@ -294,13 +295,13 @@ class _Server:
 
 
 class _Shard:
-    """What is known here of a shard.
+    """The driver's view of a shard.
 
     Attributes:
-        server: The actor; another one where Ray has given up the first.
-        waking: A question to a server that did not answer, or has just been started; it is not searched until it answers.
-        spec, size: As of its last answers.
-        expected: What the spec must agree with.
+        server: The actor; replaced if Ray has given it up.
+        waking: A pending request to a server that did not answer or has just started; it is not searched until it answers.
+        spec, size: Spec and number of items from its last answers.
+        expected: Spec that the shard's own must agree with.
     """
 
     def __init__(self, ray: Any, make: Any, folder: str, device: str) -> None:
@@ -314,12 +315,12 @@ class _Shard:
         self.wake()
 
     def wake(self) -> None:
-        """Ask for a sign of life, unless that is under way."""
+        """Ask for a sign of life, unless a request is already pending."""
         if self.waking is None:
             self.waking = self.server.describe.remote()
 
     def asleep(self) -> str | None:
-        """Why it cannot be searched; None: it can. Does not wait."""
+        """Say why the shard cannot be searched; None if it can. Does not wait."""
         if self.waking is None:
             return None
         try:
@@ -339,9 +340,9 @@ class _Shard:
         return None
 
     def differs(self, spec: IndexSpec | None) -> str:
-        """How the shard's checkpoint differs from that of others; empty: it does not.
+        """Say how the shard's checkpoint differs from that of others; empty if it does not.
 
-        How embeddings are kept may differ, and how many rows they have where the global ones are all that counts.
+        The storage type of embeddings may differ, and so may their number of rows if only the global ones count.
         """
         if spec is None or self.spec is None:
             return ""

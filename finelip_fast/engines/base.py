@@ -1,4 +1,4 @@
-"""What an engine is."""
+"""Base class of all engines."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 class Engine(ABC):
     """A runtime that holds one checkpoint's encoders.
 
-    An engine is pickled as what it was opened with, and opened again where it is unpickled: the same checkpoint, files, device
-    and threads, or an EngineError. In a process that was forked off after it was opened, an engine on the CPU goes on with one
-    thread, since the others are not copied; one on a GPU raises an EngineError.
+    An engine is pickled as the arguments that it was opened with. Unpickling opens it again with the same checkpoint, files,
+    device and threads, or raises an EngineError. In a process forked after it was opened, an engine on the CPU continues with
+    one thread, because the others are not copied; an engine on a GPU raises an EngineError.
 
     Attributes:
         name: ``"torch"``, ``"onnx"`` or ``"trt"``.
         config: Sizes of the model.
-        preprocess: What makes pixels of a picture.
-        tokenizer: What makes tokens of a caption.
+        preprocess: Converter of pictures to pixels.
+        tokenizer: Converter of captions to tokens.
         alpha: The model's own weight of the global cosine.
-        fingerprint: Identifies the checkpoint; an index refuses another one.
-        source: What the checkpoint was opened as; empty for the bundled one, absolute for a path.
-        device: Where embeddings come out.
+        fingerprint: Identifier of the checkpoint; an index refuses any other.
+        source: Path or name that the checkpoint was opened by; empty for the bundled one, absolute for a path.
+        device: Device of the embeddings.
         precision: Precision of products and weights: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
         description: Runtime, device and precision in a few words.
-        reason: Why this engine and not another.
-        faster: What would encode over 1.5 times as fast on this machine, with the command; empty where nothing is known to.
+        reason: Reason why this engine was chosen.
+        faster: Option that would encode over 1.5 times as fast on this machine, with the command; empty if none is known.
     """
 
     name: str
@@ -64,19 +64,19 @@ class Engine(ABC):
 
     @property
     def export(self) -> Export | None:
-        """The files that it runs; None: it runs the model itself."""
+        """Exported files that the engine runs; None if it runs the model itself."""
         return None
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels ``[B, 3, H, W]`` to embeddings ``[B, L, D]``, unit rows, row 0 = CLS."""
+        """Encode pixels ``[B, 3, H, W]`` to embeddings ``[B, L, D]``, unit rows, row 0 = CLS."""
 
     @abstractmethod
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Ids ``[B, T]`` to embeddings ``[B, L, D]``, unit rows, row 0 = EOT."""
+        """Encode ids ``[B, T]`` to embeddings ``[B, L, D]``, unit rows, row 0 = EOT."""
 
     def embed_images(self, images: Iterable[Any], *, batch_size: int = 64) -> Tensor:
-        """Pictures of any kind to ``[N, L, D]``; see :func:`finelip_fast.embed.embed_images`."""
+        """Embed pictures of any kind as ``[N, L, D]``; see :func:`finelip_fast.embed.embed_images`."""
         return embed_images(self.encode_image, self.preprocess, images, batch_size=batch_size)
 
     def embed_texts(
@@ -87,7 +87,7 @@ class Engine(ABC):
         overflow: Overflow = "truncate",
         context_length: int | None = None,
     ) -> Tensor:
-        """Captions to ``[N, L, D]``, cut at the model's context or a shorter one; see :mod:`finelip_fast.embed`."""
+        """Embed captions as ``[N, L, D]``, cut at the model's context or a shorter one; see :mod:`finelip_fast.embed`."""
         context_length = self.config.context_length if context_length is None else context_length
         return embed_texts(
             self.encode_text,
@@ -106,18 +106,18 @@ class Engine(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of :func:`finelip_fast.engines.open_engine` that give such an engine again."""
+        """Arguments of :func:`finelip_fast.engines.open_engine` that open an equivalent engine."""
         return {"name": self.name, "checkpoint": self.source or None, "device": str(self.device)}
 
     def load_model(self) -> FineLIP:
-        """The model in PyTorch whose encoders these are, in eval mode; loaded at each call unless the engine runs it."""
+        """Return the PyTorch model with these encoders, in eval mode; loaded at each call unless the engine runs it."""
         return checkpoints.load(self.source or None)
 
     def _opened_with(self) -> tuple[Any, ...]:
         """Positional arguments that open the same engine in any process.
 
         Raises:
-            EngineError: An engine of another kind than this library's, which does not say.
+            EngineError: An engine from outside this library that does not provide them.
         """
         raise EngineError(f"{type(self).__name__} cannot be pickled: open it in each process, or give it a __reduce__")
 
@@ -125,7 +125,7 @@ class Engine(ABC):
         return _open_again, (type(self), self._opened_with(), self.fingerprint, self.reason)
 
     def _check_process(self) -> None:
-        """Go on in a forked process, or raise EngineError where that cannot be."""
+        """Continue in a forked process, or raise EngineError if that is impossible."""
         if self._process != os.getpid():
             if self.device.type == "cuda":
                 raise EngineError(
@@ -136,12 +136,12 @@ class Engine(ABC):
             self._process = os.getpid()
 
     def _follow_fork(self) -> None:  # noqa: B027, for most engines there is nothing
-        """Make anew what a forked process has no copy of."""
+        """Recreate what a forked process has no copy of."""
 
     def _identify(
         self, config: FineLIPConfig, fingerprint: str, tokenizer: Tokenizer, checkpoint: str | PathLike[str] | None
     ) -> None:
-        """What follows from the checkpoint alone."""
+        """Set the attributes that follow from the checkpoint alone."""
         _use_one_thread_after_fork()
         self._process = os.getpid()
         self.fingerprint = fingerprint
@@ -165,6 +165,6 @@ def _open_again(kind: type[Engine], opened_with: tuple[Any, ...], fingerprint: s
 
 @functools.cache
 def _use_one_thread_after_fork() -> None:
-    """A forked process has no copy of PyTorch's threads, and its first product would wait for them for ever."""
+    """Limit forked processes to one thread: they have no copy of PyTorch's threads, and would wait for them forever."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))

@@ -1,4 +1,4 @@
-"""Which engine runs: the one asked for, or the fastest of those that are here and proven."""
+"""Choice of the engine: the one requested, or the fastest of those that are available and proven."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from finelip_fast.runtimes.manifest import Export, Precision
 
 _ROUNDS = 3
 
-# Width from which int8 takes about half the time of float32: rounding is done with every row, and counts less in wide ones.
+# Width from which int8 takes about half the time of float32: every row is rounded, which costs relatively less in wide rows.
 _WIDE = 512
 
 
 def why_not(name: str) -> str | None:
-    """Why an engine cannot run on this machine, whatever the checkpoint; None if it can."""
+    """Reason why an engine cannot run on this machine, whatever the checkpoint; None if it can."""
     return {"onnx": onnx.why_not, "trt": trt.why_not}.get(name, lambda: None)()
 
 
@@ -52,14 +52,14 @@ def open_engine(
     """Open an engine on a checkpoint.
 
     Args:
-        name: ``"auto"`` takes the fastest that can run here, as measured the first time on this machine; any other name gives
-            that engine or an error.
+        name: Name of an engine. ``"auto"`` takes the fastest that can run here, as measured the first time on this machine;
+            any other name gives that engine or an error.
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        device: Where to run; None: a GPU if there is one.
-        precision: Precision of an exported file, or of ``"torch"`` on a CPU (``"fp32"``, ``"bf16"``, ``"int8"``). None: of
-            exported files the fastest available, of ``"torch"`` float32, float16 on a GPU.
-        threads: Number of ONNX Runtime's threads on the CPU; None: as many as PyTorch uses.
-        build: Export what is asked for where it is missing or does not fit; takes minutes.
+        device: Device to run on; None means a GPU if there is one.
+        precision: Precision of an exported file, or of ``"torch"`` on a CPU (``"fp32"``, ``"bf16"``, ``"int8"``). None means
+            the fastest available for exported files, and float32 (float16 on a GPU) for ``"torch"``.
+        threads: Number of ONNX Runtime's threads on the CPU; None means as many as PyTorch uses.
+        build: Whether to make the requested export if it is missing or does not fit; takes minutes.
 
     Raises:
         InputError: An unknown name, or settings that the engine does not have.
@@ -109,9 +109,9 @@ class Candidate:
     """An engine that could be opened.
 
     Args:
-        label: What it is called in a sentence.
-        open: Opens it; takes the reason why it was chosen.
-        identity: What its speed depends on, beside the machine.
+        label: Name for use in a sentence.
+        open: Function that opens it, given the reason why it was chosen.
+        identity: Properties that its speed depends on, besides the machine.
     """
 
     label: str
@@ -120,13 +120,13 @@ class Candidate:
 
 
 def fastest(candidates: list[Candidate], absent: dict[str, str] | None = None) -> Engine:
-    """The candidate that encodes a picture and a caption in the least time.
+    """Open the candidate that encodes a picture and a caption in the least time.
 
-    Each is timed once on a machine; what was found is kept in this user's cache.
+    Each is timed once on a machine; the times are kept in this user's cache.
 
     Args:
         candidates: Engines to choose from, at least one.
-        absent: Names of others, and why they are not candidates; told in the engine's reason.
+        absent: Names of others, and why they are not candidates; included in the engine's reason.
 
     Raises:
         EngineError: None of them can be opened.
@@ -168,7 +168,7 @@ def _reason(chosen: str, seconds: dict[str, float], refused: dict[str, str]) -> 
 
 
 def _seconds(engine: Engine) -> float:
-    """Median time of one picture and one caption of half the context."""
+    """Median time to encode one picture and one caption of half the context."""
     side, context = engine.config.image_size, engine.config.context_length
     pixels = torch.zeros(1, 3, side, side)
     ids = torch.full((1, max(2, context // 2)), engine.config.word_token)
@@ -185,7 +185,7 @@ def _seconds(engine: Engine) -> float:
 
 
 class _Times:
-    """What was measured on this machine."""
+    """Times measured on this machine."""
 
     def __init__(self) -> None:
         self._path = cache_folder() / "engine_times.json"
@@ -226,7 +226,7 @@ def _in_torch(
     precision: Precision | None,
     identity: str,
 ) -> Candidate:
-    """The model itself, in the precision that was asked for, or in the device's first where it has no other."""
+    """The model itself, in the requested precision, or in the device's first one if it does not have that."""
     from finelip_fast.engines.torch import NUMBERS, PRECISIONS
     from finelip_fast.frozen import why_not
 
@@ -234,12 +234,12 @@ def _in_torch(
     if precision is not None and (precision not in known or why_not(precision) is not None):
         precision = None
     label = f"torch {NUMBERS[precision or known[0]]}"
-    # "frozen": what earlier versions measured was the plain module.
+    # "frozen": earlier versions measured the plain module.
     return Candidate(label, functools.partial(_torch, checkpoint, device, precision), f"{identity}, frozen")
 
 
 def _int8_advice(config: FineLIPConfig, checkpoint: str | PathLike[str] | None) -> str:
-    """How to encode in int8, where that was seen to take about half the time: a wide model on a processor made for it."""
+    """How to encode in int8 if that takes about half the time, as measured for wide models on processors made for it."""
     if not cpu.has("vnni") or config.vision_width < _WIDE:
         return ""
     without = "--precision int8 (precision='int8')"
@@ -280,14 +280,14 @@ def _missing_export(checkpoint: str | PathLike[str] | None, runtime: str, precis
 
 
 def default_precision(runtime: str) -> str:
-    """What is built where no precision is named."""
+    """Precision that is built if none is named."""
     return "fp16" if runtime == "trt" or torch.cuda.is_available() else "fp32"
 
 
 def _build(
     name: str, checkpoint: str | PathLike[str] | None, device: str | torch.device | None, precision: str | None
 ) -> None:
-    """Export in a process of its own: the exporter takes as much memory as the model again, and this one goes on to search."""
+    """Export in a separate process: the exporter takes as much memory as the model again, and this one goes on to search."""
     if name == "auto":
         name = "trt" if find_device(device).type == "cuda" and why_not("trt") is None else "onnx"
     if (reason := why_not(name)) is not None:

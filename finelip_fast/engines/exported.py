@@ -1,4 +1,4 @@
-"""What the engines on exported files share: whose files they are, and batches that the files take."""
+"""Parts shared by the engines on exported files: verification of the files, and batches that the files take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finelip_fast.errors import EngineError
 from finelip_fast.model import check_ids, check_pixels
 from finelip_fast.runtimes.manifest import Export, rebuild_command
 
-# Of a file beside a checkpoint, so that none fills the memory: twice the weights in float32, and what else it may hold.
+# Limits for a file beside a checkpoint, so that none fills the memory: twice the weights in float32, and any other content.
 _BYTES_A_WEIGHT = 8
 _LARGEST_BESIDE_WEIGHTS = 1 << 28
 
@@ -27,15 +27,14 @@ class ExportedEngine(Engine):
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        export: The files. Their manifest is compared with the checkpoint before any of them is read, and what is run are
-            the bytes whose hash it names.
-        device: Where they run.
-        reason: Why this engine was chosen.
+        export: Files to run. Their manifest is compared with the checkpoint before any of them is read, and only bytes with
+            the hash that it names are run.
+        device: Device to run on.
+        reason: Reason why this engine was chosen.
         expected: Options of the manifest that must have these values.
-
     """
 
-    # Text is padded to multiples of so many positions, so that few shapes occur where a new shape costs time.
+    # Text is padded to multiples of this many positions, so that few shapes occur where a new shape costs time.
     _positions_at_once = 1
     # Larger batches are encoded in parts.
     _largest_batch: int | None = None
@@ -52,11 +51,11 @@ class ExportedEngine(Engine):
         reason: str,
         **expected: object,
     ) -> None:
-        # Of the weights themselves, not of a hash that is noted beside them, which whoever made the files can write. It takes
-        # two thirds of the time of loading the model, and a copy of the weights less.
+        # By the weights themselves, not by a hash stored beside them, which whoever made the files could write. This takes
+        # two thirds of the time of loading the model, and one copy of the weights less.
         self._identify(*checkpoints.identify(checkpoint), checkpoint)
         manifest = export.manifest
-        # Whatever is wrong, without --again what has the right hashes would be left as it is.
+        # Whatever is wrong, without --again files with the right hashes would be left unchanged.
         self._rebuild = rebuild_command(checkpoint, self.name, manifest.precision, ["--again"])
         # Before a byte of the files is read.
         wrong = export.differences(self.fingerprint, **expected)
@@ -71,7 +70,7 @@ class ExportedEngine(Engine):
         if wrong:
             raise export.refused(wrong, self._rebuild)
         self._largest_file = _LARGEST_BESIDE_WEIGHTS + _BYTES_A_WEIGHT * self.config.parameters
-        # Wherever another process stands, the folder is where it is.
+        # Another process may have another working directory.
         self._export = Export(export.folder.absolute(), manifest)
         self.device, self.reason = device, reason
         self.precision = manifest.precision
@@ -103,7 +102,7 @@ class ExportedEngine(Engine):
         return self._in_parts(self._text, ids.to(torch.int64))
 
     def _content(self, name: str) -> bytes:
-        """A file of the export, which is the one that was proven."""
+        """Content of a file of the export, verified to be the one that was proven."""
         return self.export.content(name, self._rebuild, max_bytes=self._largest_file)
 
     def _in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:

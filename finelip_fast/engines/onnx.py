@@ -26,9 +26,9 @@ class OnnxEngine(ExportedEngine):
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         export: Graphs to run; see :func:`finelip_fast.runtimes.manifest.find`.
-        device: None takes a GPU if there is one and ONNX Runtime was built for it.
-        threads: Number of threads on the CPU; None: as many as PyTorch uses.
-        reason: Why this engine was chosen.
+        device: Device to run on; None means a GPU if there is one and ONNX Runtime was built for it.
+        threads: Number of threads on the CPU; None means as many as PyTorch uses.
+        reason: Reason why this engine was chosen.
 
     Raises:
         EngineError: The files do not fit the checkpoint, were not proven, or cannot run here.
@@ -89,7 +89,7 @@ class OnnxEngine(ExportedEngine):
         return RowParallel(session, partial(self._session, name, 1), threads)
 
     def _session(self, name: str, threads: int) -> OnnxGraph:
-        """A graph that takes and gives what the checkpoint's does, and needs no file that the manifest does not name."""
+        """Open a graph, checked to have the checkpoint's inputs and outputs and to need only files that the manifest names."""
         file = f"{name}.onnx"
         content = self._content(file)
         proto = graph.parse(content, file, weights=False)

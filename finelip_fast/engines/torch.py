@@ -1,4 +1,4 @@
-"""The PyTorch engine: runs everywhere, float16 on a GPU of NVIDIA's and float32 elsewhere; on a CPU in less, by name."""
+"""The PyTorch engine, which runs everywhere: float16 on NVIDIA GPUs, float32 elsewhere, or less on a CPU on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import tokenize
 
-# By kind of device, the precision that is taken where none is named first.
+# Precisions by kind of device, starting with the default.
 PRECISIONS: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp16",)}
 NUMBERS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
@@ -29,14 +29,14 @@ class TorchEngine(Engine):
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
-        device: None takes a GPU if there is one: of Apple's, where it computes what the CPU does.
-        precision: Precision of the linear layers: on a CPU ``"fp32"``, ``"bf16"`` or ``"int8"``, on a GPU of NVIDIA's
-            ``"fp16"``. None: the first of them.
-        reason: Why this engine was chosen.
+        device: Device to run on; None means a GPU if there is one. An Apple GPU must give the same results as the CPU.
+        precision: Precision of the linear layers: on a CPU ``"fp32"``, ``"bf16"`` or ``"int8"``, on an NVIDIA GPU ``"fp16"``.
+            None means the first of them.
+        reason: Reason why this engine was chosen.
 
     Raises:
         InputError: A precision that the device does not have.
-        EngineError: A device that is not here, or a precision that this processor has no instructions for.
+        EngineError: A device that is not available, or a precision that this processor has no instructions for.
         CheckpointError: A checkpoint that cannot be loaded.
     """
 
@@ -54,7 +54,7 @@ class TorchEngine(Engine):
         self.precision = _check_precision(precision, self.device)
         model = checkpoints.load(checkpoint)
         self._identify(model.config, checkpoints.fingerprint(model), model.tokenizer, checkpoint)
-        # Embeddings come out on the CPU all the same: an index is searched there.
+        # Embeddings are returned on the CPU in any case, because an index is searched there.
         tries = (
             device is None
             and self.device.type == "cpu"
@@ -110,7 +110,7 @@ def _check_precision(precision: Precision | None, device: torch.device) -> Preci
 
 
 def _apple_gpu(model: FineLIP) -> torch.device | None:
-    """The GPU of an Apple machine, if it encodes a picture and a text as the CPU does; PyTorch lacks operations there."""
+    """The GPU of an Apple machine, if it encodes a picture and a text as the CPU does; PyTorch lacks some operations there."""
     config = model.config
     pixels = torch.linspace(-1, 1, 3 * config.image_size**2).view(1, 3, config.image_size, config.image_size)
     ids = tokenize(["a red house"], config.context_length, tokenizer=model.tokenizer)
@@ -119,7 +119,7 @@ def _apple_gpu(model: FineLIP) -> torch.device | None:
             expected = model.encode_image(pixels), model.encode_text(ids)
             copied = copy.deepcopy(model).to("mps")
             encoded = copied.encode_image(pixels.to("mps")).cpu(), copied.encode_text(ids.to("mps")).cpu()
-    except (RuntimeError, NotImplementedError, TypeError):  # the last of float64, which it does not have
+    except (RuntimeError, NotImplementedError, TypeError):  # the last for float64, which it does not have
         return None
     agrees = all(torch.allclose(*pair, atol=1e-3) for pair in zip(encoded, expected, strict=True))
     return torch.device("mps") if agrees else None

@@ -21,14 +21,14 @@ class TrtEngine(ExportedEngine):
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         export: Plans to run; see :func:`finelip_fast.runtimes.manifest.find`.
-        device: A CUDA device; None takes the current one.
-        precision: What the plans must be; None: whatever they are.
-        profile: The optimisation profile that they must have, by its name; None: whichever it is.
-        reason: Why this engine was chosen.
+        device: A CUDA device; None means the current one.
+        precision: Precision that the plans must have; None means any.
+        profile: Name of the optimisation profile that they must have; None means any.
+        reason: Reason why this engine was chosen.
 
     Raises:
-        EngineError: No TensorRT or no GPU, or plans that do not fit the checkpoint, this GPU, this version of TensorRT, or
-            what was asked for, or were not proven; says what differs, and the command that helps.
+        EngineError: No TensorRT or no GPU, or plans that do not fit the checkpoint, this GPU, this version of TensorRT or the
+            request, or were not proven; the message says what differs, and which command helps.
         CheckpointError: A checkpoint that cannot be loaded.
     """
 
@@ -71,7 +71,7 @@ class TrtEngine(ExportedEngine):
 
 
 def _graphs_beside(checkpoint: str | PathLike[str] | None, manifest: Manifest) -> dict[str, Any]:
-    """The option ``onnx`` that plans must have where the graphs of their precision are there, too: made from just those."""
+    """The option ``onnx`` that plans must have if the graphs of their precision exist, too: they must be made from those."""
     precision = trt.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     beside = find(checkpoint, "onnx", precision).exports
     return {"onnx": {name: beside[0].manifest.files.get(name) for name in manifest.options["onnx"]}} if beside else {}
@@ -80,10 +80,10 @@ def _graphs_beside(checkpoint: str | PathLike[str] | None, manifest: Manifest) -
 def refuse_others(
     export: Export, checkpoint: str | PathLike[str] | None, precision: str | None, profile: str | None
 ) -> None:
-    """Refuse plans that are not what was asked for.
+    """Refuse plans that are not the ones requested.
 
     Raises:
-        EngineError: Says what differs, and the command that makes what was asked for.
+        EngineError: The plans are refused; the message says what differs, and which command makes the requested ones.
     """
     manifest = export.manifest
     built_profile = manifest.options.get("profile", {}).get("name")

@@ -1,4 +1,4 @@
-"""Recall of a checkpoint on pairs of pictures and captions, and what several runs on the same pairs say of each other."""
+"""Recall of a checkpoint on pairs of pictures and captions, and comparisons of several runs on the same pairs."""
 
 from __future__ import annotations
 

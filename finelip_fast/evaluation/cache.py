@@ -1,7 +1,7 @@
-"""Embeddings in parts, in memory or in files that outlive a run that was stopped.
+"""Embeddings in parts, in memory or in files that outlive an interrupted run.
 
-A set of embeddings is a folder, named by a hash of all that they depend on, of files of :data:`PART` rows each. A file is
-there whole or not at all, and says the hash of its rows: what does not fit is encoded again.
+A set of embeddings is a folder of files of :data:`PART` rows each; its name is a hash of everything that they depend on. A
+file is written whole or not at all, and records the hash of its rows; a file that does not match is encoded again.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from finelip_fast._files import write_error, write_whole
 
-PART = 1024  # rows of a file: about 130 MB of 64 tokens in float32, and the most that is lost when a run is stopped
+PART = 1024  # rows per file: about 130 MB with 64 tokens in float32, and the most that an interrupted run loses
 
 _ROWS = "rows"
 
 
 class StoredRows:
-    """Embeddings ``[N, L, D]`` in parts of ``size`` rows: tensors, or files, which are mapped one at a time.
+    """Embeddings ``[N, L, D]`` in parts of ``size`` rows: tensors, or files, which are memory-mapped one at a time.
 
     Args:
-        parts: All but the last of ``size`` rows.
+        parts: Parts, all but the last with ``size`` rows.
         count: ``N``.
-        size: Rows of a part.
+        size: Number of rows in a part.
     """
 
     def __init__(self, parts: list[Tensor | Path], count: int, size: int) -> None:
@@ -41,7 +41,7 @@ class StoredRows:
         return self._count
 
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
-        """Rows of a slice without steps, or of int64 numbers."""
+        """Return the rows of a slice without a step, or at int64 indices."""
         if isinstance(rows, slice):
             first, last, _ = rows.indices(self._count)
             pieces = []
@@ -65,11 +65,11 @@ class PartFolder:
     """Files of one set of embeddings.
 
     Args:
-        cache: Folder of all sets; made where it is missing.
-        key: All that the embeddings depend on, as plain values.
+        cache: Folder of all sets, created if missing.
+        key: Everything that the embeddings depend on, as plain values.
 
     Raises:
-        WriteError: A folder that cannot be made.
+        WriteError: The folder cannot be created.
     """
 
     def __init__(self, cache: Path, key: Mapping[str, Any]) -> None:
@@ -81,17 +81,17 @@ class PartFolder:
             raise write_error(self.folder, error) from error
 
     def path(self, number: int) -> Path:
-        """Where part ``number`` is, or will be."""
+        """Return the path of part ``number``, whether or not it exists."""
         return self.folder / f"{number:05d}.safetensors"
 
     def holds(self, number: int, rows: int) -> bool:
-        """Whether part ``number`` is there, of so many rows, and as it was written; reads all of it."""
-        if not self.path(number).is_file():  # a pipe would be waited for
+        """Return whether part ``number`` exists, has ``rows`` rows and is as it was written; reads all of it."""
+        if not self.path(number).is_file():  # a pipe would block
             return False
         try:
             with safe_open(self.path(number), framework="pt") as file:
                 facts, stored = file.metadata() or {}, file.get_tensor(_ROWS)
-        except (SafetensorError, OSError):  # a damaged one
+        except (SafetensorError, OSError):  # a damaged file
             return False
         fits = stored.ndim == 3 and len(stored) == rows
         return fits and facts.get("key") == self.key and facts.get("sha256") == _hash(stored)
@@ -100,7 +100,7 @@ class PartFolder:
         """Write part ``number``, whole or not at all.
 
         Raises:
-            WriteError: A file that cannot be written; the parts before it stay.
+            WriteError: The file cannot be written; earlier parts stay.
         """
         rows, path = rows.cpu().contiguous(), self.path(number)
         metadata = {"key": self.key, "sha256": _hash(rows)}
@@ -114,13 +114,13 @@ def embed_in_parts(
     folder: PartFolder | None,
     skipped: Callable[[int], object],
 ) -> StoredRows:
-    """Embed items part by part, those alone that are not in ``folder``.
+    """Embed items part by part, only those that are not in ``folder``.
 
     Args:
-        count: Items.
-        embed: Embeds items from a first one up to another: ``[n, L, D]``.
-        folder: None keeps everything in memory, where and as ``embed`` gives it.
-        skipped: Is told how many items were there already.
+        count: Number of items.
+        embed: Function that embeds items from a first one to before a last one: ``[n, L, D]``.
+        folder: Folder of the parts; None keeps everything in memory, on the device and in the dtype that ``embed`` returns.
+        skipped: Function that is called with the number of items of each part that exists already.
     """
     parts: list[Tensor | Path] = []
     for number, first in enumerate(range(0, count, PART)):
@@ -136,7 +136,7 @@ def embed_in_parts(
 
 
 def _hash(rows: Tensor) -> str:
-    """Hash of the values, and of their dtype and shape."""
+    """Return a hash of the values, dtype and shape."""
     digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)}".encode())
     digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Whether one evaluation is better than another on the same pairs."""
+"""Test whether one evaluation is better than another on the same pairs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        data: What the pairs are called.
-        rows: One for each run, context and score: ``run``, ``checkpoint``, ``engine``, ``precision``, ``context``, ``score``,
-            ``alpha``, and of each direction recall@1, @5, @10 and mrr, as ``i2t_recall@1``. ``against``: the baseline's
-            context that the row was tested against; None in the baseline's own rows, and where the baseline lacks the score.
-            ``i2t_difference``: of recall@1 from the baseline, and ``i2t_interval`` around it, ``(low, high)``, a paired
-            bootstrap of 95 % that draws pictures with all their captions. ``i2t_p``: how probable so great a difference would
-            be if both were equally good (McNemar's exact test). ``t2i_p`` is None where pictures have several captions: these
-            are found and missed together, and the test would claim too much; the interval does not.
+        data: Name of the pairs.
+        rows: One row per run, context and score: ``run``, ``checkpoint``, ``engine``, ``precision``, ``context``, ``score``,
+            ``alpha``, and recall@1, @5, @10 and mrr of each direction, such as ``i2t_recall@1``. ``against`` is the context
+            of the baseline's row that it was tested against; None in the baseline's own rows, and if the baseline lacks the
+            score. ``i2t_difference`` is the difference in recall@1 from the baseline, ``i2t_interval`` its 95 % interval
+            ``(low, high)`` from a paired bootstrap that draws pictures with all their captions, and ``i2t_p`` the probability
+            of so large a difference if both were equally good (McNemar's exact test). ``t2i_p`` is None if pictures have
+            several captions: these are found and missed together, so the test would claim too much; the interval does not.
     """
 
     data: str
@@ -45,11 +45,11 @@ class Comparison:
         return "\n\n".join(_aligned(lines) for lines in self._tables(short=True))
 
     def markdown(self) -> str:
-        """Two tables: the runs, and their differences from the first."""
+        """Return two tables: the runs, and their differences from the first."""
         return "\n\n".join(map(markdown_table, self._tables(short=False)))
 
     def _tables(self, *, short: bool) -> list[list[list[str]]]:
-        """Heads and rows of texts; recall in %."""
+        """Return the header and the rows as text; recall in %."""
         metrics = [f"{way} {head}" if head == "R@1" or not short else head for way in WAYS for head in _HEADS]
         runs = [["run", "checkpoint", "engine", "context", "score", *metrics]]
         tests = [
@@ -72,16 +72,16 @@ class Comparison:
 
 
 def compare(files: Sequence[str | Path]) -> Comparison:
-    """Compare what ``finelip eval --save FILE`` wrote, with the first file as the baseline.
+    """Compare results of ``finelip eval --save FILE``, with the first file as the baseline.
 
-    Each row of a later run is tested against the first run's row of the same score: that of the same context, or of the
-    longest.
+    Each row of a later run is tested against the first run's row of the same score with the same context or, if there is
+    none, the longest.
 
     Args:
-        files: Results of the same pairs, at least two.
+        files: Results on the same pairs, at least two.
 
     Raises:
-        InputError: Fewer files, one that is no evaluation, or runs on different pairs.
+        InputError: Fewer files, a file that is not an evaluation, or runs on different pairs.
     """
     if len(files) < 2:
         raise InputError(f"expected at least two results of finelip eval --save, got {len(files)}")
@@ -149,7 +149,7 @@ def _told(row: dict[str, Any], way: str) -> tuple[str, str]:
 
 
 def _aligned(lines: list[list[str]]) -> str:
-    """Columns of texts to the left, of numbers to the right."""
+    """Align columns of text to the left, and columns of numbers to the right."""
     columns = []
     for column in zip(*([printable(cell) for cell in line] for line in lines), strict=True):
         width = max(map(len, column))

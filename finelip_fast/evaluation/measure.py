@@ -41,31 +41,31 @@ def evaluate(
     """Rank all pictures for each caption and all captions for each picture.
 
     Args:
-        engine: The encoders.
-        pairs: What belongs together; pairs of one ``image_id`` share the picture, which is found at ``k`` when any of its
-            captions is.
-        context_lengths: Caption lengths in tokens to cut at; none: the model's own.
+        engine: Engine that encodes.
+        pairs: Matching pictures and captions; pairs with the same ``image_id`` share a picture, which is found at ``k`` if
+            any of its captions is.
+        context_lengths: Caption lengths in tokens to cut at; empty: the model's own.
         alpha: Weight of the global cosine in the combined score; None: the model's own.
-        validation: Other pairs, on which the weight is chosen in place of ``alpha``: of 0, 0.05 .. 1 the one with the best
-            mean recall@1 of both directions at the longest context, of equals the one with the best mean reciprocal rank.
-        cache: Folder that keeps embeddings, so that an evaluation that was stopped goes on where it was, and they need not
-            fit in memory: they are mapped from files. They are found again by the checkpoint's weights, engine, precision,
-            kind of device and context, by captions and ``image_id``, and for pictures that are files by size and time of
-            change. None: in memory, on the engine's device and in its precision (float32 on a CPU), and nothing is written.
-        batch_size: Pictures or captions at once.
-        progress: Show progress bars.
-        data, validation_name: Names of both sets of pairs, for the result alone.
+        validation: Other pairs, on which the weight is chosen instead of ``alpha``: the one of 0, 0.05 .. 1 with the best
+            mean recall@1 of both directions at the longest context; ties go to the best mean reciprocal rank.
+        cache: Folder for embeddings, so that an interrupted evaluation can resume and embeddings need not fit in memory: they
+            are memory-mapped from files. They are identified by the checkpoint's weights, engine, precision, kind of device
+            and context, by captions and ``image_id``, and for picture files by size and time of modification. None: keep
+            them in memory, on the engine's device and in its precision (float32 on a CPU), and write nothing.
+        batch_size: Number of pictures or captions encoded at once.
+        progress: Whether to show progress bars.
+        data, validation_name: Names of both sets of pairs, used only in the result.
 
     Returns:
-        Ranks and metrics with the global cosine alone, late interaction alone, and both; without trained aggregators with the
-        first alone. Ties count against us. The scores are never all in memory.
+        Ranks and metrics with the global cosine alone, late interaction alone, and both; without trained aggregators, only
+        with the global cosine. Ties count against the model. The scores are never all in memory.
 
     Raises:
         InputError: No pairs, a context below 3 or longer than the model's, an alpha outside [0, 1], a batch size below 1,
             both ``alpha`` and ``validation``, or validation pairs that are the measured ones. Without trained aggregators:
             an alpha below 1, or validation pairs.
         ImageError: A picture that cannot be read.
-        WriteError: A cache that cannot be written; what is in it is found again.
+        WriteError: A cache that cannot be written; embeddings already in it are reused.
     """
     context_lengths = sorted(set(context_lengths)) or [engine.config.context_length]
     longest = engine.config.context_length
@@ -137,7 +137,7 @@ def _sweep(encoder: _Encoder, pairs: PairDataset, known: Survey, context: int, d
 
 @dataclass(frozen=True)
 class _Encoder:
-    """An engine, with a cache or without."""
+    """An engine with or without a cache."""
 
     engine: Engine
     cache: Path | None
@@ -145,7 +145,7 @@ class _Encoder:
     progress: bool
 
     def images(self, pairs: PairDataset, known: Survey) -> StoredRows:
-        """Embeddings of the pictures, by number."""
+        """Return the embeddings of the pictures, by index."""
 
         def embed(first: int, last: int) -> Tensor:
             blocks = []
@@ -161,7 +161,7 @@ class _Encoder:
             return embed_in_parts(len(known.ids), embed, self._folder(identity), bar.update)
 
     def texts(self, known: Survey, context: int) -> StoredRows:
-        """Embeddings of the captions, cut at ``context`` tokens."""
+        """Return the embeddings of the captions, cut at ``context`` tokens."""
 
         def embed(first: int, last: int) -> Tensor:
             with expected_truncation():
@@ -188,7 +188,7 @@ class _Encoder:
                 "precision": engine.precision,
                 "rows": engine.config.tokens,
                 "device": engine.device.type,
-                # Of the same precision there may be files that were made otherwise.
+                # Files of the same precision may have been made differently.
                 "files": sorted(engine.export.manifest.files.values()) if engine.export else [],
                 "version": installed("finelip-fast")["finelip-fast"],
             },

@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics with their intervals, and the ranks that they come from."""
+"""Results of an evaluation: metrics with their intervals, and the ranks that they are computed from."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from finelip_fast._typed import typed
 from finelip_fast.errors import InputError
 from finelip_fast.metrics import SCORES, WAYS, bootstrap_interval, pair_summary, quality
 
-_MAX_BYTES = 1 << 28  # some 70 bytes for each picture, caption, context and score
+_MAX_BYTES = 1 << 28  # about 70 bytes for each picture, caption, context and score
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured in one setting.
+    """Measurements in one setting.
 
     Attributes:
         context: Longest caption in tokens.
         score: ``"global"``, ``"fine"`` or ``"combined"``.
-        metrics: Measures of ``i2t`` and of ``t2i``: ``recall@1``, ``@5``, ``@10`` and ``mrr`` in [0, 1], ``mean_rank``,
-            ``median_rank``; as ``i2t_recall@1``.
+        metrics: Metrics of ``i2t`` and of ``t2i``: ``recall@1``, ``@5``, ``@10`` and ``mrr`` in [0, 1], ``mean_rank``,
+            ``median_rank``; with names such as ``i2t_recall@1``.
         intervals: 95 % bootstrap intervals ``(low, high)`` of recall and mrr; captions of one picture are drawn together.
-        ranks: ``i2t`` of the pictures and ``t2i`` of the captions, in the order of the data; 1 is best.
+        ranks: Ranks ``i2t`` of the pictures and ``t2i`` of the captions, in the order of the data; 1 is best.
     """
 
     context: int
@@ -43,7 +43,7 @@ class Row:
 
     @classmethod
     def of(cls, context: int, score: str, ranks: Mapping[str, Tensor], picture_of: Tensor) -> Row:
-        """The row of both directions' ranks; ``picture_of`` ``[C]`` says which captions share a picture."""
+        """Create a row from the ranks of both directions; ``picture_of`` ``[C]`` says which captions share a picture."""
         several = picture_of.unique().numel() < len(picture_of)
         metrics = pair_summary(ranks[way] for way in WAYS)
         intervals: dict[str, tuple[float, float]] = {}
@@ -65,14 +65,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How the weight of the global cosine was chosen.
+    """Record of how the weight of the global cosine was chosen.
 
     Attributes:
-        data: What the validation pairs are called.
-        pairs_fingerprint: Theirs.
-        pairs: How many.
+        data: Name of the validation pairs.
+        pairs_fingerprint: Fingerprint of the validation pairs.
+        pairs: Number of validation pairs.
         context: Longest caption in tokens.
-        tried: Each weight ``alpha`` with recall@1 and mrr of both directions, as ``i2t_recall@1``.
+        tried: Each weight ``alpha`` with recall@1 and mrr of both directions, such as ``i2t_recall@1``.
     """
 
     data: str
@@ -83,26 +83,26 @@ class Sweep:
 
     @property
     def best(self) -> float:
-        """The weight of the best mean recall@1 of both directions; of equals, of the best mean mrr; then the smaller."""
+        """The weight with the best mean recall@1 of both directions; ties go to the best mean mrr, then the smaller weight."""
         return max(self.tried, key=quality)["alpha"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`finelip_fast.evaluation.evaluate` measured.
+    """Result of :func:`finelip_fast.evaluation.evaluate`.
 
     Attributes:
-        data: What the pairs are called; empty where no one said.
-        checkpoint, checkpoint_fingerprint: What was measured: where it was opened from, and what identifies its weights.
-        engine, precision, device: On what: ``"torch"``, ``"fp32"``, ``"cpu"``.
+        data: Name of the pairs; empty if none was given.
+        checkpoint, checkpoint_fingerprint: Source of the measured checkpoint, and the fingerprint of its weights.
+        engine, precision, device: Engine, precision and device used, such as ``"torch"``, ``"fp32"``, ``"cpu"``.
         version: Version of this library.
-        pairs_fingerprint: Equal for equal captions and names of pictures in equal order.
-        pictures: How many.
-        pairs: How many captions; a picture may have several.
-        picture_of: Number of each caption's picture.
+        pairs_fingerprint: Fingerprint, equal for equal captions and names of pictures in equal order.
+        pictures: Number of pictures.
+        pairs: Number of captions; a picture may have several.
+        picture_of: Index of each caption's picture.
         alpha: Weight of the global cosine in the combined score.
-        sweep: How it was chosen; None where it was not.
-        rows: One for each context and score.
+        sweep: Record of how alpha was chosen; None if it was not chosen.
+        rows: Rows, one for each context and score.
         image_seconds, text_seconds: Time to read and encode all pictures, and all captions at the longest context.
     """
 
@@ -134,7 +134,7 @@ class Evaluation:
         Raises:
             WriteError: A file that cannot be written.
         """
-        # A name of a file that is no UTF-8 has halves of surrogate pairs in it, which no JSON should have.
+        # A file name that is not valid UTF-8 contains halves of surrogate pairs, which JSON should not contain.
         content = json.dumps(self.to_dict(), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         write_whole(Path(path), lambda temporary: temporary.write_bytes(content))
 
@@ -156,10 +156,10 @@ class Evaluation:
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
-    """What :meth:`Evaluation.save` wrote.
+    """Read a result that :meth:`Evaluation.save` wrote.
 
     Raises:
-        InputError: Another file, or none; or one whose numbers do not follow from its ranks.
+        InputError: Another file, no file, or one whose numbers do not follow from its ranks.
     """
     expected = "a result of finelip eval DATA --save FILE of this version"
     values = read_json(path, error=InputError, expected=expected, kind=dict, max_bytes=_MAX_BYTES)
@@ -177,14 +177,14 @@ def read_evaluation(path: str | Path) -> Evaluation:
 
 
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a :class:`Row`, of what :meth:`Row.to_dict` gave."""
+    """Return the fields of a :class:`Row` from the output of :meth:`Row.to_dict`."""
     ranks = {way: row.pop(f"{way}_ranks", None) for way in WAYS}
     about = {name: row.pop(name, None) for name in ("context", "score", "intervals")}
     return {**about, "ranks": ranks, "metrics": row}
 
 
 def _check(evaluation: Evaluation) -> None:
-    """Refuse what no evaluation gives; of the types that it gives are its values already."""
+    """Refuse values that no evaluation produces; their types have been checked already."""
     described = set(evaluation.picture_of)
     _require(
         len(evaluation.picture_of) == evaluation.pairs > 0,

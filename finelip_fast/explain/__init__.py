@@ -1,4 +1,4 @@
-"""Seeing why: which words met which parts of a picture, and what each adds to the score."""
+"""Explanations of scores: which words match which parts of a picture, and what each adds to the score."""
 
 from __future__ import annotations
 

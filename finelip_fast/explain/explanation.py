@@ -1,15 +1,15 @@
-"""The score of one picture and one caption, taken apart into words and patches.
+"""The score of one picture and one caption, decomposed into words and patches.
 
 Row ``r`` of a caption's embedding is a fixed mixture of its tokens' features: ``t_r = (a_r @ x) / |a_r @ x|``, with ATRM's
-weights ``a_r`` over the tokens (row 0: the end token alone); a picture's rows ``v_s = (b_s @ y) / |b_s @ y|`` likewise. The
-score is a weighted sum of cosines, with the weights ``c`` that the global cosine and late interaction's matches give them::
+weights ``a_r`` over the tokens (row 0: the end token alone). A picture's rows are likewise ``v_s = (b_s @ y) / |b_s @ y|``.
+The score is a weighted sum of cosines, with weights ``c`` from the global cosine and the matches of late interaction::
 
     score = sum_rs c[r,s] <t_r, v_s> = sum_np <x_n, y_p> * sum_rs a[r,n] / |a_r @ x| * c[r,s] * b[s,p] / |b_s @ y|
 
-Each term of the right side belongs to one token ``n`` and one patch ``p``, and nothing is left over.
+Each term on the right-hand side belongs to one token ``n`` and one patch ``p``, and nothing is left over.
 
-Without trained aggregators there is row 0 alone: the score is the cosine of end token and CLS, to which no word and no patch
-adds. What is left to show is how alike the features of words and patches are, which is no part of that score.
+Without trained aggregators there is only row 0: the score is the cosine of the end token and CLS, to which no word or patch
+contributes. Only the similarity of the features of words and patches can then be shown, which is not part of that score.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from finelip_fast.model import FineLIP, aggregated_lengths
 from finelip_fast.preprocess import ImageSource
 from finelip_fast.tokenizer import expected_truncation, token_spans, tokenize
 
-_LETTERS = 32  # of one token on average, white space included, in any caption that people write
+_LETTERS = 32  # most characters per token on average, including white space, in any caption that people write
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the caption: ``caption[start:end]`` are its tokens ``first .. last``, the last not included."""
+    """A word of the caption, ``caption[start:end]``, with its tokens from ``first`` to before ``last``."""
 
     text: str
     start: int
@@ -52,21 +52,21 @@ class Word:
 
     @property
     def bare(self) -> str:
-        """The word without the punctuation around it, as it is named in a sentence; a word of nothing else as it is."""
+        """The word without surrounding punctuation, for use in a sentence; a word of nothing else is unchanged."""
         letters = [at for at, letter in enumerate(self.text) if not unicodedata.category(letter).startswith("P")]
         return self.text[letters[0] : letters[-1] + 1] if letters else self.text
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two rows of the embeddings that late interaction compared: at least one is the other's most similar.
+    """Two embedding rows that late interaction matched: at least one is the other's most similar row.
 
     Attributes:
-        text_row, image_row: Their places; 0: the end token, and CLS.
-        similarity: Their cosine.
-        adds: What the match adds to the score.
-        words: The words that most went into the caption's row, with their weights, the most first; none for row 0.
-        patches: The same of the picture's row, by number.
+        text_row, image_row: Numbers of the rows; 0 is the end token and CLS, respectively.
+        similarity: Cosine of the two rows.
+        adds: Contribution of the match to the score.
+        words: Words that contributed most to the caption's row, with their weights, largest first; none for row 0.
+        patches: The same for the patches of the picture's row, by number.
     """
 
     text_row: int
@@ -79,23 +79,23 @@ class Match:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a picture and a caption score as they do.
+    """Explanation of the score of a picture and a caption.
 
-    ``N`` tokens of the caption, start and end token included; ``P`` patches, row by row; ``L_t`` and ``L_i`` rows of the
-    embeddings.
+    ``N`` is the number of tokens of the caption, including start and end tokens; ``P`` that of patches, row by row; ``L_t``
+    and ``L_i`` those of rows of the embeddings.
 
     Attributes:
-        caption: Description as it was given; words beyond the context do not count.
-        words: Those that were read.
+        caption: Description as given; words beyond the context do not count.
+        words: Words that were read.
         score: ``alpha * global_score + (1 - alpha) * fine_score``.
-        global_score, fine_score, alpha: Its parts; ``fine_score`` is None without trained aggregators, and alpha 1.
+        global_score, fine_score, alpha: Parts of the score; without trained aggregators, ``fine_score`` is None and alpha 1.
         contributions: float32 ``[N, 1 + P]``, what each token with each patch adds to the score; the last row is the end
             token, column 0 is CLS. The sum is the score.
         text_weights: float32 ``[L_t, N]``, rows 1 and up: ATRM's distribution over the tokens; row 0: the end token.
         image_weights: float32 ``[L_i, 1 + P]``, the same over the patches; row 0: CLS.
         similarity: float32 ``[L_t, L_i]``, cosines of the embeddings' rows.
         pixels: ``[3, H, W]`` in [0, 1], the picture as the model sees it.
-        squashed: Whether that is the whole picture, squashed to a square; False: the square in its middle.
+        squashed: Whether that is the whole picture, squashed to a square; False: its central square.
     """
 
     caption: str
@@ -121,28 +121,28 @@ class Explanation:
 
     @property
     def side(self) -> int:
-        """Patches of a row, and of a column, of the picture."""
+        """Number of patches in a row, and in a column, of the picture."""
         return math.isqrt(self.contributions.shape[1] - 1)
 
     @property
     def picture(self) -> Image.Image:
-        """The picture itself, upright RGB, shrunk to at most 1024 pixels of width and height; opened when it is asked for.
+        """The picture itself in upright RGB, shrunk to at most 1024 pixels in width and height; opened on access.
 
         Raises:
-            ImageError: Its file is no longer there.
+            ImageError: Its file no longer exists.
         """
         return pictures.bounded(self._source)
 
     @property
     def maps(self) -> tuple[str, ...]:
-        """The kinds of :meth:`heatmap` that there are: without trained aggregators ``"raw"`` alone."""
+        """The available kinds of :meth:`heatmap`: only ``"raw"`` without trained aggregators."""
         return MAPS[:1] if self.fine_score is None else MAPS
 
     @property
     def unmet(self) -> tuple[Word, ...]:
-        """The words that nothing in the picture met: those that add nothing to the score, or take from it.
+        """The words that nothing in the picture matches: those that add nothing to the score, or lower it.
 
-        Without trained aggregators that is every word, since none adds to the score.
+        Without trained aggregators, that is every word, since none adds to the score.
         """
         return tuple(word for word in self.words if float(self.contributions[word.first : word.last].sum()) <= 0)
 
@@ -157,9 +157,9 @@ class Explanation:
         return self.similarity.argmax(dim=0)
 
     def matches(self, k: int = 8, *, parts: int = 3) -> list[Match]:
-        """The matches that add most to the score, at most ``k``, each with at most ``parts`` words and patches.
+        """Return the matches that add most to the score, at most ``k``, each with at most ``parts`` words and patches.
 
-        The global cosine is no match; where its two rows match each other, that is counted here as the fine score does.
+        The global cosine is not a match; if its two rows match each other, that match counts here as in the fine score.
         """
         adds = (1 - self.alpha) * match_weights(self.similarity) * self.similarity
         order = adds.abs().flatten().argsort(descending=True, stable=True)[: min(k, int(adds.count_nonzero()))]
@@ -181,16 +181,16 @@ class Explanation:
         return matches
 
     def tokens_of(self, phrase: str | tuple[int, int]) -> tuple[int, int]:
-        """The tokens ``(first, last + 1)`` of a phrase, grown to whole words.
+        """Return the tokens ``(first, last + 1)`` of a phrase, extended to whole words.
 
         Args:
-            phrase: Words of the caption, in any case, found where it first says them; or ``(start, end)`` in characters.
+            phrase: Words of the caption in any case, of which the first occurrence counts; or ``(start, end)`` in characters.
 
         Raises:
-            InputError: The caption does not say it, or not within the context.
+            InputError: The caption does not contain the phrase, or not within the context.
         """
         if isinstance(phrase, str):
-            # Not by lower(): it can change the length of the text.
+            # lower() would not do: it can change the length of the text.
             match = re.search(re.escape(phrase.strip()), self.caption, re.IGNORECASE) if phrase.strip() else None
             if match is None:
                 raise InputError(
@@ -208,7 +208,7 @@ class Explanation:
         return words[0].first, words[-1].last
 
     def heatmap(self, phrase: str | tuple[int, int], *, tokens: str = "raw") -> Tensor:
-        """Where in the picture a phrase is found.
+        """Return a map of where in the picture a phrase is found.
 
         Args:
             phrase: Words of the caption, or ``(start, end)`` in characters.
@@ -219,36 +219,36 @@ class Explanation:
             float32 ``[side, side]``, not normalised.
 
         Raises:
-            InputError: No such words, or no such map, as ``"aggregated"`` is where no aggregators were trained.
+            InputError: Unknown words, or an unavailable map, such as ``"aggregated"`` without trained aggregators.
 
-        Where maps peak is learned: with the bundled model, trained to find phrases (``--grounding``), aggregation costs
-        localisation, so the raw map is what is shown unless asked otherwise. Without that training neither is to be relied
-        on; :func:`pointing_game` measures both. Aggregated maps are made of :attr:`contributions`, the parts of the score
-        itself: they tell what counted, and are 0 throughout where the fine score does not count (``alpha=1``).
+        Where maps peak is learned. With the bundled model, trained to find phrases (``--grounding``), aggregation costs
+        localisation, so the raw map is the default. Without that training, neither map is reliable; :func:`pointing_game`
+        measures both. Aggregated maps are made of :attr:`contributions`, the parts of the score itself: they show what
+        counted, and are 0 throughout if the fine score does not count (``alpha=1``).
         """
         first, last = self.tokens_of(phrase)
         return self.map_of_tokens(first, last, tokens=tokens).reshape(self.side, self.side)
 
     def map_of_tokens(self, first: int, last: int, *, tokens: str) -> Tensor:
-        """Heatmap of the tokens from ``first`` to before ``last``, float32 ``[P]``; see :meth:`heatmap`."""
+        """Return the heatmap of the tokens from ``first`` to before ``last``, float32 ``[P]``; see :meth:`heatmap`."""
         self._check_map(tokens)
         if tokens == "aggregated":
-            # Shares, since some patches add much with every word; without the end token, which is the whole caption.
+            # Shares, since some patches add much with every word; without the end token, which stands for the whole caption.
             added = self.contributions[:-1, 1:]
             return added[first:last].sum(dim=0) / added.abs().sum(dim=0).clamp(min=1e-12)
         texts, patches = self._features
         return F.normalize(patches[1:], dim=-1) @ F.normalize(texts[first:last].mean(dim=0), dim=-1)
 
     def words_at(self, box: tuple[float, float, float, float], *, tokens: str = "raw") -> list[tuple[Word, float]]:
-        """The words that met a region, the most first.
+        """Return the words that match a region, best first.
 
         Args:
-            box: ``x0, y0, x1, y1`` in [0, 1], y downwards; patches count whose centre is inside.
-            tokens: ``"raw"``: cosine of the word's and the region's mean feature; ``"aggregated"``: what both add to the
+            box: ``x0, y0, x1, y1`` in [0, 1], y downwards; patches whose centre is inside count.
+            tokens: ``"raw"``: cosine of the mean features of the word and the region; ``"aggregated"``: what both add to the
                 score.
 
         Raises:
-            InputError: A box that holds no patch's centre, or no such map.
+            InputError: A box that contains no patch's centre, or an unavailable map.
         """
         self._check_map(tokens)
         inside = patches_inside(box, self.side)
@@ -266,14 +266,14 @@ class Explanation:
         return sorted(zip(self.words, values, strict=True), key=lambda pair: -pair[1])
 
     def overlay(self, phrase: str | tuple[int, int], *, tokens: str = "raw") -> Any:
-        """The picture beside the map of a phrase, as a matplotlib figure; needs matplotlib."""
+        """Return the picture beside the map of a phrase as a matplotlib figure; needs matplotlib."""
         return pictures.overlay(self, phrase, tokens=tokens)
 
     def to_html(self, path: str | PathLike[str] | None = None) -> str:
-        """One page without anything from elsewhere: move over words to see where, over the picture to see what.
+        """Return a self-contained page: move over words to see where, over the picture to see what.
 
         Args:
-            path: File to write, too.
+            path: File that the page is also written to.
 
         Raises:
             WriteError: A file that cannot be written.
@@ -290,14 +290,14 @@ class Explanation:
             )
 
     def peak(self, first: int, last: int) -> dict[str, Any]:
-        """The patch that is most like the tokens from ``first`` to before ``last``: its ``row``, ``column`` and ``cosine``."""
+        """Return ``row``, ``column`` and ``cosine`` of the patch most like the tokens from ``first`` to before ``last``."""
         cosines = self.map_of_tokens(first, last, tokens="raw")
         at = int(cosines.argmax())
         return {"row": at // self.side, "column": at % self.side, "cosine": float(cosines[at])}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches; where
-        the map of the whole caption peaks, of its end token."""
+        """Return plain values for JSON: the scores, each word with what it adds and where its map peaks, the first matches,
+        and where the map of the whole caption, that of its end token, peaks."""
         words = []
         for word in self.words:
             added = float(self.contributions[word.first : word.last].sum())
@@ -326,7 +326,7 @@ class Explanation:
         return "\n".join([*lines, f"  {ends:+.4f}  start and end of the caption"])
 
     def _without_parts(self, values: dict[str, Any]) -> str:
-        """What is printed of a score that is one cosine."""
+        """Return the printed form of a score that is a single cosine."""
         alike = sorted(values["words"], key=lambda word: -word["cosine"])[:12]
         lines = [
             f"score {self.score:.4f} = global {self.global_score:.4f}, the cosine of the whole picture and the whole caption: "
@@ -343,24 +343,24 @@ class Explanation:
 
 
 def patches_inside(box: tuple[float, float, float, float], side: int) -> Tensor:
-    """bool ``[P]``, row by row: the patches of ``side x side`` whose centre lies in ``x0, y0, x1, y1``, in [0, 1]."""
+    """Return bool ``[P]``, row by row: which of ``side x side`` patches have their centre in ``x0, y0, x1, y1``, in [0, 1]."""
     along = (torch.arange(side) + 0.5) / side
     across, down = ((along >= box[at]) & (along < box[at + 2]) for at in (0, 1))
     return (down[:, None] & across).flatten()
 
 
 def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = None) -> Explanation:
-    """Take the score of a picture and a caption apart.
+    """Explain the score of a picture and a caption.
 
     Args:
         model: Model of any precision; the explanation is computed in float32.
         image: Anything that :func:`finelip_fast.preprocess.open_image` takes.
-        caption: Cut at the context.
+        caption: Caption, cut at the context.
         alpha: Weight of the global cosine; None: the model's own.
 
     Raises:
         ImageError: A picture that cannot be read.
-        InputError: A caption that is no text, or an alpha outside [0, 1], or below 1 without trained aggregators.
+        InputError: A caption that is not text, or an alpha outside [0, 1], or below 1 without trained aggregators.
     """
     return explain_pairs(model, [image], [caption], alpha=alpha)[0]
 
@@ -369,7 +369,7 @@ def explain(model: FineLIP, image: Any, caption: str, *, alpha: float | None = N
 def explain_pairs(
     model: FineLIP, images: Sequence[Any], captions: Sequence[str], *, alpha: float | None = None
 ) -> list[Explanation]:
-    """Explanations as :func:`explain` gives them, of pairs encoded as one batch."""
+    """Explain pairs as :func:`explain` does, encoded as one batch."""
     alpha = model.config.choose_alpha(alpha)
     with expected_truncation():
         ids = tokenize(captions, model.config.context_length, tokenizer=model.tokenizer)
@@ -395,12 +395,12 @@ def _explain(
     pixels: Tensor,
     alpha: float,
 ) -> Explanation:
-    """Explanation from projected features: patches ``[1 + P, D]`` with CLS, tokens ``[N, D]`` to the end token, float32."""
+    """Explain projected features: patches ``[1 + P, D]`` with CLS, tokens ``[N, D]`` up to the end token, float32."""
     image_weights = F.one_hot(torch.tensor([0]), len(patches)).to(patches)
     text_weights = F.one_hot(torch.tensor([len(tokens) - 1]), len(tokens)).to(tokens)
     is_fine = model.config.trained_aggregators
     if is_fine:
-        # A picture's rows mix its patches alone, a caption's all tokens before the end token.
+        # A picture's rows mix only its patches, a caption's rows all tokens before the end token.
         aggregated = F.pad(model.image_aggregator.weights(patches[None, 1:], patches[:1])[0], (1, 0))
         image_weights = torch.cat([image_weights, aggregated])
         count = int(aggregated_lengths(torch.tensor(len(tokens)), model.config))
@@ -417,7 +417,7 @@ def _explain(
     weights[0, 0] += alpha
     spread = (text_weights / text_norms[:, None]).T @ weights @ (image_weights / image_norms[:, None])
 
-    # A word has a token, and a token few letters: what lies beyond these is behind the context.
+    # A word has at least one token, and a token few characters: anything further is beyond the context.
     start = caption[: _LETTERS * len(tokens)]
     spans = [match.span() for match in islice(re.finditer(r"\S+", start), 2 * len(tokens))]
     placed_spans = zip(spans, token_spans(start, spans, model.tokenizer), strict=True)

@@ -1,4 +1,4 @@
-"""Explanations to look at: a picture of one phrase's map, and a page of all of them.
+"""Explanations to look at: a picture of one phrase's map, and a page with all maps.
 
 Maps are shown by lightness alone, bright where a phrase is found and dark elsewhere, so that they read the same in greyscale
 and for every kind of colour vision; words are marked by shade and by the thickness of their underline.
@@ -25,16 +25,16 @@ from finelip_fast.preprocess import ImageSource, open_image
 if TYPE_CHECKING:
     from finelip_fast.explain.explanation import Explanation
 
-MAPS = ("raw", "aggregated")  # of what a token found in each place
+MAPS = ("raw", "aggregated")  # kinds of maps of what a token found in each place
 
-_SIDE = 1024  # pixels of the picture on the page, at most: phones show three for each of theirs
+_SIDE = 1024  # largest side in pixels of the picture on the page: phones show three pixels per CSS pixel
 
 
 def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: str) -> Any:
-    """The picture, and beside it the same picture lit where the phrase is found.
+    """Draw the picture, and beside it the same picture lit where the phrase is found.
 
     Raises:
-        InputError: No such words, no such map, or no matplotlib.
+        InputError: Unknown words, an unknown map, or no matplotlib.
     """
     heat = explanation.heatmap(phrase, tokens=tokens)
     try:
@@ -56,7 +56,7 @@ def overlay(explanation: Explanation, phrase: str | tuple[int, int], *, tokens: 
 
 
 def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
-    """The page as text, written to ``path`` where there is one."""
+    """Return the page as text, and write it to ``path`` if given."""
     pieces, end = [], 0
     for word in explanation.words:
         adds = float(explanation.contributions[word.first : word.last].sum())
@@ -80,24 +80,24 @@ def page(explanation: Explanation, path: str | PathLike[str] | None) -> str:
 
 
 def explained(explanation: Explanation) -> dict[str, Any]:
-    """What ``explanation.js`` lights: ``side``, ``squashed`` and, by their kind, ``maps``."""
+    """Return what ``explanation.js`` shows: ``side``, ``squashed``, and ``maps`` by kind."""
     maps = {kind: _tables(explanation, kind) for kind in explanation.maps}
     return {"side": explanation.side, "squashed": explanation.squashed, "maps": maps}
 
 
 def bounded(source: ImageSource) -> Image.Image:
-    """A picture, shrunk to at most 1024 pixels of width and height."""
+    """Open a picture, shrunk to at most 1024 pixels in width and height."""
     picture = open_image(source)
     picture.thumbnail((_SIDE, _SIDE))
     return picture
 
 
 def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
-    """Each word's patches and each patch's words, two hexadecimal digits each."""
+    """Return each word's patches and each patch's words, two hexadecimal digits each."""
     maps = torch.zeros(len(explanation.words), explanation.side**2)
     for row, word in zip(maps, explanation.words, strict=True):
         row.copy_(explanation.map_of_tokens(word.first, word.last, tokens=kind))
-    # What is below zero speaks against a word, not for it.
+    # Values below zero are evidence against a word, not for it.
     return {
         "maps": [_bytes(_light(row)) for row in maps],
         "words": [_bytes(_levels(row.clamp(min=0))) for row in maps.T],
@@ -105,12 +105,12 @@ def _tables(explanation: Explanation, kind: str) -> dict[str, list[str]]:
 
 
 def _light(values: Tensor) -> Tensor:
-    """A map to [0, 1]: dark for the lower half of the picture, so that a single dark place does not pale the rest."""
+    """Scale a map to [0, 1], with the lower half of its values dark, so that a single low value does not wash out the rest."""
     return _levels((values - values.median()).clamp(min=0)) if values.numel() else values
 
 
 def _levels(values: Tensor) -> Tensor:
-    """Values to [0, 1], the lowest to the highest."""
+    """Scale values to [0, 1], from the lowest to the highest."""
     if not values.numel():
         return values
     low, high = values.min(), values.max()

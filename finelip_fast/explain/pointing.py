@@ -21,18 +21,18 @@ from finelip_fast.tokenizer import Tokenizer, token_spans
 def pointing_game(
     model: FineLIP, pairs: PairDataset, *, batch_size: int = 64, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Play it with every phrase whose place is known.
+    """Play the pointing game with every phrase whose place is known.
 
     Args:
         model: The model.
-        pairs: Their ``regions`` are the phrases; those beyond the context, and boxes without a patch's centre, are left out.
-        batch_size: Pairs at once.
-        progress: Show a progress bar.
+        pairs: Pairs whose ``regions`` are the phrases; skips those beyond the context, and boxes without a patch's centre.
+        batch_size: Number of pairs processed at once.
+        progress: Whether to show a progress bar.
 
     Returns:
-        For each phrase ``label``, ``chance`` (share of the patches whose centre is in the box), and for each kind of map
-        (``"raw"``, and with trained aggregators ``"aggregated"``) whether its highest patch's centre is in the box, the first
-        of equals.
+        For each phrase, ``label``, ``chance`` (share of the patches whose centre is in the box), and for each kind of map
+        (``"raw"``, and with trained aggregators ``"aggregated"``) whether the centre of its highest patch, the first of
+        equals, is in the box.
 
     Raises:
         InputError: No phrase is left.

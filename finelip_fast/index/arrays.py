@@ -1,7 +1,7 @@
-"""Files of arrays in safetensors' format: written whole, and read within the bounds of the file that is there.
+"""Array files in safetensors' format: written atomically, and read within the bounds of the actual file.
 
-A header is compared with the length of its file before anything is mapped, so that no header leads out of it. Links are not
-followed: a file of another folder, or of another owner, is none of the index's.
+A header is checked against the length of its file before anything is mapped, so that no header can point outside it. Links are
+not followed: a file of another folder, or of another owner, does not belong to the index.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
 
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8, "I64": torch.int64}
-STORED = ("tokens", "values", "scales", "anchors")  # what makes an embedding; the rest of a segment follows from it
-DIGEST = "rows"  # the note of a file: the checksum of its embeddings' checksums
+STORED = ("tokens", "values", "scales", "anchors")  # the parts of an embedding; the rest of a segment is derived
+DIGEST = "rows"  # key of a file's note with the checksum of its embeddings' checksums
 _ALIGNMENT = 64  # bytes, a cache line
 _MOST_HEADER = 1 << 20  # bytes
 _NUMPY = re.compile(
@@ -43,8 +43,8 @@ _NUMPY = re.compile(
     rb"\((\d{1,12}), (\d{1,12}), (\d{1,12})\), \} *\n",
     re.DOTALL,
 )
-_PIECE = 1 << 24  # bytes of which a checksum is taken at once
-# Windows has none of these but the last, and no locks of this kind: nothing is taken for abandoned there.
+_PIECE = 1 << 24  # bytes per piece of a checksum
+# Windows has only the last of these, and no locks of this kind: nothing is considered abandoned there.
 _OPEN = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 _T = TypeVar("_T")
@@ -52,10 +52,10 @@ _R = TypeVar("_R")
 
 
 class UnavailableError(StoreError):
-    """What cannot be read now, for want of memory, open files or permission, and is not damaged for all that is known."""
+    """Data cannot be read now, for lack of memory, open files or permission, and is not known to be damaged."""
 
 
-# What PyTorch and Python say where memory, or threads, cannot be had; the last two where there was none for the error itself.
+# Messages of PyTorch and Python if memory or threads run out; the last two if there was no memory for the error itself.
 _NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread"),
     *("unable to mmap", "error return without exception set", "without setting an exception"),
@@ -66,7 +66,7 @@ _NO_MEMORY = (
 def within_memory() -> Iterator[None]:
     """
     Raises:
-        UnavailableError: Memory or threads could not be had.
+        UnavailableError: Memory or threads could not be allocated.
     """
     try:
         yield
@@ -79,7 +79,7 @@ def within_memory() -> Iterator[None]:
 
 
 class Place(NamedTuple):
-    """Where in a file an array lies: ``start`` in bytes."""
+    """Location of an array in a file; ``start`` is in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ class Place(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a file says is in it: arrays and notes by their names; and its length in bytes."""
+    """Contents of a file according to its header: arrays and notes by name; and its length in bytes."""
 
     places: dict[str, Place]
     notes: dict[str, str]
@@ -101,7 +101,7 @@ class Contents(NamedTuple):
 def refuse_link(folder: Path) -> None:
     """
     Raises:
-        StoreError: A link in the place of a folder of an index, which may lead to someone else's files.
+        StoreError: A folder of an index is a link, which may lead to someone else's files.
     """
     if folder.is_symlink():
         raise StoreError(f"{folder} is a link to another folder: expected it in the index itself; move it there")
@@ -109,10 +109,10 @@ def refuse_link(folder: Path) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor of a regular file; links are not followed, pipes not waited for.
+    """Open a regular file and yield its descriptor; links are not followed, and pipes are not waited for.
 
     Raises:
-        StoreError: A link, or no file.
+        StoreError: The path is a link, or not a file.
         OSError: It cannot be opened.
     """
     try:
@@ -130,7 +130,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Up to ``size`` bytes of a file from ``offset`` on, by a descriptor that no one else reads from."""
+    """Read up to ``size`` bytes from ``offset``, using a descriptor that nothing else reads from."""
     if hasattr(os, "pread"):
         return os.pread(descriptor, size, offset)
     os.lseek(descriptor, offset, os.SEEK_SET)  # Windows
@@ -138,10 +138,10 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def read_contents(path: Path) -> Contents:
-    """The header of a file, compared with its length; of an array in NumPy's format, ``tokens``.
+    """Read the header of a file and check it against its length; an array in NumPy's format is ``tokens``.
 
     Raises:
-        StoreError: A short or foreign file.
+        StoreError: The file is truncated or of another format.
         OSError: It cannot be opened.
     """
     with opened(path) as descriptor:
@@ -195,15 +195,15 @@ def _numpy_contents(start: bytes, size: int) -> Contents:
 
 
 def map_arrays(path: Path, contents: Contents) -> dict[str, Tensor]:
-    """What is in a file, read when it is used. The file must not become shorter: the system ends a process that reads on.
+    """Map a file, which is read on access. It must not become shorter: the system kills a process that reads past its end.
 
     Raises:
-        UnavailableError: There is not so much memory to map it to.
+        UnavailableError: There is too little memory to map it.
         FileNotFoundError: It is gone.
     """
     try:
         content = torch.from_file(os.fspath(path), shared=False, size=contents.size, dtype=torch.uint8)
-    except (RuntimeError, UnicodeError) as error:  # also of a name that is no text
+    except (RuntimeError, UnicodeError) as error:  # the latter for a name that is not text
         path.stat()
         raise UnavailableError(f"{path} cannot be mapped to memory: {error!s:.300}") from None
     return {
@@ -213,11 +213,11 @@ def map_arrays(path: Path, contents: Contents) -> dict[str, Tensor]:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
-    """Write a file as :func:`write_locked` does; its folder is made if missing.
+    """Write a file as :func:`write_locked` does; its folder is created if missing.
 
     Raises:
-        WriteError: The disk refuses.
-        StoreError: A link in the place of the folder.
+        WriteError: Writing fails.
+        StoreError: The folder is a link.
     """
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
@@ -228,18 +228,18 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, s
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     refuse_link(path.parent)
-    with suppress(OSError):  # then writing tells
+    with suppress(OSError):  # writing will report it
         path.parent.mkdir(exist_ok=True)
     write_locked(path, itertools.chain([len(text).to_bytes(8, "little") + text], map(memory_of, arrays.values())))
 
 
 def write_locked(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file whole or not at all, and wait until the disk has it.
+    """Write a file atomically, and wait until it is on disk.
 
     Meanwhile its temporary file is locked, so that :func:`remove_abandoned` leaves it alone.
 
     Raises:
-        WriteError: The disk refuses.
+        WriteError: Writing fails.
     """
     with ExitStack() as resources:
 
@@ -253,14 +253,14 @@ def write_locked(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is written and locked, made anew should it have been taken for abandoned before it was locked.
+    """Open a file for writing and lock it; create it again if it was removed as abandoned before it was locked.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The file cannot be created.
     """
     while True:
         with path.open("ab") as file:
-            with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned either
+            with suppress(OSError):  # a file system without locks, where nothing is considered abandoned either
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:
@@ -269,10 +269,10 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_abandoned(folder: Path) -> int:
-    """Remove temporary files that nobody is writing: whoever does holds their locks; how many there were.
+    """Remove temporary files that nobody is writing, which are not locked; return how many there were.
 
     Raises:
-        StoreError: A link in the place of the folder.
+        StoreError: The folder is a link.
     """
     count = 0
     for path in files_in(folder):
@@ -282,7 +282,7 @@ def remove_abandoned(folder: Path) -> int:
 
 
 def remove_unlocked(path: Path, before: Callable[[], object] = lambda: None) -> bool:
-    """Remove a file unless another process holds its lock, after ``before``; whether it was removed."""
+    """Call ``before`` and remove a file, unless another process holds its lock; return whether it was removed."""
     if fcntl is None:
         return False
     with suppress(OSError, StoreError), opened(path) as descriptor:
@@ -295,10 +295,10 @@ def remove_unlocked(path: Path, before: Callable[[], object] = lambda: None) -> 
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is in a folder of an index, in order of name; nothing where there is none.
+    """Paths in a folder of an index, sorted by name; empty if there is no folder.
 
     Raises:
-        StoreError: A link in its place, or it cannot be read.
+        StoreError: The folder is a link, or cannot be read.
     """
     refuse_link(folder)
     try:
@@ -324,10 +324,10 @@ def array_checksums(arrays: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
-    """Checksums of a file's arrays; it is read rather than mapped, so one that becomes shorter meanwhile differs and no more.
+    """Checksums of a file's arrays. The file is read, not mapped: one that becomes shorter meanwhile only differs.
 
     Raises:
-        StoreError: A link, or no file.
+        StoreError: The path is a link, or not a file.
         OSError: It cannot be read.
     """
     with opened(path) as descriptor:
@@ -339,18 +339,18 @@ def file_checksums(path: Path, contents: Contents) -> dict[str, str]:
 
 
 def _checksum(length: int, read_bytes: Callable[[slice], bytes | memoryview]) -> str:
-    """CRC-32 of the CRC-32 of pieces, computed by all cores."""
+    """CRC-32 of the CRC-32 of pieces, computed on all cores."""
     pieces = [slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE)]
     return digest(in_parallel(lambda piece: zlib.crc32(read_bytes(piece)), pieces))
 
 
 def digest(crcs: Sequence[int]) -> str:
-    """One checksum of several."""
+    """Combine several checksums into one."""
     return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in crcs)):08x}"
 
 
 def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
-    """What a function makes of each of some values, by as many threads as there are cores."""
+    """Apply a function to each value, with as many threads as there are cores."""
     if len(values) < 2:
         return list(map(function, values))
     with ThreadPoolExecutor(min(len(values), os.cpu_count() or 1)) as pool:
@@ -358,7 +358,7 @@ def in_parallel(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
 
 
 def checksums(arrays: dict[str, Tensor]) -> list[int]:
-    """CRC-32 of each embedding, as its bytes lie in the file."""
+    """CRC-32 of each embedding, from its bytes as stored in the file."""
     result: list[int] = []
     for values in (arrays[name].contiguous().numpy() for name in STORED if name in arrays):
         result = [zlib.crc32(row, crc) for row, crc in zip(values, result or [0] * len(values), strict=True)]
@@ -366,7 +366,7 @@ def checksums(arrays: dict[str, Tensor]) -> list[int]:
 
 
 def is_shorter(path: Path, size: int) -> bool:
-    """Whether a file has fewer bytes than it had; what is gone can still be read from, and is not."""
+    """Whether a file is now shorter than ``size`` bytes; a deleted one is not, and its mapping can still be read."""
     with suppress(OSError):
         return os.stat(path).st_size < size
     return False

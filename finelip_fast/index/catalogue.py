@@ -1,10 +1,10 @@
-"""The catalogue of an index: one SQLite database that says what the index is and which item lies where.
+"""The catalogue of an index: one SQLite database with the spec of the index and the location of each item.
 
 A row is written only after the segment that holds the item is safely on disk, so the transaction here is the one moment
-at which items come to exist, or cease to. Every change makes a new version; what goes stays readable at older versions until
+at which items begin or cease to exist. Every change makes a new version; removed items stay readable at older versions until
 the index is compacted.
 
-How it is read, and what shows that it is damaged: :mod:`finelip_fast.index.reader`. Compaction closes gaps between positions,
+See :mod:`finelip_fast.index.reader` for how it is read and how damage is detected. Compaction closes gaps between positions,
 and never changes the order.
 """
 
@@ -46,7 +46,7 @@ _NO_TALLY = {"segments": [0, 0], "dead": [0, 0]}
 
 
 def _another_checkpoint(stored: dict[str, Any], opening: dict[str, Any]) -> str:
-    """What is to be done about an index of another checkpoint, and why it cannot be otherwise."""
+    """Advice on an index of another checkpoint, and the reason why there is no other way."""
     remedy = "open it with the checkpoint that wrote it"
     if stored.get("alpha") == 1 and opening.get("alpha") != 1:
         return f"it holds global embeddings alone, since that checkpoint had no trained aggregators; {remedy}"
@@ -56,18 +56,17 @@ def _another_checkpoint(stored: dict[str, Any], opening: dict[str, Any]) -> str:
 class Catalogue(CatalogueReader):
     """``catalogue.sqlite`` in an index folder, or one in memory.
 
-    May be used from several threads; who reads waits for no one who writes. In a folder that cannot be written to it can be
-    read.
+    It may be used from several threads; readers never wait for writers. It can be read in a folder that cannot be written to.
 
     Args:
-        path: The file, made if missing; None: in memory.
-        spec: What the index must be: written when new, compared when not.
-        source: What the checkpoint was opened as; kept for messages and for the next opening, not compared.
+        path: Path of the file, created if missing; None: in memory.
+        spec: Expected spec: written to a new catalogue, compared with that of an existing one.
+        source: Name or path that the checkpoint was opened with; stored for messages and for the next opening, not compared.
         lists: Folder of the segments, where each gets a list of its items, see :mod:`finelip_fast.index.lists`; None: they
             get none.
 
     Raises:
-        StoreError: Not a catalogue, of another format, or of another spec; both are named.
+        StoreError: The file is not a catalogue, or has another format or another spec; the message names both.
     """
 
     def __init__(self, path: Path | None, spec: dict[str, Any], *, source: str, lists: Path | None = None) -> None:
@@ -86,12 +85,12 @@ class Catalogue(CatalogueReader):
             if self.path is not None:
                 self._database.create()
             with self._database.writing() as connection:
-                if schema.prepare(connection) is None:  # no other process has made it meanwhile
+                if schema.prepare(connection) is None:  # no other process has created it meanwhile
                     schema.create(connection)
                     self._set(**self._wanted, source=source, version=0, oldest=0, **{TALLY: _NO_TALLY})
         with self._database.reading():
             stored = self._stored()
-        # Of this very index: another one is refused as it is. What older formats did not tell is taken over.
+        # Another index is refused before it is migrated. Values that older formats lack are taken from the expected spec.
         is_old = stored.get("format") in range(1, FORMAT)
         expected = {key: value for key, value in self._wanted.items() if key != "format"}
         different = spec_differences(expected | stored if is_old else stored, expected)
@@ -104,19 +103,18 @@ class Catalogue(CatalogueReader):
                 f"and is opened by checkpoint {source!r:.200} with {current}: "
                 f"{_another_checkpoint(stored, self._wanted)}, or index the pictures again into another folder"
             )
-        if is_old and stored["format"] < 3:  # older ones cannot be read as they are
+        if is_old and stored["format"] < 3:  # formats before 3 cannot be read as they are
             with self._changed():
                 pass
 
     @contextmanager
     def changing(self) -> Iterator[int]:
-        """A change, which makes the version that is given; seen by others at its end, all of it or nothing.
+        """Make a change and yield the version that it makes; others see all of it at its end, or nothing.
 
-        Other writers wait meanwhile, from before the first byte of a new segment: so no segment is ever taken for a stray.
+        Other writers wait from before the first byte of a new segment is written, so no segment is ever mistaken for a stray.
 
         Raises:
-            StoreError: Another process is changing the index all the time, the disk refuses, or the folder was removed or
-                replaced.
+            StoreError: Another process keeps changing the index, writing fails, or the folder was removed or replaced.
         """
         with self._changed():
             version = self.version + 1
@@ -125,13 +123,13 @@ class Catalogue(CatalogueReader):
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """No one writes meanwhile."""
+        """Keep all other writers waiting."""
         with self._database.writing():
             yield
 
     @contextmanager
     def _changed(self) -> Iterator[Connection]:
-        """A transaction on a catalogue of this format, made so if it is not."""
+        """A transaction on a catalogue of the current format, to which it is migrated if needed."""
         with self._database.writing() as connection:
             was_sealed = connection.sealed
             if not was_sealed:
@@ -155,7 +153,7 @@ class Catalogue(CatalogueReader):
         self._set(**{TALLY: tally})
 
     def add(self, ids: Sequence[str], segment: str, crcs: Sequence[int | None], metadata: Sequence[str]) -> None:
-        """Inside a change: the rows of a segment that is on disk, in order, behind all that is there; metadata as JSON."""
+        """Within a change, append the rows of a segment that is on disk, in order; metadata as JSON."""
         with self._database.writing() as connection:
             segments = self._segments(connection, self.version)
             first = segments[-1][0].first + segments[-1][0].rows if segments else 0
@@ -180,14 +178,14 @@ class Catalogue(CatalogueReader):
         self._count("segments", 1, sealed)
 
     def remove(self, positions: Iterable[int]) -> None:
-        """Inside a change: items go; older versions still have them."""
+        """Within a change, remove items; older versions still have them."""
         with self._database.writing() as connection:
             died = self.version
             for batch in batches(positions):
                 marks = ", ".join("?" * len(batch))
                 rows = connection.run(f"SELECT {ITEM} FROM item WHERE died IS NULL AND position IN ({marks})", *batch)
                 for row in rows:
-                    self._item(row, connection.sealed)  # a new checksum would hide what is wrong with it
+                    self._item(row, connection.sealed)  # a new checksum would hide the damage
                 connection.run_each(
                     "UPDATE item SET died = ?, seal = ? WHERE position = ?",
                     ((died, seal_item(at, item, crc, text, died), at) for at, item, crc, text, *_ in rows),
@@ -196,16 +194,16 @@ class Catalogue(CatalogueReader):
                 self._count("dead", len(dead), mixed(dead))
 
     def forget(self, first: int) -> None:
-        """Inside a change: older versions are no more, nor, from a position on, the items that only they have."""
+        """Within a change, drop older versions and, from a position on, the items that only they have."""
         with self._database.writing() as connection:
             connection.run("DELETE FROM item WHERE died IS NOT NULL AND position >= ?", first, seconds=math.inf)
             self._set(oldest=self.version)
             self._count_again(connection)
 
     def replace(self, old: Sequence[SegmentRow], name: str | None, crcs: Sequence[int]) -> None:
-        """Inside a change, after :meth:`forget`: the items of neighbouring segments are those of one; None: there are none.
+        """Within a change, after :meth:`forget`, move the items of neighbouring segments to one; None: they have no items.
 
-        Their order stays.
+        The order of items does not change.
         """
         first, stop = old[0].first, old[-1].first + old[-1].rows
         with self._database.writing() as connection:
@@ -221,7 +219,7 @@ class Catalogue(CatalogueReader):
                 self._item(row, connection.sealed)
             listed = ((from_text(row[1]), crc, row[3].decode()) for crc, row in zip(crcs, rows, strict=True))
             self._write_list(name, listed)
-            # Ascending, and never to a higher position: so none is taken when it is needed.
+            # Ascending, and never to a higher position, so that each position is free when it is needed.
             connection.run_each(
                 "UPDATE item SET position = ?, crc = ?, seal = ? WHERE position = ?",
                 (
@@ -231,38 +229,38 @@ class Catalogue(CatalogueReader):
             )
 
     def keep(self, key: str, value: Any) -> None:
-        """Keep a note beside the spec; not a change of the items.
+        """Store a note beside the spec; not a change of the items.
 
         Raises:
-            StoreError: The disk refuses.
+            StoreError: Writing fails.
         """
         with self._changed():
             self._set(**{key: value})
 
     def speed_up(self, field: str) -> None:
-        """Make filters that compare a field fast, from now on and for every later opening.
+        """Speed up filters that compare a field, from now on and for every later opening.
 
         Raises:
-            InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
-            StoreError: The disk refuses.
+            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
+            StoreError: Writing fails.
         """
         statement = field_index(field)
         with self._changed() as connection:
             connection.run(statement, seconds=math.inf)
 
     def copy(self, path: Path, before: Callable[[], object] = lambda: None) -> None:
-        """Write the catalogue as it is into a new file; what ``before`` does comes first, and no writer is in between.
+        """Call ``before``, then write the catalogue as it is to a new file, with no writer in between.
 
-        Of a folder that cannot be written to, writers are not kept away: what ``before`` meets may change under it.
+        In a folder that cannot be written to, writers are not kept out: what ``before`` reads may change meanwhile.
 
         Raises:
-            StoreError: The disk refuses.
+            StoreError: Writing fails.
         """
         assert self.path is not None
         try:
             with self._database.reading() if self.read_only else self._database.writing() as connection:
                 before()
-                # By another connection where this one may write: such cannot be copied from.
+                # A connection inside a write transaction cannot be copied from, so another one is used then.
                 source = nullcontext(connection) if self.read_only else closing(sqlite3.connect(self.path))
                 with source as reader, closing(sqlite3.connect(path)) as target:
                     reader.backup(target)

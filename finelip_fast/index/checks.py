@@ -1,4 +1,4 @@
-"""What items must be: ids, embeddings and metadata, refused before anything is written."""
+"""Validate items: invalid ids, embeddings and metadata are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finelip_fast.errors import InputError
 
 _LONGEST_ID, _LONGEST_METADATA = (1 << 16) - 1, 1 << 26  # bytes
 _LARGEST = 1 << 1024  # an integer that no float can hold
-_TOLERANCE = 0.05  # of a row's length: int8 rounds that far in few dimensions
+_TOLERANCE = 0.05  # for a row's length: int8 rounds by that much in few dimensions
 _ROWS_AT_ONCE = 4096
 
 
 def check_ids(ids: Sequence[str]) -> None:
     """
     Raises:
-        InputError: An id that is no string, is too long, or comes twice; names it.
+        InputError: An id is not a string, is too long, or occurs twice; the message names it.
     """
     new: set[str] = set()
     for item in strings("ids", ids):
@@ -45,13 +45,13 @@ def taken(present: Iterable[str]) -> InputError:
 def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
     """
     Raises:
-        InputError: A row that is not of length 1, as one with NaN is not; names the item.
+        InputError: A row is not of length 1, for example because of NaN; the message names the item.
     """
     if not embeddings.is_floating_point():
         raise InputError(f"expected embeddings of a floating dtype, got {embeddings.dtype}")
     for start in range(0, len(embeddings), _ROWS_AT_ONCE):
         lengths = torch.linalg.vector_norm(embeddings[start : start + _ROWS_AT_ONCE], dim=-1, dtype=torch.float32)
-        wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also of NaN
+        wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also for NaN
         if wrong.any():
             at, row = wrong.nonzero()[0].tolist()
             raise InputError(
@@ -64,10 +64,10 @@ def as_json(metadata: Any, item: str | None = None) -> str:
     """
     Args:
         metadata: Metadata of one item.
-        item: Its id, for the message.
+        item: Id of the item, for the message.
 
     Raises:
-        InputError: Anything but a dictionary of JSON values; names the key.
+        InputError: The metadata is not a dictionary of JSON values; the message names the key.
     """
     owner = "" if item is None else f" of item {item!r:.80}"
     if not isinstance(metadata, dict):
@@ -83,8 +83,8 @@ def as_json(metadata: Any, item: str | None = None) -> str:
 
 
 def _fault(value: Any, key: str, depth: int) -> str | None:
-    """What JSON cannot hold, or not without becoming something else."""
-    if value is None or isinstance(value, (bool, str)):  # also of half a surrogate pair, as paths that are no text have
+    """Description of what JSON cannot hold unchanged; None: there is nothing."""
+    if value is None or isinstance(value, (bool, str)):  # also half a surrogate pair, as in paths that are not text
         return None
     if isinstance(value, int):
         return None if abs(value) < _LARGEST else f"an integer beyond the largest float{key}"

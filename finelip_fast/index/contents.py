@@ -1,4 +1,4 @@
-"""What an index holds, as its catalogue and its segments tell."""
+"""Contents of an index, read from its catalogue and its segments."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from finelip_fast.index.view import View
 
 _ROOT = "root"
 _ITEMS_AT_ONCE = 8192
-_MOST_SAMPLED = 20_000  # items whose fields are looked at
+_MOST_SAMPLED = 20_000  # items whose fields are examined
 
 
 class Contents:
-    """The items of a store, and what is known of them; :class:`finelip_fast.Index` says what each attribute is."""
+    """The items of a store, and all that is known of them; :class:`finelip_fast.Index` describes the attributes."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -44,12 +44,12 @@ class Contents:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """Why segments cannot be read, by their names; empty without ``skip_damaged``."""
+        """Reasons why segments cannot be read, by segment name; empty without ``skip_damaged``."""
         return self._store.damaged
 
     @property
     def version(self) -> int:
-        """Counts the changes up to what is searched."""
+        """Number of changes up to the version that is searched."""
         return self._store.view().version
 
     def __len__(self) -> int:
@@ -57,20 +57,20 @@ class Contents:
 
     @property
     def total(self) -> int:
-        """Number of items, with those that ``skip_damaged`` leaves out."""
+        """Number of items, including those that ``skip_damaged`` leaves out."""
         return self._store.catalogue.count(self.version)
 
     def __contains__(self, item: object) -> bool:
         return isinstance(item, str) and bool(self._store.catalogue.find([item]))
 
     def items(self, *, where: str | None = None) -> Iterator[Item]:
-        """What the catalogue knows of each, in order of insertion; reads as it goes.
+        """Yield the catalogue entry of each item, in order of insertion; entries are read as needed.
 
         Args:
             where: Filter on the metadata, see :mod:`finelip_fast.index.filters`; None: all items.
 
         Raises:
-            InputError: A filter that cannot be read.
+            InputError: The filter cannot be parsed.
             StoreError: The catalogue is damaged, or another process has compacted the index meanwhile.
         """
         view, catalogue = self._store.view(), self._store.catalogue
@@ -88,22 +88,22 @@ class Contents:
     def page(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
     ) -> tuple[list[Item], str | None]:
-        """A part of :meth:`items`, found without reading what lies before it.
+        """A page of :meth:`items`, found without reading what precedes it.
 
-        Pages follow the order of insertion: what is added or replaced between two of them comes at the end, and what is
-        deleted is left out. After a compaction the listing goes on behind the item that was the last, if that is still there.
+        Pages follow the order of insertion: items added or replaced between two pages come at the end, and deleted items are
+        left out. After a compaction, the listing continues after the last item of the previous page, if that still exists.
 
         Args:
             where: Filter on the metadata; None: all items.
-            limit: Number of items of a page.
-            after: What came with the page before; None: the first page.
+            limit: Number of items per page.
+            after: Cursor returned with the previous page; None: the first page.
 
         Returns:
-            The items, and what to pass as ``after`` for the next page; None: this is the last.
+            The items, and the value of ``after`` for the next page; None: this is the last page.
 
         Raises:
-            InputError: A filter that cannot be read, an ``after`` that no page gave, or one whose place was lost: the index
-                was compacted, and the last item of that page is gone.
+            InputError: The filter cannot be parsed, ``after`` is not from any page, or its place is lost: the index was
+                compacted, and the last item of that page is gone.
             StoreError: The index is closed, or cannot be read.
         """
         limit, cursor = whole_number("limit", limit, most=_ITEMS_AT_ONCE), None if after is None else Cursor.read(after)
@@ -111,11 +111,10 @@ class Contents:
         return items, None if end is None else str(end)
 
     def fields(self) -> list[Field]:
-        """Fields of the metadata that filters can compare, with their values or ends, those of most items first.
+        """Metadata fields that filters can compare, with their values or ranges, the most frequent first.
 
-        Of more than 20,000 items, that many are looked at, evenly spread: rare values and far ends may then be missing. What
-        files say of themselves and nobody looks for, such as their hashes, is left out. The result is kept until the index
-        changes.
+        Of more than 20,000 items, an evenly spread sample of that size is examined, which may miss rare values and extremes.
+        File properties that nobody searches for, such as hashes, are left out. The result is cached until the index changes.
 
         Raises:
             StoreError: The index is closed, or cannot be read.
@@ -134,7 +133,7 @@ class Contents:
                 return fields
 
     def _metadata_at(self, positions: Sequence[int], version: int) -> Iterator[dict[str, Any]]:
-        """Metadata of the items at positions of a version, as long as that can be read."""
+        """Yield the metadata of the items at positions of a version, as long as that version can be read."""
         for start in range(0, len(positions), _ITEMS_AT_ONCE):
             items = self._store.catalogue.at(positions[start : start + _ITEMS_AT_ONCE], version)
             if items is None:
@@ -155,7 +154,7 @@ class Contents:
     def embeddings(self) -> Tensor:
         """Embeddings ``[N, L, D]`` of all items, in order of insertion, copied into memory.
 
-        They are float16, or float32 where the index keeps int8.
+        They are float16, or float32 if the index stores int8.
         """
         view = self._store.view()
         empty = torch.empty(0, self.spec.tokens, self.spec.width, dtype=torch.float16)
@@ -164,10 +163,10 @@ class Contents:
         return (rows if view.living is None else rows[view.living]).to(self.device)
 
     def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of those of the ids that are in the index, each float32 ``[L, D]`` of unit rows, to search with.
+        """Embeddings of the given ids that are in the index, each float32 ``[L, D]`` with unit rows, to search with.
 
         Raises:
-            InputError: An id that is no string.
+            InputError: An id is not a string.
             StoreError: An embedding is damaged, or the index is closed or cannot be read.
         """
         ids = strings("ids", ids)
@@ -176,7 +175,7 @@ class Contents:
             items = self._store.catalogue.living(ids, view.version)
             if items is None:
                 continue  # compacted meanwhile
-            rows = view.rows_at(sorted(items))  # what is newer than the view is left out
+            rows = view.rows_at(sorted(items))  # leaves out items newer than the view
             if not len(rows):
                 return {}
             positions = view.positions(rows).tolist()
@@ -198,16 +197,16 @@ class Contents:
         """The given ids that are in the index.
 
         Raises:
-            InputError: An id that is no string.
+            InputError: An id is not a string.
             StoreError: The index is closed, or cannot be read.
         """
         return set(self._store.catalogue.find(strings("ids", ids)))
 
     def get(self, ids: Sequence[str]) -> dict[str, Item]:
-        """What the catalogue knows of the given ids that are in the index, by these.
+        """Catalogue entries of the given ids that are in the index, by id.
 
         Raises:
-            InputError: An id that is no string.
+            InputError: An id is not a string.
             StoreError: The index is closed, or cannot be read.
         """
         catalogue, ids = self._store.catalogue, strings("ids", ids)
@@ -219,12 +218,12 @@ class Contents:
 
     @property
     def root(self) -> Path | None:
-        """Folder that the ids of pictures are relative to; None: they are whatever they were added as.
+        """Folder that the ids of pictures are relative to; None: ids are as they were added.
 
-        Setting it changes no id: it says where the pictures lie now.
+        Setting it changes no ids: it records where the pictures are now.
 
         Raises:
-            StoreError: The index is closed, or cannot be read; on setting, the disk refuses.
+            StoreError: The index is closed or cannot be read, or, when it is set, writing fails.
         """
         root = self._store.catalogue.note(_ROOT)
         if root is not None and not isinstance(root, str):

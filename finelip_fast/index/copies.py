@@ -1,7 +1,7 @@
-"""What is made of a segment's embeddings and kept in a file of the folder ``cache``: copies in int8, sketches.
+"""Data derived from a segment's embeddings and kept in files of the folder ``cache``: int8 copies and sketches.
 
-What is kept there is never needed: where it cannot be written, and of embeddings that are not what was written, it is made in
-memory.
+These files are never required: if they cannot be written, or the embeddings are not what was written, the data is computed
+in memory.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from finelip_fast.index.arrays import (
 
 
 class Kind(NamedTuple):
-    """What a file of copies must be.
+    """Expected contents of a file of copies.
 
     Attributes:
         name: Name of the file.
         arrays: Dtype and shape of each array, by name.
-        notes: Notes that it must have beside its checksums.
+        notes: Notes required in addition to the checksums.
     """
 
     name: str
@@ -45,13 +45,12 @@ class Kind(NamedTuple):
 
 
 class Copies:
-    """Copies of one kind of one segment.
+    """Copies of one kind for one segment.
 
     Args:
-        kind: What they are.
-        embeddings: What they are made of, arrays of the segment.
-        digest_written: The digest of the embeddings when they were written; None: of a time when it was not kept, or in
-            memory.
+        kind: Kind of the copies.
+        embeddings: Arrays of the segment that the copies are made from.
+        digest_written: Digest of the embeddings when they were written; None: in memory, or written before digests were kept.
     """
 
     def __init__(self, kind: Kind, embeddings: Mapping[str, Tensor], digest_written: str | None) -> None:
@@ -60,11 +59,11 @@ class Copies:
 
     @property
     def is_lost(self) -> bool:
-        """Whether they are mapped from a file that has become shorter: they must not be read."""
+        """Whether they are mapped from a file that has become shorter, so that they must not be read."""
         return self._mapped is not None and is_shorter(*self._mapped)
 
     def contents(self, cache: Path) -> Contents | None:
-        """The contents of the file that is kept, if it says that it was made of these embeddings."""
+        """Contents of the cached file, if its notes say that it was made from these embeddings."""
         try:
             refuse_link(cache)
             contents = read_contents(cache / self.kind.name)
@@ -76,7 +75,7 @@ class Copies:
         return contents if is_right and rows_of and self._written in (None, rows_of) else None
 
     def read(self, cache: Path) -> dict[str, Tensor] | None:
-        """What is kept, compared with its checksums; None: nothing, or nothing sound."""
+        """Map the cached file after verifying its checksums; None: it is missing or damaged."""
         contents = self.contents(cache)
         if contents is None:
             return None
@@ -91,7 +90,7 @@ class Copies:
         return arrays
 
     def keep(self, cache: Path, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies that were made, from now on as they are kept, where that can be."""
+        """Store new copies and return them as mapped from the file, or unchanged if they cannot be stored."""
         rows = digest(checksums(self._embeddings))
         if self._written in (None, rows):
             notes = {**self.kind.notes, DIGEST: rows, **array_checksums(arrays)}
@@ -102,7 +101,7 @@ class Copies:
 
 
 def drop_foreign(cache: Path, segment: str, embeddings: dict[str, Tensor]) -> None:
-    """Remove the copies of a segment that were made of other embeddings.
+    """Remove the copies of a segment that were made from other embeddings.
 
     Raises:
         OSError: They cannot be removed.
@@ -120,12 +119,12 @@ def drop_foreign(cache: Path, segment: str, embeddings: dict[str, Tensor]) -> No
 
 
 def cache_name(segment: str) -> str:
-    """The file in ``cache`` that holds a segment in int8."""
+    """Name of the file in ``cache`` that holds a segment in int8."""
     return segment if segment.endswith(".safetensors") else f"{segment}.safetensors"
 
 
 def sketch_name(segment: str) -> str:
-    """The file in ``cache`` that holds a segment's sketch."""
+    """Name of the file in ``cache`` that holds a segment's sketch."""
     return f"{cache_name(segment).removesuffix('.safetensors')}.sketch.safetensors"
 
 

@@ -1,7 +1,7 @@
 """Connections to the SQLite file of a catalogue: one that writes, and a few that read and never wait for it.
 
-A file that comes from elsewhere is not trusted: every new connection is hardened and its schema compared before anything else
-is asked, every statement ends after a time or by Ctrl-C, and reading needs no right to write.
+A file from elsewhere is not trusted: every new connection is hardened and its schema checked before any other query, and every
+statement ends after a time limit or by Ctrl-C. Reading requires no write permission.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.forks import between_forks, inherited, survive_forks
 
-# How long a statement may take, and how long another writer is waited for: one that compacts takes its time.
+# How long a statement may take, and how long to wait for another writer: compaction takes time.
 _SECONDS, _PATIENCE = 60.0, 30.0
-# SQLite's own waiting cannot be interrupted, so it waits this long at once.
+# SQLite's own waiting cannot be interrupted, so each wait is this short.
 _WAIT = 0.1
-_STEPS = 10_000  # of SQLite's machine, between two looks at the clock
+_STEPS = 10_000  # instructions of SQLite's virtual machine between two checks of the clock
 _READERS = 8  # connections of one process
 _LONGEST = 1 << 27  # bytes of one value
 _MOST_COPIED = 1 << 32  # bytes
@@ -37,7 +37,7 @@ _LOGS = ("-wal", "-journal")
 
 
 class Connection(sqlite3.Connection):
-    """A connection whose statements end.
+    """A connection whose statements have a time limit.
 
     Attributes:
         frozen: State of the files, for a connection that does not see later changes; None: it sees them.
@@ -50,7 +50,7 @@ class Connection(sqlite3.Connection):
     _expired = False
 
     def harden(self) -> None:
-        self.text_factory = bytes  # what is damaged need not be UTF-8
+        self.text_factory = bytes  # damaged text may not be UTF-8
         self.set_progress_handler(self._watch, _STEPS)
         if hasattr(self, "setlimit"):  # Python 3.11
             self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)  # type: ignore[attr-defined]
@@ -60,12 +60,12 @@ class Connection(sqlite3.Connection):
         self.run("PRAGMA cell_size_check = ON")
 
     def run(self, query: str, *values: Any, seconds: float = _SECONDS) -> list[Any]:
-        """All rows of a statement."""
+        """Run a statement and return all rows."""
         with self._bounded(seconds):
             return self.execute(query, values).fetchall()
 
     def run_each(self, query: str, rows: Iterable[Iterable[Any]]) -> None:
-        """A statement for each row, without a limit on their time."""
+        """Run a statement for each row, without a time limit."""
         with self._bounded(math.inf):
             self.executemany(query, rows)  # type: ignore[arg-type]
 
@@ -81,21 +81,21 @@ class Connection(sqlite3.Connection):
         except sqlite3.OperationalError as error:
             if str(error) != "interrupted":
                 raise
-            if not self._expired:  # a signal's exception came up in the handler, which sqlite3 does not pass on
+            if not self._expired:  # a signal raised an exception in the handler, which sqlite3 does not pass on
                 raise KeyboardInterrupt from None
             raise sqlite3.OperationalError(f"a statement took more than {seconds:.0f} seconds") from None
-        except (UnicodeDecodeError, OverflowError) as error:  # of names in a damaged schema; of numbers past 64 bits
+        except (UnicodeDecodeError, OverflowError) as error:  # names in a damaged schema; numbers beyond 64 bits
             raise sqlite3.DatabaseError(f"malformed text or number, {error}") from None
 
 
 class Database:
     """One database, in a file or in memory.
 
-    May be used from several threads, and in a forked process: that opens the file anew, and has a copy of what is in memory.
+    It may be used from several threads, and in a forked process, which reopens the file or has a copy of the data in memory.
 
     Args:
-        path: The file; None: in memory.
-        prepare: Is given every new connection to a file, and raises what is wrong with what is there.
+        path: Path of the file; None: in memory.
+        prepare: Function that checks every new connection to a file, and raises if something is wrong.
     """
 
     def __init__(self, path: Path | None, prepare: Callable[[Connection], object]) -> None:
@@ -117,7 +117,7 @@ class Database:
         self._current = threading.local()
 
     def before_fork(self) -> None:
-        """SQLite's own record of which files this process has locked would be the child's too."""
+        """Close connections, since the child would inherit SQLite's record of the files that this process has locked."""
         if self.path is not None:
             _close(self._owned, os.getpid())
             self._idle, self._writer = [], None
@@ -125,7 +125,7 @@ class Database:
     def after_fork(self) -> None:
         self._new_locks()
         if self._owned and self.path is not None:
-            inherited.append(self._owned)  # closing them here would let go of what the parent holds
+            inherited.append(self._owned)  # closing them here would release the parent's locks
             self._owned, self._writer, self._idle = set(), None, []
         weakref.finalize(self, _close, self._owned, os.getpid())
 
@@ -142,10 +142,10 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """All that is read is of one moment; inside :meth:`writing` it is what is written there.
+        """Read from one consistent snapshot; inside :meth:`writing`, this includes what was written there.
 
         Raises:
-            StoreError: The file cannot be read, or is another one than was opened.
+            StoreError: The file cannot be read, or is not the one that was opened.
         """
         current = getattr(self._current, "connection", None)
         if current is not None:
@@ -174,11 +174,11 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Commits at the end, and rolls back on an error; other writers wait. Inside another one it is a part of that.
+        """Commit at the end, and roll back on an error; other writers wait. A nested call is part of the outer one.
 
         Raises:
-            StoreError: Another process writes all the time, the file cannot be written, or is another one than was opened:
-                then nothing that was written is there.
+            StoreError: Another process keeps writing, or the file cannot be written or is not the one that was opened; then
+                nothing that was written is kept.
         """
         before: Connection | None = getattr(self._current, "connection", None)
         if before is not None and before is self._writer:
@@ -197,7 +197,7 @@ class Database:
                 yield writer
                 writer.run("COMMIT", seconds=math.inf)
             except BaseException:
-                if writer.in_transaction:  # a full disk has ended it already
+                if writer.in_transaction:  # a full disk has already ended it
                     writer.run("ROLLBACK")
                 raise
             finally:
@@ -217,7 +217,7 @@ class Database:
     def check_place(self) -> None:
         """
         Raises:
-            StoreError: The file lies no longer where it was opened.
+            StoreError: The file is no longer where it was opened.
         """
         if self._identity is not None and _identity(self.path) != self._identity:
             raise StoreError(
@@ -226,7 +226,7 @@ class Database:
             )
 
     def forget_readers(self) -> None:
-        """What is read from now on is read by new connections."""
+        """Use new connections for all later reads."""
         idle, self._idle = self._idle, []
         for connection in idle:
             self._close(connection)
@@ -262,7 +262,7 @@ class Database:
         connection.close()
 
     def create(self) -> None:
-        """Make the file where there is none."""
+        """Create the file if there is none."""
         assert self.path is not None
         _check_files(self.path)
         with between_forks(), self._errors(f"the index at {self.folder} cannot be written"):
@@ -282,7 +282,7 @@ class Database:
 
     @staticmethod
     def _configure(connection: Connection) -> None:
-        # A short log: what is in it is lost where the log is damaged, and is taken back from the segments alone.
+        # A short log: if it is damaged, its contents are lost and can be recovered only from the segments.
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "wal_autocheckpoint = 100"):
             connection.run(f"PRAGMA {pragma}")
 
@@ -295,13 +295,13 @@ class Database:
         assert self.path is not None
         modes = ["mode=ro"] if self.read_only else ["mode=rw", "mode=ro", "mode=ro&readonly_shm=1"]
         for mode in modes:
-            # Fails where the files beside it, which writers and readers share, are not there and cannot be made.
+            # Fails if the files beside it, which writers and readers share, are missing and cannot be created.
             with suppress(sqlite3.OperationalError):
                 return self._checked(partial(self._connect, f"{self._uri}?{mode}", read_only=True))
         return self._checked(self._open_frozen)
 
     def _open_frozen(self) -> Connection:
-        """Without the files beside it: nobody writes, or the log is read in a copy."""
+        """Open the file without those beside it: nobody writes, or the log is read in a copy."""
         assert self.path is not None
         before = _state(self.path)
         if not any(_size(Path(f"{self.path.resolve()}{log}")) for log in _LOGS):
@@ -312,7 +312,7 @@ class Database:
         return connection
 
     def _copied(self) -> Connection:
-        """A copy in memory, with what only the log has."""
+        """A copy in memory, including changes that only the log has."""
         assert self.path is not None
         files = [Path(f"{self.path.resolve()}{ending}") for ending in ("", *_LOGS)]
         if sum(map(_size, files)) > _MOST_COPIED:
@@ -337,7 +337,7 @@ class Database:
         return connection
 
     def _checked(self, connect: Callable[[], Connection]) -> Connection:
-        """A new connection to the file that is known, with the schema that is expected."""
+        """A new connection, checked to be to the same file and to have the expected schema."""
         assert self.path is not None
         _check_files(self.path)
         identity = _identity(self.path)
@@ -379,7 +379,7 @@ class Database:
             raise self.failure(error, activity) from None
 
     def failure(self, error: sqlite3.Error, activity: str) -> StoreError:
-        """What SQLite says, as an error that says what to do."""
+        """Convert SQLite's error to one that says what to do."""
         reason = str(error)
         if self.is_closed:
             return StoreError("the index is closed: open its folder again")
@@ -397,7 +397,7 @@ class Database:
 def _check_files(path: Path) -> None:
     """
     Raises:
-        StoreError: What SQLite would wait for, or write through: a pipe, or a link in the place of a file of its own.
+        StoreError: A file is not a regular one: SQLite would wait for a pipe, and write through a link.
     """
     for ending in ("", *_LOGS, "-shm"):
         file = Path(f"{path.resolve()}{ending}")
@@ -419,7 +419,7 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
 
 
 def _state(path: Path | None) -> tuple[Any, ...]:
-    """Changes with every change of the files."""
+    """A value that changes with every change of the files."""
     state: list[Any] = []
     for ending in ("", *_LOGS):
         with suppress(OSError):
@@ -440,7 +440,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _hindrance(path: Path) -> str:
-    """Why a file cannot be opened, which SQLite does not say."""
+    """The reason why a file cannot be opened, which SQLite does not give."""
     files = []
     try:
         for _ in range(4):  # as SQLite needs for a database and its log
@@ -454,7 +454,7 @@ def _hindrance(path: Path) -> str:
 
 
 def _close(connections: set[Connection], process: int) -> None:
-    if os.getpid() == process:  # not a forked one at its end
+    if os.getpid() == process:  # not a forked one that exits
         while connections:
             with suppress(KeyError, sqlite3.Error):
                 connections.pop().close()

@@ -1,4 +1,4 @@
-"""Items that are alike: by a field of their metadata, such as a file's hash, or by embeddings that are near each other."""
+"""Find duplicate items: by a metadata field, such as a file's hash, or by the similarity of their embeddings."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from finelip_fast._arguments import share
 from finelip_fast.index.index import Index
 from finelip_fast.kernels import cpu
 
-# Cosines at once: memory that stays small beside the index.
+# Rows per block of cosines, which keeps memory use small compared with the index.
 _BLOCK = 2048
 
 
 def duplicates(
     index: Index, *, similarity: float | None = None, field: str = "sha256", progress: bool = False
 ) -> list[list[str]]:
-    """Groups of items that are alike, each in order of insertion, the groups in that of their first.
+    """Group duplicate items; items are in order of insertion, and groups in the order of their first item.
 
     Args:
         index: The index.
-        similarity: Cosine of two global embeddings from which on they are alike, in [0, 1]; None: only the field counts.
-        field: Field of the metadata that is the same for items of the same content.
-        progress: Show a progress bar.
+        similarity: Minimum cosine between the global embeddings of duplicates, in [0, 1]; None: only the field counts.
+        field: Metadata field whose value is the same for items with the same content.
+        progress: Whether to show a progress bar.
 
     Raises:
-        InputError: A ``similarity`` outside [0, 1].
+        InputError: ``similarity`` is outside [0, 1].
         StoreError: The index cannot be read.
     """
     items = list(index.items())
@@ -44,7 +44,7 @@ def duplicates(
 
 
 def _near(rows: Tensor, similarity: float, progress: bool) -> Iterator[tuple[int, int]]:
-    """Pairs of unit rows ``[N, D]`` whose cosine is at least so high."""
+    """Yield the pairs of unit rows ``[N, D]`` whose cosine is at least ``similarity``."""
     rows = torch.nn.functional.normalize(rows.float(), dim=1)
     blocks = rows.split(_BLOCK)
     with tqdm(total=len(rows), unit="item", disable=not progress, mininterval=0.5) as bar:
@@ -57,7 +57,7 @@ def _near(rows: Tensor, similarity: float, progress: bool) -> Iterator[tuple[int
 
 
 class _Groups:
-    """Numbers from 0 in groups that are joined: union by the smaller number, with halved paths."""
+    """Union-find over the numbers from 0: the smaller root wins, and lookups halve paths."""
 
     def __init__(self, count: int) -> None:
         self._first = list(range(count))
@@ -73,7 +73,7 @@ class _Groups:
         self._first[firsts[1]] = firsts[0]
 
     def several(self) -> list[list[int]]:
-        """The groups of more than one."""
+        """The groups with more than one member."""
         groups: dict[int, list[int]] = {}
         for number in range(len(self._first)):
             groups.setdefault(self._first_of(number), []).append(number)

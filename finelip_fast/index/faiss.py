@@ -1,12 +1,12 @@
-"""Candidates from faiss, for more items than their global embeddings can be gone through: some millions.
+"""Candidates from faiss, for indexes of millions of items, whose global embeddings are too many to scan.
 
-An inverted file of 8-bit global embeddings, mapped from ``cache/globals.lists``. It can be made again at any time, so it is
-never the only place of anything, and it says which segments it was made of: as long as the index begins with those it is used,
-and what was added since is gone through. Compaction may change them; then the file is out of date and not used.
+They come from an inverted file of 8-bit global embeddings, mapped from ``cache/globals.lists``. It can be rebuilt at any time,
+so nothing is stored in it alone. It names the segments that it was built from: it is used as long as the index begins with
+those, and items added since are scanned. Compaction may change them; then the file is out of date and not used.
 
-It is a file of arrays, compared with its checksums before it is used. faiss reads no file of its own format: its readers trust
-what they read, and an index may come from a stranger. In ``lists`` stand, for each list, the codes of its items and then
-their rows as int64, as faiss maps them.
+It is a file of arrays, verified by its checksums before it is used. faiss reads no file of its own format: its readers trust
+what they read, and an index may come from a stranger. For each list, ``lists`` holds the codes of its items and then their
+rows as int64, as faiss maps them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 
 FILE = "globals.lists"
-_SEGMENTS = "segments"  # the note of what it was made of
-# Of a list's length; and items that a list's centre is trained from.
+_SEGMENTS = "segments"  # key of the note of the segments that it was built from
+# Lists per square root of the number of rows; and items per list that its centre is trained from.
 _LISTS_PER_ROOT, _TRAINED_PER_LIST = 4, 64
 _AT_ONCE = 65_536
 _ROW_BYTES = 8  # of an item's row in its list
@@ -48,10 +48,10 @@ class FaissSource:
     """A :class:`finelip_fast.index.search.CandidateSource` over a view.
 
     Args:
-        view: Whose rows.
-        file: What :func:`build` wrote, of the first ``covered`` rows, as faiss has it.
-        path, size: Where it is mapped from, and its length.
-        probes: How many lists are looked into for a query; None: an eighth of all, at least 16.
+        view: View that the rows belong to.
+        file: File that :func:`build` wrote of the first ``covered`` rows, as a faiss index.
+        path, size: Path that it is mapped from, and its length.
+        probes: Number of lists probed per query; None: an eighth of all, at least 16.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class FaissSource:
 
     def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
         queries = queries[:, 0]
-        with suppress(OSError):  # one that is gone can still be read from
+        with suppress(OSError):  # a deleted file can still be read
             if self._path.stat().st_size < self._size:
                 return self._flat(queries, count, among)
         faiss = _faiss()
         old = among if among is None else among[among < self._covered]
-        if old is not None and len(old) < 4 * count:  # so few are all candidates, if they fit
+        if old is not None and len(old) < 4 * count:  # so few are compared directly
             return self._flat(queries, count, among)
         options: dict[str, Any] = {"nprobe": min(self.probes, self._file.nlist)}
         if old is not None:
@@ -76,7 +76,7 @@ class FaissSource:
             queries.float().cpu().numpy(), min(count, self._covered), params=faiss.SearchParametersIVF(**options)
         )
         candidates = torch.from_numpy(rows)
-        if (candidates < 0).any():  # the lists that were looked into hold too few
+        if (candidates < 0).any():  # the probed lists hold too few
             return self._flat(queries, count, among)
         if self._covered == self._view.rows:
             return candidates
@@ -92,15 +92,15 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
     """Write the file of a view.
 
     Args:
-        view: All rows of it are put in, also those that are no items any more.
-        folder: Where to.
-        lists: How many; None: four times the root of the number of rows.
-        progress: Show a progress bar.
+        view: View whose rows are all included, even those that are no longer items.
+        folder: Target folder.
+        lists: Number of lists; None: four times the square root of the number of rows.
+        progress: Whether to show a progress bar.
 
     Raises:
         EngineError: faiss is not installed.
-        InputError: Too few items for that many lists.
-        StoreError: The disk refuses.
+        InputError: There are too few items for that many lists.
+        StoreError: Writing fails.
     """
     faiss = _faiss()
     lists = max(1, _LISTS_PER_ROOT * math.isqrt(view.rows)) if lists is None else whole_number("lists", lists)
@@ -122,7 +122,7 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
 
 
 def find(view: View, folder: Path | None) -> FaissSource | None:
-    """The source of a view, if there is a whole file that was made of it or of its beginning."""
+    """The source for a view, if there is a sound file that was built from it or from its beginning."""
     if folder is None or not (folder / FILE).exists():
         return None
     try:
@@ -139,12 +139,12 @@ def find(view: View, folder: Path | None) -> FaissSource | None:
         arrays = map_arrays(path, contents)
         file = _opened(faiss, path, arrays, contents.places["lists"].start, covered, view.globals[0][0].shape[1])
     except (OSError, KeyError, RuntimeError, StoreError, EngineError):
-        return None  # it can be made again, and all global embeddings give the same candidates or better
+        return None  # it can be rebuilt, and all global embeddings give the same candidates or better
     return None if file is None else FaissSource(view, file, covered, path, contents.size)
 
 
 def _arrays(file: Any) -> dict[str, Tensor]:
-    """What makes an inverted file; its lists are emptied on the way."""
+    """The arrays of an inverted file; its lists are emptied in the process."""
     faiss, lists = _faiss(), file.invlists
     sizes = [lists.list_size(number) for number in range(file.nlist)]
     parts = []
@@ -163,7 +163,7 @@ def _arrays(file: Any) -> dict[str, Tensor]:
 
 
 def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, covered: int, width: int) -> Any:
-    """The inverted file that arrays make, its lists mapped from ``start``; None: they make none of ``covered`` rows."""
+    """Inverted file made from arrays, its lists mapped from ``start``; None: they are not those of ``covered`` rows."""
     centres, ranges, lists, sizes = arrays["centres"], arrays["ranges"], arrays["lists"], arrays["sizes"].tolist()
     bytes_per_row = width + _ROW_BYTES
     kinds = [(values.dtype, list(values.shape)) for values in (centres, ranges, lists)]
@@ -205,7 +205,7 @@ def _opened(faiss: Any, path: Path, arrays: dict[str, Tensor], start: int, cover
 
 
 def _rows(view: View, rows: Tensor) -> Any:
-    """Global embeddings, float32."""
+    """Global embeddings of rows, in float32."""
     from finelip_fast.kernels.clim.rows import Pieces
 
     values, scales = (Pieces(pieces) for pieces in view.globals)

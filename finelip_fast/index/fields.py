@@ -1,4 +1,4 @@
-"""Fields of the metadata, for controls that filter by them."""
+"""Metadata fields, for user interface controls that filter by them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from finelip_fast.picture_files import HASH, STAMP
 
 Kind = Literal["text", "number", "date", "boolean"]
 
-_MOST_VALUES = 30  # that a control offers to choose from
-_LONGEST_VALUE = 100  # characters of one of them
+_MOST_VALUES = 30  # choices that a control offers
+_LONGEST_VALUE = 100  # characters of one value
 _MOST_FIELDS = 100
 _MOST_READ = 1_000_000  # values of the metadata
-# What files say of themselves, and nobody looks for.
+# File properties that nobody searches for.
 _OF_FILES = {*STAMP, HASH, "width", "height", "orientation"}
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?")
 
 
 class Field(NamedTuple):
-    """A field of the metadata.
+    """A metadata field.
 
     Attributes:
-        name: Name as filters take it, such as ``place.city``.
-        kind: What most of its values are; a date is a text in ISO 8601.
-        values: All its values where they are 30 at most, the most frequent first; None: they are more, or long.
-        least, greatest: Ends of numbers, and of dates in the order of text; None: of texts and booleans.
+        name: Name as used in filters, such as ``place.city``.
+        kind: Type of most of its values; a date is text in ISO 8601.
+        values: All its values, the most frequent first; None: there are more than 30, or long ones.
+        least, greatest: Range of numbers, or of dates in the order of text; None: text or booleans.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Field(NamedTuple):
 
 
 class _Values:
-    """Values of one kind that a field was seen with."""
+    """Values of one type that a field was seen with."""
 
     def __init__(self) -> None:
         self.number, self.least, self.greatest = 0, None, None
@@ -64,7 +64,7 @@ class _Values:
 
 
 def fields_of(metadata: Iterable[Mapping[str, Any]]) -> list[Field]:
-    """The fields of some items that filters can compare, those of most items first; at most 100."""
+    """Fields that filters can compare, the most frequent first; at most 100."""
     known: dict[tuple[str, ...], dict[type, _Values]] = {}
     total = 0
     for values in metadata:
@@ -81,7 +81,7 @@ def fields_of(metadata: Iterable[Mapping[str, Any]]) -> list[Field]:
 
 
 def joined_fields(parts: Sequence[Sequence[Field]]) -> list[Field]:
-    """The fields of several collections as those of one; of a field that is of two kinds, that which comes first."""
+    """Merge the fields of several collections; a field of two kinds keeps the one that comes first."""
     joined: dict[str, Field] = {}
     for field in chain.from_iterable(parts):
         known = joined.setdefault(field.name, field)

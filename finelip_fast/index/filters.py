@@ -1,8 +1,8 @@
-"""``where`` expressions on an item's metadata, made into SQL conditions.
+"""Compile ``where`` expressions on an item's metadata to SQL conditions.
 
     camera = 'X100' and not (place.city in ('Łódź', 'Lima') or "shot at" is null) and rating between 3 and 5
 
-Grammar, keywords in either case::
+Grammar; keywords are case-insensitive::
 
     where      = comparison | not where | where and where | where or where | (where)    binding in this order
     comparison = field (= | == | != | <> | < | <= | > | >=) value
@@ -12,21 +12,22 @@ Grammar, keywords in either case::
                  id is the item's own id, "id" a field of the metadata
     value      = 'text', with '' for a single quote in it; a number; true; false
 
-What holds is what SQLite finds, and is true or false, never unknown:
+SQLite evaluates expressions; each is true or false, never unknown:
 
-* A comparison is false where the field is missing, null, or of another type than the value: ``camera != 'a'`` and
-  ``camera not in ('a')`` too. Text, numbers and booleans are the types; lists and objects equal nothing.
-* ``not x`` holds exactly where ``x`` does not: ``not camera = 'a'`` holds where there is no camera.
-* ``x is null`` holds where x is missing or null.
-* ``x in (1, 'a')`` compares with the values of x's type, ``x not in (1, 'a')`` as well, and so is false for a boolean.
-* Text is ordered by code points, false before true, and numbers as numbers: 1 = 1.0. Integers past 64 bits are floats.
-* ``like`` is SQLite's: ``%`` is any text, ``_`` any one character, and A to Z equal a to z.
+* A comparison is false if the field is missing, null, or of a different type from the value. This includes
+  ``camera != 'a'`` and ``camera not in ('a')``. The types are text, numbers and booleans; lists and objects equal nothing.
+* ``not x`` is true exactly if ``x`` is not: ``not camera = 'a'`` is true if there is no camera.
+* ``x is null`` is true if x is missing or null.
+* ``x in (1, 'a')`` and ``x not in (1, 'a')`` compare only with values of x's type, so both are false for a boolean.
+* Text is ordered by code point, false comes before true, and numbers compare as numbers: 1 = 1.0. Integers beyond 64 bits
+  are floats.
+* ``like`` is SQLite's: ``%`` matches any text, ``_`` any one character, and A to Z match a to z.
 
-An expression has at most 1,000,000 characters, 50 parentheses inside each other, 200 comparisons and 32,000 values, for SQLite
-to take it; a field at most 64 names of 1,000 characters together; and a pattern of ``like`` at most 1,000 bytes with 32 ``%``,
-for one comparison to end soon.
-Older versions of SQLite read a text of the metadata up to its first NUL, and some read floats of many digits and a far
-exponent one digit off.
+To stay within SQLite's limits, an expression has at most 1,000,000 characters, 50 nested parentheses, 200 comparisons and
+32,000 values. A field has at most 64 names with 1,000 characters in total. A pattern of ``like`` has at most 1,000 bytes and
+32 ``%``, so that one comparison ends soon.
+Older versions of SQLite read text in the metadata only up to its first NUL, and some read floats with many digits and an
+extreme exponent one digit off.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from typing import Any, NamedTuple
 
 from finelip_fast.errors import InputError
 
-_DEEPEST = 50  # SQLite before 3.46 parses with a stack of 100, and the query around it needs some
-_LONGEST = 200  # comparisons: a chain of and is as deep as it is long, and SQLite's limit is 1,000, with queries around
-_MOST_VALUES = 32_000  # SQLite binds 32,766, and the query around it needs some
-_LONGEST_PATTERN, _MOST_WILDCARDS = 1000, 32  # of like, which takes as long as pattern times text; bytes, and %
+_DEEPEST = 50  # SQLite before 3.46 has a parser stack of 100, and the surrounding query needs some of it
+_LONGEST = 200  # comparisons: a chain of ands is as deep as it is long, and SQLite's limit is 1,000 for the whole query
+_MOST_VALUES = 32_000  # SQLite binds at most 32,766, and the surrounding query needs some of them
+_LONGEST_PATTERN, _MOST_WILDCARDS = 1000, 32  # bytes and % of like, whose time grows with pattern times text
 _LONGEST_TEXT, _LONGEST_SQL = (
     1_000_000,
     950_000,
-)  # characters; SQLite takes 1,000,000 bytes, the query around it among them
+)  # characters; SQLite accepts 1,000,000 bytes, including the surrounding query
 _LONGEST_FIELD, _MOST_NAMES = 1000, 64
 
 _TOKEN = re.compile(
@@ -62,19 +63,19 @@ _TOKEN = re.compile(
 _PLAIN_NAME = re.compile(r"[^\W\d]\w*")
 _KEYWORDS = {"or", "and", "not", "in", "like", "between", "is", "null", "true", "false"}
 _OPERATORS = {"=": "=", "==": "=", "!=": "<>", "<>": "<>", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
-# What json_type says of the values that a value may be compared with: SQLite itself has true equal 1, and 1 below 'a'.
+# The json_type of values that each type is compared with: in SQLite itself, true equals 1, and 1 sorts before 'a'.
 _JSON_TYPES = {str: "('text')", float: "('integer', 'real')", bool: "('true', 'false')"}
 
 
 def compile_filter(where: str) -> tuple[str, list[Any]]:
-    """An expression as an SQL condition on ``item.id`` and ``item.metadata``, and the values for its question marks.
+    """Compile an expression to an SQL condition on ``item.id`` and ``item.metadata``, and the values of its placeholders.
 
-    The condition stands in parentheses, and is for the ``WHERE`` of a query in which the table goes by the name ``item``.
-    Metadata must be as :func:`json.dumps` writes it, which is how the names in the condition are escaped, and without NaN
-    or infinity: those are no JSON, and one such item fails the whole query.
+    The condition is in parentheses, for the ``WHERE`` clause of a query that names the table ``item``. Metadata must be
+    written by :func:`json.dumps`, because names in the condition are escaped the same way. It must not contain NaN or
+    infinity, which are not JSON: one such item makes the whole query fail.
 
     Raises:
-        InputError: Not an expression of the grammar above, or one that SQLite could not take.
+        InputError: The expression does not follow the grammar above, or exceeds the limits of SQLite.
     """
     condition = _Parser(where).parse()
     if len(condition.sql) > _LONGEST_SQL:
@@ -86,13 +87,13 @@ def compile_filter(where: str) -> tuple[str, list[Any]]:
 
 
 def field_expression(field: str) -> str:
-    """The SQL of a field of the metadata, for ``CREATE INDEX ... ON item (...)``: conditions on the field use that index.
+    """SQL expression of a metadata field, for ``CREATE INDEX ... ON item (...)``; conditions on the field use that index.
 
     >>> field_expression("place.city")
     'json_extract(metadata, \\'$."place"."city"\\')'
 
     Raises:
-        InputError: Not one field, or ``id``, which is not of the metadata.
+        InputError: The text is not exactly one field, or is ``id``, which is not part of the metadata.
     """
     first, *rest = _tokens(field)
     if first.kind != "field" or len(rest) > 1 or first.text == "id":
@@ -104,7 +105,7 @@ def field_expression(field: str) -> str:
 
 
 def field_name(names: Sequence[str]) -> str | None:
-    """A field as an expression names it, from its names in nested objects; None: no expression can.
+    """The name of a field in expressions, from its names in nested objects; None: no expression can name it.
 
     >>> field_name(["place", "shot at"])
     'place."shot at"'
@@ -115,7 +116,7 @@ def field_name(names: Sequence[str]) -> str | None:
     if len(plain) == 1 and plain[0].lower() in {*_KEYWORDS, "id"}:
         plain = [f'"{names[0]}"']
     field = ".".join(plain)
-    # As they are counted where an expression is read.
+    # The limits of _tokens, counted in the same way.
     return field if len(field) <= _LONGEST_FIELD and field.count(".") < _MOST_NAMES else None
 
 
@@ -126,7 +127,7 @@ class _Token(NamedTuple):
 
 
 def _tokens(where: str) -> Iterator[_Token]:
-    """The tokens of an expression, ``end`` the last."""
+    """Yield the tokens of an expression; the last one is ``end``."""
     if not isinstance(where, str):
         raise InputError(f"expected an expression as str, got {type(where).__name__}; write e.g. \"camera = 'X100'\"")
     if len(where) > _LONGEST_TEXT:
@@ -149,7 +150,7 @@ def _tokens(where: str) -> Iterator[_Token]:
                 limit, _Token(kind, text, column), "metadata are not nested deeper, and texts stand in 'single quotes'"
             )
         yield _Token(text.lower() if kind == "sign" or text.lower() in _KEYWORDS else kind, text, column)
-        if kind == "end":  # which also is after trailing blanks
+        if kind == "end":  # trailing blanks would give a second one
             return
 
 
@@ -159,9 +160,9 @@ def _error(expected: str, got: _Token, remedy: str) -> InputError:
 
 
 def _path(field: str) -> str:
-    """The JSON path of a field, as an SQL literal: SQLite finds an index by it, so it cannot be a parameter.
+    """The JSON path of a field as an SQL literal: SQLite matches indexes by it, so it cannot be a parameter.
 
-    The names in it are escaped as in the JSON, as SQLite before 3.45 compares them unread.
+    Names are escaped as in the JSON, because SQLite before 3.45 compares them without unescaping.
     """
     names = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^".]+)', field)]
     path = "".join("." + json.dumps(name) for name in names).replace("'", "''")
@@ -173,16 +174,16 @@ def _column(field: str) -> str:
 
 
 class _Condition(NamedTuple):
-    sql: str  # stands beside AND as it is
+    sql: str  # can be combined by AND as it is
     parameters: list[Any]
     depth: int = 0  # of parentheses around comparisons
 
 
 def _compare(field: str, operator: str, values: list[Any]) -> _Condition:
-    """One comparison with values of one type, and with it the test that the field is of that type."""
+    """Build one comparison with values of one type, and the test that the field is of that type."""
     kind = _kind(values[0])
-    # Not str: Python refuses one with lone surrogates, as ids of pictures have. CAST alone would give TEXT affinity, which
-    # no index on an expression has; after + there is none.
+    # Bytes, not str: sqlite3 rejects lone surrogates, which ids of pictures may contain. CAST alone would give TEXT affinity,
+    # which no index on an expression has; the unary + removes it.
     places = ["+CAST(? AS TEXT)" if kind is str else "?" for _ in values]
     operands = places[0]
     if operator.endswith("IN"):
@@ -203,7 +204,7 @@ def _kind(value: Any) -> type:
 def _join(word: str, terms: list[_Condition]) -> _Condition:
     if len(terms) == 1:
         return terms[0]
-    # The deepest first: what stands before a parenthesis stays on the stack of SQLite's parser while it reads the inside.
+    # Deepest first: what precedes a parenthesis stays on the stack of SQLite's parser while it parses the inside.
     terms = sorted(terms, key=lambda term: -term.depth)
     sql = f" {word} ".join(term.sql for term in terms)
     parameters = [parameter for term in terms for parameter in term.parameters]
@@ -213,8 +214,8 @@ def _join(word: str, terms: list[_Condition]) -> _Condition:
 
 
 class _Parser:
-    """Recursive descent. ``inverse`` is whether an odd number of not is in force: not reaches the SQL only around single
-    comparisons, as ``not (a and b)`` is ``not a or not b``.
+    """Recursive-descent parser. ``inverse`` says whether an odd number of nots applies: a not reaches the SQL only around
+    single comparisons, because ``not (a and b)`` becomes ``not a or not b``.
     """
 
     def __init__(self, where: str) -> None:
@@ -231,7 +232,7 @@ class _Parser:
         return self._tokens[self._at]
 
     def _take(self, *kinds: str) -> _Token | None:
-        """The next token if it is one of these; None leaves it."""
+        """Consume and return the next token if it is of one of these kinds; otherwise leave it and return None."""
         token = self._next
         if token.kind not in kinds:
             return None
@@ -332,7 +333,7 @@ class _Parser:
             return token.text[1:-1].replace("''", "'")
         if token.kind != "number":
             return token.kind == "true"
-        # Longer ones are past 64 bits, and Python reads none of some thousand digits.
+        # Longer ones exceed 64 bits, and Python refuses to parse thousands of digits.
         if len(token.text) <= 20 and token.text.lstrip("+-").isdigit() and -(2**63) <= int(token.text) < 2**63:
             return int(token.text)
         return float(token.text)

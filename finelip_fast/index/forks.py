@@ -1,4 +1,4 @@
-"""What uses SQLite, and processes that are forked meanwhile."""
+"""Keep SQLite usable in processes that fork."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from finelip_fast.errors import StoreError
 
 
 class _Gate:
-    """No process is forked while another thread uses SQLite: in the child its locks would be held for ever.
+    """Delay forks while another thread uses SQLite, because its locks would be held forever in the child.
 
-    Transactions and searches are inside, and are so before they take any lock. Where one does not end in time the process is
-    forked all the same, and the child is told.
+    Transactions and searches enter the gate before they take any lock. If one does not end in time, the process is forked
+    anyway, and using an index in the child raises an error.
     """
 
     _PATIENCE = 10.0
@@ -69,12 +69,12 @@ inherited: list[object] = []  # connections of a parent process, which its child
 
 
 def between_forks() -> _Gate:
-    """A context in which no other thread forks this process."""
+    """Context in which no other thread forks this process."""
     return _gate
 
 
 def survive_forks(user: Any) -> None:
-    """Call ``before_fork`` and, in the child, ``after_fork`` of what is given, for a process that is forked."""
+    """Register an object whose ``before_fork`` is called before each fork, and ``after_fork`` in the child."""
     _survivors.add(user)
 
 

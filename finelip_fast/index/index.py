@@ -1,4 +1,4 @@
-"""``Index``: items that are kept, searched and looked after."""
+"""``Index``: store, search and maintain items."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _TUNING, _SKETCH = "tuning", "sketch"
 
 @dataclass(frozen=True)
 class SearchResults:
-    """What a search of ``Q`` queries found, best first.
+    """Results of a search with ``Q`` queries, best first.
 
     Attributes:
         scores, global_scores: float32 ``[Q, k]``.
-        fine_scores: float32 ``[Q, k]``; None of a checkpoint without trained aggregators.
-        numbers: int64 ``[Q, k]``, counting items in order of insertion.
-        items: What the catalogue knows of them, ``Q`` lists of ``k``.
-        mode: How they were found.
-        stands_out: float32 ``[Q, k]``, how far each stands out, see :mod:`finelip_fast.index.standing`; NaN where the items
-            searched all score the same; None: of fewer than 50, or of a collection on object storage.
+        fine_scores: float32 ``[Q, k]``; None for a checkpoint without trained aggregators.
+        numbers: int64 ``[Q, k]``, numbers of the hits among all items in order of insertion.
+        items: Catalogue entries of the hits, ``Q`` lists of ``k``.
+        mode: Mode that found them.
+        stands_out: float32 ``[Q, k]``, how far each hit stands out, see :mod:`finelip_fast.index.standing`; NaN if all
+            searched items score the same; None: fewer than 50 items, or a collection on object storage.
     """
 
     scores: Tensor
@@ -63,30 +63,31 @@ class SearchResults:
 
 
 class Index(Contents):
-    """Items to search, in memory or kept in a folder.
+    """Items to search, in memory or stored in a folder.
 
-    May be used from several threads; several processes may have a folder open. With a folder it can be pickled, as what it was
-    opened with. ``with Index(...) as index`` closes it at the end.
+    An index may be used from several threads, and several processes may have its folder open. With a folder it can be pickled:
+    unpickling opens the same folder again. ``with Index(...) as index`` closes it at the end.
 
     Attributes:
-        spec: What all embeddings have in common.
-        source: What the checkpoint was opened as.
+        spec: Properties that all embeddings have in common.
+        source: Name or path that the checkpoint was opened with.
         device: Device that searches.
-        folder: Folder that keeps the items; None: they are in memory.
+        folder: Folder that stores the items; None: they are in memory.
 
     Args:
-        spec: What the embeddings have in common.
-        folder: Folder that keeps the items, made if it is missing; None: they are kept in memory.
-        source: What the checkpoint was opened as, for messages and :func:`finelip_fast.index.stored_source`.
+        spec: Properties that all embeddings have in common.
+        folder: Folder that stores the items, created if missing; None: they stay in memory.
+        source: Name or path that the checkpoint was opened with, for messages and
+            :func:`finelip_fast.index.stored_source`.
         device: Device that searches.
-        version: State of the folder after so many changes, which takes no more of them; None: always the newest.
-        skip_damaged: Open what can be read, and leave out the rest.
-        verify: Compare all embeddings of each segment with their checksums when it is first opened, by all cores. Without it,
-            those that a search finds are compared, and no others.
+        version: Version of the folder to open read-only: its state after that many changes; None: always the newest.
+        skip_damaged: Whether to open what can be read and leave out the rest.
+        verify: Whether to compare all embeddings of each segment with their checksums when it is first opened, on all cores;
+            otherwise only those that a search finds are compared.
 
     Raises:
-        StoreError: A folder that holds another index, cannot be read or written, or misses a segment; a version that is not
-            there.
+        StoreError: The folder holds another index, cannot be read or written, or lacks a segment; or the version does not
+            exist.
     """
 
     def __init__(
@@ -136,25 +137,25 @@ class Index(Contents):
         *,
         existing: Existing = "error",
     ) -> list[str]:
-        """Append items; with a folder they are on disk when this returns.
+        """Append items; with a folder, they are on disk when this returns.
 
         Args:
-            ids: ``n`` ids, any text of at most 65,535 bytes in UTF-8: also an empty one, and one that is no UTF-8, as names of
-                files may be.
-            embeddings: ``[n, L, D]``, unit rows. Of a checkpoint without trained aggregators ``[n, 1, D]``, also where the
-                index has more rows, which are then copies of that one.
-            metadata: One dictionary of JSON values for each: its keys are text, it is nested at most 64 deep, and has at most
+            ids: ``n`` ids: any text of at most 65,535 bytes in UTF-8, including empty text and text that is not UTF-8, as file
+                names may be.
+            embeddings: ``[n, L, D]``, unit rows. For a checkpoint without trained aggregators ``[n, 1, D]``, even if the index
+                has more rows, which are then copies of that one.
+            metadata: One dictionary of JSON values per item, with text keys, nested at most 64 levels deep, and of at most
                 64 MiB.
-            existing: What an id that is there, once no one else can write, means: an ``"error"``, ``"skip"`` the new
+            existing: Treatment of ids that exist, checked while no one else can write: an ``"error"``, ``"skip"`` the new
                 items, or ``"replace"`` the old ones, all in one change.
 
         Returns:
             The ids that were added.
 
         Raises:
-            InputError: An id that is there already, embeddings of another shape or that are no unit rows, or metadata that
-                JSON cannot hold.
-            StoreError: The disk refuses, the folder was removed, or the index is closed; nothing was added.
+            InputError: An id exists already, the embeddings have another shape or are not unit rows, or JSON cannot hold the
+                metadata.
+            StoreError: Writing fails, the folder was removed, or the index is closed; nothing was added.
         """
         added = self._store.add(ids, embeddings, metadata, existing=existing)
         upkeep.warn_of_many(self._store)
@@ -162,66 +163,66 @@ class Index(Contents):
         return added
 
     def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
-        """Append items in the place of those of the same ids, in one change; arguments and errors as :meth:`add`."""
+        """Append items, replacing those with the same ids, in one change; arguments and errors as in :meth:`add`."""
         self.add(ids, embeddings, metadata, existing="replace")
 
     def relabel(self, ids: Sequence[str], new_ids: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        """Give items other ids and metadata, all in one change; their embeddings stay, to the bit.
+        """Give items new ids and metadata, all in one change; their embeddings stay identical to the bit.
 
-        They come last in the order of insertion then.
+        Afterwards they come last in the order of insertion.
 
         Args:
             ids: ``n`` ids of the index.
-            new_ids: The id that each has then; it may be the same.
-            metadata: The metadata that each has then, as :meth:`add` takes it.
+            new_ids: New id of each item; it may be the same.
+            metadata: New metadata of each item, as for :meth:`add`.
 
         Raises:
-            InputError: An id that is not there, a new one that is another item's or comes twice, or metadata that JSON cannot
-                hold; nothing was changed.
-            StoreError: An item is damaged, the disk refuses, or the index is closed; nothing was changed.
+            InputError: An id does not exist, a new one belongs to another item or occurs twice, or JSON cannot hold the
+                metadata; nothing was changed.
+            StoreError: An item is damaged, writing fails, or the index is closed; nothing was changed.
         """
         self._store.relabel(ids, new_ids, metadata)
         self._sketch_changes()
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take items out; with a folder they are gone for every later opening when this returns.
+        """Remove items; with a folder, the removal is on disk when this returns.
 
         Raises:
-            InputError: An id that is not there or no string, or no list; nothing was taken out.
-            StoreError: The disk refuses, or the index is closed; nothing was taken out.
+            InputError: An id does not exist or is not a string, or ``ids`` is not a list; nothing was removed.
+            StoreError: Writing fails, or the index is closed; nothing was removed.
         """
         self._store.delete(ids)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """No other thread or process changes the index meanwhile, nor may what is done inside: to look, and to act on it.
+        """Hold off changes by other threads and processes, for a block that acts on what it reads but changes nothing itself.
 
         Raises:
-            StoreError: Another process changes the index all the time, or it is closed.
+            StoreError: Another process keeps changing the index, or it is closed.
         """
         with self._store.catalogue.undisturbed():
             yield
 
     @property
     def incoming(self) -> Path:
-        """A folder of the index for segments that workers write, to be taken over by :meth:`adopt`; made if missing.
+        """Folder of the index for segments that workers write and :meth:`adopt` takes over; created if missing.
 
         Raises:
-            InputError: An index in memory.
-            StoreError: It cannot be made.
+            InputError: The index is in memory.
+            StoreError: The folder cannot be created.
         """
         return self._store.incoming
 
     def adopt(self, segments: Sequence[Written], *, existing: Literal["error", "replace"] = "error") -> None:
-        """Append what workers wrote into :attr:`incoming`, all of it in one change; what is there already is never doubled.
+        """Append what workers wrote to :attr:`incoming`, all in one change; existing items are never duplicated.
 
         Args:
-            segments: Segments in the order that their items shall have. Their files leave ``incoming``.
-            existing: What an id that is there already means: an ``"error"``, or ``"replace"`` the item.
+            segments: Segments, in the order that their items will have. Their files are removed from ``incoming``.
+            existing: Treatment of ids that exist: an ``"error"``, or ``"replace"`` the item.
 
         Raises:
-            InputError: An id that is there already or comes twice, or metadata that JSON cannot hold.
-            StoreError: A segment that is missing or not what its worker says, or the disk refuses; nothing was added.
+            InputError: An id exists already or occurs twice, or JSON cannot hold the metadata.
+            StoreError: A segment is missing or is not what its worker says, or writing fails; nothing was added.
         """
         self._store.adopt(segments, existing=existing)
         self._sketch_changes()
@@ -238,19 +239,19 @@ class Index(Contents):
         where: str | None = None,
         candidates: int | None = None,
     ) -> SearchResults:
-        """The ``k`` best items of each query.
+        """Find the ``k`` best items for each query.
 
         Args:
             queries: Embeddings ``[Q, L_q, D]``, unit rows.
-            k: How many; fewer come back when there are fewer.
+            k: Number of items; fewer are returned if there are fewer.
             alpha: Weight of the global cosine; None: the spec's.
-            mode: See :mod:`finelip_fast.index.search`.
-            where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
-            candidates: Number of candidates of a search in two stages; None: as it was tuned.
+            mode: Search mode, see :mod:`finelip_fast.index.search`.
+            where: Filter on the metadata, see :mod:`finelip_fast.index.filters`; None: all items.
+            candidates: Number of candidates for two-stage search; None: as tuned.
 
         Raises:
-            InputError: ``k`` or ``candidates`` that are no integers from 1 on, ``alpha`` that is no number in [0, 1], queries
-                of another shape or that are not finite, no such mode, or a filter that cannot be read.
+            InputError: ``k`` or ``candidates`` is not a positive integer, ``alpha`` is not a number in [0, 1], the queries
+                have another shape or are not finite, the mode is unknown, or the filter cannot be parsed.
             StoreError: The index is closed, cannot be read, or needs more memory or open files than this process may have.
         """
         alpha = self.spec.alpha if alpha is None else alpha
@@ -270,7 +271,7 @@ class Index(Contents):
                 if self._store.view() is view:
                     raise self._missing(error) from None
                 continue
-            except OSError as error:  # of mapping and reading
+            except OSError as error:  # from mapping and reading
                 raise StoreError(
                     f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n), or "
                     "search fewer items at once"
@@ -323,13 +324,13 @@ class Index(Contents):
         return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
 
     def _first_stage(self, view: View, mode: Mode, alpha: float) -> CandidateSource | None:
-        """The first stage of two, as far as it is not all global embeddings: None then, and in the exact modes.
+        """The first stage of a two-stage search; None: all global embeddings, or an exact mode.
 
-        Of ``sketch`` it is made where it is missing. Of ``two-stage`` it is what :meth:`build_candidates` made, if that suits
-        the view.
+        For ``sketch``, it is built if missing. For ``two-stage``, it is what :meth:`build_candidates` built, if that fits the
+        view.
 
         Raises:
-            InputError: Embeddings too wide for a sketch.
+            InputError: The embeddings are too wide for a sketch.
             StoreError: A segment cannot be read.
         """
         if mode == "sketch" and alpha != 1 and self.spec.tokens > 1 and len(view):
@@ -342,12 +343,12 @@ class Index(Contents):
             return self._stage[1]
 
     def build_candidates(self, *, lists: int | None = None, progress: bool = True) -> None:
-        """Make the first stage of two fast for many millions of items, with faiss; see :mod:`finelip_fast.index.faiss`.
+        """Speed up the first stage for many millions of items, with faiss; see :mod:`finelip_fast.index.faiss`.
 
         Raises:
             EngineError: faiss is not installed.
-            InputError: An index in memory, or too few items.
-            StoreError: The index is closed, or the disk refuses.
+            InputError: The index is in memory, or has too few items.
+            StoreError: The index is closed, or writing fails.
         """
         if self._store.cache_folder is None:
             raise InputError("expected an index with a folder that can be written to")
@@ -355,19 +356,19 @@ class Index(Contents):
         self._stage = None
 
     def build_sketches(self, *, bits: int = 1) -> int:
-        """Make sketches of all items, for searches with ``mode="sketch"``, and from now on of what is added.
+        """Build sketches of all items, for searches with ``mode="sketch"``, and from now on of added items.
 
-        Without it the first such search makes them.
+        Otherwise the first such search builds them.
 
         Args:
-            bits: 1 or 2 for each column of a row.
+            bits: Bits per column of a row, 1 or 2.
 
         Returns:
-            How many bytes they are.
+            Size of the sketches in bytes.
 
         Raises:
-            InputError: Another number of bits, or embeddings that are global rows alone or too wide.
-            StoreError: The index is closed or open at an older version, cannot be read, or the disk refuses.
+            InputError: The number of bits is invalid, or the embeddings are global rows alone or too wide.
+            StoreError: The index is closed or open at an older version, cannot be read, or writing fails.
         """
         check_bits(bits)
         if self.spec.tokens == 1:
@@ -382,7 +383,7 @@ class Index(Contents):
 
     @property
     def sketch_bits(self) -> int | None:
-        """What :meth:`build_sketches` was told; None: it has not been called."""
+        """Number of bits that :meth:`build_sketches` was given; None: it has not been called."""
         bits = self._store.catalogue.note(_SKETCH)
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise StoreError(
@@ -392,14 +393,14 @@ class Index(Contents):
         return bits
 
     def _sketch_changes(self) -> None:
-        """Make sketches of new segments, if they are wanted; what fails is told by the next search that needs them."""
+        """Build sketches of new segments, if the index has any; the next search that needs them reports failures."""
         with suppress(FineLIPError, OSError):
             if self.folder is not None and self.sketch_bits is not None and len(self):
                 self._sketches.source(self._store.view(), self.sketch_bits)
 
     @property
     def tuning(self) -> Tuning | None:
-        """What :func:`finelip_fast.index.tune.tune` has found; None: it has not been run."""
+        """The result of :func:`finelip_fast.index.tune.tune`; None: it has not been run."""
         recorded = self._store.catalogue.note(_TUNING)
         try:
             return None if recorded is None else _tuning(**recorded)
@@ -414,23 +415,23 @@ class Index(Contents):
         self._store.refuse_if_fixed()
         self._store.catalogue.keep(_TUNING, None if tuning is None else asdict(tuning))
 
-    # Looking after a folder ---------------------------------------------------------------------------------------------
+    # Maintenance --------------------------------------------------------------------------------------------------------
 
     def speed_up(self, field: str) -> None:
-        """Make filters fast that compare a field of the metadata.
+        """Speed up filters that compare a metadata field.
 
         Raises:
-            InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
-            StoreError: The index is closed, or the disk refuses.
+            InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
+            StoreError: The index is closed, or writing fails.
         """
         self._store.catalogue.speed_up(field)
 
     def check(self) -> dict[str, str]:
-        """What is wrong with each damaged item, by its id; see :func:`finelip_fast.index.upkeep.check`."""
+        """Find damaged items: what is wrong with each, by id; see :func:`finelip_fast.index.upkeep.check`."""
         return upkeep.check(self._store)
 
     def repair(self) -> dict[str, str]:
-        """Take out what is damaged, keep the rest, and take back what nothing names any more.
+        """Remove what is damaged, keep the rest, and recover what nothing names any more.
 
         See :func:`finelip_fast.index.upkeep.repair` and :func:`finelip_fast.index.recovery.take_back`.
         """
@@ -440,7 +441,7 @@ class Index(Contents):
         return removed
 
     def maintain(self) -> dict[str, int]:
-        """Compact, remove files that nothing needs, and keep a copy of the catalogue; see
+        """Compact, remove files that nothing needs, and store a copy of the catalogue; see
         :func:`finelip_fast.index.upkeep.maintain`.
         """
         report = upkeep.maintain(self._store)
@@ -449,25 +450,25 @@ class Index(Contents):
         return report
 
     def compact_recent(self) -> None:
-        """Make one of many small additions, in far less time than :meth:`maintain`; see
+        """Merge many small additions into one segment, in far less time than :meth:`maintain`; see
         :func:`finelip_fast.index.upkeep.compact_recent`.
         """
         upkeep.compact_recent(self._store)
         self._sketch_changes()
 
     def lost(self) -> dict[str, int]:
-        """How many items each segment has that nothing names, by its name; :meth:`repair` takes them back."""
+        """Number of items in each segment that nothing names, by segment name; :meth:`repair` recovers them."""
         return {name: len(listed.ids) for name, listed in recovery.lost(self._store).items()}
 
     def snapshot(self, folder: str | PathLike[str]) -> None:
-        """Copy a folder's index to another; see :func:`finelip_fast.index.upkeep.snapshot`."""
+        """Copy the index to another folder; see :func:`finelip_fast.index.upkeep.snapshot`."""
         upkeep.snapshot(self._store, folder)
 
 
 def _tuning(**recorded: Any) -> Tuning:
     """
     Raises:
-        TypeError, ValueError, KeyError: Not of the kinds that a tuning has.
+        TypeError, ValueError, KeyError: The values are not of the types that a tuning has.
     """
     tuning = Tuning(**recorded)
     numbers = [
@@ -486,14 +487,14 @@ def _tuning(**recorded: Any) -> Tuning:
 
 
 def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
-    """The index in a folder, opened without its checkpoint: to look after it, or to search with embeddings.
+    """Open the index in a folder without its checkpoint, to maintain it or to search with embeddings.
 
     Args:
         folder: Folder of the index.
         options: Arguments of :class:`Index`.
 
     Raises:
-        StoreError: There is none, or it cannot be read.
+        StoreError: There is no index, or it cannot be read.
     """
     stored = stored_spec(folder)
     if stored is None:

@@ -1,6 +1,6 @@
-"""Lists: beside every segment ``NAME.safetensors`` lies ``NAME.items``, which says what the catalogue says of its items.
+"""Lists: beside every segment ``NAME.safetensors``, the file ``NAME.items`` repeats what the catalogue holds of its items.
 
-A list is on the disk before the catalogue names its segment, so what was acknowledged outlives its record, see
+A list is on disk before the catalogue names its segment, so acknowledged items survive the loss of their records, see
 :mod:`finelip_fast.index.recovery`.
 """
 
@@ -22,7 +22,7 @@ _LARGEST = 1 << 32  # bytes of a list
 
 
 class Listed(NamedTuple):
-    """A list: the spec of the index and the version that the segment came with, ids, checksums, and metadata as JSON."""
+    """A list: the spec of the index, the version that added the segment, ids, checksums, and metadata as JSON."""
 
     spec: dict[str, Any]
     version: int
@@ -38,12 +38,12 @@ def list_path(folder: Path, segment: str) -> Path:
 def write_list(folder: Path, segment: str, spec: dict[str, Any], rows: Iterable[tuple[str, int | None, str]]) -> None:
     """
     Args:
-        folder, segment: The segment's file.
-        spec: What the catalogue says of itself.
+        folder, segment: Folder and name of the segment's file.
+        spec: Spec from the catalogue.
         rows: Id, checksum, and metadata as JSON of each item.
 
     Raises:
-        StoreError: The disk refuses.
+        StoreError: Writing fails.
     """
     lines = [f"[{json.dumps(item)}, {json.dumps(crc)}, {text}]\n" for item, crc, text in rows]
     content = "".join(lines).encode("utf-8", "surrogatepass")
@@ -58,7 +58,7 @@ def write_list(folder: Path, segment: str, spec: dict[str, Any], rows: Iterable[
 def read_list(folder: Path, segment: str) -> Listed:
     """
     Raises:
-        StoreError: There is none, or it is not what was written.
+        StoreError: The list is missing or is not what was written.
     """
     path = list_path(folder, segment)
     head, _, content = read_bytes(path, error=StoreError, max_bytes=_LARGEST).partition(b"\n")

@@ -1,7 +1,7 @@
-"""What an index of so many items takes, told before anyone waits for it: bytes, seconds, and which mode to search in.
+"""Estimate what an index of a given size takes before it is built: bytes, seconds, and the mode to search in.
 
-Sizes follow from the formats. Times are those of small trials on this machine, carried on in proportion: encoding, a pass
-over every item, a pass over the global embeddings, and scoring candidates all take time in proportion to their number.
+Sizes follow from the formats. Times are extrapolated from small trials on this machine: encoding, a pass over all items, a
+pass over the global embeddings, and scoring candidates all take time in proportion to their number.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from finelip_fast.index.view import View
 from finelip_fast.kernels import cosine_candidates
 from finelip_fast.kernels.clim.sketch import blocks, check_bits, fine_estimates, row_bytes, sketch_basis, sketch_items
 
-# Bytes of an item in the catalogue: a path of 60 characters, twice (row and index), and a line of metadata; and of both again
-# in the list beside its segment.
+# Bytes of an item in the catalogue (a path of 60 characters, in both row and index, and a line of metadata), and of path and
+# metadata again in the list beside its segment.
 _CATALOGUE_BYTES = 300 + 150
-# What a person waits for without noticing, in seconds: an exact search of this is left exact.
+# A delay that nobody notices, in seconds: an exact search that takes no longer stays exact.
 _UNNOTICED = 0.1
-# The global embeddings of a trial do not stay in a processor's cache.
+# A trial has too many global embeddings for a processor's cache.
 _TRIAL_ROWS, _TRIAL_CANDIDATES, _TRIAL_GLOBALS = 80_000, 400, 200_000
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine was seen to do.
+    """Rates measured on this machine.
 
     Attributes:
-        encode: Items a second; None: not measured.
-        exact, exact_int8: Items scored a second by one query.
-        globals: Items whose global embeddings one query compares a second.
-        candidates: Items read and scored a second by one query.
-        sketch: Items whose sketches one query compares a second, of rows that lie in no direction more than in others: the
-            slowest. None: of global rows alone there are no sketches.
+        encode: Items encoded per second; None: not measured.
+        exact, exact_int8: Items that one query scores per second.
+        globals: Items whose global embeddings one query compares per second.
+        candidates: Items that one query reads and scores per second.
+        sketch: Items whose sketches one query compares per second, with rows spread equally over all directions, the slowest
+            case. None: global rows alone have no sketches.
     """
 
     encode: float | None
@@ -55,17 +55,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an index takes; bytes and seconds.
+    """Resources that an index takes, in bytes and seconds.
 
     Attributes:
-        items: How many.
+        items: Number of items.
         disk: Embeddings, global embeddings, catalogue and lists.
-        int8_copies: More on disk when it is searched by ``exact-int8`` (float16 only).
-        sketches: More on disk when it is searched by ``sketch``.
-        memory: Bytes that each mode needs for what a search goes through to stay in memory; a GPU's, where it searches.
+        int8_copies: Additional bytes on disk if it is searched by ``exact-int8`` (float16 only).
+        sketches: Additional bytes on disk if it is searched by ``sketch``.
+        memory: Memory that each mode needs to hold what a search scans, in bytes; GPU memory if a GPU searches.
         encode_seconds: Time to encode all items on this machine; None: not measured.
-        search_seconds: Seconds of one query in each mode; ``two-stage`` is the sum of ``globals`` and ``candidates``.
-        mode: Mode to choose; ``reason`` says why.
+        search_seconds: Seconds per query in each mode; ``two-stage`` is the sum of its stages, which have their own entries.
+        mode: Recommended mode; ``reason`` says why.
     """
 
     items: int
@@ -111,18 +111,18 @@ def plan(
     candidates: int = 400,
     bits: int = 1,
 ) -> Plan:
-    """What an index of ``items`` matrices ``[L, D]`` takes.
+    """Estimate what an index of ``items`` matrices ``[L, D]`` takes.
 
     Args:
-        items: How many.
+        items: Number of items.
         tokens, width: ``L`` and ``D``.
         rates: Rates of this machine, see :func:`measure`.
-        dtype: How embeddings are kept.
-        candidates: Number of candidates of a search in two stages.
-        bits: Bits of a sketch for each column of a row, 1 or 2.
+        dtype: Format of stored embeddings.
+        candidates: Number of candidates for two-stage search.
+        bits: Bits of a sketch per column of a row, 1 or 2.
 
     Raises:
-        InputError: Fewer than one item, no such dtype, or another number of bits.
+        InputError: There is less than one item, the dtype is unknown, or the number of bits is invalid.
     """
     check_bits(bits)
     whole_number("items", items)
@@ -180,17 +180,17 @@ def measure(
     encode_batch: Callable[[], int] | None = None,
     bits: int = 1,
 ) -> Rates:
-    """Trials of some seconds on this machine.
+    """Measure rates by trials of a few seconds on this machine.
 
     Args:
         tokens, width: ``L`` and ``D``.
         alpha: Weight of the global cosine.
-        device: Where to search.
-        encode_batch: Encodes a batch and says how many items that was; None: encoding is not measured.
-        bits: Bits of a sketch for each column of a row, 1 or 2.
+        device: Device that searches.
+        encode_batch: Function that encodes a batch and returns its number of items; None: encoding is not measured.
+        bits: Bits of a sketch per column of a row, 1 or 2.
     """
     generator = torch.Generator().manual_seed(0)
-    # So many that what each search takes besides does not count.
+    # Enough items that the fixed cost of a search does not count.
     n_items = max(2 * _TRIAL_CANDIDATES, _TRIAL_ROWS // tokens)
     rows = F.normalize(torch.randn(n_items, tokens, width, generator=generator), dim=-1)
     segment = Segment("trial", encode(rows, "float16"))
@@ -215,7 +215,7 @@ def measure(
         sketch_rate = 4 * n_items / _median(lambda: fine_estimates(query, basis, codes))
     encode_rate = None
     if encode_batch is not None:
-        encode_batch()  # warm
+        encode_batch()  # warm-up
         start = time.perf_counter()
         encode_rate = encode_batch() / (time.perf_counter() - start)
     return Rates(

@@ -1,10 +1,10 @@
-"""What the catalogue of an index says: items, segments and versions, compared with their checksums as they are read.
+"""Read the catalogue of an index: items, segments and versions, verified by their checksums as they are read.
 
-An item's position is the order of insertion, and that of its segment's first item plus its row: so a segment of a million
-items is one line to read.
+Positions follow the order of insertion. An item's position is that of its segment's first item plus its row, so a segment of a
+million items is one row to read.
 
-Every row carries a checksum, which is compared whenever the row is read; rows that are gone show in the tally of segments and
-of dead items, and in the numbers of the items that are left. What a filter passes over is not compared, but by
+Every row carries a checksum, which is verified whenever the row is read. Missing rows show in the tallies of segments and of
+dead items, and in the positions of the remaining items. Rows that a filter passes over are verified only by
 :meth:`CatalogueReader.refuse_damaged`.
 """
 
@@ -30,13 +30,13 @@ from finelip_fast.index.filters import compile_filter
 from finelip_fast.index.pages import Cursor
 from finelip_fast.index.schema import seal, seal_item
 
-# Of a query, and of a list of positions in one: below the least limit of any SQLite.
+# Values bound in one query; below the lowest limit of any SQLite.
 _AT_ONCE = 900
 ITEM = "position, id, crc, metadata, died, seal"
-MOST = 1 << 48  # positions, rows, versions
+MOST = 1 << 48  # limit of positions, rows and versions
 TALLY = "tally"
 _MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
-# What a row that is not as it was written leads to.
+# Errors that a damaged row leads to.
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error)
 
 
@@ -49,7 +49,7 @@ class SegmentRow(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What the catalogue knows of an item; ``crc`` is the checksum of its embedding, if it has one."""
+    """Catalogue entry of an item; ``crc`` is the checksum of its embedding, if it has one."""
 
     position: int
     id: str
@@ -58,7 +58,7 @@ class Item(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which segments make a version, in order of insertion, and which positions in them are no items (any more), ascending."""
+    """Segments of a version, in order of insertion, and the positions in them that are not, or no longer, items, ascending."""
 
     version: int
     segments: list[SegmentRow]
@@ -66,11 +66,11 @@ class Layout(NamedTuple):
 
 
 class CatalogueReader:
-    """What is in a catalogue.
+    """The contents of a catalogue.
 
     Args:
-        path: The file; None: in memory.
-        database: Its connections.
+        path: Path of the file; None: in memory.
+        database: Connections to the database.
     """
 
     def __init__(self, path: Path | None, database: Database) -> None:
@@ -87,7 +87,7 @@ class CatalogueReader:
 
     @property
     def version(self) -> int:
-        """Counts the changes so far."""
+        """Number of changes so far."""
         return self._number("version")
 
     @property
@@ -102,16 +102,16 @@ class CatalogueReader:
         return value
 
     def note(self, key: str) -> Any:
-        """What is kept under this name; None: nothing."""
+        """The value stored under a key; None: there is none."""
         with self._database.reading() as connection:
             rows = connection.run("SELECT key, value, seal FROM spec WHERE key = ?", key)
             return _unsealed(rows[0], connection.sealed, self.path) if rows else None
 
     def layout(self, version: int | None = None) -> Layout:
-        """A version, None: the newest; all of it as of one moment.
+        """The layout of a version (None: the newest), read as one consistent snapshot.
 
         Raises:
-            StoreError: A version that is no more, or not yet there.
+            StoreError: The version no longer exists, or does not exist yet.
         """
         with self._database.reading() as connection:
             oldest, newest = self.oldest, self.version
@@ -127,7 +127,7 @@ class CatalogueReader:
         return Layout(version, [row for row, born in segments if born <= version], deleted.tolist())
 
     def _segments(self, connection: Connection, newest: int) -> list[tuple[SegmentRow, int]]:
-        """All segments, in order, each with the version that it came with."""
+        """All segments, in order, each with the version that added it."""
         segments: list[tuple[SegmentRow, int]] = []
         total, end = 0, 0
         for first, name, rows, born, sealed in connection.run(
@@ -148,7 +148,7 @@ class CatalogueReader:
         return segments
 
     def _dead(self, connection: Connection) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Positions of all that is gone, ascending, and the versions that it went with: int64 ``[N, 2]``."""
+        """Positions of all removed items, ascending, and the versions that removed them: int64 ``[N, 2]``."""
         rows = connection.run("SELECT position, died FROM item WHERE died IS NOT NULL ORDER BY position")
         try:
             dead = np.array(rows, dtype=object).reshape(-1, 2)
@@ -172,14 +172,14 @@ class CatalogueReader:
             raise self._damaged(f"it does not tell how many {kind} there are") from None
 
     def count(self, version: int) -> int:
-        """How many items a version has."""
+        """Number of items in a version."""
         layout = self.layout(version)
         return sum(row.rows for row in layout.segments) - len(layout.dead)
 
     def items(self, version: int | None = None, *, within: SegmentRow | None = None) -> Iterator[Item]:
-        """The items of a version, None: of now, in order of insertion; ``within`` a segment, or all of them.
+        """Yield the items of a version (None: the newest) in order of insertion, ``within`` one segment or all.
 
-        A generator that reads as it goes, some thousands of items at a time.
+        Items are read as needed, a few thousand at a time.
 
         Raises:
             StoreError: Another process compacts the index meanwhile, or an item is not what was written.
@@ -195,7 +195,7 @@ class CatalogueReader:
             while position < row.first + row.rows:
                 rows, is_sealed = self._some_rows(version, position, row.first + row.rows)
                 position += len(rows)
-                # One by one: thousands of dictionaries at once would keep Python's collector busy.
+                # One by one: thousands of dictionaries at once would keep Python's garbage collector busy.
                 for values in rows:
                     item = self._item(values, is_sealed)
                     if values[4] is None or values[4] > version:
@@ -239,7 +239,7 @@ class CatalogueReader:
         )
 
     def at(self, positions: Iterable[int], version: int) -> dict[int, Item] | None:
-        """What lies at positions of a version; None: that version is no more.
+        """Items at the given positions of a version; None: the version no longer exists.
 
         Raises:
             StoreError: An item is not what was written.
@@ -257,7 +257,7 @@ class CatalogueReader:
         return items
 
     def find(self, ids: Iterable[str]) -> dict[str, int]:
-        """The positions of those ids that are there now."""
+        """Positions of the given ids that exist now."""
         present: dict[str, int] = {}
         with self._database.reading() as connection:
             for batch in batches(ids):
@@ -271,25 +271,25 @@ class CatalogueReader:
         return present
 
     def living(self, ids: Iterable[str], version: int) -> dict[int, Item] | None:
-        """Items of some ids, as far as they are there now, by their positions; None: those of that version are no more."""
+        """Items of the given ids that exist now, by position; None: the version no longer exists."""
         with self._database.reading():
             return None if self.oldest > version else self.at(self.find(ids).values(), version)
 
     def page(
         self, where: str | None, limit: int, after: Cursor | None, version: int | None
     ) -> tuple[list[Item], Cursor | None]:
-        """Items behind a cursor in order of insertion, and the cursor of the last one where there are more.
+        """Items after a cursor in order of insertion, and the cursor of the last one if there are more.
 
         Args:
             where: Filter on the metadata; None: all items.
-            limit: How many items at most.
-            after: End of the page before; None: the first page.
+            limit: Maximum number of items.
+            after: End of the previous page; None: the first page.
             version: Version to list; None: the newest.
 
         Raises:
-            InputError: An expression that cannot be read; or the index was compacted since the page before, and its last item
-                is gone.
-            StoreError: The version is no more, an item is not what was written, or the database refuses.
+            InputError: The filter cannot be parsed, or the index was compacted since the previous page, and its last item is
+                gone.
+            StoreError: The version no longer exists, an item is not what was written, or the database reports an error.
         """
         condition, values = ("1", []) if where is None else compile_filter(where)
         with self._database.reading() as connection:
@@ -312,7 +312,7 @@ class CatalogueReader:
             return items, Cursor(self.oldest, items[-1].position, items[-1].id)
 
     def _position_of(self, cursor: Cursor) -> int:
-        """Where a page ended, as positions are now: compaction lowers them and keeps their order."""
+        """Current position of the end of a page: compaction lowers positions and keeps their order."""
         if cursor.oldest == self.oldest:
             return cursor.position
         position = self.find([cursor.id]).get(cursor.id) if cursor.id else None
@@ -324,11 +324,11 @@ class CatalogueReader:
         return position
 
     def matching(self, where: str, version: int) -> list[int]:
-        """Positions of the items of a version that a filter lets through, ascending.
+        """Positions of the items of a version that match a filter, ascending.
 
         Raises:
-            InputError: An expression that cannot be read, see :mod:`finelip_fast.index.filters`.
-            StoreError: The database refuses, or takes too long.
+            InputError: The filter cannot be parsed, see :mod:`finelip_fast.index.filters`.
+            StoreError: The database reports an error, or takes too long.
         """
         condition, values = compile_filter(where)
         with self._database.reading() as connection:
@@ -343,10 +343,10 @@ class CatalogueReader:
         return sorted(position for (position,) in rows if position < end)
 
     def refuse_damaged(self) -> None:
-        """Read all of the file by SQLite's own check, and the rows that are no items'.
+        """Check the whole file with SQLite's own check, and verify all rows except those of items.
 
         Raises:
-            StoreError: Something is wrong with it.
+            StoreError: Something is wrong with the file.
         """
         stray = "SELECT position FROM item WHERE position >= ? AND position < ? LIMIT 20"
         with self._database.reading() as connection:
@@ -378,7 +378,7 @@ def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
     where = f"{path or 'the catalogue'}, {key!r:.40}"
     try:
         if not is_sealed or sealed == seal(key, value):
-            # The checkpoint may lie where names are no UTF-8.
+            # The path of the checkpoint may not be UTF-8.
             return parse_json(value, where, error=StoreError, expected="a value of the catalogue", surrogates=True)
     except _DAMAGE:
         pass
@@ -386,10 +386,10 @@ def _unsealed(row: tuple[Any, ...], is_sealed: bool, path: Path | None) -> Any:
 
 
 def spec_differences(stored: Mapping[str, Any], opening: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which a stored spec is not the opening one.
+    """Names of the fields in which a stored spec differs from the opening one.
 
-    Another ``alpha`` is no difference, unless it is 1 on one side: it weighs the scores of the same embeddings, and an index
-    follows the checkpoint that it is opened with.
+    A different ``alpha`` does not count, unless it is 1 on one side: it weights the scores of the same embeddings, and an
+    index follows the checkpoint that it is opened with.
     """
     alphas = stored.get("alpha"), opening.get("alpha")
     return [
@@ -400,21 +400,21 @@ def spec_differences(stored: Mapping[str, Any], opening: Mapping[str, Any]) -> l
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:
-    """What the catalogue at ``path`` says of itself, ``source`` among it; None where there is no catalogue.
+    """The spec stored in the catalogue at ``path``, including ``source``; None if there is no catalogue.
 
     Raises:
-        StoreError: It cannot be read, or says what no index can be.
+        StoreError: The catalogue cannot be read, or is invalid.
     """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # the latter of a name with NUL
+    except (OSError, ValueError) as error:  # the latter for a name with NUL
         raise StoreError(f"{str(path)!r:.200} cannot be opened as an index catalogue: {error!s:.80}") from None
     database = Database(path, schema.prepare)
     try:
         with database.reading() as connection:
-            # A process killed while it made the catalogue leaves one without tables.
+            # A process killed while it was creating the catalogue leaves one without tables.
             if connection.run("SELECT 1 FROM main.sqlite_master WHERE name = 'spec'"):
                 return _spec_of(connection, path)
             return None
@@ -423,7 +423,7 @@ def read_spec(path: Path) -> dict[str, Any] | None:
 
 
 def mixed(dead: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-    """A sum over positions and versions in which no one of them can be another unseen."""
+    """A sum over positions and versions that shows if any one of them is replaced by another."""
     numbers = dead.reshape(-1, 2).astype(np.uint64)
     return int((numbers[:, 0] * _MIXERS[0] ^ numbers[:, 1] * _MIXERS[1]).sum(dtype=np.uint64))
 
@@ -434,7 +434,7 @@ def batches(values: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-# A path may hold bytes that are no UTF-8; Python has them as lone surrogates, which sqlite3 refuses in a str.
+# A path may hold bytes that are not UTF-8; Python represents them as lone surrogates, which sqlite3 rejects in a str.
 
 
 def to_text(text: str) -> bytes:

@@ -1,8 +1,8 @@
-"""Taking back what only segments and their lists tell, and making a damaged catalogue anew.
+"""Recover items that only segments and their lists still hold, and replace a damaged catalogue.
 
-A segment that nothing names is of a change that never ended, or of one whose record was lost with a damaged log. A catalogue
-that is damaged is replaced by its copy of the last upkeep, and later segments are taken back. What was deleted since that
-upkeep comes back with them: that it was deleted stood in the catalogue alone.
+A segment that nothing names belongs to a change that never finished, or to one whose record was lost with a damaged log. A
+damaged catalogue is replaced by its copy from the last upkeep, and later segments are recovered. Items deleted since that
+upkeep come back with them, because only the catalogue recorded the deletions.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _COPY, _DAMAGED = "catalogue.copy.sqlite", "catalogue.damaged.sqlite"
 
 
 def lost(store: Store) -> dict[str, Listed]:
-    """Whole segments that nothing names, with what they hold, in the order in which they came.
+    """Complete segments that nothing names, with their lists, in the order in which they were added.
 
-    Those whose items are all there, with the same embeddings, are left out.
+    Segments whose items are all in the index, with the same embeddings, are left out.
     """
     catalogue = store.catalogue
     result = {}
     for name in upkeep.unnamed(store):
         try:
             listed = read_list(store.segments_folder, name)
-        except FineLIPError:  # of a writer that was killed before it was whole
+        except FineLIPError:  # from a writer that was killed before it was complete
             continue
         items = catalogue.at(catalogue.find(listed.ids).values(), catalogue.version) or {}
         known = {(item.id, item.crc) for item in items.values()}
@@ -46,13 +46,13 @@ def lost(store: Store) -> dict[str, Listed]:
 
 
 def take_back(store: Store) -> list[str]:
-    """Add the items of lost segments again, in the order in which they came; those whose ids are there stay as they are.
+    """Add the items of lost segments again in their original order, except those whose ids are in the index.
 
     Returns:
         The ids that were added.
 
     Raises:
-        StoreError: The disk refuses; what was added before stays.
+        StoreError: Writing fails; what was added before stays.
     """
     store.refuse_if_fixed()
     added: list[str] = []
@@ -81,32 +81,33 @@ def take_back(store: Store) -> list[str]:
 
 
 def keep_copy(store: Store) -> None:
-    """Keep a copy of the catalogue beside it, for :func:`restore`.
+    """Store a copy of the catalogue beside it, for :func:`restore`.
 
     Raises:
-        WriteError: The disk refuses.
+        WriteError: Writing fails.
     """
     if store.folder is not None:
         write_whole(store.folder / _COPY, store.catalogue.copy)
 
 
 def restore(folder: str | PathLike[str]) -> Path:
-    """Put the copy of the last upkeep in the place of an index's catalogue; without one, an empty catalogue of the same spec.
+    """Replace an index's catalogue with its copy from the last upkeep, or else with an empty catalogue of the same spec.
 
-    What is not in it is then to be taken back, by :meth:`finelip_fast.index.Index.repair`. No process may have the index open.
+    No process may have the index open. To recover what the new catalogue lacks, run
+    :meth:`finelip_fast.index.Index.repair` afterwards.
 
     Returns:
-        Where the catalogue that was there lies now.
+        Path to which the previous catalogue was moved.
 
     Raises:
-        StoreError: There is neither a copy nor a list that tells what the index is.
-        WriteError: The disk refuses.
+        StoreError: There is neither a copy nor a list that holds the spec of the index.
+        WriteError: Writing fails.
     """
     folder = Path(folder)
     path, copy, damaged = folder / CATALOGUE, folder / _COPY, folder / _DAMAGED
     listed = None
     if copy.exists():
-        read_spec(copy)  # raises what is wrong with it
+        read_spec(copy)  # raises if it is damaged
     elif (listed := _any_list(folder / SEGMENTS)) is None:
         raise StoreError(f"there is neither {copy} nor a list of a segment in {folder / SEGMENTS}: restore a snapshot")
     for ending in ("", "-wal", "-shm", "-journal"):

@@ -1,4 +1,4 @@
-"""Commands that messages advise, for the folder that they are about."""
+"""Commands that error messages recommend, for the folder concerned."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ def _quoted(folder: Folder) -> str:
 
 
 def repair(folder: Folder) -> str:
-    """What takes damaged items out of an index folder."""
+    """Command that removes damaged items from an index folder."""
     return f"finelip index repair --index {_quoted(folder)}"
 
 
 def restore(folder: Folder) -> str:
-    """What replaces a damaged catalogue."""
+    """Ways to replace a damaged catalogue."""
     return f"{repair(folder)} --restore makes it anew, or restore a snapshot"
 
 
 def maintain(folder: Folder) -> str:
-    """What makes few segments of many."""
+    """Command that merges many segments into few."""
     return f"finelip index maintain --index {_quoted(folder)}"
 
 
 def make(folder: Folder) -> str:
-    """What makes an index where there is none."""
+    """Command that creates an index where there is none."""
     return f"make one with finelip add FOLDER --index {_quoted(folder)}"
 
 
 def move_root(folder: Folder) -> str:
-    """What says where the pictures lie."""
+    """Command that sets where the pictures are."""
     return f"finelip index move-root FOLDER --index {_quoted(folder)}"
 
 
 def tune(folder: Folder) -> str:
-    """What measures again how many candidates a search needs."""
+    """Command that measures again how many candidates a search needs."""
     return f"finelip index tune --index {_quoted(folder)}"
 
 
 def sketch(folder: Folder) -> str:
-    """What makes the sketches of an index."""
+    """Command that builds the sketches of an index."""
     return f"finelip index sketch --index {_quoted(folder)}"
 
 
 def outdated(path: str, folder: Folder) -> str:
-    """What is there of a picture that was read before and cannot be now."""
+    """Note on the item of a picture that was read before and can no longer be read."""
     note = "its item stays, with the embedding of its earlier content"
     if folder is None:
         return note

@@ -1,9 +1,9 @@
-"""Copies of segments on a GPU: one after another in few buffers, so that many segments take no more launches than one.
+"""Copies of segments on a GPU, packed into few buffers, so that many segments take no more kernel launches than one.
 
-Segments that come together, as all do when an index is opened, are copied from the host into one buffer, each straight to its
-place. What comes later starts a buffer of its own, and the last ones are joined where one is at most twice as large as what is
-behind it. So there are few, however many segments came, and a row is moved a few times at most. What is joined lies twice in
-memory, until it is copied and the view before is gone: a tenth of what was free at most.
+Segments that arrive together, as all do when an index is opened, are copied from the host into one buffer, each directly to
+its place. Later segments start a new buffer, and the last buffers are joined where one is at most twice as large as those
+behind it. So there are few buffers however many segments arrive, and a row is moved a few times at most. Joined data is in
+memory twice until it is copied and the previous view is gone; this takes at most a tenth of the memory that was free.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# The share of a GPU's free memory that copies may take, and that joining may hold twice.
+# Shares of a GPU's free memory: for copies, and for data that joining may hold twice.
 _SHARE, _JOINED_SHARE = 0.7, 0.1
-# A buffer is joined to the ones behind it if it is at most so many times as large.
+# A buffer is joined to those behind it if it is at most this many times as large.
 _GROWTH = 2
 
 Copies = dict[str, Tensor]  # of a segment, by name
-Run = list[int]  # numbers of segments one after another
+Run = list[int]  # numbers of consecutive segments
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a GPU has left."""
+    """Free memory of a GPU in bytes."""
     free, _ = torch.cuda.mem_get_info(device)
     return free
 
 
 def resident(name: str, pieces: Sequence[Tensor], copies: Sequence[Copies], device: torch.device) -> list[Tensor]:
-    """Pieces on a GPU, joined; what is there already stays there. As they are, where they do not fit.
+    """Copy pieces to a GPU and join them; those already there stay. If they do not fit, they are returned unchanged.
 
     Args:
-        name: What they are.
-        pieces: A piece ``[n, ...]`` of each segment, on the host.
-        copies: Copies of each segment; those of this name are added, or replaced by ones in a buffer of several segments.
-        device: Where to.
+        name: Name of the array.
+        pieces: One piece ``[n, ...]`` per segment, on the host.
+        copies: Copies of each segment; those of this name are added, or replaced by parts of a buffer of several segments.
+        device: Target device.
 
     Returns:
-        The same rows in as many tensors or fewer.
+        The same rows, in the same number of tensors or fewer.
     """
     missing = sum(piece.nbytes for piece, held in zip(pieces, copies, strict=True) if name not in held)
     free = free_bytes(device)
@@ -55,7 +55,7 @@ def resident(name: str, pieces: Sequence[Tensor], copies: Sequence[Copies], devi
             buffer = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
             for number, part, source in zip(run, buffer.split([len(part) for part in parts]), parts, strict=True):
                 copies[number][name] = part.copy_(source)
-                sources[number] = part  # the buffer it lay in may go
+                sources[number] = part  # its old buffer can be freed
         else:
             buffer = _whole(parts)
         joined.append(buffer)
@@ -63,7 +63,7 @@ def resident(name: str, pieces: Sequence[Tensor], copies: Sequence[Copies], devi
 
 
 def _planned(sources: Sequence[Tensor], present: Sequence[bool], budget: int) -> list[tuple[Run, bool]]:
-    """The runs of segments that share a buffer, and whether it is a new one; ``budget`` bytes may lie there twice."""
+    """Plan the runs of segments that share a buffer, and whether it is new; ``budget`` bytes may be in memory twice."""
     wasted = _wasted(sources, present)
     plan: list[tuple[Run, bool]] = []
     for run in reversed(list(_runs(sources, present))):
@@ -83,7 +83,7 @@ def _planned(sources: Sequence[Tensor], present: Sequence[bool], budget: int) ->
 
 
 def _runs(sources: Sequence[Tensor], present: Sequence[bool]) -> Iterator[Run]:
-    """Segments that lie one after another in a buffer, or that are to come."""
+    """Yield runs of segments that are adjacent in a buffer, or that are not on the GPU yet."""
     run = [0]
     for before, number in pairwise(range(len(sources))):
         states = present[before], present[number]
@@ -96,7 +96,7 @@ def _runs(sources: Sequence[Tensor], present: Sequence[bool]) -> Iterator[Run]:
 
 
 def _wasted(sources: Sequence[Tensor], present: Sequence[bool]) -> set[int]:
-    """Segments in buffers most of which is of segments that are gone."""
+    """Segments in buffers that mostly hold segments that are gone."""
     within: dict[int, Run] = defaultdict(list)
     for number, source in enumerate(sources):
         if present[number]:
@@ -119,6 +119,6 @@ def _adjacent(before: Tensor, after: Tensor) -> bool:
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
-    """Neighbours in a buffer as one tensor."""
+    """Adjacent parts of a buffer as one tensor."""
     first = parts[0]
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())

@@ -1,4 +1,4 @@
-"""What a catalogue's database looks like: its format, how older ones become it, and the checksums of its rows."""
+"""Schema of a catalogue's database: its format, migrations from older formats, and the checksums of its rows."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ _TABLES_3 = (
     """CREATE TABLE item (position INTEGER PRIMARY KEY, id TEXT NOT NULL, crc INTEGER, metadata TEXT NOT NULL,
     died INTEGER) STRICT""",
 )
-# What a database of each format holds; of the second, not all have the index.
+# Objects in a database of each format; some of the second format lack the index.
 _CONTENTS = {
     1: (_SPEC_1, _ITEM_1),
     2: (_SPEC_1, _ITEM_2, _INDEXES[0]),
     3: (_SPEC_1, *_TABLES_3, *_INDEXES),
     4: (*_TABLES, *_INDEXES),
 }
-# What a catalogue of an older format needs to become one of the next.
+# Statements that migrate a catalogue of an older format to the next format.
 _MIGRATIONS = {
     1: (
         "ALTER TABLE item RENAME TO item_1",
@@ -89,7 +89,7 @@ _MIGRATIONS = {
         *_INDEXES,
     ),
 }
-# A database of the third format is read as one of this whose rows have no seals; of older ones, the spec alone.
+# A database of the third format is read as one of the current format without seals; of older ones, only the spec is read.
 _AS_NOW = (
     "CREATE TEMP VIEW spec AS SELECT key, value, NULL AS seal FROM main.spec",
     "CREATE TEMP VIEW segment AS SELECT first, name, rows, born, NULL AS seal FROM main.segment",
@@ -101,7 +101,7 @@ _INTEGER, _NUMBERS = struct.Struct("<q"), struct.Struct("<5q")
 
 
 def seal(*values: Any) -> int:
-    """The checksum of any other row: CRC-32 of its values, which are integers, bytes and None."""
+    """The checksum of any row but an item's: CRC-32 of its values, which are integers, bytes and None."""
     crc = 0
     for value in values:
         if value is None:
@@ -114,7 +114,7 @@ def seal(*values: Any) -> int:
 
 
 def seal_item(position: int, name: bytes, crc: int | None, metadata: bytes, died: int | None) -> int:
-    """The checksum of an item's row, of which there are many."""
+    """The checksum of an item's row; a function of its own, since there are many such rows."""
     numbers = _NUMBERS.pack(
         position, -1 if crc is None else crc, -1 if died is None else died, len(name), len(metadata)
     )
@@ -127,13 +127,13 @@ def create(connection: Connection) -> None:
 
 
 def prepare(connection: Connection) -> int | None:
-    """Compare a database with what a catalogue holds, before anything of it is used.
+    """Check that a database has the schema of a catalogue, before anything in it is used.
 
     Returns:
-        Its format; None: there is nothing in it.
+        Its format; None: it is empty.
 
     Raises:
-        sqlite3.DatabaseError: It holds anything else.
+        sqlite3.DatabaseError: It has any other schema.
     """
     objects = connection.run("SELECT type, name, sql FROM main.sqlite_master LIMIT ?", _MOST_FIELDS + 16)
     if not objects:
@@ -141,7 +141,7 @@ def prepare(connection: Connection) -> int | None:
     held, fields = set(), 0
     for kind, name, sql in objects:
         if sql is None and kind == b"index" and name.startswith(b"sqlite_autoindex_"):
-            continue  # of a UNIQUE or PRIMARY KEY in the text of its table
+            continue  # created by a UNIQUE or PRIMARY KEY in its table's definition
         if _is_field(name, sql):
             fields += 1
         else:
@@ -159,10 +159,10 @@ def prepare(connection: Connection) -> int | None:
 
 
 def field_index(field: str) -> str:
-    """The statement that makes an index on a field of the metadata.
+    """The statement that creates an index on a metadata field.
 
     Raises:
-        InputError: Not the name of a field, see :mod:`finelip_fast.index.filters`.
+        InputError: ``field`` is not the name of a field, see :mod:`finelip_fast.index.filters`.
     """
     expression = field_expression(field)
     name = "field " + expression.replace('"', '""')
@@ -170,7 +170,7 @@ def field_index(field: str) -> str:
 
 
 def _is_field(name: Any, sql: Any) -> bool:
-    """Whether it is what :func:`field_index` makes."""
+    """Whether it was created by :func:`field_index`."""
     expression = name[len(b"field ") :] if isinstance(name, bytes) and name.startswith(b"field ") else b""
     if not _FIELD.fullmatch(expression):
         return False
@@ -178,7 +178,7 @@ def _is_field(name: Any, sql: Any) -> bool:
 
 
 def _plain(sql: Any) -> str:
-    """A statement without what makes no difference."""
+    """A statement without comments and white space."""
     if not isinstance(sql, (str, bytes)):
         return repr(sql)
     text = sql if isinstance(sql, str) else sql.decode("utf-8", "replace")
@@ -190,11 +190,11 @@ _OPTIONAL = {_plain(_INDEXES[0])}
 
 
 def migrate(connection: Connection, spec: dict[str, Any]) -> None:
-    """Inside a change: make a catalogue of an older format one of this.
+    """Within a change, migrate a catalogue of an older format to the current one.
 
     Args:
-        connection: Connection to the file that :func:`prepare` found.
-        spec: What it says of itself, and what the older format did not tell.
+        connection: Connection to the file, checked by :func:`prepare`.
+        spec: Spec of the catalogue, with the values that the older format lacks.
     """
     fields = connection.run("SELECT sql FROM main.sqlite_master WHERE type = 'index' AND name LIKE 'field %'")
     for view in ("spec", "segment", "item"):

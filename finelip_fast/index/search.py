@@ -1,18 +1,18 @@
-"""Searching a view: exactly, exactly by way of int8, or in two stages.
+"""Search a view: exactly, exactly by way of int8, or in two stages.
 
 - ``exact``: every item is scored, token by token.
-- ``exact-int8``: every item is scored in int8, whose error has a proven bound, and what that leaves open is scored again. The
-  same result as ``exact``, from half the bytes.
-- ``two-stage``: the global embeddings choose ``candidates`` items, which are then scored token by token. What it loses is
-  measured by :func:`finelip_fast.index.tune.tune`.
-- ``sketch``: two stages too, of which the first compares all token rows, in one or two bits a column, see
-  :mod:`finelip_fast.index.sketches`. Where late interaction counts it loses far less with as many candidates.
-- ``auto``: that of the two which was measured to lose little enough, else the faster of the exact ones.
+- ``exact-int8``: every item is scored in int8, whose error has a proven bound, and what that leaves undecided is scored again.
+  The result is the same as with ``exact``, from half the bytes.
+- ``two-stage``: the global embeddings select ``candidates`` items, which are then scored token by token.
+  :func:`finelip_fast.index.tune.tune` measures what this loses.
+- ``sketch``: two stages, of which the first compares all token rows in one or two bits per column, see
+  :mod:`finelip_fast.index.sketches`. Where late interaction counts, it loses far less with the same number of candidates.
+- ``auto``: the two-stage mode that was measured to lose little enough, otherwise the faster of the exact modes.
 
 With ``alpha = 1`` only the global cosine counts: row 0 of each embedding is compared, in full precision in both exact modes,
-and no other is read.
+and no other row is read.
 
-The result does not depend on how items are spread over segments.
+The result does not depend on how items are distributed over segments.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ Mode = Literal["auto", "exact", "exact-int8", "two-stage", "sketch"]
 TwoStages = Literal["two-stage", "sketch"]
 TWO_STAGES: tuple[TwoStages, ...] = get_args(TwoStages)
 
-# Candidates of a search in two stages that was not tuned: so many, or so many times k.
+# Number of candidates of an untuned two-stage search: the larger of a constant and a multiple of k.
 _CANDIDATES, _CANDIDATES_PER_HIT = 256, 16
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured of searches in two stages, see :func:`finelip_fast.index.tune.tune`.
+    """Measurements of two-stage search, see :func:`finelip_fast.index.tune.tune`.
 
     Attributes:
-        candidates: The chosen number.
-        agreement: Mean share of the exact ``k`` best that the search in two stages finds.
-        target: What was asked for.
-        k, alpha, items: What it was measured with.
-        recall_change: Change of recall@1, two stages against exact; None: the right answers were not known.
-        seconds: Median of a query in each mode, on the machine that measured.
-        mode: The first stage that was chosen.
+        candidates: Chosen number of candidates.
+        agreement: Mean share of the exact ``k`` best that two-stage search finds.
+        target: Requested agreement.
+        k, alpha, items: Values used in the measurement.
+        recall_change: Change in recall@1 from exact to two-stage search; None: the correct answers were not known.
+        seconds: Median time of a query in each mode, on the machine of the measurement.
+        mode: Chosen first stage.
     """
 
     candidates: int
@@ -65,7 +65,7 @@ class Tuning:
     mode: TwoStages = "two-stage"
 
     def holds(self, items: int, k: int, alpha: float) -> bool:
-        """Whether it says enough of such a search: the same alpha, no more hits, and less than twice the items."""
+        """Whether it applies to such a search: the same alpha, no more hits, and less than twice the items."""
         return self.agreement >= self.target and k <= self.k and alpha == self.alpha and items < 2 * self.items
 
 
@@ -74,24 +74,24 @@ class CandidateSource(Protocol):
 
     @abstractmethod
     def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
-        """Rows of items that may be the best.
+        """Rows of the items that may be the best.
 
         Args:
             queries: ``[Q, L, D]``.
-            count: How many for each.
-            among: The only rows that may be given, ascending; None: all.
+            count: Number of candidates for each query.
+            among: Rows to choose from, ascending; None: all.
             alpha: Weight of the global cosine.
 
         Returns:
-            int64 ``[Q, C]``, ``C`` at most ``count``; -1 where there are fewer.
+            int64 ``[Q, C]``, ``C`` at most ``count``; padded with -1.
         """
 
 
 def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha: float, items: int) -> Mode:
-    """What runs. ``items``: how many there are to choose from.
+    """Choose the mode to run; ``items`` is the number of items to choose from.
 
     Raises:
-        InputError: No such mode.
+        InputError: The mode is unknown.
     """
     one_of("mode", mode, get_args(Mode))
     if mode != "auto":
@@ -103,7 +103,7 @@ def choose_mode(mode: Mode, view: View, tuning: Tuning | None, *, k: int, alpha:
 
 
 def exact_mode(view: View, alpha: float) -> Mode:
-    """The faster of the exact modes; of the global cosine alone there is nothing to make int8 copies of."""
+    """The faster of the exact modes; the global cosine alone does not use int8 copies."""
     return "exact-int8" if alpha != 1 and view.is_quantized else "exact"
 
 
@@ -118,20 +118,20 @@ def best_rows(
     among: Tensor | None = None,
     source: CandidateSource | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best rows of each query.
+    """Find the ``k`` best rows for each query.
 
     Args:
-        view: Where to search.
+        view: View to search.
         queries: ``[Q, L, D]``.
-        k: How many; fewer come back when there are fewer.
+        k: Number of rows; fewer are returned if there are fewer.
         alpha: Weight of the global cosine.
-        mode: Not ``auto``.
-        candidates: Number of candidates of a search in two stages; at least ``k``.
-        among: The only rows to search, ascending; None: all that are items.
-        source: The first stage of ``two-stage`` and ``sketch``; None: all global embeddings.
+        mode: Any mode but ``auto``.
+        candidates: Number of candidates for two-stage search; at least ``k``.
+        among: Rows to search, ascending; None: all that are items.
+        source: First stage of ``two-stage`` and ``sketch``; None: all global embeddings.
 
     Returns:
-        ``(scores [Q, k], rows [Q, k])``, float32 and int64, best first, ties by lower row.
+        ``(scores [Q, k], rows [Q, k])``, float32 and int64, best first, ties in order of row.
 
     Raises:
         StoreError: A segment cannot be read.
@@ -147,7 +147,7 @@ def best_rows(
         n_candidates = max(k, candidates or max(_CANDIDATES, _CANDIDATES_PER_HIT * k))
         if n_candidates < count:
             return _two_stages(view, queries, k, alpha, n_candidates, among, source)
-        mode = "exact"  # of so few items, all are candidates
+        mode = "exact"  # with so few items, all are candidates
     if alpha == 1:
         return clim_topk(queries[:, :1], view.anchors, k, alpha=alpha, among=among)
     if mode == "exact-int8" or view.tokens is None:
@@ -157,7 +157,7 @@ def best_rows(
 
 
 def _dtype(view: View) -> torch.dtype:
-    """Dtype of both sides of a comparison: that of the items when they are taken out."""
+    """Dtype of both sides of a comparison: that of the items as they are read."""
     return view.segments[0].dtype
 
 
@@ -191,9 +191,9 @@ def _two_stages(
 
 
 def sampled_scores(view: View, queries: Tensor, *, alpha: float, among: Tensor | None) -> Tensor:
-    """Scores float32 ``[Q, n]`` of a sample of the items, evenly spread; arguments as :func:`best_rows`.
+    """Scores float32 ``[Q, n]`` of an evenly spread sample of the items; arguments as in :func:`best_rows`.
 
-    Of a sample of all items the rows are int8: what is wanted of the scores is how they are distributed.
+    A sample of all items uses int8 rows, since only the distribution of the scores matters.
     """
     queries = queries.to(view.device, _dtype(view))
     if alpha == 1:
@@ -206,13 +206,13 @@ def sampled_scores(view: View, queries: Tensor, *, alpha: float, among: Tensor |
 
 
 def parts_of_scores(view: View, queries: Tensor, rows: Tensor, *, fine: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The global cosine and, with ``fine``, the late interaction alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
+    """Global cosines and, with ``fine``, late-interaction scores alone of found rows ``[Q, k]``, each float32 ``[Q, k]``."""
     queries = queries.to(view.device, _dtype(view)) if len(view.segments) else queries
     cosines, interactions = torch.empty(rows.shape), torch.empty(rows.shape) if fine else None
     for number, (query, places) in enumerate(zip(queries, rows, strict=True)):
         embeddings = view.read(places).to(view.device)
         if len(embeddings):
-            # Row by row: a matrix product may round otherwise among other rows.
+            # Row by row: a matrix product may round differently among other rows.
             cosines[number] = (embeddings[:, 0].float() * query[0].float()).sum(dim=1)
             if interactions is not None:
                 interactions[number] = clim_scores(query[None], embeddings, alpha=0.0)[0]

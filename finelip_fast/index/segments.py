@@ -1,15 +1,15 @@
 """Segments: append-only files of embeddings in safetensors' format, never changed once written.
 
-What is in one, for ``n`` items, in the layout that the kernels read, so that loading is mapping:
+A segment holds these arrays for ``n`` items, in the layout that the kernels read, so that loading is mapping:
 
-- of dtype float16: ``tokens`` float16 ``[n, L, D]``.
-- of dtype int8, half the size: ``values``, ``scales``, ``terms`` and ``anchors`` of
+- with dtype float16: ``tokens`` float16 ``[n, L, D]``.
+- with dtype int8, at half the size: ``values``, ``scales``, ``terms`` and ``anchors`` of
   :class:`finelip_fast.kernels.QuantizedItems`. Row 0 of an item is its anchor in float16, the others are their integers times
   their scales; ``terms`` are those of these rows.
-- in either: ``globals`` int8 ``[n, D]`` and ``global_scales`` float32 ``[n]``, row 0 of each item once more, for
+- with either: ``globals`` int8 ``[n, D]`` and ``global_scales`` float32 ``[n]``, row 0 of each item once more, for
   the first stage of a two-stage search.
 
-Files in NumPy's format, of older indexes, hold ``tokens`` alone.
+Files in NumPy's format, from older indexes, hold only ``tokens``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from finelip_fast.kernels.clim.rows import dequantize
 DTYPES = ("float16", "int8")
 
 _ROWS_AT_ONCE = 1024
-_EXPONENT = 0x7C00  # of a float16: all its bits are those of infinity and NaN
+_EXPONENT = 0x7C00  # exponent of a float16: all its bits are set in infinity and NaN
 
 
 class Segment:
@@ -62,8 +62,8 @@ class Segment:
 
     Attributes:
         name: Name of the file; in memory, any name.
-        arrays: What is in it, by the names above.
-        copies: Copies on a GPU, by any names, which go with the segment.
+        arrays: Arrays by the names above.
+        copies: Copies on a GPU, by any names, which are freed with the segment.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Segment:
         return len(self.arrays["globals"])
 
     def embeddings(self, rows: Tensor | slice) -> Tensor:
-        """Some embeddings ``[m, L, D]``, float16 or float32."""
+        """Embeddings ``[m, L, D]`` of the given rows, float16 or float32."""
         if "tokens" in self.arrays:
             return self.arrays["tokens"][rows]
         return dequantize(*(values[rows] for values in self._kept("values", "scales", "anchors")))
@@ -98,7 +98,7 @@ class Segment:
 
     @property
     def _stored(self) -> dict[str, Tensor]:
-        """What makes the embeddings; the rest follows from it."""
+        """The arrays that make up the embeddings; the others are derived from them."""
         return {name: self.arrays[name] for name in STORED if name in self.arrays}
 
     def _kept(self, *names: str) -> list[Tensor]:
@@ -106,7 +106,7 @@ class Segment:
 
     @property
     def folder(self) -> Path | None:
-        """The index folder that it lies in; None: in memory."""
+        """The index folder that contains it; None: in memory."""
         return self._path and self._path.parent.parent
 
     @property
@@ -119,43 +119,43 @@ class Segment:
         return self._path is None or self._path.suffix != ".npy"
 
     def copies_of(self, kind: Kind) -> Copies:
-        """Copies of the embeddings, of any kind."""
+        """Copies of the embeddings, of the given kind."""
         digest = None if self._contents is None else self._contents.notes.get(DIGEST)
         return Copies(kind, self._stored, digest)
 
     def is_quantized(self, cache: Path | None) -> bool:
-        """Whether what a search in int8 needs is there already."""
+        """Whether the arrays that an int8 search needs exist already."""
         return self._int8 is None or (cache is not None and self._int8.contents(cache) is not None)
 
     def refuse_shortened(self) -> None:
-        """Look whether the file that is mapped still has its length: the system ends a process that reads behind an end.
+        """Check that the mapped file has not become shorter: the system kills a process that reads past its end.
 
         Raises:
-            StoreError: It has not.
+            StoreError: The file has become shorter.
         """
         if self._path and self._contents and is_shorter(self._path, self._contents.size):
             raise _shortened(self._path)
 
     @property
     def has_lost_copies(self) -> bool:
-        """Whether the copies in int8 are mapped from a file that has become shorter: they must not be read."""
+        """Whether the int8 copies are mapped from a file that has become shorter, so that they must not be read."""
         return self._int8 is not None and self._int8.is_lost
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of embeddings when they are taken out."""
+        """Dtype of embeddings as they are read."""
         return torch.float16 if "tokens" in self.arrays else torch.float32
 
     def reading(self, rows: Tensor, target: Tensor, resources: ExitStack) -> Callable[[], object]:
-        """Begin to fetch some embeddings from the file itself: what is not in memory is on its way, of all segments at once.
+        """Start reading embeddings from the file itself, so that all segments load what is not in memory at the same time.
 
         Args:
             rows: ``[m]``.
-            target: Where to, ``[m, L, D]`` of :attr:`dtype`, contiguous.
-            resources: Holds the file open.
+            target: Target ``[m, L, D]`` of :attr:`dtype`, contiguous.
+            resources: Stack that holds the file open.
 
         Returns:
-            What ends it: then they are there. May raise :class:`StoreError`: the file cannot be read.
+            Function that finishes reading. It may raise :class:`StoreError`: the file cannot be read.
 
         Raises:
             FileNotFoundError: The file is gone; what was mapped from it is not.
@@ -182,7 +182,7 @@ class Segment:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            # No file can be opened any more, but this one is mapped.
+            # No more files can be opened, but this one is mapped.
             self.refuse_shortened()
             return lambda: _copy_rows(self.arrays, rows, targets)
         if os.fstat(descriptor).st_size != contents.size:
@@ -217,8 +217,8 @@ class Segment:
         return crc
 
     def damaged(self, crcs: Sequence[int | None]) -> dict[int, str]:
-        """Rows that are not what was written, by their checksums where there are any and by what follows from them, or that
-        no search can compare; and what is wrong with each. All rows are looked at, by all cores.
+        """Damaged rows, and what is wrong with each: they differ from their checksums, if any, or from the arrays derived from
+        them, or no search can compare them. All rows are checked, on all cores.
         """
         self.refuse_shortened()
         stored = self._stored
@@ -237,7 +237,7 @@ class Segment:
         return reasons | dict.fromkeys(infinite, "holds numbers that are not finite")
 
     def quantized(self, cache: Path | None) -> QuantizedItems:
-        """What a search in int8 needs; of float16 kept in the folder ``cache``, made where it is not there or damaged."""
+        """Arrays that an int8 search needs; for float16 kept in the folder ``cache``, made if missing or damaged."""
         if self._int8 is None:
             return QuantizedItems(*self._kept(*QuantizedItems._fields))
         tokens = self.arrays["tokens"]
@@ -250,10 +250,10 @@ class Segment:
         return QuantizedItems(*(arrays[name] for name in QuantizedItems._fields))
 
     def drop_foreign_copies(self, cache: Path) -> None:
-        """Remove what is kept in ``cache`` if it was made of other embeddings: of damaged ones, before they were restored.
+        """Remove copies in ``cache`` that were made from other embeddings, such as damaged ones that have been restored since.
 
         Raises:
-            OSError: It cannot be removed.
+            OSError: They cannot be removed.
         """
         drop_foreign(cache, self.name, self._stored)
 
@@ -272,10 +272,10 @@ def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tenso
 
 
 def _are_finite(stored: dict[str, Tensor]) -> list[bool]:
-    """Whether each embedding is of numbers that a search can compare."""
+    """Whether each embedding consists of numbers that a search can compare."""
     finite = np.ones(len(next(iter(stored.values()))), bool)
     for values in stored.values():
-        if values.dtype == torch.float16:  # by their bits, five times as fast as by PyTorch
+        if values.dtype == torch.float16:  # by their bits, five times as fast as with PyTorch
             bits = values.numpy().reshape(len(values), -1).view(np.uint16) & _EXPONENT
             finite &= bits.max(axis=1, initial=0) < _EXPONENT
         elif values.is_floating_point():
@@ -292,7 +292,7 @@ def _read_into(part: memoryview, descriptor: int, offset: int) -> int:
 
 
 def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:
-    """What a segment of ``embeddings [n, L, D]`` holds."""
+    """The arrays of a segment of ``embeddings [n, L, D]``."""
     embeddings = embeddings.cpu()
     if dtype == "float16":
         stored = {"tokens": embeddings.to(torch.float16).contiguous()}
@@ -303,14 +303,14 @@ def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:
 
 
 def joined(parts: Sequence[tuple[Segment, Tensor]]) -> dict[str, Tensor]:
-    """What a segment holds of the chosen rows of others; the embeddings stay what they are, to the bit."""
+    """The arrays of a segment with chosen rows of others; the embeddings stay identical to the bit."""
     names = [name for name in STORED if name in parts[0][0].arrays]
     stored = {name: torch.cat([segment.arrays[name][rows] for segment, rows in parts]) for name in names}
     return stored | _derived(stored)
 
 
 def _derived(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What follows from embeddings as they are kept."""
+    """The arrays derived from embeddings as they are stored."""
     quantized = "values" in stored
     anchors, scales = quantize(stored["anchors"] if quantized else stored["tokens"][:, :1])
     derived = {"globals": anchors[:, 0].contiguous(), "global_scales": scales[:, 0].contiguous()}
@@ -322,18 +322,18 @@ def _derived(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_segment(folder: Path, arrays: dict[str, Tensor], *, prefix: str = "") -> tuple[str, list[int]]:
-    """Write a new file and wait until the disk has it.
+    """Write a new file and wait until it is on disk.
 
     Args:
-        folder: Where to.
-        arrays: Arrays of :func:`encode` or :func:`joined`.
-        prefix: What the file's name begins with.
+        folder: Target folder.
+        arrays: Arrays from :func:`encode` or :func:`joined`.
+        prefix: Prefix of the file's name.
 
     Returns:
         The file's name (until a catalogue names it too, it belongs to nobody), and the checksum of each embedding.
 
     Raises:
-        StoreError: The disk refuses; nothing is left there.
+        StoreError: Writing fails; nothing is left behind.
     """
     name = f"{prefix}{uuid.uuid4().hex}.safetensors"
     crcs = checksums(arrays)
@@ -348,13 +348,13 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
     """Map a segment.
 
     Args:
-        folder, name: The file.
-        rows, shape, dtype: What it must hold: ``n`` embeddings of ``(L, D)``.
+        folder, name: Folder and name of the file.
+        rows, shape, dtype: Expected contents: ``n`` embeddings of ``(L, D)``.
 
     Raises:
-        FileNotFoundError: There is none.
-        UnavailableError: It cannot be read now, for want of memory, open files or permission.
-        StoreError: A name that is no file's, a link, a short or foreign file; names it.
+        FileNotFoundError: There is no such file.
+        UnavailableError: It cannot be read now, for lack of memory, open files or permission.
+        StoreError: The name is not a file name, or the file is a link, truncated or of another format; the message names it.
     """
     path = folder / plain_name(name, f"segments of {folder.parent}", error=StoreError)
     try:
@@ -393,7 +393,7 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
 
 
 def _expected(shape: tuple[int, int], dtype: str, *, derived: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The arrays of a segment: dtype, and shape of an item."""
+    """Expected arrays of a segment: dtype, and shape of an item."""
     tokens, width = shape
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"tokens": (torch.float16, shape)}
     if dtype == "int8":

@@ -1,8 +1,8 @@
-"""Sketches of an index: the first stage of two that sees tokens, see :mod:`finelip_fast.kernels.clim.sketch`.
+"""Sketches of an index: a first stage that compares tokens, see :mod:`finelip_fast.kernels.clim.sketch`.
 
-``cache`` holds the basis of all sketches, and beside each segment's copies the codes of its items. All of it can be made again
-from the embeddings, and is where it is missing, damaged, or of other embeddings or another basis. The basis is made of a
-sample of the items: while the index is small, anew as often as it has doubled.
+``cache`` holds the basis of all sketches and, beside each segment's copies, the codes of its items. All of it is rebuilt from
+the embeddings if it is missing, damaged, or made from other embeddings or another basis. The basis is computed from a sample
+of the items and, while the index is small, computed again each time that the index has doubled.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class SketchSource:
     """A :class:`finelip_fast.index.search.CandidateSource` that compares all token rows of a view.
 
     Args:
-        view: Whose items.
+        view: View whose items are compared.
         basis: Basis of all sketches.
-        codes: Codes of each segment, as :func:`finelip_fast.kernels.clim.sketch.sketch_items` makes them.
+        codes: Codes of each segment, as :func:`finelip_fast.kernels.clim.sketch.sketch_items` returns them.
     """
 
     def __init__(self, view: View, basis: SketchBasis, codes: list[Tensor]) -> None:
@@ -62,7 +62,7 @@ class SketchSource:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a file that it reads from has become shorter: it must not be used."""
+        """Whether a file that it reads from has become shorter, so that it must not be used."""
         return any(segment.sketch is not None and segment.sketch[0].is_lost for segment in self._segments)
 
     def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
@@ -71,22 +71,22 @@ class SketchSource:
 
 
 class Sketches:
-    """Makes and finds the sketches of an index.
+    """Build and find the sketches of an index.
 
     Args:
-        cache: Folder that keeps them; None: they are made in memory.
+        cache: Folder that stores them; None: they are built in memory.
     """
 
     def __init__(self, cache: Path | None) -> None:
         self._cache, self._lock = cache, threading.Lock()
-        self._basis: tuple[SketchBasis, int, str] | None = None  # with the items that it was made of, and its name
+        self._basis: tuple[SketchBasis, int, str] | None = None  # with its number of sampled items, and its name
         self._source: tuple[View, int, SketchSource] | None = None
 
     def source(self, view: View, bits: int) -> SketchSource:
-        """The first stage for a view with items, of ``bits`` for each column; what is missing is made.
+        """The first stage for a view with items, with ``bits`` per column; what is missing is built.
 
         Raises:
-            InputError: Embeddings too wide for a sketch.
+            InputError: The embeddings are too wide for a sketch.
             StoreError: A segment cannot be read.
         """
         with between_forks(), self._lock:
@@ -116,10 +116,10 @@ class Sketches:
         if self._cache is not None:
             with suppress(StoreError, WriteError):
                 write_arrays(self._cache / BASIS, arrays, sums)
-        return _from_arrays(arrays)[0], sampled, _name(sums)  # as every other process will have it
+        return _from_arrays(arrays)[0], sampled, _name(sums)  # as every other process will read it
 
     def _stored_basis(self) -> tuple[SketchBasis, int, str] | None:
-        """The basis that is kept, compared with its checksums; None: there is none, or no sound one."""
+        """Read the stored basis and verify its checksums; None: it is missing or damaged."""
         if self._cache is None:
             return None
         try:
@@ -128,7 +128,7 @@ class Sketches:
             sums = file_checksums(self._cache / BASIS, contents)
             if sums != {name: contents.notes.get(name) for name in contents.places}:
                 return None
-            # Cloned: it is small, and a file that becomes shorter ends whoever maps it.
+            # Cloned: it is small, and a mapped file that becomes shorter ends the process.
             arrays = {name: values.clone() for name, values in map_arrays(self._cache / BASIS, contents).items()}
             basis, made_of = _from_arrays(arrays)
         except (OSError, KeyError, ValueError, StoreError):
@@ -159,7 +159,7 @@ class Sketches:
 
 
 def _joined(parts: list[Tensor], basis: SketchBasis, tokens: int) -> Iterator[Tensor]:
-    """Blocks, neighbours that are small put together: each takes a dozen operations, however small it is."""
+    """Yield blocks, with small neighbours concatenated: each takes a dozen operations, however small it is."""
     waiting: list[Tensor] = []
     largest, count = basis.block_items(tokens), 0
     for part in parts:
@@ -180,7 +180,7 @@ def _as_arrays(basis: SketchBasis, made_of: int) -> dict[str, Tensor]:
 def _from_arrays(arrays: dict[str, Tensor]) -> tuple[SketchBasis, int]:
     """
     Raises:
-        KeyError, ValueError: Arrays that make no basis.
+        KeyError, ValueError: The arrays are not those of a basis.
     """
     projection, numbers, counts = arrays["projection"], arrays["numbers"], arrays["counts"]
     kinds = [(values.dtype, tuple(values.shape)) for values in (numbers, counts)]

@@ -1,4 +1,4 @@
-"""What every embedding of an index has in common, and what a folder's catalogue says of it."""
+"""The spec of an index: what all its embeddings have in common, and how a folder's catalogue stores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.catalogue import read_spec
 from finelip_fast.index.segments import DTYPES
 
-# What lies in an index folder.
+# Contents of an index folder.
 CATALOGUE, SEGMENTS, CACHE, INCOMING = "catalogue.sqlite", "segments", "cache", "incoming"
 
 StoredDtype = Literal["float16", "int8"]
@@ -24,14 +24,14 @@ _LARGEST_SIZE = 1 << 20  # of L and D
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """What every embedding of an index has in common.
+    """Properties that all embeddings of an index have in common.
 
     Attributes:
-        checkpoint: Fingerprint of the checkpoint that made the embeddings.
-        tokens: ``L``; 1 of a checkpoint without trained aggregators.
+        checkpoint: Fingerprint of the checkpoint that produced the embeddings.
+        tokens: ``L``; 1 for a checkpoint without trained aggregators.
         width: ``D``.
-        alpha: Weight of the global cosine that the checkpoint carries; 1 without trained aggregators.
-        dtype: How embeddings are kept: ``"float16"``, or ``"int8"`` with a scale a row, half the size.
+        alpha: Weight of the global cosine that the checkpoint specifies; 1 without trained aggregators.
+        dtype: Format of stored embeddings: ``"float16"``, or ``"int8"`` with one scale per row, at half the size.
     """
 
     checkpoint: str
@@ -50,25 +50,25 @@ class IndexSpec:
 
     @property
     def is_global(self) -> bool:
-        """Whether the global rows are all that means anything: those of a checkpoint without trained aggregators."""
+        """Whether only the global rows are meaningful, as with a checkpoint without trained aggregators."""
         return self.tokens == 1 or self.alpha == 1
 
     def as_stored(self, folder: str | PathLike[str]) -> IndexSpec:
-        """This spec with the ``L`` of an index folder of the same checkpoint, where the global rows are all that counts.
+        """This spec with the ``L`` of an index folder of the same checkpoint, if only the global rows count.
 
-        Folders of checkpoints without trained aggregators had rows of untrained ones, and keep as many.
+        Folders of checkpoints without trained aggregators used to hold rows of untrained ones, and keep that number.
 
         Raises:
-            StoreError: The folder's catalogue cannot be read, or says what no index can be.
+            StoreError: The folder's catalogue cannot be read, or its spec is invalid.
         """
         stored = stored_spec(folder) if self.is_global else None
         is_same = stored is not None and stored[0].is_global and stored[0].checkpoint == self.checkpoint
         return replace(self, tokens=stored[0].tokens) if stored is not None and is_same else self
 
     def filled(self, embeddings: Tensor) -> Tensor:
-        """Embeddings ``[n, L, D]`` of ``[n, 1, D]``, where only the global rows count and there is room for more.
+        """Expand ``[n, 1, D]`` to ``[n, L, D]``, if only the global rows count and the index has more rows.
 
-        The row is repeated: late interaction of a set of equal rows is that of one of them. Other embeddings stay as they are.
+        The row is repeated: late interaction of equal rows is that of one of them. Other embeddings are returned unchanged.
         """
         if self.is_global and embeddings.ndim == 3 and embeddings.shape[1] == 1:
             return embeddings.expand(-1, self.tokens, -1)
@@ -76,10 +76,10 @@ class IndexSpec:
 
 
 def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:
-    """What an index folder holds, and the checkpoint that it was written with; None where there is no index.
+    """The spec of an index folder, and the checkpoint that it was written with; None if there is no index.
 
     Raises:
-        StoreError: The folder's catalogue cannot be read, or says what no index can be.
+        StoreError: The folder's catalogue cannot be read, or its spec is invalid.
     """
     stored = read_spec(Path(folder) / CATALOGUE)
     return None if stored is None else _checked_spec(stored, folder)
@@ -104,8 +104,7 @@ def _checked_spec(stored: dict[str, Any], folder: str | PathLike[str]) -> tuple[
 
 
 def stored_source(folder: str | PathLike[str]) -> str | None:
-    """The checkpoint that an index folder was written with, as it was named then: empty for the bundled one, None where there
-    is no index.
+    """Name or path that an index folder's checkpoint was opened with: empty for the bundled one, None without an index.
 
     Raises:
         StoreError: The folder's catalogue cannot be read.
@@ -115,7 +114,7 @@ def stored_source(folder: str | PathLike[str]) -> str | None:
 
 
 def stored_dtype(folder: str | PathLike[str]) -> StoredDtype | None:
-    """How an index folder keeps its embeddings; None where there is no index, or it is of a time when all were float16.
+    """Format in which an index folder stores embeddings; None: there is no index, or it is from when all were float16.
 
     Raises:
         StoreError: The folder's catalogue cannot be read.

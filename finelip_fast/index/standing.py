@@ -1,9 +1,9 @@
-"""How far a hit stands out of an index: whether it matches, or is only the best of what is there.
+"""How far a hit stands out in an index: whether it matches, or is only the best available.
 
-Scores have no scale of their own: what is high depends on the checkpoint, on ``alpha`` and on the query. So a score is
-compared with those of the same query and a sample of the items: ``z`` counts standard deviations above their mean. The best of
-``n`` items that have nothing to do with the query lies at about ``sqrt(2 ln n)`` where scores are normally distributed; ``z``
-is divided by that, so that 1 is what chance gives in an index of any size.
+Scores have no absolute scale: what is high depends on the checkpoint, ``alpha`` and the query. So a score is compared with
+those of the same query on a sample of the items: ``z`` is its number of standard deviations above their mean. If scores are
+normally distributed, the best of ``n`` items unrelated to the query is at about ``sqrt(2 ln n)``. ``z`` is divided by that, so
+that 1 is what chance gives in an index of any size.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 SAMPLED = 512  # items that a score is compared with
-FEWEST = 50  # items of which something can be said
+FEWEST = 50  # items that allow a conclusion
 
-# Logistic regression on the ratio of best hits with and without the described picture in the index; the bundled model, 500
-# descriptions each of Scenes' validation split, in indexes of 100, 1,000 and 2,500. The study standing-out fits one anew.
+# Logistic regression on the ratio of best hits with and without the described picture in the index: the bundled model, 500
+# descriptions each from Scenes' validation split, indexes of 100, 1,000 and 2,500. The study standing-out fits a new one.
 CENTRE, SLOPE = 0.955, 33.0
 
 
@@ -26,7 +26,7 @@ def sampled_rows(rows: int, among: Tensor | None) -> Tensor:
 
     Args:
         rows: Number of all rows.
-        among: The only rows that are searched, ascending; None: all.
+        among: Rows that are searched, ascending; None: all.
     """
     count = rows if among is None else len(among)
     if count <= SAMPLED:
@@ -36,15 +36,15 @@ def sampled_rows(rows: int, among: Tensor | None) -> Tensor:
 
 
 def ratios(scores: Tensor, sampled: Tensor, items: int) -> Tensor:
-    """How far scores lie above the mean, as a multiple of what is expected of the best of ``items`` by chance.
+    """Distance of scores above the mean, as a multiple of what chance gives the best of ``items``.
 
     Args:
         scores: ``[Q, k]``.
-        sampled: Scores ``[Q, n]`` of the same queries and a sample of the items.
+        sampled: Scores ``[Q, n]`` of the same queries on a sample of the items.
         items: Number of items that were searched, 2 or more.
 
     Returns:
-        float32 ``[Q, k]``; NaN where all sampled scores are equal.
+        float32 ``[Q, k]``; NaN if all sampled scores are equal.
     """
     deviation, mean = torch.std_mean(sampled.float(), dim=1, keepdim=True)
     z = (scores.float() - mean) / deviation.where(deviation > 1e-6, math.nan)
@@ -52,9 +52,9 @@ def ratios(scores: Tensor, sampled: Tensor, items: int) -> Tensor:
 
 
 def stands_out(scores: Tensor, sampled: Tensor, items: int) -> Tensor:
-    """Probability, as calibrated, that hits match, where half of all queries have a match; arguments as :func:`ratios`.
+    """Calibrated probability that hits match, if half of all queries have a match; arguments as in :func:`ratios`.
 
     Returns:
-        float32 ``[Q, k]`` in [0, 1]; NaN where nothing can be said.
+        float32 ``[Q, k]`` in [0, 1]; NaN if no conclusion is possible.
     """
     return torch.sigmoid(SLOPE * (ratios(scores, sampled, items) - CENTRE))

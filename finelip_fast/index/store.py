@@ -1,8 +1,8 @@
-"""The items of an index: ids, metadata and one matrix ``[L, D]`` each, in order of insertion; in memory or kept in a folder.
+"""The items of an index, in memory or in a folder: id, metadata and one matrix ``[L, D]`` each, in order of insertion.
 
-A folder holds ``catalogue.sqlite``, ``segments/`` with the embeddings, ``cache/`` with what can be made from them again, and
-``incoming/`` with what workers have written and nobody has taken over yet. Several processes may have it open: each sees what
-was acknowledged, and writers wait for each other.
+A folder holds ``catalogue.sqlite``, ``segments/`` with the embeddings, ``cache/`` with data that can be recomputed from them,
+and ``incoming/`` with what workers have written and nobody has taken over yet. Several processes may have it open: each sees
+what was acknowledged, and writers wait for each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Existing = Literal["error", "skip", "replace"]
 
 
 class Written(NamedTuple):
-    """A segment that a worker wrote: what :func:`finelip_fast.index.segments.write_segment` returned, and whose it is."""
+    """A segment that a worker wrote: results of :func:`finelip_fast.index.segments.write_segment`, ids and metadata."""
 
     name: str
     ids: list[str]
@@ -46,14 +46,14 @@ class Written(NamedTuple):
 
 
 class Store:
-    """What keeps the items of a :class:`finelip_fast.index.Index`: its versions, and the changes that lead to them.
+    """Storage of the items of a :class:`finelip_fast.index.Index`: its versions, and the changes that lead to them.
 
-    May be used from several threads. Arguments and errors are those of the index.
+    It may be used from several threads. Arguments and errors are those of the index.
 
     Attributes:
-        folder, segments_folder, cache_folder: Where things are; None: in memory, or the folder cannot be written to.
-        fixed: The version that was asked for; None: the newest.
-        damaged: Reasons why segments cannot be read, by their names, with ``skip_damaged``.
+        folder, segments_folder, cache_folder: Folders of the index; None: in memory, or the folder cannot be written to.
+        fixed: Requested version; None: the newest.
+        damaged: Reasons why segments cannot be read, by segment name, with ``skip_damaged``.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Store:
         self.spec, self.source, self.device = spec, source, find_device(device)
         self.damaged: dict[str, str] = {}
         self.fixed, self._skip_damaged, self._verify = version, skip_damaged, verify
-        # Where it is, wherever this process goes.
+        # Absolute, so that it stays valid if this process changes its working directory.
         self.folder = None if folder is None else folder_path("folder", folder).absolute()
         self._new_locks()
         self._opened: dict[str, Segment] = {}
@@ -97,7 +97,7 @@ class Store:
         survive_forks(self)
 
     def _new_locks(self) -> None:
-        self.lock = threading.RLock()  # of upkeep, which runs once at a time; who reads does not take it
+        self.lock = threading.RLock()  # for upkeep, which runs once at a time; readers do not take it
         self.view_lock = threading.RLock()
 
     def before_fork(self) -> None:
@@ -105,7 +105,7 @@ class Store:
 
     def after_fork(self) -> None:
         self._new_locks()
-        torch.set_num_threads(1)  # the parent's threads are not here, and OpenMP would wait for them for ever
+        torch.set_num_threads(1)  # the parent's threads are missing here, and OpenMP would wait for them forever
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
@@ -116,7 +116,7 @@ class Store:
         options |= {"skip_damaged": self._skip_damaged, "verify": self._verify}
         return _reopened, (type(self), self.spec, self.folder, options)
 
-    # What is there -----------------------------------------------------------------------------------------------------
+    # Contents ----------------------------------------------------------------------------------------------------------
 
     @property
     def catalogue(self) -> Catalogue:
@@ -130,10 +130,10 @@ class Store:
         return self._catalogue
 
     def view(self) -> View:
-        """The newest version, or that which was asked for; what other processes have changed is taken up.
+        """The newest version, or the requested one; changes by other processes are included.
 
         Raises:
-            StoreError: The index is closed; or a segment cannot be read, or that version is no more.
+            StoreError: The index is closed, a segment cannot be read, or the version no longer exists.
         """
         with between_forks(), self.view_lock:
             newest = self.catalogue.version
@@ -142,7 +142,7 @@ class Store:
             return self._view
 
     def load(self) -> View:
-        """The version as the catalogue has it now, inside a change as it will be."""
+        """Load the version as the catalogue has it now or, within a change, as it will be."""
         while True:
             layout = self.catalogue.layout(self.fixed)
             try:
@@ -157,7 +157,7 @@ class Store:
 
     def _open(self, layout: Layout) -> View:
         with between_forks(), self.view_lock:
-            if self.folder is not None:  # in memory there is nothing but what is opened
+            if self.folder is not None:  # in memory, opened segments are the only ones
                 names = {row.name for row in layout.segments}
                 self._opened = {name: segment for name, segment in self._opened.items() if name in names}
             self.damaged = {}
@@ -189,7 +189,7 @@ class Store:
     def open_segment(self, row: SegmentRow) -> Segment:
         """
         Raises:
-            FileNotFoundError, StoreError: Where :func:`finelip_fast.index.segments.open_segment` raises it.
+            FileNotFoundError, StoreError: The same cases as in :func:`finelip_fast.index.segments.open_segment`.
         """
         shape = (self.spec.tokens, self.spec.width)
         return open_segment(self.segments_folder, row.name, rows=row.rows, shape=shape, dtype=self.spec.dtype)
@@ -213,7 +213,7 @@ class Store:
         *,
         existing: Existing = "error",
     ) -> list[str]:
-        """Append items, all in one change; returns the ids that were added."""
+        """Append items, all in one change, and return the ids that were added."""
         one_of("existing", existing, get_args(Existing))
         ids, metadata = listed("ids", ids), listed("metadata", metadata)
         check_ids(ids)
@@ -247,7 +247,7 @@ class Store:
 
     @property
     def incoming(self) -> Path:
-        """The folder for what workers write; made if missing."""
+        """Folder for what workers write; created if missing."""
         if self.folder is None:
             raise InputError("expected an index with a folder for workers to write to, got one in memory")
         folder = self.folder / INCOMING
@@ -258,7 +258,7 @@ class Store:
         return folder
 
     def adopt(self, segments: Sequence[Written], *, existing: Existing = "error") -> None:
-        """Append what workers wrote, all of it in one change."""
+        """Append what workers wrote, all in one change."""
         one_of("existing", existing, ("error", "replace"))
         self.refuse_if_fixed()
         incoming = self.incoming
@@ -276,7 +276,7 @@ class Store:
                     name = plain_name(segment.name, incoming, error=StoreError)
                     opened = open_segment(incoming, name, rows=len(segment.ids), shape=shape, dtype=self.spec.dtype)
                     check_embeddings(segment.ids, opened.embeddings(slice(None)))
-                    with suppress(FileExistsError):  # of a change that failed
+                    with suppress(FileExistsError):  # from a change that failed
                         os.link(
                             incoming / segment.name, self.segments_folder / segment.name
                         )  # not moved: this may fail too
@@ -291,11 +291,11 @@ class Store:
 
     @contextmanager
     def _written(self) -> Iterator[list[str]]:
-        """Takes names of new segments, and removes their files where the change fails."""
+        """Collect names of new segments, and remove their files if the change fails."""
         names: list[str] = []
         try:
             yield names
-        except Exception:  # not of a signal, after which the change may be there
+        except Exception:  # not after a signal, when the change may have been made
             with suppress(FineLIPError):
                 for name in {*names} - {row.name for row in self.catalogue.layout().segments}:
                     self._opened.pop(name, None)
@@ -304,7 +304,7 @@ class Store:
             raise
 
     def _write(self, arrays: dict[str, Tensor]) -> tuple[str, Sequence[int | None]]:
-        """A new segment, and its checksums."""
+        """Write a new segment; return its name and its checksums."""
         if self.folder is not None:
             return write_segment(self.segments_folder, arrays)
         name = uuid.uuid4().hex
@@ -312,7 +312,7 @@ class Store:
         return name, [None] * len(self._opened[name])
 
     def relabel(self, ids: Sequence[str], new_ids: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        """Give items other ids and metadata, all in one change; their embeddings stay, to the bit."""
+        """Give items new ids and metadata, all in one change; their embeddings stay identical to the bit."""
         ids, new_ids, metadata = strings("ids", ids), listed("new_ids", new_ids), listed("metadata", metadata)
         check_ids(ids)
         check_ids(new_ids)
@@ -330,7 +330,7 @@ class Store:
                 raise taken(occupied)
             view = self.load()
             items = self.catalogue.at(positions, view.version) or {}
-            view.refuse_damaged(items.values())  # a new checksum would hide what is wrong with it
+            view.refuse_damaged(items.values())  # a new checksum would hide the damage
             self.catalogue.remove(positions)
             name, crcs = self._write(view.arrays_at(positions))
             names.append(name)
@@ -338,7 +338,7 @@ class Store:
         self.reload()
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take items out."""
+        """Remove items."""
         self.refuse_if_fixed()
         ids = strings("ids", ids)
         if not ids:
@@ -348,10 +348,10 @@ class Store:
         self.reload()
 
     def _positions(self, ids: Sequence[str]) -> list[int]:
-        """Inside a change: where items are.
+        """Within a change, the positions of items.
 
         Raises:
-            InputError: An id that is not there.
+            InputError: An id does not exist.
         """
         present = self.catalogue.find(ids)
         absent = [item for item in ids if item not in present]
@@ -362,7 +362,7 @@ class Store:
         return [present[item] for item in ids]
 
     def reload(self) -> None:
-        """After an own change."""
+        """Take up a change made by this object."""
         self.view()
 
     def refuse_if_fixed(self) -> None:
@@ -399,5 +399,5 @@ def _prepare_folder(folder: Path) -> None:
 
 
 def _reopened(kind: type[Store], spec: IndexSpec, folder: Path, options: dict[str, Any]) -> Store:
-    """An index that was pickled, opened as it was."""
+    """Open a pickled index as it was opened before."""
     return kind(spec, folder, **options)

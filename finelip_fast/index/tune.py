@@ -1,4 +1,4 @@
-"""What searching in two stages loses on an index, measured; the choice is kept with the index."""
+"""Measure what two-stage search loses on an index; the chosen settings are stored with the index."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from finelip_fast.index.view import View
 
 CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)
 
-# Queries whose time is taken; more would not move the median.
+# Number of queries that are timed; more would not change the median.
 _TIMED = 15
 
 
 class Trial(NamedTuple):
-    """A first stage that was tried: agreement and change of recall@1 (None: no answers) as in :class:`Tuning`."""
+    """A first stage that was tried; agreement and change in recall@1 (None: no answers) are as in :class:`Tuning`."""
 
     mode: TwoStages
     candidates: int
     agreement: float
     recall_change: float | None
-    milliseconds: float  # of a query, the median
+    milliseconds: float  # median per query
 
 
 def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
-    """Embeddings of items of the index, spread by chance, to tune with when no real queries are at hand.
+    """Embeddings of randomly chosen items of the index, for tuning when no real queries are available.
 
-    Pictures that search for pictures: their ranking is not that of texts, so real queries are better.
+    These are pictures that search for pictures. They rank differently from texts, so real queries are better.
 
     Raises:
-        InputError: An empty index.
+        InputError: The index is empty.
     """
     view = index._store.view()
     if not len(view):
@@ -62,28 +62,29 @@ def tune(
     modes: Sequence[TwoStages] | None = None,
     progress: bool = True,
 ) -> tuple[Tuning, list[Trial]]:
-    """Find which first stage a search in two needs, and how many candidates; and keep the choice with the index.
+    """Choose the first stage and the number of candidates for two-stage search, and store the choice with the index.
 
     Args:
         index: Index to search.
-        queries: Embeddings ``[Q, L, D]`` like those that will be searched for.
-        answers: The id of the right item of each, for the change of recall@1; None: not known.
-        agreement: Wanted mean share of the exact ``k`` best. Of each mode the least number of candidates that gives it counts,
-            or the largest of all; of the modes that give it the fastest is chosen, else the one that gives most.
-        k: Hits to compare.
+        queries: Embeddings ``[Q, L, D]`` like those of real queries.
+        answers: Id of the correct item for each query, to measure the change in recall@1; None: not known.
+        agreement: Target for the mean share of the exact ``k`` best that are found. Each mode uses the smallest number of
+            candidates that reaches it, or the largest tried. The fastest mode that reaches it is chosen, or else the one with
+            the highest agreement.
+        k: Number of hits to compare.
         alpha: Weight of the global cosine; None: the index's.
-        candidates: Numbers to try; those beyond the number of items are left out.
+        candidates: Numbers of candidates to try; those not below the number of items are left out.
         modes: First stages to try; None: ``two-stage``, and ``sketch`` if the index has sketches
             (:meth:`finelip_fast.index.Index.build_sketches`).
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What was chosen, and all that was tried.
+        The choice, and all trials.
 
     Raises:
-        InputError: No queries, answers of another number or that are not in the index, no such mode, or an index too small to
-            choose from.
-        StoreError: The choice cannot be kept.
+        InputError: There are no queries, the answers differ from them in number or are not in the index, a mode is unknown, or
+            the index is too small to choose from.
+        StoreError: The choice cannot be stored.
     """
     view = index._store.view()
     alpha = index.spec.alpha if alpha is None else alpha
@@ -106,7 +107,7 @@ def tune(
         trials: list[Trial] = []
         for mode, number in product(modes, tried):
             if any(trial.mode == mode and trial.agreement >= agreement for trial in trials):
-                continue  # more would only take longer
+                continue  # more candidates would only take longer
             source = index._first_stage(view, mode, alpha)
             two_stages = partial(best_rows, view, k=k, alpha=alpha, mode=mode, candidates=number, source=source)
             numbers = _search(two_stages, queries, bar)

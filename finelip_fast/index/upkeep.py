@@ -1,8 +1,8 @@
-"""Looking after an index folder: checking, repairing, compacting, copying.
+"""Maintain an index folder: check, repair, compact and copy it.
 
-What another process may still need is never removed. A segment goes when a change has replaced it, which the catalogue notes
-in that change; a temporary file when no one holds its lock; a worker's files when their job is over. No clock is asked. A
-segment that nothing names stays: it may be all that is left of changes whose record was damaged.
+Nothing that another process may still need is removed. A segment is removed once a change has replaced it, which the catalogue
+notes in the same change; a temporary file once no one holds its lock; a worker's files once their job is over. No decision
+depends on a clock. A segment that nothing names stays: it may be all that is left of changes whose record was damaged.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from finelip_fast.index.spec import CACHE, CATALOGUE, INCOMING, SEGMENTS
 from finelip_fast.index.store import Store
 from finelip_fast.index.view import View
 
-# What compaction makes of small segments, in bytes; one of at least half of it is left alone.
+# Size that compaction merges small segments to, in bytes; a segment of at least half of it is left alone.
 _FULL = 1 << 29
-# Of the newest segments, how many are too many, and by how much the next may be larger than these to be one with them.
+# Number of newest segments that are too many, and how many times as large as these the next may be to be merged with them.
 _MANY, _GROWTH = 64, 2
 _WARNED_OF = 1_000  # segments
-_REPLACED = "replaced"  # the note in the catalogue of segments that a change has replaced
-_OUTDATED = ("globals.faiss", "globals.json")  # of a time when faiss kept its own files
+_REPLACED = "replaced"  # key of the catalogue's note of segments that a change has replaced
+_OUTDATED = ("globals.faiss", "globals.json")  # from when faiss kept its own files
 # A job of workers holds the lock of ``NAME.lock`` in ``incoming``; the names of its files begin with ``NAME-``.
 JOB = "job-"
 
@@ -56,16 +56,16 @@ class Damage(NamedTuple):
 
 
 def maintain(store: Store) -> dict[str, int]:
-    """Put a folder in order: few segments without gaps, and no file that nothing needs.
+    """Compact a folder to few segments without gaps, and remove files that nothing needs.
 
-    Older versions can no longer be opened afterwards. The order of items and the results of searches stay.
+    Older versions can no longer be opened afterwards. The order of items and the results of searches do not change.
 
     Returns:
-        ``segments`` before and ``after``, ``strays`` (segments that nothing names, which stay: see :func:`repair`), and
-        ``bytes`` that became free.
+        Number of ``segments`` before and ``after``, of ``strays`` (segments that nothing names, which stay: see
+        :func:`repair`), and of freed ``bytes``.
 
     Raises:
-        StoreError: Where :meth:`add` raises it; or an item is damaged, which a new checksum would hide.
+        StoreError: The same cases as in :meth:`add`; or an item is damaged, which a new checksum would hide.
     """
     store.refuse_if_fixed()
     if store.folder is None:
@@ -86,14 +86,14 @@ def maintain(store: Store) -> dict[str, int]:
 
 
 def compact_recent(store: Store) -> None:
-    """Make one of the newest segments where many small ones have come; what is before them stays, gaps and all.
+    """Merge the newest segments into one if there are many small ones; those before them stay, gaps included.
 
-    For who adds a few items at a time and goes on for long: every segment takes memory, and a part of each search's and each
-    change's time. A row is moved a few times at most. Older versions can no longer be opened afterwards. Where an item is
-    damaged, nothing is done: a new checksum would hide it.
+    This is for programs that keep adding a few items at a time: every segment takes memory, and adds to the time of each
+    search and each change. A row is moved a few times at most. Older versions can no longer be opened afterwards. If an item
+    is damaged, nothing is done, because a new checksum would hide it.
 
     Raises:
-        StoreError: Where :meth:`add` raises it.
+        StoreError: The same cases as in :meth:`add`.
     """
     store.refuse_if_fixed()
     if store.folder is None or len(_recent(store.view())) < _MANY:
@@ -111,27 +111,27 @@ def compact_recent(store: Store) -> None:
 
 
 def warn_of_many(store: Store) -> None:
-    """Warn of many small segments, each time that so many more have come."""
+    """Warn of many small segments, each time that ``_WARNED_OF`` more have been added."""
     view = store.view()
     count = len(view.segments)
     if store.folder is not None and count and count % _WARNED_OF == 0 and len(_recent(view)) >= _MANY:
         warnings.warn(
             f"{store.folder} has {count} segments, one of each addition: searches and changes take longer with every one. Add "
             f"more items at a time, join them by index.compact_recent(), or run {remedies.maintain(store.folder)}",
-            stacklevel=3,  # who calls Index.add
+            stacklevel=3,  # the caller of Index.add
         )
 
 
 def repair(store: Store) -> dict[str, str]:
-    """Take out all items that are damaged or whose segments are gone, and keep the others; index them again then.
+    """Remove all items that are damaged or whose segments are gone, and keep the others; index the removed ones again.
 
     Older versions can no longer be opened afterwards.
 
     Returns:
-        What was wrong with each, by its id.
+        What was wrong with each removed item, by id.
 
     Raises:
-        StoreError: The disk refuses; nothing was taken out.
+        StoreError: Writing fails; nothing was removed.
     """
     store.refuse_if_fixed()
     with store.lock:
@@ -150,7 +150,7 @@ def repair(store: Store) -> dict[str, str]:
 
 
 def _rewrite(store: Store, view: View, runs: Sequence[list[int]], first: int = 0) -> int:
-    """Inside a change: make one segment of each run; how many there are then.
+    """Within a change, merge each run into one segment, and return the number of segments that remain.
 
     From the position ``first`` on, no other segment may have gaps.
     """
@@ -175,12 +175,12 @@ def _rewrite(store: Store, view: View, runs: Sequence[list[int]], first: int = 0
 
 
 def retire(store: Store, names: Iterable[str]) -> None:
-    """Inside a change: note that the files of segments may go."""
+    """Within a change, note that the files of segments may be removed."""
     store.catalogue.keep(_REPLACED, sorted({*_replaced(store), *names}))
 
 
 def _replaced(store: Store) -> list[str]:
-    """Names of segments that changes have replaced and whose files may still be there."""
+    """Names of segments that changes have replaced and whose files may still exist."""
     names = store.catalogue.note(_REPLACED) or []
     where = f"the catalogue of {store.folder}, note {_REPLACED!r}"
     if not isinstance(names, list):
@@ -189,7 +189,7 @@ def _replaced(store: Store) -> list[str]:
 
 
 def _sweep(store: Store) -> None:
-    """Remove what no one needs: see the module."""
+    """Remove files that nothing needs, see the module."""
     assert store.folder is not None
     cache, incoming = store.folder / CACHE, store.folder / INCOMING
     with store.catalogue.undisturbed():
@@ -205,7 +205,7 @@ def _sweep(store: Store) -> None:
             if path.name not in named_copies and (path.suffix in (".safetensors", ".part") or path.name in _OUTDATED):
                 _remove(path)
         for path in files_in(incoming):
-            if path.name in in_catalogue:  # taken over by a process that was killed then
+            if path.name in in_catalogue:  # adopted by a process that was then killed
                 _remove(path)
     for folder in (store.segments_folder, cache, incoming):
         remove_abandoned(folder)
@@ -213,7 +213,7 @@ def _sweep(store: Store) -> None:
 
 
 def _remove_finished_jobs(incoming: Path) -> None:
-    """Remove the files of jobs whose processes are gone: their locks are free, or gone too, as they go last."""
+    """Remove the files of jobs whose processes are gone: their lock files, removed last, are unlocked or gone."""
     files = [path for path in files_in(incoming) if path.name.startswith(JOB)]
     for path in files:
         if path.suffix == ".lock":
@@ -231,10 +231,10 @@ def _remove_job(files: Iterable[Path], job: str) -> None:
 
 
 def unnamed(store: Store) -> list[str]:
-    """Segments that no version names: of changes that never ended, or whose record is lost."""
+    """Segments that no version names, from changes that never finished or whose record is lost."""
     if store.folder is None:
         return []
-    # The files of a change that has not ended are not taken for others; where none can be made, none is.
+    # Wait for changes in progress, whose files are not named yet; where no change can be made, there are none.
     with nullcontext() if store.catalogue.read_only else store.catalogue.undisturbed():
         in_catalogue = {row.name for row in store.catalogue.layout().segments} | set(_replaced(store))
         files = files_in(store.segments_folder)
@@ -242,13 +242,13 @@ def unnamed(store: Store) -> list[str]:
 
 
 def check(store: Store) -> dict[str, str]:
-    """Read every item of a folder again and compare it with its checksum; copies in int8 that are not of it are removed.
+    """Read every item of a folder again and verify its checksum; cached copies of other embeddings are removed.
 
     Returns:
-        What is wrong with each damaged item, by its id; empty: all is as it was written.
+        What is wrong with each damaged item, by id; empty: everything is as it was written.
 
     Raises:
-        StoreError: The catalogue is damaged; or a segment cannot be read now, for want of memory, open files or permission.
+        StoreError: The catalogue is damaged; or a segment cannot be read now, for lack of memory, open files or permission.
     """
     if store.folder is None:
         return {}
@@ -265,16 +265,16 @@ def check(store: Store) -> dict[str, str]:
         except StoreError:
             if store.fixed is not None or store.catalogue.oldest <= version:
                 raise
-        # Another process has compacted the index meanwhile: what it has written is still to be read.
+        # Another process has compacted the index meanwhile: what it wrote must still be read.
 
 
 def _damaged(store: Store, version: int, segments: Iterable[SegmentRow], sound: set[str] | None = None) -> list[Damage]:
-    """What is wrong with the items of some segments; ``sound`` gets the names of those that have nothing."""
+    """Damage to the items of some segments; names of undamaged segments are added to ``sound``."""
     damaged = []
     for row in segments:
         items = {item.position - row.first: item for item in store.catalogue.items(version, within=row)}
         try:
-            segment = store.open_segment(row)  # anew: what was mapped may be older than the damage
+            segment = store.open_segment(row)  # again: an open mapping may be older than the damage
             wrong = segment.damaged([items[at].crc if at in items else None for at in range(row.rows)])
             reasons = {at: f"row {at} of segment {row.name} {reason}" for at, reason in wrong.items()}
             if store.cache_folder:
@@ -298,14 +298,14 @@ def _refusal(store: Store, damaged: list[Damage]) -> StoreError:
 
 
 def snapshot(store: Store, folder: str | PathLike[str]) -> None:
-    """Copy a folder's index, all its versions, as it is on the disk now; it can be taken to another machine.
+    """Copy a folder's index with all its versions, as it is on disk now; the copy can be moved to another machine.
 
     Args:
-        folder: Where to; new or empty.
+        folder: Target folder; new or empty.
 
     Raises:
-        InputError: An index in memory.
-        StoreError: A folder that is not empty, an item is damaged, or the disk refuses.
+        InputError: The index is in memory.
+        StoreError: The target folder is not empty, an item is damaged, or writing fails.
     """
     if store.folder is None:
         raise InputError("expected an index with a folder to take a snapshot of, got one in memory")
@@ -326,7 +326,7 @@ def snapshot(store: Store, folder: str | PathLike[str]) -> None:
             raise StoreError(f"expected a new or empty folder for a snapshot, got {target} with files in it")
         (target / SEGMENTS).mkdir()
         try:
-            catalogue.copy(target / CATALOGUE, copy_segments)  # last: before, the folder is no index
+            catalogue.copy(target / CATALOGUE, copy_segments)  # last: until then, the folder is not an index
         except BaseException:
             for path in [*files_in(target / SEGMENTS), target / CATALOGUE]:
                 path.unlink(missing_ok=True)
@@ -344,7 +344,7 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def _runs(view: View) -> list[list[int]]:
-    """Neighbouring segments that compaction makes one of: small ones, and any with gaps."""
+    """Neighbouring segments that compaction merges: small ones, and any with gaps."""
     runs: list[list[int]] = []
     run: list[int] = []
     size = 0
@@ -365,7 +365,7 @@ def _runs(view: View) -> list[list[int]]:
 
 
 def _recent(view: View) -> list[int]:
-    """The newest segments, as far as each is at most twice as large as all behind it."""
+    """The newest segments, as long as each is at most twice as large as all newer ones together."""
     run: list[int] = []
     size = 0
     for at in reversed(range(len(view.segments))):

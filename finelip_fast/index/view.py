@@ -1,4 +1,4 @@
-"""A view: one version of an index, ready to search; it never changes."""
+"""A view: one immutable version of an index, ready to search."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from finelip_fast.index.standing import sampled_rows
 from finelip_fast.kernels import QuantizedItems, quantize
 from finelip_fast.kernels.clim.rows import Pieces, is_gpu
 
-# More pieces than this are put together once, rather than gone through at each search.
+# More pieces than this are concatenated once, instead of being iterated over in each search.
 _MOST_PIECES = 32
-# Files that are read from at the same time; systems allow 1024 or less.
+# Files that are read from at the same time; systems allow 1024 or fewer.
 _OPEN_FILES = 128
 
 
 class View:
-    """The segments of a version, and which of their rows are items.
+    """The segments of a version, and the rows in them that are items.
 
     A *row* counts all rows of all segments, as the kernels do; a *position* is the catalogue's; the *number* of an item counts
-    those that are there, in order of insertion.
+    existing items in order of insertion.
 
     Args:
-        layout: What the catalogue says.
-        segments: Those of the layout, opened.
-        device: Where to search.
-        cache: Folder of what can be made again; None: none.
+        layout: Layout from the catalogue.
+        segments: Opened segments of the layout.
+        device: Device that searches.
+        cache: Folder for data that can be recomputed; None: there is none.
     """
 
     def __init__(self, layout: Layout, segments: Sequence[Segment], device: torch.device, cache: Path | None) -> None:
@@ -65,7 +65,7 @@ class View:
         return alive.nonzero()[:, 0]
 
     def living_in(self, segment: int) -> Tensor:
-        """The rows of one segment, counted from its first, that are items."""
+        """The rows of one segment that are items, counted from its first row."""
         start, stop = self._offsets[segment : segment + 2].tolist()
         if self.living is None:
             return torch.arange(stop - start)
@@ -78,7 +78,7 @@ class View:
         return len(self.living_in(segment)) == len(self.segments[segment]) and self.segments[segment].is_current
 
     def rows_at(self, positions: Sequence[int]) -> Tensor:
-        """Rows of ascending positions; what lies in no segment of the view is left out."""
+        """Rows of ascending positions; positions in no segment of the view are left out."""
         at = torch.tensor(positions, dtype=torch.int64)
         if not len(self.segments):
             return at[:0]
@@ -98,8 +98,8 @@ class View:
         """Embeddings ``[m, L, D]`` of rows in any order, from the disk if they are not in memory.
 
         Raises:
-            FileNotFoundError: A segment is gone, since another process has compacted the index.
-            StoreError: One cannot be read.
+            FileNotFoundError: A segment is gone, because another process has compacted the index.
+            StoreError: A segment cannot be read.
         """
         if not len(rows):
             return torch.empty(0, 0, 0, dtype=torch.float16)
@@ -124,14 +124,14 @@ class View:
 
     @cached_property
     def sample(self) -> tuple[Tensor, Tensor]:
-        """A few items, evenly spread, that every search compares its scores with: int8 and its scales, on the device."""
+        """An evenly spread sample of items that every search compares its scores with: int8 and scales, on the device."""
         return quantize(self.read(sampled_rows(self.rows, self.living)).to(self.device))
 
     def refuse_shortened(self) -> None:
-        """Look whether what is mapped is still as long as it was: where it is not, a search would end the process.
+        """Check that mapped files have not become shorter, since a search would then end the process.
 
         Raises:
-            StoreError: It is not.
+            StoreError: A segment has become shorter.
         """
         for segment in self.segments:
             segment.refuse_shortened()
@@ -139,10 +139,10 @@ class View:
                 vars(self).pop("quantized", None)
 
     def refuse_damaged(self, items: Iterable[Item]) -> None:
-        """Compare the embeddings of items that were found with their checksums, where they have any.
+        """Compare the embeddings of found items with their checksums, if they have any.
 
         Raises:
-            StoreError: One differs; names it.
+            StoreError: An embedding differs; the message names the item.
         """
         for item in items:
             at = int(torch.searchsorted(self._firsts, item.position, right=True)) - 1
@@ -154,7 +154,7 @@ class View:
                 )
 
     def arrays_at(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """What a segment holds of the items at these positions, in their order; embeddings stay, to the bit."""
+        """Arrays of a segment with the items at these positions, in their order; embeddings are identical to the bit."""
         at = torch.tensor(positions, dtype=torch.int64)
         segments = torch.searchsorted(self._firsts, at, right=True) - 1
         numbers, counts = segments.unique_consecutive(return_counts=True)
@@ -163,26 +163,26 @@ class View:
 
     @cached_property
     def tokens(self) -> list[Tensor] | None:
-        """All embeddings: a piece a segment, mapped; on a GPU, if they fit, in few. None: they are kept in int8 alone."""
+        """All embeddings: one mapped piece per segment, or few pieces on a GPU if they fit. None: only int8 is stored."""
         if not all("tokens" in segment.arrays for segment in self.segments):
             return None
         return self._resident("tokens", [segment.arrays["tokens"] for segment in self.segments])
 
     @cached_property
     def anchors(self) -> list[Tensor]:
-        """Global embeddings ``[n, 1, D]``, float16 as they are kept, in pieces as :attr:`tokens`."""
+        """Global embeddings ``[n, 1, D]``, float16 as stored, in pieces as in :attr:`tokens`."""
         return self._resident("anchors", [segment.anchors for segment in self.segments])
 
     @cached_property
     def quantized(self) -> QuantizedItems:
-        """All embeddings in int8, made where they are not there yet: a quarter of an hour for a million items on two cores."""
+        """All embeddings in int8, computed if missing: a quarter of an hour for a million items on two cores."""
         parts = [segment.quantized(self.cache) for segment in self.segments]
         fields = ((f"int8 {name}", [getattr(part, name) for part in parts]) for name in QuantizedItems._fields)
         return QuantizedItems(*(self._resident(name, pieces) for name, pieces in fields))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the int8 copies are there already."""
+        """Whether the int8 copies exist already."""
         return "quantized" in vars(self) or all(segment.is_quantized(self.cache) for segment in self.segments)
 
     @cached_property
@@ -198,7 +198,7 @@ class View:
         return values, scales
 
     def _resident(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
-        """What every segment has under a name: joined on the GPU, if there is one and they fit."""
+        """The pieces of one name, one per segment; joined on the GPU if there is one and they fit."""
         if not pieces or not is_gpu(self.device):
             return pieces
         return resident(name, pieces, [segment.copies for segment in self.segments], self.device)

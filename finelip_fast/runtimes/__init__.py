@@ -1,1 +1,1 @@
-"""What lies beside a checkpoint: exported encoders with a manifest, and what runs each kind of file."""
+"""Exported encoders beside a checkpoint, with their manifest, and the code that runs each kind of file."""

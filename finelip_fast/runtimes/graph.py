@@ -1,4 +1,4 @@
-"""What an ONNX file holds, seen before anything runs it: what it takes and gives, its operators, and files beside it.
+"""Inspection of an ONNX file before anything runs it: its inputs and outputs, its operators, and the files beside it.
 
 ============  =====================================================  ==============================================
 graph         input                                                  output, float32
@@ -29,28 +29,28 @@ except ImportError as error:
 
 _DOMAINS = ("", "ai.onnx")  # of ONNX's own operators
 
-# Fields of onnx.proto by number: from a model to the values of its graph's constants.
+# Field numbers in onnx.proto, from a model to the values of its graph's constants.
 _WEIGHTS = (7, 5, 9)
-# Bytes of a graph beside those: nodes take many times as much memory, and the largest model has a tenth of it.
+# Most bytes of a graph besides those: nodes take many times as much memory, and the largest model has a tenth of this.
 _LARGEST_REST = 1 << 22
 
 
 class Port(NamedTuple):
-    """An input or output: its element type by ONNX's name, and its axes, named where they are free."""
+    """An input or output: its element type by ONNX's name, and its axes, with names for free ones."""
 
     dtype: str
     axes: tuple[str | int, ...]
 
 
 class Interface(NamedTuple):
-    """What a graph takes and gives."""
+    """Inputs and outputs of a graph."""
 
     inputs: dict[str, Port]
     outputs: dict[str, Port]
 
 
 def interface(graph: str, config: FineLIPConfig) -> Interface:
-    """What a graph of this model must take and give; ``graph`` is a name of the module's table."""
+    """Inputs and outputs that a graph of this model must have; ``graph`` is a name from the module's table."""
     side, rows, width = config.image_size, config.tokens, config.embed_dim
     embeddings = {"embeddings": Port("FLOAT", ("batch", rows, width))}
     return {
@@ -65,16 +65,16 @@ def interface(graph: str, config: FineLIPConfig) -> Interface:
 
 
 def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
-    """The graph in a file's content; weights beside it stay there.
+    """Parse the graph in a file's content; weights in files beside it are not loaded.
 
     Args:
         content: Content of the file.
-        name: What messages call it.
-        weights: Keep the values of the graph's constants; without them it takes next to no time and memory.
+        name: Name of the file in messages.
+        weights: Whether to keep the values of the graph's constants; without, parsing takes next to no time and memory.
 
     Raises:
-        EngineError: It is no graph, or holds what no export has: operators of another domain than ONNX's own, functions,
-            weights in a file that is not beside it, or many times more than the nodes of a large model.
+        EngineError: The content is not a graph, or has what no export has: operators of another domain than ONNX's own,
+            functions, weights in a file that is not beside it, or many times more than the nodes of a large model.
     """
     try:
         rest = _without_weights(memoryview(content))
@@ -93,10 +93,10 @@ def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
 
 
 def _without_weights(message: memoryview, fields: Sequence[int] = _WEIGHTS, room: int = _LARGEST_REST) -> bytes:
-    """A message of protobuf without the field that a path of numbers leads to.
+    """Remove the field that a path of field numbers leads to from a protobuf message.
 
     Raises:
-        ValueError: It is cut off, or what is left has more bytes than there is room.
+        ValueError: The message is cut off, or more than ``room`` bytes are left.
     """
     parts: list[bytes | memoryview] = []
     at = 0
@@ -129,7 +129,7 @@ def _without_weights(message: memoryview, fields: Sequence[int] = _WEIGHTS, room
 
 
 def _number(message: memoryview, at: int) -> tuple[int, int]:
-    """The number that starts at a place, seven bits a byte, and the place behind it."""
+    """Read the number that starts at a position, seven bits per byte; also return the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at == len(message):
@@ -150,10 +150,10 @@ def _varint(value: int) -> bytes:
 
 
 def external_files(proto: ModelProto, name: str) -> list[str]:
-    """Names of the files beside a graph that its weights are in, each once.
+    """Names of the files beside a graph that hold its weights, each once.
 
     Raises:
-        EngineError: One that leads elsewhere.
+        EngineError: A name that leads elsewhere.
     """
     names: dict[str, None] = {}
     for tensor in _tensors(proto.graph):
@@ -164,7 +164,7 @@ def external_files(proto: ModelProto, name: str) -> list[str]:
 
 
 def interface_problems(graph: ModelProto, name: str, config: FineLIPConfig) -> list[str]:
-    """How names, axes and element types differ from what the graph's name promises; none: they are right."""
+    """Describe how names, axes and element types differ from what the graph's name promises; empty if they are right."""
     expected = interface(name, config)
     weights = {tensor.name for tensor in graph.graph.initializer}
     wrong = []
@@ -191,7 +191,7 @@ def interface_problems(graph: ModelProto, name: str, config: FineLIPConfig) -> l
 
 
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes, those of inner graphs as well."""
+    """Yield all nodes, including those of inner graphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -200,7 +200,7 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """All constants, wherever they can be."""
+    """Yield all constants, wherever they can be."""
     sparse = list(graph.sparse_initializer)
     yield from graph.initializer
     for node in graph.node:

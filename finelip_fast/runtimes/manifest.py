@@ -1,11 +1,11 @@
-"""Exports: encoders in another runtime's files, kept beside their checkpoint, each set in a folder of its own::
+"""Exports: encoders in files for another runtime, kept beside their checkpoint, each set in its own folder::
 
     CHECKPOINT/exports/
         onnx-fp32/          image.onnx  text.onnx  manifest.json  parity.json  parity.md
         trt-fp16-sm89/      image.plan  text.plan  manifest.json  …
 
-The manifest says what the files were made from and for, and whether they proved to give the model's own embeddings. Nothing is
-loaded that does not fit it.
+The manifest says what the files were made from and for, and whether they were proven to give the model's own embeddings. Files
+that do not match it are never loaded.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export is.
+    """Description of an export.
 
     Attributes:
         runtime: ``"onnx"`` or ``"trt"``.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8-calibrated"``.
-        checkpoint: Fingerprint of the checkpoint, as :func:`finelip_fast.checkpoint.fingerprint` gives it.
-        config: The model's sizes, as :meth:`finelip_fast.config.FineLIPConfig.to_dict` gives them.
-        files: Name of each file -> SHA-256 of its content.
-        versions: Packages that made it.
-        options: What else it was made with: ``opset`` of ONNX; of TensorRT ``module``, ``version``, ``gpu``,
+        checkpoint: Fingerprint of the checkpoint, as returned by :func:`finelip_fast.checkpoint.fingerprint`.
+        config: The model's sizes, as returned by :meth:`finelip_fast.config.FineLIPConfig.to_dict`.
+        files: SHA-256 of each file's content, by name.
+        versions: Versions of the packages that made it.
+        options: Other settings that it was made with: for ONNX ``opset``; for TensorRT ``module``, ``version``, ``gpu``,
             ``compute_capability``, ``profile``, ``onnx`` (the files' hashes) and the builder's options.
-        proof: How it compared with the model on this kind of device; empty until it was compared.
+        proof: Result of its comparison with the model on this kind of device; empty until it was compared.
     """
 
     runtime: str
@@ -64,7 +64,7 @@ class Manifest:
         return self.proof.get("passed") is True
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder, whole or not at all."""
+        """Write the manifest into a folder, completely or not at all."""
         text = json.dumps({"format": FORMAT, **vars(self)}, indent=1) + "\n"
         write_text_whole(folder / MANIFEST, text)
 
@@ -77,15 +77,15 @@ class Export:
     manifest: Manifest
 
     def check(self, checkpoint: str, rebuild: str, **expected: Any) -> None:
-        """Refuse files that are not what they should be, or were not proven.
+        """Refuse files that are not as expected, or were not proven.
 
         Args:
-            checkpoint: Fingerprint of the checkpoint that is to be run.
-            rebuild: The command that makes the export anew.
+            checkpoint: Fingerprint of the checkpoint to run.
+            rebuild: Command that rebuilds the export.
             expected: Options of the manifest that must have these values.
 
         Raises:
-            EngineError: Says every difference and the command.
+            EngineError: The files are refused; the message gives every difference and the command.
         """
         wrong = self.differences(checkpoint, **expected)
         for name, digest in self.manifest.files.items():
@@ -98,7 +98,7 @@ class Export:
             raise self.refused(wrong, rebuild)
 
     def differences(self, checkpoint: str, **expected: Any) -> list[str]:
-        """What the manifest alone says against running the files; the arguments are those of :meth:`check`."""
+        """List the reasons in the manifest alone not to run the files; the arguments are those of :meth:`check`."""
         manifest = self.manifest
         wrong = []
         if manifest.checkpoint != checkpoint:
@@ -112,15 +112,15 @@ class Export:
         return wrong
 
     def content(self, name: str, rebuild: str, *, max_bytes: int) -> bytes:
-        """A file's bytes, which are just those that the manifest names: they can be run, whatever happens to the file.
+        """Read a file's bytes, verified by the manifest's hash: they can be run, whatever happens to the file.
 
         Args:
-            name: The file.
-            rebuild: The command that makes the export anew.
-            max_bytes: Size from which the file is refused unread.
+            name: Name of the file.
+            rebuild: Command that rebuilds the export.
+            max_bytes: Size above which the file is refused without being read.
 
         Raises:
-            EngineError: The manifest does not name it, or it is missing, too large, or another one.
+            EngineError: The manifest does not name the file, or it is missing, too large, or another one.
         """
         if name not in self.manifest.files:
             raise self.refused([_UNNAMED.format(name)], rebuild)
@@ -132,7 +132,7 @@ class Export:
         return content
 
     def refused(self, wrong: Sequence[str], rebuild: str) -> EngineError:
-        """The error for an export of which all this is wrong."""
+        """Create the error for an export with these problems."""
         return EngineError(f"{self.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {rebuild}")
 
 
@@ -141,7 +141,7 @@ _CHANGED = "{}: not the file that was proven (another SHA-256)"
 
 
 def read(folder: Path) -> Export:
-    """The export in a folder.
+    """Read the export in a folder.
 
     Raises:
         EngineError: There is none, or its manifest is not one of this version.
@@ -173,7 +173,7 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
     return Manifest(**values)
 
 
-# ---- What each value of a manifest must be
+# ---- Requirements for each value of a manifest
 
 
 def _is_hash(value: Any) -> bool:
@@ -254,25 +254,25 @@ def _require(values: dict[str, Any], rules: _Rules, path: Path) -> None:
 
 
 class Exports(NamedTuple):
-    """What lies beside a checkpoint: exports, and why others cannot be read, by the names of their folders."""
+    """Exports beside a checkpoint, and the reasons why others cannot be read, by the names of their folders."""
 
     exports: list[Export]
     damaged: dict[str, str]
 
 
 def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str | None = None) -> Exports:
-    """The exports beside a checkpoint, by the names of their folders.
+    """Find the exports beside a checkpoint, in the order of their folders' names.
 
     Args:
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         runtime: ``"onnx"`` or ``"trt"``.
-        precision: Only exports of this precision; None: all.
+        precision: Precision of the exports; None means any.
     """
     exports = Exports([], {})
     place = exports_folder(checkpoint)
     try:
         folders = sorted(path.parent for path in place.glob(f"{runtime}-*/{MANIFEST}"))
-    except OSError as error:  # of someone else
+    except OSError as error:  # belongs to someone else
         exports.damaged[place.name] = f"{place} cannot be read: {error.strerror}; ask for the permission"
         return exports
     for folder in folders:
@@ -283,7 +283,7 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
                     f"{folder}: expected an export for {runtime}, found one for {export.manifest.runtime}"
                 )
         except EngineError as error:
-            # The folder's name is all that tells what it should be.
+            # Only the folder's name tells what it should be.
             precisions = [name for name in PRECISIONS if f"{folder.name}-".startswith(f"{runtime}-{name}-")]
             if precision is None or precision in precisions:
                 remedy = (
@@ -299,9 +299,9 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
 
 
 def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:
-    """Where a checkpoint's exports lie: ``exports`` in its folder, ``FILE.exports`` beside its file; for the bundled one and
-    those of a hub, in this user's cache."""
-    # Unlike Path's, these never raise, where a folder on the way belongs to someone else.
+    """Folder of a checkpoint's exports: ``exports`` in its folder, or ``FILE.exports`` beside its file; for the bundled one
+    and those of a hub, in this user's cache."""
+    # Unlike the methods of Path, these never raise if a folder on the way belongs to someone else.
     if checkpoint is not None and os.path.exists(path := Path(os.path.expanduser(checkpoint))):
         return path / "exports" if os.path.isdir(path) else path.with_name(f"{path.name}.exports")
     name = "bundled" if checkpoint is None else re.sub(r"[^\w.-]+", "--", os.fspath(checkpoint))
@@ -311,7 +311,7 @@ def exports_folder(checkpoint: str | os.PathLike[str] | None) -> Path:
 def rebuild_arguments(
     checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str, options: Sequence[str] = ()
 ) -> list[str]:
-    """What makes an export, as arguments of ``finelip``."""
+    """Arguments of ``finelip`` that make an export."""
     arguments = [] if checkpoint is None else [os.fspath(checkpoint)]
     return ["export", runtime, *arguments, "--precision", precision, *options]
 
@@ -319,7 +319,7 @@ def rebuild_arguments(
 def rebuild_command(
     checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str, options: Sequence[str] = ()
 ) -> str:
-    """What to type to make an export."""
+    """Command line that makes an export."""
     return shlex.join(["finelip", *rebuild_arguments(checkpoint, runtime, precision, options)])
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'finelip-fast[onnx]' (on a GPU: onnxruntime-gpu in the place of onnxruntime)"
 
-# Precisions whose operations ONNX Runtime has on a CPU alone: on CUDA it would go back and forth.
+# Precisions whose operations ONNX Runtime has only on a CPU: with CUDA, data would go back and forth.
 CPU_ONLY = ("int8", "int8-calibrated")
 
 _CUDA = "CUDAExecutionProvider"
@@ -33,7 +33,7 @@ _DTYPES = {
 
 
 class Port(NamedTuple):
-    """An input or output of a graph: element type, and axes, which are named where they are free."""
+    """An input or output of a graph: its name, its element type, and its axes, with names for free ones."""
 
     name: str
     dtype: str
@@ -41,7 +41,7 @@ class Port(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Why ONNX Runtime cannot run here; None if it can."""
+    """Reason why ONNX Runtime cannot run here; None if it can."""
     try:
         load_onnxruntime()
     except EngineError as error:
@@ -58,21 +58,21 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options of a session: ``threads`` for its products, None for as many as PyTorch uses."""
     options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    # Its threads otherwise go on spinning for some milliseconds after a run, in the way of the other graph's.
+    # Otherwise its threads keep spinning for some milliseconds after a run and slow down those of the other graph.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its warnings are about how graphs are written, and no user can change that
     return options
 
 
 class OnnxGraph:
-    """A graph of one output, loaded; may be called from several threads at once.
+    """A loaded graph with one output; may be called from several threads at once.
 
     Args:
         source: The file, or its content.
         device: ``cpu`` or ``cuda``.
-        name: What messages call a graph that is given as its content.
-        beside: Contents of the files that such a graph has weights in, by name. No other file is read for it.
-        threads: Number of threads on the CPU; None: as many as PyTorch uses.
+        name: Name in messages for a graph given by its content.
+        beside: Contents of the files that hold such a graph's weights, by name. No other file is read for it.
+        threads: Number of threads on the CPU; None means as many as PyTorch uses.
 
     Raises:
         EngineError: ONNX Runtime is not installed, has no CUDA, or cannot run this graph on this device.
@@ -101,7 +101,9 @@ class OnnxGraph:
             [(_CUDA, {"device_id": index, "use_tf32": 0})] if device.type == "cuda" else ["CPUExecutionProvider"]
         )
         options = session_options(threads)
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # and not what else a file may pretend
+        options.add_session_config_entry(
+            "session.load_model_format", "ONNX"
+        )  # and no other format that a file may claim
         try:
             if beside:
                 sizes = [len(content) for content in beside.values()]
@@ -111,7 +113,7 @@ class OnnxGraph:
             )
         except Exception as error:  # every kind of failure has its own class there
             raise EngineError(f"{name}: ONNX Runtime cannot run it on {device}: {_first_line(error)}") from error
-        # Where CUDA's libraries do not load, ONNX Runtime goes to the CPU and says nothing that a program can see.
+        # If CUDA's libraries do not load, ONNX Runtime falls back to the CPU without telling the program.
         if device.type == "cuda" and self._session.get_providers()[0] != _CUDA:
             raise EngineError(
                 f"{name}: ONNX Runtime lists CUDA but could not start it: install the CUDA and cuDNN that "
@@ -123,7 +125,7 @@ class OnnxGraph:
         self.outputs = [Port(port.name, port.type, tuple(port.shape)) for port in self._session.get_outputs()]
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        """The graph's output for its inputs in their order.
+        """Compute the graph's output for its inputs, in order.
 
         Raises:
             EngineError: Inputs of a shape that the graph does not take.
@@ -139,7 +141,7 @@ class OnnxGraph:
         return torch.from_numpy(self._session.run(None, feed)[0])
 
     def _on_cuda(self, arguments: list[Tensor]) -> Tensor:
-        """Input and output stay where they are in the GPU's memory."""
+        """Run the graph with input and output in the GPU's memory."""
         inputs = [x.to(self.device).contiguous() for x in arguments]
         sizes = {
             axis: size
@@ -159,7 +161,7 @@ class OnnxGraph:
         return result
 
 
-# A session joins its threads when it is deleted, and a forked process, which has none of them, would wait for ever.
+# A session joins its threads when it is deleted; a forked process, which has none of them, would wait forever.
 _graphs: weakref.WeakSet[OnnxGraph] = weakref.WeakSet()
 
 
@@ -205,13 +207,13 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def load_onnxruntime() -> Any:
-    """The module. Everything imports it here, so that it neither identifies this machine nor reports to its maker.
+    """Import ONNX Runtime. It is imported only here, so that it neither identifies this machine nor reports to its maker.
 
     Raises:
-        EngineError: It is not installed.
+        EngineError: ONNX Runtime is not installed.
     """
-    # Read when it is imported: it otherwise writes a device's id and a database of events under ~/.cache/Microsoft, and
-    # connects to send them. What the user has set stays.
+    # Read at import. Otherwise, ONNX Runtime writes a device id and a database of events under ~/.cache/Microsoft, and
+    # connects to send them. A value that the user has set is kept.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime

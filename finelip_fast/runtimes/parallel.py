@@ -1,4 +1,4 @@
-"""Batches on a CPU: their rows shared out among runs of one thread each."""
+"""Batches on a CPU, with their rows distributed over single-threaded runs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from finelip_fast.errors import EngineError
 
 Graph = Callable[[Tensor], Tensor]
 
-# Share of the threads' time that a split must use; threads within a run use about so much.
+# Share of the threads' time that a split must use; threads within one run use about as much.
 _LEAST_BUSY = 0.75
 
 _log = logging.getLogger(__name__)
 
 
 class RowParallel:
-    """A graph that runs one row with all threads, and several rows in parts, each with a thread of its own.
+    """A graph that runs one row with all threads, and several rows in parts with one thread each.
 
-    The threads of one run meet after each product and wait there for the slowest; runs of one thread meet once, at the end.
-    May be called from several threads at once.
+    The threads of one run synchronise after each product, where they wait for the slowest; single-threaded runs synchronise
+    once, at the end. May be called from several threads at once.
 
     Args:
         graph: The graph, which runs with ``threads`` threads.
-        open_single: Opens the graph for runs of one thread. It is called at the first batch that gains by it, and costs the
-            memory of another copy of the weights.
+        open_single: Function that opens the graph for single-threaded runs. It is called for the first batch that benefits,
+            and costs the memory of another copy of the weights.
         threads: Number of threads.
     """
 
@@ -41,10 +41,10 @@ class RowParallel:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="finelip-rows")
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """The graph's output for a batch of rows.
+        """Compute the graph's output for a batch of rows.
 
         Raises:
-            EngineError: As the graph does.
+            EngineError: Raised by the graph.
         """
         if not self._gains(len(batch)):
             return self._graph(batch)
@@ -52,7 +52,7 @@ class RowParallel:
         return torch.cat(list(self._pool.map(self._opened(), parts)))
 
     def _gains(self, rows: int) -> bool:
-        """Whether so few threads are left idle, while the last rows are run, that a split makes up for it."""
+        """Whether few enough threads are idle during the last rows for a split to pay off."""
         return rows > 1 and rows / (self._threads * math.ceil(rows / self._threads)) >= _LEAST_BUSY
 
     def _opened(self) -> Graph:
@@ -60,7 +60,7 @@ class RowParallel:
             if self._single is None:
                 try:
                     self._single = self._open_single()
-                except EngineError as error:  # its files were made anew since the graph was opened
+                except EngineError as error:  # its files were rebuilt after the graph was opened
                     _log.warning("parts of a batch are run by all threads, which is slower: %s", error)
                     self._single = self._graph
             return self._single

@@ -18,22 +18,22 @@ from finelip_fast.errors import EngineError
 MODULES = ("tensorrt", "tensorrt_rtx")
 INSTALL = "pip install 'finelip-fast[trt]', or on GeForce and RTX cards pip install 'finelip-fast[trt-rtx]'"
 
-# What plans are built from, where that is not of the same name.
+# Precision of the ONNX graphs that plans are built from, if its name differs.
 ONNX_PRECISION = {"int8": "int8-calibrated"}
 
 GRAPHS = 16  # CUDA graphs that are kept for one stream
-_SEEN = 128  # shapes of which it is remembered that they came once
+_SEEN = 128  # shapes that are remembered as seen once
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32}
 
 T = TypeVar("T")
 
 
-# ---- Which TensorRT, and what it makes plans for
+# ---- Choice of TensorRT, and the machines that it makes plans for
 
 
 def why_not() -> str | None:
-    """Why TensorRT cannot run here; None if it can."""
+    """Reason why TensorRT cannot run here; None if it can."""
     if not importable():
         return f"TensorRT is not installed: {INSTALL}"
     if not torch.cuda.is_available():
@@ -43,7 +43,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def importable() -> tuple[str, ...]:
-    """The :data:`MODULES` that can be imported, in the order of preference."""
+    """The :data:`MODULES` that can be imported, in order of preference."""
     modules = []
     for name in MODULES:
         try:
@@ -56,20 +56,20 @@ def importable() -> tuple[str, ...]:
 
 @functools.cache
 def load_module(name: str) -> Any:
-    """``tensorrt`` or ``tensorrt_rtx``.
+    """Import ``tensorrt`` or ``tensorrt_rtx``.
 
     Raises:
-        EngineError: It cannot be imported.
+        EngineError: The module cannot be imported.
     """
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # the latter where a library of it is missing
+    except (ImportError, OSError) as error:  # the latter if one of its libraries is missing
         raise EngineError(f"{name} cannot be imported ({error}): {INSTALL}") from None
 
 
 @functools.cache
 def logger(name: str) -> Any:
-    """The one logger that a TensorRT module takes in a process; keeps errors in ``errors`` and prints nothing."""
+    """The only logger that a TensorRT module accepts in a process; keeps errors in ``errors`` and prints nothing."""
     trt: Any = load_module(name)
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -82,7 +82,7 @@ def logger(name: str) -> Any:
                 self.errors.append(message.strip())
 
         def take(self) -> str:
-            """What went wrong since the last time, as one text."""
+            """Return the errors since the last call as one text."""
             errors, self.errors = self.errors, []
             return "; ".join(dict.fromkeys(errors)) or "it does not say why"
 
@@ -90,7 +90,7 @@ def logger(name: str) -> Any:
 
 
 class Machine(NamedTuple):
-    """What a plan is built with and for: ``compute_capability`` as ``"8.9"``, ``gpu`` None where only that is known."""
+    """TensorRT and GPU that a plan is built for: ``compute_capability`` as ``"8.9"``, ``gpu`` None if only that is known."""
 
     module: str
     version: str
@@ -99,7 +99,7 @@ class Machine(NamedTuple):
 
 
 def machine(device: torch.device | str = "cuda", module: str | None = None) -> Machine:
-    """A GPU of this machine, with ``module`` if that is installed and else with what is.
+    """A GPU of this machine, with ``module`` if it is installed, otherwise with the one that is.
 
     Raises:
         EngineError: No TensorRT, or no GPU.
@@ -112,14 +112,15 @@ def machine(device: torch.device | str = "cuda", module: str | None = None) -> M
 
 
 def expected_options(options: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
-    """What the options of a plan's manifest must be for it to run here.
+    """Options that a plan's manifest must have for the plan to run here.
 
-    TensorRT itself only warns when a plan meets another GPU, and reads no plan of another version. A version-compatible plan
-    runs in later versions with the same major number, a hardware-compatible one on every GPU from compute capability 8.0 on.
+    TensorRT itself only warns if a plan is for another GPU, and cannot read plans of another version. A version-compatible
+    plan runs in later versions with the same major number, a hardware-compatible one on every GPU of compute capability 8.0
+    or more.
 
     Args:
-        made: The manifest's options.
-        here: The machine.
+        options: Options in the manifest.
+        machine: Machine to run on.
     """
     expected: dict[str, Any] = {
         "module": machine.module,
@@ -148,7 +149,7 @@ def choose_profile(largest: Sequence[int], batch: int) -> int:
     """Number of the smallest optimisation profile, among those with these largest batches, that takes a batch.
 
     Raises:
-        EngineError: None does.
+        EngineError: No profile takes it.
     """
     fitting = [(size, index) for index, size in enumerate(largest) if size >= batch]
     if not fitting:
@@ -157,10 +158,10 @@ def choose_profile(largest: Sequence[int], batch: int) -> int:
 
 
 class Recent(Generic[T]):
-    """What was made for keys that came more than once; the least recently used is dropped.
+    """Cache of values for keys that occur more than once; the least recently used value is dropped.
 
     Args:
-        most: So many are kept.
+        most: Number of values to keep.
     """
 
     def __init__(self, most: int) -> None:
@@ -172,7 +173,7 @@ class Recent(Generic[T]):
         return len(self._kept)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives from the second time on that a key comes; None the first time."""
+        """Value of ``make`` from the second time that a key occurs; None the first time."""
         if key in self._kept:
             self._kept.move_to_end(key)
         elif key in self._seen:
@@ -192,17 +193,17 @@ class Recent(Generic[T]):
 def read_plan(content: bytes, name: str, module: str, *, host_code: bool = False) -> Any:
     """Deserialise a plan on the current GPU.
 
-    A plan is machine code: no check can tell what a stranger's would do, so what comes here has been built by this library,
-    or has the hash that the manifest beside a trusted checkpoint names.
+    A plan is machine code, and no check can tell what a stranger's plan would do. A plan passed here must therefore have been
+    built by this library, or have the hash in the manifest beside a trusted checkpoint.
 
     Args:
-        content: Content of its file.
-        name: What messages call it.
+        content: Content of the plan's file.
+        name: Name of the plan in messages.
         module: One of :data:`MODULES`.
-        host_code: Let the plan bring code of its own, as version-compatible ones do.
+        host_code: Whether the plan may bring its own host code, as version-compatible ones do.
 
     Raises:
-        EngineError: TensorRT cannot read it here.
+        EngineError: TensorRT cannot read the plan here.
     """
     trt, log = load_module(module), logger(module)
     log.errors.clear()
@@ -216,19 +217,19 @@ def read_plan(content: bytes, name: str, module: str, *, host_code: bool = False
 
 
 class TrtPlan:
-    """A plan of one input and one output, loaded; may be called from several threads at once.
+    """A loaded plan with one input and one output; may be called from several threads at once.
 
-    Every call takes a stream with scratch memory of its own, and leaves it to the next one: as many are made as calls overlap.
+    Every call takes a stream with its own scratch memory and returns it for the next call: there are as many as calls overlap.
 
     Args:
-        content: Content of its file.
-        name: What messages call it.
+        content: Content of the plan's file.
+        name: Name of the plan in messages.
         device: A CUDA device.
-        module: ``"tensorrt"`` or ``"tensorrt_rtx"``, the one that built it. Default: what is installed.
-        host_code: Let the plan bring code of its own, as version-compatible ones do.
+        module: ``"tensorrt"`` or ``"tensorrt_rtx"``, whichever built the plan. Default: the one that is installed.
+        host_code: Whether the plan may bring its own host code, as version-compatible ones do.
 
     Attributes:
-        largest_batch: Larger batches run in parts.
+        largest_batch: Largest batch that runs at once; larger ones run in parts.
 
     Raises:
         EngineError: No TensorRT or no GPU, or TensorRT cannot read the plan here.
@@ -263,7 +264,7 @@ class TrtPlan:
             for profile in range(self.engine.num_optimization_profiles)
         ]
         self._idle: queue.LifoQueue[_Lane] = queue.LifoQueue()
-        # Contexts are made and graphs captured one at a time: a capture may not meet what another thread sets up.
+        # Contexts are created and graphs captured one at a time: a capture must not overlap another thread's setup.
         self.setup = threading.Lock()
 
     @property
@@ -272,7 +273,7 @@ class TrtPlan:
 
     @torch.inference_mode()
     def __call__(self, batch: Tensor) -> Tensor:
-        """Pixels ``[B, 3, S, S]`` or ids ``[B, T]`` to embeddings ``[B, L, D]``, on the plan's device.
+        """Encode pixels ``[B, 3, S, S]`` or ids ``[B, T]`` to embeddings ``[B, L, D]``, on the plan's device.
 
         Raises:
             EngineError: A shape that no optimisation profile takes.
@@ -287,12 +288,12 @@ class TrtPlan:
             except queue.Empty:
                 lane = _Lane(self)
             lane.run(part, rows, choose_profile(self._largest, len(part)))
-            self._idle.put(lane)  # not after an error: its contexts may be of no use any more
+            self._idle.put(lane)  # not after an error: its contexts may no longer be usable
         return result
 
 
 class _Captured(NamedTuple):
-    """A CUDA graph with the memory that it reads and writes, and the context that must not change as long as it lives."""
+    """A CUDA graph with the memory that it reads and writes, and the context that must not change while it exists."""
 
     graph: torch.cuda.CUDAGraph
     batch: Tensor
@@ -301,20 +302,20 @@ class _Captured(NamedTuple):
 
 
 class _Lane:
-    """One stream, and what runs on it in turns: so all its contexts share one scratch memory."""
+    """A stream and the contexts that run on it in turn, so that they all share the same scratch memory."""
 
     def __init__(self, plan: TrtPlan) -> None:
         self.plan = plan
         self.stream = torch.cuda.Stream(plan.device)
-        self.open: dict[int, Any] = {}  # by profile, a context for any shape
+        self.open: dict[int, Any] = {}  # a context for any shape, by profile
         self.captured: Recent[_Captured] = Recent(GRAPHS)
-        # TensorRT for RTX captures graphs itself: it alone knows when its kernels for a shape are compiled.
+        # TensorRT for RTX captures graphs itself: only it knows when its kernels for a shape are compiled.
         self.captures_itself = plan.module == "tensorrt_rtx"
         size = 0 if self.captures_itself else max(1, plan.engine.device_memory_size_v2)
         self.scratch = torch.empty(size, dtype=torch.uint8, device=plan.device)
 
     def run(self, batch: Tensor, result: Tensor, profile: int) -> None:
-        """Enqueue; the caller's stream waits for it. Both tensors belong to the caller's stream."""
+        """Enqueue the plan; the caller's stream, to which both tensors belong, waits for it."""
         caller = torch.cuda.current_stream(self.plan.device)
         self.stream.wait_stream(caller)
         try:
@@ -334,10 +335,10 @@ class _Lane:
             caller.wait_stream(self.stream)
 
     def _capture(self, batch: Tensor, result: Tensor, profile: int) -> _Captured:
-        # A context of its own: what a graph was captured from may not be given another shape.
+        # A separate context: the one that a graph was captured from must not be given another shape.
         context = self._context(profile)
         batch, result = batch.clone(), torch.empty_like(result)
-        self._enqueue(context, batch, result)  # what a new shape needs is not to be captured
+        self._enqueue(context, batch, result)  # so that the setup for a new shape is not captured
         graph = torch.cuda.CUDAGraph()
         with self.plan.setup, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self._enqueue(context, batch, result)

@@ -1,1 +1,1 @@
-"""``finelip serve``: search pictures in a browser, and over HTTP."""
+"""``finelip serve``: search pictures in a browser and over HTTP."""

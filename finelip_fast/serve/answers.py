@@ -1,7 +1,7 @@
-"""Answers as JSON, and refusals in the shape of OpenAI's.
+"""Answers as JSON, and refusals in the format of OpenAI's errors.
 
-Ids are names of files, which may be no UTF-8, and metadata may hold what JSON has no word for: what goes out is ASCII, with
-escapes, and null in the place of what is not finite.
+Ids are file names, which may not be valid UTF-8, and metadata may hold values that JSON cannot represent. So the output is
+ASCII with escapes, and null replaces numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_err
 
 
 class Refusal(Exception):
-    """An answer that is no success.
+    """An unsuccessful answer.
 
     Args:
-        status: Status of HTTP.
+        status: HTTP status.
         code: Short name of the reason, for programs.
-        message: What was expected, what came, and what to do.
-        param: Field of the request that is meant.
+        message: Statement of what was expected, what was received, and what to do.
+        param: Field of the request at fault.
         headers: Further headers.
-        fields: What the answer holds beside the error.
+        fields: Fields of the answer in addition to the error.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Refusal(Exception):
         self.headers, self.fields = dict(headers or {}), dict(fields or {})
 
     def answer(self, request_id: str | None) -> Response:
-        """The answer that a client gets."""
+        """Return the answer that the client receives."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {
             "message": self.message[:_MAX_MESSAGE],
@@ -64,12 +64,12 @@ class Refusal(Exception):
 
 
 def answer(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A value as an answer of JSON."""
+    """Return a value as a JSON answer."""
     return Response(json_bytes(value), status, headers, media_type="application/json")
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as JSON in ASCII."""
+    """Return a value as JSON in ASCII."""
     try:
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
@@ -78,7 +78,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A value with null for what is not finite, and text for integers of more digits than readers take."""
+    """Return a value with null for numbers that are not finite, and text for integers too long for readers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
@@ -89,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 
 def refusal_of(error: FineLIPError) -> Refusal:
-    """What a client is told of an error of the library; of one that is not its fault, the log has the rest."""
+    """Return what a client is told about a library error; if it is not the client's fault, the log has the rest."""
     if isinstance(error, Overloaded):
         return Refusal(429, "overloaded", str(error), headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, DeadlineExceeded):

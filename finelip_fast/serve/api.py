@@ -1,4 +1,4 @@
-"""The routes of ``/v1``: searching, scoring, explaining, and the items."""
+"""The routes of ``/v1``: search, scores, explanations and items."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ router = APIRouter(prefix="/v1", tags=["search"])
 
 
 def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
-    """What OpenAPI says of a request's body, which the routes read themselves, within bounds."""
+    """Return the OpenAPI description of a request body, which the routes read themselves, within bounds."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     examples = {name: {"value": body} for name, body in schemas.EXAMPLES[model].items()}
     content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
@@ -90,7 +90,7 @@ def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
 
 @router.post("/search", response_model=schemas.SearchResponse, openapi_extra=takes(schemas.SearchRequest, form=True))
 async def search(request: Request) -> Response:
-    """Find the best items for one or many texts, pictures or items; a result for each, in their order."""
+    """Find the best items for one or many texts, pictures or items; one result for each, in order."""
     server = serving(request)
     limits, pipeline = server.settings.limits, server.pipeline
     query, pictures = await _read_search(request)
@@ -126,7 +126,7 @@ async def search(request: Request) -> Response:
 async def _embed_queries(
     request: Request, query: schemas.SearchRequest, pictures: list[str | bytes]
 ) -> tuple[list[Tensor], list[dict[str, int | None]]]:
-    """Embeddings ``[L, D]`` of the queries, and how much of each text was read."""
+    """Return the embeddings ``[L, D]`` of the queries, and how much of each text was read."""
     server = serving(request)
     limits, pipeline = server.settings.limits, server.pipeline
     if query.text is not None:
@@ -151,7 +151,7 @@ async def _embed_queries(
 
 
 async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[str | bytes]]:
-    """The request, and the pictures that came as files."""
+    """Return the request, and the pictures sent in a form."""
     kind = media_type(request)
     if kind == "application/json":
         return await read_json(request, schemas.SearchRequest), []
@@ -166,7 +166,7 @@ async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[st
             raise Refusal(400, "invalid_form", "expected files under the name image alone", param=name[:200])
         elif name in ("text", "item") and name in values:
             values[name] = [*listed(values[name]), value]
-        elif value or name in ("text", "item"):  # an empty control of a page says nothing
+        elif value or name in ("text", "item"):  # an empty form control says nothing
             values[name] = value
     return validated(schemas.SearchRequest, values, strict=False), pictures
 
@@ -218,7 +218,7 @@ def _scores(images: Sequence[Any], texts: Sequence[Any], alpha: float) -> list[l
 
 @router.post("/explain", response_model=schemas.ExplainResponse, openapi_extra=takes(schemas.ExplainRequest))
 async def explain(request: Request) -> Response:
-    """Why a picture and a text score as they do: each word with its places, each place with its words."""
+    """Explain the score of a picture and a text: each word with its places, each place with its words."""
     server = serving(request)
     limits, pipeline = server.settings.limits, server.pipeline
     query = await read_json(request, schemas.ExplainRequest)
@@ -266,7 +266,7 @@ def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[
 
 @router.post("/tokens", response_model=schemas.TokensResponse, openapi_extra=takes(schemas.TokensRequest))
 async def tokens(request: Request) -> Response:
-    """Count a text's tokens, and say where in it the context ends."""
+    """Count a text's tokens, and find where in it the context ends."""
     server = serving(request)
     text = (await read_json(request, schemas.TokensRequest)).text
     check_texts([text], server.settings.limits, "text")
@@ -283,7 +283,7 @@ def _counted(text: str, context: int, tokenizer: Tokenizer) -> dict[str, int | N
     if cut:
         spans = [match.span() for match in _WORD.finditer(text)]
         placed_spans = zip(spans, token_spans(text, spans, tokenizer), strict=True)
-        # The last place of the context is the end token's.
+        # The last position of the context belongs to the end token.
         cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context), len(text))
     return {"tokens": int(batch.lengths[0]) + cut, "context": context, "cut_at": cut_at}
 
@@ -298,7 +298,7 @@ async def items(
     limit: Annotated[int, Query(ge=1, description="Items of the page.")] = 100,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
 ) -> Response:
-    """One page of the items, in the order in which they were added."""
+    """List one page of the items, in the order they were added."""
     server = serving(request)
     limits = server.settings.limits
     if limit > limits.items:
@@ -329,7 +329,7 @@ async def thumbnail(
     id: str,
     side: Annotated[int, Query(description=f"Longer side in pixels, one of {SIDES}.")] = 320,
 ) -> Response:
-    """A small copy of an item's picture, never of another file."""
+    """Return a small copy of an item's picture, never of another file."""
     server = serving(request)
     item = item_of(request, "/thumbnail")
     if side not in SIDES:
@@ -350,9 +350,9 @@ async def thumbnail(
 
 @router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)
 async def add(request: Request) -> Response:
-    """Add pictures; what is told as added is on disk, and found by every later search.
+    """Add pictures; those reported as added are on disk and found by every later search.
 
-    One that cannot be added is told with the reason, and keeps none of the others; 400, with the same `items`, where none was.
+    One that cannot be added is reported with the reason and affects no others; 400, with the same `items`, if none was added.
     """
     require_writable(request)
     server = serving(request)
@@ -401,7 +401,7 @@ def _metadata(text: str | bytes) -> list[dict[str, Any]]:
 
 @router.delete("/items/{id:path}", response_model=schemas.RemoveResponse)
 async def remove(request: Request, id: str) -> Response:
-    """Delete an item for good."""
+    """Delete an item permanently."""
     server = serving(request)
     require_writable(request)
     item = item_of(request)
@@ -415,7 +415,7 @@ async def remove(request: Request, id: str) -> Response:
 def require_writable(request: Request) -> None:
     """
     Raises:
-        Refusal: 403, items may not be added or deleted here.
+        Refusal: 403 if items may not be added or deleted.
     """
     server = serving(request)
     if not (server.settings.writable and server.collection.writable):
@@ -427,14 +427,14 @@ def require_writable(request: Request) -> None:
 
 
 def no_item(id: str, clause: str = "") -> Refusal:
-    """The refusal of an id."""
+    """Return the refusal for the id of a missing item."""
     return Refusal(
         404, "no_such_item", f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}", param="item"
     )
 
 
 def thumbnail_address(id: str) -> str:
-    """Where an item's thumbnail is: any id is one segment of the path."""
+    """Return the address of an item's thumbnail; any id is one segment of the path."""
     return f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
 
 
@@ -443,7 +443,7 @@ def thumbnail_address(id: str) -> str:
 
 @router.get("/info", response_model=schemas.InfoResponse)
 async def info(request: Request) -> Response:
-    """What is served, and within which bounds."""
+    """Describe what is served, and the bounds on requests."""
     server = serving(request)
     collection, limits, engine = server.collection, server.settings.limits, server.collection.engine
     warning = None
@@ -473,5 +473,5 @@ async def info(request: Request) -> Response:
 
 
 def model_name(source: str) -> str:
-    """Name of a checkpoint, from what it was opened as: no folder of this machine."""
+    """Return the name of a checkpoint from its source, without any folder of this machine."""
     return (Path(source).name if Path(source).is_absolute() else source) or "finelip-scenes"

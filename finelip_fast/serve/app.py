@@ -1,4 +1,4 @@
-"""The application: the page, the API, health and metrics, and what guards them."""
+"""The application: the page, the API, health and metrics, and their guards."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ _FAULTS = {
 
 
 def create_app(collection: Collection, settings: ServeSettings, computing: Workers | None = None) -> FastAPI:
-    """The application over a collection; it is warm once its start is done.
+    """Create the application for a collection; it is warmed up once its startup is complete.
 
     Args:
-        collection: What is searched; its caller closes it.
+        collection: Collection to search, which the caller closes.
         settings: Bounds and permissions.
-        computing: Thread that computes, see :class:`finelip_fast.serve.pipeline.Pipeline`.
+        computing: Thread that computes; see :class:`finelip_fast.serve.pipeline.Pipeline`.
     """
 
     @asynccontextmanager
@@ -167,7 +167,7 @@ def _add_handlers(app: FastAPI) -> None:
 
 
 def _describe_requests(app: FastAPI) -> None:
-    """Add to OpenAPI what the routes read themselves."""
+    """Add the bodies that the routes read themselves to the OpenAPI schema."""
     _, definitions = models_json_schema(
         [(model, "validation") for model in _REQUESTS], ref_template="#/components/schemas/{model}"
     )
@@ -178,7 +178,7 @@ def _describe_requests(app: FastAPI) -> None:
         known = schema.setdefault("components", {}).setdefault("schemas", {})
         for name, definition in definitions["$defs"].items():
             known.setdefault(name, definition)
-        # FastAPI's own words for what is answered in ours.
+        # FastAPI's own descriptions of errors, which this server answers in its own format.
         known.pop("HTTPValidationError", None)
         known.pop("ValidationError", None)
         for routes in schema["paths"].values():

@@ -1,7 +1,7 @@
-"""Requests of many clients, processed in batches: asyncio in front, threads behind.
+"""Process requests from many clients in batches: asyncio in front, threads behind.
 
-What waits is kept on the event loop, which alone forms batches; threads only process them. So nothing needs a lock, a request
-that is cancelled or late leaves the queue at once, and whatever a batch raises comes back as an answer.
+The queue belongs to the event loop, which alone forms batches; threads only process them. So nothing needs a lock, a cancelled
+or late request leaves the queue at once, and whatever a batch raises is returned as an answer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Seconds for which a batch of several requests says that there is company worth waiting for.
+# Seconds after a batch of several requests during which company is worth waiting for.
 _COMPANY_SECONDS = 1.0
 _LONGEST_RETRY = 60
-# Weight of the latest batch in the mean time of an item.
+# Weight of the latest batch in the running mean of the time per item.
 _LATEST = 0.2
 
 _log = logging.getLogger(__name__)
@@ -48,33 +48,33 @@ class Overloaded(FineLIPError):
 
 
 class DeadlineExceeded(FineLIPError):
-    """A request was not answered in time; what still waited of it was dropped."""
+    """A request was not answered in time; its waiting items were dropped."""
 
 
 class Draining(FineLIPError):
-    """The server is stopping: it answers what it has accepted, and nothing else."""
+    """The server is stopping; it only answers requests that it has already accepted."""
 
 
 class Observer(Protocol):
-    """Someone who counts; called on the event loop."""
+    """Observer of batches and queue lengths; called on the event loop."""
 
     def batch(self, name: str, size: int, waited: float, took: float) -> None:
-        """A batch was processed.
+        """Note that a batch was processed.
 
         Args:
             name: Name of the stage.
             size: Number of items.
-            waited: Seconds from the arrival of its oldest item to its start.
+            waited: Seconds from the arrival of its oldest item to the start of processing.
             took: Seconds of processing.
         """
 
     def queue(self, name: str, length: int) -> None:
-        """The number of items that wait for a stage has changed."""
+        """Note that the number of items waiting for a stage has changed."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """Items that were submitted together, and are answered together."""
+    """Items that were submitted together and are answered together."""
 
     answer: asyncio.Future[list[Any]]
     deadline: float
@@ -84,7 +84,7 @@ class _Request:
 
 @dataclass(order=True)
 class _Entry(Generic[K, T]):
-    """An item that waits; the least comes first."""
+    """A waiting item; the smallest comes first."""
 
     turn: int
     number: int
@@ -96,13 +96,13 @@ class _Entry(Generic[K, T]):
 
 
 class Workers:
-    """Threads that process batches, of one batcher or of several that share them.
+    """Threads that process batches for one batcher, or for several that share them.
 
     Args:
-        name: What the threads are called.
+        name: Name of the threads.
         count: Number of threads.
-        lasting: Whether a thread stays for the next batch. One that ends takes along the team of threads that PyTorch keeps
-            for each that calls it, which slows the teams of others.
+        lasting: Whether a thread stays for the next batch. PyTorch keeps a team of threads for each thread that calls it,
+            which slows the teams of other callers; a thread that ends takes its team with it.
     """
 
     def __init__(self, name: str, count: int = 1, *, lasting: bool = True) -> None:
@@ -112,28 +112,28 @@ class Workers:
         self._threads: list[threading.Thread] = []
 
     def join(self, batcher: Batcher[Any, Any, Any]) -> None:
-        """Work for a batcher too; of several that wait, for those that joined first."""
+        """Serve another batcher too; waiting batchers are served in the order they joined."""
         self._batchers.append(batcher)
 
     def start(self) -> None:
-        """Start the lasting threads that do not run."""
+        """Start the lasting threads that are not running."""
         while self._lasting and len(self._threads) < self.count:
             self._threads.append(self._started(self._run))
 
     def _started(self, target: Callable[[], None]) -> threading.Thread:
-        # Daemons: one that never comes back from its batch does not keep the process from ending.
+        # Daemon threads: one that never returns from its batch does not keep the process from exiting.
         thread = threading.Thread(target=target, name=f"finelip-{self.name}", daemon=True)
         thread.start()
         return thread
 
     def close(self) -> None:
-        """Stop the threads once they are done with what they have."""
+        """Stop the threads once they have finished their work."""
         for _ in self._threads:
             self._batches.put(None)
         self._threads = []
 
     def call(self, function: Callable[[], R]) -> R:
-        """What a function returns, called in one of the lasting threads; waits for it.
+        """Call a function in one of the lasting threads, wait for it, and return its result.
 
         Raises:
             BaseException: Whatever the function raises.
@@ -151,7 +151,7 @@ class Workers:
         return result.result()
 
     def take(self, work: Callable[[], None]) -> None:
-        """Have an idle thread do some work, which ends by calling :meth:`free` on the event loop."""
+        """Give an idle thread some work, which ends by calling :meth:`free` on the event loop."""
         self.idle -= 1
         if self._lasting:
             self.start()
@@ -160,7 +160,7 @@ class Workers:
             self._started(work)
 
     def free(self) -> None:
-        """Give a thread back, and let the batchers hand out what waits."""
+        """Release a thread, and let the batchers hand out waiting items."""
         self.idle += 1
         for batcher in self._batchers:
             batcher.dispatch()
@@ -173,21 +173,21 @@ class Workers:
 class Batcher(Generic[K, T, R]):
     """A queue whose items are processed in batches of one key.
 
-    A free worker takes the oldest item, and with it those of the same key. It waits for more only where there is company: the
-    batch before, less than a second ago, was of several requests. Of a request of many items half a batch goes ahead of what
-    others submit meanwhile.
+    A free worker takes the oldest item, together with others of the same key. It waits for more only if there is company: a
+    batch formed less than a second ago combined several requests. Of a request with many items, only half a batch goes ahead
+    of items that others submit meanwhile.
 
     Args:
-        process: Function of a key and items, called in a worker's thread. It returns for each item its result, or the
-            exception that this item's request is to raise. Where it raises, the batch is halved until the item is alone
-            whose fault it is.
-        name: What the stage is called, in messages and by the observer.
+        process: Function of a key and items, called in a worker thread. It returns, for each item, its result or the
+            exception that the item's request is to raise. If the function raises, the batch is halved until the faulty
+            item is alone.
+        name: Name of the stage, in messages and for the observer.
         max_batch: Largest number of items processed at once.
         wait: Seconds that an item waits for company, at most.
-        capacity: Number of items that may wait. A request of more is accepted while nothing else waits.
-        workers: Number of threads; or threads that are shared, which whoever shares them closes.
-        limit: Function from a key to the largest number of its items processed at once, where that is fewer.
-        observer: Whoever counts batches and the length of the queue.
+        capacity: Number of items that may wait. A larger request is accepted while nothing else waits.
+        workers: Number of threads, or shared threads, which their owner closes.
+        limit: Function from a key to the largest number of its items processed at once, if lower than ``max_batch``.
+        observer: Observer of batches and of the queue's length.
     """
 
     def __init__(
@@ -217,16 +217,16 @@ class Batcher(Generic[K, T, R]):
         self._draining = False
 
     def __len__(self) -> int:
-        """Number of items that wait."""
+        """Return the number of waiting items."""
         return len(self._waiting)
 
     async def start(self) -> None:
-        """Start the threads; the first request does it otherwise."""
+        """Start the threads; otherwise the first request starts them."""
         self._draining = False
         self._workers.start()
 
     async def close(self) -> None:
-        """Refuse new requests, answer those that are there, or let their deadlines pass, and stop the threads."""
+        """Refuse new requests, answer pending ones or let their deadlines pass, and stop the threads."""
         self._draining = True
         if self._requests:
             await asyncio.wait([request.answer for request in self._requests])
@@ -234,21 +234,21 @@ class Batcher(Generic[K, T, R]):
             self._workers.close()
 
     async def submit(self, key: K, items: Sequence[T], *, deadline: float) -> list[R]:
-        """The results of items of one key; see :meth:`submit_pairs`."""
+        """Return the results for items of one key; see :meth:`submit_pairs`."""
         return await self.submit_pairs([(key, item) for item in items], deadline=deadline)
 
     async def submit_pairs(self, pairs: Sequence[tuple[K, T]], *, deadline: float) -> list[R]:
-        """The results of items, in their order.
+        """Return the results for items, in order.
 
         Args:
-            pairs: Keys, which the items of a batch have in common, and items; none are answered at once.
-            deadline: Time of the event loop's clock at which the request is given up.
+            pairs: Keys and items; all items of a batch share a key. An empty sequence is answered at once.
+            deadline: Time, on the event loop's clock, at which the request is abandoned.
 
         Raises:
             Overloaded: There is no room for the items.
-            DeadlineExceeded: The results were not there in time.
+            DeadlineExceeded: The results were not ready in time.
             Draining: The batcher was closed.
-            Exception: What processing one of the items raised; the others are dropped.
+            Exception: Whatever processing one of the items raised; the other items are dropped.
         """
         loop = asyncio.get_running_loop()
         if self._draining:
@@ -288,7 +288,7 @@ class Batcher(Generic[K, T, R]):
         self._note_length()
 
     def dispatch(self) -> None:
-        """Hand batches to workers that have nothing to do; called on the event loop."""
+        """Hand batches to idle workers; called on the event loop."""
         loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
@@ -346,7 +346,7 @@ class Batcher(Generic[K, T, R]):
         self._forget(request)
 
     def _forget(self, request: _Request) -> None:
-        """Take what waits of a request out of the queue."""
+        """Remove a request's waiting items from the queue."""
         left = [entry for entry in self._waiting if entry.request is not request]
         if len(left) < len(self._waiting):
             self._waiting = left
@@ -359,7 +359,7 @@ class Batcher(Generic[K, T, R]):
         if self._observer is not None:
             try:
                 getattr(self._observer, event)(self.name, *values)
-            except Exception:  # whoever only counts must not stop what is counted
+            except Exception:  # an observer must not stop what it observes
                 _log.exception("the observer of %s failed", self.name)
 
     # In a thread -------------------------------------------------------------------------------------------------------
@@ -372,13 +372,13 @@ class Batcher(Generic[K, T, R]):
         except BaseException as error:
             outcomes = dict.fromkeys(range(len(batch)), error)
         took = time.perf_counter() - before
-        with suppress(RuntimeError):  # the loop was closed, and with it whoever waited
+        with suppress(RuntimeError):  # the loop was closed, so nobody is waiting
             loop.call_soon_threadsafe(self._finish, batch, outcomes, started, took)
 
     def _process_all(
         self, batch: list[_Entry[K, T]], numbers: list[int], outcomes: dict[int, R | BaseException]
     ) -> None:
-        """Process the entries of these numbers; what raises for several is halved."""
+        """Process the entries with these numbers; halve them if processing several raises."""
         numbers = [number for number in numbers if not batch[number].request.answer.done()]
         if not numbers:
             return
@@ -395,7 +395,7 @@ class Batcher(Generic[K, T, R]):
 
 
 def _can_be_raised(error: BaseException) -> bool:
-    """Whether a request may raise it as it is: what ends programs, tasks or generators must not end the server's."""
+    """Return whether a request may raise an error as is; those that end programs, tasks or generators may not."""
     return isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration))
 
 

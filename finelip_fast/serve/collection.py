@@ -1,4 +1,4 @@
-"""What a server needs of the items that it serves, and what it is told of them."""
+"""The interface through which a server uses the items that it serves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Found:
     Attributes:
         hits: Hits of each query, best first.
         covered: Share of the items that were searched; below 1 where shards did not answer.
-        missing: Reasons of the shards that did not answer, by their folders.
+        missing: Reasons why shards did not answer, by folder.
         shards: Folder of the shard that holds each hit; None: there are no shards.
     """
 
@@ -43,7 +43,7 @@ class Upload:
     Attributes:
         content: Bytes of its file.
         name: Name of the file as it was sent.
-        metadata: What is known of it beside what its file says.
+        metadata: Metadata in addition to that from its file.
     """
 
     content: bytes
@@ -53,13 +53,13 @@ class Upload:
 
 @dataclass(frozen=True)
 class Added:
-    """What became of an upload.
+    """Outcome of an upload.
 
     Attributes:
         id: Id of its item; None: it was not added.
         name: Name of the file as it was sent.
-        reason: Why it was not added; None: it was, or was there already.
-        existing: Whether the very picture had been uploaded before.
+        reason: Reason why it was not added; None: it was added, or was there already.
+        existing: Whether the same picture had been uploaded before.
     """
 
     id: str | None
@@ -69,11 +69,11 @@ class Added:
 
 
 class Collection(Protocol):
-    """Items to serve; used from several threads at once.
+    """Items to serve; used by several threads at once.
 
     Attributes:
         engine: Engine that embeds queries.
-        alpha: Weight of the global cosine where a request names none.
+        alpha: Weight of the global cosine for requests that name none.
         writable: Whether items can be added and deleted.
     """
 
@@ -84,7 +84,7 @@ class Collection(Protocol):
     def __len__(self) -> int: ...
 
     def version(self) -> int:
-        """Counts the changes to what is served."""
+        """Return a counter of the changes to the items."""
         ...
 
     def search(
@@ -96,59 +96,59 @@ class Collection(Protocol):
         where: str | None = None,
         alpha: float | None = None,
     ) -> Found:
-        """The best items for embeddings ``[Q, L, D]``; errors as those of :meth:`finelip_fast.Retriever.search_embeddings`."""
+        """Find the best items for embeddings ``[Q, L, D]``; errors as in :meth:`finelip_fast.Retriever.search_embeddings`."""
         ...
 
     def embeddings_of(self, ids: Sequence[str]) -> dict[str, Tensor]:
-        """Stored embeddings ``[L, D]`` of those ids that are there."""
+        """Return the stored embeddings ``[L, D]`` of those ids that exist."""
         ...
 
     def items(
         self, *, where: str | None = None, limit: int = 100, after: str | None = None
     ) -> tuple[list[Item], str | None]:
-        """A page of the items in the order in which they were added, and the ``after`` of the next page; None: the last.
+        """Return a page of the items in the order they were added, and the ``after`` of the next page, None for the last.
 
         Raises:
-            InputError: A filter that cannot be read, or an ``after`` that no page gave.
+            InputError: A filter that cannot be parsed, or an ``after`` that no page returned.
         """
         ...
 
     def fields(self) -> list[Field]:
-        """Fields of the metadata that items can be filtered by."""
+        """Return the metadata fields that items can be filtered by."""
         ...
 
     def picture(self, id: str) -> Path | None:
-        """The file of an item; None: there is no such item, or no regular file."""
+        """Return the file of an item, or None if there is no such item or no regular file."""
         ...
 
     def explain(self, image: bytes | Path, text: str) -> Explanation:
-        """Why a picture and a text score as they do; errors as those of :meth:`finelip_fast.Retriever.explain`."""
+        """Explain the score of a picture and a text; errors as in :meth:`finelip_fast.Retriever.explain`."""
         ...
 
     def add(self, uploads: Sequence[Upload]) -> list[Added]:
-        """Keep pictures and add them; what is reported as added is on disk.
+        """Store pictures and add them; those reported as added are on disk.
 
         Raises:
-            InputError: The collection is read only.
-            StoreError, WriteError: The disk refuses; what was not reported may be added again.
+            InputError: The collection is read-only.
+            StoreError, WriteError: The disk cannot be written; pictures that were not reported may be added again.
         """
         ...
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take items out for good.
+        """Delete items permanently.
 
         Raises:
-            InputError: An id that is not there, or the collection is read only; nothing was taken out.
-            StoreError: The disk refuses; nothing was taken out.
+            InputError: An id does not exist, or the collection is read-only; nothing was deleted.
+            StoreError: The disk cannot be written; nothing was deleted.
         """
         ...
 
     def close(self) -> None:
-        """Release what is served."""
+        """Release the collection's resources."""
 
 
 def local_file(id: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
-    """The file of an item's picture, of one that was added by its path without its hash, too; None: there is none here."""
+    """Return the local file of an item's picture, even if added by path without a hash, or None if there is none."""
     path = picture_path(id, metadata, root) or (id if root is None else os.path.normpath(root / id))
     return Path(path) if is_local_file(str(path)) else None
 

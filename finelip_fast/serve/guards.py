@@ -1,10 +1,10 @@
-"""What stands between a client and the routes, from the outside in.
+"""Guards between a client and the routes, from the outside in.
 
-- :class:`Account` gives each request an id, a line in the log and its place in the metrics, each answer the headers that
-  browsers heed, and what nobody caught an answer that tells nothing.
-- :class:`Doors` refuses by what the headers say: too much, a name that is not the server's (DNS rebinding), a page of another
-  origin, no key.
-- :class:`Bounds` holds a request to bytes and seconds, and ends the work of a client that has gone away.
+- :class:`Account` gives each request an id, a log line and a place in the metrics, adds security headers for browsers to
+  each answer, and answers uncaught exceptions without revealing anything.
+- :class:`Doors` refuses requests by their headers: headers that are too large, a host name that is not the server's (DNS
+  rebinding), a page of another origin, a missing key.
+- :class:`Bounds` limits the bytes and seconds of a request, and stops work for a client that has disconnected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finelip_fast.serve.metrics import Metrics
 from finelip_fast.serve.requests import Serving
 from finelip_fast.serve.settings import ServeSettings
 
-MAX_HEADERS = 64 << 10  # bytes of a request's line and headers
+MAX_HEADERS = 64 << 10  # bytes of the request line and headers
 
 access = logging.getLogger("finelip_fast.serve.access")
 
@@ -49,20 +49,20 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_CLOSED = 499  # in the log: the client went away, and got no answer
+_CLOSED = 499  # in the log: the client disconnected and got no answer
 _OPEN = ("/", "/docs", "/openapi.json", "/favicon.ico", "/health/live", "/health/ready")
 _CORS = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE",
     "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
     "Access-Control-Max-Age": "600",
 }
-_ROOM = 4  # bodies of the largest size that are held at once, all requests together
-_DISCARD_SECONDS = 2.0  # in which a refused body may end, so that the client reads why
-_GRACE = 1.0  # seconds after the deadline in which what was to answer by then still may
+_ROOM = 4  # bodies of the largest size held at once, across all requests
+_DISCARD_SECONDS = 2.0  # for a refused body to end, so that the client reads the reason
+_GRACE = 1.0  # seconds after the deadline in which an answer due by then is still sent
 
 
 class Account:
-    """The outermost guard; see the module."""
+    """The outermost guard; see the module docstring."""
 
     def __init__(self, app: ASGIApp, server: Serving, metrics: Metrics) -> None:
         self._app, self._server, self._metrics = app, server, metrics
@@ -131,7 +131,7 @@ class Account:
 
 
 class Doors:
-    """The guard of names, origins and the key; see the module."""
+    """Guard that checks host names, origins and the key; see the module docstring."""
 
     def __init__(self, app: ASGIApp, server: Serving) -> None:
         self._app, self._settings = app, server.settings
@@ -144,7 +144,7 @@ class Doors:
             await self._app(scope, receive, send)
 
     def _answer(self, scope: Scope, headers: Headers) -> Any:
-        """The answer that ends it here; None: go on."""
+        """Return the answer that ends the request here, or None to continue."""
         try:
             _check_size(scope)
             self._check_host(headers)
@@ -179,7 +179,7 @@ class Doors:
 
 
 class Preflight:
-    """The answer that lets a named origin send what it asks about."""
+    """Answer to a CORS preflight request of an allowed origin."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in _CORS.items()]
@@ -188,18 +188,18 @@ class Preflight:
 
 
 def is_open(path: str) -> bool:
-    """Whether a path answers without the key: the page, its files, and whether the server is well."""
+    """Return whether a path answers without the key: the page, its files, the API's documentation, and the health checks."""
     return path in _OPEN or path.startswith("/static/")
 
 
 def host_name(host: str) -> str | None:
-    """The name in a Host header, in lower case, without its port; None: it is none."""
+    """Return the name in a Host header, in lower case and without the port, or None if it is invalid."""
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/@\s]+)(?::[0-9]{1,5})?", host)
     return None if match is None else match[1].strip("[]").lower().rstrip(".") or None
 
 
 def is_ours(name: str, settings: ServeSettings) -> bool:
-    """Whether a server may be called by a name. Any address of numbers will do where it listens on all: none is rebound."""
+    """Return whether a server accepts a host name; any IP address if it listens on all, since these cannot be rebound."""
     if name == "localhost" or name == settings.host.lower() or name in (host.lower() for host in settings.hosts):
         return True
     try:
@@ -212,7 +212,7 @@ def is_ours(name: str, settings: ServeSettings) -> bool:
 def _check_size(scope: Scope) -> None:
     """
     Raises:
-        Refusal: 431. The protocol refuses what it has to wait for, not what arrives at once.
+        Refusal: 431. The protocol refuses only large headers that it has to wait for, not those that arrive at once.
     """
     size = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
     if size + len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_HEADERS:
@@ -220,7 +220,7 @@ def _check_size(scope: Scope) -> None:
 
 
 def headers_too_large() -> Refusal:
-    """The refusal of a request's headers."""
+    """Return the refusal for request headers that are too large."""
     message = f"expected a request line and headers of at most {MAX_HEADERS} bytes, got more; send it in the body"
     return Refusal(431, "headers_too_large", message, headers={"Connection": "close"})
 
@@ -228,7 +228,7 @@ def headers_too_large() -> Refusal:
 def _check_origin(origin: str, headers: Headers) -> None:
     """
     Raises:
-        Refusal: 403, a page that is not this server's.
+        Refusal: 403 for a page that is not this server's.
     """
     scheme, _, host = origin.partition("://")
     if scheme not in ("http", "https") or host.lower() != headers.get("host", "").lower():
@@ -239,7 +239,7 @@ def _check_origin(origin: str, headers: Headers) -> None:
 def check_exposure(settings: ServeSettings) -> None:
     """
     Raises:
-        InputError: The address is not loopback and there is no key, or the key is none.
+        InputError: The address is not a loopback address and there is no key, or the key is invalid.
     """
     key = settings.api_key
     if key is not None and not re.fullmatch(r"[\x21-\x7e]{16,4096}", key):
@@ -255,11 +255,11 @@ def check_exposure(settings: ServeSettings) -> None:
 
 
 class Gone(Exception):
-    """The client went away before its request had come."""
+    """The client disconnected before its request had arrived."""
 
 
 class Bounds:
-    """The guard of bytes and seconds; see the module."""
+    """Guard that limits bytes and seconds; see the module docstring."""
 
     def __init__(self, app: ASGIApp, server: Serving) -> None:
         self._app, self._server = app, server
@@ -333,15 +333,15 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:
-    """End a task, whatever it is at."""
+    """Cancel a task, whatever it is doing, and wait until it is done."""
     while not task.done():
         task.cancel()
-        # Before Python 3.12, a wait that ends just now swallows it.
+        # Before Python 3.12, a wait that ends at the same moment swallows the cancellation.
         await asyncio.wait({task}, timeout=0.1)
 
 
 class Room:
-    """Bytes of bodies that are held at once."""
+    """Budget of bytes for the bodies held at once."""
 
     def __init__(self, most: int) -> None:
         self._left = most
@@ -349,7 +349,7 @@ class Room:
     def take(self, size: int) -> None:
         """
         Raises:
-            Refusal: 429, there is no room for so much.
+            Refusal: 429 if there is not enough room.
         """
         if size > self._left:
             message = "the server holds as much as it can of other requests: try again soon"
@@ -357,16 +357,16 @@ class Room:
         self._left -= size
 
     def give(self, size: int) -> None:
-        """Take back what was taken."""
+        """Return bytes to the budget."""
         self._left += size
 
 
 class Body:
-    """The body of one request, which comes within bounds or not at all.
+    """The body of one request, received within bounds or not at all.
 
     Attributes:
-        is_expected: Whether the headers announce one.
-        ended: Set once all of it is here.
+        is_expected: Whether the headers announce a body.
+        ended: Event that is set once the whole body has arrived.
     """
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: ServeSettings, room: Room) -> None:
@@ -379,11 +379,11 @@ class Body:
         self.ended, self._left = asyncio.Event(), asyncio.Event()
 
     async def receive(self) -> Message:
-        """The next part, as ASGI has it.
+        """Return the next part as an ASGI message.
 
         Raises:
             Refusal: 413, 408 or 429.
-            Gone: The client went away.
+            Gone: The client disconnected.
         """
         if not self.is_expected and not self._is_handed:
             await self.ended.wait()
@@ -414,10 +414,10 @@ class Body:
         return message
 
     async def wait_for_leaving(self, ended: Callable[[], None]) -> None:
-        """Return once the client has gone away; what it sends after the body is not for this request.
+        """Return once the client has disconnected; anything it sends after the body does not belong to this request.
 
         Args:
-            ended: Function that is called once all of the body is here.
+            ended: Function that is called once the whole body has arrived.
         """
         if not self.is_expected:
             if (await self._receive())["type"] == "http.disconnect":
@@ -430,9 +430,9 @@ class Body:
                 self._left.set()
 
     async def discard(self) -> bool:
-        """Pass over the rest of a body that is answered before its end; whether the end came.
+        """Discard the rest of a body that is answered before its end; return whether the end arrived.
 
-        A client that still sends does not read: were the connection closed, it would not learn why.
+        A client that is still sending does not read. If the connection were closed, it would not learn why.
         """
         if self.ended.is_set() or not self.is_expected:
             return True
@@ -455,7 +455,7 @@ class Body:
         return False
 
     def release(self) -> None:
-        """Give back the room that it took."""
+        """Release the room that the body took."""
         self._room.give(self._size)
         self._size = 0
 

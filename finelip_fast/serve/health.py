@@ -1,4 +1,4 @@
-"""Whether the server lives, and whether it really answers; what Prometheus reads."""
+"""Liveness and readiness checks, and the metrics that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finelip_fast.serve.answers import answer, log
 from finelip_fast.serve.metrics import CONTENT_TYPE
 from finelip_fast.serve.requests import Serving, serving
 
-_SECONDS = 1.0  # for which a result is told again
-_TRIAL_SECONDS = 10.0  # within which a trial must end, or within the timeout of requests where that is less
+_SECONDS = 1.0  # for which a result is reused
+_TRIAL_SECONDS = 10.0  # within which a trial must end, or within the timeout of requests if that is shorter
 
 router = APIRouter()
 
 
 class Health:
-    """Trials of a server: a text is encoded and searched with, at most once a second."""
+    """Trials of a server: encode a text and search with it, at most once a second."""
 
     def __init__(self, server: Serving) -> None:
         self._server = server
@@ -29,7 +29,7 @@ class Health:
         self._until, self._fault = 0.0, "has not been tried"
 
     async def fault(self) -> str | None:
-        """What is wrong; None: it encodes and searches."""
+        """Return what is wrong, or None if the server encodes and searches."""
         if self._server.state != "ready":
             return self._server.state
         clock = asyncio.get_running_loop().time
@@ -43,7 +43,7 @@ class Health:
         seconds = min(_TRIAL_SECONDS, self._server.settings.timeout)
         try:
             await asyncio.wait_for(try_search(self._server, "a house", seconds), seconds + 1)
-        except Exception as error:  # whatever it is, the server does not answer
+        except Exception as error:  # whatever the error is, the server does not answer
             log.error("the server is not ready: %s: %s", type(error).__name__, error)
             return "failing"
         return None
@@ -53,7 +53,7 @@ async def try_search(server: Serving, text: str, seconds: float) -> None:
     """Encode a text and search with it.
 
     Raises:
-        Exception: Whatever keeps it from being done within so many seconds.
+        Exception: Any failure to do so within ``seconds``.
     """
     deadline = asyncio.get_running_loop().time() + seconds
     (embedded,) = await server.pipeline.embed_texts([text], deadline=deadline, recent=False)
@@ -61,7 +61,7 @@ async def try_search(server: Serving, text: str, seconds: float) -> None:
 
 
 async def warm(server: Serving, picture: bytes) -> None:
-    """Run all that a first request would wait for; what fails is told by the health instead."""
+    """Run everything that a first request would wait for; failures are left for the health check to report."""
     seconds = 600.0  # a GPU may build kernels
     with suppress(Exception):
         await server.pipeline.embed_images([picture], deadline=asyncio.get_running_loop().time() + seconds)
@@ -71,13 +71,13 @@ async def warm(server: Serving, picture: bytes) -> None:
 
 @router.get("/health/live", tags=["health"])
 async def live() -> Response:
-    """The process answers."""
+    """Confirm that the process answers."""
     return answer({"status": "live"})
 
 
 @router.get("/health/ready", tags=["health"], responses={503: {"description": "It does not answer searches now."}})
 async def ready(request: Request) -> Response:
-    """A text was encoded and searched with within the last second."""
+    """Confirm that a text was encoded and searched with within the last second."""
     fault = await request.app.state.health.fault()
     if fault is None:
         return answer({"status": "ready"})
@@ -86,12 +86,12 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", tags=["health"], response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
+    """Return the metrics for Prometheus."""
     server = serving(request)
     figures: Any = request.app.state.metrics
 
     def text() -> bytes:
-        with suppress(Exception):  # an index that cannot be read is no reason to tell nothing
+        with suppress(Exception):  # an unreadable index is no reason to report nothing
             figures.describe(items=len(server.collection), **request.app.state.described)
         content: bytes = figures.text()
         return content

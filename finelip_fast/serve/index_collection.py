@@ -1,4 +1,4 @@
-"""An index folder as a server searches and changes it."""
+"""An index folder that a server searches and changes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from finelip_fast.serve.uploads import Uploads
 
 _logger = logging.getLogger(__name__)
 
-_AT_ONCE = 32  # uploads that are embedded and committed together
+_AT_ONCE = 32  # uploads embedded and committed together
 
 
 class RetrieverCollection:
     """The items of a retriever's index.
 
-    What other processes change in the index folder is seen by the next call.
+    Changes that other processes make to the index folder are visible to the next call.
 
     Args:
-        retriever: Retriever, which is closed with the collection.
-        uploads: Folder that keeps added pictures, made if it is missing; None: nothing can be added or deleted.
+        retriever: Retriever, closed together with the collection.
+        uploads: Folder for added pictures, created if missing; None: nothing can be added or deleted.
 
     Raises:
-        WriteError: The folder cannot be made.
+        WriteError: The folder cannot be created.
     """
 
     def __init__(self, retriever: Retriever, uploads: Path | None = None) -> None:
@@ -82,7 +82,7 @@ class RetrieverCollection:
         return self._index.page(where=where, limit=limit, after=after)
 
     def fields(self) -> list[Field]:
-        with self._counting:  # by one thread: the others get what it keeps
+        with self._counting:  # by one thread; the others get its cached result
             return self._index.fields()
 
     def picture(self, id: str) -> Path | None:
@@ -109,7 +109,7 @@ class RetrieverCollection:
         with ThreadPoolExecutor() as pool:
             checked = list(pool.map(self._check, uploads))
         sound = {at: picture for at, picture in enumerate(checked) if isinstance(picture, _Sound)}
-        first = {picture.digest: at for at, picture in reversed(sound.items())}  # of the same picture sent twice
+        first = {picture.digest: at for at, picture in reversed(sound.items())}  # first copy of a picture sent twice
         pictures = {at: sound[at] for at in sorted(first.values())}
 
         def places() -> dict[int, Path]:
@@ -122,7 +122,7 @@ class RetrieverCollection:
             present = self._index.present(list(ids.values()))
             return [at for at, item in ids.items() if item not in present]
 
-        # Before anything is locked, as far as can be told.
+        # Before anything is locked, as far as is known by then.
         new = absent({at: item_id(path, root) for at, path in places().items()})
         embeddings = self._embedded(pictures, new)
         files: list[Path] = []
@@ -150,7 +150,7 @@ class RetrieverCollection:
                     folder.keep(paths[at], uploads[at].content)
         try:
             self._index.compact_recent()
-        except FineLIPError as error:  # what was added is there
+        except FineLIPError as error:  # the added items are stored
             _logger.warning("the index cannot be kept in few segments: %s", error)
         added = set(report.added)
 
@@ -164,7 +164,7 @@ class RetrieverCollection:
         return [result(at) for at in range(len(uploads))]
 
     def _check(self, upload: Upload) -> _Sound | str:
-        """What is needed of a picture and its metadata, or why it cannot be added."""
+        """Return what is needed to add a picture, or why it cannot be added."""
         try:
             as_json(upload.metadata)
             pixels = self.engine.preprocess(upload.content)
@@ -188,7 +188,7 @@ class RetrieverCollection:
             self._discard([path for path in files if path is not None and folder.holds(path)], folder, root)
 
     def _discard(self, paths: Sequence[Path], folder: Uploads, root: Path | None) -> None:
-        """Remove those uploaded files that are no item's."""
+        """Remove uploaded files that belong to no item."""
         if not paths:
             return
         with self._index.undisturbed():
@@ -210,7 +210,7 @@ class RetrieverCollection:
 
 
 class _Sound(NamedTuple):
-    """A picture that can be added: pixels ``[3, S, S]``, SHA-256, the suffix of its file, what was sent with it."""
+    """A picture that can be added: pixels ``[3, S, S]``, SHA-256, file suffix, and the metadata sent with it."""
 
     pixels: Tensor
     digest: str
@@ -218,7 +218,7 @@ class _Sound(NamedTuple):
     metadata: dict[str, Any]
 
     def described(self, path: Path) -> dict[str, Any]:
-        """Metadata of its item: its size, time and hash are always the file's."""
+        """Return the metadata of its item; size, time and hash are always those of the file."""
         return {
             **describe(path),
             **{name: value for name, value in self.metadata.items() if name not in (*STAMP, HASH)},

@@ -1,4 +1,4 @@
-"""What Prometheus is told: how long requests and their stages take, what waits, what was refused, what is served."""
+"""Prometheus metrics: durations of requests and their stages, queue lengths, refusals, and what is served."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 
 class Metrics:
-    """The figures of one process, or of all workers together where ``PROMETHEUS_MULTIPROC_DIR`` names their folder.
+    """Metrics of one process, or of all workers together if ``PROMETHEUS_MULTIPROC_DIR`` names their folder.
 
-    Observes the pipeline, see :class:`finelip_fast.serve.batching.Observer`.
+    Observes the pipeline; see :class:`finelip_fast.serve.batching.Observer`.
     """
 
     def __init__(self) -> None:
@@ -69,21 +69,21 @@ class Metrics:
         )
 
     def batch(self, name: str, size: int, waited: float, took: float) -> None:
-        """Note a batch of the pipeline."""
+        """Record a batch of the pipeline."""
         self._sizes.labels(name).observe(size)
         self._waits.labels(name).observe(waited)
         self._batches.labels(name).observe(took)
 
     def queue(self, name: str, length: int) -> None:
-        """Note how many wait."""
+        """Record the number of waiting items."""
         self._queue.labels(name).set(length)
 
     def begin(self) -> None:
-        """Note a request that came."""
+        """Record the arrival of a request."""
         self._in_flight.inc()
 
     def end(self, scope: Scope, status: int, seconds: float) -> None:
-        """Note a request that was answered."""
+        """Record the answer to a request."""
         self._in_flight.dec()
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -94,12 +94,12 @@ class Metrics:
             self._refusals.labels(scope["finelip.code"]).inc()
 
     def describe(self, *, items: int, version: str, model: str, engine: str) -> None:
-        """Note what is served."""
+        """Record what is served."""
         self._items.set(items)
         self._served.labels(version, model, engine).set(1)
 
     def text(self) -> bytes:
-        """All figures, in the format of Prometheus."""
+        """Return all metrics in the Prometheus text format."""
         if os.environ.get(MULTIPROCESS):
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

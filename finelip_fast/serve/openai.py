@@ -1,4 +1,4 @@
-"""``/v1/embeddings`` and ``/v1/models`` as OpenAI's clients know them, with pictures and with all rows."""
+"""``/v1/embeddings`` and ``/v1/models`` as OpenAI's clients expect them, also for pictures and all rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 @router.post("/embeddings", response_model=schemas.EmbeddingsResponse, openapi_extra=takes(schemas.EmbeddingsRequest))
 async def embeddings(request: Request) -> Response:
-    """Embed texts and pictures; the global rows, or with ``multi_vector`` all rows, as late interaction compares them."""
+    """Embed texts and pictures: global rows or, with ``multi_vector``, all rows, which late interaction compares."""
     server = serving(request)
     limits, engine = server.settings.limits, server.collection.engine
     values = await read_object(request)
@@ -81,14 +81,14 @@ def _encoded(embedding: Tensor, query: schemas.EmbeddingsRequest) -> dict[str, A
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """The model that embeds here."""
+    """List the model that this server embeds with."""
     name = model_name(serving(request).collection.engine.source)
     return answer({"object": "list", "data": [_model(name)]})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """The model of a name."""
+    """Describe the model with a given name."""
     known = model_name(serving(request).collection.engine.source)
     if name not in (known, _ALIAS):
         raise Refusal(404, "model_not_found", f"expected model {known!r}, got {name!r:.80}", param="model")

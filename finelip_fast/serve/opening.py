@@ -1,4 +1,4 @@
-"""What a server opens: told in a few words, which every process of the server is given."""
+"""Short, picklable description of what a server opens, passed to each of its processes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """An index folder, or shards, and the model that made them; pickles, and every process opens its own.
+    """An index folder or shards, and the model that made them; can be pickled, and each process opens its own.
 
     Attributes:
-        index: Folder of an index; None where there are shards.
+        index: Folder of an index; None if there are shards.
         shards: Folders of indexes that are searched together.
-        ray: Address of the Ray cluster that the shards live on; None: that of ``RAY_ADDRESS``, or this machine.
+        ray: Address of the Ray cluster that holds the shards; None: that of ``RAY_ADDRESS``, or this machine.
         checkpoint: Checkpoint that made the index; None: the one that the index names, if this user has opened it before.
         engine, precision, device, alpha: The same as for :class:`finelip_fast.Retriever`.
-        uploads: Folder that keeps added pictures; None: nothing is added or deleted.
+        uploads: Folder for added pictures; None: nothing is added or deleted.
 
     Raises:
-        InputError: Both or neither of index and shards, or shards that are to be written to.
+        InputError: Both or neither of index and shards, or shards with an uploads folder.
     """
 
     index: str | None = None
@@ -50,7 +50,7 @@ class Opening:
             raise InputError("expected an index to add pictures to, got shards: add to a shard's own folder instead")
 
     def open(self) -> Collection:
-        """Load the model and open what it searches, which is the caller's to close; takes seconds.
+        """Load the model and open the collection, which the caller must close; takes seconds.
 
         Raises:
             InputError, EngineError, CheckpointError, StoreError: The same as for :class:`finelip_fast.Retriever` and

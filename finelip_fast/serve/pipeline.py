@@ -1,13 +1,13 @@
-"""The way from texts and pictures to hits, for many requests at once: each stage is a queue that forms batches.
+"""The pipeline from texts and pictures to hits, for many requests at once: each stage is a queue that forms batches.
 
 ==========  ==================================  ============================================================
 stage       what shares a batch                 threads
 ==========  ==================================  ============================================================
 tokenize    texts                               1
 decode      nothing: pictures one by one        as many as processors, 8 at most
-encode      texts of similar length; pictures   1, shared: two would take each other's processors,
-search      the same k, mode, filter, alpha     and PyTorch keeps a team of threads for each that calls it
-work        nothing: whatever else blocks       as decode
+encode      texts of similar length; pictures   1, shared: two would compete for processors, and
+search      the same k, mode, filter, alpha     PyTorch keeps a team of threads for each calling thread
+work        nothing: other calls that block     same as decode
 ==========  ==================================  ============================================================
 """
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# A processor gains nothing from more at once, and the first of a batch would wait for the last.
+# A CPU gains nothing from larger batches, and the first item of a batch would wait for the last.
 _CPU_TOKENS, _CPU_IMAGES, _CPU_QUERIES = 256, 4, 8
 _MOST_THREADS = 8
 _RECENT_TEXTS = 128
-# Numbers of hits that searches of one batch look for.
+# Numbers of hits that searches are rounded up to, so that they share batches.
 _STEPS_OF_K = (1, 10, 20, 30, 50, 100, 200, 300, 500)
 
 
@@ -52,8 +52,8 @@ class TextEmbedding:
 
     Attributes:
         embedding: ``[L, D]``.
-        tokens: Tokens of the whole text, START and EOT included.
-        tokens_cut: Those of them beyond the context, which were not read.
+        tokens: Number of tokens of the whole text, including START and EOT.
+        tokens_cut: Number of tokens beyond the context, which were not read.
     """
 
     embedding: Tensor
@@ -80,7 +80,7 @@ class _SearchKey(NamedTuple):
 
 @dataclass(frozen=True)
 class _BoundedPreprocess(Preprocess):
-    """Preprocessing that refuses a picture of too many pixels by its header."""
+    """Preprocessing that refuses a picture with too many pixels, based on its header."""
 
     max_pixels: int = 0
 
@@ -91,17 +91,17 @@ class _BoundedPreprocess(Preprocess):
 
 
 class Pipeline:
-    """Encodes and searches for many requests at once.
+    """Encode and search for many requests at once.
 
-    All methods raise what :meth:`finelip_fast.serve.batching.Batcher.submit` does: Overloaded, DeadlineExceeded, Draining.
-    ``deadline`` is a time of the event loop's clock.
+    All methods raise the errors of :meth:`finelip_fast.serve.batching.Batcher.submit`: Overloaded, DeadlineExceeded, Draining.
+    ``deadline`` is a time on the event loop's clock.
 
     Args:
         collection: Items to search, and the engine that made their embeddings.
         settings: ``max_batch``, ``batch_wait`` and ``queue``, and the limit on pixels.
-        observer: Whoever counts batches and lengths of queues, by the names of the stages.
-        computing: The thread that encodes and searches, best the one that opened the collection: PyTorch keeps a team of
-            threads for each that calls it, and a second team slows the first. None: a thread of its own.
+        observer: Observer of batches and queue lengths, by the names of the stages.
+        computing: Thread that encodes and searches, preferably the one that opened the collection: PyTorch keeps a team of
+            threads for each thread that calls it, and a second team slows the first. None: a new thread.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Pipeline:
             self._decode_batch, name="decode", workers=several_threads("decode")
         )
         self._computing = computing or Workers("compute")
-        # Before the encodings: what is nearly done is answered first.
+        # Before encoding, so that requests that are nearly done are answered first.
         self._search: Batcher[_SearchKey, Tensor, Found] = several(
             self._search_batch,
             name="search",
@@ -148,30 +148,30 @@ class Pipeline:
 
     @property
     def _stages(self) -> tuple[Batcher[Any, Any, Any], ...]:
-        """Every stage, those that feed others first."""
+        """All stages, those that feed others first."""
         return self._tokenize, self._decode, self._encode, self._search, self._work
 
     async def start(self) -> None:
-        """Start the threads; the first request does it otherwise."""
+        """Start the threads; otherwise the first request starts them."""
         for stage in self._stages:
             await stage.start()
 
     async def close(self) -> None:
-        """Answer what waits, refuse the rest, and stop the threads."""
+        """Answer waiting requests, refuse new ones, and stop the threads."""
         for stage in self._stages:
             await stage.close()
         self._computing.close()
 
     async def embed_texts(self, texts: Sequence[str], *, deadline: float, recent: bool = True) -> list[TextEmbedding]:
-        """Embed texts; what is longer than the context is cut.
+        """Embed texts; texts longer than the context are cut.
 
         Args:
             texts: Texts, of any lengths.
             deadline: Time at which to give up.
-            recent: Whether an embedding made shortly before may be returned.
+            recent: Whether an embedding computed shortly before may be returned.
 
         Raises:
-            InputError: A text that is too long to be looked at.
+            InputError: A text that is too long to tokenize.
         """
         embedded = {text: self._recent[text] for text in texts if text in self._recent} if recent else {}
         missing = list(dict.fromkeys(text for text in texts if text not in embedded))
@@ -190,10 +190,10 @@ class Pipeline:
         return [embedded[text] for text in texts]
 
     async def embed_images(self, images: Sequence[bytes], *, deadline: float) -> list[Tensor]:
-        """Embeddings ``[L, D]`` of encoded pictures.
+        """Return embeddings ``[L, D]`` of encoded pictures.
 
         Raises:
-            ImageError: A picture that cannot be read, or has too many pixels; of several, says which.
+            ImageError: A picture that cannot be read or has too many pixels; if there are several, the message says which.
         """
         names = [
             f"picture {number} of {len(images)}: " if len(images) > 1 else "" for number, _ in enumerate(images, 1)
@@ -215,7 +215,7 @@ class Pipeline:
 
         Args:
             queries: Embeddings ``[L, D]``, one or more.
-            k, mode, where, alpha: The same as for the collection's search; an alpha of None is the collection's.
+            k, mode, where, alpha: The same as for the collection's search; an alpha of None means the collection's.
             deadline: Time at which to give up.
 
         Raises:
@@ -235,7 +235,7 @@ class Pipeline:
         )
 
     async def run(self, function: Callable[..., R], *args: Any, deadline: float) -> R:
-        """What a function returns that is called in a thread of its own.
+        """Call a function in a separate thread and return its result.
 
         Raises:
             Exception: Whatever the function raises.
@@ -265,7 +265,7 @@ class Pipeline:
             embedded = self._engine.encode_image(torch.stack(list(items)))
         else:
             embedded = self._engine.encode_text(pad_sequence(list(items), batch_first=True))
-        return [row.clone() for row in embedded]  # none keeps the whole batch in memory
+        return [row.clone() for row in embedded]  # so that no row keeps the whole batch in memory
 
     def _search_batch(self, key: _SearchKey, queries: Sequence[Tensor]) -> list[Found]:
         results = self._collection.search(
@@ -283,9 +283,9 @@ class Pipeline:
     # How batches are formed --------------------------------------------------------------------------------------------
 
     def _rounded(self, length: int) -> int:
-        """The length up to which a text of so many tokens is padded at most; a call costs as much as some 16 tokens."""
+        """Return the length that a text is padded to at most; a call costs about as much as 16 tokens."""
         if not self._on_cpu:
-            return 0  # a GPU gains more by full batches than it loses by padding
+            return 0  # a GPU gains more from full batches than it loses to padding
         step = max(16, 1 << length.bit_length() - 2)
         return -(-length // step) * step
 

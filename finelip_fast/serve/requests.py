@@ -1,4 +1,4 @@
-"""What requests hold: models out of JSON and forms, pictures out of base64, all within bounds."""
+"""Read requests: models from JSON and forms, pictures from base64, all within bounds."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from finelip_fast.serve.thumbnails import Thumbnails
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_IN_LOOP = 1 << 18  # bytes that are parsed at once; more of them go to a thread, so that other requests are answered
+_IN_LOOP = 1 << 18  # bytes; larger bodies are parsed in a thread, so that other requests are not blocked
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
-_MAX_PART = 1 << 20  # of a field of a form that is no file
-_MAX_ERRORS = 3  # that a message tells
+_MAX_PART = 1 << 20  # bytes of a form field that is not a file
+_MAX_ERRORS = 3  # errors listed in one message
 
 
 @dataclass
 class Serving:
-    """What the routes of one application share."""
+    """State shared by the routes of one application."""
 
     collection: Collection
     settings: ServeSettings
@@ -51,12 +51,12 @@ class Serving:
 
 
 def serving(request: Request) -> Serving:
-    """What the application of a request serves."""
+    """Return the state of the application that handles a request."""
     return request.app.state.serving  # type: ignore[no-any-return]
 
 
 def deadline(request: Request) -> float:
-    """Time of the loop's clock at which a request is given up."""
+    """Return the time, on the event loop's clock, at which a request is abandoned."""
     return (
         getattr(request.state, "deadline", None)
         or asyncio.get_running_loop().time() + serving(request).settings.timeout
@@ -78,16 +78,16 @@ def stage(request: Request, name: str) -> Iterator[None]:
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
-    """The body of a request as a model.
+    """Read the body of a request as a model.
 
     Raises:
-        Refusal: 415 for another media type, 400 for what is no JSON or not what the model takes.
+        Refusal: 415 for another media type, 400 for a body that is not JSON or does not match the model.
     """
     return validated(model, await read_object(request), strict=True)
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """The body of a request, an object of JSON; errors as those of :func:`read_json`."""
+    """Read the body of a request as a JSON object; errors as in :func:`read_json`."""
     kind = media_type(request)
     if kind != "application/json":
         raise unsupported(kind, "application/json")
@@ -101,14 +101,14 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 
 class File(NamedTuple):
-    """A file of a form."""
+    """A file from a form."""
 
     name: str
     content: bytes
 
 
 async def read_form(request: Request, limits: Limits) -> list[tuple[str, str | File]]:
-    """Names and values of a multipart form, in their order; files stay in memory, which the bound on bodies bounds.
+    """Read the names and values of a multipart form in order; files stay in memory, within the bound on bodies.
 
     Raises:
         Refusal: 400 for a form that cannot be read, 413 for too many files or fields.
@@ -140,22 +140,22 @@ async def _read(value: str | UploadFile) -> str | File:
 
 
 def media_type(request: Request) -> str:
-    """Media type of a request's body, without its parameters."""
+    """Return the media type of a request's body, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def unsupported(kind: str, *expected: str) -> Refusal:
-    """The refusal of a body of another media type."""
+    """Return the refusal for a body of an unsupported media type."""
     return Refusal(
         415, "media_type", f"expected Content-Type {' or '.join(expected)}, got {f'{kind!r:.80}' if kind else 'none'}"
     )
 
 
 def validated(model: type[Model], values: dict[str, Any], *, strict: bool) -> Model:
-    """Values as a model; of a form, whose values are all text, not strictly.
+    """Validate values as a model; not strictly for a form, whose values are all text.
 
     Raises:
-        Refusal: 400, which names the first field that is wrong.
+        Refusal: 400, naming the first invalid field.
     """
     try:
         return model.model_validate(values, strict=strict)
@@ -164,7 +164,7 @@ def validated(model: type[Model], values: dict[str, Any], *, strict: bool) -> Mo
 
 
 def invalid(errors: Sequence[Any]) -> Refusal:
-    """The refusal of values, from what pydantic says of them."""
+    """Return the refusal for invalid values, from pydantic's errors."""
     parts, param = [], None
     for error in errors[:_MAX_ERRORS]:
         field = ".".join(str(part) for part in error["loc"] if part not in ("body", "query"))
@@ -179,14 +179,14 @@ def invalid(errors: Sequence[Any]) -> Refusal:
 
 
 def listed(value: Any) -> list[Any]:
-    """A value, or several, as a list."""
+    """Return one or several values as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def check_texts(texts: Sequence[str], limits: Limits, param: str) -> list[str]:
     """
     Raises:
-        Refusal: 413 for too many texts, 400 for one that is too long.
+        Refusal: 413 for too many texts, 400 for a text that is too long.
     """
     check_count(texts, limits.texts, "texts", param)
     for text in texts:
@@ -199,7 +199,7 @@ def check_texts(texts: Sequence[str], limits: Limits, param: str) -> list[str]:
 def check_count(values: Sequence[Any], most: int, name: str, param: str) -> None:
     """
     Raises:
-        Refusal: 413, there are more than ``most``.
+        Refusal: 413 if there are more than ``most``.
     """
     if len(values) > most:
         message = f"expected at most {most} {name} in one request, got {len(values)}; send several requests"
@@ -209,7 +209,7 @@ def check_count(values: Sequence[Any], most: int, name: str, param: str) -> None
 def check_where(where: str | None, limits: Limits) -> str | None:
     """
     Raises:
-        Refusal: 400, the filter is too long.
+        Refusal: 400 if the filter is too long.
     """
     if where is not None and len(where) > limits.where:
         message = f"expected a filter of at most {limits.where} characters, got {len(where)}; shorten it"
@@ -218,10 +218,10 @@ def check_where(where: str | None, limits: Limits) -> str | None:
 
 
 async def check_pictures(pictures: Sequence[str | bytes], limits: Limits, param: str) -> list[bytes]:
-    """Pictures as bytes, within the bound on pixels.
+    """Return pictures as bytes, within the bound on pixels.
 
     Raises:
-        Refusal: 413 for too many, or too many pixels; 400 for what is no base64, or an address.
+        Refusal: 413 for too many pictures or pixels; 400 for invalid base64 or an address.
     """
     check_count(pictures, limits.images, "pictures", param)
     if not pictures:
@@ -230,7 +230,7 @@ async def check_pictures(pictures: Sequence[str | bytes], limits: Limits, param:
 
 
 async def refused_pictures(pictures: Sequence[bytes], limits: Limits) -> list[str | None]:
-    """Why each is no picture within the bound on pixels; None: it is one."""
+    """Return why each picture is refused, or None if it is one within the bound on pixels."""
 
     def reason(picture: bytes) -> str | None:
         try:
@@ -248,7 +248,7 @@ def _picture(picture: str | bytes, limits: Limits, param: str) -> bytes:
         width, height = size_of(content)
     except InputError:
         raise
-    except Exception:  # whatever is wrong with it shows when it is decoded
+    except Exception:  # any fault shows when the picture is decoded
         return content
     if width * height > limits.pixels:
         message = f"expected pictures of at most {limits.pixels} pixels, got {width} x {height}; shrink it"
@@ -275,10 +275,10 @@ def _decoded(text: str, param: str) -> bytes:
 
 
 def size_of(picture: bytes | Path) -> tuple[int, int]:
-    """Width and height of an upright picture, from its header.
+    """Return the width and height of a picture in upright orientation, from its header.
 
     Raises:
-        ImageError: It is none, or too large. All that Pillow raises passes.
+        ImageError: Not a picture, or too large. Errors raised by Pillow pass through.
     """
     with quiet, header(picture if isinstance(picture, bytes) else str(picture)) as ((width, height), exif):
         return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
@@ -288,13 +288,13 @@ def size_of(picture: bytes | Path) -> tuple[int, int]:
 
 
 def item_of(request: Request, tail: str = "") -> str:
-    """The id in the path of a request: one segment, percent-encoded, in which nothing has a meaning.
+    """Return the id in a request's path: one percent-encoded segment in which no character is special.
 
     Args:
-        tail: What follows it in the path.
+        tail: Part of the path after the id.
 
     Raises:
-        Refusal: 404, there are several segments.
+        Refusal: 404 if there are several segments.
     """
     path: bytes = request.scope["raw_path"].partition(b"?")[0]
     segment = path.removeprefix(b"/v1/items/").removesuffix(tail.encode())

@@ -1,7 +1,7 @@
 """Processes and sockets: one server, or several workers that share an address and an index.
 
-A server that is told to stop (SIGTERM, Ctrl-C) takes no more requests, answers those it has within ``settings.drain``, and is
-gone ``STOP_SECONDS`` later at most. Workers are spawned, never forked, and one that dies is replaced.
+A server told to stop (SIGTERM, Ctrl-C) accepts no more requests, answers pending ones within ``settings.drain``, and exits at
+most ``STOP_SECONDS`` later. Workers are spawned, never forked, and a worker that dies is replaced.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ STOP_SECONDS = 10.0
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _BACKLOG = 1024
-_HEADER_SECONDS = 20.0  # within which a connection's request must have come, its body aside
-_RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start, the first and the longest
+_HEADER_SECONDS = 20.0  # within which a connection must have sent a request, apart from its body
+_RESTART_SECONDS = (0.5, 30.0)  # between a worker's death and its successor's start: first and longest pause
 
 _log = logging.getLogger("finelip_fast.serve")
 
 
 class Opening(Protocol):
-    """What is told to each process of a server; with several, it is pickled."""
+    """Description of what each process of a server opens; pickled if there are several processes."""
 
     def open(self) -> Any:
-        """Load the model and open what it searches, a :class:`finelip_fast.serve.collection.Collection` to be closed."""
+        """Load the model and open a :class:`finelip_fast.serve.collection.Collection`, which the caller must close."""
 
 
 def print_address(address: str) -> None:
-    """Say where the server is, also into a pipe: whoever started it may wait for this line."""
+    """Print the server's address, flushed also into a pipe: whoever started the server may wait for this line."""
     print(f"{address} (Ctrl-C stops it)", flush=True)
 
 
@@ -62,14 +62,14 @@ def serve(
     """Serve an index until the process is told to stop.
 
     Args:
-        settings: How to answer, and where; port 0: any that is free.
-        opening: What to open, in each process.
+        settings: Settings, including the address; port 0 takes any free port.
+        opening: Description of what each process opens.
         workers: Number of processes.
-        ready: What is called with the address once it answers.
+        ready: Function that is called with the address once the server answers.
 
     Raises:
-        InputError: An address that is taken or is none of this machine, or one that others reach and no key.
-        FineLIPError: What cannot be opened.
+        InputError: An address that is in use or not one of this machine, or one that other machines reach, without a key.
+        FineLIPError: The model or the collection cannot be opened.
     """
     check_exposure(settings)
     with contextlib.closing(listen(settings)) as listener:
@@ -80,10 +80,10 @@ def serve(
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket that listens at the address.
+    """Return a socket that listens on the address.
 
     Raises:
-        InputError: It is taken, or is none of this machine; says how to choose another.
+        InputError: The address is in use or not one of this machine; the message says how to choose another.
     """
     host, port = settings.host, settings.port
     try:
@@ -96,7 +96,7 @@ def listen(settings: ServeSettings) -> socket.socket:
             f"expected an address of this machine, got {host!r:.80}: {error}; try --host 127.0.0.1"
         ) from None
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
+        if os.name == "posix":  # elsewhere it would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -112,7 +112,7 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """The address that a browser opens."""
+    """Return the address to open in a browser."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "localhost"
@@ -123,8 +123,8 @@ def address_of(listener: socket.socket) -> str:
 
 
 def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, ready: Callable[[], object]) -> None:
-    """Answer in this process until told to stop."""
-    from finelip_fast.serve.app import create_app  # with workers, the folder of metrics is known only now
+    """Answer requests in this process until told to stop."""
+    from finelip_fast.serve.app import create_app  # with workers, the metrics folder is known only now
 
     configure_logs()
     computing = Workers("compute")
@@ -152,7 +152,7 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends without an error when it is told to stop, and within a stated time."""
+    """uvicorn's server, except that it exits without an error when told to stop, and within a stated time."""
 
     def __init__(self, config: uvicorn.Config, serving: Any, drain: float, ready: Callable[[], object]) -> None:
         super().__init__(config)
@@ -171,7 +171,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
             self._serving.state = "draining"
-            # What hangs in a thread cannot be ended otherwise.
+            # A hanging thread cannot be ended in any other way.
             timer = threading.Timer(self._drain + STOP_SECONDS, os._exit, (0,))
             timer.daemon = True
             timer.start()
@@ -180,7 +180,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def caught_signals(handler: Any) -> Iterator[None]:
-    """Have the signals that end a process call a handler; those that are ignored stay so."""
+    """Have the signals that end a process call a handler; ignored signals stay ignored."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
@@ -195,7 +195,7 @@ def caught_signals(handler: Any) -> Iterator[None]:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol of HTTP/1.1 that refuses in our shape, and waits for headers no longer than a bounded time."""
+    """uvicorn's HTTP/1.1 protocol with refusals in this server's format, and a time limit for headers."""
 
     _timer: Any = None
 
@@ -228,10 +228,10 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP.
+        """Refuse input that is not HTTP.
 
-        What follows a whole request is passed over, and the connection ends with its answer; so it does where a part of the
-        answer is out already.
+        Input after a complete request is ignored, and the connection ends with that request's answer. It also ends if part
+        of an answer has already been sent.
         """
         state = self.conn.our_state
         if state in (h11.SEND_RESPONSE, h11.SEND_BODY) and not self.cycle.more_body:
@@ -241,7 +241,7 @@ class _Protocol(H11Protocol):
             self.transport.close()
             return
         is_begun = state is h11.SEND_RESPONSE
-        if is_begun:  # its application learns that nobody waits any more
+        if is_begun:  # its application learns that nobody is waiting any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         hint = getattr(sys.exc_info()[1], "error_status_hint", None)
@@ -261,7 +261,7 @@ class _Protocol(H11Protocol):
 
 
 def configure_logs() -> None:
-    """Send the server's log to standard error: of each request one line of JSON, of faults their traceback."""
+    """Send the server's log to standard error: one line of JSON for each request, and tracebacks of faults."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     lines = logging.StreamHandler(sys.stderr)
@@ -280,7 +280,7 @@ def configure_logs() -> None:
 
 
 def _work(settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket, report: Any) -> None:
-    """A worker's process: says that it is ready, or why it never will be."""
+    """Run a worker process, which reports that it is ready, or why it never will be."""
     import torch
 
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -294,7 +294,7 @@ def _work(settings: ServeSettings, opening: Opening, workers: int, listener: soc
 
 
 def _follow_parent() -> None:
-    """Stop once the parent is no more."""
+    """Stop once the parent process has ended."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -302,7 +302,7 @@ def _follow_parent() -> None:
 
 
 class _Process:
-    """A worker as its parent sees it."""
+    """A worker process, as seen by its parent."""
 
     def __init__(self, settings: ServeSettings, opening: Opening, workers: int, listener: socket.socket) -> None:
         context = get_context("spawn")
@@ -313,7 +313,7 @@ class _Process:
         self.is_ready = False
 
     def hear(self) -> str | None:
-        """What it says: empty, it is ready; another text, why it never will be; None, it said nothing."""
+        """Return the worker's report: empty if it is ready, otherwise why it never will be; None if there is no report."""
         try:
             text: str | None = self.report.recv() if self.report.poll() else None
         except (EOFError, OSError):
@@ -332,7 +332,7 @@ def _supervise(
     processes: list[_Process] = []
     try:
         with caught_signals(lambda *_: stopping.set()):
-            # What the first cannot open, none can: it is told once.
+            # What the first worker cannot open, none can; the error is reported once.
             processes.append(_Process(settings, opening, workers, listener))
             _await_first(processes[0], stopping)
             while not stopping.is_set() and len(processes) < workers:
@@ -350,10 +350,10 @@ def _supervise(
 
 
 def _await_first(first: _Process, stopping: threading.Event) -> None:
-    """Wait until a worker answers.
+    """Wait until the first worker is ready.
 
     Raises:
-        EngineError: It ended before.
+        EngineError: The worker ended before it was ready.
     """
     while not stopping.is_set() and not first.is_ready:
         connection.wait([first.report, first.process.sentinel], timeout=0.2)
@@ -367,7 +367,7 @@ def _await_first(first: _Process, stopping: threading.Event) -> None:
 
 
 def _replace_dead(processes: list[_Process], start: Any, stopping: threading.Event) -> None:
-    """Replace workers that end, the later the more often they end before they answer; until told to stop."""
+    """Replace workers that end, until told to stop; pause longer each time one ends before it is ready."""
     from prometheus_client import multiprocess
 
     pause, longest = _RESTART_SECONDS

@@ -1,7 +1,7 @@
 """Requests and answers of the API, as OpenAPI documents them.
 
-Pictures travel as base64 in JSON, with or without a ``data:`` prefix, or as files of a multipart form. Bounds that a server
-sets (:class:`finelip_fast.serve.settings.Limits`) are checked where requests are handled.
+Pictures are sent as base64 in JSON, with or without a ``data:`` prefix, or as files of a multipart form. The bounds of a
+server (:class:`finelip_fast.serve.settings.Limits`) are checked where requests are handled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Picture = Annotated[str, Field(description="An encoded picture in base64, or a d
 
 
 class Request(BaseModel):
-    """What a client sends: names that are not known are refused, so that none is ignored without a word."""
+    """Request from a client; unknown names are refused, so that none is silently ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SearchRequest(Request):
-    """Queries of one kind: texts, pictures, or items of the index whose like is looked for."""
+    """Queries of one kind: texts, pictures, or items of the index to find similar items for."""
 
     text: Text | list[Text] | None = None
     image: Picture | list[Picture] | None = None
@@ -62,7 +62,7 @@ class SearchResult(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """A result for each query, in their order."""
+    """One result for each query, in order."""
 
     results: list[SearchResult]
     covered: float = Field(description="Share of the items that were searched; below 1 where shards did not answer.")
@@ -78,13 +78,13 @@ class ScoreRequest(Request):
 
 
 class ScoreResponse(BaseModel):
-    """A row of scores for each picture, a column for each text."""
+    """A row of scores for each picture, with a column for each text."""
 
     scores: list[list[float]]
 
 
 class ExplainRequest(Request):
-    """A text and a picture, or an item of the index that is one."""
+    """A text, and either a picture or an item of the index that is one."""
 
     text: Text
     image: Picture | None = None
@@ -92,7 +92,7 @@ class ExplainRequest(Request):
 
 
 class ExplainedWord(BaseModel):
-    """A word as it stands in `text[start:end]`, counted in Unicode code points."""
+    """A word of the text, `text[start:end]`, counted in Unicode code points."""
 
     text: str
     start: int
@@ -108,7 +108,7 @@ class PictureMaps(BaseModel):
 
 
 class ExplainResponse(BaseModel):
-    """Why a picture and a text score as they do."""
+    """Explanation of the score of a picture and a text."""
 
     score: float
     global_score: float
@@ -126,7 +126,7 @@ class ExplainResponse(BaseModel):
 
 
 class TokensRequest(Request):
-    """A text to count."""
+    """A text whose tokens to count."""
 
     text: Text
 
@@ -149,7 +149,7 @@ class StoredItem(BaseModel):
 
 
 class ItemsResponse(BaseModel):
-    """One page of the items, in the order in which they were added."""
+    """One page of the items, in the order they were added."""
 
     items: list[StoredItem]
     total: int = Field(description="Number of items of the index, the filter left aside.")
@@ -157,7 +157,7 @@ class ItemsResponse(BaseModel):
 
 
 class AddedItem(BaseModel):
-    """What became of one uploaded picture."""
+    """Outcome for one uploaded picture."""
 
     id: str | None = Field(description="Its id; null: it was not added.")
     name: str = Field(description="Name of the file as it was sent.")
@@ -165,26 +165,26 @@ class AddedItem(BaseModel):
 
 
 class AddResponse(BaseModel):
-    """What was added is on disk, and is found by every later search."""
+    """Outcome of an upload; added pictures are on disk and found by every later search."""
 
     added: int
     items: list[AddedItem]
 
 
 class RemoveResponse(BaseModel):
-    """The item is gone for good."""
+    """Confirmation that the item is permanently deleted."""
 
     removed: int
 
 
 class EmbeddedImage(Request):
-    """A picture among the inputs of an embedding."""
+    """A picture among the inputs to embed."""
 
     image: Picture
 
 
 class EmbeddingsRequest(BaseModel):
-    """Inputs to embed, as OpenAI's clients send them; names that are not known are ignored."""
+    """Inputs to embed, as OpenAI's clients send them; unknown names are ignored."""
 
     input: Text | EmbeddedImage | list[Text | EmbeddedImage]
     model: str | None = None
@@ -194,7 +194,7 @@ class EmbeddingsRequest(BaseModel):
 
 
 class Embedding(BaseModel):
-    """One embedding: numbers, a list of rows, or float32 little-endian in base64."""
+    """One embedding: numbers, a list of rows, or little-endian float32 in base64."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -203,14 +203,14 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens that were read."""
+    """Number of tokens read."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsResponse(BaseModel):
-    """OpenAI's answer."""
+    """Answer in OpenAI's format."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
@@ -229,7 +229,7 @@ class MetadataField(BaseModel):
 
 
 class InfoResponse(BaseModel):
-    """What is served, and within which bounds."""
+    """The served model and items, and the bounds on requests."""
 
     version: str
     model: str
@@ -246,7 +246,7 @@ class InfoResponse(BaseModel):
 
 
 class Fault(BaseModel):
-    """What went wrong: what was expected, what came, and what to do."""
+    """An error: what was expected, what was received, and what to do."""
 
     message: str
     type: str
@@ -256,19 +256,19 @@ class Fault(BaseModel):
 
 
 class FaultResponse(BaseModel):
-    """Every answer that is no success, in the shape of OpenAI's."""
+    """Any unsuccessful answer, in the format of OpenAI's errors."""
 
     error: Fault
 
 
 # Examples ------------------------------------------------------------------------------------------------------------
 
-_PICTURE = (  # eight by eight pixels of red
+_PICTURE = (  # eight by eight red pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mPc4GDAgA0wMeAAg1MCAOZIATB1oGVIAAAAAElFTkSuQmCC"
 )
 _TEXT = "a red house with two floors, and a tree to the left of it"
 
-# Bodies that any server answers, by what they are.
+# Bodies that any server answers, by description.
 EXAMPLES: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
     SearchRequest: {
         "a description": {"text": _TEXT, "k": 3},

@@ -1,4 +1,4 @@
-"""What a server is told, and the bounds that it keeps."""
+"""Settings of a server, and its bounds on requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request; what exceeds them is refused with the bound in the message.
+    """Bounds on one request; a request that exceeds one is refused with the bound in the message.
 
     Attributes:
         body: Bytes of a request's body.
@@ -15,7 +15,7 @@ class Limits:
         images: Pictures of one request.
         texts: Texts of one request.
         characters: Characters of one text.
-        k: Hits of one query, those before ``offset`` included.
+        k: Hits of one query, including those before ``offset``.
         where: Characters of a filter.
         items: Items of one page of a listing.
         body_seconds: Seconds within which a request's body must arrive.
@@ -34,21 +34,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server answers.
+    """Settings of a server.
 
     Attributes:
         host, port: Address to listen on.
-        api_key: Key that requests must carry; None: none, which only loopback addresses allow.
-        hosts: Names by which the server may be called, beside the address itself and ``localhost``; against DNS rebinding.
-        origins: Origins of other pages that may ask (CORS); none by default.
+        api_key: Key that requests must carry; None: no key, allowed only on loopback addresses.
+        hosts: Host names accepted in addition to the address itself and ``localhost``, against DNS rebinding.
+        origins: Origins of other pages that may send requests (CORS); none by default.
         writable: Whether pictures may be added and deleted.
-        uploads: Folder that keeps added pictures; None: ``uploads`` in the index's folder.
-        timeout: Seconds after which a request is given up.
+        uploads: Folder for added pictures; None: ``uploads`` in the index folder.
+        timeout: Seconds after which a request is abandoned.
         batch_wait: Seconds that an encoding waits for others to share its batch.
         max_batch: Texts or pictures encoded at once.
-        queue: Texts or pictures that may wait; a request beyond them is answered 429.
-        drain: Seconds that requests may take to end once the server is told to stop.
-        log_queries: Whether the access log holds the texts of queries.
+        queue: Texts or pictures that may wait; requests beyond that are answered with 429.
+        drain: Seconds that requests may take to finish once the server is told to stop.
+        log_queries: Whether the access log includes the texts of queries.
         limits: Bounds of one request.
     """
 

@@ -1,4 +1,4 @@
-"""Shards as a server searches them."""
+"""Shards that a server searches."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from finelip_fast.serve.collection import Added, Found, Upload, local_file, with
 
 
 class ShardCollection:
-    """The items of shards, which are searched only.
+    """The items of shards, which can only be searched.
 
-    What else there is to tell of items is read from the folders of the shards, where they are on this machine.
+    All other information about items is read from the folders of the shards that are on this machine.
 
     Args:
         engine: Engine of the checkpoint that made the shards.
-        shards: Shards, which are closed with the collection; with ``partial="mark"`` a search is answered without those that
-            are missing.
-        alpha: Weight of the global cosine where a request names none; None: that of the shards.
+        shards: Shards, closed together with the collection; with ``partial="mark"``, a search is answered without missing
+            shards.
+        alpha: Weight of the global cosine for requests that name none; None: that of the shards.
 
     Raises:
-        StoreError: The shards are of another checkpoint.
+        StoreError: The shards were made by another checkpoint.
         InputError: ``alpha`` outside [0, 1].
     """
 
@@ -62,7 +62,7 @@ class ShardCollection:
         return sum(index.version for index in self._here().values())
 
     def _here(self) -> dict[str, Index]:
-        """The indexes of those shards whose folders are on this machine, by these, in the order of the shards."""
+        """Return the indexes of the shards whose folders are on this machine, by folder, in the order of the shards."""
         with self._opening:
             for folder in self._shards.folders:
                 if folder not in self._indexes:
@@ -168,7 +168,7 @@ class ShardCollection:
         )
 
     def close(self) -> None:
-        """Close the shards, and those of their folders that were opened here."""
+        """Close the shards, and the indexes that were opened from their folders."""
         with self._opening:
             for index in self._indexes.values():
                 index.close()

@@ -1,7 +1,7 @@
 """Small copies of pictures, made once and kept in memory.
 
-A file is decoded as a picture within the bounds of every other (:mod:`finelip_fast._decode`), and what leaves is encoded anew:
-of a file that is none, no byte does.
+A file is decoded within the same bounds as every other picture (:mod:`finelip_fast._decode`) and encoded again, so no byte of
+a file that is not a picture leaves the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUALITY = 80
 
 
 class _Key(NamedTuple):
-    """A thumbnail of a file as it is: one that is overwritten has another."""
+    """Key of the thumbnail of a file in its current state; an overwritten file has another key."""
 
     path: str
     side: int
@@ -34,10 +34,10 @@ class _Key(NamedTuple):
 
 
 class Thumbnails:
-    """Thumbnails by path and side, the latest kept; used from several threads at once.
+    """Cache of the latest thumbnails by path and side; used by several threads at once.
 
     Attributes:
-        media_type: Type of what :meth:`get` returns.
+        media_type: Media type of the thumbnails that :meth:`get` returns.
 
     Args:
         capacity: Bytes to keep.
@@ -52,9 +52,9 @@ class Thumbnails:
         self._under_way: dict[_Key, Future[bytes]] = {}
 
     def get(self, path: Path, side: int) -> bytes:
-        """An encoded copy of a picture, upright, at most ``side`` pixels wide and high, and never enlarged.
+        """Return an encoded copy of a picture, upright, at most ``side`` pixels wide and high, and never enlarged.
 
-        Who asks for what another thread is making waits for that.
+        If another thread is already making the copy, wait for that thread.
 
         Args:
             path: File of a picture.
@@ -62,7 +62,7 @@ class Thumbnails:
 
         Raises:
             InputError: Another side.
-            ImageError: The file is no picture that is read, or is gone.
+            ImageError: The file is not a readable picture, or no longer exists.
         """
         if side not in SIDES:
             raise InputError(f"expected side as one of {', '.join(map(str, SIDES))}, got {side!r:.80}")

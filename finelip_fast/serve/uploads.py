@@ -1,7 +1,7 @@
-"""The folder that keeps uploaded pictures, under names that their content gives.
+"""The folder of uploaded pictures, which are named by their content.
 
-A file is ``3f/3f9a…-beach.jpg``: 32 hexadecimal digits of its SHA-256, which make the same picture the same file however it
-was sent, what is harmless of the name it came by, and the suffix of its format.
+A file is named ``3f/3f9a…-beach.jpg``: 32 hexadecimal digits of its SHA-256, so that the same picture is the same file however
+it was sent, the harmless part of the name it was sent with, and the suffix of its format.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from finelip_fast._files import sync_folder, write_error, write_whole
 from finelip_fast.picture_files import content_hash
 
 _DIGITS = 32
-_LONGEST_NAME = 80  # bytes of what is taken over from a sent name
+_LONGEST_NAME = 80  # bytes kept of the name that was sent
 _NAME = re.compile(rf"[0-9a-f]{{{_DIGITS}}}(?:-[\w.-]+)?\.[a-z0-9]+")
 
 
 class Uploads:
-    """Files of uploaded pictures; what several processes do to one folder, they do inside ``Index.undisturbed``.
+    """Files of uploaded pictures; processes that share a folder change it only inside ``Index.undisturbed``.
 
     Args:
-        folder: Folder, made if it is missing.
+        folder: Folder, created if missing.
 
     Raises:
-        WriteError: It cannot be made.
+        WriteError: The folder cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Uploads:
             raise write_error(folder, error) from error
 
     def path_for(self, digest: str, name: str, suffix: str) -> Path:
-        """Where a picture of a SHA-256 lies, or is to lie if it was not uploaded before."""
+        """Return the path of the picture with a SHA-256, or the path to use if it was not uploaded before."""
         digits = digest[:_DIGITS]
         folder = self.folder / digits[:2]
         with suppress(OSError):
@@ -53,10 +53,10 @@ class Uploads:
         return folder / f"{digits}{_harmless(name)}{suffix}"
 
     def keep(self, path: Path, content: bytes) -> bool:
-        """Have the disk hold a picture; returns whether it did not.
+        """Write a picture unless it is there already; return whether it was written.
 
         Raises:
-            WriteError: The disk refuses.
+            WriteError: The picture cannot be written.
         """
         with suppress(OSError):
             if path.stat().st_size == len(content) and content_hash(path).startswith(path.name[:_DIGITS]):
@@ -66,19 +66,19 @@ class Uploads:
         return True
 
     def find(self, item: str) -> Path | None:
-        """The file of an uploaded picture by the id of its item, wherever the index's root lies now; None: there is none."""
+        """Return the file of an uploaded picture by its item's id, wherever the index root is now, or None."""
         name = item.rpartition("/")[2]
         path = self.folder / name[:2] / name
         return path if _NAME.fullmatch(name) and path.is_file() else None
 
     def holds(self, path: Path) -> bool:
-        """Whether a path is that of an uploaded picture."""
+        """Return whether a path is that of an uploaded picture."""
         return path == self.folder / path.name[:2] / path.name and bool(_NAME.fullmatch(path.name))
 
     def remove(self, path: Path) -> None:
         """
         Raises:
-            WriteError: The disk refuses.
+            WriteError: The file cannot be removed.
         """
         try:
             path.unlink(missing_ok=True)
@@ -88,7 +88,7 @@ class Uploads:
 
 
 def _harmless(name: str) -> str:
-    """What may stand in any file's name of the last part of a path, without its suffix; empty where nothing may."""
+    """Return the part of a path's last component, without suffix, that any file name may contain; may be empty."""
     stem = re.split(r"[/\\]", name)[-1].rpartition(".")[0] or name
     plain = re.sub(r"[^\w-]+", "-", stem).encode()[:_LONGEST_NAME].decode("utf-8", "ignore").strip("-")
     return f"-{plain}" if plain else ""

@@ -1,4 +1,4 @@
-"""The questions that FineLIP's paper asks, each one command that writes a table and a plot: ``finelip study NAME``."""
+"""Studies of the questions in FineLIP's paper, each a command that writes a table and a plot: ``finelip study NAME``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["STUDIES", "Setting", "Study"]
 
 
 class Study(NamedTuple):
-    """A study: what makes its record, and the data that it is about unless told otherwise."""
+    """A study: the function that makes its record, and its default data."""
 
     run: Callable[[Engine, Setting], Record]
     data: str

@@ -1,4 +1,4 @@
-"""What an adaptation gives for its cost, beside training all of the model from the same base."""
+"""Study of what an adaptation gains for its cost, compared with training the whole model from the same base."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from finelip_fast.training.start import load_base
 from finelip_fast.training.train import train
 from finelip_fast.training.validation import mean_recall, validate
 
-# What the second stage of each adaptation trains of the encoders.
+# Part of the encoders that each adaptation trains in its second stage.
 ADAPTATIONS = {"aggregators alone": "none", "then the last 2 blocks": "last:2", "then all blocks": "all"}
 EVERYTHING = "everything at once"
 
-# Of the recipe, what an adaptation has of its own.
+# Fields of the recipe that an adaptation sets itself.
 _OF_THE_RECIPE = ("out", "init", "preset", "steps", "encoder_lr", "aggregator_lr", "warmup_steps", "unfreeze")
 _MAX_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class AdaptationSetting:
-    """What is adapted, and how.
+    """Settings of the study: what is adapted, and how.
 
     Attributes:
-        base: Checkpoint as :func:`finelip_fast.load` takes it.
-        recipe: Recipe that trains everything from the base; the adaptations have its pairs, loss and batches.
+        base: Checkpoint, as accepted by :func:`finelip_fast.load`.
+        recipe: Recipe that trains everything from the base; the adaptations use its pairs, loss and batches.
         data: Pairs to measure on, as in :func:`finelip_fast.datasets.open_dataset`.
         runs: Folder of the runs and of the features.
-        steps, encoder_steps: Steps of the adaptations' first stage, and of their second.
-        aggregator_lr, encoder_lr: Their peak learning rates.
-        progress: Show progress bars.
+        steps, encoder_steps: Steps of the adaptations' first and second stages.
+        aggregator_lr, encoder_lr: Peak learning rates of the adaptations.
+        progress: Whether to show progress bars.
     """
 
     base: str
@@ -76,13 +76,13 @@ class Way(NamedTuple):
 
 
 def adaptation(setting: AdaptationSetting) -> Record:
-    """Adapt a base in three ways, train all of it at once, and compare what each has cost and reached.
+    """Adapt a base in three ways, train all of it at once, and compare the costs and results.
 
-    The cost is processor time, that of the features included. A run that was stopped goes on, and a finished one is not
-    trained again.
+    The cost is processor time, including that of the features. A stopped run is resumed, and a finished one is not trained
+    again.
 
     Raises:
-        ConfigError: A recipe or rates that cannot be honoured, or a folder with runs of others.
+        ConfigError: The recipe or the rates cannot be honoured, or the folder holds runs of another setting.
     """
     recipe = {**load_recipe(setting.recipe, out=f"{setting.runs}/everything"), "init": setting.base, "workers": 0}
     ways = _ways(setting, recipe)
@@ -114,7 +114,7 @@ def adaptation(setting: AdaptationSetting) -> Record:
 
 
 def _ways(setting: AdaptationSetting, recipe: dict[str, Any]) -> list[Way]:
-    """The adaptations, which share their first stage, and everything at once."""
+    """List the adaptations, which share their first stage, and the training of everything at once."""
     folder = Path(setting.runs)
     shared = {name: value for name, value in recipe.items() if name not in _OF_THE_RECIPE}
     shared |= {"steps": setting.steps, "aggregator_lr": setting.aggregator_lr, "features": str(folder / "features")}
@@ -135,7 +135,7 @@ def _ways(setting: AdaptationSetting, recipe: dict[str, Any]) -> list[Way]:
 
 
 def _refuse_others(setting: AdaptationSetting, recipe: dict[str, Any], base: FineLIP) -> None:
-    """Refuse a folder with runs of another setting: a finished run is not looked at again."""
+    """Refuse a folder with runs of another setting, since a finished run is not checked again."""
     names = ("steps", "encoder_steps", "aggregator_lr", "encoder_lr")
     about = {"base": fingerprint(base), "recipe": recipe, **{name: getattr(setting, name) for name in names}}
     path = Path(setting.runs) / "setting.json"
@@ -157,7 +157,7 @@ def _measured(model: FineLIP, data: str) -> dict[str, float]:
 
 
 def _hours(folder: Path, work: Callable[[], object]) -> float:
-    """Processor time of some work, unless it is finished, in hours, with that of earlier tries; kept in its folder."""
+    """Do some work unless it is finished, and return its processor hours with earlier tries, kept in its folder."""
     path = folder / "cost.json"
     hours, finished = _cost(path) if path.exists() else (0.0, False)
     if not finished:
@@ -184,7 +184,7 @@ def _cost(path: Path) -> tuple[float, bool]:
 
 
 def _validations(run: TrainConfig) -> list[tuple[int, float]]:
-    """Steps at which a run was validated, and recall@1 then, the mean of both directions in %."""
+    """Steps at which a run was validated, with recall@1 at each, the mean of both directions in %."""
     path = Path(run.out) / "log.jsonl"
     lines = read_bytes(path, error=ConfigError, max_bytes=_MAX_BYTES).splitlines()
     values = [parse_json(line, str(path), error=ConfigError, kind=dict) for line in lines]

@@ -16,7 +16,7 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 
 def beyond(engine: Engine, setting: Setting) -> Record:
-    """Recall and time of captions that are cut at the context, and of those read in windows.
+    """Compare recall and time of captions cut at the context with those of captions read in windows.
 
     Raises:
         InputError: No caption is longer than the context.

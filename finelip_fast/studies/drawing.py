@@ -1,4 +1,4 @@
-"""How much of what a caption tells a generator draws, in a world where both are known: ``finelip study drawing``."""
+"""Study of how much of a caption a generator draws, in a world where both are known: ``finelip study drawing``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from finelip_fast.records import Record, Table
 from finelip_fast.tokenizer import token_spans, tokenize
 from finelip_fast.training.generator import Generator, as_pixels
 
-_BATCH = 16  # pictures that are drawn at once
+_BATCH = 16  # pictures drawn at once
 
 
 @dataclass(frozen=True)
 class DrawingSetting:
-    """What is drawn, and who judges.
+    """Settings of the study: what is drawn, and which model judges.
 
     Attributes:
         generators: Folders of runs of :mod:`finelip_fast.training.generator`.
-        scenes: Scenes of the test split whose captions are drawn, whole families.
+        scenes: Number of scenes of the test split whose captions are drawn; whole families.
         judge: Checkpoint that ranks the pictures for the captions; None: the bundled one.
-        steps, guidance, seed: As in :meth:`finelip_fast.training.generator.Generator.draw`.
-        progress: Show a progress bar.
+        steps, guidance, seed: Arguments of :meth:`finelip_fast.training.generator.Generator.draw`.
+        progress: Whether to show a progress bar.
     """
 
     generators: tuple[str, ...]
@@ -48,7 +48,7 @@ class DrawingSetting:
 
 
 class Detail(NamedTuple):
-    """What a scene and another of its family differ in: where it lies in the picture, and behind which token it is told."""
+    """A difference between a scene and another of its family: its place in the picture, and the token that mentions it."""
 
     scene: int
     sibling: int
@@ -57,14 +57,14 @@ class Detail(NamedTuple):
 
 
 def drawing(setting: DrawingSetting) -> Record:
-    """Draw captions, and ask of each detail whether the picture is nearer to the right scene or to its sibling.
+    """Draw captions, and check for each detail whether the picture is closer to the right scene or to its sibling.
 
-    Scenes of a family differ in a detail or two. Where the detail lies, a picture is compared, by the mean squared difference,
-    with the renderer's own pictures of the scene that is told and of the other: chance is 50 %.
+    Scenes of a family differ in one or two details. In the area of the detail, a picture is compared, by mean squared
+    difference, with the renderer's own pictures of the described scene and of its sibling: chance is 50 %.
 
     Raises:
-        InputError: Scenes that are no whole families.
-        ConfigError: A folder that holds no generator.
+        InputError: The scenes do not form whole families.
+        ConfigError: A folder holds no generator.
     """
     if setting.scenes % FAMILY_SIZE or not setting.scenes:
         raise InputError(f"expected scenes a multiple of {FAMILY_SIZE}, the size of a family, got {setting.scenes}")
@@ -84,7 +84,7 @@ def drawing(setting: DrawingSetting) -> Record:
 
 
 def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
-    """Where a scene and each other of its family show different things, of which the scene's caption tells its own."""
+    """Yield the differences between a scene and the others of its family that the scene's caption mentions."""
     first = at - at % FAMILY_SIZE
     scene = scenes[at]
     for sibling in range(first, first + FAMILY_SIZE):
@@ -99,7 +99,7 @@ def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
 
 
 def _told_at(scene: Scene, placed: object, name: str) -> int | None:
-    """The character of a caption at which it tells a detail; None: no word of it does."""
+    """Character position at which a caption mentions a detail, or None if it does not."""
     value = vars(placed)[name]
     for part in scene.parts:
         if part.object is placed and isinstance(value, str) and value in part.text:
@@ -119,7 +119,7 @@ def _drawn(generator: Generator, scenes: Sequence[Scene], setting: DrawingSettin
 
 
 def _measures(pictures: Tensor, scenes: list[Scene], details: list[Detail], judge: FineLIP) -> dict[str, float]:
-    """Shares of the details that are drawn, and how well the judge finds the pictures by their captions, in %."""
+    """Shares of the details drawn, and how well the judge finds the pictures by their captions, in %."""
     truth = as_pixels(scenes, pictures.shape[-1])
     right: dict[bool, list[bool]] = defaultdict(list)
     for detail in details:
@@ -145,7 +145,7 @@ def _crop(image: Tensor, box: tuple[float, float, float, float]) -> Tensor:
 
 @torch.inference_mode()
 def _ranks(pictures: Tensor, captions: Sequence[str], judge: FineLIP) -> Tensor:
-    """The rank of each caption's picture among all."""
+    """Rank of each caption's picture among all pictures."""
     drawn = [to_pil_image(picture) for picture in pictures]
     batches = [drawn[start : start + _BATCH] for start in range(0, len(drawn), _BATCH)]
     images = torch.cat([judge.encode_image(judge.preprocess.batch(batch)) for batch in batches])

@@ -1,4 +1,4 @@
-"""Whether longer prompts draw pictures nearer to the described: the paper's measure of its second task."""
+"""Study of whether longer prompts give pictures closer to the described ones: the paper's measure of its second task."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.records import Record, Table
 
-# FineLIP's authors judge by CLIP's ViT-B/32; weights that neither the pipeline nor the checkpoint come from.
+# FineLIP's authors judge with CLIP's ViT-B/32; neither the pipeline nor the checkpoint comes from these weights.
 JUDGE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
 
-_BATCH = 32  # pictures that are judged at once
+_BATCH = 32  # pictures judged at once
 _MAX_SETTINGS = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
 class GenerationSetting:
-    """What is drawn, by what, and who judges.
+    """Settings of the study: what is drawn, with what, and which model judges.
 
     Attributes:
-        pipeline: Folder or hub name of a pipeline of diffusers that has not been extended.
-        checkpoint: Checkpoint whose text encoder extends it, as :func:`finelip_fast.load` takes it.
-        data: Pairs, as in :func:`finelip_fast.datasets.open_dataset`; of several captions of a picture the first is drawn.
-        pictures: Folder of the drawn pictures, which a run that goes on does not draw again.
+        pipeline: Folder or hub name of a diffusers pipeline that has not been extended.
+        checkpoint: Checkpoint whose text encoder extends it, as accepted by :func:`finelip_fast.load`.
+        data: Pairs, as in :func:`finelip_fast.datasets.open_dataset`; only the first caption of a picture is drawn.
+        pictures: Folder of the drawn pictures, which a resumed run does not draw again.
         judge: Checkpoint of the model that judges.
         root: Folder that relative paths start from.
-        steps, guidance: Of the pipeline; None: its own.
-        seed: Seed of the first picture's noise; the next ones count on.
-        layer, second: As in :func:`finelip_fast.diffusion.extend`.
-        device: None takes a GPU if there is one.
-        progress: Show progress bars.
+        steps, guidance: Arguments of the pipeline; None: its defaults.
+        seed: Seed of the first picture's noise; the following pictures count up from it.
+        layer, second: Arguments of :func:`finelip_fast.diffusion.extend`.
+        device: Device to compute on; None: a GPU if there is one.
+        progress: Whether to show progress bars.
     """
 
     pipeline: str
@@ -78,7 +78,7 @@ class Moments:
         self._products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        """Take ``features [n, D]`` in."""
+        """Add ``features [n, D]``."""
         rows = features.cpu().double()
         self.count += len(rows)
         self._sum += rows.sum(0)
@@ -86,17 +86,17 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """``[D]``."""
+        """Mean ``[D]``."""
         return self._sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """``[D, D]``, unbiased."""
+        """Unbiased covariance ``[D, D]``."""
         return (self._products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``, of two samples of at least two features (FID, arXiv 1706.08500)."""
+    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``, for two samples of at least two features (FID, arXiv 1706.08500)."""
     values, vectors = torch.linalg.eigh(first.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # The eigenvalues of C1 C2 are those of the symmetric product below, whose roots are real.
@@ -106,20 +106,20 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def generation(setting: GenerationSetting) -> Record:
-    """Draw each description by the pipeline as it is and as FineLIP extends it, and judge both sets of pictures.
+    """Draw each description with the original pipeline and as FineLIP extends it, and judge both sets of pictures.
 
     Raises:
-        InputError: An argument that cannot be, or fewer than two pictures.
-        CheckpointError: A checkpoint or a pipeline that cannot be opened.
+        InputError: An argument is invalid, or there are fewer than two pictures.
+        CheckpointError: A checkpoint or the pipeline cannot be opened.
         ConfigError: The folder holds pictures of another run.
-        WriteError: The disk refuses; the same run goes on.
+        WriteError: A file cannot be written; the same run can be resumed.
     """
     check_choices(setting.layer, setting.second)
     whole_number("seed", setting.seed, least=0, most=1 << 62)
     require_packages()
     device = find_device(setting.device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedAggregatorsWarning)  # encoders alone matter here
+        warnings.simplefilter("ignore", UntrainedAggregatorsWarning)  # only the encoders matter here
         model, judge = load(setting.checkpoint), _load_judge(setting.judge)
     pairs = open_dataset(setting.data, image_size=judge.config.image_size, root=setting.root)
     known = survey(pairs)
@@ -167,7 +167,7 @@ def generation(setting: GenerationSetting) -> Record:
 
 
 def _load_judge(source: str) -> FineLIP:
-    """A judge with the context that it was trained with."""
+    """Load a judge with the context that it was trained with."""
     try:
         return load(source, context_length=CLIP_CONTEXT)
     except ConfigError:  # it has more positions, as Long-CLIP does
@@ -179,7 +179,7 @@ def _name(number: int) -> str:
 
 
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Make the folder, or see that it is of the same run."""
+    """Create the folder, or check that it belongs to the same run."""
     path = folder / "settings.json"
     changed = stated_otherwise(path, about, error=ConfigError, expected="settings of a run", max_bytes=_MAX_SETTINGS)
     if changed:
@@ -191,7 +191,7 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
 def _draw_all(
     setting: GenerationSetting, model: FineLIP, captions: Sequence[str], folders: Sequence[Path], device: torch.device
 ) -> None:
-    """Draw what is missing: first by the pipeline as it is, then extended."""
+    """Draw missing pictures, first with the original pipeline, then with the extended one."""
     for folder in folders:
         folder.mkdir(exist_ok=True)
         remove_unfinished(folder)
@@ -234,7 +234,7 @@ def _judged(judge: FineLIP, pictures: Sequence[Any], captions: Sequence[str], pr
         pixels = judge.preprocess.batch(pictures[first : first + _BATCH]).to(judge.device)
         features = judge.visual(pixels)[:, 0]
         moments.add(features)
-        # A caption beyond the judge's context is read whole, in windows.
+        # A caption longer than the judge's context is read whole, in windows.
         texts = embed_texts(
             lambda ids: judge.encode_text(ids.to(judge.device)),
             captions[first : first + _BATCH],

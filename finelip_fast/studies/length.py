@@ -1,4 +1,4 @@
-"""Recall and the cost of encoding by how much of a description is read."""
+"""Recall and encoding cost by how much of a description is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCH = 64
 
 
 def length(engine: Engine, setting: Setting) -> Record:
-    """Recall at 77, 128, 192 and 256 tokens, at the model's own context, and in windows where captions are longer."""
+    """Measure recall at 77, 128, 192 and 256 tokens, at the model's context, and in windows if captions are longer."""
     full_context = engine.config.context_length
     pairs = setting.embed(engine)
     tokens = encode_batch(pairs.captions, 100_000, tokenizer=engine.tokenizer).lengths

@@ -17,12 +17,12 @@ _TYPOS = 0.1  # share of the words
 
 
 def sentences(caption: str) -> list[str]:
-    """The sentences of a caption; joined by spaces, the caption."""
+    """Split a caption into its sentences; joined by spaces, they give the caption again."""
     return SENTENCE_END.split(caption.strip())
 
 
 def typos(caption: str, random: Random) -> str:
-    """Two neighbouring letters, unlike and not the first, change places in a tenth of the words of over three letters."""
+    """Swap two adjacent letters that differ, not the first, in a tenth of the words of over three letters."""
     words = caption.split(" ")
     for at, word in enumerate(words):
         unlike = [cut for cut in range(1, len(word) - 1) if word[cut] != word[cut + 1]]
@@ -33,17 +33,17 @@ def typos(caption: str, random: Random) -> str:
 
 
 def plain(caption: str, _: Random) -> str:
-    """Lower case, and blanks in place of punctuation: "two-storey" stays two words."""
+    """Lower-case a caption and replace punctuation with blanks, so that "two-storey" stays two words."""
     return " ".join(re.sub(r"[^\w\s]|_", " ", caption.lower()).split())
 
 
 def dropped(caption: str, random: Random) -> str:
-    """A quarter of the sentences is missing, at least one where there are two."""
+    """Drop a quarter of the sentences, at least one if there are two."""
     return " ".join(caption[start:end] for start, end in remaining(caption, random))
 
 
 def remaining(caption: str, random: Random) -> list[tuple[int, int]]:
-    """Where the sentences are, in characters, that :func:`dropped` leaves."""
+    """Character ranges of the sentences that :func:`dropped` keeps."""
     edges = [edge for match in SENTENCE_END.finditer(caption) for edge in match.span()]
     stretches = list(zip([0, *edges[1::2]], [*edges[::2], len(caption)], strict=True))
     left_out = set(random.sample(range(len(stretches)), min(len(stretches) - 1, max(1, round(len(stretches) / 4)))))
@@ -51,7 +51,7 @@ def remaining(caption: str, random: Random) -> list[tuple[int, int]]:
 
 
 def repeated(caption: str, random: Random) -> str:
-    """A quarter of the sentences is said twice, at least one."""
+    """Repeat a quarter of the sentences, at least one."""
     statements = sentences(caption)
     for sentence in random.sample(statements, max(1, round(len(statements) / 4))):
         statements.insert(random.randrange(len(statements) + 1), sentence)
@@ -59,7 +59,7 @@ def repeated(caption: str, random: Random) -> str:
 
 
 def shuffled(caption: str, random: Random) -> str:
-    """Sentences in another order."""
+    """Shuffle the sentences."""
     statements = sentences(caption)
     random.shuffle(statements)
     return " ".join(statements)
@@ -76,7 +76,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 
 
 def irrelevant(captions: list[str], owners: list[int], at: int, count: int, random: Random) -> str:
-    """A caption with ``count`` sentences of other pictures' captions among its own; ``owners`` are the captions' pictures.
+    """Add ``count`` sentences from other pictures' captions to a caption; ``owners`` are the captions' pictures.
 
     Raises:
         InputError: There is no other picture.
@@ -94,7 +94,7 @@ def irrelevant(captions: list[str], owners: list[int], at: int, count: int, rand
 
 
 def noise(engine: Engine, setting: Setting) -> Record:
-    """Recall of captions with typos, without case and punctuation, with sentences dropped, repeated, shuffled, added."""
+    """Measure recall with typos, without case and punctuation, and with sentences dropped, repeated, shuffled, added."""
     pairs = setting.embed(engine)
     spoilt = {
         name: [change(caption, Random(f"{name}/{at}")) for at, caption in enumerate(pairs.captions)]
@@ -134,7 +134,7 @@ def noise(engine: Engine, setting: Setting) -> Record:
 
 
 def _best_of_dropped(engine: Engine, setting: Setting) -> str:
-    """What a perfect reader of captions with a quarter dropped finds, where the pairs are scenes, whose contents are known."""
+    """Describe what a perfect reader finds with a quarter dropped, if the pairs are scenes, whose contents are known."""
     pairs = setting.open(engine)
     scenes = getattr(pairs, "scenes", None)
     if not isinstance(scenes, Scenes) or scenes.variant != "clean" or len(scenes) % FAMILY_SIZE:

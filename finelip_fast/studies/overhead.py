@@ -1,4 +1,4 @@
-"""What ATRM and CLIM add to CLIP."""
+"""Study of what ATRM and CLIM add to CLIP."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class _Run(NamedTuple):
 
 
 def overhead(engine: Engine, setting: Setting) -> Record:
-    """Plain CLIP at 77 tokens, at the whole context, with ATRM, and scores by CLIM, on every engine that is there.
+    """Measure plain CLIP at 77 tokens and at the full context, and with ATRM, on every available engine, and scores by CLIM.
 
-    CLIP is the same model's towers with the pictures' and captions' global features alone; of TensorRT's engines, which
-    cannot be cut, there is none. Memory of an exported engine is what its allocator grew by for the first large batch.
+    Plain CLIP is the same model's towers with only the global features of pictures and captions; there is none for TensorRT,
+    whose engines cannot be cut. Memory of an exported engine is the growth of its allocator for the first large batch.
 
     Raises:
-        InputError: A checkpoint without trained aggregators.
+        InputError: The checkpoint has no trained aggregators.
     """
     setting.refuse_untrained(engine)
     model = load(engine.source or None, engine.device)
@@ -150,7 +150,7 @@ def _count(module: nn.Module) -> int:
 
 
 def clip_alone(path: Path) -> bytes:
-    """An exported graph up to the global feature: the first of the rows that it puts together before it scales them."""
+    """Cut an exported graph at the global feature: the first of the rows that it concatenates before scaling them."""
     import onnx
 
     from finelip_fast.runtimes.graph import parse
@@ -184,7 +184,7 @@ def _memory(run: _Run, pixels: Tensor) -> float:
 
 
 def _times(runs: list[_Run], pixels: Tensor, end_token: int) -> list[dict[str, float]]:
-    """What all runs take, in turns."""
+    """Time all runs, in turns."""
     image = medians_ms([partial(run.encode_image, pixels[:1]) for run in runs])
     text = medians_ms([partial(run.encode_text, _first(run.ids, end_token)) for run in runs])
     images = medians_ms([partial(run.encode_image, pixels) for run in runs], 9)

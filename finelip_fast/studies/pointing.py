@@ -1,4 +1,4 @@
-"""Whether maps of phrases peak where the phrases are true."""
+"""Study of whether maps of phrases peak where the phrases are true."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from finelip_fast.studies.setting import Setting
 
 
 def pointing(engine: Engine, setting: Setting) -> Record:
-    """The pointing game by kind of map and kind of object, with PyTorch whatever the engine.
+    """Play the pointing game by kind of map and kind of object, with PyTorch whatever the engine.
 
     Raises:
-        InputError: Phrases without boxes, or a checkpoint without trained aggregators.
+        InputError: The phrases have no boxes, or the checkpoint has no trained aggregators.
     """
     setting.refuse_untrained(engine)
     played = pointing_game(load(engine.source or None, engine.device), setting.open(engine), progress=setting.progress)

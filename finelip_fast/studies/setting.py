@@ -1,4 +1,4 @@
-"""What all studies share: pairs, their embeddings, their metrics, and what encoding takes."""
+"""Common parts of all studies: pairs, their embeddings, their metrics, and the cost of encoding."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _BATCH = 64  # pictures in memory at once
 
 @dataclass(frozen=True)
 class Setting:
-    """What a study is about.
+    """Data and options of a study.
 
     Attributes:
         data: Pairs, as in :func:`finelip_fast.datasets.open_dataset`.
         validation: Pairs on which something is chosen.
         root: Folder that relative paths start from.
-        progress: Show progress bars.
-        build: Export the checkpoint first where a study compares engines and finds no files.
+        progress: Whether to show progress bars.
+        build: Whether to export the checkpoint first if a study compares engines and finds no files.
     """
 
     data: str
@@ -48,7 +48,7 @@ class Setting:
     build: bool = False
 
     def open(self, engine: Engine, data: str | None = None) -> PairDataset:
-        """The pairs, or others, with pictures of the model's size."""
+        """Open the pairs, or others, with pictures of the model's size."""
         pairs = open_dataset(data or self.data, image_size=engine.config.image_size, root=self.root)
         if not len(pairs):
             raise InputError(f"expected pairs to study, got none from {data or self.data}")
@@ -57,7 +57,7 @@ class Setting:
     def refuse_untrained(self, engine: Engine) -> None:
         """
         Raises:
-            InputError: The checkpoint has no trained aggregators, about which the study would be.
+            InputError: The checkpoint has no trained aggregators, which the study is about.
         """
         if not engine.config.trained_aggregators:
             raise InputError(
@@ -66,7 +66,7 @@ class Setting:
             )
 
     def about(self, engine: Engine, **facts: Any) -> dict[str, Any]:
-        """Settings for a record: which data, which weights."""
+        """Settings for a record, such as the data and the weights."""
         checkpoint = {"checkpoint": Path(engine.source).name or "bundled", "fingerprint": engine.fingerprint[:12]}
         return {
             "data": self.data,
@@ -77,7 +77,7 @@ class Setting:
         }
 
     def embed(self, engine: Engine, data: str | None = None) -> Pairs:
-        """The pairs' captions, and their pictures embedded."""
+        """Embed the pairs' pictures, and return them with the captions."""
         pairs = self.open(engine, data)
         known, blocks = survey(pairs), []
         with tqdm(total=len(known.ids), unit="image", disable=not self.progress, mininterval=0.5) as bar:
@@ -90,16 +90,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Captions, and embedded pictures ``[P, L, D]``; caption ``i`` is of picture ``owners[i]``."""
+    """Captions, and embedded pictures ``[P, L, D]``; caption ``i`` belongs to picture ``owners[i]``."""
 
     captions: list[str]
     owners: Tensor
     images: Tensor
 
     def measure(self, texts: Tensor, alpha: float) -> Measured:
-        """Ranks of the captions' embeddings ``[C, L, D]`` and the pictures, by each score.
+        """Rank the captions' embeddings ``[C, L, D]`` and the pictures by each score.
 
-        With ``alpha`` of 1 by the global cosine alone: the aggregators of such a checkpoint are untrained.
+        With ``alpha`` 1, only the global cosine is used, since the aggregators of such a checkpoint are untrained.
         """
         weights = {"global": 1.0} if alpha == 1 else dict(zip(SCORES, (1.0, 0.0, alpha), strict=True))
         ranks = {
@@ -111,18 +111,18 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Measured:
-    """Ranks of pictures' and of captions' searches by score, and the captions' pictures."""
+    """Ranks of searches by picture and by caption, for each score, and the captions' pictures."""
 
     ranks: dict[str, tuple[Tensor, Tensor]]
     owners: Tensor
 
     @property
     def main(self) -> str:
-        """The score that the checkpoint searches by."""
+        """Name of the score that the checkpoint searches by."""
         return list(self.ranks)[-1]
 
     def row(self) -> dict[str, float]:
-        """Recall in %: all cut-offs of the main score, and rank 1 of the others."""
+        """Recall in %: all cut-offs for the main score, only rank 1 for the others."""
         row = {}
         for score in reversed(self.ranks):
             values = pair_summary(self.ranks[score])
@@ -138,7 +138,7 @@ class Measured:
 
 
 def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[Series, ...]:
-    """Recall@1 of captions' searches in %, with intervals of 95 %, a series for each score."""
+    """Recall@1 of searches by caption in %, with 95 % intervals, as one series per score."""
     series = []
     for score in measured[0].ranks:
         hits = [ranking.ranks[score][1] <= 1 for ranking in measured]
@@ -159,12 +159,12 @@ def text_to_image(names: Sequence[Any], measured: Sequence[Measured]) -> tuple[S
 
 
 def median_ms(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """Median time of a call in milliseconds, the device's work included, after two to warm up."""
+    """Median time of a call in milliseconds, including the device's work, after two warm-up calls."""
     return medians_ms([run], repeats)[0]
 
 
 def medians_ms(runs: Sequence[Callable[[], Any]], repeats: int = _REPEATS) -> list[float]:
-    """:func:`median_ms` of several calls that are compared: timed in turns, so that none has a better minute to itself."""
+    """Compare calls as :func:`median_ms` does, timed in turns so that none benefits from a better minute."""
     times: list[list[float]] = [[] for _ in runs]
     for number in range(repeats + 2):
         for seconds, run in zip(times, runs, strict=True):
@@ -179,10 +179,10 @@ def medians_ms(runs: Sequence[Callable[[], Any]], repeats: int = _REPEATS) -> li
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """MiB that a block needs at most beyond those in use before it: of the GPU where there is one, else of the process.
+    """Measure a block's peak memory in MiB beyond what was in use before: of the GPU if there is one, else of the process.
 
-    The list holds one number once the block has ended. A process is looked at every two milliseconds. Memory that an allocator
-    kept from before is not seen: ONNX Runtime's own, and the C library's where that is not glibc.
+    The list holds one number once the block has ended. A process is sampled every two milliseconds. Memory that an allocator
+    retained from before is not seen: ONNX Runtime's own, and the C library's unless that is glibc.
     """
     peaks: list[float] = []
     if torch.cuda.is_available():
@@ -209,11 +209,11 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def _give_back() -> None:
-    """Return to the system what glibc's allocator keeps, so that a block's use of it is seen."""
+    """Return memory retained by glibc's allocator to the system, so that a block's use of it is seen."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident() -> int:
-    """Bytes of the process in memory."""
+    """Resident memory of the process in bytes."""
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""Whether a search tells that what it looks for is not there."""
+"""Study of whether a search can tell that what it looks for is not there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _robust_z(scores: Tensor, sampled: Tensor) -> Tensor:
     return (scores.amax(dim=1) - median[:, 0]) / (1.4826 * (sampled - median).abs().median(dim=1).values)
 
 
-# Statistics [Q] of the best hits, of scores [Q, N] and of those of a sample [Q, n].
+# Statistics [Q] of the best hits, from scores [Q, N] and those of a sample [Q, n].
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     _FLAT: lambda scores, _: scores.amax(dim=1),
     "gap to the tenth": _gap,
@@ -56,7 +56,7 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 
 def fit(positive: Tensor, negative: Tensor) -> tuple[float, float]:
-    """Centre and slope of a logistic regression, both kinds weighing the same."""
+    """Centre and slope of a logistic regression with equal weight for both kinds."""
     values = torch.cat([positive, negative]).double()
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
     weights = torch.where(labels == 1, 0.5 / len(positive), 0.5 / len(negative))
@@ -67,7 +67,7 @@ def fit(positive: Tensor, negative: Tensor) -> tuple[float, float]:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        # A small penalty keeps the slope finite where the kinds do not overlap.
+        # A small penalty keeps the slope finite if the kinds do not overlap.
         total = F.binary_cross_entropy_with_logits(values * line[0] + line[1], labels, weights, reduction="sum")
         total = total + 1e-4 * line[0] ** 2
         total.backward()
@@ -79,12 +79,13 @@ def fit(positive: Tensor, negative: Tensor) -> tuple[float, float]:
 
 
 class Searches:
-    """Best hits of descriptions: with their picture in the index, without it and its like, and with its like alone.
+    """Best hits of descriptions: with their picture in the index, without it and similar ones, and with similar ones only.
 
-    Descriptions without are of the last pictures, which are never searched: of Scenes, no picture before is of their family.
+    Descriptions of the second kind belong to the last pictures, which are never searched: in Scenes, no earlier picture is of
+    their family.
 
     Attributes:
-        kinds: Statistics and probability of the best hit, by size of the index and kind of search.
+        kinds: Statistics and probability of the best hit, by alpha, size of the index and kind of search.
     """
 
     KINDS = ("with", "without", "alike")
@@ -127,7 +128,7 @@ class Searches:
             self.kinds[alpha, size, kind] = {name: torch.cat([part[name] for part in dicts]) for name in dicts[0]}
 
     def pooled(self, alpha: float, kind: str, name: str) -> Tensor:
-        """A statistic of the searches in indexes of all sizes."""
+        """Values of a statistic over searches in indexes of all sizes."""
         return torch.cat([self.kinds[alpha, size, kind][name] for size in self.sizes])
 
 
@@ -139,10 +140,10 @@ def _measured(scores: Tensor) -> dict[str, Tensor]:
 
 
 def standing(engine: Engine, setting: Setting) -> Record:
-    """Best hits of descriptions whose picture is in the index and of those whose is not, told apart by several statistics.
+    """Measure how well several statistics distinguish searches whose picture is in the index from others.
 
     Raises:
-        InputError: Too few pictures.
+        InputError: There are too few pictures.
     """
     alphas = tuple(dict.fromkeys((engine.alpha, 1.0)))
     known = Searches(engine, setting, setting.validation, (engine.alpha,))

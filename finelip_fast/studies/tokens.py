@@ -1,4 +1,4 @@
-"""Recall, bytes and search time by how many aggregated tokens are kept, and how precisely."""
+"""Recall, bytes and search time by number and precision of the aggregated tokens kept."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from finelip_fast.studies.setting import Pairs, Setting, median_ms
 
 _DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")
 _HITS = 10
-_QUERIES = 50  # that are timed
+_QUERIES = 50  # timed queries
 
 
 def most_matched(pairs: Pairs, texts: Tensor) -> Tensor:
-    """Rows of embeddings in order of use: row 0, then those that won most often within matching pairs, on either side.
+    """Sort rows of embeddings by use: row 0, then those that win most often within matching pairs, on either side.
 
-    One order for both sides: trained aggregators pair up, and a row without its partner of the other side is of little use.
+    Both sides share one order: trained aggregators pair up, and a row without its partner on the other side is of little use.
 
     Args:
-        pairs: Pictures ``[P, L, D]``.
-        texts: Their captions ``[C, L, D]``.
+        pairs: Pairs with pictures ``[P, L, D]``.
+        texts: Embeddings ``[C, L, D]`` of their captions.
 
     Returns:
         int64 ``[L]``.
@@ -43,13 +43,13 @@ def most_matched(pairs: Pairs, texts: Tensor) -> Tensor:
 
 
 def tokens(engine: Engine, setting: Setting) -> Record:
-    """Search the pictures with the captions, with fewer of the aggregated tokens than were trained, in each precision.
+    """Search the pictures with the captions, with fewer aggregated tokens than were trained, in each precision.
 
-    Rows are left out of trained embeddings, not trained away: a model trained with fewer may do better. Those that stay are
-    the ones that won most often in the validation pairs.
+    Rows are left out of trained embeddings without retraining: a model trained with fewer may do better. The rows kept are
+    those that win most often in the validation pairs.
 
     Raises:
-        InputError: A checkpoint without trained aggregators.
+        InputError: The checkpoint has no trained aggregators.
     """
     setting.refuse_untrained(engine)
     known = setting.embed(engine, setting.validation)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
 
-Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # a linear layer: of tokens, weight and bias
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # a linear layer: takes tokens, weight and bias
 
-# What the fused kernels take.
+# Limits of the fused kernels.
 MAX_WIDTH, MAX_AGGREGATED = 2048, 128
 
 
 class AtrmInputs(NamedTuple):
-    """The operation's tensors, in the order in which it is registered; shapes as :func:`finelip_fast.kernels.atrm`'s."""
+    """Tensors of the operation, in the order of its registration; shapes as for :func:`finelip_fast.kernels.atrm`."""
 
     x: Tensor
     norm_weight: Tensor
@@ -43,10 +43,10 @@ class AtrmInputs(NamedTuple):
 
 
 def atrm_reference(inputs: AtrmInputs, *, layer: Layer = F.linear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The operation in plain PyTorch, in ``dtype`` whatever the inputs, the result in theirs; ``layer`` as ``F.linear``."""
+    """The operation in plain PyTorch, computed in ``dtype``, with the result in the inputs'; ``layer`` as ``F.linear``."""
     x = inputs.x.to(dtype)
     if inputs.lengths is not None:
-        # Before anything else: a NaN in the padding would come back as zero times NaN.
+        # Before anything else: otherwise a NaN in the padding would come back as zero times NaN.
         x = x.masked_fill(~_valid(inputs.lengths, x), 0.0)
     weights = aggregation_weights(inputs._replace(x=x), layer=layer, dtype=dtype)
     rows = torch.cat([inputs.anchor.to(dtype)[:, None], weights.transpose(1, 2) @ x], dim=1)
@@ -54,19 +54,19 @@ def atrm_reference(inputs: AtrmInputs, *, layer: Layer = F.linear, dtype: torch.
 
 
 def aggregation_weights(inputs: AtrmInputs, *, layer: Layer = F.linear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What each aggregated token is mixed of: a distribution over the item's tokens, ``[B, N, K]`` in ``dtype``.
+    """Weights of the tokens in each aggregated token: a distribution over the item's tokens, ``[B, N, K]`` in ``dtype``.
 
-    The anchor takes no part.
+    The anchor is not included.
     """
     x, norm_weight, norm_bias, w1, b1, w2, b2, scale = (tensor.to(dtype) for tensor in inputs[:8])
     hidden = F.gelu(layer(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS), w1, b1))
     logits = layer(hidden, w2, b2) * scale.reshape(())
     if inputs.lengths is not None:
-        # Finite, so that an item without a token gets even weights over zero rows: its aggregated rows are zero.
+        # Finite, so that an item without tokens gets equal weights over zero rows: its aggregated rows are zero.
         logits = logits.masked_fill(~_valid(inputs.lengths, x), torch.finfo(logits.dtype).min)
     return logits.softmax(dim=1)
 
 
 def _valid(lengths: Tensor, x: Tensor) -> Tensor:
-    """bool ``[B, N, 1]``, True for the tokens that count."""
+    """Mask ``[B, N, 1]``, True for valid tokens."""
     return (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]

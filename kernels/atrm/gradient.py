@@ -7,9 +7,9 @@ Nothing is kept from the forward pass. For one item with logits ``l [N, K]``, ``
     dl  = w * (x @ dp.T - p . dp)          through the softmax; p . dp is 0 unless the norm was below eps
     dx  = w @ dp                           the direct part; the rest comes through the logits
 
-The logits themselves, and the way from ``dl`` back through the linear layers and LayerNorm, are dense products over all
-tokens. What is between is in plain PyTorch here, and two launches in ``gradient_triton.py``. All is float32, and runs
-over blocks of items, so that what is made on the way is bounded, and on a CPU stays in the cache.
+The logits themselves, and the path from ``dl`` back through the linear layers and LayerNorm, are dense products over all
+tokens. The steps in between are plain PyTorch here, and two launches in ``gradient_triton.py``. Everything is float32 and runs
+on blocks of items, so that intermediate results are bounded and, on a CPU, stay in the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NORMALIZE_EPS = 1e-12  # of F.normalize
 # Elements of x in one block of items, 4 MiB in float32; about five such tensors live at a time.
 _BLOCK_ELEMENTS = 1 << 20
 
-# From grad_out, x, logits, lengths to the module's dl [B, N, K] and the direct part of dx [B, N, D]; all but grad_out float32.
+# From grad_out, x, logits, lengths to the module's dl [B, N, K] and the direct part of dx [B, N, D]; float32 but for grad_out.
 ThroughSoftmax = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -40,17 +40,17 @@ def gradient(
     through_softmax: ThroughSoftmax | None = None,
     block_elements: int | None = None,
 ) -> Gradients:
-    """The gradients of :func:`finelip_fast.kernels.atrm`'s tensors.
+    """Compute the gradients of the tensors of :func:`finelip_fast.kernels.atrm`.
 
     Args:
         grad_out: ``[B, K + 1, D]``, any strides.
-        inputs: What the forward pass was given.
-        through_softmax: None: in plain PyTorch.
-        block_elements: Elements of ``x`` in one block; None: as many as suit a CPU.
+        inputs: Inputs of the forward pass.
+        through_softmax: Function for the steps in between; None means plain PyTorch.
+        block_elements: Elements of ``x`` in one block; None means as many as suit a CPU.
 
     Returns:
         Gradients of ``x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``w2``, ``b2``, ``scale`` and ``anchor``, each in
-        its tensor's shape and dtype. That of tokens at and after their item's length is 0.
+        its tensor's shape and dtype. The gradient of tokens at and after their item's length is 0.
     """
     x, lengths, anchor = inputs.x, inputs.lengths, inputs.anchor
     items, tokens, width = x.shape
@@ -64,7 +64,7 @@ def gradient(
         for start in range(0, items, block):
             block_rows = slice(start, start + block)
             counts = None if lengths is None else lengths[block_rows].contiguous()
-            # A GPU would have to be waited for.
+            # On a GPU, the host would have to wait for it.
             longest = int(counts.amax()) if counts is not None and x.device.type == "cpu" else tokens
             grad_block, added = _of_some_items(
                 grad_out[block_rows], x[block_rows, :longest], wide, counts, through_softmax
@@ -80,7 +80,7 @@ def gradient(
 def _of_some_items(
     grad_out: Tensor, x: Tensor, parameters: list[Tensor], lengths: Tensor | None, through_softmax: ThroughSoftmax
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of ``x`` and of the parameters, all float32, as the parameters are."""
+    """Gradients of ``x`` and of the parameters, all float32 like the parameters."""
     norm_weight, norm_bias, w1, b1, w2, b2, scale = parameters
     x = _without_padding(x, lengths)
     flat, width = x.flatten(0, 1), x.shape[2:]
@@ -113,7 +113,7 @@ def _through_softmax(grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tenso
         logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
     weights = logits.softmax(dim=1)
     if padding is not None:
-        weights = weights.masked_fill(padding, 0.0)  # of an item without tokens they were even
+        weights = weights.masked_fill(padding, 0.0)  # for an item without tokens, they were equal
     pooled = weights.transpose(1, 2) @ x
     grad_pooled = _through_norm(grad_out[:, 1:].float(), pooled)
     along = (pooled * grad_pooled).sum(dim=2)
@@ -122,7 +122,7 @@ def _through_softmax(grad_out: Tensor, x: Tensor, logits: Tensor, lengths: Tenso
 
 
 def _through_norm(grad: Tensor, rows: Tensor) -> Tensor:
-    """Through ``rows / max(|rows|, eps)``, row by row."""
+    """Backpropagate through ``rows / max(|rows|, eps)``, row by row."""
     norm = rows.norm(dim=-1, keepdim=True)
     clamped = norm <= _NORMALIZE_EPS
     norm = norm.clamp_min(_NORMALIZE_EPS)
@@ -133,7 +133,7 @@ def _through_norm(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _padding(x: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """``[B, N, 1]``: which tokens are none."""
+    """Mask ``[B, N, 1]``, True for padding."""
     return None if lengths is None else (torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None]
 
 

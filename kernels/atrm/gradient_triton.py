@@ -1,7 +1,7 @@
-"""The middle of token aggregation's gradient on the GPU: from the rows' gradients to the logits' and the tokens'.
+"""Middle part of token aggregation's gradient on the GPU: from the gradients of rows to those of logits and tokens.
 
-Formulas, and what is before and after: ``gradient.py``. Two kernels, one over rows, one over tokens: every value has
-one owner, so that there are no atomics and the bits are the same every time.
+The formulas and the other parts are in ``gradient.py``. There are two kernels, one over rows and one over tokens. Every value
+has one owner, so there are no atomics, and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finelip_fast.kernels.atrm.parts_triton import (
     valid_tokens,
 )
 
-# Tensor cores at float32's precision: each product is made of three.
+# Tensor cores at float32 precision: each product consists of three.
 PRECISION = tl.constexpr("tf32x3")
 
 # Elements of x in one block of items, 64 MiB in float32.
@@ -81,7 +81,7 @@ def row_gradient_kernel(
     clamped = norm <= NORMALIZE_EPS
     norm = tl.maximum(norm, NORMALIZE_EPS)
     along = tl.where(clamped, 0.0, product / norm / norm)[:, None]
-    # Of dp as it is rounded, though p . dp is 0 but for clamped rows: what rounding leaves of it is in every x . dp, too.
+    # From dp as rounded, although p . dp is 0 except for clamped rows: its rounding error is in every x . dp, too.
     pooled_product = tl.zeros([BLOCK_K], tl.float32)
     for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         columns = chunk * BLOCK_D + d
@@ -147,15 +147,15 @@ def token_gradient_kernel(
 
 @dataclass(frozen=True)
 class AtrmGradientSettings:
-    """The tiles of the two launches, all powers of two."""
+    """Tile sizes of the two launches, all powers of two."""
 
     row_rows: int  # aggregated tokens of one program
-    row_tokens: int  # a step
+    row_tokens: int  # per step
     row_width: int  # columns of one accumulator
     row_warps: int
     row_stages: int
-    token_tokens: int  # of one program
-    token_width: int  # columns of D a step
+    token_tokens: int  # per program
+    token_width: int  # columns of D per step
     token_warps: int
     token_stages: int
 
@@ -182,7 +182,7 @@ def default_settings(*, capability: int, width: int, aggregated: int) -> AtrmGra
 
 
 class Launch(NamedTuple):
-    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+    """Launch that settings are chosen for; its fields are the arguments of :func:`default_settings`."""
 
     capability: int
     width: int
@@ -190,23 +190,23 @@ class Launch(NamedTuple):
 
     @property
     def case(self) -> str:
-        """Its name in the table of tuned settings; inside, everything is float32."""
+        """Name in the table of tuned settings; internally, everything is float32."""
         sizes = {"D": self.width, "K": self.aggregated}
         return _settings.key("atrm_gradient", capability=self.capability, dtype=torch.float32, **sizes)
 
 
 @_settings.until_saved
 def settings_for(launch: Launch) -> AtrmGradientSettings:
-    """The tuned settings, or else the default ones."""
+    """Tuned settings if there are any, otherwise the default ones."""
     return _settings.tuned(launch.case, AtrmGradientSettings) or default_settings(**launch._asdict())
 
 
 def gradient(
     grad_out: Tensor, inputs: AtrmInputs, *, settings: AtrmGradientSettings | None = None
 ) -> reference.Gradients:
-    """The gradient of :func:`finelip_fast.kernels.atrm.triton.aggregate`, the same bits every time.
+    """Compute the gradient of :func:`finelip_fast.kernels.atrm.triton.aggregate`, with the same bits every time.
 
-    Arguments and result as :func:`finelip_fast.kernels.atrm.gradient.gradient`'s.
+    Arguments and result are those of :func:`finelip_fast.kernels.atrm.gradient.gradient`.
 
     Raises:
         KernelError: No GPU.

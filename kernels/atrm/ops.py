@@ -1,4 +1,4 @@
-"""Token aggregation as operations that PyTorch knows: which implementation runs, the gradient, and :func:`atrm`.
+"""Token aggregation as registered PyTorch operations: choice of the implementation, gradient, and :func:`atrm`.
 
 The contract is in :mod:`finelip_fast.kernels.atrm.formula`.
 """
@@ -20,7 +20,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def _in_blocks(inputs: AtrmInputs) -> Tensor:
-    """The reference a few items at a time, up to their longest length: what it makes on the way stays in the cache."""
+    """Run the reference on a few items at a time, up to their longest length: intermediate results stay in the cache."""
     x, lengths = inputs.x, inputs.lengths
     at_once = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
     blocks = []
@@ -176,19 +176,19 @@ def atrm(
 
     Args:
         x: Token features ``[B, N, D]`` in float32, float16 or bfloat16, ``D`` at least 1, without CLS or EOT.
-        norm_weight, norm_bias: LayerNorm ``[D]``.
+        norm_weight, norm_bias: LayerNorm parameters ``[D]``.
         w1, b1: First linear layer ``[h, D]``, ``[h]``.
         w2, b2: Second linear layer ``[K, h]``, ``[K]``.
         scale: Learned scalar, any shape of one element.
-        lengths: Valid tokens of each item ``[B]``, integers in ``0..N``; None: all ``N``. One below 0 counts as 0, one
-            above ``N`` as ``N``. Tokens at and after the length are never looked at. An item of length 0 has zero rows after
-            its anchor.
+        lengths: Number of valid tokens of each item ``[B]``, integers in ``0..N``; None means all ``N``. A length below 0
+            counts as 0, one above ``N`` as ``N``. Tokens at and after the length are never read. An item of length 0 has zero
+            rows after its anchor.
         anchor: CLS or EOT features ``[B, D]``; row 0 of the result.
 
     Returns:
         ``[B, K + 1, D]`` in ``x``'s dtype, every row of unit length (a zero row stays zero); computed in float32.
-        Differentiable: a gradient by autograd is the kernels', a gradient's gradient, forward mode (``torch.func.jvp``) and
-        any transformation of ``torch.func`` are the plain reference's.
+        Differentiable: gradients by autograd use the kernels; second-order gradients, forward mode (``torch.func.jvp``) and
+        any transformation of ``torch.func`` use the plain reference.
 
     Raises:
         InputError: Shapes, dtypes or devices that do not fit together.
@@ -223,7 +223,7 @@ def atrm(
         check_counts("lengths", lengths, x.device)
         if lengths.shape != x.shape[:1]:
             raise InputError(f"expected lengths [{x.shape[0]}], got {list(lengths.shape)}")
-    # An exported graph is made of PyTorch's own operations: other runtimes know no others.
+    # An exported graph consists of PyTorch's own operations, because other runtimes know no others.
     plain = torch.compiler.is_exporting() or derivatives.transformed()
     inputs = AtrmInputs(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, lengths, anchor)
     with torch.autocast(x.device.type, enabled=False):

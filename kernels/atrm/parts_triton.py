@@ -1,4 +1,4 @@
-"""What token aggregation's kernels share with those of its gradient: the softmax over one item's tokens, and the sum by it."""
+"""Parts shared by the kernels of token aggregation and its gradient: softmax over an item's tokens, and the weighted sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMALIZE_EPS = tl.constexpr(1e-12)  # of F.normalize
 # Below every logit, yet finite: lanes without a token then need no guard against inf - inf.
 LOWEST = tl.constexpr(-3.0e38)
 
-# Named because Triton 3.9 warns when the default is left alone, and 3.10 changes it.
+# Explicit, because Triton 3.9 warns if it is omitted, and 3.10 changes the default.
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 # The smallest side of a matrix product on tensor cores.
@@ -93,7 +93,7 @@ INTERPRETED = not isinstance(pooled_sum, triton.JITFunction)  # TRITON_INTERPRET
 
 
 def capability_of(device: torch.device) -> int:
-    """90 for a GPU of compute capability 9.0, and for the interpreter.
+    """Compute capability of a GPU, 90 for 9.0; also 90 for the interpreter.
 
     Raises:
         KernelError: No GPU.
@@ -107,12 +107,12 @@ def capability_of(device: torch.device) -> int:
 
 
 def has_own_products(device: torch.device) -> bool:
-    """Whether matrix products run by themselves, while the program goes on: on Hopper and on data-centre Blackwell."""
+    """Whether matrix products run asynchronously, while the program continues: on Hopper and data-centre Blackwell."""
     return INTERPRETED or torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest side of a tile that holds `size`."""
+    """Smallest side of a tile that holds `size`."""
     return max(SMALLEST_TILE, int(triton.next_power_of_2(size)))
 
 

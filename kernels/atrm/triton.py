@@ -2,10 +2,10 @@
 
 1. *Logits*, one program for each tile of an item's tokens. LayerNorm is folded into the first product,
    ``LayerNorm(x) @ W1.T + b1 = rstd * (x @ W'.T - mean * u) + c`` with ``W' = W1 * norm_weight``, ``u = W'.sum(1)`` and
-   ``c = W1 @ norm_bias + b1``, so that ``x`` goes to the tensor cores as it lies in memory; GELU and the second product
-   follow in registers. A tile past its item's length ends at once: no repacking and no look at the lengths by the host.
+   ``c = W1 @ norm_bias + b1``, so that ``x`` goes to the tensor cores as stored in memory; GELU and the second product
+   follow in registers. A tile past its item's length exits at once, so nothing is repacked and the host reads no lengths.
 2. *Pool*, one program for each item and each tile of aggregated tokens: the softmax's maximum and sum over the logits,
-   then ``weights.T @ x`` with all of ``D`` in registers, so that the row's norm is at hand before anything is written.
+   then ``weights.T @ x`` with all of ``D`` in registers, so that the row's norm is known before anything is written.
 
 Sums, softmax and norms are float32; float32 inputs are multiplied in full float32.
 """
@@ -38,10 +38,10 @@ from finelip_fast.kernels.atrm.parts_triton import (
 )
 
 _LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
-# With fewer items than this, an item is pooled by more programs, though each reads all of its tokens.
+# With fewer items than this, an item is pooled by more programs, although each reads all of its tokens.
 _FEW_ITEMS = 32
-# Rows of one program of the pool. From 64 on, Hopper's products run by themselves and take the weights from registers, which
-# Triton then writes while they are read (triton-lang/triton#9433). Measured on an H200, 16 rows are faster besides.
+# Most rows of one program of the pool. From 64 on, Hopper's products run asynchronously and take the weights from registers,
+# which Triton then writes while they are read (triton-lang/triton#9433). As measured on an H200, 16 rows are also faster.
 _MOST_ROWS = 32
 
 
@@ -86,9 +86,9 @@ def logits_kernel(
 
     The ``H`` hidden units are held as ``HEAD + REST``, two powers of two: 153 as 128 + 32 instead of 256.
 
-    With ``TWICE`` each tile is loaded once for its product and once for its mean and variance. Where products run by
-    themselves, Triton gives a tile that registers read, too, a buffer too few, and the next tiles overwrite it while it is
-    multiplied (triton-lang/triton#6691).
+    With ``TWICE`` each tile is loaded once for its product and once for its mean and variance. If products run
+    asynchronously, Triton gives a tile that is also read into registers one buffer too few, and the next tiles overwrite it
+    while it is multiplied (triton-lang/triton#6691).
     """
     tiles = tl.cdiv(tokens, BLOCK_N)
     item = (tl.program_id(0) // tiles).to(tl.int64)
@@ -117,7 +117,7 @@ def logits_kernel(
         inside = start_d + d < D
         tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0)
         statistics_tile = tile
-        if TWICE:  # the policy tells the two loads apart, which would be made one
+        if TWICE:  # the policy distinguishes the two loads, which would otherwise be merged
             statistics_tile = tl.load(rows + start_d + d, mask=valid & inside, other=0.0, eviction_policy="evict_first")
         centred = tl.where(inside, statistics_tile.to(tl.float32) - shift[:, None], 0.0)
         total += tl.sum(centred, axis=1)
@@ -225,14 +225,14 @@ def fold(inputs: AtrmInputs) -> Folded:
 
 @dataclass(frozen=True)
 class AtrmSettings:
-    """The tiles of the two launches, all powers of two."""
+    """Tile sizes of the two launches, all powers of two."""
 
-    logits_tokens: int  # of one program
-    logits_width: int  # columns of D a step
+    logits_tokens: int  # per program
+    logits_width: int  # columns of D per step
     logits_warps: int
     logits_stages: int
     pool_rows: int  # aggregated tokens of one program, 16 or 32
-    pool_tokens: int  # a step
+    pool_tokens: int  # per step
     pool_width: int  # columns of one accumulator
     pool_warps: int
     pool_stages: int
@@ -243,14 +243,14 @@ def default_settings(
 ) -> AtrmSettings:
     """Settings that fit any GPU of capability 80 or more, up to ``D = 1280``, ``h = 256`` and ``K = 64``.
 
-    In half precision they spill nothing. Float32 is for exactness rather than speed, and may.
+    In half precision they spill nothing. Float32 is for exactness rather than speed, and may spill.
 
     Args:
         capability: Compute capability of the GPU: 80, 90, 120, ...
         width: ``D``.
         aggregated: ``K``.
-        dtype: The tokens'.
-        items: ``B``. With few of them, each is spread over more programs.
+        dtype: Dtype of the tokens.
+        items: ``B``. If there are few, each is spread over more programs.
     """
     half = dtype.itemsize == 2
     pool_width = min(256 if half else 128, power_of_two(width))
@@ -274,7 +274,7 @@ def default_settings(
 
 
 class Launch(NamedTuple):
-    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+    """Launch that settings are chosen for; its fields are the arguments of :func:`default_settings`."""
 
     capability: int
     width: int
@@ -284,21 +284,21 @@ class Launch(NamedTuple):
 
     @property
     def case(self) -> str:
-        """Its name in the table of tuned settings, where few and many items differ."""
+        """Name in the table of tuned settings, which distinguishes few and many items."""
         sizes = {"D": self.width, "K": self.aggregated, "B": 1 if self.items < _FEW_ITEMS else 1024}
         return _settings.key("atrm", capability=self.capability, dtype=self.dtype, **sizes)
 
 
 @_settings.until_saved
 def settings_for(launch: Launch) -> AtrmSettings:
-    """The tuned settings, or else the default ones."""
+    """Tuned settings if there are any, otherwise the default ones."""
     return _settings.tuned(launch.case, AtrmSettings) or default_settings(**launch._asdict())
 
 
 def aggregate(inputs: AtrmInputs, *, settings: AtrmSettings | None = None) -> Tensor:
     """:func:`finelip_fast.kernels.atrm` without its checks: ``x [B, N, D]`` to ``[B, K + 1, D]`` in ``x``'s dtype.
 
-    Any strides, any ``B``, ``N``, ``D``, ``h`` and ``K``; parameters and anchor may be of another dtype than ``x``.
+    Takes any strides and any ``B``, ``N``, ``D``, ``h`` and ``K``; parameters and anchor may have another dtype than ``x``.
 
     Raises:
         KernelError: No GPU.
@@ -345,9 +345,9 @@ def aggregate_folded(inputs: AtrmInputs, folded: Folded, *, settings: AtrmSettin
 
 
 def token_logits(inputs: AtrmInputs, folded: Folded, settings: AtrmSettings) -> Tensor:
-    """The first launch: float32 ``[B, N, K]``, without a value at and after each item's length.
+    """Run the first launch: float32 ``[B, N, K]``, undefined at and after each item's length.
 
-    ``x`` and ``lengths`` have a last dimension without gaps.
+    The last dimension of ``x`` and ``lengths`` must be contiguous.
     """
     x = inputs.x
     (items, tokens, width), (aggregated, hidden) = x.shape, inputs.w2.shape
@@ -384,7 +384,7 @@ def token_logits(inputs: AtrmInputs, folded: Folded, settings: AtrmSettings) -> 
 
 
 def split_hidden(hidden: int) -> tuple[int, int]:
-    """``h`` as one or two powers of two that hold it, whichever wastes less; the second is 0 if one does."""
+    """Split ``h`` into one or two powers of two that hold it, whichever wastes less; the second is 0 if one does."""
     rounded = power_of_two(hidden)
     head = rounded // 2
     rest = power_of_two(hidden - head)

@@ -1,8 +1,8 @@
-"""The first of two stages of a search: the items of the highest cosine by int8, to be scored next.
+"""First stage of a two-stage search: the items with the highest int8 cosine, to be scored next.
 
-The product of two rows of whole numbers is exact, so it depends on neither the order of its terms, the processor nor what else
-is multiplied with it. One float32 product with the item's scale follows. The query's scale is left out: it is the same for
-all items and positive, so it does not change their order.
+The product of two rows of integers is exact, so it does not depend on the order of its terms, the processor or the other rows
+in the operation. One float32 product with the item's scale follows. The query's scale is left out: it is the same for all
+items and positive, so it does not change their order.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from finelip_fast.kernels.checks import check_floats
 from finelip_fast.kernels.clim.quantize import quantize
 from finelip_fast.kernels.clim.rows import Pieces, Rows, chunks, is_gpu
 
-# Widths whose products of int8 rows stay exact: 2^14 * 2^10 = 2^24 in float32, 2^15 (oneDNN moves one side to uint8) * 2^16
+# Widths at which products of int8 rows are exact: 2^14 * 2^10 = 2^24 in float32, 2^15 (oneDNN shifts one side to uint8) * 2^16
 # = 2^31 in int32.
 _FLOAT_WIDTH, _INTEGER_WIDTH = 1 << 10, (1 << 16) - 1
-# Elements of int8 rows that are float32 at a time: 8 MiB, within a CPU's cache; 512 MiB on a GPU, whose time goes to launches.
+# Elements of int8 rows converted to float32 at a time: 8 MiB, within a CPU's cache; 512 MiB on a GPU, where launches dominate.
 _PRODUCT_ELEMENTS, _GPU_PRODUCT_ELEMENTS = 1 << 21, 1 << 27
-# As soon as so many cosines wait, 16 MiB and on a GPU 128 MiB, the best of them are found.
+# Number of waiting cosines from which the best are selected: 16 MiB, on a GPU 128 MiB.
 _WAITING_ELEMENTS, _GPU_WAITING_ELEMENTS = 1 << 22, 1 << 25
 
 
 def cosine_candidates(
     queries: Tensor, items: Rows, item_scales: Rows, count: int, *, among: Tensor | None = None
 ) -> Tensor:
-    """The ``count`` items of each query of the highest cosine as int8 has it, the same whatever the pieces and the batch.
+    """Find the ``count`` items with the highest int8 cosine for each query, whatever the pieces and the batch.
 
     Args:
-        queries: Global embeddings ``[Q, D]`` of any float dtype; :func:`quantize` makes them int8 here.
-        items: int8 ``[N, D]``, as :func:`quantize` makes them; in memory, mapped from a file, or a sequence of pieces
-            ``[n_i, D]``, as for :func:`clim_topk`.
-        item_scales: float32 ``[N]``, whole or in pieces as suits them.
-        count: How many; more than there are is taken as all.
-        among: int64 ``[n]``, ascending, each once, on any device: these items alone; None: all.
+        queries: Global embeddings ``[Q, D]`` of any float dtype, which are converted to int8 by :func:`quantize`.
+        items: int8 ``[N, D]`` from :func:`quantize`, in memory, mapped from a file, or a sequence of pieces ``[n_i, D]``, as
+            for :func:`clim_topk`.
+        item_scales: float32 ``[N]``, whole or in any pieces.
+        count: Number of items; all items if there are fewer.
+        among: The only items to consider, int64 ``[n]``, ascending, each once, on any device; None means all.
 
     Returns:
-        int64 ``[Q, min(count, n)]`` on the device of the queries: indices of items, counted through all pieces, in ascending
-        order, not by cosine. Of items that tie, the first are taken. A cosine that is NaN counts as lowest; of a query that
-        is not finite all are alike.
+        int64 ``[Q, min(count, n)]`` on the device of the queries: indices of items, counted across all pieces, in ascending
+        order, not by cosine. Among items that tie, the first are taken. A NaN cosine counts as lowest; for a query that is
+        not finite, all items are alike.
 
     Raises:
-        InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, or ``count < 1``.
-        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative.
+        InputError: Shapes, dtypes or pieces that do not fit together, an ``among`` not as described, or ``count < 1``.
+        KernelError: Call under ``torch.func`` or in forward mode: a search has no derivative.
 
     Example:
         >>> values, scales = quantize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]))
@@ -75,29 +75,29 @@ def cosine_candidates(
 
 
 def cosines_int8(queries: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """Cosines up to the norms and the queries' scales, ``[Q, n]``; NaN as lowest, and infinite ones as they are."""
+    """Cosines up to the norms and the queries' scales, ``[Q, n]``; NaN becomes the lowest, infinities stay."""
     cosines = _products(queries, rows).mul_(scales)
     return cosines.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _products(queries: Tensor, rows: Tensor) -> Tensor:
-    """The dot products of int8 ``queries [Q, D]`` and ``rows [n, D]``, exact but for one rounding to float32, ``[Q, n]``."""
+    """Dot products of int8 ``queries [Q, D]`` and ``rows [n, D]``, exact except for one rounding to float32, ``[Q, n]``."""
     width = rows.shape[1]
-    # Rows of one number count as contiguous with any strides, and oneDNN reads beyond those.
+    # Rows of a single number count as contiguous with any strides, and oneDNN reads past their end.
     if rows.device.type == "cpu" and cpu.has("vnni") and 1 < width <= _INTEGER_WIDTH:
         return torch._int_mm(queries.contiguous(), rows.contiguous().T).float()  # pyright: ignore[reportPrivateImportUsage]
     products = []
     elements = _GPU_PRODUCT_ELEMENTS if is_gpu(rows.device) else _PRODUCT_ELEMENTS
     for block in rows.split(max(1, elements // width)):
         sides = zip(queries.split(_FLOAT_WIDTH, dim=1), block.split(_FLOAT_WIDTH, dim=1), strict=True)
-        # TF32 and bfloat16, which a float32 product may be told to use, hold int8 and add up in float32: exact too.
+        # TF32 and bfloat16, which float32 products may be configured to use, hold int8 and accumulate in float32: also exact.
         exact, *rest = (cpu.product(left.float(), right.float().T) for left, right in sides)
         products.append(sum((part.double() for part in rest), exact.double()).float() if rest else exact)
     return torch.cat(products, dim=1)
 
 
 def merged(best: tuple[Tensor, Tensor], scores: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest of those before ``start`` and of the scores ``[Q, n]`` from there on, with their positions."""
+    """The ``count`` highest of the best before ``start`` and the scores ``[Q, n]`` from there on, with their positions."""
     positions = torch.arange(start, start + scores.shape[1], device=scores.device).expand(len(scores), -1)
     scores, positions = torch.cat([best[0], scores], dim=1), torch.cat([best[1], positions], dim=1)
     chosen = first_best(scores, count)
@@ -105,11 +105,11 @@ def merged(best: tuple[Tensor, Tensor], scores: Tensor, start: int, count: int) 
 
 
 def first_best(scores: Tensor, count: int) -> Tensor:
-    """Where the ``count`` highest of ``[Q, n]`` are, of those that tie the first, in ascending order."""
+    """Positions of the ``count`` highest of ``[Q, n]``, in ascending order; among those that tie, the first are taken."""
     n_queries, n_items = scores.shape
     if count >= n_items:
         return torch.arange(n_items, device=scores.device).expand(n_queries, -1)
-    # The values of topk are certain, its indices of those that tie are not.
+    # The values of topk are deterministic; its indices of those that tie are not.
     least = scores.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     chosen = scores >= least
     if chosen.sum() > n_queries * count:

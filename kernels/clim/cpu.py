@@ -1,16 +1,15 @@
 """Late interaction on the CPU: blocks of similarities that stay in the cache, and the fastest product that is exact enough.
 
 Items are rows, 64 queries at a time are columns, and both maxima of a tile ``[items, L_i, L_q, queries]`` run along axes
-that PyTorch vectorises. How exact the dot product of ``a`` and ``b`` is:
+that PyTorch vectorises. The accuracy of the dot product of ``a`` and ``b`` depends on the dtype:
 
-- float32 and float16: a float32 product, off by ``D 2^-24 |a| |b|`` at most.
-- bfloat16 with AMX: PyTorch's CPU has no product of bfloat16 matrices with a float32 result, so it is made of two. The
-  first is rounded to bfloat16; the second subtracts that from the same float32 sum before it is rounded, so it holds what
-  the first lost. That adds ``2^-18`` of the result. The global
-  cosine, most of the score, is a float32 product.
-- bfloat16 elsewhere: as float32.
-- for a search, with bfloat16 instructions: one product of rows and result rounded to bfloat16, off by
-  :func:`rounding_error`. The search knows that and scores again what it leaves open.
+- float32 and float16: a float32 product, off by at most ``D 2^-24 |a| |b|``.
+- bfloat16 with AMX: PyTorch has no CPU product of bfloat16 matrices with a float32 result, so two products take its place.
+  The first is rounded to bfloat16; the second subtracts the first from the same float32 sum before rounding, so it holds what
+  the first lost. That adds an error of ``2^-18`` of the result. The global cosine, most of the score, is a float32 product.
+- bfloat16 otherwise: as float32.
+- in a search, with bfloat16 instructions: one product with rows and result rounded to bfloat16, off by at most
+  :func:`rounding_error`. The search allows for this error and rescores the items that it leaves open.
 - int8 with a float32 scale for each row: an exact sum (up to ``D = 1040`` without int8 instructions), then three roundings.
 
 The float32 products follow ``torch.set_float32_matmul_precision``: anything but "highest" makes them less exact.
@@ -33,21 +32,21 @@ from finelip_fast.kernels import cpu
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE
 from finelip_fast.kernels.threads import side_by_side
 
-# Fewer columns than this are not vectorised by a maximum over an axis further out.
+# With fewer columns than this, a maximum over an outer axis is not vectorised.
 _BLOCK_QUERIES = 64
-# Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the second-level cache.
+# Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the L2 cache.
 _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
-# Elements of the items of a product, so many that the interpreter, which its threads share, is not what they wait for.
+# Elements of the items of a product, large enough that threads do not wait for the interpreter, which they share.
 _BLOCK_ELEMENTS = 1 << 22
-# Multiplications, a fraction of a millisecond of one thread, below which a thread is not woken.
+# Number of multiplications, a fraction of a millisecond for one thread, below which a thread is not woken.
 _LEAST_SHARED_WORK = 1 << 23
-# Elements of items that are copied before another block has begun.
+# Elements of items that can be copied in the time it takes to begin another block.
 _FEW_ELEMENTS = 1 << 20
-# Fewer items than have so many elements are filled up to these, where that is not yet work to share.
+# Smaller blocks of items are padded to this number of elements, unless that is already enough work to share.
 _LEAST_ELEMENTS = 1 << 18
-# Below this many multiplications PyTorch does not promise oneDNN for both bfloat16 products.
+# Below this many multiplications, PyTorch does not guarantee oneDNN for both bfloat16 products.
 _LEAST_BFLOAT16_WORK = 1 << 16
 
 
@@ -60,18 +59,18 @@ def scores(
     item_scales: Tensor | None = None,
     rounded: bool = False,
 ) -> Tensor:
-    """The scores of :func:`finelip_fast.kernels.clim_scores` without a gradient, on the CPU.
+    """Compute the scores of :func:`finelip_fast.kernels.clim_scores` on the CPU, without a gradient.
 
     Args:
         queries: ``[Q, L_q, D]``, float32, float16, bfloat16, or int8 with scales.
-        items: ``[N, L_i, D]``; int8 where the queries are.
+        items: ``[N, L_i, D]``; int8 if the queries are.
         alpha: Weight of the global cosine.
         query_scales, item_scales: For int8, float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its integers times its scale.
-        rounded: Round rows and products to bfloat16, where :func:`rounding_error` says that it is faster; not int8.
+        rounded: Whether to round rows and products to bfloat16 if :func:`rounding_error` says that is faster; not for int8.
 
     Returns:
-        float32 ``[Q, N]``. Memory beside inputs and result: a float32 copy of 64 queries; 16 MiB of items in float32, 8 MiB of
-        products and 2 MiB for each thread; more only where a single pair needs more.
+        float32 ``[Q, N]``. Memory beyond inputs and result: a float32 copy of 64 queries; 16 MiB of items in float32, 8 MiB of
+        products and 2 MiB for each thread; more only if a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape
     n_items, item_tokens, _ = items.shape
@@ -103,24 +102,24 @@ def scores(
 
 
 class _Block(NamedTuple):
-    """Items from ``start`` to before ``stop``, filled up to ``size`` with zeros."""
+    """Items from ``start`` up to but excluding ``stop``, padded with zeros to ``size``."""
 
     start: int
     stop: int
     size: int
 
     def of(self, items: Tensor) -> Tensor:
-        """A view, or a filled copy, of these of the items ``[N, ...]``."""
+        """A view, or a padded copy, of this block of the items ``[N, ...]``."""
         block = items[self.start : self.stop]
         padding = self.size - len(block)
         return F.pad(block, (*[0, 0] * (block.ndim - 1), 0, padding)) if padding else block
 
 
 def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_Block]:
-    """Items that are scored at once by one thread, or by all of them where there is too little work to share.
+    """Blocks of items that one thread scores at once, or all threads if there is too little work to share.
 
-    A size below the largest is a power of two, or one and a half of it where items are filled up, so that a growing collection
-    meets few: oneDNN keeps what it prepares for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
+    A size below the largest is a power of two, or 1.5 times one if items are padded, so that a growing collection has few
+    sizes: oneDNN keeps what it prepares for each (:func:`finelip_fast.kernels.cpu.filled_rows`).
     """
     rows = min(_BLOCK_ELEMENTS // width, _PRODUCT_ELEMENTS // columns)
     largest = max(1, rows // item_tokens)
@@ -141,14 +140,14 @@ def _blocks(n_items: int, item_tokens: int, columns: int, width: int) -> list[_B
 
 
 def _power_of_two(number: int) -> int:
-    """The largest up to this number."""
+    """Largest power of two up to a number."""
     return 1 << (number.bit_length() - 1)
 
 
 def _scores_of_single_rows(queries: Tensor, items: Tensor, alpha: float) -> Tensor:
-    """Scores of sets of one row each: their cosine is all that there is, and ``fine`` follows from it."""
+    """Scores of sets of one row each, which depend only on their cosine: ``fine`` follows from it."""
     scratch, parts = Scratch(), []
-    # Both sides are copied also where they are float32: oneDNN takes hundreds of times as long on one row in many.
+    # Both sides are copied even if they are float32: oneDNN takes hundreds of times as long on rows with gaps between them.
     columns = _anchors(queries, None).contiguous().T
     with torch.no_grad():
         for block in items.split(max(1, _BLOCK_ELEMENTS // items.shape[2])):
@@ -172,8 +171,8 @@ class _Columns:
         scales: ``[1, w]`` for int8.
         anchors: Row 0 of each query, float32 ``[D, q]``.
         shape: ``(q, L_q)``.
-        token_major: One token of all queries side by side, or all tokens of one query: whichever is faster for maxima.
-        reused: Whether more than one block of items meets them.
+        token_major: Whether one token of all queries, not all tokens of one query, is contiguous: what is faster for maxima.
+        reused: Whether more than one block of items is multiplied by them.
     """
 
     tokens: Tensor
@@ -185,7 +184,7 @@ class _Columns:
 
     @cached_property
     def transposed(self) -> Tensor:
-        """``[D, w]``, contiguous; a clone, because one of ``D = 1`` counts as contiguous with any strides."""
+        """``[D, w]``, contiguous; a clone, because with ``D = 1`` any strides count as contiguous."""
         return self.tokens.T.clone(memory_format=torch.contiguous_format)
 
     @cached_property
@@ -204,7 +203,7 @@ class _Columns:
         return self._packed(self.tokens.float())
 
     def _packed(self, tokens: Tensor) -> Tensor:
-        """Laid out as oneDNN multiplies it, if that is not for one block alone: it would do so itself, for less."""
+        """Lay out tokens for oneDNN if several blocks use them: for a single block, oneDNN does so itself, at less cost."""
         return cpu.packed(tokens) if self.reused else tokens
 
 
@@ -212,7 +211,7 @@ def _columns(block: Tensor, scales: Tensor | None, *, reused: bool) -> _Columns:
     n_queries, tokens, width = block.shape
     token_major = n_queries >= _BLOCK_QUERIES
     anchors = _anchors(block, scales).T
-    # Of one row in many, such as row 0 of each, a reshape is a view, and oneDNN takes hundreds of times as long on it.
+    # A reshape of rows with gaps, such as row 0 of each set, is a view, on which oneDNN takes hundreds of times as long.
     arranged = (block.transpose(0, 1) if token_major else block).reshape(-1, width).contiguous()
     if scales is not None:
         scales = (scales.T if token_major else scales).reshape(1, -1)
@@ -241,7 +240,7 @@ def _tiles(
 def _fine(
     tiles: Iterable[Tensor], n_items: int, item_tokens: int, columns: _Columns, tile_items: int, scratch: Scratch
 ) -> Tensor:
-    """Tiles ``[tile_items * L_i, w]`` of similarities to ``[n, q]``."""
+    """Reduce tiles ``[tile_items * L_i, w]`` of similarities to ``fine``, ``[n, q]``."""
     n_queries, query_tokens = columns.shape
     if columns.token_major:
         sides, token_axis = (query_tokens, n_queries), 2
@@ -261,7 +260,7 @@ def _fine(
 
 
 class Scratch:
-    """Memory that all blocks of a thread share: fresh pages would cost more than the maxima."""
+    """Memory shared by all blocks of a thread: fresh pages would cost more than the maxima."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[int, str], Tensor] = {}
@@ -285,7 +284,7 @@ def _float32_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratc
 
 
 def _rounded_tiles(rows: Tensor, columns: _Columns, height: int, scratch: Scratch) -> Iterator[Tensor]:
-    if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 one by one
+    if rows.dtype == torch.float16:  # PyTorch converts it to bfloat16 element by element
         rows = scratch("rows", rows.shape).copy_(rows)
     if rows.dtype != torch.bfloat16:
         rows = scratch("narrow", rows.shape, torch.bfloat16).copy_(rows)
@@ -298,7 +297,7 @@ def _bfloat16_tiles(rows: Tensor, columns: Tensor, height: int, scratch: Scratch
     rounded = torch.mm(rows, columns, out=scratch("rounded", shape, torch.bfloat16))
     lost = torch.addmm(rounded, rows, columns, beta=-1, out=scratch("lost", shape, torch.bfloat16))
     for high, low in zip(rounded.split(height), lost.split(height), strict=True):
-        # Converted apart: an addition of two dtypes would go through fresh memory.
+        # Converted separately: adding two dtypes would allocate fresh memory.
         tile = scratch("high", high.shape).copy_(high)
         yield tile.add_(scratch("low", low.shape).copy_(low))
 
@@ -312,10 +311,10 @@ def _bfloat16_pays(rows: Tensor, columns: Tensor) -> bool:
 
 
 def rounding_error(dtype: torch.dtype) -> float | None:
-    """How far rounded products of rows of norm 1 can be from those of the rows as they are; None: they are not faster.
+    """Largest error of rounded products of rows of norm 1; None if rounded products are not faster.
 
-    One rounding is off by ``2^-8`` at most: that of the product, and of both rows where they are not bfloat16 already. A
-    little more, for what the roundings multiply to, and for rows that are a little longer than 1.
+    Each rounding is off by at most ``2^-8``: that of the product, and those of both rows if they are not bfloat16 already. A
+    small margin allows for products of the errors, and for rows slightly longer than 1.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not cpu.has_bfloat16():
         return None
@@ -328,7 +327,7 @@ def _int8_tiles(
     shape = len(rows), columns.shape[1]
     if cpu.has("vnni"):
         product = torch._int_mm(rows, columns, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
-    else:  # whole numbers below 2^24 are exact in float32
+    else:  # integers below 2^24 are exact in float32
         product = torch.mm(rows.float(), columns.float(), out=scratch("product", shape))
     for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
         yield scratch("scaled", part.shape).copy_(part).mul_(column_scales).mul_(scales)

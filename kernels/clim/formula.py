@@ -18,7 +18,7 @@ from torch import Tensor
 
 LEAKY_SLOPE = 0.1
 
-# What the fused kernels take: columns of a tile, and the bits of a winner.
+# Limits of the fused kernels: the columns of a tile, and the bits of a winner.
 MAX_QUERY_TOKENS, MAX_GRADIENT_TOKENS = 256, 128
 
 # Elements of the similarity tile that one block may hold: 64 MiB in float32.
@@ -26,7 +26,7 @@ TILE_ELEMENTS = 1 << 24
 
 
 def clim_reference(queries: Tensor, items: Tensor, alpha: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The operation in plain PyTorch, in ``dtype`` whatever the inputs, ``S`` at once; shapes as :func:`clim_scores`."""
+    """The operation in plain PyTorch, computed in ``dtype`` with all of ``S`` at once; shapes as for :func:`clim_scores`."""
     n_queries, n_items = queries.shape[0], items.shape[0]
     if queries.shape[1] == 0 or items.shape[1] == 0:
         return torch.zeros(n_queries, n_items, dtype=dtype, device=queries.device)
@@ -34,21 +34,21 @@ def clim_reference(queries: Tensor, items: Tensor, alpha: float, *, dtype: torch
     similarity = (queries.flatten(0, 1) @ items.flatten(0, 1).T).view(
         n_queries, queries.shape[1], n_items, items.shape[1]
     )
-    # max(dim).values sends the gradient of a tie to one winner, amax would split it.
+    # max(dim).values sends the gradient of a tie to one winner; amax would split it.
     over_items = F.leaky_relu(similarity.max(dim=3).values, LEAKY_SLOPE).mean(dim=1)  # [Q, N]
     over_queries = F.leaky_relu(similarity.max(dim=1).values, LEAKY_SLOPE).mean(dim=2)  # [Q, N]
     return alpha * similarity[:, 0, :, 0] + (1 - alpha) * (over_items + over_queries)
 
 
 def match_weights(similarity: Tensor) -> Tensor:
-    """Which rows of one query and one item match, and what each match counts in ``fine``.
+    """Weights with which matches between the rows of one query and one item count in ``fine``.
 
     Args:
         similarity: ``A @ B.T`` ``[L_q, L_i]``, floats.
 
     Returns:
-        The weights of the cosines in ``fine``, ``[L_q, L_i]``: their products with ``similarity`` add up to it. 0 where
-        neither row is the other's most similar.
+        Weights of the cosines in ``fine``, ``[L_q, L_i]``: their products with ``similarity`` add up to ``fine``. 0 where
+        neither row is the most similar to the other.
     """
     weights = torch.zeros_like(similarity)
     rows, columns = (torch.arange(size, device=similarity.device) for size in similarity.shape)
@@ -65,7 +65,7 @@ def clim_reference_in_blocks(
     query_scales: Tensor | None = None,
     item_scales: Tensor | None = None,
 ) -> Tensor:
-    """:func:`clim_reference` of so many pairs at a time that ``S`` has at most :data:`TILE_ELEMENTS`."""
+    """:func:`clim_reference` in blocks of pairs whose ``S`` has at most :data:`TILE_ELEMENTS` elements."""
     queries, items = scaled_rows(queries, query_scales), scaled_rows(items, item_scales)
     per_pair = max(1, queries.shape[1] * items.shape[1])
     block_items = max(1, min(items.shape[0], TILE_ELEMENTS // per_pair))
@@ -78,5 +78,5 @@ def clim_reference_in_blocks(
 
 
 def scaled_rows(values: Tensor, scales: Tensor | None) -> Tensor:
-    """What numbers with scales stand for."""
+    """Multiply values by their scales, if any."""
     return values if scales is None else values.float() * scales[..., None]

@@ -1,16 +1,16 @@
-"""The gradient of late interaction in plain PyTorch, on any device: the winners of the maxima are saved, nothing else.
+"""The gradient of late interaction in plain PyTorch, on any device; only the winners of the maxima are saved.
 
-A winner is the index of the token that a maximum chose, in an unsigned byte for up to 128 tokens and in int16 above; its
-highest bit says that the maximum is not positive, so that leaky ReLU's slope applies. With the winners, the gradient of
-``S`` for a pair is a matrix of one entry for each maximum and one for the global cosine::
+A winner is the index of the token that a maximum selected, an unsigned byte for up to 128 tokens and int16 for more. Its
+highest bit is set if the maximum is not positive, so that leaky ReLU's slope applies. With the winners, the gradient of
+``S`` for a pair is a matrix with one entry for each maximum and one for the global cosine::
 
     P[s, t] = (1 - alpha) * (slope_s [query_winner_s = t] / L_q + slope_t [item_winner_t = s] / L_i) + alpha [s = t = 0]
 
     grad_queries[q] = sum over n of grad_scores[q, n] * P(q, n)   @ items[n]
     grad_items[n]   = sum over q of grad_scores[q, n] * P(q, n).T @ queries[q]
 
-``P`` is built for a few queries at a time, so that it takes no more memory than a tile of the forward pass; in bfloat16 where
-the embeddings are and the processor multiplies it faster.
+``P`` is built for a few queries at a time, so that it takes no more memory than a tile of the forward pass. It is bfloat16 if
+the embeddings are and the processor multiplies bfloat16 faster.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import Tensor
 from finelip_fast.kernels.clim.formula import LEAKY_SLOPE, TILE_ELEMENTS
 from finelip_fast.kernels.cpu import has_bfloat16, product
 
-# Of a tile on a CPU, 16 MiB in float32: it stays in the cache.
+# Elements of a tile on a CPU, 16 MiB in float32: it stays in the cache.
 _CPU_ELEMENTS = 1 << 22
 
 
 def winner_dtype(tokens: int) -> torch.dtype:
-    """What holds an index below ``tokens`` and a bit."""
+    """Dtype that holds an index below ``tokens`` and one more bit."""
     return torch.uint8 if tokens <= 128 else torch.int16
 
 
 def scores_with_winners(queries: Tensor, items: Tensor, *, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, and who won each maximum.
+    """Compute the scores, and the winner of each maximum.
 
     Args:
-        queries: ``[Q, L_q, D]``.
-        items: ``[N, L_i, D]``, neither side without tokens.
+        queries: ``[Q, L_q, D]``, with at least one token.
+        items: ``[N, L_i, D]``, with at least one token.
         alpha: Weight of the global cosine.
 
     Returns:
-        Scores ``[Q, N]`` in float32, the item token that each query token met ``[Q, N, L_q]``, the query token that each
-        item token met ``[Q, N, L_i]``. The first of equals wins.
+        Scores ``[Q, N]`` in float32, the item token most similar to each query token ``[Q, N, L_q]``, and the query token
+        most similar to each item token ``[Q, N, L_i]``. The first of equals wins.
     """
     (n_queries, query_tokens, _), (n_items, item_tokens, _) = queries.shape, items.shape
     scores = queries.new_empty(n_queries, n_items, dtype=torch.float32)
@@ -65,7 +65,7 @@ def scores_with_winners(queries: Tensor, items: Tensor, *, alpha: float) -> tupl
 def gradient(
     grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, *, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients ``[Q, L_q, D]`` and ``[N, L_i, D]`` of scores, in the dtypes of both sides.
+    """Compute the gradients ``[Q, L_q, D]`` and ``[N, L_i, D]`` of scores, in the dtypes of the two sides.
 
     Args:
         grad_scores: ``[Q, N]``.

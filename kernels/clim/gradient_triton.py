@@ -1,16 +1,16 @@
 """The gradient of late interaction on the GPU: one byte saved for each maximum, and no atomics.
 
-Forward, the sweep of ``triton.py`` also keeps who won each maximum: 7 bits of index, and the high bit where the
-maximum is not positive, so that leaky ReLU's slope applies. The gradient of ``S`` for one pair is then, for a score's
-gradient of 1, a matrix with one entry for each maximum and one for the global cosine::
+In the forward pass, the sweep of ``triton.py`` also records the winner of each maximum: a 7-bit index, with the high bit set
+if the maximum is not positive, so that leaky ReLU's slope applies. For a score gradient of 1, the gradient of ``S`` for one
+pair is then a matrix with one entry for each maximum and one for the global cosine::
 
     P[s, t] = (1 - alpha) * (slope_s [query_winner_s = t] / L_q + slope_t [item_winner_t = s] / L_i) + alpha [s = t = 0]
 
     grad_queries[q] = sum over n of grad_scores[q, n] * P(q, n)   @ items[n]
     grad_items[n]   = sum over q of grad_scores[q, n] * P(q, n).T @ queries[q]
 
-``P`` is rebuilt pair by pair in registers, and each program adds up its rows in one order: the same bits at every run.
-The score gradients multiply in float32, after the product: float16 would lose the small ones.
+``P`` is rebuilt pair by pair in registers, and each program sums its rows in a fixed order, so every run gives the same bits.
+The score gradients are multiplied in float32, after the product, because float16 would lose the small ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SLOPE = tl.constexpr(LEAKY_SLOPE)
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """How the gradient is cut; it changes the speed and the order of rounding, nothing else."""
+    """Tiling of the gradient; it affects only the speed and the order of rounding."""
 
     block_sets: int  # queries (or items) of one program, a power of two
     block_width: int  # piece of D of one program, a power of two, at least 16
@@ -50,7 +50,7 @@ class GradientSettings:
 
 
 def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int, tokens: int) -> GradientSettings:
-    """Sane settings where none were tuned.
+    """Default settings for a case that was not tuned.
 
     Args:
         capability: Compute capability of the GPU: 80, 90, 120, ...
@@ -66,7 +66,7 @@ def default_gradient_settings(*, capability: int, dtype: torch.dtype, width: int
 
 
 class Launch(NamedTuple):
-    """What settings depend on; fields as the arguments of :func:`default_gradient_settings`."""
+    """Launch that settings are chosen for; its fields are the arguments of :func:`default_gradient_settings`."""
 
     capability: int
     dtype: torch.dtype
@@ -75,14 +75,14 @@ class Launch(NamedTuple):
 
     @property
     def case(self) -> str:
-        """Its name in the table of tuned settings."""
+        """Name in the table of tuned settings."""
         sizes = {"D": self.width, "L": self.tokens}
         return _settings.key("clim_gradient", capability=self.capability, dtype=self.dtype, **sizes)
 
 
 @_settings.until_saved
 def settings_for(launch: Launch) -> GradientSettings:
-    """The tuned settings, or else the default ones."""
+    """Tuned settings if there are any, otherwise the default ones."""
     return _settings.tuned(launch.case, GradientSettings) or default_gradient_settings(**launch._asdict())
 
 
@@ -132,7 +132,7 @@ def gradient_kernel(
     grad, by_s, by_t = load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS, Y_TOKENS)
     total = tl.zeros([BLOCK_SETS * X_ROWS, BLOCK_WIDTH], tl.float32)
     for _ in range(n_y):
-        # The next pairs are asked for before these are worked on: what a byte is used for waits for it.
+        # The next pairs are loaded before these are processed, because every use of a byte waits for it.
         pair = tl.minimum(pair + y_stride, last_pair)
         next_grad, next_by_s, next_by_t = load_pairs(grad_scores, x_winners, y_winners, pair, s, t, X_TOKENS, Y_TOKENS)
         share_s = tl.where(by_s < 128, 1.0, _SLOPE) * ((1.0 - alpha) / X_TOKENS)
@@ -157,19 +157,19 @@ def gradient_kernel(
 def scores_with_winners(
     queries: Tensor, items: Tensor, *, alpha: float, settings: ClimSettings | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores, and who won each maximum, for :func:`gradient`.
+    """Compute the scores, and the winner of each maximum for :func:`gradient`.
 
     Args:
         queries: ``[Q, L_q, D]``, float32, float16 or bfloat16.
         items: ``[N, L_i, D]`` in the same dtype. Both sides have at most 128 tokens.
         alpha: Weight of the global cosine.
-        settings: None: :func:`~finelip_fast.kernels.clim.launches.settings_for`.
+        settings: Launch settings; None means :func:`~finelip_fast.kernels.clim.launches.settings_for`.
 
     Returns:
         ``(scores float32 [Q, N], query_winners uint8 [Q, N, L_q], item_winners uint8 [Q, N, L_i])``. The low 7 bits of
         ``query_winners[q, n, s]`` are the item token that row ``s`` of query ``q`` is most similar to, the first of
-        equals; the high bit is set where that similarity is not positive. ``item_winners`` is the other direction. Under
-        an empty set of the other side nothing wins: those bytes mean nothing.
+        equals; the high bit is set if that similarity is not positive. ``item_winners`` is the other direction. If the
+        other side's set is empty, nothing wins and these bytes have no meaning.
 
     Raises:
         InputError: Shapes or dtypes that do not fit together, or too many tokens.
@@ -195,17 +195,17 @@ def gradient(
     alpha: float,
     settings: GradientSettings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of queries and items, from that of their scores.
+    """Compute the gradients of queries and items from the gradient of their scores.
 
     Args:
         grad_scores: ``[Q, N]``, any strides, any floating dtype.
         queries, items, alpha: As given to :func:`scores_with_winners`.
-        query_winners, item_winners: As it returned them.
-        settings: None: :func:`settings_for`.
+        query_winners, item_winners: As returned by it.
+        settings: Settings of the gradient; None means :func:`settings_for`.
 
     Returns:
         ``(grad_queries [Q, L_q, D], grad_items [N, L_i, D])`` in the inputs' dtype, summed in float32. A maximum's
-        gradient goes to its one winner, with leaky ReLU's slope where it is not positive, as PyTorch's does.
+        gradient goes to its single winner, with leaky ReLU's slope if it is not positive, as in PyTorch.
 
     Raises:
         InputError: Shapes or dtypes that do not fit together, or too many tokens.
@@ -268,14 +268,14 @@ def _one_side(
             BLOCK_WIDTH=settings.block_width,
             num_warps=settings.num_warps,
             num_stages=settings.num_stages,
-            enable_fp_fusion=True,  # by name: Triton 3.9 warns when the default is left alone
+            enable_fp_fusion=True,  # explicit, because Triton 3.9 warns if it is omitted
         )
     if result is not grad_x:
         grad_x.copy_(result)
 
 
 def _check(queries: Tensor, items: Tensor) -> int:
-    """The GPU's compute capability."""
+    """Check the inputs and return the GPU's compute capability."""
     capability = check_inputs(queries, items, MAX_GRADIENT_TOKENS)
     if items.shape[1] > MAX_GRADIENT_TOKENS:
         raise InputError(

@@ -1,4 +1,4 @@
-"""How launches of late interaction on the GPU are cut: by whose settings, and what fits."""
+"""Tiling of late interaction's launches on the GPU: its settings, and what fits."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import triton
 
 from finelip_fast.kernels import settings as _settings
 
-# A query's columns come in groups of 8, the width of a tensor core's tile: which query a register belongs to is then
-# known when the kernel is compiled, and masking the others costs nothing.
+# A query's columns come in groups of 8, the width of a tensor core's tile: the query that a register belongs to is then known
+# at compile time, and masking the others costs nothing.
 GROUP = 8
 
-# KiB of shared memory that one program may ask for, by compute capability, elsewhere the least of them all. GPUs with the most
-# have products that read it without registers.
+# KiB of shared memory that one program may request, by compute capability; the minimum applies to all others. GPUs with the
+# maximum have products that read it without registers.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _LEAST_SHARED_KIB, _MOST_SHARED_KIB = 99, 227
-# A sum and a maximum of so many pairs of rows fit the registers of a warp.
+# Number of pairs of rows whose sums and maxima fit the registers of a warp.
 _PAIRS_PER_WARP = 2048
 # The widest piece of D that Triton compiles for every GPU.
 _WIDEST = 512
-# Where all of D is one piece, queries stay in shared memory: they are read once a program, not once an item token. Items,
-# warps and stages of such programs, by whether they hold several queries; the first that fits is taken. Of two-byte embeddings
-# such pieces leave room for two stages, and three of smaller pieces are 1.36 times as fast (measured on an H200).
+# If all of D is one piece, queries stay in shared memory and are read once per program, not once per item token. Items, warps
+# and stages of such programs, by whether they hold several queries; the first that fits is used. With two-byte embeddings,
+# such pieces leave room for two stages; three stages of smaller pieces are 1.36 times as fast (measured on an H200).
 _IN_ONE_PIECE = {False: ((128, 8, 3), (128, 8, 2), (64, 8, 2)), True: ((64, 4, 4), (64, 4, 3), (64, 4, 2))}
 
-# Items of a program are halved down to so few, as long as there are fewer programs than a large GPU has multiprocessors.
+# Items per program are halved down to this number, as long as there are fewer programs than multiprocessors on a large GPU.
 _FEWEST_ITEMS, _PROGRAMS = 16, 128
 
 
 @dataclass(frozen=True)
 class ClimSettings:
-    """How the work is cut; it changes the speed and the order of rounding, nothing else."""
+    """Tiling of the work; it affects only the speed and the order of rounding."""
 
     block_items: int  # items of one program, a power of two, at least 16
     queries_per_program: int
     block_width: int  # piece of D of one product, a power of two, at least 16 (32 for one-byte embeddings)
     num_warps: int = 4
     num_stages: int = 3
-    descriptor: bool = False  # whether items are read by a tensor descriptor (TMA), where they can be
+    descriptor: bool = False  # whether to read items by a tensor descriptor (TMA) if possible
 
     def columns(self, query_tokens: int) -> int:
         """Columns of the tile, a power of two."""
@@ -55,20 +55,20 @@ def query_columns(query_tokens: int) -> int:
 def default_settings(
     *, capability: int, dtype: torch.dtype, width: int, n_queries: int, query_tokens: int, winners: bool = False
 ) -> ClimSettings:
-    """Sane settings where none were tuned.
+    """Default settings for a case that was not tuned.
 
     Args:
         capability: Compute capability of the GPU: 80, 90, 120, ...
         dtype: Dtype of the embeddings.
         width: ``D``.
         n_queries, query_tokens: ``Q`` and ``L_q``.
-        winners: Whether the kernel also keeps who won each maximum.
+        winners: Whether the kernel also records the winner of each maximum.
     """
     if dtype == torch.float32:
-        # Full products run on the plain arithmetic units, whose operands are held in registers.
+        # Full float32 products run on the plain arithmetic units, whose operands are held in registers.
         return ClimSettings(64, 1, block_width=16, num_warps=16 if winners else 8, num_stages=2)
     hopper = _SHARED_KIB.get(capability) == _MOST_SHARED_KIB
-    # Winners, and float8's sums from piece to piece, take as many registers again as the sums themselves.
+    # Winners, and float8's sums across pieces, need as many registers again as the sums themselves.
     most_columns = 128 if hopper and not winners and dtype != torch.float8_e4m3fn else 64
     queries = max(1, min(n_queries, most_columns // query_columns(query_tokens)))
     whole_width = int(triton.next_power_of_2(width))
@@ -82,7 +82,7 @@ def default_settings(
             for items, warps, stages in _IN_ONE_PIECE[columns > 64]
         )
         in_one_piece = next((cut for cut in cuts if fits(cut, launch)), None)
-        if in_one_piece and (columns <= 64 or capability == 90):  # elsewhere sums of more are held in registers
+        if in_one_piece and (columns <= 64 or capability == 90):  # on other GPUs, larger sums are held in registers
             return in_one_piece
     if hopper and columns <= 64 and not winners and dtype.itemsize == 2:
         return replace(settings, block_width=min(128, max(32, whole_width)), num_warps=4, num_stages=3)
@@ -92,7 +92,7 @@ def default_settings(
 
 
 class Launch(NamedTuple):
-    """What settings depend on; fields as the arguments of :func:`default_settings`."""
+    """Launch that settings are chosen for; its fields are the arguments of :func:`default_settings`."""
 
     capability: int
     dtype: torch.dtype
@@ -103,7 +103,7 @@ class Launch(NamedTuple):
 
     @property
     def case(self) -> str:
-        """Its name in the table of tuned settings, where one, few and many queries differ."""
+        """Name in the table of tuned settings, which distinguishes one, few and many queries."""
         operation = "clim_winners" if self.winners else "clim"
         queries = 1 if self.n_queries == 1 else 8 if self.n_queries <= 16 else 64
         sizes = {"D": self.width, "L": self.query_tokens, "Q": queries}
@@ -111,10 +111,10 @@ class Launch(NamedTuple):
 
 
 def fits(settings: ClimSettings, launch: Launch) -> bool:
-    """Whether shared memory and registers hold it, as far as can be told without compiling."""
+    """Whether the tiles fit shared memory and registers, as far as can be told without compiling."""
     columns = settings.columns(launch.query_tokens)
     shared_kib = _SHARED_KIB.get(launch.capability, _LEAST_SHARED_KIB)
-    # Elsewhere what is multiplied lies in registers, and the next piece takes its place.
+    # On other GPUs, operands are held in registers, and the next piece takes their place in shared memory.
     pieces = settings.num_stages if shared_kib == _MOST_SHARED_KIB else settings.num_stages - 1
     rows = pieces * settings.block_items + columns * (1 if settings.block_width >= launch.width else pieces)
     pairs = _PAIRS_PER_WARP * settings.num_warps // (2 if launch.winners else 1)
@@ -127,12 +127,12 @@ def fits(settings: ClimSettings, launch: Launch) -> bool:
 
 @_settings.until_saved
 def settings_for(launch: Launch) -> ClimSettings:
-    """The tuned settings, or else the default ones."""
+    """Tuned settings if there are any, otherwise the default ones."""
     return _settings.tuned(launch.case, ClimSettings) or default_settings(**launch._asdict())
 
 
 def spread(settings: ClimSettings, n_queries: int, n_items: int) -> ClimSettings:
-    """Fewer items a program where there are few, such as the candidates of a second stage: most of a GPU would be idle."""
+    """Reduce the items per program if there are few, such as a second stage's candidates: most of a GPU would be idle."""
     block_items, query_blocks = settings.block_items, triton.cdiv(n_queries, settings.queries_per_program)
     while block_items > _FEWEST_ITEMS and triton.cdiv(n_items, block_items) * query_blocks < _PROGRAMS:
         block_items //= 2
@@ -140,5 +140,5 @@ def spread(settings: ClimSettings, n_queries: int, n_items: int) -> ClimSettings
 
 
 def describes(settings: ClimSettings, capability: int, width: int) -> bool:
-    """Whether tensor descriptors are made on this GPU, and can be of such pieces: no piece reaches into the next token."""
+    """Whether this GPU has tensor descriptors and the pieces suit them, which may not reach into the next token."""
     return capability >= 90 and width % settings.block_width == 0

@@ -1,4 +1,4 @@
-"""Late interaction as operations that PyTorch knows: which implementation runs, the gradient, and :func:`clim_scores`.
+"""Late interaction as registered PyTorch operations: choice of the implementation, gradient, and :func:`clim_scores`.
 
 The contract is in :mod:`finelip_fast.kernels.clim.formula`.
 """
@@ -56,7 +56,7 @@ def _(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: 
 
 @torch.library.custom_op("finelip::clim_scores_with_winners", mutates_args=())
 def _scores_with_winners(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores ``[Q, N]``, and who won each maximum: ``[Q, N, L_q]`` and ``[Q, N, L_i]``; see ``gradient.py``."""
+    """Scores ``[Q, N]``, and the winners of the maxima, ``[Q, N, L_q]`` and ``[Q, N, L_i]``; see ``gradient.py``."""
     module = _gradient_module(queries, items)
     outputs: tuple[Tensor, Tensor, Tensor] = module.scores_with_winners(queries, items, alpha=alpha)
     return outputs
@@ -75,7 +75,7 @@ def _(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _limit(queries: Tensor, items: Tensor) -> str:
-    """Why the fused kernels cannot take these; empty: they can."""
+    """Reason why the fused kernels cannot take these inputs; empty if they can."""
     if queries.shape[1] > MAX_QUERY_TOKENS:
         return f"late interaction's kernels take up to {MAX_QUERY_TOKENS} query tokens, not {queries.shape[1]}"
     if queries.dtype != items.dtype or queries.dtype not in (*_FLOATS, *_QUANTISED):
@@ -153,18 +153,18 @@ def clim_scores(
 
     Args:
         queries: Embeddings ``[Q, L_q, D]``, unit rows, of any float dtype; or int8 (float8_e4m3fn on GPUs that multiply it)
-            with ``query_scales``, as :func:`quantize` makes them.
-        items: Embeddings ``[N, L_i, D]``, quantised where the queries are. The fused kernels take float32, float16 and
-            bfloat16, the same on both sides.
+            with ``query_scales``, as returned by :func:`quantize`.
+        items: Embeddings ``[N, L_i, D]``, quantised if the queries are. The fused kernels take float32, float16 and bfloat16,
+            the same on both sides.
         alpha: Weight of the global cosine. 1 gives the cosine alone, 0 gives ``fine`` alone.
         query_scales, item_scales: float32 ``[Q, L_q]`` and ``[N, L_i]``: a row is its numbers times its scale.
 
     Returns:
-        float32 ``[Q, N]``; products are accumulated in float32. Memory beside inputs and result is bounded, to about 64 MiB
-        on a CPU. Differentiable: a gradient by autograd is the kernels' and keeps ``L_q + L_i`` bytes a pair for up to 128
-        tokens; a gradient's gradient, forward mode (``torch.func.jvp``), any transformation of ``torch.func``, and gradients
-        of scales are the plain reference's, slower, and gradients of those keep ``L_q * L_i`` numbers a pair. A maximum's
-        derivative is its first winner's.
+        float32 ``[Q, N]``; products are accumulated in float32. Memory beyond inputs and result is bounded, to about 64 MiB
+        on a CPU. Differentiable: gradients by autograd use the kernels and keep ``L_q + L_i`` bytes per pair for up to 128
+        tokens. Second-order gradients, forward mode (``torch.func.jvp``), any transformation of ``torch.func``, and gradients
+        of scales use the plain reference, which is slower; gradients of those keep ``L_q * L_i`` numbers per pair. The
+        derivative of a maximum is that of its first winner.
 
     Raises:
         InputError: Shapes, dtypes, devices or scales that do not fit together, or an alpha outside [0, 1].
@@ -182,7 +182,7 @@ def clim_scores(
     _check_scales(queries, items, query_scales, item_scales)
     check_alpha(alpha)
     with torch.autocast(queries.device.type, enabled=False):
-        if torch.compiler.is_exporting():  # other runtimes know PyTorch's own operations alone
+        if torch.compiler.is_exporting():  # other runtimes know only PyTorch's own operations
             return clim_reference(scaled_rows(queries, query_scales), scaled_rows(items, item_scales), alpha)
         if derivatives.transformed() or (torch.is_grad_enabled() and _any_requires_grad(query_scales, item_scales)):
             return clim_reference_in_blocks(
@@ -204,7 +204,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 def check_shapes(queries: Tensor, items: Tensor | Pieces) -> None:
     """
     Raises:
-        InputError: No two lists of matrices of one width.
+        InputError: The inputs are not two lists of matrices of the same width.
     """
     if queries.ndim != 3 or len(items.shape) != 3 or queries.shape[2] != items.shape[2]:
         raise InputError(

@@ -1,22 +1,22 @@
-"""Embeddings in int8, one scale a row, and a proven bound on what that does to a score.
+"""Embeddings in int8 with one scale per row, and a proven bound on the resulting error of a score.
 
-The bound. Let a query's rows be ``a_s`` and an item's ``b_t``, ``a'_s`` and ``b'_t`` what their integers stand for, and
-``r(a_s) = |a_s - a'_s|`` the norm of what a row lost. By Cauchy-Schwarz::
+The bound. Let ``a_s`` be the rows of a query and ``b_t`` those of an item, ``a'_s`` and ``b'_t`` the rows that their integers
+represent, and ``r(a_s) = |a_s - a'_s|`` the norm of a row's error. By Cauchy-Schwarz::
 
     |a_s . b_t - a'_s . b'_t| = |(a_s - a'_s) . b_t + a'_s . (b_t - b'_t)| <= r(a_s) n(b_t) + n(a_s) r(b_t) =: e(s, t)
 
-with ``n(x) = max(|x|, |x'|)``. A maximum over a set moves by at most the largest move of its members, leaky ReLU with a slope
-of 0.1 by at most its argument's, a mean by at most the mean of the moves. So a score moves by at most::
+with ``n(x) = max(|x|, |x'|)``. A maximum over a set changes by at most the largest change of its members, leaky ReLU with a
+slope of 0.1 by at most the change of its argument, and a mean by at most the mean change. So a score changes by at most::
 
     |alpha| e(0, 0) + |1 - alpha| (mean_s max_t e(s, t) + mean_t max_s e(s, t))
 
 Everything is non-negative, so ``mean_s max_t e <= mean(r_a) max(n_b) + mean(n_a) max(r_b)``, and likewise the other way
-round. Six numbers of a query and six of an item are enough: row 0, mean and maximum of ``r`` and of ``n``.
+round. Six numbers per query and six per item are enough: row 0, mean and maximum of ``r`` and of ``n``.
 
 Rounding. Both scores are computed in float32. A dot product of ``D`` terms, summed in any order, is off by at most
-``D u |a| |b|`` with ``u = 2^-23`` (round to nearest needs ``2^-24``; matrix units may cut off), the means add ``L u`` each,
-scales and sums less than ``64 u``. Half of ``(D + 64) u n`` and a set's own ``L u n`` are added to its ``r``; then ``e``
-covers all of it.
+``D u |a| |b|`` with ``u = 2^-23`` (round to nearest needs ``2^-24``; matrix units may truncate). The means add ``L u`` each,
+scales and sums less than ``64 u``. Half of ``(D + 64) u n`` and a set's own ``L u n`` are added to its ``r``, so that ``e``
+covers all of these errors.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from finelip_fast.kernels.clim.rows import Rows
 
 _LARGEST = 127
 _UNIT = 2.0**-23
-_UP = 1 + 2.0**-16  # more than what the float32 and float64 steps from the residuals to the bound can lose
-_UNDERFLOW = 2.0**-100  # what may be lost when products are too small for float32
+_UP = 1 + 2.0**-16  # more than the float32 and float64 steps from the residuals to the bound can lose
+_UNDERFLOW = 2.0**-100  # possible loss when products are too small for float32
 _BLOCK_ELEMENTS = 1 << 23
 
 
 class QuantizedItems(NamedTuple):
-    """What a search in int8 needs of ``N`` items; every field may be moved to another device, mapped from a file or in pieces.
+    """Data of ``N`` items for a search in int8; every field may be moved to another device, mapped from a file or in pieces.
 
     Attributes:
         values: int8 ``[N, L, D]``.
         scales: float32 ``[N, L]``.
-        terms: float32 ``[N, 6]``, :func:`error_terms`.
-        anchors: ``[N, 1, D]``, row 0 as it came: the global cosine is most of the score and costs little in full precision.
+        terms: float32 ``[N, 6]``, from :func:`error_terms`.
+        anchors: ``[N, 1, D]``, row 0 unchanged: the global cosine is most of the score and costs little in full precision.
     """
 
     values: Rows
@@ -54,17 +54,17 @@ class QuantizedItems(NamedTuple):
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers and scales, symmetric, a scale a row: a row is about its integers times its scale.
+    """Quantise rows symmetrically, with a scale per row: a row is approximately its integers times its scale.
 
     Args:
         rows: ``[..., L, D]`` of any float dtype, ``D`` at least 1.
 
     Returns:
-        int8 ``[..., L, D]`` in -127..127, and float32 ``[..., L]``. A row that is not finite gets a scale that is not, so its
-        scores come out as NaN.
+        int8 ``[..., L, D]`` in -127..127, and float32 ``[..., L]``. A row that is not finite gets a scale that is not finite,
+        so its scores are NaN.
 
     Raises:
-        InputError: Rows of no float dtype or without a width.
+        InputError: Rows that are not of a float dtype or have no width.
 
     Example:
         >>> quantize(torch.tensor([[0.5, -1.0, 0.0]]))
@@ -81,10 +81,10 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_items(items: Tensor) -> QuantizedItems:
-    """All that an int8 search needs of ``items [N, L, D]``, made in blocks of 64 MiB of float64.
+    """Compute all that an int8 search needs from ``items [N, L, D]``, in blocks of 64 MiB of float64.
 
     Raises:
-        InputError: Items of another shape, of no float dtype or without a width.
+        InputError: Items that have another shape, are not of a float dtype or have no width.
     """
     check_floats("items", items)
     if items.ndim != 3:
@@ -99,10 +99,10 @@ def quantize_items(items: Tensor) -> QuantizedItems:
 
 
 def error_terms(rows: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """The six numbers of each set that :func:`error_bound` needs, rounded up; shapes as :func:`quantize`.
+    """Compute the six numbers of each set that :func:`error_bound` needs, rounded up; shapes as for :func:`quantize`.
 
     Returns:
-        float32 ``[..., 6]``: row 0, mean and maximum of what a row lost, then of the row's norm. Zeros for a set without rows.
+        float32 ``[..., 6]``: row 0, mean and maximum of the rows' errors, then of their norms. Zeros for a set without rows.
     """
     tokens, width = rows.shape[-2:]
     if tokens == 0:
@@ -115,15 +115,15 @@ def error_terms(rows: Tensor, values: Tensor, scales: Tensor) -> Tensor:
 
 
 def rounding(width: int, tokens: int) -> float:
-    """One side's share in the rounding error of a score, relative to the product of the norms; the sides' shares add up."""
+    """One side's share of the rounding error of a score, relative to the product of the norms; the two shares add up."""
     return (width / 2 + tokens + 32) * _UNIT
 
 
 def error_bound(query_terms: Tensor, item_terms: Tensor, *, alpha: float) -> Tensor:
-    """How far a score in int8 can be from the score in full precision, both computed in float32; see the module's proof.
+    """Bound the difference between int8 and full-precision scores, both computed in float32; proof in the module docstring.
 
     Args:
-        query_terms: :func:`error_terms` of ``Q`` queries, ``[Q, 6]``.
+        query_terms: Result of :func:`error_terms` for ``Q`` queries, ``[Q, 6]``.
         item_terms: Error terms of ``N`` items, ``[N, 6]``.
         alpha: Weight of the global cosine.
 
@@ -135,7 +135,7 @@ def error_bound(query_terms: Tensor, item_terms: Tensor, *, alpha: float) -> Ten
         -1
     )
     first, fine = abs(alpha), abs(1 - alpha)
-    # In float64, because a float32 product may be told to round more coarsely.
+    # In float64, because float32 products may be configured to round more coarsely.
     left = torch.stack(
         [first * lost_0, first * norm_0, fine * lost_mean, fine * norm_mean, fine * lost_max, fine * norm_max], dim=-1
     )
@@ -146,5 +146,5 @@ def error_bound(query_terms: Tensor, item_terms: Tensor, *, alpha: float) -> Ten
 
 
 def cosine_rounding(query_terms: Tensor, item_terms: Tensor, *, width: int) -> Tensor:
-    """How far a global cosine of full-precision rows can be from the exact one, ``[Q, N]``; terms as :func:`error_bound`."""
+    """Bound the error of global cosines of full-precision rows, ``[Q, N]``; terms as for :func:`error_bound`."""
     return 2 * rounding(width, 1) * torch.outer(query_terms[:, 3], item_terms[:, 3])

@@ -1,4 +1,4 @@
-"""Items that a search reads: whole, in pieces or some of them, in chunks that come to the device of the queries."""
+"""Items that a search reads, whole, in pieces or as a selection, in chunks that are moved to the device of the queries."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torch import Tensor
 from finelip_fast.errors import InputError
 
 Piece = Tensor | np.ndarray[Any, Any]  # first axis: items; in memory, on a device, or mapped from a file
-Rows = Piece | Sequence[Piece]  # a sequence: one after another, all of one dtype, width and device
+Rows = Piece | Sequence[Piece]  # a sequence: consecutive pieces of the same dtype, width and device
 
 # A pass keeps a few matrices [Q, n] of this many elements, 16 MiB each.
 _SCORE_ELEMENTS = 1 << 22
 # Bytes of a chunk that must be copied before it can be scored.
 _COPY_BYTES = 1 << 26
-# Neighbours that lie together for no more bytes than this are copied into one chunk: a pass of their own takes as long. A GPU
-# copies all that is no chunk of its own (:data:`_COPY_BYTES`).
+# Runs of adjacent items of at most this many bytes are copied into one chunk, because a separate pass takes as long. A GPU
+# copies every run that is smaller than a chunk (:data:`_COPY_BYTES`).
 _TINY_BYTES = 1 << 20
-# The share of items chosen from which on a GPU scores all: to copy one takes as long as to score two more.
+# Share of chosen items from which a GPU scores all items: copying one takes as long as scoring two more.
 _DENSE = 1 / 3
 
 
 class Pieces:
-    """Items in pieces, one after another, or ``n`` of them; their positions count from 0 whichever they are.
+    """Items in consecutive pieces, or a selection of ``n`` of them; in either case, positions count from 0.
 
     Attributes:
         shape: ``[n, ...]``.
         dtype, device: Dtype and device of every piece.
-        mapped: Whether some of it came as ``numpy.ndarray``, which may be mapped from a file larger than memory, or is made
-            as it is read.
-        breaks: int64, ascending: positions whose items do not lie behind those of the position before.
+        mapped: Whether some pieces are ``numpy.ndarray``, which may be mapped from a file larger than memory, or are computed
+            when they are read.
+        breaks: int64, ascending: positions whose items do not directly follow those of the previous position.
 
     Raises:
         InputError: No piece, or pieces that differ in more than their number of items.
@@ -65,13 +65,13 @@ class Pieces:
         self._lay_out(pieces, starts, starts)
 
     def only(self, among: Tensor | None) -> Pieces:
-        """These items alone.
+        """Select items.
 
         Args:
-            among: int64 ``[n]``, ascending, on any device; None: all.
+            among: Indices of the items, int64 ``[n]``, ascending, on any device; None means all.
 
         Raises:
-            InputError: Numbers of another dtype or shape, not ascending, or beyond the items.
+            InputError: Indices of another dtype or shape, not ascending, or out of range.
         """
         if among is None:
             return self
@@ -85,26 +85,26 @@ class Pieces:
 
     @property
     def among(self) -> Tensor | None:
-        """Which items these are, on the CPU; None: all."""
+        """Indices of the selected items, on the CPU; None means all."""
         return self._among
 
     @property
     def is_choice(self) -> bool:
-        """Whether these are some of the items."""
+        """Whether this is a selection of items."""
         return self._among is not None
 
     @property
     def is_dense(self) -> bool:
-        """Whether most of the items are chosen, so that to score the others, too, is the shorter way."""
+        """Whether so many items are selected that scoring all of them is faster."""
         return self._among is not None and len(self._among) >= _DENSE * self.everything.shape[0]
 
     @property
     def everything(self) -> Pieces:
-        """All items, where some are chosen."""
+        """All items, if this is a selection."""
         return self._everything or self
 
     def _lay_out(self, pieces: list[Tensor], starts: list[int], edges: list[int]) -> None:
-        """Keep the pieces that have a position; they start at these items and positions, and the last ends there."""
+        """Keep the pieces that have a position; ``starts`` are first items, ``edges`` first positions and the end."""
         filled = [at for at, (first, last) in enumerate(pairwise(edges)) if first < last]
         self._pieces, self._starts = [pieces[at] for at in filled], [starts[at] for at in filled]
         self._edges = [*(edges[at] for at in filled), edges[-1]]
@@ -112,7 +112,7 @@ class Pieces:
 
     @property
     def breaks(self) -> Tensor:
-        """Positions before which a piece ends, or items are left out; looked for when they are asked for."""
+        """Positions before which a piece ends or items are left out; computed on first use."""
         if self._breaks is None:
             breaks = torch.tensor(self._edges[1:-1], dtype=torch.int64)
             if self._among is not None:
@@ -126,11 +126,11 @@ class Pieces:
 
     @property
     def pinned(self) -> bool:
-        """Whether every part of it can go to a GPU as it is."""
+        """Whether every part can be copied to a GPU directly."""
         return len(self._pieces) == 1 and not len(self.breaks) and self._pieces[0].is_pinned()
 
     def numbers(self, positions: Tensor) -> Tensor:
-        """The items at these positions, counted through all pieces."""
+        """Indices of the items at these positions, counted across all pieces."""
         return positions if self._among is None else self._among[positions.cpu()].to(positions.device)
 
     def take(self, positions: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Pieces:
         numbers = self.numbers(positions).to(self.device)
         if len(self._pieces) == 1:
             return self._pieces[0][numbers - self._starts[0]]
-        # Sorted where the host sees them, so that a GPU is waited for once, however many pieces there are.
+        # Sorted on the host, so that it waits for a GPU only once, however many pieces there are.
         ascending, order = numbers.cpu().sort()
         starts = torch.tensor(self._starts)
         local = (ascending - starts[torch.bucketize(ascending, starts, right=True) - 1]).to(self.device)
@@ -148,7 +148,7 @@ class Pieces:
         return torch.cat(parts)[order.argsort().to(self.device)]
 
     def read(self, first: int, last: int) -> Tensor:
-        """The items from ``first`` to before ``last``: a view where they lie together, else a copy."""
+        """The items from ``first`` up to but excluding ``last``: a view if they are contiguous, otherwise a copy."""
         at = bisect_right(self._edges, first) - 1
         if last <= self._edges[at + 1]:
             rows = self._rows(at, first, last)
@@ -157,7 +157,7 @@ class Pieces:
         return self.copy(first, last, torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device))
 
     def copy(self, first: int, last: int, target: Tensor) -> Tensor:
-        """The items from ``first`` to before ``last``, in the first places of ``target``, which may be longer."""
+        """Copy the items from ``first`` up to but excluding ``last`` to the start of ``target``, which may be longer."""
         at, start = bisect_right(self._edges, first) - 1, first
         while start < last:
             end = min(last, self._edges[at + 1])
@@ -172,7 +172,7 @@ class Pieces:
         return target[: last - first]
 
     def _rows(self, at: int, first: int, last: int) -> slice | Tensor:
-        """Where in a piece these positions are, all of which it holds."""
+        """Rows of a piece at these positions, all of which it holds."""
         if self._among is None:
             return slice(first - self._starts[at], last - self._starts[at])
         rows = self._among[first:last] - self._starts[at]
@@ -181,7 +181,7 @@ class Pieces:
 
 
 class Dequantized(Pieces):
-    """Items as their int8 stands for them, in float32: row 0 is the anchor, the others are integers times their scale."""
+    """Items represented by int8, in float32: row 0 is the anchor, the others are integers times their scale."""
 
     def __init__(self, values: Rows, scales: Rows, anchors: Rows) -> None:
         super().__init__(values)
@@ -209,17 +209,17 @@ class Dequantized(Pieces):
 
 
 def dequantize(values: Tensor, scales: Tensor, anchors: Tensor) -> Tensor:
-    """What int8 ``[..., L, D]`` with scales ``[..., L]`` and anchors ``[..., 1, D]`` stands for, float32."""
+    """Convert int8 ``[..., L, D]`` with scales ``[..., L]`` and anchors ``[..., 1, D]`` to float32."""
     rows = values * scales[..., None]
     rows[..., :1, :] = anchors
     return rows
 
 
 class _Writable:
-    """The memory of an array that is not: PyTorch warns of such, and a search writes to none."""
+    """A read-only array presented as writable: PyTorch warns about read-only ones, and a search never writes to them."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self._array = array  # else its memory would go
+        self._array = array  # keeps its memory alive
         interface = array.__array_interface__
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
@@ -232,7 +232,7 @@ def _tensor(piece: Piece) -> Tensor:
             f"expected items as tensors or numpy arrays, or a sequence of them, got {type(piece).__name__}"
         )
     if any(stride < 0 or stride % piece.itemsize for stride in piece.strides):
-        piece = piece.copy()  # PyTorch has no view of such
+        piece = piece.copy()  # PyTorch has no views with such strides
     elif not piece.flags.writeable:
         piece = np.asarray(_Writable(piece))
     try:
@@ -261,7 +261,7 @@ def _checked(among: Tensor, n_items: int) -> Tensor:
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether launches and waits are what many small chunks cost."""
+    """Whether launches and waits make many small chunks expensive."""
     return device.type == "cuda"
 
 
@@ -271,21 +271,23 @@ def is_gpu(device: torch.device) -> bool:
 def chunks(
     sources: Sequence[Pieces], n_queries: int, device: torch.device, within: range | None = None
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """The sources, cut alike along their first axis, on ``device``; each with its first position. Valid until the next.
+    """Yield chunks of all sources, cut alike along the first axis, on ``device``, each valid until the next.
+
+    Each comes with its first position.
 
     Args:
         sources: Pieces with the same number of items.
-        n_queries: How many rows of scores a chunk will get.
-        within: Positions, one after another; None: all.
+        n_queries: Number of rows of scores that a chunk will get.
+        within: Consecutive positions; None means all.
     """
     within = range(sources[0].shape[0]) if within is None else within
     is_on_device = all(source.device == device for source in sources)
     size = max(1, _SCORE_ELEMENTS // max(1, n_queries))
     copied = _affordable(sources, size, _COPY_BYTES)
     if is_on_device:
-        # Many queries read a chunk more than once: what is mapped from a file should still be in memory then.
+        # Many queries read a chunk more than once: a chunk mapped from a file should still be in memory then.
         longest = copied if any(source.mapped for source in sources) else size
-        # A CPU's memory for larger copies would come from the system page by page each time, which takes longer than they do.
+        # On a CPU, memory for larger copies would come from the system page by page, which takes longer than the copies do.
         joined = copied if device.type == "cuda" else _affordable(sources, size, _COPY_BYTES // 4)
         tiny = _COPY_BYTES if is_gpu(device) and any(source.is_choice for source in sources) else _TINY_BYTES
         for first, last in _cuts(sources, within, longest, joined, tiny):
@@ -302,7 +304,7 @@ def _item_bytes(sources: Sequence[Pieces]) -> int:
 
 
 def _affordable(sources: Sequence[Pieces], size: int, n_bytes: int) -> int:
-    """How many items fit, of ``size`` at most; 1 at least."""
+    """Number of items that fit, at most ``size`` and at least 1."""
     return max(1, min(size, n_bytes // _item_bytes(sources)))
 
 
@@ -311,7 +313,7 @@ def _steps(within: range, size: int) -> list[tuple[int, int]]:
 
 
 def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int, tiny: int) -> Iterator[tuple[int, int]]:
-    """Chunks that no source has to copy, up to ``size``; and up to ``joined`` of neighbours of ``tiny`` bytes at most."""
+    """Chunks of up to ``size`` items that no source must copy, and of up to ``joined`` from runs of at most ``tiny`` bytes."""
     breaks = torch.cat([source.breaks for source in sources])
     breaks = breaks[(breaks > within.start) & (breaks < within.stop)]
     if not len(breaks):
@@ -326,7 +328,7 @@ def _cuts(sources: Sequence[Pieces], within: range, size: int, joined: int, tiny
 
 
 class _Buffer:
-    """Memory for a chunk of a source on its way to a GPU: pinned, unless the chunk is so already, and the GPU's."""
+    """Memory for a chunk of a source on its way to a GPU: pinned, unless the chunk already is, and on the GPU."""
 
     def __init__(self, source: Pieces, size: int, device: torch.device) -> None:
         shape = size, *source.shape[1:]
@@ -337,11 +339,11 @@ class _Buffer:
 def _streamed(
     sources: Sequence[Pieces], within: range, size: int, device: torch.device
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Host memory to a GPU, on a side stream: a chunk is copied while the one before is scored.
+    """Copy host memory to a GPU on a side stream, each chunk while the previous one is scored.
 
-    What is not pinned goes through two pinned buffers, which a thread fills, because that copy keeps a processor busy. Each
-    buffer has two events: it was written (``copied``) before it is read, and it was read (``scored``) before it is written
-    again. A source that is on the GPU already is read there.
+    Memory that is not pinned goes through two pinned buffers, which a thread fills, because that copy keeps a processor busy.
+    Each buffer has two events: it must have been written (``copied``) before it is read, and read (``scored``) before it is
+    written again. A source that is already on the GPU is read there.
     """
     buffers = [
         [None if source.device == device else _Buffer(source, size, device) for source in sources] for _ in range(2)
@@ -349,10 +351,10 @@ def _streamed(
     copied = [torch.cuda.Event(), torch.cuda.Event()]
     scored = [torch.cuda.Event(), torch.cuda.Event()]
     main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(main)  # the buffers' memory may still be in use by what was on the main stream before
+    side.wait_stream(main)  # earlier work on the main stream may still use the buffers' memory
 
     def stage(number: int, first: int, last: int) -> None:
-        copied[number].synchronize()  # the pinned buffer's last contents have left it
+        copied[number].synchronize()  # the pinned buffer's previous contents have been copied
         for source, buffer in zip(sources, buffers[number], strict=True):
             if buffer is None:
                 continue
@@ -381,4 +383,4 @@ def _streamed(
                 )
                 scored[number].record(main)
     finally:
-        main.wait_stream(side)  # before the buffers' memory goes to others
+        main.wait_stream(side)  # before the buffers' memory is reused

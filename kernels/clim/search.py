@@ -1,4 +1,4 @@
-"""Late interaction of a query with many items: the best of them, exactly, from full precision or by way of int8."""
+"""Exact search by late interaction: the best of many items for a query, from full precision or by way of int8."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
 # Elements that are converted to the other side's dtype at a time, 64 MiB in float32.
 _CONVERTED_ELEMENTS = 1 << 24
-# Items from which on a pass of rounded products goes first.
+# Number of items from which a pass of rounded products runs first.
 _LEAST_ROUNDED = 1 << 11
 
 
 def clim_topk(
     queries: Tensor, items: Rows, k: int, *, alpha: float = 0.8, among: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items of each query, exactly.
+    """Find the ``k`` best items of each query, exactly.
 
-    A first pass scores all items and knows how far rounding can have moved each score; the few items that may be among the
-    best are scored again in float64. So neither the device nor the precision of the pass changes the result.
+    A first pass scores all items, with a bound on the rounding error of each score; the few items that may be among the best
+    are scored again in float64. The result therefore depends on neither the device nor the precision of the pass.
 
     Args:
         queries: Embeddings ``[Q, L_q, D]``, unit rows.
-        items: ``[N, L_i, D]``, unit rows too, on the device of the queries, in host memory, or mapped from a file
-            (``numpy.memmap``): what is not on the device goes there in chunks, on a GPU while the chunk before is scored.
-            Or a sequence of such pieces ``[n_i, L_i, D]``, one after another, of one dtype and device.
-        k: How many; more than there are is taken as all.
+        items: ``[N, L_i, D]``, also unit rows, on the device of the queries, in host memory, or mapped from a file
+            (``numpy.memmap``). Items elsewhere are copied to the device in chunks, to a GPU while the previous chunk is
+            scored. Or a sequence of consecutive pieces ``[n_i, L_i, D]`` of the same dtype and device.
+        k: Number of items; all items if there are fewer.
         alpha: Weight of the global cosine, as in :func:`clim_scores`.
-        among: int64 ``[n]``, ascending, each once, on any device: search these items alone, and read no other; None: all.
+        among: The only items to search, int64 ``[n]``, ascending, each once, on any device; None means all.
 
     Returns:
         ``(scores [Q, k], indices [Q, k])``, float32 and int64, best first, ties by lower index, NaN last. Indices count the
-        items of all pieces, also those not in ``among``.
+        items of all pieces, including those not in ``among``.
 
     Raises:
-        InputError: Shapes, dtypes or pieces that do not fit together, ``among`` that is not as above, ``k < 1``, an alpha
+        InputError: Shapes, dtypes or pieces that do not fit together, an ``among`` not as described, ``k < 1``, an alpha
             outside [0, 1], or a best item whose rows are longer than 1.
-        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative. What it finds for tensors that
-            require a gradient requires none; :func:`clim_scores` of the items found does.
+        KernelError: Call under ``torch.func`` or in forward mode: a search has no derivative. Its results never require a
+            gradient, even if the inputs do; :func:`clim_scores` of the items found does.
     """
     pieces = Pieces(items)
     _check_search("clim_topk", queries, items, pieces, alpha)
@@ -60,11 +60,11 @@ def clim_topk(
 
 
 def _rounding_error(queries: Tensor, items: Pieces) -> float | None:
-    """What a first pass of rounded products may be off by, where it makes a search faster."""
+    """Largest error of a first pass of rounded products; None if it does not make a search faster."""
     if queries.shape[1] == items.shape[1] == 1:
-        return None  # to round the rows takes longer than their cosines
+        return None  # rounding the rows takes longer than their cosines
     if items.shape[0] < _LEAST_ROUNDED:
-        return None  # such as the candidates of a first stage: a pass that leaves many of a few open is a pass too many
+        return None  # such as a first stage's candidates: a pass that leaves many of a few items open does not pay off
     if dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
         return None
     return cpu.rounding_error(queries.dtype) if queries.dtype == items.dtype else None
@@ -79,19 +79,19 @@ def clim_topk_int8(
     alpha: float = 0.8,
     among: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of :func:`clim_topk`, found by a pass over int8 and full precision for the few items that it leaves.
+    """Find the result of :func:`clim_topk` with a pass over int8, and full precision for the few items that it leaves.
 
     Args:
-        queries, items, k, alpha, among: As :func:`clim_topk`; of ``items`` only the few rescored ones are read. Where
-            int8 leaves more than an eighth of a chunk open, all of the chunk is read and scored in float32 first. None: there
-            is nothing more exact than ``quantized``, whose anchors and integers times scales are the items.
-        quantized: :func:`quantize_items` of ``items``; each field whole, or in pieces as suits it.
+        queries, items, k, alpha, among: As for :func:`clim_topk`; only the few rescored ``items`` are read. If int8 leaves
+            more than an eighth of a chunk open, the whole chunk is read and scored in float32 first. None means that nothing
+            is more exact than ``quantized``, whose anchors and integers times scales are the items.
+        quantized: Result of :func:`quantize_items` for ``items``; each field whole or in any pieces.
 
     Returns:
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last counts the items that were scored again in float64.
 
     Raises:
-        InputError, KernelError: As :func:`clim_topk`.
+        InputError, KernelError: As for :func:`clim_topk`.
     """
     if not isinstance(quantized, QuantizedItems):
         raise InputError(f"expected quantized as QuantizedItems, got {type(quantized).__name__}; see quantize_items")
@@ -109,7 +109,7 @@ def _scores(
     query_scales: Tensor | None = None,
     item_scales: Tensor | None = None,
 ) -> Tensor:
-    """:func:`clim_scores`; floats of two dtypes become one first where the fused kernels run, which take no two."""
+    """:func:`clim_scores`, with two float dtypes first converted to one if the fused kernels run, which need a single one."""
     one_dtype = partial(clim_scores, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
     if queries.dtype == items.dtype or dispatch.choose(queries.device).implementation != "triton":
         return one_dtype(queries, items)

@@ -1,18 +1,18 @@
-"""Sketches: rows of items in one or two bits for each of their columns, and the late interaction that they stand for.
+"""Sketches: rows of items in one or two bits per column, and late interaction estimated from them.
 
-The first stage of two that sees tokens. It follows RaBitQ (arXiv 2405.12497, and 2409.09913 for several bits): rows are
-rotated, each column is rounded to a code of few bits, and a factor makes the products unbiased. Three things are our own:
+This first stage of two compares tokens. It follows RaBitQ (arXiv 2405.12497, and 2409.09913 for several bits): rows are
+rotated, each column is rounded to a code of few bits, and a factor makes the products unbiased. Three things are new:
 
-- **The bytes go where the rows are.** Rows of a model lie mostly in few directions. So many bytes hold all columns in one bit
-  each, half of them in two, or a quarter in four, of the leading principal directions, whichever is expected to tell the most:
-  :func:`sketch_basis`. A quarter of the columns is also a quarter of the multiplications.
-- **One step and one factor for all rows.** Unit rows are nearly equal in length in every column once they are rotated; factors
-  of each row's own found no more, and without them a product of integers and two maxima over integers are all there is to do.
-- **Columns of a row add up to zero**: the rotation leaves out the direction ``(1, ..., 1)``. A code ``c`` stands for
-  ``step (c - (2^b - 1) / 2)``, and what is subtracted from all columns alike does not change a product with such a row.
+- **The bytes go where the rows are.** A model's rows lie mostly in a few directions. The same bytes can hold all columns in
+  one bit each, half of them in two, or a quarter in four, of the leading principal directions. :func:`sketch_basis` chooses
+  the most informative option. A quarter of the columns also means a quarter of the multiplications.
+- **One step and one factor for all rows.** After rotation, unit rows are nearly equal in length in every column. Separate
+  factors per row gave no better results, and without them, only a product and two maxima of integers are left to compute.
+- **Columns of a row add up to zero**: the rotation leaves out the direction ``(1, ..., 1)``. A code ``c`` represents
+  ``step (c - (2^b - 1) / 2)``, and a constant subtracted from all columns does not change a product with such a row.
 
-Codes of a block of items lie byte by byte, token by token, ``[bytes, L, n]``: unpacked they are the right side of the product
-``[L_q, k] @ [k, L n]``, whose maxima over either side's tokens run along the items.
+Codes of a block of items are stored byte by byte, token by token, ``[bytes, L, n]``. Unpacked, they are the right operand of
+the product ``[L_q, k] @ [k, L n]``, whose maxima over either side's tokens run along the items.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from finelip_fast.kernels.clim.rows import Pieces, Rows
 from finelip_fast.kernels.threads import alone, side_by_side
 
 BITS = (1, 2)
-_LARGEST_WIDTH = 8192  # whose principal directions are found in a minute
-# Steps of the best uniform quantisers of a normal variable by their bits, and the share of its variance that they lose
+_LARGEST_WIDTH = 8192  # principal directions of this width are found in a minute
+# Steps of the best uniform quantisers of a normal variable by number of bits, and the share of its variance that they lose
 # (Max, Quantizing for minimum distortion, 1960).
 _STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 _LOST = {1: 0.3634, 2: 0.1188, 4: 0.01154}
-_MOST_BLOCK, _BLOCK_CODES = 2048, 1 << 21  # items; codes, a byte each once unpacked, within a cache
+_MOST_BLOCK, _BLOCK_CODES = 2048, 1 << 21  # items; codes, one byte each when unpacked, within a cache
 _ESTIMATES_AT_ONCE = 1 << 22  # 16 MiB
 _LARGEST = 127
 _BYTES = 0x0101010101010101
 
 
 class SketchBasis(NamedTuple):
-    """What the codes of items mean.
+    """Definition of the codes of items.
 
     Attributes:
-        projection: float32 ``[D, k]``; rows times it are what is rounded.
+        projection: float32 ``[D, k]``; products of rows with it are rounded to codes.
         bits: Bits of a code, ``b``: 1, 2 or 4.
-        step: Distance of the numbers that neighbouring codes stand for, when rows are rounded.
-        unit: The same when products are estimated, which makes these unbiased.
+        step: Difference between the numbers that neighbouring codes represent when rows are rounded.
+        unit: The same difference when products are estimated, which makes the estimates unbiased.
         error: Expected standard error of the cosine of two rows.
     """
 
@@ -72,28 +72,29 @@ class SketchBasis(NamedTuple):
         return self.projection.shape[1] * self.bits // 8
 
     def block_items(self, tokens: int) -> int:
-        """Items of a block, of ``L = tokens`` rows each."""
+        """Number of items in a block, of ``L = tokens`` rows each."""
         return max(32, min(_MOST_BLOCK, _BLOCK_CODES // (tokens * self.projection.shape[1]) // 32 * 32))
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Bytes of a row in a sketch of so many bits for each of ``D`` columns: multiples of 8."""
+    """Bytes of a row in a sketch with this number of bits for each of ``D`` columns, a multiple of 8."""
     return 8 * math.ceil(bits * width / 64)
 
 
 def sketch_basis(rows: Tensor, *, bits: int = 1) -> SketchBasis:
-    """A basis for rows like these.
+    """Find a basis for rows like these.
 
-    With ``l`` the eigenvalues of the rows' second moments, cosines of two rows of this kind vary by ``C = sum l_i^2``. Those
-    of ``k`` columns in ``b`` bits vary by ``C_k = sum_{i < k} l_i^2`` and by the noise of the codes, ``n = (sum_{i < k} l_i)^2
-    d_b / k``, so they correlate with the cosines by ``sqrt(C_k^2 / (C (C_k + n)))``. The highest correlation is chosen.
+    With ``l`` the eigenvalues of the rows' second moments, the cosine of two such rows has the variance ``C = sum l_i^2``. Its
+    estimate from ``k`` columns in ``b`` bits has the variance ``C_k = sum_{i < k} l_i^2`` plus the noise of the codes,
+    ``n = (sum_{i < k} l_i)^2 d_b / k``, so its correlation with the cosine is ``sqrt(C_k^2 / (C (C_k + n)))``. The choice
+    with the highest correlation is used.
 
     Args:
-        rows: ``[n, D]``, unit rows; a sample of some thousands is enough.
-        bits: 1 or 2 for each column, ``D bits / 8`` bytes for each row, see :func:`row_bytes`.
+        rows: ``[n, D]``, unit rows; a sample of a few thousand is enough.
+        bits: Bits per column, 1 or 2, for ``D bits / 8`` bytes per row; see :func:`row_bytes`.
 
     Raises:
-        InputError: No rows, of no float dtype or wider than 8192, or another number of bits.
+        InputError: No rows, rows not of a float dtype or wider than 8192, or another number of bits.
     """
     check_bits(bits)
     check_floats("rows", rows)
@@ -126,14 +127,14 @@ def sketch_basis(rows: Tensor, *, bits: int = 1) -> SketchBasis:
 def check_bits(bits: Any) -> None:
     """
     Raises:
-        InputError: No number of bits that a sketch may have.
+        InputError: The number of bits is not one that a sketch may have.
     """
     if isinstance(bits, bool) or bits not in BITS:
         raise InputError(f"expected bits as 1 or 2 for each column, got {bits!r:.80}")
 
 
 def _zero_sum_rotation(columns: int) -> Tensor:
-    """Orthonormal directions ``[k, k - 1]`` by chance, the same ones every time, all of whose numbers add up to zero."""
+    """Random orthonormal directions ``[k, k - 1]``, the same every time, each with elements that add up to zero."""
     drawn = torch.randn(columns, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn[:, 0] = 1
     rotation: Tensor = torch.linalg.qr(drawn).Q
@@ -146,7 +147,7 @@ def _codes(projected: Tensor, step: float, bits: int) -> Tensor:
 
 
 def sketch_items(items: Tensor, basis: SketchBasis) -> Tensor:
-    """Codes of ``items [N, L, D]``: uint8 ``[N L row_bytes]``, block by block; :func:`blocks` takes them apart.
+    """Encode ``items [N, L, D]`` as uint8 ``[N L row_bytes]``, block by block; :func:`blocks` splits the result.
 
     Raises:
         InputError: Items of another width.
@@ -160,7 +161,7 @@ def sketch_items(items: Tensor, basis: SketchBasis) -> Tensor:
 def _packed(items: Tensor, basis: SketchBasis) -> Tensor:
     """Codes of a block, uint8 ``[bytes, L, n]``.
 
-    A byte has two halves of ``4 / b`` codes; its ``j``-th byte of a row holds column ``j`` of each half and place.
+    A byte has two halves of ``4 / b`` codes; the ``j``-th byte of a row holds column ``j`` of each half and place.
     """
     n_items, tokens, width = items.shape
     rows = items.detach().cpu().float().transpose(0, 1).reshape(-1, width)
@@ -174,7 +175,7 @@ def _packed(items: Tensor, basis: SketchBasis) -> Tensor:
 
 
 def blocks(codes: Tensor, tokens: int, basis: SketchBasis) -> list[Tensor]:
-    """Blocks ``[bytes, L, n]`` of what :func:`sketch_items` made, without a copy."""
+    """Split the result of :func:`sketch_items` into blocks ``[bytes, L, n]``, without a copy."""
     item_bytes = tokens * basis.row_bytes
     parts = codes.split(item_bytes * basis.block_items(tokens))
     return [part.view(basis.row_bytes, tokens, -1) for part in parts if len(part)]
@@ -191,23 +192,23 @@ def sketch_candidates(
     alpha: float,
     among: Tensor | None = None,
 ) -> Tensor:
-    """The ``count`` items of each query whose scores are highest, late interaction as sketches have it.
+    """Find the ``count`` items with the highest scores for each query, with late interaction estimated from sketches.
 
     Args:
         queries: ``[Q, L_q, D]``, unit rows.
-        basis, blocks: As :func:`fine_estimates`.
+        basis, blocks: As for :func:`fine_estimates`.
         items, item_scales: Global embeddings in int8 and their scales, on the CPU, as for
-            :func:`finelip_fast.kernels.cosine_candidates`: they give the cosine.
-        count: How many; more than there are is taken as all.
+            :func:`finelip_fast.kernels.cosine_candidates`; used for the cosine.
+        count: Number of items; all items if there are fewer.
         alpha: Weight of the global cosine.
-        among: int64 ``[n]``, ascending, each once: these items alone; None: all.
+        among: The only items to consider, int64 ``[n]``, ascending, each once; None means all.
 
     Returns:
         int64 ``[Q, min(count, n)]`` on the CPU, in ascending order, not by score.
 
     Raises:
         InputError: Shapes that do not fit together, ``count < 1``, or an alpha outside [0, 1].
-        KernelError: Under ``torch.func`` or in forward mode: a search has no derivative.
+        KernelError: Call under ``torch.func`` or in forward mode: a search has no derivative.
     """
     derivatives.refuse("sketch_candidates", "search outside of it, and take clim_scores of the items found", queries)
     check_floats("queries", queries)
@@ -250,20 +251,20 @@ def sketch_candidates(
 
 
 def _ends(blocks: Sequence[Tensor]) -> list[int]:
-    """Where each block begins, and the last ends."""
+    """Start of each block, and end of the last one."""
     return [0, *accumulate(block.shape[2] for block in blocks)]
 
 
 def fine_estimates(queries: Tensor, basis: SketchBasis, blocks: Sequence[Tensor]) -> Tensor:
-    """Estimates of ``fine``, late interaction without the global cosine.
+    """Estimate ``fine``, late interaction without the global cosine.
 
     Args:
         queries: ``[Q, L_q, D]``, unit rows.
         basis: Basis of the blocks.
-        blocks: Codes ``[bytes, L, n]``, contiguous, one block of items after another.
+        blocks: Codes ``[bytes, L, n]``, contiguous, for consecutive blocks of items.
 
     Returns:
-        float32 ``[Q, N]`` on the CPU. Memory beside it, for each thread: a byte for each code of a block, and 4 for each
+        float32 ``[Q, N]`` on the CPU. Additional memory per thread: one byte for each code of a block, and 4 for each
         similarity with a query.
     """
     return _estimates(queries, basis, blocks, 1.0, None)
@@ -276,7 +277,7 @@ def _estimates(
     weight: float,
     offset: Callable[[int, int], Tensor] | None,
 ) -> Tensor:
-    """Weighted estimates of ``fine``, and what is added to those of each block: of the items from and up to these."""
+    """Weighted estimates of ``fine``, plus ``offset(first, last)`` for the items of each block."""
     ends = _ends(blocks)
     if not len(queries) or not blocks:
         return torch.empty(len(queries), ends[-1])
@@ -294,11 +295,11 @@ def _estimates(
 
 
 def _weights(queries: Tensor, basis: SketchBasis) -> tuple[Tensor, Tensor]:
-    """Integers ``[Q, L_q, k]`` whose products with unpacked codes are similarities, and the unit of each query's.
+    """Integers ``[Q, L_q, k]`` whose products with unpacked codes are similarities, and the unit of each query.
 
-    Unpacked, a code at place ``p`` of its half is ``2^(b p)`` times too large, so its weight is as much smaller.
+    An unpacked code at place ``p`` of its half is ``2^(b p)`` times too large, so its weight is smaller by that factor.
     """
-    # One by one: a product may round otherwise among other rows, and a query's candidates should not depend on its batch.
+    # One by one: products may round differently among other rows, and a query's candidates must not depend on its batch.
     projected = torch.stack([query @ basis.projection for query in queries.detach().cpu().float()])
     units = projected.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
     weights = projected / units[:, None, None]

@@ -1,14 +1,15 @@
-"""The best items of each query, exactly: a fast pass that brackets every score, then float64 for the few that matter.
+"""Exact search for the best items of each query: a fast pass brackets every score, then float64 decides the few that matter.
 
-Both searches work alike. A pass over all items, chunk by chunk, gives each score to within a known error: float32 rounding
-for :func:`topk` (on some processors bfloat16's for bfloat16 rows), quantisation as well for :func:`exact_topk_int8`. An item
-stays as long as the upper end of its bracket reaches the k-th best lower end. What stays is scored again in float64, rounded
-once to float32, and sorted. Where a coarse pass leaves too many of a chunk, the chunk goes through the float32 pass first.
+Both searches work the same way. A pass over all items, chunk by chunk, computes each score to within a known error: float32
+rounding for :func:`topk` (on some processors bfloat16 rounding for bfloat16 rows), plus quantisation for
+:func:`exact_topk_int8`. An item stays as long as the upper end of its bracket reaches the k-th best lower end. Items that stay
+are scored again in float64, rounded once to float32, and sorted. If a coarse pass leaves too many items of a chunk, the chunk
+goes through the float32 pass first.
 
-So the results depend on neither chunks, device nor the precision of the pass: they are the float32 nearest to the exact
-scores, ties by lower index. Copies of an item tie, wherever they stand, unless their score is within float64 rounding (about
-``1e-15``) of the middle between two float32 numbers. NaN comes last. An item whose bracket is not finite is always scored
-again.
+The results therefore depend on neither chunks, device nor the precision of the pass: they are the float32 numbers nearest to
+the exact scores, ties by lower index. Copies of an item tie, wherever they are, unless their score is within float64 rounding
+(about ``1e-15``) of the midpoint between two float32 numbers. NaN comes last. An item whose bracket is not finite is always
+scored again.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from finelip_fast.kernels.precision import full_float32
 Bracket = tuple[int, Tensor, Tensor]  # the first position of a chunk, scores [Q, n], errors [Q, n] or [Q, 1]
 Finer = Callable[
     [int, int], tuple[Tensor, Tensor]
-]  # the first position and how many: scores and errors again, in float32
+]  # from the first position and the number of items: scores and errors again, in float32
 
-# What rounding to bfloat16 may do to a row of norm 1, and more.
+# Largest norm of a row of norm 1 after rounding to bfloat16, with a margin.
 _LONGEST = 1.01
-# The share of a chunk that a coarse pass may leave: a pair in float64 takes some eight times as long as in a float32 pass.
+# Share of a chunk that a coarse pass may leave: a pair takes about eight times as long in float64 as in a float32 pass.
 _MOST_OPEN = 1 / 8
-# Scores that are made before the best are looked for, on a GPU: 128 MiB, and a few such matrices beside.
+# Scores that are collected on a GPU before the best are selected: 128 MiB, plus a few matrices of the same size.
 _GPU_SCORE_ELEMENTS = 1 << 25
-# Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would leave the cache; 512 MiB on a GPU, where
-# 49 pairs a launch would leave most of it idle.
+# Elements that scoring again in float64 may hold: 16 MiB on a CPU, where more would not fit the cache; 512 MiB on a GPU, most
+# of which would be idle with 49 pairs per launch.
 _RESCORE_ELEMENTS, _GPU_RESCORE_ELEMENTS = 1 << 21, 1 << 26
 
 
@@ -75,25 +76,25 @@ def topk(
     coarse: Score | None = None,
     product_error: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items of each query by the exact score.
+    """Find the ``k`` best items of each query by exact score.
 
     Args:
         queries: ``[Q, L_q, D]``.
         items: ``[N, L_i, D]``, rows of norm 1 or less, on the device of the queries, in host memory or mapped from a file
-            (``numpy.memmap``, ``torch.from_file``). Host memory goes to a GPU in chunks while the one before is scored.
-        k: Number of items, at least 1; more than there are means all.
+            (``numpy.memmap``, ``torch.from_file``). Host memory is copied to a GPU in chunks, each while the previous one is
+            scored.
+        k: Number of items, at least 1; all items if there are fewer.
         alpha: Weight of the global cosine.
-        score: Scores ``[Q, n]``, to within float32 rounding, see :mod:`finelip_fast.kernels.clim.quantize`.
-        among: The items to search, int64 ``[n]``, ascending; None: all.
-        coarse: A faster way for the first pass; None: there is none.
-        product_error: How much more its product of two rows may be off, relative to their norms; not the global cosine.
+        score: Function for scores ``[Q, n]`` to within float32 rounding; see :mod:`finelip_fast.kernels.clim.quantize`.
+        among: Items to search, int64 ``[n]``, ascending; None means all.
+        coarse: Faster scoring function for the first pass, or None.
+        product_error: Additional error of its product of two rows, relative to their norms; the global cosine has none.
 
     Returns:
         ``(scores [Q, k], indices [Q, k])``, float32 and int64 on the device of the queries, best first.
 
     Raises:
-        InputError: ``k`` below 1, ``among`` that is not as above, or a best item whose rows are longer than the errors allow
-            for.
+        InputError: ``k`` below 1, an ``among`` not as described, or a best item with longer rows than the errors allow for.
     """
     items = items.only(among)
     norms = queries.float().norm(dim=2)
@@ -116,7 +117,7 @@ def topk(
 
 
 def _check_norms(items: Pieces, positions: Tensor) -> None:
-    """Check the norms of the best items alone: those of all would cost as much as the search."""
+    """Check the norms of the best items only: checking all items would cost as much as the search."""
     norms = items.take(positions).float().norm(dim=2)
     longest = norms[norms.isfinite()].amax().item() if norms.isfinite().any() else 0.0
     if longest > _LONGEST:
@@ -135,19 +136,19 @@ def exact_topk_int8(
     score: Score,
     among: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same result as :func:`topk`, from a pass over int8 and the few items that its error bound leaves.
+    """Find the result of :func:`topk` with a pass over int8 and the few items that its error bound leaves.
 
     Args:
-        queries, items, k, alpha, among: As :func:`topk`; rows of any norm. Of ``items`` only those few are read, unless int8
-            leaves too many.
-        quantized: :func:`finelip_fast.kernels.clim.quantize.quantize_items` of ``items``, wherever and in whatever pieces.
-        score: Scoring function as for :func:`topk`, which takes scales for int8.
+        queries, items, k, alpha, among: As for :func:`topk`; rows may have any norm. Only those few of the ``items`` are
+            read, unless int8 leaves too many.
+        quantized: Result of :func:`finelip_fast.kernels.clim.quantize.quantize_items`, on any device and in any pieces.
+        score: Scoring function as for :func:`topk`, which also takes scales for int8.
 
     Returns:
         ``(scores [Q, k], indices [Q, k], rescored [Q])``; the last, int64, counts the items scored again in float64.
 
     Raises:
-        InputError: ``k`` below 1, ``among`` that is not as above, or quantized items of another number or shape.
+        InputError: ``k`` below 1, an ``among`` not as described, or quantized items of another number or shape.
     """
     fields = [Pieces(field) for field in quantized]
     _check_quantized(items, fields)
@@ -159,7 +160,7 @@ def exact_topk_int8(
     def parts(item_values: Tensor, item_scales: Tensor, item_terms: Tensor, anchors: Tensor) -> list[Tensor]:
         cosines = score(queries[:, :1], anchors, alpha=1.0)
         fine = score(values, item_values, alpha=0.0, query_scales=scales, item_scales=item_scales)
-        return [cosines, fine, item_terms.T.clone()]  # the chunk's memory goes to the next
+        return [cosines, fine, item_terms.T.clone()]  # the chunk's memory is reused for the next
 
     def brackets() -> Iterator[Bracket]:
         for first, (cosines, fine, item_terms) in _passes(fields, queries, parts):
@@ -193,7 +194,7 @@ def _check_quantized(items: Pieces, fields: list[Pieces]) -> None:
 
 
 def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
-    """How far a float32 score can be off, relative to the largest norms of both sides."""
+    """Largest error of a float32 score, relative to the largest norms of both sides."""
     _, query_tokens, width = queries.shape
     slack = rounding(width, query_tokens) + rounding(width, items.shape[1])
     return slack * (abs(alpha) + 2 * abs(1 - alpha))
@@ -202,10 +203,10 @@ def _slack(queries: Tensor, items: Pieces, alpha: float) -> float:
 def _passes(
     sources: list[Pieces], queries: Tensor, parts: Callable[..., list[Tensor]]
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """What ``parts`` makes of each chunk, ``[..., n]``, with the chunk's first position.
+    """Yield the results of ``parts`` for each chunk, ``[..., n]``, with the chunk's first position.
 
-    On a GPU the parts come joined, and where most items are chosen all are scored and the others left out afterwards: so
-    neither the pieces nor the gaps between items say how often the best are looked for and the GPU is waited for.
+    On a GPU, results are joined, and if many items are chosen, all are scored and the others left out afterwards. So neither
+    the pieces nor the gaps between items determine how often the best are selected and the host waits for the GPU.
     """
     device = queries.device
     if not is_gpu(device):
@@ -232,7 +233,7 @@ def _passes(
 
 
 def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Score) -> Tensor:
-    """The scores of the items at these positions, ``[Q, n]``."""
+    """Scores of the items at these positions, ``[Q, n]``."""
     parts = chunks([items], len(queries), queries.device, within)
     return torch.cat([score(queries, chunk, alpha=alpha) for _, (chunk,) in parts], dim=1)
 
@@ -240,7 +241,7 @@ def _pass(queries: Tensor, items: Pieces, within: range, alpha: float, score: Sc
 def _search(
     queries: Tensor, items: Pieces, k: int, alpha: float, brackets: Iterable[Bracket], finer: Finer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, positions, and how many pairs of each query were scored again."""
+    """Scores, positions, and the number of pairs of each query that were scored again."""
     k = whole_number("k", k)
     k = min(k, items.shape[0])
     with torch.no_grad(), full_float32():
@@ -251,7 +252,7 @@ def _search(
 def _candidates(
     n_queries: int, k: int, brackets: Iterable[Bracket], finer: Finer | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The pairs (query, item) that may be among the ``k`` best: every one that is, and few that are not."""
+    """Pairs (query, item) that may be among the ``k`` best: all that are, and few that are not."""
     lowest = torch.empty(n_queries, 0, device=device)  # the k best lower ends so far
     empty = torch.empty(0, dtype=torch.int64, device=device)
     open_pairs = [(empty, empty, torch.empty(0, device=device))]
@@ -286,7 +287,7 @@ def _best(lowest: Tensor, lower: Tensor, k: int) -> Tensor:
 
 
 def _threshold(lowest: Tensor, k: int) -> Tensor:
-    """What an item must reach, ``[Q]``; anything, as long as there are not ``k``."""
+    """Upper end that an item must reach, ``[Q]``; any, as long as there are fewer than ``k`` items."""
     return lowest[:, -1] if 0 < k == lowest.shape[1] else lowest.new_full((len(lowest),), -torch.inf)
 
 
@@ -308,13 +309,13 @@ def _rescore(queries: Tensor, items: Pieces, query: Tensor, item: Tensor, alpha:
 
 
 def _pairs_at_once(query_tokens: int, item_tokens: int, width: int, device: torch.device) -> int:
-    """How many pairs are scored again at a time."""
+    """Number of pairs that are scored again at a time."""
     per_pair = (query_tokens + item_tokens) * width + query_tokens * item_tokens
     return max(1, (_GPU_RESCORE_ELEMENTS if device.type == "cuda" else _RESCORE_ELEMENTS) // per_pair)
 
 
 def _rank(query: Tensor, item: Tensor, scores: Tensor, n_queries: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` best of each query's candidates, of which there are at least ``k``, and how many there were."""
+    """The ``k`` best of each query's candidates (there are at least ``k``), and the number of candidates."""
     # Stable sorts by the least important key first: index, score, query.
     order = item.argsort(stable=True)
     order = order[scores[order].nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)]

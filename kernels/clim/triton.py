@@ -1,16 +1,17 @@
 """Late interaction on the GPU: both directions of every pair in one pass over the items.
 
-One program owns ``BLOCK_ITEMS`` items and ``QUERIES`` queries, and walks the item token ``j``. Each step is one product,
-tiled over ``D``: token ``j`` of each item against every token of the queries, ``S [BLOCK_ITEMS, COLUMNS]``.
+One program owns ``BLOCK_ITEMS`` items and ``QUERIES`` queries, and iterates over the item token ``j``. Each step is one
+product, tiled over ``D``: token ``j`` of each item against every token of the queries, ``S [BLOCK_ITEMS, COLUMNS]``.
 
-- item to query: the maximum over the columns of one query, leaky ReLU, added up over ``j``;
-- query to item: a running maximum of ``S``, elementwise; leaky ReLU and the mean once, at the end;
-- the global cosine is the first column of each query at ``j = 0``.
+- item to query: the maximum over the columns of one query, then leaky ReLU, summed over ``j``;
+- query to item: an elementwise running maximum of ``S``; leaky ReLU and the mean once, at the end;
+- global cosine: the first column of each query at ``j = 0``.
 
-So the items are read once, and neither ``L_i`` nor ``D`` is padded. A query takes ``L_q`` columns rounded up to 8; what is
-over repeats its last token, which changes no maximum and is left out of the mean. Contract and formula: ``clim.py``.
+So the items are read once, and neither ``L_i`` nor ``D`` is padded. A query takes ``L_q`` columns rounded up to a multiple of
+8; the surplus repeats its last token, which changes no maximum and is left out of the mean. Contract and formula:
+``formula.py``.
 
-NaN: every entry of ``S`` passes through the running maximum, which keeps NaN; so NaN in an embedding gives NaN scores.
+NaN: every entry of ``S`` passes through the running maximum, which keeps NaN, so NaN in an embedding gives NaN scores.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from finelip_fast.kernels.clim.launches import (
 _GROUP = tl.constexpr(GROUP)
 _SLOPE = tl.constexpr(LEAKY_SLOPE)
 
-_ALIGNMENT = 16  # bytes, of what a tensor descriptor starts at and steps by
+_ALIGNMENT = 16  # bytes, of a tensor descriptor's start and strides
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -126,7 +127,7 @@ def scores_kernel(
     query_rows = queries + query * query_stride + token * query_token_stride
     if query_scales is not None:
         column_scale = tl.load(query_scales + query * QUERY_TOKENS + token, mask=live, other=0.0)
-        # Of the token to come: nothing waits for a scale that was asked for a token ago.
+        # Loaded one token ahead, so that nothing waits for a scale.
         row_scale = tl.load(item_scales + item * ITEM_TOKENS)
 
     SUM_TYPE: tl.constexpr = tl.int32 if queries.dtype.element_ty == tl.int8 else tl.float32
@@ -173,7 +174,7 @@ def scores_kernel(
                     met = tl.max(own_scores, axis=1)
                 else:
                     met, met_at = tl.max(own_scores, axis=1, return_indices=True)
-                    # Held inside the query: beside NaN, any column may come out.
+                    # Clamped to the query: next to NaN, any column may come out.
                     met_at = tl.minimum(tl.maximum(met_at - q * QUERY_COLUMNS, 0), QUERY_TOKENS - 1)
                     pair = (first_query + q).to(tl.int64) * n_items + row
                     is_pair = row < tl.where(first_query + q < n_queries, n_items, 0)
@@ -206,22 +207,22 @@ def scores(
     item_scales: Tensor | None = None,
     settings: ClimSettings | None = None,
 ) -> Tensor:
-    """Score every query against every item; formula in ``clim.py``.
+    """Score every query against every item; formula in ``formula.py``.
 
     Args:
         queries: ``[Q, L_q, D]``, ``L_q`` up to 256; float32, float16, bfloat16, or int8 / float8_e4m3fn with scales.
-        items: ``[N, L_i, D]`` in the same dtype. Any strides; copied only where the last one is not 1.
+        items: ``[N, L_i, D]`` in the same dtype. Any strides; copied only if the last one is not 1.
         alpha: Weight of the global cosine.
         query_scales: float32 ``[Q, L_q]``: row ``l`` of query ``q`` is ``queries[q, l] * query_scales[q, l]``.
         item_scales: float32 ``[N, L_i]``.
-        settings: None: :func:`~finelip_fast.kernels.clim.launches.settings_for`.
+        settings: Launch settings; None means :func:`~finelip_fast.kernels.clim.launches.settings_for`.
 
     Returns:
         float32 ``[Q, N]``. Not differentiable. float32 inputs are multiplied in full float32.
 
     Raises:
         InputError: Shapes, dtypes or scales that do not fit together, or too many query tokens.
-        KernelError: No GPU, or one that is too old (compute capability 8.0; 8.9 for float8).
+        KernelError: No GPU, or one below compute capability 8.0 (8.9 for float8).
     """
     capability = check_inputs(queries, items, MAX_QUERY_TOKENS)
     _check_scales(queries, items, query_scales, item_scales, capability)
@@ -235,7 +236,7 @@ def scores(
 
 
 def is_nothing(queries: Tensor, items: Tensor) -> bool:
-    """Whether there is nothing to multiply: all scores are 0."""
+    """Whether there is nothing to multiply, so that all scores are 0."""
     return queries.numel() == 0 or items.numel() == 0
 
 
@@ -250,7 +251,7 @@ def launch(
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
     winners: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """Fill `out`, and the winners where they are given; inputs are checked and not empty."""
+    """Fill `out`, and the winners if given; the inputs have been checked and are not empty."""
     (n_queries, query_tokens, width), (n_items, item_tokens, _) = queries.shape, items.shape
     if settings is None:
         has_winners = winners[0] is not None
@@ -286,12 +287,12 @@ def launch(
             DESCRIPTOR=descriptor is not None,
             num_warps=settings.num_warps,
             num_stages=settings.num_stages,
-            enable_fp_fusion=True,  # by name: Triton 3.9 warns when the default is left alone
+            enable_fp_fusion=True,  # explicit, because Triton 3.9 warns if it is omitted
         )
 
 
 def described(items: Tensor, settings: ClimSettings) -> TensorDescriptor | None:
-    """``[N, L_i, D]`` as ``[N, L_i D]``, for the GPU's unit that copies by itself; None: the strides do not allow it."""
+    """``[N, L_i, D]`` as ``[N, L_i D]``, for the GPU's asynchronous copy unit; None if the strides do not allow it."""
     n_items, tokens, width = items.shape
     item_stride, token_stride, _ = items.stride()
     if token_stride != width or item_stride < tokens * width or item_stride * items.itemsize % _ALIGNMENT:
@@ -303,14 +304,14 @@ def described(items: Tensor, settings: ClimSettings) -> TensorDescriptor | None:
 
 
 def readable(rows: Tensor) -> Tensor:
-    """`rows` as the kernels read them: numbers of a row side by side."""
+    """`rows` as the kernels read them, with the numbers of a row contiguous."""
     if INTERPRETED and rows.dtype == torch.bfloat16:
         rows = rows.float()  # Triton's interpreter has no bfloat16 products
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def check_inputs(queries: Tensor, items: Tensor, max_query_tokens: int) -> int:
-    """The GPU's compute capability, 80 for 8.0; raises what :func:`scores` says."""
+    """Check the inputs and return the GPU's compute capability, 80 for 8.0; raises the errors of :func:`scores`."""
     if queries.dim() != 3 or items.dim() != 3 or queries.shape[2] != items.shape[2]:
         raise InputError(
             f"expected queries [Q, L_q, D] and items [N, L_i, D], got {list(queries.shape)} and {list(items.shape)}"

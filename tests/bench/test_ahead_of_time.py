@@ -1,4 +1,4 @@
-"""Compiling for a GPU that is not here: what is read from the result, and what is refused."""
+"""Compiling for a GPU that is not present: what is read from the result, and what is refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_tensor_cores_and_shared_memory_are_seen():
 
 
 def test_spills_are_seen():
-    """One warp of 32 threads, with up to 255 registers each, cannot hold 16,384 numbers until their sum is known."""
+    """One warp of 32 threads with up to 255 registers each cannot hold 16,384 numbers until their sum is known."""
     for block, spills in ((1024, False), (16384, True)):
         compiled = compile_for(normalise, {"x": "*fp32", "out": "*fp32"}, {"BLOCK": block}, capability=80, num_warps=1)
         assert (compiled.spilled_bytes > 0) is spills
@@ -104,10 +104,10 @@ def test_a_plain_function_is_refused():
 @pytest.mark.parametrize(
     ("capability", "registers", "shared_kib", "num_warps", "programs"),
     [
-        (90, 121, 96, 8, 2),  # by registers, and by shared memory
-        (80, 126, 32, 4, 4),  # by registers: 4,096 for each warp, of 16,384 in each quarter
-        (80, 129, 0, 4, 3),  # one more, rounded up: 3 warps in each quarter
-        (90, 40, 227, 4, 1),  # by shared memory, with 1 KiB of the driver's
+        (90, 121, 96, 8, 2),  # limited by registers and by shared memory
+        (80, 126, 32, 4, 4),  # by registers: 4,096 per warp, of 16,384 in each quarter
+        (80, 129, 0, 4, 3),  # one more, rounded up: 3 warps per quarter
+        (90, 40, 227, 4, 1),  # by shared memory, including the driver's 1 KiB
         (90, 16, 0, 16, 4),  # by warps
         (80, 16, 0, 1, 32),  # by programs
         (120, 16, 0, 1, 24),
@@ -116,7 +116,7 @@ def test_a_plain_function_is_refused():
     ],
 )
 def test_programs_side_by_side(capability, registers, shared_kib, num_warps, programs):
-    """The same numbers as ``cuda_occupancy.h`` gives."""
+    """The numbers equal those of ``cuda_occupancy.h``."""
     compiled = Compiled(registers, shared_kib << 10, 0, capability, num_warps, ptx="", ttir="")
     assert compiled.programs_per_sm == programs
     assert compiled.fits is (programs > 0)
@@ -152,7 +152,7 @@ def test_tensors_in_the_middle_of_memory_are_not_taken_for_divisible():
 def test_all_that_an_autotuner_would_try_is_recorded():
     configs = [triton.Config({"BLOCK": block}, num_warps=block // 128) for block in (128, 256, 512)]
     small = {"early_config_prune": lambda configs, named, **_: [c for c in configs if c.kwargs["BLOCK"] <= named["n"]]}
-    # The benchmark is never run; named because its default asks for a GPU.
+    # The benchmark is never run; it is set explicitly because the default needs a GPU.
     tuned = triton.autotune(configs, key=["n"], prune_configs_by=small, do_bench=lambda *_, **__: 0.0)(double)
     x = torch.empty(256, device="meta")
     with recorded_launches(90) as launches:
@@ -163,7 +163,7 @@ def test_all_that_an_autotuner_would_try_is_recorded():
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_launchers_choose_as_on_the_recorded_gpu(capability, monkeypatch, tmp_path):
-    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))  # without what was tuned on this machine
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))  # ignore settings tuned on this machine
     queries, items = (torch.empty(count, 40, 512, dtype=torch.float16, device="meta") for count in (8, 100_000))
     with recorded_launches(capability) as launches:
         clim.scores(queries, items, alpha=0.8)

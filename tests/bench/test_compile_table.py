@@ -1,4 +1,4 @@
-"""The table of compiled kernels: which candidate stands for an autotuned kernel, and what is printed."""
+"""The table of compiled kernels: which candidate represents an autotuned kernel, and what is printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROW = {
 
 
 class Candidate(SimpleNamespace):
-    """A recorded launch whose compiler's answer is known."""
+    """A recorded launch with a known compilation result."""
 
     def __init__(self, block, *, registers=32, shared_kib=0, spilled=0, error=None):
         super().__init__(constants={"BLOCK": block, "DTYPE": float}, num_warps=4, num_stages=2)
@@ -65,9 +65,9 @@ def test_a_peer_that_is_not_installed_is_said_to_be_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("candidates", "best"),
     [
-        ([Candidate(1, shared_kib=100), Candidate(2, shared_kib=50)], 2),  # more side by side
+        ([Candidate(1, shared_kib=100), Candidate(2, shared_kib=50)], 2),  # more run concurrently
         ([Candidate(1, spilled=8), Candidate(2, shared_kib=100)], 2),  # no spills first
-        ([Candidate(1, shared_kib=300), Candidate(2, spilled=8)], 2),  # that it runs before all
+        ([Candidate(1, shared_kib=300), Candidate(2, spilled=8)], 2),  # fitting comes before everything else
         ([Candidate(1), Candidate(2)], 1),
         ([Candidate(1, error=ValueError("no")), Candidate(2)], 2),
     ],
@@ -112,11 +112,11 @@ def test_lines_of_cuts_say_what_is_shipped_and_what_is_left_of_the_floor():
 
 @pytest.mark.parametrize(("block_width", "l2"), [(64, 40 * 1024 * (1 + 40 / 128)), (512, 40 * 1024 * (1 + 1 / 128))])
 def test_queries_in_one_piece_are_counted_once_a_program(block_width, l2):
-    """40 x 512 in float16: an item is 40 KiB, a query as large."""
+    """At 40 x 512 in float16, an item takes 40 KiB, and so does a query."""
     constants = {"QUERY_TOKENS": 40, "QUERY_COLUMNS": 40, "COLUMNS": 64, "QUERIES": 1, "ITEM_TOKENS": 40, "WIDTH": 512}
     counts = count({**constants, "BLOCK_ITEMS": 128, "BLOCK_WIDTH": block_width}, 1, torch.float16)
     assert counts == (40 * 1024, l2, 2 * 40 * 40 * 512, 2 * 64 * 40 * 512)
-    assert counts.share_of_floor(CARDS[90], torch.float16) == 1  # memory is the slowest
+    assert counts.share_of_floor(CARDS[90], torch.float16) == 1  # memory is the bottleneck
 
 
 def test_what_each_block_of_queries_reads_again_is_counted():

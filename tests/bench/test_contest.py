@@ -1,4 +1,4 @@
-"""Races: who takes part, and that the time of one holds nothing of what went before."""
+"""Races: who takes part, and that a contender's time includes nothing from before."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def entries(size):
 
 @pytest.fixture
 def racers(tmp_path, monkeypatch):
-    """A module of contenders, as a bench is one."""
+    """A module of contenders, like a bench file."""
     (tmp_path / "racers.py").write_text(RACERS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "racers", raising=False)
@@ -105,7 +105,7 @@ def test_what_ends_a_contender_in_a_process_of_its_own_ends_no_other(racers):
 
 @pytest.mark.slow
 def test_a_race_of_the_benches_runs_apart_as_on_a_gpu():
-    """Its contenders are found by the name of its file, and given the same inputs: else their answers would be wrong."""
+    """Its contenders are found by file name and get the same inputs; otherwise their answers would be wrong."""
     code = (
         "import test_clim, contest, json; contest.race.__kwdefaults__['apart'] = True; race = test_clim.scores_race(2)"
     )
@@ -129,7 +129,7 @@ def test_a_contender_that_does_not_answer_is_ended(racers, tmp_path):
 
 
 def test_the_cache_is_emptied_without_leaving_writes_behind(monkeypatch):
-    """What a fill left in the L2 cache of a GPU would be written to memory beside the run."""
+    """Data left in a GPU's L2 cache by a fill would be written to memory during the run."""
 
     class Event:
         def __init__(self, enable_timing):

@@ -1,4 +1,4 @@
-"""The minutes on a GPU, rehearsed without one: every step works, and none can take the others' time."""
+"""A rehearsal of the GPU run without a GPU: every step works, and none can use up the others' time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lines_of(out: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_every_step_works_without_an_installed_package(tmp_path):
-    """Of the package, Python sees only what the script itself shows it: a folder of links, in an empty environment."""
+    """Python sees the package only through the script's own folder of links, in an empty environment."""
     command = [sys.executable, gpu_day.__file__, "--tiny", "--out", str(tmp_path / "day")]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""A GPU's day as a record: its races are tables like any other's, at the highest rates that the GPU was seen to have."""
+"""A GPU's day as a record: its races become ordinary tables, relative to the highest rates measured on the GPU."""
 
 from __future__ import annotations
 

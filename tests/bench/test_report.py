@@ -1,4 +1,4 @@
-"""Tables of recorded runs: what they compare, what they say of where it comes from, and that the README's are current."""
+"""Tables of recorded runs: their comparisons, their provenance, and that those in the README are current."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*benchmarks, dirty=False):
 
 @pytest.fixture
 def machine(tmp_path):
-    """A folder of results with one run, and a file that is none."""
+    """A results folder with one run, and a file that is not a run."""
     folder = tmp_path / "machine"
     folder.mkdir()
     counted = {"bytes": 1e6, "flops": 1e9, "work_dtype": "float32", "share_of_floor": 0.5}

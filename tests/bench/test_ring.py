@@ -1,4 +1,4 @@
-"""The ring: who is judged by what, whose knob is turned how far, and that nobody's failure is another's."""
+"""The ring: how contenders are judged, how their knobs are tuned, and that a failure affects only its own contender."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ CONTENDERS = {kind.__name__: kind for kind in KINDS} | {"Missing": missing}
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Starts a toy by its name and a limit in seconds."""
+    """Return a function that starts a toy contender by name with a time limit in seconds."""
     (tmp_path / "toys.py").write_text(TOYS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return partial(Apart, "toys")
@@ -95,7 +95,7 @@ def inputs(tmp_path):
 
 
 def race(toys, names, inputs, tmp_path):
-    """``Slow`` alone has too little time: the others' must do on a busy machine."""
+    """Race the contenders; only ``Slow`` has too little time, so that the others finish even on a busy machine."""
 
     def start(name, limit):
         return toys(name, seconds=0.5 if name == "Slow" and limit == 90 else limit)
@@ -108,12 +108,12 @@ def race(toys, names, inputs, tmp_path):
     ("hits", "share"),
     [
         ([0, 1], 1.0),
-        ([2, 0], 1.0),  # as good as the other second
+        ([2, 0], 1.0),  # equal to the other second
         ([0, 0], 0.5),
         ([3, 0], 0.5),
         ([0], 0.5),
         ([], 0.0),
-        ([3, 4, 0, 1], 0.0),  # no more count than were asked for
+        ([3, 4, 0, 1], 0.0),  # only as many count as were requested
     ],
 )
 def test_agreement_counts_what_reaches_the_exact_best(hits, share):
@@ -185,7 +185,7 @@ def test_what_fails_is_left_out_with_its_reason_and_stops_nobody(toys, inputs, t
         "Tiring": "",
         "Toy": "",
     }
-    # Those that were timed often enough before they stopped count.
+    # Contenders with enough searches before they stopped are included.
     assert ring.FEWEST <= results["Tiring"].info["queries"] < 40
     assert results["Toy"].info["queries"] == 40
 
@@ -258,7 +258,7 @@ def test_contenders_need_nothing_installed_to_be_listed():
     "name", [name for name in ring_contenders.CONTENDERS if name.startswith(("finelip_fast", "plain"))]
 )
 def test_those_without_peers_find_the_best(name, tmp_path):
-    """In this process, as peers' adapters cannot be tested without them."""
+    """They run in this process; adapters of peers cannot be tested without the peers."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((300, 3, 32)).astype(np.float32)
     items = (rows / np.linalg.norm(rows, axis=2, keepdims=True)).astype(np.float16)

@@ -41,12 +41,12 @@ def test_the_vocabulary_is_clips(model, tmp_path):
     numbers = json.loads((tmp_path / "clip" / "vocab.json").read_text())
     assert (len(numbers), numbers["<|startoftext|>"], numbers["<|endoftext|>"]) == (49_408, 49_406, 49_407)
     merges = (tmp_path / "clip" / "merges.txt").read_text().splitlines()
-    assert len(merges) == 1 + 49_408 - 512 - 2  # a line of the version, no bytes and no special tokens
+    assert len(merges) == 1 + 49_408 - 512 - 2  # a version line; no bytes and no special tokens
     assert merges[1].split() == ["i", "n"]
 
 
 class Process:
-    """A contender's process that gives the same rows at every request."""
+    """A contender's process that returns the same rows for every request."""
 
     def __init__(self, rows, failure=""):
         self.rows, self.failure, self.requests = rows, failure, 0
@@ -96,7 +96,7 @@ def test_batches_are_of_middling_captions_and_pictures_of_the_models_size(model)
     ["finelip_fast, torch, fp32", pytest.param("finelip_fast, ONNX, int8", marks=pytest.mark.slow), "open_clip, fp32"],
 )
 def test_those_without_peers_give_the_same_rows(model, name, tmp_path):
-    """In this process, as peers' adapters cannot be tested without them."""
+    """They run in this process; adapters of peers cannot be tested without the peers."""
     if "ONNX" in name:
         pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
         pytest.importorskip("onnxscript", reason="the exporter of torch needs onnxscript")

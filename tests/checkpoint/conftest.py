@@ -1,4 +1,4 @@
-"""A small model as a checkpoint of ours, its weights as other projects hold them, and hubs without a network."""
+"""A small model as a checkpoint of ours, its weights in other projects' layouts, and hubs without a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .files import OPEN_CLIP_CONFIG
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    """One head of 64 columns in each tower."""
+    """A model with one head of 64 columns in each tower."""
     return make_model(vision_heads=1, text_heads=1, context_length=77)
 
 
@@ -29,7 +29,7 @@ def saved(model, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A folder to damage: the weights are linked, not copied, so replace that file rather than write into it."""
+    """A folder to damage. The weights are hard links, so replace the file instead of writing to it."""
     (tmp_path / "ours").mkdir()
     os.link(saved / "model.safetensors", tmp_path / "ours/model.safetensors")
     (tmp_path / "ours/config.json").write_bytes((saved / "config.json").read_bytes())
@@ -46,21 +46,21 @@ def clip_state(model) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def longclip_state(clip_state) -> dict[str, Tensor]:
-    """The same in Long-CLIP's layout, which shows its activation."""
+    """The same model in Long-CLIP's layout, which identifies its activation."""
     table = clip_state["positional_embedding"]
     return clip_state | {"positional_embedding_res": table.clone()}
 
 
 @pytest.fixture
 def known_widths(monkeypatch):
-    """A published CLIP of the width of these tests: files without a configuration are read."""
+    """Register a published CLIP of these tests' width, so that files without a configuration can be read."""
     for table in (architecture.VISION_HEADS, architecture.TEXT_HEADS):
         monkeypatch.setitem(table, 64, 1)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub without a network: repositories in a folder, of which a call brings what its patterns name."""
+    """A hub without a network: repositories in a folder, from which a call downloads the files that its patterns name."""
     remote, local, calls = tmp_path / "remote", tmp_path / "local", []
 
     def snapshot_download(repository, *, allow_patterns):
@@ -86,7 +86,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_open_clip(monkeypatch):
-    """A small model in open_clip's list."""
+    """A small model in open_clip's list of models."""
     configs = {"ViT-Tiny-Test": OPEN_CLIP_CONFIG["model_cfg"]}
     monkeypatch.setattr(open_clip, "list_models", lambda: list(configs))
     monkeypatch.setattr(open_clip, "get_model_config", configs.get)

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints have in common: files to write, to damage, and to compare."""
+"""Helpers shared by the checkpoint tests: files to write, damage and compare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assert_same_weights(loaded, model):
 
 
 def assert_same_towers(loaded, model):
-    """The same encoders; of the positions, the rows that stretching does not touch."""
+    """Assert that the encoders are equal; of the positions, only the rows that stretching leaves unchanged."""
     weights = loaded.state_dict()
     for name, tensor in model.state_dict().items():
         if name == "text.positional_embedding":
@@ -74,7 +74,7 @@ def write_hub_folder(kind: str, state: dict[str, Tensor], folder: Path) -> None:
             json.dumps({"model_type": "clip", "vision_config": vision, "text_config": text})
         )
         (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
-        # The names are tested on their own; here the configuration beside the weights counts.
+        # Only the configuration beside the weights matters here; names have tests of their own.
         torch.save(state, folder / "pytorch_model.bin")
 
 

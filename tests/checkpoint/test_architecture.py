@@ -1,4 +1,4 @@
-"""Sizes from configurations and from weights alone: what is known, what is asked for, and what is refused by name."""
+"""Model sizes from configurations and from weights alone: what is known, what must be given, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finelip_fast.errors import CheckpointError, ConfigError, InputError
 
 
 def outline(vision_width: int = 768, text_width: int = 512) -> dict[str, Tensor]:
-    """Weights in OpenAI's layout that have shapes and no numbers."""
+    """Return weights in OpenAI's layout that have shapes but no data."""
     shapes = {
         "visual.conv1.weight": (vision_width, 3, 14, 14),
         "visual.positional_embedding": (257, vision_width),
@@ -75,7 +75,7 @@ def test_known_heads_are_those_of_every_model_that_open_clip_lists() -> None:
             config = config_from_open_clip(open_clip.get_model_config(name))
         except CheckpointError:
             continue
-        if config.family == "siglip":  # never without its configuration
+        if config.family == "siglip":  # always comes with a configuration
             continue
         known[0].setdefault(config.vision_width, set()).add(config.vision_heads)
         known[1].setdefault(config.text_width, set()).add(config.text_heads)

@@ -1,4 +1,4 @@
-"""Weights that are no numbers make no model."""
+"""Weights with NaN or infinity are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_foreign_weights_that_are_no_numbers(longclip_state, known_widths, tmp_p
 
 
 def test_large_numbers_are_numbers(make_model, tmp_path):
-    """Their sum is infinite in float32."""
+    """Their sum overflows float32."""
     model = make_model()
     with torch.no_grad():
         model.text.token_embedding.weight.fill_(3e38)

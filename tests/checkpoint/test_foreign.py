@@ -1,4 +1,4 @@
-"""Other projects' state dicts: the same embeddings, and every weight, size and table where the method says."""
+"""Other projects' state dicts: equal embeddings, and every weight, size and table as the method defines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "lay
 
 
 def make_clip(model_class=open_clip.CLIP, seed: int = 0, **changes) -> nn.Module:
-    """A small open_clip model none of whose parameters is at a trivial value."""
+    """Return a small open_clip model with no parameter at a trivial value."""
     cfg = {"embed_dim": 48, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True} | changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -42,12 +42,12 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def captions(make_captions):
-    """Within the first 20 positions, which stretching leaves alone."""
+    """Captions within the first 20 positions, which stretching leaves unchanged."""
     return make_captions([3, 11, 20], 77)
 
 
 def as_longclip(state: dict[str, Tensor], length: int = 248) -> dict[str, Tensor]:
-    """Long-CLIP's two tables; the halves that must not be read are NaN."""
+    """Return Long-CLIP's two position tables; the halves that must not be read are NaN."""
     table = stretch_positions(state["positional_embedding"], length)
     kept, rest = table.clone(), table.clone() + 1.0
     kept[20:], rest[:20] = torch.nan, torch.nan
@@ -55,7 +55,7 @@ def as_longclip(state: dict[str, Tensor], length: int = 248) -> dict[str, Tensor
 
 
 def as_finelip(state: dict[str, Tensor], tokens: int = 5, hidden: int = 7) -> dict[str, Tensor]:
-    """The released layout: Long-CLIP's and two aggregators."""
+    """Return the layout of the released weights: Long-CLIP's plus two aggregators."""
     state, generator = as_longclip(state), torch.Generator().manual_seed(1)
     for name in ("aggr_net", "cap_aggr_net"):
         for part, shape in {
@@ -72,7 +72,7 @@ def as_finelip(state: dict[str, Tensor], tokens: int = 5, hidden: int = 7) -> di
 
 
 def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's layout under transformers' names."""
+    """Return OpenAI's layout with transformers' names."""
     renamed: dict[str, Tensor] = {
         "logit_scale": state["logit_scale"],
         "visual_projection.weight": state["visual.proj"].T.contiguous(),
@@ -107,7 +107,7 @@ def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_same_embeddings(model, clip, pixels, captions, tolerance=1e-5):
-    """Row 0 is the other library's global embedding, normalised."""
+    """Assert that row 0 equals the other library's normalised global embedding."""
     with torch.no_grad():
         for ours, theirs in (
             (model.encode_image(pixels), clip.encode_image(pixels)),
@@ -117,7 +117,7 @@ def assert_same_embeddings(model, clip, pixels, captions, tolerance=1e-5):
 
 
 def imported(state, **options):
-    """A model of weights that show neither their heads nor their activation."""
+    """Import weights that determine neither their heads nor their activation."""
     return import_state_dict(state, **{"activation": "quick_gelu", "heads": (2, 1), **options})
 
 
@@ -258,7 +258,7 @@ def test_untrained_aggregators_start_the_same_and_draw_nothing(clip):
     second = imported(clip.state_dict())
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    # nn.Linear's start: within its bound, and filling it.
+    # Initialised like nn.Linear: within its bound, and reaching it.
     weight = first.image_aggregator.hidden.weight
     assert 0.9 * 48**-0.5 < weight.abs().max() <= 48**-0.5
     assert not torch.equal(weight, first.text_aggregator.hidden.weight)
@@ -351,7 +351,7 @@ def test_every_open_clip_vision_transformer_is_understood_or_refused(name):
     }
     plain = plain and not set(cfg["text_cfg"]) & {"hf_tokenizer_name", "no_causal_mask"}
     if "SigLIP" in name:
-        return  # test_siglip.py
+        return  # see test_siglip.py
     if not plain:
         with pytest.raises(CheckpointError, match="does not support"):
             config_from_open_clip(cfg)

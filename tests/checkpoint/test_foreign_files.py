@@ -1,4 +1,4 @@
-"""Other projects' files of weights, alone: what tells their sizes, prefixes, averages, and what lies beside the weights."""
+"""Other projects' weight files on their own: sizes, prefixes, averaged weights, and files beside the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .files import assert_same_towers, load_untrained
 
 
 def test_a_file_alone_is_read_where_its_layout_and_widths_are_known(longclip_state, known_widths, model, tmp_path):
-    # Half precision, as OpenAI's own; heads by width, quick GELU, and the context stretched.
+    # Half precision, like OpenAI's own; heads by width, quick GELU, and the context stretched.
     state = {f"module.{name}": tensor.half() for name, tensor in longclip_state.items()}
     torch.save({"state_dict": state}, tmp_path / "a.pt")
     loaded = load_untrained(tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""Folders as open_clip and transformers write them: the configuration that counts, shards, and weights in one file."""
+"""Folders in the formats of open_clip and transformers: which configuration applies, shards, and weights in one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_folders_of_other_projects(kind, resize_mode, clip_state, model, tmp_pat
     assert_same_towers(loaded, model)
     file = next(path for path in (tmp_path / "hub").iterdir() if path.suffix == ".bin")
     assert load_untrained(file).config == loaded.config
-    # Under another name the file has nothing to do with the configuration.
+    # Under another name, the file is unrelated to the configuration.
     with pytest.raises(CheckpointError, match="--heads"):
         load(file.rename(file.with_name("mine.bin")))
 
@@ -43,7 +43,7 @@ def test_a_folder_of_one_file(longclip_state, known_widths, model, tmp_path):
 
 
 def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A weight of every kind of name that tells transformers' layout; the others as OpenAI's."""
+    """Return one weight of every name that identifies transformers' layout; the others use OpenAI's names."""
     renamed = dict(state)
     renamed["vision_model.embeddings.patch_embedding.weight"] = renamed.pop("visual.conv1.weight")
     renamed["text_model.embeddings.token_embedding.weight"] = renamed.pop("token_embedding.weight")
@@ -53,7 +53,7 @@ def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("layout", ["open_clip", "transformers"])
 def test_open_clips_configuration_beside_other_weights(clip_state, tmp_path, layout, both):
-    """The weights say whose configuration is theirs, and open_clip's serves where it is alone."""
+    """The weights decide which configuration applies; open_clip's is used if it is the only one."""
     write_hub_folder("transformers", clip_state, tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     if not both:
@@ -88,7 +88,7 @@ def test_pictures_that_are_refused_can_be_taken_as_clip_takes_them(clip_state, t
 
 
 def write_shards(folder: Path, name: str, state: dict[str, Tensor]) -> list[Path]:
-    """Two files and their index, as transformers writes them."""
+    """Write two shards and their index, as transformers does."""
     stem, suffix = name.split(".")
     names = sorted(state)
     parts = {f"{stem}-0000{n}-of-00002.{suffix}": names[n - 1 :: 2] for n in (1, 2)}
@@ -104,7 +104,7 @@ def write_shards(folder: Path, name: str, state: dict[str, Tensor]) -> list[Path
 
 @pytest.fixture(params=["model.safetensors", "pytorch_model.bin"])
 def sharded(request, clip_state, tmp_path):
-    """A folder of transformers with its weights in two shards; the name of what they are shards of, and the shards."""
+    """A transformers folder with its weights in two shards; also the name of the unsharded file, and the shards."""
     write_hub_folder("transformers", clip_state, tmp_path / "hub")
     (tmp_path / "hub/pytorch_model.bin").unlink()
     return tmp_path / "hub", request.param, write_shards(tmp_path / "hub", request.param, clip_state)

@@ -1,4 +1,4 @@
-"""A folder of ours is opened, or what is wrong with it is said before anything large is built."""
+"""Loading a folder of ours: defects are reported before anything large is built."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_untrained_aggregators_warn_and_score_globally(make_model, tmp_path):
     loaded = load_untrained(tmp_path)
     assert loaded.alpha == 1.0
     save(make_model(), tmp_path)
-    assert load(tmp_path).alpha == 0.8  # and no warning, which would be an error here
+    assert load(tmp_path).alpha == 0.8  # without a warning, which would be an error here
 
 
 def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
@@ -161,7 +161,7 @@ TEXTS = st.sampled_from(["NaN", "Infinity", "-Infinity", "1e999", "9" * 30, "[" 
 
 
 def places(value, path=()):
-    """Paths of all values in nested objects and lists."""
+    """Return the paths of all values in nested objects and lists."""
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield (*path, key)
         if isinstance(part, (dict, list)):
@@ -170,7 +170,7 @@ def places(value, path=()):
 
 @pytest.fixture(scope="module")
 def configured(model, clip_state, tmp_path_factory):
-    """A folder of every kind, and its configurations."""
+    """One folder of every kind, and its configurations."""
     folders = {}
     for kind in ("ours", "open_clip", "transformers"):
         folder = tmp_path_factory.mktemp(kind)

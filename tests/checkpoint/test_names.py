@@ -1,4 +1,4 @@
-"""Checkpoints by name: on the hub, in open_clip's list, and names of nothing."""
+"""Checkpoints by name: on the hub, in open_clip's list, and unknown names."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_hub_repository_of_several_files(hub, longclip_state, known_widths, mo
         CheckpointError, match=r"one file of weights, found a@336px\.pt, b\.safetensors: name one"
     ) as caught:
         load("org/many")
-    assert len(calls) == 1  # the configurations, and no weights
+    assert len(calls) == 1  # only the configurations, no weights
     assert_same_towers(load_untrained(str(caught.value).rpartition(" ")[2]), model)
     with pytest.raises(CheckpointError, match="there is no such file"):
         load("hf-hub:org/many/c.pt")

@@ -1,4 +1,4 @@
-"""Models by name: loaded, saved with a card, and pushed to a hub that is not there."""
+"""Models by name: loaded, saved with a card, and pushed to a fake hub."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_warning_points_to_who_loads(make_model, tmp_path: Path) -> None:
 
 
 class Hub:
-    """What is asked of a hub; keeps what is uploaded."""
+    """A fake hub that records calls and keeps uploads."""
 
     card = False
     fault: Exception | None = None

@@ -1,4 +1,4 @@
-"""Our own format: written whole and read again, converted from others, and told from what is not what was written."""
+"""Our own format: written atomically and read back, converted from others, and checked for modification."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_foreign_checkpoint_is_identified_as_it_is_loaded(longclip_state, know
         model = load(tmp_path / "clip.pt")
     with pytest.warns(UntrainedAggregatorsWarning, match=r"clip\.pt"):
         assert identify(tmp_path / "clip.pt") == (model.config, fingerprint(model), CLIP_BPE)
-    assert model.config.context_length == 256  # stretched alike
+    assert model.config.context_length == 256  # stretched as when loading
 
 
 def test_a_fingerprint_follows_the_checkpoint(model, folder, make_model, tmp_path):
@@ -232,7 +232,7 @@ def test_verify_compares_the_weights_with_what_was_saved(folder, model):
 
 
 def test_verify_finds_weights_that_were_exchanged_in_the_header(folder, model):
-    """Two weights of one shape exchange their names: a sound file, with other weights."""
+    """Two weights of equal shape swap names: the file is valid, but the weights are different."""
     path = folder / "model.safetensors"
     content, (first, second) = path.read_bytes(), (b"resblocks.0.ln_1.weight", b"resblocks.1.ln_1.weight")
     path.unlink()

@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2 from open_clip: their embeddings are open_clip's own, and their tokenizers stay with them."""
+"""SigLIP and SigLIP 2 from open_clip: embeddings equal open_clip's, and the tokenizers are kept."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def identify_quietly(folder):
 
 @pytest.fixture
 def in_open_clip_s_list(siglip, monkeypatch):
-    """The model in open_clip's list, its configuration as there."""
+    """Add the model with its configuration to open_clip's list."""
     monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-Test-SigLIP"])
     monkeypatch.setattr(open_clip, "get_model_config", {"ViT-Test-SigLIP": siglip.model_cfg}.get)
     return "open_clip:ViT-Test-SigLIP"
@@ -296,7 +296,7 @@ def test_a_patch_s_feature_is_what_the_pool_gives_where_it_looks_there_alone(sig
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = model.visual(pixels)[0, 1:]
     patches = siglip.model.visual.trunk.forward_features(pixels)[0]
-    alone = siglip.model.visual.trunk.attn_pool(patches[:, None])  # of pictures of one patch
+    alone = siglip.model.visual.trunk.attn_pool(patches[:, None])  # as if each picture had one patch
     torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Pickles of tensors: nothing in them runs, nothing grows, and what PyTorch writes comes back."""
+"""Pickles of tensors: no code runs, memory stays bounded, and whatever PyTorch writes is read back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finelip_fast.errors import CheckpointError
 
 
 def make_values() -> dict:
-    """A training script's dictionary: weights, an optimizer that has stepped, and tensors of every kind."""
+    """Return a training script's dictionary: weights, an optimizer after some steps, and tensors of every kind."""
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(2, 3)).sum().backward()
@@ -95,7 +95,7 @@ def test_writing_to_a_tensor_leaves_the_file(tmp_path):
 
 
 class Block(nn.Module):
-    """As OpenAI's: parameters, buffers, a plain tensor (CLIP's attention mask), half precision, constants."""
+    """A module like OpenAI's: parameters, buffers, a plain tensor (CLIP's attention mask), half precision, constants."""
 
     def __init__(self, shared: nn.Linear) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def write_zip(path: Path, content: bytes, records: dict[str, bytes] | None = Non
 
 
 class Call:
-    """Pickles as a call of ``function``."""
+    """An object that is pickled as a call of ``function``."""
 
     def __init__(self, function, *arguments, state=None) -> None:
         self.call = function, arguments
@@ -159,7 +159,7 @@ class Call:
 
 
 class Script:
-    """Pickles made by hand, operation by operation."""
+    """A pickle assembled by hand, opcode by opcode."""
 
     def __init__(self, *parts: bytes) -> None:
         self.content = b"\x80\x02" + b"".join(parts) + b"."
@@ -218,7 +218,7 @@ def test_no_pickle_runs_anything(tmp_path, kind, container):
         found = read_weights(path)
     except CheckpointError:
         found = {}
-    assert found == {}  # a class of TorchScript's own names is a module without weights, whatever its name
+    assert found == {}  # TorchScript's own names give modules without weights, whatever they are called
     assert not list(tmp_path.glob("trace*"))
 
 
@@ -236,7 +236,7 @@ class Evil(Module):
 
 
 def test_torchscript_code_never_runs(tmp_path):
-    """The archive that writes a file of its choice when torch.jit.load opens it."""
+    """The archive writes a file of its choice if torch.jit.load opens it."""
     trace = tmp_path / "trace"
     source = SETTING_STATE.format(path=trace).lstrip()
     content = b"\x80\x02c__torch__\nEvil\n)\x81K\x01b."
@@ -248,11 +248,11 @@ def test_torchscript_code_never_runs(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.load(tmp_path / "x.pt")
-    assert trace.exists()  # it would have
+    assert trace.exists()  # it would have run
 
 
 def tensor(offset: int, size: bytes, stride: bytes, count: int = 4, key: str = "0") -> bytes:
-    """The operations of one float32 tensor; sizes and strides as operations that make a tuple."""
+    """Return the opcodes of one float32 tensor, with size and stride given as opcodes for tuples."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + number(count) + b"tQ"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + size + stride + b"\x89}tR"
 
@@ -344,7 +344,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_no_reader_of_pytorch_is_called():
-    """torch.load and torch.jit.load run what a file says, or once did."""
+    """torch.load and torch.jit.load run code from the file, or have done so."""
     root = Path(__file__).parents[2]
     for folder in ("finelip_fast", "training", "export", "kernels"):
         for source in (root / folder).rglob("*.py"):
@@ -357,7 +357,7 @@ def test_no_reader_of_pytorch_is_called():
 
 
 def seeds() -> dict[str, bytes]:
-    """Small files of every kind."""
+    """Return small files of every kind."""
     values = make_values()
     files = {}
     for legacy in (False, True):
@@ -418,7 +418,7 @@ def assert_error_or_weights(path: Path) -> None:
 @given(kind=st.sampled_from(sorted(SEEDS)), edits=EDITS)
 def test_any_damaged_file_is_an_error_or_read(tmp_path_factory, kind, edits):
     path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
-    path.unlink(missing_ok=True)  # never written in place: the last one may still be mapped
+    path.unlink(missing_ok=True)  # never overwritten in place, because the last one may still be mapped
     path.write_bytes(edit(SEEDS[kind], edits))
     assert_error_or_weights(path)
 

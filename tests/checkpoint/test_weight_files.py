@@ -1,4 +1,4 @@
-"""Files of weights: recognised by their content, never executed, and errors that say what was found."""
+"""Weight files: identified by content, never executed, with errors that name what was found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finelip_fast.errors import CheckpointError
 
 
 class Node(nn.Module):
-    """A module of parameters and further nodes: any state dict as something that TorchScript can hold."""
+    """A module of parameters and nested nodes, which represents any state dict in TorchScript."""
 
     def forward(self) -> int:
         return 0
@@ -39,7 +39,7 @@ def as_module(state: dict[str, Tensor]) -> nn.Module:
 
 
 def write_torchscript(state, path):
-    # OpenAI's archives hold half precision and three sizes among the weights.
+    # OpenAI's archives have half precision, and three sizes among the weights.
     module = as_module({name: tensor.half() for name, tensor in state.items()})
     for name, size in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
         module.register_buffer(name, torch.tensor(size))
@@ -73,7 +73,7 @@ def test_files_are_recognised_by_their_content(kind, tmp_path):
 
 
 class Malice:
-    """Unpickling it makes a directory."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = str(trace)
@@ -90,7 +90,7 @@ def test_pickled_code_is_refused_unexecuted(tmp_path, legacy):
         read_weights(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)
-    assert trace.exists()  # it would have
+    assert trace.exists()  # it would have run
 
 
 @pytest.mark.parametrize(

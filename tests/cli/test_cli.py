@@ -1,4 +1,4 @@
-"""The command line: every command does its work, speaks JSON when asked, and explains its errors with exit code 2."""
+"""The command line: every command does its work, prints JSON on request, and explains errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finelip_fast.cli import main
 
 
 def commands() -> dict[str, click.Command]:
-    """Every command by its words, without the families."""
+    """Return every command by its words, without the groups."""
     known = {}
     for name, command in cli.finelip.commands.items():
         inside = command.commands if isinstance(command, click.Group) else {}
@@ -55,7 +55,7 @@ def other_checkpoint(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of three pictures and two other files, in the working directory of the test."""
+    """A folder with three pictures and two other files, inside the test's working directory."""
     monkeypatch.chdir(tmp_path)
     folder = Path("photos")
     folder.mkdir()
@@ -73,7 +73,7 @@ def save_picture(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def finelip(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must succeed on the CPU; what it printed."""
+    """Return a function that runs a command, which must succeed on the CPU, and returns its output."""
 
     def run(*arguments: object) -> str:
         code = main([str(one) for one in arguments])
@@ -86,7 +86,7 @@ def finelip(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must fail; the message, which is all that it printed."""
+    """Return a function that runs a command, which must fail, and returns the message, its only output."""
 
     def run(*arguments: object) -> str:
         code = main([str(one) for one in arguments])
@@ -114,7 +114,7 @@ def test_index_then_search(finelip: Callable[..., str], photos: Path, checkpoint
     assert f"{photos / 'broken.jpg'}: cannot read" in report
     assert Path("finelip-index").is_dir()
 
-    lines = finelip("search", "a red house", "--device", "cpu").splitlines()  # by the checkpoint of the index
+    lines = finelip("search", "a red house", "--device", "cpu").splitlines()  # uses the checkpoint of the index
     assert len(lines) == 3
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
     assert {line.split()[-1] for line in lines} == {"a.png", "b.png", "c.png"}
@@ -202,7 +202,7 @@ def test_an_index_is_looked_after(
     assert index(finelip, photos, checkpoint).splitlines()[0] == "1 added, 2 skipped"
     assert "3" in finelip("index", "check", "--index", "copy")
     for segment in Path("finelip-index/segments").glob("*.safetensors"):
-        segment.unlink()  # then it does not even open, and is looked into all the same
+        segment.unlink()  # then it does not even open, but is checked nevertheless
     assert "error: 3 of 3 items are damaged" in fails("index", "check")
     for command in ("check", "maintain", "repair", "tune"):
         assert "there is no index at nowhere" in fails("index", command, "--index", "nowhere")
@@ -418,7 +418,7 @@ def test_info_says_what_of_an_index_is_verified(
     assert finelip(*search, "--verify") == finelip(*search)
     (segment,) = Path("finelip-index/segments").glob("*.safetensors")
     content = bytearray(segment.read_bytes())
-    content[-1] ^= 1  # of the last item
+    content[-1] ^= 1  # in the last item
     segment.write_bytes(content)
     assert "1 of 3 items are damaged" in fails("info", "--index", "finelip-index", "--verify")
     assert "is not what was written" in fails(*search, "--verify")
@@ -523,7 +523,7 @@ def test_what_cannot_be_written_is_an_error(
 ) -> None:
     if "snapshot" in command:
         index(finelip, photos, checkpoint)
-    where = photos / "notes.txt" / "x"  # below a file, where even root can write nothing
+    where = photos / "notes.txt" / "x"  # below a file, where even root cannot write
 
     def too_long_for_a_test(*_: object, **__: object) -> None:
         raise NotADirectoryError(20, "Not a directory", str(where))
@@ -536,7 +536,7 @@ def test_what_cannot_be_written_is_an_error(
     assert printed.err.splitlines()[-1].startswith("error: ")
     assert "notes.txt" in printed.err.splitlines()[-1]
     if command.startswith(("explain", "study length")):
-        assert printed.out  # what has taken the time is told
+        assert printed.out  # the result of the long computation is printed
 
 
 def test_a_signal_keeps_what_was_embedded(
@@ -590,8 +590,8 @@ def test_a_folder_that_cannot_be_written_to_is_read_by_every_reading_command(
     expected = scores()
     shutil.rmtree("finelip-index/cache", ignore_errors=True)
     before = {path: path.read_bytes() for path in Path("finelip-index").rglob("*") if path.is_file()}
-    save_picture(photos / "d.png", 9)  # that could be added
-    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "finelip-index"))  # where nothing can be written, too
+    save_picture(photos / "d.png", 9)  # a picture that could be added
+    monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "finelip-index"))  # not writable, either
     with as_a_guest(tmp_path):
         assert scores() == expected
         retriever = finelip_fast.Retriever(checkpoint, index="finelip-index", device="cpu")

@@ -1,4 +1,4 @@
-"""Words of the command line that follow a folder."""
+"""Command-line options for keeping an index in sync with a folder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFix
 
 def test_the_memory_of_decoding_is_a_flag(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "1000")
-    monkeypatch.setattr(_decode, "_MIN_BYTES_PER_PIXEL", 1 << 11)  # of 1,600 pixels
+    monkeypatch.setattr(_decode, "_MIN_BYTES_PER_PIXEL", 1 << 11)  # for 1,600 pixels
     report = run("add", "photos", "--decode-memory", "1")
     assert report["added"] == 0
     assert "1 are allowed for a picture" in report["skipped"][0][1]

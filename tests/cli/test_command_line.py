@@ -1,4 +1,4 @@
-"""How commands end: exit codes, signals, streams that are closed, full or left; with real processes where it takes one."""
+"""How commands end: exit codes, signals, and closed, full or abandoned streams; with real processes where necessary."""
 
 from __future__ import annotations
 

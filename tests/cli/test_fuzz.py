@@ -1,4 +1,4 @@
-"""Whatever stands on the command line: done, or an error that is explained."""
+"""Any command line either works or ends with an explained error."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from finelip_fast import cli
 
 
 def command(name: str) -> click.Command:
-    """The command of a name of one or two words."""
+    """Return the command with a name of one or two words."""
     first, _, second = name.partition(" ")
     known = cli.finelip.commands
     return known[name] if name in known else known[first].commands[second]
 
 
-# With what they need to do something; without those that take long, or a GPU, or other machines.
+# With the arguments they need; without commands that take long or need a GPU or other machines.
 COMMANDS = {
     "search": ["a house", "--index", "index"],
     "serve": ["--index", "index"],
@@ -96,7 +96,7 @@ NAMES = [
     *("auto", "torch", "onnx", "trt", "cpu", "cuda:99", "meta", "fp32", "int8", "exact", "two-stage", "sketch"),
     *("id = 'a'", 'id = "a', "n >= 1e999", "(" * 500, "a=b", "="),
 ]
-# Without the separator: nothing outside the test's folder is named.
+# Without the path separator, so that nothing outside the test's folder is named.
 TEXTS = st.text(st.characters(blacklist_characters="/"), max_size=40)
 ARGUMENTS = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(NAMES), TEXTS)
 
@@ -114,7 +114,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(make_model, tmp_path_factory) -> Iterator[Path]:
-    """The working folder, with an index; no name leads to a hub."""
+    """The working folder, with an index; names cannot reach a hub."""
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -125,7 +125,7 @@ def folder(make_model, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("huggingface_hub.snapshot_download", offline)
         patch.setattr("open_clip.download_pretrained", offline)
         patch.setattr("webbrowser.open", lambda _: True)
-        patch.setattr("watchfiles.watch", lambda *_, **__: iter(()))  # without an end
+        patch.setattr("watchfiles.watch", lambda *_, **__: iter(()))  # normally endless
         server = ModuleType("finelip_fast.serve.run")
         server.serve = lambda *_, ready: None  # type: ignore[attr-defined]  # nothing listens
         patch.setitem(sys.modules, server.__name__, server)

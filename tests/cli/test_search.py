@@ -1,4 +1,4 @@
-"""What a person sees of a search: a page with thumbnails, explanations, pictures in the terminal, scores in words."""
+"""The output of a search: a page with thumbnails, explanations, pictures in the terminal, scores in words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "a red <house> & its door"
 
 @pytest.fixture(scope="module")
 def folder(make_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an index of three pictures by a model of random weights."""
+    """A folder with an index of three pictures, embedded by a model with random weights."""
     folder = tmp_path_factory.mktemp("search")
     finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder / "checkpoint")
     for number, name in enumerate(NAMES):
@@ -44,7 +44,7 @@ def folder(make_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def search(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs a search in an empty folder: its exit code, and what it printed."""
+    """Return a function that runs a search in an empty folder and returns its exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> tuple[int, str, str]:
@@ -57,7 +57,7 @@ def search(
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Addresses that were opened in a browser."""
+    """Addresses that have been opened in a browser."""
     addresses: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: not addresses.append(address))
     (tmp_path / "temporary").mkdir()
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named(search, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def in_terminal(folder: Path, *words: str) -> str:
-    """What a search prints in a terminal of 80 columns that knows no pictures."""
+    """Return the output of a search in a terminal of 80 columns without support for pictures."""
     pty = pytest.importorskip("pty")
     import fcntl
     import struct
@@ -190,7 +190,7 @@ def in_terminal(folder: Path, *words: str) -> str:
         try:
             while content := os.read(ours, 1 << 16):
                 printed += content
-        except OSError:  # how Linux tells that the other end is closed
+        except OSError:  # Linux's signal that the other end is closed
             pass
         assert process.stderr is not None
         message = process.stderr.read()
@@ -215,6 +215,6 @@ def test_a_terminal_shows_thumbnails(folder: Path) -> None:
     pytest.importorskip("textual_image")
     hits = in_terminal(folder, "--preview", "--quiet").replace("\r", "").split("\n")
     blocks = [line.count("▀") for line in hits]
-    # Cells are 10 by 20 pixels: 8 rows of twice as many columns as the picture is times as wide as high.
+    # Cells are 10 by 20 pixels, so 8 rows need 16 columns times the aspect ratio of the picture.
     assert blocks == [*[32] * 8, 0, *[32] * 8, 0, *[32] * 8, 0, 0]
     assert [line.split()[0] for line, count in zip(hits, blocks, strict=True) if line and not count] == ["1", "2", "3"]

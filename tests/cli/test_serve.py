@@ -1,4 +1,4 @@
-"""``finelip serve`` and searches that a server answers: what is refused, and before what; what a server is told."""
+"""``finelip serve``, and searches by a server: refusals and their order, and what the server receives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HIT = {
 
 @pytest.fixture(scope="module")
 def folder(make_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an index of two pictures by a model of random weights."""
+    """A folder with an index of two pictures, embedded by a model with random weights."""
     folder = tmp_path_factory.mktemp("serve")
     finelip_fast.save(make_model(context_length=40, vision_layers=1, text_width=32), folder / "checkpoint")
     (folder / "photos").mkdir()
@@ -55,7 +55,7 @@ def folder(make_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeSettings, Opening, int]]:
-    """What servers were told; none is started."""
+    """The arguments of started servers; none actually starts."""
     calls: list[Any] = []
     module = ModuleType("finelip_fast.serve.run")
     module.print_address = print  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeSettings, Opening
 def serve(
     folder: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command: its exit code, and what it printed."""
+    """Return a function that runs the command and returns its exit code and output."""
     monkeypatch.chdir(folder)
 
     def run(*words: str, index: bool = True) -> tuple[int, str, str]:
@@ -232,12 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
-    """A server that answers as ours does, and keeps what it was asked."""
+    """A server that answers like ours, and keeps the requests."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.requests = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -261,7 +261,7 @@ def test_the_browser_is_opened_once_the_server_answers(serve, served, monkeypatc
 
 @pytest.fixture
 def search(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Runs a search in an empty folder: its exit code, and what it printed."""
+    """Return a function that runs a search in an empty folder and returns its exit code and output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FINELIP_SERVER", raising=False)
 

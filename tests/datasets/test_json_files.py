@@ -223,7 +223,7 @@ def test_a_damaged_file_is_refused_or_right(tmp_path, damage_json, data):
         except InputError as error:
             message = str(error)
         else:
-            assert len(pairs) <= 2 + 3  # each of up to three changes may double one
+            assert len(pairs) <= 2 + 3  # each of up to three changes may duplicate one
             for picture, caption in pairs:
                 os.path.exists(picture)
                 f"{picture} {caption}".encode()

@@ -1,4 +1,4 @@
-"""Published datasets: each layout in small, what pairs come of it, and what an error says."""
+"""Published datasets: a small version of each layout, the pairs read from it, and the error messages."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from finelip_fast.datasets.published import (
 )
 from finelip_fast.errors import InputError
 
-NAMES = ("1", "10", "2", "a b", "é")  # as they sort; not as numbers do
+NAMES = ("1", "10", "2", "a b", "é")  # in string order, which differs from numeric order
 
 
 def write_pictures(folder, names, seed=0):
-    """Tiny pictures, made in an order that is not the order of their names."""
+    """Write tiny pictures, in an order that differs from that of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(names)
     random.Random(seed).shuffle(names)
@@ -72,7 +72,7 @@ def make_docci(root):
 
 def make_dci(root, splits=True):
     write_pictures(root / "photos", ["sa_1.jpg", "sa_2.jpg", "sa_3.jpg"])
-    # The annotations are named against the order of their pictures.
+    # Annotations are named in the opposite order of their pictures.
     for annotation, picture, extra in (("x.json", 3, "More."), ("y.json", 2, ""), ("z.json", 1, "Yet more. ")):
         write_json(
             root / "annotations" / annotation,
@@ -140,7 +140,7 @@ def test_urban1k_of_other_kinds_of_picture_and_with_hidden_files(tmp_path, caplo
     for old, new in (("1.jpg", "1.JPG"), ("10.jpg", "10.png"), ("2.jpg", "2.jpeg")):
         (root / "image" / old).rename(root / "image" / new)
     (root / "caption" / "1.txt").rename(root / "caption" / "1.TXT")
-    for name in ("image/._1.jpg", "image/._10.png", "caption/._1.txt", "image/.DS_Store"):  # as macOS leaves them
+    for name in ("image/._1.jpg", "image/._10.png", "caption/._1.txt", "image/.DS_Store"):  # created by macOS
         (root / name).write_bytes(b"\0\5\x16\7")
     assert [path.name for path, _ in read_urban1k(root)] == ["1.JPG", "10.png", "2.jpeg", "a b.jpg", "é.jpg"]
     assert caplog.messages == [
@@ -454,7 +454,7 @@ def test_flickr30k_names_the_line_of_the_token_file(tmp_path, bad):
     ],
 )
 def test_opened_by_name(tmp_path, kind, make, split, expected):
-    root = make(tmp_path / "drive:c")  # a colon before a separator is part of the folder
+    root = make(tmp_path / "drive:c")  # a colon before a separator belongs to the folder
     pairs = expected(root / "")
     examples = [Example(path, caption, str(path)) for path, caption in pairs]
     assert examples

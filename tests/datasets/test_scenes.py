@@ -1,4 +1,4 @@
-"""Scenes: a world that is the same everywhere, whose descriptions tell what the pictures show."""
+"""Scenes: a world that is identical everywhere, with descriptions that match the pictures."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ indices = st.integers(0, 63_999)
 
 
 def details(content):
-    """Every detail of a content, by name."""
+    """Return every detail of a content, by name."""
     told = {"time": content.time, "weather": content.weather}
     for number, placed in enumerate(content.objects):
         told |= {(number, name): value for name, value in vars(placed).items()}
@@ -172,7 +172,7 @@ def test_members_of_a_family_differ_in_a_few_details(family):
     assert {member.family for member in members} == {family}
     pairs = [(a, b) for number, a in enumerate(members) for b in members[:number]]
     for first, second in pairs:
-        # each is at most two details from their base, so at most four from another, and never the same
+        # Each differs in at most two details from their base, so in at most four from another, and never in none.
         assert 1 <= len(differing(first.content, second.content)) <= 4
         assert first.caption != second.caption
         assert first.draw(64).tobytes() != second.draw(64).tobytes()
@@ -191,7 +191,7 @@ def test_some_base_is_one_or_two_details_from_every_member(family):
 
 
 def test_what_tells_a_family_apart_may_stand_anywhere():
-    """Many deciding details are told past the first 77 tokens, here about the first 60 words."""
+    """Many deciding details come after the first 77 tokens, taken here as the first 60 words."""
     late, deciding = 0, 0
     for family in range(100):
         first, second = (Scenes()[family * FAMILY_SIZE + member] for member in range(2))
@@ -327,7 +327,7 @@ def test_told_colours_are_in_the_boxes():
 @settings(max_examples=25, deadline=None)
 @given(index=indices)
 def test_by_day_objects_are_painted_in_their_boxes_alone(index):
-    """Taking an object away changes its box and the shadow at its foot, and nothing else."""
+    """Removing an object changes its box and the shadow at its foot, and nothing else."""
     scene = in_noon_light(Scenes()[index])
     whole = np.asarray(scene.draw(128), np.int16)
     for placed in scene.objects:
@@ -373,5 +373,5 @@ def test_what_decides_is_missed_where_its_sentence_is_missing():
     at = first.caption.lower().index(hour)
     stretches[family.index(first)] = [(0, at), (at + len(hour), len(first.caption))]
     best = ceiling(family, stretches)
-    # The first's caption suits a sibling's picture, too; whoever has that picture has two captions to choose from.
+    # The first caption also fits a sibling's picture, so that picture has two captions to choose from.
     assert best == (pytest.approx(1 - 0.5 / 4), pytest.approx(1 - 0.5 / 4))

@@ -1,4 +1,4 @@
-"""Each way into a pipeline works on an extended one: text, pictures, masks, ControlNet, LoRA, the refiner."""
+"""Every input of a pipeline works on an extended one: text, pictures, masks, ControlNet, LoRA, the refiner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = "A man in a pink coat carries a yellow umbrella past the red door of a sm
 SMALL = {"num_inference_steps": 2, "output_type": "np"}
 SIZE = {"height": 32, "width": 32}
 PHOTO = Image.new("RGB", (32, 32), "orange")
-VISIBLE = 2e-4  # differences of pixels in [0, 1]: below a tenth of it lies rounding
+VISIBLE = 2e-4  # differences of pixels in [0, 1]; rounding is below a tenth of it
 MASK = Image.new("L", (32, 32), 255)
 
 
@@ -30,7 +30,7 @@ def model(make_model: Callable[..., FineLIP]) -> FineLIP:
 
 
 def drawn(pipeline: Any, prompt: str, **options: Any) -> Any:
-    """The picture of a prompt, float32 ``[H, W, 3]``, by the same noise each time."""
+    """Return the picture of a prompt, float32 ``[H, W, 3]``, always from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(prompt, generator=torch.Generator().manual_seed(0), **SMALL, **options).images[0]
     assert picture.shape == (32, 32, 3)
@@ -38,7 +38,7 @@ def drawn(pipeline: Any, prompt: str, **options: Any) -> Any:
 
 
 def check_that_the_end_counts(pipeline: Any, **options: Any) -> None:
-    """The words behind token 77 change the picture."""
+    """Check that words after token 77 change the picture."""
     first, second = (drawn(pipeline, LONG + end, **options) for end in ("A dog.", "Cats, blue and green."))
     assert (first - second).abs().max() > VISIBLE
     torch.testing.assert_close(drawn(pipeline, LONG + "A dog.", **options), first, rtol=0, atol=VISIBLE / 10)
@@ -95,9 +95,9 @@ def test_refiner_that_shares_the_second_encoder(model: FineLIP, tiny_pipelines: 
 
 
 def test_lora(model: FineLIP, tiny_pipelines: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters for all three networks, as trainings save them, find their places."""
+    """Trained adapters for all three networks load into the right places."""
     peft = pytest.importorskip("peft")
-    # Some releases of transformers ask for a release of PEFT that is yet to come.
+    # Some releases of transformers require a release of PEFT that does not exist yet.
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.17.0", raising=False)
     trained = tiny_pipelines.xl()
     layers = {}
@@ -136,7 +136,7 @@ def test_textual_inversion(model: FineLIP, tiny_pipelines: ModuleType) -> None:
 
 
 def test_stable_diffusion_3(model: FineLIP, tiny_pipelines: ModuleType) -> None:
-    """The first encoder's projection is FineLIP's; the tokens' length is the pipeline's own number."""
+    """The first encoder's projection is FineLIP's; the number of tokens is a setting of the pipeline."""
     pipeline = extend(tiny_pipelines.sd3(), model)
     embeddings = prompt_embeddings(pipeline, LONG, "ugly")
     ids = pipeline.tokenizer([LONG], padding="max_length", max_length=256, return_tensors="pt").input_ids
@@ -149,7 +149,7 @@ def test_stable_diffusion_3(model: FineLIP, tiny_pipelines: ModuleType) -> None:
 
 
 def test_flux(model: FineLIP, tiny_pipelines: ModuleType) -> None:
-    """The pooled embedding is FineLIP's, after the final LayerNorm; T5 stays."""
+    """The pooled embedding is FineLIP's, after the final LayerNorm; T5 is unchanged."""
     pipeline = tiny_pipelines.flux()
     kept = pipeline.text_encoder_2
     extend(pipeline, model)

@@ -1,4 +1,4 @@
-"""Pipelines read 256 tokens by FineLIP's encoder, and what they make of 77 is what they made before."""
+"""Pipelines read 256 tokens with FineLIP's encoder, and their results for 77 tokens are unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finelip_fast.model import FineLIP
 SHORT = ["A red house, isn't it? It is 3.5 m high.", "a cat"]
 # 200 tokens, in sentences of 22.
 LONG = "A man in a pink coat carries a yellow umbrella past the red door of a small grey house, today. " * 9
-ALONE = 3  # first tokens of a prompt that are compared with another run of the encoder
+ALONE = 3  # number of first tokens that are compared with another run of the encoder
 
 Make = Callable[..., FineLIP]
 
@@ -33,7 +33,7 @@ def model(make_model: Make) -> FineLIP:
 
 @pytest.fixture(scope="module")
 def clip(tiny_pipelines: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A plain CLIP of transformers, saved, and its text encoder as pipelines have it."""
+    """A plain CLIP of transformers, saved, and its text encoder as in pipelines."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
 
     folder = tmp_path_factory.mktemp("clip")
@@ -72,7 +72,7 @@ def encoded(pipeline: Any, prompts: list[str], negatives: list[str] | None, imag
 
 
 def layers(model: FineLIP, ids: Tensor) -> list[Tensor]:
-    """What each layer of our text encoder gives, and at last what the final LayerNorm makes of it."""
+    """Return the output of each layer of our text encoder, and finally of the last LayerNorm."""
     text = model.text
     x = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
     outputs = [x]
@@ -158,7 +158,7 @@ def test_the_second_encoder_is_stretched_and_shares_its_weights(model: FineLIP, 
         "text_model.embeddings.position_embedding.weight"
     ]
     assert second.config.max_position_embeddings == 256
-    # What was there before can be used on: other pipelines may.
+    # The original parts stay usable, because other pipelines may share them.
     again = type(pipeline)(**{**pipeline.components, **parts}, add_watermarker=False)
     assert all(map(torch.equal, encoded(again, SHORT, None), before))
     assert parts["tokenizer"].model_max_length == 77
@@ -220,7 +220,7 @@ def test_cut_text_is_reported(kind: str, cut: str, model: FineLIP, tiny_pipeline
 def test_a_saved_pipeline_computes_the_same(
     layer: Any, second: Any, ours: set[str], model: FineLIP, tiny_pipelines: ModuleType, tmp_path: Path
 ) -> None:
-    """As diffusers opens it; where all is diffusers' and transformers' own, nothing of this library is in it."""
+    """diffusers opens it; if all parts are from diffusers and transformers, it has no reference to this library."""
     pipeline = extend(tiny_pipelines.xl(), model, layer=layer, second=second)
     expected = prompt_embeddings(pipeline, [LONG, "a cat"], "ugly")
     pipeline.save_pretrained(tmp_path)

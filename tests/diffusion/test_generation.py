@@ -1,4 +1,4 @@
-"""Pictures of descriptions: what is written, what is recorded, what is said of them."""
+"""Pictures of descriptions: the files written, the settings recorded, and the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = "A man in a pink coat carries a yellow umbrella past the red door of a sm
 def material(
     make_model: Callable[..., Any], tiny_pipelines: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """A checkpoint and a pipeline in folders."""
+    """Folders of a checkpoint and a pipeline."""
     folder = tmp_path_factory.mktemp("generation")
     finelip_fast.save(make_model(text_layers=3), folder / "checkpoint")
     tiny_pipelines.xl().save_pretrained(folder / "pipeline")
@@ -38,7 +38,7 @@ def pixels(path: Path) -> Any:
 
 
 def difference(left: Any, right: Any) -> int:
-    """The greatest difference of two pictures' pixels; 1 is rounding."""
+    """Return the largest pixel difference of two pictures; 1 is rounding."""
     return int(np.abs(left.astype(int) - right).max())
 
 
@@ -69,7 +69,7 @@ def test_a_picture_and_what_made_it(material: dict[str, str], tmp_path: Path) ->
     assert drawn.words == len(explanation.words)
     assert drawn.unmet == tuple(word.bare for word in explanation.unmet)
     assert 0 < len(drawn.unmet) < drawn.words
-    # Each part of the recipe counts, and the same recipe gives the same.
+    # Each part of the settings matters, and the same settings give the same picture.
     first = pixels(out)
     for change in (
         {},
@@ -85,7 +85,7 @@ def test_a_picture_and_what_made_it(material: dict[str, str], tmp_path: Path) ->
 
 
 def test_both_lengths_side_by_side(material: dict[str, str], tiny_pipelines: ModuleType, tmp_path: Path) -> None:
-    """The left one is the pipeline as it was, the right one what it is without the comparison."""
+    """The left half is from the original pipeline; the right half equals the picture without a comparison."""
     import torch
 
     both, alone = tmp_path / "both.png", tmp_path / "alone.png"
@@ -215,7 +215,7 @@ def test_a_folder_that_is_no_file(material: dict[str, str], tmp_path: Path) -> N
 def test_pickles_and_code_beside_a_pipeline_are_not_run(
     material: dict[str, str], tiny_pipelines: ModuleType, tmp_path: Path
 ) -> None:
-    """What a stranger's folder can ask for: weights that are a program, a class of the folder, a module to import."""
+    """Untrusted folders may request executable weights, a class from the folder, or a module to import."""
     import shutil
 
     evil = "raise SystemExit('ran')\n"

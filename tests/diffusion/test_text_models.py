@@ -1,4 +1,4 @@
-"""Windows of a second encoder: where they end, and that each token has the features that its window gives it."""
+"""Windows of a second encoder: where they end, and that each token has the features from its window."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_windows_end_where_sentences_do(text: str, spans: list[tuple[int, int]],
 
 
 def test_one_window_is_what_the_encoder_makes_of_it(pipeline: Any, tiny_pipelines: ModuleType) -> None:
-    """What is short is read as at 77 tokens; the rows behind repeat the last."""
+    """Short text is read as at 77 tokens; the remaining rows repeat the last one."""
     plain = tiny_pipelines.xl()
     expected, got = read(plain, SENTENCE, SIZE), read(pipeline, SENTENCE, 256)
     torch.testing.assert_close(got.text_embeds, expected.text_embeds)
@@ -74,7 +74,7 @@ def test_one_window_is_what_the_encoder_makes_of_it(pipeline: Any, tiny_pipeline
 
 
 def test_each_token_has_the_features_of_its_window(pipeline: Any) -> None:
-    """110 tokens of five sentences: three and two."""
+    """110 tokens in five sentences: windows of three and two."""
     got = read(pipeline, SENTENCE * 5, 256)
     first, second = (read(pipeline, SENTENCE * number, SIZE) for number in (3, 2))
     features = got.hidden_states[-2][0]

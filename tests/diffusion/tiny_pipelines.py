@@ -1,4 +1,4 @@
-"""Pipelines of diffusers' own classes, small and random, in folders; nothing of them comes from a hub."""
+"""Small random pipelines of diffusers' own classes, saved in folders; nothing comes from a hub."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from transformers import (
 
 TEXT_WIDTH, SECOND_WIDTH, POOLED = 64, 32, 32
 
-# transformers looks for these by name; open_clip spells them otherwise.
+# transformers requires these names; open_clip spells them differently.
 _SPELLED = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 
 
 @functools.cache
 def _vocabulary() -> tuple[str, str]:
-    """CLIP's tokens and merges as ``vocab.json`` and ``merges.txt``."""
+    """Return CLIP's tokens and merges as ``vocab.json`` and ``merges.txt``."""
     bpe = SimpleTokenizer()
     vocabulary = {_SPELLED.get(token, token): index for token, index in bpe.encoder.items()}
     merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
@@ -57,7 +57,7 @@ def tokenizer(**options: Any) -> CLIPTokenizer:
 
 
 def text_config(width: int, **changes: Any) -> CLIPTextConfig:
-    """CLIP's text encoder, small; ``eos_token_id`` as Stable Diffusion's configurations have it."""
+    """Return a small CLIP text encoder's configuration, with ``eos_token_id`` as in Stable Diffusion's configurations."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 3, "num_attention_heads": 4}
     return CLIPTextConfig(**{**sizes, "projection_dim": POOLED, "eos_token_id": 2, "bos_token_id": 0, **changes})
 
@@ -98,7 +98,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def xl(text_encoder: Any = None, *, width: int = TEXT_WIDTH) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL: two encoders, the first of some width, the second padded with ``!``."""
+    """Return Stable Diffusion XL: two encoders, the first of variable width, the second padded with ``!``."""
     torch.manual_seed(0)
     return StableDiffusionXLPipeline(
         vae=vae(),
@@ -113,7 +113,7 @@ def xl(text_encoder: Any = None, *, width: int = TEXT_WIDTH) -> StableDiffusionX
 
 
 def refiner() -> StableDiffusionXLImg2ImgPipeline:
-    """The refiner: the second encoder alone."""
+    """Return the refiner, which has only the second encoder."""
     torch.manual_seed(1)
     return StableDiffusionXLImg2ImgPipeline(
         vae=vae(),
@@ -130,7 +130,7 @@ def refiner() -> StableDiffusionXLImg2ImgPipeline:
 
 
 def sd15(text_encoder: Any = None) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5: CLIP-L alone."""
+    """Return Stable Diffusion 1.5, which has only CLIP-L."""
     torch.manual_seed(2)
     return StableDiffusionPipeline(
         vae=vae(),
@@ -178,7 +178,7 @@ def sd3() -> StableDiffusion3Pipeline:
 
 
 def flux() -> FluxPipeline:
-    """FLUX: CLIP-L's pooled embedding beside T5, whose tokenizer is CLIP's here."""
+    """Return FLUX: CLIP-L's pooled embedding and T5, with CLIP's tokenizer here."""
     torch.manual_seed(5)
     transformer = FluxTransformer2DModel(
         patch_size=1,

@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine, for the tests of a file."""
+"""A Ray cluster on this machine, shared by the tests of a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finelip_fast.distributed.cluster import cluster
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    if importlib.util.find_spec("ray") is None:  # not imported, which has to come after its settings
+    if importlib.util.find_spec("ray") is None:  # not imported, because its settings must come first
         pytest.skip("ray is not installed")
     with cluster(2) as module:
         yield module

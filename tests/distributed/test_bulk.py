@@ -1,4 +1,4 @@
-"""Bulk indexing: what one process would have made, whichever worker does what, and whoever dies."""
+"""Bulk indexing: the result equals that of one process, however tasks are distributed and whichever worker dies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoint(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of pictures, one file that is damaged and one that is none."""
+    """A folder of pictures, with one damaged file and one that is not a picture."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(COUNT):
@@ -49,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One worker in this process, which is done with the last task first; the tasks at which it raises."""
+    """Replace Ray by one worker in this process that finishes the last task first; return the tasks at which it raises."""
     fails: list[int] = []
 
     def run(self: bulk._Pool, tasks: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_two_workers_make_what_one_process_makes(
 def test_a_picture_that_cannot_be_read_any_more_keeps_its_item(photos: Path, tmp_path: Path, checkpoint: Path) -> None:
     add(photos, tmp_path / "index", checkpoint)
     (photos / "03.png").write_bytes(b"damaged")
-    (photos / "07.png").write_bytes(b"damaged otherwise")  # which never was in the index
+    (photos / "07.png").write_bytes(b"damaged otherwise")  # damaged differently; it never was in the index
     report = add(photos, tmp_path / "index", checkpoint)
     assert (report.added, report.changed) == (0, 0)
     assert "; its item stays, with the embedding of its earlier content" in reasons(report)["03.png"]
@@ -119,7 +119,7 @@ def test_a_picture_that_cannot_be_read_any_more_keeps_its_item(photos: Path, tmp
 
 
 class Dying(bulk.Worker):
-    """Killed by a file named so, once or always."""
+    """A worker that is killed by a file of that name, once or always."""
 
     def read(self, file: str) -> Any:
         if "always" in file or ("once" in file and not os.path.exists(f"{file}.met")):
@@ -149,7 +149,7 @@ def test_what_a_worker_raises_comes_back(photos: Path, tmp_path: Path, checkpoin
     shutil.copytree(checkpoint, moved)
 
     def then_without_checkpoint() -> Iterator[Path]:
-        shutil.rmtree(moved)  # the driver has opened it, the workers have not
+        shutil.rmtree(moved)  # opened by the driver, but not yet by the workers
         yield photos / "00.png"
 
     with pytest.raises(FineLIPError, match=re.escape(str(moved))):
@@ -177,7 +177,7 @@ def test_a_job_that_was_stopped_goes_on(
     without_ray.append(0)
     with pytest.raises(EngineError, match="cannot go on"):
         add(files, index, checkpoint, part=8)
-    assert len(stored_index(index)) == 0  # a part is taken over from its beginning
+    assert len(stored_index(index)) == 0  # a part is adopted in order, from its first task
     assert not list((index / "incoming").iterdir())
 
     without_ray.clear()
@@ -208,7 +208,7 @@ def worker(checkpoint: Path, tmp_path: Path) -> bulk.Worker:
 def test_a_file_on_which_a_worker_died_is_left_out(worker: bulk.Worker, photos: Path) -> None:
     files = [str(photos / f"{number:02}.png") for number in range(7)]
     journal = worker.job.journal("task")
-    journal.begin()  # died in a batch, then at row 4, then at row 1 that comes before
+    journal.begin()  # died in a batch, then at row 4, then at the earlier row 1
     for line in ("0", "1", "2", "3", "4", "begin", "0", "1"):
         journal.write(line)
     report = worker.encode(files, journal)
@@ -240,7 +240,7 @@ def test_files_on_which_workers_die_can_be_taken_out(worker: bulk.Worker, photos
             journal.write(line)
     with pytest.raises(EngineError, match="have died 16 times at the same 4 files: take out ") as caught:
         worker.encode(files, journal)
-    files.remove(str(caught.value).rpartition("take out ")[2])  # as the message says
+    files.remove(str(caught.value).rpartition("take out ")[2])  # as the message advises
     assert worker.encode(files, worker.job.journal("another task"))["rows"] == [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: what is said where there is none, and whose it is."""
+"""The Ray cluster: errors if there is none, and ownership."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ for handler in (signal.SIG_DFL, mine):
 
 
 def test_a_cluster_leaves_the_process_its_signals() -> None:
-    """Ray puts a handler of its own in the place of a command's, and lets it stay behind."""
+    """Ray replaces a command's signal handler with its own and does not restore it."""
     pytest.importorskip("ray")
     ended = subprocess.run([sys.executable, "-I", "-c", HANDLERS], capture_output=True, text=True, timeout=300)
     assert ended.stdout.split() == ["False", "True", "True", "True"], ended.stderr

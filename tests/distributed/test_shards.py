@@ -1,4 +1,4 @@
-"""Shards: together they find what one index of all items finds, and say what was not searched."""
+"""Shards: together they find what one index of all items finds, and report what was not searched."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ QUERIES = random(3, seed=99)
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Index]:
-    """Folders, and one index of the same items in the same order; some items are alike."""
+    """Folders of shards, and one index of the same items in the same order; some items are equal."""
     folder = tmp_path_factory.mktemp("shards")
     one, folders = Index(SPEC), []
     for shard, size in enumerate(SIZES):
         items = random(size, seed=shard)
-        items[5:20:5] = QUERIES[0]  # ties in a shard, and from shard to shard
+        items[5:20:5] = QUERIES[0]  # ties within a shard, and between shards
         ids = [f"{shard}-{number}" for number in range(size)]
         metadata = [{"number": number} for number in range(size)]
         folders.append(folder / str(shard))
@@ -58,7 +58,7 @@ def opened(ray: Any, together: tuple[list[Path], Index]) -> Iterator[Shards]:
 
 @pytest.fixture
 def shards(opened: Shards) -> Iterator[Shards]:
-    """Whole at the beginning; as it was at the end."""
+    """Shards that are complete before the test and restored afterwards."""
     assert until_whole(opened).covered == 1
     before = opened.partial, opened.timeout
     yield opened
@@ -94,7 +94,7 @@ def test_they_find_what_one_index_finds(
     found = shards.search(QUERIES, k, **options)
     assert ids(found) == ids(expected)
     assert torch.equal(found.scores, expected.scores)
-    for name in ("global_scores", "fine_scores"):  # computed again, of as many hits as a shard has
+    for name in ("global_scores", "fine_scores"):  # computed again, from as many hits as a shard has
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
     assert found.items == [
         [(str(together[0][int(item.id[0])]), item.id, item.metadata) for item in own] for own in expected.items
@@ -210,7 +210,7 @@ def test_a_folder_that_is_gone_is_named_and_may_come_back(
         time.sleep(0.1)
     shutil.rmtree(folder)
     away.rename(folder)
-    os.kill(pid(ray, shards, 2), signal.SIGKILL)  # what it has open is gone
+    os.kill(pid(ray, shards, 2), signal.SIGKILL)  # its open files are gone
     until_whole(shards)
 
 

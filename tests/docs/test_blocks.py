@@ -1,6 +1,6 @@
-"""Every block of code in the documentation does what it says: each is run as printed, in the order of its page.
+"""Every code block in the documentation works: each is run as printed, in page order.
 
-A block that cannot run here says why in a comment before it: ``<!-- not run: REASON -->``.
+A block that cannot run here gives the reason in a comment before it: ``<!-- not run: REASON -->``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.D
 
 
 class Block(NamedTuple):
-    """A fenced block, beginning after ``line`` lines; ``reason`` says why it is not run, None where it is."""
+    """A fenced block that begins after ``line`` lines; ``reason`` explains why it is not run, or is None."""
 
     line: int
     language: str
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page in their order."""
+    """Yield the blocks of a page in order."""
     text = page.read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
         reason, language, code = match.groups()
@@ -43,14 +43,14 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def page_parameter(path: Path) -> Any:
-    """A page as a test's argument; exporting and training take long."""
+    """Return a page as a test parameter; exporting and training are marked as slow."""
     marks = [pytest.mark.slow] if path.name in ("adapt.md", "export.md", "train.md") else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a reader has: a checkpoint, some photos, and the scenes of the demo."""
+    """A reader's files: a checkpoint, some photos, and the scenes of the demo."""
     folder = tmp_path_factory.mktemp("documentation")
     finelip_fast.save(finelip_fast.load(), folder / "my-model")
     scenes = Scenes("test", 400, image_size=256)
@@ -65,7 +65,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")  # which some pages search
+@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")  # some pages search these
 @pytest.mark.parametrize("page", [page_parameter(path) for path in PAGES])
 def test_a_page_does_what_it_says(
     page: Path,
@@ -77,7 +77,7 @@ def test_a_page_does_what_it_says(
 ) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(material, folder)
-    if page.name == "generate.md":  # and a pipeline that draws, as wide as the checkpoint
+    if page.name == "generate.md":  # needs a pipeline as wide as the checkpoint
         pipelines = request.getfixturevalue("tiny_pipelines")
         pipelines.xl(width=finelip_fast.load().config.text_width).save_pretrained(folder / "my-pipeline")
     monkeypatch.chdir(folder)
@@ -98,7 +98,7 @@ def run_python(block: Block, page: Path, names: dict[str, Any]) -> None:
 
 def run_line(line: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(line, comments=True) or [""]
-    if program == "make":  # by the continuous integration, which takes longer than a test
+    if program == "make":  # run by continuous integration; takes longer than a test
         assert f"make {arguments[0]}" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8"), where
     elif program:
         assert program == "finelip", f"{where}: say why it cannot be run, <!-- not run: REASON -->"
@@ -115,6 +115,6 @@ def test_blocks_are_read_with_their_reasons(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_a_block_has_a_language_that_is_checked(page: Path) -> None:
-    """A block without one would be run by nobody, and nobody would notice."""
+    """A block without a language would silently not be run."""
     for block in blocks(page):
         assert block.language in ("python", "sh", "json", "text"), f"{page.name}, line {block.line}: name its language"

@@ -1,4 +1,4 @@
-"""What the library offers is documented: each public name, each command, each option."""
+"""The documentation covers every public name, command and option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROSE = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def shown(page: str) -> str:
-    """A page of the reference."""
+    """Return the text of a page of the reference."""
     return (DOCS / "reference" / page).read_text(encoding="utf-8")
 
 
@@ -43,7 +43,7 @@ def test_a_kernel_stands_in_the_reference(name: str) -> None:
     ("name", "command", "context"), [pytest.param(*entry, id=entry[0]) for entry in pages.commands()]
 )
 def test_a_command_is_documented(name: str, command: click.Command, context: click.Context) -> None:
-    """It says what it does, as does each of its options, and the pages tell when to use it."""
+    """A command and its options have help texts, and the pages say when to use the command."""
     assert command.get_short_help_str()
     for parameter in command.get_params(context):
         if isinstance(parameter, click.Option) and not parameter.hidden:

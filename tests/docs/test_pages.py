@@ -1,4 +1,4 @@
-"""Pages that are made when the site is built, and links that are true in the repository and in the site."""
+"""Pages generated when the site is built, and links that work in both the repository and the site."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_command_line_has_a_section_for_each_command() -> None:
 
 
 def test_links_in_the_repository_lead_somewhere() -> None:
-    """The site's own are checked when it is built; these are for who reads the files."""
+    """Links in the site are checked when it is built; this test is for readers of the files."""
     for path in [pages.REPOSITORY / "README.md", *(pages.REPOSITORY / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / Path(target)).exists(), f"{path}: {target}"

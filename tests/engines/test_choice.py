@@ -1,4 +1,4 @@
-"""Choosing an engine: what was asked for or an error, the fastest that is proven, and one line that says why."""
+"""Choosing an engine: the requested one or an error, otherwise the fastest proven one, with one line that says why."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bare(make_model, tmp_path_factory) -> Path:
 
 
 class Stub:
-    """An engine that takes its time."""
+    """An engine of adjustable speed."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -54,7 +54,7 @@ class Stub:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Candidate]]:
-    """Candidates of given speeds (None: cannot be opened), and a list of what was opened and timed."""
+    """Return a function that builds candidates of given speeds (None: cannot be opened); log which are opened and timed."""
     seconds: dict[int, float] = {}
     log: list[str] = []
 
@@ -234,7 +234,7 @@ def test_a_damaged_manifest_stops_the_named_engine_alone(bare: Path) -> None:
 
 
 def test_build_makes_what_is_missing(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "to build"  # a blank: the command is given as it is
+    folder = tmp_path / "to build"  # the space tests quoting: the command is used as printed
     finelip_fast.save(make_model(context_length=CONTEXT, vision_layers=1, text_layers=1), folder)
     retriever = finelip_fast.Retriever(folder, engine="onnx", device="cpu", build=True)
     assert retriever.engine.name == "onnx"

@@ -1,4 +1,4 @@
-"""Engines: every one that runs here gives the same embeddings, whatever stands beside them, and says what it is."""
+"""Engines: all that run here give the same embeddings in any batch, and describe themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finelip_fast.export.to_trt import export_trt
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import TruncationWarning, encode_batch
 
-# Each engine in its precisions, and how far its embeddings may be from the model's.
+# Each engine by precision, with the tolerance of its embeddings.
 ALL = {"torch": (1e-5, {}), "torch bf16": (2e-2, {"precision": "bf16"}), "torch int8": (5e-2, {"precision": "int8"})}
 ALL |= {"onnx": (1e-5, {"precision": "fp32"})}
 ALL |= {"onnx fp16": (2e-3, {"precision": "fp16"}), "onnx int8": (5e-2, {"precision": "int8"})}
@@ -44,7 +44,7 @@ TEXTS = [
     "two people with umbrellas walk past a yellow house with a flat roof and a green door",
 ]
 LONG = " ".join(f"the {colour} house has a {colour} door." for colour in ("red", "blue", "green", "white", "black") * 2)
-# Of what one engine gives in different company, whatever its precision. TensorRT has other kernels for other shapes.
+# Tolerance between batches of one engine, at any precision. TensorRT has different kernels for different shapes.
 CLOSE = {"atol": 1e-5 if why_not("trt") else 2e-3, "rtol": 0, "check_device": False}
 
 
@@ -261,7 +261,7 @@ def test_the_gpu_of_an_apple_machine_is_chosen_only_where_it_computes_the_same(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    plain = TorchEngine(checkpoint)  # there is none here, and whatever is tried fails
+    plain = TorchEngine(checkpoint)  # there is no such GPU here, so every attempt fails
     assert str(plain).startswith("torch: cpu, float32; the GPU failed a trial")
     monkeypatch.setattr(engine_module, "_apple_gpu", lambda model: torch.device("cpu"))
     chosen = TorchEngine(checkpoint)

@@ -1,4 +1,4 @@
-"""Exports from elsewhere: whatever is in their folder, an EngineError or just the graphs that were proven."""
+"""Untrusted exports: whatever their folder contains gives an EngineError or exactly the proven graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = settings.get_profile("fuzz").max_examples
 PAIRS = "scenes:test:8"
 CONTEXT = 24
 
-# Values that JSON can hold in the place of any other.
+# JSON values that may replace any other.
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -63,7 +63,7 @@ def folder(checkpoint: Path) -> Path:
 
 
 def refused(checkpoint: Path, text: str) -> None:
-    """By name it is an error; ``auto`` takes another engine and says why."""
+    """Check that the engine is refused by name, and that ``auto`` takes another one and says why."""
     with pytest.raises(EngineError, match=text):
         open_engine("onnx", checkpoint, "cpu")
     engine = open_engine("auto", checkpoint, "cpu")
@@ -77,11 +77,11 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def list_all(folder: Path) -> None:
-    """The manifest as a stranger would write it: the hashes of whatever lies there."""
+    """Write the manifest as an attacker would, with the hashes of the present files."""
     change(folder, files={path.name: file_hash(path) for path in folder.iterdir() if path.suffix in (".onnx", ".data")})
 
 
-# ---- What runs is named and is what was proven
+# ---- Files that run are named and are those that were proven
 
 
 @pytest.mark.parametrize("files", [{}, {"image.onnx": None}, {"text.onnx": None}])
@@ -118,7 +118,7 @@ def test_any_flipped_byte_is_noticed(exported: Path) -> None:
 def test_the_bytes_that_were_compared_are_those_that_run(
     checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that another process changes meanwhile changes nothing."""
+    """Changes by another process during loading have no effect."""
     real = Export.content
 
     def content(export: Export, name: str, *given: Any, **more: Any) -> bytes:
@@ -196,7 +196,7 @@ def test_weights_come_from_no_other_folder(checkpoint: Path, external: Path, loc
     refused(checkpoint, r"text\.onnx, weights of .*: expected the plain name of a file in its folder")
 
 
-# ---- Graphs with the right hash that are not what an export is
+# ---- Graphs with the right hash that are not a valid export
 
 
 def tampered(folder: Path, change_proto: Callable[[onnx.ModelProto], object]) -> None:
@@ -308,7 +308,7 @@ def test_a_graph_that_says_one_shape_and_gives_another_is_an_error(checkpoint: P
     def run() -> None:
         open_engine("onnx", checkpoint, "cpu").embed_texts(["a cat"])
 
-    # ONNX Runtime says so, or the engine.
+    # Either ONNX Runtime or the engine reports it.
     with pytest.raises(EngineError, match=r"expected embeddings \[B, \d+, 48\], got|ONNX Runtime"):
         run()
 
@@ -355,7 +355,7 @@ def test_one_damaged_export_does_not_stop_the_others(checkpoint: Path, folder: P
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a manifest."""
+    """Return the paths of all values in a manifest."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
 

@@ -1,4 +1,4 @@
-"""Engines in other processes: pickled as what they were opened with, and used where a process was forked off."""
+"""Engines in other processes: pickled by their opening arguments, and usable in forked processes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_spawned_process_opens_it_again(checkpoint: Path, name: str) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The exit status of a forked process that works and then ends as any program of Python does; it may not hang."""
+    """Return the exit status of a forked process that does the work; fail if it hangs."""
     sys.stdout.flush()
     process = os.fork()
     if not process:
@@ -105,13 +105,13 @@ def test_a_forked_process_goes_on_with_what_is_open(checkpoint: Path, name: str)
     try:
         engine = open_engine(name, checkpoint, "cpu", **({"threads": 2} if name == "onnx" else {}))
         many = TEXTS * 200
-        torch.ones(1 << 22).exp()  # in PyTorch's threads
+        torch.ones(1 << 22).exp()  # starts PyTorch's threads
         expected = engine.embed_texts(many)
 
         def work() -> None:
             torch.testing.assert_close(engine.embed_texts(many), expected)
             torch.ones(1 << 22).exp()
-            vars(engine).clear()  # sessions of this process and of the one before are deleted
+            vars(engine).clear()  # deletes sessions of this process and of its parent
 
         assert in_child(work) == 0
         torch.testing.assert_close(engine.embed_texts(TEXTS), expected[:2])

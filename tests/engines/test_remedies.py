@@ -1,4 +1,4 @@
-"""What an error advises is done here, word for word, and helps."""
+"""The advice in error messages is followed word for word, and works."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PAIRS = "scenes:test:8"
 
 @pytest.fixture(scope="module")
 def exported(make_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("remedies") / "a checkpoint"  # with a blank, which a shell would part
+    folder = tmp_path_factory.mktemp("remedies") / "a checkpoint"  # with a space, at which a shell would split
     finelip_fast.save(make_model(context_length=24, vision_layers=1, text_layers=1), folder)
     export_onnx(folder, data=PAIRS, progress=False)
     return folder
 
 
 def remedy(error: FineLIPError) -> list[str]:
-    """The command in a message, as a shell would part it."""
+    """Return the command in a message, split as by a shell."""
     found = re.search(r"finelip export .*?(?=$| makes one|; or )", str(error))
     assert found is not None, error
     return shlex.split(found.group())
@@ -73,14 +73,14 @@ def _proven_elsewhere(folder: Path) -> None:
 
 
 def _another_graph(folder: Path) -> None:
-    """Of the right hash, so that nothing seems to have changed."""
+    """Replace a graph and its hash, so that nothing seems to have changed."""
     proto = onnx.load(folder / "text.onnx")
     proto.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 7
     (folder / "text.onnx").write_bytes(proto.SerializeToString())
     change(folder, files={**values(folder)["files"], "text.onnx": file_hash(folder / "text.onnx")})
 
 
-# Each is found out in another place.
+# Each is detected in a different place.
 DAMAGES = [_missing, _damaged_manifest, _of_another_checkpoint, _unnamed, _changed, _proven_elsewhere, _another_graph]
 
 
@@ -118,7 +118,7 @@ def test_engines_that_are_advised_open(exported: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["--prove"], ["--prove", "--out", "a b"], ["--again"], ["--profile", "1,2,8"]])
 def test_commands_for_tensorrt_are_read(options: list[str]) -> None:
-    """They need the GPU to be carried out."""
+    """Running them would need the GPU."""
     command = shlex.split(rebuild_command("a checkpoint", "trt", "fp16", options))
     assert command[:3] == ["finelip", "export", "trt"]
     params = cli.export.commands["trt"].make_context("finelip export trt", command[3:]).params

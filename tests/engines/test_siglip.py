@@ -1,4 +1,4 @@
-"""Engines on a SigLIP: the same embeddings as the model's, by the tokenizer of the checkpoint."""
+"""Engines on a SigLIP: the same embeddings as the model's, using the checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finelip_fast.engines import torch as engine_module
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.tokenizer import encode_batch
 
-# Each engine in its precisions, and how far its embeddings may be from the model's.
+# Each engine by precision, with the tolerance of its embeddings.
 TOLERANCES = {"torch fp32": 1e-5, "torch int8": 5e-2, "onnx fp32": 1e-5, "onnx fp16": 2e-3, "onnx int8": 5e-2}
 RUNS = [(1, "torch fp32"), (2, "torch fp32"), (2, "torch int8"), (1, "onnx fp32"), (2, "onnx fp16"), (2, "onnx int8")]
 AVAILABLE = [

@@ -1,4 +1,4 @@
-"""The TensorRT engine: real plans for two GPUs, none of them here, are refused for whatever does not fit, by name."""
+"""The TensorRT engine: real plans for two GPUs that are not present are refused for any mismatch, by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plans(checkpoint, model) -> dict[str, Export]:
-    """By compute capability; they say that they were proven, which cannot be done here."""
+    """Plans by compute capability; marked as proven, which is impossible here."""
     pytest.importorskip("tensorrt_rtx")
     folder = exports_folder(checkpoint) / "onnx-fp16"
     folder.mkdir(parents=True)
@@ -62,7 +62,7 @@ def plans(checkpoint, model) -> dict[str, Export]:
 
 
 class Plan:
-    """In the place of a plan that TensorRT can only load on its GPU."""
+    """Stand-in for a plan that TensorRT can only load on its GPU."""
 
     largest_batch = 16
 
@@ -77,7 +77,7 @@ class Plan:
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch):
-    """Makes this machine one with a GPU, as far as the engine can see."""
+    """Return a function that makes the engine believe that this machine has a GPU."""
 
     def be(machine: runtime.Machine) -> None:
         module = pytest.importorskip("tensorrt_rtx")
@@ -124,7 +124,7 @@ def test_a_wrong_gpu_is_refused(on, plans, checkpoint: Path) -> None:
         EngineError, match=r"compute_capability: made for '12\.0', here it is '8\.9'.*Make it anew: finelip"
     ):
         TrtEngine(checkpoint, plans["12.0"])
-    # Built where a GPU is, plans are for GPUs of that name.
+    # Plans that were built on a GPU are for GPUs of that name.
     made = plans["8.9"].manifest
     built_there = dataclasses.replace(made, options={**made.options, "gpu": "NVIDIA L4"})
     with pytest.raises(EngineError, match="gpu: made for 'NVIDIA L4', here it is 'NVIDIA GeForce RTX 4090'"):
@@ -180,7 +180,7 @@ def test_a_changed_plan_is_refused(on, plans, checkpoint: Path, tmp_path: Path) 
 
 
 def test_plans_of_other_graphs_are_refused(on, plans, checkpoint: Path) -> None:
-    """Where the graphs were exported anew since."""
+    """The graphs have been exported again since."""
     on(ADA)
     made = plans["8.9"].manifest
     older = {**made.options, "onnx": dict.fromkeys(made.options["onnx"], "0" * 64)}
@@ -194,7 +194,7 @@ def test_an_unproven_plan_is_refused_with_what_proves_it(on, plans, checkpoint: 
     command = rf"finelip export trt {checkpoint} --precision fp16 --prove --out {plans['8.9'].folder}$"
     with pytest.raises(EngineError, match=rf"proof: it was never compared with the model\. Prove it here: {command}"):
         TrtEngine(checkpoint, unproven)
-    on(BLACKWELL)  # it cannot be proven there
+    on(BLACKWELL)  # a proof is impossible there
     with pytest.raises(
         EngineError, match=r"compute_capability: .*proof: it was never.*Make it anew: .*--precision fp16 --again$"
     ):

@@ -1,4 +1,4 @@
-"""Embeddings that outlive a run: what is missing is encoded, what is damaged too, and what changed is not mistaken."""
+"""Cached embeddings: missing and damaged ones are encoded again, and those that no longer match are not used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT = 11
 
 
 class Counting(Engine):
-    """Embeds numbers and texts at random but always alike; counts them, and breaks down after so many."""
+    """An engine that embeds deterministically at random, counts the items, and can break down after a given number."""
 
     name, config, alpha, source, fingerprint = "counting", CONFIG, 0.8, "", "weights"
     precision, preprocess, device = "fp32", None, torch.device("cpu")
@@ -71,7 +71,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pairs() -> list[Example]:
-    """Eleven pictures, the first of which has a second caption."""
+    """Eleven pictures, of which the first has two captions."""
     return [*(Example(n, f"caption {n}", f"picture {n}") for n in range(COUNT)), Example(0, "again 0", "picture 0")]
 
 
@@ -89,8 +89,8 @@ def test_the_cache_changes_nothing_and_saves_everything(tmp_path: Path) -> None:
     assert run(first, cache=tmp_path).rows == expected
     assert run(second, cache=tmp_path).rows == expected
     assert (first.images, first.texts, second.images, second.texts) == (COUNT, COUNT + 1, 0, 0)
-    assert len(files(tmp_path)) == 6  # three parts each of pictures and captions
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files(tmp_path))  # nothing left over
+    assert len(files(tmp_path)) == 6  # three parts each for pictures and captions
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files(tmp_path))  # no other files
 
 
 def test_without_a_cache_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +102,10 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("breaks_after", "images", "texts"),
     [
-        (3, 11, 12),  # in the first part: all of it is lost
+        (3, 11, 12),  # in the first part, which is lost entirely
         (5, 7, 12),  # in the second
         (10, 3, 12),
-        (15, 0, 8),  # all pictures, and the first part of captions
+        (15, 0, 8),  # all pictures, and the first part of the captions
         (22, 0, 4),
     ],
 )
@@ -136,7 +136,7 @@ def lost(path: Path) -> None:
 
 
 def another(path: Path) -> None:
-    """Whole in itself, and of another set."""
+    """Replace the part with a valid one of another set."""
     other = next(one for one in files(path.parent.parent) if one.parent != path.parent)
     path.write_bytes(other.read_bytes())
 
@@ -229,7 +229,7 @@ def test_rows_come_alike_from_memory_and_from_files(tmp_path: Path) -> None:
             assert torch.equal(rows[which], whole[which])
 
 
-# Where in the file, and what stands there instead: mostly within the header, which says how the values are to be read.
+# Position in the file, and the replacement there; mostly in the header, which says how to read the values.
 DAMAGE = st.tuples(st.integers(0, 400) | st.integers(0, 10_000), st.binary(max_size=3), st.integers(0, 3))
 
 

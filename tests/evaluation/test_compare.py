@@ -1,4 +1,4 @@
-"""Evaluations side by side, by hand and by command."""
+"""Comparison of evaluations, in Python and by command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def result(
     sweep: Sweep | None = None,
     **changes: Any,
 ) -> Path:
-    """An evaluation with these ranks of captions, and of pictures where there are fewer of them."""
+    """Write an evaluation with these ranks of captions, and of pictures if there are fewer of them."""
     owners = picture_of or list(range(len(ranks)))
     found = {"i2t": torch.tensor(i2t or ranks), "t2i": torch.tensor(ranks)}
     about = {
@@ -62,7 +62,7 @@ def test_a_difference_is_tested_query_by_query(tmp_path: Path) -> None:
     first, second = compare([a, b]).rows
     assert (first["run"], first["against"], first["i2t_p"], first["t2i_interval"]) == ("a", None, None, None)
     assert (second["run"], second["engine"], second["against"], second["t2i_recall@1"]) == ("b", "onnx", 256, 1.0)
-    assert second["i2t_p"] == second["t2i_p"] == pytest.approx(2 / 2**10)  # ten to none
+    assert second["i2t_p"] == second["t2i_p"] == pytest.approx(2 / 2**10)  # ten against none
     assert second["i2t_difference"] == 0.5
     assert second["i2t_interval"] == pytest.approx((0.28, 0.72), abs=0.05)
     assert compare([b, a]).rows[1]["i2t_difference"] == -0.5
@@ -74,7 +74,7 @@ def test_captions_of_one_picture_are_no_evidence_of_their_own(tmp_path: Path) ->
     row = compare([a, b]).rows[1]
     assert row["t2i_p"] is None
     assert row["t2i_difference"] == 0.5
-    assert row["t2i_interval"] == (0.0, 1.0)  # by picture; ten captions alone would give about 0.2 to 0.8
+    assert row["t2i_interval"] == (0.0, 1.0)  # resampled by picture; ten separate captions would give about 0.2 to 0.8
     assert row["i2t_p"] == 1.0
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_result_is_refused_or_right(tmp_path: Path, damage_json: Any, 
             assert row.metrics == pytest.approx(before.metrics)
         found.save(path)
         assert read_evaluation(path) == found
-        with suppress(FineLIPError):  # of other pairs
+        with suppress(FineLIPError):  # if the pairs differ
             compared = compare([path, sound])
             assert len(str(compared).splitlines()) <= 6
             assert len(compared.markdown().splitlines()) <= 8

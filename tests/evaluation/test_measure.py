@@ -1,4 +1,4 @@
-"""Evaluation: recall worked out by hand, contexts that are checked first, and a result that goes into JSON."""
+"""Evaluation: recall calculated by hand, contexts validated first, and a result that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METRICS = [f"{direction}_recall@{k}" for direction in ("i2t", "t2i") for k in (1
 
 
 class Table(Engine):
-    """An engine whose pictures and captions are numbers of rows in two tables; remembers the contexts asked for."""
+    """An engine whose pictures and captions are row numbers of two tables; it records the requested contexts."""
 
     name, config, alpha = "table", CONFIG, 0.8
     source, fingerprint, precision, preprocess, device = "", "a table", "fp32", None, torch.device("cpu")
@@ -53,13 +53,13 @@ def pairs(count: int) -> list[Example]:
 
 
 def run(images: Tensor, texts: Tensor, **options: Any) -> dict[str, dict[str, float]]:
-    """Metrics of one context by the name of the score."""
+    """Return the metrics of one context by score."""
     report = evaluate(Table(images, texts), pairs(len(images)), progress=False, **options)
     return {row.score: row.metrics for row in report.rows}
 
 
 def shares(metrics: dict[str, float]) -> dict[str, float]:
-    """Recall alone."""
+    """Return only the recall metrics."""
     return {name: value for name, value in metrics.items() if "recall" in name}
 
 
@@ -88,16 +88,18 @@ def test_recall_by_hand() -> None:
 
 
 def test_each_score_counts_for_itself() -> None:
-    """Six pairs whose global embeddings are all the same and whose other tokens tell them apart."""
+    """Six pairs with identical global embeddings, distinguished only by their other tokens."""
     same, own = torch.eye(7)[:1].expand(6, 7), torch.eye(7)[1:]
     items = torch.stack([same, own], dim=1)
     result = run(items, items)
-    assert shares(result["global"]) == pytest.approx(dict(zip(METRICS, (0, 0, 1) * 2, strict=True)))  # all tie: rank 6
+    assert shares(result["global"]) == pytest.approx(
+        dict(zip(METRICS, (0, 0, 1) * 2, strict=True))
+    )  # all tie at rank 6
     assert result["fine"] == result["combined"]
     assert shares(result["fine"]) == pytest.approx(dict.fromkeys(METRICS, 1.0))
     assert run(items, items, alpha=1.0)["combined"] == result["global"]
 
-    # Global embeddings that mislead: each picture's is the next caption's.
+    # Misleading global embeddings: each picture's equals the next caption's.
     misled = torch.stack([own.roll(1, 0), own], dim=1), torch.stack([own, own.roll(2, 0)], dim=1)
     assert run(*misled)["global"]["i2t_recall@1"] == 0
 
@@ -142,7 +144,7 @@ def test_arguments_are_checked_before_any_work(options: dict, count: int, messag
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_a_picture_may_have_several_captions(batch_size: int) -> None:
-    """It is embedded once, and found when any of its captions is."""
+    """A picture is embedded once, and found if any of its captions is."""
     images = torch.eye(3)[:, None]
     texts = images[[0, 1, 1, 2, 0]]  # captions of pictures 0, 1, 0, 2, 1: the third and the fifth are swapped
     owners = [0, 1, 0, 2, 1]
@@ -210,7 +212,7 @@ def test_the_same_data_in_another_folder_has_the_same_fingerprint() -> None:
 
 
 def test_scenes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer to draw than to look through."""
+    """Drawing scenes takes longer than iterating over them."""
     scenes, drawn = open_dataset("scenes:val:3", image_size=32), []
     monkeypatch.setattr(type(scenes), "__getitem__", lambda self, index: drawn.append(index))
     known = survey(scenes)
@@ -231,7 +233,9 @@ def engine(make_model, tmp_path_factory) -> Engine:
 
 def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
     scenes = open_dataset("scenes:test:8", image_size=32)
-    report = evaluate(engine, scenes, context_lengths=(12, 64), batch_size=3, progress=False)  # cuts captions, silently
+    report = evaluate(
+        engine, scenes, context_lengths=(12, 64), batch_size=3, progress=False
+    )  # truncates captions silently
     model = finelip_fast.load(engine.source)
     examples = [scenes[n] for n in range(8)]
     with torch.no_grad():
@@ -243,7 +247,7 @@ def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
             texts = model.encode_text(ids)
         alpha = {"global": 1.0, "fine": 0.0, "combined": 0.8}[row.score]
         expected = recall(model.score(images, texts, alpha=alpha))
-        assert shares(row.metrics) == pytest.approx(expected, abs=1 / 8)  # rounding may turn one rank
+        assert shares(row.metrics) == pytest.approx(expected, abs=1 / 8)  # rounding may change one rank
 
 
 def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) -> None:
@@ -253,7 +257,7 @@ def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) 
 
 
 def test_alpha_is_chosen_on_other_pairs() -> None:
-    """Global embeddings that mislead, tokens that tell: the fewer of the first, the better."""
+    """If global embeddings mislead and tokens are right, a smaller weight of the former is better."""
     own = torch.eye(7)[1:]
     engine = Table(torch.stack([own.roll(1, 0), own, own], dim=1), torch.stack([own, own, own], dim=1))
     other = [Example(n, str(n), f"other-{n}") for n in reversed(range(6))]

@@ -1,4 +1,4 @@
-"""A folder of drawn scenes, and a checkpoint on the disk."""
+"""A folder of drawn scenes, and a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finelip_fast.datasets import Scenes
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures, named by their scenes."""
+    """Eight pictures, named after their scenes."""
     folder = tmp_path_factory.mktemp("scenes")
     for scene in Scenes("test", 8, image_size=256):
         scene.draw().save(folder / f"{scene.id}.png")

@@ -1,4 +1,4 @@
-"""The scripts under ``examples/`` do what their first lines promise."""
+"""The scripts in ``examples/`` do what their first lines promise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAPTIONS = {scene.id: scene.caption for scene in Scenes("test", 8, image_size=25
 
 
 def run(name: str, *arguments: str | Path, cwd: Path, given: str = "") -> str:
-    """What a script prints; it runs as a user runs it, in a process of its own."""
+    """Return the output of a script that runs in a process of its own, as for a user."""
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments],
         cwd=cwd,

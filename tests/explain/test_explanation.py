@@ -1,4 +1,4 @@
-"""An explanation adds up to the score, and says where and why."""
+"""An explanation adds up to the score, and shows where and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finelip_fast.model import FineLIP
 
 SCENE = Scenes("val", image_size=128)[0]
 
-# Sums of thousands of float32 products.
+# For sums of thousands of float32 products.
 TOLERANCE = 1e-5
 
 
@@ -54,7 +54,7 @@ def test_it_explains_the_models_score(model: FineLIP, explanation: Explanation) 
     opposed=st.booleans(),
 )
 def test_the_parts_add_up_to_the_score(seed: int, alpha: float, caption: str, opposed: bool) -> None:
-    """With random weights, whose cosines are of both signs."""
+    """Random weights give cosines of both signs."""
     torch.manual_seed(seed)
     sizes = {"embed_dim": 16, "image_size": 32, "patch_size": 8, "vision_width": 64, "text_width": 64}
     one = {"vision_layers": 1, "vision_heads": 1, "text_layers": 1, "text_heads": 1}
@@ -82,7 +82,7 @@ def test_matches_are_those_of_late_interaction(explanation: Explanation) -> None
 
 
 def test_a_phrase_is_found_where_it_is_true(explanation: Explanation) -> None:
-    """Most phrases of a scene peak inside their box; so do the words of a box name what is there."""
+    """Most phrases of a scene peak inside their box, and the top words of a box include those that describe it."""
     hits = []
     for part in SCENE.parts:
         heat = explanation.heatmap(part.text)
@@ -112,7 +112,7 @@ def test_matches_come_in_the_order_of_what_they_add(explanation: Explanation) ->
 
 
 def test_aggregated_maps_are_shares_of_what_words_add(explanation: Explanation) -> None:
-    """The maps of all words, and of the start token, leave nothing over where all add with one sign."""
+    """If all contributions have one sign, the maps of all words and of the start token leave no remainder."""
     edges = [(0, 1), *((word.first, word.last) for word in explanation.words)]
     maps = torch.stack([explanation.map_of_tokens(*edge, tokens="aggregated") for edge in edges])
     added = explanation.contributions[:-1, 1:]
@@ -128,7 +128,7 @@ def test_words_that_nothing_met_are_those_that_add_nothing(explanation: Explanat
     adds = {(word["start"], word["end"]): word["adds"] for word in explanation.to_dict()["words"]}
     unmet = [(word.start, word.end) for word in explanation.unmet]
     assert unmet == [span for span, added in adds.items() if added <= 0]
-    assert 0 < len(unmet) < len(adds) / 2  # it is the picture's own caption
+    assert 0 < len(unmet) < len(adds) / 2  # the caption describes this picture
 
 
 def test_without_the_fine_score_only_the_ends_count(model: FineLIP) -> None:
@@ -204,7 +204,7 @@ def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:
     retriever = finelip_fast.Retriever(engine="torch")
     retriever.add_images([path], progress=False)
     hit = retriever.search(SCENE.caption, k=1)[0]
-    assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # float16 in the index
+    assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # the index stores float16
     with pytest.raises(ValueError, match="expected a hit whose picture is there, got 'image-0'"):
         retriever.explain(replace(hit, id="image-0"), SCENE.caption)
 
@@ -218,7 +218,7 @@ def test_it_says_what_it_is(explanation: Explanation) -> None:
 
 @torch.no_grad()
 def test_without_trained_aggregators_words_are_compared_and_add_nothing(make_model, tmp_path: Path) -> None:
-    """The score is one cosine; what is shown of words and patches is said to be no part of it."""
+    """The score is one cosine; words and patches are marked as not contributing to it."""
     model = make_model(trained_aggregators=False)
     picture = Image.effect_mandelbrot((32, 32), (-3, -2.5, 2, 2.5), 20).convert("RGB")
     found = explain(model, picture, "a red house")

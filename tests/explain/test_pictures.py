@@ -55,7 +55,7 @@ def test_the_pages_maps_are_the_explanations(explanation: Explanation, kind: str
 
 
 def test_a_long_caption_on_a_fine_grid_stays_small() -> None:
-    """As ViT-B/16 at 224 pixels and a caption that fills the context."""
+    """The size is that of ViT-B/16 at 224 pixels, with a caption that fills the context."""
     config = replace(finelip_fast.load().config, image_size=224)
     noise = Image.effect_noise((224, 224), 100).convert("RGB")
     explanation = explain(FineLIP(config).eval(), noise, "red " * 300)
@@ -174,7 +174,9 @@ def test_the_page_answers_to_pointer_touch_and_keys(
     page = browser.new_page(viewport={"width": width, "height": 844}, has_touch=True, reduced_motion="reduce")
     try:
         page.goto((tmp_path / "why.html").as_uri())
-        assert page.evaluate("document.querySelector('.view img').naturalWidth") == 192  # not the model's 64
+        assert (
+            page.evaluate("document.querySelector('.view img').naturalWidth") == 192
+        )  # the original, not the model's 64
         view, seen = (page.locator(name).bounding_box() for name in (".view", ".seen"))
         assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.02)
         assert seen["width"] == pytest.approx(seen["height"], abs=2)  # the square in the middle
@@ -185,7 +187,7 @@ def test_the_page_answers_to_pointer_touch_and_keys(
         assert page.locator(".word[aria-pressed='true']").count() == 1
         message = page.locator(".message")
         assert "most at row" in message.inner_text()
-        for answer in (page.locator(".view"), message):  # where the finger was, they are in sight
+        for answer in (page.locator(".view"), message):  # both are visible after a tap
             box = answer.bounding_box()
             assert box["y"] >= -1
             assert box["y"] + box["height"] <= 845

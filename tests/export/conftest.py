@@ -1,4 +1,4 @@
-"""A small model, its graphs in float32, and its answers to the gate's questions."""
+"""A small model, its graphs in float32, and the parity gate with its reference answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(make_model: Callable[..., FineLIP]) -> FineLIP:
 
 @pytest.fixture(scope="session")
 def protos(model: FineLIP) -> dict[str, ModelProto]:
-    """Every graph of the model. Tests that change one copy it."""
+    """All graphs of the model. Tests must copy a graph before they change it."""
     return {name: graphs.build(model, name) for name in ("image", "text", "image_uint8", "scorer")}
 
 
@@ -34,7 +34,7 @@ def reference(model: FineLIP) -> parity.Reference:
 
 @pytest.fixture(scope="session")
 def prove(reference: parity.Reference) -> Callable[..., parity.Report]:
-    """Puts graphs, as ONNX Runtime runs them, to the gate."""
+    """Return a function that runs the parity gate on graphs with ONNX Runtime."""
     from finelip_fast.runtimes.onnx import OnnxGraph
 
     def run(image: ModelProto, text: ModelProto, precision: str = "fp32", **more: ModelProto) -> parity.Report:

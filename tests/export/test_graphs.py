@@ -1,4 +1,4 @@
-"""Graphs: they say what they take and give, carry what a reader needs, and nothing of the machine that wrote them."""
+"""Graphs: they declare inputs and outputs, include what a reader needs, and reveal nothing about the machine."""
 
 from __future__ import annotations
 

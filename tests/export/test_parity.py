@@ -1,4 +1,4 @@
-"""The gate: it lets the model's own graphs through in every precision, and refuses broken ones for the right reason."""
+"""The parity gate: the model's own graphs pass in every precision, and broken ones fail for the right reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_the_model_gives_passes(prove, protos, name):
 def test_bfloat16_passes_as_hardware_would_round_it(prove, protos):
     image, text = (precision.rounding_twin(precision.in_half(protos[name], "bf16")) for name in ("image", "text"))
     report = prove(image, text, "bf16")
-    measured = [check for check in report.checks if "weights" not in check.name]  # the twin's are float32
+    measured = [check for check in report.checks if "weights" not in check.name]  # the twin's weights are float32
     assert all(check.passed for check in measured), report.failures
 
 
@@ -65,7 +65,7 @@ def test_an_end_token_off_by_one_is_refused(prove, protos, model, monkeypatch, o
 
 
 def test_an_overflow_is_refused(make_model):
-    """Weights that float32 holds easily and float16's products do not."""
+    """The weights suit float32, but their products overflow float16."""
     wild = make_model(context_length=40, embed_dim=128, vision_width=128, text_width=128)
     with torch.no_grad():
         wild.text.transformer.resblocks[0].mlp.c_fc.weight.mul_(1e5)
@@ -97,7 +97,7 @@ def test_one_changed_weight_is_refused(prove, protos, name):
 
 
 def test_answers_that_hang_on_company_are_refused(reference, model):
-    """Within the limits of the values, and yet not the same item by item."""
+    """All values are within the limits, but depend on the batch."""
 
     def by_place(pixels):
         rows = model.encode_image(pixels)
@@ -117,7 +117,7 @@ def test_answers_that_hang_on_company_are_refused(reference, model):
 
 
 def test_a_ranking_that_changes_is_refused(reference, model, monkeypatch):
-    """An error that every other limit lets through, all of it towards one picture."""
+    """Every other limit allows the error, which always favours one picture."""
     limits = parity.Limits(largest=2, mean=2, cosine=-1, company=2, agreement=0.9, recall=1)
     monkeypatch.setitem(parity.LIMITS, "int8", limits)
     favourite = reference.texts.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Plans: what TensorRT makes of a graph, what it says while it does and when it cannot, and what it remembers."""
+"""TensorRT plans of a graph: building, messages on progress and failure, and cached timings."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_a_file_that_is_no_graph_says_so(tmp_path: Path) -> None:
         build_plan(tmp_path / "broken.onnx", SHAPES, ADA, Builder(), progress=False)
 
 
-@pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")  # RTX has these calls, to no effect
+@pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")  # RTX has these calls, but they do nothing
 def test_with_tensorrt_what_was_timed_is_kept(image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With TensorRT for RTX in the place of TensorRT, whose Python interface it shares."""
+    """TensorRT for RTX stands in for TensorRT, as their Python interfaces are equal."""
     load, log = runtime.load_module, runtime.logger
     monkeypatch.setattr(runtime, "load_module", lambda _: load("tensorrt_rtx"))
     monkeypatch.setattr(runtime, "logger", lambda _: log("tensorrt_rtx"))

@@ -1,4 +1,4 @@
-"""Half precision: products are in it, what is sensitive is not, and constants stay finite."""
+"""Half precision: products use it, sensitive operations do not, and constants stay finite."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_a_graph_gives_is_float32_also_from_a_product():
 
 @pytest.mark.parametrize("precision", HALF)
 def test_the_twin_rounds_what_the_graph_would_round(precision):
-    """A product and a sum, by hand: each result is rounded once."""
+    """In a product and a sum by hand, each result is rounded once."""
     x, w, b = np.float32([[1.001, 2.003]]), np.float32([[3.007], [5.011]]), np.float32([7.013])
     graph = helper.make_graph(
         [

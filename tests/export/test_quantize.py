@@ -1,4 +1,4 @@
-"""int8: what is quantized and how well, rows that do not depend on their company, and scales that calibration finds."""
+"""int8: what is quantized and how accurately, rows independent of their batch, and scales found by calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def linear(weight, bias=None):
-    """A graph of one layer, ``[rows, K]`` to ``[rows, N]``."""
+    """Return a graph of one layer, ``[rows, K]`` to ``[rows, N]``."""
     inputs, constants = ["x", "w"], [numpy_helper.from_array(weight, "w")]
     if bias is not None:
         inputs.append("b")
@@ -41,7 +41,7 @@ def run(proto, x):
 @given(seed=st.integers(0, 2**16), depth=st.integers(1, 300), bias=st.booleans())
 def test_a_layer_by_rows_is_as_exact_as_its_steps(seed, depth, bias):
     random = np.random.default_rng(seed)
-    # Rows and columns of very different sizes: one scale for all would lose the small ones.
+    # Row and column sizes vary widely: a single scale would lose the small ones.
     x = (random.standard_normal((5, depth)) * 10.0 ** random.integers(-3, 4, (5, 1))).astype(np.float32)
     weight = (random.standard_normal((depth, 128)) * 10.0 ** random.integers(-3, 3, 128)).astype(np.float32)
     offset = random.standard_normal(128).astype(np.float32) if bias else None
@@ -57,7 +57,7 @@ def test_a_layer_by_rows_is_as_exact_as_its_steps(seed, depth, bias):
 
 
 def test_a_row_does_not_depend_on_its_company():
-    """Also through every fusion of the runtime: one that took the first row's scale for all rows was met."""
+    """This includes the runtime's fusions; one of them used to apply the first row's scale to all rows."""
     random = np.random.default_rng(0)
     proto = quantize.by_rows(linear(random.standard_normal((256, 128)).astype(np.float32)))
     x = (random.standard_normal((7, 256)) * 10.0 ** np.arange(-3, 4)[:, None]).astype(np.float32)
@@ -74,9 +74,9 @@ def test_a_row_of_zeros_gives_zeros():
 def test_narrow_layers_and_products_of_activations_stay(protos):
     proto = quantize.by_rows(protos["text"])
     kinds = [node.op_type for node in proto.graph.node]
-    # Per block: in, out, two of the MLP; and the projection.
+    # Input, output and two MLP layers per block, plus the projection.
     assert kinds.count("MatMulInteger") == 4 * 2 + 1
-    # Attention's two products a block; ATRM's two layers and its pooling.
+    # Two products of attention per block; two layers and the pooling of ATRM.
     assert kinds.count("MatMul") + kinds.count("Gemm") == 2 * 2 + 3
 
 

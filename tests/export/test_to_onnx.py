@@ -1,4 +1,4 @@
-"""Exporting: proven files beside the checkpoint and nothing else, whatever goes wrong on the way."""
+"""Exporting: proven files beside the checkpoint and nothing else, whatever fails on the way."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_errors_are_told_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -
 
 @pytest.mark.slow
 def test_the_bundled_model_is_exported_and_searched_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the README's first command does, with the default held-out pairs."""
+    """The README's first command does this, with the default held-out pairs."""
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))
     for precision in ("fp32", "int8"):
         folder = export_onnx(precision=precision, progress=False)

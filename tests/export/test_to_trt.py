@@ -1,4 +1,4 @@
-"""TensorRT plans: built for GPUs that are not here, described by their manifest, proven only where they run."""
+"""TensorRT plans: built for GPUs that are not present, described by their manifest, proven only where they run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAIRS = "scenes:test:8"
 
 
 def write_onnx(model: finelip_fast.FineLIP, folder: Path, image: Path | None = None) -> Path:
-    """What ``export_onnx`` leaves, without the comparison; a graph that is there is taken instead of the model's."""
+    """Write the output of ``export_onnx``, without the comparison; ``image`` replaces the model's own image graph."""
     folder.mkdir(parents=True)
     for name in ("image", "text"):
         if image is not None and name == "image":
@@ -67,7 +67,7 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def new(make_small, checkpoint, tmp_path_factory) -> tuple[finelip_fast.FineLIP, Path, Path]:
-    """Another model of the same sizes, its checkpoint, and its graphs but for that of pictures."""
+    """Another model of the same sizes, its checkpoint, and its graphs, except the image graph."""
     folder = tmp_path_factory.mktemp("trt") / "new"
     model = make_small(seed=3)
     finelip_fast.save(model, folder)
@@ -84,7 +84,7 @@ def no_gpu() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def asked(no_gpu, checkpoint, model) -> Iterator[list[dict[str, object]]]:
-    """What the ONNX exporter was asked for; it is not what is tested here."""
+    """Requests to the ONNX exporter, which is replaced because it is not under test."""
     asked = []
 
     def export_onnx(source: object, **arguments: object) -> Path:
@@ -104,7 +104,7 @@ def plans(checkpoint) -> Path:
 
 @pytest.fixture
 def on_ada(monkeypatch: pytest.MonkeyPatch, model) -> dict[str, Callable[[Tensor], Tensor]]:
-    """This machine as one with a GPU of compute capability 8.9, on which plans give what the model gives."""
+    """Pretend that this machine has a GPU of compute capability 8.9, on which plans return the model's embeddings."""
     encoders = {"image.plan": model.encode_image, "text.plan": model.encode_text}
     here = runtime.Machine("tensorrt_rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
     monkeypatch.setattr(runtime, "why_not", lambda: None)
@@ -296,7 +296,7 @@ def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, che
 
 @pytest.fixture
 def refittable(on_ada, checkpoint: Path, tmp_path: Path) -> Path:
-    """Plans that say that they can be refitted; the building of such needs the GPU."""
+    """Plans declared as refittable; building real ones needs the GPU."""
     folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "old", data=PAIRS, progress=False)
     made = read(folder).manifest
     dataclasses.replace(made, options={**made.options, "refittable": True, "stripped": True}).write(folder)

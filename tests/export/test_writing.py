@@ -1,4 +1,4 @@
-"""Exports on a disk that refuses: an error that says why, nothing half written, and what was there is there still."""
+"""Exports to a failing disk: the error gives the reason, nothing is half written, and existing files are kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checkpoint(exported: Path, tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Nobody can write more than so many bytes into a file."""
+    """Limit the size of any written file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -123,7 +123,7 @@ def test_errors_of_the_work_stay_what_they_are(tmp_path: Path) -> None:
 def test_plans_are_there_still_when_their_proof_does_not_fit(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until now the plans were moved away first, and deleted with what could not be written."""
+    """Plans used to be moved away first, and deleted together with the files that could not be written."""
     plans = tmp_path / "plans"
     plans.mkdir()
     (plans / "image.plan").write_bytes(b"x" * 5000)

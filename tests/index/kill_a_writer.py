@@ -1,4 +1,4 @@
-"""Changes an index without end, and says so after each change that was acknowledged: the victim of ``test_killed_writer.py``.
+"""Change an index endlessly, and report each acknowledged change: the victim of ``test_killed_writer.py``.
 
 ``python kill_a_writer.py FOLDER SEED``
 """
@@ -15,11 +15,11 @@ import torch
 from finelip_fast.index import Index, IndexSpec, upkeep
 
 SPEC = IndexSpec("abc", 3, 8)
-upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
+upkeep._MANY = 3  # limit of recent segments, low so that compaction is frequent
 
 
 def unit_row(value: int) -> list[float]:
-    """A row of length 1 that tells the value."""
+    """Return a row of length 1 that encodes the value."""
     angle = value / 1000
     return [math.cos(angle), math.sin(angle), *[0.0] * 6]
 
@@ -39,7 +39,7 @@ def main(folder: str, seed: int) -> None:
         else:
             ids = choose.sample(index.ids, min(len(index.ids), choose.randint(0, 3)))
         values = [choose.randrange(1000) for _ in ids]
-        # Said before it begins, and again when it is done: what is between the two may have happened or not.
+        # Reported before and after each change; a change that has only begun may or may not have happened.
         print(json.dumps(["begin", kind, ids, values]), flush=True)
         if kind == "delete":
             index.delete(ids)

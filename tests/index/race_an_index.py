@@ -1,4 +1,4 @@
-"""Works at an index for some seconds, and prints what it did as JSON: one of the processes of ``test_upkeep_races.py``.
+"""Use an index for some seconds, and print a JSON report: one of the processes of ``test_upkeep_races.py``.
 
 ``python race_an_index.py ROLE FOLDER SECONDS SEED``
 """
@@ -18,7 +18,7 @@ from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.store import Written
 
 SPEC = IndexSpec("abc", 3, 8)
-upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
+upkeep._MANY = 3  # limit of recent segments, low so that compaction is frequent
 
 
 def embeddings(seed: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def main(role: str, folder: str, seconds: float, seed: int) -> None:
             else:
                 index.search(embeddings(0), 3, mode=role)
         except StoreError as error:
-            # The only one that may be: who waits for half a minute is told so.
+            # The only permitted error, raised after waiting for half a minute.
             if "another process is writing" not in str(error):
                 errors[f"StoreError: {error}"] += 1
         except Exception as error:

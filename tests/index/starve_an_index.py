@@ -1,7 +1,7 @@
-"""Search and look after an index in less and less memory, and say what each came to: run by test_failures.py.
+"""Search and maintain an index with less and less memory, and print each outcome; run by test_failures.py.
 
-``python starve_an_index.py FOLDER`` prints the operation, how many MiB more it might have, and ``right``, ``error`` (one of
-ours), or what was raised. In a process of its own, whose memory can be bounded.
+``python starve_an_index.py FOLDER`` prints the operation, its additional MiB of memory, and ``right``, ``error`` (one of
+ours), or the exception. It is a separate process so that its memory can be limited.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOMS = (
     200,
     300,
     1_000,
-)  # MiB; what a mapped file or a thread's stack takes is counted
+)  # MiB, including mapped files and thread stacks
 
 
 def look(folder: str, what: str, query: torch.Tensor) -> bool:

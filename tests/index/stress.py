@@ -1,11 +1,11 @@
-"""Processes and threads that change, search and look after one index, each against a dictionary of its own items.
+"""Run processes and threads that change, search and maintain one index, each checked against a dictionary of its own items.
 
-``python tests/index/stress.py --seconds 600 --processes 3 --threads 2 --seed 0`` works on a folder, beside one more process
-that is killed again and again; ``--memory`` lets threads that switch as often as they can work on one index in memory. Prints
-what was done, and what went wrong, as JSON; exit code 1 if anything did.
+``python tests/index/stress.py --seconds 600 --processes 3 --threads 2 --seed 0`` works on a folder, while one more process is
+killed repeatedly; ``--memory`` has threads that switch as often as possible work on one index in memory. It prints what was
+done and what went wrong as JSON, and exits with code 1 if anything went wrong.
 
-Every thread keeps a journal: what it is about to change, that it was acknowledged, what it saw. Its items bear its name, and
-no one else changes them: so whatever the others do, the index holds of them what the journal says, at every moment.
+Every thread keeps a journal of the changes that it begins, their acknowledgements, and what it sees. Its items carry its name,
+and no other thread changes them; the index must therefore match the journal for these items at every moment.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from finelip_fast.errors import FineLIPError, StoreError
 from finelip_fast.index import Index, IndexSpec, upkeep
 from finelip_fast.kernels import clim_scores
 
-upkeep._MANY = 3  # recent segments that are too many: so they are at most calls
+upkeep._MANY = 3  # limit of recent segments, low so that compaction is frequent
 
 TOKENS, WIDTH = 4, 16
 MODES = ["exact", "exact-int8", "two-stage", "auto"]
-# An error that says so is no fault: a writer may wait for others longer than it is willing to.
+# Not a fault: a writer may have to wait for others longer than its timeout.
 BUSY = "locked"
-# Reading item after item says so when another process has compacted what is left to read.
+# Raised when reading item by item, if another process has compacted the rest meanwhile.
 COMPACTED = "read it again"
-# After the end, a process that has not answered for so long hangs.
+# A process that has not answered this many seconds after the end hangs.
 PATIENCE = 120.0
 
-Model = dict[str, int]  # id to the number in its metadata, which its embedding is made from
+Model = dict[str, int]  # id to the number in its metadata, from which its embedding is made
 
 
 def embedding(item: str, value: int) -> torch.Tensor:
-    """``[L, D]``, as float16 holds it."""
+    """Return ``[L, D]``, rounded to float16."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{item} {value}".encode()))
     return F.normalize(torch.randn(TOKENS, WIDTH, generator=generator), dim=-1).half().float()
 
@@ -63,7 +63,7 @@ def after(model: Model, change: list[Any]) -> Model:
 
 
 class Journal:
-    """What a thread has done, which outlives its process."""
+    """A thread's log of its actions, which outlives its process."""
 
     def __init__(self, path: Path) -> None:
         self.model: Model = {}
@@ -93,7 +93,7 @@ class Journal:
 
 
 class Worker:
-    """One thread."""
+    """One thread of the test."""
 
     def __init__(self, index: Index, name: str, journal: Journal, seed: int) -> None:
         self.index, self.name, self.journal = index, name, journal
@@ -125,13 +125,13 @@ class Worker:
                 self.journal("error", *describe(error, kind.__name__))
                 if self.journal.pending is not None:
                     self.journal("refused")
-                    self.read()  # nothing of it happened
+                    self.read()  # it must not have had any effect
 
     def fault(self, kind: str, text: str) -> None:
         self.journal("fault", kind, text[:500])
 
     def settle(self) -> None:
-        """What was under way when the process was killed has happened or not; never half of it."""
+        """Check that a change interrupted by a kill has happened completely or not at all."""
         if self.journal.pending is not None:
             self.journal("did", "settle", 0.0)
             happened = own_items(self.index, f"{self.name}/") == after(self.journal.model, self.journal.pending)
@@ -257,7 +257,7 @@ def differences(found: Model, expected: Model) -> list[tuple[str, str]]:
 
 
 def describe(error: Exception, kind: str) -> tuple[str, str, str, str]:
-    """What it is called, what it says without names of files, where it was, and whether it is a fault."""
+    """Return whether it is a fault, its type and words without file names, its message, and its traceback."""
     words = [word for word in str(error).split() if "/" not in word and not any(map(str.isdigit, word))]
     text = f"{type(error).__name__} from {kind}: {' '.join(words)[:160]}"
     documented = isinstance(error, FineLIPError) and any(text in str(error) for text in (BUSY, COMPACTED))
@@ -287,7 +287,7 @@ def run_threads(
 
 
 def run_process(spec: IndexSpec, options: argparse.Namespace) -> None:
-    """Says that it has imported everything, reads until when to work, and works."""
+    """Report that everything is imported, read the end time, and work until then."""
     print("ready", flush=True)
     until = float(input())
     faulthandler.dump_traceback_later(until - time.time() + PATIENCE / 2)
@@ -295,7 +295,7 @@ def run_process(spec: IndexSpec, options: argparse.Namespace) -> None:
 
 
 def run_processes(spec: IndexSpec, folder: Path, journals: Path, options: argparse.Namespace) -> int:
-    """Returns how often the last process was killed."""
+    """Return the number of times that the last process was killed."""
 
     def start(number: int) -> subprocess.Popen[str]:
         command = [sys.executable, __file__, "--process", str(number), "--folder", str(folder)]
@@ -344,7 +344,7 @@ def run_processes(spec: IndexSpec, folder: Path, journals: Path, options: argpar
 
 
 def compare(index: Index, journals: Path) -> None:
-    """The index holds the union of all dictionaries, and finds every item."""
+    """Check that the index holds the union of all dictionaries, and finds every item."""
     expected: Model = {}
     for path in sorted(journals.glob("process-*")):
         expected |= Journal(path).model
@@ -397,7 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
     spec = IndexSpec("abc", TOKENS, WIDTH, dtype=options.dtype)
     torch.set_num_threads(1)
     first = embedding("", 0)[None]
-    clim_scores(first, first)  # the first operation imports for seconds, which no search is to be blamed for
+    clim_scores(first, first)  # the first operation imports for seconds, which must not count as search time
     if options.process is not None:
         run_process(spec, options)
         return 0

@@ -94,7 +94,7 @@ def test_an_entry_that_does_not_fit_its_file(tmp_path: Path, entry: Any, message
 @pytest.mark.parametrize(
     "header",
     [
-        {"a": ENTRY, "b": ENTRY},  # one over the other
+        {"a": ENTRY, "b": ENTRY},  # overlapping
         {"array": ENTRY, "__metadata__": {"note": 1}},
         {"array": ENTRY, "__metadata__": []},
         [],
@@ -168,7 +168,7 @@ def test_only_what_no_one_is_writing_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".of a person.tmp").touch()
     os.utime(abandoned)
     with locked(written) as file:
-        os.utime(written, (0, 0))  # an old time says nothing
+        os.utime(written, (0, 0))  # an old time must not matter
         assert remove_abandoned(tmp_path) == 1
         file.write(b"kept")
     assert written.read_bytes() == b"kept"
@@ -220,7 +220,7 @@ def test_any_header_is_read_within_its_file_or_refused(
 def test_every_mode_of_a_folder_works_on_a_system_without_posix_reads_and_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows, which has neither."""
+    """This simulates Windows, which has neither."""
     for name in ("pread", "preadv", "posix_fadvise"):
         monkeypatch.delattr(os, name)
     monkeypatch.setattr(arrays, "fcntl", None)

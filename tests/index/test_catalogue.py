@@ -1,4 +1,4 @@
-"""The catalogue: items exist from the moment its transaction ends, all of a batch or none, and only under their spec."""
+"""The catalogue: items exist once its transaction ends, all of a batch or none, and only under their spec."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_batch_that_collides_leaves_nothing(catalogue: Catalogue, path: Path) 
     with pytest.raises(StoreError, match=r"cannot be written: UNIQUE constraint failed"):
         add(catalogue, ["new", "old"], "other", [{}, {}])
     assert [item.id for item in reopened(path)] == ["old"]
-    add(catalogue, ["next"], "third", [{}])  # no transaction was left open
+    add(catalogue, ["next"], "third", [{}])  # no transaction is left open
     assert [item.id for item in reopened(path)] == ["old", "next"]
 
 
@@ -179,7 +179,7 @@ def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None
 
 
 def test_a_catalogue_of_the_second_format_becomes_one_of_this(path: Path) -> None:
-    """One that was compacted: its positions have gaps where its rows have none."""
+    """The catalogue was compacted, so its positions have gaps, but its rows do not."""
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE spec (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
         connection.execute(

@@ -1,4 +1,4 @@
-"""Folders with any file but the catalogue damaged: a right answer or our error, from every operation."""
+"""Folders with any file except the catalogue damaged: every operation gives a right answer or our error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUERIES = embeddings(3, seed=99)
 
 @dataclass(repr=False)
 class Whole:
-    """A folder with all that can be derived: its answers by mode, the score of every item for each query, and embeddings."""
+    """A folder with all derived files: its answers by mode, every item's score for each query, and embeddings."""
 
     folder: Path
     answers: dict[str, list[tuple[str, float]]]
@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         for first in range(0, ITEMS, 8):
             ids = [str(number) for number in range(first, first + 8)]
             index.add(ids, embeddings(8, first), [{"n": int(item)} for item in ids])
-        with suppress(EngineError):  # without faiss
+        with suppress(EngineError):  # faiss is not installed
             index.build_candidates(lists=2, progress=False)
         answers = {mode: answer(index, mode) for mode in MODES}
         found = index.search(QUERIES, ITEMS, mode="exact")
@@ -72,7 +72,7 @@ def answer(index: Index, mode: str) -> list[tuple[str, float]]:
 
 
 def damage(folder: Path, choose: random.Random) -> Path:
-    """Change one file of an index in one way."""
+    """Damage one file of an index in a random way."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("catalogue")]
     path = choose.choice(files)
     content = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ def damage(folder: Path, choose: random.Random) -> Path:
         content += bytes(choose.randrange(1, 100))
     elif kind == "zeros":
         content[at : at + 64] = bytes(len(content[at : at + 64]))
-    elif kind == "text":  # a number of the header
+    elif kind == "text":  # a number in the header
         digit = next((place for place in range(at, len(content)) if 48 <= content[place] < 58), at)
         content[digit : digit + 1] = choose.choice(
             [b"-1", b"1e9", b"99999999999999999999", b"null", b"[]", b"{}", b'""']
@@ -100,7 +100,7 @@ def damage(folder: Path, choose: random.Random) -> Path:
 
 
 def tried(run: Callable[[], object]) -> object:
-    """What comes out; None: our error."""
+    """Return the result, or None if one of our errors is raised."""
     try:
         return run() or "done"
     except FineLIPError:
@@ -110,7 +110,7 @@ def tried(run: Callable[[], object]) -> object:
 @settings(settings.get_profile("fuzz"), max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**32))
 def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
-    """``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more."""
+    """Run ``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more examples."""
     folder = whole.folder.with_name("damaged")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(folder.with_name("copy"), ignore_errors=True)
@@ -126,7 +126,7 @@ def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
         found = tried(lambda mode=mode: search(mode, verify=True))
         assert found in (None, whole.answers[mode]), f"{mode}, verified, {path.name}"
         assert found is not None or not is_derived, f"a search failed on {path.name}"
-        # Not verified: perhaps not the best, but what is found is what it says.
+        # Unverified hits may not be the best, but their scores must be right.
         for number, (item, score) in enumerate(tried(lambda mode=mode: search(mode)) or ()):
             assert whole.scores[number // 5][item] == pytest.approx(score, abs=2e-5)
     with closing(stored_index(folder, skip_damaged=True)) as index:

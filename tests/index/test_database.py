@@ -1,4 +1,4 @@
-"""Catalogues of strangers, of other users and of other processes: read, refused or waited for, and never believed unseen."""
+"""Catalogues of untrusted sources, of other users and of other processes: read, refused or waited for, but always checked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def everything(folder: Path) -> Any:
-    """What an index tells, by all ways of asking."""
+    """Return everything that an index reports, queried in every way."""
     with closing(stored_index(folder)) as index:
         found = index.search(embeddings(2), 3).items, index.search(embeddings(1), 3, where="n >= 1").items
         return index.ids, index.metadata, len(index), index.source, found, index.check(), index.lost(), "a" in index
@@ -133,7 +133,7 @@ VALUES: list[Any] = [
 def test_whatever_a_row_says_is_an_error_or_the_right_answer(
     folder: Path, tmp_path: Path, place: tuple[str, str], value: Any, is_sealed: bool
 ) -> None:
-    """Also of someone who knows how rows are sealed, which protects from damage alone: from them, errors are of one kind."""
+    """Seals protect only against damage: an attacker who forges them may change answers, but must cause only our errors."""
     right = everything(folder)
     target = tmp_path / f"copy {time.monotonic_ns()}"
     shutil.copytree(folder, target)
@@ -142,7 +142,7 @@ def test_whatever_a_row_says_is_an_error_or_the_right_answer(
         value = value.encode("utf-8", "surrogatepass")
     with closing(sqlite3.connect(target / "catalogue.sqlite", isolation_level=None)) as connection:
         connection.text_factory = bytes
-        connection.execute("PRAGMA writable_schema = ON")  # a file can hold what STRICT refuses
+        connection.execute("PRAGMA writable_schema = ON")  # files may contain what STRICT refuses
         connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'STRICT', '') WHERE type = 'table'")
         connection.execute("PRAGMA schema_version = 99")
         with suppress(sqlite3.Error, OverflowError):
@@ -319,7 +319,7 @@ def test_of_two_jobs_that_skip_what_is_there_none_fails(tmp_path: Path) -> None:
 
 
 def in_a_fork(use: Callable[[], object]) -> str:
-    """What a forked child answers; it is killed after a time."""
+    """Return a forked child's answer; it is killed after a timeout."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
@@ -353,7 +353,7 @@ def test_a_forked_child_uses_what_was_open(tmp_path: Path, kind: str) -> None:
             index.search(embeddings(1), 2, where="n is null")
 
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # which OpenMP starts here, and are not in the child
+    torch.set_num_threads(2)  # started by OpenMP; the child does not have them
     torch.ones(1 << 20).exp_()
     threads = [threading.Thread(target=disturb)]
     for thread in threads:
@@ -372,7 +372,7 @@ def test_a_forked_child_uses_what_was_open(tmp_path: Path, kind: str) -> None:
         for thread in threads:
             thread.join()
         torch.set_num_threads(before)
-    assert ("child 0" in index) == (kind == "folder")  # what is in memory was copied
+    assert ("child 0" in index) == (kind == "folder")  # an in-memory index was copied
     index.close()
 
 

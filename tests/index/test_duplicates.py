@@ -1,4 +1,4 @@
-"""Items that are alike."""
+"""Duplicate items."""
 
 from __future__ import annotations
 

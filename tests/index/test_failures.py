@@ -1,4 +1,4 @@
-"""What goes wrong on disks: each with an error that says what to do, nothing lost, and the rest still to be read."""
+"""Disk failures: errors say what to do, nothing is lost, and the rest stays readable."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write more than this into a file: the nearest to a full disk that needs no disk."""
+    """Limit the size of written files, the closest to a full disk without one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written_to_can_be_searched(folder: Path, as_a_g
 
 
 def as_a_writer_was_killed(folder: Path, target: Path) -> Path:
-    """A copy of the folder whose last change is in the log alone."""
+    """Copy the folder with its last change only in the log, as a killed writer leaves it."""
     with closing(Index(SPEC, folder)) as index:
         index.add(["c"], embeddings(1, 2), [{}])
         shutil.copytree(folder, target)

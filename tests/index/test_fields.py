@@ -1,4 +1,4 @@
-"""Fields of the metadata: what they are offered as filters by."""
+"""Metadata fields and the filters that they offer."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_field_is_of_the_kind_that_most_of_its_values_are() -> None:
 def test_what_files_say_and_nobody_looks_for_is_left_out() -> None:
     file = {"bytes": 5, "modified": "2024-01-01", "sha256": "ab", "width": 3, "height": 4, "orientation": 6}
     assert [field.name for field in filled([{**file, "camera": "X100"}]).fields()] == ["camera"]
-    assert [field.name for field in filled([{"width": 3}]).fields()] == ["width"]  # not of a file
+    assert [field.name for field in filled([{"width": 3}]).fields()] == ["width"]  # not from a file
 
 
 def test_fields_follow_the_index(tmp_path: Path) -> None:

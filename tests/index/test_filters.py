@@ -1,4 +1,4 @@
-"""Where expressions: SQLite finds what they mean, whatever the metadata, by an index where there is one."""
+"""Where expressions: SQLite finds the right items for any metadata, using an index if there is one."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ TREES = st.recursive(
 
 
 def written(tree: Any, chance: random.Random) -> str:
-    """The tree as an expression; parentheses where they must be, and now and then where they need not."""
+    """Format the tree as an expression, with necessary and occasionally unnecessary parentheses."""
     word = "".join(chance.choice([letter.upper(), letter]) for letter in tree[0])
     if tree[0] in ("and", "or"):
         text = f" {word}\n".join(
@@ -342,7 +342,7 @@ def test_any_text_is_refused_or_evaluated_soon(parts: list[tuple[str, int]], bet
         with suppress(InputError):
             condition, parameters = compile_filter(where)
             database.execute(f"SELECT id FROM item WHERE {condition}", parameters).fetchall()
-    assert time.process_time() - begun < 20  # quadratic time would be minutes
+    assert time.process_time() - begun < 20  # quadratic time would take minutes
 
 
 # Indexes --------------------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_sqlite_takes_what_is_not_refused(database: sqlite3.Connection, where: s
         database.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
     fill(database, {"one": {"x": 1}})
     condition, parameters = compile_filter(where)
-    # Inside a query with some stack of its own.
+    # Use it inside a query that needs some stack of its own.
     query = (
         "SELECT item.id FROM item WHERE position >= 0 AND (metadata IS NULL OR position < 9) "
         f"AND EXISTS (SELECT 1 FROM item JOIN item AS other USING (position) WHERE other.id > '' AND {condition})"

@@ -1,4 +1,4 @@
-"""A writer killed at any moment: nothing that was acknowledged is lost, nothing half-written is seen."""
+"""A writer killed at any moment: nothing acknowledged is lost, and nothing half-written is visible."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def after(model: dict[str, int], change: list) -> dict[str, int]:
 
 
 def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    """``FINELIP_KILLS=100 pytest tests/index/test_killed_writer.py`` for more rounds."""
+    """Run ``FINELIP_KILLS=100 pytest tests/index/test_killed_writer.py`` for more rounds."""
     model: dict[str, int] = {}
     changes = 0
     for seed in range(ROUNDS):
         command = [sys.executable, str(VICTIM), str(tmp_path / "index"), str(seed)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:
             assert victim.stdout is not None
-            first = victim.stdout.readline()  # it has begun
+            first = victim.stdout.readline()  # the writer has begun
             time.sleep(random.Random(seed).uniform(0, 0.3))
             victim.kill()
             lines = [json.loads(line) for line in [first, *victim.stdout.readlines()] if line.endswith(b"\n")]
@@ -57,6 +57,6 @@ def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Pa
     assert changes > ROUNDS
     with closing(Index(SPEC, tmp_path / "index")) as index:
         strays = index.maintain()["strays"]
-        assert strays <= ROUNDS  # a killed writer leaves one file at most, which nothing names
+        assert strays <= ROUNDS  # a killed writer leaves at most one unreferenced file
         assert len(list((tmp_path / "index" / "segments").glob("*.safetensors"))) <= 1 + strays
         assert not list((tmp_path / "index" / "segments").glob(".*"))

@@ -1,4 +1,4 @@
-"""Lists beside segments: what was written is read, damage is told, and upkeep leaves one alone that is being written."""
+"""Lists beside segments: they are read as written, damage is reported, and upkeep ignores one that is being written."""
 
 from __future__ import annotations
 

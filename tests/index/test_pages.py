@@ -1,4 +1,4 @@
-"""Pages of a listing: together they are the listing, whatever changes between two of them."""
+"""Pages of a listing: together they are the complete listing, whatever changes between them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
 
 
 def listed(index: Index, between: Callable[[int], object] = lambda page: None, **options: object) -> list[str]:
-    """Ids of all pages; ``between`` is called with the number of each page that others follow."""
+    """Return the ids of all pages; ``between`` is called with the number of each page except the last."""
     ids, after, number = [], None, 0
     while True:
         items, after = index.page(after=after, **options)
@@ -62,7 +62,7 @@ def test_what_changes_between_pages_is_neither_skipped_nor_told_twice(index: Ind
 
     def change(page: int) -> None:
         if page == 0:
-            index.delete(["b", "d"])  # the last of the page, and one to come
+            index.delete(["b", "d"])  # the last item of this page, and a later one
             add(index, "i")
         if page == 1:
             add(index, "g", existing="replace")

@@ -1,4 +1,4 @@
-"""What was acknowledged outlives its record: lost segments are named and taken back, a damaged catalogue is made anew."""
+"""Acknowledged items survive the loss of their records: lost segments are restored, and a damaged catalogue is rebuilt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """A folder whose last two changes are in the log alone, as a killed writer leaves it."""
+    """A folder whose last two changes are only in the log, as left by a killed writer."""
     with closing(Index(SPEC, tmp_path / "index", source="mine")) as index:
         index.add(["a", "b"], embeddings(2), [{"n": 0}, {"n": 1}])
     with closing(Index(SPEC, tmp_path / "index")) as index:
@@ -54,7 +54,7 @@ def test_what_a_damaged_log_has_lost_is_named_and_taken_back(killed: Path, damag
         there = index.ids
         assert len(there) < 5
         assert sum(index.lost().values()) == 5 - len(there)
-        index.maintain()  # leaves them
+        index.maintain()  # does not touch them
         assert sum(index.lost().values()) == 5 - len(there)
         assert index.repair() == {}
         assert index.lost() == {}
@@ -97,7 +97,7 @@ def test_a_damaged_catalogue_is_made_anew(tmp_path: Path, has_copy: bool, capsys
     assert main(["index", "repair", "--index", str(folder), "--restore"]) == 0
     capsys.readouterr()
     with closing(stored_index(folder)) as index:
-        # Without a copy, nothing tells what was deleted.
+        # Without a copy, nothing records what was deleted.
         assert index.ids == (["a", "c", "d"] if has_copy else ["a", "b", "c", "d"])
         assert index.metadata[-1] == {"n": 1}
         assert index.source == "mine"

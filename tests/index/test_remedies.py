@@ -1,4 +1,4 @@
-"""What an error of an index advises is done here, and helps."""
+"""The advice in the index's errors is followed, and works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUERY = embeddings(1)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose name a shell would part, with a snapshot beside it."""
+    """A folder whose name contains a space, with a snapshot beside it."""
     with closing(Index(SPEC, tmp_path / "an index")) as index:
         for ids in (IDS[:60], IDS[60:]):
             index.add(ids, embeddings(60), [{"camera": "X100"}] * 60)
@@ -52,7 +52,7 @@ def index(folder: Path) -> Iterator[Index]:
 
 
 def finelip(advice: str, error: FineLIPError, **filled: object) -> None:
-    """Run the command that a message advises; words in capitals are what the user fills in."""
+    """Run the command that a message advises; words in capitals are placeholders for the user."""
     match = re.search(rf"finelip ({advice} .*?--index '[^']+'(?: --restore)?)", str(error))
     assert match, error
     words = [str(filled.get(word, word)) for word in shlex.split(match[1])]
@@ -63,7 +63,7 @@ def finelip(advice: str, error: FineLIPError, **filled: object) -> None:
 
 
 class Case(NamedTuple):
-    """A call that is refused, what the error advises, and the call as it advises."""
+    """A refused call, the advice in its error, and the call that follows the advice."""
 
     refused: Callable[[Index], Any]
     advice: str
@@ -110,7 +110,7 @@ def test_a_call_that_is_mended_as_advised_succeeds(index: Index, case: Case) -> 
     case.mended(index)
 
 
-# What is written in a filter that is refused, and as the error advises.
+# A filter that is refused, the advice, and the filter that follows it.
 FILTERS = [
     ("camera = X100", "write a 'text' in single quotes", "camera = 'X100'"),
     ("camera = null", "null is asked for by is null", "camera is null"),
@@ -210,7 +210,7 @@ def test_what_was_tuned_and_cannot_be_read_is_tuned_again(index: Index) -> None:
 def damage_a_row(folder: Path) -> None:
     segment = next((folder / "segments").glob("*.safetensors"))
     content = bytearray(segment.read_bytes())
-    content[8 + int.from_bytes(content[:8], "little")] ^= 64  # behind the header, in the first item's embedding
+    content[8 + int.from_bytes(content[:8], "little")] ^= 64  # after the header, in the first item's embedding
     segment.write_bytes(content)
 
 
@@ -325,7 +325,7 @@ def test_an_index_too_small_to_tune_is_searched_exactly(folder: Path) -> None:
         assert index.search(QUERY, 1).mode == "exact"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python, about forks beside threads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's warning about forks beside threads
 def test_processes_that_are_started_otherwise_search(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forks._Gate, "_PATIENCE", 0)
     entered, leave = threading.Event(), threading.Event()

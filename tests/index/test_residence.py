@@ -1,4 +1,4 @@
-"""Segments on a GPU: the same rows in few buffers, and little of it twice. No GPU is needed: the CPU stands for one."""
+"""Segments on a GPU: the same rows in few buffers, with little duplicated. No GPU is needed: the CPU stands in for it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SPEC = IndexSpec(checkpoint="abc", tokens=3, width=16)
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes that the GPU has left; the last counts."""
+    """Free bytes of the GPU; the last value counts."""
     left = [1 << 40]
     monkeypatch.setattr(residence, "free_bytes", lambda device: left[-1])
     return left
 
 
 class Collection:
-    """Segments that come and go, in order, and what is kept of them."""
+    """A sequence of segments that come and go, with their resident copies."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
@@ -74,7 +74,7 @@ def test_what_comes_later_leaves_a_large_buffer_where_it_is() -> None:
 def test_only_a_tenth_of_what_is_free_is_held_twice(free: list[int]) -> None:
     collection = Collection().add(10)
     collection.keep()
-    free.append(10 * 159)  # a byte less than ten rows of 16 need
+    free.append(10 * 159)  # one byte less than ten rows of 16 need
     assert [len(buffer) for buffer in collection.add(10).keep()] == [10, 10]
     free.append(10 * 320)
     assert [len(buffer) for buffer in collection.add(10).keep()] == [30]
@@ -126,7 +126,7 @@ def test_whatever_comes_and_goes_the_rows_are_the_same(steps: list[tuple[list[in
 def test_a_search_of_many_segments_launches_as_one_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Opened with 12 segments, the index is one piece to the kernels; results are those of the mapped segments."""
+    """With 12 segments, the index is one piece for the kernels; results equal those of mapped segments."""
     rows = torch.nn.functional.normalize(torch.randn(60, 3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     monkeypatch.setenv("FINELIP_KERNELS", "reference")
     monkeypatch.setattr("finelip_fast.kernels.clim.rows._TINY_BYTES", 0)  # small pieces count, too

@@ -1,4 +1,4 @@
-"""Searching: the same result in every exact mode and for every layout, two stages that say what they lose, filters."""
+"""Searching: equal results in every exact mode and layout, reported losses of two-stage searches, filters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 
 def fill(index: Index, count: int, parts: int = 1, seed: int = 0) -> None:
-    """Items ``0`` to ``count - 1``, the same ones however many parts they come in."""
+    """Add items ``0`` to ``count - 1``, identical for any number of parts."""
     rows = embeddings(count, seed)
     for some in torch.arange(count).tensor_split(parts):
         numbers = some.tolist()
@@ -58,7 +58,7 @@ def ids(index: Index, queries: Tensor, k: int, **options: object) -> list[list[s
 def test_the_layout_changes_nothing(
     parts: int, gone: set[int], dtype: str, maintained: bool, low: int | None, k: int, seed: int
 ) -> None:
-    """Not the segments, nor gaps, compaction, reopening, copying, exact mode, or how many queries come at once."""
+    """Results do not depend on segments, gaps, compaction, reopening, copying, exact mode, or batching of queries."""
     spec = replace(SPEC, dtype=dtype)
     queries = embeddings(3, seed=100 + seed)
     where = None if low is None else f"n >= {low}"
@@ -102,9 +102,9 @@ def test_the_layout_changes_nothing(
 def test_the_global_cosine_alone_ranks_as_among_all_rows(
     parts: int, dtype: str, low: int | None, k: int, gone: set[int]
 ) -> None:
-    """With ``alpha=1`` hits, order and scores are those of the whole embeddings, ties in order of insertion."""
+    """With ``alpha=1``, hits, order and scores equal those of whole embeddings, with ties in order of insertion."""
     index = Index(replace(SPEC, dtype=dtype))
-    rows = embeddings(20).repeat(2, 1, 1)  # each twice
+    rows = embeddings(20).repeat(2, 1, 1)  # each row twice
     for some in torch.arange(40).tensor_split(parts):
         numbers = some.tolist()
         index.add([str(n) for n in numbers], rows[numbers], [{"n": n} for n in numbers])
@@ -150,7 +150,7 @@ def test_global_rows_alone_are_kept_and_searched(tmp_path: Path, dtype: str) -> 
 
 
 def test_a_folder_of_untrained_rows_goes_on_with_their_number(tmp_path: Path) -> None:
-    """What an untrained checkpoint adds now has one row, what it added before had all; the first is what counts."""
+    """New items of an untrained checkpoint have one row and old ones have all; only the first row counts."""
     old = replace(SPEC, alpha=1.0)
     spec = replace(old, tokens=1)
     rows = embeddings(40)
@@ -190,7 +190,7 @@ def test_int8_is_searched_by_what_is_kept(method: ModuleType) -> None:
 
 
 def test_two_stages_score_the_candidates_and_no_others(method: ModuleType) -> None:
-    """The candidates are the items of the highest global cosine."""
+    """The candidates are the items with the highest global cosine."""
     index = Index(SPEC)
     fill(index, 60, 4)
     query = embeddings(1, seed=9)
@@ -241,7 +241,7 @@ def test_auto_takes_two_stages_where_it_was_measured_to_lose_little() -> None:
         (measured, {"where": "n < 21"}, "two-stage"),
         (replace(measured, agreement=0.98), {}, "exact"),
         (replace(measured, items=31), {}, "two-stage"),
-        (replace(measured, items=30), {}, "exact"),  # has doubled since
+        (replace(measured, items=30), {}, "exact"),  # doubled in size since
         (replace(measured, seconds={"exact": 1.0, "two-stage": 1.1}), {}, "exact"),
     ]:
         index.tuning = tuning
@@ -249,7 +249,7 @@ def test_auto_takes_two_stages_where_it_was_measured_to_lose_little() -> None:
         assert index.search(query, **({"k": 5} | options)).mode == mode, (tuning, options)
     index.tuning = None
     index.search(query, 5, mode="exact-int8")
-    assert index.search(query, 5).mode == "exact-int8"  # the copies are there now
+    assert index.search(query, 5).mode == "exact-int8"  # the copies exist now
 
 
 def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
@@ -372,11 +372,11 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         source = index._first_stage(index._store.view(), "two-stage", 0.5)
         assert source is not None
         source.probes = 8
-        assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # every list: as good as all
+        assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # with all lists, it is exact
         for where in ("n < 20", "n >= 200", "n > 1000", "odd = true"):
             expected = ids(index, queries, 5, mode="exact", where=where)
             assert ids(index, queries, 5, mode="two-stage", candidates=200, where=where) == expected
-        source.probes = 1  # too few are in one list: all are gone through
+        source.probes = 1  # one list has too few items, so all are searched
         assert [len(row) for row in ids(index, queries, 300, mode="two-stage", candidates=399)] == [266] * 5
         new = torch.nn.functional.normalize(queries[:1] + 0.01, dim=-1)
         index.add(["new"], new, [{"n": 0}])
@@ -409,14 +409,14 @@ def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path
         for at in range(0, len(content), 41):
             path.unlink()
             path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
-            assert faiss.find(view, cache) is None or at < contents.places["centres"].start  # a space of the header
+            assert faiss.find(view, cache) is None or at < contents.places["centres"].start  # a space in the header
             assert ids(index, queries, 5, mode="two-stage", candidates=30) == expected
-        # Of a stranger, with checksums that are right.
+        # Untrusted, but with valid checksums.
         path.write_bytes(content)
         arrays = {name: values.clone() for name, values in map_arrays(path, contents).items()}
         for name, change in {
             "sizes": lambda values: values.fill_(1 << 40),
-            "lists": lambda values: values.fill_(255),  # rows of -1
+            "lists": lambda values: values.fill_(255),  # all rows become -1
             "centres": lambda values: values.resize_(1, SPEC.width),
         }.items():
             hostile = {**arrays, name: change(arrays[name].clone())}
@@ -425,7 +425,7 @@ def test_a_file_of_faiss_that_is_not_what_was_written_is_not_used(tmp_path: Path
         path.write_bytes(content)
         source = faiss.find(view, cache)
         assert source is not None
-        path.write_bytes(content[:400])  # while it is mapped
+        path.write_bytes(content[:400])  # truncated while it is mapped
         assert torch.equal(source(queries, 60, None, alpha=0.5).sort().values, torch.arange(60).expand(3, -1))
 
 

@@ -1,4 +1,4 @@
-"""Segments: written once, read back bit for bit, and refused by name when they are not what was written."""
+"""Segments: written once, read back bit for bit, and refused by name if they differ from what was written."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_checksums_are_of_the_rows_as_they_lie_in_the_file(tmp_path: Path) -> No
 def test_any_flipped_byte_is_found(tmp_path: Path, dtype: str) -> None:
     segment, crcs = written(tmp_path, random(4), dtype)
     assert segment.damaged(crcs) == {}
-    assert segment.damaged([None] * 4) == {}  # of a time without checksums
+    assert segment.damaged([None] * 4) == {}  # as before checksums existed
     content = (tmp_path / segment.name).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     for at in range(start, len(content)):
@@ -150,7 +150,7 @@ def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path
     elif kind == "of other embeddings":
         other.quantized(cache)
         damaged = [(cache / other.name).read_bytes()]
-    elif kind == "of another time":  # without checksums
+    elif kind == "of another time":  # as before checksums existed
         save_file(expected._asdict(), path)
         damaged = [path.read_bytes()]
     else:
@@ -297,7 +297,7 @@ def test_a_segment_of_numpys_format_is_read(tmp_path: Path) -> None:
         (np.zeros((2, 3, 8), np.float32), r"expected tokens float16 \[2, 3, 8\], got float32 \[2, 3, 8\]"),
         (np.zeros((1, 3, 8), np.float16), r"expected tokens float16 \[2, 3, 8\], got float16 \[1, 3, 8\]"),
         (np.zeros((2, 8, 3), np.float16), r"expected tokens float16 \[2, 3, 8\], got float16 \[2, 8, 3\]"),
-        (np.array([{"any": "object"}], object), "cannot be read"),  # a pickle, which is not opened
+        (np.array([{"any": "object"}], object), "cannot be read"),  # a pickle, which must not be loaded
     ],
     ids=["dtype", "rows", "shape", "pickle"],
 )

@@ -1,4 +1,4 @@
-"""Searches whose first stage are sketches: nothing is lost on the way, whatever becomes of the index and of its files."""
+"""Searches with sketches as the first stage: nothing is lost, whatever happens to the index and its files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = IndexSpec(checkpoint="abc", tokens=4, width=32, alpha=0.25)
 
 
 def embeddings(rows: int, seed: int = 0) -> Tensor:
-    """Items like those of a model: most of each row lies in few directions."""
+    """Return items like a model's: most of each row's norm is in a few directions."""
     values = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
     values[..., 12:] *= 0.1
     return torch.nn.functional.normalize(values, dim=-1)
@@ -60,7 +60,7 @@ def bases_of(folder: Path) -> set[str]:
 def test_with_all_as_candidates_nothing_is_lost(
     parts: int, gone: set[int], dtype: str, bits: int | None, maintained: bool, low: int | None, k: int
 ) -> None:
-    """Through deletes, compaction, filters and reopening; and hits of fewer candidates have their exact scores."""
+    """This includes deletes, compaction, filters and reopening; with fewer candidates, hits still have exact scores."""
     queries = embeddings(3, seed=9)
     where = None if low is None else f"n >= {low}"
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def test_with_all_as_candidates_nothing_is_lost(
 def test_sketches_find_what_global_rows_miss() -> None:
     index = Index(SPEC)
     rows = embeddings(3000)
-    rows[:, 0] = embeddings(1, seed=1)[0, 0]  # global rows that tell nothing
+    rows[:, 0] = embeddings(1, seed=1)[0, 0]  # uninformative global rows
     index.add([str(n) for n in range(3000)], rows, [{}] * 3000)
     queries = torch.nn.functional.normalize(rows[:40] + 0.1 * torch.randn(40, 4, 32), dim=-1)
     exact = index.search(queries, 5, mode="exact").numbers
@@ -212,7 +212,9 @@ def test_sketches_of_damaged_embeddings_are_taken_away(tmp_path: Path) -> None:
     with closing(Index(SPEC, tmp_path)) as index:
         assert len(index.check()) == 1
         assert not sketch_files(tmp_path)
-        index.search(embeddings(1, seed=4), 3, mode="sketch", candidates=10)  # of what is there, and not kept
+        index.search(
+            embeddings(1, seed=4), 3, mode="sketch", candidates=10
+        )  # built from the remaining rows, and not kept
         assert not sketch_files(tmp_path)
     segment.write_bytes(sound)
     with closing(Index(SPEC, tmp_path)) as index:
@@ -287,7 +289,7 @@ def test_what_has_no_tokens_or_bits_is_refused(tmp_path: Path) -> None:
         assert index.build_sketches() == 0
         assert index.search(embeddings(1), 3, mode="sketch").scores.shape == (1, 0)
         index._store.catalogue.keep("sketch", "much")
-        fill(index, 60)  # what was noted does not keep it from being added
+        fill(index, 60)  # the stored note does not prevent additions
         with pytest.raises(StoreError, match="finelip index sketch --index"):
             index.search(embeddings(1), 3, mode="sketch", candidates=5)
         index.build_sketches()

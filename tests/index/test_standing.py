@@ -1,4 +1,4 @@
-"""How far hits stand out: whether what was described is there, or only the best of what is."""
+"""How far hits stand out: whether the described picture is there, or only the closest one."""
 
 from __future__ import annotations
 

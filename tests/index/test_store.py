@@ -1,4 +1,4 @@
-"""The index: a list of items that searches, and that a folder keeps through anything that was acknowledged."""
+"""The index: a searchable list of items; in a folder, acknowledged changes persist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = IndexSpec(checkpoint="abc", tokens=3, width=8)
 
 
 def embeddings(rows: int, seed: int = 0) -> Tensor:
-    """Unit rows, on float16's grid so that keeping them loses nothing."""
+    """Return unit rows rounded to float16, so that storing them loses nothing."""
     rows = torch.randn(rows, SPEC.tokens, SPEC.width, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(rows, dim=-1).half().float()
 
@@ -37,7 +37,7 @@ def add(index: Index, *ids: str, seed: int = 0) -> None:
 
 @pytest.fixture(params=["memory", "folder"])
 def open_index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Index]]:
-    """Opens an index of either kind; closed at the end."""
+    """Return a function that opens an index in memory or in a folder; it is closed at the end."""
     opened: list[Index] = []
 
     def build() -> Index:
@@ -86,7 +86,7 @@ def test_adding_nothing_is_nothing(open_index: Callable[[], Index]) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
 def test_search_agrees_with_scoring_everything(method: ModuleType, k: int, alpha: float) -> None:
     index = Index(SPEC)
-    for block in range(3):  # in blocks, as they were added
+    for block in range(3):  # in blocks, in order of insertion
         index.add([f"{block}-{n}" for n in range(4)], embeddings(4, block), [{}] * 4)
     queries = embeddings(2, seed=9)
     found = index.search(queries, k, alpha=alpha)
@@ -360,7 +360,7 @@ def test_a_process_killed_before_the_commit_loses_nothing_acknowledged(
             with pytest.raises(KeyboardInterrupt):
                 add(index, "lost", seed=1)
         assert index.ids == ["kept"]
-    assert len(list((folder / "segments").glob("*.safetensors"))) == 2  # the second belongs to nobody
+    assert len(list((folder / "segments").glob("*.safetensors"))) == 2  # nothing refers to the second
     with closing(Index(SPEC, folder)) as index:
         assert index.ids == ["kept"]
         add(index, "lost", seed=1)
@@ -386,7 +386,7 @@ def test_two_writers_and_a_reader_see_each_other(folder: Path) -> None:
 
 
 def test_a_search_that_others_disturb_is_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process compacts the index when the search has chosen its rows, or is about to read them."""
+    """Another process compacts the index after the search has chosen its rows, or before it reads them."""
     with closing(Index(SPEC, folder)) as writer, closing(Index(SPEC, folder)) as reader:
         for number in range(4):
             add(writer, f"item {number}", seed=number)
@@ -447,7 +447,7 @@ def test_what_was_taken_out_is_not_found(open_index: Callable[[], Index]) -> Non
     assert "b" not in index
     assert torch.equal(index.embeddings, embeddings(3).half()[[0, 2]])
     index.delete([])
-    add(index, "b", seed=1)  # its id is free again
+    add(index, "b", seed=1)  # the id is available again
     assert index.ids == ["a", "c", "b"]
 
 
@@ -478,7 +478,7 @@ def test_what_workers_wrote_is_taken_over_at_once(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
         written = [work(index, "b", "c", seed=1), work(index, "d", seed=2)]
-        index.maintain()  # leaves them alone
+        index.maintain()  # does not touch them
         index.adopt(written)
         assert index.ids == ["a", "b", "c", "d"]
         assert torch.equal(index.embeddings[3:], embeddings(1, 2).half())
@@ -501,7 +501,7 @@ def test_what_workers_wrote_is_taken_over_at_once(folder: Path) -> None:
         for path in left:
             os.utime(path, (0, 0))
         index.maintain()
-        assert set(index.incoming.iterdir()) == left  # no clock says that nobody takes them over
+        assert set(index.incoming.iterdir()) == left  # an old time does not prove that they are abandoned
     with pytest.raises(InputError, match="got one in memory"):
         Index(SPEC).adopt([])
 

@@ -1,4 +1,4 @@
-"""Many writers and readers at once, against dictionaries: ``stress.py`` for a few seconds."""
+"""Many concurrent writers and readers, checked against dictionaries: ``stress.py`` for a few seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = os.environ.get("FINELIP_STRESS", "5")
     ids=["folder", "folder in int8", "memory"],
 )
 def test_nothing_is_lost_or_wrong_under_stress(options: list[str]) -> None:
-    """``FINELIP_STRESS=600 pytest tests/index/test_stress.py`` for longer."""
+    """Run ``FINELIP_STRESS=600 pytest tests/index/test_stress.py`` for longer."""
     command = [sys.executable, str(SCRIPT), "--seconds", SECONDS, *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=float(SECONDS) + 200)
     assert ended.stdout, ended.stderr

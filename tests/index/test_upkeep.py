@@ -1,4 +1,4 @@
-"""Looking after a folder: order, older versions, copies, and what is damaged."""
+"""Maintenance of a folder: compaction, older versions, copies, and damage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_older_versions_can_be_opened_until_the_folder_is_put_in_order(folder: P
 
 
 def test_items_that_come_one_by_one_stay_in_few_segments(folder: Path) -> None:
-    """Also beside a large segment with a gap, which is not written again; and for who has the index open meanwhile."""
+    """A large segment with a gap beside them is not rewritten, and an index opened meanwhile sees the items, too."""
     with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as reader:
         index.add([f"old {n}" for n in range(1_000)], embeddings(1_000, 7), [{}] * 1_000)
         index.delete(["old 3", "old 500"])
@@ -162,7 +162,7 @@ def test_an_empty_folder_can_be_put_in_order(folder: Path) -> None:
 
 
 def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segments that the catalogue named are gone when they are to be opened."""
+    """The segments named by the catalogue are gone before they are opened."""
     with closing(Index(SPEC, folder)) as writer:
         add(writer, "a")
         add(writer, "b", seed=1)
@@ -206,7 +206,7 @@ def test_a_snapshot_is_the_index_with_its_versions(folder: Path, tmp_path: Path)
         add(index, "a", "b")
         index.delete(["a"])
         index.snapshot(tmp_path / "copies" / "one")
-        add(index, "later", seed=1)  # what comes after is not in it
+        add(index, "later", seed=1)  # later changes are not included
         with pytest.raises(StoreError, match="expected a new or empty folder"):
             index.snapshot(tmp_path / "copies" / "one")
     with closing(Index(SPEC, tmp_path / "copies" / "one")) as copy:
@@ -316,7 +316,7 @@ def test_a_check_goes_on_when_another_compacts(folder: Path, monkeypatch: pytest
 
 
 def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restored(folder: Path) -> None:
-    """Also of a time when segments did not tell the checksum of their rows."""
+    """This includes older segments without checksums of their rows."""
     with closing(Index(SPEC, folder)) as index:
         add(index, "a", "b", "c")
         (row,) = index._store.view().layout.segments
@@ -338,7 +338,7 @@ def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restore
 
 
 def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
-    """Whatever the files' times say."""
+    """File times must not matter."""
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
         incoming = index.incoming

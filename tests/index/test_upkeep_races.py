@@ -1,4 +1,4 @@
-"""Upkeep beside processes that write, search and copy: none of them loses a file, and none fails."""
+"""Maintenance beside processes that write, search and copy: no file is lost, and no operation fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROLES = ("add", "adopt", "maintain", "exact-int8", "snapshot")
 
 
 def test_upkeep_beside_writers_and_searches(tmp_path: Path) -> None:
-    """``FINELIP_RACE_SECONDS=300 pytest tests/index/test_upkeep_races.py`` for longer."""
+    """Run ``FINELIP_RACE_SECONDS=300 pytest tests/index/test_upkeep_races.py`` for longer."""
     folder = tmp_path / "index"
     Index(IndexSpec("abc", 3, 8), folder).close()
     script = str(Path(__file__).with_name("race_an_index.py"))

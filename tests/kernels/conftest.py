@@ -1,7 +1,7 @@
-"""Where the operations are tested: ``pytest -m gpu`` runs on a CUDA device what the rest runs here.
+"""Test devices of the operations: ``pytest -m gpu`` runs on a CUDA device what other runs test on the CPU.
 
-A test that asks for `device` runs on the CPU and on a CUDA device. One of a Triton kernel runs compiled on a CUDA device, or
-on the CPU by Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels -m triton``.
+A test with the `device` fixture runs on the CPU and on a CUDA device. A test of a Triton kernel runs compiled on a CUDA
+device, or on the CPU in Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels -m triton``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# cuBLAS is deterministic with this alone, and PyTorch looks once: at the first product on a GPU.
+# cuBLAS needs this to be deterministic; PyTorch reads it once, at the first product on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, and integers their largest value, so that what a kernel leaves unwritten shows."""
+    """Fill fresh memory with NaN, or the largest integer, so that anything a kernel leaves unwritten is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Arguments that would be dropped, cut or read from another device's memory are refused by name."""
+"""Arguments that would be dropped, truncated or read from another device's memory are refused by name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_numbers_of_other_kinds_are_weights_too(alpha):
 
 
 def test_a_weight_that_learns_is_two_scores():
-    """What the refusal of a tensor advises."""
+    """The error for a tensor as alpha advises this."""
     alpha = torch.tensor(0.3, requires_grad=True)
     scores = alpha * clim_scores(QUERIES, ITEMS, alpha=1.0) + (1 - alpha) * clim_scores(QUERIES, ITEMS, alpha=0.0)
     torch.testing.assert_close(scores, clim_scores(QUERIES, ITEMS, alpha=0.3), rtol=0, atol=1e-6)

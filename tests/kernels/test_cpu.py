@@ -1,4 +1,4 @@
-"""Products on the CPU: the same numbers from whichever library, however the operands lie in memory."""
+"""Products on the CPU: the same results with any library and any memory layout of the operands."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_pytorch_cannot_say_is_no():
 
 
 def test_onednn_can_be_switched_off():
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of GPUs that are not here
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of missing GPUs
     try:
         assert not cpu.has_onednn()
         assert not cpu.has_bfloat16()
@@ -88,7 +88,7 @@ def test_few_rows_are_added(rows):
 
 
 def test_layers_meet_few_numbers_of_rows():
-    """A product is prepared, and what was prepared is kept, for each."""
+    """Each distinct number of rows has a prepared product that is kept."""
     assert len({cpu.filled_rows(rows) for rows in range(1, 2049)}) == 32 + 3 * 8
 
 

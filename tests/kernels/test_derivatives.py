@@ -1,4 +1,4 @@
-"""Every derivative of the two operations that PyTorch can be asked for is right, and a search refuses all of them."""
+"""Every derivative of the two operations that PyTorch can compute is right, and a search refuses all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finelip_fast.kernels import (
 from finelip_fast.kernels.clim import formula
 from finelip_fast.kernels.clim import gradient as clim_gradient
 
-# PyTorch's own rules of forward mode are scripted when the first is used.
+# PyTorch scripts its own forward-mode rules when the first one is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
 
@@ -45,7 +45,7 @@ def assert_near(actual, expected, tolerance=1e-5):
 
 
 class Clim:
-    """Late interaction, and the same in float64 for PyTorch to differentiate."""
+    """Late interaction, and a float64 version for PyTorch to differentiate."""
 
     tolerance = 1e-5
 
@@ -65,7 +65,7 @@ class Clim:
 
 
 class Atrm:
-    """Token aggregation, likewise."""
+    """Token aggregation, and a float64 version for PyTorch to differentiate."""
 
     tolerance = 5e-5
 
@@ -102,7 +102,7 @@ def doubled(tensors):
 
 
 def dual(function, inputs, tangents):
-    """By PyTorch's other way into forward mode."""
+    """Return the tangent through PyTorch's other forward-mode interface."""
     with forward_ad.dual_level():
         result = function(*map(forward_ad.make_dual, inputs, tangents))
         return forward_ad.unpack_dual(result).tangent
@@ -124,7 +124,7 @@ def test_the_tangent_of_each_input_alone_equals_float64s(operation):
         tangents = [torch.zeros_like(each) for each in operation.inputs]
         tangents[at] = like(operation.inputs)[at]
         expected = tangent(operation.exact, doubled(operation.inputs), doubled(tangents))
-        if at != 6:  # softmax does not see b2, which all tokens share
+        if at != 6:  # b2 is shared by all tokens, so softmax ignores it
             assert expected.abs().max() > 0.01
         assert_near(tangent(operation.run, operation.inputs, tuple(tangents)), expected, operation.tolerance)
 
@@ -158,7 +158,7 @@ def test_hessians_equal_float64s(operation):
 
 
 def twice(function, inputs):
-    """The gradient of the squared gradient, as a penalty on it has."""
+    """Return the gradient of the squared gradient, as in a gradient penalty."""
     leaves = [each.clone().requires_grad_() for each in inputs]
     first = torch.autograd.grad(loss_of(function)(*leaves), leaves, create_graph=True)
     return *first, *torch.autograd.grad(sum(each.square().sum() for each in first), leaves)
@@ -185,7 +185,7 @@ def test_tangents_of_gradients_equal_float64s(operation):
 
 
 def test_a_tangent_of_what_comes_back_reaches_the_gradient(operation):
-    """Scored before, without a tangent: what is dual then is the gradient that comes back alone."""
+    """The scores are computed before, without a tangent; only the incoming gradient is dual."""
     leaves = [each.clone().requires_grad_() for each in operation.inputs]
     result = operation.run(*leaves)
     back = torch.ones_like(result), randn(*result.shape, seed=3).float()
@@ -247,7 +247,7 @@ def test_forward_meets_reverse_in_token_aggregation(lengths, tokens, width):
 
 
 def assert_modes_meet(operation):
-    """``u . (J v) = (J^T u) . v``; the left side by the reference, the right side by the kernels."""
+    """Check ``u . (J v) = (J^T u) . v``: the left side by the reference, the right side by the kernels."""
     tangents = like(operation.inputs)
     leaves = [each.clone().requires_grad_() for each in operation.inputs]
     result = operation.run(*leaves)
@@ -274,7 +274,7 @@ def test_compiled_tangents_are_no_zeros(operation, inside):
         assert_near(found, expected)
         return
     compiled = torch.compile(operation.run, backend="aot_eager")
-    compiled(*operation.inputs)  # the graph for tensors without tangents must not serve those with
+    compiled(*operation.inputs)  # the graph for tensors without tangents must not be reused for those with tangents
     assert_near(tangent(compiled, operation.inputs, tangents), expected)
     assert_near(dual(compiled, operation.inputs, tangents), expected)
     assert_near(grad(loss_of(compiled))(*operation.inputs), grad(loss_of(operation.run))(*operation.inputs))
@@ -309,7 +309,7 @@ def test_scales_have_gradients_and_tangents():
 
 @pytest.fixture
 def plain_attention():
-    """PyTorch's fused ones raise in forward mode."""
+    """Use plain attention, because PyTorch's fused ones raise in forward mode."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with sdpa_kernel(SDPBackend.MATH):
@@ -330,7 +330,7 @@ def test_the_models_loss_has_a_tangent(make_model, make_captions, plain_attentio
     forwards = jvp(loss, (parameters,), (directions,))[1]
     for value in model.parameters():
         value.requires_grad_()
-    loss(dict(model.named_parameters())).backward()  # by the kernels
+    loss(dict(model.named_parameters())).backward()  # uses the kernels
     backwards = sum((value.grad * directions[name]).sum() for name, value in model.named_parameters())
     assert forwards.abs() > 1e-3
     torch.testing.assert_close(forwards, backwards, rtol=1e-3, atol=1e-5)

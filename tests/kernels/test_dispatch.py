@@ -1,4 +1,4 @@
-"""Which implementation runs: what is forced, what is refused, and why."""
+"""The choice of implementation: what can be forced, what is refused, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU alone can show: graphs, streams, compiled code, the same bits twice, and an index of 60 GB."""
+"""Tests that need a GPU: graphs, streams, compiled code, bitwise reproducibility, and an index of 60 GB."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def embeddings(dtype=torch.float16, n_queries=9, n_items=300):
 
 
 def aggregation(batch=5, dtype=torch.float16):
-    """Arguments of `atrm`, lengths and anchor by name."""
+    """Return the arguments of `atrm`, with lengths and anchor by name."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape, scale=1.0):
@@ -48,7 +48,7 @@ def score_int8(queries, items):
 
 
 def runs():
-    """Each operation as ``(call, an input that it reads in place)``."""
+    """Return each operation as ``(call, an input that it reads in place)``."""
     queries, items = embeddings()
     tensors, named = aggregation()
     return {
@@ -68,7 +68,7 @@ def test_a_captured_graph_gives_what_a_call_gives(name):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call()  # compiles
+        call()  # triggers compilation
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -96,7 +96,7 @@ def test_streams_run_in_their_own_order(name):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(10_000_000)  # cycles: what does not wait for this stream is done before
+        torch.cuda._sleep(10_000_000)  # cycles; whatever does not wait for this stream finishes earlier
         read.copy_(changed)
         found = call()
         read.copy_(changed.flip(0))
@@ -143,7 +143,7 @@ def test_compiled_code_gives_what_a_call_gives():
 
 @pytest.mark.slow
 def test_an_index_of_60_gb():
-    n_items = 1_500_000  # 3.07e10 numbers: far past what 32 bits count
+    n_items = 1_500_000  # 3.07e10 numbers, far beyond 32-bit offsets
     size = n_items * TOKENS * WIDTH * 2
     if torch.cuda.mem_get_info()[0] < size + (4 << 30):
         pytest.skip(f"needs {size / 1e9:.0f} GB of free GPU memory and 4 GB to work in")
@@ -151,7 +151,7 @@ def test_an_index_of_60_gb():
     for first in range(0, n_items, 10_000):
         block = items[first : first + 10_000]
         block.copy_(unit_rows(len(block), TOKENS, WIDTH, seed=first))
-    # Where 31, 32 and 33 bits end, the first and the last: each is its own best match.
+    # The first and last items, and those at the limits of 31, 32 and 33 bits; each is its own best match.
     planted = [0, *(2**bits // (TOKENS * WIDTH) for bits in (31, 32, 33)), n_items - 1]
     queries = items[planted]
     scores = clim_scores(queries, items)

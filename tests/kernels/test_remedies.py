@@ -1,4 +1,4 @@
-"""What an error of the operations advises is done here, and helps."""
+"""The advice in the operations' errors is followed, and works."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def aggregate(x: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 class Case(NamedTuple):
-    """A call that is refused, what the error advises, and the call as it advises."""
+    """A refused call, the advice in its error, and the call that follows the advice."""
 
     refused: Callable[[], Tensor]
     advice: str
@@ -114,7 +114,7 @@ def test_a_call_that_is_mended_as_advised_returns_numbers(case: Case) -> None:
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """This machine's launch settings, where the test has them to itself."""
+    """This machine's launch settings, replaced by an empty table."""
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path))
     launch_settings._tables.cache_clear()
     yield launch_settings.cache_file()

@@ -1,4 +1,4 @@
-"""Measured launch settings: whose count, how they are kept, and what a broken table says."""
+"""Measured launch settings: precedence, storage, and errors for a broken table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASE = _settings.key("clim", capability=90, dtype=torch.float16, D=512, L=40, Q=
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    """This machine's table, where the test has it to itself."""
+    """This machine's table of settings, private to the test."""
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "cache"))
     _settings._tables.cache_clear()
     yield _settings.cache_file()
@@ -153,7 +153,7 @@ def test_another_table_can_be_written(own, tmp_path):
     assert not own.exists()
 
 
-# Every kernel's launcher, at sizes that its tests use.
+# The launcher of every kernel, at sizes that its tests use.
 LAUNCHES = {
     "clim.launches": ("ClimSettings", (90, torch.float16, 512, 1, 40), "clim sm_90 float16 D=512 L=40 Q=1"),
     "clim.gradient_triton": (
@@ -177,7 +177,7 @@ def test_a_launch_takes_tuned_settings_before_its_defaults(name):
     default = module.settings_for(launch)
     assert type(default).__name__ == kind
     tuned = {field: not value if isinstance(value, bool) else value + 1 for field, value in asdict(default).items()}
-    _settings.save({case: tuned})  # counts at once
+    _settings.save({case: tuned})  # takes effect immediately
     assert asdict(module.settings_for(launch)) == tuned
     module.settings_for.cache_clear()
 

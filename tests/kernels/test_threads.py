@@ -1,4 +1,4 @@
-"""Work shared out among threads: results in order, one thread of PyTorch's each, and nothing of the caller's lost."""
+"""Work distributed over threads: results in order, one PyTorch thread each, and the caller's state preserved."""
 
 from __future__ import annotations
 

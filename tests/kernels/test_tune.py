@@ -1,4 +1,4 @@
-"""Tuning: what is kept, what is out, what is skipped, and that nothing found is lost."""
+"""Tuning: which settings are kept, excluded or skipped, and that no result is lost."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def table(tmp_path, monkeypatch):
 
 
 def case(name, *blocks, run=lambda cut: torch.ones(3), tolerance=1e-5):
-    """A case whose right result is ones, at its first place by float64."""
+    """Return a case whose right result is ones, checked at its first place in float64."""
     exact = ((slice(1), torch.ones(1, dtype=torch.float64)),)
     return Case((name,), Cut(1), tuple(map(Cut, blocks)), lambda: Prepared(lambda cut: (run(cut),), exact, tolerance))
 
 
 def clock(milliseconds):
-    """A measure that knows what each block takes: the settings are the last argument of what it is to run."""
+    """Return a timer with a given time for each block; the settings are the last argument of the timed function."""
     return lambda run: milliseconds[run.args[-1].block]
 
 
@@ -95,7 +95,7 @@ def test_wrong_default_settings_are_told_and_not_saved(table):
 
 
 def test_a_gpu_that_stopped_working_saves_nothing_more(table):
-    """As after an illegal access: no launch of this process works any more."""
+    """After an illegal access, for example, every launch of the process fails."""
     broken = []
 
     def run(cut):
@@ -184,7 +184,7 @@ def test_operations_are_chosen_by_name(monkeypatch):
     os.environ.get("TRITON_INTERPRET") != "1", reason="for TRITON_INTERPRET=1; a GPU tunes at full size"
 )
 def test_every_case_runs(table, monkeypatch):
-    """At sizes that the interpreter can do: the defaults and one candidate of each case."""
+    """The sizes suit the interpreter: the defaults and one candidate of each case."""
     monkeypatch.setattr(tune, "SHAPES", ((32, 4, 6),))
     monkeypatch.setattr(tune, "_BATCH", 2)
     monkeypatch.setattr(tune, "_items_that_fit", lambda device, launch: 3)

@@ -1,4 +1,4 @@
-"""Manifests: where exports lie, what is refused, and that every difference is told with the command that helps."""
+"""Manifests: where exports are found, what is refused, and that every mismatch is reported with the command that helps."""
 
 from __future__ import annotations
 

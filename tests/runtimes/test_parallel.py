@@ -1,4 +1,4 @@
-"""Batches shared out among threads: the same rows, in their order, whatever the numbers of rows and threads."""
+"""Batches distributed over threads: the same rows in the same order, for any number of rows and threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finelip_fast.runtimes.parallel import RowParallel
 
 
 class Doubling:
-    """A graph that notes how many rows it was given at once."""
+    """A graph that records how many rows it gets at once."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""Running TensorRT plans: what is decided without a GPU, and on a GPU the plans themselves."""
+"""Running TensorRT plans: decisions that need no GPU, and the plans themselves on a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_comes_twice_is_made_once_and_the_least_recently_used_goes() -> Non
     assert [get("a"), get("a"), get("a")] == [None, "A", "A"]
     assert [get("b"), get("b"), get("c")] == [None, "B", None]
     assert get("a") == "A"
-    assert get("c") == "C"  # in the place of b
+    assert get("c") == "C"  # replaces b
     assert len(recent) == 2
     assert get("a") == "A"
     assert made == ["a", "b", "c"]
@@ -72,7 +72,7 @@ def test_what_is_remembered_is_bounded(keys: list[int]) -> None:
         ({"gpu": "NVIDIA L4"}, {"gpu": "NVIDIA H100"}),
         ({"gpu": None}, {}),
         ({"version_compatible": True, "version": "10.3.0.26"}, {"version": "10.3.0.26"}),
-        ({"version_compatible": True, "version": "10.10.0.1"}, {}),  # later than what is here
+        ({"version_compatible": True, "version": "10.10.0.1"}, {}),  # later than the installed version
         ({"version_compatible": True, "version": "8.6.1"}, {}),
         ({"version_compatible": False, "version": "10.3.0.26"}, {}),
         ({"hardware_compatible": True, "gpu": "NVIDIA L4", "compute_capability": "8.9"}, {"compute_capability": "8.9"}),
@@ -137,7 +137,7 @@ def test_a_file_that_is_no_plan_is_refused() -> None:
 
 
 def test_what_is_called_is_there() -> None:
-    """All of TensorRT that the runner calls, which needs a GPU to be called."""
+    """All TensorRT functions that the runner uses exist; calling them needs a GPU."""
     trt = pytest.importorskip("tensorrt_rtx")
     engine = "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape get_tensor_profile_shape"
     engine += " num_optimization_profiles device_memory_size_v2 create_runtime_config create_execution_context"
@@ -164,7 +164,7 @@ def test_what_is_called_is_there() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available() or not runtime.importable(), reason="needs a GPU and TensorRT")
 @pytest.mark.parametrize("module", runtime.MODULES)
 def test_on_a_gpu_plans_give_the_models_embeddings(make_model, make_captions, tmp_path: Path, module: str) -> None:
-    """Again and again, in any batch, on any stream, from several threads: also when graphs are replayed."""
+    """The plans run repeatedly, in any batch, on any stream and from several threads, also when graphs are replayed."""
     if module not in runtime.importable():
         pytest.skip(f"{module} is not installed")
     from finelip_fast.export import graphs, to_trt
@@ -191,7 +191,7 @@ def test_on_a_gpu_plans_give_the_models_embeddings(make_model, make_captions, tm
             check(number)
     kept = [run(batches[0]) for _ in range(3)]
     run(batches[0].flip(1))
-    for one in kept:  # not written over by later calls
+    for one in kept:  # not overwritten by later calls
         torch.testing.assert_close(one.cpu(), expected[0], atol=5e-5, rtol=0)
     with torch.cuda.stream(torch.cuda.Stream()):
         check(1)

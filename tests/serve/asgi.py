@@ -1,4 +1,4 @@
-"""Pictures to send, and applications that are spoken to without a network, or at an address of their own."""
+"""Pictures to send, and applications that are called without a network or at an address of their own."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from PIL import Image
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A smooth picture of its own: four random colours, blended."""
+    """Return a smooth unique picture: four random colours, blended."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
 
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
-    """What a file of the picture holds."""
+    """Return the contents of the picture's file."""
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> str:
-    """The picture in base64."""
+    """Return the picture as base64."""
     return base64.b64encode(file_of(image, kind)).decode()
 
 
 async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str, Any]]:
-    """What an application sends to a client of these messages: an ASGI message, or seconds to wait."""
+    """Return what an application sends to a client of these messages; each is an ASGI message, or seconds to wait."""
     sent: list[dict[str, Any]] = []
     waiting = list(messages)
 
@@ -79,7 +79,7 @@ def part(body: bytes, more: bool = True) -> dict[str, Any]:
 
 @contextmanager
 def running(app: FastAPI, **options: Any) -> Iterator[str]:
-    """The address of an application in a thread of this process, at a port that was free."""
+    """Run an application in a thread of this process at a free port, and yield its address."""
     server = uvicorn.Server(
         uvicorn.Config(app, **{"lifespan": "on", "log_config": None, "access_log": False} | options)
     )

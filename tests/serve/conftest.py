@@ -1,4 +1,4 @@
-"""An index of drawn pictures in a folder, and an application over it."""
+"""An index of drawn pictures in a folder, and an application that serves it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checkpoint(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(checkpoint: Path, tmp_path_factory) -> Path:
-    """An index of six pictures, one with a name of HTML and one in a folder; a list of numbers is metadata of the first."""
+    """An index of six pictures: the first with metadata, one named like HTML, and one in a subfolder."""
     pictures = tmp_path_factory.mktemp("served pictures")
     (pictures / "b").mkdir()
     for seed, name in enumerate(["a.png", "b/c d.png", "<img src=x>.png", "é?#%.png", "f.png", "g.png"]):
@@ -48,7 +48,7 @@ def retriever(checkpoint: Path, folder: Path) -> Iterator[Retriever]:
 
 @pytest.fixture
 def open_client(retriever: Retriever) -> Iterator[Callable[..., TestClient]]:
-    """Starts an application over the index with other settings, and gives a client of it."""
+    """Return a function that starts an application on the index with given settings, and returns a client."""
     clients: list[TestClient] = []
 
     def opened(**settings: object) -> TestClient:

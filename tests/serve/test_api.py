@@ -1,4 +1,4 @@
-"""The API answers as the library does, with any id and any metadata, and refuses in one shape."""
+"""The API gives the library's answers, for any id and any metadata, and all errors have one format."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_picture_of_too_many_pixels(open_client: Callable[..., TestClient]) ->
 
 
 def test_a_bad_picture_ends_its_own_request_alone(client: TestClient) -> None:
-    """Workers of other servers die of one, while their health says 200."""
+    """In other servers, such a picture kills a worker while health checks still return 200."""
     for bad in (
         b"\x89PNG\r\n\x1a\n" + b"\0" * 50,
         file_of(picture(0))[:-200],

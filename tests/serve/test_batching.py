@@ -1,4 +1,4 @@
-"""The queue behind the server: batches, bounds, deadlines, and faults that stay where they belong."""
+"""The server's queue: batches, limits, deadlines, and errors that affect only their own request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finelip_fast.serve.batching import Batcher, DeadlineExceeded, Draining, Ove
 
 
 class Doubling:
-    """Doubles numbers; keeps the batches it was given, and stops at a gate while that is shut."""
+    """Doubles numbers, records its batches, and blocks at a gate while it is shut."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Any, list[Any]]] = []
@@ -55,7 +55,7 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 async def behind_a_shut_gate(process: Doubling, queue: Batcher[Any, Any, Any]) -> asyncio.Task[list[Any]]:
-    """A request of 0 that is being processed, and will be until the gate is opened."""
+    """Submit a request of 0 that is processed until the gate is opened."""
     process.gate.clear()
     first = asyncio.create_task(queue.submit("first", [0], deadline=soon()))
     await until(process.entered.is_set)
@@ -131,7 +131,7 @@ def test_with_company_an_item_waits_for_others_and_no_longer_than_told() -> None
         process.gate.set()
         await asyncio.gather(first, *pair)
         tasks = []
-        for number in (3, 4, 5):  # a full batch waits no more
+        for number in (3, 4, 5):  # a full batch does not wait
             tasks.append(asyncio.create_task(queue.submit("a", [number], deadline=soon())))
             await asyncio.sleep(0.01)
         await asyncio.gather(*tasks)
@@ -159,7 +159,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         await until(lambda: len(queue) == 4)
         process.gate.set()
         await asyncio.gather(first, others, fits)
-        assert len(await queue.submit("a", list(range(40)), deadline=soon())) == 40  # nothing else waits
+        assert len(await queue.submit("a", list(range(40)), deadline=soon())) == 40  # nothing else is waiting
         await queue.close()
 
     run(scenario())
@@ -214,7 +214,7 @@ def test_a_client_that_goes_away_frees_its_place() -> None:
         assert len(queue) == 0
         stays = asyncio.create_task(queue.submit("a", [3, 4], deadline=soon()))
         await until(lambda: len(queue) == 2)
-        first.cancel()  # in the middle of processing
+        first.cancel()  # during processing
         process.gate.set()
         assert await stays == [6, 8]
         assert process.batches[1:] == [("a", [3, 4])]
@@ -251,7 +251,7 @@ def test_an_item_fails_alone_whatever_it_raises(fault: Any) -> None:
         for failed in (answers[3], answers[6]):
             assert isinstance(failed, Exception)
             assert not isinstance(failed, (StopIteration, asyncio.CancelledError))
-        assert await queue.submit("a", [8], deadline=soon()) == [16]  # the worker lives
+        assert await queue.submit("a", [8], deadline=soon()) == [16]  # the worker is still alive
         await queue.close()
 
     run(scenario())
@@ -336,7 +336,7 @@ def test_an_observer_is_told_and_cannot_break_the_queue() -> None:
 
 
 def test_a_storm_leaves_nothing_behind() -> None:
-    """Answers, faults, cancellations and deadlines in any order: the queue is empty afterwards, and works."""
+    """After answers, errors, cancellations and deadlines in any order, the queue is empty and works."""
 
     async def scenario() -> None:
         def process(key: int, items: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The client and a real server: what a retriever answers here, it answers over HTTP."""
+"""The client with a real server: its answers over HTTP equal those of a local retriever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "a red house with two floors"
 
 @pytest.fixture(scope="module")
 def start(checkpoint: Path) -> Iterator[Callable[..., str]]:
-    """Starts a server over an index folder; gives its address."""
+    """Return a function that starts a server on an index folder and returns its address."""
     with ExitStack() as servers:
 
         def run(index: Path, uploads: Path | None = None, **settings: object) -> str:
@@ -144,7 +144,7 @@ def test_the_command_line_asks_the_server(url: str, retriever: Retriever) -> Non
 
 
 def test_the_documentation_does_what_it_says(start, checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    """The program of ``docs/how-to/serve.md``, on a server of its own."""
+    """The program in ``docs/how-to/serve.md`` runs against a server of its own."""
     page = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
     (code,) = re.findall(
         r"^```python\n(from finelip_fast.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE

@@ -1,4 +1,4 @@
-"""Who may ask, how much, and for how long; and what every answer says to browsers, logs and metrics."""
+"""Authorisation, rate and time limits; and headers, logs and metrics of every response."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_named_page_can(open_client: OpenClient) -> None:
     answer = client.post("/v1/search", json=SEARCH, headers=headers)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
     answer = client.get("/v1/info", headers={"Origin": origin})
-    assert answer.status_code == 401  # which the page can read
+    assert answer.status_code == 401  # the page can read the status
     assert answer.headers["access-control-allow-origin"] == origin
 
 
@@ -225,7 +225,7 @@ def test_a_body_without_a_length_is_bounded_too(open_client: OpenClient) -> None
 
 
 def test_refused_bodies_leave_their_room(open_client: OpenClient) -> None:
-    """Memory of other servers grows with what they refuse."""
+    """In other servers, memory grows with refused requests."""
     client = open_client(limits=Limits(body=1000))
     headers = {"Content-Type": "application/json"}
     for body in (b"x" * 900, b"x" * 2000, b'{"text": 3}' + b" " * 800):
@@ -300,7 +300,7 @@ def test_ready_means_that_it_searches(client: TestClient, monkeypatch: Any) -> N
     )
     for _ in range(5):
         assert client.get("/health/ready").json() == {"status": "ready"}
-    assert len(searches) == 1  # a second has not gone by
+    assert len(searches) == 1  # less than a second has passed
     client.app.state.serving.state = "draining"  # pyright: ignore
     assert client.get("/health/ready").json() == {"status": "draining"}
     fault(client.post("/v1/search", json=SEARCH), 503, "not_ready")
@@ -308,7 +308,7 @@ def test_ready_means_that_it_searches(client: TestClient, monkeypatch: Any) -> N
 
 
 def test_it_is_warm_before_it_answers(open_client: OpenClient, retriever: Any, monkeypatch: Any) -> None:
-    """The first search of other servers times out, because the model was not there yet."""
+    """In other servers, the first search times out because the model is not loaded yet."""
     calls: list[str] = []
     for name in ("encode_text", "encode_image"):
         original = getattr(retriever.engine, name)

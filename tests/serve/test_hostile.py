@@ -1,4 +1,4 @@
-"""Two thousand hostile requests: none is answered 500, and the server answers afterwards as before."""
+"""Two thousand hostile requests: none gets a 500, and afterwards the server answers as before."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ ASKED = [
 
 
 class Attacker:
-    """Requests out of a seeded generator."""
+    """A seeded generator of requests."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -178,7 +178,7 @@ class Attacker:
         return b"&".join(pairs * self._random.randrange(3))
 
     def request(self) -> tuple[list[Any], dict[str, Any]]:
-        """Messages and scope, as :func:`talk` takes them."""
+        """Return messages and scope in the form that :func:`talk` takes."""
         content_type = self._random.choice([b"application/json"] * 6 + [b"text/html", b"", self.bytes(9)])
         if self._random.randrange(4) == 0:
             content_type, body = self.form()
@@ -215,7 +215,7 @@ def test_hostile_requests_leave_it_answering(
     client = open_client(timeout=20.0, writable=writable)
     app: Any = client.app
     collection = app.state.serving.collection
-    if writable:  # nothing of the other tests' index is to be changed
+    if writable:  # the index is shared with other tests and must not change
         monkeypatch.setattr(collection, "writable", True)
         monkeypatch.setattr(collection, "add", lambda uploads: [])
         monkeypatch.setattr(collection, "delete", lambda ids: None)

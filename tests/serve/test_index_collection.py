@@ -1,4 +1,4 @@
-"""What is served: found as the library finds it, changed safely, and never a file that is no item's."""
+"""The served collection: found as by the library, changed safely, and no files served except those of items."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def retriever(engine_options: dict[str, Any], tmp_path: Path) -> Iterator[Retrie
 
 @pytest.fixture
 def photos(retriever: Retriever, tmp_path: Path) -> Path:
-    """Five pictures in a folder, added as one."""
+    """Five pictures in a folder, which is added to the index."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for seed in range(5):
@@ -174,7 +174,7 @@ def test_an_upload_is_a_file_and_an_item(served: RetrieverCollection, retriever:
     assert metadata["camera"] == "X100"
     assert (metadata["width"], metadata["height"]) == (48, 40)
     assert metadata["sha256"] != "forged"
-    # What was uploaded is in line with its folder already.
+    # Uploads are already in sync with their folder.
     report = retriever.add_folder(tmp_path / "index" / "uploads", progress=False)
     assert (report.added, report.changed, report.moved, report.gone) == (0, 0, 0, 0)
 
@@ -229,7 +229,7 @@ def test_a_bad_upload_is_reported_alone(served: RetrieverCollection, tmp_path: P
 
 
 def test_a_file_without_an_item_is_taken_over(served: RetrieverCollection, tmp_path: Path) -> None:
-    """As a crash between the two leaves it."""
+    """A crash between the two steps leaves such a file."""
     uploads = Uploads(tmp_path / "index" / "uploads")
     path = uploads.path_for(digest(encoded(1)), "first.png", ".png")
     assert uploads.keep(path, encoded(1))
@@ -289,7 +289,7 @@ def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, t
 
 
 def test_adding_and_deleting_at_once_leaves_every_item_its_file(served: RetrieverCollection, tmp_path: Path) -> None:
-    """The same picture added and deleted by several threads: what is there at the end is there with its file."""
+    """Several threads add and delete the same picture; at the end, every remaining item has its file."""
 
     def change(number: int) -> None:
         for _ in range(6):
@@ -326,7 +326,7 @@ def test_deleting_removes_uploaded_files_and_no_others(photos: Path, served: Ret
 def test_a_strangers_items_lead_to_no_file_that_is_removed(
     photos: Path, served: RetrieverCollection, retriever: Retriever, tmp_path: Path
 ) -> None:
-    """An index may name any file: deleting its item leaves the file, in the folder of uploads also where it is not ours."""
+    """An index may name any file: deleting an item leaves foreign files, even in the uploads folder."""
     notes = tmp_path / "index" / "uploads" / "notes.txt"
     notes.parent.mkdir(exist_ok=True)
     notes.write_text("mine")

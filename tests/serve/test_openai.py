@@ -1,4 +1,4 @@
-"""Embeddings in the shape that OpenAI's clients send and read."""
+"""Embeddings in the format that OpenAI's clients send and read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def embed(client: TestClient, status: int = 200, **values: Any) -> Any:
 
 
 def test_what_openais_client_sends_is_answered(client: TestClient, retriever: Retriever) -> None:
-    """It asks for base64 unless told otherwise, and sends names that a server may not know."""
+    """The client requests base64 by default, and sends fields that a server may not know."""
     request = {
         "input": TEXTS,
         "model": "checkpoint",
@@ -103,7 +103,7 @@ def test_openais_own_client_is_answered(retriever: Retriever) -> None:
         for options in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
             answer = client.embeddings.create(model=model.id, input=TEXTS, **options)
             rows = [row.embedding for row in answer.data]
-            if "base64" in options.values():  # it decodes what it was not asked for alone
+            if "base64" in options.values():  # it decodes base64 only if it was not explicitly requested
                 rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
             np.testing.assert_allclose(rows, expected, atol=1e-5)
         (row,) = client.embeddings.create(

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what a person does, at the sizes and in the colours in which it is looked at."""
+"""The page in a real Chromium: a user's actions, at common sizes and in both colour schemes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUERY = 28
 TEXT = SCENES[QUERY].caption
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">.png"
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
-# Too slow a machine fails by this, in milliseconds, and no other way.
+# Milliseconds; a machine that is too slow can fail only by this timeout.
 PATIENCE = 20_000
 expect.set_options(timeout=PATIENCE)
 
@@ -38,7 +38,7 @@ def name_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Sixty scenes with metadata, every seventh half as wide again, one with a name of HTML."""
+    """Sixty scenes with metadata, every seventh 1.5 times as wide as high, and one named like HTML."""
     folder = tmp_path_factory.mktemp("scenes")
     paths = [folder / name_of(number) for number in range(len(SCENES))]
     for number, (scene, path) in enumerate(zip(SCENES, paths, strict=True)):
@@ -61,7 +61,7 @@ def retriever(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def serving(retriever: Retriever, **settings: Any) -> AbstractContextManager[str]:
-    """The address of a server over an index."""
+    """Serve an index, and return a context manager that yields the address."""
     uploads = Path(settings["uploads"]) if "uploads" in settings else None
     app = create_app(RetrieverCollection(retriever, uploads), ServeSettings(**settings))
     return running(app, timeout_graceful_shutdown=2)
@@ -75,7 +75,7 @@ def address(retriever: Retriever) -> Iterator[str]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens pages of other sizes and colours; what they log as errors, and have not been told to, fails the test."""
+    """Return a function that opens pages of other sizes and colour schemes; unexpected logged errors fail the test."""
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
 
@@ -88,7 +88,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        # That a request failed is said in the console whatever the page makes of it.
+        # The console reports failed requests however the page handles them.
         page.on(
             "console",
             lambda line: (
@@ -118,7 +118,7 @@ def cards(page: Page) -> Locator:
 def search(page: Page, text: str) -> None:
     page.get_by_label("Description of the picture").fill(text)
     page.get_by_role("button", name="Search", exact=True).click()
-    # An earlier search's words stand until its results are replaced.
+    # Text of an earlier search remains until its results are replaced.
     expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
     expect(page.locator("#said")).to_contain_text("best first")
 
@@ -137,7 +137,7 @@ def names(page: Page) -> list[str]:
 def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
     page: Page, address: str, retriever: Retriever
 ) -> None:
-    expect(cards(page)).to_have_count(48)  # of the collection, where nothing is searched for
+    expect(cards(page)).to_have_count(48)  # the collection, because nothing was searched for
     search(page, TEXT)
     best = [Path(hit.id).name for hit in retriever.search(TEXT, k=48)]
     assert names(page) == best
@@ -175,7 +175,7 @@ def test_more_comes_on_scrolling_and_by_a_button(page: Page) -> None:
 
 def test_filters_that_the_metadata_offer_narrow_the_search(page: Page, retriever: Retriever) -> None:
     def shown(where: str) -> None:
-        """The hits are those that pass."""
+        """Expect exactly the hits that pass the filter."""
         expect(page.locator("#said")).to_have_text(re.compile("best first|No picture"))
         ids = [Path(hit.id).name for hit in retriever.search(TEXT, k=48, where=where)]
         expect(page.locator("#grid .name")).to_have_text(ids)
@@ -291,7 +291,7 @@ def test_words_light_places_and_places_mark_words(page: Page) -> None:
     assert dialog.locator(".word[aria-pressed='true']").count() == 1
     page.keyboard.press("Home")
     page.keyboard.press("Shift+Tab")
-    expect(seen).to_have_class(re.compile("lit"))  # what was chosen stays
+    expect(seen).to_have_class(re.compile("lit"))  # the selection remains
 
     view = dialog.locator(".view")
     box = seen.bounding_box()
@@ -310,7 +310,7 @@ def test_words_light_places_and_places_mark_words(page: Page) -> None:
 
 
 def test_the_grid_lies_on_what_the_model_sees(page: Page) -> None:
-    """Of a picture half as wide again, the square in its middle."""
+    """In a picture 1.5 times as wide as high, the model sees the central square."""
     search(page, SCENES[15].caption)
     page.locator("#grid a", has_text=name_of(15)).click()
     dialog = page.get_by_role("dialog")
@@ -435,7 +435,7 @@ def test_what_lies_beyond_the_context_is_struck_out(page: Page) -> None:
 
 
 def failing(page: Page, pattern: str, status: int, headers: dict[str, str] | None = None) -> None:
-    """The next requests to an address fail."""
+    """Make the next requests to an address fail."""
     body = json.dumps({"error": {"message": "expected less, got more; wait", "param": None}})
     page.route(
         pattern,
@@ -551,7 +551,7 @@ def test_axe_finds_nothing_in_any_state(
     size: dict[str, int], open_page: Callable[..., Page], address: str, check_access: Callable[[Page, str], None]
 ) -> None:
     page = open_page(size)
-    page.goto(f"{address}/?to.family=2")  # few pictures, since axe takes its time for each
+    page.goto(f"{address}/?to.family=2")  # few pictures, because axe takes time for each
     expect(cards(page).first).to_be_visible()
     check_access(page, "empty")
     search(page, TEXT)

@@ -1,4 +1,4 @@
-"""Encoding and searching for many requests at once: the library's own answers, whoever else asks."""
+"""Encoding and searching for many concurrent requests: the answers equal the library's, regardless of other requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = "a red house beside a tall tree and a blue car " * 40
 
 
 class Holdings(RetrieverCollection):
-    """A retriever's items, said to be of a shard; keeps the sizes of searches, and stops at a gate while that is shut."""
+    """A retriever's items, reported as a shard's; records the sizes of searches, and blocks at a gate while it is shut."""
 
     def __init__(self, retriever: Retriever) -> None:
         super().__init__(retriever)
@@ -110,7 +110,7 @@ def test_a_text_that_comes_again_is_not_encoded_again(holdings: Holdings, monkey
         for number in range(300):
             await pipeline.embed_texts([f"house {number}"], deadline=deadline)
         await pipeline.embed_texts(["a tree"], deadline=deadline)
-        assert sum(batches) == 305  # the memory is bounded
+        assert sum(batches) == 305  # the cache is bounded
 
     with_pipeline(holdings, scenario)
 

@@ -1,4 +1,4 @@
-"""Real processes: they start, drain, end and are replaced as they say."""
+"""Real processes: they start, drain, stop and are replaced as documented."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Server:
             connection.close()
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """The exit code, and what was written to standard error."""
+        """Return the exit code and the standard error output."""
         self.process.send_signal(number)
         return self.wait()
 
@@ -80,11 +80,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Runs Python with some arguments as a server, and waits until it answers."""
+    """Return a function that runs Python with arguments as a server, and waits until it answers."""
     processes: list[subprocess.Popen[str]] = []
 
     def launched(*words: object) -> Server:
-        errors = tmp_path_factory.mktemp("launched") / "errors"  # a pipe that nobody reads fills
+        errors = tmp_path_factory.mktemp("launched") / "errors"  # a file, because a pipe that is not read fills up
         with errors.open("w") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-P", *map(str, words)],
@@ -113,7 +113,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
 def start(
     launch: Callable[..., Server], folder: Path, checkpoint: Path, tmp_path_factory: Any
 ) -> Callable[..., Server]:
-    """Starts a server at any port that is free."""
+    """Return a function that starts a server at a free port."""
     program = tmp_path_factory.mktemp("run") / "program.py"
     program.write_text(PROGRAM)
 
@@ -125,7 +125,7 @@ def start(
 
 @pytest.fixture(scope="module")
 def command(launch: Callable[..., Server], checkpoint: Path) -> Callable[..., Server]:
-    """Starts ``finelip serve`` with further words."""
+    """Return a function that starts ``finelip serve`` with further arguments."""
     told = ("--checkpoint", checkpoint, "--engine", "torch", "--device", "cpu", "--port", 0)
     return lambda *words: launch("-m", "finelip_fast.cli", "serve", *told, *words)
 
@@ -140,16 +140,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = 40) -> Any:
 
 @pytest.fixture(scope="module")
 def server(start: Callable[..., Server]) -> Server:
-    """One that several tests ask, since starting takes seconds; the last of them stops it."""
+    """A server shared by several tests, because starting takes seconds; the last of them stops it."""
     return start()
 
 
 def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
     def say(content: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-            for at in range(
-                0, min(len(content), 120_000), 60_000
-            ):  # what follows would be reset, and the answer with it
+            for at in range(0, min(len(content), 120_000), 60_000):  # the rest would be reset, together with the answer
                 client.sendall(content[at : at + 60_000])
                 time.sleep(0.1)
             parts = []
@@ -186,7 +184,7 @@ def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
         assert answer.count(b"HTTP/1.1 ") == 1
         head, _, body = answer.partition(b"\r\n\r\n")
         assert (head.split()[1], bool(body)) == (b"400", method == b"POST")
-    for rest in (b"\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 9000):  # after a request that was said to be the last
+    for rest in (b"\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 9000):  # after a request marked as the last one
         asked = (
             b"POST /v1/search HTTP/1.1" + HOST + JSON + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(SEARCH)
         )
@@ -197,7 +195,7 @@ def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
 
 
 def hostile_bytes(random: Random) -> bytes:
-    """Some requests one after another on a connection, most of them damaged."""
+    """Return consecutive requests on one connection, most of them damaged."""
     body = SEARCH.encode()
     cut = random.randrange(len(body))
     chunks = b"%x\r\n%b\r\n%x;a=b\r\n%b\r\n0\r\n\r\n" % (cut, body[:cut], len(body) - cut, body[cut:])
@@ -243,11 +241,11 @@ def test_damaged_bytes_leave_it_answering(server: Server) -> None:
     before = server.ask("POST", "/v1/search", SEARCH)
 
     def attack(seed: int) -> list[bytes]:
-        """Status lines that were answered."""
+        """Return the status codes of the answers."""
         random = Random(seed)
         content, answer = hostile_bytes(random), b""
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-            if random.randrange(8) == 0:  # closing resets the connection
+            if random.randrange(8) == 0:  # makes closing reset the connection
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             with contextlib.suppress(ConnectionError, socket.timeout):
                 cut = random.randrange(len(content) + 1)
@@ -278,7 +276,7 @@ def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(len(SEARCH)))
     connection.endheaders(SEARCH[:5].encode())
-    time.sleep(0.5)  # the server has the headers
+    time.sleep(0.5)  # the server has received the headers
     ended: list[tuple[int, str]] = []
     stopping = threading.Thread(target=lambda: ended.append(server.stop()))
     stopping.start()
@@ -300,7 +298,7 @@ def test_it_answers_ends_what_is_under_way_and_is_gone(server: Server) -> None:
 @pytest.mark.usefixtures("hears_interrupts")
 def test_what_does_not_end_is_cut_off(start: Callable[..., Server]) -> None:
     server = start(drain=1.0)
-    assert server.ask("GET", "/health/ready")[0] == 200  # and it hears signals
+    assert server.ask("GET", "/health/ready")[0] == 200  # and signal handlers are installed
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         head = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: 9\r\n\r\n{")
@@ -346,7 +344,7 @@ def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Server]) -> No
     parent = psutil.Process(server.process.pid)
 
     def workers() -> set[int]:
-        """All children but the tracker of multiprocessing and those that are dead."""
+        """Return all children except multiprocessing's tracker and dead processes."""
         pids = set()
         for child in parent.children():
             with contextlib.suppress(psutil.Error):
@@ -375,7 +373,7 @@ def test_workers_end_with_their_parent(start: Callable[..., Server]) -> None:
     assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
-# As a person runs it -------------------------------------------------------------------------------------------------
+# As a user runs it ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_added_over_http_is_there_after_a_kill(
@@ -421,7 +419,7 @@ def test_workers_of_the_command_answer(command: Callable[..., Server], folder: P
 def test_shards_are_served_and_those_that_are_gone_are_told(
     command: Callable[..., Server], checkpoint: Path, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("ray") is None:  # not imported, which has to come after its settings
+    if importlib.util.find_spec("ray") is None:  # not imported, because its settings must come first
         pytest.skip("ray is not installed")
     for shard, seeds in (("a", (0, 1)), ("b", (2, 3))):
         (tmp_path / f"photos-{shard}").mkdir()

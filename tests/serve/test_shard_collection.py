@@ -1,4 +1,4 @@
-"""Shards that are served: one collection to search and to look at, with what is missing told."""
+"""Served shards: one collection to search and browse, with missing shards reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine(make_model, tmp_path_factory) -> Engine:
 
 @pytest.fixture(scope="module")
 def folders(engine: Engine, tmp_path_factory) -> list[Path]:
-    """Two folders of pictures with an index each."""
+    """Two folders of pictures, with an index each."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in "ab":
         (folder / f"photos-{shard}").mkdir()
@@ -107,7 +107,7 @@ def test_shards_are_not_written_to(served: ShardCollection) -> None:
 def test_a_shard_that_is_gone_is_told(
     served: ShardCollection, engine: Engine, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elsewhere, it is searched all the same; what its folder would have to be read for says so."""
+    """A shard on another machine is still searched; operations that need its folder raise an error."""
     elsewhere: dict[str, Any] = {str(folders[0]): served._here()[str(folders[0])]}
     monkeypatch.setattr(served, "_here", lambda: elsewhere)
     hits = served.search(engine.embed_texts(["night"]), 6).hits[0]

@@ -1,4 +1,4 @@
-"""Thumbnails: upright, small, made once, and of pictures alone."""
+"""Thumbnails: upright, small, created once, and only of pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finelip_fast.serve.thumbnails import SIDES, Thumbnails
 
 
 def picture(width: int = 900, height: int = 600) -> Image.Image:
-    """Red above, blue below."""
+    """Return a picture that is red above and blue below."""
     values = np.zeros((height, width, 3), np.uint8)
     values[: height // 2, :, 0] = values[height // 2 :, :, 2] = 255
     return Image.fromarray(values)
@@ -119,7 +119,7 @@ def test_the_latest_are_kept_within_the_capacity(tmp_path: Path, monkeypatch: py
         thumbnails.get(tmp_path / name, 160)
     assert made == [*"abc", "a", "c"]
     for _ in range(2):
-        assert len(thumbnails.get(tmp_path / "d", 320)) == 101  # larger than all that is kept, which stays
+        assert len(thumbnails.get(tmp_path / "d", 320)) == 101  # larger than the whole cache, whose content stays
     thumbnails.get(tmp_path / "c", 160)
     assert made == [*"abc", "a", "c", "d", "d"]
 

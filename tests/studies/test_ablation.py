@@ -1,4 +1,4 @@
-"""The ablation: what each variant's score is, and that its command trains, resumes and records."""
+"""The ablation: the score of each variant, and a command that trains, resumes and records."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pixels(model: FineLIP) -> torch.Tensor:
 
 @torch.no_grad()
 def test_raw_tokens_are_scored_without_padding(model: FineLIP, pixels: torch.Tensor) -> None:
-    """A caption's score is that of its own tokens, whatever stands beside it in the batch."""
+    """A caption's score depends only on its own tokens, not on its batch."""
     raw = AblatedFineLIP(model, PARTS["CLIM only"])
     images = raw.encode_image(pixels)
     scores = raw.score(images, raw.encode_text(tokenize(CAPTIONS, 32)), alpha=0.0)
@@ -93,8 +93,8 @@ def test_only_variants_with_a_fine_loss_are_scored_by_tokens() -> None:
 
 @pytest.fixture
 def recipes(tmp_path: Path, model: FineLIP, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A start and what follows it, in small."""
-    monkeypatch.chdir(tmp_path)  # recipes write within the folder that we are in
+    """Small versions of the start's recipe and of the one that follows it."""
+    monkeypatch.chdir(tmp_path)  # recipes write to the current folder
     shared = {
         "train": "scenes:train:64",
         "validation": "scenes:val:4",
@@ -127,9 +127,9 @@ def test_the_command_trains_once_and_records(
     assert "CLIM only" in printed.out
     assert all(
         line.endswith((".json", ".md", ".png")) for line in printed.err.splitlines()
-    )  # no bar, of the start's training either
+    )  # no progress bar, including the start's training
     results = sorted((tmp_path / "runs").glob("*/result.json"))
-    # "contrast" and "ATRM and CLIM" are one variant.
+    # "contrast" and "ATRM and CLIM" are the same variant.
     assert [path.parent.name for path in results] == [
         f"{name}-1x-{seed}" for name in ("clim-only", "contrast", "neither", "triplet-the-paper-s") for seed in (0, 1)
     ]
@@ -183,7 +183,7 @@ class AtOnce:
 def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
     recipes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One seed chooses; the others and the reported figures come after it, and nothing is trained twice."""
+    """One seed chooses the rate; the others and the reported figures follow, and nothing is trained twice."""
     names = ["neither", "triplet (the paper's)"]
     command = [*recipes, "--variants", *names, "--rates", "0.5", "2", "4", "--validation", "scenes:val:4"]
     command += ["--seeds", "1", "0", "--data", "scenes:test:8", "--out", str(tmp_path / "studies")]
@@ -220,7 +220,7 @@ def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
 
 
 def measures(**recalls: float) -> dict[str, dict[str, float]]:
-    """Of a run, by weight: ``_0_8=0.5`` is recall@1 and mrr of 0.5 both ways at a weight of 0.8."""
+    """Return a run's metrics by weight: ``_0_8=0.5`` sets recall@1 and mrr to 0.5 both ways at a weight of 0.8."""
     names = [f"{way}_{name}" for way in ("i2t", "t2i") for name in ("recall@1", "mrr")]
     return {weight.strip("_").replace("_", "."): dict.fromkeys(names, value) for weight, value in recalls.items()}
 
@@ -229,13 +229,13 @@ def test_the_weight_of_an_arm_is_that_of_the_best_mean_over_its_runs() -> None:
     runs = [measures(_0=0.5, _0_8=0.6, _1=0.4), measures(_0=0.9, _0_8=0.7, _1=0.4)]
     assert choose_alpha(runs) == "0"
     runs[1]["0"] = measures(_0=0.8)["0"]
-    runs[0]["0.8"]["i2t_mrr"] = 0.9  # equal recall: the better reciprocal rank decides
+    runs[0]["0.8"]["i2t_mrr"] = 0.9  # equal recall, so reciprocal rank decides
     assert choose_alpha(runs) == "0.8"
     assert choose_alpha([measures(_1=0.3)]) == "1"
 
 
 def test_errors_are_compared_at_the_papers_weight_and_at_chosen_ones() -> None:
-    """Each loss at the weight that validation pairs chose, not at the one that is best on the pairs it is told for."""
+    """Each loss uses the weight chosen on validation pairs, not the best one on the reported pairs."""
     told = {
         "global contrast": (measures(_1=0.2), measures(_1=0.2)),
         "triplet (the paper's)": (measures(_0=0.9, _0_8=0.1, _1=0.1), measures(_0=0.6, _0_8=0.5, _1=0.3)),
@@ -262,7 +262,7 @@ def test_nothing_is_chosen_on_the_pairs_that_are_measured(
     command = [*recipes, "--variants", "neither", "--out", str(tmp_path / "studies")]
     assert main(["study", "ablation", *command, "--validation", "scenes:test:4", "--data", "scenes:test:4"]) == 2
     assert "other pairs than those measured" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()  # said before anything was trained
+    assert not (tmp_path / "runs").exists()  # refused before any training
 
 
 def test_a_group_that_compares_nothing_has_no_table(recipes: list[str], tmp_path: Path) -> None:

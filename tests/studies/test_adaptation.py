@@ -1,4 +1,4 @@
-"""The study of adaptations: what is trained, what it is said to have cost, and that nothing is done twice."""
+"""The study of adaptations: what is trained, the reported cost, and that nothing is repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finelip_fast.studies.adaptation import ADAPTATIONS, EVERYTHING
 
 @pytest.fixture
 def command(tmp_path: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The study in small, of a CLIP without trained aggregators."""
+    """A small version of the study, on a CLIP without trained aggregators."""
     monkeypatch.chdir(tmp_path)
     checkpoint.save(make_model(context_length=77, trained_aggregators=False), tmp_path / "clip")
     recipe = {
@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_has_cost_what_it_took_before_too(
     with pytest.raises(TrainingError):
         adaptation._hours(tmp_path, stopped)
     assert adaptation._hours(tmp_path, lambda: None) == 3.0
-    assert adaptation._hours(tmp_path, stopped) == 3.0  # not done again
+    assert adaptation._hours(tmp_path, stopped) == 3.0  # not repeated
     (tmp_path / "cost.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"expected what a run has cost .* as hours"):
         adaptation._hours(tmp_path, stopped)

@@ -1,4 +1,4 @@
-"""The study of what a generator draws: judged by pictures that are known."""
+"""The study of generated pictures, judged with known pictures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_study_tells_how_much_is_drawn(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_picture_of_the_sibling_has_none_of_the_details() -> None:
-    """Each scene's picture is another's of its family, to which all that the two differ in is nearer."""
+    """Each scene has the picture of another of its family, which matches all details in which they differ."""
     scenes = list(Scenes("test", 8))
     details = [detail for at in range(8) for detail in drawing._details(scenes, at)]
     assert {detail.token >= 76 for detail in details} == {True, False}

@@ -1,4 +1,4 @@
-"""Pictures of short and of long prompts are drawn once, and judged by a distance that is Fréchet's."""
+"""Pictures of short and long prompts are drawn once, and judged by the Fréchet distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each study on a few scenes: what it says can be checked, and its command writes table and plot."""
+"""Each study on a few scenes: its results can be checked, and its command writes a table and a plot."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def test_fewer_tokens_take_fewer_bytes(engine: Engine) -> None:
     rows = record.tables[0].rows
     assert [row["aggregated tokens"] for row in rows] == 2 * [0, 1, 2, 4, 8, 12]
     half, small = rows[5], rows[-1]
-    # Tokens of two bytes and their global row in int8 with its scale.
+    # Two-byte tokens, and the global row in int8 with its scale.
     assert half["bytes an item"] >= 13 * 128 * 2 + 128
-    assert small["bytes an item"] < half["bytes an item"] - 1000  # of 16 items, whose files have heads, too
+    assert small["bytes an item"] < half["bytes an item"] - 1000  # for 16 items, whose files also have headers
     assert half["t2i R@1 (%)"] > 75
 
 
@@ -171,7 +171,9 @@ def test_overhead_insists_on_building_what_runs_everywhere(engine: Engine, monke
             return engine
         raise EngineError("not here")
 
-    monkeypatch.setattr(sys.modules[clip_alone.__module__], "open_engine", refuse)  # its name is the study's, too
+    monkeypatch.setattr(
+        sys.modules[clip_alone.__module__], "open_engine", refuse
+    )  # the module is shadowed by its function
     STUDIES["overhead"].run(engine, replace(FEW, build=True))
     assert [name for name, build in asked if build] == ["onnx fp32", "onnx int8"]
     with pytest.raises(EngineError, match="not here"):
@@ -195,7 +197,7 @@ def test_studies_of_aggregators_refuse_untrained_ones(
 
 
 def test_rows_are_kept_in_order_of_wins_on_either_side() -> None:
-    """Each row of the caption chooses its own; row 2 of the picture, too, chooses row 3."""
+    """Each row of the caption matches its own row; row 2 of the picture also matches row 3."""
     images, texts = torch.eye(4)[None], torch.eye(4)[None].clone()
     texts[0, 3] = torch.tensor([0.0, 0.0, 2.0, 3.0])
     assert most_matched(Pairs([""], torch.tensor([0]), images), texts).tolist() == [0, 3, 1, 2]

@@ -1,4 +1,4 @@
-"""Two stages make a FineLIP of a plain CLIP: foretold, resumed, and the better one kept."""
+"""Two stages turn a plain CLIP into a FineLIP: announced, resumed, and the better result kept."""
 
 from __future__ import annotations
 

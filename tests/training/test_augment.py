@@ -1,4 +1,4 @@
-"""Captions that a training changes: what each change leaves, that phrases keep their places, and the same draws again."""
+"""Augmented captions: what each change preserves, phrases that keep their places, and reproducible draws."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def test_a_run_meets_the_same_captions_again_whatever_its_workers() -> None:
-    """Also behind a restart, and in the second epoch others than in the first."""
+    """This includes restarts; the second epoch has other captions than the first."""
     expected = batches(4)
     assert same(expected, batches(4, workers=2))
     assert same(expected[3:], batches(1, skip=3))

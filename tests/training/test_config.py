@@ -1,4 +1,4 @@
-"""A run's configuration: what is refused before any data is read, recipes, and the command line over them."""
+"""A run's configuration: refusals before any data is read, recipes, and the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finelip_fast.errors import ConfigError
 from finelip_fast.training.config import RECIPES, TrainConfig, configure, load_recipe
 from finelip_fast.training.losses import LossTerm
 
-# None of these exists: whatever refuses them has read no data.
+# None of these exists, so a refusal proves that no data was read.
 NOWHERE = {"out": "nowhere/run", "train": "jsonl:nowhere/train.jsonl", "validation": "jsonl:nowhere/val.jsonl"}
 
 
@@ -131,7 +131,7 @@ def test_is_written_as_it_is_read():
 
 
 def from_arguments(arguments):
-    """The configuration that ``finelip train`` reads from its words."""
+    """Return the configuration that ``finelip train`` reads from its arguments."""
     words = cli.train.make_context("finelip train", arguments).params
     return configure(
         words.pop("recipe"), {name: value for name, value in words.items() if name not in ("json", "quiet")}

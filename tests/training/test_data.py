@@ -1,4 +1,4 @@
-"""Batches: which examples, in which order, after a restart, with broken files among them; shards."""
+"""Batches: which examples in which order, restarts, broken files, and shards."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def picture(index):
 
 
 def caption(index):
-    """From 1 to 7 words, no two the same."""
+    """Return a caption of 1 to 7 words, unique for each index."""
     return " ".join([str(index), *WORDS[: index % 7]])
 
 
 class Pairs:
-    """Pictures in memory; those in `broken` cannot be read."""
+    """Pictures in memory; those in `broken` are unreadable."""
 
     def __init__(self, size, broken=()):
         self.size, self.broken = size, broken
@@ -54,13 +54,13 @@ class Pairs:
 
 @cache
 def identities():
-    """The example that a picture id belongs to."""
+    """Return a mapping from picture ids to examples."""
     examples = [Example(picture(0), "a", str(index)) for index in range(64)]
     return {encode_example(example, PREPROCESS, CONTEXT).image_id: int(example.image_id) for example in examples}
 
 
 def members(batch):
-    """Indices of a batch's examples, as their picture ids tell."""
+    """Return the indices of a batch's examples, determined from their picture ids."""
     return [identities()[image_id] for image_id in batch.image_ids.tolist()]
 
 
@@ -92,7 +92,7 @@ def stream(size=22, batch_size=4, position=0, **options):
 
 
 def sampled(size, batch_size, world=1, epoch=0, **options):
-    """Each process's batches of an epoch."""
+    """Return each process's batches of an epoch."""
     shares = []
     for rank in range(world):
         sampler = GroupedSampler(size, batch_size, **({"group": 1, "seed": 5} | options), rank=rank, world=world)
@@ -214,7 +214,7 @@ def test_phrases_come_as_the_tokens_and_the_places_they_were_given():
 
 def test_phrases_that_the_context_cuts_are_left_out():
     whole, cut = (encode_example(PHRASES, PREPROCESS, length) for length in (32, 8))
-    assert whole.spans[1, 1] == 7  # its last token is the last before the end token of a context of 8
+    assert whole.spans[1, 1] == 7  # its last token comes just before the end token in a context of 8
     assert torch.equal(cut.spans, whole.spans[:2])
     assert torch.equal(cut.boxes, whole.boxes[:2])
     assert len(encode_example(PHRASES, PREPROCESS, 7).spans) == 1
@@ -260,7 +260,7 @@ def test_ids_are_cut_to_the_longest_caption():
 
 def test_a_token_of_id_0_inside_a_caption_does_not_cost_its_end():
     ids = tokenize(["hi!(", "a"], CONTEXT)
-    assert 0 in ids[0, :4]  # "!" without a blank behind it is token 0, which also pads
+    assert 0 in ids[0, :4]  # "!" without a following space is token 0, which is also the padding
     pairs = [Example(picture(0), text, "0") for text in ("hi!(", "a")]
     batch = collate([encode_example(pair, PREPROCESS, CONTEXT) for pair in pairs])
     assert torch.equal(batch.ids, ids[:, :5])
@@ -286,7 +286,7 @@ def test_another_picture_takes_a_broken_ones_place():
 
 @pytest.mark.parametrize("first", [0, 300])
 def test_a_part_of_the_data_that_is_missing_is_left_out_evenly(first):
-    """As of ShareGPT4V without its largest part: more in a row than are ever tried in turn."""
+    """ShareGPT4V without its largest part, for example, lacks more in a row than are ever tried in turn."""
     size, missing = 1000, range(first, first + 500)
     data = Encoded(Pairs(size, broken=missing), Preprocess(2), 3, max_broken_share=0.6)
     used = [data[index] for index in missing]
@@ -341,7 +341,7 @@ def encoded_picture(index, kind):
 
 
 def write_shard(path, samples):
-    """`samples`: the files of each, by suffix."""
+    """Write a tar file; `samples` maps keys to files by suffix."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples.items():
             for suffix, content in files.items():
@@ -374,7 +374,7 @@ def read_shards(shards, pattern="{0..3}.tar", *, batch_size=2, epoch_batches=6, 
 
 
 def numbers(batch):
-    """Indices of a batch's examples, as the first word of their captions tells."""
+    """Return the indices of a batch's examples, determined from the first word of their captions."""
     by_ids = {tuple(tokenize(caption(index), CONTEXT)[0].tolist()): index for index in range(12)}
     return [by_ids[(*ids, *[0] * (CONTEXT - len(ids)))] for ids in batch.ids.tolist()]
 
@@ -407,7 +407,7 @@ def test_shards_go_on_exactly_after_a_restart(shards, position):
 
 @pytest.mark.parametrize("position", [2, 6, 9])
 def test_captions_of_shards_are_changed_alike_after_a_restart(shards, position):
-    """Sentences of others are of the sample before, which is read again."""
+    """Foreign sentences come from the previous sample, which is read again."""
     options = {"augmentation": Augmentation.parse(["foreign:0.7", "words:0.5"])}
     expected = take(read_shards(shards, **options), position + 5)
     assert_same_batches(take(read_shards(shards, position=position, **options), 5), expected[position:])
@@ -517,11 +517,11 @@ def test_a_shard_that_cannot_be_read_is_named_and_passed_over(shards, damage, wo
         take(data, 9)
 
 
-# --- Going on with other processes -------------------------------------------------------------------------------
+# --- Resuming with other processes -------------------------------------------------------------------------------
 
 
 def merged(states):
-    """What the processes' states are together, as a run keeps them."""
+    """Merge the states of all processes, as a run does."""
     state = dict(states[0])
     if "places" in state:
         state["places"] = torch.stack([state["places"] for state in states]).amax(dim=0)
@@ -529,7 +529,7 @@ def merged(states):
 
 
 def taken(make, states, batches, world, **options):
-    """What all processes take, and their states then."""
+    """Return the batches of all processes, and their merged state afterwards."""
     streams = [make(rank=rank, world=world, **options) for rank in range(world)]
     for data in streams:
         if states:
@@ -564,7 +564,7 @@ def test_an_epoch_of_which_less_than_a_batch_is_left_is_over():
 def test_the_places_of_a_state_of_former_versions_are_found():
     data = stream(48, 2, rank=1, world=2)
     data.skip(15, processes=4)
-    assert data.state_dict() == {"epoch": 2, "pairs": 24}  # 6 batches of 8 are an epoch
+    assert data.state_dict() == {"epoch": 2, "pairs": 24}  # an epoch has 6 batches of 8
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_shards_go_on_with_other_processes_and_workers_where_they_were(shards, b
 
     (world, workers), (other_world, other_workers) = before, after
     batches, state = taken(make, None, count, world, workers=workers, epoch_batches=12 // world)
-    left = 12 - count * world if other_world == 1 else 4  # of each process's shards at least
+    left = 12 - count * world if other_world == 1 else 4  # at least, from each process's shards
     rest, state = taken(make, state, left, other_world, workers=other_workers, epoch_batches=12 // other_world)
     drawn = [index for batch in flat(batches) + flat(rest) for index in numbers(batch)]
     assert len(set(drawn)) == len(drawn) == count * world + left * other_world
@@ -588,14 +588,14 @@ def test_shards_of_which_some_were_read_twice_go_on_with_other_processes(shards)
     def make(**options):
         return read_shards(shards, batch_size=1, **options)
 
-    _, state = taken(make, None, 14, 1, epoch_batches=24)  # the second lap is two samples old
+    _, state = taken(make, None, 14, 1, epoch_batches=24)  # the second pass is two samples old
     batches, _ = taken(make, state, 5, 2, epoch_batches=12)
     assert len({index for batch in flat(batches) for index in numbers(batch)}) == 10
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 6, 8, 12, 13])
 def test_shards_of_as_many_processes_and_workers_go_on_to_the_bit(shards, count):
-    """Also when they had gone on with others before."""
+    """The run may have been resumed with other numbers before."""
     _, state = taken(lambda **options: read_shards(shards, **options), None, 1, 1)
     make = lambda **options: read_shards(shards, workers=2, **options)  # noqa: E731
     expected = taken(make, state, count + 4, 1)[0][0][count:]

@@ -1,6 +1,6 @@
-"""Two processes as one: a step over both equals the step of one process over their pairs together.
+"""Two processes act as one: a step over both equals the step of one process over all their pairs.
 
-Started by ``torchrun`` this file is the two processes' program: it reads the cases and writes what the tests look at.
+Started by ``torchrun``, this file is the program of the two processes: it reads the cases and writes results for the tests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TINY = FineLIPConfig(
 )
 PAIRS = 16
 
-# Two steps each: what one step leaves behind (gradients, state of the wrapper) must not reach the next.
+# Two steps each: leftovers of one step (gradients, the wrapper's state) must not reach the next.
 LOSSES = {
     "contrastive": ["contrastive:global", "contrastive:fine"],
     "triplet": ["triplet:fine"],
@@ -62,14 +62,14 @@ def write_pairs(folder):
         blocks = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         blocks.resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{index}.png")
         caption = " ".join(generator.choice(words, size=3 + index % 5))
-        # Two pairs of one picture: an id that must be compared across processes, too.
+        # Two pairs share a picture, whose id must be compared across processes, too.
         lines.append(json.dumps({"image": f"{index // 2 * 2 if index < 8 else index}.png", "caption": caption}) + "\n")
     (folder / "pairs.jsonl").write_text("".join(lines))
     return f"jsonl:{folder / 'pairs.jsonl'}"
 
 
 def parameters_after_two_steps(options, rank, world):
-    """Plain gradient descent, because Adam makes a whole step of a gradient that is zero but for rounding."""
+    """Take two steps of plain gradient descent; Adam would take a full step even if a gradient were only rounding noise."""
     fixed = {"preset": "tiny", "context_length": 24, "precision": "fp32", "device": "cpu", "workers": 0, "steps": 100}
     fixed |= {"encoder_lr": 0.3, "aggregator_lr": 0.3, "weight_decay": 0.0, "warmup_steps": 0, "freeze_positions": 0}
     options = fixed | options
@@ -87,7 +87,7 @@ def parameters_after_two_steps(options, rank, world):
 
 
 def gathered_gradients(rank):
-    """Gradients of one loss that both processes compute, and whose terms share their gradient's memory."""
+    """Return gradients of a loss that both processes compute, with terms that share their gradient's memory."""
     left, right = (torch.full((2, 3), float(rank + 1 + side), requires_grad=True) for side in (0, 1))
     factors = torch.arange(12.0).view(4, 3)
     together = gather(left) + gather(right)
@@ -96,7 +96,7 @@ def gathered_gradients(rank):
 
 
 def run_noting_pictures(config):
-    """A run that writes the ids of the pictures that this process meets."""
+    """Run a training, and write the ids of the pictures that this process sees."""
     take_step, met = Trainer._train_step, []
 
     def noting(self, batches):
@@ -113,7 +113,7 @@ def run_noting_pictures(config):
 
 
 def main(folder):
-    """One of the two processes."""
+    """Run one of the two processes."""
     PRESETS["tiny"] = TINY
     if (folder / "recipe.json").exists():
         return run_noting_pictures(TrainConfig(**json.loads((folder / "recipe.json").read_text())))
@@ -137,7 +137,7 @@ def run_two_processes(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes made of every case."""
+    """Results of each of the two processes, for every case."""
     folder = tmp_path_factory.mktemp("distributed")
     data = write_pairs(folder)
     cases = {
@@ -151,7 +151,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture
 def alone(ranks, monkeypatch):
-    """One process's two steps over the pairs of both; before and after."""
+    """Two steps of one process over the pairs of both; weights before and after."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
     def run(name, **changes):
@@ -200,14 +200,14 @@ def test_two_processes_step_as_one(ranks, alone, name):
 
 
 def test_negatives_of_other_processes_count(alone):
-    """The pairs of one process alone make another step: what the comparison above would not notice otherwise."""
+    """A step without the other process's negatives differs; otherwise the comparison above would be meaningless."""
     _, whole = alone("contrastive")
     _, separate = alone("contrastive", batch_size=4, accumulate=2, accumulation="separate")
     assert max((whole[key] - separate[key]).abs().max().item() for key in whole) > 1e-3
 
 
 def write_shards(folder):
-    """The pairs as four shards."""
+    """Write the pairs as four shards."""
     pytest.importorskip("webdataset")
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     for shard in range(4):
@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_another_number_of_processes_with_the_rest_of_the_epo
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     pairs = write_pairs(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    lines = [line | {"image": f"{index}.png"} for index, line in enumerate(lines)]  # each its own
+    lines = [line | {"image": f"{index}.png"} for index, line in enumerate(lines)]  # each has a picture of its own
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {"preset": "tiny", "context_length": 24, "precision": "fp32", "device": "cpu", "workers": 0, "threads": 1}
     options |= {"train": write_shards(tmp_path) if kind == "shards" else pairs, "validation": pairs, "batch_size": 2}
@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_another_number_of_processes_with_the_rest_of_the_epo
     met = []
     for world, stop_at in (
         ((2, 2), (1, 6)) if two_first else ((1, 4), (2, 6))
-    ):  # two processes take as much by two steps
+    ):  # two processes take as many pairs in two steps
         config = TrainConfig(**options, stop_at=stop_at, epoch_batches=epoch_batches[world] if kind == "shards" else 0)
         if world == 1:
             run_noting_pictures(config)

@@ -1,4 +1,4 @@
-"""Features that frozen encoders compute once: a training on them is one without, but for their rounding."""
+"""Features that frozen encoders compute once: training on them equals training without them, up to rounding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model() -> FineLIP:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> FileExamples:
-    """Five pictures, of which the first three have two captions, which do not lie side by side."""
+    """Five pictures; the first three have two captions each, which are not adjacent."""
     for number, colour in enumerate(COLOURS):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
     captions = [
@@ -65,7 +65,7 @@ def pairs(tmp_path: Path) -> FileExamples:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several parts of each kind."""
+    """Split features into several parts of each kind."""
     monkeypatch.setattr(module, "_PICTURES", 2)
     monkeypatch.setattr(module, "_CAPTIONS", 3)
     yield

@@ -1,6 +1,6 @@
-"""A run with the fused operations learns what one with the reference learns: the same losses, step by step.
+"""A run with the fused operations has the same losses as one with the reference, step by step.
 
-Started by ``torchrun`` this file is the processes' program: it trains one configuration.
+Started by ``torchrun``, this file is the program of the processes: it trains one configuration.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ OPTIONS = {
     "device": "cpu",
 }
 
-# What each run adds to the environment.
+# Environment variables of each run.
 REFERENCE = {"FINELIP_KERNELS": "reference"}
 DEFAULT: dict[str, str] = {}
 KERNELS = {"FINELIP_KERNELS": "triton"}
 INTERPRETED = KERNELS | {"TRITON_INTERPRET": "1"}
 
-# Relative, at every step: the log keeps six digits, and float32 products summed in another order differ by about 1e-6.
+# Relative, at every step: the log has six digits, and a different order of float32 sums changes about 1e-6.
 TOLERANCE = 1e-5
 
 
 def losses(out, environment, *, processes=2, **options):
-    """The logged loss of each step."""
+    """Return the logged loss of each step."""
     out.mkdir()
     (out / "options.json").write_text(json.dumps(OPTIONS | options | {"out": str(out / "run")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -79,7 +79,7 @@ def losses(out, environment, *, processes=2, **options):
 def reference(tmp_path_factory):
     found = losses(tmp_path_factory.mktemp("reference") / "run", REFERENCE)
     assert len(found) == STEPS
-    assert found[-1] < 0.97 * found[0]  # it learns: equal losses then mean equal gradients
+    assert found[-1] < 0.97 * found[0]  # the loss decreases, so equal losses mean equal gradients
     return found
 
 
@@ -99,7 +99,7 @@ def test_one_process_on_a_gpu_loses_as_with_the_reference(tmp_path):
         losses(tmp_path / str(number), environment, processes=1, device="cuda", batch_size=8)
         for number, environment in enumerate((REFERENCE, KERNELS))
     )
-    # PyTorch's own gradients there are summed by atomic additions and, in convolutions, from TF32 products.
+    # There, PyTorch's own gradients come from atomic additions and, in convolutions, TF32 products.
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The generator of scenes: trained in small, resumed to the bit."""
+"""The generator of scenes: trained at a small size, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_that_was_stopped_draws_what_one_in_one_go_draws(tmp_path: Path, m
     pictures = resumed.draw(captions, steps=2)
     assert pictures.shape == (2, 3, 16, 16)
     assert torch.equal(pictures, expected)
-    assert (resumed.draw(captions[:1], steps=2)[0] - expected[0]).abs().max() < 1e-4  # whatever is drawn beside it
+    assert (resumed.draw(captions[:1], steps=2)[0] - expected[0]).abs().max() < 1e-4  # whatever else is in the batch
     with pytest.raises(ConfigError, match="holds a run of other tokens: give another --out"):
         trained(tmp_path / "halves", tokens=77)
 

@@ -1,4 +1,4 @@
-"""The log of a run: what a resumed run keeps of it, and what is said where it cannot be written."""
+"""The log of a run: what a resumed run keeps of it, and the error if it cannot be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses against the independent NumPy mathematics; their gradients; terms by name, and their weighted sum."""
+"""Losses checked against the independent NumPy reference; their gradients; terms by name, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ each_image_ids = pytest.mark.parametrize("image_ids", IMAGE_IDS.values(), ids=IM
 
 
 def random_scores(seed=0, size=BATCH):
-    """float64 ``[B, B]`` in about the range of a cosine."""
+    """Return float64 ``[B, B]``, roughly in the range of a cosine."""
     return torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.4
 
 
 def random_embeddings(seed, items=5, tokens=4, width=6):
-    """float64 ``[B, L, D]`` of unit rows."""
+    """Return float64 unit rows ``[B, L, D]``."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(items, tokens, width, generator=generator, dtype=torch.float64), dim=-1)
 
@@ -57,7 +57,7 @@ def assert_equals_reference(loss, expected):
 
 
 def phrases(seed=0):
-    """Two pairs of 3 x 3 patches and 7 tokens, and three phrases of them."""
+    """Return two pairs of 3 x 3 patches and 7 tokens, with three phrases."""
     generator = torch.Generator().manual_seed(seed)
     patches, tokens = (
         torch.randn(2, length, 5, generator=generator, dtype=torch.float64).requires_grad_() for length in (9, 7)
@@ -72,8 +72,8 @@ def test_a_phrase_is_matched_with_the_patches_under_its_box():
     first, second = patches.detach()
     regions = torch.stack(
         [
-            first[0] + first[1],  # the first row's left two patches, wholly covered
-            second[4] / 4 + (second[5] + second[7]) / 2 + second[8],  # from the middle: by the area that is covered
+            first[0] + first[1],  # the first row's left two patches, fully covered
+            second[4] / 4 + (second[5] + second[7]) / 2 + second[8],  # weighted by the covered area
             second[0],  # a small box within one patch
         ]
     )
@@ -309,7 +309,7 @@ def test_a_term_that_is_none_is_refused(text, reason):
 
 
 def reference_scores(method, images, texts):
-    """``[B_i, B_t]`` of each score."""
+    """Return ``[B_i, B_t]`` for each score."""
     images, texts = images.numpy(), texts.numpy()
     return {
         "global": images[:, 0] @ texts[:, 0].T,

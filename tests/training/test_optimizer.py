@@ -39,7 +39,7 @@ def test_which_weights_decay_and_at_which_rate(make_model):
     ("unfreeze", "first"), [("all", None), ("last:1", 1), ("last:2", 0), ("last:9", 0), ("none", 2)]
 )
 def test_what_is_frozen_is_in_no_group(make_model, unfreeze, first):
-    """``first``: the number of the first block that is trained; None: what is ahead of the blocks is, too."""
+    """``first`` is the number of the first trained block; None: the layers before the blocks are trained, too."""
     model = make_model(vision_layers=2, text_layers=2)
     freeze(model, unfreeze)
     named = {id(parameter): name for name, parameter in model.named_parameters()}

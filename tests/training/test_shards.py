@@ -1,4 +1,4 @@
-"""Shards: which names are taken, that none starts a program, and what a hostile archive costs."""
+"""Shards: which names are accepted, that none starts a program, and the cost of a hostile archive."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_recipe_cannot_consent_to_the_network(tmp_path: Path) -> None:
         ConfigError, match="asks for remote_data; give --remote-data on the command line if you trust it"
     ):
         load_recipe(str(recipe))
-    assert configure(str(recipe), {"remote_data": True}).remote_data  # as that advises
+    assert configure(str(recipe), {"remote_data": True}).remote_data  # following the advice
     recipe.write_text(json.dumps({**values, "remote_data": False}))
     with pytest.raises(ConfigError, match=r"got the address 'http://host/a\.tar'; --remote-data"):
         configure(str(recipe), {})
@@ -215,7 +215,7 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
 
 
 def test_shards_as_other_programs_write_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By macOS with hidden files between the others, with suffixes in capitals, with byte-order marks."""
+    """macOS adds hidden files between the others; there are also suffixes in capitals and byte-order marks."""
     path = tmp_path / "a.tar"
     members = [("0.PNG", picture()), ("0.TXT", b"\xef\xbb\xbfred"), ("1.png", picture()), ("1.json", BOM_JSON)]
     hidden = [[(f"a/._{name}", b"\0\5\x16\7"), (f"a/{name}", content)] for name, content in members]
@@ -252,7 +252,7 @@ def test_links_and_devices_are_passed_over(tmp_path: Path) -> None:
 
 
 def sparse() -> bytes:
-    """A member of a gibibyte without a byte of content."""
+    """Return a sparse member of one GiB without any content."""
     content = bytearray(archive(special(tarfile.GNUTYPE_SPARSE, size=0), format=tarfile.GNU_FORMAT))
     content[386:410] = b"00000000000\0" + b"00000000000\0"
     content[483:495] = b"10000000000\0"
@@ -262,7 +262,7 @@ def sparse() -> bytes:
 
 
 def headed(kind: bytes, size: int) -> bytes:
-    """A header that promises ``size`` bytes, and zeros."""
+    """Return a header that declares ``size`` bytes, followed by zeros."""
     return special(kind, size=size).tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)
 
 
@@ -359,7 +359,7 @@ def test_damaged_shards_are_read_or_refused(tmp_path_factory: pytest.TempPathFac
                 content[at:at] = content[: chance.randrange(1, 1024)]
             case 3:
                 content[124:136] = b"%011o\0" % chance.getrandbits(33)
-        if len(content) >= 512 and chance.random() < 0.7:  # a sound checksum lets more through
+        if len(content) >= 512 and chance.random() < 0.7:  # a valid checksum lets more damage through
             content[148:156] = b" " * 8
             content[148:156] = b"%06o\0 " % sum(content[:512])
     path = tmp_path_factory.getbasetemp() / f"fuzz-{os.getpid()}.tar"

@@ -1,4 +1,4 @@
-"""FineLIP trained from a SigLIP: all of it, or its aggregators on features of encoders that stay as they are."""
+"""FineLIP trained from a SigLIP: as a whole, or only its aggregators on features of frozen encoders."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_run_trains_all_of_it_and_keeps_its_tokenizer(configure: Any, open_cli
     with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
         start = finelip_fast.load(open_clip_siglip.folder)
     same = [name for name, value in start.state_dict().items() if torch.equal(value, model.state_dict()[name])]
-    # A softmax is the same where all logits are shifted; the words that no caption has are not trained, others are.
+    # Softmax is invariant to a shift of all logits; words that occur in no caption are not trained, others are.
     assert set(same) <= {"visual.attn_pool.kv.bias", "image_aggregator.norm.bias", "text_aggregator.norm.bias"}
 
 

@@ -1,4 +1,4 @@
-"""The training loop: what a step changes, what a run leaves behind, and that an interrupted one loses nothing."""
+"""The training loop: what a step changes, what a run leaves behind, and that an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small pictures of coloured blocks, each with a caption of its own."""
+    """Small pictures of coloured blocks, each with a unique caption."""
     folder = tmp_path_factory.mktemp("pairs")
     generator = np.random.default_rng(0)
     words = ["red", "green", "blue", "house", "tree", "river", "old", "small", "bright"]
@@ -87,7 +87,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny():
-    """A preset small enough to train here, and one thread: rounding depends on how many there are."""
+    """A preset small enough to train here, with one thread, because rounding depends on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def configure(data, tmp_path):
 
 
 def steps(trainer, count):
-    """The trainer's first steps, without the loop around them; yields what is logged of each."""
+    """Run the trainer's first steps without the surrounding loop; yield the logged values of each."""
     batches = iter(trainer.data)
     for _ in range(count):
         yield trainer._train_step([next(batches) for _ in range(trainer.config.accumulate)])
@@ -114,7 +114,7 @@ def steps(trainer, count):
 
 
 def stepped(config, count=1, *, plain=False):
-    """Weights before and after some steps; `plain`: gradient descent, which has no small denominators."""
+    """Return weights before and after some steps; `plain` uses gradient descent, which has no small denominators."""
     trainer = Trainer(config, CPU)
     if plain:
         trainer.optimizer = torch.optim.SGD(parameter_groups(trainer.model, config), lr=0.0)
@@ -149,7 +149,7 @@ def test_frozen_positions_stay_to_the_bit_while_the_others_move(configure):
     name = "text.positional_embedding"
     assert torch.equal(before[name][:4], after[name][:4])
     moved = (before[name] != after[name]).any(dim=1)
-    assert moved.tolist() == [False] * 4 + [True] * 5 + [False] * 15  # captions are of 5 to 9 tokens
+    assert moved.tolist() == [False] * 4 + [True] * 5 + [False] * 15  # captions have 5 to 9 tokens
     _, free = stepped(configure(), 3)
     assert (before[name] != free[name]).any(dim=1)[:9].all()
 
@@ -171,7 +171,7 @@ def test_a_cached_step_equals_one_over_the_whole_batch(configure, loss):
 
 
 def test_a_separate_step_is_another_one(configure):
-    """Negatives come from each pass alone: documented as another loss, so it must not silently become the same."""
+    """Negatives come from each pass alone: this is documented as another loss, and must stay different."""
     fixed = {"encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
     _, whole = stepped(configure(**fixed, batch_size=16), plain=True)
     _, separate = stepped(configure(**fixed, batch_size=8, accumulate=2, accumulation="separate"), plain=True)
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_take_it(c
 @pytest.mark.parametrize("every", ["save_every", "eval_every", "steps"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every, ema_decay):
-    """A step can make them of a finite loss and gradient; the next loss would show it, after they were saved."""
+    """A finite loss and gradient can produce them in a step; the next loss would reveal it only after they were saved."""
     plain_step = Trainer._train_step
 
     def diverging_step(trainer, batches):
@@ -279,7 +279,7 @@ def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every,
     assert (out / "state.pt").exists() == (every == "save_every")
     if every == "save_every":
         assert read_weights(out / "state.pt")["step"] == 2
-    if every == "eval_every":  # what is advised can be done
+    if every == "eval_every":  # the advice works
         monkeypatch.undo()
         start = re.search(r"from the best weights by --init (.*)$", str(caught.value))
         train(configure(init=start[1], out=str(out.with_name("again")), encoder_lr=1e-3, steps=1))
@@ -310,7 +310,7 @@ def test_aggregators_count_as_trained_when_a_loss_reaches_them(configure, tmp_pa
 
 
 def test_the_alpha_of_the_best_validation_is_the_checkpoints(configure, monkeypatch):
-    """Also of the average; one that is given stays, and no weight depends on it."""
+    """This includes averaged weights; a given alpha is kept, and no weight depends on it."""
     tried = []
 
     def validate(model, pairs, *, name, alphas, features):
@@ -355,7 +355,7 @@ def test_a_loss_of_the_global_row_alone_leaves_no_alpha_to_choose(configure):
 
 
 def test_untrained_aggregators_are_trained_from_where_they_wait(configure, tmp_path):
-    """Their embeddings have one row before, and all after."""
+    """Embeddings have one row before training, and all rows afterwards."""
     start = FineLIP(TINY.replace(trained_aggregators=False))
     checkpoint.save(start, tmp_path / "clip")
     config = configure(loss=["contrastive:global", "contrastive:fine"], init=str(tmp_path / "clip"), steps=2)
@@ -479,7 +479,7 @@ def test_validation_without_pairs_is_refused_at_once(configure, tmp_path):
 
 @pytest.fixture
 def damaged(data, tmp_path):
-    """The pairs, two of whose pictures cannot be read."""
+    """The pairs, with two unreadable pictures."""
     source = Path(data.removeprefix("jsonl:"))
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     for index in (3, 9):
@@ -492,7 +492,7 @@ def test_broken_pictures_are_named_and_counted(configure, damaged, capsys):
     config = configure(**damaged, max_broken_share=0.5)
     train(config)
     state = torch.load(Path(config.out) / "state.pt", weights_only=True)
-    assert (state["seen"], state["broken"]) == (48, 6)  # two of 16, in each of three epochs
+    assert (state["seen"], state["broken"]) == (48, 6)  # two of 16 in each of three epochs
     error = capsys.readouterr().err
     for index in (3, 9):
         assert error.count(f"missing-{index}.png") == 3
@@ -506,7 +506,7 @@ def test_too_many_broken_pictures_stop_the_run(configure, damaged, monkeypatch):
     ):
         train(configure(**damaged, max_broken_share=0.1))
     monkeypatch.setattr(training, "_BROKEN_AFTER", 200)
-    train(configure(**damaged, max_broken_share=0.1))  # too early to tell
+    train(configure(**damaged, max_broken_share=0.1))  # too early to judge
 
 
 def test_a_broken_validation_picture_is_left_out(configure, damaged, capsys):
@@ -518,9 +518,9 @@ def test_a_broken_validation_picture_is_left_out(configure, damaged, capsys):
     assert error.count("skipped in validation: ") == 2
 
 
-# --- Going on after an interruption ------------------------------------------------------------------------------
+# --- Resuming after an interruption ------------------------------------------------------------------------------
 
-# Everything with a state: the average, both cached passes, an epoch of two steps, of which six are taken.
+# Everything with a state: averaged weights, both cached passes, an epoch of two steps, six steps in all.
 LASTING = {"steps": 6, "save_every": 2, "eval_every": 3, "ema_decay": 0.9, "accumulate": 2, "batch_size": 4}
 
 
@@ -578,7 +578,7 @@ def test_a_run_whose_state_has_former_names_goes_on_to_the_bit(configure, tmp_pa
     state = torch.load(path, weights_only=True)
     for old, name in (("val", "validation"), ("image_root", "root")):
         state["config"][old] = state["config"].pop(name)
-    del state["config"]["augment"], state["config"]["alpha"]  # which it did not know
+    del state["config"]["augment"], state["config"]["alpha"]  # unknown to that version
     torch.save(state, path)
     assert_same_run(tmp_path / "run", train(configure(**LASTING)), uninterrupted)
 
@@ -640,7 +640,7 @@ def test_a_finished_run_stays_as_it_is(data, uninterrupted):
 
 @pytest.fixture
 def copied(uninterrupted, tmp_path, data):
-    """A run of six steps, to go on with."""
+    """A run of six steps to resume."""
     shutil.copytree(uninterrupted[0], tmp_path / "copied")
     places = {"out": str(tmp_path / "copied"), "train": data, "validation": data}
     return lambda **changes: TrainConfig(**(OPTIONS | LASTING | places | changes))
@@ -695,7 +695,7 @@ def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, mo
     rest = [next(iter(trainer.data)).image_ids for trainer in trainers]
     assert torch.equal(torch.cat(rest), torch.cat([next(whole).image_ids for _ in range(2)]))
     assert [trainer.data.state_dict() for trainer in trainers] == [{"epoch": 0, "pairs": 16}] * 2
-    (message,) = caplog.messages  # of the first process
+    (message,) = caplog.messages  # from the first process
     assert message.startswith("goes on with {'processes': 2} in place of {'processes': 1}")
 
 
@@ -709,7 +709,7 @@ def test_going_on_may_change_what_the_weights_do_not_depend_on(copied, uninterru
 
 
 def run_script(arguments, monkeypatch):
-    """``python training/train.py``, in this process."""
+    """Run ``python training/train.py`` in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(training.__file__, run_name="__main__")
@@ -917,7 +917,7 @@ def test_what_a_killed_writer_left_is_removed(configure, tmp_path):
 
 @pytest.fixture
 def advised(configure, tmp_path):
-    """Run into an error, then do as it says."""
+    """Return a function that provokes an error, and then follows its advice."""
 
     def follow(message, changes, **options):
         with pytest.raises((ConfigError, TrainingError), match=message) as caught:
@@ -974,7 +974,7 @@ def test_shards_of_less_than_a_batch_are_mended_by_fewer_workers_or_a_smaller_on
     source = Path(data.removeprefix("jsonl:"))
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     monkeypatch.chdir(tmp_path)
-    for shard in range(2):  # of two and of three samples
+    for shard in range(2):  # of two and three samples
         with tarfile.open(f"ab:{shard}.tar", "w") as tar:
             for line in lines[shard * 2 : shard * 3 + 2]:
                 (tmp_path / "caption.txt").write_text(line["caption"])

@@ -1,4 +1,4 @@
-"""Validation pairs, and what the best checkpoint is chosen by."""
+"""Validation pairs, and the criterion for the best checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PICTURES = 12
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
-    """Scenes as files, each with two captions, which do not lie side by side."""
+    """Scenes as files, each with two captions that are not adjacent."""
     folder = tmp_path_factory.mktemp("pictures")
     size = finelip_fast.load(device="cpu").config.image_size
     pairs = []
@@ -35,7 +35,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
 
 
 def evaluated(pairs: FileExamples) -> dict[str, float]:
-    """What ``finelip eval`` measures with the combined score."""
+    """Return what ``finelip eval`` measures with the combined score."""
     result = evaluate(open_engine("torch", None, "cpu"), pairs, progress=False)
     (combined,) = (row.metrics for row in result.rows if row.score == "combined")
     return {"val_alpha": 0.8, **{f"val_{name}": value for name, value in combined.items() if "recall" in name}}

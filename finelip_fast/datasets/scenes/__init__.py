@@ -1,4 +1,4 @@
-"""Generated street scenes with long descriptions: their words, their town and traffic, and how they are drawn."""
+"""Generated street scenes with long descriptions: their wording, their town and traffic, and how they are drawn."""
 
 from finelip_fast.datasets.scenes.ceiling import Ceiling, ceiling
 from finelip_fast.datasets.scenes.content import FAMILY_SIZE, Building, Furniture, Person, Tree, Vehicle

@@ -1,6 +1,6 @@
 """The ground plan, the colours and the canvas of generated street scenes.
 
-All coordinates are parts of the picture's side, (0, 0) at the top left, so that a scene looks the same at any size.
+All coordinates are fractions of the picture's side, with (0, 0) at the top left, so a scene looks the same at any size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["BACK_ROW", "FOOT_OF_HOUSES", "FRONT_ROW", "FRONT_SLOTS", "LANES", "P
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
-Extent = tuple[float, float, float]  # from the place where it stands: to the left, up, to the right
+Extent = tuple[float, float, float]  # from the object's position: to the left, up, to the right
 
-# --- The plan of every scene, from the back to the front ---------------------------------------------------------
+# --- The plan of every scene, from back to front -----------------------------------------------------------------
 
 FOOT_OF_HOUSES = 0.53
 BACK_ROW = 0.575  # trees and tall street furniture stand here
@@ -70,14 +70,14 @@ _LIGHT = {"morning": (255, 241, 214), "noon": (255, 255, 255), "sunset": (250, 2
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """``first`` with a ``share`` of ``second`` in it."""
+    """Mix a ``share`` of ``second`` into ``first``."""
     (r, g, b), (s, h, c) = first, second
     return round(r + (s - r) * share), round(g + (h - g) * share), round(b + (c - b) * share)
 
 
 @lru_cache(maxsize=4096)
 def lit(colour: Colour, light: Colour) -> Colour:
-    """A colour as it looks under a coloured light."""
+    """Return a colour as it looks under a coloured light."""
     (r, g, b), (red, green, blue) = colour, light
     return r * red // 255, g * green // 255, b * blue // 255
 
@@ -90,11 +90,11 @@ def lighter(colour: Colour, share: float = 0.22) -> Colour:
     return mix(colour, (255, 252, 244), share)
 
 
-# --- Where things are --------------------------------------------------------------------------------------------
+# --- Positions ---------------------------------------------------------------------------------------------------
 
 
 def box_of(placed: Any) -> Box:
-    """The box in which an object is drawn, ``(x0, y0, x1, y1)`` in [0, 1]."""
+    """Return the box in which an object is drawn, ``(x0, y0, x1, y1)`` in [0, 1]."""
     left, height, right = _EXTENTS[placed.what](placed)
     x0, x1 = max(0.0, placed.x - left), min(1.0, placed.x + right)
     return (round(x0, 4), round(placed.ground - height, 4), round(x1, 4), round(placed.ground, 4))
@@ -136,9 +136,9 @@ _EXTENTS: dict[str, Callable[[Any], Extent]] = {
 
 
 class Canvas:
-    """A square picture that takes coordinates in [0, 1] and paints colours in the light of the hour.
+    """A square picture that takes coordinates in [0, 1] and paints colours in the light of the time of day.
 
-    ``origin`` and ``flip`` move and mirror what is painted, so that a painter works in its own coordinates.
+    ``origin`` and ``flip`` move and mirror the painting, so that each painter can work in its own coordinates.
     """
 
     def __init__(self, pixels: int, time: str, weather: str) -> None:
@@ -206,7 +206,7 @@ class Canvas:
         self._draw.polygon(self._points(points), self._ink(colour, alpha, glow))
 
     def pane(self, *points: Point) -> None:
-        """A window's glass, lit from within at night."""
+        """Paint a window's glass, lit from within at night."""
         self.shape(*points, colour=LAMPLIGHT if self.night else GLASS, glow=self.night)
 
     def line(self, *points: Point, colour: Colour, width: float, alpha: int = 255, glow: bool = False) -> None:
@@ -219,5 +219,5 @@ class Canvas:
         self._draw.ellipse(corners, None, self._ink(colour, 255, False), pixels)
 
     def shadow(self, x0: float, x1: float, *, depth: float = 0.012) -> None:
-        """A soft shadow on the ground, between ``x0`` and ``x1``."""
+        """Paint a soft shadow on the ground, between ``x0`` and ``x1``."""
         self.oval((x0 + x1) / 2, 0.0, (x1 - x0) / 2, depth, (20, 22, 50), alpha=54, glow=True)

@@ -1,7 +1,7 @@
-"""What anyone can find who knows each picture exactly, of descriptions that are told in part.
+"""The best retrieval possible from partial descriptions, even with perfect knowledge of every picture.
 
-Scenes of a family differ in a detail or two. Where the sentence that tells it is left out, a description suits several of
-them, and the best guess is one of these.
+Scenes in a family differ in one or two details. If the sentence that mentions them is left out, a description matches
+several scenes, and the best possible answer is a guess among these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finelip_fast.datasets.scenes.scenes import Phrase, Scene
 
 __all__ = ["Ceiling", "ceiling"]
 
-Stretch = tuple[int, int]  # of a caption, from its first character to behind its last
+Stretch = tuple[int, int]  # span of a caption, from its first character to one past its last
 Detail = tuple[int, str, Any]  # the object's number, or -1 for the scene; the name and the value
 
 
@@ -27,13 +27,13 @@ class Ceiling(NamedTuple):
 
 
 def ceiling(scenes: Sequence[Scene], remaining: Sequence[Sequence[Stretch]]) -> Ceiling:
-    """Expected recall@1 of whoever chooses blindly among pictures that suit a description, and descriptions of a picture.
+    """Expected recall@1 of a random choice among the pictures that match a description, or descriptions that match a picture.
 
-    What is missing, such as an awning, counts as told with its house: the true ceiling is no higher.
+    An absent detail, such as a missing awning, counts as mentioned with its house, so the true ceiling is no higher.
 
     Args:
-        scenes: Whole families, in their order, with clean captions.
-        remaining: Stretches of each caption that are left.
+        scenes: Whole families, in order, with clean captions.
+        remaining: Spans of each caption that are left.
     """
     i2t = t2i = 0.0
     for first in range(0, len(scenes), FAMILY_SIZE):
@@ -48,13 +48,13 @@ def ceiling(scenes: Sequence[Scene], remaining: Sequence[Sequence[Stretch]]) -> 
 
 
 def _details(scene: Scene) -> set[Detail]:
-    """All that a scene shows."""
+    """Return everything that a scene shows."""
     objects = {(number, *item) for number, placed in enumerate(scene.objects) for item in vars(placed).items()}
     return objects | {(-1, "time", scene.time), (-1, "weather", scene.weather)}
 
 
 def _told(scene: Scene, stretches: Sequence[Stretch]) -> Iterator[Detail]:
-    """The details that stretches of a scene's caption tell."""
+    """Yield the details that the given spans of a scene's caption mention."""
 
     def remains(place: int) -> bool:
         return any(start <= place < end for start, end in stretches)
@@ -69,7 +69,7 @@ def _told(scene: Scene, stretches: Sequence[Stretch]) -> Iterator[Detail]:
 
 
 def _place(part: Phrase, name: str, value: Any) -> int:
-    """Where a phrase tells a detail; at its beginning, as far as its sentence matters, where the value is no word of it."""
+    """Position at which a phrase mentions a detail; if the value is not a word in it, its beginning, near enough."""
     word = words.NUMBERS[value] if name == "storeys" else str(value)
     at = part.text.rfind(word) if name == "awning" else part.text.find(word)
     return part.start + max(at, 0)

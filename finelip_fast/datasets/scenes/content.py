@@ -1,4 +1,4 @@
-"""What generated street scenes are made of, and the families of scenes that differ in a detail or two."""
+"""The contents of generated street scenes, and families of scenes that differ in one or two details."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FAMILY_SIZE", "Building", "Content", "Furniture", "Person", "Placed"
 
 FAMILY_SIZE = 4
 
-# --- What there is to choose from. Colours are those that tell apart on this kind of object. ---------------------
+# --- Choices. Each kind of object has only colours that are easy to tell apart on it. ----------------------------
 
 TIMES = ("morning", "noon", "sunset", "night")
 WEATHERS = ("clear", "cloudy", "rain", "snow", "fog")
@@ -60,23 +60,23 @@ _FRONT_FURNITURE = (
 _ABSENT = 0.45  # how often something optional (hat, umbrella, dog, awning) is left out
 
 
-# --- What a scene is made of -------------------------------------------------------------------------------------
+# --- Parts of a scene --------------------------------------------------------------------------------------------
 
 
 class _Placed:
-    """Anything that stands in a scene at ``(x, ground)``: the middle of its foot, in parts of the picture's side."""
+    """An object in a scene; ``(x, ground)`` is the middle of its foot, as fractions of the picture's side."""
 
     what: ClassVar[str]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Where it is drawn: ``(x0, y0, x1, y1)`` in [0, 1], y downwards."""
+        """Bounding box of the drawing: ``(x0, y0, x1, y1)`` in [0, 1], y downwards."""
         return plan.box_of(self)
 
 
 @dataclass(frozen=True)
 class Building(_Placed):
-    """One house of the row; ``awning`` is the colour of its stripes, or None."""
+    """A house in the row; ``awning`` is the colour of its stripes, or None."""
 
     what: ClassVar[str] = "building"
     x: float
@@ -92,7 +92,7 @@ class Building(_Placed):
 
 @dataclass(frozen=True)
 class Vehicle(_Placed):
-    """Something on the road; its lane is its ``ground``."""
+    """A vehicle on the road; ``ground`` is its lane."""
 
     what: ClassVar[str] = "vehicle"
     x: float
@@ -104,7 +104,7 @@ class Vehicle(_Placed):
 
 @dataclass(frozen=True)
 class Person(_Placed):
-    """Someone on the near pavement; ``hat`` is a colour and a kind, as in "red cap"; None means without."""
+    """A person on the near pavement; ``hat`` is a colour and a kind, as in "red cap", or None for no hat."""
 
     what: ClassVar[str] = "person"
     x: float
@@ -129,7 +129,7 @@ class Tree(_Placed):
 
 @dataclass(frozen=True)
 class Furniture(_Placed):
-    """Street furniture; ``name`` is a colour (or a material) and a kind, as in "red post box"."""
+    """A piece of street furniture; ``name`` is a colour (or a material) and a kind, as in "red post box"."""
 
     what: ClassVar[str] = "furniture"
     x: float
@@ -141,7 +141,7 @@ Placed = Building | Vehicle | Person | Tree | Furniture
 
 
 class Content(NamedTuple):
-    """All that a scene shows and a description tells, without the way in which it is told."""
+    """Everything that a scene shows and its description mentions, independent of the wording."""
 
     time: str
     weather: str
@@ -152,7 +152,7 @@ class Content(NamedTuple):
 
 
 def family(key: str) -> list[Content]:
-    """The contents of one family: ``FAMILY_SIZE`` different scenes, each one or two details from a base."""
+    """Make the contents of one family: ``FAMILY_SIZE`` different scenes, each one or two details away from a base."""
     rng = Random(key)
     base = _base(rng)
     members: list[Content] = []
@@ -166,7 +166,7 @@ def family(key: str) -> list[Content]:
 
 
 def _redraw(content: Content, rng: Random) -> Content:
-    """The same content with one detail drawn anew, always to another value."""
+    """Return the content with one detail redrawn, always to a different value."""
     place = rng.randrange(-1, len(content.objects))
     if place < 0:
         name = rng.choice(Content._fields[:2])
@@ -180,21 +180,21 @@ def _redraw(content: Content, rng: Random) -> Content:
 
 
 def _details(placed: Placed) -> list[tuple[str, tuple[Any, ...]]]:
-    """The details of an object that may be redrawn, each with its choices."""
+    """List the details of an object that may be redrawn, each with its choices."""
     if isinstance(placed, Furniture):
         return [("name", _FRONT_FURNITURE if placed.ground == plan.FRONT_ROW else _BACK_FURNITURE)]
     return list(_CHOICES[placed.what].items())
 
 
 def _other(value: Any, choices: tuple[Any, ...], rng: Random) -> Any:
-    """A choice that is not ``value``; something present may well become absent."""
+    """Choose a value other than ``value``; an optional detail may become absent."""
     if None in choices and value is not None and rng.random() < _ABSENT:
         return None
     return rng.choice([choice for choice in choices if choice != value and choice is not None])
 
 
 def _is_legible(placed: Placed) -> bool:
-    """Whether every named colour stands out from the one it is painted on."""
+    """Tell whether every named colour stands out from its background."""
     if isinstance(placed, Building):
         return placed.wall not in (placed.roof_colour, placed.door)
     return True
@@ -217,9 +217,9 @@ def _base(rng: Random) -> Content:
 
 
 def _counts(rng: Random) -> tuple[int, int, int, int, int, int]:
-    """How many houses, vehicles, people, trees, and pieces of furniture behind and in front: 8 to 11 objects.
+    """Choose the numbers of houses, vehicles, people, trees, and pieces of furniture behind and in front: 8 to 11 objects.
 
-    Houses and people take twice the words of the others, and a description must not grow too long.
+    Houses and people take twice as many words as the others, and a description must not become too long.
     """
     while True:
         counts = (rng.choice((2, 2, 3, 3, 4)), rng.choice((1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 2)))
@@ -230,13 +230,13 @@ def _counts(rng: Random) -> tuple[int, int, int, int, int, int]:
 
 
 def _edges(houses: int, rng: Random) -> list[float]:
-    """Where the houses begin and end, left to right: almost, but not quite, equal widths."""
+    """Choose the edges of the houses, left to right: almost, but not quite, equal widths."""
     inner = [round(number / houses + rng.uniform(-0.015, 0.015), 4) for number in range(1, houses)]
     return [0.0, *inner, 1.0]
 
 
 def _back_slots(edges: list[float]) -> list[float]:
-    """Free places on the far pavement: between the doors, so that none is hidden."""
+    """List the free places on the far pavement: between the doors, so that no door is hidden."""
     corners = [] if len(edges) > 4 else [0.075, 0.925]
     return [*edges[1:-1], *corners]
 
@@ -255,7 +255,7 @@ def _building(left: float, right: float, rng: Random) -> Building:
 
 
 def _pick(kind: str, rng: Random) -> dict[str, Any]:
-    """A value for every detail of this kind of thing."""
+    """Choose a value for every detail of a kind of object."""
     return {name: _first(choices, rng) for name, choices in _CHOICES[kind].items()}
 
 

@@ -1,6 +1,6 @@
 """The whole picture of a generated street scene: sky, street, objects from back to front, weather.
 
-Pictures are drawn larger than asked and reduced, which smooths every edge.
+Pictures are drawn larger than requested and then reduced, which smooths every edge.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PAINTERS = {
 
 
 def draw(content: Any, size: int, scenery: str) -> Image.Image:
-    """The picture of a content, RGB, ``size x size``; ``scenery`` seeds whatever no description mentions."""
+    """Draw a scene as an RGB picture, ``size x size``; ``scenery`` seeds everything that no description mentions."""
     times = 3 if size <= 160 else 2
     canvas = Canvas(size * times, content.time, content.weather)
     _sky(canvas, Random(scenery + "/sky"))
@@ -60,7 +60,7 @@ def _sky(canvas: Canvas, rng: Random) -> None:
     steps = Image.new("RGB", (1, 2))
     steps.putpixel((0, 0), top)
     steps.putpixel((0, 1), bottom)
-    middle = (0, 0.5, 1, 1.4)  # starts and ends inside the two pixels, so that there is no flat band
+    middle = (0, 0.5, 1, 1.4)  # starts and ends inside the two pixels, to avoid a flat band
     canvas.image.paste(steps.resize((canvas.pixels, height), Image.Resampling.BILINEAR, middle), (0, 0))
     if canvas.weather in ("clear", "cloudy"):
         _lights_of_the_sky(canvas, rng)
@@ -97,7 +97,7 @@ def _lights_of_the_sky(canvas: Canvas, rng: Random) -> None:
 
 
 def _skyline(canvas: Canvas, colour: Colour, rng: Random) -> None:
-    """A far town in one pale colour, behind the houses."""
+    """Draw a distant town in one pale colour, behind the houses."""
     x = -0.03
     while x < 1.0:
         width, top = rng.uniform(0.05, 0.12), rng.uniform(0.22, 0.36)
@@ -155,7 +155,7 @@ def _paving(canvas: Canvas, near: Colour, bottom: float, rng: Random) -> None:
 
 
 def _air(canvas: Canvas, rng: Random) -> None:
-    """What falls or hangs between the scene and the eye."""
+    """Draw the rain, snow or fog between the scene and the viewer."""
     if canvas.weather == "rain":
         for _ in range(70):
             x, y, length = rng.random(), rng.uniform(-0.02, 1), rng.uniform(0.025, 0.045)

@@ -1,8 +1,8 @@
 """Generated street scenes with long descriptions: a small, exact world for fine-grained retrieval.
 
-Four consecutive scenes form a family: one base scene, in which each member has one or two details redrawn (a
+Four consecutive scenes form a family: variants of one base scene, each with one or two details redrawn (a
 door, a coat, the weather). Telling them apart takes the whole description, because its statements are shuffled and
-the detail that decides may stand in any of them.
+the deciding detail may be in any of them.
 
     scenes = Scenes("test")
     scene = scenes[0]
@@ -10,7 +10,7 @@ the detail that decides may stand in any of them.
     scene.draw()           # a PIL image, 224 x 224
     scene.parts[0].box     # where in the picture the first phrase is true
 
-Everything follows from ``(seed, split, index)``; nothing is stored and nothing is downloaded.
+Everything is determined by ``(seed, split, index)``; nothing is stored and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 SPLITS = {"train": 64_000, "train_mixed": 64_000, "val": 1_000, "test": 1_000, "very_long": 200}
 MAX_SIZE = 10_000_000  # scenes, which take a day to draw
 MAX_IMAGE_SIZE = 4096
-_DETAILED_EVERY = 4  # of the families of "train_mixed"
+_DETAILED_EVERY = 4  # every fourth family of "train_mixed" is described in detail
 VARIANTS = words.VARIANTS
 
 
 class Phrase(NamedTuple):
-    """One stretch of a clean caption that describes one placed object: ``caption[start:end] == text``."""
+    """A span of a clean caption that describes one placed object: ``caption[start:end] == text``."""
 
     text: str
     start: int
@@ -53,11 +53,11 @@ class Phrase(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and its description; both are made when asked for.
+    """One picture and its description, both made on demand.
 
     Attributes:
         id: split and index, as in ``"test-000123"``.
-        family: the index of its family; scenes of one family differ in a few details only.
+        family: index of its family; scenes in one family differ in only a few details.
         content: time of day, weather and placed objects.
     """
 
@@ -68,7 +68,7 @@ class Scene:
     variant: str = field(repr=False)
     detailed: bool = field(repr=False)
     telling: str = field(repr=False)  # seeds the choice of words
-    scenery: str = field(repr=False)  # seeds what no description mentions: clouds, lit windows, paving
+    scenery: str = field(repr=False)  # seeds details that no description mentions: clouds, lit windows, paving
 
     @property
     def time(self) -> str:
@@ -106,7 +106,7 @@ class Scene:
         """Draw the scene.
 
         Args:
-            size: side of the picture in pixels; default the dataset's ``image_size``.
+            size: side of the picture in pixels. Default: the dataset's ``image_size``.
 
         Returns:
             An RGB image, ``size x size``.
@@ -128,15 +128,15 @@ class Scenes:
     Args:
         split: "train", "val", "test", "very_long" (descriptions of more than 300 tokens), or "train_mixed" (every fourth
             family of scenes described as in "very_long", the others as in "train").
-        size: how many scenes; default 64,000 to train on, 1,000 of "val" and "test", 200 of "very_long". A larger size only
-            adds scenes.
-        image_size: side in pixels of the pictures that ``Scene.draw`` makes unless told otherwise.
-        seed: another seed, another world.
-        variant: what happens to the captions: "clean", "typos", "plain" (lower case, no punctuation), "dropped"
-            (a quarter of the statements left out), "repeated" (some said twice) or "reordered".
+        size: number of scenes. Default: 64,000 for training, 1,000 for "val" and "test", 200 for "very_long". A larger size
+            only adds scenes.
+        image_size: default side, in pixels, of the pictures that ``Scene.draw`` makes.
+        seed: random seed; each seed gives a different world.
+        variant: treatment of the captions: "clean", "typos", "plain" (lower case, no punctuation), "dropped"
+            (a quarter of the statements left out), "repeated" (some statements repeated) or "reordered".
 
     Raises:
-        InputError: An unknown split or variant, a size or an image size out of its range.
+        InputError: An unknown split or variant, or a size or image size out of range.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Scenes:
         return (self[index] for index in range(self.size))
 
     def __getitem__(self, index: int) -> Scene:
-        """The scene at ``index``; negative ones count from the end. Raises IndexError past either end."""
+        """Return the scene at ``index``; negative indices count from the end. Raises IndexError past either end."""
         if not -self.size <= index < self.size:
             raise IndexError(f"expected an index in [{-self.size}, {self.size}), got {index}")
         index = int(index) % self.size

@@ -1,4 +1,4 @@
-"""Painters of what stands still: the houses, trees and street furniture of a generated street scene.
+"""Painters for static objects in a generated street scene: houses, trees and street furniture.
 
 Every painter works in the object's own coordinates: (0, 0) is the middle of its foot and y grows downwards.
 """

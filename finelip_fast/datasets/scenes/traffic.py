@@ -1,7 +1,7 @@
-"""Painters of what moves: the vehicles, and the people with their dogs of a generated street scene.
+"""Painters for moving objects in a generated street scene: vehicles, and people with their dogs.
 
-Every painter works in the object's own coordinates: (0, 0) is the middle of its foot and y grows downwards;
-vehicles are painted facing right, and the canvas mirrors those that face left.
+Every painter works in the object's own coordinates: (0, 0) is the middle of its foot and y grows downwards.
+Vehicles are painted facing right, and the canvas mirrors those that face left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _wheel(canvas: Canvas, x: float, radius: float) -> None:
 
 
 def _lamps(canvas: Canvas, half: float, y: float) -> None:
-    """A headlight at the front, with its beam at night, and a tail light."""
+    """Paint a headlight at the front, with its beam at night, and a tail light."""
     if canvas.night:
         canvas.shape((half, y), (half + 0.1, y - 0.02), (half + 0.1, y + 0.05), colour=LAMPLIGHT, alpha=70, glow=True)
     canvas.box(half - 0.018, y - 0.010, half, y + 0.012, (255, 240, 180), radius=0.004, glow=True)

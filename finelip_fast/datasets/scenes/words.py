@@ -1,7 +1,7 @@
-"""The words of generated street scenes: descriptions that say everything that may differ, in many ways.
+"""The wording of generated street scenes: descriptions that mention everything that may differ, phrased in many ways.
 
-A description is a shuffled list of statements. A statement joins one or two clauses, and a clause tells one object
-(or the hour and the weather). Clauses are sentences without their capital and their full stop.
+A description is a shuffled list of statements. A statement joins one or two clauses, and a clause describes one object
+(or the time of day and the weather). Clauses are sentences without the initial capital and the full stop.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any, NamedTuple
 
 __all__ = ["NUMBERS", "TIMES", "VARIANTS", "WEATHERS", "Statement", "locate", "tell", "vary"]
 
-Choose = Callable[[Sequence[str]], str]  # of several phrasings, one
+Choose = Callable[[Sequence[str]], str]  # picks one of several phrasings
 
 VARIANTS = ("clean", "typos", "plain", "dropped", "repeated", "reordered")
 
-# Bounds on the estimated number of tokens: the CLIP tokenizer's count is met or missed by a few.
+# Bounds on the estimated number of tokens, which is within a few of the CLIP tokenizer's count.
 _FEWEST, _MOST, _DETAILED = 115, 186, 310
 
 
-_PIECES = re.compile(r"awn|dom|man(?=s)|scoo|hydr|[a-z]+|[^a-z\s]")  # the tokenizer cuts a few words in two
+_PIECES = re.compile(r"awn|dom|man(?=s)|scoo|hydr|[a-z]+|[^a-z\s]")  # the tokenizer splits a few words in two
 
 
 class Clause(NamedTuple):
-    """A piece of a sentence and the placed object that it tells, if any."""
+    """A piece of a sentence and the placed object that it describes, if any."""
 
     text: str
     placed: Any = None
 
 
 class Statement(NamedTuple):
-    """One or two clauses and what joins them."""
+    """One or two clauses and the text that joins them."""
 
     clauses: tuple[Clause, ...]
     joint: str = ", and "
 
     @property
     def text(self) -> str:
-        """The statement as written: capital first, full stop last."""
+        """The statement as a sentence, with a capital first and a full stop last."""
         text = self.joint.join(clause.text for clause in self.clauses)
         return text[0].upper() + text[1:] + "."
 
@@ -116,7 +116,7 @@ _FURNITURE = (
     "you can see a {name} {place}",
     "a {name} can be found {place}",
 )
-# What a detailed description says of an object, one clause each; what is absent (a hat, say) has no clause.
+# Clauses of a detailed description, one per detail; an absent detail (such as a hat) has no clause.
 _DETAILS = {
     "building": (
         (
@@ -164,7 +164,7 @@ _FILLERS = (
 )
 _JOINTS = (", and ", ", while ", "; ")
 
-# Where things are, by columns of a fifth of the picture's width.
+# Positions, by columns of a fifth of the picture's width.
 _COLUMNS = (
     ("on the far left", "at the left edge"),
     ("left of the middle", "a little to the left"),
@@ -185,16 +185,16 @@ _SIDES = (
 NUMBERS = ("no", "one", "two", "three", "four")
 
 
-# --- Telling -----------------------------------------------------------------------------------------------------
+# --- Descriptions ------------------------------------------------------------------------------------------------
 
 
 def tell(content: Any, rng: Random, *, detailed: bool = False) -> list[Statement]:
-    """The statements of a description, in reading order.
+    """Write the statements of a description, in reading order.
 
     Args:
         content: time of day, weather and placed objects.
-        rng: chooses phrasings and order.
-        detailed: tell every object in several statements, and what stands where; more than 300 tokens.
+        rng: random generator that chooses phrasings and order.
+        detailed: whether to describe every object in several statements, and where it stands; more than 300 tokens.
     """
     teller = _Teller(content, rng)
     if detailed:
@@ -209,7 +209,7 @@ def tell(content: Any, rng: Random, *, detailed: bool = False) -> list[Statement
 
 
 def _shorten(clauses: list[Clause], teller: _Teller) -> None:
-    """Say clauses, in any order, in the shortest way until the description is short enough."""
+    """Replace clauses, in random order, by their shortest phrasing until the description is short enough."""
     excess = sum(map(_tokens, clauses)) - _MOST
     for place in teller.rng.sample(range(1, len(clauses)), len(clauses) - 1):
         if excess <= 0:
@@ -220,7 +220,7 @@ def _shorten(clauses: list[Clause], teller: _Teller) -> None:
 
 
 def _lengthen(clauses: list[Clause], fewest: int, additions: Sequence[str], rng: Random) -> None:
-    """Add general truths until the description is long enough."""
+    """Add general statements until the description is long enough."""
     missing = fewest - sum(map(_tokens, clauses))
     for text in rng.sample(additions, len(additions)):
         if missing <= 0:
@@ -230,7 +230,7 @@ def _lengthen(clauses: list[Clause], fewest: int, additions: Sequence[str], rng:
 
 
 def _tokens(clause: Clause) -> int:
-    """About how many tokens a clause takes, its full stop or its joint included."""
+    """Estimate how many tokens a clause takes, including its full stop or joint."""
     return len(_PIECES.findall(clause.text)) + 1
 
 
@@ -246,7 +246,7 @@ def _joined(clauses: list[Clause], rng: Random) -> list[Statement]:
 
 
 class _Teller:
-    """Puts objects of one scene into words, with its own choice of phrasings."""
+    """Describes the objects of one scene, with its own choice of phrasings."""
 
     def __init__(self, content: Any, rng: Random) -> None:
         self.content, self.rng = content, rng
@@ -258,12 +258,12 @@ class _Teller:
         return Clause(rng.choice(_OPENINGS).format(when=when, weather=weather))
 
     def clause(self, placed: Any, *, brief: bool = False) -> Clause:
-        """One clause that tells all of an object."""
+        """Describe an object completely in one clause."""
         choose: Choose = self._short if brief else self.rng.choice
         return Clause(_articles(choose(_PHRASINGS[placed.what]).format(**self._terms(placed, choose))), placed)
 
     def details(self, placed: Any) -> Iterator[Clause]:
-        """Several clauses that tell one object between them, each with some of it."""
+        """Describe an object in several clauses, each with some of its details."""
         absent = [f"{{{name}}}" for name, value in vars(placed).items() if value is None]
         for options in _DETAILS[placed.what]:
             if not any(name in options[0] for name in absent):
@@ -316,7 +316,7 @@ class _Teller:
         }
 
     def relations(self) -> list[str]:
-        """Which house is behind what, for everything that stands or drives clearly before one of them."""
+        """Say which house is behind each object that is clearly in front of one."""
         choose, relations = self.rng.choice, []
         for placed in self.content.objects:
             for house in self.houses:
@@ -331,7 +331,7 @@ def _column(placed: Any) -> tuple[str, ...]:
 
 
 def _articles(text: str) -> str:
-    """ "a" before a vowel becomes "an"; "one" and what begins with it sounds like a consonant."""
+    """Change "a" before a vowel to "an", except before words that begin with "one", which sound like a consonant."""
     return re.sub(r"\b([Aa]) (?=[aeiou])(?!one\b)", r"\1n ", text)
 
 
@@ -339,7 +339,7 @@ def _articles(text: str) -> str:
 
 
 def locate(statements: list[Statement]) -> Iterator[tuple[str, int, Any]]:
-    """The clauses that tell a placed object: their text, where it starts in the clean caption, the object."""
+    """Yield each clause that describes a placed object: its text, its start in the clean caption, and the object."""
     caption, start = " ".join(statement.text for statement in statements), 0
     for statement in statements:
         for clause in statement.clauses:
@@ -351,7 +351,7 @@ def locate(statements: list[Statement]) -> Iterator[tuple[str, int, Any]]:
 
 
 def vary(statements: list[Statement], variant: str, rng: Random) -> str:
-    """The caption of a list of statements, in one of ``VARIANTS``."""
+    """Make the caption of a list of statements, in one of ``VARIANTS``."""
     texts = [statement.text for statement in statements]
     if variant == "dropped":
         dropped = set(rng.sample(range(len(texts)), max(1, round(len(texts) / 4))))
@@ -371,7 +371,7 @@ def vary(statements: list[Statement], variant: str, rng: Random) -> str:
 
 
 def _mistyped(caption: str, rng: Random) -> str:
-    """The caption with a slip of the finger in about one word of twelve, and in one word at least."""
+    """Return the caption with a typo in about one word in twelve, and in at least one word."""
     words = caption.split(" ")
     long = [place for place, word in enumerate(words) if re.match(r"[a-z]{4}", word)]
     for place in rng.sample(long, min(len(long), max(1, round(len(words) / 12)))):
@@ -380,7 +380,7 @@ def _mistyped(caption: str, rng: Random) -> str:
 
 
 def _slip(word: str, rng: Random) -> str:
-    """Two letters swapped, one dropped or one doubled, never the first."""
+    """Swap two letters, drop one or double one, but never the first."""
     at = rng.randrange(1, 3)
     slips = (
         word[:at] + word[at + 1] + word[at] + word[at + 2 :],

@@ -1,1 +1,1 @@
-"""Collections on object storage, and what goes between them and index folders."""
+"""Collections on object storage, and transfer between them and index folders."""

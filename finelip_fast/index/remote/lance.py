@@ -1,15 +1,15 @@
-"""A collection on object storage: a Lance table as the system of record, and index folders as copies of it that search.
+"""A collection on object storage: a Lance table as the system of record, and index folders as searchable copies of it.
 
-A row is an item: ``id`` text, ``metadata`` JSON, ``tokens`` float16 ``[L * D]`` as a list of fixed size, and CRC-32 checksums
-``crc`` of the embedding's bytes, the same that an index folder keeps, and ``metadata_crc`` of id, ``crc`` and JSON (of the
-JSON alone in stores of format 1). Whatever reads Lance reads it. The store is as durable as what it lies on: object stores
-keep what they have acknowledged, but on local disks Lance waits for no disk, so that a power cut there may take changes that
-were acknowledged. Damage to the values of a row is an error; to files of Lance's own it may end the process, in Lance's code.
+A row is an item: ``id`` text, ``metadata`` JSON, ``tokens`` float16 ``[L * D]`` as a fixed-size list, and the CRC-32 checksums
+``crc`` of the embedding's bytes, as in an index folder, and ``metadata_crc`` of id, ``crc`` and JSON (of the JSON alone in
+stores of format 1). Any program that reads Lance can read it. The store is as durable as its storage: object stores keep what
+they have acknowledged, but on local disks Lance does not wait for the disk, so a power failure may lose acknowledged changes.
+Damage to the values of a row is an error; damage to Lance's own files may end the process, in Lance's code.
 
 A search takes about 1 GiB of memory, however large the collection is; :mod:`finelip_fast.index.remote.sync` fills folders
 from a store and a store from folders.
 
-Lance runs threads, which a fork does not copy: processes that use a store start others by spawn or forkserver.
+Lance runs threads, which a fork does not copy: processes that use a store must start others by spawn or forkserver.
 """
 
 from __future__ import annotations
@@ -53,34 +53,34 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _FORMAT = 2
-_FORMAT_OF_OLD = 1  # its checksums leave out the ids
+_FORMAT_OF_OLD = 1  # its checksums do not cover the ids
 _COLUMNS = ["id", "metadata", "crc", "metadata_crc", "tokens"]
-# One change of a store or a folder has at most so much: that fits in memory, and a run that is killed goes on behind it.
+# Limits of one change of a store or a folder: it fits in memory, and an interrupted run continues after it.
 _CHANGE = 1 << 28  # bytes of embeddings
 _ROWS = 8192  # of a change, and of keys at a time
-_SCAN = 1 << 26  # bytes of embeddings that a search or an iteration has at a time
-_CACHED = 1 << 28  # bytes that Lance may keep of what it knows of its files
+_SCAN = 1 << 26  # bytes of embeddings that a search or an iteration reads at a time
+_CACHED = 1 << 28  # bytes of metadata of its files that Lance may cache
 
 
 class LanceStore:
-    """Items with ids and metadata in a Lance table; made if missing, opened if there.
+    """Items with ids and metadata in a Lance table, which is created if missing.
 
-    Several processes may write to it: changes of different items are both made, and of two that add the same id one is
-    refused. Every change makes a version; older ones can be opened until Lance's ``cleanup_old_versions`` removes them. The
-    order of items is that of the table: what is added comes behind what was there, in the order that it is given; what is
-    upserted too, but in an order that Lance chooses. An addition and a deletion read all ids of the store.
+    Several processes may write to it: changes to different items all succeed, and if two add the same id, one is refused.
+    Every change makes a version; older ones can be opened until Lance's ``cleanup_old_versions`` removes them. Items are in
+    the order of the table: added items come last, in the given order; upserted items also come last, but in an order that
+    Lance chooses. An addition and a deletion read all ids of the store.
 
     Args:
-        spec: What the embeddings are; of dtype float16.
-        uri: A path, or ``s3://``, ``gs://``, ``az://``.
-        source: What the checkpoint was opened as, for messages and for folders that are pulled.
+        spec: Spec of the embeddings; of dtype float16.
+        uri: Path or URI (``s3://``, ``gs://``, ``az://``).
+        source: Name or path that the checkpoint was opened with, for messages and for folders that are pulled.
         storage_options: Credentials and endpoints, as Lance takes them.
-        version: Version to read, without changing it; None: always the newest.
+        version: Version to open read-only; None: always the newest.
 
     Raises:
-        InputError: A spec of dtype int8.
-        StoreError: Another store or none of ours is there, a version that is not there, it cannot be read or made, or
-            pylance is not installed.
+        InputError: The spec is of dtype int8.
+        StoreError: The URI holds another store or a foreign table, the version does not exist, the store cannot be read or
+            created, or pylance is not installed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LanceStore:
         return find_dataset(self.uri, version, storage_options=self._options, session=self._session)
 
     def dataset(self) -> Any:
-        """A handle of its own, which stays at its version."""
+        """A new handle, which stays at its version."""
         dataset = self._find(self._fixed)
         if dataset is None:
             raise StoreError(f"the store at {self.uri} is no longer there: restore it, or push an index to it again")
@@ -127,7 +127,7 @@ class LanceStore:
         try:
             lance_module().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
         except (OSError, ValueError, RuntimeError) as error:
-            if "already exists" not in str(error):  # another process was faster
+            if "already exists" not in str(error):  # otherwise another process was faster
                 raise StoreError(f"cannot make a store at {self.uri}: {reason_of(error)}") from None
 
     def _compare(self, stored: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class LanceStore:
     def _schema(self) -> pa.Schema:
         import pyarrow as pa
 
-        # The key is what makes Lance notice that two writers add the same id.
+        # The key lets Lance notice that two writers add the same id.
         key = pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
         tokens = pa.list_(pa.float16(), self.spec.tokens * self.spec.width)
         types = [("metadata", pa.string()), ("crc", pa.int64()), ("metadata_crc", pa.int64()), ("tokens", tokens)]
@@ -154,18 +154,18 @@ class LanceStore:
 
     @property
     def rows_of_a_change(self) -> int:
-        """How many items one change has at most."""
+        """Maximum number of items in one change."""
         return self._rows_of(_CHANGE)
 
     def _rows_of(self, size: int) -> int:
-        """How many items have so many bytes of embeddings."""
+        """Number of items whose embeddings take ``size`` bytes."""
         return max(1, min(_ROWS, size // (2 * self.spec.tokens * self.spec.width)))
 
-    # What is there -----------------------------------------------------------------------------------------------------
+    # Contents ----------------------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
-        """Counts the changes, from 1."""
+        """Version that is read; versions count the changes, from 1."""
         return int(self.dataset().version)
 
     def __len__(self) -> int:
@@ -186,12 +186,12 @@ class LanceStore:
         return present
 
     def batches(self) -> Iterator[tuple[list[str], Tensor, list[dict[str, Any]], list[int]]]:
-        """All items in order, some at a time, of one version: ``(ids, embeddings, metadata, crcs)``.
+        """Yield all items of one version in order, in batches ``(ids, embeddings, metadata, crcs)``.
 
-        The embeddings are float16 ``[n, L, D]``, their checksums were compared.
+        The embeddings are float16 ``[n, L, D]``; their checksums have been verified.
 
         Raises:
-            StoreError: The store cannot be read, or rows are damaged; names them.
+            StoreError: The store cannot be read, or rows are damaged; the message names them.
         """
         for batch in self._scan(self.dataset(), _COLUMNS):
             refuse_damaged(self.damaged(batch), self.uri)
@@ -216,19 +216,19 @@ class LanceStore:
             batch[name].to_pylist() if name in batch.schema.names else [] for name in _COLUMNS[:-1]
         )
         rows = batch["tokens"].flatten().to_numpy(zero_copy_only=True)
-        # A copy, since Arrow's memory may not be written to, of which PyTorch warns.
+        # A copy, since Arrow's memory is read-only, which PyTorch warns of.
         tokens = torch.from_numpy(np.array(rows)).reshape(-1, self.spec.tokens, self.spec.width)
         return Batch(ids, texts, crcs, metadata_crcs, tokens)
 
     def keys(self, dataset: Any) -> Iterator[Keys]:
-        """Keys of all rows in order, which is how :meth:`take` counts them."""
+        """Yield the keys of all rows, in the order in which :meth:`take` counts them."""
         columns = ["id", "crc", "metadata_crc"]
         with reading(self.uri):
             for batch in dataset.to_batches(columns=columns, batch_size=_ROWS, scan_in_order=True):
                 yield Keys(*(batch[name].to_pylist() for name in columns))
 
     def checksum(self, item: str, crc: int, text: str) -> int:
-        """What ``metadata_crc`` has to be: of id, embedding's checksum and metadata, so that none can come to another."""
+        """Expected ``metadata_crc``: of id, embedding's checksum and metadata, so that none can move to another item."""
         sealed = text if self._format == _FORMAT_OF_OLD else f"{item}\0{crc}\0{text}"
         return zlib.crc32(sealed.encode("utf-8", "surrogatepass"))
 
@@ -243,7 +243,7 @@ class LanceStore:
         ]
 
     def take(self, dataset: Any, numbers: Sequence[int]) -> Batch:
-        """Rows by number."""
+        """Read rows by number."""
         with reading(self.uri):
             table = dataset.take(list(numbers), columns=_COLUMNS)
         (batch,) = table.combine_chunks().to_batches()
@@ -252,16 +252,16 @@ class LanceStore:
     # Changing ----------------------------------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
-        """Add items, in one change.
+        """Add items in one change.
 
         Args:
             ids: ``n`` new ids.
             embeddings: ``[n, L, D]``, unit rows.
-            metadata: One dictionary of JSON values for each.
+            metadata: One dictionary of JSON values per item.
 
         Raises:
-            InputError: An id that is there already or that UTF-8 cannot hold, embeddings of another shape, or metadata that
-                JSON cannot hold.
+            InputError: An id exists already or UTF-8 cannot hold it, the embeddings have another shape, or JSON cannot hold
+                the metadata.
             StoreError: The store cannot be written, or is open at an older version; nothing was added.
         """
         table = self._table(ids, embeddings, metadata)
@@ -271,7 +271,7 @@ class LanceStore:
         version = before.version
         self._refuse_known(ids, before)
         with self._writing():
-            # Not by merge_insert, which would see to it that ids are new but shuffles the rows.
+            # Not merge_insert, which would ensure that ids are new but shuffles the rows.
             after = lance_module().write_dataset(table, before, mode="append", storage_options=self._options)
         if after.version > version + 1:
             self._take_back(ids, after)
@@ -283,10 +283,10 @@ class LanceStore:
             raise InputError(f"expected ids that are new, got {old!r} again; give other ids, or replace them")
 
     def _take_back(self, ids: Sequence[str], dataset: Any) -> None:
-        """Others have written since it was seen that ids are new: where these have come meanwhile, undo what was added last.
+        """After others have written since the ids were checked, undo the last addition if its ids are no longer new.
 
         Raises:
-            InputError: That was so.
+            InputError: The addition was undone.
         """
         last = self._find(dataset.version - 1)
         if not self._present(ids, last):
@@ -303,7 +303,7 @@ class LanceStore:
         self._refuse_known(ids, last)
 
     def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
-        """Add items, and put them in the place of those of the same ids, in one change; else as :meth:`add`."""
+        """Add items, replacing those with the same ids, in one change; otherwise as :meth:`add`."""
         table = self._table(ids, embeddings, metadata)
         if ids:
             with self._writing():
@@ -330,11 +330,11 @@ class LanceStore:
         return pa.table(columns, schema=schema)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take items out, in one change.
+        """Remove items in one change.
 
         Raises:
-            InputError: An id that is not there; nothing was taken out.
-            StoreError: The store cannot be written, or is open at an older version; nothing was taken out.
+            InputError: An id does not exist; nothing was removed.
+            StoreError: The store cannot be written, or is open at an older version; nothing was removed.
         """
         self._refuse_if_fixed()
         ids = list(dict.fromkeys(ids))
@@ -368,20 +368,20 @@ class LanceStore:
     # Searching ----------------------------------------------------------------------------------------------------------
 
     def search(self, queries: Tensor, k: int, *, alpha: float | None = None, where: str | None = None) -> SearchResults:
-        """The ``k`` best items of each query, exactly: all embeddings are read, some at a time, so a folder is faster.
+        """Find the ``k`` best items for each query exactly; all embeddings are read in batches, so a folder is faster.
 
         Args:
             queries: Embeddings ``[Q, L_q, D]``, unit rows; scored on their device.
-            k: How many; fewer come back when there are fewer.
+            k: Number of items; fewer are returned if there are fewer.
             alpha: Weight of the global cosine; None: the spec's.
-            where: Only items whose metadata fit, see :mod:`finelip_fast.index.filters`.
+            where: Filter on the metadata, see :mod:`finelip_fast.index.filters`; None: all items.
 
         Returns:
-            As of :meth:`Index.search` over the same items; numbers and positions count them in the store's order, by which
-            ties come.
+            The same as :meth:`Index.search` over the same items; numbers and positions count them in the store's order, which
+            also decides ties.
 
         Raises:
-            InputError: ``k < 1``, or a filter that cannot be read.
+            InputError: ``k < 1``, or the filter cannot be parsed.
             StoreError: The store cannot be read, or found rows are damaged.
         """
         alpha = self.spec.alpha if alpha is None else alpha
@@ -395,7 +395,7 @@ class LanceStore:
             if len(queries) and (among is None or len(among)):
                 best, rows = clim_topk(queries[:, compared], batch.tokens[:, compared], k, alpha=alpha, among=among)
                 scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, rows + first], 1)
-                # Of equal ones the earlier stands first already; NaN goes last, unlike in descending order.
+                # The earlier of equal ones is already first; NaN goes last, unlike in descending order.
                 order = (-scores).argsort(dim=1, stable=True)[:, :k]
                 scores, numbers = scores.gather(1, order), numbers.gather(1, order)
             first += len(batch.tokens)
@@ -421,10 +421,10 @@ class LanceStore:
 def open_store(
     uri: str | PathLike[str], *, storage_options: Mapping[str, str] | None = None, version: int | None = None
 ) -> LanceStore:
-    """The store at a place, opened without its checkpoint; arguments as for :class:`LanceStore`.
+    """Open the store at a URI without its checkpoint; arguments as for :class:`LanceStore`.
 
     Raises:
-        StoreError: There is none, it cannot be read, or pylance is not installed.
+        StoreError: There is no store, it cannot be read, or pylance is not installed.
     """
     uri = os.fspath(uri)
     dataset = find_dataset(uri, None, storage_options=dict(storage_options or {}))
@@ -438,7 +438,7 @@ def open_store(
 
 
 def _matching(batch: Batch, where: str) -> list[int]:
-    """Rows that a filter lets through, found as an index finds them."""
+    """Rows that match a filter, found in the same way as in an index."""
     with closing(Catalogue(None, {}, source="")) as catalogue:
         with catalogue.changing():
             catalogue.add(batch.ids, "batch", [None] * len(batch.ids), batch.texts)

@@ -1,4 +1,4 @@
-"""Rows of a store, on their way from a table."""
+"""Rows of a store, as read from a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finelip_fast.errors import StoreError
 
 
 class Keys(NamedTuple):
-    """What tells items apart, of some consecutive rows."""
+    """Keys that items are compared by, for consecutive rows."""
 
     ids: list[str]
     crcs: list[int]
@@ -26,7 +26,7 @@ class Keys(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some rows; ``texts`` are their metadata as JSON, ``tokens`` float16 ``[n, L, D]``."""
+    """Several rows; ``texts`` are their metadata as JSON, ``tokens`` float16 ``[n, L, D]``."""
 
     ids: list[str]
     texts: list[str]
@@ -35,16 +35,16 @@ class Batch(NamedTuple):
     tokens: Tensor
 
     def metadata(self, uri: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Metadata of some rows; None: of all.
+        """Metadata of the given rows; None: all rows.
 
         Raises:
-            StoreError: Those of one are no object of JSON, or too deep; names it.
+            StoreError: The metadata of a row is not a JSON object, or too deep; the message names the item.
         """
         metadata = []
         for row in range(len(self.ids)) if rows is None else rows:
             try:
                 value = json.loads(self.texts[row])
-                check_value(value, surrogates=True)  # of paths that are no text, in stores of old
+                check_value(value, surrogates=True)  # from paths that are not text, in old stores
                 if not isinstance(value, dict):
                     raise ValueError("no object")
             except (ValueError, RecursionError) as error:

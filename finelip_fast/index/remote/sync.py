@@ -1,4 +1,4 @@
-"""Between a store on object storage and index folders: :func:`push` and :func:`pull` transfer what differs, and no more.
+"""Sync a store on object storage and index folders: :func:`push` and :func:`pull` transfer only what differs.
 
 They take about 1 GiB of memory, however large the collection is.
 """
@@ -23,29 +23,29 @@ from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.lance import LanceStore
 from finelip_fast.index.remote.rows import Keys, refuse_damaged
 
-_COPY = "copy"  # the note in the catalogue of a folder that pull fills
-# What an item of one side is to the other side.
+_COPY = "copy"  # key of the note in the catalogue of a folder that pull fills
+# State of an item of one side compared with the other side.
 _ABSENT, _SAME, _OTHER = 0, 1, 2
 
 
 def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool = False) -> dict[str, int]:
-    """Make a store what an index is: what it lacks is added, what differs is replaced, what the index lacks is removed.
+    """Make a store equal to an index: add what it lacks, replace what differs, and remove what the index lacks.
 
-    Items differ by their checksums, of embedding or metadata. Every change has up to 256 MiB of embeddings or 8,192 items; a
-    push that was interrupted goes on when it is run again. What others write into the store meanwhile is not seen.
+    Items differ by their checksums, of embedding or metadata. Every change has up to 256 MiB of embeddings or 8,192 items; an
+    interrupted push continues when it is run again. What others write to the store meanwhile is not seen.
 
     Args:
         index: Index in memory or in a folder, in float16.
-        store: A store of the same spec.
-        remove: False: what the index lacks stays in the store, so that several folders can be pushed to one store.
-        progress: Show a bar.
+        store: Store with the same spec.
+        remove: Whether to remove what the index lacks; False: it stays, so that several folders can be pushed to one store.
+        progress: Whether to show a progress bar.
 
     Returns:
-        How many items were ``added``, ``replaced``, ``removed`` and ``unchanged``, and the ``version`` of the store then.
+        Number of items ``added``, ``replaced``, ``removed`` and ``unchanged``, and the resulting ``version`` of the store.
 
     Raises:
-        InputError: An index of another spec or at an older version, or an id that UTF-8 cannot hold; or one that is a part of
-            a store or was not pulled to the end, and with ``remove`` would take out all that it lacks.
+        InputError: The index has another spec or is open at an older version, or UTF-8 cannot hold an id. Or, with ``remove``,
+            the index is a part of a store or was not pulled to the end, and the push would remove all that it lacks.
         StoreError: The store cannot be read or written, an item of the index is damaged, or another process compacts the
             index.
     """
@@ -66,7 +66,7 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
     store.remove(absent)
     counts["removed"] += len(absent)
     with tqdm(total=len(local.view), unit="item", disable=not progress, mininterval=0.5) as bar:
-        # Apart, since the order is kept only of what is added.
+        # Kept apart, since only added items keep their order.
         waiting: dict[int, list[Item]] = {_ABSENT: [], _OTHER: []}
         for item in local.items():
             bar.update()
@@ -87,27 +87,27 @@ def push(index: Index, store: LanceStore, *, remove: bool = True, progress: bool
 def pull(
     store: LanceStore, folder: str | PathLike[str], *, part: tuple[int, int] = (0, 1), progress: bool = False
 ) -> dict[str, int]:
-    """Make an index folder what a store is, at one version of it; all else in the folder goes.
+    """Make an index folder equal to one version of a store; everything else in the folder is removed.
 
     Items differ by their checksums, of embedding or metadata; only what differs is transferred, in changes of up to 256 MiB of
-    embeddings or 8,192 items. New items come in the order of the store, behind those that are there. Killed and run again, it
-    goes on. Searches of the folder meanwhile see some of the changes.
+    embeddings or 8,192 items. New items come after the existing ones, in the order of the store. An interrupted pull continues
+    when it is run again. Searches of the folder meanwhile see some of the changes.
 
     Args:
-        store: The newest version is pulled, or that at which it is open.
-        folder: Folder of the index; made if missing, otherwise one that was pulled.
-        part: ``(i, n)``: only the items whose ids have ``crc32(id in UTF-8) % n == i``, so that ``n`` machines hold a shard
-            each.
-        progress: Show a bar.
+        store: Store to pull, at its newest version or the one that it is open at.
+        folder: Folder of the index; created if missing, otherwise one that was pulled.
+        part: Part ``(i, n)`` of the items, whose ids have ``crc32(id in UTF-8) % n == i``, so that each of ``n`` machines
+            holds a shard.
+        progress: Whether to show a progress bar.
 
     Returns:
-        How many items were ``added``, ``replaced``, ``removed`` and ``unchanged``, and the ``version`` of the store.
+        Number of items ``added``, ``replaced``, ``removed`` and ``unchanged``, and the ``version`` of the store.
 
     Raises:
-        InputError: A part that is none.
-        StoreError: The folder holds another index or one that was not pulled; either side cannot be read or written, or
-            another process changes the folder meanwhile. Or rows of the store are damaged: these are named and left out, and
-            the folder keeps what it had of them; all else was done.
+        InputError: The part is invalid.
+        StoreError: The folder holds another index or one that was not pulled, either side cannot be read or written, or
+            another process changes the folder meanwhile. Or rows of the store are damaged: the message names them. They are
+            left out, and the folder keeps what it had of them; everything else was done.
     """
     from tqdm import tqdm
 
@@ -151,7 +151,7 @@ def pull(
 def _transfer(
     store: LanceStore, dataset: Any, index: Index, missing: dict[str, tuple[int, int]], counts: dict[str, int]
 ) -> list[str]:
-    """Put wanted rows into an index, and want no more; the ids of those that are damaged."""
+    """Write missing rows to an index and clear ``missing``; return the ids of damaged rows."""
     if not missing:
         return []
     batch = store.take(dataset, [number for number, _ in missing.values()])
@@ -176,8 +176,8 @@ class _Local:
     """An index to compare with a store.
 
     Attributes:
-        states: What the items that the index had at first are to the store, by position; a byte each, the one thing that
-            grows with the collection.
+        states: States of the items that the index had at first, by position; one byte each, the only data that grows with
+            the collection.
     """
 
     def __init__(self, index: Index, store: LanceStore) -> None:
@@ -185,10 +185,10 @@ class _Local:
         self.states = bytearray(max((row.first + row.rows for row in self.view.layout.segments), default=0))
 
     def compare(self, keys: Keys) -> list[int]:
-        """What each of some rows of the store is to the index; remembers it.
+        """Compare rows of the store with the index; record and return the state of each.
 
         Raises:
-            StoreError: Another process has changed the index, or an id came before.
+            StoreError: Another process has changed the index, or an id occurs twice.
         """
         positions = self.index._store.catalogue.find(keys.ids)
         items = self.index._store.catalogue.at(positions.values(), self.view.version)
@@ -208,7 +208,7 @@ class _Local:
         return states
 
     def _keys_of(self, items: Iterable[Item]) -> dict[int, tuple[int, int]]:
-        """Checksums of embedding and metadata, by position; read again where an index in memory or of old keeps none."""
+        """Checksums of embedding and metadata, by position; computed if an index in memory or an old one stores none."""
         items = list(items)
         crcs = {item.position: item.crc for item in items}
         missing = sorted(position for position, crc in crcs.items() if crc is None)
@@ -222,15 +222,15 @@ class _Local:
         return keys
 
     def items(self) -> Iterator[Item]:
-        """Items that the index had at first, in order."""
+        """Yield the items that the index had at first, in order."""
         for row in self.view.layout.segments:
             yield from self.index._store.catalogue.items(self.view.version, within=row)
 
     def send(self, items: Sequence[Item], put: Callable[..., None]) -> None:
-        """Add or upsert items, after comparing what is read with its checksum.
+        """Add or upsert items, after verifying their checksums.
 
         Raises:
-            StoreError: One is damaged.
+            StoreError: An item is damaged.
         """
         try:
             tokens = self.view.read(self.view.rows_at([item.position for item in items])).cpu()
@@ -273,7 +273,7 @@ def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
 
 
 def _mark_copy(index: Index, folder: str | PathLike[str], note: dict[str, Any]) -> None:
-    """Note that a folder is a copy; one that holds what may be nowhere else is refused."""
+    """Note that a folder is a copy; refuse one whose items may exist nowhere else."""
     if index._store.catalogue.note(_COPY) is None and len(index):
         raise StoreError(
             f"expected a new folder or one that was pulled, got {os.fspath(folder)} with {len(index)} items that a pull would "

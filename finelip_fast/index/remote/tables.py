@@ -1,4 +1,4 @@
-"""Lance, as the stores of this project use it: tables at a place, what they say of themselves, and errors."""
+"""Lance, as the stores of this project use it: tables at a URI, the specs that they hold, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finelip_fast.errors import FineLIPError, StoreError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SPEC = b"finelip_fast"  # the key, in a schema's metadata, of what a store says of itself
+SPEC = b"finelip_fast"  # key of a store's spec in its schema's metadata
 
 
 class _NotFound(Exception):
@@ -32,7 +32,7 @@ def lance_module() -> Any:
 
 
 def find_dataset(uri: str, version: int | None, **options: Any) -> Any:
-    """The table at a place; None: there is none, or not that version."""
+    """The table at a URI; None: there is none, or not that version."""
     with errors_of_lance(f"the store at {uri} cannot be opened"), suppress(_NotFound):
         try:
             return lance_module().dataset(uri, version=version, **options)
@@ -76,7 +76,7 @@ def reading(uri: str) -> AbstractContextManager[None]:
 def errors_of_lance(activity: str) -> Iterator[None]:
     """
     Raises:
-        StoreError: Whatever Lance and Arrow raise; also what ends a thread of theirs, which is no ``Exception``.
+        StoreError: Lance or Arrow raised an error or a panic, which is not an ``Exception``.
     """
     try:
         yield
@@ -91,5 +91,5 @@ def errors_of_lance(activity: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What Lance says, without where in its sources it says so."""
+    """Lance's message, without the location in its sources."""
     return f"{str(error).partition(', /')[0]:.500}"

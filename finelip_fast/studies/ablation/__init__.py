@@ -1,1 +1,1 @@
-"""Which parts and which losses of FineLIP help: short training runs from one start, ``finelip study ablation``."""
+"""Ablation of FineLIP's parts and losses by short training runs from one start: ``finelip study ablation``."""

@@ -1,10 +1,10 @@
-"""Which parts of FineLIP help: short runs from one start at equal budget, several seeds each.
+"""Ablation of FineLIP's parts by short runs from one start at equal budget, with several seeds each.
 
-All runs go on from one checkpoint, as FineLIP goes on from CLIP; the one that the recipe ``ablation-start`` trains has learned
+All runs start from one checkpoint, as FineLIP starts from CLIP; the one that the recipe ``ablation-start`` trains has learned
 the global contrast and where phrases are, and its aggregators are untrained. Losses differ in the learning rate and in the
-weight of the global cosine that suit them. Both are chosen on validation pairs: each variant is first trained at every one of
-``rates`` with the first seed, and keeps the best; of its runs, the weight that is best on average is reported beside the
-paper's. A run that was stopped goes on, a finished one is not trained again.
+weight of the global cosine that suit them. Both are chosen on validation pairs: each variant is first trained at each of
+``rates`` with the first seed, and keeps the best; over its runs, the weight that is best on average is reported beside the
+paper's. A stopped run is resumed, and a finished one is not trained again.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ def run_ablation(
 
     Args:
         recipe: Recipe that all runs share.
-        start: Recipe that trains the other's ``init`` where it is absent.
+        start: Recipe that trains the ``init`` of ``recipe`` if it is missing.
         steps: Optimizer steps of each run; None: the recipe's.
         seeds: Seeds of each variant's runs.
-        variants: Names of variants; none: all of them.
+        variants: Names of variants; empty: all of them.
         rates: Learning rates to choose from, as multiples of the recipe's.
         validation: Pairs to choose on.
-        jobs: Runs at once, each in a process.
+        jobs: Number of runs at once, each in its own process.
         data: Pairs to measure on.
         runs: Folder of the runs; None: the recipe's ``out``.
         name: Stem of the record's files.
-        progress: Show progress bars.
+        progress: Whether to show progress bars.
 
     Returns:
         The record, not yet saved.
 
     Raises:
-        InputError: An unknown variant.
-        ConfigError: Validation pairs that are the measured ones, or a recipe that cannot be honoured.
+        InputError: A variant is unknown.
+        ConfigError: The validation pairs are the measured ones, or a recipe cannot be honoured.
     """
     known = {name: variant for group in GROUPS.values() for name, variant in group.items()}
     for variant in variants:
@@ -78,7 +78,7 @@ def run_ablation(
         train(first, progress=progress)
     names: dict[Variant, str] = {}
     for variant in variants or known:
-        names.setdefault(known[variant], variant)  # what two names share is trained once
+        names.setdefault(known[variant], variant)  # a variant with two names is trained once
     chosen, tables = choose_rates(
         base, names, list(rates), data=validation, seed=seeds[0], jobs=jobs, progress=progress
     )

@@ -19,12 +19,12 @@ from finelip_fast.studies.ablation.variants import GROUPS, LOSSES, PAPER, Arm
 
 
 def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, validation: str, name: str) -> Record:
-    """Tables and plots of the runs of each arm; a group of which one variant was tried compares nothing.
+    """Make tables and plots of each arm's runs; a group with only one variant tried compares nothing.
 
     Args:
-        runs: Measured on ``data`` and on ``validation``.
-        settings: What all runs share.
-        data: Pairs whose figures are told.
+        runs: Runs of each arm, measured on ``data`` and on ``validation``.
+        settings: Settings that all runs share.
+        data: Pairs whose results are reported.
         validation: Pairs on which each arm's alpha is chosen.
         name: Name of the record.
     """
@@ -54,7 +54,7 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
 
 
 class _Tried(NamedTuple):
-    """What is told of a variant's runs: the measures of each seed, and the alpha chosen on other pairs."""
+    """Results of a variant's runs: the measures of each seed, and the alpha chosen on other pairs."""
 
     rate: float
     alpha: str
@@ -66,7 +66,7 @@ class _Tried(NamedTuple):
         return cls(arm.rate, alpha, [run.measured[data] for run in runs])
 
     def at(self, alpha: str) -> list[dict[str, float]]:
-        """Metrics of each run; of one without late interaction those of the cosine, whatever alpha."""
+        """Metrics of each run; without late interaction, those of the cosine, whatever the alpha."""
         return [run.get(alpha, run[GLOBAL_ALONE]) for run in self.runs]
 
     def recalls(self, alpha: str = PAPERS_ALPHA) -> list[float]:
@@ -74,7 +74,7 @@ class _Tried(NamedTuple):
         return [100 * quality(metrics)[0] for metrics in self.at(alpha)]
 
     def row(self, beside: _Tried | None) -> dict[str, str]:
-        """Row of the table, its errors as shares of another variant's; each at its own alpha where alphas are chosen."""
+        """Row of the table, with errors relative to another variant's, each at its own alpha where alphas are chosen."""
         paper = self.at(PAPERS_ALPHA)
         row = {"learning rates": f"{self.rate:g}x"}
         row |= {f"{way} (%)": _spread([100 * summary[f"{way}_recall@1"] for summary in paper]) for way in WAYS}
@@ -94,7 +94,7 @@ class _Tried(NamedTuple):
 
 
 def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
-    """Each group in order of recall@1, at the paper's alpha and at the chosen ones."""
+    """Rank each group by recall@1, at the paper's alpha and at the chosen ones."""
     sentences = []
     for group, members in groups.items():
         if len(members) < 2:
@@ -111,7 +111,7 @@ def _finding(groups: dict[str, dict[str, _Tried]]) -> str:
 
 
 def _range(runs: list[list[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Mean, least and greatest of each variant's runs."""
+    """Mean, minimum and maximum of each variant's runs."""
     mean, least, greatest = ([function(values) for values in runs] for function in (statistics.mean, min, max))
     return mean, least, greatest
 

@@ -1,4 +1,4 @@
-"""Training and measuring the ablation's runs, and what is chosen from validation pairs."""
+"""Training and measuring the ablation's runs, and the choices made on validation pairs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.start import choose_device
 from finelip_fast.training.train import Trainer
 
-# Metrics of the score by the weight of the global cosine in it, as text: "1" is the cosine alone, which is all that a model
-# without late interaction has, "0" late interaction alone.
+# Metrics of the score by the weight of the global cosine in it, as text: "1" is the cosine alone, the only score of a model
+# without late interaction, and "0" is late interaction alone.
 Measures = dict[str, dict[str, float]]
 GLOBAL_ALONE, FINE_ALONE, PAPERS_ALPHA = "1", "0", "0.8"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a trained run leaves: the commit whose code finished it, and its measures by the data they were taken on."""
+    """Result of a trained run: the commit whose code finished it, and its measures by the data they were taken on."""
 
     commit: str
     measured: dict[str, Measures]
@@ -60,15 +60,15 @@ class AblationTrainer(Trainer):
 
 @torch.inference_mode()
 def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
-    """Recall and mean reciprocal rank of a variant, by the weight of the global cosine.
+    """Measure recall and mean reciprocal rank of a variant, by the weight of the global cosine.
 
     Args:
-        model: Its late interaction is measured where its aggregators are trained.
+        model: Model, whose late interaction is measured if its aggregators are trained.
         data: Pairs, as in :func:`open_dataset`.
-        batch_size: Pictures or captions at once.
+        batch_size: Number of pictures or captions at once.
 
     Returns:
-        ``{"0": {"i2t_recall@1": ..., ...}, "0.05": ..., "1": ...}``; without late interaction only the last.
+        ``{"0": {"i2t_recall@1": ..., ...}, "0.05": ..., "1": ...}``; without late interaction, only the last entry.
     """
     pairs = open_dataset(data, image_size=model.config.image_size)
     known = survey(pairs)
@@ -96,12 +96,12 @@ def measure(model: FineLIP, data: str, *, batch_size: int = 64) -> Measures:
 
 
 def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
-    """Train one variant with one seed, measure it on each of ``data``, and keep the result in its folder.
+    """Train one variant with one seed, measure it on each of ``data``, and save the result in its folder.
 
-    What is there is not done again: a finished run is only measured on what it was not measured on.
+    Existing results are reused: a finished run is only measured on data that it was not measured on before.
 
     Raises:
-        ConfigError: The folder holds a run of other options, or a result that is damaged.
+        ConfigError: The folder holds a run with other options, or a damaged result.
     """
     path = Path(config.out) / "result.json"
     request = {"variant": dataclasses.asdict(variant), "config": dataclasses.asdict(config)}
@@ -114,7 +114,7 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         trainer = AblationTrainer(config, variant, choose_device(config.device))
-        trainer.run(progress=False)  # the bar of all runs is the caller's
+        trainer.run(progress=False)  # the caller shows a bar for all runs
         stored["measured"] |= {pairs: measure(trainer.model.eval(), pairs) for pairs in missing}
         text = json.dumps(stored, indent=2) + "\n"
         write_text_whole(path, text)
@@ -134,18 +134,18 @@ def run(
     """Train and measure all arms with all seeds.
 
     Args:
-        base: What all runs share: values of :class:`TrainConfig`; ``out`` is the folder above the runs' own.
+        base: Values of :class:`TrainConfig` that all runs share; ``out`` is the parent folder of the runs.
         arms: Runs to compare, with the names of their variants.
-        data: What to measure on: one set of pairs or several.
+        data: Pairs to measure on, one set or several.
         seeds: Seeds of the order of the training data.
-        jobs: Runs at once, each in a process.
-        progress: Show a progress bar.
+        jobs: Number of runs at once, each in its own process.
+        progress: Whether to show a progress bar.
 
     Returns:
         The runs of each arm, seed by seed.
 
     Raises:
-        ConfigError: A folder holds a run of other options.
+        ConfigError: A folder holds a run with other options.
     """
     shared = TrainConfig(**base)
     configs = {
@@ -178,20 +178,20 @@ def run(
 def choose_rates(
     base: dict[str, Any], names: dict[Variant, str], rates: list[float], *, data: str, seed: int, **how: Any
 ) -> tuple[dict[Arm, str], list[Table]]:
-    """Each variant at its best learning rate, each with the weight of the global cosine that is best at it.
+    """Choose each variant's best learning rate, judging each rate with the weight of the global cosine that is best at it.
 
-    The first of equals; a single rate is taken untried.
+    The first of equal rates is chosen; a single rate is taken untried.
 
     Args:
         base: Configuration that the variants change, as in :func:`run`.
         names: Names of the variants.
         rates: Learning rates to try, as multiples of the recipe's.
-        data: Pairs to choose on; what is chosen should be measured on others.
+        data: Pairs to choose on; the chosen arms should be measured on others.
         seed: Seed of the runs.
         how: ``jobs`` and ``progress`` of :func:`run`.
 
     Returns:
-        The arms chosen with the names of their variants, and a table of what each rate reached.
+        The chosen arms with the names of their variants, and a table of the recall that each rate reached.
     """
     if len(rates) == 1:
         return {Arm(variant, rates[0]): name for variant, name in names.items()}, []
@@ -208,10 +208,10 @@ def choose_rates(
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """What :func:`run_one` wrote.
+    """Read what :func:`run_one` wrote.
 
     Raises:
-        ConfigError: Another file.
+        ConfigError: The file is not a result.
     """
     values: dict[str, Any] = read_json(path, error=ConfigError, expected="a run's result", kind=dict, max_bytes=1 << 24)
     kinds = {"variant": dict[str, Any], "config": dict[str, Any], "commit": str | None, "dirty": bool}
@@ -230,7 +230,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def choose_alpha(runs: Sequence[Measures]) -> str:
-    """The weight of the global cosine that is best over all runs; of equals the smallest."""
+    """Choose the weight of the global cosine that is best over all runs, the smallest one if several are equal."""
     return max(runs[0], key=lambda alpha: quality(*(measured[alpha] for measured in runs)))
 
 

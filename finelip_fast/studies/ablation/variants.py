@@ -1,4 +1,4 @@
-"""What runs of the ablation differ in: parts of the model, losses, and their learning rates."""
+"""Variants of the ablation: parts of the model, losses, and their learning rates."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PAPER = "triplet (the paper's)"
 
 @dataclass(frozen=True)
 class Variant:
-    """What one group of runs differs in.
+    """Parts and losses of one group of runs.
 
     Args:
-        loss: Terms, as in :class:`TrainConfig`.
-        image, text: ``"aggregated"``: row 0 and what ATRM makes of the tokens; ``"raw"``: row 0 and the tokens themselves;
-            ``"pooled"``: one row, the mean of what ATRM makes.
-        grounding, contextual, gamma, augment: As in :class:`TrainConfig`.
+        loss: Loss terms, as in :class:`TrainConfig`.
+        image, text: ``"aggregated"``: row 0 and the tokens aggregated by ATRM; ``"raw"``: row 0 and the tokens themselves;
+            ``"pooled"``: one row, the mean of the aggregated rows.
+        grounding, contextual, gamma, augment: Fields of :class:`TrainConfig`.
     """
 
     loss: tuple[str, ...]
@@ -80,7 +80,7 @@ GROUPS = {"parts": PARTS, "losses": LOSSES, "additions": ADDITIONS}
 
 
 class AblatedFineLIP(FineLIP):
-    """FineLIP with parts left out; its captions' raw tokens are followed by rows of zeros, which are no tokens."""
+    """FineLIP with parts left out; its captions' raw tokens are padded with rows of zeros, which are not tokens."""
 
     def __init__(self, model: FineLIP, variant: Variant) -> None:
         super().__init__(model.config.replace(trained_aggregators=variant.is_fine), model.tokenizer)
@@ -89,7 +89,7 @@ class AblatedFineLIP(FineLIP):
 
     @property
     def _aggregates(self) -> bool:
-        return True  # what it makes of them is the variant's
+        return True  # the variant decides how
 
     def aggregate_image(self, tokens: Tensor) -> Tensor:
         if self.variant.image == "raw":
@@ -111,9 +111,9 @@ class AblatedFineLIP(FineLIP):
         return F.normalize(rows.mean(dim=1, keepdim=True), dim=-1) if kind == "pooled" else rows
 
     def score(self, images: Tensor, texts: Tensor, *, alpha: float | None = None) -> Tensor:
-        """Scores as :meth:`FineLIP.score` gives them; texts may end in rows of zeros.
+        """Compute scores as :meth:`FineLIP.score` does; texts may end in rows of zeros.
 
-        Captions of equal length are scored together, since late interaction knows no rows that do not count.
+        Captions of equal length are scored together, since late interaction cannot ignore rows.
         """
         counts = texts.detach().any(dim=-1).sum(dim=1)
         groups = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
