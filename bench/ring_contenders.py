@@ -235,7 +235,7 @@ class Lance(Contender):
 
 
 class QdrantEdge(Contender):
-    """In-process Qdrant, comparing multivectors by ``MAX_SIM``: all of them, or the nearest by global row."""
+    """Qdrant in this process, comparing multivectors by ``MAX_SIM``: all of them, or the nearest by global row."""
 
     package, modules, answers = "qdrant-edge-py", ("qdrant_edge",), ONE_WAY
 

@@ -163,7 +163,7 @@ class SentenceTransformers(Encoder):
 
 
 class Infinity(Encoder):
-    """In-process infinity-emb, without its server; CLIP runs only on its PyTorch engine."""
+    """infinity-emb in this process, without its server; CLIP runs only on its PyTorch engine."""
 
     package, modules = "infinity-emb", ("infinity_emb",)
 
