@@ -320,7 +320,7 @@ class Index(Contents):
             ) from None
         scores, standing = scores.cpu(), None
         if count >= FEWEST and len(queries):
-            standing = stands_out(scores, sampled_scores(view, queries, alpha=alpha, among=among).cpu(), count)
+            standing = stands_out(scores, sampled_scores(view, queries, alpha=alpha, among=among).cpu(), count, alpha)
         return SearchResults(scores, global_scores, fine_scores, view.numbers(rows), hits, chosen, standing)
 
     def _first_stage(self, view: View, mode: Mode, alpha: float) -> CandidateSource | None:

@@ -121,9 +121,10 @@ class Searches:
                 break
             present = scores[start:stop, start : start + size]
             right_picture = torch.eye(stop - start, size, dtype=torch.bool)
-            parts["with"].append(_measured(present))
-            parts["without"].append(_measured(scores[self.queries + start : self.queries + stop, start : start + size]))
-            parts["alike"].append(_measured(present[~right_picture].reshape(stop - start, -1)))
+            parts["with"].append(_measured(present, alpha))
+            absent = scores[self.queries + start : self.queries + stop, start : start + size]
+            parts["without"].append(_measured(absent, alpha))
+            parts["alike"].append(_measured(present[~right_picture].reshape(stop - start, -1), alpha))
         for kind, dicts in parts.items():
             self.kinds[alpha, size, kind] = {name: torch.cat([part[name] for part in dicts]) for name in dicts[0]}
 
@@ -132,11 +133,11 @@ class Searches:
         return torch.cat([self.kinds[alpha, size, kind][name] for size in self.sizes])
 
 
-def _measured(scores: Tensor) -> dict[str, Tensor]:
+def _measured(scores: Tensor, alpha: float) -> dict[str, Tensor]:
     sampled = scores[:, sampled_rows(scores.shape[1], None)]
     best = scores.amax(dim=1, keepdim=True)
     values = {name: statistic(scores, sampled) for name, statistic in STATISTICS.items()}
-    return values | {"probability": stands_out(best, sampled, scores.shape[1])[:, 0]}
+    return values | {"probability": stands_out(best, sampled, scores.shape[1], alpha)[:, 0]}
 
 
 def standing(engine: Engine, setting: Setting) -> Record:

@@ -98,7 +98,9 @@ def test_a_phrase_is_found_where_it_is_true(explanation: Explanation) -> None:
 
 def test_matches_come_in_the_order_of_what_they_add(explanation: Explanation) -> None:
     matches = explanation.matches(1000)
-    assert sum(match.adds for match in matches) == pytest.approx((1 - explanation.alpha) * explanation.fine_score, abs=TOLERANCE)
+    assert sum(match.adds for match in matches) == pytest.approx(
+        (1 - explanation.alpha) * explanation.fine_score, abs=TOLERANCE
+    )
     assert [match.adds for match in matches] == sorted((match.adds for match in matches), key=abs, reverse=True)
     assert explanation.matches(3) == matches[:3]
     for match in matches:

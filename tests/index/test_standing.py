@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def test_drawn_scenes_stand_out_when_they_are_there() -> None:
     index = Index(spec)
     index.add([scene.id for scene in scenes[:96]], images, [{}] * 96)
     captions = [scene.caption for scene in scenes]
-    for mode in ("exact", "exact-int8", "two-stage"):
-        there = index.search(engine.embed_texts(captions[:32]), 1, mode=mode).stands_out
-        absent = index.search(engine.embed_texts(captions[96:]), 1, mode=mode).stands_out
+    for mode, alpha in itertools.product(("exact", "exact-int8", "two-stage"), (engine.alpha, 0.5, 1.0)):
+        there = index.search(engine.embed_texts(captions[:32]), 1, mode=mode, alpha=alpha).stands_out
+        absent = index.search(engine.embed_texts(captions[96:]), 1, mode=mode, alpha=alpha).stands_out
         assert (there > 0.5).float().mean() > 0.85
         assert (absent < 0.5).float().mean() > 0.85
 
@@ -69,7 +71,7 @@ def test_the_global_cosine_alone_is_compared_with_its_like() -> None:
     rows = embeddings(200)
     result = fill(rows, list(range(200))).search(rows[:1], 1, alpha=1.0)
     scores = rows[:1, 0] @ rows[:, 0].T
-    expected = stands_out(scores.max(dim=1, keepdim=True).values, scores, 200)
+    expected = stands_out(scores.max(dim=1, keepdim=True).values, scores, 200, alpha=1.0)
     torch.testing.assert_close(result.stands_out, expected, atol=1e-2, rtol=0)
 
 
@@ -77,4 +79,4 @@ def test_samples_are_spread_and_equal_scores_say_nothing() -> None:
     among = torch.arange(0, 10 * SAMPLED, 5)
     assert sampled_rows(0, among).tolist() == among[::2][:SAMPLED].tolist()
     assert sampled_rows(7, None).tolist() == list(range(7))
-    assert stands_out(torch.ones(1, 2), torch.ones(1, 60), 60).isnan().all()
+    assert stands_out(torch.ones(1, 2), torch.ones(1, 60), 60, alpha=0.5).isnan().all()
