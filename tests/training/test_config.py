@@ -139,8 +139,8 @@ def from_arguments(arguments):
 
 
 SHIPPED = {
-    *("ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-full", "scenes-long", "scenes-mixed"),
-    *("scenes-robust", "scenes-start"),
+    *("ablation", "ablation-start", "finelip", "scenes", "scenes-clip", "scenes-full", "scenes-hardest"),
+    *("scenes-long", "scenes-mixed", "scenes-robust", "scenes-start"),
 }
 
 
