@@ -89,7 +89,7 @@ def check_resumable(
     if not changed:
         return None
     schedule = "; the learning rate follows the schedule of the new length" if "steps" in changed else ""
-    changes = f"goes on with {chosen} in place of {former}"
+    changes = f"goes on with {chosen} instead of {former}"
     return f"{changes}: its weights are not those of a run that was so from its start{schedule}"
 
 

@@ -158,7 +158,7 @@ def generation(setting: GenerationSetting) -> Record:
         len(captions) <= width
     )
     finding = (
-        f"Of {len(captions)} descriptions, {lengths[1]} tokens in place of {lengths[0]} take the distance to the described "
+        f"Of {len(captions)} descriptions, {lengths[1]} tokens instead of {lengths[0]} take the distance to the described "
         f"pictures from {rows[1]['FID']} to {rows[2]['FID']} and the CLIP score from {rows[1]['CLIP score']} to "
         f"{rows[2]['CLIP score']}.{caveat}"
     )

@@ -60,9 +60,9 @@ def length(engine: Engine, setting: Setting) -> Record:
     )
     first, last = measured[0], measured[-1]
     finding = (
-        f"Reading {names[-1]} in place of {names[0]} tokens takes {last.main} recall@1 (mean of both directions) "
+        f"Reading {names[-1]} instead of {names[0]} tokens takes {last.main} recall@1 (mean of both directions) "
         f"from {first.recall():.1f} to {last.recall():.1f} %, and encodes {rows[-1]['captions/s']:.0f} "
-        f"in place of {rows[0]['captions/s']:.0f} captions a second. {_better(last)}"
+        f"instead of {rows[0]['captions/s']:.0f} captions a second. {_better(last)}"
     )
     about = setting.about(engine, pairs=len(pairs.captions))
     return Record("length", "What more tokens are worth", (Table("Recall and cost", rows),), plots, about, finding)

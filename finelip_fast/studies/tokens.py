@@ -89,7 +89,7 @@ def tokens(engine: Engine, setting: Setting) -> Record:
     small = {row["aggregated tokens"]: row["t2i R@1 (%)"] for row in rows if row["precision"] == "int8"}
     finding = (
         f"Text to image, recall@1 is {half[trained]:.1f} % with all {trained} aggregated tokens, {half[0]:.1f} % with none; "
-        f"int8 in place of float16 changes it by {small[trained] - half[trained]:+.1f} points. "
+        f"int8 instead of float16 changes it by {small[trained] - half[trained]:+.1f} points. "
         "Rows were left out, not trained away."
     )
     about = setting.about(engine, validation=setting.validation, pictures=len(pairs.images))

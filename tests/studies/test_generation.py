@@ -58,7 +58,7 @@ def test_both_lengths_are_drawn_and_judged(setting: GenerationSetting) -> None:
     described, short, long = record.tables[0].rows
     assert [row["pictures"] for row in (short, long)] == ["drawn from 77 tokens", "drawn from 256 tokens"]
     assert described["FID"] == 0 < short["FID"] != long["FID"]
-    assert "Of 3 descriptions, 256 tokens in place of 77 take the distance" in record.finding
+    assert "Of 3 descriptions, 256 tokens instead of 77 take the distance" in record.finding
     assert record.finding.endswith("columns the distance is biased.")
     files = sorted(path.relative_to(setting.pictures).as_posix() for path in Path(setting.pictures).rglob("*.png"))
     assert files == [f"{length}/{number:06}.png" for length in (256, 77) for number in range(3)]

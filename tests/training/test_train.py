@@ -670,7 +670,7 @@ def test_a_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(copied,
     assert rates[7] > rates[6]
     (message,) = caplog.messages
     assert message.startswith(
-        "goes on with {'steps': 9} in place of {'steps': 6}: its weights are not those of a run that"
+        "goes on with {'steps': 9} instead of {'steps': 6}: its weights are not those of a run that"
     )
     assert message.endswith("; the learning rate follows the schedule of the new length")
     assert json.loads((Path(config.out) / "config.json").read_text())["steps"] == 9
@@ -684,7 +684,7 @@ def test_a_run_goes_on_with_other_rates(configure, caplog):
     trainer = Trainer(configure(**LASTING, encoder_lr=1e-4), CPU)
     assert {group["peak_lr"] for group in trainer.optimizer.param_groups} == {1e-4, 3e-3}
     assert trainer.optimizer.state
-    assert caplog.messages[0].startswith("goes on with {'encoder_lr': 0.0001} in place of {'encoder_lr': 0.003}")
+    assert caplog.messages[0].startswith("goes on with {'encoder_lr': 0.0001} instead of {'encoder_lr': 0.003}")
 
 
 def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, monkeypatch, caplog):
@@ -696,7 +696,7 @@ def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, mo
     assert torch.equal(torch.cat(rest), torch.cat([next(whole).image_ids for _ in range(2)]))
     assert [trainer.data.state_dict() for trainer in trainers] == [{"epoch": 0, "pairs": 16}] * 2
     (message,) = caplog.messages  # from the first process
-    assert message.startswith("goes on with {'processes': 2} in place of {'processes': 1}")
+    assert message.startswith("goes on with {'processes': 2} instead of {'processes': 1}")
 
 
 def test_going_on_may_change_what_the_weights_do_not_depend_on(copied, uninterrupted, caplog):
