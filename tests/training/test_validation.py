@@ -36,9 +36,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
 
 def evaluated(pairs: FileExamples) -> dict[str, float]:
     """Return what ``finelip eval`` measures with the combined score."""
-    result = evaluate(open_engine("torch", None, "cpu"), pairs, progress=False)
+    engine = open_engine("torch", None, "cpu")
+    result = evaluate(engine, pairs, progress=False)
     (combined,) = (row.metrics for row in result.rows if row.score == "combined")
-    return {"val_alpha": 0.8, **{f"val_{name}": value for name, value in combined.items() if "recall" in name}}
+    return {"val_alpha": engine.alpha, **{f"val_{name}": value for name, value in combined.items() if "recall" in name}}
 
 
 def test_recall_is_what_an_evaluation_of_several_captions_a_picture_measures(pairs: list[tuple[Path, str]]) -> None:
