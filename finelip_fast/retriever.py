@@ -58,8 +58,8 @@ class Retriever:
             checkpoint.
         index: Folder that stores the items; None: they are kept in memory.
         device: Device of the model; None: a GPU if there is one.
-        alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's, which is 0.8 with trained
-            aggregators and 1, the only possible value, without.
+        alpha: Weight of the global cosine in the score, in [0, 1]; None: the checkpoint's own, which is 1, the only
+            possible value, without trained aggregators.
         overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
         precision: Precision of exported files, ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, or of ``"torch"`` on a CPU,
             ``"fp32"``, ``"bf16"`` or ``"int8"``; None: the fastest file available, or ``"fp32"``.

@@ -142,7 +142,9 @@ def test_a_description_finds_pictures_best_first_and_its_link_is_the_search(
     hits = retriever.search(TEXT, k=48)
     best = [Path(hit.id).name for hit in hits]
     assert names(page) == best
-    expect(page.locator("#grid .verdict").first).to_have_text(hits[0].verdict or "")
+    verdict = hits[0].verdict
+    assert verdict
+    expect(page.locator("#grid .verdict").first).to_have_text(verdict)
     expect(page.locator("#grid img").first).to_have_js_property("complete", True)
     assert page.title().startswith(TEXT[:30])
     link = page.url
