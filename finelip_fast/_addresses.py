@@ -8,7 +8,7 @@ API_KEY_VARIABLE = "FINELIP_API_KEY"
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine: ``localhost``, 127.0.0.0/8 or ``::1``. No name is resolved."""
+    """Return whether a host is this machine: ``localhost``, a name below it, 127.0.0.0/8 or ``::1``; no name is resolved."""
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True

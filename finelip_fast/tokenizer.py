@@ -84,8 +84,9 @@ def tokenize(
 ) -> Tensor:
     """Convert captions to token ids, one row each.
 
-    Text is cleaned as for CLIP: mojibake is repaired, HTML entities are resolved, white space is collapsed, and letters become
-    lower case. An empty caption is ``[START, EOT]``. A special token spelled out in a caption is plain text and never ends it.
+    Text is cleaned: mojibake is repaired, HTML entities are resolved, white space is collapsed, and letters become lower case;
+    SigLIP's tokenizers also remove punctuation. An empty caption is ``[START, EOT]``, and ``[EOT]`` alone for a tokenizer
+    without a start token. A special token spelled out in a caption is plain text and never ends it.
 
     Args:
         texts: One caption, or an iterable of captions.

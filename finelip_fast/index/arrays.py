@@ -272,7 +272,7 @@ def remove_abandoned(folder: Path) -> int:
     """Remove temporary files that nobody is writing, which are not locked; return how many there were.
 
     Raises:
-        StoreError: The folder is a link.
+        StoreError: The folder is a link, or cannot be read.
     """
     count = 0
     for path in files_in(folder):

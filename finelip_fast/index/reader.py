@@ -4,8 +4,7 @@ Positions follow the order of insertion. An item's position is that of its segme
 million items is one row to read.
 
 Every row carries a checksum, which is verified whenever the row is read. Missing rows show in the tallies of segments and of
-dead items, and in the positions of the remaining items. Rows that a filter passes over are verified only by
-:meth:`CatalogueReader.refuse_damaged`.
+dead items, and in the positions of the remaining items. :meth:`CatalogueReader.refuse_damaged` checks the file as a whole.
 """
 
 from __future__ import annotations

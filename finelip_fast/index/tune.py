@@ -73,7 +73,7 @@ def tune(
             the highest agreement.
         k: Number of hits to compare.
         alpha: Weight of the global cosine; None: the index's.
-        candidates: Numbers of candidates to try; those not below the number of items are left out.
+        candidates: Numbers of candidates to try, at least ``k`` and below the number of items; others are left out.
         modes: First stages to try; None: ``two-stage``, and ``sketch`` if the index has sketches
             (:meth:`finelip_fast.index.Index.build_sketches`).
         progress: Whether to show a progress bar.

@@ -1,7 +1,7 @@
 """Exact search for the best items of each query: a fast pass brackets every score, then float64 decides the few that matter.
 
 Both searches work the same way. A pass over all items, chunk by chunk, computes each score to within a known error: float32
-rounding for :func:`topk` (on some processors bfloat16 rounding for bfloat16 rows), plus quantisation for
+rounding for :func:`topk` (bfloat16 rounding on processors with such instructions), plus quantisation for
 :func:`exact_topk_int8`. An item stays as long as the upper end of its bracket reaches the k-th best lower end. Items that stay
 are scored again in float64, rounded once to float32, and sorted. If a coarse pass leaves too many items of a chunk, the chunk
 goes through the float32 pass first.
