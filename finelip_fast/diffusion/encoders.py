@@ -20,6 +20,13 @@ from finelip_fast.errors import InputError
 
 CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 
+_FIRST_ENCODERS = {  # by whether they project, and the layer they return in the place of the one that the pipeline reads
+    (False, None): CLIPTextModel,
+    (False, "last"): text_models.LastLayerTextModel,
+    (False, "penultimate"): text_models.PenultimateLayerTextModel,
+    (True, None): CLIPTextModelWithProjection,
+    (True, "last"): text_models.LastLayerTextModelWithProjection,
+}
 _SECOND_ENCODERS = {  # by whether they read windows, and whether they return the last layer
     (False, False): CLIPTextModelWithProjection,
     (False, True): text_models.LastLayerTextModelWithProjection,
@@ -31,13 +38,13 @@ _SENTENCE_END = re.compile(r"""[.!?…]+["'’”)\]]*</w>|!""")
 _CLAUSE_END = re.compile(r"[,;:]</w>")
 
 
-def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
+def first_encoder(encoder: Any, contents: Contents, layer: str | None) -> Any:
     """Make FineLIP's text tower to replace a pipeline's CLIP-L, with its class, precision and device.
 
     Args:
         encoder: Text encoder of the pipeline, which stays unchanged.
         contents: Sizes and weights of a checkpoint.
-        last: Whether to return the last layer where the pipeline expects the penultimate one.
+        layer: Layer to return in the place of the one that the pipeline reads; None: that one.
 
     Raises:
         InputError: The widths of the two do not match.
@@ -68,14 +75,11 @@ def first_encoder(encoder: Any, contents: Contents, *, last: bool) -> Any:
             "eos_token_id": EOT_TOKEN,  # older configurations say 2, with which the highest id is the end token
         }
     )
-    kind: Any = CLIPTextModelWithProjection if projects else CLIPTextModel
-    if last:
-        kind = text_models.LastLayerTextModelWithProjection if projects else text_models.LastLayerTextModel
     weights = {
         name: tensor.to(encoder.device, encoder.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, tensor in text_for_transformers(contents.tensors).items()
     }
-    return _model(kind, config, weights, encoder)
+    return _model(_FIRST_ENCODERS[projects, layer], config, weights, encoder)
 
 
 def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, windows: bool) -> Any:

@@ -51,8 +51,10 @@ def extend(
     Args:
         pipeline: Diffusers pipeline, changed in place.
         checkpoint: Checkpoint, as accepted by :func:`finelip_fast.load`, or a model; image encoder and aggregators are unused.
-        layer: Layer to return where a pipeline reads the penultimate one: ``"penultimate"``, as in diffusers, or ``"last"``,
-            after the final LayerNorm and before the projection, as with FineLIP's authors. None: the pipeline's own.
+        layer: Layer that the pipeline's U-Net or transformer gets: ``"penultimate"`` or ``"last"``. FineLIP's authors use
+            the last layer, after the final LayerNorm and before the projection, in Stable Diffusion XL; the penultimate layer
+            in Stable Diffusion 1.4 and 1.5, also after the final LayerNorm, is what ``clip_skip=1`` means there. None: the
+            pipeline's own.
         second: Method of lengthening the second encoder: ``"stretch"`` stretches its positions
             (:func:`finelip_fast.checkpoint.stretch_positions`), untrained, as FineLIP's authors do; ``"windows"`` reads
             windows of its own 77 positions, which end at the ends of sentences if possible.
@@ -85,8 +87,14 @@ def extend(
         )
     for name, encoder in encoders.items():
         _check_untouched(name, encoder)
-    if two is None:
-        _check_single(kind, layer, second)
+    reads: Layer = "last" if two is None else "penultimate"
+    if two is None and second == "windows":
+        raise InputError(f"expected second='stretch', got 'windows': {kind} has no second CLIP encoder")
+    if two is None and layer is not None and hasattr(parts, "text_encoder_2"):
+        raise InputError(
+            f"expected no layer, got {layer!r}: {kind} reads only the pooled embedding of its CLIP encoder"
+        )
+    exchanged = None if layer == reads else layer
 
     contents = _contents(checkpoint, context_length)
     if contents.config.family != "clip":
@@ -94,14 +102,14 @@ def extend(
             f"expected a checkpoint of CLIP's family, with which {kind} was trained, got {contents.config.family}; "
             "give a FineLIP, Long-CLIP or CLIP of a ViT-L/14"
         )
-    length, last = contents.config.context_length, layer == "last"
+    length = contents.config.context_length
     replaced: dict[str, Any] = {}
     if first is not None:
         replaced["tokenizer"] = long_tokenizer(parts.tokenizer, length)
-        replaced["text_encoder"] = first_encoder(first, contents, last=last)
+        replaced["text_encoder"] = first_encoder(first, contents, exchanged)
     if two is not None:
         tokenizer = long_tokenizer(parts.tokenizer_2, length)
-        windows = second == "windows"
+        last, windows = exchanged == "last", second == "windows"
         replaced["tokenizer_2"] = tokenizer
         replaced["text_encoder_2"] = second_encoder(two, tokenizer, length, last=last, windows=windows)
     parts.register_modules(**replaced)
@@ -143,14 +151,3 @@ def _check_untouched(name: str, encoder: Any) -> None:
             f"expected a {name} without offloading; extend the pipeline first, then enable_model_cpu_offload, or call "
             "remove_all_hooks before"
         )
-
-
-def _check_single(kind: str, layer: Layer | None, second: Second) -> None:
-    """Refuse choices that a pipeline with one CLIP encoder does not offer."""
-    if layer == "penultimate":
-        raise InputError(
-            f"expected layer='last' or none, got 'penultimate': {kind} has one CLIP encoder and reads its last layer; for the "
-            "one before, pass clip_skip=1 to the pipeline"
-        )
-    if second == "windows":
-        raise InputError(f"expected second='stretch', got 'windows': {kind} has no second CLIP encoder")

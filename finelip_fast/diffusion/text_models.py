@@ -21,6 +21,7 @@ from finelip_fast.tokenizer import even_spans
 __all__ = [
     "LastLayerTextModel",
     "LastLayerTextModelWithProjection",
+    "PenultimateLayerTextModel",
     "PreTrainedModel",  # to open a class of this module, diffusers looks here for the parent that says how
     "WindowedLastLayerTextModelWithProjection",
     "WindowedTextModelWithProjection",
@@ -44,6 +45,21 @@ class LastLayerTextModel(_LastLayer, CLIPTextModel):
 
 class LastLayerTextModelWithProjection(_LastLayer, CLIPTextModelWithProjection):
     """``CLIPTextModelWithProjection`` whose ``hidden_states[-2]`` is the last layer after the final LayerNorm."""
+
+
+class PenultimateLayerTextModel(CLIPTextModel):
+    """``CLIPTextModel`` whose ``last_hidden_state`` is the penultimate layer after the final LayerNorm."""
+
+    def forward(
+        self, *args: Any, output_hidden_states: bool | None = None, return_dict: bool | None = None, **options: Any
+    ) -> Any:
+        """Compute features as the parent class does, named as in transformers."""
+        output = super().forward(*args, output_hidden_states=True, return_dict=True, **options)
+        normalize = getattr(self, "text_model", self).final_layer_norm  # only some versions have the attribute
+        output.last_hidden_state = normalize(output.hidden_states[-2])
+        if not output_hidden_states:
+            output.hidden_states = None
+        return output.to_tuple() if return_dict is False else output
 
 
 class WindowedTextModelWithProjection(CLIPTextModelWithProjection):

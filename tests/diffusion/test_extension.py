@@ -128,6 +128,21 @@ def test_stable_diffusion_15_reads_the_last_layer(model: FineLIP, tiny_pipelines
         assert list(embeddings.arguments()) == ["prompt_embeds", "negative_prompt_embeds"]
 
 
+def test_stable_diffusion_15_can_read_the_penultimate_layer(
+    tmp_path: Path, model: FineLIP, tiny_pipelines: ModuleType
+) -> None:
+    """Pictures are generated as with ``clip_skip=1``: from the layer before the last one, after the final LayerNorm."""
+    pipeline = extend(tiny_pipelines.sd15(), model, layer="penultimate")
+    embeddings = prompt_embeddings(pipeline, LONG)
+    ids = pipeline.tokenizer([LONG], padding="max_length", max_length=256, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model.text.ln_final(layers(model, ids)[-3])
+    torch.testing.assert_close(embeddings.prompt_embeds, expected, rtol=0, atol=1e-5)
+    pipeline.save_pretrained(tmp_path)
+    again = type(pipeline).from_pretrained(tmp_path)
+    assert torch.equal(prompt_embeddings(again, LONG).prompt_embeds, embeddings.prompt_embeds)
+
+
 def test_the_last_layer_of_the_second_encoder_and_its_pooled_embedding(
     model: FineLIP, tiny_pipelines: ModuleType
 ) -> None:
@@ -275,10 +290,6 @@ def test_precision_is_the_pipelines(model: FineLIP, tiny_pipelines: ModuleType) 
     [
         ({"layer": "first"}, "expected layer to be one of penultimate, last, got 'first'"),
         ({"second": "cut"}, "expected second to be one of stretch, windows, got 'cut'"),
-        (
-            {"layer": "penultimate"},
-            "StableDiffusionPipeline has one CLIP encoder and reads its last layer; .* clip_skip=1",
-        ),
         ({"second": "windows"}, "StableDiffusionPipeline has no second CLIP encoder"),
     ],
 )
@@ -287,6 +298,12 @@ def test_arguments_that_fit_no_pipeline(
 ) -> None:
     with pytest.raises(InputError, match=message):
         extend(tiny_pipelines.sd15(), model, **arguments)
+
+
+@pytest.mark.parametrize("layer", ["penultimate", "last"])
+def test_flux_reads_no_layer(layer: Any, model: FineLIP, tiny_pipelines: ModuleType) -> None:
+    with pytest.raises(InputError, match=f"expected no layer, got '{layer}': FluxPipeline reads only the pooled"):
+        extend(tiny_pipelines.flux(), model, layer=layer)
 
 
 def test_a_text_encoder_of_another_family_is_refused(open_clip_siglip: Any, tiny_pipelines: ModuleType) -> None:
