@@ -79,14 +79,14 @@ class Condition:
     def __init__(self, model: FineLIP, tokens: int) -> None:
         if not 3 <= tokens <= model.config.context_length:
             raise ConfigError(f"expected tokens in 3..{model.config.context_length}, got {tokens}")
-        self._model, self._tokens = model.eval(), tokens
+        self._model, self.tokens = model.eval(), tokens
         self.width = model.config.embed_dim
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Compute features ``[B, T, D]`` of about unit variance, and a mask of the tokens, bool ``[B, T]``."""
         with expected_truncation():
-            ids = encode_batch(captions, self._tokens, tokenizer=self._model.tokenizer).ids
+            ids = encode_batch(captions, self.tokens, tokenizer=self._model.tokenizer).ids
         features, lengths = self._model.text_tokens(ids.to(self._model.device))
         mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
         return F.normalize(features.float(), dim=-1) * self.width**0.5, mask
