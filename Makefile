@@ -30,7 +30,7 @@ stubs: $(READY)
 
 # To site/index.html. The variable keeps out a notice of the theme's makers.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only

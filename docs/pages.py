@@ -24,6 +24,8 @@ RESULTS = REPOSITORY / "bench" / "results"
 # Repository files, by the pages that they become.
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 COPIED = {"results": RESULTS, "examples": REPOSITORY / "examples"}
+# Single files that pages link to, which lie at the site's root.
+FILES = ("Dockerfile", "compose.yaml", "bench/counted.py")
 
 _INSTALLED = tempfile.TemporaryDirectory(prefix="finelip-docs-")
 
@@ -76,6 +78,8 @@ def _made(config: Any) -> Iterator[File]:
     yield File.generated(config, COMMAND_LINE, content=command_line())
     for page, source in PAGES.items():
         yield File.generated(config, page, content=_from_root((REPOSITORY / source).read_text(encoding="utf-8")))
+    for name in FILES:
+        yield File.generated(config, Path(name).name, abs_src_path=str(REPOSITORY / name))
     for name, folder in COPIED.items():
         for path in sorted(folder.rglob("*.*")):
             if path.suffix != ".pyc":
@@ -95,6 +99,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(up + "bench/results/", r"](\1results/", markdown)
     markdown = re.sub(up + "examples/", r"](\1examples/", markdown)
     markdown = re.sub(up + "README.md", r"](\1index.md", markdown)
+    markdown = re.sub(up + "(Dockerfile|compose.yaml)", r"](\1\2", markdown)
     return re.sub(up + "(CHANGELOG|CONTRIBUTING).md", lambda link: f"]({link[1]}{link[2].lower()}.md", markdown)
 
 

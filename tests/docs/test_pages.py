@@ -17,6 +17,7 @@ import pytest
         ("[a](../../examples/search_folder.py)", "[a](../examples/search_folder.py)"),
         ("[a](../../README.md#quality)", "[a](../index.md#quality)"),
         ("[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
+        ("[a](../../Dockerfile)", "[a](../Dockerfile)"),
         ("[a](method.md), [b](https://a.b/../README.md)", "[a](method.md), [b](https://a.b/../README.md)"),
     ],
 )
