@@ -79,6 +79,11 @@ class Plot:
     series: tuple[Series, ...]
     log_x: bool = False
 
+    @property
+    def alt(self) -> str:
+        """Text that stands for the picture."""
+        return f"{self.y} by {self.x}" if self.x else f"{self.y}, for each row of the table"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -150,7 +155,7 @@ class Record:
             + "; ".join(in_markdown(f"{name} {value}") for name, value in settings.items())
             + ".",
             *(f"## {in_markdown(table.title)}\n\n{table.markdown()}" for table in self.tables),
-            *(f"![{plot.y} by {plot.x or plot.name}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
+            *(f"![{plot.alt}]({path.name})" for plot, path in zip(self.plots, pictures, strict=True)),
         ]  # fmt: skip
         return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -24,7 +24,7 @@ from finelip_fast.errors import ConfigError, InputError
 NAMES = {
     "length": "what more tokens are worth, and what they cost",
     "overhead": "what ATRM and CLIM add to CLIP in parameters, memory and time",
-    "noise": "what is lost when descriptions are spoilt",
+    "noise": "how corrupted captions affect recall",
     "ablation": "which parts and which losses help, by training runs (finelip study ablation --help)",
     "beyond": "descriptions longer than the context: cut, or read in windows",
     "tokens": "recall, bytes and search time by aggregated tokens and precision",

@@ -1,4 +1,4 @@
-"""Recall when descriptions are spoilt."""
+"""Recall with corrupted captions."""
 
 from __future__ import annotations
 
@@ -96,24 +96,24 @@ def irrelevant(captions: list[str], owners: list[int], at: int, count: int, rand
 def noise(engine: Engine, setting: Setting) -> Record:
     """Measure recall with typos, without case and punctuation, and with sentences dropped, repeated, shuffled, added."""
     pairs = setting.embed(engine)
-    spoilt = {
+    corrupted = {
         name: [change(caption, Random(f"{name}/{at}")) for at, caption in enumerate(pairs.captions)]
         for name, change in NOISES.items()
     }
     owners = pairs.owners.tolist()
     for count in (1, 2, 4):
         name = f"{count} of other captions added"
-        spoilt[name] = [
+        corrupted[name] = [
             irrelevant(pairs.captions, owners, at, count, Random(f"{name}/{at}")) for at in range(len(pairs.captions))
         ]
     rows, measured = [], []
-    for name, captions in spoilt.items():
+    for name, captions in corrupted.items():
         with expected_truncation():
             cut = encode_batch(captions, engine.config.context_length, tokenizer=engine.tokenizer).n_cut
             result = pairs.measure(engine.embed_texts(captions), engine.alpha)
         measured.append(result)
         rows.append({"captions": name, "cut at the context": cut, **result.row()})
-    names = list(spoilt)
+    names = list(corrupted)
     losses = {name: measured[0].recall() - rankings.recall() for name, rankings in zip(names, measured, strict=True)}
     worst = max(losses, key=lambda name: losses[name])
     least = min(names[1:], key=lambda name: losses[name])
@@ -124,13 +124,13 @@ def noise(engine: Engine, setting: Setting) -> Record:
     if measured[0].main == "combined":
         gains = [rankings.recall("fine") - rankings.recall("global") for rankings in measured]
         finding += (
-            " Late interaction alone less the global cosine alone is "
-            f"{min(gains):+.1f} to {max(gains):+.1f} points over the rows."
+            f" Late interaction alone differs from the global cosine alone by {min(gains):+.1f} to {max(gains):+.1f} points, "
+            "depending on the row."
         )
     finding += _best_of_dropped(engine, setting)
     plots = (Plot("recall", "", "text to image, recall@1 (%)", text_to_image(names, measured)),)
     about = setting.about(engine, pairs=len(pairs.captions))
-    return Record("noise", "What spoilt descriptions lose", (Table("Recall", rows),), plots, about, finding)
+    return Record("noise", "How corrupted captions affect recall", (Table("Recall", rows),), plots, about, finding)
 
 
 def _best_of_dropped(engine: Engine, setting: Setting) -> str:
@@ -143,6 +143,6 @@ def _best_of_dropped(engine: Engine, setting: Setting) -> str:
     stretches = [remaining(scene.caption, Random(f"{name}/{at}")) for at, scene in enumerate(scenes)]
     best = ceiling(list(scenes), stretches)
     return (
-        f" Of captions with {name}, whoever knows all pictures exactly finds {100 * best.i2t:.1f} % (image to text) and "
-        f"{100 * best.t2i:.1f} % (text to image): the others lack the detail that decides."
+        f" With {name}, exact knowledge of all pictures finds {100 * best.i2t:.1f} % (image to text) and "
+        f"{100 * best.t2i:.1f} % (text to image): the other captions lack the detail that decides."
     )

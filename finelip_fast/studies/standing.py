@@ -21,7 +21,7 @@ from finelip_fast.studies.setting import Setting
 _SIZES = (100, 1000, 5000)
 _QUERIES = 500  # of each kind: with their picture in the index, and without
 _BLOCK = 32  # queries scored at once
-_RATIO, _FLAT = "z over chance's best", "score (flat cut-off)"
+_RATIO, _FLAT = "z relative to chance", "score (flat cut-off)"
 
 
 def _gap(scores: Tensor, _: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def standing(engine: Engine, setting: Setting) -> Record:
     alpha = engine.alpha
     rows: list[dict[str, Any]] = []
     for size in [*tested.sizes, None]:
-        for kind, title in (("without", "nor its like"), ("alike", "its like is")):
+        for kind, title in (("without", "the picture and similar ones"), ("alike", "the picture only")):
             row: dict[str, Any] = {"items": "all sizes" if size is None else f"{size:,}", "not in the index": title}
             for name in STATISTICS:
                 values = [
@@ -172,7 +172,9 @@ def standing(engine: Engine, setting: Setting) -> Record:
             row[f"right at alpha {weight:g} (%)"] = round(50 * sum(right), 1)
         cuts.append(row)
     verdicts = []
-    for kind, title in zip(Searches.KINDS, ("in the index", "not, nor its like", "not, its like is"), strict=True):
+    for kind, title in zip(
+        Searches.KINDS, ("in the index", "missing, similar ones too", "missing, similar ones are there"), strict=True
+    ):
         words = [
             Hit("", 0, 0, None, {}, stands_out=p).verdict for p in tested.pooled(alpha, kind, "probability").tolist()
         ]
@@ -185,17 +187,17 @@ def standing(engine: Engine, setting: Setting) -> Record:
         )
     pooled = next(row for row in rows if row["items"] == "all sizes")
     finding = (
-        f"Over indexes of {' and '.join(f'{size:,}' for size in tested.sizes)} items, searches whose picture is there and "
-        f"those that have neither it nor its like are told apart with an AUROC of {pooled[_RATIO]} by z over chance's best, "
-        f"which Hit.stands_out is made of, and of {pooled[_FLAT]} by a flat cut-off on the score. Of the former "
-        f"{verdicts[0]['stands out (%)']} % stand out, of the latter {verdicts[1]['stands out (%)']} %. Fitted on the "
-        f"validation pairs, the centre is {lines[1][0]:.3f}, the slope {lines[1][1]:.1f}."
+        f"In indexes of {' and '.join(f'{size:,}' for size in tested.sizes)} items, the AUROC of searches whose picture is in "
+        f"the index against searches without it and without similar ones is {pooled[_RATIO]} for z relative to chance, on which "
+        f"Hit.stands_out is based, and {pooled[_FLAT]} for a flat cut-off on the score. Of the former, "
+        f"{verdicts[0]['stands out (%)']} % stand out; of the latter, {verdicts[1]['stands out (%)']} %. Fitted on the "
+        f"validation pairs, the curve has its centre at {lines[1][0]:.3f} and a slope of {lines[1][1]:.1f}."
     )
     series = tuple(
         Series(
             name,
             [f"{size:,}" for size in tested.sizes],
-            [auroc(*(tested.kinds[alpha, size, kind][name] for kind in ("with", "without"))) for size in tested.sizes],
+            [auroc(*(tested.kinds[alpha, size, kind][name] for kind in ("with", "alike"))) for size in tested.sizes],
         )
         for name in STATISTICS
     )
@@ -205,5 +207,5 @@ def standing(engine: Engine, setting: Setting) -> Record:
         Table("One cut-off, chosen on the validation pairs", cuts),
         Table("Verdicts", verdicts),
     )
-    plots = (Plot("auroc", "items", "AUROC, without the picture's like", series),)
+    plots = (Plot("auroc", "items", "AUROC where the picture is missing and similar ones are there", series),)
     return Record("standing-out", "Whether a search tells that nothing matches", tables, plots, about, finding)
