@@ -398,7 +398,7 @@ class _Gate:
         rows, expected_rows = (torch.cat([batch.flatten(0, 1) for batch in ones]) for ones in (outputs, expected))
         broken = int((~rows.isfinite()).any(dim=1).sum())
         if broken:
-            text = f"{broken} of {len(rows)} rows hold NaN or infinity: a number is past what the precision can hold"
+            text = f"{broken} of {len(rows)} rows hold NaN or infinity: a number exceeds the range of the precision"
             self._say(f"{name}: finite", False, text)
             return False
         error, limits = (rows - expected_rows).abs(), self.limits

@@ -218,7 +218,7 @@ def find_target(compute_capability: str | None) -> runtime.Machine:
             raise EngineError(f"TensorRT is not installed: {runtime.INSTALL}")
         if not torch.cuda.is_available():
             raise EngineError(
-                "TensorRT builds for the GPU that is here, and PyTorch finds none; name one with --compute-capability, "
+                "TensorRT builds for the local GPU, but PyTorch finds none; name a GPU with --compute-capability, "
                 "such as 8.9 (tensorrt_rtx can build without a GPU, tensorrt cannot)"
             )
         return runtime.machine()
@@ -226,7 +226,7 @@ def find_target(compute_capability: str | None) -> runtime.Machine:
         raise InputError(f"expected a compute capability such as '8.9', got {compute_capability!r}")
     if "tensorrt_rtx" not in runtime.importable():
         raise EngineError(
-            f"expected tensorrt_rtx, which alone builds for a named GPU, got {list(runtime.importable())}: "
+            f"expected tensorrt_rtx, the only module that builds for a named GPU, got {list(runtime.importable())}: "
             "pip install 'finelip-fast[trt-rtx]', or leave --compute-capability out where the GPU is"
         )
     trt = runtime.load_module("tensorrt_rtx")

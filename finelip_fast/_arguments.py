@@ -27,7 +27,7 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
     except TypeError:
         number = None
     if number is None:
-        raise InputError(f"expected {name} as a whole number, got {value!r:.80}")
+        raise InputError(f"expected {name} to be an integer, got {value!r:.80}")
     if number < least:
         raise InputError(f"expected {name} of at least {least}, got {number}")
     if most is not None and number > most:
@@ -62,7 +62,8 @@ def listed(name: str, value: Any) -> list[Any]:
         InputError: The value is a single one; the message gives ``name``.
     """
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        raise InputError(f"expected {name} as a list, got {value!r:.80}")
+        hint = f"; pass [{value!r}]" if name != "metadata" and isinstance(value, str) and len(value) < 80 else ""
+        raise InputError(f"expected {name} to be a list, got {'the str ' * isinstance(value, str)}{value!r:.80}{hint}")
     return list(value)
 
 
@@ -75,7 +76,7 @@ def strings(name: str, value: Any) -> list[str]:
     values = listed(name, value)
     for text in values:
         if not isinstance(text, str):
-            raise InputError(f"expected {name} as str, got {text!r:.80}; convert it first")
+            raise InputError(f"expected each of {name} to be a str, got {text!r:.80}; convert it first")
     return values
 
 
@@ -85,9 +86,9 @@ def folder_path(name: str, value: Any) -> Path:
         InputError: The value is not a path; the message gives ``name``.
     """
     if not isinstance(value, (str, PathLike)):
-        raise InputError(f"expected {name} as a path, got {value!r:.80}")
+        raise InputError(f"expected {name} to be a path, got {value!r:.80}")
     if "\0" in (path := str(value)):
-        raise InputError(f"expected {name} as a path, which has no NUL, got {path!r:.80}")
+        raise InputError(f"expected {name} to be a path without NUL characters, got {path!r:.80}")
     return Path(value)
 
 
@@ -99,7 +100,9 @@ def floating_dtype(name: str, value: Any) -> torch.dtype:
     import torch
 
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise InputError(f"expected {name} as a floating dtype of torch, got {value!r:.80}")
+        raise InputError(
+            f"expected {name} to be a floating-point torch.dtype, such as torch.float16, got {value!r:.80}"
+        )
     return value
 
 
@@ -128,7 +131,7 @@ def find_device(name: Any) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, (str, torch.device)):
-        raise InputError(f"expected device as cpu, cuda, cuda:1 or a torch.device, got {name!r:.80}")
+        raise InputError(f"expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got {name!r:.80}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -106,7 +106,7 @@ def memory_limit() -> int:
     """
     text = os.environ.get(VARIABLE) or str(_DEFAULT_MEMORY)
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-        raise InputError(f"expected {VARIABLE} as a positive number of MiB, got {text!r:.80}; unset it for 1024")
+        raise InputError(f"expected {VARIABLE} to be a positive number of MiB, got {text!r:.80}; unset it to use 1024")
     return int(text) << 20
 
 
@@ -120,14 +120,14 @@ def check_size(width: int, height: int, need: float = 0.0) -> None:
         ImageError: The picture is too large; the message gives the limit and says how to raise it.
     """
     if max(width, height) > MAX_SIDE:
-        raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; cut or shrink it")
+        raise ImageError(f"expected sides of at most {MAX_SIDE} pixels, got {width} x {height}; crop or shrink it")
     least, limit = width * height * _MIN_BYTES_PER_PIXEL, memory_limit()
     need = max(need, least)
     if need > limit:
         smaller = " save it as a baseline JPEG," if least <= limit else ""
         raise ImageError(
-            f"{width} x {height} pixels would take {need / (1 << 20):.0f} MiB to decode, and {limit >> 20} are allowed for a "
-            f"picture; shrink it,{smaller} or allow more MiB with --decode-memory or {VARIABLE}"
+            f"decoding {width} x {height} pixels needs {need / (1 << 20):.0f} MiB, and a picture may use {limit >> 20}; "
+            f"shrink it,{smaller} or allow more MiB with --decode-memory or {VARIABLE}"
         )
 
 
@@ -329,7 +329,7 @@ def _identified(file: Any) -> Iterator[ImageFile.ImageFile]:
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept and _accepts(accept, prefix):
             raise _not_read(name)
-    raise ImageError("not an image, or of a format that Pillow lacks here")
+    raise ImageError("not an image, or in a format that this Pillow does not support")
 
 
 def _import_plugin(prefix: bytes) -> None:
@@ -393,7 +393,7 @@ def _jxl_size(content: bytes) -> tuple[int, int]:
     start = content.find(b"\xff\x0a") if content[:2] == b"\xff\x0a" else content.find(b"\xff\x0a", content.find(b"jxl"))
     bits, at = int.from_bytes(content[start + 2 : start + 14], "little"), 0
     if start < 0:
-        raise ImageError("a JPEG XL without a codestream")
+        raise ImageError("the JPEG XL file has no codestream")
 
     def take(count: int) -> int:
         nonlocal at
@@ -421,7 +421,7 @@ def _file_bytes_per_pixel(image: Any, file: Any, reduction: int) -> float:
         file.seek(0)
         scans = file.read().count(b"\xff\xda")
         if scans * image.width * image.height > _MAX_SCANNED:
-            raise ImageError(f"a progressive JPEG of {scans} scans; save it as a baseline JPEG")
+            raise ImageError(f"the progressive JPEG has {scans} scans; save it as a baseline JPEG")
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))
     return 4 / scale**2 + buffered
@@ -459,7 +459,7 @@ def _tile_bytes(image: Any) -> int:
 def _refuse_slow(image: Any) -> None:
     codecs = {tile[0] for tile in image.tile}
     if "ppm_plain" in codecs:
-        raise ImageError("expected a binary PPM, got one in plain text; convert it")
+        raise ImageError("expected a binary PPM, got a plain-text PPM; convert it")
     if image.width * image.height > _MAX_INTERPRETED and codecs & set(Image.DECODERS):
         raise ImageError(
             f"{image.width} x {image.height} pixels of a rare kind of {image.format} that takes minutes to decode; "

@@ -46,6 +46,17 @@ def installed(*packages: str) -> dict[str, str]:
     return versions
 
 
+def kind_of(mode: int) -> str:
+    """What a path is that is not a regular file, from its ``st_mode``, with an article."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes: int) -> bytes:
     """Read a regular file.
 
@@ -68,7 +79,7 @@ def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_byte
     except ValueError as fault:  # a name that contains NUL
         raise error(f"cannot read {os.fspath(path)!r}: {fault}") from None
     if not is_file:
-        raise error(f"{path}: expected a file, found a folder, a pipe or a device")
+        raise error(f"{path}: expected a regular file, got {kind_of(status.st_mode)}")
     if status.st_size > max_bytes:
         raise error(f"{path}: expected at most {max_bytes} bytes, found {status.st_size}")
     return content
@@ -96,7 +107,7 @@ def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str
         and len(name.encode("utf-8")) <= _MAX_NAME
     )
     if not plain:
-        raise error(f"{where}: expected the plain name of a file in its folder, found {name!r:.80}")
+        raise error(f"{where}: expected a file name without a folder, found {name!r:.80}")
     assert isinstance(name, str)
     return name
 
@@ -118,7 +129,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o66
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         if path.exists() and not path.is_file():  # renaming would replace a device by a file
-            raise FileExistsError(errno.EEXIST, "expected a file, found a folder, a pipe or a device")
+            raise FileExistsError(errno.EEXIST, f"expected a regular file, got {kind_of(path.stat().st_mode)}")
         try:
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
             permissions = os.fstat(descriptor).st_mode

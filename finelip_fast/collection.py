@@ -112,8 +112,8 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
     assert root_of_index is not None
     if not root_of_index.is_dir():
         raise InputError(
-            f"expected the pictures of the index in {str(root_of_index)!r}, where there is no folder now: if they were moved, "
-            f"say where to with {remedies.move_root(index.folder)}"
+            f"the pictures' folder {str(root_of_index)!r} no longer exists; if it was moved, run "
+            f"{remedies.move_root(index.folder)}"
         )
     return root_of_index
 

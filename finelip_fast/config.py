@@ -148,14 +148,18 @@ class FineLIPConfig:
             least = 0 if name in _MAY_BE_ZERO else 1
             _require(
                 type(value) is int and least <= value <= most,
-                f"{name} as an int of {'0 (the default)' if name in _DERIVED else least} to {most}",
+                f"{name} to be an int from {'0 (the default)' if name in _DERIVED else least} to {most}",
                 value,
             )
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
             value = getattr(self, name)
-            _require(type(value) in (int, float) and 0 < value <= _MAX_RATIO, f"{name} above 0, to {_MAX_RATIO}", value)
+            _require(
+                type(value) in (int, float) and 0 < value <= _MAX_RATIO,
+                f"{name} above 0 and up to {_MAX_RATIO}",
+                value,
+            )
         for name in ("quick_gelu", "trained_aggregators", "vision_tanh_gelu", "text_tanh_gelu"):
-            _require(type(getattr(self, name)) is bool, f"{name} as True or False", getattr(self, name))
+            _require(type(getattr(self, name)) is bool, f"{name} to be True or False", getattr(self, name))
         _require(type(self.alpha) in (int, float) and 0 <= self.alpha <= 1, "alpha in [0, 1]", self.alpha)
         for name, least in {"image_mean": -_MAX_PIXEL, "image_std": 0}.items():
             value = getattr(self, name)
@@ -163,18 +167,20 @@ class FineLIPConfig:
                 isinstance(value, (list, tuple))
                 and len(value) == 3
                 and all(type(part) in (int, float) and least < part < _MAX_PIXEL for part in value),
-                f"{name} as three numbers between {least} and {_MAX_PIXEL}",
+                f"{name} to be three numbers between {least} and {_MAX_PIXEL}",
                 value,
             )
-        _require(self.image_size % self.patch_size == 0, "image_size a multiple of patch_size", self.image_size)
+        _require_multiple("image_size", self.image_size, "patch_size", self.patch_size)
         _require(self.patches <= _MAX_PATCHES, f"at most {_MAX_PATCHES} patches of a picture", self.patches)
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            _require(width % heads == 0, f"{tower}_width a multiple of {tower}_heads", width)
+            _require_multiple(f"{tower}_width", width, f"{tower}_heads", heads)
             ratio = getattr(self, f"{tower}_mlp_ratio")
-            _require(width * ratio >= 1, f"{tower}_mlp_ratio that leaves a hidden width", ratio)
+            _require(width * ratio >= 1, f"{tower}_mlp_ratio to leave a hidden width of at least 1", ratio)
         _require(self.context_length >= 3, "context_length of at least 3", self.context_length)
-        _require(self.resize_mode in ["shortest", "squash"], "resize_mode 'shortest' or 'squash'", self.resize_mode)
+        _require(
+            self.resize_mode in ["shortest", "squash"], "resize_mode to be 'shortest' or 'squash'", self.resize_mode
+        )
         self._check_family()
         for name, default in self._derived().items():
             object.__setattr__(self, name, getattr(self, name) or default)
@@ -183,33 +189,37 @@ class FineLIPConfig:
         object.__setattr__(self, "image_std", tuple(self.image_std))
 
     def _check_family(self) -> None:
-        _require(self.family in ["clip", "siglip"], "family 'clip' or 'siglip'", self.family)
+        _require(self.family in ["clip", "siglip"], "family to be 'clip' or 'siglip'", self.family)
         tokenizer = self.tokenizer
         is_hash = isinstance(tokenizer, str) and (tokenizer == "" or _SHA256.fullmatch(tokenizer) is not None)
-        _require(is_hash, "tokenizer as a SHA-256 in hex, or empty", tokenizer)
+        _require(is_hash, "tokenizer to be a SHA-256 in hex, or empty", tokenizer)
         bias = self.logit_bias
         _require(
-            bias is None or (type(bias) in (int, float) and abs(bias) < _MAX_PIXEL), "logit_bias as a number", bias
+            bias is None or (type(bias) in (int, float) and abs(bias) < _MAX_PIXEL),
+            "logit_bias to be a number or None",
+            bias,
         )
-        tanh = self.vision_tanh_gelu or self.text_tanh_gelu
-        _require(not (self.quick_gelu and tanh), "quick_gelu or tanh approximations of GELU, not both", True)
+        if self.quick_gelu and (self.vision_tanh_gelu or self.text_tanh_gelu):
+            raise ConfigError(
+                "quick_gelu and vision_tanh_gelu/text_tanh_gelu exclude each other; set one of them to False"
+            )
         for name in ("pad_token", "end_token") if self.family == "siglip" else ():
             token = getattr(self, name)
-            _require(token < self.vocab_size, f"{name} below vocab_size, {self.vocab_size}", token)
+            _require(token < self.vocab_size, f"{name} to be below vocab_size ({self.vocab_size})", token)
         if self.family == "siglip":
             rows = self.text_positions
-            most = f"text_positions of 2 to context_length, {self.context_length}"
+            most = f"text_positions to be from 2 to context_length ({self.context_length})"
             _require(2 <= rows <= self.context_length, most, rows)
             _require(
                 self.vision_width == self.embed_dim,
-                f"vision_width equal to embed_dim, {self.embed_dim}",
+                f"vision_width to equal embed_dim ({self.embed_dim})",
                 self.vision_width,
             )
         else:
             clips = {"text_positions": 0, "pad_token": 0, "end_token": EOT_TOKEN, "tokenizer": ""}
             for name, value in clips.items():
                 own_value = getattr(self, name)
-                _require(own_value == value, f"{name} of {value!r} in the family 'clip'", own_value)
+                _require(own_value == value, f"{name} to be {value!r} in the family 'clip'", own_value)
 
     @property
     def word_token(self) -> int:
@@ -238,8 +248,8 @@ class FineLIPConfig:
             raise InputError(f"expected alpha in [0, 1], got {alpha!r:.80}")
         if alpha < 1 and not self.trained_aggregators:
             raise InputError(
-                f"expected alpha=1, got {alpha:g}: this checkpoint has no trained aggregators, so the global score is its "
-                "only one; leave alpha out, or train the aggregators (finelip adapt)"
+                f"expected alpha=1, got {alpha:g}: without trained aggregators, this checkpoint has only the global score; "
+                "leave alpha out, or train the aggregators (finelip adapt)"
             )
         return alpha
 
@@ -300,9 +310,14 @@ class FineLIPConfig:
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
         )
         if unknown or missing:
-            raise ConfigError(
-                f"model configuration: unknown fields {unknown}, missing fields {missing}; known are {sorted(fields)}"
-            )
+            faults = [f"missing fields {', '.join(missing)}"] if missing else []
+            if unknown:
+                faults = [
+                    f"unknown fields {', '.join(map(repr, unknown))}",
+                    *faults,
+                    f"the known fields are {', '.join(sorted(fields))}",
+                ]
+            raise ConfigError(f"model configuration: {'; '.join(faults)}")
         return cls(**values)
 
     @classmethod
@@ -313,7 +328,7 @@ class FineLIPConfig:
             ConfigError: The name is unknown.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
+            raise ConfigError(f"expected the preset to be one of {', '.join(sorted(PRESETS))}, got {name!r:.80}")
         return PRESETS[name].replace(**changes)
 
 
@@ -326,6 +341,11 @@ def mlp_ratio(hidden: int, width: int) -> float:
 def _require(condition: bool, expected: str, got: object) -> None:
     if not condition:
         raise ConfigError(f"expected {expected}, got {got!r:.80}")
+
+
+def _require_multiple(name: str, value: int, unit_name: str, unit: int) -> None:
+    if value % unit:
+        raise ConfigError(f"expected {name} to be a multiple of {unit_name}, got {value} and {unit}")
 
 
 def _vit(patch: int, width: int, layers: int, embed_dim: int, text_width: int, image_size: int = 224) -> FineLIPConfig:

@@ -52,7 +52,7 @@ def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> Folde
     scan = FolderScan([], [])
     for path, kind in walk_folder(folder, recursive):
         if kind == "unreadable":
-            raise InputError(f"expected a readable folder, got one that cannot be listed: {str(path)!r}")
+            raise InputError(f"cannot list the folder {str(path)!r}; check its permissions")
         if kind != "left out":
             (scan.images if kind == "image" else scan.other_files).append(path)
     return scan
@@ -82,8 +82,8 @@ def walk_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        obstacle = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"expected a folder, got {obstacle}: {str(folder)!r}; check the path")
+        place = repr(str(folder))
+        raise InputError(f"expected a folder, got the file {place}" if folder.exists() else f"no such folder: {place}")
     return _Walk(folder, recursive, exclude, include).entries()
 
 

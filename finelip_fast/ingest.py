@@ -208,7 +208,7 @@ class Ingest:
             present |= self._index.present(ids)
         elif not present.isdisjoint(ids):
             repeated = next(item for item in ids if item in present)
-            raise InputError(f"expected ids that differ, got {repeated!r} again; give each item once")
+            raise InputError(f"expected unique ids, got {repeated!r} twice")
         accepted = [entry for entry in chunk if entry[0] not in present]
         self._pending.update(item for item, *_ in accepted)
         return accepted

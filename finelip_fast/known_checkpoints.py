@@ -38,8 +38,8 @@ def checkpoint_of(folder: str | PathLike[str]) -> str | None:
         source = str(spec["source"])
         raise StoreError(
             f"the index at {folder} names the checkpoint {source!r:.500}, which this user has not opened on this machine: "
-            f"if you trust it, pass --checkpoint {shlex.quote(source):.500}, or the place where it lies now (in Python: "
-            "Retriever(checkpoint, index=...)); it is remembered"
+            f"if you trust it, pass --checkpoint {shlex.quote(source):.500}, or its current location (in Python: "
+            "Retriever(checkpoint, index=...)); the choice is remembered"
         )
     return known
 

@@ -42,13 +42,11 @@ def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
     if scores.ndim != 2 or not scores.numel() or not scores.is_floating_point():
         raise InputError(f"expected scores [Q, N] of floats, not empty, got {_described(scores)}")
     if right.shape != scores.shape or right.dtype != torch.bool:
-        raise InputError(
-            f"expected right of bools in the shape {list(scores.shape)} of scores, got {_described(right)}"
-        )
+        raise InputError(f"expected right {list(scores.shape)} of bools, like scores, got {_described(right)}")
     answered = right.any(dim=1)
     if not answered.all():
         query = int((~answered).nonzero()[0])
-        raise InputError(f"expected a right item for each query, query {query} has none; leave such queries out")
+        raise InputError(f"expected a right item for each query, got none for query {query}; omit such queries")
     best = scores.masked_fill(~right | scores.isnan(), -torch.inf).amax(dim=1, keepdim=True)
     return 1 + (~(scores < best) & ~right).sum(dim=1)
 

@@ -156,8 +156,8 @@ class FineLIP(nn.Module):
         """
         if self.config.logit_bias is None:
             raise InputError(
-                "expected a SigLIP as it was published, got a model without logit_bias: its cosines make no probabilities; "
-                "compare scores with each other (model.score)"
+                "expected a SigLIP model with logit_bias, got one without, whose scores are not probabilities; compare scores "
+                "with each other (model.score)"
             )
         cosines = images[:, 0].float() @ texts[:, 0].float().T
         return torch.sigmoid(self.logit_scale.float().exp() * cosines + self.config.logit_bias)

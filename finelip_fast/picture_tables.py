@@ -41,10 +41,14 @@ def read_rows(table: str | os.PathLike[str], *, image_field: str | None = None) 
     """
     for where, row in _rows(Path(table)):
         name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
+        fields = list(row)
         path = row.pop(name, None)
         if not isinstance(path, str) or not path:
+            if name in fields:
+                raise InputError(f"{where}: expected the path of a picture in the column {name!r}, got {path!r:.40}")
             raise InputError(
-                f"{where}: expected the path of a picture under {name!r}, got {path!r:.40}; name the column with --image-field"
+                f"{where}: found no path of a picture in a column {name!r}, only the columns "
+                f"{', '.join(fields) or '(none)':.200}; name it with image_field (--image-field)"
             )
         if _ADDRESS.match(path):
             raise InputError(

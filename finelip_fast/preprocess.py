@@ -53,9 +53,9 @@ def _colours(name: str, values: Any) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"expected {name} as 3 numbers{least}, got {values!r:.80}") from None
+        raise InputError(f"expected {name} to be 3 numbers{least}, got {values!r:.80}") from None
     if not all(math.isfinite(value) and (value > 0 or not least) for value in (red, green, blue)):
-        raise InputError(f"expected {name} as 3 numbers{least}, got {values!r:.80}")
+        raise InputError(f"expected {name} to be 3 numbers{least}, got {values!r:.80}")
     return red, green, blue
 
 
@@ -115,7 +115,7 @@ class Preprocess:
             ImageError: A picture cannot be read; the message names it.
         """
         if isinstance(sources, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
-            raise InputError(f"expected a list of images, got one {type(sources).__name__}; wrap it in a list")
+            raise InputError(f"expected a list of images, got a single {type(sources).__name__}; wrap it in a list")
         images = list(sources)
         pixels = torch.empty(len(images), 3, self.image_size, self.image_size)
         for index, source in enumerate(images):
@@ -198,7 +198,10 @@ def open_thumbnail(source: ImageSource, side: int) -> Image.Image:
 def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryview]:
     """Return the name of a path or of encoded bytes in errors, and the path or the bytes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"{memoryview(source).nbytes} bytes", source
+        size = memoryview(source).nbytes
+        if not size:
+            raise ImageError("expected an encoded picture; the bytes are empty")
+        return f"{size} bytes", source
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ImageError(f"expected a path, encoded bytes, a PIL image, an array or a tensor, got {kind}")
@@ -207,11 +210,13 @@ def _named_file(source: object) -> tuple[str, str | bytes | bytearray | memoryvi
     if re.match(r"(?i)[a-z][a-z0-9+.-]+:/|data:", file):
         raise ImageError(f"expected a local file, got the URL {name}; download it first and pass its path or bytes")
     if os.path.isdir(file):
-        raise ImageError(f"expected an image file, got the folder {name}; list_images gives the images in it")
+        raise ImageError(
+            f"expected an image file, got the folder {name}; finelip_fast.folders.list_images({name}) lists its pictures"
+        )
     if not os.path.isfile(file):  # before opening: opening a pipe would wait forever
-        raise ImageError(f"expected an image file, got {name}: no such file")
+        raise ImageError(f"no such file: {name}")
     if os.path.getsize(file) == 0:
-        raise ImageError(f"expected an image file, got {name}: the file is empty")
+        raise ImageError(f"expected an image file; {name} is empty")
     return name, file
 
 
@@ -304,12 +309,24 @@ def _flat(image: Image.Image) -> Image.Image:
 def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Reduction | None) -> Image.Image:
     """Convert an array or a tensor to RGB."""
     if isinstance(source, Tensor):
-        if source.ndim != 3 or source.shape[0] not in (1, 3, 4):
-            raise ImageError(f"expected one picture as [1 | 3 | 4, H, W], got {name}; put the colours first")
+        if source.ndim != 3 or not _has_colours(source, 0):
+            hint = (
+                "; move the colour axis first: x.permute(2, 0, 1)"
+                if source.ndim == 3 and _has_colours(source, 2)
+                else ""
+            )
+            hint = "; pass pictures one by one" if source.ndim == 4 else hint
+            raise ImageError(f"expected a tensor [C, H, W] with C of 1, 3 or 4, got {name}{hint}")
         height, width = source.shape[1:]
     else:
-        if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
-            raise ImageError(f"expected one picture as [H, W] or [H, W, 1 | 3 | 4], got {name}; put the colours last")
+        if source.ndim not in (2, 3) or (source.ndim == 3 and not _has_colours(source, 2)):
+            hint = (
+                "; move the colour axis last: x.transpose(1, 2, 0)"
+                if source.ndim == 3 and _has_colours(source, 0)
+                else ""
+            )
+            hint = "; pass pictures one by one" if source.ndim == 4 else hint
+            raise ImageError(f"expected an array [H, W] or [H, W, C] with C of 1, 3 or 4, got {name}{hint}")
         height, width = source.shape[:2]
     if not height * width:
         raise ImageError(f"expected a picture of at least one pixel, got {name}")
@@ -327,6 +344,10 @@ def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Re
     return _in_strips((width, height), part, reduction)
 
 
+def _has_colours(source: np.ndarray[Any, Any] | Tensor, axis: int) -> bool:
+    return source.shape[axis] in (1, 3, 4)
+
+
 def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     """Convert a picture's values to uint8; the scale depends on the dtype alone and is never guessed from the values."""
     if array.dtype == np.uint8:
@@ -337,11 +358,16 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
         low, high = array.min(), array.max()
         # Written so that NaN fails too.
         if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
-            raise ImageError(f"expected float values in [0, 1], got {low} to {high} in {name}; rescale them")
+            if np.isnan(low):
+                raise ImageError(f"expected float values in [0, 1], got NaN in {name}")
+            remedy = "divide them by their maximum, or convert them to uint8"
+            raise ImageError(f"expected float values in [0, 1], got {low:.6g} to {high:.6g} in {name}; {remedy}")
         return np.round(array.clip(0, 1) * 255).astype(np.uint8)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    raise ImageError(f"expected uint8, uint16, bool or float values, got {array.dtype} in {name}; convert to uint8")
+    raise ImageError(
+        f"expected uint8, uint16, bool or float values, got {array.dtype} in {name}; convert them to uint8"
+    )
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:

@@ -208,10 +208,7 @@ class Retriever:
         """
         settings = self.engine.settings
         if self._folder is None:
-            raise InputError(
-                "expected a retriever with an index folder to pickle, got one whose items are in this process's memory: "
-                "open it with index=FOLDER"
-            )
+            raise InputError("a retriever with an in-memory index cannot be pickled; open it with index=FOLDER")
         opening = partial(
             Retriever,
             settings.pop("checkpoint"),
@@ -227,8 +224,8 @@ class Retriever:
     def _refuse_after_fork(self) -> None:
         if os.getpid() != self._process:
             raise EngineError(
-                "this retriever was opened before the process was forked, and neither PyTorch's threads nor the connection to "
-                "its index go along: open one in the child, or start children by spawn, where its pickle opens anew"
+                "this retriever was opened before the process forked and cannot be used here; open one in the child process, "
+                "or use the spawn start method: multiprocessing.get_context('spawn')"
             )
 
     def __len__(self) -> int:

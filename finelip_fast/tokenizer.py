@@ -108,8 +108,8 @@ def tokenize(
     one_of("overflow", overflow, get_args(Overflow))
     if str(overflow) == "window":  # from a caller without type checks
         raise InputError(
-            'expected overflow "truncate" or "error", got "window": its rows are not one per caption; '
-            "use encode_batch, which also returns the caption that each row belongs to"
+            "expected overflow='truncate' or 'error', got 'window', which can return several rows per text; "
+            "use encode_batch, which also returns the text that each row belongs to"
         )
     batch = _encode(texts, context_length, overflow, tokenizer)
     _warn_if_cut(batch)
@@ -161,8 +161,8 @@ def _encode(texts: str | Iterable[str], context_length: int, overflow: Overflow,
         excess = max(0, len(tokens) - context_length)
         if excess and overflow == "error":
             raise InputError(
-                f"expected captions of at most {context_length} tokens, got {len(tokens)} in caption {caption}; "
-                'shorten it, raise context_length if the model allows, or pass overflow="truncate"'
+                f"expected texts of at most {context_length} tokens, got {len(tokens)} at position {caption}; "
+                "shorten it, raise context_length if the model allows, or pass overflow='truncate'"
             )
         if overflow == "window":
             parts = _windows(text, tokens, context_length, tokenizer)
@@ -258,7 +258,7 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
-        raise InputError(f"expected captions as str, got {type(texts).__name__}; decode or convert it first")
+        raise InputError(f"expected a str or a list of them, got {type(texts).__name__}; convert it first")
     captions = list(texts)
     for number, text in enumerate(captions):
         check_caption(text, number)
@@ -272,12 +272,12 @@ def check_caption(text: Any, number: int) -> None:
     """
     if not isinstance(text, str):
         raise InputError(
-            f"expected captions as str, got {type(text).__name__} as caption {number}; "
-            'convert it first ("" stands for no text)'
+            f"expected each text to be a str, got {type(text).__name__} at position {number}; "
+            'convert it to a str ("" stands for no text)'
         )
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"expected captions of at most {MAX_CHARACTERS} characters, got {len(text)} in caption {number}; cut it first"
+            f"expected texts of at most {MAX_CHARACTERS} characters, got {len(text)} at position {number}; shorten it"
         )
 
 
@@ -292,20 +292,20 @@ def check_overflow(overflow: Any) -> None:
 def _check_context(context_length: Any) -> None:
     if not isinstance(context_length, int) or not 3 <= context_length <= MAX_CHARACTERS:
         raise InputError(
-            f"expected context_length as an int of at least 3 (START, one token, EOT) and at most {MAX_CHARACTERS}, got "
-            f"{context_length!r:.80}; pass the model's own, e.g. 256"
+            f"expected context_length to be an int from 3 (START, one token, EOT) to {MAX_CHARACTERS}, got "
+            f"{context_length!r:.80}; pass the model's own, such as 256"
         )
 
 
 def _warn_if_cut(batch: TokenBatch) -> None:
     if batch.n_cut == 0:
         return
-    were = "was" if batch.n_cut == 1 else "were"
+    were, them = ("was", "it") if batch.n_cut == 1 else ("were", "them")
     lost = int(batch.tokens_cut.max())
     warnings.warn(
-        f"{batch.n_cut} of {len(batch.tokens_cut)} captions {were} longer than {batch.ids.shape[1]} tokens "
-        f"and {were} cut; the longest lost {lost} token{'s' * (lost > 1)}. "
-        'encode_batch(..., overflow="window") keeps every token; overflow="error" refuses such captions.',
+        f"{batch.n_cut} of {len(batch.tokens_cut)} texts exceeded {batch.ids.shape[1]} tokens and {were} cut; "
+        f"the longest lost {lost} token{'s' * (lost > 1)}. Shorten {them}, or pass overflow='window' (Retriever, "
+        f"encode_batch) to read all of {them}, or overflow='error' to raise an error.",
         TruncationWarning,
         stacklevel=3,  # the caller of the public function
     )

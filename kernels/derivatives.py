@@ -38,9 +38,7 @@ def refuse(name: str, instead: str, *tensors: Any) -> None:
         KernelError: A tensor is being transformed: its derivative would be taken to be zero.
     """
     if transformed() and any(map(_carries, tensors)):
-        raise KernelError(
-            f"{name} has no derivative, and takes no tensors that are transformed by jvp, grad or vmap: {instead}"
-        )
+        raise KernelError(f"{name} has no derivative and does not support jvp, grad or vmap; {instead}")
 
 
 def _carries(value: Any) -> bool:

@@ -41,7 +41,7 @@ def choose(device: torch.device, limit: str = "") -> Choice:
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "reference", "triton"):
         raise KernelError(
-            f"expected {VARIABLE} to be reference or triton, got {forced!r}; unset it for the best there is"
+            f"expected {VARIABLE} to be reference or triton, got {forced!r}; unset it to choose automatically"
         )
     if forced == "reference":
         return Choice("reference", f"{VARIABLE}=reference")
@@ -49,7 +49,7 @@ def choose(device: torch.device, limit: str = "") -> Choice:
     if not refusal:
         return Choice("triton", "fused kernels")
     if forced == "triton":
-        raise KernelError(f"{VARIABLE}=triton, but {refusal}; unset it for the best there is")
+        raise KernelError(f"{VARIABLE}=triton, but {refusal}; unset it to choose automatically")
     return Choice("blocked", refusal)
 
 

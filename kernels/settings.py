@@ -71,7 +71,7 @@ def tuned(case: str, kind: Callable[..., S]) -> S | None:
     except TypeError as error:
         _forget()  # the table may be repaired while this process runs
         raise KernelError(
-            f"the launch settings of {case!r} are not this version's: {error}; tune again, or delete {cache_file()}"
+            f"the launch settings of {case!r} are from another version: {error}; tune again, or delete {cache_file()}"
         ) from error
 
 

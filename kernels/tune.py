@@ -163,8 +163,8 @@ def _best(case: Case, measure: Measure) -> Tuned:
     defaults = prepared.run(case.default)
     if not prepared.is_right(defaults, defaults):
         raise KernelError(
-            f"{case.names[0]}: expected float64's results to within {prepared.tolerance:g}, got others by the default settings"
-            " on this GPU; FINELIP_KERNELS=reference computes without the fused kernels"
+            f"{case.names[0]}: expected results within {prepared.tolerance:g} of float64, but those of the default settings"
+            " differ more on this GPU; FINELIP_KERNELS=reference computes without the fused kernels"
         )
     times = {case.default: measure(partial(prepared.run, case.default))}
     failed = 0
@@ -188,8 +188,8 @@ def _check_alive(case: Case, prepared: Prepared, defaults: Results, candidate: A
         alive = False
     if not alive:
         raise KernelError(
-            f"{case.names[0]}: expected a GPU that goes on after {candidate} failed, but the default settings fail, too"
-            f" ({error}); of this case nothing is saved: tune in a new process, other --operations first"
+            f"{case.names[0]}: after {candidate} failed, the default settings fail on this GPU, too ({error}); nothing is"
+            " saved for this case: tune in a new process, with other --operations first"
         ) from error
 
 

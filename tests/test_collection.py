@@ -309,8 +309,13 @@ def test_what_another_process_took_out_meanwhile_is_passed_over(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", '{"picture": "a.jpg"}', "t.jsonl, line 1: expected the path of a picture under 'image', got None"),
-        ("t.jsonl", '\n{"image": 3}', "t.jsonl, line 2: expected the path of a picture"),
+        (
+            "t.jsonl",
+            '{"picture": "a.jpg"}',
+            "t.jsonl, line 1: found no path of a picture in a column 'image', only the columns picture; name it with",
+        ),
+        ("t.jsonl", '\n{"image": 3}', "t.jsonl, line 2: expected the path of a picture in the column 'image', got 3"),
+        ("t.csv", "image,title\n,a\n", "t.csv, line 2: found no path of a picture in a column 'image', only"),
         ("t.jsonl", '{"image": "https://x.org/a.jpg"}', "t.jsonl, line 1: expected the path .* got the address"),
         ("t.jsonl", "{", "t.jsonl, line 1: expected an object of fields"),
         ("t.csv", "image,title\na.jpg\n", "t.csv, line 2: expected 2 values"),
@@ -337,7 +342,7 @@ def test_an_index_and_its_pictures_can_be_moved(
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"finelip index move-root"):
         retriever.explain(hit, "a house")
-    with pytest.raises(InputError, match="where there is no folder now: if they were moved"):
+    with pytest.raises(InputError, match="no longer exists; if it was moved, run"):
         retriever.add_folder(tmp_path / "elsewhere", progress=False)
     retriever.index.root = tmp_path / "elsewhere"
     hit = retriever.search(image=tmp_path / "elsewhere" / "a.jpg", k=1)[0]

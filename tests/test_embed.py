@@ -54,10 +54,10 @@ def test_windows_are_joined_to_one_embedding_a_caption():
 
 def test_a_caption_too_long_is_cut_with_a_warning_or_refused():
     texts = ["a b", "a b c d e f g h i j"]
-    with pytest.warns(TruncationWarning, match="1 of 2 captions"):
+    with pytest.warns(TruncationWarning, match="1 of 2 texts exceeded"):
         embeddings = embed_texts(TextEncoder(), texts, context_length=CONTEXT)
     assert torch.equal(embeddings, TextEncoder()(tokenize(["a b", "a b c d e f g h"], CONTEXT)))
-    with pytest.raises(InputError, match="in caption 1"):
+    with pytest.raises(InputError, match="at position 1"):
         embed_texts(TextEncoder(), texts, context_length=CONTEXT, overflow="error")
 
 

@@ -41,10 +41,12 @@ def test_an_empty_folder_has_no_images(tmp_path: Path) -> None:
     assert list_images(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "what"), [("gone", "nothing there"), ("file.png", "a file")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("gone", "no such folder"), ("file.png", "expected a folder, got the file")]
+)
 def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> None:
     (tmp_path / "file.png").touch()
-    with pytest.raises(InputError, match=f"expected a folder, got {what}: .*{name}"):
+    with pytest.raises(InputError, match=f"{what}:? '.*{name}'"):
         list_images(tmp_path / name)
 
 
@@ -78,7 +80,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_read(
         (tmp_path / "b", "unreadable"),
         (tmp_path / "c/3.png", "image"),
     ]
-    with pytest.raises(InputError, match=r"expected a readable folder, got one that cannot be listed: '.*b'"):
+    with pytest.raises(InputError, match=r"cannot list the folder '.*b'; check its permissions"):
         scan_folder(tmp_path)
 
 

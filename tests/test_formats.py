@@ -132,7 +132,7 @@ def test_their_sizes_are_known_before_anything_is_decoded(
     path = tmp_path / f"a{suffix}"
     SAVE[suffix](path)
     monkeypatch.setattr(_decode, "_MIN_BYTES_PER_PIXEL", 1 << 19)
-    with pytest.raises(ImageError, match=rf"{WIDTH} x {HEIGHT} pixels would take 3072 MiB"):
+    with pytest.raises(ImageError, match=rf"{WIDTH} x {HEIGHT} pixels needs 3072 MiB"):
         open_image(path)
 
 
@@ -150,5 +150,5 @@ def test_what_is_cut_off_is_told(tmp_path: Path, suffix: str, cut: int) -> None:
     path = tmp_path / f"a{suffix}"
     SAVE[suffix](path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ImageError, match=r"cannot read|the file is empty"):
+    with pytest.raises(ImageError, match=r"cannot read|is empty"):
         open_image(path)

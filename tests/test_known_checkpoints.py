@@ -97,7 +97,7 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
             assert main([*command, "--index", "index", "--quiet"]) == 2
             message = capsys.readouterr().err
             assert f"names the checkpoint '{checkpoint}', which this user has not opened on this machine" in message
-    options = shlex.split(message[message.index("--checkpoint") : message.index(", or the place")])
+    options = shlex.split(message[message.index("--checkpoint") : message.index(", or its current location")])
     search = ["search", "a house", "--index", "index", "--device", "cpu"]
     assert main([*search, *options]) == 0
     assert main(search) == 0  # the checkpoint is remembered

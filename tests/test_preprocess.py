@@ -225,14 +225,18 @@ def png(image: Image.Image, path: Path) -> bytes:
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
-    "empty": ("empty.jpg", lambda p: b"", "the file is empty"),
+    "empty": ("empty.jpg", lambda p: b"", "empty.jpg' is empty"),
     "text": ("text.jpg", lambda p: b"this is no picture", "not an image"),
     "web page": ("page.png", lambda p: b"<!doctype html><html></html>", "not an image"),
     "truncated": ("truncated.png", lambda p: png(noise(64, 64), p)[:5000], "truncated"),
     "header alone": ("head.png", lambda p: png(noise(64, 64), p)[:33], r"cannot read .*: \w"),
     "damaged": ("damaged.png", lambda p: png(noise(64, 64), p)[:200] + bytes(9000), r"cannot read .*: \w"),
-    "16-bit file beyond 16 bits": ("deep.tif", lambda p: tiff("I", 70000, p), "got int32 in mode I; convert to uint8"),
-    "float file beyond 1": ("float.tif", lambda p: tiff("F", 255.0, p), r"in \[0, 1\], got 255.0 to 255.0 in mode F"),
+    "16-bit file beyond 16 bits": (
+        "deep.tif",
+        lambda p: tiff("I", 70000, p),
+        "got int32 in mode I; convert them to uint8",
+    ),
+    "float file beyond 1": ("float.tif", lambda p: tiff("F", 255.0, p), r"in \[0, 1\], got 255 to 255 in mode F"),
     "postscript": ("figure.eps", lambda p: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got EPS; conv"),
 }
 
@@ -249,7 +253,8 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: Ca
     with pytest.raises(ImageError, match=reason) as error:
         open_image(path)
     assert str(path) in str(error.value)
-    with pytest.raises(ImageError, match=rf"{path.stat().st_size} bytes"):
+    size = path.stat().st_size
+    with pytest.raises(ImageError, match=f"{size} bytes" if size else "the bytes are empty"):
         open_image(path.read_bytes())
 
 
@@ -259,33 +264,39 @@ REFUSED: dict[str, tuple[object, str]] = {
     "web address as path": (Path("https://example.com/cat.jpg"), "got the URL"),
     "file address": ("file:///tmp/cat.jpg", "got the URL"),
     "data address": ("data:image/png;base64," + "A" * 9999, r"got the URL 'data:image/png;base64,A+\.\.\.'"),
-    "missing": ("no such.jpg", "got 'no such.jpg': no such file"),
-    "no name": ("", "got '': no such file"),
+    "missing": ("no such.jpg", "no such file: 'no such.jpg'"),
+    "no name": ("", "no such file: ''"),
     "nul in name": ("nul\0.jpg", "no such file"),
     "endless name": ("x" * 5000, "no such file"),
-    "folder": (".", "got the folder '.'; list_images"),
+    "folder": (".", r"got the folder '.'; finelip_fast.folders.list_images\('.'\)"),
     "None": (None, "got NoneType"),
     "number": (7, "got int"),
     "empty array": (np.zeros((0, 5, 3), np.uint8), r"at least one pixel, got array of shape \(0, 5, 3\)"),
     "empty image": (Image.new("RGB", (0, 5)), "at least one pixel, got 0 x 5"),
-    "1-d array": (np.zeros(5, np.uint8), r"got array of shape \(5,\); put the colours last"),
+    "1-d array": (np.zeros(5, np.uint8), r"C of 1, 3 or 4, got array of shape \(5,\)$"),
     "colours first": (
         np.zeros((3, 8, 9), np.uint8),
-        r"\[H, W, 1 \| 3 \| 4\], got array of shape \(3, 8, 9\); put the colours last",
+        r"with C of 1, 3 or 4, got array of shape \(3, 8, 9\); move the colour axis last",
     ),
-    "batch as array": (np.zeros((2, 8, 9, 3), np.uint8), "one picture"),
-    "NaN": (np.full((4, 4), np.nan), "got nan to nan"),
+    "batch as array": (np.zeros((2, 8, 9, 3), np.uint8), "pass pictures one by one"),
+    "NaN": (np.full((4, 4), np.nan), "got NaN in"),
     "infinite": (np.full((4, 4), np.inf), "got inf to inf"),
-    "0..255 floats": (np.full((4, 4), 255.0), r"in \[0, 1\], got 255.0 to 255.0 .*; rescale"),
-    "negative floats": (np.full((4, 4), -1.0), "got -1.0 to -1.0"),
-    "int64": (np.full((4, 4), 9, np.int64), r"bool or float values, got int64 in array of shape .*; convert to uint8"),
+    "0..255 floats": (np.full((4, 4), 255.0), r"in \[0, 1\], got 255 to 255 .*; divide them by their maximum"),
+    "negative floats": (np.full((4, 4), -1.0), "got -1 to -1"),
+    "int64": (
+        np.full((4, 4), 9, np.int64),
+        r"bool or float values, got int64 in array of shape .*; convert them to uint8",
+    ),
     "int32": (np.full((4, 4), 9, np.int32), "got int32"),
     "text array": (np.full((4, 4), "a"), "got <U1"),
     "complex": (np.full((4, 4), 1j), "got complex128"),
     "objects": (np.full((4, 4), None), "got object"),
-    "colours last tensor": (torch.zeros(8, 9, 3), r"got tensor of shape \(8, 9, 3\); put the colours first"),
-    "batch as tensor": (torch.zeros(2, 3, 8, 9), "one picture"),
-    "NaN tensor": (torch.full((3, 4, 4), float("nan")), "got nan to nan"),
+    "colours last tensor": (
+        torch.zeros(8, 9, 3),
+        r"got tensor of shape \(8, 9, 3\); move the colour axis first: x.permute\(2, 0, 1\)",
+    ),
+    "batch as tensor": (torch.zeros(2, 3, 8, 9), "pass pictures one by one"),
+    "NaN tensor": (torch.full((3, 4, 4), float("nan")), "got NaN in"),
     "empty tensor": (torch.zeros(3, 0, 4), "at least one pixel"),
 }
 
@@ -386,17 +397,17 @@ def test_config_read_from_json_is_hashable() -> None:
     ("call", "message"),
     [
         (lambda: Preprocess(0), "expected image_size of at least 1, got 0"),
-        (lambda: Preprocess(224.0), "expected image_size as a whole number, got 224.0"),
+        (lambda: Preprocess(224.0), "expected image_size to be an integer, got 224.0"),
         (lambda: Preprocess(interpolation="nearest"), "one of bicubic, bilinear, got 'nearest'"),
         (
             lambda: Preprocess(resize_mode="longest"),
             "expected resize_mode to be one of shortest, squash, got 'longest'",
         ),
-        (lambda: Preprocess(mean=(0.5,)), r"expected mean as 3 numbers, got \(0.5,\)"),
-        (lambda: Preprocess(std=(1, 1, 0)), r"expected std as 3 numbers above 0, got \(1, 1, 0\)"),
-        (lambda: Preprocess().batch("cat.jpg"), "got one str; wrap it in a list"),
-        (lambda: Preprocess().batch(corners()), "got one Image; wrap it in a list"),
-        (lambda: Preprocess().batch([noise(5, 5), "cat.jpg"]), "got 'cat.jpg': no such file"),
+        (lambda: Preprocess(mean=(0.5,)), r"expected mean to be 3 numbers, got \(0.5,\)"),
+        (lambda: Preprocess(std=(1, 1, 0)), r"expected std to be 3 numbers above 0, got \(1, 1, 0\)"),
+        (lambda: Preprocess().batch("cat.jpg"), "got a single str; wrap it in a list"),
+        (lambda: Preprocess().batch(corners()), "got a single Image; wrap it in a list"),
+        (lambda: Preprocess().batch([noise(5, 5), "cat.jpg"]), "no such file: 'cat.jpg'"),
     ],
     ids=["size", "float size", "interpolation", "resize mode", "mean", "std", "one path", "one image", "missing file"],
 )

@@ -115,8 +115,8 @@ def test_truncation_keeps_the_eot_and_counts() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([10, 1, 4], "2 of 3 captions were longer than 5 tokens and were cut; the longest lost 7 tokens."),
-        ([4, 1], "1 of 2 captions was longer than 5 tokens and was cut; the longest lost 1 token."),
+        ([10, 1, 4], "2 of 3 texts exceeded 5 tokens and were cut; the longest lost 7 tokens."),
+        ([4, 1], "1 of 2 texts exceeded 5 tokens and was cut; the longest lost 1 token."),
     ],
     ids=["many", "one"],
 )
@@ -180,14 +180,17 @@ def test_windows_end_with_sentences_and_are_even(caption: str, windows: list[str
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tokenize(["cat", "cat " * 9], 5, overflow="error"), r"at most 5 tokens, got 11 in caption 1; shorten"),
-        (lambda: tokenize("cat", overflow="window"), r'got "window".*use encode_batch'),
+        (
+            lambda: tokenize(["cat", "cat " * 9], 5, overflow="error"),
+            r"at most 5 tokens, got 11 at position 1; shorten",
+        ),
+        (lambda: tokenize("cat", overflow="window"), r"got 'window'.*use encode_batch"),
         (lambda: tokenize("cat", overflow="drop"), "one of truncate, error, window, got 'drop'"),
-        (lambda: tokenize("cat", 2), r"at least 3 .*got 2; pass the model's own"),
-        (lambda: tokenize("cat", 77.0), r"as an int of at least 3 .*got 77.0"),
-        (lambda: tokenize(["cat", None]), r"as str, got NoneType as caption 1; convert"),
-        (lambda: tokenize(b"cat"), r"as str, got bytes; decode"),
-        (lambda: tokenize(3), r"as str, got int"),
+        (lambda: tokenize("cat", 2), r"an int from 3 .*got 2; pass the model's own"),
+        (lambda: tokenize("cat", 77.0), r"to be an int from 3 .*got 77.0"),
+        (lambda: tokenize(["cat", None]), r"to be a str, got NoneType at position 1; convert"),
+        (lambda: tokenize(b"cat"), r"expected a str or a list of them, got bytes; convert"),
+        (lambda: tokenize(3), r"expected a str or a list of them, got int"),
     ],
     ids=[
         "too long",
@@ -337,7 +340,7 @@ def test_a_long_caption_of_words_has_clips_tokens() -> None:
 
 def test_a_file_given_as_a_caption_is_refused() -> None:
     with pytest.raises(
-        InputError, match="expected captions of at most 262144 characters, got 262145 in caption 1; cut it"
+        InputError, match="expected texts of at most 262144 characters, got 262145 at position 1; shorten it"
     ):
         tokenize(["a cat", "a" * (MAX_CHARACTERS + 1)])
 

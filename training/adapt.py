@@ -58,8 +58,8 @@ def stages(
     alone = [name for name in _OF_ENCODERS if name in options]
     if unfreeze == "none" and alone:
         raise ConfigError(
-            f"expected no {', '.join(alone)} with unfreeze none, which trains the aggregators alone, on features that are "
-            "computed once: leave them out, or give unfreeze last:2"
+            f"expected no {', '.join(alone)} with unfreeze none, which trains only the aggregators, on precomputed features; "
+            "omit them, or use unfreeze last:2"
         )
     if "loss" in options and all(term.split(":")[1:2] == ["global"] for term in options["loss"]):
         raise ConfigError(
@@ -100,8 +100,8 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
     """
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(
-            "expected one process for an adaptation, got those of torchrun: run its two trainings with training/train.py, as "
-            "docs/how-to/adapt.md says"
+            "an adaptation runs in a single process, not under torchrun; run its two trainings with training/train.py, as "
+            "docs/how-to/adapt.md describes"
         )
     runs = stages(base, **options)
     out, first = Path(options["out"]), runs[0]

@@ -182,8 +182,8 @@ class TrainingData:
         if processes != self._layout[0]:
             if self._shards:
                 raise ConfigError(
-                    f"this run was saved by an earlier version, which did not keep what was read of its shards; give as many "
-                    f"processes as it had, {processes}, to go on"
+                    "an earlier version saved this run, without what was read of its shards; to resume, use as many "
+                    f"processes as it had, {processes}"
                 )
             epoch_batches = self._order.size // global_batch
         self.epoch, finished = divmod(batches, epoch_batches)
@@ -220,7 +220,7 @@ class TrainingData:
             if count == before and shards.lap >= laps:
                 unreadable = f"; {broken} samples cannot be read, the last: {printable(reason)}" if broken else ""
                 raise TrainingError(
-                    "the shards hold less than one batch per worker of a process: give fewer --workers or processes, or a "
+                    "the shards hold less than one batch per worker of a process; use fewer --workers or processes, or a "
                     f"smaller --batch-size{unreadable}"
                 )
             shards.lap += 1
@@ -240,6 +240,6 @@ class TrainingData:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise TrainingError(
-                "a data loading process was ended by the system, as it does where memory is short; the same command goes on "
-                f"from the last state, with fewer --workers or with --workers 0: {printable(error):.200}"
+                "the system ended a data loading process, probably for lack of memory; the same command resumes from the last "
+                f"state, with fewer --workers or --workers 0: {printable(error):.200}"
             ) from error

@@ -254,8 +254,8 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size + _SPARE > free:
         raise ConfigError(
-            f"expected {size / 1e9:.1f} GB of room for features in {folder}, found {free / 1e9:.1f} GB: give --features on "
-            "another disk, or fewer pairs"
+            f"expected {size / 1e9:.1f} GB of free space for features in {folder}, found {free / 1e9:.1f} GB; pass --features "
+            "on another disk, or use fewer pairs"
         )
 
 

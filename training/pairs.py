@@ -84,8 +84,8 @@ class Encoded(Dataset[Encoding]):
             except (InputError, OSError) as error:
                 broken.append(f"{example.image_id}: {error}")
         raise TrainingError(
-            f"{len(broken)} of {len(self.pairs)} pairs were tried in turn, and none can be read; the last: "
-            f"{printable(broken[-1])}; where the paths start from another folder, give --root, else mend the data"
+            f"none of the {len(broken)} pairs tried, of {len(self.pairs)}, can be read; the last: "
+            f"{printable(broken[-1])}; if their paths start from another folder, pass --root, otherwise repair the data"
         )
 
     def _encoded(self, example: Example, number: int) -> Encoding:
@@ -157,7 +157,7 @@ class GroupedSampler(Sampler[list[int]]):
         if size < batch_size * world:
             raise ConfigError(
                 f"expected at least one global batch of {batch_size * world} examples, got {size}; "
-                "give a smaller --batch-size, or more data"
+                "use a smaller --batch-size, or more data"
             )
         self.size, self.batch_size, self.group, self.seed = size, batch_size, group, seed
         self.rank, self.world = rank, world

@@ -253,7 +253,7 @@ class _Header(tarfile.TarInfo):
             TrainingError: The block is cut or damaged; a block of zeros is neither, but marks the end.
         """
         if len(buf) != tarfile.BLOCKSIZE:
-            raise TrainingError(f"{_EXPECTED}; its last header is cut")
+            raise TrainingError(f"{_EXPECTED}; its last header is truncated")
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]

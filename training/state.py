@@ -75,7 +75,8 @@ def check_resumable(
     folder = Path(config.out)
     if changed != allowed:
         raise ConfigError(
-            f"{folder} holds a run with {former}, asked for {chosen}; give the same options to go on, or another --out"
+            f"{folder} holds a run with {former}, got {chosen}; it resumes only with the same options: pass them, or another "
+            "--out"
         )
     trained_on = state.get("data", identity)  # earlier versions did not keep it
     if trained_on != identity:
@@ -83,14 +84,14 @@ def check_resumable(
             ", ".join(f"{name} {value!s:.12}" for name, value in values.items()) for values in (trained_on, identity)
         )
         raise ConfigError(
-            f"{folder} holds a run on other data than {config.train!r} is now: {former_data}, now {data}; put back "
-            "what was there to go on, or give another --out"
+            f"the data of the run in {folder} have changed: {config.train!r} had {former_data}, now {data}; restore them to "
+            "resume, or pass another --out"
         )
     if not changed:
         return None
     schedule = "; the learning rate follows the schedule of the new length" if "steps" in changed else ""
-    changes = f"goes on with {chosen} instead of {former}"
-    return f"{changes}: its weights are not those of a run that was so from its start{schedule}"
+    changes = f"resumes with {chosen} instead of {former}"
+    return f"{changes}; its weights will differ from those of a run with these options from the start{schedule}"
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def damage_explained(folder: Path) -> Iterator[None]:
         checkpoints = [folder / name for name in ("last", "best") if (folder / name / "config.json").is_file()]
         start = f" with --init {checkpoints[0]}" if checkpoints else ""
         raise CheckpointError(
-            f"{folder / 'state.pt'}: expected the state of a run, found a cut or damaged one, or something else "
-            f"({type(error).__name__}: {error!s:.200}); begin again with another --out{start}, or in this one once the "
-            "file is removed"
+            f"{folder / 'state.pt'}: expected the state of a run, found a truncated or damaged one, or another file "
+            f"({type(error).__name__}: {error!s:.200}); start again with another --out{start}, or remove the "
+            "file and start again in this one"
         ) from error

@@ -167,7 +167,7 @@ class Trainer:
             if keeps or stop:
                 self._save_state()
             if stop and not finished:
-                raise TrainingError(f"stopped at step {self.step}; the same command goes on from there")
+                raise TrainingError(f"stopped at step {self.step}; the same command resumes from there")
         if self.rank == 0:
             checkpoint.save(self._averaged(), self.out / "last", metadata=self._metadata({}))
         return self.best
@@ -280,7 +280,7 @@ class Trainer:
         models = [self.model, self._averaged()] if self.ema else [self.model]
         if broken := {name: None for model in models for name in not_finite(model.state_dict())}:
             raise TrainingError(
-                f"NaN or infinity in {shortened(broken)} after step {self.step}, which is not kept: {self._advice}"
+                f"NaN or infinity in {shortened(broken)} after step {self.step}, which is not saved: {self._advice}"
             )
 
     @property
@@ -288,8 +288,8 @@ class Trainer:
         """Advice on how to end a divergence of this run, which resumes from its last state."""
         rates = f"--encoder-lr, now {self.config.encoder_lr:g}, and --aggregator-lr, now {self.config.aggregator_lr:g}"
         return (
-            f"lower {rates}; with the same --out the run goes on from its last state, with another it begins "
-            f"anew{self._from_the_best}"
+            f"lower {rates}; with the same --out the run resumes from its last state, with another it starts "
+            f"again{self._from_the_best}"
         )
 
     @property
@@ -365,8 +365,8 @@ class Trainer:
         self.best = {name: float(value) for name, value in state["best"].items()}
         if broken := not_finite(state["model"]):
             raise CheckpointError(
-                f"{self.out / 'state.pt'}: expected finite weights, found NaN or infinity in {shortened(broken)}: "
-                f"lower the learning rates, with another --out{self._from_the_best}"
+                f"{self.out / 'state.pt'}: expected finite weights, found NaN or infinity in {shortened(broken)}; "
+                f"lower the learning rates, and use another --out{self._from_the_best}"
             )
         self.model.load_state_dict(state["model"])
         peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
@@ -441,8 +441,8 @@ class Trainer:
         if met >= _BROKEN_AFTER and self.broken > self.config.max_broken_share * met:
             raise TrainingError(
                 f"{self.broken} of {met} pairs cannot be read, more than the share of "
-                f"{self.config.max_broken_share:g} that --max-broken-share allows; with a larger one the same command goes "
-                "on from the last state"
+                f"{self.config.max_broken_share:g} that --max-broken-share allows; raise --max-broken-share to resume "
+                "from the last state, or repair the data"
             )
 
     def _freeze(self, gradient: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def validate(
             images.append(encode_image(torch.stack(tensors).to(model.device)))
     if not images:
         raise TrainingError(
-            f"none of the {len(known.ids)} pictures of validation={name!r} can be read; where its paths start from another "
-            "folder, give --root"
+            f"none of the {len(known.ids)} pictures of validation={name!r} can be read; if its paths start from another "
+            "folder, pass --root"
         )
     rows = {number: row for row, number in enumerate(numbers)}
     indices = [index for index, number in enumerate(known.picture_of) if number in rows]

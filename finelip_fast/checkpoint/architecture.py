@@ -64,11 +64,11 @@ class Hints(NamedTuple):
         if heads is not None:
             numbers = list(heads) if isinstance(heads, (list, tuple)) else [heads]
             if len(numbers) not in (1, 2):
-                raise InputError(f"expected heads as one number, or two: vision and text; got {heads!r:.80}")
+                raise InputError(f"expected heads to be an integer, or two: vision and text; got {heads!r:.80}")
             counts = [whole_number("heads", number) for number in numbers]
             heads = counts[0], counts[-1]
         if part is not None and not isinstance(part, str):
-            raise InputError(f"expected part as the key of a dictionary, got {part!r:.80}")
+            raise InputError(f"expected part to be the key of a dictionary, got {part!r:.80}")
         return cls(activation, heads, part)
 
 
@@ -85,23 +85,23 @@ def config_from_weights(translation: Translation, hints: Hints) -> FineLIPConfig
     """
     if translation.layout == SIGLIP:
         raise CheckpointError(
-            "expected the weights of a SigLIP with the configuration and the tokenizer that they belong to: name open_clip's "
-            "model, open_clip:MODEL/FILE, such as open_clip:ViT-B-16-SigLIP/FILE, or a folder with open_clip_config.json, "
-            "tokenizer.json and tokenizer_config.json"
+            "weights of a SigLIP need their configuration and tokenizer; pass open_clip:MODEL/WEIGHTS, such as "
+            "open_clip:ViT-B-16-SigLIP/FILE, or a folder that also has open_clip_config.json, tokenizer.json and "
+            "tokenizer_config.json"
         )
     if translation.layout == OURS and not (hints.activation and hints.heads):
         raise CheckpointError(
-            "expected this library's weights with the config.json that was written with them: name the folder of both, or put "
-            "it beside model.safetensors"
+            "these weights need the config.json that was written with them; put it beside model.safetensors, and pass the "
+            "folder"
         )
     config = config_from_tensors(translation.tensors, heads=hints.heads, activation="quick_gelu")
     activation = hints.activation or translation.activation
     if activation is None:
         raise CheckpointError(
-            f"expected the activation of these weights ({translation.layout}), which they do not show: finelip convert "
-            "FILE FOLDER --activation quick_gelu if they are OpenAI's or were trained from those, --activation gelu if "
-            "from open_clip's own (LAION's, DataComp's); in Python convert(file, folder, activation=...). A model's name in "
-            "open_clip tells it too: open_clip:MODEL/FILE"
+            f"cannot tell which activation these weights ({translation.layout}) were trained with. OpenAI's, or trained "
+            "from them: finelip convert FILE FOLDER --activation quick_gelu; open_clip's own (LAION, DataComp): "
+            "--activation gelu; in Python convert(file, folder, activation=...). Alternatively, pass "
+            "open_clip:MODEL/WEIGHTS, whose model determines it"
         )
     return config.replace(quick_gelu=activation == "quick_gelu")
 
@@ -136,12 +136,14 @@ def config_from_tensors(
     vision_width, _, patch_size, _ = shapes["visual.conv1.weight"]
     vocabulary, text_width = shapes["text.token_embedding.weight"]
     if vocabulary != VOCAB_SIZE:
-        raise CheckpointError(f"expected CLIP's vocabulary of {VOCAB_SIZE} tokens, got {vocabulary}: another tokenizer")
+        raise CheckpointError(
+            f"expected CLIP's vocabulary of {VOCAB_SIZE} tokens, got {vocabulary}; other tokenizers are not supported"
+        )
     patches = shapes["visual.positional_embedding"][0] - 1
     grid = math.isqrt(max(patches, 0))
     if grid == 0 or grid * grid != patches:
         raise CheckpointError(
-            f"expected visual positions of CLS and a square grid of patches, got {patches} beside CLS"
+            f"expected visual positions for CLS and a square grid of patches, got {patches} besides CLS"
         )
     vision_heads, text_heads = heads or _known_heads(vision_width, text_width)
     return FineLIPConfig(
@@ -295,9 +297,9 @@ def _pictures(values: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     if refused:
         listing = shortened(f"{name}={value!r:.60}" for name, value in refused.items())
         raise CheckpointError(
-            f"expected pictures as CLIP takes them: resized bicubically to {image_size} pixels, cropped to their centre or "
-            f"squashed, scaled from 0..255 to 0..1; the preprocessor's configuration has {listing}, which this library does "
-            "not do; without these keys pictures are taken so, though the model may have been trained with others"
+            f"expected CLIP's preprocessing: bicubic resizing to {image_size} pixels, centre crop or squashing, values "
+            f"scaled from 0..255 to 0..1; got {listing} in the preprocessor's configuration, which is not supported; without "
+            "these keys the default preprocessing is used, which may not match the model's training"
         )
     normalizes = values.get("do_normalize", True) is not False
     return {
@@ -342,9 +344,9 @@ def _known_heads(vision_width: int, text_width: int) -> tuple[int, int]:
             ("vision", vision_width, VISION_HEADS) if vision is None else ("text", text_width, TEXT_HEADS)
         )
         raise CheckpointError(
-            f"expected a {tower} transformer of a published CLIP's width ({', '.join(map(str, known))}), got {width}, for "
-            "which the weights do not show the attention heads: finelip convert FILE FOLDER --heads VISION TEXT, in Python "
-            "convert(file, folder, heads=(vision, text))"
+            f"cannot tell the number of attention heads of the {tower} transformer: expected the width of a published CLIP "
+            f"({', '.join(map(str, known))}), got {width}; pass them: finelip convert FILE FOLDER --heads VISION TEXT, in "
+            "Python convert(file, folder, heads=(vision, text))"
         )
     return vision, text
 
@@ -363,5 +365,5 @@ def _unsupported(
 def _object(name: str, value: Any) -> dict[str, Any]:
     """Check a part of a configuration; an absent part becomes empty."""
     if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"expected {name} as an object, got {value!r:.40}")
+        raise CheckpointError(f"expected {name} to be an object, got {value!r:.40}")
     return value or {}

@@ -62,7 +62,7 @@ def check_room(config: FineLIPConfig, tensors: Mapping[str, Tensor], source: str
     held = sum(tensor.numel() for tensor in tensors.values())
     if config.parameters > 2 * held + _SMALL:
         raise CheckpointError(
-            f"{source}: expected the weights of a model of {config.parameters} parameters, as it is configured, found {held}"
+            f"{source}: expected the weights of the configured model, {config.parameters} parameters, found {held}"
         )
 
 
@@ -87,8 +87,8 @@ def check_weights(
     if broken := not_finite(tensors):
         listing = shortened((names or {}).get(name, name) for name in broken)
         raise CheckpointError(
-            f"{source}: expected finite numbers, found NaN or infinity in {listing}: a training that diverged, or a damaged "
-            "file; get it again, or take an earlier checkpoint"
+            f"{source}: expected finite numbers, found NaN or infinity in {listing}; the training diverged, or the file is "
+            "damaged: get it again, or use an earlier checkpoint"
         )
 
 
@@ -117,7 +117,7 @@ def lengthen(contents: Contents, length: int, source: str) -> Contents:
     if length < rows:
         raise ConfigError(
             f"expected context_length of at least {rows}, the positions of {source}, got {length}; "
-            "shorter captions need no shorter table: tokenize them to the length you want"
+            "to read fewer tokens, pass context_length to tokenize instead"
         )
     if length == rows:
         return contents

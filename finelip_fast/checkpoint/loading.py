@@ -74,8 +74,8 @@ def warn_of(checkpoint: str | os.PathLike[str] | None, opened: Opened, *, stackl
     warn_of_averages(checkpoint, opened, stacklevel=stacklevel + 1)
     if not opened.contents.config.trained_aggregators:
         warnings.warn(
-            f"{checkpoint} ({opened.layout}) has no trained aggregators: an embedding is its global row alone, and only "
-            "the global cosine counts (alpha=1). Train them: finelip adapt CHECKPOINT --help.",
+            f"{checkpoint} ({opened.layout}) has no trained aggregators: embeddings have only their global row, and only "
+            "the global cosine counts (alpha=1). To train them, see finelip adapt --help.",
             UntrainedAggregatorsWarning,
             stacklevel=stacklevel,
         )
@@ -85,7 +85,7 @@ def warn_of_averages(checkpoint: str | os.PathLike[str] | None, opened: Opened, 
     """Warn about averaged weights that were not used."""
     if opened.averages:
         warnings.warn(
-            f"{checkpoint} holds {opened.part} and {shortened(opened.averages)}: {opened.part} is taken. For averaged "
+            f"{checkpoint} holds {opened.part} and {shortened(opened.averages)}: {opened.part} is used. For the averaged "
             f"weights: finelip convert FILE FOLDER --part {opened.averages[0]}, in Python convert(file, folder, part=...)",
             AveragedWeightsWarning,
             stacklevel=stacklevel,
@@ -100,7 +100,7 @@ def open_checkpoint(
     if checkpoint is None:
         if not BUNDLED.is_dir():
             raise CheckpointError(
-                f"this installation lacks the bundled model {BUNDLED}: reinstall finelip-fast, or name a checkpoint"
+                f"the bundled model {BUNDLED} is missing; reinstall finelip-fast, or name a checkpoint"
             )
         return _open_folder(BUNDLED, context_length, hints)
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -123,8 +123,8 @@ def open_checkpoint(
     except OSError as error:  # no permission, or too long for a name
         raise CheckpointError(f"{name:.200}: cannot be read: {error.strerror or error}") from error
     raise CheckpointError(
-        f"{name:.200}: no such file or folder. Expected a checkpoint's folder or file, 'open_clip:MODEL/TAG', "
-        "or 'org/name' of a Hugging Face hub repository"
+        f"{name:.200}: no such file or folder; expected a checkpoint's folder or file, 'open_clip:MODEL/WEIGHTS', "
+        "or 'org/name' of a repository on the Hugging Face hub"
     )
 
 
@@ -168,8 +168,8 @@ def _open_unconfigured(folder: Path, context_length: int | None, hints: Hints) -
     if len(names) == 1:
         return _open_file(folder / names[0], context_length, hints)
     raise CheckpointError(
-        f"{folder}: expected config.json with format {FORMAT!r} or model_type 'clip', or open_clip_config.json; "
-        f"found {_listing(folder)}. A file of weights that needs no configuration can be named itself"
+        f"{folder}: expected config.json with format {FORMAT!r} or model_type 'clip', or open_clip_config.json, "
+        f"found {_listing(folder)}; for weights that need no configuration, pass the path of their file"
     )
 
 
@@ -186,7 +186,7 @@ def _lone_names(names: Iterable[str]) -> list[str]:
 def _refuse_hints(hints: Hints, where: object) -> None:
     if options := [f"{name}={value!r:.40}" for name, value in hints._asdict().items() if value is not None]:
         raise InputError(
-            f"{where}: expected no {', '.join(options)}: its configuration says what it is. These are for weights without one"
+            f"{where}: expected no {', '.join(options)}, which are only for weights without a configuration; omit them"
         )
 
 
@@ -220,13 +220,13 @@ def _folder_kinds(folder: Path) -> list[str]:
 def _open_ours(path: Path, weights: Path, context_length: int | None) -> Contents:
     values = read_config(path)
     if values.pop("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT!r}, a newer library wrote it: upgrade finelip-fast")
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}; a newer version wrote it, upgrade finelip-fast")
     for name in ("metadata", "weights_sha256"):
         values.pop(name, None)
     try:
         config = FineLIPConfig.from_dict(values)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: no sizes of a model: {error}") from error
+        raise CheckpointError(f"{path}: expected the sizes of a model: {error}") from error
     tensors = read_safetensors(weights)
     check_room(config, tensors, str(weights))
     check_weights(config, tensors, str(weights))
@@ -242,7 +242,7 @@ def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
         return _open_folder(path.parent, context_length, hints, weights=path)
     if SHARD.search(path.name):
         raise CheckpointError(
-            f"{path}: expected whole weights, found a shard of them by its name: name their folder, or the index beside it, "
+            f"{path}: expected all weights, but the name is that of a shard; pass their folder, or the index beside it, "
             f"{SHARD.sub('', path.name)}{INDEX}"
         )
     return _import(path, partial(config_from_weights, hints=hints), str(path), context_length, hints.part)
@@ -252,14 +252,16 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
     model_name, _, tag = name.removeprefix("open_clip:").partition("/")
     if model_name not in open_clip.list_models():
         raise CheckpointError(
-            f"{name:.200}: open_clip has no model {model_name!r:.80}; expected 'open_clip:MODEL/TAG' such as "
-            "'open_clip:ViT-B-16/openai', and open_clip.list_models() names them"
+            f"{name:.200}: open_clip has no model {model_name!r:.80}; expected 'open_clip:MODEL/WEIGHTS', such as "
+            "'open_clip:ViT-B-16/openai'; open_clip.list_models() lists the models"
         )
     pretrained = open_clip.get_pretrained_cfg(model_name, tag)
     file = _path(tag)
     if not pretrained and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
-        raise CheckpointError(f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file, got {tag!r}")
+        raise CheckpointError(
+            f"{name}: expected a pretrained tag of {model_name} ({tags}) or a file as WEIGHTS, got {tag!r}"
+        )
     # Before the download, so that unusable weights are not downloaded.
     config = config_from_open_clip(open_clip.get_model_config(model_name) or {}, pretrained)
     if pretrained:
@@ -274,8 +276,8 @@ def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
     def describe(translation: Translation) -> FineLIPConfig:
         if translation.activation == "quick_gelu" and not config.quick_gelu:
             raise CheckpointError(
-                f"{model_name} is a model with plain GELU, and these are weights of {translation.layout}, which has quick "
-                "GELU: name the file alone"
+                f"{model_name} uses plain GELU, but weights of {translation.layout} use quick GELU; pass the path of the file "
+                "instead of an open_clip name"
             )
         return config
 
@@ -297,8 +299,8 @@ def _download(name: str) -> Path:
         names = _lone_names(_files_on_hub(name, folder))
         if len(names) > 1:
             raise CheckpointError(
-                f"{name}: expected a configuration or one file of weights, found {shortened(names)}: name one of them, "
-                f"hf-hub:{name}/{names[0]}"
+                f"{name}: expected a configuration or a single file of weights, found {shortened(names)}; choose a "
+                f"file, such as hf-hub:{name}/{names[0]}"
             )
         return _fetch(name, *names) if names else folder
     if _has_tokenizer(folder, kinds[0]):
@@ -326,7 +328,7 @@ def _has_tokenizer(folder: Path, kind: str) -> bool:
 def _download_file(name: str, file: str) -> Path:
     path = _fetch(name, *_CONFIGS, file) / file
     if not path.is_file():
-        raise CheckpointError(f"hf-hub:{name}/{file}: there is no such file on huggingface.co/{name}")
+        raise CheckpointError(f"hf-hub:{name}/{file}: no such file on huggingface.co/{name}")
     return path
 
 
@@ -354,8 +356,8 @@ def _files_on_hub(name: str, folder: Path) -> list[str]:
 
 def _unreachable(name: str, tried: object, error: Exception, path: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{name}: no such file or folder here, and the download failed; tried {tried}: "
-        f"{type(error).__name__}: {error}. Check the name and the network, or download it elsewhere and give its path"
+        f"{name}: no such local file or folder, and the download failed; tried {tried}: "
+        f"{type(error).__name__}: {error}. Check the name and the network, or download it elsewhere and pass its path"
         + (f": {path}" if path else "")
     )
 

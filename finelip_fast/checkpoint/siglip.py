@@ -60,7 +60,7 @@ def config_from_siglip(
     if model_cfg.get("quick_gelu"):
         wrong.append("quick_gelu")
     if wrong:
-        raise CheckpointError(f"expected a SigLIP as open_clip has them, got {', '.join(wrong[:10])}")
+        raise CheckpointError(f"expected a SigLIP of open_clip, got {', '.join(wrong[:10])}")
     tower = _tower(vision["timm_model_name"])
     if (vision.get("image_size"), model_cfg.get("embed_dim")) != (tower["image_size"], tower["vision_width"]):
         raise CheckpointError(
@@ -70,7 +70,7 @@ def config_from_siglip(
     if remainder := tower["image_size"] % tower["patch_size"]:
         raise CheckpointError(
             f"expected pictures of whole patches, got {tower['image_size']} pixels in patches of {tower['patch_size']}: "
-            f"the last {remainder} are never seen: take the model of {tower['image_size'] - remainder} pixels, "
+            f"the last {remainder} are never seen; use the model of {tower['image_size'] - remainder} pixels, "
             "open_clip:ViT-SO400M-14-SigLIP-378/webli, whose weights are the same"
         )
     return FineLIPConfig(

@@ -33,7 +33,7 @@ def own_tokenizer(folder: Path, config: FineLIPConfig) -> Tokenizer:
     if tokenizer.sha256 != config.tokenizer:
         raise CheckpointError(
             f"{path}: expected the tokenizer of SHA-256 {config.tokenizer}, with which the checkpoint was written, found "
-            f"{tokenizer.sha256}: get it again from where the checkpoint came from"
+            f"{tokenizer.sha256}; get it again from where the checkpoint came from"
         )
     return tokenizer
 
@@ -66,7 +66,7 @@ def foreign_tokenizer(folder: Path, config: FineLIPConfig) -> tuple[FineLIPConfi
     padding = tokenizer.parsed.token_to_id(text) if isinstance(text, str) else None
     if padding is None:
         raise CheckpointError(
-            f"{path}: expected pad_token in {' or '.join(TOKENIZER_FILES[1:])} as a token that it has, found {text!r:.80}"
+            f"{path}: expected pad_token in {' or '.join(TOKENIZER_FILES[1:])} to be one of its tokens, found {text!r:.80}"
         )
     tokenizer.end = added[0]
     return config.replace(end_token=added[0], pad_token=padding, tokenizer=tokenizer.sha256), tokenizer
@@ -75,8 +75,8 @@ def foreign_tokenizer(folder: Path, config: FineLIPConfig) -> tuple[FineLIPConfi
 def _content(path: Path) -> bytes:
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: there is no such file; expected the tokenizer beside the weights, as SigLIP's captions are not read by "
-            f"CLIP's: put {', '.join(TOKENIZER_FILES[:2])} there, from where the weights came from"
+            f"{path}: no such file; a SigLIP needs its tokenizer beside the weights: put {', '.join(TOKENIZER_FILES[:2])} "
+            "there, from where the weights came from"
         )
     return read_bytes(path, error=CheckpointError, max_bytes=_MAX_TOKENIZER)
 

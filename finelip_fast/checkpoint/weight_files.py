@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from finelip_fast._files import plain_name
+from finelip_fast._files import kind_of, plain_name
 from finelip_fast._json import read_json
 from finelip_fast.checkpoint import tensor_pickle
 from finelip_fast.checkpoint.foreign import shortened
@@ -73,26 +73,29 @@ def _places(path: Path) -> dict[str, Path]:
     )
     places = values.get("weight_map")
     if not isinstance(places, dict):
-        raise CheckpointError(f"{path}: expected weight_map as an object, weights to files, found {places!r:.40}")
+        raise CheckpointError(
+            f"{path}: expected weight_map to be an object from weights to files, found {places!r:.40}"
+        )
     return {name: path.parent / plain_name(file, path, error=CheckpointError) for name, file in places.items()}
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
     places = _places(path)
     if absent := sorted({file.name for file in places.values() if not file.is_file()}):
-        raise CheckpointError(f"{path}: expected its shards beside it, missing {shortened(absent)}: get these, too")
+        raise CheckpointError(f"{path}: expected its shards beside it, missing {shortened(absent)}; get these, too")
     contents = {file: _read_file(file) for file in set(places.values())}
     if lost := [name for name, file in places.items() if name not in contents[file]]:
         raise CheckpointError(
-            f"{path}: expected each weight in the shard that the index names, missing {shortened(lost)}: the shards are not "
-            "of this index; get all of them again"
+            f"{path}: expected each weight in the shard that the index names, missing {shortened(lost)}; the shards belong to "
+            "another index, get all of them again"
         )
     return {name: contents[file][name] for name, file in places.items()}
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found none, or a folder, a pipe or a device")
+        found = f"expected a regular file, got {kind_of(path.stat().st_mode)}" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {found}")
     try:
         with _Reader(io.FileIO(path)) as file:
             head = file.read(9)
@@ -111,16 +114,16 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        reader = "pickle.load" if str(error) == _BARE_PICKLE else "torch.load with weights_only=False"
+        reader = "pickle.load(file)" if str(error) == _BARE_PICKLE else "torch.load(file, weights_only=False)"
         raise CheckpointError(
-            f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are not executed here. "
-            f"Where you trust whoever made it, let {reader} execute it once, with the libraries that it names installed, and "
-            "keep the tensors of what that gives: torch.save(saved.state_dict(), new) of a module, "
-            "torch.save(saved['state_dict'], new) of a training's dictionary"
+            f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are never executed. If "
+            f"you trust its author, load it once with {reader}, and save only the tensors: "
+            "torch.save(saved.state_dict(), new) for a module, torch.save(saved['state_dict'], new) for a checkpoint of a "
+            "training"
         ) from error
     except (ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{path}: expected a PyTorch file, found another or a cut or damaged one: {error}"
+            f"{path}: expected a PyTorch file, found another file, or a truncated or damaged one: {error}"
         ) from error
     if isinstance(value, Mapping):
         return value
@@ -131,7 +134,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # with a damaged header, PyTorch may raise any error
-        raise CheckpointError(f"{path}: expected a safetensors file, found a damaged or cut one: {error}") from error
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, found a truncated or damaged one: {error}"
+        ) from error
 
 
 def damaged_records(path: Path) -> list[str] | None:

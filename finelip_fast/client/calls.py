@@ -55,7 +55,7 @@ def search(
     text: Any, image: Any, k: int, mode: str, where: str | None, alpha: float | None
 ) -> Steps[Hits | list[Hits]]:
     if (text is None) == (image is None):
-        raise InputError("expected either a text or image=..., " + ("got neither" if text is None else "got both"))
+        raise InputError("expected either text or image, " + ("got neither" if text is None else "got both"))
     options: dict[str, Any] = {"k": whole_number("k", k), "mode": mode}
     options |= {} if where is None else {"where": where}
     options |= {} if alpha is None else {"alpha": share("alpha", alpha)}
@@ -71,13 +71,14 @@ def search(
             cut += [result["tokens_cut"] or 0 for result in answer["results"]]
             if answer["missing"]:
                 reasons = "; ".join(f"{shard}: {reason}" for shard, reason in answer["missing"].items())
-                message = f"hits are those of {answer['covered']:.1%} of the items: shards did not answer ({reasons})"
+                message = f"only {answer['covered']:.1%} of the items were searched; shards did not answer ({reasons})"
                 warnings.warn(message, PartialAnswerWarning, stacklevel=4)
             if len(answer["results"]) != len(batch):
                 raise ValueError(f"{len(answer['results'])} results for {len(batch)} queries")
     if any(cut):
-        lost = f"{sum(map(bool, cut))} of {len(cut)} texts were longer than the context and lost their ends"
-        warnings.warn(f"{lost}, {max(cut)} tokens at most", TruncationWarning, stacklevel=4)
+        number, lost = sum(map(bool, cut)), max(cut)
+        were = f"{number} of {len(cut)} texts exceeded the context and {'was' if number == 1 else 'were'} cut"
+        warnings.warn(f"{were}; the longest lost {lost} token{'s' * (lost > 1)}", TruncationWarning, stacklevel=4)
     return hits if several else hits[0]
 
 

@@ -61,12 +61,12 @@ class Connection:
             ) from None
         except httpx2.TimeoutException:
             raise ServerError(
-                f"the server at {self.url} did not answer within {self.timeout:g} seconds: ask for less at once, or with a "
-                "longer timeout"
+                f"the server at {self.url} did not answer within {self.timeout:g} seconds; send fewer items per request, or "
+                "pass a longer timeout"
             ) from None
         except httpx2.HTTPError as error:
             raise ServerError(
-                f"the connection to {self.url} broke: {error or type(error).__name__}; ask again"
+                f"the connection to {self.url} broke: {error or type(error).__name__}; try again"
             ) from None
 
 
@@ -93,11 +93,12 @@ def _checked_url(url: Any) -> str:
 def _checked_timeout(timeout: Any) -> float:
     is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if not is_number or not 0 < timeout < math.inf:
-        raise InputError(f"expected timeout as seconds above 0, got {timeout!r:.80}")
+        raise InputError(f"expected timeout in seconds above 0, got {timeout!r:.80}")
     return float(timeout)
 
 
 def _checked_key(name: str, key: Any) -> str:
     if not isinstance(key, str) or not key.isascii() or not key.isprintable() or not key or " " in key:
-        raise InputError(f"expected {name} as ASCII characters without spaces, got something else")
+        got = "other characters" if isinstance(key, str) else type(key).__name__
+        raise InputError(f"expected {name} to be printable ASCII without spaces, got {got}")
     return key

@@ -24,7 +24,7 @@ def as_json(value: Any) -> bytes:
     try:
         return json.dumps(value, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"expected values that JSON can hold, got others: {error}") from None
+        raise InputError(f"expected values that JSON can hold: {error}") from None
 
 
 def batches(values: Iterable[T], count: int, *, size: Callable[[T], int] | None = None) -> Iterator[list[T]]:
@@ -86,7 +86,7 @@ def file_name(name: str, text: Any) -> str:
             return text
     except UnicodeEncodeError:
         pass
-    raise InputError(f"expected {name} as texts that are not empty, got {text!r:.80}")
+    raise InputError(f"expected {name} to be texts that are not empty, got {text!r:.80}")
 
 
 def sound_text(name: str, text: Any) -> str:
@@ -101,4 +101,4 @@ def sound_text(name: str, text: Any) -> str:
             return text
     except UnicodeEncodeError:
         pass
-    raise InputError(f"expected {name} as text that UTF-8 can hold, got {text!r:.80}")
+    raise InputError(f"expected {name} to be text that UTF-8 can hold, got {text!r:.80}")

@@ -57,7 +57,7 @@ def read_urban1k(root: Path) -> Pairs:
     pictures: dict[str, Path] = {}
     for path in _list(root / "image", image_suffixes(), URBAN1K):
         if (twin := pictures.setdefault(path.stem, path)) != path:
-            raise InputError(f"{root / 'image'}: expected one picture of each name, got {twin.name} and {path.name}")
+            raise InputError(f"{root / 'image'}: expected a single picture per name, got {twin.name} and {path.name}")
     captions = {path.stem: [read_text(path)] for path in _list(root / "caption", {".txt"}, URBAN1K)}
     return _match(pictures, captions, root, URBAN1K)
 
@@ -175,7 +175,7 @@ def read_coco(root: Path) -> Pairs:
         _field(image, "id", int, path): _inside(folder, _field(image, "file_name", str, path), path) for image in images
     }
     if len(pictures) < len(images):
-        raise InputError(f"{path}: expected an id of its own for each of {len(images)} images, found {len(pictures)}")
+        raise InputError(f"{path}: expected a unique id for each of {len(images)} images, found {len(pictures)}")
     captions: dict[int, list[str]] = {}
     for annotation in _field(content, "annotations", list, path):
         captions_of_image = captions.setdefault(_field(annotation, "image_id", int, path), [])
@@ -211,9 +211,7 @@ def read_flickr30k(root: Path, split: str | None = None) -> Pairs:
             pairs += [(picture, caption) for caption in captions]
         return _present(_choose(splits, split or "test", path), FLICKR30K)
     if split is not None:
-        raise InputError(
-            f"{token} knows no splits, got {split!r}; add {path.name}, or leave the split out. {FLICKR30K}"
-        )
+        raise InputError(f"{token} has no splits, got {split!r}; add {path.name}, or omit the split. {FLICKR30K}")
     by_picture: dict[Path, list[str]] = {}
     for number, line in enumerate(_text(token, FLICKR30K).split("\n"), start=1):
         if not line.strip():
@@ -277,7 +275,7 @@ def _beside(picture: Path) -> str:
     with suppress(OSError):
         for name in sorted(os.listdir(picture.parent)):
             if os.path.splitext(name)[0] == picture.stem and os.path.splitext(name)[1].lower() in image_suffixes():
-                return f" (there is {name}: give it the name that the captions have)"
+                return f" (there is {name}; rename it to match the captions)"
     return ""
 
 
@@ -320,6 +318,6 @@ def _match(pictures: Mapping[Key, Path], captions: Mapping[Key, Iterable[str]], 
         if lone:
             names = ", ".join(str(key)[:80] for key in lone[:3]) + (", ..." if len(lone) > 3 else "")
             raise InputError(
-                f"{where}: expected a {counterpart} for each {kind}, {len(lone)} have none: {names}. {published}"
+                f"{where}: expected a {counterpart} for each {kind}, but {len(lone)} have none: {names}. {published}"
             )
     return [(path, caption.strip()) for key, path in pictures.items() for caption in captions[key]]

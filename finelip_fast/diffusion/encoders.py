@@ -98,13 +98,13 @@ def second_encoder(encoder: Any, tokenizer: Any, length: int, *, last: bool, win
     rows = encoder.config.max_position_embeddings
     if rows > length:
         raise InputError(
-            f"expected a second encoder of at most {length} positions, the checkpoint's, got {rows}; extend the pipeline as "
-            f"it was, or with context_length={rows}"
+            f"expected a second encoder of at most {length} positions, as the checkpoint has, got {rows}; extend the original "
+            f"pipeline, or pass context_length={rows}"
         )
     if windows and rows > CLIP_CONTEXT:
         raise InputError(
-            f"expected a second encoder of {CLIP_CONTEXT} positions for windows, got {rows}, stretched before; extend the "
-            "pipeline as it was"
+            f"expected a second encoder of {CLIP_CONTEXT} positions for windows, got {rows}, already stretched; extend the "
+            "original pipeline"
         )
     config, weights = copy.deepcopy(encoder.config), encoder.state_dict()
     if hasattr(config, "windows"):  # from an earlier extension

@@ -82,7 +82,7 @@ def extend(
     first, two = encoders.get("text_encoder"), encoders.get("text_encoder_2")
     if not encoders or not hasattr(parts, "register_modules"):
         raise InputError(
-            f"expected a pipeline of diffusers with a CLIP text encoder (Stable Diffusion 1.4, 1.5, XL, its refiner, 3, or "
+            f"expected a diffusers pipeline with a CLIP text encoder (Stable Diffusion 1.4, 1.5, XL, its refiner, 3, or "
             f"FLUX), got {kind}"
         )
     for name, encoder in encoders.items():
@@ -100,7 +100,7 @@ def extend(
     if contents.config.family != "clip":
         raise InputError(
             f"expected a checkpoint of CLIP's family, with which {kind} was trained, got {contents.config.family}; "
-            "give a FineLIP, Long-CLIP or CLIP of a ViT-L/14"
+            "pass a FineLIP, Long-CLIP or CLIP of a ViT-L/14"
         )
     length = contents.config.context_length
     replaced: dict[str, Any] = {}
@@ -144,10 +144,10 @@ def _check_untouched(name: str, encoder: Any) -> None:
         raise InputError(f"expected a {name} without adapters; extend the pipeline first, then load_lora_weights")
     if getattr(encoder, "is_quantized", False):
         raise InputError(
-            f"expected a {name} in floating point, got a quantized one; load the pipeline with it as it was"
+            f"expected a {name} in floating point, got a quantized one; load the pipeline without quantizing it"
         )
     if hasattr(encoder, "_hf_hook") or hasattr(encoder, "_diffusers_hook"):
         raise InputError(
             f"expected a {name} without offloading; extend the pipeline first, then enable_model_cpu_offload, or call "
-            "remove_all_hooks before"
+            "remove_all_hooks first"
         )

@@ -120,7 +120,7 @@ def generate(
     """
     path = Path(out)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InputError(f"expected out as a .png in a folder that is there, got {out!r:.200}")
+        raise InputError(f"expected out to be a .png file in an existing folder, got {out!r:.200}")
     if not text.strip():
         raise InputError("expected a description, got an empty one")
     seed = secrets.randbelow(1 << 32) if seed is None else whole_number("seed", seed, least=0, most=(1 << 63) - 1)
@@ -139,8 +139,8 @@ def generate(
         length = (network.tokenizer or network.tokenizer_2).model_max_length
         if compare_77 and length != CLIP_CONTEXT:
             raise InputError(
-                f"expected a pipeline of {CLIP_CONTEXT} tokens to compare with, got {length}: it was extended before; name "
-                "the pipeline that it was made of"
+                f"expected a pipeline of {CLIP_CONTEXT} tokens to compare with, got {length}; it is already extended, name "
+                "the original pipeline"
             )
         network.set_progress_bar_config(disable=not progress, leave=False)
         # Extended after the first picture, which the original pipeline draws.
@@ -178,7 +178,7 @@ def open_pipeline(name: str, device: torch.device) -> Any:
         pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers, transformers and the hub each raise their own errors
         raise CheckpointError(
-            f"{name!r:.200} cannot be opened as a pipeline of diffusers for text-to-image, with weights in safetensors: "
+            f"{name!r:.200} cannot be opened as a diffusers text-to-image pipeline with weights in safetensors: "
             f"{type(error).__name__}: {error!s:.500}"
         ) from error
     return pipeline.to(device)

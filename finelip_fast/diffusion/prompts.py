@@ -62,15 +62,15 @@ def prompt_embeddings(
     if negative_prompts is not None:
         several = [negative_prompts] * len(texts) if isinstance(negative_prompts, str) else negative_prompts
         negatives = strings("negative_prompts", several)
-    if not texts or (negatives is not None and len(negatives) != len(texts)):
-        number = "none" if negatives is None else len(negatives)
-        raise InputError(
-            f"expected prompts, and one negative prompt for all or one for each, got {len(texts)} and {number}"
-        )
+    if not texts:
+        raise InputError("expected at least one prompt")
+    if negatives is not None and len(negatives) != len(texts):
+        raise InputError(f"expected 1 or {len(texts)} negative prompts for {len(texts)} prompts, got {len(negatives)}")
     parameters = inspect.signature(getattr(pipeline, "encode_prompt", len)).parameters
     if "negative_prompt" not in parameters:
         raise InputError(
-            f"expected a pipeline whose encode_prompt takes a negative prompt, got {type(pipeline).__name__}; pass it prompts"
+            f"expected a pipeline whose encode_prompt takes a negative prompt, got {type(pipeline).__name__}; "
+            "pass it the prompts"
         )
     unused = {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
     encoded = pipeline.encode_prompt(

@@ -87,7 +87,7 @@ class WindowedTextModelWithProjection(CLIPTextModelWithProjection):
             return super().forward(input_ids, attention_mask, position_ids, **options)
         if attention_mask is not None or position_ids is not None:
             raise InputError(
-                f"expected no attention_mask and no position_ids beside {length} tokens, which are read in windows of {size}"
+                f"expected no attention_mask and no position_ids with {length} tokens, which are read in windows of {size}"
             )
         returns_tuple = options.pop("return_dict", None) is False
         ids = self.config.windows

@@ -26,11 +26,11 @@ def long_tokenizer(tokenizer: Any, length: int) -> Any:
     if tokenizer(_PROBE).input_ids != expected.ids[0, : int(expected.lengths[0])].tolist():
         raise InputError(
             f"expected a pipeline with CLIP's tokenizer, whose start and end token are {START_TOKEN} and {EOT_TOKEN}, got a "
-            f"{kind.__name__} of {len(tokenizer)} tokens that reads {_PROBE!r} otherwise"
+            f"{kind.__name__} of {len(tokenizer)} tokens that tokenizes {_PROBE!r} differently"
         )
     if len(tokenizer) > EOT_TOKEN + 1:
         raise InputError(
-            f"expected CLIP's {EOT_TOKEN + 1} tokens, got {len(tokenizer)}: a textual inversion was loaded before; extend "
+            f"expected CLIP's {EOT_TOKEN + 1} tokens, got {len(tokenizer)}; a textual inversion is loaded: extend "
             "the pipeline first, then load_textual_inversion"
         )
     # transformers and diffusers save the names of classes, so these are the parent's.

@@ -271,7 +271,7 @@ class Worker:
         if engine.fingerprint != expected:
             raise EngineError(
                 f"expected checkpoint {opening['checkpoint']!r} to be the same for all workers, {expected}, got "
-                f"{engine.fingerprint}: put it where all see it"
+                f"{engine.fingerprint}; put it in a folder that all workers can read"
             )
         return engine
 
@@ -291,8 +291,8 @@ class Worker:
         if before.count("begin") >= _MOST_DEATHS:
             names = ", ".join(files[row] for row in fatal)
             raise EngineError(
-                f"workers have died {_MOST_DEATHS} times at the same {len(files)} files: "
-                + (f"take out {names}" if fatal else "is there memory for so many workers?")
+                f"workers died {_MOST_DEATHS} times on the same {len(files)} files"
+                + (f"; remove {names}" if fatal else ", probably for lack of memory; use fewer workers")
             )
         engine = self.engine  # opened before the readers all ask for it at once
         skipped = dict.fromkeys(fatal, "the worker died on this file")
@@ -399,11 +399,11 @@ class _Pool:
             except StopIteration:
                 return
             except self._ray.exceptions.RayError as error:
-                raise EngineError(f"the workers cannot go on: {told(error)}") from None
+                raise EngineError(f"the workers cannot continue: {told(error)}") from None
             if "error" in report:
                 kind, text = report["error"]
                 known = getattr(_errors, kind, None)
-                raise known(text) if known else EngineError(f"a worker has failed: {kind}: {text}")
+                raise known(text) if known else EngineError(f"a worker failed: {kind}: {text}")
             yield report
 
 

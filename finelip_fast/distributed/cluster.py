@@ -97,7 +97,7 @@ def _connect(ray: Any, cpus: float) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             raise EngineError(
                 f"the Ray cluster of RAY_ADDRESS={address!r} cannot be used: {error}; start it, or unset RAY_ADDRESS "
-                "to use this machine alone"
+                "to use only this machine"
             ) from None
         return
     ray.init(

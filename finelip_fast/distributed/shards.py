@@ -94,9 +94,9 @@ class Shards:
     ) -> None:
         names = [str(folder) for folder in folders]
         if not names or len(set(names)) < len(names):
-            raise InputError(f"expected folders of indexes, each once, got {names}")
+            raise InputError(f"expected unique folders of indexes, got {names}")
         if partial not in get_args(Partial):
-            raise InputError(f"expected partial among {', '.join(get_args(Partial))}, got {partial!r}")
+            raise InputError(f"expected partial to be one of {', '.join(get_args(Partial))}, got {partial!r}")
         self.partial, self.timeout = partial, timeout
         self._lock = threading.Lock()
         self._resources = ExitStack()
@@ -135,7 +135,7 @@ class Shards:
                 raise StoreError(f"the shard {shard.folder} cannot be opened: {reason}")
             if different := shard.differs(first.spec):
                 raise StoreError(
-                    f"expected shards of one checkpoint, got {first.folder} and {shard.folder} that differ in {different}"
+                    f"expected shards of the same checkpoint, but {first.folder} and {shard.folder} differ in {different}"
                 )
         for shard in self._shards:
             shard.expected = first.spec
@@ -171,8 +171,8 @@ class Shards:
         if missing and self.partial == "refuse":
             reasons = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())
             raise StoreError(
-                f"{len(missing)} of {len(self._shards)} shards did not answer ({reasons}): search again when they are back, "
-                "or take what the others find with partial='mark'"
+                f"{len(missing)} of {len(self._shards)} shards did not answer ({reasons}); search again when they are back, "
+                "or accept the results of the others with partial='mark'"
             )
         return self._merge(answers, missing, len(queries), k)
 
@@ -326,7 +326,7 @@ class _Shard:
         try:
             self.spec, self.size = self._ray.get(self.waking, timeout=0)
         except self._ray.exceptions.GetTimeoutError:
-            return "it is starting, busy, or waits for a free core"
+            return "it is starting or busy, or no core is free"
         except self._ray.exceptions.RayError as error:
             if isinstance(error, self._ray.exceptions.ActorDiedError):
                 self.server = self._make()

@@ -119,7 +119,7 @@ class Engine(ABC):
         Raises:
             EngineError: An engine from outside this library that does not provide them.
         """
-        raise EngineError(f"{type(self).__name__} cannot be pickled: open it in each process, or give it a __reduce__")
+        raise EngineError(f"{type(self).__name__} cannot be pickled; open it in each process, or implement __reduce__")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (type(self), self._opened_with(), self.fingerprint, self.reason)
@@ -129,8 +129,8 @@ class Engine(ABC):
         if self._process != os.getpid():
             if self.device.type == "cuda":
                 raise EngineError(
-                    f"{self.name} on {self.device}: a GPU cannot be used in a forked process; start processes by "
-                    'multiprocessing.get_context("spawn")'
+                    f"{self.name} on {self.device}: a GPU cannot be used in a forked process; use the spawn start method: "
+                    "multiprocessing.get_context('spawn')"
                 )
             self._follow_fork()
             self._process = os.getpid()
@@ -156,8 +156,8 @@ def _open_again(kind: type[Engine], opened_with: tuple[Any, ...], fingerprint: s
     engine = kind(*opened_with)
     if engine.fingerprint != fingerprint:
         raise EngineError(
-            f"{engine.source or 'the bundled checkpoint'} is not what the pickled engine was opened on: made from "
-            f"{fingerprint[:12]}…, this one is {engine.fingerprint[:12]}…; open it anew"
+            f"{engine.source or 'the bundled checkpoint'} has changed since the engine was pickled: expected the fingerprint "
+            f"{fingerprint[:12]}…, got {engine.fingerprint[:12]}…; open it again"
         )
     engine.reason = reason
     return engine

@@ -72,7 +72,7 @@ def open_engine(
         one_of("precision", precision, manifest.PRECISIONS)
     if name == "torch":
         if threads is not None:
-            raise InputError("engine='torch' has no threads of its own: torch.set_num_threads sets them")
+            raise InputError("threads is only for ONNX Runtime; with engine='torch' use torch.set_num_threads")
         return _torch(checkpoint, device, precision, "asked for")
     if build:
         _build(name, checkpoint, device, precision)
@@ -91,7 +91,9 @@ def open_engine(
     if name != "auto":
         if not candidates:
             reason = "; ".join(absent.values())
-            raise EngineError(f"engine={name!r} cannot run: {reason}; or use engine='torch' or engine='auto'")
+            raise EngineError(
+                f"engine={name!r} cannot run: {reason}. Alternatively, use engine='torch' or engine='auto'"
+            )
         if len(candidates) == 1 and not absent:
             return candidates[0].open("asked for")
         return fastest(candidates, absent)

@@ -113,6 +113,6 @@ class ExportedEngine(Engine):
         if any(part.shape[1:] != shape for part in parts):
             raise EngineError(
                 f"{self.export.folder}: expected embeddings [B, {shape[0]}, {shape[1]}], got {list(parts[0].shape)}; "
-                f"make it anew: {self._rebuild}"
+                f"export it again: {self._rebuild}"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -50,15 +50,15 @@ class OnnxEngine(ExportedEngine):
         precision = export.manifest.precision
         kind = self.device.type
         if kind == "cuda" and precision in CPU_ONLY:
-            raise EngineError(f"ONNX Runtime has {precision} on the CPU alone; on a GPU use fp16, or engine='trt'")
+            raise EngineError(f"ONNX Runtime supports {precision} only on the CPU; on a GPU use fp16, or engine='trt'")
         if kind not in export.manifest.proof.get("devices", ()):
             command = rebuild_command(checkpoint, "onnx", precision, ["--again"])
-            raise EngineError(f"{export.folder} was not proven on {kind}; make it anew on this machine: {command}")
+            raise EngineError(f"{export.folder} was not proven on {kind}; export it again on this machine: {command}")
         if precision == "bf16" and self.device.type == "cpu":
-            raise EngineError("ONNX Runtime has no bfloat16 products on a CPU; use another precision")
+            raise EngineError("ONNX Runtime cannot multiply in bfloat16 on a CPU; use another precision")
         if precision == "int8" and self.device.type == "cpu" and not adds_bytes_exactly():
             raise EngineError(
-                "this processor's 8-bit products saturate (it has no VNNI), so int8 embeddings would be wrong here; "
+                "8-bit products saturate on this processor, which lacks VNNI, so int8 embeddings would be wrong; "
                 "use another precision"
             )
         if self.device.type == "cuda":

@@ -102,10 +102,10 @@ def _check_precision(precision: Precision | None, device: torch.device) -> Preci
     if precision not in known:
         raise InputError(
             f"expected precision of engine='torch' on {device} to be one of {', '.join(known)}, got {precision!r:.80}; "
-            "an export can have others (engine='onnx', engine='trt')"
+            "exports support others (engine='onnx', engine='trt')"
         )
     if device.type == "cpu" and (reason := why_not(precision)) is not None:
-        raise EngineError(f"engine='torch' cannot run in {precision}: {reason}; leave precision out")
+        raise EngineError(f"engine='torch' cannot run in {precision}: {reason}; omit precision")
     return precision
 
 

@@ -57,7 +57,7 @@ class TrtEngine(ExportedEngine):
         if not manifest.proven and all(manifest.options.get(name) == value for name, value in expected.items()):
             command = rebuild_command(checkpoint, "trt", manifest.precision, ["--prove", "--out", str(export.folder)])
             raise EngineError(
-                f"{export.folder} cannot be used: proof: it was never compared with the model. Prove it here: {command}"
+                f"{export.folder} cannot be used: it was never compared with the model. Compare it here: {command}"
             )
         super().__init__(checkpoint, export, gpu, reason=reason, **expected, **_graphs_beside(checkpoint, manifest))
         host_code = bool(manifest.options.get("version_compatible"))
@@ -96,4 +96,4 @@ def refuse_others(
     if wrong:
         options = ["--profile", profile or built_profile] if profile or built_profile else []
         command = rebuild_command(checkpoint, "trt", precision or manifest.precision, options)
-        raise EngineError(f"{export.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {command}")
+        raise EngineError(f"{export.folder} cannot be used: {'; '.join(wrong)}. Export it again: {command}")

@@ -93,7 +93,7 @@ def compare(files: Sequence[str | Path]) -> Comparison:
     for file, name, run in zip(files, names, runs, strict=True):
         if (run.pairs_fingerprint, run.picture_of) != (baseline.pairs_fingerprint, baseline.picture_of):
             raise InputError(
-                f"{file} is of other pairs than {files[0]}, {_described(run)} and {_described(baseline)}: "
+                f"{file} and {files[0]} are results on different pairs, {_described(run)} and {_described(baseline)}: "
                 f"{_differs(run, baseline)}; evaluate both on the same data"
             )
         for row in run.rows:

@@ -76,7 +76,7 @@ def evaluate(
     is_fine = engine.config.trained_aggregators
     if validation is not None and not is_fine:
         raise InputError(
-            "expected validation pairs only with trained aggregators, whose score has a weight to choose: leave them out"
+            "validation pairs choose alpha, which only a checkpoint with trained aggregators has; omit them"
         )
     alpha = engine.config.choose_alpha(alpha)
     if batch_size < 1:
@@ -87,7 +87,7 @@ def evaluate(
         validation_survey = survey(validation, stamps=cache is not None)
         if validation_survey.fingerprint == known.fingerprint:
             raise InputError(
-                "expected validation pairs other than the measured ones, got the same: alpha would be chosen on the test"
+                "expected validation pairs other than the measured ones, got the same; alpha must not be chosen on test pairs"
             )
         sweep = _sweep(encoder, validation, validation_survey, context_lengths[-1], validation_name)
         alpha = sweep.best

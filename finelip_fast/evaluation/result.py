@@ -172,7 +172,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
         _check(evaluation)
         _require(not evaluation.sweep or chosen == evaluation.sweep.best, "'chosen' the best of what was tried", chosen)
     except ValueError as error:
-        raise InputError(f"{path}: expected {expected} ({error}); evaluate anew") from None
+        raise InputError(f"{path}: expected {expected} ({error}); run the evaluation again") from None
     return evaluation
 
 

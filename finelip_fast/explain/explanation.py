@@ -282,11 +282,11 @@ class Explanation:
 
     def _check_map(self, tokens: str) -> None:
         if tokens not in MAPS:
-            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+            raise InputError(f"expected tokens to be one of {', '.join(MAPS)}, got {tokens!r}")
         if tokens not in self.maps:
             raise InputError(
-                f"expected tokens='raw', got {tokens!r}: this checkpoint has no trained aggregators, train them (finelip "
-                "train)"
+                f"expected tokens='raw', got {tokens!r}: this checkpoint has no trained aggregators; train them (finelip "
+                "adapt)"
             )
 
     def peak(self, first: int, last: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from finelip_fast._files import TEMPORARY, write_whole
+from finelip_fast._files import TEMPORARY, kind_of, write_whole
 from finelip_fast._json import parse_json
 from finelip_fast.errors import StoreError
 
@@ -74,7 +74,7 @@ def within_memory() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(reason in str(error) for reason in _NO_MEMORY):
             raise
         raise UnavailableError(
-            f"there is too little memory ({str(error) or type(error).__name__:.200}): give the process more (ulimit -v, -u)"
+            f"not enough memory ({str(error) or type(error).__name__:.200}); raise the limits of the process (ulimit -v, -u)"
         ) from None
 
 
@@ -104,7 +104,7 @@ def refuse_link(folder: Path) -> None:
         StoreError: A folder of an index is a link, which may lead to someone else's files.
     """
     if folder.is_symlink():
-        raise StoreError(f"{folder} is a link to another folder: expected it in the index itself; move it there")
+        raise StoreError(f"{folder} is a symbolic link; replace it with the folder that it points to")
 
 
 @contextmanager
@@ -119,11 +119,11 @@ def opened(path: Path) -> Iterator[int]:
         descriptor = os.open(path, _OPEN)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StoreError(f"{path} is a link, which is not followed: expected the file itself") from None
+            raise StoreError(f"{path} is a symbolic link, which is not followed; replace it with the file") from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StoreError(f"{path}: expected a file, found a folder, a pipe or a device")
+        if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+            raise StoreError(f"{path}: expected a regular file, got {kind_of(mode)}")
         yield descriptor
     finally:
         os.close(descriptor)

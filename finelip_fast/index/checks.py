@@ -32,14 +32,22 @@ def check_ids(ids: Sequence[str]) -> None:
                 f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"
             )
         if item in new:
-            raise InputError(f"expected ids that differ, got {item!r:.80} again; give each item once")
+            raise InputError(f"expected unique ids, got {item!r:.80} twice")
         new.add(item)
 
 
-def taken(present: Iterable[str]) -> InputError:
-    return InputError(
-        f"expected ids that are new, got {next(iter(present))!r:.80} again; give other ids, or replace them"
-    )
+def taken(
+    present: Iterable[str],
+    remedy: str = "pass other ids, or existing='skip' or existing='replace'",
+    place: str = "index",
+) -> InputError:
+    return InputError(f"the {place} already has {next(iter(present))!r:.80}; {remedy}")
+
+
+def missing(absent: Sequence[str], place: str = "index") -> InputError:
+    others = len(absent) - 1
+    rest = f" and {others} other{'s' * (others > 1)}" if others else ""
+    return InputError(f"not in the {place}: {absent[0]!r:.80}{rest}")
 
 
 def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
@@ -54,9 +62,13 @@ def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
         wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also for NaN
         if wrong.any():
             at, row = wrong.nonzero()[0].tolist()
+            item, values = ids[start + at], embeddings[start + at, row]
+            if not values.isfinite().all():
+                value = "NaN" if values.isnan().any() else "infinity"
+                raise InputError(f"item {item!r:.80} has {value} in row {row}; check how the embedding was computed")
             raise InputError(
-                f"expected embeddings of unit rows, got row {row} of item {ids[start + at]!r:.80} with a length of "
-                f"{lengths[at, row]:.4g}; normalize it, and look for NaN where it was made"
+                f"expected rows of length 1, got {lengths[at, row]:.4g} (item {item!r:.80}, row {row}); normalize them: "
+                "torch.nn.functional.normalize(embeddings, dim=-1)"
             )
 
 
@@ -69,37 +81,40 @@ def as_json(metadata: Any, item: str | None = None) -> str:
     Raises:
         InputError: The metadata is not a dictionary of JSON values; the message names the key.
     """
-    owner = "" if item is None else f" of item {item!r:.80}"
+    owner = "" if item is None else f" (item {item!r:.80})"
     if not isinstance(metadata, dict):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {metadata!r:.80}{owner}")
+        raise InputError(f"expected metadata to be a dict of JSON values, got {metadata!r:.80}{owner}")
     if fault := _fault(metadata, "", MAX_DEPTH):
-        raise InputError(f"expected metadata as a dictionary of JSON values, got {fault}{owner}")
+        expected, got, remedy = fault
+        raise InputError(f"expected {expected}, got {got}{owner}{remedy and '; '}{remedy}")
     text = json.dumps(metadata)
     if len(text) > _LONGEST_METADATA:
         raise InputError(
-            f"expected metadata of at most {_LONGEST_METADATA} bytes, got {len(text)}{owner}: keep it in a file"
+            f"expected metadata of at most {_LONGEST_METADATA} bytes as JSON, got {len(text)}{owner}; keep it in a file"
         )
     return text
 
 
-def _fault(value: Any, key: str, depth: int) -> str | None:
-    """Description of what JSON cannot hold unchanged; None: there is nothing."""
+def _fault(value: Any, key: str, depth: int) -> tuple[str, str, str] | None:
+    """What metadata must be, what JSON cannot hold unchanged instead, and a remedy, which may be empty; None: no fault."""
     if value is None or isinstance(value, (bool, str)):  # also half a surrogate pair, as in paths that are not text
         return None
     if isinstance(value, int):
-        return None if abs(value) < _LARGEST else f"an integer beyond the largest float{key}"
+        if abs(value) < _LARGEST:
+            return None
+        return "metadata with numbers that a float can hold", f"a larger integer{key}", "store it as a str"
     if isinstance(value, float):
-        return None if math.isfinite(value) else f"the number {value}, which is not finite,{key}"
+        if math.isfinite(value):
+            return None
+        return "metadata with finite numbers", f"{value}{key}", "leave it out, or store None"
     if not isinstance(value, (dict, list, tuple)):
-        return f"{value!r:.80}{key}"
+        return "metadata to be a dict of JSON values", f"{value!r:.80}{key}", "convert it, such as with int() or str()"
     if not depth:
-        return f"nesting deeper than {MAX_DEPTH}"
+        return f"metadata nested at most {MAX_DEPTH} deep", f"deeper nesting{key}", ""
     parts = value.items() if isinstance(value, dict) else ((str(at), part) for at, part in enumerate(value))
     for name, part in parts:
         if not isinstance(name, str):
-            return f"the key {name!r:.80}, which is no str{key}"
-        if fault := _fault(name, " as a key", depth - 1) or _fault(
-            part, key or f" under the key {name!r:.80}", depth - 1
-        ):
+            return "metadata with str keys", f"the key {name!r:.80}{key}", ""
+        if fault := _fault(part, key or f" under the key {name!r:.80}", depth - 1):
             return fault
     return None

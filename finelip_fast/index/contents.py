@@ -82,7 +82,7 @@ class Contents:
         while part := list(islice(positions, _ITEMS_AT_ONCE)):
             items = catalogue.at(part, view.version)
             if items is None:
-                raise StoreError(f"the index at {self.folder} was compacted while it was read: read it again")
+                raise StoreError(f"the index at {self.folder} was compacted while it was read; read it again")
             yield from (items[position] for position in part)
 
     def page(
@@ -191,7 +191,7 @@ class Contents:
             return {items[position].id: row for position, row in zip(positions, embedded, strict=True)}
 
     def _missing(self, error: FileNotFoundError) -> StoreError:
-        return StoreError(f"segment {error.filename} is missing: restore it, or {remedies.repair(self.folder)}")
+        return StoreError(f"segment {error.filename} is missing: restore it, or run {remedies.repair(self.folder)}")
 
     def present(self, ids: Sequence[str]) -> set[str]:
         """The given ids that are in the index.
@@ -228,7 +228,7 @@ class Contents:
         root = self._store.catalogue.note(_ROOT)
         if root is not None and not isinstance(root, str):
             raise StoreError(
-                f"the root of the index at {self.folder} cannot be read, {root!r:.80}: set it with "
+                f"the index at {self.folder} has an invalid root, {root!r:.80}; set it with "
                 f"{remedies.move_root(self.folder)}"
             )
         return None if root is None else Path(root)

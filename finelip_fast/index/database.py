@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finelip_fast._files import kind_of
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.forks import between_forks, inherited, survive_forks
@@ -221,8 +222,8 @@ class Database:
         """
         if self._identity is not None and _identity(self.path) != self._identity:
             raise StoreError(
-                f"the index at {self.folder} was removed, moved or replaced since it was opened, and nothing is kept of this "
-                "change: open its folder again"
+                f"the index at {self.folder} was removed, moved or replaced since it was opened, and this change was "
+                "not saved; open its folder again"
             )
 
     def forget_readers(self) -> None:
@@ -241,7 +242,7 @@ class Database:
 
     def _take(self) -> Connection:
         if self.is_closed:
-            raise StoreError("the index is closed: open its folder again")
+            raise StoreError("the index is closed; open its folder again")
         self.check_place()
         with suppress(IndexError):
             connection = self._idle.pop()
@@ -273,7 +274,9 @@ class Database:
     def _open_writer(self) -> Connection:
         assert self.path is not None
         if self.path.is_symlink():
-            raise StoreError(f"{self.path} is a link to another file, which is not written to: copy it to its place")
+            raise StoreError(
+                f"{self.path} is a symbolic link, which is not written through; replace it with a copy of the file"
+            )
         if self.read_only:
             raise sqlite3.OperationalError("attempt to write a readonly database")
         connection = self._checked(lambda: self._connect(f"{self._uri}?mode=rw"))
@@ -317,7 +320,7 @@ class Database:
         files = [Path(f"{self.path.resolve()}{ending}") for ending in ("", *_LOGS)]
         if sum(map(_size, files)) > _MOST_COPIED:
             raise sqlite3.OperationalError(
-                f"its last changes are still in {self.path.name}-wal: open it once where it can be written to"
+                f"its last changes are still in {self.path.name}-wal: open it once with write permission"
             )
         try:
             with tempfile.TemporaryDirectory(prefix="finelip-") as folder:
@@ -331,7 +334,7 @@ class Database:
         except OSError as error:
             raise sqlite3.OperationalError(
                 f"its last changes are still in {self.path.name}-wal, which cannot be copied to read them ({error.strerror}): "
-                "open it once where it can be written to"
+                "open it once with write permission"
             ) from None
         connection.run("PRAGMA query_only = ON")
         return connection
@@ -382,10 +385,10 @@ class Database:
         """Convert SQLite's error to one that says what to do."""
         reason = str(error)
         if self.is_closed:
-            return StoreError("the index is closed: open its folder again")
+            return StoreError("the index is closed; open its folder again")
         if "locked" in reason:
             return StoreError(
-                f"another process is writing to the index at {self.folder}: wait for it to end and try again"
+                f"another process is writing to the index at {self.folder}; wait until it is done, and try again"
             )
         if "unable to open" in reason and self.path is not None:
             reason += _hindrance(self.path)
@@ -402,10 +405,9 @@ def _check_files(path: Path) -> None:
     for ending in ("", *_LOGS, "-shm"):
         file = Path(f"{path.resolve()}{ending}")
         with suppress(OSError):
-            if not stat.S_ISREG(file.lstat().st_mode):
+            if not stat.S_ISREG(mode := file.lstat().st_mode):
                 raise StoreError(
-                    f"{file} cannot be opened as an index catalogue: expected a file, found a folder, a link, a pipe or a "
-                    "device"
+                    f"{file} cannot be opened as an index catalogue: expected a regular file, got {kind_of(mode)}"
                 )
 
 

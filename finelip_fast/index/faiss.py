@@ -105,7 +105,9 @@ def build(view: View, folder: Path, *, lists: int | None = None, progress: bool 
     faiss = _faiss()
     lists = max(1, _LISTS_PER_ROOT * math.isqrt(view.rows)) if lists is None else whole_number("lists", lists)
     if view.rows < lists:
-        raise InputError(f"expected at least as many items as lists, got {view.rows} for {lists}: search these flat")
+        raise InputError(
+            f"expected at least as many items as lists, got {view.rows} for {lists}; use fewer lists, or search without them"
+        )
     width = view.globals[0][0].shape[1]
     file = faiss.index_factory(width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     sample = torch.randperm(view.rows, generator=torch.Generator().manual_seed(0))[: _TRAINED_PER_LIST * lists]

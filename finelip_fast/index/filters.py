@@ -80,8 +80,8 @@ def compile_filter(where: str) -> tuple[str, list[Any]]:
     condition = _Parser(where).parse()
     if len(condition.sql) > _LONGEST_SQL:
         raise InputError(
-            f"expected a shorter where expression, got one of {len(condition.sql)} characters as SQL, where {_LONGEST_SQL} "
-            "are possible; compare fewer fields of long names, or ask in parts"
+            f"expected a where expression of at most {_LONGEST_SQL} characters as SQL, got {len(condition.sql)}; compare "
+            "fewer fields with long names, or split it into several searches"
         )
     return f"({condition.sql})", condition.parameters
 
@@ -98,8 +98,8 @@ def field_expression(field: str) -> str:
     first, *rest = _tokens(field)
     if first.kind != "field" or len(rest) > 1 or first.text == "id":
         raise InputError(
-            f"expected a field of the metadata, got {field!r:.80}; name one as in an expression: camera, place.city or "
-            '"any name" (id is the item\'s own, "id" would be the metadata\'s)'
+            f"expected a field of the metadata, got {field!r:.80}; write it as in an expression: camera, place.city or "
+            '"any name" (id is the id of the item, "id" a field of the metadata)'
         )
     return f"json_extract(metadata, {_path(first.text)})"
 
@@ -129,10 +129,13 @@ class _Token(NamedTuple):
 def _tokens(where: str) -> Iterator[_Token]:
     """Yield the tokens of an expression; the last one is ``end``."""
     if not isinstance(where, str):
-        raise InputError(f"expected an expression as str, got {type(where).__name__}; write e.g. \"camera = 'X100'\"")
+        raise InputError(
+            f"expected a where expression as a str, got {type(where).__name__}; write e.g. \"camera = 'X100'\""
+        )
     if len(where) > _LONGEST_TEXT:
         raise InputError(
-            f"expected an expression of at most {_LONGEST_TEXT} characters, got {len(where)}; ask in parts"
+            f"expected a where expression of at most {_LONGEST_TEXT} characters, got {len(where)}; "
+            "split it into several searches"
         )
     for match in _TOKEN.finditer(where):
         kind = str(match.lastgroup)
@@ -141,13 +144,13 @@ def _tokens(where: str) -> Iterator[_Token]:
             raise _error(
                 "a field, an operator or a value",
                 _Token(kind, text, column),
-                "texts stand in 'single quotes', with '' for a quote in one, and fields of other characters than letters, "
+                "write texts in 'single quotes', with '' for a quote inside, and fields with characters other than letters, "
                 'digits and _ in "double quotes"',
             )
         if kind == "field" and (len(text) > _LONGEST_FIELD or text.count(".") >= _MOST_NAMES):
             limit = f"a field of at most {_MOST_NAMES} names and {_LONGEST_FIELD} characters"
             raise _error(
-                limit, _Token(kind, text, column), "metadata are not nested deeper, and texts stand in 'single quotes'"
+                limit, _Token(kind, text, column), "write texts in 'single quotes'; metadata cannot be nested deeper"
             )
         yield _Token(text.lower() if kind == "sign" or text.lower() in _KEYWORDS else kind, text, column)
         if kind == "end":  # trailing blanks would give a second one
@@ -224,7 +227,7 @@ class _Parser:
 
     def parse(self) -> _Condition:
         condition = self._either(False)
-        self._expect("end", "and, or, or the end", "comparisons are joined by and or or, and every ) needs its (")
+        self._expect("end", "'and', 'or' or the end", "join comparisons with 'and' or 'or', and check the parentheses")
         return condition
 
     @property
@@ -264,25 +267,25 @@ class _Parser:
         if opened:
             self._depth += 1
             if self._depth > _DEEPEST:
-                raise _error(f"parentheses at most {_DEEPEST} deep", opened, "write it with fewer inside each other")
+                raise _error(f"parentheses at most {_DEEPEST} deep", opened, "nest fewer of them")
             condition = self._either(inverse)
-            self._expect(")", ")", f"close the parenthesis of column {opened.column}")
+            self._expect(")", ")", f"close the parenthesis at column {opened.column}")
             self._depth -= 1
             return condition
         condition = self._comparison()
         return condition._replace(sql=f"({condition.sql} IS NOT TRUE)") if inverse else condition
 
     def _comparison(self) -> _Condition:
-        token = self._expect("field", "a field", "a comparison begins with one: camera = 'X100'")
+        token = self._expect("field", "a field", "a comparison begins with a field: camera = 'X100'")
         self._comparisons += 1
         if self._comparisons > _LONGEST:
-            raise _error(f"at most {_LONGEST} comparisons", token, "gather values of one field: field in (value, ...)")
+            raise _error(f"at most {_LONGEST} comparisons", token, "combine values of a field: field in (value, ...)")
         field = token.text
         if sign := self._take(*_OPERATORS):
             return _compare(field, _OPERATORS[sign.kind], [self._value()])
         if self._take("is"):
             negation = "NOT " if self._take("not") else ""
-            self._expect("null", "null", "other values are compared with =")
+            self._expect("null", "null", "compare with other values by =")
             return _Condition(f"({_column(field)} IS {negation}NULL)", [])
         negation = "NOT " if self._take("not") else ""
         if self._take("in"):
@@ -293,11 +296,13 @@ class _Parser:
             return _compare(field, f"{negation}LIKE", [self._pattern()])
         if self._take("between"):
             ends = [self._value()]
-            self._expect("and", "and", "the ends of a range are joined by it: field between 1 and 5")
+            self._expect("and", "and", "write a range as: field between 1 and 5")
             token = self._next
             ends.append(self._value())
             if _kind(ends[0]) is not _kind(ends[1]):
-                raise _error("two ends of one type", token, "give two numbers or two texts: field between 1 and 5")
+                raise _error(
+                    "two ends of the same type", token, "write two numbers or two texts: field between 1 and 5"
+                )
             return _compare(field, f"{negation}BETWEEN", ends)
         expected = "in, like or between after not" if negation else "an operator after the field"
         raise _error(
@@ -305,7 +310,7 @@ class _Parser:
         )
 
     def _list(self) -> list[Any]:
-        remedy = "a list is written (value, value, ...)"
+        remedy = "write a list as (value, value, ...)"
         self._expect("(", "( after in", remedy)
         values = [self._value()]
         while self._take(","):
@@ -316,19 +321,21 @@ class _Parser:
     def _pattern(self) -> str:
         token, pattern = self._next, self._value()
         if not isinstance(pattern, str) or len(pattern.encode("utf-8", "surrogatepass")) > _LONGEST_PATTERN:
-            raise _error(f"a 'pattern' of at most {_LONGEST_PATTERN} bytes", token, "give a text, as in like 'X1%'")
+            raise _error(f"a 'pattern' of at most {_LONGEST_PATTERN} bytes", token, "write a text, as in like 'X1%'")
         if pattern.count("%") > _MOST_WILDCARDS:
-            raise _error(f"a 'pattern' with at most {_MOST_WILDCARDS} %", token, "give a simpler one, as in like 'X1%'")
+            raise _error(
+                f"a 'pattern' with at most {_MOST_WILDCARDS} %", token, "write a simpler pattern, as in like 'X1%'"
+            )
         return pattern
 
     def _value(self) -> Any:
         token = self._take("text", "number", "true", "false")
         if token is None:
-            remedy = "write a 'text' in single quotes, a number, true or false; null is asked for by is null"
+            remedy = "write a 'text' in single quotes, a number, true or false; for missing values use: field is null"
             raise _error("a value", self._next, remedy)
         self._values += 1
         if self._values > _MOST_VALUES:
-            raise _error(f"at most {_MOST_VALUES} values", token, "ask in parts")
+            raise _error(f"at most {_MOST_VALUES} values", token, "split it into several searches")
         if token.kind == "text":
             return token.text[1:-1].replace("''", "'")
         if token.kind != "number":

@@ -28,8 +28,8 @@ class _Gate:
     def __enter__(self) -> None:
         if self._is_broken:
             raise StoreError(
-                "an index was in use in another thread when this process was forked, and cannot be used here: start processes "
-                "by spawn or forkserver, or fork before"
+                "an index was in use in another thread when this process forked, and cannot be used here; use the spawn or "
+                "forkserver start method, or fork before using an index"
             )
         depth = getattr(self._depth, "value", 0)
         if not depth:

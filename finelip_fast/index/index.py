@@ -261,7 +261,7 @@ class Index(Contents):
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
             raise InputError(f"expected queries [Q, L, {self.spec.width}], got {got}")
         if not queries.isfinite().all():
-            raise InputError("expected queries of finite numbers, got NaN or infinity: look where they were made")
+            raise InputError("expected finite queries, got NaN or infinity; check how they were computed")
         while True:
             view = self._store.view()
             try:
@@ -273,8 +273,8 @@ class Index(Contents):
                 continue
             except OSError as error:  # from mapping and reading
                 raise StoreError(
-                    f"the search needs more than this process may have ({error!s:.200}): raise the limit (ulimit -n), or "
-                    "search fewer items at once"
+                    f"the search needs more memory or open files than this process may use ({error!s:.200}); raise the limit "
+                    "(ulimit -n), or search fewer items at once"
                 ) from None
             if result is not None:
                 return result
@@ -315,7 +315,7 @@ class Index(Contents):
             hits = [[items[position] for position in row] for row in positions.tolist()]
         except KeyError as error:
             raise StoreError(
-                f"the catalogue of the index at {self.folder} is damaged: nothing is at position {error}; "
+                f"the catalogue of the index at {self.folder} is damaged: it has no item at position {error}; "
                 f"{remedies.restore(self.folder)}"
             ) from None
         scores, standing = scores.cpu(), None
@@ -351,7 +351,8 @@ class Index(Contents):
             StoreError: The index is closed, or writing fails.
         """
         if self._store.cache_folder is None:
-            raise InputError("expected an index with a folder that can be written to")
+            got = "one in memory" if self.folder is None else "a read-only folder"
+            raise InputError(f"expected an index in a writable folder, got {got}")
         faiss.build(self._store.view(), self._store.cache_folder, lists=lists, progress=progress)
         self._stage = None
 
@@ -373,8 +374,8 @@ class Index(Contents):
         check_bits(bits)
         if self.spec.tokens == 1:
             raise InputError(
-                "expected an index of embeddings with tokens, got one of global rows alone, which mode='exact' "
-                "compares as they are"
+                "expected an index of embeddings with tokens, got one with only global rows; search it with "
+                "mode='exact', which needs no sketches"
             )
         self._store.refuse_if_fixed()
         self._store.catalogue.keep(_SKETCH, bits)
@@ -387,7 +388,7 @@ class Index(Contents):
         bits = self._store.catalogue.note(_SKETCH)
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise StoreError(
-                f"what the index at {self.folder} notes of sketches cannot be read, {bits!r:.80}: run "
+                f"the index at {self.folder} has invalid bits of sketches, {bits!r:.80}; run "
                 f"{remedies.sketch(self.folder)} again"
             )
         return bits
@@ -406,8 +407,8 @@ class Index(Contents):
             return None if recorded is None else _tuning(**recorded)
         except (TypeError, ValueError, KeyError):
             raise StoreError(
-                f"what was tuned of the index at {self.folder} cannot be read, {recorded!r:.80}: run "
-                f"{remedies.tune(self.folder)} again, or in Python forget it: index.tuning = None"
+                f"the index at {self.folder} has invalid tuned settings, {recorded!r:.80}; run "
+                f"{remedies.tune(self.folder)} again, or discard them in Python: index.tuning = None"
             ) from None
 
     @tuning.setter

@@ -43,4 +43,6 @@ class Cursor(NamedTuple):
                 return cls(int(match[1]), int(match[2]), name.decode("utf-8", "surrogatepass"))
         except ValueError:  # invalid base64 or UTF-8
             pass
-        raise InputError(f"expected after as a page of the listing gave it, got {text!r:.80}; list from the beginning")
+        raise InputError(
+            f"expected after to be the cursor of a previous page, got {text!r:.80}; list from the beginning"
+        )

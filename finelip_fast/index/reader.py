@@ -116,13 +116,13 @@ class CatalogueReader:
             oldest, newest = self.oldest, self.version
             version = newest if version is None else version
             if not oldest <= version <= newest:
-                raise StoreError(f"expected a version of {self._folder} from {oldest} to {newest}, got {version}")
+                raise StoreError(f"expected version from {oldest} to {newest} of {self._folder}, got {version}")
             segments = self._segments(connection, newest)
             dead = self._dead(connection)
         end = segments[-1][0].first + segments[-1][0].rows if segments else 0
         deleted = dead[dead[:, 1] <= version, 0]
         if len(dead) and not (dead[0, 0] >= 0 and dead[-1, 0] < end and (dead[:, 1] <= newest).all()):
-            raise self._damaged("items are gone that never were there")
+            raise self._damaged("it deletes items that were never added")
         return Layout(version, [row for row, born in segments if born <= version], deleted.tolist())
 
     def _segments(self, connection: Connection, newest: int) -> list[tuple[SegmentRow, int]]:
@@ -155,7 +155,7 @@ class CatalogueReader:
                 raise ValueError
             dead = dead.astype(np.int64)
         except _DAMAGE:
-            raise self._damaged("an item is gone at no version") from None
+            raise self._damaged("an item was deleted at no version") from None
         self._compare_tally(connection, "dead", len(dead), mixed(dead))
         return dead
 
@@ -168,7 +168,7 @@ class CatalogueReader:
             count, total = self.note(TALLY)[kind]
             return [int(count), int(total)]
         except _DAMAGE:
-            raise self._damaged(f"it does not tell how many {kind} there are") from None
+            raise self._damaged(f"the number of {kind} is missing") from None
 
     def count(self, version: int) -> int:
         """Number of items in a version."""
@@ -202,7 +202,7 @@ class CatalogueReader:
 
     def _refuse_forgotten(self, version: int) -> None:
         if self.oldest > version:
-            raise StoreError(f"the index at {self._folder} was compacted while it was read: read it again")
+            raise StoreError(f"the index at {self._folder} was compacted while it was read; read it again")
 
     def _some_rows(self, version: int, start: int, stop: int) -> tuple[list[tuple[Any, ...]], bool]:
         with self._database.reading() as connection:
@@ -222,10 +222,10 @@ class CatalogueReader:
             if is_sealed and sealed != seal_item(position, name, crc, metadata, died):
                 raise ValueError("not what was written")
             if not (died is None or 0 < died < MOST):
-                raise ValueError(f"gone with version {died}")
+                raise ValueError(f"deleted at version {died}")
             value = json.loads(metadata)
             if type(value) is not dict:
-                raise ValueError(f"no dictionary but {value!r:.40}")
+                raise ValueError(f"not a dictionary but {value!r:.40}")
             if metadata.count(b"{") + metadata.count(b"[") > MAX_DEPTH:
                 check_value(value, surrogates=True)
             return Item(position, from_text(name), None if crc is None else int(crc), value)
@@ -252,7 +252,7 @@ class CatalogueReader:
                 for row in connection.run(f"SELECT {ITEM} FROM item WHERE position IN ({marks})", *batch):
                     items[row[0]] = self._item(row, connection.sealed)
                     if row[4] is not None and row[4] <= version:
-                        raise self._damaged(f"the item at position {row[0]} is gone and is not")
+                        raise self._damaged(f"the item at position {row[0]} is marked both deleted and present")
         return items
 
     def find(self, ids: Iterable[str]) -> dict[str, int]:
@@ -317,8 +317,7 @@ class CatalogueReader:
         position = self.find([cursor.id]).get(cursor.id) if cursor.id else None
         if position is None or position > cursor.position:  # gone, or added again at the end
             raise InputError(
-                "expected after of a page of the index as it is, got one whose last item is gone, of before the index was "
-                "compacted; list from the beginning"
+                "the last item of the page before after was deleted and the index compacted since; list from the beginning"
             )
         return position
 

@@ -109,7 +109,7 @@ def restore(folder: str | PathLike[str]) -> Path:
     if copy.exists():
         read_spec(copy)  # raises if it is damaged
     elif (listed := _any_list(folder / SEGMENTS)) is None:
-        raise StoreError(f"there is neither {copy} nor a list of a segment in {folder / SEGMENTS}: restore a snapshot")
+        raise StoreError(f"found neither {copy} nor a list of a segment in {folder / SEGMENTS}; restore a snapshot")
     for ending in ("", "-wal", "-shm", "-journal"):
         with suppress(FileNotFoundError):
             os.replace(f"{path}{ending}", f"{damaged}{ending}")

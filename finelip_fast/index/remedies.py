@@ -20,7 +20,7 @@ def repair(folder: Folder) -> str:
 
 def restore(folder: Folder) -> str:
     """Ways to replace a damaged catalogue."""
-    return f"{repair(folder)} --restore makes it anew, or restore a snapshot"
+    return f"run {repair(folder)} --restore to rebuild it, or restore a snapshot"
 
 
 def maintain(folder: Folder) -> str:

@@ -153,9 +153,7 @@ def prepare(connection: Connection) -> int | None:
                 for view in _AS_NOW if number == 3 else _AS_NOW[:1]:
                     connection.run(view)
             return number
-    raise sqlite3.DatabaseError(
-        "its tables are not those of an index, or of one that a newer version of this library made"
-    )
+    raise sqlite3.DatabaseError("its tables are not those of an index, or a newer version of this library made them")
 
 
 def field_index(field: str) -> str:

@@ -259,11 +259,11 @@ class Segment:
 
 
 def _remedy(path: Path) -> str:
-    return f"restore it, or {remedies.repair(path.parent.parent)}"
+    return f"restore it, or run {remedies.repair(path.parent.parent)}"
 
 
 def _shortened(path: Path) -> StoreError:
-    return StoreError(f"segment {path} has become shorter or longer since it was opened: {_remedy(path)}")
+    return StoreError(f"segment {path} has changed in size since it was opened; {_remedy(path)}")
 
 
 def _copy_rows(arrays: dict[str, Tensor], rows: Tensor, targets: dict[str, Tensor]) -> None:
@@ -371,8 +371,8 @@ def open_segment(folder: Path, name: str, *, rows: int, shape: tuple[int, int], 
         if error.errno == errno.EIO:
             raise StoreError(f"segment {path} cannot be read: {error.strerror}; {_remedy(path)}") from None
         raise UnavailableError(
-            f"segment {path} cannot be read: {error.strerror}; give the process more open files (ulimit -n), memory or the "
-            "permission"
+            f"segment {path} cannot be read: {error.strerror}; allow the process more open files (ulimit -n), more "
+            "memory, or access to the file"
         ) from None
     except UnavailableError:
         raise

@@ -97,7 +97,7 @@ def _checked_spec(stored: dict[str, Any], folder: str | PathLike[str]) -> tuple[
         and values.get("dtype", DTYPES[0]) in DTYPES
     ):
         raise StoreError(
-            f"{Path(folder) / CATALOGUE}: expected the spec of an index, got {values!r:.200} of {source!r:.80}: restore it "
+            f"{Path(folder) / CATALOGUE}: expected the spec of an index, got {values!r:.200} of {source!r:.80}; restore it "
             "from a snapshot"
         )
     return IndexSpec(**values), source

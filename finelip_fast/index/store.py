@@ -26,7 +26,7 @@ from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
-from finelip_fast.index.checks import as_json, check_embeddings, check_ids, taken
+from finelip_fast.index.checks import as_json, check_embeddings, check_ids, missing, taken
 from finelip_fast.index.forks import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
 from finelip_fast.index.segments import Segment, encode, open_segment, write_segment
@@ -69,7 +69,7 @@ class Store:
     ) -> None:
         if verify and skip_damaged:
             raise InputError(
-                "expected verify or skip_damaged, got both: a segment with a damaged row can be opened without verify"
+                "expected either verify or skip_damaged, got both; to open segments with damaged rows, omit verify"
             )
         if not isinstance(spec, IndexSpec) or not isinstance(source, str):
             raise InputError(f"expected an IndexSpec and source as str, got {spec!r:.80} and {source!r:.80}")
@@ -81,9 +81,7 @@ class Store:
         self._new_locks()
         self._opened: dict[str, Segment] = {}
         if self.folder is None and version is not None:
-            raise InputError(
-                f"expected version only with a folder, got {version}: an index in memory keeps no versions"
-            )
+            raise InputError(f"version={version!r:.80} needs a folder; an in-memory index keeps no versions")
         if self.folder is not None:
             _prepare_folder(self.folder)
         path, lists = (None, None) if self.folder is None else (self.folder / CATALOGUE, self.folder / SEGMENTS)
@@ -109,9 +107,7 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
-            raise InputError(
-                "expected an index with a folder to pickle, got one in memory, which is in this process alone"
-            )
+            raise InputError("an in-memory index cannot be pickled; create it with a folder")
         options: dict[str, Any] = {"source": self.source, "device": str(self.device), "version": self.fixed}
         options |= {"skip_damaged": self._skip_damaged, "verify": self._verify}
         return _reopened, (type(self), self.spec, self.folder, options)
@@ -150,7 +146,7 @@ class Store:
             except FileNotFoundError as error:
                 if self.catalogue.layout(self.fixed) == layout:
                     raise StoreError(
-                        f"segment {error.filename} is missing: restore it, or keep the rest with "
+                        f"segment {error.filename} is missing; restore it, or keep the rest with "
                         f"{remedies.repair(self.folder)}"
                     ) from None
                 # It was compacted meanwhile.
@@ -327,7 +323,7 @@ class Store:
         with self._written() as names, self.catalogue.changing():
             positions = self._positions(ids)
             if occupied := self.catalogue.find(new_ids).keys() - set(ids):
-                raise taken(occupied)
+                raise taken(occupied, "pass other new_ids")
             view = self.load()
             items = self.catalogue.at(positions, view.version) or {}
             view.refuse_damaged(items.values())  # a new checksum would hide the damage
@@ -356,9 +352,7 @@ class Store:
         present = self.catalogue.find(ids)
         absent = [item for item in ids if item not in present]
         if absent:
-            raise InputError(
-                f"expected ids of the index, got {absent[0]!r:.80} and {len(absent) - 1} more that are not in it"
-            )
+            raise missing(absent)
         return [present[item] for item in ids]
 
     def reload(self) -> None:
@@ -371,7 +365,9 @@ class Store:
             StoreError: The index is closed, or open at an older version.
         """
         if self.catalogue and self.fixed is not None:
-            raise StoreError("the index is open at an older version: open its folder again to change it")
+            raise StoreError(
+                f"the index is open at version {self.fixed}, read-only; open it without version to change it"
+            )
 
     @property
     def is_open(self) -> bool:
@@ -393,7 +389,7 @@ def _prepare_folder(folder: Path) -> None:
         raise StoreError(f"cannot make the index folder {folder}: {error.strerror}") from None
     if orphaned:
         raise StoreError(
-            f"{folder} has segments and no {CATALOGUE}, which says what is in them: restore it from a snapshot, or index "
+            f"{folder} has segments but no {CATALOGUE}, which lists what they contain; restore it from a snapshot, or index "
             "the pictures again into another folder"
         )
 

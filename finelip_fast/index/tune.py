@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from finelip_fast._arguments import one_of
 from finelip_fast.errors import InputError
+from finelip_fast.index.checks import missing
 from finelip_fast.index.index import Index
 from finelip_fast.index.search import TWO_STAGES, Tuning, TwoStages, best_rows, exact_mode
 from finelip_fast.index.view import View
@@ -45,7 +46,7 @@ def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
     """
     view = index._store.view()
     if not len(view):
-        raise InputError("expected an index with items to tune, got an empty one: add items first")
+        raise InputError("expected an index with items to tune, got an empty one; add items first")
     numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return view.read(numbers if view.living is None else view.living[numbers])
 
@@ -89,11 +90,14 @@ def tune(
     view = index._store.view()
     alpha = index.spec.alpha if alpha is None else alpha
     if not len(queries) or (answers is not None and len(answers) != len(queries)):
-        raise InputError(f"expected queries, each with its answer or none with any, got {len(queries)}")
+        raise InputError(
+            f"expected queries, with an answer for each or for none, got {len(queries)} queries and "
+            f"{len(answers or ())} answers"
+        )
     tried = [number for number in sorted(set(candidates)) if k <= number < len(view)]
     if not tried:
         raise InputError(
-            f"expected more items than candidates to choose from, got {len(view)}: so small an index is searched exactly"
+            f"expected more items than candidates to choose from, got {len(view)}; search an index this small exactly"
         )
     if modes is None:
         modes = TWO_STAGES if index.sketch_bits is not None else TWO_STAGES[:1]
@@ -139,7 +143,7 @@ def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
     positions = index._store.catalogue.find(ids)
     absent = [item for item in ids if item not in positions]
     if absent:
-        raise InputError(f"expected answers that are in the index, got {absent[0]!r} and {len(absent) - 1} more")
+        raise missing(absent)
     return torch.cat([view.rows_at([positions[item]]) for item in ids])
 
 

@@ -116,8 +116,8 @@ def warn_of_many(store: Store) -> None:
     count = len(view.segments)
     if store.folder is not None and count and count % _WARNED_OF == 0 and len(_recent(view)) >= _MANY:
         warnings.warn(
-            f"{store.folder} has {count} segments, one of each addition: searches and changes take longer with every one. Add "
-            f"more items at a time, join them by index.compact_recent(), or run {remedies.maintain(store.folder)}",
+            f"{store.folder} has {count} segments, one per addition; each slows searches and changes. Add more items per "
+            f"call, or merge segments with index.compact_recent() or {remedies.maintain(store.folder)}",
             stacklevel=3,  # the caller of Index.add
         )
 
@@ -292,7 +292,7 @@ def _damaged(store: Store, version: int, segments: Iterable[SegmentRow], sound: 
 
 def _refusal(store: Store, damaged: list[Damage]) -> StoreError:
     return StoreError(
-        f"{len(damaged)} items are damaged, {damaged[0].id!r} among them (finelip index check names all): take them out with "
+        f"{len(damaged)} items are damaged, such as {damaged[0].id!r} (finelip index check lists all); remove them with "
         f"{remedies.repair(store.folder)}, or restore their files"
     )
 

@@ -82,11 +82,11 @@ def parse(content: bytes, name: str, *, weights: bool = True) -> ModelProto:
     except Exception as error:  # protobuf's own, of which there are two implementations
         raise EngineError(f"{name}: expected an ONNX graph: {str(error).strip()[:200]}") from None
     if proto.functions or proto.training_info:
-        raise EngineError(f"{name}: expected a graph of operators alone, found functions of its own")
+        raise EngineError(f"{name}: expected a graph of operators only, found functions")
     for node in _nodes(proto.graph):
         if node.domain not in _DOMAINS:
             raise EngineError(
-                f"{name}: expected operators of ONNX's own, found {node.domain!r:.80}.{node.op_type!r:.80}"
+                f"{name}: expected standard ONNX operators, found {node.domain!r:.80}.{node.op_type!r:.80}"
             )
     external_files(proto, name)
     return proto
@@ -120,11 +120,11 @@ def _without_weights(message: memoryview, fields: Sequence[int] = _WEIGHTS, room
         else:
             raise ValueError(f"a field of kind {kind}")
         if at > len(message):
-            raise ValueError("it is cut off")
+            raise ValueError("it is truncated")
         parts.append(message[start:at])
         room -= at - start
         if room < 0:
-            raise ValueError(f"more than {_LARGEST_REST} bytes beside its weights")
+            raise ValueError(f"more than {_LARGEST_REST} bytes besides its weights")
     return b"".join(parts)
 
 
@@ -138,7 +138,7 @@ def _number(message: memoryview, at: int) -> tuple[int, int]:
         value, at = value | (byte & 127) << shift, at + 1
         if byte < 128:
             return value, at
-    raise ValueError("it is cut off")
+    raise ValueError("it is truncated")
 
 
 def _varint(value: int) -> bytes:

@@ -133,7 +133,7 @@ class Export:
 
     def refused(self, wrong: Sequence[str], rebuild: str) -> EngineError:
         """Create the error for an export with these problems."""
-        return EngineError(f"{self.folder} cannot be used: {'; '.join(wrong)}. Make it anew: {rebuild}")
+        return EngineError(f"{self.folder} cannot be used: {'; '.join(wrong)}. Export it again: {rebuild}")
 
 
 _UNNAMED = "{}: the manifest does not name it"
@@ -151,7 +151,7 @@ def read(folder: Path) -> Export:
         values = read_json(path, error=EngineError, expected="a manifest", kind=dict, max_bytes=_MAX_BYTES)
         return Export(folder, _parse(values, path))
     except EngineError as error:
-        raise EngineError(f"{error}; make the export anew") from None
+        raise EngineError(f"{error}; export it again") from None
 
 
 def _parse(values: dict[str, Any], path: Path) -> Manifest:
@@ -273,7 +273,7 @@ def find(checkpoint: str | os.PathLike[str] | None, runtime: str, precision: str
     try:
         folders = sorted(path.parent for path in place.glob(f"{runtime}-*/{MANIFEST}"))
     except OSError as error:  # belongs to someone else
-        exports.damaged[place.name] = f"{place} cannot be read: {error.strerror}; ask for the permission"
+        exports.damaged[place.name] = f"{place} cannot be read: {error.strerror}; check its permissions"
         return exports
     for folder in folders:
         try:

@@ -61,6 +61,6 @@ class RowParallel:
                 try:
                     self._single = self._open_single()
                 except EngineError as error:  # its files were rebuilt after the graph was opened
-                    _log.warning("parts of a batch are run by all threads, which is slower: %s", error)
+                    _log.warning("running each part of a batch with all threads, which is slower: %s", error)
                     self._single = self._graph
             return self._single

@@ -84,7 +84,7 @@ def logger(name: str) -> Any:
         def take(self) -> str:
             """Return the errors since the last call as one text."""
             errors, self.errors = self.errors, []
-            return "; ".join(dict.fromkeys(errors)) or "it does not say why"
+            return "; ".join(dict.fromkeys(errors)) or "no reason given"
 
     return Log()
 

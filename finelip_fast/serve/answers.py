@@ -100,9 +100,9 @@ def refusal_of(error: FineLIPError) -> Refusal:
         return Refusal(400, "invalid_input", str(error))
     log.error("%s: %s", type(error).__name__, error)
     if isinstance(error, StoreError):
-        message = "the index cannot be read or written now: its server's log says why"
+        message = "the index cannot be read or written now; the server's log says why"
     elif isinstance(error, WriteError):
-        message = "the disk of the server takes no more: its log says why"
+        message = "the server cannot write to its disk; the server's log says why"
     else:
-        message = "the server cannot do this now: its log says why"
+        message = "the server cannot do this now; the server's log says why"
     return Refusal(503, "unavailable", message, headers={"Retry-After": "5"})

@@ -95,10 +95,10 @@ async def search(request: Request) -> Response:
     limits, pipeline = server.settings.limits, server.pipeline
     query, pictures = await _read_search(request)
     if [query.text is None, not pictures and query.image is None, query.item is None].count(False) != 1:
-        raise Refusal(400, "invalid_request", "expected one of text, image and item")
+        raise Refusal(400, "invalid_request", "expected exactly one of text, image and item")
     last = query.k + query.offset
     if last > limits.k:
-        message = f"expected k + offset of at most {limits.k}, got {last}; narrow the search by where"
+        message = f"expected k + offset of at most {limits.k}, got {last}; narrow the search with where"
         raise Refusal(400, "k_too_large", message, param="k")
     where = check_where(query.where, limits)
     alpha = None if query.alpha is None else server.collection.engine.config.choose_alpha(query.alpha)
@@ -163,7 +163,7 @@ async def _read_search(request: Request) -> tuple[schemas.SearchRequest, list[st
         if name == "image":
             pictures.append(value.content if isinstance(value, File) else value)
         elif isinstance(value, File):
-            raise Refusal(400, "invalid_form", "expected files under the name image alone", param=name[:200])
+            raise Refusal(400, "invalid_form", "expected files only under the name image", param=name[:200])
         elif name in ("text", "item") and name in values:
             values[name] = [*listed(values[name]), value]
         elif value or name in ("text", "item"):  # an empty form control says nothing
@@ -302,7 +302,7 @@ async def items(
     server = serving(request)
     limits = server.settings.limits
     if limit > limits.items:
-        message = f"expected a limit of at most {limits.items}, got {limit}; go on by after"
+        message = f"expected a limit of at most {limits.items}, got {limit}; use after for the next page"
         raise Refusal(400, "limit_too_large", message, param="limit")
 
     def page() -> dict[str, Any]:
@@ -333,7 +333,7 @@ async def thumbnail(
     server = serving(request)
     item = item_of(request, "/thumbnail")
     if side not in SIDES:
-        raise Refusal(400, "no_such_side", f"expected side as one of {SIDES}, got {side}", param="side")
+        raise Refusal(400, "no_such_side", f"expected side to be one of {SIDES}, got {side}", param="side")
     path = await server.pipeline.run(server.collection.picture, item, deadline=deadline(request))
     if path is None:
         raise no_item(item, "whose picture is there")
@@ -372,7 +372,7 @@ async def add(request: Request) -> Response:
             raise Refusal(400, "invalid_form", message, param=name[:200])
     if not files or (metadata is not None and len(metadata) != len(files)):
         got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
-        raise Refusal(400, "invalid_form", f"expected files as image, and metadata for each or none, got {got}")
+        raise Refusal(400, "invalid_form", f"expected files as image, and metadata for all or none of them, got {got}")
     added = [
         Added(None, file.name, reason)
         for file, reason in zip(files, await refused_pictures([file.content for file in files], limits), strict=True)
@@ -395,7 +395,7 @@ def _metadata(text: str | bytes) -> list[dict[str, Any]]:
     values = parse_json(text, "metadata", error=InputError, expected="an object, or a list of one for each picture")
     fields = listed(values)
     if not all(isinstance(part, dict) for part in fields):
-        raise Refusal(400, "invalid_form", "expected metadata as an object, or a list of objects", param="metadata")
+        raise Refusal(400, "invalid_form", "expected metadata to be an object, or a list of objects", param="metadata")
     return fields
 
 
@@ -422,7 +422,7 @@ def require_writable(request: Request) -> None:
         raise Refusal(
             403,
             "read_only",
-            "expected a server that may be written to, got one that is read only: start it with --writable",
+            "the server is read-only; start it with --writable",
         )
 
 

@@ -45,13 +45,13 @@ _REQUESTS = (
     schemas.EmbeddingsRequest,
 )
 _FAULTS = {
-    400: "Not what the route takes.",
-    401: "No key, or another one.",
+    400: "The request is invalid.",
+    401: "The API key is missing or wrong.",
     404: "No such item.",
-    413: "Too much for one request.",
-    429: "Too many requests wait; `Retry-After` says when to come again.",
-    503: "Not ready, or the index cannot be read.",
-    504: "Not done in time.",
+    413: "The request is too large.",
+    429: "Too many requests are waiting; `Retry-After` says when to try again.",
+    503: "The server is not ready, or the index cannot be read.",
+    504: "The request timed out.",
 }
 
 

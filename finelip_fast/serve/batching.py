@@ -252,7 +252,7 @@ class Batcher(Generic[K, T, R]):
         """
         loop = asyncio.get_running_loop()
         if self._draining:
-            raise Draining(f"the server is stopping and takes no more work ({self.name}); try again once it is back")
+            raise Draining(f"the server is stopping and accepts no more work ({self.name}); try again once it is back")
         if not pairs:
             return []
         if self._waiting and len(self._waiting) + len(pairs) > self._capacity:
@@ -340,7 +340,7 @@ class Batcher(Generic[K, T, R]):
         if not request.answer.done():
             request.answer.set_exception(
                 DeadlineExceeded(
-                    f"not answered in time ({self.name}, {len(self._waiting)} items wait); ask for less at once, or later"
+                    f"not answered in time ({self.name}, {len(self._waiting)} items wait); send less at once, or try later"
                 )
             )
         self._forget(request)

@@ -91,7 +91,9 @@ class Account:
             scope["finelip.code"] = "internal"
             log.error("request %s failed", request_id, exc_info=error)
             if not status:
-                refusal = Refusal(500, "internal", f"a mistake of the server's: its log has more under {request_id}")
+                refusal = Refusal(
+                    500, "internal", f"internal server error; see request ID {request_id} in the server's log"
+                )
                 await refusal.answer(request_id)(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - start
@@ -243,14 +245,15 @@ def check_exposure(settings: ServeSettings) -> None:
     """
     key = settings.api_key
     if key is not None and not re.fullmatch(r"[\x21-\x7e]{16,4096}", key):
+        got = "others" if 16 <= len(key) <= 4096 else len(key)
         raise InputError(
-            f"expected an API key of 16 to 4096 visible ASCII characters, got {len(key)}, or others; make one with "
+            f"expected an API key of 16 to 4096 printable ASCII characters without spaces, got {got}; make one: "
             "python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     if key is None and not is_loopback(settings.host):
         raise InputError(
-            f"expected an API key to listen on {settings.host!r:.80}, where other machines reach the server: put one into a "
-            f"file and name it with --api-key-file, or set {API_KEY_VARIABLE}; or listen on 127.0.0.1"
+            f"expected an API key to listen on {settings.host!r:.80}, where other machines reach the server: put one in a "
+            f"file and pass it with --api-key-file, or set {API_KEY_VARIABLE}; or listen on 127.0.0.1"
         )
 
 
@@ -285,7 +288,7 @@ class Bounds:
             await refusal.answer(scope["state"]["request_id"])(scope, receive, send_after_body)
 
         if self._server.state != "ready" and scope["path"].startswith("/v1/"):
-            message = f"the server is {self._server.state}: try again soon"
+            message = f"the server is {self._server.state}; try again soon"
             await refuse(Refusal(503, "not_ready", message, headers={"Retry-After": "2"}))
             return
         loop, settings = asyncio.get_running_loop(), self._server.settings
@@ -308,9 +311,7 @@ class Bounds:
                 if started or not late.done():
                     scope["finelip.status"] = _CLOSED
                 else:
-                    message = (
-                        f"the request took longer than {settings.timeout:g} s, and was given up; send less at once"
-                    )
+                    message = f"the request took longer than {settings.timeout:g} s and was aborted; send less at once"
                     await refuse(Refusal(504, "deadline", message))
                 return
             try:
@@ -352,7 +353,7 @@ class Room:
             Refusal: 429 if there is not enough room.
         """
         if size > self._left:
-            message = "the server holds as much as it can of other requests: try again soon"
+            message = "the server is busy; try again soon"
             raise Refusal(429, "overloaded", message, headers={"Retry-After": "1"})
         self._left -= size
 
@@ -400,7 +401,7 @@ class Body:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._until - clock()))
         except asyncio.TimeoutError:
             seconds = self._limits.body_seconds
-            raise Refusal(408, "slow_body", f"expected the body within {seconds:g} s, got a part of it") from None
+            raise Refusal(408, "slow_body", f"expected the body within {seconds:g} s, got only a part of it") from None
         if message["type"] == "http.disconnect":
             raise Gone
         self._waits_for_word = False

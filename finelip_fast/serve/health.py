@@ -75,7 +75,9 @@ async def live() -> Response:
     return answer({"status": "live"})
 
 
-@router.get("/health/ready", tags=["health"], responses={503: {"description": "It does not answer searches now."}})
+@router.get(
+    "/health/ready", tags=["health"], responses={503: {"description": "The server cannot answer searches now."}}
+)
 async def ready(request: Request) -> Response:
     """Confirm that a text was encoded and searched with within the last second."""
     fault = await request.app.state.health.fault()

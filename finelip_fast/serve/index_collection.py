@@ -151,7 +151,7 @@ class RetrieverCollection:
         try:
             self._index.compact_recent()
         except FineLIPError as error:  # the added items are stored
-            _logger.warning("the index cannot be kept in few segments: %s", error)
+            _logger.warning("cannot merge the segments of the index: %s", error)
         added = set(report.added)
 
         def result(at: int) -> Added:
@@ -203,9 +203,7 @@ class RetrieverCollection:
 
     def _writable(self) -> Uploads:
         if self._uploads is None:
-            raise InputError(
-                "expected a collection that can be changed, got one that is read only: serve it with --writable"
-            )
+            raise InputError("the collection is read-only; serve it with --writable")
         return self._uploads
 
 

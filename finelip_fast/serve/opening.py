@@ -47,7 +47,9 @@ class Opening:
                 "expected either the folder of an index or shards, got " + ("neither" if self.index is None else "both")
             )
         if self.shards and self.uploads is not None:
-            raise InputError("expected an index to add pictures to, got shards: add to a shard's own folder instead")
+            raise InputError(
+                "expected an index to add pictures to, got shards; add them to the folder of a shard instead"
+            )
 
     def open(self) -> Collection:
         """Load the model and open the collection, which the caller must close; takes seconds.

@@ -93,7 +93,7 @@ def listen(settings: ServeSettings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError, OverflowError) as error:
         raise InputError(
-            f"expected an address of this machine, got {host!r:.80}: {error}; try --host 127.0.0.1"
+            f"expected a host name or address of this machine, got {host!r:.80}: {error}; try --host 127.0.0.1"
         ) from None
     try:
         if os.name == "posix":  # elsewhere it would let two servers share a port
@@ -103,7 +103,7 @@ def listen(settings: ServeSettings) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            message = f"expected a free port, got {port}, which another program has; take another with --port"
+            message = f"port {port} is in use; choose another with --port"
         else:
             message = f"cannot listen on {printable(host)}, port {port}: {error.strerror}; see --host and --port"
         raise InputError(message) from None
@@ -148,7 +148,7 @@ def _answer(settings: ServeSettings, opening: Opening, listener: socket.socket, 
         server = _Server(config, app.state.serving, settings.drain, ready)
         server.run([listener])
     if not server.started:
-        raise EngineError("the server could not start: what its log says above has to be mended first")
+        raise EngineError("the server could not start; see the log above")
 
 
 class _Server(uvicorn.Server):
@@ -248,9 +248,7 @@ class _Protocol(H11Protocol):
         if hint == 431 and not is_begun:
             refusal = headers_too_large()
         else:
-            refusal = Refusal(
-                400, "no_http", "expected a request of HTTP/1.1, got something else", headers={"Connection": "close"}
-            )
+            refusal = Refusal(400, "no_http", "expected an HTTP/1.1 request", headers={"Connection": "close"})
         answer = refusal.answer(None)
         headers = [*answer.raw_headers, (b"x-content-type-options", b"nosniff")]
         content = b"" if is_begun and self.scope["method"] == "HEAD" else bytes(answer.body)
@@ -362,7 +360,7 @@ def _await_first(first: _Process, stopping: threading.Event) -> None:
             raise EngineError(text)
         if text is None and not first.process.is_alive() and not first.report.poll():
             raise EngineError(
-                f"a worker ended with {first.process.exitcode} before it answered; its log above says why"
+                f"a worker exited with code {first.process.exitcode} before it was ready; see the log above"
             )
 
 
@@ -377,9 +375,7 @@ def _replace_dead(processes: list[_Process], start: Any, stopping: threading.Eve
             process.hear()
             if process.process.is_alive() or stopping.is_set():
                 continue
-            _log.error(
-                "worker %s ended with %s: another takes its place", process.process.pid, process.process.exitcode
-            )
+            _log.error("worker %s exited with code %s; starting another", process.process.pid, process.process.exitcode)
             multiprocess.mark_process_dead(process.process.pid)  # type: ignore[no-untyped-call]
             pause = _RESTART_SECONDS[0] if process.is_ready else min(2 * pause, longest)
             if not stopping.wait(pause):

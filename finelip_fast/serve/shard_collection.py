@@ -46,8 +46,8 @@ class ShardCollection:
     def __init__(self, engine: Engine, shards: Shards, alpha: float | None = None) -> None:
         if engine.fingerprint != shards.spec.checkpoint:
             raise StoreError(
-                f"expected shards made by {engine.source or 'the bundled checkpoint'}, {engine.fingerprint[:12]}…, got ones "
-                f"made from {shards.spec.checkpoint[:12]}…: open them with the checkpoint that made them"
+                f"expected shards made by {engine.source or 'the bundled checkpoint'}, {engine.fingerprint[:12]}…, got shards "
+                f"made by {shards.spec.checkpoint[:12]}…; open them with the checkpoint that made them"
             )
         self.engine, self._shards = engine, shards
         self.alpha = engine.config.choose_alpha(shards.spec.alpha if alpha is None else share("alpha", alpha))
@@ -115,8 +115,8 @@ class ShardCollection:
         for folder in self._shards.folders:
             if folder not in indexes:
                 raise StoreError(
-                    f"expected the folder of the shard {folder} on this machine, where it is not or cannot be read: shards "
-                    "elsewhere can be searched by text and by picture; serve this one alone there, with --index"
+                    f"the folder of the shard {folder} is not on this machine or cannot be read; shards elsewhere can "
+                    "be searched only by text and by picture: for its items, run finelip serve --index there"
                 )
         return indexes
 
@@ -127,7 +127,7 @@ class ShardCollection:
         number, _, place = ("0:" if after is None else after).partition(":")
         if not re.fullmatch("[0-9]{1,6}", number) or int(number) >= len(indexes):
             raise InputError(
-                f"expected after as a page of the listing gave it, got {after!r:.80}; list from the beginning"
+                f"expected after to be the cursor of a previous page, got {after!r:.80}; list from the beginning"
             )
         at, items, end = int(number), list[Item](), place or None
         while True:
@@ -157,14 +157,14 @@ class ShardCollection:
 
     def add(self, uploads: Sequence[Upload]) -> list[Added]:
         raise InputError(
-            "expected one index to add to, got shards, which are searched only: add to the folder of one with finelip add, or "
-            "serve it with --index and --writable"
+            "shards can only be searched; add to the folder of a shard with finelip add, or serve it with --index and "
+            "--writable"
         )
 
     def delete(self, ids: Sequence[str]) -> None:
         raise InputError(
-            "expected one index to delete from, got shards, which are searched only: take items out of the folder of one with "
-            "finelip remove, or serve it with --index and --writable"
+            "shards can only be searched; delete from the folder of a shard with finelip remove, or serve it with --index and "
+            "--writable"
         )
 
     def close(self) -> None:

@@ -65,11 +65,11 @@ class Thumbnails:
             ImageError: The file is not a readable picture, or no longer exists.
         """
         if side not in SIDES:
-            raise InputError(f"expected side as one of {', '.join(map(str, SIDES))}, got {side!r:.80}")
+            raise InputError(f"expected side to be one of {', '.join(map(str, SIDES))}, got {side!r:.80}")
         try:
             status = os.stat(path)
         except (OSError, ValueError):
-            raise ImageError(f"expected an image file, got {str(path)!r:.200}: no such file") from None
+            raise ImageError(f"no such file: {str(path)!r:.200}") from None
         key = _Key(str(path), side, status.st_size, status.st_mtime_ns)
         with self._lock:
             if (copy := self._copies.get(key)) is not None:

@@ -179,7 +179,7 @@ def _cost(path: Path) -> tuple[float, bool]:
         return typed(values.get("hours"), float, "hours"), typed(values.get("finished"), bool, "finished")
     except ValueError as error:
         raise ConfigError(
-            f"{path}: expected what a run has cost ({error}); delete that folder to train it anew"
+            f"{path}: expected what a run has cost ({error}); delete that folder to train it again"
         ) from None
 
 

@@ -67,7 +67,9 @@ def drawing(setting: DrawingSetting) -> Record:
         ConfigError: A folder holds no generator.
     """
     if setting.scenes % FAMILY_SIZE or not setting.scenes:
-        raise InputError(f"expected scenes a multiple of {FAMILY_SIZE}, the size of a family, got {setting.scenes}")
+        raise InputError(
+            f"expected scenes to be a multiple of {FAMILY_SIZE}, the size of a family, got {setting.scenes}"
+        )
     scenes = list(Scenes("test", setting.scenes))
     details = [detail for at in range(len(scenes)) for detail in _details(scenes, at)]
     judge = load(setting.judge)

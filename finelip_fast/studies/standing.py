@@ -188,8 +188,8 @@ def standing(engine: Engine, setting: Setting) -> Record:
     pooled = next(row for row in rows if row["items"] == "all sizes")
     finding = (
         f"In indexes of {' and '.join(f'{size:,}' for size in tested.sizes)} items, the AUROC of searches whose picture is in "
-        f"the index against searches without it and without similar ones is {pooled[_RATIO]} for z relative to chance, on which "
-        f"Hit.stands_out is based, and {pooled[_FLAT]} for a flat cut-off on the score. Of the former, "
+        f"the index against searches without it and without similar ones is {pooled[_RATIO]} for z relative to chance, on "
+        f"which Hit.stands_out is based, and {pooled[_FLAT]} for a flat cut-off on the score. Of the former, "
         f"{verdicts[0]['stands out (%)']} % stand out; of the latter, {verdicts[1]['stands out (%)']} %. Fitted on the "
         f"validation pairs, the curve has its centre at {lines[1][0]:.3f} and a slope of {lines[1][1]:.1f}."
     )

@@ -218,7 +218,7 @@ def atrm(
                 f"expected {name} of shape {list(shape)} for x {list(x.shape)}, got {list(parameters[name].shape)}"
             )
     if scale.numel() != 1:
-        raise InputError(f"expected scale of one element, got {list(scale.shape)}")
+        raise InputError(f"expected scale to have one element, got {list(scale.shape)}")
     if lengths is not None:
         check_counts("lengths", lengths, x.device)
         if lengths.shape != x.shape[:1]:

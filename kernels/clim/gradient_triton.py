@@ -279,7 +279,7 @@ def _check(queries: Tensor, items: Tensor) -> int:
     capability = check_inputs(queries, items, MAX_GRADIENT_TOKENS)
     if items.shape[1] > MAX_GRADIENT_TOKENS:
         raise InputError(
-            f"expected at most {MAX_GRADIENT_TOKENS} item tokens, got {items.shape[1]}: use that of clim_scores"
+            f"expected at most {MAX_GRADIENT_TOKENS} item tokens, got {items.shape[1]}; use the gradient of clim_scores"
         )
     if queries.dtype not in FLOATS:
         raise InputError(f"expected float32, float16 or bfloat16 embeddings, got {queries.dtype}")

@@ -206,10 +206,11 @@ def check_shapes(queries: Tensor, items: Tensor | Pieces) -> None:
     Raises:
         InputError: The inputs are not two lists of matrices of the same width.
     """
-    if queries.ndim != 3 or len(items.shape) != 3 or queries.shape[2] != items.shape[2]:
-        raise InputError(
-            f"expected queries [Q, L_q, D] and items [N, L_i, D], got {list(queries.shape)} and {list(items.shape)}"
-        )
+    expected = "expected queries [Q, L_q, D] and items [N, L_i, D]"
+    if queries.ndim != 3 or len(items.shape) != 3:
+        raise InputError(f"{expected}, got {list(queries.shape)} and {list(items.shape)}")
+    if queries.shape[2] != items.shape[2]:
+        raise InputError(f"{expected} with equal D, got {queries.shape[2]} and {items.shape[2]}")
 
 
 def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None) -> None:
@@ -217,7 +218,7 @@ def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, i
     quantised = {rows.dtype in _QUANTISED for _, rows, _ in sides}
     if len(quantised) > 1:
         raise InputError(
-            f"expected both sides quantised or neither, got {queries.dtype} and {items.dtype}; see quantize"
+            f"expected both queries and items quantised or neither, got {queries.dtype} and {items.dtype}; use quantize"
         )
     for name, rows, scales in sides:
         if rows.dtype not in _QUANTISED:
@@ -227,6 +228,11 @@ def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, i
         expected = rows.shape[:2] if rows.dtype in _QUANTISED else None
         got = None if scales is None else scales.shape
         if got != expected:
-            raise InputError(f"expected scales {expected} for {name} {list(rows.shape)} in {rows.dtype}, got {got}")
+            argument = "query_scales" if name == "queries" else "item_scales"
+            shape, remedy = (f" {list(expected)}", "use quantize") if expected else ("=None", "omit them")
+            raise InputError(
+                f"expected {argument}{shape} for {name} {list(rows.shape)} in {rows.dtype}, got "
+                f"{None if got is None else list(got)}; {remedy}"
+            )
         if scales is not None and scales.dtype != torch.float32:
             raise InputError(f"expected scales in float32 for {name}, got {scales.dtype}")

@@ -47,7 +47,7 @@ class Pieces:
     def __init__(self, rows: Rows) -> None:
         listed = list(rows) if isinstance(rows, Sequence) else [rows]
         if not listed:
-            raise InputError("expected one piece or more of items, got none: give an empty tensor of the items' shape")
+            raise InputError("expected at least one piece of items, got none; pass an empty tensor of the items' shape")
         pieces = [_tensor(piece) for piece in listed]
         like = pieces[0].dtype, pieces[0].shape[1:], pieces[0].device
         for piece in pieces:
@@ -251,12 +251,12 @@ def _checked(among: Tensor, n_items: int) -> Tensor:
     if not isinstance(among, Tensor):
         raise InputError(f"{requirement}, got {type(among).__name__}: make it a tensor (torch.as_tensor)")
     if among.dtype != torch.int64 or among.ndim != 1:
-        raise InputError(f"{requirement}, got {among.dtype} {list(among.shape)}; of a mask: mask.nonzero()[:, 0]")
+        raise InputError(f"{requirement}, got {among.dtype} {list(among.shape)}; for a mask: mask.nonzero()[:, 0]")
     among = among.detach().cpu().contiguous()
     if (among[1:] <= among[:-1]).any():
         raise InputError(f"{requirement}, got some out of order or twice: sort them (among.unique())")
     if len(among) and not 0 <= among[0] <= among[-1] < n_items:
-        raise InputError(f"{requirement}, got {among[0]} to {among[-1]}: they count the items of all pieces")
+        raise InputError(f"{requirement}, got {among[0]} to {among[-1]}; positions count the items of all pieces")
     return among
 
 

@@ -130,7 +130,7 @@ def check_bits(bits: Any) -> None:
         InputError: The number of bits is not one that a sketch may have.
     """
     if isinstance(bits, bool) or bits not in BITS:
-        raise InputError(f"expected bits as 1 or 2 for each column, got {bits!r:.80}")
+        raise InputError(f"expected bits to be 1 or 2 per column, got {bits!r:.80}")
 
 
 def _zero_sum_rotation(columns: int) -> Tensor:

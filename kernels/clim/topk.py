@@ -122,7 +122,7 @@ def _check_norms(items: Pieces, positions: Tensor) -> None:
     longest = norms[norms.isfinite()].amax().item() if norms.isfinite().any() else 0.0
     if longest > _LONGEST:
         raise InputError(
-            f"expected items of rows of norm 1, got one of {longest:.3g}: normalise them (torch.nn.functional.normalize)"
+            f"expected items with rows of norm 1, got {longest:.3g}; normalise them (torch.nn.functional.normalize)"
         )
 
 

@@ -97,8 +97,8 @@ def test_the_models_of_open_clip_that_are_documented_are_listed_and_read() -> No
 
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [((320, 512), r"expected a vision transformer of .*\(384, 512, .*got 320.*--heads VISION TEXT"),
-     ((768, 320), r"expected a text transformer of .*\(256, 384, .*got 320.*heads=\(vision, text\)")],
+    [((320, 512), r"vision transformer: expected the width of .*\(384, 512, .*got 320.*--heads VISION TEXT"),
+     ((768, 320), r"text transformer: expected the width of .*\(256, 384, .*got 320.*heads=\(vision, text\)")],
 )  # fmt: skip
 def test_other_widths_are_asked_about(widths: tuple[int, int], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -115,7 +115,7 @@ def test_layouts_that_stand_for_an_activation(layout: Callable[[dict[str, Tensor
 
 def test_an_activation_that_nothing_shows_is_asked_for() -> None:
     with pytest.raises(
-        CheckpointError, match=r"expected the activation .*\(CLIP\).*--activation quick_gelu .*--activation gelu"
+        CheckpointError, match=r"cannot tell which activation .*\(CLIP\).*--activation quick_gelu .*--activation gelu"
     ):
         described(outline())
     assert described(outline(), activation="quick_gelu").quick_gelu
@@ -126,11 +126,11 @@ def test_an_activation_that_nothing_shows_is_asked_for() -> None:
     ("argument", "message"),
     [
         ({"activation": "relu"}, "activation to be one of quick_gelu, gelu, got 'relu'"),
-        ({"heads": ()}, "heads as one number, or two"),
-        ({"heads": (1, 2, 3)}, "heads as one number, or two"),
+        ({"heads": ()}, "heads to be an integer, or two"),
+        ({"heads": (1, 2, 3)}, "heads to be an integer, or two"),
         ({"heads": 0}, "heads of at least 1"),
-        ({"heads": "12"}, "heads as a whole number"),
-        ({"part": 5}, "part as the key"),
+        ({"heads": "12"}, "heads to be an integer"),
+        ({"part": 5}, "part to be the key"),
     ],
 )
 def test_hints_of_another_kind_are_refused(argument: dict[str, Any], message: str) -> None:
@@ -200,7 +200,7 @@ def test_pictures_that_are_not_normalised() -> None:
 )
 def test_pictures_that_are_prepared_in_another_way_are_refused_by_name(changes: dict[str, Any]) -> None:
     (name,) = changes
-    with pytest.raises(CheckpointError, match=rf"resized bicubically to 224 pixels.* has {name}=.*does not do"):
+    with pytest.raises(CheckpointError, match=rf"bicubic resizing to 224 pixels.* got {name}=.*not supported"):
         pictures(**changes)
 
 

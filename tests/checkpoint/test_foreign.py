@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_named(clip, change, message):
 def test_heads_must_be_given_and_divide():
     state = make_clip(vision_cfg=VISION | {"width": 96, "head_width": 32}).state_dict()
     with pytest.raises(
-        CheckpointError, match=r"vision transformer of a published CLIP's width \(384, .*got 96.*--heads"
+        CheckpointError, match=r"vision transformer: expected the width of a published CLIP \(384, .*got 96.*--heads"
     ):
         imported(state, heads=None)
     with pytest.raises(ConfigError, match="multiple of vision_heads"):

@@ -37,7 +37,7 @@ def test_a_folder_of_one_file(longclip_state, known_widths, model, tmp_path):
     assert_same_towers(load_untrained(tmp_path), model)
     torch.save(longclip_state, tmp_path / "longclip-L.pt")
     with pytest.raises(
-        CheckpointError, match=r"expected config\.json .*longclip-B\.pt, longclip-L\.pt.*can be named itself"
+        CheckpointError, match=r"expected config\.json .*longclip-B\.pt, longclip-L\.pt.*pass the path of their file"
     ):
         load(tmp_path)
 
@@ -79,9 +79,7 @@ def test_pictures_that_are_refused_can_be_taken_as_clip_takes_them(clip_state, t
     path = tmp_path / "preprocessor_config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"resample": 2, "size": 64}))
-    with pytest.raises(
-        CheckpointError, match=r"resized bicubically to 32 pixels.*has size=64, resample=2, which .*; without"
-    ):
+    with pytest.raises(CheckpointError, match=r"bicubic resizing to 32 pixels.*got size=64, resample=2 .*; without"):
         load(tmp_path)
     path.write_text(json.dumps(values))
     assert_hub_config(load_untrained(tmp_path).config, "shortest")
@@ -130,9 +128,12 @@ def test_shards_are_read_together(sharded, model):
             lambda shards, index: shutil.copy(shards[0], shards[1]),
             "each weight in the shard that the index names, missing",
         ),
-        (lambda shards, index: index.write_text('{"weight_map": {"a": "../b.bin"}}'), "plain name of a file"),
-        (lambda shards, index: index.write_text('{"weight_map": {"a": 5}}'), "plain name of a file"),
-        (lambda shards, index: index.write_text('{"weight_map": []}'), "weight_map as an object"),
+        (
+            lambda shards, index: index.write_text('{"weight_map": {"a": "../b.bin"}}'),
+            "expected a file name without a folder",
+        ),
+        (lambda shards, index: index.write_text('{"weight_map": {"a": 5}}'), "expected a file name without a folder"),
+        (lambda shards, index: index.write_text('{"weight_map": []}'), "weight_map to be an object"),
         (lambda shards, index: index.write_text('{"weight_map": {}}'), "got a dictionary with nothing"),
         (lambda shards, index: index.write_text("["), "the index of a model's shards in JSON"),
     ],
@@ -146,7 +147,9 @@ def test_shards_that_are_not_whole(sharded, change, message):
 
 def test_one_shard_is_no_checkpoint(sharded):
     folder, name, shards = sharded
-    with pytest.raises(CheckpointError, match=r"found a shard of them.*name their folder, or the index") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"the name is that of a shard; pass their folder, or the index"
+    ) as caught:
         load(shards[0])
     advised = str(caught.value).rpartition(" ")[2]
     assert advised == f"{name}.index.json"

@@ -28,9 +28,7 @@ def test_the_weights_file_stands_for_its_folder(model, folder):
 
 def test_our_own_weights_want_their_configuration(folder, model, tmp_path):
     shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"config\.json that was written with them: name the folder of both, or put"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json that was written with them; put it beside model"):
         load(tmp_path / "model.safetensors")
     shutil.move(folder / "config.json", tmp_path / "config.json")
     assert_same_weights(load(tmp_path / "model.safetensors"), model)
@@ -66,7 +64,7 @@ def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
     assert_same_weights(load(), model)
     monkeypatch.setattr(loading, "BUNDLED", tmp_path / "absent")
     with pytest.raises(
-        CheckpointError, match=r"lacks the bundled model .*reinstall finelip-fast, or name a checkpoint"
+        CheckpointError, match=r"the bundled model .* is missing; reinstall finelip-fast, or name a checkpoint"
     ):
         load()
     assert_same_weights(load(folder), model)
@@ -88,14 +86,14 @@ def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
             lambda f: rename_field(f, "embed_dim", "width"),
             r"unknown fields \['width'\], missing fields \['embed_dim'\]",
         ),
-        (lambda f: change_config(f, image_size="big"), r"config\.json: no sizes of a model"),
+        (lambda f: change_config(f, image_size="big"), r"config\.json: expected the sizes of a model"),
         (lambda f: change_config(f, vision_layers=3), r"missing: visual\.transformer\.resblocks\.2\.ln_1\.weight"),
         (
             lambda f: change_config(f, context_length=99),
             r"misshapen: text\.positional_embedding \[77, 64\].*expected \[99, 64\]",
         ),
         (lambda f: (f / "model.safetensors").unlink(), r"expected model\.safetensors beside .*found config\.json"),
-        (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").touch()), "damaged or cut"),
+        (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").touch()), "truncated or damaged"),
         (lambda f: change_weights(f, lambda t: t.pop("logit_scale")), "missing: logit_scale"),
         (lambda f: change_weights(f, lambda t: t.update(x=torch.zeros(1))), "unknown: x"),
         (lambda f: change_weights(f, lambda t: t.update({"visual.proj": torch.zeros(2)})), r"visual\.proj \[2\]"),
@@ -136,8 +134,8 @@ def test_a_pipe_in_a_folder_is_not_waited_for(folder, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_layers": 1_000_000_000}, "no sizes of a model: expected vision_layers"),
-        ({"vision_layers": 256, "vision_width": 1024}, r"a model of 32\d{8} parameters, as it is configured, found"),
+        ({"vision_layers": 1_000_000_000}, "expected the sizes of a model: expected vision_layers"),
+        ({"vision_layers": 256, "vision_width": 1024}, r"the configured model, 32\d{8} parameters, found"),
         ({"metadata": 5}, None),
     ],
 )

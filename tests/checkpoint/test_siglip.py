@@ -101,7 +101,7 @@ def test_probabilities_are_open_clip_s_own(siglip, tmp_path):
     other = fingerprint(model)
     model.config = model.config.replace(logit_bias=None)
     assert fingerprint(model) == other
-    with pytest.raises(InputError, match=r"a model without logit_bias: .* compare scores with each other"):
+    with pytest.raises(InputError, match=r"a SigLIP model with logit_bias, got .* compare scores with each other"):
         model.probability(model.encode_image(pixels), model.encode_text(ids))
 
 
@@ -193,7 +193,7 @@ def test_every_siglip_of_open_clip_s_is_understood(name):
     cfg = open_clip.get_model_config(name)
     if name == "ViT-SO400M-14-SigLIP-384":
         with pytest.raises(
-            CheckpointError, match=r"384 pixels in patches of 14.* last 6 .*: take the model of 378 pixels"
+            CheckpointError, match=r"384 pixels in patches of 14.* last 6 .*: use the model of 378 pixels"
         ):
             config_from_open_clip(cfg)
         return
@@ -244,14 +244,14 @@ def without_end(folder):
     [
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
-            r"tokenizer\.json: there is no such file; expected",
+            r"tokenizer\.json: no such file; a SigLIP needs",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_bytes(b"{}"),
             r"tokenizer\.json: expected a tokenizer, found",
         ),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), r"expected pad_token in tokenizer_config\.json"),
-        (lambda folder: change_tokenizer(folder, pad_token="<none>"), "as a token that it has, found '<none>'"),
+        (lambda folder: change_tokenizer(folder, pad_token="<none>"), "to be one of its tokens, found '<none>'"),
         (lambda folder: change_tokenizer(folder, padding_side="left"), "padding_side 'right'"),
         (without_end, r"adds an end token to a caption and nothing else, found one that adds the tokens \[\]"),
     ],
@@ -286,7 +286,7 @@ def test_weights_alone_are_not_enough(siglip, tmp_path):
     shutil.copy(siglip.folder / "open_clip_model.safetensors", tmp_path / "siglip.safetensors")
     state = safetensors.torch.load_file(tmp_path / "siglip.safetensors")
     for open_it in (lambda: load(tmp_path / "siglip.safetensors"), lambda: import_state_dict(state, activation="gelu")):
-        with pytest.raises(CheckpointError, match=r"a SigLIP with .*open_clip:ViT-B-16-SigLIP/FILE, or a folder"):
+        with pytest.raises(CheckpointError, match=r"weights of a SigLIP .*open_clip:ViT-B-16-SigLIP/FILE, or a folder"):
             open_it()
 
 

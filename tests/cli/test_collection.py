@@ -85,7 +85,7 @@ def test_the_memory_of_decoding_is_a_flag(photos: Path, run: Any, monkeypatch: p
     monkeypatch.setattr(_decode, "_MIN_BYTES_PER_PIXEL", 1 << 11)  # for 1,600 pixels
     report = run("add", "photos", "--decode-memory", "1")
     assert report["added"] == 0
-    assert "1 are allowed for a picture" in report["skipped"][0][1]
+    assert "a picture may use 1;" in report["skipped"][0][1]
     assert "or allow more MiB with --decode-memory" in report["skipped"][0][1]
     assert os.environ["FINELIP_PICTURE_MEMORY"] == "1000"
     assert run("add", "photos", "--decode-memory", "8")["added"] == 2

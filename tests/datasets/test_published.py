@@ -148,7 +148,7 @@ def test_urban1k_of_other_kinds_of_picture_and_with_hidden_files(tmp_path, caplo
         f"{root / 'caption'}: left out 1 files, first ._1.txt",
     ]
     Image.new("RGB", (2, 2)).save(root / "image" / "1.png")
-    with pytest.raises(InputError, match=r"image: expected one picture of each name, got 1\.JPG and 1\.png"):
+    with pytest.raises(InputError, match=r"image: expected a single picture per name, got 1\.JPG and 1\.png"):
         read_urban1k(root)
 
 
@@ -163,9 +163,7 @@ def test_dci_passes_over_hidden_annotations(tmp_path, caplog):
 def test_a_picture_of_another_suffix_is_named_where_one_is_missing(tmp_path, name):
     images = make_docci(tmp_path) / "images"
     (images / "test_0.jpg").rename(images / name)
-    expected = (
-        rf"1 of 2 pictures are missing, first .*test_0\.jpg \(there is {name}: give it the name that the captions "
-    )
+    expected = rf"1 of 2 pictures are missing, first .*test_0\.jpg \(there is {name}: rename it to match the captions"
     with pytest.raises(InputError, match=expected):
         read_docci(tmp_path)
     (images / name).rename(images / "test_0.jpg")
@@ -350,7 +348,7 @@ def test_urban1k_names_the_first_few_without_the_other(tmp_path, lost, reason):
         (read_docci, make_docci, "expected split to be one of qual_dev, qual_test, test, train; got 'val'"),
         (read_dci, make_dci, "expected split to be one of test, train, valid; got 'val'"),
         (read_flickr30k, make_flickr30k, "expected split to be one of test, train; got 'val'"),
-        (read_flickr30k, make_token, "knows no splits, got 'val'; add dataset_flickr30k.json"),
+        (read_flickr30k, make_token, "has no splits, got 'val'; add dataset_flickr30k.json"),
     ],
 )
 def test_an_unknown_split_is_answered_with_those_there_are(tmp_path, read, make, reason):
@@ -528,7 +526,7 @@ def test_a_name_stays_within_the_published_folder(tmp_path, layout, name):
 def test_coco_gives_each_picture_an_id_of_its_own(tmp_path):
     content = coco()
     content["images"].append({**content["images"][0], "file_name": "other.jpg"})
-    with pytest.raises(InputError, match="expected an id of its own for each of"):
+    with pytest.raises(InputError, match="expected a unique id for each of"):
         read_coco(make_coco(tmp_path, content))
 
 

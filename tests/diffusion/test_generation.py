@@ -153,7 +153,9 @@ def test_a_pipeline_that_was_extended_is_not_what_it_was(
 ) -> None:
     extend(tiny_pipelines.xl(), material["checkpoint"], layer="last").save_pretrained(tmp_path / "extended")
     again = {**material, "pipeline": str(tmp_path / "extended"), "out": str(tmp_path / "a.png")}
-    with pytest.raises(InputError, match="expected a pipeline of 77 tokens to compare with, got 256: it was extended"):
+    with pytest.raises(
+        InputError, match="expected a pipeline of 77 tokens to compare with, got 256; it is already extended"
+    ):
         generate(LONG, compare_77=True, progress=False, **again)  # type: ignore[arg-type]
     generate(LONG, steps=1, progress=False, **again)  # type: ignore[arg-type]
 
@@ -176,7 +178,7 @@ def test_cut_text_is_reported(material: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"out": "a.jpg"}, InputError, "expected out as a .png in a folder that is there, got 'a.jpg'"),
+        ({"out": "a.jpg"}, InputError, "expected out to be a .png file in an existing folder, got 'a.jpg'"),
         ({"out": "nowhere/a.png"}, InputError, "in a folder that is there"),
         ({"text": " "}, InputError, "expected a description"),
         ({"seed": -1}, InputError, "expected seed of at least 0"),
@@ -185,7 +187,7 @@ def test_cut_text_is_reported(material: dict[str, str], tmp_path: Path) -> None:
         (
             {"pipeline": "nowhere/at/all"},
             CheckpointError,
-            "cannot be opened as a pipeline of diffusers for text-to-image",
+            "cannot be opened as a diffusers text-to-image pipeline",
         ),
         ({"checkpoint": "nowhere"}, CheckpointError, "no such file or folder"),
     ],

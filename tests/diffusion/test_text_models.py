@@ -100,5 +100,5 @@ def test_tuples_and_masks(pipeline: Any) -> None:
     with torch.no_grad():
         named, values = pipeline.text_encoder_2(ids), pipeline.text_encoder_2(ids, return_dict=False)
     assert all(map(torch.equal, values, named.to_tuple()))
-    with pytest.raises(InputError, match="expected no attention_mask and no position_ids beside 256 tokens"):
+    with pytest.raises(InputError, match="expected no attention_mask and no position_ids with 256 tokens"):
         pipeline.text_encoder_2(ids, attention_mask=torch.ones_like(ids))

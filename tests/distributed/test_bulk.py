@@ -56,7 +56,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         worker = bulk.Worker(self._job)
         for task, files in reversed(list(enumerate(tasks))):
             if task in fails:
-                raise EngineError("the workers cannot go on")
+                raise EngineError("the workers cannot continue")
             joined = b"\0".join(map(os.fsencode, files))
             yield json.loads(worker({"task": np.array([task]), "files": np.array([joined], object)})["report"][0])
 
@@ -175,7 +175,7 @@ def test_a_job_that_was_stopped_goes_on(
     index = tmp_path / "index"
     files = sorted(photos.glob("*.png"))
     without_ray.append(0)
-    with pytest.raises(EngineError, match="cannot go on"):
+    with pytest.raises(EngineError, match="cannot continue"):
         add(files, index, checkpoint, part=8)
     assert len(stored_index(index)) == 0  # a part is adopted in order, from its first task
     assert not list((index / "incoming").iterdir())
@@ -228,7 +228,7 @@ def test_a_batch_does_not_kill_workers_for_ever(worker: bulk.Worker, photos: Pat
     journal = worker.job.journal("task")
     for _ in range(16):
         journal.write("begin")
-    with pytest.raises(EngineError, match="have died 16 times at the same 1 files: is there memory"):
+    with pytest.raises(EngineError, match="died 16 times on the same 1 files, probably for lack of memory"):
         worker.encode([str(photos / "00.png")], journal)
 
 
@@ -238,9 +238,9 @@ def test_files_on_which_workers_die_can_be_taken_out(worker: bulk.Worker, photos
     for _ in range(16):
         for line in ("begin", "2"):
             journal.write(line)
-    with pytest.raises(EngineError, match="have died 16 times at the same 4 files: take out ") as caught:
+    with pytest.raises(EngineError, match="died 16 times on the same 4 files; remove ") as caught:
         worker.encode(files, journal)
-    files.remove(str(caught.value).rpartition("take out ")[2])  # as the message advises
+    files.remove(str(caught.value).rpartition("remove ")[2])  # as the message advises
     assert worker.encode(files, worker.job.journal("another task"))["rows"] == [0, 1, 2]
 
 
@@ -249,7 +249,9 @@ def test_workers_refuse_another_checkpoint_until_they_see_the_same(
 ) -> None:
     finelip_fast.save(make_model(seed=1, context_length=40, vision_layers=1, text_width=32), tmp_path / "other")
     worker.job.opening["checkpoint"] = str(tmp_path / "other")
-    with pytest.raises(EngineError, match=r"to be the same for all workers, .*: put it where all see it"):
+    with pytest.raises(
+        EngineError, match=r"to be the same for all workers, .*; put it in a folder that all workers can read"
+    ):
         worker.encode([str(photos / "00.png")], worker.job.journal("task"))
     shutil.copytree(checkpoint, tmp_path / "other", dirs_exist_ok=True)
     assert worker.encode([str(photos / "00.png")], worker.job.journal("task"))["rows"] == [0]

@@ -31,7 +31,7 @@ def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.Monkey
 
 def test_without_its_address_this_machine_is_used(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(EngineError, match="or unset RAY_ADDRESS to use this machine alone"):
+    with pytest.raises(EngineError, match="or unset RAY_ADDRESS to use only this machine"):
         _connect(ray, 1)
     monkeypatch.delenv("RAY_ADDRESS")
     with cluster(1) as module:

@@ -185,7 +185,7 @@ def test_a_shard_that_hangs_is_not_waited_for_again(ray: Any, shards: Shards) ->
         assert reason == "no answer within 1 seconds"
         started = time.monotonic()
         (reason,) = shards.search(QUERIES, 10).missing.values()
-        assert reason == "it is starting, busy, or waits for a free core"
+        assert reason == "it is starting or busy, or no core is free"
         assert time.monotonic() - started < 1
     finally:
         os.kill(process, signal.SIGCONT)
@@ -230,9 +230,9 @@ def test_a_folder_without_an_index_is_refused(together: tuple[list[Path], Index]
 @pytest.mark.parametrize(
     ("folders", "options", "message"),
     [
-        ([], {}, "expected folders of indexes, each once, got []"),
-        (["a", "a"], {}, "each once, got ['a', 'a']"),
-        (["a"], {"partial": "some"}, "expected partial among refuse, mark, got 'some'"),
+        ([], {}, "expected unique folders of indexes, got []"),
+        (["a", "a"], {}, "expected unique folders of indexes, got ['a', 'a']"),
+        (["a"], {"partial": "some"}, "expected partial to be one of refuse, mark, got 'some'"),
     ],
 )
 def test_wrong_settings_are_refused(folders: list[str], options: dict[str, Any], message: str) -> None:

@@ -147,7 +147,7 @@ def test_a_named_precision_is_an_order(checkpoint: Path) -> None:
 
 
 def test_settings_that_an_engine_does_not_have_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match=r"on cpu to be one of fp32, bf16, int8, got 'fp16'; an export can"):
+    with pytest.raises(InputError, match=r"on cpu to be one of fp32, bf16, int8, got 'fp16'; exports support"):
         open_engine("torch", checkpoint, "cpu", precision="fp16")
     with pytest.raises(InputError, match=r"torch\.set_num_threads"):
         open_engine("torch", checkpoint, threads=2)
@@ -186,7 +186,7 @@ def test_a_precision_without_instructions_is_refused(
     bare: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setattr(cpu, "has", lambda feature: False)
-    with pytest.raises(EngineError, match=f"cannot run in {precision}: this processor has no .*; leave precision out"):
+    with pytest.raises(EngineError, match=f"cannot run in {precision}: this processor has no .*; omit precision"):
         open_engine("torch", bare, "cpu", precision=precision)
     assert open_engine("auto", bare, "cpu", precision=precision).description == "cpu, float32"
 
@@ -209,7 +209,7 @@ def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoi
         text = {"checkpoint": "checkpoint: made from", "file": "text.onnx: not the file", "proof": "never compared"}
         text["device"] = "was not proven on cpu"
         with pytest.raises(
-            EngineError, match=rf"{text[change]}.*ake it anew.*: finelip export onnx .*--precision fp32"
+            EngineError, match=rf"{text[change]}.*xport it again.*: finelip export onnx .*--precision fp32"
         ):
             open_engine("onnx", bare, "cpu")
         engine = open_engine("auto", bare, "cpu")
@@ -224,9 +224,7 @@ def test_a_damaged_manifest_stops_the_named_engine_alone(bare: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("damaged")
     try:
-        with pytest.raises(
-            EngineError, match=r"manifest\.json: expected a manifest: .*; make the export anew; finelip"
-        ):
+        with pytest.raises(EngineError, match=r"manifest\.json: expected a manifest: .*; export it again; finelip"):
             open_engine("onnx", bare, "cpu")
         assert "not onnx-fp32: " in open_engine("auto", bare, "cpu").reason
     finally:
@@ -257,7 +255,7 @@ def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: 
     monkeypatch.setattr(onnx, "adds_bytes_exactly", lambda: False)
     with pytest.raises(EngineError, match="8-bit products saturate"):
         open_engine("onnx", checkpoint, "cpu", precision="int8")
-    assert "not onnx int8: this processor's 8-bit products saturate" in open_engine("auto", checkpoint, "cpu").reason
+    assert "not onnx int8: 8-bit products saturate on this processor" in open_engine("auto", checkpoint, "cpu").reason
 
 
 def test_a_retriever_gives_the_same_with_every_engine(checkpoint: Path) -> None:

@@ -151,7 +151,7 @@ def test_padding_changes_nothing(engine: Engine) -> None:
 def test_a_shorter_context_cuts_there(engine: Engine) -> None:
     assert encode_batch(TEXTS[:1], CONTEXT).lengths == 5
     torch.testing.assert_close(engine.embed_texts(TEXTS[:1], context_length=5), engine.embed_texts(TEXTS[:1]), **CLOSE)
-    with pytest.warns(TruncationWarning, match="1 of 2 captions was longer than 4 tokens"):
+    with pytest.warns(TruncationWarning, match="1 of 2 texts exceeded 4 tokens"):
         cut = engine.embed_texts(["a red house", "a red"], context_length=4)
     torch.testing.assert_close(cut[0], cut[1], **CLOSE)
 
@@ -165,9 +165,9 @@ def test_a_context_that_cannot_be_is_refused(engine: Engine, context: int) -> No
 def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:
     whole = encode_batch([LONG], 1000)
     assert whole.lengths > 2 * CONTEXT
-    with pytest.raises(InputError, match=f"expected captions of at most {CONTEXT} tokens, got {int(whole.lengths)}"):
+    with pytest.raises(InputError, match=f"expected texts of at most {CONTEXT} tokens, got {int(whole.lengths)}"):
         engine.embed_texts([LONG], overflow="error")
-    with pytest.warns(TruncationWarning, match=f"longer than {CONTEXT} tokens"):
+    with pytest.warns(TruncationWarning, match=f"exceeded {CONTEXT} tokens"):
         cut = engine.embed_texts([LONG])
     windowed = engine.embed_texts(["a cat", LONG, ""], overflow="window", batch_size=2)
     assert windowed.shape[0] == 3
@@ -224,7 +224,7 @@ def test_a_relative_source_is_kept_absolute(checkpoint: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if why_not(name) is not None])
 def test_an_engine_that_cannot_run_says_what_to_do(name: str, checkpoint: Path) -> None:
-    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*; or use engine='torch'"):
+    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*Alternatively, use engine='torch'"):
         open_engine(name, checkpoint)
 
 

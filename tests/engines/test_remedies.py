@@ -108,7 +108,7 @@ def test_build_mends_an_export(exported: Path, tmp_path: Path) -> None:
 def test_engines_that_are_advised_open(exported: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(exported, tmp_path / "checkpoint"))
     _missing(checkpoint / "exports" / "onnx-fp32")
-    with pytest.raises(EngineError, match="or use engine='torch' or engine='auto'"):
+    with pytest.raises(EngineError, match="Alternatively, use engine='torch' or engine='auto'"):
         open_engine("onnx", checkpoint, "cpu")
     assert open_engine("torch", checkpoint, "cpu").name == open_engine("auto", checkpoint, "cpu").name == "torch"
     with pytest.raises(EngineError, match="use device='cpu', or leave it out"):

@@ -116,12 +116,12 @@ def test_batches_and_texts_are_cut_to_what_plans_take(on, plans, checkpoint: Pat
 def test_a_wrong_gpu_is_refused(on, plans, checkpoint: Path) -> None:
     on(BLACKWELL)
     with pytest.raises(
-        EngineError, match=r"compute_capability: made for '8\.9', here it is '12\.0'.*Make it anew: finelip"
+        EngineError, match=r"compute_capability: made for '8\.9', here it is '12\.0'.*Export it again: finelip"
     ):
         TrtEngine(checkpoint, plans["8.9"])
     on(ADA)
     with pytest.raises(
-        EngineError, match=r"compute_capability: made for '12\.0', here it is '8\.9'.*Make it anew: finelip"
+        EngineError, match=r"compute_capability: made for '12\.0', here it is '8\.9'.*Export it again: finelip"
     ):
         TrtEngine(checkpoint, plans["12.0"])
     # Plans that were built on a GPU are for GPUs of that name.
@@ -146,7 +146,9 @@ def test_a_wrong_version_is_refused(on, plans, checkpoint: Path) -> None:
 def test_a_wrong_precision_is_refused(on, plans, checkpoint: Path) -> None:
     on(ADA)
     command = rf"finelip export trt {checkpoint} --precision bf16 --profile latency$"
-    with pytest.raises(EngineError, match=rf"precision: made for 'fp16', asked for 'bf16'\. Make it anew: {command}"):
+    with pytest.raises(
+        EngineError, match=rf"precision: made for 'fp16', asked for 'bf16'\. Export it again: {command}"
+    ):
         TrtEngine(checkpoint, plans["8.9"], precision="bf16")
 
 
@@ -154,7 +156,7 @@ def test_a_wrong_profile_is_refused(on, plans, checkpoint: Path) -> None:
     on(ADA)
     command = rf"finelip export trt {checkpoint} --precision fp16 --profile throughput$"
     with pytest.raises(
-        EngineError, match=rf"profile: made for 'latency', asked for 'throughput'\. Make it anew: {command}"
+        EngineError, match=rf"profile: made for 'latency', asked for 'throughput'\. Export it again: {command}"
     ):
         TrtEngine(checkpoint, plans["12.0"], profile="throughput")
 
@@ -184,7 +186,7 @@ def test_plans_of_other_graphs_are_refused(on, plans, checkpoint: Path) -> None:
     on(ADA)
     made = plans["8.9"].manifest
     older = {**made.options, "onnx": dict.fromkeys(made.options["onnx"], "0" * 64)}
-    with pytest.raises(EngineError, match=r"onnx: made for \{'image\.onnx': '000.*Make it anew: finelip export trt"):
+    with pytest.raises(EngineError, match=r"onnx: made for \{'image\.onnx': '000.*Export it again: finelip export trt"):
         TrtEngine(checkpoint, Export(plans["8.9"].folder, dataclasses.replace(made, options=older)))
 
 
@@ -192,11 +194,13 @@ def test_an_unproven_plan_is_refused_with_what_proves_it(on, plans, checkpoint: 
     unproven = Export(plans["8.9"].folder, dataclasses.replace(plans["8.9"].manifest, proof={}))
     on(ADA)
     command = rf"finelip export trt {checkpoint} --precision fp16 --prove --out {plans['8.9'].folder}$"
-    with pytest.raises(EngineError, match=rf"proof: it was never compared with the model\. Prove it here: {command}"):
+    with pytest.raises(
+        EngineError, match=rf"cannot be used: it was never compared with the model\. Compare it here: {command}"
+    ):
         TrtEngine(checkpoint, unproven)
     on(BLACKWELL)  # a proof is impossible there
     with pytest.raises(
-        EngineError, match=r"compute_capability: .*proof: it was never.*Make it anew: .*--precision fp16 --again$"
+        EngineError, match=r"compute_capability: .*proof: it was never.*Export it again: .*--precision fp16 --again$"
     ):
         TrtEngine(checkpoint, unproven)
 

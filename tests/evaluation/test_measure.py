@@ -241,7 +241,7 @@ def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
     with torch.no_grad():
         images = model.encode_image(model.preprocess.batch([one.image for one in examples]))
     for row in report.rows:
-        with pytest.warns(UserWarning, match=f"longer than {row.context} tokens"):
+        with pytest.warns(UserWarning, match=f"exceeded {row.context} tokens"):
             ids = finelip_fast.tokenize([one.caption for one in examples], row.context)
         with torch.no_grad():
             texts = model.encode_text(ids)

@@ -179,7 +179,7 @@ def test_bad_requests_say_what_is_wrong(model: FineLIP, explanation: Explanation
     for place in ((5, 5), (-1, 3), (0, 10_000)):
         with pytest.raises(ValueError, match="expected \\(start, end\\) around words"):
             explanation.heatmap(place)
-    with pytest.raises(ValueError, match="expected tokens of"):
+    with pytest.raises(ValueError, match="expected tokens to be one of"):
         explanation.heatmap(explanation.words[0].text, tokens="fine")
     with pytest.raises(ValueError, match="around a patch's centre"):
         explanation.words_at((0.0, 0.0, 0.01, 0.01))

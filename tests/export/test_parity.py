@@ -79,7 +79,7 @@ def test_an_overflow_is_refused(make_model):
     report = parity.prove(own, parity.Encoders(run["image"], run["text"], graphs=halves), "fp16")
     assert report.failures[0].startswith("text: finite: "), report.failures
     (failure,) = report.failures
-    assert "rows hold NaN or infinity: a number is past what the precision can hold" in failure
+    assert "rows hold NaN or infinity: a number exceeds the range of the precision" in failure
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])

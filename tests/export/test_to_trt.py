@@ -209,7 +209,7 @@ def test_int8_is_made_from_calibrated_graphs(checkpoint: Path, asked, tmp_path) 
 def test_what_cannot_be_asked_for_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"expected precision to be one of .* got 'fp8'"):
         export_trt(checkpoint, precision="fp8")
-    with pytest.raises(EngineError, match=r"PyTorch finds none; name one with --compute-capability.*tensorrt_rtx"):
+    with pytest.raises(EngineError, match=r"PyTorch finds none; name a GPU with --compute-capability.*tensorrt_rtx"):
         export_trt(checkpoint)
     with pytest.raises(InputError, match=r"expected a compute capability such as '8\.9', got 'ada'"):
         export_trt(checkpoint, compute_capability="ada")
@@ -395,7 +395,7 @@ def test_the_command_says_what_it_made_and_how_to_prove_it(plans: Path, checkpoi
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "name one with --compute-capability"),
+        ([], "name a GPU with --compute-capability"),
         (["--prove"], "PyTorch finds none here"),
         (["--compute-capability", "8.9", "--strip"], "--strip: TensorRT needs the GPU"),
         (["--compute-capability", "8.9", "--refit", "x"], "--refit: TensorRT needs the GPU"),

@@ -111,7 +111,7 @@ def test_older_versions_stay_until_they_are_forgotten(catalogue: Catalogue) -> N
     assert list(catalogue.items()) == items
     assert catalogue.at([1, 0, 7], 3) == {0: items[0], 1: items[1]}
     assert catalogue.at([0], 2) is None
-    with pytest.raises(StoreError, match=r"expected a version of .* from 3 to 3, got 2"):
+    with pytest.raises(StoreError, match=r"expected version from 3 to 3 of .*, got 2"):
         catalogue.layout(2)
     with pytest.raises(StoreError, match="was compacted while it was read"):
         list(catalogue.items(2))

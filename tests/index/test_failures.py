@@ -179,7 +179,7 @@ def test_little_memory_is_an_error(tmp_path: Path) -> None:
 
 def test_a_lost_catalogue_is_not_taken_for_an_empty_index(folder: Path) -> None:
     (folder / "catalogue.sqlite").rename(folder.parent / "kept")
-    with pytest.raises(StoreError, match=r"has segments and no catalogue\.sqlite.*restore it from a snapshot"):
+    with pytest.raises(StoreError, match=r"has segments but no catalogue\.sqlite.*restore it from a snapshot"):
         Index(SPEC, folder)
     with pytest.raises(StoreError, match="there is no index at"):
         stored_index(folder)

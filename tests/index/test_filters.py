@@ -396,7 +396,10 @@ def test_the_documentation_computes() -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("", "expected a field, got the end at column 1 of the where expression; a comparison begins with one: camera"),
+        (
+            "",
+            "expected a field, got the end at column 1 of the where expression; a comparison begins with a field: camera",
+        ),
         (" \n\t", "expected a field, got the end at column 4"),
         ("x = $5", "expected a field, an operator or a value, got '$5' at column 5"),
         ("x = 5mm and y = 1", "got '5mm' at column 5"),
@@ -404,7 +407,7 @@ def test_the_documentation_computes() -> None:
         ("x. = 1", "got '.' at column 2"),
         (
             "focal-length = 1",
-            "got '-length' at column 6 of the where expression; texts stand in 'single quotes', with ''",
+            "got '-length' at column 6 of the where expression; write texts in 'single quotes', with ''",
         ),
         ("x = 'it's'", 'an operator or a value, got "\'" at column 10'),
         ("x = 'it''s", "got \"'it''s\" at column 5"),
@@ -430,7 +433,7 @@ def test_the_documentation_computes() -> None:
         (f"x = {'y' * 99}", f"expected a value, got '{'y' * 40}…' at column 5"),
         (
             "x is true",
-            "expected null, got 'true' at column 6 of the where expression; other values are compared with =",
+            "expected null, got 'true' at column 6 of the where expression; compare with other values by =",
         ),
         ("x in 1", "expected ( after in, got '1' at column 6"),
         ("x in ()", "expected a value, got ')' at column 7"),
@@ -443,25 +446,25 @@ def test_the_documentation_computes() -> None:
         (f"n = {'1' * 40_000}x", f"got '{'1' * 40}…' at column 5"),
         (f"{'n' * 1001} = 1", "expected a field of at most 64 names and 1000 characters"),
         (f"{'.'.join('n' * 65)} = 1", "expected a field of at most 64 names and 1000 characters"),
-        (f"x = '{'y' * 1_000_000}'", "expected an expression of at most 1000000 characters, got 1000006"),
+        (f"x = '{'y' * 1_000_000}'", "expected a where expression of at most 1000000 characters, got 1000006"),
         (
             " or ".join([f"{'é' * 1000} in (1, 'a', true)"] * 200),
-            "expected a shorter where expression, got one of 7",
+            "as SQL, got 7",
         ),
         ("x between 1", "expected and, got the end at column 12"),
-        ("x between 1 and 'a'", "expected two ends of one type, got \"'a'\" at column 17"),
-        ("x between 1 and true", "expected two ends of one type, got 'true' at column 17"),
+        ("x between 1 and 'a'", "expected two ends of the same type, got \"'a'\" at column 17"),
+        ("x between 1 and true", "expected two ends of the same type, got 'true' at column 17"),
         (
             "(x = 1 or (y = 2)",
-            "expected ), got the end at column 18 of the where expression; close the parenthesis of column 1",
+            "expected ), got the end at column 18 of the where expression; close the parenthesis at column 1",
         ),
-        ("x = 1)", "expected and, or, or the end, got ')' at column 6"),
-        ("x = 1 y = 2", "expected and, or, or the end, got 'y' at column 7"),
-        ("x like 'a' escape 'b'", "expected and, or, or the end, got 'escape' at column 12"),
+        ("x = 1)", "expected 'and', 'or' or the end, got ')' at column 6"),
+        ("x = 1 y = 2", "expected 'and', 'or' or the end, got 'y' at column 7"),
+        ("x like 'a' escape 'b'", "expected 'and', 'or' or the end, got 'escape' at column 12"),
         ("(" * 9_999, "expected parentheses at most 50 deep, got '(' at column 51"),
         (
             " or ".join(["x = 1"] * 201),
-            "expected at most 200 comparisons, got 'x' at column 1801 of the where expression; gather values",
+            "expected at most 200 comparisons, got 'x' at column 1801 of the where expression; combine values",
         ),
         (f"x in ({'1,' * 40_000} 1)", "expected at most 32000 values, got '1' at column 64007"),
     ],
@@ -473,13 +476,13 @@ def test_refuses(where: str, message: str) -> None:
 
 def test_refuses_what_is_no_text() -> None:
     for take in (compile_filter, field_expression):
-        with pytest.raises(InputError, match="expected an expression as str, got NoneType; write"):
+        with pytest.raises(InputError, match="expected a where expression as a str, got NoneType; write"):
             take(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["", " ", "a b", "id", "a =", "'a'", "5", "null", "a, b", "(a)"])
 def test_an_index_is_of_one_field(field: str) -> None:
-    with pytest.raises(InputError, match=re.escape(f"expected a field of the metadata, got {field!r}; name one as in")):
+    with pytest.raises(InputError, match=re.escape(f"expected a field of the metadata, got {field!r}; write it as in")):
         field_expression(field)
 
 

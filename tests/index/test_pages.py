@@ -92,7 +92,9 @@ def test_a_page_whose_place_is_lost_says_so(tmp_path: Path, comes_back: bool) ->
         index.maintain()
         if comes_back:
             add(index, "c")
-        with pytest.raises(InputError, match=r"last item is gone.*list from the beginning"):
+        with pytest.raises(
+            InputError, match=r"last item of the page before after was deleted.*list from the beginning"
+        ):
             index.page(after=after)
 
 
@@ -115,7 +117,7 @@ def test_an_older_version_is_listed_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "x", "1.2", "1.2.$", "-1.0.YQ", "1" * 40 + ".0.YQ", 5, "0.0.A"])
 def test_what_no_page_gave_is_refused(index: Index, wrong: object) -> None:
-    with pytest.raises(InputError, match="expected after as a page of the listing gave it"):
+    with pytest.raises(InputError, match="expected after to be the cursor of a previous page"):
         index.page(after=wrong)
     with pytest.raises(InputError, match="expected limit of at least 1"):
         index.page(limit=0)

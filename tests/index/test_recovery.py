@@ -108,7 +108,7 @@ def test_a_damaged_catalogue_is_made_anew(tmp_path: Path, has_copy: bool, capsys
 def test_nothing_to_restore_from(tmp_path: Path) -> None:
     with closing(Index(SPEC, tmp_path)):
         pass
-    with pytest.raises(StoreError, match=r"there is neither .* nor a list"):
+    with pytest.raises(StoreError, match=r"found neither .* nor a list"):
         restore(tmp_path)
     with closing(Index(SPEC, tmp_path)) as index:
         assert index.ids == []

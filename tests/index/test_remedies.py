@@ -73,11 +73,11 @@ class Case(NamedTuple):
 ONE, LONG = embeddings(1), {"text": "x" * (1 << 26)}
 MANY = " or ".join(f"{'field' * 190}{number} in (1, 'a', true)" for number in range(190))
 CASES = {
-    "an id that is taken": Case(lambda index: index.add(["3"], ONE, [{}]), "give other ids, or replace them",
+    "an id that is taken": Case(lambda index: index.add(["3"], ONE, [{}]), "pass other ids, or existing='skip' or",
                                 lambda index: (index.add(["new"], ONE, [{}]), index.upsert(["3"], ONE, [{}]))),
-    "an id twice": Case(lambda index: index.add(["a", "a"], embeddings(2), [{}, {}]), "give each item once",
+    "an id twice": Case(lambda index: index.add(["a", "a"], embeddings(2), [{}, {}]), "expected unique ids, got 'a' twice",
                         lambda index: index.add(["a"], ONE, [{}])),
-    "long rows": Case(lambda index: index.add(["a"], 2 * ONE, [{}]), "normalize it",
+    "long rows": Case(lambda index: index.add(["a"], 2 * ONE, [{}]), "normalize them: torch.nn.functional.normalize(",
                       lambda index: index.add(["a"], torch.nn.functional.normalize(2 * ONE, dim=-1), [{}])),
     "large metadata": Case(lambda index: index.add(["a"], ONE, [LONG]), "keep it in a file",
                            lambda index: index.add(["a"], ONE, [{"text": "x.txt"}])),
@@ -87,9 +87,9 @@ CASES = {
                                   lambda index: index.ids_matching("camera = 'X100'")),
     "a field that is none": Case(lambda index: index.speed_up("camera = 1"), 'camera, place.city or "any name"',
                                  lambda index: [index.speed_up(name) for name in ("camera", "place.city", '"any name"')]),
-    "a long filter": Case(lambda index: index.ids_matching(f"camera = '{'x' * 1_000_000}'"), "; ask in parts",
+    "a long filter": Case(lambda index: index.ids_matching(f"camera = '{'x' * 1_000_000}'"), "; split it into several",
                           lambda index: index.ids_matching("camera = 'x'")),
-    "a filter of long names": Case(lambda index: index.ids_matching(MANY), "ask in parts",
+    "a filter of long names": Case(lambda index: index.ids_matching(MANY), "split it into several searches",
                                    lambda index: [index.ids_matching(part) for part in MANY.split(" or ")[:3]]),
 }  # fmt: skip
 
@@ -113,21 +113,21 @@ def test_a_call_that_is_mended_as_advised_succeeds(index: Index, case: Case) -> 
 # A filter that is refused, the advice, and the filter that follows it.
 FILTERS = [
     ("camera = X100", "write a 'text' in single quotes", "camera = 'X100'"),
-    ("camera = null", "null is asked for by is null", "camera is null"),
-    ("camera is 'X100'", "other values are compared with =", "camera = 'X100'"),
-    ("'X100' = camera", "a comparison begins with one: camera = 'X100'", "camera = 'X100'"),
+    ("camera = null", "for missing values use: field is null", "camera is null"),
+    ("camera is 'X100'", "compare with other values by =", "camera = 'X100'"),
+    ("'X100' = camera", "a comparison begins with a field: camera = 'X100'", "camera = 'X100'"),
     ('camera == "X100"', "write a 'text' in single quotes", "camera == 'X100'"),
-    ("f# = 1", 'fields of other characters than letters, digits and _ in "double quotes"', '"f#" = 1'),
-    ("name = 'it's'", "with '' for a quote in one", "name = 'it''s'"),
-    ("camera in 'X100'", "a list is written (value, value, ...)", "camera in ('X100', 'X200')"),
-    ("camera like 5", "give a text, as in like 'X1%'", "camera like 'X1%'"),
-    ("camera like '" + "%x" * 40 + "'", "give a simpler one, as in like 'X1%'", "camera like 'X1%'"),
+    ("f# = 1", 'fields with characters other than letters, digits and _ in "double quotes"', '"f#" = 1'),
+    ("name = 'it's'", "with '' for a quote inside", "name = 'it''s'"),
+    ("camera in 'X100'", "write a list as (value, value, ...)", "camera in ('X100', 'X200')"),
+    ("camera like 5", "write a text, as in like 'X1%'", "camera like 'X1%'"),
+    ("camera like '" + "%x" * 40 + "'", "write a simpler pattern, as in like 'X1%'", "camera like 'X1%'"),
     ("width between 1, 5", "field between 1 and 5", "width between 1 and 5"),
-    ("width between 1 and 'b'", "give two numbers or two texts", "width between 'a' and 'b'"),
-    ("width = 1 and (a = 1", "close the parenthesis of column 15", "width = 1 and (a = 1)"),
+    ("width between 1 and 'b'", "write two numbers or two texts", "width between 'a' and 'b'"),
+    ("width = 1 and (a = 1", "close the parenthesis at column 15", "width = 1 and (a = 1)"),
     ("width 1", "the operators are = != < <= > >=", "width >= 1"),
-    ("(" * 100 + "a = 1" + ")" * 100, "write it with fewer inside each other", "((a = 1))"),
-    (" or ".join(["a = 1"] * 400), "gather values of one field: field in (value, ...)", "a in (1, 2, 3)"),
+    ("(" * 100 + "a = 1" + ")" * 100, "nest fewer of them", "((a = 1))"),
+    (" or ".join(["a = 1"] * 400), "combine values of a field: field in (value, ...)", "a in (1, 2, 3)"),
 ]
 
 
@@ -159,7 +159,7 @@ def test_an_index_that_is_opened_again_can_be_changed(index: Index, disturb: Cal
 def test_an_older_version_is_changed_where_it_is_open_without_one(folder: Path) -> None:
     with (
         closing(Index(SPEC, folder, version=1)) as old,
-        pytest.raises(FineLIPError, match="is open at an older version: open its folder again to change it"),
+        pytest.raises(FineLIPError, match="read-only; open it without version to change it"),
     ):
         old.delete(["3"])
     with closing(Index(SPEC, folder)) as newest:
@@ -172,7 +172,7 @@ def test_a_process_that_writes_is_waited_for(index: Index, folder: Path, monkeyp
     with closing(Index(SPEC, folder)) as other:
         with (
             other._store.catalogue.changing(),
-            pytest.raises(FineLIPError, match="wait for it to end and try again"),
+            pytest.raises(FineLIPError, match="wait until it is done, and try again"),
         ):
             index.delete(["3"])
         index.delete(["3"])
@@ -188,7 +188,7 @@ def test_where_there_is_no_index_one_is_made(tmp_path: Path) -> None:
 
 def test_a_root_that_cannot_be_read_is_set(index: Index, tmp_path: Path) -> None:
     index._store.catalogue.keep("root", 5)
-    with pytest.raises(FineLIPError, match=r"the root of the index at .* cannot be read, 5: set it with") as caught:
+    with pytest.raises(FineLIPError, match=r"the index at .* has an invalid root, 5; set it with") as caught:
         index.root  # noqa: B018
     finelip("index move-root FOLDER", caught.value, FOLDER=tmp_path)
     assert index.root == tmp_path.resolve()
@@ -196,7 +196,7 @@ def test_a_root_that_cannot_be_read_is_set(index: Index, tmp_path: Path) -> None
 
 def test_what_was_tuned_and_cannot_be_read_is_tuned_again(index: Index) -> None:
     index._store.catalogue.keep("tuning", {"candidates": "x"})
-    with pytest.raises(FineLIPError, match=r" again, or in Python forget it: index\.tuning = None$") as caught:
+    with pytest.raises(FineLIPError, match=r" again, or discard them in Python: index\.tuning = None$") as caught:
         index.search(QUERY, 1)
     with closing(Index(SPEC, index.folder)) as other:
         other.tuning = None
@@ -278,7 +278,7 @@ def test_a_catalogue_is_restored_from_a_snapshot(
 def test_without_a_copy_or_list_a_snapshot_is_restored(folder: Path) -> None:
     for path in [*folder.glob("*copy*"), *(folder / "segments").glob("*.items")]:
         path.unlink()
-    with pytest.raises(FineLIPError, match=r": restore a snapshot$"):
+    with pytest.raises(FineLIPError, match=r"; restore a snapshot$"):
         restore(folder)
     shutil.rmtree(folder)
     shutil.copytree(folder.with_name("snapshot"), folder)
@@ -291,7 +291,7 @@ def test_a_link_in_the_place_of_the_catalogue_is_replaced_by_what_it_leads_to(fo
     catalogue.symlink_to(tmp_path / "elsewhere.sqlite")
     with (
         closing(Index(SPEC, folder)) as index,
-        pytest.raises(FineLIPError, match="is not written to: copy it to its place"),
+        pytest.raises(FineLIPError, match="is not written through; replace it with a copy of the file"),
     ):
         index.delete(["3"])
     catalogue.unlink()
@@ -303,7 +303,7 @@ def test_a_link_in_the_place_of_the_catalogue_is_replaced_by_what_it_leads_to(fo
 def test_a_folder_that_is_a_link_is_moved_into_the_index(folder: Path, tmp_path: Path) -> None:
     (folder / "segments").rename(tmp_path / "segments")
     (folder / "segments").symlink_to(tmp_path / "segments")
-    with pytest.raises(FineLIPError, match="expected it in the index itself; move it there"):
+    with pytest.raises(FineLIPError, match="is a symbolic link; replace it with the folder that it points to"):
         look(folder)
     (folder / "segments").unlink()
     (tmp_path / "segments").rename(folder / "segments")
@@ -312,7 +312,7 @@ def test_a_folder_that_is_a_link_is_moved_into_the_index(folder: Path, tmp_path:
 
 def test_too_few_items_for_faiss_are_searched_flat(index: Index) -> None:
     pytest.importorskip("faiss")
-    with pytest.raises(FineLIPError, match="as lists, got 120 for 200: search these flat"):
+    with pytest.raises(FineLIPError, match="as lists, got 120 for 200; use fewer lists, or search without them"):
         index.build_candidates(lists=200, progress=False)
     assert index.search(QUERY, 3, mode="two-stage", candidates=10).items[0]
 
@@ -320,7 +320,7 @@ def test_too_few_items_for_faiss_are_searched_flat(index: Index) -> None:
 def test_an_index_too_small_to_tune_is_searched_exactly(folder: Path) -> None:
     with closing(Index(SPEC)) as index:
         index.add(IDS[:3], embeddings(3), [{}] * 3)
-        with pytest.raises(FineLIPError, match="so small an index is searched exactly"):
+        with pytest.raises(FineLIPError, match="search an index this small exactly"):
             tune(index, QUERY, progress=False)
         assert index.search(QUERY, 1).mode == "exact"
 
@@ -343,7 +343,7 @@ def test_processes_that_are_started_otherwise_search(index: Index, monkeypatch: 
         try:
             index.search(QUERY, 1)
         except FineLIPError as error:
-            os._exit("start processes by spawn or forkserver, or fork before" in str(error))
+            os._exit("use the spawn or forkserver start method, or fork before" in str(error))
         finally:
             os._exit(2)
     leave.set()

@@ -277,8 +277,8 @@ def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
         assert index.tuning == by_answer
         for arguments, message in [
             ({"queries": queries[:0]}, "expected queries"),
-            ({"queries": queries, "answers": ["1"]}, "expected queries, each with its answer"),
-            ({"queries": queries[:1], "answers": ["x"]}, "expected answers that are in the index, got 'x' and 0 more"),
+            ({"queries": queries, "answers": ["1"]}, "got 3 queries and 1 answers"),
+            ({"queries": queries[:1], "answers": ["x"]}, "not in the index: 'x'"),
             ({"queries": queries, "candidates": [400]}, "expected more items than candidates"),
         ]:
             with pytest.raises(InputError, match=message):

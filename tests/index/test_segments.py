@@ -201,7 +201,7 @@ def test_two_processes_make_int8_copies_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../escaped.conf", "/etc/passwd", "..", "", "a/b", "a\0b", "x" * 300, None, 7])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StoreError, match="expected the plain name of a file"):
+    with pytest.raises(StoreError, match="expected a file name without a folder"):
         reopened(tmp_path / "segments", name, 1)
 
 
@@ -210,9 +210,9 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "segments").mkdir()
     (tmp_path / "segments" / "link.safetensors").symlink_to(tmp_path / "elsewhere" / segment.name)
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match="is a link, which is not followed"):
+    with pytest.raises(StoreError, match="is a symbolic link, which is not followed"):
         reopened(tmp_path / "segments", "link.safetensors", 2)
-    with pytest.raises(StoreError, match="is a link to another folder"):
+    with pytest.raises(StoreError, match="is a symbolic link; replace it with the folder"):
         reopened(tmp_path / "linked", segment.name, 2)
 
 
@@ -237,7 +237,7 @@ def test_where_no_more_files_can_be_opened_what_is_mapped_is_read(tmp_path: Path
                 while True:
                     held.append(os.open("/dev/null", os.O_RDONLY))
             found = read(segment, rows)
-            with pytest.raises(UnavailableError, match=r"Too many open files; give the process more open files"):
+            with pytest.raises(UnavailableError, match=r"Too many open files; allow the process more open files"):
                 reopened(tmp_path, segment.name, 4, dtype)
         finally:
             for descriptor in held:

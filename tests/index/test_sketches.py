@@ -284,7 +284,7 @@ def test_tuning_chooses_the_first_stage_by_measurement(tmp_path: Path) -> None:
 def test_what_has_no_tokens_or_bits_is_refused(tmp_path: Path) -> None:
     with closing(Index(SPEC, tmp_path)) as index:
         for bits in (0, 3, True, "1", None):
-            with pytest.raises(InputError, match="expected bits as 1 or 2"):
+            with pytest.raises(InputError, match="expected bits to be 1 or 2"):
                 index.build_sketches(bits=bits)  # type: ignore[arg-type]
         assert index.build_sketches() == 0
         assert index.search(embeddings(1), 3, mode="sketch").scores.shape == (1, 0)

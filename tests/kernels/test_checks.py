@@ -73,7 +73,7 @@ def test_a_weight_that_learns_is_two_scores():
 @pytest.mark.parametrize("name", ["clim_topk", "clim_topk_int8", "cosine_candidates"])
 def test_how_many_is_a_number_from_1(name, k):
     with pytest.raises(
-        InputError, match=f"expected (k|count) (as a whole number|of at least 1), got {re.escape(repr(k))}"
+        InputError, match=f"expected (k|count) (to be an integer|of at least 1), got {re.escape(repr(k))}"
     ):
         SEARCHES[name](k=k)
 

@@ -75,14 +75,14 @@ CASES = {
                               lambda: aggregate(ITEMS, (FLOATS + 0j).real.long())),
     "searched integers": Case(lambda: search(ITEMS.int()), "convert them", lambda: search(ITEMS.int().float())),
     "byte order": Case(lambda: search(WRITTEN), "convert them (.astype)", lambda: search(WRITTEN.astype("f4"))),
-    "no piece": Case(lambda: search([]), "give an empty tensor of the items' shape", lambda: search(torch.empty(0, 6, 8))),
+    "no piece": Case(lambda: search([]), "pass an empty tensor of the items' shape", lambda: search(torch.empty(0, 6, 8))),
     "pieces": Case(lambda: search([ITEMS, ITEMS.half()]), "convert them first",
                    lambda: search([ITEMS, ITEMS.half().float()])),
     "long rows": Case(lambda: search(2 * ITEMS), "normalise them (torch.nn.functional.normalize)",
                       lambda: search(torch.nn.functional.normalize(2 * ITEMS, dim=-1))),
     "numbers": Case(lambda: search(among=[1, 2]), "make it a tensor (torch.as_tensor)",
                     lambda: search(among=torch.as_tensor([1, 2]))),
-    "mask": Case(lambda: search(among=MASK), "of a mask: mask.nonzero()[:, 0]",
+    "mask": Case(lambda: search(among=MASK), "for a mask: mask.nonzero()[:, 0]",
                  lambda: search(among=MASK.nonzero()[:, 0])),
     "twice": Case(lambda: search(among=torch.tensor([2, 1, 2])), "sort them (among.unique())",
                   lambda: search(among=torch.tensor([2, 1, 2]).unique())),
@@ -146,7 +146,7 @@ def test_launch_settings_that_are_deleted_or_tuned_again_work_in_the_same_proces
 def test_kernels_that_are_not_forced_run(monkeypatch, forced):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv(dispatch.VARIABLE, forced)
-    with pytest.raises(FineLIPError, match=f"{dispatch.VARIABLE}.*; unset it for the best there is"):
+    with pytest.raises(FineLIPError, match=f"{dispatch.VARIABLE}.*; unset it to choose automatically"):
         clim_scores(QUERIES, ITEMS)
     monkeypatch.delenv(dispatch.VARIABLE)
     assert clim_scores(QUERIES, ITEMS).isfinite().all()

@@ -103,7 +103,7 @@ def test_a_broken_table_says_what_to_do(own, content):
 def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(own):
     own.parent.mkdir(parents=True)
     os.mkfifo(own)
-    with pytest.raises(KernelError, match="found a folder, a pipe or a device; delete"):
+    with pytest.raises(KernelError, match="expected a regular file, got a folder; delete"):
         _settings.tuned(CASE, Cut)
 
 
@@ -126,7 +126,9 @@ def test_truth_values_are_kept_as_such(own):
 @pytest.mark.parametrize("values", [{"block_items": True}, {"block_items": 16, "described": 1}], ids=str)
 def test_numbers_and_truth_values_are_not_mistaken_for_each_other(own, values):
     _settings.save({CASE: values})
-    with pytest.raises(KernelError, match=r"are not this version's: (block_items is True|described is 1); tune again"):
+    with pytest.raises(
+        KernelError, match=r"are from another version: (block_items is True|described is 1); tune again"
+    ):
         _settings.tuned(CASE, Switched)
 
 
@@ -134,7 +136,7 @@ def test_numbers_and_truth_values_are_not_mistaken_for_each_other(own, values):
 def test_settings_of_another_version_say_what_to_do(own, numbers):
     _settings.save({CASE: numbers})
     with pytest.raises(
-        KernelError, match=r"'clim sm_90 .* are not this version's: .*; tune again, or delete .*settings"
+        KernelError, match=r"'clim sm_90 .* are from another version: .*; tune again, or delete .*settings"
     ):
         _settings.tuned(CASE, Cut)
 

@@ -89,7 +89,9 @@ def test_a_small_error_anywhere_is_out(table, places):
 
 
 def test_wrong_default_settings_are_told_and_not_saved(table):
-    with pytest.raises(KernelError, match=r"one: expected float64's .* default settings.*FINELIP_KERNELS=reference"):
+    with pytest.raises(
+        KernelError, match=r"one: expected results within .* default settings.*FINELIP_KERNELS=reference"
+    ):
         tune.tune([case("one", 2, run=lambda cut: torch.zeros(3))], measure=clock({1: 5.0}), progress=False)
     assert not table.exists()
 

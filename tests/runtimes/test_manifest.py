@@ -65,7 +65,7 @@ def test_what_was_written_is_read(export: Export, tmp_path: Path) -> None:
 )
 def test_every_difference_is_refused_and_told(export: Export, change: dict[str, object], text: str) -> None:
     changed = Export(export.folder, dataclasses.replace(export.manifest, **change))
-    with pytest.raises(EngineError, match=f"onnx-fp32 cannot be used: {text}.* Make it anew: finelip export onnx x"):
+    with pytest.raises(EngineError, match=f"onnx-fp32 cannot be used: {text}.* Export it again: finelip export onnx x"):
         changed.check("a" * 64, "finelip export onnx x", opset=20)
 
 
@@ -74,7 +74,7 @@ def test_every_difference_is_refused_and_told(export: Export, change: dict[str, 
 )
 def test_a_manifest_that_is_none_is_refused(export: Export, content: str) -> None:
     (export.folder / "manifest.json").write_text(content)
-    with pytest.raises(EngineError, match=r"manifest\.json: (expected|missing|unknown) .*; make the export anew"):
+    with pytest.raises(EngineError, match=r"manifest\.json: (expected|missing|unknown) .*; export it again"):
         read(export.folder)
 
 

@@ -81,7 +81,9 @@ def test_where_it_cannot_be_opened_again_it_goes_on_and_says_so(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(graph(torch.ones(4, 2)), torch.full((4, 2), 2.0))
-    assert caplog.messages == ["parts of a batch are run by all threads, which is slower: text.onnx is another file"]
+    assert caplog.messages == [
+        "running each part of a batch with all threads, which is slower: text.onnx is another file"
+    ]
 
 
 def test_what_a_part_raises_is_raised() -> None:

@@ -100,7 +100,7 @@ def test_what_is_no_picture_is_never_returned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", [0, -1, 161, 100000, None, "160"])
 def test_other_sides_are_refused(path: Path, side: object) -> None:
-    with pytest.raises(InputError, match="expected side as one of 160, 320, 640, 1280, 2048"):
+    with pytest.raises(InputError, match="expected side to be one of 160, 320, 640, 1280, 2048"):
         Thumbnails().get(path, side)
 
 

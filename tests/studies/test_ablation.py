@@ -295,7 +295,7 @@ def test_runs_of_other_options_are_refused(
     assert main(["study", "ablation", *command]) == 0
     assert main(["study", "ablation", *command, "--steps", "3"]) == 2
     advice = re.search(
-        r"(\S+) holds a run of other options; give another --runs, or delete that folder", capsys.readouterr().err
+        r"(\S+) holds a run with other options; pass another --runs, or delete that folder", capsys.readouterr().err
     )
     assert advice
     shutil.rmtree(advice[1])

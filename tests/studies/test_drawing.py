@@ -61,5 +61,5 @@ def test_a_picture_of_the_sibling_has_none_of_the_details() -> None:
     ]
     measures = drawing._measures(swapped, scenes, against_it, load())
     assert measures["told later (%)"] == measures["told within 77 tokens (%)"] == 0
-    with pytest.raises(InputError, match="expected scenes a multiple of 4"):
+    with pytest.raises(InputError, match="expected scenes to be a multiple of 4"):
         drawing.drawing(drawing.DrawingSetting((), scenes=6))

@@ -111,7 +111,7 @@ def test_the_same_command_goes_on(run: Adapt, tmp_path: Path, monkeypatch: pytes
         return step(trainer, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", stop_in_the_second_stage)
-    with pytest.raises(TrainingError, match="stopped at step 1; the same command goes on from there"):
+    with pytest.raises(TrainingError, match="stopped at step 1; the same command resumes from there"):
         run()
     assert not (tmp_path / "model" / "config.json").exists()
     interrupted = run()

@@ -247,7 +247,7 @@ def test_a_run_goes_on_with_another_number_of_processes_with_the_rest_of_the_epo
         else:
             (tmp_path / "recipe.json").write_text(config.to_json())
             log = run_two_processes(tmp_path)
-            assert log.count("goes on with {") == (not two_first)
+            assert log.count("resumes with {") == (not two_first)
         for rank in range(world):
             steps = json.loads((tmp_path / "run" / f"met-{world}-{rank}.json").read_text())
             met += [image_id for step in steps for image_id in step]

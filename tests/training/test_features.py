@@ -157,7 +157,7 @@ def test_a_disk_without_room_is_said_before_anything_is_computed(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of room for features in .*, found 0\.0 GB"):
+    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of free space for features in .*, found 0\.0 GB"):
         compute(model, pairs, tmp_path / "features")
     assert not parts(tmp_path / "features")
 

@@ -556,7 +556,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_bit(configure, tmp_path, uninter
         return take_step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", stopping)
-    with pytest.raises(TrainingError, match="stopped at step 3; the same command goes on from there"):
+    with pytest.raises(TrainingError, match="stopped at step 3; the same command resumes from there"):
         train(configure(**LASTING))
     monkeypatch.undo()
     assert not (tmp_path / "run" / "last").exists()
@@ -651,7 +651,7 @@ def copied(uninterrupted, tmp_path, data):
 )
 def test_going_on_differently_is_refused(copied, changes):
     config = copied(**changes)
-    with pytest.raises(ConfigError, match="give the same options to go on, or another --out") as caught:
+    with pytest.raises(ConfigError, match="resumes only with the same options: pass them, or another --out") as caught:
         train(config)
     for name in changes:
         assert f"'{name}': {getattr(config, name)!r}" in str(caught.value)
@@ -670,7 +670,7 @@ def test_a_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(copied,
     assert rates[7] > rates[6]
     (message,) = caplog.messages
     assert message.startswith(
-        "goes on with {'steps': 9} instead of {'steps': 6}: its weights are not those of a run that"
+        "resumes with {'steps': 9} instead of {'steps': 6}; its weights will differ from those of a run with these options"
     )
     assert message.endswith("; the learning rate follows the schedule of the new length")
     assert json.loads((Path(config.out) / "config.json").read_text())["steps"] == 9
@@ -684,7 +684,7 @@ def test_a_run_goes_on_with_other_rates(configure, caplog):
     trainer = Trainer(configure(**LASTING, encoder_lr=1e-4), CPU)
     assert {group["peak_lr"] for group in trainer.optimizer.param_groups} == {1e-4, 3e-3}
     assert trainer.optimizer.state
-    assert caplog.messages[0].startswith("goes on with {'encoder_lr': 0.0001} instead of {'encoder_lr': 0.003}")
+    assert caplog.messages[0].startswith("resumes with {'encoder_lr': 0.0001} instead of {'encoder_lr': 0.003}")
 
 
 def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, monkeypatch, caplog):
@@ -696,7 +696,7 @@ def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, mo
     assert torch.equal(torch.cat(rest), torch.cat([next(whole).image_ids for _ in range(2)]))
     assert [trainer.data.state_dict() for trainer in trainers] == [{"epoch": 0, "pairs": 16}] * 2
     (message,) = caplog.messages  # from the first process
-    assert message.startswith("goes on with {'processes': 2} instead of {'processes': 1}")
+    assert message.startswith("resumes with {'processes': 2} instead of {'processes': 1}")
 
 
 def test_going_on_may_change_what_the_weights_do_not_depend_on(copied, uninterrupted, caplog):
@@ -871,8 +871,8 @@ def test_data_that_changed_under_its_name_is_noticed(configure, tmp_path, data, 
     train(configure(**options, stop_at=3))
     pairs.write_text("\n".join(lines[:-1] if change == "shorter" else [*lines[:-1], lines[0]]))
     present = f"now pairs {16 - (change == 'shorter')}"
-    expected = f"holds a run on other data than .* is now: pairs 16, sha256 [0-9a-f]{{12}}, {present}"
-    with pytest.raises(ConfigError, match=f"{expected}.*; put back what was there to go on, or give another --out"):
+    expected = f"the data of the run in .* have changed: .* had pairs 16, sha256 [0-9a-f]{{12}}, {present}"
+    with pytest.raises(ConfigError, match=f"{expected}.*; restore them to resume, or pass another --out"):
         train(configure(**options))
     pairs.write_text("\r\n".join(lines))  # the same pairs
     train(configure(**options))
@@ -947,16 +947,16 @@ def test_a_loss_that_is_no_number_is_mended_by_lower_rates(advised, monkeypatch,
 
 def test_a_share_of_broken_pairs_that_is_too_large_is_mended_by_allowing_it(advised, damaged, monkeypatch):
     monkeypatch.setattr(training, "_BROKEN_AFTER", 16)
-    advised("--max-broken-share allows; with a larger one", {"max_broken_share": 0.5}, **damaged)
+    advised("raise --max-broken-share to resume", {"max_broken_share": 0.5}, **damaged)
 
 
 def test_pictures_in_another_folder_are_found_by_root(advised, data, tmp_path):
     source = Path(data.removeprefix("jsonl:"))
     shutil.copy(source, tmp_path / "pairs.jsonl")
     moved, root = f"jsonl:{tmp_path / 'pairs.jsonl'}", {"root": str(source.parent)}
-    advised("16 of 16 pairs were tried in turn, .*, give --root", root, train=moved)
+    advised("none of the 16 pairs tried, of 16, can be read.*, pass --root", root, train=moved)
     advised(
-        "none of the 16 pictures of validation=.*, give --root", root, validation=moved, out=str(tmp_path / "other")
+        "none of the 16 pictures of validation=.*, pass --root", root, validation=moved, out=str(tmp_path / "other")
     )
 
 

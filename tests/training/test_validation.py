@@ -68,7 +68,7 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(
     (message,) = caplog.messages
     assert message.startswith("skipped in validation: ")
     assert metrics == evaluated(FileExamples(pairs))
-    expected = "none of the 1 pictures of validation='mine' can be read; .* give --root"
+    expected = "none of the 1 pictures of validation='mine' can be read; .* pass --root"
     with pytest.raises(TrainingError, match=expected):
         validate(model, FileExamples(broken), name="mine")
 

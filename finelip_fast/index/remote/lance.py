@@ -32,7 +32,7 @@ from finelip_fast._arguments import listed, matrices
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
-from finelip_fast.index.checks import as_json, check_ids
+from finelip_fast.index.checks import as_json, check_ids, missing, taken
 from finelip_fast.index.index import SearchResults
 from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
@@ -94,8 +94,8 @@ class LanceStore:
     ) -> None:
         if spec.dtype != "float16":
             raise InputError(
-                f"expected an index of dtype float16, got {spec.dtype}: a store keeps whole embeddings, and these are "
-                "rounded; index the pictures into a float16 folder and push that"
+                f"expected an index of dtype float16, got {spec.dtype}; index the pictures into a float16 folder, and "
+                "push that"
             )
         self.spec, self.source, self.uri = spec, source, os.fspath(uri)
         self._fixed, self._options = version, dict(storage_options or {})
@@ -118,7 +118,7 @@ class LanceStore:
         """A new handle, which stays at its version."""
         dataset = self._find(self._fixed)
         if dataset is None:
-            raise StoreError(f"the store at {self.uri} is no longer there: restore it, or push an index to it again")
+            raise StoreError(f"the store at {self.uri} no longer exists; restore it, or push an index to it again")
         return dataset
 
     def _make(self) -> None:
@@ -128,7 +128,7 @@ class LanceStore:
             lance_module().write_dataset(empty, self.uri, mode="create", storage_options=self._options)
         except (OSError, ValueError, RuntimeError) as error:
             if "already exists" not in str(error):  # otherwise another process was faster
-                raise StoreError(f"cannot make a store at {self.uri}: {reason_of(error)}") from None
+                raise StoreError(f"cannot create a store at {self.uri}: {reason_of(error)}") from None
 
     def _compare(self, stored: dict[str, Any]) -> None:
         self._format = _FORMAT_OF_OLD if stored.get("format") == _FORMAT_OF_OLD else _FORMAT
@@ -137,8 +137,9 @@ class LanceStore:
         if different:
             was, current = ({key: side.get(key) for key in different} for side in (stored, spec))
             raise StoreError(
-                f"the store at {self.uri} was written by checkpoint {stored.get('source')!r} with {was}, and is opened by "
-                f"checkpoint {self.source!r} with {current}: open it with the checkpoint that wrote it, or make another store"
+                f"the store at {self.uri} was written by checkpoint {stored.get('source')!r} with {was}, and is opened "
+                f"by checkpoint {self.source!r} with {current}: open it with the checkpoint that wrote it, or create "
+                "another store"
             )
         self.source = stored["source"]
 
@@ -279,8 +280,7 @@ class LanceStore:
     def _refuse_known(self, ids: Sequence[str], dataset: Any) -> None:
         present = self._present(ids, dataset)
         if present:
-            old = next(item for item in ids if item in present)
-            raise InputError(f"expected ids that are new, got {old!r} again; give other ids, or replace them")
+            raise taken([item for item in ids if item in present], "pass other ids", "store")
 
     def _take_back(self, ids: Sequence[str], dataset: Any) -> None:
         """After others have written since the ids were checked, undo the last addition if its ids are no longer new.
@@ -342,9 +342,7 @@ class LanceStore:
         present = self._present(ids, self.dataset())
         absent = [item for item in ids if item not in present]
         if absent:
-            raise InputError(
-                f"expected ids of the store, got {absent[0]!r} and {len(absent) - 1} more that are not in it"
-            )
+            raise missing(absent, "store")
         self.remove(ids)
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -363,7 +361,9 @@ class LanceStore:
 
     def _refuse_if_fixed(self) -> None:
         if self._fixed is not None:
-            raise StoreError("the store is open at an older version: open it without one to change it")
+            raise StoreError(
+                f"the store is open at version {self._fixed}, read-only; open it without version to change it"
+            )
 
     # Searching ----------------------------------------------------------------------------------------------------------
 
@@ -430,7 +430,7 @@ def open_store(
     dataset = find_dataset(uri, None, storage_options=dict(storage_options or {}))
     if dataset is None:
         raise StoreError(
-            f"there is no store at {uri}: make one with finelip index push {shlex.quote(uri)} --index FOLDER"
+            f"there is no store at {uri}; create it with finelip index push {shlex.quote(uri)} --index FOLDER"
         )
     stored = spec_of(schema_of(dataset, uri), uri)
     spec = IndexSpec(**{field.name: stored[field.name] for field in fields(IndexSpec) if field.name in stored})
@@ -452,5 +452,5 @@ def _check_texts(ids: Sequence[str]) -> None:
             item.encode()
         except UnicodeEncodeError:
             raise InputError(
-                f"expected ids that UTF-8 can hold, got {item!r}: a store cannot; rename the file, or give another id"
+                f"expected ids that UTF-8 can hold, got {item!r}; rename the file, or pass another id"
             ) from None

@@ -59,6 +59,6 @@ def refuse_damaged(ids: Sequence[str], uri: str) -> None:
     if ids:
         listed = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         raise StoreError(
-            f"{len(ids)} rows of the store at {uri} are not what was written: {listed}; take them out with LanceStore.delete, "
-            "and push them again from an index that has them"
+            f"{len(ids)} rows of the store at {uri} are not what was written: {listed}; delete them with "
+            "LanceStore.delete, and push them again from an index that has them"
         )

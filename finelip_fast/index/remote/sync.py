@@ -193,7 +193,7 @@ class _Local:
         positions = self.index._store.catalogue.find(keys.ids)
         items = self.index._store.catalogue.at(positions.values(), self.view.version)
         if items is None:
-            raise StoreError("another process compacts the index: try again")
+            raise StoreError("another process is compacting the index; try again")
         local_keys = self._keys_of(items.values())
         states = []
         for item, *right in zip(*keys, strict=True):
@@ -235,13 +235,13 @@ class _Local:
         try:
             tokens = self.view.read(self.view.rows_at([item.position for item in items])).cpu()
         except FileNotFoundError:
-            raise StoreError("another process compacts the index: try again") from None
+            raise StoreError("another process is compacting the index; try again") from None
         crcs = checksums({"tokens": tokens})
         damaged = [item.id for item, crc in zip(items, crcs, strict=True) if item.crc not in (None, crc)]
         if damaged:
             raise StoreError(
-                f"{len(damaged)} items of the index are damaged, {damaged[0]!r} among them, and were not pushed: take them "
-                f"out with {remedies.repair(self.index.folder)}, or restore their files"
+                f"{len(damaged)} items of the index are damaged, such as {damaged[0]!r}, and were not pushed; remove "
+                f"them with {remedies.repair(self.index.folder)}, or restore their files"
             )
         if items:
             put([item.id for item in items], tokens, [item.metadata for item in items])
@@ -262,13 +262,13 @@ def _check_pushed(index: Index, store: LanceStore, remove: bool) -> None:
         is_part = parts > 1
     except (TypeError, ValueError, LookupError):
         raise StoreError(
-            f"the catalogue's note of what was pulled into {index.folder} cannot be read, {copy!r:.80}: pull again"
+            f"the catalogue of {index.folder} has an invalid record of the last pull, {copy!r:.80}; pull again"
         ) from None
     if is_part or version is None:
-        content = f"part {number} of {parts}" if is_part else "what an interrupted pull has left"
+        content = f"part {number} of {parts}" if is_part else "what an interrupted pull left"
         raise InputError(
-            f"expected a whole index to push, got {content} of {store_of_copy}: all else would be taken out of {store.uri}; "
-            "pull all of it, or let stay what the index lacks with remove=False (--keep)"
+            f"expected a complete index to push, got {content} of {store_of_copy}; everything else would be deleted from "
+            f"{store.uri}: pull all of it, or keep what the index lacks with remove=False (--keep)"
         )
 
 
@@ -277,13 +277,13 @@ def _mark_copy(index: Index, folder: str | PathLike[str], note: dict[str, Any]) 
     if index._store.catalogue.note(_COPY) is None and len(index):
         raise StoreError(
             f"expected a new folder or one that was pulled, got {os.fspath(folder)} with {len(index)} items that a pull would "
-            "replace: push them first, and pull into another folder"
+            "replace; push them first, and pull into another folder"
         )
     index._store.catalogue.keep(_COPY, note)
 
 
 def _twice(item: str, uri: str) -> StoreError:
     return StoreError(
-        f"{item!r} is in the store at {uri} twice, or another process changes the index: try again, and if it stays, take it "
-        "out with LanceStore.delete and push it again"
+        f"{item!r} is in the store at {uri} twice, or another process is changing the index; try again, and if the error "
+        "persists, delete it with LanceStore.delete and push it again"
     )

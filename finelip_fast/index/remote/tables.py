@@ -52,10 +52,10 @@ def spec_of(schema: pa.Schema, uri: str) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(SPEC)
     if raw is None:
         raise StoreError(
-            f"expected a store that finelip_fast made, got a table of {schema.names} at {uri}: give another place"
+            f"expected a store written by finelip_fast, got a table of {schema.names} at {uri}; use another address"
         )
     where = f"the store at {uri}"
-    stored: dict[str, Any] = parse_json(raw, where, error=StoreError, expected="what a store says of itself", kind=dict)
+    stored: dict[str, Any] = parse_json(raw, where, error=StoreError, expected="the metadata of a store", kind=dict)
     texts = [stored.get("source"), stored.get("checkpoint"), stored.get("dtype", "float16")]
     sizes, alpha = [stored.get("tokens"), stored.get("width")], stored.get("alpha", 1)
     if (

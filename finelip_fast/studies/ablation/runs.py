@@ -108,7 +108,7 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
     request = json.loads(json.dumps(request))  # tuples become lists, as in the file
     stored = _stored(path) if path.exists() else {**request, **commit(), "measured": {}}
     if {name: stored[name] for name in request} != request:
-        raise ConfigError(f"{config.out} holds a run of other options; give another --runs, or delete that folder")
+        raise ConfigError(f"{config.out} holds a run with other options; pass another --runs, or delete that folder")
     missing = [pairs for pairs in data if pairs not in stored["measured"]]
     if missing:
         if config.threads:
@@ -225,7 +225,7 @@ def _stored(path: Path) -> dict[str, Any]:
             for measured in measures.values():
                 quality(measured)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: expected a run's result ({error}); delete that folder to train it anew") from None
+        raise ConfigError(f"{path}: expected a run's result ({error}); delete that folder to train it again") from None
     return values
 
 

@@ -124,14 +124,14 @@ def test_it_is_a_dictionary_with_versions(steps: list[tuple[str, list[str]]]) ->
             rows, metadata = embeddings(len(ids), number), [{"step": number, "ß\ud800": one} for one in ids]
             there = [one for one in ids if one in model]
             if name == "delete" and len(there) < len(ids):
-                with pytest.raises(InputError, match="expected ids of the store, got"):
+                with pytest.raises(InputError, match="not in the store: "):
                     store.delete(ids)
             elif name == "delete":
                 store.delete(ids)
                 for one in ids:
                     del model[one]
             elif name == "add" and there:
-                with pytest.raises(InputError, match=r"got .* again; give other ids, or replace them"):
+                with pytest.raises(InputError, match=r"the store already has .*; pass other ids"):
                     store.add(ids, rows, metadata)
             else:
                 getattr(store, name)(ids, rows, metadata)
@@ -160,8 +160,8 @@ def test_new_items_keep_their_order(store: LanceStore) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (["twice", "twice"], "got 'twice' again; give each item once"),
-        (["new", 7], "expected ids as str, got 7"),
+        (["twice", "twice"], "expected unique ids, got 'twice' twice"),
+        (["new", 7], "expected each of ids to be a str, got 7"),
         (["\udcff.jpg"], r"expected ids that UTF-8 can hold, got '\\udcff.jpg'"),
     ],
 )
@@ -174,7 +174,7 @@ def test_ids_must_be_new_texts(store: LanceStore, ids: list, message: str) -> No
 def test_embeddings_and_metadata_must_fit(store: LanceStore) -> None:
     with pytest.raises(InputError, match=r"expected embeddings as a tensor \[1, 3, 8\], got \[2, 3, 8\]"):
         store.add(["a"], embeddings(2), [{}])
-    with pytest.raises(InputError, match="expected metadata as a dictionary of JSON values"):
+    with pytest.raises(InputError, match="expected metadata"):
         store.upsert(["a"], embeddings(1), [{"path": Path("a")}])
     assert store.version == 1
 
@@ -206,10 +206,10 @@ def test_what_is_not_there_is_named(store: LanceStore, tmp_path: Path) -> None:
         open_store(tmp_path / "nothing")
     with pytest.raises(StoreError, match="there is no version 9 of a store at"):
         open_store(store.uri, version=9)
-    with pytest.raises(StoreError, match="the store is open at an older version"):
+    with pytest.raises(StoreError, match=r"the store is open at version .*, read-only"):
         add(open_store(store.uri, version=1), "a")
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"cannot make a store at|cannot be opened"):
+    with pytest.raises(StoreError, match=r"cannot create a store at|cannot be opened"):
         LanceStore(SPEC, tmp_path / "file")
 
 
@@ -218,7 +218,7 @@ def test_a_foreign_table_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
 
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "table"))
-    with pytest.raises(StoreError, match=r"expected a store that finelip_fast made, got a table of \['x'\]"):
+    with pytest.raises(StoreError, match=r"expected a store written by finelip_fast, got a table of \['x'\]"):
         LanceStore(SPEC, tmp_path / "table")
 
 
@@ -257,7 +257,7 @@ def test_of_two_additions_the_second_is_undone(store: LanceStore, monkeypatch: p
 
             patch.setattr(LanceStore, "_refuse_known", look_too_early)
             if "b" in ids:
-                with pytest.raises(InputError, match="got 'b' again; give other ids, or replace them"):
+                with pytest.raises(InputError, match="the store already has 'b'; pass other ids"):
                     add(store, *ids)
                 assert list(content(store)) == ["b", "other 0"]
                 store.delete(["b"])
@@ -385,7 +385,7 @@ def test_parts_are_disjoint_and_complete(store: LanceStore, tmp_path: Path) -> N
     assert sum(map(len, parts)) == 40
     assert parts[0] | parts[1] | parts[2] == content(store)
     with closing(stored_index(tmp_path / "1")) as part:
-        with pytest.raises(InputError, match="expected a whole index to push, got part 1 of 3 of"):
+        with pytest.raises(InputError, match="expected a complete index to push, got part 1 of 3 of"):
             push(part, store)
         assert push(part, store, remove=False)["unchanged"] == len(part)
     pull(store, tmp_path / "1", part=(1, 2))  # another division moves what it must
@@ -413,7 +413,7 @@ def test_an_interrupted_pull_goes_on(store: LanceStore, tmp_path: Path, monkeypa
             pull(store, folder)
     with closing(stored_index(folder)) as index:
         assert len(index) == 12
-        with pytest.raises(InputError, match="got what an interrupted pull has left of"):
+        with pytest.raises(InputError, match="got what an interrupted pull left of"):
             push(index, store)
     assert counts(pull(store, folder)) == (18, 0, 0, 12)
     assert list(pulled(folder).items()) == list(pulled(tmp_path / "whole").items())
@@ -519,7 +519,7 @@ def test_a_damaged_item_is_not_pushed(index: Index, store: LanceStore, tmp_path:
     (segment,) = (tmp_path / "index" / "segments").glob("*.safetensors")
     raw, row = segment.read_bytes(), index.embeddings[1].numpy().tobytes()
     segment.write_bytes(raw.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
-    with pytest.raises(StoreError, match=r"1 items of the index are damaged, 'photos/1.jpg' among them, and were not"):
+    with pytest.raises(StoreError, match=r"1 items of the index are damaged, such as 'photos/1.jpg', and were not"):
         push(index, store)
     assert len(store) == 0
 

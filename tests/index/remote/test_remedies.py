@@ -73,7 +73,7 @@ def test_where_there_is_no_store_one_is_made(index: Index, tmp_path: Path) -> No
 @pytest.mark.parametrize("way", ["restored", "pushed"])
 def test_a_store_that_is_gone_is_restored_or_pushed_again(index: Index, store: LanceStore, way: str) -> None:
     away = shutil.move(store.uri, f"{store.uri} away")
-    refusal(lambda: len(store), "is no longer there: restore it, or push an index to it again")
+    refusal(lambda: len(store), "no longer exists; restore it, or push an index to it again")
     if way == "restored":
         shutil.move(away, store.uri)
     else:
@@ -83,7 +83,7 @@ def test_a_store_that_is_gone_is_restored_or_pushed_again(index: Index, store: L
 
 def test_a_store_is_opened_by_its_checkpoint_or_another_is_made(store: LanceStore, tmp_path: Path) -> None:
     other = replace(SPEC, checkpoint="other")
-    refusal(lambda: LanceStore(other, store.uri), "open it with the checkpoint that wrote it, or make another store")
+    refusal(lambda: LanceStore(other, store.uri), "open it with the checkpoint that wrote it, or create another store")
     assert len(LanceStore(SPEC, store.uri)) == len(IDS)
     assert len(LanceStore(other, tmp_path / "another")) == 0
 
@@ -91,7 +91,7 @@ def test_a_store_is_opened_by_its_checkpoint_or_another_is_made(store: LanceStor
 def test_an_index_of_rounded_embeddings_is_pushed_from_a_float16_folder(store: LanceStore, tmp_path: Path) -> None:
     with closing(Index(replace(SPEC, dtype="int8"), tmp_path / "rounded")) as rounded:
         rounded.add(IDS, embeddings(4), [{}] * 4)
-        refusal(lambda: LanceStore(rounded.spec, tmp_path / "new"), "into a float16 folder and push that")
+        refusal(lambda: LanceStore(rounded.spec, tmp_path / "new"), "into a float16 folder, and push that")
     with closing(Index(SPEC, tmp_path / "whole")) as whole:
         whole.add(IDS, embeddings(4), [{}] * 4)
         assert push(whole, LanceStore(whole.spec, tmp_path / "new"))["added"] == 4
@@ -99,16 +99,16 @@ def test_an_index_of_rounded_embeddings_is_pushed_from_a_float16_folder(store: L
 
 def test_a_place_of_another_table_is_exchanged_for_one_of_its_own(tmp_path: Path) -> None:
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "table"))
-    refusal(lambda: LanceStore(SPEC, tmp_path / "table"), ": give another place$")
+    refusal(lambda: LanceStore(SPEC, tmp_path / "table"), "; use another address$")
     assert len(LanceStore(SPEC, tmp_path / "another")) == 0
 
 
 @pytest.mark.parametrize(
     ("item", "advice", "mended"),
     [
-        ("a", "again; give other ids, or replace them", lambda store: store.upsert(["a"], ONE, [{}])),
-        ("a", "again; give other ids, or replace them", lambda store: store.add(["new"], ONE, [{}])),
-        ("\udcff.jpg", "rename the file, or give another id", lambda store: store.add(["ÿ.jpg"], ONE, [{}])),
+        ("a", "already has 'a'; pass other ids", lambda store: store.upsert(["a"], ONE, [{}])),
+        ("a", "already has 'a'; pass other ids", lambda store: store.add(["new"], ONE, [{}])),
+        ("\udcff.jpg", "rename the file, or pass another id", lambda store: store.add(["ÿ.jpg"], ONE, [{}])),
     ],
     ids=["replaced", "another id", "UTF-8"],
 )
@@ -123,7 +123,7 @@ def test_older_versions_are_changed_where_they_are_open_without_one(
     index: Index, store: LanceStore, tmp_path: Path
 ) -> None:
     old = open_store(store.uri, version=1)
-    refusal(lambda: old.add(["new"], ONE, [{}]), "open it without one to change it")
+    refusal(lambda: old.add(["new"], ONE, [{}]), "open it without version to change it")
     open_store(store.uri).add(["new"], ONE, [{}])
     with closing(stored_index(index.folder, version=1)) as before:
         refusal(lambda: push(before, store), "open its folder without version")
@@ -181,10 +181,10 @@ def double(store: LanceStore, item: str) -> None:
     [
         (
             lambda store: exchange(store, "tokens"),
-            r"take them out with LanceStore\.delete, and push them again",
+            r"delete them with LanceStore\.delete, and push them again",
             ["a", "b"],
         ),
-        (lambda store: double(store, "b"), r"take it out with LanceStore\.delete and push it again", ["b"]),
+        (lambda store: double(store, "b"), r"delete it with LanceStore\.delete and push it again", ["b"]),
     ],
     ids=["damaged", "twice"],
 )
@@ -208,7 +208,7 @@ def test_an_index_of_damaged_items_is_repaired_or_restored_and_pushed(index: Ind
     (segment,) = (index.folder / "segments").glob("*.safetensors")
     sound, row = segment.read_bytes(), index.embeddings[1].numpy().tobytes()
     segment.write_bytes(sound.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
-    message = refusal(lambda: push(index, store), "'b' among them, and were not pushed: take them out with")
+    message = refusal(lambda: push(index, store), "such as 'b', and were not pushed; remove them with")
     assert "or restore their files" in message
     if way == "restored":
         segment.write_bytes(sound)
@@ -224,7 +224,7 @@ def test_what_another_process_compacts_is_pushed_again(
     store = LanceStore(SPEC, tmp_path / "new store")
     with monkeypatch.context() as patch:
         patch.setattr(type(index._store.view()), "read", _no_file)
-        refusal(lambda: push(index, store), "another process compacts the index: try again")
+        refusal(lambda: push(index, store), "another process is compacting the index; try again")
     assert push(index, store)["added"] == len(IDS)
 
 

@@ -329,7 +329,7 @@ def test_an_exported_program_has_operations_of_pytorch_alone(device):
         ("b1", (4,), r"expected b1 of shape \[5\] for x \[3, 7, 16\], got \[4\]"),
         ("w2", (4, 6), r"expected w2 of shape \[4, 5\] for x \[3, 7, 16\], got \[4, 6\]"),
         ("b2", (5,), r"expected b2 of shape \[4\] for x \[3, 7, 16\], got \[5\]"),
-        ("scale", (4,), r"expected scale of one element, got \[4\]"),
+        ("scale", (4,), r"expected scale to have one element, got \[4\]"),
         ("lengths", (2,), r"expected lengths \[3\], got \[2\]"),
         ("lengths", (3, 1), r"expected lengths \[3\], got \[3, 1\]"),
     ],

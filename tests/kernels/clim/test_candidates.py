@@ -190,7 +190,7 @@ def test_items_in_host_memory_are_searched_on_the_gpu(chunks, device):
         ({"item_scales": torch.ones(8)}, r"expected scales \[9\] in float32, got \[8\] in torch.float32; see quantize"),
         ({"item_scales": torch.ones(9).double()}, r"got \[9\] in torch.float64"),
         ({"count": 0}, "expected count of at least 1, got 0"),
-        ({"count": 2.0}, "expected count as a whole number, got 2.0"),
+        ({"count": 2.0}, "expected count to be an integer, got 2.0"),
         ({"among": torch.tensor([9])}, "expected among as int64 .* from 0 to 8, got 9 to 9"),
         ({"queries": torch.ones(2, 0), "items": torch.ones(9, 0, dtype=torch.int8)}, "with D of at least 1"),
     ],

@@ -192,20 +192,20 @@ def test_pieces_that_differ_are_refused(other, got):
 
 
 def test_no_piece_is_refused():
-    with pytest.raises(InputError, match="expected one piece or more of items, got none: give an empty tensor of"):
+    with pytest.raises(InputError, match="expected at least one piece of items, got none; pass an empty tensor of"):
         Pieces([])
 
 
 @pytest.mark.parametrize(
     ("among", "got"),
     [
-        (torch.tensor([1, 2], dtype=torch.int32), r"torch.int32 \[2\]; of a mask: mask.nonzero\(\)\[:, 0\]"),
-        (torch.ones(5, dtype=torch.bool), r"torch.bool \[5\]; of a mask"),
+        (torch.tensor([1, 2], dtype=torch.int32), r"torch.int32 \[2\]; for a mask: mask.nonzero\(\)\[:, 0\]"),
+        (torch.ones(5, dtype=torch.bool), r"torch.bool \[5\]; for a mask"),
         (torch.tensor([[1, 2]]), r"torch.int64 \[1, 2\]"),
         (torch.tensor([2, 1]), r"some out of order or twice: sort them \(among.unique\(\)\)"),
         (torch.tensor([1, 1]), "some out of order or twice"),
-        (torch.tensor([-1, 2]), "-1 to 2: they count the items of all pieces"),
-        (torch.tensor([3, 5]), "3 to 5: they count"),
+        (torch.tensor([-1, 2]), "-1 to 2; positions count the items of all pieces"),
+        (torch.tensor([3, 5]), "3 to 5; positions count"),
     ],
     ids=["int32", "mask", "two axes", "order", "twice", "below", "above"],
 )

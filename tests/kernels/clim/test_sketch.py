@@ -176,8 +176,8 @@ def test_rows_of_zeros_have_a_sketch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sketch_basis(torch.ones(3, 4), bits=3), "expected bits as 1 or 2"),
-        (lambda: sketch_basis(torch.ones(3, 4), bits=True), "expected bits as 1 or 2"),
+        (lambda: sketch_basis(torch.ones(3, 4), bits=3), "expected bits to be 1 or 2"),
+        (lambda: sketch_basis(torch.ones(3, 4), bits=True), "expected bits to be 1 or 2"),
         (lambda: sketch_basis(torch.ones(0, 4)), "expected rows"),
         (lambda: sketch_basis(torch.ones(3, 9000)), "D from 1 to 8192"),
         (lambda: sketch_basis(torch.ones(3, 4, dtype=torch.int8)), "float dtype"),

@@ -473,7 +473,7 @@ def test_rows_that_are_longer_than_the_bound_counts_on_are_refused(longer):
     queries, items = make(2, 4, 16), longer * make(9, 5, 16, seed=1)
     for search in (search_full, search_rounded):
         with pytest.raises(
-            InputError, match=rf"expected items of rows of norm 1, got one of {longer:.3g}.*: normalise them"
+            InputError, match=rf"expected items with rows of norm 1, got {longer:.3g}.*; normalise them"
         ):
             search(queries, items, 3, alpha=0.8)
     assert search_int8(queries, items, 3, alpha=0.8)[1].shape == (2, 3)  # its bound knows the norms
@@ -484,7 +484,7 @@ def test_rows_that_are_longer_than_the_bound_counts_on_are_refused(longer):
 
 @pytest.mark.parametrize("k", [0, -1, 1.5])
 def test_k_below_one_is_refused(search, k):
-    with pytest.raises(InputError, match=f"expected k (as a whole number|of at least 1), got {k}"):
+    with pytest.raises(InputError, match=f"expected k (to be an integer|of at least 1), got {k}"):
         search(make(2, 4, 16), make(9, 5, 16), k, alpha=0.8)
 
 
