@@ -26,7 +26,9 @@ def main(folders: list[str]) -> None:
     for generator in generators:
         rows[f"from {generator.condition.tokens} tokens"] = generator.draw(captions)
     figure = Figure(figsize=(1.7 * SCENES, 1.75 * len(rows)), dpi=100, facecolor="white", layout="tight")
-    for axes, picture in zip(figure.subplots(len(rows), SCENES).flat, (x for row in rows.values() for x in row), strict=True):
+    for axes, picture in zip(
+        figure.subplots(len(rows), SCENES).flat, (x for row in rows.values() for x in row), strict=True
+    ):
         axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
     for axes, name in zip(figure.axes[::SCENES], rows, strict=True):
