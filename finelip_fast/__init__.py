@@ -8,6 +8,25 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from finelip_fast import checkpoint as checkpoint
+    from finelip_fast import client as client
+    from finelip_fast import config as config
+    from finelip_fast import datasets as datasets
+    from finelip_fast import diffusion as diffusion
+    from finelip_fast import distributed as distributed
+    from finelip_fast import engines as engines
+    from finelip_fast import errors as errors
+    from finelip_fast import evaluation as evaluation
+    from finelip_fast import explain as explain
+    from finelip_fast import hits as hits
+    from finelip_fast import index as index
+    from finelip_fast import kernels as kernels
+    from finelip_fast import metrics as metrics
+    from finelip_fast import preprocess as preprocess
+    from finelip_fast import reports as reports
+    from finelip_fast import retriever as retriever
+    from finelip_fast import studies as studies
+    from finelip_fast import tokenizer as tokenizer
     from finelip_fast.checkpoint import FineLIP, UntrainedAggregatorsWarning, load, save
     from finelip_fast.client import AsyncClient, Client
     from finelip_fast.config import FineLIPConfig
@@ -90,6 +109,8 @@ _MODULES = {
     "retriever": ("Retriever",),
     "tokenizer": ("tokenize",),
 }
+# Modules without public names at the top; with those above, what `dir` lists beside the names.
+_OTHER_MODULES = ("datasets", "diffusion", "distributed", "evaluation", "kernels", "metrics", "studies")
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 if not _typing.TYPE_CHECKING:
@@ -112,4 +133,5 @@ if not _typing.TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted({*special, *__all__, *_MODULES, *_OTHER_MODULES, "__version__"})

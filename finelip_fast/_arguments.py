@@ -7,16 +7,21 @@ from collections.abc import Collection, Iterable
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finelip_fast.errors import EngineError, InputError
+from finelip_fast.errors import EngineError, FineLIPError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
+Embeddings: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 
-def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+_SHORT = 80  # characters of a value that a message gives in full
+
+
+def whole_number(name: str, value: Any, *, least: int | None = 1, most: int | None = None) -> int:
     """Return an integer of any library's type; booleans are refused.
 
     Raises:
@@ -28,7 +33,7 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
         number = None
     if number is None:
         raise InputError(f"expected {name} to be an integer, got {value!r:.80}")
-    if number < least:
+    if least is not None and number < least:
         raise InputError(f"expected {name} of at least {least}, got {number}")
     if most is not None and number > most:
         raise InputError(f"expected {name} of at most {most}, got {number}")
@@ -61,6 +66,8 @@ def listed(name: str, value: Any) -> list[Any]:
     Raises:
         InputError: The value is a single one; the message gives ``name``.
     """
+    if isinstance(value, str) and len(value) <= _SHORT:
+        raise InputError(f"expected {name} as a list, got {value!r}; pass [{value!r}]")
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         hint = f"; pass [{value!r}]" if name != "metadata" and isinstance(value, str) and len(value) < 80 else ""
         raise InputError(f"expected {name} to be a list, got {'the str ' * isinstance(value, str)}{value!r:.80}{hint}")
@@ -83,11 +90,13 @@ def strings(name: str, value: Any) -> list[str]:
 def folder_path(name: str, value: Any) -> Path:
     """
     Raises:
-        InputError: The value is not a path; the message gives ``name``.
+        InputError: The value is not a path, or is empty; the message gives ``name``.
     """
     if not isinstance(value, (str, PathLike)):
         raise InputError(f"expected {name} to be a path, got {value!r:.80}")
-    if "\0" in (path := str(value)):
+    if not (path := str(value)):
+        raise InputError(f"expected {name} to be a path, got ''; the working folder is '.'")
+    if "\0" in path:
         raise InputError(f"expected {name} to be a path without NUL characters, got {path!r:.80}")
     return Path(value)
 
@@ -119,25 +128,57 @@ def matrices(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
     return value
 
 
+def as_embeddings(name: str, value: Any) -> Tensor:
+    """Return embeddings as a dense tensor in float32, float16 or bfloat16, to which other floating-point numbers are rounded.
+
+    An array is copied only if PyTorch cannot share its memory: if it is read-only, or has negative strides or the other byte
+    order.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: A tensor or a NumPy array of any shape.
+
+    Raises:
+        InputError: The value is neither, is sparse, or holds something other than floating-point numbers.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        dtype = value.dtype.newbyteorder("=") if value.dtype.itemsize <= 4 else np.float32
+        value = torch.from_numpy(np.require(value, dtype, ["C", "W"]))
+    if not isinstance(value, (torch.Tensor, np.ndarray)):
+        raise InputError(f"expected {name} as a tensor or an array [N, L, D], got {value!r:.80}")
+    if isinstance(value, np.ndarray) or not value.is_floating_point():
+        raise InputError(f"expected {name} of floating-point numbers, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise InputError(f"expected {name} as a dense tensor, got one in {value.layout}; pass {name}.to_dense()")
+    return value if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value.float()
+
+
 def find_device(name: Any) -> torch.device:
     """Return the device to run on; None: a GPU if there is one.
 
     Raises:
-        InputError: ``name`` is not the name of a device.
+        InputError: ``name`` is neither the name of a device that computes, nor the number of a GPU.
         EngineError: This machine has no such device.
     """
     import torch
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(name, (str, torch.device)):
-        raise InputError(f"expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got {name!r:.80}")
+    if isinstance(name, bool) or not isinstance(name, (int, str, torch.device)) or str(name).startswith("meta"):
+        raise InputError(
+            f"expected device to be 'cpu', 'cuda', 'cuda:1', a GPU's number or a torch.device, got {name!r:.80}"
+        )
+    kind: type[FineLIPError] = InputError
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{name}" if isinstance(name, int) else name)
+        kind = EngineError
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # the former if torch is built without CUDA
         reason = str(error).partition("\n")[0]
-        raise EngineError(
+        raise kind(
             f"device={str(name)!r:.80} cannot be used: {reason:.200}; use device='cpu', or leave it out"
         ) from None
     return device

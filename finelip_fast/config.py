@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finelip_fast._arguments import share
 from finelip_fast.errors import ConfigError, InputError
 
 # CLIP's own vocabulary size and special tokens; the padding is zero.
@@ -240,12 +241,12 @@ class FineLIPConfig:
         """Return the requested weight of the global cosine; None: :attr:`alpha`.
 
         Raises:
-            InputError: It is outside [0, 1], or below 1 although the aggregators are untrained and give no other score.
+            InputError: It is not a number in [0, 1], or is below 1 although the aggregators are untrained and give no other
+                score.
         """
         if alpha is None:
             return self.alpha
-        if not 0 <= alpha <= 1:
-            raise InputError(f"expected alpha in [0, 1], got {alpha!r:.80}")
+        alpha = share("alpha", alpha)
         if alpha < 1 and not self.trained_aggregators:
             raise InputError(
                 f"expected alpha=1, got {alpha:g}: without trained aggregators, this checkpoint has only the global score; "
@@ -302,10 +303,11 @@ class FineLIPConfig:
         """Create a configuration from the values that :meth:`to_dict` returns.
 
         Raises:
-            ConfigError: Fields are unknown or missing; the message names them.
+            ConfigError: ``values`` is not a dictionary, or fields are unknown or missing; the message names them.
         """
+        _require(isinstance(values, dict), "the values of a model configuration in a dictionary", values)
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(name[:40] for name in set(values) - set(fields))[:10]
+        unknown = sorted(f"{name!s:.40}" for name in set(values) - set(fields))[:10]
         missing = sorted(
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
         )

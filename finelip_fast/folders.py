@@ -6,12 +6,13 @@ import os
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+from finelip_fast._arguments import folder_path, strings
 from finelip_fast._decode import image_suffixes
 from finelip_fast.errors import InputError
 
-__all__ = ["LEFT_OUT", "FolderScan", "Kind", "list_images", "scan_folder", "walk_folder"]
+__all__ = ["LEFT_OUT", "FolderScan", "Kind", "list_images", "refuse_missing", "scan_folder", "walk_folder"]
 
 Kind: TypeAlias = Literal["image", "other", "left out", "unreadable"]
 
@@ -58,6 +59,15 @@ def scan_folder(folder: str | os.PathLike[str], recursive: bool = True) -> Folde
     return scan
 
 
+def refuse_missing(images: Any) -> None:
+    """
+    Raises:
+        InputError: ``images`` is a single path, and nothing is there.
+    """
+    if isinstance(images, (str, os.PathLike)) and not os.path.lexists(images):
+        raise InputError(f"expected a folder or a picture, got nothing there: {str(images)!r:.500}; check the path")
+
+
 def walk_folder(
     folder: str | os.PathLike[str],
     recursive: bool = True,
@@ -78,9 +88,10 @@ def walk_folder(
         include: Patterns of entries to include although they are hidden or in :data:`LEFT_OUT`.
 
     Raises:
-        InputError: There is no such folder.
+        InputError: There is no such folder, or the patterns are not lists of texts.
     """
-    folder = Path(folder)
+    folder = folder_path("folder", folder)
+    exclude, include = strings("exclude", exclude), strings("include", include)
     if not folder.is_dir():
         place = repr(str(folder))
         raise InputError(f"expected a folder, got the file {place}" if folder.exists() else f"no such folder: {place}")

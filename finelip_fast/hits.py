@@ -7,10 +7,10 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from finelip_fast._files import write_text_whole
 from finelip_fast._terminal import printable
@@ -53,7 +53,7 @@ class Hit:
     score: float
     global_score: float
     fine_score: float | None
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = field(hash=False)
     mode: str = "exact"
     path: str | None = None
     stands_out: float | None = None
@@ -78,8 +78,22 @@ class Hit:
 class Hits(list[Hit]):
     """The hits of one query, best first: a list that a notebook shows as a table with thumbnails.
 
-    The first 24 hits have a thumbnail if their picture is on this machine. No file is read until the table is shown.
+    The first 24 hits have a thumbnail if their picture is on this machine. No file is read until the table is shown. Slices,
+    sums and copies are Hits, too.
     """
+
+    @overload
+    def __getitem__(self, at: SupportsIndex, /) -> Hit: ...
+    @overload
+    def __getitem__(self, at: slice, /) -> Hits: ...
+    def __getitem__(self, at: SupportsIndex | slice, /) -> Hit | Hits:
+        return Hits(super().__getitem__(at)) if isinstance(at, slice) else super().__getitem__(at)
+
+    def __add__(self, hits: list[Hit], /) -> Hits:  # type: ignore[override]  # a list also takes lists of other things
+        return Hits(super().__add__(hits))
+
+    def copy(self) -> Hits:
+        return Hits(self)
 
     @property
     def note(self) -> str | None:

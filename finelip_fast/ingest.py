@@ -5,7 +5,6 @@ This is the only path for the command line, the retriever and the workers of :mo
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast.collection import Listing, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
+from finelip_fast.index import remedies
 from finelip_fast.index.checks import as_json, check_ids, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
@@ -274,7 +274,7 @@ def follow(
         where = (listing.folder and filter_below(listing.folder, root)) or f"{HASH} is not null"
         raise InputError(
             f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
-            f"To remove them all the same: finelip remove --where {shlex.quote(where)}"
+            f"To remove them all the same: {remedies.remove(index.folder, where)}"
         )
     report = FolderReport(moved=changes.moved, skipped=listing.skipped)
     relabel(index, changes.relabelled)
@@ -302,6 +302,8 @@ def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> It
     if isinstance(progress, bool):
         with tqdm(total=total, unit=unit, disable=not progress, mininterval=0.5) as bar:
             yield bar
+    elif not isinstance(progress, tqdm):
+        raise InputError(f"expected progress as True, False or a tqdm bar, got {progress!r:.80}")
     else:
         yield progress
 

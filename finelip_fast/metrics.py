@@ -39,6 +39,7 @@ def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
     Raises:
         InputError: A shape or dtype is wrong, there is nothing to rank, or a query has no right item.
     """
+    _check_tensors(scores=scores, right=right)
     if scores.ndim != 2 or not scores.numel() or not scores.is_floating_point():
         raise InputError(f"expected scores [Q, N] of floats, not empty, got {_described(scores)}")
     if right.shape != scores.shape or right.dtype != torch.bool:
@@ -68,11 +69,18 @@ def pair_ranks(scores: Tensor, picture_of: Tensor | None = None) -> tuple[Tensor
     Raises:
         InputError: A shape or dtype is wrong, there is nothing to rank, a row does not exist, or a picture has no caption.
     """
+    _check_tensors(scores=scores)
     if scores.ndim != 2 or not scores.numel():
         raise InputError(f"expected scores [P, C] of floats, not empty, got {_described(scores)}")
     pictures, captions = scores.shape
     if picture_of is None:
+        if pictures != captions:
+            raise InputError(
+                f"expected as many pictures as captions without picture_of, got scores {[pictures, captions]}; pass "
+                "picture_of, the row of the picture that each caption describes"
+            )
         picture_of = torch.arange(captions)
+    _check_tensors(picture_of=picture_of)
     if picture_of.shape != (captions,) or picture_of.dtype != torch.int64:
         raise InputError(f"expected picture_of [{captions}] of int64, got {_described(picture_of)}")
     first, last = int(picture_of.min()), int(picture_of.max())
@@ -96,6 +104,7 @@ def summary(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     Raises:
         InputError: The shape or dtype is wrong, there are no ranks, or a rank is below 1.
     """
+    _check_tensors(ranks=ranks)
     if ranks.ndim != 1 or not ranks.numel() or ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise InputError(f"expected ranks [Q] of integers, not empty, got {_described(ranks)}")
     if ranks.min() < 1:
@@ -189,6 +198,7 @@ def bootstrap_interval(
     Raises:
         InputError: A shape or dtype is wrong, there are no values, a value is not finite, or an option is out of range.
     """
+    _check_tensors(values=values)
     if values.ndim != 1 or not values.numel() or values.is_complex():
         raise InputError(f"expected values [n] of numbers, not empty, got {_described(values)}")
     if not values.isfinite().all():
@@ -200,6 +210,7 @@ def bootstrap_interval(
     sums = values.to("cpu", torch.float64)  # draws on the CPU, since devices have different generators
     sizes = torch.ones_like(sums)
     if groups is not None:
+        _check_tensors(groups=groups)
         if groups.shape != values.shape or groups.is_floating_point() or groups.is_complex():
             raise InputError(f"expected groups [{len(values)}] of integers, got {_described(groups)}")
         member_of: Tensor = torch.unique(groups.cpu(), return_inverse=True)[1]
@@ -232,6 +243,7 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
     Raises:
         InputError: The shapes differ from each other, a shape or dtype is wrong, or there are no queries.
     """
+    _check_tensors(a=a, b=b)
     for name, hits in (("a", a), ("b", b)):
         if hits.ndim != 1 or not hits.numel() or hits.dtype != torch.bool:
             raise InputError(f"expected {name} [n] of bools, not empty, got {_described(hits)}")
@@ -248,6 +260,12 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
 
 def _share_within(ranks: Tensor, k: int) -> float:
     return (ranks <= k).to(torch.float64).mean().item()
+
+
+def _check_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"expected {name} as a tensor, got {value!r:.80}; pass torch.as_tensor({name})")
 
 
 def _described(tensor: Tensor) -> str:

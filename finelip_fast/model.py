@@ -20,6 +20,8 @@ from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
 # Captions of similar length that a CPU encodes together: fewer captions mean less padding to compute.
 _CAPTIONS_AT_ONCE = 16
 
+_INTEGERS = (torch.int64, torch.int32)  # as an embedding takes them
+
 
 class TrainingOutput(NamedTuple):
     """The outputs for a batch of pairs that losses need.
@@ -47,6 +49,9 @@ class FineLIP(nn.Module):
         config: Sizes. The weights are random at first; :func:`finelip_fast.load` returns a trained model.
         tokenizer: Tokenizer of its captions, kept as :attr:`tokenizer`.
 
+    Raises:
+        InputError: ``config`` is not a FineLIPConfig.
+
     Example:
         >>> model = finelip_fast.load()
         >>> images = model.encode_image(pixels)                           # [B_i, L, D]
@@ -56,6 +61,8 @@ class FineLIP(nn.Module):
 
     def __init__(self, config: FineLIPConfig, tokenizer: Tokenizer = CLIP_BPE) -> None:
         super().__init__()
+        if not isinstance(config, FineLIPConfig):
+            raise InputError(f"expected config as a FineLIPConfig, got {config!r:.80}; use FineLIPConfig.from_dict")
         self.config, self.tokenizer = config, tokenizer
         self.visual = image_encoder(config)
         self.text = text_encoder(config)
@@ -92,16 +99,16 @@ class FineLIP(nn.Module):
         """Embed pictures.
 
         Args:
-            pixels: ``[B, 3, H, W]``, normalised, ``H = W = config.image_size``.
+            pixels: ``[B, 3, H, W]`` of a floating dtype, normalised, ``H = W = config.image_size``.
 
         Returns:
             ``[B, L, D]``, unit rows, row 0 from CLS.
 
         Raises:
-            InputError: The pixels have another shape.
+            InputError: The pixels have another shape, or are not normalised floating-point numbers in a tensor.
         """
         check_pixels(pixels, self.config)
-        tokens = self.visual(pixels)
+        tokens = self.visual(pixels if pixels.dtype == self.dtype else pixels.to(self.dtype))
         return self.aggregate_image(tokens) if self._aggregates else global_rows(tokens[:, 0], self.dtype)
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -117,7 +124,8 @@ class FineLIP(nn.Module):
             ``[B, L, D]``, unit rows, row 0 from the end token. A row of padding alone gives zeros.
 
         Raises:
-            InputError: The ids have another shape or are longer than the context.
+            InputError: The ids are not a tensor of such integers, are longer than the context or, on the CPU, outside the
+                vocabulary.
         """
         check_ids(ids, self.config)
         tokens, lengths = self.text_tokens(ids)
@@ -241,15 +249,35 @@ def _end_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def check_pixels(pixels: Tensor, config: FineLIPConfig) -> None:
-    """Raise InputError unless the pixels are ``[B, 3, S, S]`` of the model's size."""
+    """Raise InputError unless the pixels are floating-point numbers ``[B, 3, S, S]`` of the model's size."""
     side = config.image_size
-    if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
-        raise InputError(f"expected pixels [B, 3, {side}, {side}], got {list(pixels.shape)}; use model.preprocess")
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
+        got = list(pixels.shape) if isinstance(pixels, Tensor) else f"{pixels!r:.80}"
+        raise InputError(
+            f"expected pixels [B, 3, {side}, {side}], got {got}; use model.preprocess.batch, which takes a list of pictures"
+        )
+    if not pixels.is_floating_point():
+        raise InputError(
+            f"expected normalised pixels of a floating dtype, got {pixels.dtype}; use model.preprocess.batch"
+        )
 
 
 def check_ids(ids: Tensor, config: FineLIPConfig) -> None:
-    """Raise InputError unless the ids are integers ``[B, T]``, no longer than the model's context."""
-    if ids.dim() != 2 or not 1 <= ids.shape[1] <= config.context_length or ids.is_floating_point():
+    """Raise InputError unless the ids are integers ``[B, T]``, no longer than the model's context, and of its vocabulary.
+
+    Values are not examined on a GPU, which would have to be waited for, or in a graph, which must not depend on them.
+    """
+    is_sound = isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype in _INTEGERS
+    if not is_sound or not 1 <= ids.shape[1] <= config.context_length:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
         raise InputError(
-            f"expected integer ids [B, T] with T in 1..{config.context_length}, got {ids.dtype} {list(ids.shape)}"
+            f"expected integer ids [B, T] with T in 1..{config.context_length}, got {got}; use finelip_fast.tokenize with "
+            "context_length and tokenizer of the model"
         )
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        least, most = (int(end) for end in ids.aminmax())
+        if least < 0 or most >= config.vocab_size:
+            wrong = least if least < 0 else most
+            raise InputError(
+                f"expected ids from 0 to {config.vocab_size - 1}, got {wrong}; use the tokenizer of the model, model.tokenizer"
+            )

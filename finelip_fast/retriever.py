@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import known_checkpoints
-from finelip_fast._arguments import listed, one_of, share, whole_number
+from finelip_fast._arguments import Embeddings, as_embeddings, folder_path, listed, one_of, share, whole_number
 from finelip_fast.collection import (
     Listing,
     list_folder,
@@ -29,7 +29,7 @@ from finelip_fast.collection import (
 from finelip_fast.engines import Engine, EngineName, open_engine
 from finelip_fast.errors import EngineError, InputError, StoreError
 from finelip_fast.explain import Explanation, explain
-from finelip_fast.folders import walk_folder
+from finelip_fast.folders import refuse_missing, walk_folder
 from finelip_fast.hits import Hit, Hits
 from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype
 from finelip_fast.index.catalogue import Item
@@ -44,7 +44,7 @@ from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import Overflow, check_overflow
 
 Picture = TypeVar("Picture", bound=ImageSource)
-Embeddings: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+Texts: TypeAlias = "list[str] | tuple[str, ...] | Iterator[str] | np.ndarray[Any, Any]"
 
 
 class Retriever:
@@ -62,7 +62,8 @@ class Retriever:
             possible value, without trained aggregators.
         overflow: Treatment of texts longer than the context: ``"truncate"`` (warns), ``"error"`` or ``"window"``.
         precision: Precision of exported files, ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, or of ``"torch"`` on a CPU,
-            ``"fp32"``, ``"bf16"`` or ``"int8"``; None: the fastest file available, or ``"fp32"``.
+            ``"fp32"``, ``"bf16"`` or ``"int8"``; an error if no engine has it. None: the fastest file available, or
+            ``"fp32"``.
         threads: Number of ONNX Runtime threads on the CPU; None: as many as PyTorch uses.
         build: Whether to export missing files that ``engine`` and ``precision`` need; takes a minute or more.
         dtype: Format in which a new index stores embeddings: ``"float16"``, or ``"int8"`` at half the size (aggregated rows
@@ -114,7 +115,7 @@ class Retriever:
         self._folder = None if index is None else Path(index).absolute()
         self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self._verify = verify
-        self.alpha = self._engine.config.choose_alpha(alpha)
+        self._alpha = self._engine.config.choose_alpha(alpha)
         self.overflow: Overflow = overflow
         self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first one
         self._model_lock = threading.Lock()
@@ -158,7 +159,7 @@ class Retriever:
             >>> finelip_fast.Retriever("checkpoint", index="index").add_images("photos/")
             >>> finelip_fast.Retriever.open("index").search("A red house …")
         """
-        _check_path("index", index)
+        folder_path("index", index)
         checkpoint = known_checkpoints.checkpoint_of(index)
         if checkpoint is None:
             raise StoreError(f"there is no index at {index}: make one with Retriever(checkpoint, index={str(index)!r})")
@@ -176,6 +177,7 @@ class Retriever:
         )
 
     def __enter__(self) -> Retriever:
+        self.index.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -199,6 +201,19 @@ class Retriever:
         """The index that holds the items."""
         self._refuse_after_fork()
         return self._index
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the global cosine in the score, in [0, 1]; set to None, it becomes the checkpoint's own.
+
+        Raises:
+            InputError: When it is set: not a number in [0, 1], or below 1 without trained aggregators.
+        """
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float | None) -> None:
+        self._alpha = self._engine.config.choose_alpha(alpha)
 
     def __reduce__(self) -> tuple[Callable[[], Retriever], tuple[()]]:
         """Pickle the arguments: unpickling opens the same folder with the same engine.
@@ -261,10 +276,12 @@ class Retriever:
             Ids of the pictures added, and those skipped, with the reason.
 
         Raises:
-            InputError: An id is already in the index, metadata cannot be written as JSON, or lists differ in length; raised
-                before any work if the lists show it. If a generator shows it later, earlier batches stay.
+            InputError: There is nothing at the path, an id is already in the index, metadata cannot be written as JSON, or
+                lists differ in length; raised before any work if the lists show it. If a generator shows it later, earlier
+                batches stay.
             StoreError: The index cannot be written. What was written before stays, and ``existing="skip"`` resumes from it.
         """
+        refuse_missing(images)
         report, describes = AddReport(), False
         if isinstance(images, (str, PathLike)) and os.path.isdir(images):
             describes = True
@@ -309,11 +326,11 @@ class Retriever:
             Numbers of pictures added, changed and moved, and those skipped, with the reason.
 
         Raises:
-            InputError: There is no such folder, the table cannot be read, or ``sync`` would remove all items of a folder that
-                now has no picture at all.
+            InputError: There is no such folder, the patterns are not lists, the table cannot be read, or ``sync`` would remove
+                all items of a folder that now has no picture at all.
             StoreError: The index cannot be written; what was written before stays.
         """
-        walk_folder(folder)  # raises an error if there is none
+        walk_folder(folder, exclude=exclude, include=include)  # raises an error before anything is changed
         root = prepare_root(self.index, [folder])
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
@@ -344,7 +361,8 @@ class Retriever:
             InputError: The table cannot be read, or a row names no picture.
             StoreError: The index cannot be written; what was written before stays.
         """
-        base = Path(table).parent if folder is None else folder
+        table = folder_path("table", table)
+        base = table.parent if folder is None else folder_path("folder", folder)
         root = prepare_root(self.index, [base])
         listing = list_table(table, root, base=base, image_field=image_field)
         return self._follow(listing, root, False, batch_size, progress)
@@ -373,7 +391,14 @@ class Retriever:
         batch_size: int = 64,
         progress: bool | tqdm[Any] = True,
     ) -> AddReport:
-        """Embed texts and add them. The arguments are those of :meth:`add_images`; ids default to ``text-N``."""
+        """Embed texts and add them. The arguments are those of :meth:`add_images`; ids default to ``text-N``.
+
+        Raises:
+            InputError: ``texts`` is not an iterable of strings, or as for :meth:`add_images`.
+            StoreError: As for :meth:`add_images`.
+        """
+        if isinstance(texts, dict):
+            raise InputError("expected texts as a list, got a dict; pass list(texts.values()) with ids=list(texts)")
         texts = [texts] if isinstance(texts, str) else texts
         report = AddReport()
         ingest = Ingest(self.index, "text", report, existing=existing, batch_size=batch_size)
@@ -402,7 +427,7 @@ class Retriever:
     @overload
     def search(
         self,
-        text: list[str] | tuple[str, ...],
+        text: Texts,
         *,
         k: int = 10,
         mode: Mode = "auto",
@@ -423,7 +448,7 @@ class Retriever:
     def search(
         self,
         *,
-        image: list[Picture] | tuple[Picture, ...],
+        image: list[Picture] | tuple[Picture, ...] | Iterator[Picture],
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
@@ -432,9 +457,9 @@ class Retriever:
 
     def search(
         self,
-        text: str | list[str] | tuple[str, ...] | None = None,
+        text: str | Texts | None = None,
         *,
-        image: ImageSource | list[Picture] | tuple[Picture, ...] | None = None,
+        image: ImageSource | list[Picture] | tuple[Picture, ...] | Iterator[Picture] | None = None,
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
@@ -443,8 +468,8 @@ class Retriever:
         """Find the best items for a text or a picture.
 
         Args:
-            text: Description or list of descriptions. An empty string is a query like any other.
-            image: Picture or list of pictures to search by instead of a text.
+            text: Description, or several in a list or another iterable. An empty string is a query like any other.
+            image: Picture to search by instead of a text, or several in a list or another iterable.
             k: Number of hits; fewer are returned where the index has fewer.
             mode: ``"exact"``; ``"exact-int8"``, the same result from half the bytes; ``"two-stage"``, which may miss hits;
                 ``"sketch"``, two stages of which the first compares tokens, too, and misses fewer hits if these matter;
@@ -455,7 +480,7 @@ class Retriever:
             alpha: Weight of the global cosine in this search; None: the retriever's.
 
         Returns:
-            Hits, best first, ties in order of insertion: a list for one query, a list of lists for a list of queries. A
+            Hits, best first, ties in order of insertion: a list for one query, a list of lists for several. A
             notebook shows them with thumbnails. There are ``k`` of them even if nothing matches: see ``Hit.stands_out``.
 
         Raises:
@@ -466,9 +491,9 @@ class Retriever:
         if (text is None) == (image is None):
             raise InputError("expected either a text or image=..., " + ("got neither" if text is None else "got both"))
         options = self._search_options(k, mode, where, alpha)
-        query: Any = image if text is None else text
-        several = isinstance(query, (list, tuple))
-        queries: list[Any] = list(query) if several else [query]
+        name, query = ("image", image) if text is None else ("text", text)
+        several = isinstance(query, Iterable) and not isinstance(query, (str, bytes)) and as_images(query) is query
+        queries: list[Any] = listed(name, query) if several else [query]
         if not queries:
             return []
         if text is None:
@@ -490,22 +515,18 @@ class Retriever:
         """Find the best items for embeddings from :meth:`encode_texts`, :meth:`encode_images` or ``Index.embeddings_of``.
 
         Args:
-            queries: Embeddings ``[Q, L, D]``, unit rows, a tensor or an array.
+            queries: Embeddings ``[Q, L, D]``, unit rows, a dense tensor or an array.
             k, mode, where, alpha: The same as for :meth:`search`.
 
         Returns:
             Hits of each query, best first.
 
         Raises:
-            InputError: The embeddings have another shape or are not finite; or as for :meth:`search`.
+            InputError: The embeddings have another shape or are not unit rows of floating-point numbers; or as for
+                :meth:`search`.
         """
         options = self._search_options(k, mode, where, alpha)
-        embedded = self._as_tensor("queries", queries)
-        if not embedded.is_floating_point():
-            raise InputError(f"expected queries of floating-point numbers, got {embedded.dtype}")
-        if embedded.dtype == torch.float64:
-            embedded = embedded.float()
-        return self._hits(embedded, **options)
+        return self._hits(self._on_device("queries", queries), **options)
 
     def _search_options(self, k: int, mode: Mode, where: str | None, alpha: float | None) -> dict[str, Any]:
         """Checked arguments of a search."""
@@ -581,24 +602,22 @@ class Retriever:
         """Score embeddings against each other, weighted by the retriever's ``alpha``.
 
         Args:
-            queries: Embeddings ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, a tensor or an array.
+            queries: Embeddings ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, a dense tensor or an array.
             items: Embeddings ``[N, L, D]``, likewise.
 
         Returns:
             float32 ``[Q, N]`` on the engine's device.
 
         Raises:
-            InputError: The embeddings differ in shape.
+            InputError: The embeddings differ in shape, or are not floating-point numbers.
         """
-        first, second = (self._as_tensor(name, x) for name, x in (("queries", queries), ("items", items)))
+        first, second = (self._on_device(name, x) for name, x in (("queries", queries), ("items", items)))
         if first.dtype != second.dtype:
             first, second = first.float(), second.float()
         return clim_scores(first, second, alpha=self.alpha)
 
-    def _as_tensor(self, name: str, embeddings: Embeddings) -> Tensor:
-        if not isinstance(embeddings, (Tensor, np.ndarray)):
-            raise InputError(f"expected {name} as a tensor or an array [N, L, D], got {embeddings!r:.80}")
-        return torch.as_tensor(embeddings, device=self.engine.device)
+    def _on_device(self, name: str, embeddings: Embeddings) -> Tensor:
+        return as_embeddings(name, embeddings).to(self.engine.device)
 
     def _nothing(self) -> Tensor:
         config = self.engine.config
@@ -643,6 +662,10 @@ class Retriever:
         if isinstance(image, Hit):
             path = image.path or image.id
             if not os.path.isfile(path):  # unlike Path's, never raises
+                if image.path is None:
+                    raise InputError(
+                        f"expected a hit with a picture file, got {path!r:.80}, which has none; pass the picture"
+                    )
                 raise InputError(
                     f"expected a hit whose picture is there, got {path!r}; pass the picture itself, or say where the pictures "
                     f"lie now: {remedies.move_root(self._folder)}"
@@ -689,3 +712,5 @@ class Retriever:
 def _check_path(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, PathLike)):
         raise InputError(f"expected {name} as a path or a name, got {value!r:.80}")
+    if value is not None:
+        folder_path(name, value)

@@ -59,6 +59,9 @@ class _ClipBPE(Tokenizer):
             tokens += _spelled_out(token) if token in (START_TOKEN, EOT_TOKEN) else [token]
         return tokens
 
+    def __repr__(self) -> str:
+        return "CLIP_BPE"
+
     def __reduce__(self) -> str:
         return "CLIP_BPE"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import finelip_fast
 from finelip_fast import FineLIPConfig, Preprocess
 from finelip_fast._arguments import (
+    as_embeddings,
     find_device,
     floating_dtype,
     folder_path,
@@ -88,8 +90,20 @@ ARRAY = np.zeros(3)
         (lambda value: floating_dtype("dtype", value), torch.int8, r"floating-point torch.dtype, such as .*, got torch.int8"),
         (lambda value: matrices("rows", value, (1, 2, 3)), None, r"expected rows as a tensor \[1, 2, 3\], got None"),
         (lambda value: matrices("rows", value, (1, 2, 3)), ARRAY, r"expected rows as a tensor \[1, 2, 3\], got array"),
-        (find_device, 0, "expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got 0"),
-        (find_device, ["cpu"], r"expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got \['cpu'\]"),
+        (lambda value: listed("ids", value), "*.jpg", r"pass \['\*\.jpg'\]$"),
+        (lambda value: folder_path("folder", value), "", "expected folder to be a path, got ''; the working folder is '.'"),
+        (lambda value: as_embeddings("rows", value), [[0.5]], r"expected rows as a tensor or an array .*, got \[\[0.5\]\]"),
+        (lambda value: as_embeddings("rows", value), np.array(["a"]), "expected rows of floating-point numbers, got <U1"),
+        (lambda value: as_embeddings("rows", value), np.ones(3, int), "expected rows of floating-point numbers, got int64"),
+        (lambda value: as_embeddings("rows", value), torch.ones(3).int(), "floating-point numbers, got torch.int32"),
+        (lambda value: as_embeddings("rows", value), torch.ones(3).to_sparse(), r"torch.sparse_coo; pass rows.to_dense\(\)"),
+        (find_device, True, "expected device to be 'cpu', 'cuda', .*, got True"),
+        (find_device, ["cpu"], r"expected device to be 'cpu', .*, a GPU's number or a torch.device, got \['cpu'\]"),
+        (find_device, "", "device='' cannot be used: .*; use device='cpu', or leave it out"),
+        (find_device, "tpu:0", "device='tpu:0' cannot be used: .*; use device='cpu', or leave it out"),
+        (find_device, "cpu:-2", "device='cpu:-2' cannot be used: .*; use device='cpu', or leave it out"),
+        (find_device, "meta", "expected device to be 'cpu', 'cuda', .*, got 'meta'"),
+        (find_device, -1, "device='-1' cannot be used: .*; use device='cpu', or leave it out"),
     ],
 )  # fmt: skip
 def test_other_kinds_are_refused_by_name(check: Callable[[object], object], value: object, message: str) -> None:
@@ -97,19 +111,43 @@ def test_other_kinds_are_refused_by_name(check: Callable[[object], object], valu
         check(value)
 
 
-@pytest.mark.parametrize("device", ["", "tpu:0", "cuda:99", "cpu:-2"])
-def test_a_device_that_is_not_here_is_named(device: str) -> None:
+@pytest.mark.parametrize("device", ["cuda:99", 99])
+def test_a_device_that_is_not_here_is_named(device: object) -> None:
     with pytest.raises(EngineError, match=f"device='{device}' cannot be used: .*; use device='cpu', or leave it out"):
         find_device(device)
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        np.linspace(0, 1, 6, dtype=np.float32)[::-1],
+        np.linspace(0, 1, 6, dtype=">f4"),
+        np.linspace(0, 1, 6, dtype=np.float64),
+        np.frombuffer(np.linspace(0, 1, 6, dtype=np.float32).tobytes(), np.float32),
+        np.linspace(0, 1, 6, dtype=np.longdouble),
+        torch.linspace(0, 1, 6, dtype=torch.float64),
+    ],
+    ids=["backwards", "other byte order", "float64", "read-only", "long double", "a tensor of float64"],
+)
+def test_embeddings_come_in_any_floating_format(rows: Any) -> None:
+    tensor = as_embeddings("rows", rows)
+    assert tensor.dtype == torch.float32
+    assert tensor.tolist() == pytest.approx(rows.tolist())
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: finelip_fast.load(device=3), "expected device to be"),
+        (lambda: finelip_fast.load(device=0.5), "expected device to be"),
         (lambda: finelip_fast.load(dtype="half"), "expected dtype to be a floating-point torch.dtype"),
         (lambda: finelip_fast.save(None, "folder"), "expected a FineLIP, got None"),
         (lambda: finelip_fast.save(finelip_fast.load(), 3), "expected folder to be a path, got 3"),
+        (lambda: finelip_fast.save(finelip_fast.load(), __file__), "expected a folder to write, got the file"),
+        (lambda: finelip_fast.load(""), "expected a checkpoint's path or name, got ''; leave it out for the bundled model"),
+        (lambda: finelip_fast.FineLIP({"a": 1}), "expected config as a FineLIPConfig, got {'a': 1}"),
+        (lambda: FineLIPConfig.from_dict(None), "expected the values of a model configuration in a dictionary, got None"),
+        (lambda: FineLIPConfig.from_dict({1: 1}), "unknown fields '1'"),
+        (lambda: FineLIPConfig.preset("scenes").choose_alpha("a"), r"expected alpha in \[0, 1\], got 'a'"),
         (lambda: finelip_fast.tokenize("a", 10**30), "expected context_length"),
         (lambda: FineLIPConfig.preset(["ViT-B-16"]), "expected the preset to be one of"),
         (lambda: Preprocess(image_size=True), "expected image_size to be an integer, got True"),

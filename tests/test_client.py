@@ -129,6 +129,21 @@ def test_many_queries_are_sent_in_parts(ask) -> None:
     assert len(server.requests) == 2
 
 
+def test_several_queries_come_in_any_iterable(ask) -> None:
+    for texts in (iter(["a", "b"]), np.array(["a", "b"])):
+        server = Server(searched(result(HIT), result()))
+        assert [len(hits) for hits in ask(server, "search", texts)] == [1, 0]
+        assert server.body()["text"] == ["a", "b"]
+
+
+def test_a_closed_client_says_so() -> None:
+    with Client(URL) as client:
+        pass
+    for use in (lambda: client.search("a house"), client.info, client.__enter__):
+        with pytest.raises(ServerError, match=rf"this client of {URL} is closed: open another, Client\('{URL}'\)"):
+            use()
+
+
 def test_pictures_are_sent_whole(ask, tmp_path: Path) -> None:
     image = Image.new("RGBA", (5, 3), (200, 10, 10, 128))
     image.save(tmp_path / "a.png")
@@ -153,7 +168,9 @@ def test_pictures_are_sent_whole(ask, tmp_path: Path) -> None:
         (("a",), {"image": b"x"}, "got both"),
         (("a",), {"k": 0}, "expected k of at least 1"),
         (("a",), {"alpha": float("nan")}, "expected alpha in"),
-        (({1},), {}, "JSON"),
+        (({1},), {}, "expected text as str, got 1"),
+        ((5,), {}, "expected text as str, got 5"),
+        (({"a": 1},), {}, "expected text as a list, got {'a': 1}"),
     ],
 )
 def test_what_is_known_to_be_wrong_is_not_sent(ask, arguments: Any, options: Any, message: str) -> None:

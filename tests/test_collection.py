@@ -176,9 +176,25 @@ def test_a_folder_that_lost_all_its_pictures_is_not_emptied(retriever: Retriever
         retriever.add_folder(photos / "2023", sync=True, progress=False)
     assert len(retriever) == 7
     for error, left in ((caught_below, 5), (caught, 1)):  # following the advice works
-        words = shlex.split(str(error.value).partition("all the same: finelip ")[2])
-        assert main([*words, "--index", str(retriever.index.folder)]) == 0
+        assert main(shlex.split(str(error.value).partition("all the same: finelip ")[2])) == 0
         assert len(retriever) == left
+
+
+def test_the_advice_on_an_emptied_folder_is_python_for_an_index_in_memory(checkpoint: Path, photos: Path) -> None:
+    with Retriever(checkpoint, engine="torch", device="cpu") as retriever:
+        retriever.add_folder(photos, progress=False)
+        shutil.rmtree(photos)
+        photos.mkdir()
+        with pytest.raises(InputError, match="its disk there") as caught:
+            retriever.add_folder(photos, sync=True, progress=False)
+        exec(str(caught.value).partition("all the same: ")[2], {"index": retriever.index})
+        assert len(retriever) == 0
+
+
+def test_patterns_are_checked_before_the_index_is_changed(retriever: Retriever, photos: Path) -> None:
+    with pytest.raises(InputError, match=r"expected exclude as a list, got '\*\.jpg'; pass \['\*\.jpg'\]"):
+        retriever.add_folder(photos, exclude="*.jpg", progress=False)
+    assert retriever.index.root is None
 
 
 def test_texts_and_pictures_elsewhere_are_not_gone(retriever: Retriever, photos: Path) -> None:

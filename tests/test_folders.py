@@ -50,6 +50,26 @@ def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> Non
         list_images(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "*.jpg"}, r"expected exclude as a list, got '\*\.jpg'; pass \['\*\.jpg'\]"),
+        ({"include": "@eaDir"}, "expected include as a list, got '@eaDir'"),
+        ({"include": 3}, "expected include as a list, got 3"),
+        ({"exclude": [3]}, "expected exclude as str, got 3"),
+    ],
+)
+def test_patterns_are_lists_of_texts(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        walk_folder(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("folder", "message"), [(None, "got None"), ("", "got ''; the working folder is '.'")])
+def test_a_folder_is_a_path(folder: object, message: str) -> None:
+    with pytest.raises(InputError, match=f"expected folder as a path, {message}"):
+        walk_folder(folder)
+
+
 def test_a_folder_is_walked_in_the_order_of_its_sorted_paths(tmp_path: Path) -> None:
     names = ["b.png", "a/z.png", "a/b/c.png", "a.png", "a b/x.png", "c/notes.txt", "a/a.txt"]
     for name in names:

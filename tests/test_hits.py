@@ -37,6 +37,19 @@ def test_hits_are_a_list() -> None:
     assert Hits() == []
 
 
+def test_parts_of_hits_are_hits() -> None:
+    hits = Hits([hit("a"), hit("b"), hit("c")])
+    for part in (hits[1:], hits[::-1], hits + hits[:1], hits.copy()):
+        assert isinstance(part, Hits)
+    assert [item.id for item in hits[1:] + hits[:1]] == ["b", "c", "a"]
+    assert hits[-1] == hit("c")
+
+
+def test_hits_can_be_in_a_set() -> None:
+    assert len({hit("a", year=2024), hit("a", year=2024), hit("b")}) == 2
+    assert hit("a", year=2024) != hit("a", year=2025)
+
+
 def test_hits_print_as_lines_that_a_terminal_shows() -> None:
     assert str(Hits([hit("a"), hit("b\x1b[2J\n")])).split("\n") == [
         "  1  0.5100  (global 0.5000, fine 0.5500)  a",

@@ -164,8 +164,22 @@ def test_one_caption_a_picture_is_the_plain_protocol_to_the_bit(data, size, dtyp
 
 
 def test_more_captions_than_pictures_need_to_be_told_whose_they_are():
-    with pytest.raises(InputError, match="from 0 to 1, got 0 to 2"):
-        recall(torch.zeros(2, 3))
+    message = r"expected as many pictures as captions without picture_of, got scores \[2, 3\]; pass picture_of"
+    for rank in (recall, pair_ranks):
+        with pytest.raises(InputError, match=message):
+            rank(torch.zeros(2, 3))
+
+
+def test_metrics_are_of_tensors():
+    for call in (
+        lambda: pair_ranks(torch.eye(2).numpy()),
+        lambda: best_ranks(torch.eye(2), [[True]]),
+        lambda: summary([1, 2]),
+        lambda: bootstrap_interval([1.0]),
+        lambda: mcnemar([True], [False]),
+    ):
+        with pytest.raises(InputError, match=r"expected \w+ as a tensor, got (.|\n)*; pass torch\.as_tensor\(\w+\)"):
+            call()
 
 
 def test_a_summary_of_both_directions_is_that_of_each():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -337,6 +338,43 @@ def test_gradient_checkpointing_recomputes(make_model, make_captions, pixels):
 def test_pixels_of_another_shape_are_refused(model, shape, got):
     with pytest.raises(InputError, match=rf"expected pixels \[B, 3, 32, 32\], got {got}; use model.preprocess"):
         model.encode_image(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ("a.jpg", r"expected pixels \[B, 3, 32, 32\], got 'a.jpg'; use model.preprocess.batch"),
+        ([[0.0]], r"expected pixels \[B, 3, 32, 32\], got \[\[0.0\]\]"),
+        (np.zeros((1, 3, 32, 32)), r"expected pixels \[B, 3, 32, 32\], got array"),
+        (
+            torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+            "expected normalised pixels of a floating dtype, got torch.uint8",
+        ),
+    ],
+)
+def test_what_are_no_pixels_is_refused(model, pixels, message):
+    with pytest.raises(InputError, match=message):
+        model.encode_image(pixels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pixels_may_be_of_another_floating_dtype(model, dtype):
+    assert model.encode_image(torch.zeros(1, 3, 32, 32, dtype=dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("a man", "expected integer ids .*, got 'a man'; use finelip_fast.tokenize"),
+        ([[1, 2]], r"expected integer ids .*, got \[\[1, 2\]\]"),
+        (torch.ones(1, 4, dtype=torch.bool), r"expected integer ids .*, got torch.bool \[1, 4\]"),
+        (torch.tensor([[1, 60_000]]), "expected ids from 0 to 49407, got 60000; use the tokenizer of the model"),
+        (torch.tensor([[1, -1]]), "expected ids from 0 to 49407, got -1"),
+    ],
+)
+def test_what_are_no_ids_is_refused(model, ids, message):
+    with pytest.raises(InputError, match=message):
+        model.encode_text(ids)
 
 
 @pytest.mark.parametrize(("shape", "got"), [((2, 257), r"\[2, 257\]"), ((7,), r"\[7\]"), ((1, 2, 7), r"\[1, 2, 7\]")])

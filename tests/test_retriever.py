@@ -287,7 +287,7 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
         ({"checkpoint": 5}, "expected checkpoint as a path or a name, got 5"),
         ({"index": 5}, "expected index as a path or a name, got 5"),
         ({"dtype": "int4"}, "expected dtype to be one of float16, int8, got 'int4'"),
-        ({"device": 0}, "expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got 0"),
+        ({"device": [0]}, r"expected device to be 'cpu', .*, a GPU's number or a torch\.device, got \[0\]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -1016,6 +1016,19 @@ def test_embeddings_of_nothing_and_of_one(build: Callable[..., Retriever]) -> No
         (lambda retriever: retriever.encode_images(5), "expected images to be a list, got 5"),
         (lambda retriever: retriever.encode_texts(["a"], batch_size=0), "expected batch_size of at least 1"),
         (lambda retriever: retriever.similarity([1], [2]), "expected queries as a tensor or an array"),
+        (
+            lambda retriever: retriever.similarity(np.array(["a"]), ROWS),
+            "expected queries of floating-point numbers, got <U1",
+        ),
+        (lambda retriever: retriever.search_embeddings(ROWS.int()), r"of floating-point numbers, got torch\.int32"),
+        (
+            lambda retriever: retriever.search_embeddings(5 * ROWS),
+            "expected queries of unit rows, .* of 5; normalize",
+        ),
+        (
+            lambda retriever: retriever.search_embeddings(ROWS[:, :0]),
+            r"expected queries \[Q, L, 48\] of one row or more, got \[2, 0, 48\]",
+        ),
         (lambda retriever: retriever.similarity(torch.zeros(2, 3), torch.zeros(2, 3)), "expected"),
     ],
 )
@@ -1024,6 +1037,123 @@ def test_what_cannot_be_embedded_or_compared_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         call(build())
+
+
+ROWS = torch.nn.functional.normalize(torch.ones(2, 4, 48), dim=-1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_embeddings_come_from_any_array(retriever: Retriever) -> None:
+    add_all(retriever)
+    tensor = retriever.encode_images(PICTURES)
+    array = tensor.numpy()
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    for queries in (
+        array[::-1][::-1],
+        array[::-1],
+        array.astype(">f4"),
+        array.astype(np.float64),
+        frozen,
+        tensor.double(),
+    ):
+        expected = [f"picture {n}" for n in range(len(PICTURES))]
+        backwards = isinstance(queries, np.ndarray) and queries.strides[0] < 0
+        found = [hits[0].id for hits in retriever.search_embeddings(queries)]
+        assert found == (expected[::-1] if backwards else expected)
+        assert retriever.similarity(queries, array).argmax(dim=1).tolist() == [int(name.split()[1]) for name in found]
+
+
+def test_several_queries_come_in_any_iterable(retriever: Retriever) -> None:
+    add_all(retriever)
+    expected = retriever.search(["night", "a blue bus"])
+    for texts in (
+        iter(["night", "a blue bus"]),
+        np.array(["night", "a blue bus"]),
+        {"night": 0, "a blue bus": 0}.keys(),
+    ):
+        assert retriever.search(texts) == expected
+    pictures = [np.asarray(image) for image in PICTURES[:2]]
+    for images in (iter(PICTURES[:2]), np.stack(pictures)):
+        assert [hits[0].id for hits in retriever.search(image=images)] == ["picture 0", "picture 1"]
+    assert retriever.search(image=pictures[1])[0].id == "picture 1", "an array of one picture"
+    with pytest.raises(InputError, match=r"expected text as a list, got {'night': 0}"):
+        retriever.search({"night": 0})
+
+
+@pytest.mark.parametrize("missing", ["photoss/", "photoss/a.jpg", "", Path("photoss")])
+def test_a_path_to_nothing_is_an_error(retriever: Retriever, missing: str | Path) -> None:
+    with pytest.raises(InputError, match=r"expected a folder or a picture, got nothing there: .*; check the path"):
+        retriever.add_images(missing, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda retriever: retriever.add_folder(None), "expected folder as a path, got None"),
+        (lambda retriever: retriever.add_table(None), "expected table as a path, got None"),
+        (lambda retriever: retriever.add_table("a.csv", folder=3), "expected folder as a path, got 3"),
+        (
+            lambda retriever: retriever.add_texts({"a": 1}),
+            r"got a dict; pass list\(texts\.values\(\)\) with ids=list\(texts\)",
+        ),
+        (
+            lambda retriever: retriever.add_images(PICTURES, progress="yes"),
+            "expected progress as True, False or a tqdm bar",
+        ),
+        (lambda retriever: setattr(retriever, "alpha", 5), r"expected alpha in \[0, 1\], got 5"),
+        (lambda _: Retriever(""), "expected checkpoint as a path, got ''"),
+        (lambda _: Retriever(index=""), "expected index as a path, got ''; the working folder is '.'"),
+        (lambda _: Retriever(device="foo"), "device='foo' cannot be used: .*; use device='cpu', or leave it out"),
+        (lambda _: Retriever(device="meta"), "expected device as cpu, cuda, .*, got 'meta'"),
+        (lambda _: Retriever.open(None), "expected index as a path, got None"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(
+    retriever: Retriever, call: Callable[[Retriever], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(retriever)
+    assert len(retriever) == 0
+
+
+def test_alpha_can_be_changed(retriever: Retriever) -> None:
+    retriever.alpha = 0.25
+    assert retriever.alpha == 0.25
+    retriever.alpha = None
+    assert retriever.alpha == retriever.engine.alpha
+
+
+def test_a_closed_retriever_is_not_entered(retriever: Retriever) -> None:
+    retriever.close()
+    with pytest.raises(StoreError, match="the index is closed: its items were in memory"), retriever:
+        pass
+
+
+def test_an_index_of_another_format_says_so(build: Callable[..., Retriever], tmp_path: Path) -> None:
+    build(index=tmp_path / "index")
+    with pytest.raises(StoreError, match="stores float16, got dtype='int8': leave dtype out"):
+        build(index=tmp_path / "index", dtype="int8")
+
+
+def test_a_hit_without_a_picture_is_not_explained(retriever: Retriever) -> None:
+    retriever.add_texts(["a house"], progress=False)
+    with pytest.raises(
+        InputError, match="expected a hit with a picture file, got 'text-0', which has none; pass the picture"
+    ):
+        retriever.explain(retriever.search("a house")[0], "a house")
+
+
+def test_the_advice_on_moved_pictures_is_python_for_an_index_in_memory(retriever: Retriever, tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    PICTURES[0].save(tmp_path / "before" / "a.png")
+    retriever.add_folder(tmp_path / "before", progress=False)
+    (hit,) = retriever.search("a house")
+    (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(InputError, match=r"where the pictures lie now: index\.root = FOLDER"):
+        retriever.explain(hit, "a house")
+    retriever.index.root = tmp_path / "after"
+    assert retriever.explain(retriever.search("a house")[0], "a house")
 
 
 def test_a_retriever_says_what_it_is_and_closes(build: Callable[..., Retriever], tmp_path: Path) -> None:

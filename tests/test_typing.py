@@ -56,6 +56,10 @@ async def ask() -> None:
 
 
 assert_type(ff.Retriever.open("index"), ff.Retriever)
+assert_type(ff.Retriever().search(name for name in ("a", "b")), list[ff.Hits])
+assert_type(ff.Retriever().search("a house")[:3] + hits, ff.Hits)
+assert_type(len(ff.datasets.Scenes("test", 3)), int)
+assert_type(ff.metrics.recall(ff.kernels.clim_scores(*2 * (ff.Retriever().encode_texts("a"),))), dict[str, float])
 model = ff.FineLIP.from_pretrained("org/name")
 assert_type(model, ff.FineLIP)
 assert_type(ff.load(), ff.FineLIP)

@@ -105,6 +105,8 @@ def open_checkpoint(
         return _open_folder(BUNDLED, context_length, hints)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise InputError(f"expected a checkpoint's path or name, got {checkpoint!r:.80}")
+    if not os.fspath(checkpoint):
+        raise InputError("expected a checkpoint's path or name, got ''; leave it out for the bundled model")
     name = os.fspath(checkpoint)
     path = _path(name)
     try:

@@ -54,6 +54,8 @@ def save(
         WriteError: The disk is full (says how much space is needed and free), or the folder is not writable.
     """
     folder = folder_path("folder", folder)
+    if folder.is_file():
+        raise InputError(f"expected a folder to write, got the file {str(folder)!r}; name another")
     if not isinstance(model, FineLIP):
         raise InputError(f"expected a FineLIP, got {model!r:.80}")
     dtype = None if dtype is None else floating_dtype("dtype", dtype)

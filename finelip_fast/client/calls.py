@@ -14,10 +14,20 @@ from urllib.parse import quote
 
 import httpx2
 
-from finelip_fast._arguments import listed, share, whole_number
+from finelip_fast._arguments import listed, share, strings, whole_number
 from finelip_fast._json import parse_json
 from finelip_fast.client.exchange import Request, Steps, answer_of, exchange, expected_answer, json_request
-from finelip_fast.client.sending import BATCH, as_json, as_pictures, batches, content_of, encoded, file_name, sound_text
+from finelip_fast.client.sending import (
+    BATCH,
+    as_json,
+    as_pictures,
+    batches,
+    content_of,
+    encoded,
+    file_name,
+    is_picture,
+    sound_text,
+)
 from finelip_fast.errors import (
     ImageError,
     InputError,
@@ -25,7 +35,7 @@ from finelip_fast.errors import (
     ServerError,
     TruncationWarning,
 )
-from finelip_fast.folders import list_images
+from finelip_fast.folders import list_images, refuse_missing
 from finelip_fast.hits import Hit, Hits
 from finelip_fast.reports import AddReport
 
@@ -60,8 +70,10 @@ def search(
     options |= {} if where is None else {"where": where}
     options |= {} if alpha is None else {"alpha": share("alpha", alpha)}
     query = image if text is None else text
-    several = isinstance(query, (list, tuple))
-    queries = query if several else [query]
+    several = isinstance(query, Iterable) and not is_picture(query)  # a text is a path, too
+    queries = listed("image" if text is None else "text", query) if several else [query]
+    if text is not None:
+        strings("text", queries)
     hits: list[Hits] = []
     cut: list[int] = []
     for batch in batches(queries if text is not None else map(encoded, queries), BATCH):
@@ -129,9 +141,11 @@ def _embed(inputs: Iterable[Any], batch_size: int) -> Steps[Array]:
 
 
 def add_images(images: Any, metadata: Sequence[dict[str, Any]] | None, batch_size: int) -> Steps[AddReport]:
+    refuse_missing(images)
     if isinstance(images, (str, PathLike)) and os.path.isdir(images):
         images = list_images(images)
     pictures = as_pictures(images)
+    metadata = None if metadata is None else listed("metadata", metadata)
     if metadata is not None and len(metadata) != len(pictures):
         raise InputError(f"expected metadata for {len(pictures)} pictures, got {len(metadata)}")
     report = AddReport()

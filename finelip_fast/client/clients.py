@@ -30,9 +30,13 @@ T = TypeVar("T")
 
 
 class Client(Connection):
-    """Client of a ``finelip serve`` server, which is searched and filled like a :class:`finelip_fast.Retriever`.
+    """Client of a ``finelip serve`` server, with the main methods of a :class:`finelip_fast.Retriever`.
 
-    May be used from several threads. Pictures are paths on this machine, encoded bytes or PIL images, and are sent whole.
+    Unlike a retriever's, they return arrays instead of tensors, and :meth:`explain` a dictionary, and the server names the
+    pictures that :meth:`add_images` adds. Pictures are paths on this machine, encoded bytes or PIL images, and are sent whole.
+    There is no ``add_folder``, ``add_table``, ``add_texts``, ``search_embeddings`` or ``similarity``.
+
+    May be used from several threads.
     Requests that change nothing are sent again, at most twice, if the server is full or starting and says for how long.
 
     Args:
@@ -53,6 +57,7 @@ class Client(Connection):
         self._http = httpx2.Client(**self._options())
 
     def __enter__(self) -> Client:
+        self._refuse_if_closed()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +86,7 @@ class Client(Connection):
     @overload
     def search(
         self,
-        text: list[str] | tuple[str, ...],
+        text: list[str] | tuple[str, ...] | Iterator[str],
         *,
         k: int = 10,
         mode: Mode = "auto",
@@ -102,7 +107,7 @@ class Client(Connection):
     def search(
         self,
         *,
-        image: list[Picture] | tuple[Picture, ...],
+        image: list[Picture] | tuple[Picture, ...] | Iterator[Picture],
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
@@ -111,9 +116,9 @@ class Client(Connection):
 
     def search(
         self,
-        text: str | list[str] | tuple[str, ...] | None = None,
+        text: str | list[str] | tuple[str, ...] | Iterator[str] | None = None,
         *,
-        image: PictureSource | list[Picture] | tuple[Picture, ...] | None = None,
+        image: PictureSource | list[Picture] | tuple[Picture, ...] | Iterator[Picture] | None = None,
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
@@ -167,6 +172,9 @@ class Client(Connection):
 
         Returns:
             Ids of the added pictures, and the skipped ones with reasons. Added pictures are found by every later search.
+
+        Raises:
+            InputError: There is nothing at the path, or ``metadata`` does not have a dictionary for each picture.
         """
         return self._run(calls.add_images(images, metadata, batch_size))
 
@@ -209,6 +217,7 @@ class AsyncClient(Connection):
         self._http = httpx2.AsyncClient(**self._options())
 
     async def __aenter__(self) -> AsyncClient:
+        self._refuse_if_closed()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -237,7 +246,7 @@ class AsyncClient(Connection):
     @overload
     async def search(
         self,
-        text: list[str] | tuple[str, ...],
+        text: list[str] | tuple[str, ...] | Iterator[str],
         *,
         k: int = 10,
         mode: Mode = "auto",
@@ -258,7 +267,7 @@ class AsyncClient(Connection):
     async def search(
         self,
         *,
-        image: list[Picture] | tuple[Picture, ...],
+        image: list[Picture] | tuple[Picture, ...] | Iterator[Picture],
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,
@@ -267,9 +276,9 @@ class AsyncClient(Connection):
 
     async def search(
         self,
-        text: str | list[str] | tuple[str, ...] | None = None,
+        text: str | list[str] | tuple[str, ...] | Iterator[str] | None = None,
         *,
-        image: PictureSource | list[Picture] | tuple[Picture, ...] | None = None,
+        image: PictureSource | list[Picture] | tuple[Picture, ...] | Iterator[Picture] | None = None,
         k: int = 10,
         mode: Mode = "auto",
         where: str | None = None,

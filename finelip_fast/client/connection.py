@@ -29,6 +29,12 @@ class Connection:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
+    _http: httpx2.Client | httpx2.AsyncClient
+
+    def _refuse_if_closed(self) -> None:
+        if self._http.is_closed:
+            raise ServerError(f"this client of {self.url} is closed: open another, {type(self).__name__}({self.url!r})")
+
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         """Pickle the arguments; a key from the environment is not among them."""
         return partial(type(self), self.url, api_key=self._key, timeout=self.timeout), ()
@@ -52,6 +58,7 @@ class Connection:
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Turn a failing connection into a ServerError."""
+        self._refuse_if_closed()
         try:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:

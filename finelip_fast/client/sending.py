@@ -43,10 +43,14 @@ def batches(values: Iterable[T], count: int, *, size: Callable[[T], int] | None 
         yield batch
 
 
+def is_picture(source: Any) -> bool:
+    """Return whether a value is a single picture: a path, encoded bytes or a PIL image."""
+    return isinstance(source, (str, PathLike, bytes, bytearray, memoryview)) or hasattr(source, "save")
+
+
 def as_pictures(images: Any) -> list[Any]:
     """Return pictures as a list; a single picture becomes a list of one."""
-    single = isinstance(images, (str, PathLike, bytes, bytearray, memoryview)) or hasattr(images, "save")
-    return [images] if single else listed("images", images)
+    return [images] if is_picture(images) else listed("images", images)
 
 
 def encoded(source: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from finelip_fast._arguments import whole_number
 from finelip_fast.datasets.json_files import read_json_lines, read_sharegpt4v
 from finelip_fast.datasets.published import (
     read_coco,
@@ -70,6 +71,9 @@ class SceneExamples:
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
 
+    def __repr__(self) -> str:
+        return f"SceneExamples({self.scenes!r})"
+
     def __len__(self) -> int:
         return len(self.scenes)
 
@@ -93,11 +97,15 @@ class FileExamples:
     def __init__(self, pairs: Sequence[tuple[Path, str]]) -> None:
         self.pairs = pairs
 
+    def __repr__(self) -> str:
+        first = f", the first {str(self.pairs[0][0])!r:.80}" if self.pairs else ""
+        return f"<FileExamples: {len(self)} pairs{first}>"
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int, /) -> Example:
-        path, caption = self.pairs[index]
+        path, caption = self.pairs[whole_number("index", index, least=None)]
         return Example(path, caption, str(path))
 
 
@@ -132,7 +140,7 @@ def open_dataset(spec: str, *, image_size: int = 224, root: str | Path | None = 
             return SceneExamples(Scenes(split or "train", count, image_size=image_size, variant=variant or "clean"))
         except ValueError as error:
             raise InputError(f"{spec!r:.80}: {error}") from None
-    if kind in ("jsonl", "sharegpt4v"):
+    if kind in ("jsonl", "sharegpt4v") and rest:
         read_pairs = read_json_lines if kind == "jsonl" else read_sharegpt4v
         return FileExamples(read_pairs(Path(rest), root=Path(root) if root else None))
     if kind in _WHOLE and (place := rest or root):

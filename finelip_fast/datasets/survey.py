@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,14 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
     """Go through a dataset once, without drawing pictures if the dataset offers pairs without them.
 
     Raises:
-        InputError: There are no pairs.
+        InputError: There are no pairs, or ``pairs`` is the name of a dataset or a sequence of other things.
     """
+    if isinstance(pairs, str):
+        raise InputError(f"expected opened pairs, got the name {pairs!r:.80}; pass open_dataset({pairs!r:.80})")
+    if not isinstance(pairs, Sized) or not hasattr(pairs, "__getitem__"):
+        raise InputError(
+            f"expected a sequence of pairs, got {pairs!r:.80}; finelip_fast.datasets.open_dataset opens one"
+        )
     if not len(pairs):
         raise InputError("expected at least one pair to evaluate, got none")
     look = getattr(pairs, "without_image", pairs.__getitem__)
@@ -51,6 +57,11 @@ def survey(pairs: PairDataset, *, stamps: bool = False) -> Survey:
     numbers: dict[str, int] = {}
     for index in range(len(pairs)):
         example = look(index)
+        if not hasattr(example, "image_id"):
+            raise InputError(
+                f"expected pairs as finelip_fast.datasets.Example, got {example!r:.80}; open_dataset opens scenes and files "
+                "as such"
+            )
         number = numbers.setdefault(example.image_id, len(numbers))
         if number == len(first):
             first.append(index)

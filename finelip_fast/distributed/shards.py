@@ -27,6 +27,7 @@ from finelip_fast.distributed.cluster import cluster, told
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index import Index, IndexSpec, stored_index
 from finelip_fast.index.catalogue import Item
+from finelip_fast.index.checks import as_queries
 from finelip_fast.index.search import Mode
 
 Partial = Literal["refuse", "mark"]
@@ -162,12 +163,12 @@ class Shards:
             where: Filter on the items' metadata, see :mod:`finelip_fast.index.filters`.
 
         Raises:
-            InputError: ``k < 1``, an unknown mode, or an invalid filter.
+            InputError: ``k < 1``, queries that are not such embeddings, an unknown mode, or an invalid filter.
             StoreError: With ``partial="refuse"``: shards are missing; names them.
         """
         if k < 1:
             raise InputError(f"expected k of at least 1, got {k}")
-        answers, missing = self._ask(_as_array(queries), k, alpha, mode, where)
+        answers, missing = self._ask(_as_array(as_queries(queries, self.spec.width)), k, alpha, mode, where)
         if missing and self.partial == "refuse":
             reasons = "; ".join(f"{folder}: {reason}" for folder, reason in missing.items())
             raise StoreError(
@@ -356,5 +357,5 @@ class _Shard:
 
 
 def _as_array(queries: Tensor) -> np.ndarray[Any, Any]:
-    queries = queries.detach().cpu()
+    queries = queries.cpu()
     return (queries.float() if queries.dtype == torch.bfloat16 else queries).numpy()

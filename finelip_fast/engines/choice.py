@@ -52,8 +52,8 @@ def open_engine(
     """Open an engine on a checkpoint.
 
     Args:
-        name: Name of an engine. ``"auto"`` takes the fastest that can run here, as measured the first time on this machine;
-            any other name gives that engine or an error.
+        name: Name of an engine. ``"auto"`` takes the fastest that can run here in ``precision``, as measured the first time on
+            this machine; any other name gives that engine or an error.
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         device: Device to run on; None means a GPU if there is one.
         precision: Precision of an exported file, or of ``"torch"`` on a CPU (``"fp32"``, ``"bf16"``, ``"int8"``). None means
@@ -63,7 +63,7 @@ def open_engine(
 
     Raises:
         InputError: An unknown name, or settings that the engine does not have.
-        EngineError: An engine or a device that cannot run here.
+        EngineError: An engine or a device that cannot run here, or a precision that no engine has.
         CheckpointError: A checkpoint that cannot be loaded.
     """
     one_of("engine", name, ENGINES)
@@ -98,7 +98,13 @@ def open_engine(
             return candidates[0].open("asked for")
         return fastest(candidates, absent)
     has_int8 = any("int8" in candidate.label for candidate in candidates)
-    candidates.append(_in_torch(checkpoint, device, precision, candidates[0].identity if candidates else ""))
+    if (reason := _why_not_torch(device, precision)) is not None:
+        absent["torch"] = reason
+    else:
+        candidates.append(_in_torch(checkpoint, device, precision, candidates[0].identity if candidates else ""))
+    if not candidates:
+        reasons = "; ".join(f"{runtime}: {why}" for runtime, why in absent.items())
+        raise EngineError(f"no engine can run in {precision}: {reasons}; leave precision out")
     engine = fastest(candidates, absent)
     if precision is None and not has_int8 and engine.name == "torch" and engine.device.type == "cpu":
         engine.faster = _int8_advice(engine.config, checkpoint)
@@ -222,20 +228,30 @@ def _torch(
     return TorchEngine(checkpoint, device, precision, reason=reason)
 
 
+def _why_not_torch(device: str | torch.device | None, precision: Precision | None) -> str | None:
+    """Reason why the model itself cannot run in a precision; None if it can."""
+    from finelip_fast.engines.torch import precisions_on
+    from finelip_fast.frozen import why_not
+
+    place = find_device(device)
+    known = precisions_on(place)
+    if precision is None:
+        return None
+    if precision not in known:
+        return f"it has {', '.join(known)} on {place.type}"
+    return why_not(precision) if place.type == "cpu" else None
+
+
 def _in_torch(
     checkpoint: str | PathLike[str] | None,
     device: str | torch.device | None,
     precision: Precision | None,
     identity: str,
 ) -> Candidate:
-    """The model itself, in the requested precision, or in the device's first one if it does not have that."""
-    from finelip_fast.engines.torch import NUMBERS, PRECISIONS
-    from finelip_fast.frozen import why_not
+    """The model itself, in the requested precision or the device's first one."""
+    from finelip_fast.engines.torch import NUMBERS, precisions_on
 
-    known = PRECISIONS[find_device(device).type]
-    if precision is not None and (precision not in known or why_not(precision) is not None):
-        precision = None
-    label = f"torch {NUMBERS[precision or known[0]]}"
+    label = f"torch {NUMBERS[precision or precisions_on(find_device(device))[0]]}"
     # "frozen": earlier versions measured the plain module.
     return Candidate(label, functools.partial(_torch, checkpoint, device, precision), f"{identity}, frozen")
 

@@ -15,7 +15,7 @@ from finelip_fast.engines.base import Engine
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.frozen import freeze, why_not
 from finelip_fast.kernels import cpu
-from finelip_fast.model import FineLIP
+from finelip_fast.model import FineLIP, check_ids, check_pixels
 from finelip_fast.runtimes.manifest import Precision
 from finelip_fast.tokenizer import tokenize
 
@@ -87,16 +87,32 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
         self._check_process()
+        check_pixels(pixels, self.config)
         return self.model.encode_image(pixels.to(self.model.device, self.model.dtype)).to(self.device)
 
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
         self._check_process()
+        check_ids(ids, self.config)  # on the CPU still, where looking at their values costs nothing
         return self.model.encode_text(ids.to(self.model.device)).to(self.device)
 
 
+def precisions_on(device: torch.device) -> tuple[Precision, ...]:
+    """Return the precisions that a device has, starting with the default.
+
+    Raises:
+        InputError: A device of another kind.
+    """
+    if device.type not in PRECISIONS:
+        raise InputError(
+            f"expected device of the engine as {' or '.join(PRECISIONS)}, got {str(device)!r}; leave it out, and the engine "
+            "uses an Apple GPU if that gives the same results"
+        )
+    return PRECISIONS[device.type]
+
+
 def _check_precision(precision: Precision | None, device: torch.device) -> Precision:
-    known = PRECISIONS[device.type]
+    known = precisions_on(device)
     if precision is None:
         return known[0]
     if precision not in known:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finelip_fast._arguments import listed, whole_number
 from finelip_fast._files import installed
 from finelip_fast.datasets import PairDataset
 from finelip_fast.datasets.survey import Survey, hash_of, survey
@@ -61,13 +62,18 @@ def evaluate(
         with the global cosine. Ties count against the model. The scores are never all in memory.
 
     Raises:
-        InputError: No pairs, a context below 3 or longer than the model's, an alpha outside [0, 1], a batch size below 1,
-            both ``alpha`` and ``validation``, or validation pairs that are the measured ones. Without trained aggregators:
-            an alpha below 1, or validation pairs.
+        InputError: No engine or no opened pairs, a context below 3 or longer than the model's, an alpha outside [0, 1], a
+            batch size below 1, both ``alpha`` and ``validation``, or validation pairs that are the measured ones. Without
+            trained aggregators: an alpha below 1, or validation pairs.
         ImageError: A picture that cannot be read.
         WriteError: A cache that cannot be written; embeddings already in it are reused.
     """
-    context_lengths = sorted(set(context_lengths)) or [engine.config.context_length]
+    if not hasattr(engine, "embed_texts"):
+        raise InputError(f"expected an engine, got {engine!r:.80}; pass retriever.engine, or open one with open_engine")
+    lengths = {
+        whole_number("context_lengths", length, least=None) for length in listed("context_lengths", context_lengths)
+    }
+    context_lengths = sorted(lengths) or [engine.config.context_length]
     longest = engine.config.context_length
     if context_lengths[0] < 3 or context_lengths[-1] > longest:
         raise InputError(f"expected context_lengths from 3 to the model's {longest} tokens, got {context_lengths}")
@@ -79,8 +85,7 @@ def evaluate(
             "validation pairs choose alpha, which only a checkpoint with trained aggregators has; omit them"
         )
     alpha = engine.config.choose_alpha(alpha)
-    if batch_size < 1:
-        raise InputError(f"expected batch_size of at least 1, got {batch_size}")
+    batch_size = whole_number("batch_size", batch_size)
     encoder = _Encoder(engine, Path(cache) if cache is not None else None, batch_size, progress)
     known, sweep = survey(pairs, stamps=cache is not None), None
     if validation is not None:

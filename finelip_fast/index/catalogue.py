@@ -45,6 +45,10 @@ __all__ = ["Catalogue", "Item", "Layout", "SegmentRow", "read_spec"]
 _NO_TALLY = {"segments": [0, 0], "dead": [0, 0]}
 
 
+def _checkpoint(source: Any) -> str:
+    return f"checkpoint {source!r:.200}" if source else "the bundled model"
+
+
 def _another_checkpoint(stored: dict[str, Any], opening: dict[str, Any]) -> str:
     """Advice on an index of another checkpoint, and the reason why there is no other way."""
     remedy = "open it with the checkpoint that wrote it"
@@ -96,11 +100,17 @@ class Catalogue(CatalogueReader):
         different = spec_differences(expected | stored if is_old else stored, expected)
         if not is_old and stored.get("format") != FORMAT:
             different.append("format")
+        if different == ["dtype"]:
+            has, expects = stored.get("dtype"), self._wanted["dtype"]
+            raise StoreError(
+                f"the index at {self._folder} stores {has}, got dtype={expects!r}: leave dtype out, or pass dtype={has!r}, or "
+                "use another folder"
+            )
         if different:
             was, current = ({key: side.get(key) for key in different} for side in (stored, self._wanted))
             raise StoreError(
-                f"the index at {self._folder} was written by checkpoint {stored.get('source')!r:.200} with {was}, "
-                f"and is opened by checkpoint {source!r:.200} with {current}: "
+                f"the index at {self._folder} was written by {_checkpoint(stored.get('source'))} with {was}, "
+                f"and is opened by {_checkpoint(source)} with {current}: "
                 f"{_another_checkpoint(stored, self._wanted)}, or index the pictures again into another folder"
             )
         if is_old and stored["format"] < 3:  # formats before 3 cannot be read as they are

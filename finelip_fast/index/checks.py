@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import strings
+from finelip_fast._arguments import Embeddings, as_embeddings, strings
 from finelip_fast._json import MAX_DEPTH
 from finelip_fast.errors import InputError
 
@@ -55,20 +55,38 @@ def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
     Raises:
         InputError: A row is not of length 1, for example because of NaN; the message names the item.
     """
-    if not embeddings.is_floating_point():
-        raise InputError(f"expected embeddings of a floating dtype, got {embeddings.dtype}")
+    _check_rows("embeddings", embeddings, lambda at: f"item {ids[at]!r:.80}")
+
+
+def as_queries(queries: Embeddings, width: int) -> Tensor:
+    """Return queries ``[Q, L, D]`` of ``width`` columns as a dense tensor without gradient.
+
+    Raises:
+        InputError: They have another shape or no rows, are not floating-point numbers, or a row is not of length 1, for
+            example because of NaN; the message names the query.
+    """
+    queries = as_embeddings("queries", queries).detach()
+    if queries.ndim != 3 or queries.shape[2] != width:
+        raise InputError(f"expected queries [Q, L, {width}], got {list(queries.shape)}")
+    if not queries.shape[1]:
+        raise InputError(f"expected queries [Q, L, {width}] of one row or more, got {list(queries.shape)}")
+    _check_rows("queries", queries, lambda at: f"query {at}")
+    return queries
+
+
+def _check_rows(name: str, embeddings: Tensor, describe: Callable[[int], str]) -> None:
     for start in range(0, len(embeddings), _ROWS_AT_ONCE):
         lengths = torch.linalg.vector_norm(embeddings[start : start + _ROWS_AT_ONCE], dim=-1, dtype=torch.float32)
         wrong = ~((lengths - 1).abs() <= _TOLERANCE)  # also for NaN
         if wrong.any():
             at, row = wrong.nonzero()[0].tolist()
-            item, values = ids[start + at], embeddings[start + at, row]
+            values, where = embeddings[start + at, row], f"{describe(start + at)}, row {row}"
             if not values.isfinite().all():
                 value = "NaN" if values.isnan().any() else "infinity"
-                raise InputError(f"item {item!r:.80} has {value} in row {row}; check how the embedding was computed")
+                raise InputError(f"expected finite {name}, got {value} ({where}); check how they were computed")
             raise InputError(
-                f"expected rows of length 1, got {lengths[at, row]:.4g} (item {item!r:.80}, row {row}); normalize them: "
-                "torch.nn.functional.normalize(embeddings, dim=-1)"
+                f"expected rows of length 1, got {lengths[at, row]:.4g} ({where}); normalize them: "
+                f"torch.nn.functional.normalize({name}, dim=-1)"
             )
 
 

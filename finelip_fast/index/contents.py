@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import strings, whole_number
+from finelip_fast._arguments import folder_path, strings, whole_number
 from finelip_fast.errors import StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
@@ -223,6 +223,7 @@ class Contents:
         Setting it changes no ids: it records where the pictures are now.
 
         Raises:
+            InputError: When it is set: not a path.
             StoreError: The index is closed or cannot be read, or, when it is set, writing fails.
         """
         root = self._store.catalogue.note(_ROOT)
@@ -235,5 +236,6 @@ class Contents:
 
     @root.setter
     def root(self, root: str | PathLike[str]) -> None:
+        root = folder_path("root", root)
         self._store.refuse_if_fixed()
         self._store.catalogue.keep(_ROOT, os.path.realpath(root))

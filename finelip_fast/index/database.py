@@ -89,6 +89,14 @@ class Connection(sqlite3.Connection):
             raise sqlite3.DatabaseError(f"malformed text or number, {error}") from None
 
 
+def closed(path: Path | None) -> StoreError:
+    """The error of using an index that was closed; ``path`` is None if it was in memory."""
+    remedy = (
+        "its items were in memory, and went with it; add them to a new one" if path is None else "open its folder again"
+    )
+    return StoreError(f"the index is closed: {remedy}")
+
+
 class Database:
     """One database, in a file or in memory.
 
@@ -242,7 +250,7 @@ class Database:
 
     def _take(self) -> Connection:
         if self.is_closed:
-            raise StoreError("the index is closed; open its folder again")
+            raise closed(self.path)
         self.check_place()
         with suppress(IndexError):
             connection = self._idle.pop()
@@ -385,7 +393,7 @@ class Database:
         """Convert SQLite's error to one that says what to do."""
         reason = str(error)
         if self.is_closed:
-            return StoreError("the index is closed; open its folder again")
+            return closed(self.path)
         if "locked" in reason:
             return StoreError(
                 f"another process is writing to the index at {self.folder}; wait until it is done, and try again"

@@ -95,6 +95,8 @@ def field_expression(field: str) -> str:
     Raises:
         InputError: The text is not exactly one field, or is ``id``, which is not part of the metadata.
     """
+    if not isinstance(field, str):
+        raise InputError(f"expected a field of the metadata, by its name, got {field!r:.80}")
     first, *rest = _tokens(field)
     if first.kind != "field" or len(rest) > 1 or first.text == "id":
         raise InputError(

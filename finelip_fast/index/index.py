@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import share, whole_number
+from finelip_fast._arguments import Embeddings, share, whole_number
 from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import faiss, recovery, remedies, upkeep
 from finelip_fast.index.arrays import within_memory
 from finelip_fast.index.catalogue import Item
+from finelip_fast.index.checks import as_queries
 from finelip_fast.index.contents import Contents
 from finelip_fast.index.forks import between_forks
 from finelip_fast.index.search import (
@@ -118,6 +119,7 @@ class Index(Contents):
         self._open(store)
 
     def __enter__(self) -> Index:
+        self._store.refuse_if_closed()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,7 +134,7 @@ class Index(Contents):
     def add(
         self,
         ids: Sequence[str],
-        embeddings: Tensor,
+        embeddings: Embeddings,
         metadata: Sequence[dict[str, Any]],
         *,
         existing: Existing = "error",
@@ -142,8 +144,8 @@ class Index(Contents):
         Args:
             ids: ``n`` ids: any text of at most 65,535 bytes in UTF-8, including empty text and text that is not UTF-8, as file
                 names may be.
-            embeddings: ``[n, L, D]``, unit rows. For a checkpoint without trained aggregators ``[n, 1, D]``, even if the index
-                has more rows, which are then copies of that one.
+            embeddings: ``[n, L, D]``, unit rows, a dense tensor or an array. For a checkpoint without trained aggregators
+                ``[n, 1, D]``, even if the index has more rows, which are then copies of that one.
             metadata: One dictionary of JSON values per item, with text keys, nested at most 64 levels deep, and of at most
                 64 MiB.
             existing: Treatment of ids that exist, checked while no one else can write: an ``"error"``, ``"skip"`` the new
@@ -153,8 +155,8 @@ class Index(Contents):
             The ids that were added.
 
         Raises:
-            InputError: An id exists already, the embeddings have another shape or are not unit rows, or JSON cannot hold the
-                metadata.
+            InputError: An id exists already, the embeddings have another shape or are not unit rows of floating-point numbers,
+                or JSON cannot hold the metadata.
             StoreError: Writing fails, the folder was removed, or the index is closed; nothing was added.
         """
         added = self._store.add(ids, embeddings, metadata, existing=existing)
@@ -162,7 +164,7 @@ class Index(Contents):
         self._sketch_changes()
         return added
 
-    def upsert(self, ids: Sequence[str], embeddings: Tensor, metadata: Sequence[dict[str, Any]]) -> None:
+    def upsert(self, ids: Sequence[str], embeddings: Embeddings, metadata: Sequence[dict[str, Any]]) -> None:
         """Append items, replacing those with the same ids, in one change; arguments and errors as in :meth:`add`."""
         self.add(ids, embeddings, metadata, existing="replace")
 
@@ -231,7 +233,7 @@ class Index(Contents):
 
     def search(
         self,
-        queries: Tensor,
+        queries: Embeddings,
         k: int,
         *,
         alpha: float | None = None,
@@ -242,7 +244,7 @@ class Index(Contents):
         """Find the ``k`` best items for each query.
 
         Args:
-            queries: Embeddings ``[Q, L_q, D]``, unit rows.
+            queries: Embeddings ``[Q, L_q, D]``, unit rows, at least one a query; a dense tensor or an array.
             k: Number of items; fewer are returned if there are fewer.
             alpha: Weight of the global cosine; None: the spec's.
             mode: Search mode, see :mod:`finelip_fast.index.search`.
@@ -251,17 +253,14 @@ class Index(Contents):
 
         Raises:
             InputError: ``k`` or ``candidates`` is not a positive integer, ``alpha`` is not a number in [0, 1], the queries
-                have another shape or are not finite, the mode is unknown, or the filter cannot be parsed.
+                have another shape or are not unit rows of floating-point numbers, the mode is unknown, or the filter cannot be
+                parsed.
             StoreError: The index is closed, cannot be read, or needs more memory or open files than this process may have.
         """
         alpha = self.spec.alpha if alpha is None else alpha
         k, candidates = whole_number("k", k), None if candidates is None else whole_number("candidates", candidates)
         alpha = share("alpha", alpha)
-        if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[2] != self.spec.width:
-            got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
-            raise InputError(f"expected queries [Q, L, {self.spec.width}], got {got}")
-        if not queries.isfinite().all():
-            raise InputError("expected finite queries, got NaN or infinity; check how they were computed")
+        queries = as_queries(queries, self.spec.width)
         while True:
             view = self._store.view()
             try:
@@ -413,6 +412,10 @@ class Index(Contents):
 
     @tuning.setter
     def tuning(self, tuning: Tuning | None) -> None:
+        if tuning is not None and not isinstance(tuning, Tuning):
+            raise InputError(
+                f"expected tuning as the result of finelip_fast.index.tune.tune, or None, got {tuning!r:.80}"
+            )
         self._store.refuse_if_fixed()
         self._store.catalogue.keep(_TUNING, None if tuning is None else asdict(tuning))
 
@@ -495,6 +498,7 @@ def stored_index(folder: str | PathLike[str], **options: Any) -> Index:
         options: Arguments of :class:`Index`.
 
     Raises:
+        InputError: ``folder`` is not a path, or an option is not what :class:`Index` takes.
         StoreError: There is no index, or it cannot be read.
     """
     stored = stored_spec(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from finelip_fast._arguments import folder_path
 from finelip_fast._files import sync_folder, write_whole
 from finelip_fast.errors import FineLIPError, StoreError
 from finelip_fast.index import upkeep
@@ -100,11 +101,14 @@ def restore(folder: str | PathLike[str]) -> Path:
         Path to which the previous catalogue was moved.
 
     Raises:
-        StoreError: There is neither a copy nor a list that holds the spec of the index.
+        InputError: ``folder`` is not a path.
+        StoreError: There is no index, or neither a copy nor a list that holds its spec.
         WriteError: Writing fails.
     """
-    folder = Path(folder)
+    folder = folder_path("folder", folder)
     path, copy, damaged = folder / CATALOGUE, folder / _COPY, folder / _DAMAGED
+    if not (path.exists() or copy.exists() or (folder / SEGMENTS).exists()):
+        raise StoreError(f"there is no index at {folder}: check the path")
     listed = None
     if copy.exists():
         read_spec(copy)  # raises if it is damaged

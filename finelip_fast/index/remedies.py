@@ -34,8 +34,17 @@ def make(folder: Folder) -> str:
 
 
 def move_root(folder: Folder) -> str:
-    """Command that sets where the pictures are."""
+    """Way to set where the pictures are."""
+    if folder is None:
+        return "index.root = FOLDER"
     return f"finelip index move-root FOLDER --index {_quoted(folder)}"
+
+
+def remove(folder: Folder, where: str) -> str:
+    """Way to remove the items that match a filter."""
+    if folder is None:
+        return f"index.delete([item.id for item in index.items(where={where!r})])"
+    return f"finelip remove --where {shlex.quote(where)} --index {_quoted(folder)}"
 
 
 def tune(folder: Folder) -> str:

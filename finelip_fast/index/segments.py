@@ -293,7 +293,7 @@ def _read_into(part: memoryview, descriptor: int, offset: int) -> int:
 
 def encode(embeddings: Tensor, dtype: str) -> dict[str, Tensor]:
     """The arrays of a segment of ``embeddings [n, L, D]``."""
-    embeddings = embeddings.cpu()
+    embeddings = embeddings.detach().cpu()
     if dtype == "float16":
         stored = {"tokens": embeddings.to(torch.float16).contiguous()}
     else:

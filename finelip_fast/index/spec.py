@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from finelip_fast._arguments import one_of, share, whole_number
+from finelip_fast._arguments import folder_path, one_of, share, whole_number
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.catalogue import read_spec
 from finelip_fast.index.segments import DTYPES
@@ -79,9 +79,10 @@ def stored_spec(folder: str | PathLike[str]) -> tuple[IndexSpec, str] | None:
     """The spec of an index folder, and the checkpoint that it was written with; None if there is no index.
 
     Raises:
+        InputError: ``folder`` is not a path.
         StoreError: The folder's catalogue cannot be read, or its spec is invalid.
     """
-    stored = read_spec(Path(folder) / CATALOGUE)
+    stored = read_spec(folder_path("folder", folder) / CATALOGUE)
     return None if stored is None else _checked_spec(stored, folder)
 
 
@@ -107,6 +108,7 @@ def stored_source(folder: str | PathLike[str]) -> str | None:
     """Name or path that an index folder's checkpoint was opened with: empty for the bundled one, None without an index.
 
     Raises:
+        InputError: ``folder`` is not a path.
         StoreError: The folder's catalogue cannot be read.
     """
     stored = stored_spec(folder)
@@ -117,7 +119,8 @@ def stored_dtype(folder: str | PathLike[str]) -> StoredDtype | None:
     """Format in which an index folder stores embeddings; None: there is no index, or it is from when all were float16.
 
     Raises:
+        InputError: ``folder`` is not a path.
         StoreError: The folder's catalogue cannot be read.
     """
-    stored = read_spec(Path(folder) / CATALOGUE)
+    stored = read_spec(folder_path("folder", folder) / CATALOGUE)
     return None if stored is None or "dtype" not in stored else _checked_spec(stored, folder)[0].dtype

@@ -20,13 +20,24 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import find_device, folder_path, listed, matrices, one_of, strings
+from finelip_fast._arguments import (
+    Embeddings,
+    as_embeddings,
+    find_device,
+    folder_path,
+    listed,
+    matrices,
+    one_of,
+    strings,
+    whole_number,
+)
 from finelip_fast._files import plain_name, sync_folder
 from finelip_fast.errors import FineLIPError, InputError, StoreError
 from finelip_fast.index import remedies
 from finelip_fast.index.arrays import UnavailableError
 from finelip_fast.index.catalogue import Catalogue, Layout, SegmentRow
 from finelip_fast.index.checks import as_json, check_embeddings, check_ids, missing, taken
+from finelip_fast.index.database import closed
 from finelip_fast.index.forks import between_forks, survive_forks
 from finelip_fast.index.lists import remove_segment
 from finelip_fast.index.segments import Segment, encode, open_segment, write_segment
@@ -75,7 +86,8 @@ class Store:
             raise InputError(f"expected an IndexSpec and source as str, got {spec!r:.80} and {source!r:.80}")
         self.spec, self.source, self.device = spec, source, find_device(device)
         self.damaged: dict[str, str] = {}
-        self.fixed, self._skip_damaged, self._verify = version, skip_damaged, verify
+        self.fixed = None if version is None else whole_number("version", version, least=0)
+        self._skip_damaged, self._verify = skip_damaged, verify
         # Absolute, so that it stays valid if this process changes its working directory.
         self.folder = None if folder is None else folder_path("folder", folder).absolute()
         self._new_locks()
@@ -122,7 +134,7 @@ class Store:
             StoreError: The index is closed.
         """
         if self._catalogue is None:
-            raise StoreError("the index is closed: open its folder again")
+            raise closed(self.folder)
         return self._catalogue
 
     def view(self) -> View:
@@ -204,17 +216,17 @@ class Store:
     def add(
         self,
         ids: Sequence[str],
-        embeddings: Tensor,
+        embeddings: Embeddings,
         metadata: Sequence[dict[str, Any]],
         *,
         existing: Existing = "error",
     ) -> list[str]:
         """Append items, all in one change, and return the ids that were added."""
         one_of("existing", existing, get_args(Existing))
-        ids, metadata = listed("ids", ids), listed("metadata", metadata)
+        ids = [str(item) for item in strings("ids", ids)]  # NumPy's strings are of another type
+        metadata = listed("metadata", metadata)
         check_ids(ids)
-        if isinstance(embeddings, Tensor):
-            embeddings = self.spec.filled(embeddings)
+        embeddings = self.spec.filled(as_embeddings("embeddings", embeddings))
         matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
         if len(metadata) != len(ids):
             raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")
@@ -368,6 +380,14 @@ class Store:
             raise StoreError(
                 f"the index is open at version {self.fixed}, read-only; open it without version to change it"
             )
+
+    def refuse_if_closed(self) -> None:
+        """
+        Raises:
+            StoreError: The index is closed.
+        """
+        if self._catalogue is None:
+            raise closed(self.folder)
 
     @property
     def is_open(self) -> bool:

@@ -68,6 +68,18 @@ def test_pairs_of_one_picture_share_its_id(tmp_path):
     assert pairs[0].image_id == pairs[2].image_id != pairs[1].image_id
 
 
+def test_datasets_say_what_they_are(tmp_path):
+    assert repr(open_dataset("scenes:test:3")) == (
+        "SceneExamples(Scenes('test', 3, image_size=224, seed=0, variant='clean'))"
+    )
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "a house"}\n')
+    pairs = open_dataset(f"jsonl:{tmp_path / 'a.jsonl'}")
+    assert repr(pairs) == f"<FileExamples: 1 pairs, the first {str(tmp_path / 'a.jpg')!r:.80}>"
+    for dataset in (pairs, open_dataset("scenes:test:3")):
+        with pytest.raises(InputError, match="expected index as a whole number, got slice"):
+            dataset[0:2]
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -79,6 +91,7 @@ def test_pairs_of_one_picture_share_its_id(tmp_path):
         ("scenes:val:²", "with SIZE a number"),
         ("scenes:val:3:typo", "expected variant .*'typo'"),
         ("scenes:val:3:typos:more", "expected scenes:SPLIT:SIZE:VARIANT"),
+        ("jsonl:", "expected scenes:SPLIT, jsonl:FILE or sharegpt4v:FILE, .* got 'jsonl:'"),
         ("jsonl:nowhere.jsonl", "cannot read nowhere.jsonl"),
         ("sharegpt4v:nowhere.json", "cannot read nowhere.json"),
     ],

@@ -162,7 +162,28 @@ def test_a_precision_is_that_of_the_model_too(bare: Path) -> None:
         pytest.skip("no int8 instructions")
     engine = open_engine("auto", bare, "cpu", precision="int8")
     assert (engine.name, engine.precision, engine.description) == ("torch", "int8", "cpu, int8")
-    assert open_engine("auto", bare, "cpu", precision="fp16").precision == "fp32", "which is all that is here"
+
+
+def test_a_precision_that_no_engine_has_is_refused(bare: Path) -> None:
+    message = (
+        r"no engine can run in fp16: .*finelip export onnx .*torch: it has fp32, bf16, int8 on cpu; leave precision out"
+    )
+    with pytest.raises(EngineError, match=message):
+        open_engine("auto", bare, "cpu", precision="fp16")
+
+
+def test_engines_without_the_precision_are_left_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engine, "PRECISIONS", {"cpu": ("bf16",)})
+    engine = open_engine("auto", checkpoint, "cpu", precision="fp32")
+    assert engine.name == "onnx"
+    assert "not torch: it has bf16 on cpu" in engine.reason
+
+
+def test_a_device_of_another_kind_is_refused(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engine, "PRECISIONS", {"cuda": ("fp16",)})
+    for name in ("torch", "auto"):
+        with pytest.raises(InputError, match="expected device of the engine as cuda, got 'cpu'; leave it out"):
+            open_engine(name, bare, "cpu")
 
 
 def test_int8_is_advised_where_it_would_be_much_faster(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +209,8 @@ def test_a_precision_without_instructions_is_refused(
     monkeypatch.setattr(cpu, "has", lambda feature: False)
     with pytest.raises(EngineError, match=f"cannot run in {precision}: this processor has no .*; omit precision"):
         open_engine("torch", bare, "cpu", precision=precision)
-    assert open_engine("auto", bare, "cpu", precision=precision).description == "cpu, float32"
+    with pytest.raises(EngineError, match=f"no engine can run in {precision}: .*torch: this processor has no "):
+        open_engine("auto", bare, "cpu", precision=precision)
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "file", "proof", "device"])

@@ -123,7 +123,24 @@ def test_pixels_of_another_shape_are_refused(engine: Engine, shape: tuple[int, .
         engine.encode_image(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(5), torch.zeros(1, CONTEXT + 1, dtype=torch.int64), torch.zeros(1, 5)])
+def test_pixels_are_normalised_numbers(engine: Engine) -> None:
+    with pytest.raises(InputError, match=r"expected normalised pixels of a floating dtype, got torch\.uint8"):
+        engine.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    torch.testing.assert_close(
+        engine.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.float64)),
+        engine.encode_image(torch.zeros(1, 3, 32, 32)),
+    )
+
+
+@pytest.mark.parametrize("number", [-1, 60_000])
+def test_ids_outside_the_vocabulary_are_refused(engine: Engine, number: int) -> None:
+    with pytest.raises(InputError, match=f"expected ids from 0 to 49407, got {number}; use the tokenizer of the model"):
+        engine.encode_text(torch.tensor([[1, number]]))
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(5), torch.zeros(1, CONTEXT + 1, dtype=torch.int64), torch.zeros(1, 5), "a man", [[1]]]
+)
 def test_ids_that_are_none_are_refused(engine: Engine, ids: torch.Tensor) -> None:
     with pytest.raises(InputError, match=rf"expected integer ids \[B, T\] with T in 1\.\.{CONTEXT}"):
         engine.encode_text(ids)
@@ -233,9 +250,9 @@ def test_an_unknown_engine_is_refused(checkpoint: Path) -> None:
         open_engine("jax", checkpoint)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_here_is_refused(device: str, checkpoint: Path) -> None:
-    with pytest.raises(EngineError, match=f"device='{device}' cannot be used: .*use device='cpu'"):
+@pytest.mark.parametrize(("device", "error"), [("gpu", InputError), ("cuda:99", EngineError)])
+def test_a_device_that_is_not_here_is_refused(device: str, error: type[Exception], checkpoint: Path) -> None:
+    with pytest.raises(error, match=f"device='{device}' cannot be used: .*use device='cpu'"):
         open_engine("torch", checkpoint, device)
 
 

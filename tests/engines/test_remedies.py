@@ -16,7 +16,7 @@ import pytest
 import finelip_fast
 from finelip_fast import cli
 from finelip_fast.engines import open_engine
-from finelip_fast.errors import EngineError, FineLIPError
+from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.runtimes import onnx as onnx_runtime
 from finelip_fast.runtimes import trt as trt_runtime
@@ -111,7 +111,7 @@ def test_engines_that_are_advised_open(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="Alternatively, use engine='torch' or engine='auto'"):
         open_engine("onnx", checkpoint, "cpu")
     assert open_engine("torch", checkpoint, "cpu").name == open_engine("auto", checkpoint, "cpu").name == "torch"
-    with pytest.raises(EngineError, match="use device='cpu', or leave it out"):
+    with pytest.raises(InputError, match="use device='cpu', or leave it out"):
         open_engine("torch", checkpoint, "nonsense")
     open_engine("torch", checkpoint)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast.config import FineLIPConfig
-from finelip_fast.datasets import Example, open_dataset
+from finelip_fast.datasets import Example, Scenes, open_dataset
 from finelip_fast.datasets.survey import survey
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.errors import ImageError, InputError, WriteError
@@ -132,8 +132,11 @@ def test_contexts_are_sorted_and_each_once() -> None:
         ({"context_lengths": [0]}, 3, r"expected context_lengths from 3 to the model's 64 tokens, got \[0\]"),
         ({"context_lengths": [-5, 20]}, 3, r"expected context_lengths from 3 .*got \[-5, 20\]"),
         ({"alpha": 1.5}, 3, r"expected alpha in \[0, 1\], got 1.5"),
+        ({"alpha": "a"}, 3, r"expected alpha in \[0, 1\], got 'a'"),
+        ({"batch_size": "a"}, 3, "expected batch_size as a whole number, got 'a'"),
+        ({"context_lengths": 20}, 3, "expected context_lengths as a list, got 20"),
     ],
-    ids=["nothing", "long", "zero", "negative", "alpha"],
+    ids=["nothing", "long", "zero", "negative", "alpha", "alpha of text", "batch size", "one length"],
 )
 def test_arguments_are_checked_before_any_work(options: dict, count: int, message: str) -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[:, None])
@@ -290,6 +293,24 @@ def test_equal_recall_is_equal_however_it_is_summed() -> None:
         for alpha, i2t, t2i, mrr in ((0.0, 0.5, 0.8, 0.7), (0.5, 0.6, 0.7, 0.8))
     ]
     assert Sweep("", "", 10, 64, tried).best == 0.5
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("scenes:test:4", r"expected opened pairs, got the name 'scenes:test:4'; pass open_dataset\('scenes:test:4'\)"),
+        (3, "expected a sequence of pairs, got 3"),
+        (Scenes("test", 2), r"expected pairs as finelip_fast\.datasets\.Example, got Scene\("),
+    ],
+)
+def test_pairs_are_an_opened_dataset(dataset: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(Table(torch.eye(3)[:, None], torch.eye(3)[:, None]), dataset, progress=False)
+
+
+def test_what_encodes_is_an_engine() -> None:
+    with pytest.raises(InputError, match=r"expected an engine, got 'retriever'; pass retriever\.engine"):
+        evaluate("retriever", pairs(3), progress=False)
 
 
 def test_alpha_is_not_chosen_on_the_measured_pairs() -> None:

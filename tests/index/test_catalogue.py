@@ -212,7 +212,7 @@ def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue
 
 @pytest.mark.parametrize(
     "change",
-    [{"checkpoint": "xyz"}, {"tokens": 5}, {"width": 8}, {"alpha": 1.0}, {"dtype": "int8"}],
+    [{"checkpoint": "xyz"}, {"tokens": 5}, {"width": 8}, {"alpha": 1.0}],
     ids=lambda one: next(iter(one)),
 )
 def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: Path, change: dict) -> None:
@@ -223,6 +223,16 @@ def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: 
     assert f"written by checkpoint 'mine' with {{{key!r}: {SPEC[key]!r}}}" in message
     assert f"opened by checkpoint 'yours' with {{{key!r}: {value!r}}}" in message
     assert "index the pictures again into another folder" in message
+
+
+def test_another_format_of_the_embeddings_is_named_alone(catalogue: Catalogue, path: Path) -> None:
+    with pytest.raises(StoreError, match="stores float16, got dtype='int8': leave dtype out, or pass dtype='float16'"):
+        Catalogue(path, SPEC | {"dtype": "int8"}, source="mine")
+
+
+def test_the_bundled_model_is_named_in_words(catalogue: Catalogue, path: Path) -> None:
+    with pytest.raises(StoreError, match=r"written by checkpoint 'mine' with .* opened by the bundled model with"):
+        Catalogue(path, SPEC | {"checkpoint": "xyz"}, source="")
 
 
 def test_another_weight_of_the_same_scores_is_no_other_spec(catalogue: Catalogue, path: Path) -> None:

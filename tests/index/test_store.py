@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finelip_fast.errors import InputError, StoreError
-from finelip_fast.index import Index, IndexSpec, Written, stored_source
+from finelip_fast.index import Index, IndexSpec, Written, restore, stored_dtype, stored_index, stored_source
 from finelip_fast.index.catalogue import Catalogue
 from finelip_fast.index.segments import encode, write_segment
 
@@ -157,8 +158,9 @@ def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, 
         ({"ids": None}, "expected ids to be a list, got None"),
         ({"ids": "a"}, "expected ids to be a list, got the str 'a'; pass ['a']"),
         ({"ids": 3}, "expected ids to be a list, got 3"),
-        ({"embeddings": None}, r"expected embeddings as a tensor \[1, 3, 8\], got None"),
-        ({"embeddings": [[[0.0]]]}, r"expected embeddings as a tensor \[1, 3, 8\], got \[\[\[0.0\]\]\]"),
+        ({"embeddings": None}, "expected embeddings as a tensor or an array .*, got None"),
+        ({"embeddings": [[[0.0]]]}, r"expected embeddings as a tensor or an array .*, got \[\[\[0.0\]\]\]"),
+        ({"embeddings": torch.ones(1, 3, 8).to_sparse()}, r"expected embeddings as a dense tensor, .*\.to_dense\(\)"),
         ({"metadata": None}, "expected metadata to be a list, got None"),
         ({"metadata": {}}, "expected metadata to be a list, got {}"),
         ({"metadata": [{}, {}]}, "expected metadata for 1 ids, got 2"),
@@ -181,7 +183,9 @@ def test_what_is_added_is_of_the_right_kind(open_index: Callable[[], Index], cha
         ({"spec": "abc"}, "expected an IndexSpec and source as str, got 'abc'"),
         ({"source": None}, "expected an IndexSpec and source as str, got .* and None"),
         ({"folder": 3}, "expected folder to be a path, got 3"),
-        ({"device": 3}, "expected device to be 'cpu', 'cuda', 'cuda:1' or a torch.device, got 3"),
+        ({"folder": ""}, "expected folder to be a path, got ''; the working folder is '.'"),
+        ({"folder": "index", "version": "1"}, "expected version to be an integer, got '1'"),
+        ({"device": "gpu"}, "device='gpu' cannot be used: .*; use device='cpu'"),
     ],
     ids=str,
 )
@@ -277,8 +281,48 @@ def test_rows_that_are_no_unit_rows_are_refused(open_index: Callable[[], Index],
     with pytest.raises(InputError, match=fault):
         index.add(["a", "b", "c"], rows, [{}] * 3)
     assert len(index) == 0
-    with pytest.raises(InputError, match=r"expected embeddings of a floating dtype, got torch\.int64"):
+    with pytest.raises(InputError, match=r"expected embeddings of floating-point numbers, got torch\.int64"):
         index.add(["a"], torch.ones(1, 3, 8, dtype=torch.int64), [{}])
+
+
+@pytest.mark.parametrize("convert", [Tensor.double, Tensor.numpy, lambda rows: rows.double().numpy()])
+def test_embeddings_may_be_arrays_or_float64(open_index: Callable[[], Index], convert: Callable[[Tensor], Any]) -> None:
+    index = open_index()
+    assert index.add(np.array(["a", "b"]), convert(embeddings(2)), [{}] * 2) == ["a", "b"]
+    assert torch.equal(index.embeddings, embeddings(2).half())
+    assert index.search(convert(embeddings(2)), 1).numbers.tolist() == [[0], [1]]
+
+
+def test_embeddings_with_gradients_are_stored_without(open_index: Callable[[], Index]) -> None:
+    index, rows = open_index(), embeddings(2).requires_grad_()
+    index.add(["a", "b"], rows, [{}] * 2)
+    assert index.search(rows, 1).numbers.tolist() == [[0], [1]]
+    assert not index.embeddings.requires_grad
+
+
+def test_ids_come_back_as_pythons_strings(open_index: Callable[[], Index]) -> None:
+    assert {type(item) for item in open_index().add(np.array(["a", "b"]), embeddings(2), [{}] * 2)} == {str}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda index: setattr(index, "root", None), "expected root as a path, got None"),
+        (lambda index: setattr(index, "tuning", {"a": 1}), "expected tuning as the result of .*, got {'a': 1}"),
+        (lambda index: index.speed_up(3), "expected a field of the metadata, by its name, got 3"),
+        (lambda index: stored_index(None), "expected folder as a path, got None"),
+        (lambda index: stored_dtype(3), "expected folder as a path, got 3"),
+        (lambda index: restore(None), "expected folder as a path, got None"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(call: Callable[[Index], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(Index(SPEC))
+
+
+def test_there_is_nothing_to_restore_without_an_index(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"there is no index at .*nothing: check"):
+        restore(tmp_path / "nothing")
 
 
 def test_an_id_may_be_any_text_that_is_not_too_long(open_index: Callable[[], Index]) -> None:
@@ -307,9 +351,12 @@ def test_an_id_may_be_any_text_that_is_not_too_long(open_index: Callable[[], Ind
         ({"alpha": True}, r"expected alpha in \[0, 1\], got True"),
         ({"mode": None}, "expected mode to be one of"),
         ({"where": 3}, "expected a where expression as a str, got int"),
-        ({"queries": torch.full((1, 3, 8), torch.nan)}, "expected finite queries, got NaN or infinity"),
+        ({"queries": torch.full((1, 3, 8), torch.nan)}, r"expected finite queries, got NaN \(query 0, row 0\)"),
+        ({"queries": 5 * embeddings(2)}, r"expected rows of length 1, got 5\.001 \(query 0, row 0\); normalize them"),
+        ({"queries": embeddings(1).int()}, r"expected queries of floating-point numbers, got torch\.int32"),
+        ({"queries": embeddings(1)[:, :0]}, r"expected queries \[Q, L, 8\] of one row or more, got \[1, 0, 8\]"),
         ({"queries": torch.ones(1, 3, 7)}, r"expected queries \[Q, L, 8\], got \[1, 3, 7\]"),
-        ({"queries": [1]}, r"expected queries \[Q, L, 8\], got list"),
+        ({"queries": [1]}, r"expected queries as a tensor or an array \[N, L, D\], got \[1\]"),
     ],
     ids=str,
 )
@@ -345,8 +392,10 @@ def test_a_closed_index_says_so(open_index: Callable[[], Index]) -> None:
     add(index, "a")
     index.close()
     index.close()
-    for use in (lambda: add(index, "b"), lambda: index.search(embeddings(1), 1), lambda: len(index), index.maintain):
-        with pytest.raises(StoreError, match="the index is closed: open its folder again"):
+    remedy = "open its folder again" if index.folder else "its items were in memory, and went with it"
+    uses = (lambda: add(index, "b"), lambda: index.search(embeddings(1), 1), lambda: len(index), index.maintain)
+    for use in (*uses, index.__enter__):
+        with pytest.raises(StoreError, match=f"the index is closed: {remedy}"):
             use()
 
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from finelip_fast._arguments import one_of
+from finelip_fast._arguments import one_of, whole_number
 from finelip_fast.datasets.scenes import drawing, words
 from finelip_fast.datasets.scenes.content import (
     FAMILY_SIZE,
@@ -115,7 +115,7 @@ class Scene:
             InputError: ``size`` is below 16 or above 4096.
         """
         size = self.image_size if size is None else size
-        _check_image_size(size)
+        size = _checked_image_size(size)
         return drawing.draw(self.content, size, self.scenery)
 
 
@@ -150,8 +150,8 @@ class Scenes:
     ) -> None:
         one_of("split", split, tuple(SPLITS))
         one_of("variant", variant, VARIANTS)
-        _check_image_size(image_size)
-        size = SPLITS[split] if size is None else size
+        image_size = _checked_image_size(image_size)
+        size = SPLITS[split] if size is None else whole_number("size", size, least=None)
         if not 0 <= size <= MAX_SIZE:
             raise InputError(
                 f"expected size from 0 to {MAX_SIZE}, got {f'{size}'[:40]}; leave it out for the split's own size"
@@ -171,10 +171,16 @@ class Scenes:
         return (self[index] for index in range(self.size))
 
     def __getitem__(self, index: int) -> Scene:
-        """Return the scene at ``index``; negative indices count from the end. Raises IndexError past either end."""
+        """Return the scene at ``index``; negative indices count from the end.
+
+        Raises:
+            InputError: ``index`` is not a whole number, such as a slice.
+            IndexError: It is past either end.
+        """
+        index = whole_number("index", index, least=None)
         if not -self.size <= index < self.size:
             raise IndexError(f"expected an index in [{-self.size}, {self.size}), got {index}")
-        index = int(index) % self.size
+        index %= self.size
         number, member = divmod(index, FAMILY_SIZE)
         key = f"scenes/{self.seed}/{self.split}/{number}"
         return Scene(
@@ -189,8 +195,10 @@ class Scenes:
         )
 
 
-def _check_image_size(size: int) -> None:
+def _checked_image_size(size: int) -> int:
+    size = whole_number("image_size", size, least=None)
     if not 16 <= size <= MAX_IMAGE_SIZE:
         raise InputError(
             f"expected an image size from 16 to {MAX_IMAGE_SIZE} pixels, got {size}; 128 and more show every detail"
         )
+    return size

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finelip_fast._arguments import listed, matrices
+from finelip_fast._arguments import as_embeddings, listed, matrices
 from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
-from finelip_fast.index.checks import as_json, check_ids, missing, taken
+from finelip_fast.index.checks import as_json, as_queries, check_ids, missing, taken
 from finelip_fast.index.index import SearchResults
 from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
@@ -315,6 +315,7 @@ class LanceStore:
 
         ids, metadata = listed("ids", ids), listed("metadata", metadata)
         _check_texts(ids)
+        embeddings = as_embeddings("embeddings", embeddings)
         matrices("embeddings", embeddings, (len(ids), self.spec.tokens, self.spec.width))
         if len(metadata) != len(ids):
             raise InputError(f"expected metadata for {len(ids)} ids, got {len(metadata)}")
@@ -381,12 +382,12 @@ class LanceStore:
             also decides ties.
 
         Raises:
-            InputError: ``k < 1``, or the filter cannot be parsed.
+            InputError: ``k < 1``, the queries are not such embeddings, or the filter cannot be parsed.
             StoreError: The store cannot be read, or found rows are damaged.
         """
         alpha = self.spec.alpha if alpha is None else alpha
         dataset, first = self.dataset(), 0
-        queries = queries.to(torch.float16)
+        queries = as_queries(queries, self.spec.width).to(torch.float16)
         compared = slice(1 if alpha == 1 else None)  # rows of each embedding
         scores = torch.empty(len(queries), 0, device=queries.device)
         numbers = scores.long()
