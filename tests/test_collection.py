@@ -192,7 +192,7 @@ def test_the_advice_on_an_emptied_folder_is_python_for_an_index_in_memory(checkp
 
 
 def test_patterns_are_checked_before_the_index_is_changed(retriever: Retriever, photos: Path) -> None:
-    with pytest.raises(InputError, match=r"expected exclude as a list, got '\*\.jpg'; pass \['\*\.jpg'\]"):
+    with pytest.raises(InputError, match=r"expected exclude to be a list, got the str '\*\.jpg'; pass \['\*\.jpg'\]"):
         retriever.add_folder(photos, exclude="*.jpg", progress=False)
     assert retriever.index.root is None
 

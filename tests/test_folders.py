@@ -53,9 +53,9 @@ def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": "*.jpg"}, r"expected exclude as a list, got '\*\.jpg'; pass \['\*\.jpg'\]"),
-        ({"include": "@eaDir"}, "expected include as a list, got '@eaDir'"),
-        ({"include": 3}, "expected include as a list, got 3"),
+        ({"exclude": "*.jpg"}, r"expected exclude to be a list, got the str '\*\.jpg'; pass \['\*\.jpg'\]"),
+        ({"include": "@eaDir"}, "expected include to be a list, got the str '@eaDir'"),
+        ({"include": 3}, "expected include to be a list, got 3"),
         ({"exclude": [3]}, "expected exclude as str, got 3"),
     ],
 )
@@ -66,7 +66,7 @@ def test_patterns_are_lists_of_texts(tmp_path: Path, options: dict, message: str
 
 @pytest.mark.parametrize(("folder", "message"), [(None, "got None"), ("", "got ''; the working folder is '.'")])
 def test_a_folder_is_a_path(folder: object, message: str) -> None:
-    with pytest.raises(InputError, match=f"expected folder as a path, {message}"):
+    with pytest.raises(InputError, match=f"expected folder to be a path, {message}"):
         walk_folder(folder)
 
 

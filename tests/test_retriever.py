@@ -1077,7 +1077,7 @@ def test_several_queries_come_in_any_iterable(retriever: Retriever) -> None:
     for images in (iter(PICTURES[:2]), np.stack(pictures)):
         assert [hits[0].id for hits in retriever.search(image=images)] == ["picture 0", "picture 1"]
     assert retriever.search(image=pictures[1])[0].id == "picture 1", "an array of one picture"
-    with pytest.raises(InputError, match=r"expected text as a list, got {'night': 0}"):
+    with pytest.raises(InputError, match=r"expected text to be a list, got {'night': 0}"):
         retriever.search({"night": 0})
 
 
@@ -1090,9 +1090,9 @@ def test_a_path_to_nothing_is_an_error(retriever: Retriever, missing: str | Path
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda retriever: retriever.add_folder(None), "expected folder as a path, got None"),
-        (lambda retriever: retriever.add_table(None), "expected table as a path, got None"),
-        (lambda retriever: retriever.add_table("a.csv", folder=3), "expected folder as a path, got 3"),
+        (lambda retriever: retriever.add_folder(None), "expected folder to be a path, got None"),
+        (lambda retriever: retriever.add_table(None), "expected table to be a path, got None"),
+        (lambda retriever: retriever.add_table("a.csv", folder=3), "expected folder to be a path, got 3"),
         (
             lambda retriever: retriever.add_texts({"a": 1}),
             r"got a dict; pass list\(texts\.values\(\)\) with ids=list\(texts\)",
@@ -1102,11 +1102,11 @@ def test_a_path_to_nothing_is_an_error(retriever: Retriever, missing: str | Path
             "expected progress as True, False or a tqdm bar",
         ),
         (lambda retriever: setattr(retriever, "alpha", 5), r"expected alpha in \[0, 1\], got 5"),
-        (lambda _: Retriever(""), "expected checkpoint as a path, got ''"),
-        (lambda _: Retriever(index=""), "expected index as a path, got ''; the working folder is '.'"),
+        (lambda _: Retriever(""), "expected checkpoint to be a path, got ''"),
+        (lambda _: Retriever(index=""), "expected index to be a path, got ''; the working folder is '.'"),
         (lambda _: Retriever(device="foo"), "device='foo' cannot be used: .*; use device='cpu', or leave it out"),
         (lambda _: Retriever(device="meta"), "expected device as cpu, cuda, .*, got 'meta'"),
-        (lambda _: Retriever.open(None), "expected index as a path, got None"),
+        (lambda _: Retriever.open(None), "expected index to be a path, got None"),
     ],
 )
 def test_arguments_of_another_kind_are_refused_by_name(

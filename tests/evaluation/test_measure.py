@@ -133,8 +133,8 @@ def test_contexts_are_sorted_and_each_once() -> None:
         ({"context_lengths": [-5, 20]}, 3, r"expected context_lengths from 3 .*got \[-5, 20\]"),
         ({"alpha": 1.5}, 3, r"expected alpha in \[0, 1\], got 1.5"),
         ({"alpha": "a"}, 3, r"expected alpha in \[0, 1\], got 'a'"),
-        ({"batch_size": "a"}, 3, "expected batch_size as a whole number, got 'a'"),
-        ({"context_lengths": 20}, 3, "expected context_lengths as a list, got 20"),
+        ({"batch_size": "a"}, 3, "expected batch_size to be an integer, got 'a'"),
+        ({"context_lengths": 20}, 3, "expected context_lengths to be a list, got 20"),
     ],
     ids=["nothing", "long", "zero", "negative", "alpha", "alpha of text", "batch size", "one length"],
 )
