@@ -398,22 +398,31 @@ def test_info_verifies_a_checkpoint(
     Path("copy/model.safetensors").write_bytes(content)
     assert "expected the weights of SHA-256" in fails("info", "copy", "--verify")
     assert "lost: no such file or folder" in fails("info", "lost", "--verify")
-    assert "finelip info copy --verify" in fails("info", "copy")
-    assert "expected a checkpoint with --verify and without --index" in fails(
-        "info", "copy", "--verify", "--index", "x"
-    )
+    assert "expected either PATH or --index, got both" in fails("info", "copy", "--verify", "--index", "x")
+
+
+def test_info_describes_a_checkpoint(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    written = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--json"))
+    described = json.loads(finelip("info", tmp_path / "half", "--json"))
+    expected = {**written, "source": "checkpoint"}
+    del expected["folder"]
+    assert {name: described.get(name) for name in expected} == expected
+    assert described["bytes"] == (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert "sha256" not in described
+    assert json.loads(finelip("info", tmp_path / "half", "--verify", "--json")).items() >= described.items()
+    assert "trained_aggregators: True" in finelip("info", tmp_path / "half" / "model.safetensors")
 
 
 def test_info_says_what_of_an_index_is_verified(
     finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
 ) -> None:
     index(finelip, photos, checkpoint)
-    told = json.loads(finelip("info", "--index", "finelip-index", "--json"))
-    assert (told["items"], told["checkpoint"]) == (3, str(checkpoint))
-    assert "no others" in told["verified"]["by each search"]
-    assert (
-        json.loads(finelip("info", "--index", "finelip-index", "--verify", "--json"))["verified"]["now"] == "everything"
-    )
+    told = json.loads(finelip("info", "finelip-index", "--json"))
+    assert (told["items"], told["checkpoint"], told["dtype"]) == (3, str(checkpoint), "float16")
+    assert "hits only" in told["verified"]["by each search"]
+    assert json.loads(finelip("info", "--index", "finelip-index", "--json")) == told
+    for words in (["finelip-index"], ["--index", "finelip-index"]):
+        assert json.loads(finelip("info", *words, "--verify", "--json"))["verified"]["now"] == "all files"
     search = ["search", "a house", "--device", "cpu", "-k", "1"]
     assert finelip(*search, "--verify") == finelip(*search)
     (segment,) = Path("finelip-index/segments").glob("*.safetensors")
