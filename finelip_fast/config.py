@@ -313,7 +313,7 @@ class FineLIPConfig:
             ConfigError: The name is unknown.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"expected a preset of {sorted(PRESETS)}, got {name!r:.80}")
+            raise ConfigError(f"expected a preset of {', '.join(sorted(PRESETS))}, got {name!r:.80}")
         return PRESETS[name].replace(**changes)
 
 

@@ -83,7 +83,7 @@ def test_alpha_is_the_papers_unless_it_is_given_and_1_without_trained_aggregator
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"expected a preset of \[.*'ViT-B-16'.*\], got 'ViT-B/16'"):
+    with pytest.raises(ConfigError, match=r"expected a preset of ViT-B-16, .*, scenes, got 'ViT-B/16'"):
         FineLIPConfig.preset("ViT-B/16")
 
 

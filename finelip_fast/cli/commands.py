@@ -169,11 +169,13 @@ class ModelOptions(NamedTuple):
         )
 
 
-checkpoint_option = click.option(
-    "--checkpoint",
-    help="Checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name.  "
-    "[default: the index's, or the bundled one]",
-)
+def _checkpoint_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    forms = "a folder, a file, open_clip:MODEL/WEIGHTS or a hub name"
+    return click.option("--checkpoint", help=f"Checkpoint: {forms}.  [default: {default}]")
+
+
+checkpoint_option = _checkpoint_option("the index's, or the bundled one")
+standalone_checkpoint_option = _checkpoint_option("the bundled one")
 engine_option = click.option("--engine", default="auto", help="Engine for encoding: auto, torch, onnx, trt.")
 precision_option = click.option(
     "--precision",
@@ -183,15 +185,23 @@ device_option = click.option("--device", help="Device to compute on: cpu, cuda. 
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the model options to a command; its function receives them as ``model``."""
+    """Add the model options to a command on an index; its function receives them as ``model``."""
+    return checkpoint_option(_with_model(function))
 
+
+def standalone_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the model options to a command without an index; its function receives them as ``model``."""
+    return standalone_checkpoint_option(_with_model(function))
+
+
+def _with_model(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def with_model(
         *, checkpoint: str | None, engine: EngineName, precision: Precision | None, device: str | None, **options: Any
     ) -> Any:
         return function(model=ModelOptions(checkpoint, engine, precision, device), **options)
 
-    return checkpoint_option(engine_option(precision_option(device_option(with_model))))
+    return engine_option(precision_option(device_option(with_model)))
 
 
 dtype_option = click.option("--dtype", help="Number type that a new index stores: float16, int8.  [default: float16]")

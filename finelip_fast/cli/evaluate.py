@@ -15,8 +15,8 @@ from finelip_fast.cli.commands import (
     after_result,
     alpha_option,
     batch_size_option,
-    model_options,
     shows_progress,
+    standalone_model_options,
 )
 
 RENAMED = {"--context": "--context-lengths", "--alpha-sweep": "--validation", "--out": "--save"}
@@ -55,7 +55,7 @@ def _complete_compare(_: click.Context, __: click.Parameter, incomplete: str) ->
     metavar="FILE",
     help="File to save the result to, with all ranks, for finelip eval compare.",
 )
-@model_options
+@standalone_model_options
 def evaluate(
     data: str,
     root: str | None,

@@ -25,6 +25,7 @@ from finelip_fast.cli.commands import (
     model_options,
     precision_option,
     shows_progress,
+    standalone_model_options,
 )
 from finelip_fast.errors import InputError, StoreError
 
@@ -250,7 +251,7 @@ def _tune(
 @click.option("--dtype", default="float16", help="Number type to store: float16, int8.")
 @click.option("--candidates", type=int, default=400, help="Candidates of a two-stage search.")
 @bits_option
-@model_options
+@standalone_model_options
 def _plan(items: int, dtype: str, candidates: int, bits: int, model: ModelOptions) -> Any:
     """Estimate what an index of a given size takes on this machine."""
     import torch

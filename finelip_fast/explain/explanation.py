@@ -282,7 +282,7 @@ class Explanation:
 
     def _check_map(self, tokens: str) -> None:
         if tokens not in MAPS:
-            raise InputError(f"expected tokens of {MAPS}, got {tokens!r}")
+            raise InputError(f"expected tokens of {', '.join(MAPS)}, got {tokens!r}")
         if tokens not in self.maps:
             raise InputError(
                 f"expected tokens='raw', got {tokens!r}: this checkpoint has no trained aggregators, train them (finelip "

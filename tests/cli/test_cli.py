@@ -695,6 +695,27 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "--quiet " in texts[0]
 
 
+def test_a_default_checkpoint_is_the_indexs_only_where_there_is_an_index(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        main([*command.split(), "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        if "--index FOLDER" not in words:
+            assert "the index's, or the bundled one" not in words, command
+
+
+def test_explain_has_no_options_of_other_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--engine", "--precision"):
+        assert main(["explain", "a.png", "red", option, "x"]) == 2
+        assert re.search(f"no such option.*{option}", capsys.readouterr().err, re.IGNORECASE)
+
+
+def test_help_spells_values_as_they_are_typed(finelip: Callable[..., str]) -> None:
+    text = " ".join(finelip("train", "--help").split())
+    for value in ("auto, cpu, cuda", "bf16 (autocast)", "cached, those", "torch.compile"):
+        assert value in text
+        assert value[0].upper() + value[1:] not in text
+
+
 def test_the_installed_command_lists_all_commands() -> None:
     script = shutil.which("finelip", path=str(Path(sys.executable).parent))
     assert script is not None, "the finelip command is not installed beside this Python"
