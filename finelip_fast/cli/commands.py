@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -252,6 +253,16 @@ def after_result(act: Callable[[], object]) -> None:
     _running().after.append(act)
 
 
+def check_file(option: str, path: str | os.PathLike[str] | None) -> None:
+    """Check that a file can be where an option names it, before the work whose result it will hold.
+
+    Raises:
+        InputError: The path is a folder or empty, or the file's folder does not exist.
+    """
+    if path is not None and (not os.path.basename(path) or os.path.isdir(path) or not os.path.isdir(Path(path).parent)):
+        raise InputError(f"expected {option} as a file in an existing folder, got {os.fspath(path)!r:.200}")
+
+
 def write_after_result(path: str, write: Callable[[str], object]) -> None:
     """Write a file after the result is printed, and print its path.
 
@@ -324,11 +335,17 @@ def _document(value: Any) -> str:
 def _indented(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += [f"{indent}{printable(name)}:", *_indented(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{printable(name)}: {printable(value)}")
+            lines.append(f"{indent}{printable(name)}: {printable(_phrase(value))}")
     return lines
+
+
+def _phrase(value: Any) -> str:
+    if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @contextmanager

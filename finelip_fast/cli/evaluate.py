@@ -15,6 +15,7 @@ from finelip_fast.cli.commands import (
     after_result,
     alpha_option,
     batch_size_option,
+    check_file,
     shows_progress,
     standalone_model_options,
 )
@@ -74,11 +75,9 @@ def evaluate(
     compare.
     """
     from finelip_fast.datasets import open_dataset
-    from finelip_fast.errors import InputError
     from finelip_fast.evaluation import evaluate
 
-    if save and (save.is_dir() or not save.parent.is_dir()):  # better now than after an hour
-        raise InputError(f"expected --save to be a file in a folder that is there, got {save}")
+    check_file("--save", save)
     engine = model.open_engine()
     image_size = engine.config.image_size
     result = evaluate(

@@ -9,6 +9,7 @@ import click
 from finelip_fast.cli.commands import (
     Command,
     alpha_option,
+    check_file,
     device_option,
     standalone_checkpoint_option,
     write_after_result,
@@ -47,6 +48,8 @@ def explain(
     if (phrase is None) != (overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
     one_of("tokens", tokens, MAPS)
+    check_file("--overlay", overlay)
+    check_file("--html", html)
     explanation = explain(load(checkpoint, find_device(device)), image, text, alpha=alpha)
 
     if phrase is not None and overlay is not None:
