@@ -5,17 +5,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
 
-.PHONY: demo test lint stubs docs bench record ring clean
+.PHONY: help demo test lint stubs docs bench record ring named clean
 
-demo: $(INSTALLED)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## set up, and search 400 drawn scenes with the bundled model
 	$(BIN)/finelip demo
 
-test: stubs
+test: stubs ## set up, and run the tests
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m triton
 
 # Mypy would take the package of the folder where it runs, which lacks those that lie beside it.
-lint: stubs
+lint: stubs ## set up, and check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
@@ -29,14 +32,14 @@ stubs: $(READY)
 	ln -sfn $(CURDIR)/finelip_fast/__init__.py $$folder/__init__.pyi
 
 # To site/index.html. The variable keeps out a notice of the theme's makers.
-docs: $(READY)
+docs: $(READY) ## build the site, site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: $(READY)
+bench: $(READY) ## run the benchmarks
 	$(BIN)/pytest bench/ --benchmark-only
 
 # Each file of benchmarks to bench/results/$(MACHINE)/, and the tables of all that was recorded.
-record: $(READY)
+record: named $(READY) ## run the benchmarks, and keep the results: make record MACHINE=NAME
 	$(BIN)/pip install --quiet --editable '.[peers]'
 	mkdir -p bench/results/$(MACHINE)
 	for path in bench/test_*.py; do \
@@ -46,13 +49,16 @@ record: $(READY)
 	$(BIN)/python bench/report.py
 
 # Peers, to bench/results/$(MACHINE)/. Packages that need an environment of their own: RING="--python fast-plaid=PATH".
-ring: $(READY)
+ring: named $(READY) ## race other packages, and keep the results: make ring MACHINE=NAME
 	$(BIN)/pip install --quiet --editable '.[peers]'
 	for items in 20000 200000; do \
 		$(BIN)/python bench/ring.py --items $$items --out bench/results/$(MACHINE)/ring.json $(RING) || exit 1; \
 	done
 	$(BIN)/python bench/ring_encoding.py --out bench/results/$(MACHINE)/encoding.json $(RING)
 	$(BIN)/python bench/report.py
+
+named:
+	@test -n "$(MACHINE)" || { echo "error: expected MACHINE=NAME, the folder of the results in bench/results" >&2; exit 2; }
 
 # Installed again when the requirements change; the package itself is installed in place. The demo ends by naming a server.
 $(INSTALLED): pyproject.toml
@@ -66,5 +72,5 @@ $(READY): $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-clean:
+clean: ## remove the environment and everything built
 	rm -rf $(VENV) demo site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from finelip_fast._arguments import whole_number
 from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._pages import render
 from finelip_fast.collection import prepare_root
 from finelip_fast.datasets import Scenes
-from finelip_fast.errors import InputError
 from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
@@ -86,8 +86,8 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         InputError: ``scenes`` or ``queries`` is below 1.
         WriteError: A picture or a page cannot be written.
     """
-    if scenes < 1 or queries < 1:
-        raise InputError(f"expected at least one scene and one query, got {scenes} and {queries}")
+    whole_number("scenes", scenes)
+    whole_number("queries", queries)
     folder = Path(out)
     pictures = folder / "scenes"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from os import PathLike
 from typing import Any
@@ -14,6 +15,7 @@ from finelip_fast._terminal import printable
 from finelip_fast.engines import ENGINES, why_not
 from finelip_fast.errors import CheckpointError, StoreError
 from finelip_fast.index import remedies, stored_index
+from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import describe, tuned_settings
 
 _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -34,14 +36,32 @@ def info() -> dict[str, Any]:
     }
 
 
-def checkpoint_info(checkpoint: str | PathLike[str] | None = None) -> dict[str, Any]:
-    """Return the report of :func:`finelip_fast.checkpoint.verify`.
+def path_info(path: str | PathLike[str], *, verify: bool = False) -> dict[str, Any]:
+    """Return :func:`index_info` of an index folder, :func:`checkpoint_info` of anything else.
+
+    Args:
+        path: Folder of an index; or a checkpoint, as accepted by :func:`finelip_fast.load`.
+        verify: Whether to compare the files with their checksums.
 
     Raises:
-        CheckpointError: The weights differ from those recorded, or the checkpoint cannot be loaded.
+        CheckpointError, StoreError: The checkpoint or the index cannot be read, or with ``verify`` it is damaged.
     """
-    report = checkpoints.verify(checkpoint)
-    if report["status"] == "mismatch":
+    describe_path = index_info if os.path.exists(os.path.join(path, CATALOGUE)) else checkpoint_info
+    return describe_path(path, verify=verify)
+
+
+def checkpoint_info(checkpoint: str | PathLike[str] | None = None, *, verify: bool = False) -> dict[str, Any]:
+    """Return the report of :func:`finelip_fast.checkpoint.describe`.
+
+    Args:
+        checkpoint: Checkpoint, as accepted by :func:`finelip_fast.load`; None: the bundled one.
+        verify: Whether to compare the weights with what was recorded when they were written.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be loaded, or with ``verify`` its weights differ from those recorded.
+    """
+    report = checkpoints.describe(checkpoint, verify=verify)
+    if report.get("status") == "mismatch":
         raise CheckpointError(
             f"{report['weights']}: expected the weights of SHA-256 {report['recorded_sha256']}, found {report['sha256']}"
             + (f", with damaged records: {report['damaged']}" if report["damaged"] else "")
@@ -91,11 +111,13 @@ def index_info(folder: str | PathLike[str], *, verify: bool = False) -> dict[str
         "version": index.version,
         "checkpoint": index.source or "the bundled one",
         "fingerprint": spec.checkpoint,
-        "embeddings": f"{spec.tokens} x {spec.width}, {spec.dtype}",
+        "tokens": spec.tokens,
+        "width": spec.width,
+        "dtype": spec.dtype,
         "verified": {
-            "now": "everything" if verify else "nothing but what was read of the catalogue (--verify: everything)",
-            "whenever it is opened": "the catalogue's tables, and every row of it that is read",
-            "by each search": "the embeddings and metadata of the hits, no others (finelip search --verify: all embeddings)",
-            "never": "who made it: a stranger's index gives what answers the stranger likes",
+            "now": "all files" if verify else "the part of the catalogue that was read; --verify compares all files",
+            "on opening": "the catalogue's tables, and each row that is read",
+            "by each search": "embeddings and metadata of the hits only; finelip search --verify compares all embeddings",
+            "never": "the origin: checksums do not show who made an index",
         },
     }

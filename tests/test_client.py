@@ -396,6 +396,21 @@ def test_an_address_that_is_none_is_refused(url: Any) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "near"),
+    [
+        ("localhost:8000", "http://localhost:8000"),
+        ("127.0.0.1:1/x", "http://127.0.0.1:1/x"),
+        ("ftp://a", ""),
+        ("a b", ""),
+    ],
+)
+def test_an_address_without_a_scheme_is_completed_in_the_error(url: str, near: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Client(url)
+    assert str(caught.value).endswith(f"got {url!r}" + (near and f"; did you mean {near}?"))
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "3", True])
 def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
     with pytest.raises(InputError, match="expected timeout"):

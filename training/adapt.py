@@ -111,7 +111,8 @@ def adapt(base: str, *, progress: bool = True, **options: Any) -> dict[str, Any]
     pairs, validation = (_open(spec, model, first) for spec in (first.train, first.validation))
     if progress:
         _tell(_forecast(model, runs, pairs))
-    features = compute(model, validation, Path(first.features) / "validation", precision=_precision(first))
+    folder = Path(first.features) / "validation"
+    features = compute(model, validation, folder, precision=_precision(first), progress=progress)
     before = validate(model, validation, name=first.validation, features=features)
     del model
     results = {"base": mean_recall(before)}

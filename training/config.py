@@ -91,8 +91,8 @@ class TrainConfig:
     accumulation: str = field(
         default="cached",
         metadata={
-            "help": "cached: each pair meets the negatives of the whole step, at the cost of another forward "
-            "pass; separate: only those of its own pass, as FineLIP's authors trained"
+            "help": "negatives of a pair: cached, those of the whole step, at the cost of another forward pass; "
+            "separate, those of its own pass, as FineLIP's authors trained"
         },
     )
     steps: int = field(default=1000, metadata={"help": "optimizer steps; a finished run can go on with more"})
@@ -140,8 +140,8 @@ class TrainConfig:
     ema_decay: float = field(
         default=0.0, metadata={"help": "decay of an exponential moving average of the weights; 0: none"}
     )
-    precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    precision: str = field(default="bf16", metadata={"help": "precision to train in: bf16 (autocast), fp32"})
+    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     group: int = field(
         default=1, metadata={"help": "number of neighbouring examples to keep in one batch (Scenes: 4, a family)"}
     )
@@ -158,7 +158,7 @@ class TrainConfig:
     log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
     tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard events beside the log"})
     threads: int = field(default=0, metadata={"help": "CPU threads of each process; 0: torch's choice"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda"})
+    device: str = field(default="auto", metadata={"help": "device to train on: auto, cpu, cuda"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights and of the order of pairs"})
 
     def __post_init__(self) -> None:
@@ -234,7 +234,7 @@ class TrainConfig:
         _require(0 <= self.max_broken_share <= 1, "max_broken_share in [0, 1]", self.max_broken_share)
         _require(0 <= self.label_smoothing <= 1, "label_smoothing in [0, 1]", self.label_smoothing)
         _require(self.device in ("auto", "cpu", "cuda"), "device auto, cpu or cuda", self.device)
-        _require(bool(self.init) or self.preset in PRESETS, f"preset of {sorted(PRESETS)}", self.preset)
+        _require(bool(self.init) or self.preset in PRESETS, f"preset of {', '.join(sorted(PRESETS))}", self.preset)
         _require(self.batch_size % self.group == 0, f"batch_size a multiple of group {self.group}", self.batch_size)
         _require(not self.validation.startswith("webdataset:"), "validation of map-style data", self.validation)
         if self.features:
@@ -326,7 +326,7 @@ def configure(recipe: str | None, options: Mapping[str, Any]) -> TrainConfig:
     missing = [name for name in ("out", "train", "validation") if name not in values]
     if missing:
         raise ConfigError(
-            f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them ({recipe_names()})"
+            f"expected {', '.join('--' + name for name in missing)}, or a recipe that gives them: {', '.join(recipe_names())}"
         )
     return TrainConfig(**values)
 

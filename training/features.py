@@ -106,8 +106,9 @@ def compute(
     precision: LinearPrecision = "fp32",
     rank: int = 0,
     world: int = 1,
+    progress: bool = True,
 ) -> Features:
-    """Compute the missing features in a process's share of all pairs, showing progress.
+    """Compute the missing features in a process's share of all pairs.
 
     Args:
         model: Model whose encoders compute the features, on its device.
@@ -115,6 +116,7 @@ def compute(
         folder: Folder to fill, created if missing.
         precision: Precision of the encoders' linear layers; ``"int8"`` only on a CPU.
         rank, world: Rank of this process, and number of processes; the features are complete when all have finished.
+        progress: Whether to show a progress bar.
 
     Raises:
         ConfigError: The folder holds features of other pairs, other encoders, another context or another precision, the disk
@@ -149,7 +151,8 @@ def compute(
         )
     is_training, on_gpu = model.training, model.device.type == "cuda"
     encoders = encoders_of(model, precision) if missing else model
-    with tqdm(total=size, unit="B", unit_scale=True, desc="features", disable=None) as bar, torch.inference_mode():
+    is_hidden = not (progress and missing)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="features", disable=is_hidden) as bar, torch.inference_mode():
         for path, numbers, nbytes in missing:
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and precision == "bf16"):
                 if path.name.startswith("pictures"):

@@ -8,13 +8,18 @@ Stable Diffusion. The same command resumes a stopped run, with bit-identical res
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, whose seconds are part of the command
+    from finelip_fast._command_line import run_main
+
+    raise SystemExit(run_main("finelip_fast.training.generator"))
+
 import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,16 +28,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from finelip_fast._arguments import find_device
 from finelip_fast._files import write_whole
 from finelip_fast._json import read_json, stated_otherwise
 from finelip_fast._typed import typed
 from finelip_fast.checkpoint import load
 from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets.scenes import Scene, Scenes
-from finelip_fast.errors import ConfigError, FineLIPError, InputError
+from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
-from finelip_fast.training.start import choose_device
 
 _MAX_BYTES = 1 << 20
 _EXPECTED = "the configuration of a run"
@@ -109,9 +114,10 @@ class Generator:
 
         Raises:
             ConfigError: The folder holds no run of this kind, or one that has not saved a state yet.
+            EngineError: This machine has no such device.
         """
         config = read_config(Path(folder))
-        chosen = choose_device(device)
+        chosen = _device(device)
         condition = Condition(load(config.checkpoint or None).to(chosen), config.tokens)
         unet = make_unet(config, condition.width).to(chosen)
         average = AveragedModel(unet)
@@ -198,15 +204,17 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
 
     Raises:
         ConfigError: The folder holds a run with another configuration, or this one is invalid.
+            EngineError: This machine has no such device.
+        InputError: The package diffusers is missing.
         WriteError: The disk is full; the same command resumes the run.
     """
-    from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
-    from diffusers.optimization import get_cosine_schedule_with_warmup
-
-    folder, device = Path(config.out), choose_device(config.device)
+    folder, device = Path(config.out), _device(config.device)
     torch.manual_seed(config.seed)
     condition = Condition(load(config.checkpoint or None).to(device), config.tokens)
     unet = make_unet(config, condition.width).to(device).train()
+    from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.average))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.01)
     rates = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
@@ -252,6 +260,10 @@ def read_config(folder: Path) -> GeneratorConfig:
     return config
 
 
+def _device(name: str) -> torch.device:
+    return find_device(None if name == "auto" else name)
+
+
 def _generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(Random(f"{seeds}").getrandbits(63))
 
@@ -280,9 +292,16 @@ def _save(folder: Path, step: int, *parts: Any) -> None:
     write_whole(folder / "state.pt", lambda path: torch.save(state, path))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are shown as those of every command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Train a small text-to-image model of drawn scenes.")
+    parser = _Parser(description="Train a small text-to-image model of drawn scenes.")
     for field in dataclasses.fields(GeneratorConfig):
         several = {"nargs": "+", "type": int} if field.name == "channels" else {}
         is_required = field.default is dataclasses.MISSING
@@ -294,11 +313,4 @@ def main() -> None:
     values = vars(parser.parse_args())
     if "channels" in values:
         values["channels"] = tuple(values["channels"])
-    try:
-        train_generator(GeneratorConfig(**values))
-    except FineLIPError as error:
-        raise SystemExit(f"Error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()
+    train_generator(GeneratorConfig(**values))

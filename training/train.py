@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
 
     Args:
         config: Configuration, whose ``out`` is the folder of the run.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Returns:
         Metrics of the best validation, with its ``step``.
@@ -87,14 +87,16 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     with process_group(device) as (rank, world):
-        return Trainer(config, device, rank, world).run(progress=progress)
+        return Trainer(config, device, rank, world, progress=progress and rank == 0).run()
 
 
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        self.config, self.device, self.rank, self.world = config, device, rank, world
+    def __init__(
+        self, config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1, *, progress: bool = True
+    ) -> None:
+        self.config, self.device, self.rank, self.world, self.progress = config, device, rank, world, progress
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
         self.model = self._start_model().to(device).train()
@@ -122,25 +124,26 @@ class Trainer:
 
     # The loop ------------------------------------------------------------------------------------------------------
 
-    def run(self, *, progress: bool = True) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """Train to the last step; an interrupt saves the state first."""
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         log = Log(self.out, self.step, self.config.tensorboard) if self.rank == 0 else None
         try:
             with logging_redirect_tqdm():
-                return self._run(log, progress and self.rank == 0)
+                return self._run(log)
         finally:
             if log:
                 log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _run(self, log: Log | None, show: bool) -> dict[str, float]:
+    def _run(self, log: Log | None) -> dict[str, float]:
         validation = self._open(self.config.validation) if self.rank == 0 else None
         if validation is not None and len(validation) == 0:
             raise ConfigError(f"expected pairs to validate on, got none from validation={self.config.validation!r}")
         features = self._features(validation, "validation", 1) if validation is not None else None
-        progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=not show, mininterval=2)
+        hidden = not self.progress
+        progress = tqdm(total=self.config.last_step, initial=self.step, unit="step", disable=hidden, mininterval=2)
         batches = self._readable_batches()
         started, first = time.monotonic(), self.step
         while self.step < self.config.last_step:
@@ -420,7 +423,8 @@ class Trainer:
             return None
         folder = Path(self.config.features) / part
         precision = cast("LinearPrecision", self.config.feature_precision)
-        features = compute(self.model, pairs, folder, precision=precision, rank=self.rank, world=world)
+        share = {"rank": self.rank, "world": world}
+        features = compute(self.model, pairs, folder, precision=precision, **share, progress=self.progress)
         if world > 1:
             gather(torch.zeros(1, device=self.device))
         return features

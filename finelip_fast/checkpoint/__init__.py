@@ -11,7 +11,7 @@ All other formats are translated as they are read (:mod:`finelip_fast.checkpoint
 from finelip_fast.checkpoint.architecture import config_from_open_clip
 from finelip_fast.checkpoint.loading import AveragedWeightsWarning, UntrainedAggregatorsWarning
 from finelip_fast.checkpoint.pretrained import FineLIP, import_state_dict, load
-from finelip_fast.checkpoint.saving import Identity, convert, fingerprint, identify, save, verify
+from finelip_fast.checkpoint.saving import Identity, convert, describe, fingerprint, identify, save, verify
 from finelip_fast.encoders import stretch_positions
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "UntrainedAggregatorsWarning",
     "config_from_open_clip",
     "convert",
+    "describe",
     "fingerprint",
     "identify",
     "import_state_dict",

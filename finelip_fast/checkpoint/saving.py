@@ -19,7 +19,7 @@ from finelip_fast._json import parse_json
 from finelip_fast.checkpoint.architecture import Hints
 from finelip_fast.checkpoint.building import Contents, build, not_finite
 from finelip_fast.checkpoint.foreign import shortened
-from finelip_fast.checkpoint.loading import FORMAT, open_checkpoint, read_config, warn_of, warn_of_averages
+from finelip_fast.checkpoint.loading import FORMAT, Opened, open_checkpoint, read_config, warn_of, warn_of_averages
 from finelip_fast.checkpoint.tokenizer_files import TOKENIZER
 from finelip_fast.checkpoint.weight_files import damaged_records, shards
 from finelip_fast.config import FineLIPConfig
@@ -146,7 +146,15 @@ def convert(
     save(model, out, dtype=dtype, metadata={**history, "source": name, "layout": layout})
     return {
         "layout": layout,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **_sizes(config),
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
+        "folder": os.fspath(out),
+    }
+
+
+def _sizes(config: FineLIPConfig) -> dict[str, Any]:
+    return {
+        "parameters": config.parameters,
         "family": config.family,
         "trained_aggregators": config.trained_aggregators,
         "alpha": config.alpha,
@@ -157,8 +165,6 @@ def convert(
         "context_length": config.context_length,
         "activation": "quick_gelu" if config.quick_gelu else "gelu",
         "heads": [config.vision_heads, config.text_heads],
-        "dtype": str(dtype or model.dtype).removeprefix("torch."),
-        "folder": os.fspath(out),
     }
 
 
@@ -235,11 +241,48 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: Under the same conditions as :func:`load`.
     """
-    contents, layout, weights = open_checkpoint(checkpoint, None)[:3]
-    config_file = weights.parent / "config.json"
-    recorded = (
-        read_config(config_file).get("weights_sha256") if layout == "finelip_fast" and config_file.is_file() else None
-    )
+    opened = open_checkpoint(checkpoint, None)
+    return {"format": opened.layout, "weights": os.fspath(opened.weights), **_compared(opened)}
+
+
+def describe(checkpoint: str | os.PathLike[str] | None = None, *, verify: bool = False) -> dict[str, Any]:
+    """Describe a checkpoint without building its model.
+
+    Args:
+        checkpoint: Folder, file or name, as for :func:`load`.
+        verify: Whether to include the report of :func:`verify`.
+
+    Returns:
+        ``layout``, the sizes that :func:`convert` returns, and ``dtype``, the precision on disk. ``source``: what it was made
+        of, as recorded in our ``config.json``; None if nothing is recorded. ``weights``: path of the weight file, or of the
+        index of shards. ``bytes``: size of all weight files.
+
+    Raises:
+        CheckpointError: Under the same conditions as :func:`load`.
+    """
+    opened = open_checkpoint(checkpoint, None)
+    weights, tensors = opened.weights, opened.contents.tensors.values()
+    try:
+        size = sum(path.stat().st_size for path in [weights, *shards(weights)])
+    except OSError as error:
+        raise CheckpointError(f"{weights}: cannot be read: {error}") from error
+    metadata = _recorded(opened, "metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
+    return {
+        "layout": opened.layout,
+        **_sizes(opened.contents.config),
+        "dtype": ", ".join(sorted(dtypes)),
+        "source": metadata.get("source", metadata.get("base")),
+        "weights": os.fspath(weights),
+        "bytes": size,
+        **(_compared(opened) if verify else {}),
+    }
+
+
+def _compared(opened: Opened) -> dict[str, Any]:
+    """Compare a checkpoint's files with what was recorded of them."""
+    weights, recorded = opened.weights, _recorded(opened, "weights_sha256")
     try:
         actual, damaged = _sha256(weights), _damaged([weights, *shards(weights)])
     except OSError as error:
@@ -249,14 +292,18 @@ def verify(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     else:
         status = "ok" if recorded in (None, actual) and not damaged else "mismatch"
     return {
-        "format": layout,
-        "fingerprint": _fingerprint(contents),
-        "weights": os.fspath(weights),
+        "fingerprint": _fingerprint(opened.contents),
         "sha256": actual,
         "recorded_sha256": recorded,
         "damaged": damaged,
         "status": status,
     }
+
+
+def _recorded(opened: Opened, name: str) -> Any:
+    """A value of our ``config.json`` that is not a size; None if there is no such file."""
+    path = opened.weights.parent / "config.json"
+    return read_config(path).get(name) if opened.layout == "finelip_fast" and path.is_file() else None
 
 
 def _damaged(files: list[Path]) -> list[str] | None:

@@ -24,6 +24,7 @@ from finelip_fast.cli.commands import (
     after_result,
     alpha_option,
     batch_size_option,
+    check_file,
     decode_memory_option,
     dtype_option,
     index_option,
@@ -241,7 +242,8 @@ def search(
 ) -> Any:
     """Search an index with a description (TEXT) or a picture.
 
-    Each hit says whether it stands out from the rest of the index; a line below the hits says when nothing seems to match.
+    With 50 items or more, each hit says whether it stands out from the rest of the index; a line below the hits says when
+    nothing seems to match.
     """
     if (text is None) == (image is None):
         raise InputError(
@@ -253,6 +255,7 @@ def search(
         raise InputError("expected --why with a description, got --image: a picture's words are what is explained")
     if preview and (paths or speaks_json()):
         raise InputError("expected --preview alone, got --" + ("paths" if paths else "json") + " with it")
+    check_file("--html", html)
     show = _open_preview() if preview else None  # a terminal that cannot show it is an error before a model is loaded
     retriever: Any
     if server is not None and _asks_server(server):

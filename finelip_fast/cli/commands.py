@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -169,11 +170,13 @@ class ModelOptions(NamedTuple):
         )
 
 
-checkpoint_option = click.option(
-    "--checkpoint",
-    help="Checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name.  "
-    "[default: the index's, or the bundled one]",
-)
+def _checkpoint_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    forms = "a folder, a file, open_clip:MODEL/WEIGHTS or a hub name"
+    return click.option("--checkpoint", help=f"Checkpoint: {forms}.  [default: {default}]")
+
+
+checkpoint_option = _checkpoint_option("the index's, or the bundled one")
+standalone_checkpoint_option = _checkpoint_option("the bundled one")
 engine_option = click.option("--engine", default="auto", help="Engine for encoding: auto, torch, onnx, trt.")
 precision_option = click.option(
     "--precision",
@@ -183,15 +186,23 @@ device_option = click.option("--device", help="Device to compute on: cpu, cuda. 
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the model options to a command; its function receives them as ``model``."""
+    """Add the model options to a command on an index; its function receives them as ``model``."""
+    return checkpoint_option(_with_model(function))
 
+
+def standalone_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the model options to a command without an index; its function receives them as ``model``."""
+    return standalone_checkpoint_option(_with_model(function))
+
+
+def _with_model(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def with_model(
         *, checkpoint: str | None, engine: EngineName, precision: Precision | None, device: str | None, **options: Any
     ) -> Any:
         return function(model=ModelOptions(checkpoint, engine, precision, device), **options)
 
-    return checkpoint_option(engine_option(precision_option(device_option(with_model))))
+    return engine_option(precision_option(device_option(with_model)))
 
 
 dtype_option = click.option("--dtype", help="Number type that a new index stores: float16, int8.  [default: float16]")
@@ -240,6 +251,16 @@ def speaks_json() -> bool:
 def after_result(act: Callable[[], object]) -> None:
     """Do something after the result is printed, so that the result is not lost if it fails."""
     _running().after.append(act)
+
+
+def check_file(option: str, path: str | os.PathLike[str] | None) -> None:
+    """Check that a file can be where an option names it, before the work whose result it will hold.
+
+    Raises:
+        InputError: The path is a folder or empty, or the file's folder does not exist.
+    """
+    if path is not None and (not os.path.basename(path) or os.path.isdir(path) or not os.path.isdir(Path(path).parent)):
+        raise InputError(f"expected {option} as a file in an existing folder, got {os.fspath(path)!r:.200}")
 
 
 def write_after_result(path: str, write: Callable[[str], object]) -> None:
@@ -314,11 +335,17 @@ def _document(value: Any) -> str:
 def _indented(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += [f"{indent}{printable(name)}:", *_indented(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{printable(name)}: {printable(value)}")
+            lines.append(f"{indent}{printable(name)}: {printable(_phrase(value))}")
     return lines
+
+
+def _phrase(value: Any) -> str:
+    if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @contextmanager

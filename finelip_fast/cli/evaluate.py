@@ -15,8 +15,9 @@ from finelip_fast.cli.commands import (
     after_result,
     alpha_option,
     batch_size_option,
-    model_options,
+    check_file,
     shows_progress,
+    standalone_model_options,
 )
 
 RENAMED = {"--context": "--context-lengths", "--alpha-sweep": "--validation", "--out": "--save"}
@@ -55,7 +56,7 @@ def _complete_compare(_: click.Context, __: click.Parameter, incomplete: str) ->
     metavar="FILE",
     help="File to save the result to, with all ranks, for finelip eval compare.",
 )
-@model_options
+@standalone_model_options
 def evaluate(
     data: str,
     root: str | None,
@@ -74,11 +75,9 @@ def evaluate(
     compare.
     """
     from finelip_fast.datasets import open_dataset
-    from finelip_fast.errors import InputError
     from finelip_fast.evaluation import evaluate
 
-    if save and (save.is_dir() or not save.parent.is_dir()):  # better now than after an hour
-        raise InputError(f"expected --save to be a file in a folder that is there, got {save}")
+    check_file("--save", save)
     engine = model.open_engine()
     image_size = engine.config.image_size
     result = evaluate(

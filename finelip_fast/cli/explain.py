@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import Command, ModelOptions, alpha_option, model_options, write_after_result
+from finelip_fast.cli.commands import (
+    Command,
+    alpha_option,
+    check_file,
+    device_option,
+    standalone_checkpoint_option,
+    write_after_result,
+)
 
 
 @click.command(cls=Command, renamed={"--out": "--html"})
@@ -19,7 +26,8 @@ from finelip_fast.cli.commands import Command, ModelOptions, alpha_option, model
 @click.option("--overlay", metavar="FILE.png", help="Picture to write, highlighted where --phrase is found.")
 @click.option("--tokens", default="raw", help="Tokens that --overlay shows: raw, aggregated.")
 @alpha_option
-@model_options
+@standalone_checkpoint_option
+@device_option
 def explain(
     image: str,
     text: str,
@@ -28,22 +36,21 @@ def explain(
     overlay: str | None,
     tokens: str,
     alpha: float | None,
-    model: ModelOptions,
+    checkpoint: str | None,
+    device: str | None,
 ) -> Any:
-    """Show which words of a description matched which parts of a picture, and what each adds to the score.
-
-    PyTorch always computes this, whatever --engine says.
-    """
-    from finelip_fast._arguments import find_device
+    """Show which words of a description matched which parts of a picture, and what each adds to the score."""
+    from finelip_fast._arguments import find_device, one_of
     from finelip_fast.checkpoint import load
     from finelip_fast.errors import InputError
     from finelip_fast.explain import MAPS, explain
 
     if (phrase is None) != (overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
-    if tokens not in MAPS:
-        raise InputError(f"expected --tokens of {MAPS}, got {tokens!r}")
-    explanation = explain(load(model.checkpoint, find_device(model.device or "cpu")), image, text, alpha=alpha)
+    one_of("tokens", tokens, MAPS)
+    check_file("--overlay", overlay)
+    check_file("--html", html)
+    explanation = explain(load(checkpoint, find_device(device)), image, text, alpha=alpha)
 
     if phrase is not None and overlay is not None:
         figure = explanation.overlay(phrase, tokens=tokens)

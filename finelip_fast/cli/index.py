@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
+from finelip_fast._terminal import printable
 from finelip_fast.cli.commands import (
     Group,
     ModelOptions,
@@ -25,6 +27,7 @@ from finelip_fast.cli.commands import (
     model_options,
     precision_option,
     shows_progress,
+    standalone_model_options,
 )
 from finelip_fast.errors import InputError, StoreError
 
@@ -63,6 +66,8 @@ class _Part(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
             number, parts = map(int, value.split("/"))
         except ValueError:
             self.fail(f"expected I/N such as 0/4, got {value!r}", param, ctx)
+        if not 0 <= number < parts:
+            self.fail(f"expected I/N with I from 0 to N - 1, such as 0/4, got {value!r}", param, ctx)
         return number, parts
 
 
@@ -99,6 +104,21 @@ def _check(index: str) -> dict[str, int]:
     return check_index(index)
 
 
+@dataclass(frozen=True)
+class _Repair:
+    """Result of ``finelip index repair``."""
+
+    items: int
+    removed: dict[str, str]
+    lost: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.items:,} items, {len(self.removed):,} removed as damaged"]
+        if self.lost:
+            lines[0] += f", {self.lost:,} lost"
+        return "\n".join([*lines, *(f"  {printable(item)}: {printable(why)}" for item, why in self.removed.items())])
+
+
 @index.command("repair")
 @index_option
 @click.option(
@@ -107,7 +127,7 @@ def _check(index: str) -> dict[str, int]:
     help="First replace a damaged catalogue with the copy made by the last maintenance; items removed since "
     "then come back.",
 )
-def _repair(index: str, restore: bool) -> dict[str, Any]:
+def _repair(index: str, restore: bool) -> _Repair:
     """Remove damaged items from an index, so that the others can be searched, and recover lost ones."""
     from finelip_fast.index import restore as restore_catalogue
     from finelip_fast.index import stored_index
@@ -116,16 +136,35 @@ def _repair(index: str, restore: bool) -> dict[str, Any]:
         restore_catalogue(index)
     opened = stored_index(index, skip_damaged=True)
     removed = opened.repair()
-    return {"items": len(opened), "removed": removed, "lost": sum(opened.lost().values())}
+    return _Repair(len(opened), removed, sum(opened.lost().values()))
+
+
+@dataclass(frozen=True)
+class _Maintenance:
+    """Result of ``finelip index maintain``."""
+
+    segments_before: int
+    segments_after: int
+    unreferenced_segments: int
+    bytes_freed: int
+
+    def __str__(self) -> str:
+        text = f"segments: {self.segments_after:,} (before: {self.segments_before:,})"
+        if self.bytes_freed > 0:
+            text += f", {self.bytes_freed:,} bytes freed"
+        if self.unreferenced_segments:
+            remedy = "finelip index repair recovers their items"
+            text += f"\nsegments that are not in the catalogue: {self.unreferenced_segments:,}; {remedy}"
+        return text
 
 
 @index.command("maintain")
 @index_option
-def _maintain(index: str) -> dict[str, int]:
+def _maintain(index: str) -> _Maintenance:
     """Merge the files of an index into a few without gaps, and delete older versions."""
     from finelip_fast.index import stored_index
 
-    return stored_index(index).maintain()
+    return _Maintenance(**stored_index(index).maintain())
 
 
 @index.command("snapshot")
@@ -153,7 +192,8 @@ def _move_root(folder: str, index: str) -> str:
     with suppress(StoreError):  # an unreadable root is replaced
         before = opened.root
     opened.root = Path(folder)
-    return f"the pictures lie in {opened.root}" + (f", no more in {before}" if before is not None else "")
+    note = "" if before is None else " (unchanged)" if before == opened.root else f" (was {before})"
+    return f"root: {opened.root}{note}"
 
 
 @index.command("field")
@@ -218,8 +258,6 @@ def _tune(
     model: ModelOptions,
 ) -> dict[str, Any]:
     """Measure what two-stage search loses, with sketches too if there are any, and keep the best choice."""
-    from dataclasses import asdict
-
     from finelip_fast.index import stored_index
     from finelip_fast.index.tune import sample_queries, tune
 
@@ -250,13 +288,14 @@ def _tune(
 @click.option("--dtype", default="float16", help="Number type to store: float16, int8.")
 @click.option("--candidates", type=int, default=400, help="Candidates of a two-stage search.")
 @bits_option
-@model_options
+@standalone_model_options
 def _plan(items: int, dtype: str, candidates: int, bits: int, model: ModelOptions) -> Any:
     """Estimate what an index of a given size takes on this machine."""
     import torch
 
-    from finelip_fast.index.plan import measure, plan
+    from finelip_fast.index.plan import check_plan, measure, plan
 
+    check_plan(items, dtype=dtype, candidates=candidates, bits=bits)
     engine = model.open_engine()
     config = engine.config
     batch = torch.zeros(16, 3, config.image_size, config.image_size)

@@ -16,8 +16,8 @@ from finelip_fast.cli.commands import (
     after_result,
     command_line,
     device_option,
-    model_options,
     shows_progress,
+    standalone_model_options,
 )
 from finelip_fast.errors import ConfigError, InputError
 
@@ -49,7 +49,7 @@ def _complete_name(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option("--root", metavar="FOLDER", help="Folder that relative picture paths start from.")
 @_out_option
 @click.option("--build", is_flag=True, help="For overhead: export the checkpoint to ONNX first if that is missing.")
-@model_options
+@standalone_model_options
 def study(
     name: str | None,
     data: str | None,

@@ -172,24 +172,29 @@ def verify(kernels: tuple[str, ...], untimed: bool) -> Any:
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", required=False)
-@click.option("--index", metavar="FOLDER", help="Folder of an index to describe.")
-@click.option("--verify", is_flag=True, help="Compare files with the checksums recorded when they were written.")
-def info(checkpoint: str | None, index: str | None, verify: bool) -> Any:
+@click.argument("path", required=False)
+@click.option("--index", metavar="FOLDER", help="Folder of an index to describe; the same as PATH.")
+@click.option(
+    "--verify", is_flag=True, help="Also compare the files with the checksums recorded when they were written."
+)
+def info(path: str | None, index: str | None, verify: bool) -> Any:
     """Show versions, devices, and which kernels and engines run here, or describe a checkpoint or an index.
 
-    With --verify, CHECKPOINT, or the bundled one without it, is compared with the checksums recorded when it was written.
+    PATH is the folder of an index, or a checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name. Without PATH,
+    --verify checks the bundled checkpoint.
     """
-    from finelip_fast.info import checkpoint_info, index_info
+    from finelip_fast.info import checkpoint_info, index_info, path_info
     from finelip_fast.info import info as describe
 
-    if checkpoint is not None and (index is not None or not verify):
+    if path is not None and index is not None:
         raise InputError(
-            f"expected a checkpoint with --verify and without --index: finelip info {shlex.quote(checkpoint)} --verify"
+            f"expected either PATH or --index, got both: finelip info {shlex.quote(path)} describes {path}"
         )
     if index is not None:
         return index_info(index, verify=verify)
-    return checkpoint_info(checkpoint) if verify else describe()
+    if path is not None:
+        return path_info(path, verify=verify)
+    return checkpoint_info(verify=True) if verify else describe()
 
 
 @click.command(cls=Command, epilog="\b\n" + "\n".join(f"{shell:6}{line}" for shell, line in _SHELLS.items()))

@@ -78,9 +78,17 @@ class Connection:
 
 
 def _checked_url(url: Any) -> str:
+    if not _is_sound(url):
+        message = f"expected the address of a server, such as http://127.0.0.1:8000, got {url!r:.200}"
+        lacks_scheme = isinstance(url, str) and ":/" not in url and _is_sound(f"http://{url}")
+        raise InputError(f"{message}; did you mean http://{url:.200}?" if lacks_scheme else message)
+    return str(url).rstrip("/")
+
+
+def _is_sound(url: Any) -> bool:
     try:
         address = urlsplit(url) if isinstance(url, str) else None
-        is_sound = (
+        return (
             address is not None
             and address.scheme in ("http", "https")
             and bool(address.hostname)
@@ -88,13 +96,10 @@ def _checked_url(url: Any) -> str:
             and (address.port is None or address.port > 0)
             and url.isprintable()
             and " " not in url
-            and httpx2.URL(url).host
+            and bool(httpx2.URL(url).host)
         )
     except (ValueError, httpx2.InvalidURL):
-        is_sound = False
-    if not is_sound:
-        raise InputError(f"expected the address of a server, such as http://127.0.0.1:8000, got {url!r:.200}")
-    return str(url).rstrip("/")
+        return False
 
 
 def _checked_timeout(timeout: Any) -> float:

@@ -101,6 +101,18 @@ class Plan:
         return "\n".join([*lines, f"  choose {self.mode}: {self.reason}"])
 
 
+def check_plan(items: int, *, dtype: str, candidates: int, bits: int) -> None:
+    """Check the arguments of :func:`plan` that do not depend on this machine, before it is measured.
+
+    Raises:
+        InputError: There is less than one item or candidate, the dtype is unknown, or the number of bits is invalid.
+    """
+    check_bits(bits)
+    whole_number("items", items)
+    whole_number("candidates", candidates)
+    one_of("dtype", dtype, DTYPES)
+
+
 def plan(
     items: int,
     tokens: int,
@@ -122,11 +134,9 @@ def plan(
         bits: Bits of a sketch per column of a row, 1 or 2.
 
     Raises:
-        InputError: There is less than one item, the dtype is unknown, or the number of bits is invalid.
+        InputError: As raised by :func:`check_plan`.
     """
-    check_bits(bits)
-    whole_number("items", items)
-    one_of("dtype", dtype, DTYPES)
+    check_plan(items, dtype=dtype, candidates=candidates, bits=bits)
     quantized = tokens * width + 4 * tokens + 4 * 6 + 2 * width
     stored = quantized if dtype == "int8" else 2 * tokens * width
     globals_ = width + 4
@@ -152,7 +162,7 @@ def plan(
     seconds |= {"two-stage": sum(stages.values()), **stages}
     fastest = min(("exact-int8", "exact"), key=lambda mode: seconds[mode])
     if seconds[fastest] <= _UNNOTICED:
-        mode, reason = fastest, "every item is scored, and nobody notices"
+        mode, reason = fastest, f"scoring every item takes at most {_duration(_UNNOTICED)}"
     else:
         mode = "two-stage"
         reason = (

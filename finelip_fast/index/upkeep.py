@@ -61,15 +61,15 @@ def maintain(store: Store) -> dict[str, int]:
     Older versions can no longer be opened afterwards. The order of items and the results of searches do not change.
 
     Returns:
-        Number of ``segments`` before and ``after``, of ``strays`` (segments that nothing names, which stay: see
-        :func:`repair`), and of freed ``bytes``.
+        ``segments_before`` and ``segments_after``; ``unreferenced_segments``, which are not in the catalogue and stay (see
+        :func:`repair`); and ``bytes_freed``.
 
     Raises:
         StoreError: The same cases as in :meth:`add`; or an item is damaged, which a new checksum would hide.
     """
     store.refuse_if_fixed()
     if store.folder is None:
-        return {"segments": 0, "after": 0, "strays": 0, "bytes": 0}
+        return dict.fromkeys(("segments_before", "segments_after", "unreferenced_segments", "bytes_freed"), 0)
     size = _size(store.folder)
     with store.lock, within_memory(), store.catalogue.changing():
         view = store.load()
@@ -81,8 +81,12 @@ def maintain(store: Store) -> dict[str, int]:
         after = _rewrite(store, view, _runs(view))
     store.reload()
     _sweep(store)
-    strays = len(unnamed(store))
-    return {"segments": before, "after": after, "strays": strays, "bytes": size - _size(store.folder)}
+    return {
+        "segments_before": before,
+        "segments_after": after,
+        "unreferenced_segments": len(unnamed(store)),
+        "bytes_freed": size - _size(store.folder),
+    }
 
 
 def compact_recent(store: Store) -> None:

@@ -91,7 +91,10 @@ def adaptation(setting: AdaptationSetting) -> Record:
     _refuse_others(setting, recipe, base)
     folder, precision = Path(first.features), cast("LinearPrecision", first.feature_precision)
     for_features = _hours(
-        folder, lambda: compute(base, _open(first.train, base), folder / "train", precision=precision)
+        folder,
+        lambda: compute(
+            base, _open(first.train, base), folder / "train", precision=precision, progress=setting.progress
+        ),
     )
     hours = {
         run.out: _hours(Path(run.out), lambda run=run: train(run, progress=setting.progress))  # type: ignore[misc]

@@ -189,7 +189,9 @@ def test_an_index_is_looked_after(
     finelip("add", str(photos), "--checkpoint", str(checkpoint), "--batch-size", "1", "--quiet")
     assert json.loads(finelip("index", "check", "--json")) == {"items": 3, "damaged": 0, "lost": 0}
     finelip("index", "snapshot", "copy")
-    assert json.loads(finelip("index", "maintain", "--json"))["segments"] == 3
+    assert json.loads(finelip("index", "maintain", "--json"))["segments_before"] == 3
+    assert finelip("index", "maintain") == "segments: 1 (before: 1)\n"
+    assert finelip("index", "repair") == "3 items, 0 removed as damaged\n"
     (segment,) = Path("finelip-index/segments").glob("*.safetensors")
     content = bytearray(segment.read_bytes())
     content[-1] ^= 1
@@ -275,6 +277,38 @@ def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, caps
     assert "choose exact" in text
     assert main([*map(str, arguments), "many"]) == 2
     assert "expected a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["0"], "expected items of at least 1, got 0"),
+        (["1k", "--dtype", "float64"], "expected dtype to be one of"),
+        (["1k", "--candidates", "0"], "expected candidates of at least 1, got 0"),
+        (["1k", "--bits", "3"], "expected bits as 1 or 2"),
+    ],
+    ids=["items", "dtype", "candidates", "bits"],
+)
+def test_a_plan_is_refused_before_anything_is_measured(
+    options: list[str], message: str, fails: Callable[..., str]
+) -> None:
+    assert message in fails("index", "plan", "--checkpoint", "missing", "--items", *options)
+
+
+@pytest.mark.parametrize("part", ["3/2", "2/2", "-1/2", "0/0", "1"])
+def test_a_part_is_refused_before_the_store_is_asked(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "pull", "s3://nowhere/x", "--part", part]) == 2
+    assert f"such as 0/4, got '{part}'" in capsys.readouterr().err
+
+
+def test_the_root_of_an_index_is_told_with_the_one_before(
+    finelip: Callable[..., str], photos: Path, checkpoint: Path
+) -> None:
+    index(finelip, photos, checkpoint)
+    root = photos.resolve()
+    assert finelip("index", "move-root", photos) == f"root: {root} (unchanged)\n"
+    photos.rename("moved")
+    assert finelip("index", "move-root", "moved") == f"root: {root.with_name('moved')} (was {root})\n"
 
 
 def test_an_index_inside_its_pictures_is_not_reported(
@@ -378,6 +412,7 @@ def test_info_tells_what_runs_here(finelip: Callable[..., str]) -> None:
     assert all(values["engines"].values())
     assert values["kernels"]
     text = finelip("info")
+    assert "[]" not in text
     assert "packages:\n  finelip-fast: " in text
     assert "  torch: runs here" in text
 
@@ -398,22 +433,31 @@ def test_info_verifies_a_checkpoint(
     Path("copy/model.safetensors").write_bytes(content)
     assert "expected the weights of SHA-256" in fails("info", "copy", "--verify")
     assert "lost: no such file or folder" in fails("info", "lost", "--verify")
-    assert "finelip info copy --verify" in fails("info", "copy")
-    assert "expected a checkpoint with --verify and without --index" in fails(
-        "info", "copy", "--verify", "--index", "x"
-    )
+    assert "expected either PATH or --index, got both" in fails("info", "copy", "--verify", "--index", "x")
+
+
+def test_info_describes_a_checkpoint(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    written = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--json"))
+    described = json.loads(finelip("info", tmp_path / "half", "--json"))
+    expected = {**written, "source": "checkpoint"}
+    del expected["folder"]
+    assert {name: described.get(name) for name in expected} == expected
+    assert described["bytes"] == (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert "sha256" not in described
+    assert json.loads(finelip("info", tmp_path / "half", "--verify", "--json")).items() >= described.items()
+    assert "trained_aggregators: True" in finelip("info", tmp_path / "half" / "model.safetensors")
 
 
 def test_info_says_what_of_an_index_is_verified(
     finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
 ) -> None:
     index(finelip, photos, checkpoint)
-    told = json.loads(finelip("info", "--index", "finelip-index", "--json"))
-    assert (told["items"], told["checkpoint"]) == (3, str(checkpoint))
-    assert "no others" in told["verified"]["by each search"]
-    assert (
-        json.loads(finelip("info", "--index", "finelip-index", "--verify", "--json"))["verified"]["now"] == "everything"
-    )
+    told = json.loads(finelip("info", "finelip-index", "--json"))
+    assert (told["items"], told["checkpoint"], told["dtype"]) == (3, str(checkpoint), "float16")
+    assert "hits only" in told["verified"]["by each search"]
+    assert json.loads(finelip("info", "--index", "finelip-index", "--json")) == told
+    for words in (["finelip-index"], ["--index", "finelip-index"]):
+        assert json.loads(finelip("info", *words, "--verify", "--json"))["verified"]["now"] == "all files"
     search = ["search", "a house", "--device", "cpu", "-k", "1"]
     assert finelip(*search, "--verify") == finelip(*search)
     (segment,) = Path("finelip-index/segments").glob("*.safetensors")
@@ -468,7 +512,7 @@ def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoi
         "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context-lengths", "999"
     )
     assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")
-    assert "expected at least one scene" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
+    assert "expected scenes of at least 1, got 0" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
     assert not (tmp_path / "demo").exists()
 
 
@@ -535,7 +579,7 @@ def test_what_cannot_be_written_is_an_error(
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1].startswith("error: ")
     assert "notes.txt" in printed.err.splitlines()[-1]
-    if command.startswith(("explain", "study length")):
+    if command.startswith("study length"):
         assert printed.out  # the result of the long computation is printed
 
 
@@ -684,6 +728,27 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert texts[0].startswith(f"Usage: finelip {command} [OPTIONS]")
     assert "--json " in texts[0]
     assert "--quiet " in texts[0]
+
+
+def test_a_default_checkpoint_is_the_indexs_only_where_there_is_an_index(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        main([*command.split(), "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        if "--index FOLDER" not in words:
+            assert "the index's, or the bundled one" not in words, command
+
+
+def test_explain_has_no_options_of_other_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--engine", "--precision"):
+        assert main(["explain", "a.png", "red", option, "x"]) == 2
+        assert re.search(f"no such option.*{option}", capsys.readouterr().err, re.IGNORECASE)
+
+
+def test_help_spells_values_as_they_are_typed(finelip: Callable[..., str]) -> None:
+    text = " ".join(finelip("train", "--help").split())
+    for value in ("auto, cpu, cuda", "bf16 (autocast)", "cached, those", "torch.compile"):
+        assert value in text
+        assert value[0].upper() + value[1:] not in text
 
 
 def test_the_installed_command_lists_all_commands() -> None:

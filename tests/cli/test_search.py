@@ -103,11 +103,16 @@ def test_a_page_says_that_nothing_was_found(search) -> None:
 
 
 def test_the_result_is_printed_before_a_page_that_cannot_be_written(search) -> None:
-    Path("file").touch()
-    for name, message in {"file/out.html": "cannot write file/out.html: N", "": "expected a file that can be"}.items():
-        code, out, err = search(TEXT, "--html", name, "--paths")
-        assert (code, len(out.splitlines())) == (2, 3)
-        assert err.startswith(f"error: {message}")
+    code, out, err = search(TEXT, "--html", "x" * 300, "--paths")
+    assert (code, len(out.splitlines())) == (2, 3)
+    assert err.startswith("error: cannot write xxx")
+
+
+def test_a_page_that_has_no_place_is_refused_before_the_search(search) -> None:
+    for name in ("nowhere/out.html", "", "."):
+        code, out, err = search(TEXT, "--html", name)
+        assert (code, out) == (2, "")
+        assert err == f"error: expected --html as a file in an existing folder, got {name!r}\n"
 
 
 def test_a_page_is_opened(search, opened: list[str], tmp_path: Path) -> None:

@@ -39,6 +39,17 @@ def test_a_kernel_stands_in_the_reference(name: str) -> None:
     assert getattr(kernels, name).__doc__
 
 
+def test_every_environment_variable_stands_in_the_reference() -> None:
+    sources = [
+        path
+        for folder in ("finelip_fast", "kernels", "training", "export")
+        for path in sorted((DOCS.parent / folder).rglob("*.py"))
+    ]
+    known = {name for path in sources for name in re.findall(r'"(FINELIP_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
+    assert len(known) >= 5
+    assert known <= set(re.findall(r"^\| `(\w+)` \|", shown("environment.md"), re.MULTILINE))
+
+
 @pytest.mark.parametrize(
     ("name", "command", "context"), [pytest.param(*entry, id=entry[0]) for entry in pages.commands()]
 )

@@ -129,7 +129,7 @@ def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: p
 def test_a_place_to_write_to_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (tmp_path, tmp_path / "missing" / "result.json"):
         assert main(["eval", "scenes:test:8", "--checkpoint", "missing", "--save", str(out)]) == 2
-        assert "expected --save to be a file in a folder that is there" in capsys.readouterr().err
+        assert "expected --save as a file in an existing folder" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_told_where_it_cannot_be_written(

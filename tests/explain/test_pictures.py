@@ -98,15 +98,14 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     assert main([*command, "--phrase", phrase]) == 2
     assert "--phrase and --overlay together" in capsys.readouterr().err
     assert main([*command, "--tokens", "fine"]) == 2
-    assert "expected --tokens of" in capsys.readouterr().err
+    assert "expected tokens to be one of raw, aggregated, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--html", ""], "expected a file that can be written, got ''"),
         (["--phrase", "red", "--overlay", "x.foo"], "expected a file that can be written, got 'x.foo': Format"),
-        (["--html", "file/x"], "cannot write file/x: Not a directory"),
+        (["--html", "x" * 300], f"cannot write {'x' * 300}: File name too long"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_named_below_the_result(
@@ -117,12 +116,23 @@ def test_a_file_that_cannot_be_written_is_named_below_the_result(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("file").touch()
     SCENE.draw(64).save("scene.png")
     assert main(["explain", "scene.png", "a red house", *options]) == 2
     printed = capsys.readouterr()
     assert printed.out.startswith("score ")
     assert printed.err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("path", ["", ".", "file/x", "nowhere/x.png"])
+@pytest.mark.parametrize("options", [["--html"], ["--phrase", "red", "--overlay"]], ids=["html", "overlay"])
+def test_a_place_to_write_to_is_looked_at_first(
+    options: list[str], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["explain", "scene.png", "a red house", "--checkpoint", "missing", *options, path]) == 2
+    expected = f"expected {options[-1]} as a file in an existing folder, got {path!r}"
+    assert capsys.readouterr().err == f"error: {expected}\n"
 
 
 def test_without_matplotlib_overlays_say_what_to_install(

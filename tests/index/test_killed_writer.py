@@ -56,7 +56,7 @@ def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Pa
             assert index.check() == {}
     assert changes > ROUNDS
     with closing(Index(SPEC, tmp_path / "index")) as index:
-        strays = index.maintain()["strays"]
+        strays = index.maintain()["unreferenced_segments"]
         assert strays <= ROUNDS  # a killed writer leaves at most one unreferenced file
         assert len(list((tmp_path / "index" / "segments").glob("*.safetensors"))) <= 1 + strays
         assert not list((tmp_path / "index" / "segments").glob(".*"))

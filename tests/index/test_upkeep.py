@@ -38,6 +38,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
+def maintained(before: int, after: int, unreferenced: int, freed: int = 0) -> dict[str, int]:
+    segments = {"segments_before": before, "segments_after": after, "unreferenced_segments": unreferenced}
+    return {**segments, "bytes_freed": freed}
+
+
 def contents(folder: Path) -> list[str]:
     with closing(Index(SPEC, folder)) as index:
         return index.ids
@@ -138,11 +143,11 @@ def test_putting_in_order_leaves_one_segment_and_what_nothing_names(folder: Path
         assert len(list((folder / "cache").iterdir())) == 4
         before = index.embeddings.clone()
         report = index.maintain()
-        assert (report["segments"], report["after"], report["strays"]) == (4, 1, 1)
-        assert report["bytes"] > 0
+        assert report == maintained(4, 1, 1, report["bytes_freed"])
+        assert report["bytes_freed"] > 0
         assert len(list((folder / "segments").glob("*.safetensors"))) == 2
         assert list((folder / "cache").iterdir()) == []
-        assert index.maintain() == {"segments": 1, "after": 1, "strays": 1, "bytes": 0}
+        assert index.maintain() == maintained(1, 1, 1)
         assert stray.exists()
         add(index, "later", seed=9)
     with closing(Index(SPEC, folder)) as index:
@@ -153,10 +158,10 @@ def test_putting_in_order_leaves_one_segment_and_what_nothing_names(folder: Path
 
 def test_an_empty_folder_can_be_put_in_order(folder: Path) -> None:
     with closing(Index(SPEC, folder)) as index:
-        assert index.maintain() == {"segments": 0, "after": 0, "strays": 0, "bytes": 0}
+        assert index.maintain() == maintained(0, 0, 0)
         add(index, "a")
         index.delete(["a"])
-        assert index.maintain()["segments"] == 1
+        assert index.maintain()["segments_before"] == 1
     assert list((folder / "segments").glob("*.safetensors")) == []
     assert contents(folder) == []
 
@@ -189,14 +194,14 @@ def test_full_segments_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPa
         for number, size in enumerate([3, 1, 1, 1, 4, 2, 1]):
             add(index, *(f"{number}-{one}" for one in range(size)), seed=number)
         before, names = (index.ids, index.embeddings), [row.name for row in index._store.view().layout.segments]
-        assert index.maintain()["after"] == 4
+        assert index.maintain()["segments_after"] == 4
         rows = index._store.view().layout.segments
         assert [row.rows for row in rows] == [3, 3, 4, 3]
         assert (rows[0].name, rows[2].name) == (names[0], names[4])
         assert index.ids == before[0]
         assert torch.equal(index.embeddings, before[1])
         index.delete(["4-1"])
-        assert index.maintain()["after"] == 4
+        assert index.maintain()["segments_after"] == 4
         assert [row.rows for row in index._store.view().layout.segments] == [3, 3, 3, 3]
         assert index.check() == {}
 
@@ -362,7 +367,7 @@ def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
         os.link(segment, taken_over)
         with locked(jobs[2]), locked(incoming / f".{'a' * 32}.tmp") as temporary:
             report = index.maintain()
-            assert report["strays"] == 1
+            assert report["unreferenced_segments"] == 1
             assert all(path.exists() for path in (*mine, *jobs[2:], segment))
             assert not any(path.exists() for path in (*jobs[:2], gone, taken_over))
             assert os.fstat(temporary.fileno()).st_nlink == 1
@@ -381,7 +386,7 @@ def test_a_segment_that_was_replaced_goes_though_its_process_was_killed_then(
             patch.setattr(upkeep, "_sweep", lambda store: None)
             index.maintain()
         assert len(list((folder / "segments").glob("*.safetensors"))) == 3
-        assert index.maintain()["strays"] == 0
+        assert index.maintain()["unreferenced_segments"] == 0
         assert len(list((folder / "segments").glob("*.safetensors"))) == 1
 
 

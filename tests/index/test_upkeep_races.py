@@ -32,7 +32,7 @@ def test_upkeep_beside_writers_and_searches(tmp_path: Path) -> None:
     with closing(Index(IndexSpec("abc", 3, 8), folder, verify=True)) as index:
         assert set(index.ids) == {item for report in reports for item in report["added"]}
         assert index.check() == {}
-        assert index.maintain()["strays"] == 0
+        assert index.maintain()["unreferenced_segments"] == 0
     for copy in tmp_path.glob("index-*"):
         with closing(Index(IndexSpec("abc", 3, 8), copy, verify=True)) as index:
             assert index.check() == {}

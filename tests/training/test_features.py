@@ -63,6 +63,9 @@ def pairs(tmp_path: Path) -> FileExamples:
     return FileExamples([(tmp_path / f"{number}.png", caption) for number, caption in captions])
 
 
+Configure = Callable[..., TrainConfig]
+
+
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Split features into several parts of each kind."""
@@ -116,6 +119,16 @@ def test_a_picture_of_several_captions_is_encoded_once(
     )
     compute(model, pairs, tmp_path / "features")
     assert sum(counts) == len(COLOURS)
+
+
+def test_progress_is_shown_or_not(
+    model: FineLIP, pairs: FileExamples, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute(model, pairs, tmp_path / "shown")
+    assert "features" in capsys.readouterr().err
+    compute(model, pairs, tmp_path / "hidden", progress=False)
+    train(configure(features=str(tmp_path / "features"), steps=1), progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_is_missing_is_computed_again_and_nothing_else(
@@ -189,8 +202,6 @@ def test_a_picture_that_cannot_be_read_counts_as_broken(model: FineLIP, pairs: F
 
 
 # Training -------------------------------------------------------------------------------------------------------------
-
-Configure = Callable[..., TrainConfig]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from finelip_fast import load
+from finelip_fast._command_line import run_main
 from finelip_fast.datasets.scenes import Scenes
 from finelip_fast.errors import ConfigError, WriteError
 from finelip_fast.training.generator import Condition, Generator, GeneratorConfig, train_generator
@@ -94,3 +95,37 @@ def test_the_script_says_what_it_takes() -> None:
     script = Path(__file__).parents[2] / "training/generator.py"
     answer = subprocess.run([sys.executable, "-P", str(script), "--help"], capture_output=True, text=True, check=True)
     assert "--tokens" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "code", "message"),
+    [
+        ([], None, 2, "error: the following arguments are required: --out; see generator.py --help\n"),
+        (
+            ["--out", "run", "--steps", "x"],
+            None,
+            2,
+            "error: argument --steps: invalid int value: 'x'; see generator.py",
+        ),
+        (["--out", "run", "--device", "tpux"], None, 2, "error: device='tpux' cannot be used"),
+        (["--out", "run"], ConfigError("expected a"), 2, "error: expected a\n"),
+        (["--out", "run"], PermissionError(13, "Permission denied", "run"), 2, "error: run: Permission denied\n"),
+        (["--out", "run"], KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_the_script_ends_as_every_command(
+    words: list[str],
+    fault: BaseException | None,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise fault or AssertionError
+
+    monkeypatch.setattr(sys, "argv", ["training/generator.py", *words])
+    if fault is not None:
+        monkeypatch.setattr("finelip_fast.training.generator.train_generator", fail)
+    assert run_main("finelip_fast.training.generator") == code
+    assert capsys.readouterr().err.startswith(message)
