@@ -6,18 +6,28 @@ from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import Command, ModelOptions, alpha_option, model_options, write_after_result
+from finelip_fast.cli.commands import (
+    Command,
+    ModelOptions,
+    alpha_option,
+    model_options,
+    text_argument,
+    write_after_result,
+)
+from finelip_fast.cli.values import PICTURE, OneOf
 
 
 @click.command(cls=Command, renamed={"--out": "--html"})
-@click.argument("image")
-@click.argument("text")
+@click.argument("image", type=PICTURE)
+@text_argument
 @click.option(
     "--html", metavar="FILE.html", help="Interactive HTML page to write: hover over the words and over the picture."
 )
 @click.option("--phrase", help="Words of the description to show with --overlay.")
 @click.option("--overlay", metavar="FILE.png", help="Picture to write, highlighted where --phrase is found.")
-@click.option("--tokens", default="raw", help="Tokens that --overlay shows: raw, aggregated.")
+@click.option(
+    "--tokens", type=OneOf("raw", "aggregated"), default="raw", help="Tokens that --overlay shows: raw, aggregated."
+)
 @alpha_option
 @model_options
 def explain(
@@ -37,12 +47,10 @@ def explain(
     from finelip_fast._arguments import find_device
     from finelip_fast.checkpoint import load
     from finelip_fast.errors import InputError
-    from finelip_fast.explain import MAPS, explain
+    from finelip_fast.explain import explain
 
     if (phrase is None) != (overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
-    if tokens not in MAPS:
-        raise InputError(f"expected --tokens of {MAPS}, got {tokens!r}")
     explanation = explain(load(model.checkpoint, find_device(model.device or "cpu")), image, text, alpha=alpha)
 
     if phrase is not None and overlay is not None:
