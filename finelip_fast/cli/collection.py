@@ -157,10 +157,11 @@ def add(
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:
         _require_folder(folder)  # before a model is loaded
+    bases = folders or [root or os.path.dirname(os.path.abspath(sources[0]))]
     if dry_run:
         if watch:
             raise InputError("expected --watch or --dry-run, got both")
-        return _forecast(sources, folders, index, sync, exclude, include, root, image_field)
+        return _forecast(sources, folders, bases, index, sync, exclude, include, root, image_field)
     if watch:
         _watchfiles()
     retriever = model.open_retriever(index, dtype=dtype)
@@ -172,7 +173,7 @@ def add(
         )
     if retriever.engine.faster:
         warnings.warn(retriever.engine.faster, stacklevel=2)
-    prepare_root(retriever.index, folders or [root or os.path.dirname(os.path.abspath(sources[0]))])
+    prepare_root(retriever.index, bases)
 
     def run() -> FolderReport:
         report = FolderReport()
@@ -194,6 +195,7 @@ def add(
 def _forecast(
     sources: Sequence[str],
     folders: Sequence[str],
+    bases: Sequence[str],
     index: str,
     sync: bool,
     exclude: Sequence[str],
@@ -201,12 +203,12 @@ def _forecast(
     root: str | None,
     image_field: str | None,
 ) -> Forecast:
-    """Return what ``finelip add`` would do to an index that exists; pictures are not read, except changed ones."""
-    from finelip_fast.collection import list_folder, list_table, plan
-    from finelip_fast.index import stored_index
+    """Return what ``finelip add`` would do; pictures are not read, except changed ones."""
+    from finelip_fast.collection import Plan, common_root, list_folder, list_table, plan
+    from finelip_fast.index import stored_index, stored_source
 
-    opened = stored_index(index)
-    base = opened.root or Path(os.path.realpath(folders[0] if folders else root or os.path.dirname(sources[0])))
+    opened = stored_index(index) if stored_source(index) is not None else None
+    base = (opened.root if opened is not None else None) or common_root(bases)
     changes: dict[str, list[str]] = {"added": [], "changed": [], "moved": [], **({"removed": []} if sync else {})}
     for source in sources:
         listing = (
@@ -214,7 +216,7 @@ def _forecast(
             if source in folders
             else list_table(source, base, base=root or Path(source).parent, image_field=image_field)
         )
-        planned = plan(opened, listing, base)
+        planned = Plan(new={item: {} for item in listing.paths}) if opened is None else plan(opened, listing, base)
         changes["added"] += planned.new
         changes["changed"] += planned.changed
         changes["moved"] += [new for old, (new, _) in planned.relabelled.items() if new != old]

@@ -116,8 +116,10 @@ def typed_options(message: str, params: Sequence[click.Parameter]) -> str:
         return f"{flag} {shlex.quote(text) if text is not None else number}" if number != "True" else flag
 
     message = re.sub(rf"(?<![\w.'\"-])({names})=(?:'([^'\n]*)'|(\d[\w.]*|True\b))", as_typed, message)
+    # A name that is also an English word stands for the option only before these.
     follows = r"(?= (?:to be|of at|from|as|with|without|or|and)\b| in \[)"
-    return re.sub(rf"(?<=expected )({names}){follows}", lambda match: flags[match[1]], message)
+    plain = "|".join(name if "_" in name else name + follows for name in flags)
+    return re.sub(rf"(?<=expected )({plain})(?!\w)", lambda match: flags[match[1]], message)
 
 
 def longest(spellings: Sequence[str]) -> str:

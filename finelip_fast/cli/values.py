@@ -58,19 +58,19 @@ class Number(Value):
 
     Args:
         least, most: Bounds; None: none.
-        whole: Whether it has no fraction.
+        integral: Whether it has no fraction.
     """
 
-    def __init__(self, least: float | None = None, most: float | None = None, *, whole: bool = True) -> None:
-        self.name = "n" if whole else "number"
-        self._least, self._most, self._whole = least, most, whole
+    def __init__(self, least: float | None = None, most: float | None = None, *, integral: bool = True) -> None:
+        self.name = "n" if integral else "number"
+        self._least, self._most, self._integral = least, most, integral
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number."""
         try:
-            number = int(value) if self._whole else float(value)
+            number = int(value) if self._integral else float(value)
         except (ValueError, OverflowError):
-            self.refuse("as a whole number" if self._whole else "as a number", value, param)
+            self.refuse("as a whole number" if self._integral else "as a number", value, param)
         least, most = self._least, self._most
         if (least is not None and number < least) or (most is not None and number > most):
             bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -122,7 +122,7 @@ FOLDER, FILE, CHECKPOINT, PICTURE = (
     Place("checkpoint", "file"),
     _Picture("file", "file"),
 )
-DESCRIPTION, WHOLE, NUMBER = _Description(), Number(), Number(whole=False)
+DESCRIPTION, WHOLE, NUMBER = _Description(), Number(), Number(integral=False)
 
 # By the first word of a metavar, or the name of a parameter without one.
 _BY_METAVAR = {

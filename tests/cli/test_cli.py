@@ -834,7 +834,6 @@ def test_words_that_are_completed_are_those_of_the_library() -> None:
     from finelip_fast.cli import commands as shared
     from finelip_fast.engines import ENGINES
     from finelip_fast.explain import MAPS
-    from finelip_fast.index.search import MODES
     from finelip_fast.index.search import Mode
     from finelip_fast.index.segments import DTYPES
     from finelip_fast.runtimes.manifest import PRECISIONS

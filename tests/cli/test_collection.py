@@ -81,6 +81,8 @@ def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFix
 
 
 def test_a_dry_run_changes_nothing(photos: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("add", "photos", "--dry-run")["added"] == ["a.png", "b.png"]
+    assert not Path("finelip-index").exists()
     run("add", "photos")
     (photos / "a.png").unlink()
     draw(photos / "new.png")
@@ -102,6 +104,7 @@ def test_the_environment_names_the_index(photos: Path, run: Any, monkeypatch: py
     assert len(run("list", "--index", "chosen")) == len(run("list")) == 2
 
 
+@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")
 def test_bars_are_for_terminals(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     assert main(["add", "photos"]) == 0
     assert "%|" not in capsys.readouterr().err
