@@ -90,7 +90,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, required: bool) -> click.O
 @cache
 def _words() -> dict[str, OneOf]:
     """Words that fields take; the configuration refuses all others."""
-    from finelip_fast.training.config import PRESETS
+    from finelip_fast.config import PRESETS
 
     return {
         "preset": OneOf(*PRESETS, closed=False),
