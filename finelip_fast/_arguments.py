@@ -178,6 +178,8 @@ def find_device(name: Any) -> torch.device:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # the former if torch is built without CUDA
         reason = str(error).partition("\n")[0]
+        if reason.startswith("Expected one of"):  # and twenty kinds, most of which no machine has
+            reason = "PyTorch knows no such device"
         raise kind(
             f"device={str(name)!r:.80} cannot be used: {reason:.200}; use device='cpu', or leave it out"
         ) from None

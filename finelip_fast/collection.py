@@ -100,12 +100,7 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
         StoreError: The index cannot be read or written.
     """
     if index.root is None:
-        real = [os.path.realpath(folder) for folder in folders]
-        try:
-            root = Path(os.path.commonpath(real))
-        except ValueError:  # on several drives
-            root = Path(real[0])
-        root = Path(real[0]) if root == Path(root.anchor) else root
+        root = common_root(folders)
         _take_over(index, root)
         index.root = root
     root_of_index = index.root
@@ -116,6 +111,16 @@ def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Pat
             f"{remedies.move_root(index.folder)}"
         )
     return root_of_index
+
+
+def common_root(folders: Sequence[str | os.PathLike[str]]) -> Path:
+    """Return a folder, or the common parent of several, without links."""
+    real = [os.path.realpath(folder) for folder in folders]
+    try:
+        root = Path(os.path.commonpath(real))
+    except ValueError:  # on several drives
+        root = Path(real[0])
+    return Path(real[0]) if root == Path(root.anchor) else root
 
 
 def _take_over(index: Index, root: Path) -> None:

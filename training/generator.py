@@ -204,7 +204,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
 
     Raises:
         ConfigError: The folder holds a run with another configuration, or this one is invalid.
-            EngineError: This machine has no such device.
+        EngineError: This machine has no such device.
         InputError: The package diffusers is missing.
         WriteError: The disk is full; the same command resumes the run.
     """

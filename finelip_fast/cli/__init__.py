@@ -30,13 +30,17 @@ class _Finelip(Group):
         """Return the commands in the order in which a user meets them."""
         return list(self.commands)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after ``finelip``; ``version`` is ``--version``."""
+        return super().parse_args(ctx, ["--version"] if args == ["version"] else args)
+
 
 @click.group(
     cls=_Finelip,
     epilog="Start with finelip demo. Then: finelip add PHOTOS; finelip search 'a long description'. For "
     "completion of commands and options in the shell, see finelip completion.",
 )
-@click.version_option(package_name="finelip-fast", message="%(prog)s %(version)s")
+@click.version_option(None, "-V", "--version", package_name="finelip-fast", message="%(prog)s %(version)s")
 def finelip() -> None:
     """Search pictures with long descriptions."""
 

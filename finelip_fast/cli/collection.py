@@ -10,6 +10,7 @@ import warnings
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -21,6 +22,7 @@ from finelip_fast._terminal import printable
 from finelip_fast.cli.commands import (
     Command,
     ModelOptions,
+    Nothing,
     after_result,
     alpha_option,
     batch_size_option,
@@ -28,11 +30,14 @@ from finelip_fast.cli.commands import (
     decode_memory_option,
     dtype_option,
     index_option,
+    is_quiet,
     model_options,
     shows_progress,
     speaks_json,
     write_after_result,
 )
+from finelip_fast.cli.usage import nearest
+from finelip_fast.cli.values import DESCRIPTION, FILE, PICTURE, Number, OneOf
 from finelip_fast.errors import FineLIPError, InputError, StoreError
 
 if TYPE_CHECKING:
@@ -42,25 +47,13 @@ if TYPE_CHECKING:
 
 SERVER_VARIABLE = "FINELIP_SERVER"
 
+_MOST_FIELDS = 12  # that a message names
+
 _LOCAL_OPTIONS = ("index", "checkpoint", "engine", "precision", "device", "verify", "why")
 
 where_option = click.option(
     "--where", metavar="FILTER", help="Filter on the metadata of items, such as \"camera = 'front' and year >= 2024\"."
 )
-
-
-@dataclass
-class Nothing:
-    """An empty result, with the reason."""
-
-    reason: str
-
-    def to_dict(self) -> list[Any]:
-        """An empty list for JSON."""
-        return []
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 @dataclass
@@ -95,8 +88,27 @@ class Removal:
         return self.reason or f"{self.removed} removed, {self.items} left"
 
 
+@dataclass
+class Forecast:
+    """Changes that a command would make: ids of items, by what would be done with them."""
+
+    changes: dict[str, list[str]]
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """The ids for JSON."""
+        return self.changes
+
+    def __str__(self) -> str:
+        lines = [f"{change}  {printable(item)}" for change, ids in self.changes.items() for item in ids]
+        counts = ", ".join(f"{len(ids)} {change}" for change, ids in self.changes.items())
+        return "\n".join([*lines, f"dry run: {counts}; the index is unchanged"])
+
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
+
+
 @click.command(cls=Command)
-@click.argument("sources", nargs=-1, required=True, metavar="FOLDER...")
+@click.argument("sources", nargs=-1, required=True, type=FILE, metavar="FOLDER...")
 @index_option
 @click.option("--sync", is_flag=True, help="Also remove items whose pictures are no longer in the folders.")
 @click.option("--watch", is_flag=True, help="Keep running, and follow changes in the folders.")
@@ -118,6 +130,7 @@ class Removal:
 @batch_size_option
 @decode_memory_option
 @dtype_option
+@dry_run_option
 def add(
     sources: tuple[str, ...],
     index: str,
@@ -131,6 +144,7 @@ def add(
     model: ModelOptions,
     batch_size: int,
     dtype: str | None,
+    dry_run: bool,
 ) -> Any:
     """Add the pictures in folders and their subfolders to an index.
 
@@ -138,13 +152,17 @@ def add(
     table of pictures, JSON Lines or CSV; its other columns become metadata.
     """
     from finelip_fast.collection import prepare_root
-    from finelip_fast.folders import walk_folder
     from finelip_fast.picture_tables import is_table
     from finelip_fast.reports import FolderReport
 
     folders = [source for source in sources if not is_table(source)]
     for folder in folders:
-        walk_folder(folder)  # a missing one is an error before a model is loaded
+        _require_folder(folder)  # before a model is loaded
+    bases = folders or [root or os.path.dirname(os.path.abspath(sources[0]))]
+    if dry_run:
+        if watch:
+            raise InputError("expected --watch or --dry-run, got both")
+        return _forecast(sources, folders, bases, index, sync, exclude, include, root, image_field)
     if watch:
         _watchfiles()
     retriever = model.open_retriever(index, dtype=dtype)
@@ -156,7 +174,7 @@ def add(
         )
     if retriever.engine.faster:
         warnings.warn(retriever.engine.faster, stacklevel=2)
-    prepare_root(retriever.index, folders or [root or os.path.dirname(os.path.abspath(sources[0]))])
+    prepare_root(retriever.index, bases)
 
     def run() -> FolderReport:
         report = FolderReport()
@@ -173,6 +191,56 @@ def add(
         return report
 
     return _watched(run, sources, index) if watch else run()
+
+
+def _forecast(
+    sources: Sequence[str],
+    folders: Sequence[str],
+    bases: Sequence[str],
+    index: str,
+    sync: bool,
+    exclude: Sequence[str],
+    include: Sequence[str],
+    root: str | None,
+    image_field: str | None,
+) -> Forecast:
+    """Return what ``finelip add`` would do; pictures are not read, except changed ones."""
+    from finelip_fast.collection import Plan, common_root, list_folder, list_table, plan
+    from finelip_fast.index import stored_index, stored_source
+
+    opened = stored_index(index) if stored_source(index) is not None else None
+    base = (opened.root if opened is not None else None) or common_root(bases)
+    changes: dict[str, list[str]] = {"added": [], "changed": [], "moved": [], **({"removed": []} if sync else {})}
+    for source in sources:
+        listing = (
+            list_folder(source, base, exclude=exclude, include=include, index=Path(index))
+            if source in folders
+            else list_table(source, base, base=root or Path(source).parent, image_field=image_field)
+        )
+        planned = Plan(new={item: {} for item in listing.paths}) if opened is None else plan(opened, listing, base)
+        changes["added"] += planned.new
+        changes["changed"] += planned.changed
+        changes["moved"] += [new for old, (new, _) in planned.relabelled.items() if new != old]
+        if sync:
+            changes["removed"] += planned.gone
+    return Forecast(changes)
+
+
+def _require_folder(source: str) -> None:
+    """
+    Raises:
+        InputError: The source is neither a folder nor a table.
+    """
+    if os.path.isdir(source):
+        return
+    from finelip_fast._decode import image_suffixes
+
+    expected = "expected a folder, or a table (.jsonl, .csv, .tsv), got"
+    if not os.path.exists(source):
+        raise InputError(f"{expected} nothing there: {source!r:.200}; check the path")
+    if Path(source).suffix.lower() in image_suffixes():
+        raise InputError(f"{expected} the picture {source!r:.200}; add its folder")
+    raise InputError(f"{expected} a file: {source!r:.200}")
 
 
 def _watched(run: Callable[[], Any], sources: Sequence[str], index: str) -> Iterator[Any]:
@@ -195,12 +263,17 @@ def _watchfiles() -> Any:
 
 
 @click.command(cls=Command)
-@click.argument("text", required=False)
-@click.option("--image", metavar="FILE", help="Picture to search with, instead of a description.")
+@click.argument("text", required=False, type=DESCRIPTION)
+@click.option("--image", type=PICTURE, metavar="FILE", help="Picture to search with, instead of a description.")
 @click.option("-k", "k", type=int, default=10, help="Number of hits.")
 @index_option
 @where_option
-@click.option("--mode", default="auto", help="Mode of the search: auto, exact, exact-int8, two-stage, sketch.")
+@click.option(
+    "--mode",
+    type=OneOf("auto", "exact", "exact-int8", "two-stage", "sketch"),
+    default="auto",
+    help="Mode of the search: auto, exact, exact-int8, two-stage, sketch.",
+)
 @alpha_option
 @click.option("--verify", is_flag=True, help="Verify the checksums of the whole index first.")
 @click.option("--paths", is_flag=True, help="Print only the paths of the pictures.")
@@ -211,7 +284,7 @@ def _watchfiles() -> Any:
 @click.option("--open", "opens", is_flag=True, help="Open the page in the browser; without --html, a temporary one.")
 @click.option(
     "--why",
-    type=click.IntRange(min=0),
+    type=Number(0),
     default=0,
     metavar="N",
     help="With --html or --open: link pages that explain the first N hits.",
@@ -267,7 +340,7 @@ def search(
             raise StoreError(f"there is no index at {index}: {remedies.make(index)}")
         retriever = model.open_retriever(index, alpha=alpha, verify=verify)
     hits = retriever.search(text, image=image, k=k, mode=mode, where=where)
-    if hits and sys.stdout.isatty() and shows_progress() and not (paths or speaks_json()):
+    if hits and sys.stdout.isatty() and not (is_quiet() or paths or speaks_json()):
         after_result(lambda: _print_meanings(hits, retriever.alpha))
     if html is not None or opens:
         page = html if html is not None else str(Path(tempfile.mkdtemp(prefix="finelip-")) / "search.html")
@@ -280,7 +353,7 @@ def search(
         if opens:
             after_result(lambda: _open_page(page))
     if not hits:
-        return _nothing(len(retriever), where)
+        return _nothing(len(retriever), where, getattr(retriever, "index", None))
     if show is not None:
         return show(hits)
     return [hit.path or hit.id for hit in hits] if paths else hits
@@ -392,7 +465,7 @@ def list_(index: str, where: str | None, paths: bool, duplicates: bool, similari
     items = _items(opened, where)
     first = next(items, None)
     if first is None:
-        return _nothing(len(opened), where)
+        return _nothing(len(opened), where, opened)
     return _listed(first, items, paths)
 
 
@@ -400,7 +473,8 @@ def list_(index: str, where: str | None, paths: bool, duplicates: bool, similari
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @index_option
 @where_option
-def remove(ids: tuple[str, ...], index: str, where: str | None) -> Removal:
+@dry_run_option
+def remove(ids: tuple[str, ...], index: str, where: str | None, dry_run: bool) -> Any:
     """Remove items from an index, by id or by a filter.
 
     Ids are those that finelip list shows, or paths of pictures. The picture files themselves are not deleted.
@@ -412,8 +486,15 @@ def remove(ids: tuple[str, ...], index: str, where: str | None) -> Removal:
     opened = stored_index(index)
     chosen = list(_ids(opened, ids)) or [item.id for item in _items(opened, where)]
     before = len(opened)
+    if not chosen:
+        return Removal(0, before, str(_nothing(before, where, opened)))
+    if dry_run:
+        present = opened.present(chosen)
+        if absent := [item for item in chosen if item not in present]:
+            raise InputError(f"expected ids of the index, got {absent[0]!r:.80}, which is not in it")
+        return Forecast({"removed": list(dict.fromkeys(chosen))})
     opened.delete(chosen)
-    return Removal(before - len(opened), len(opened), "" if chosen else str(_nothing(before, where)))
+    return Removal(before - len(opened), len(opened))
 
 
 def _ids(index: Index, names: Sequence[str]) -> Iterator[str]:
@@ -470,7 +551,27 @@ def _groups(index: Index, similarity: float | None, paths: bool) -> Any:
     return iter(Group(group) for group in groups)
 
 
-def _nothing(count: int, where: str | None) -> Nothing:
+def _nothing(count: int, where: str | None, index: Index | None = None) -> Nothing:
     if count == 0:
         return Nothing("the index is empty")
-    return Nothing(f"the filter {where} matches none of the {count:,} items")
+    reason = f"the filter {where} matches none of the {count:,} items"
+    if index is not None and where is not None:
+        from finelip_fast.index.filters import compared_fields
+
+        reason += "".join(f"; {note}" for note in map(partial(absent_field, index), compared_fields(where)[:3]) if note)
+    return Nothing(reason)
+
+
+def absent_field(index: Index, field: str) -> str:
+    """Return a note if no item of an index has a metadata field, with the fields that there are; else nothing.
+
+    Args:
+        index: Index to look in.
+        field: Field as filters spell it.
+    """
+    if next(index.items(where=f"{field} is not null"), None) is not None:
+        return ""
+    first = next(index.items(), None)
+    known = [*(entry.name for entry in index.fields()), *(first.metadata if first is not None else ())]
+    near = nearest(field, known) or list(dict.fromkeys(known))[:_MOST_FIELDS]
+    return f"no item has the field {field}" + (f", but some have {', '.join(near)}" if near else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -20,15 +19,31 @@ import click
 
 from finelip_fast._files import write_error
 from finelip_fast._terminal import printable, printable_lines
-from finelip_fast.errors import InputError, WriteError
+from finelip_fast.cli import usage
+from finelip_fast.cli.values import DESCRIPTION, Number, OneOf, with_type
+from finelip_fast.errors import FineLIPError, InputError, WriteError
 
 if TYPE_CHECKING:
     from finelip_fast.engines import EngineName
     from finelip_fast.runtimes.manifest import Precision
 
-DEFAULT_INDEX = "finelip-index"
+DEFAULT_INDEX, INDEX_VARIABLE = "finelip-index", "FINELIP_INDEX"
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+@dataclass
+class Nothing:
+    """An empty result, with the reason, which is no part of the result and goes to the standard error stream."""
+
+    reason: str
+
+    def to_dict(self) -> list[Any]:
+        """An empty list for JSON."""
+        return []
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Command(click.Command):
@@ -41,26 +56,37 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "context_settings": _SETTINGS})
+        super().__init__(*args, **{**kwargs, "context_settings": {**_SETTINGS, "allow_extra_args": True}})
         self.renamed = renamed or {}
-        self.params += [
+        self.params = [
+            *map(with_type, self.params),
             click.Option(["--json"], is_flag=True, help="Print one JSON document instead of text."),
-            click.Option(["--quiet"], is_flag=True, help="Show no progress bars and no warnings."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="Show no progress bars and no warnings."),
         ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command's name."""
         ctx.meta[__name__] = _Running([*ctx.command_path.split(), *args])
+        args = _repeat_options(self.get_params(ctx), args)
         try:
-            return super().parse_args(ctx, _repeat_options(self.get_params(ctx), args))
+            extra = super().parse_args(ctx, list(args))
         except click.NoSuchOption as error:
             name = self.renamed.get(error.option_name)
-            if name is None:
-                raise
-            raise click.UsageError(f"{error.option_name} is called {name} now.", ctx) from None
+            raise click.UsageError(
+                f"{error.option_name} is called {name} now."
+                if name is not None
+                else usage.unknown_option(error.option_name, self.get_params(ctx)),
+                ctx,
+            ) from None
+        except click.MissingParameter:
+            typed, *_ = self.make_parser(ctx).parse_args(args)
+            raise click.UsageError(usage.missing(self.get_params(ctx), typed), ctx) from None
         except click.UsageError as error:
             error.ctx = error.ctx or ctx  # whose usage is shown
             raise
+        if extra and not ctx.resilient_parsing:
+            raise click.UsageError(usage.extra_words(ctx, extra), ctx)
+        return extra
 
     def get_short_help_str(self, limit: int = 200) -> str:
         """The first sentence, whole."""
@@ -70,11 +96,14 @@ class Command(click.Command):
         """Run the function, print its result, and then do what was registered by :func:`after_result`."""
         running: _Running = ctx.meta[__name__]
         running.speaks_json = ctx.params.pop("json")
-        running.shows_progress = not ctx.params.pop("quiet")
-        with nullcontext() if running.shows_progress else _no_warnings():
+        running.is_quiet = ctx.params.pop("quiet")
+        with _no_warnings() if running.is_quiet else nullcontext(), _options_in_errors(self.get_params(ctx)):
             result = super().invoke(ctx)
-            for piece in as_json(result) if running.speaks_json else as_text(result):
-                sys.stdout.write(piece)
+            if isinstance(result, Nothing) and not running.speaks_json:
+                print(printable_lines(result), file=sys.stderr)
+            else:
+                for piece in as_json(result) if running.speaks_json else as_text(result):
+                    sys.stdout.write(piece)
             for act in running.after:
                 act()
 
@@ -83,8 +112,8 @@ class Group(click.Group):
     """A group of commands. A name of two words, such as ``eval compare``, extends a name that is a command by itself.
 
     Args:
-        moved: Current commands, by their former names in this group.
-        otherwise: Suggestion for a word that is not a command of the group; ``{}`` is replaced with the word.
+        moved: Current commands, by their former or supposed names in this group.
+        otherwise: Suggestion for a folder in the place of a command; ``{}`` is replaced with the folder.
     """
 
     command_class = Command
@@ -96,13 +125,17 @@ class Group(click.Group):
         self.moved, self.otherwise = moved or {}, otherwise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words after the group's name; the group has no options of its own."""
+        """Parse the words after the group's name; ``help COMMAND`` is ``COMMAND --help``."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help(), file=sys.stderr)
+            ctx.exit(2)
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))
         except click.NoSuchOption as error:
-            if self.otherwise is None:
-                raise
-            raise click.UsageError(f"{error.format_message()} {self.otherwise.format('FOLDER')}", ctx) from None
+            message = usage.options_first(ctx, error.option_name, args, self.commands)
+            raise click.UsageError(message, ctx) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -123,14 +156,14 @@ class Group(click.Group):
         return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
 
     def _unknown(self, ctx: click.Context, word: str) -> str:
-        if word in self.moved:
-            return f"{ctx.command_path} {word} is called {self.moved[word]} now."
         names = self.list_commands(ctx)
         expected = f"Expected a command of {ctx.command_path}, got {word[:80]!r}."
-        if near := difflib.get_close_matches(word, names, n=1):
-            return f"{expected} Did you mean {near[0]}?"
-        if self.otherwise is not None:
+        if word in self.moved:
+            return f"{expected} Use {self.moved[word]}."
+        if self.otherwise is not None and os.path.isdir(word):
             return f"{expected} {self.otherwise.format(shlex.quote(word[:80]))}"
+        if near := usage.nearest(word, names):
+            return f"{expected} Did you mean {near[0]}?"
         return f"{expected} There are {', '.join(names)}."
 
 
@@ -170,6 +203,11 @@ class ModelOptions(NamedTuple):
         )
 
 
+ENGINES = OneOf("auto", "torch", "onnx", "trt")
+PRECISIONS = OneOf("fp32", "fp16", "bf16", "int8", "int8-calibrated")
+DTYPES = OneOf("float16", "int8")
+
+
 def _checkpoint_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     forms = "a folder, a file, open_clip:MODEL/WEIGHTS or a hub name"
     return click.option("--checkpoint", help=f"Checkpoint: {forms}.  [default: {default}]")
@@ -177,12 +215,19 @@ def _checkpoint_option(default: str) -> Callable[[Callable[..., Any]], Callable[
 
 checkpoint_option = _checkpoint_option("the index's, or the bundled one")
 standalone_checkpoint_option = _checkpoint_option("the bundled one")
-engine_option = click.option("--engine", default="auto", help="Engine for encoding: auto, torch, onnx, trt.")
+engine_option = click.option(
+    "--engine", type=ENGINES, default="auto", help="Engine for encoding: auto, torch, onnx, trt."
+)
 precision_option = click.option(
     "--precision",
+    type=PRECISIONS,
     help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest file]",
 )
-device_option = click.option("--device", help="Device to compute on: cpu, cuda.  [default: a GPU if there is one]")
+device_option = click.option(
+    "--device",
+    type=OneOf("cpu", "cuda", closed=False),
+    help="Device to compute on: cpu, cuda.  [default: a GPU if there is one]",
+)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,8 +250,18 @@ def _with_model(function: Callable[..., Any]) -> Callable[..., Any]:
     return engine_option(precision_option(device_option(with_model)))
 
 
-dtype_option = click.option("--dtype", help="Number type that a new index stores: float16, int8.  [default: float16]")
-index_option = click.option("--index", default=DEFAULT_INDEX, metavar="FOLDER", help="Folder of the index.")
+dtype_option = click.option(
+    "--dtype", type=DTYPES, help="Number type that a new index stores: float16, int8.  [default: float16]"
+)
+index_option = click.option(
+    "--index",
+    default=DEFAULT_INDEX,
+    envvar=INDEX_VARIABLE,
+    show_default=False,
+    metavar="FOLDER",
+    help=f"Folder of the index.  [default: {INDEX_VARIABLE}, or {DEFAULT_INDEX}]",
+)
+text_argument = click.argument("text", type=DESCRIPTION)
 alpha_option = click.option(
     "--alpha", type=float, help="Weight of the global score, from 0 to 1.  [default: the checkpoint's]"
 )
@@ -230,7 +285,7 @@ def _limit_picture_memory(ctx: click.Context, _: click.Parameter, value: int | N
 
 decode_memory_option = click.option(
     "--decode-memory",
-    type=click.IntRange(1, 10**8),
+    type=Number(1, 10**8),
     metavar="MIB",
     callback=_limit_picture_memory,
     expose_value=False,
@@ -239,8 +294,13 @@ decode_memory_option = click.option(
 
 
 def shows_progress() -> bool:
-    """Return whether the running command shows progress bars."""
-    return _running().shows_progress
+    """Return whether the running command shows progress bars: in a terminal, as a file would keep all their states."""
+    return not is_quiet() and sys.stderr.isatty()
+
+
+def is_quiet() -> bool:
+    """Return whether the running command prints nothing but its result."""
+    return _running().is_quiet
 
 
 def speaks_json() -> bool:
@@ -319,7 +379,7 @@ class _Running:
 
     words: list[str]
     after: list[Callable[[], object]] = field(default_factory=list)
-    shows_progress: bool = True
+    is_quiet: bool = False
     speaks_json: bool = False
 
 
@@ -346,6 +406,16 @@ def _phrase(value: Any) -> str:
     if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@contextmanager
+def _options_in_errors(params: Sequence[click.Parameter]) -> Iterator[None]:
+    """Let the library's errors name arguments as the options that set them."""
+    try:
+        yield
+    except FineLIPError as error:
+        error.args = tuple(usage.typed_options(a, params) if isinstance(a, str) else a for a in error.args)
+        raise
 
 
 @contextmanager

@@ -12,19 +12,23 @@ from finelip_fast.cli.commands import (
     check_file,
     device_option,
     standalone_checkpoint_option,
+    text_argument,
     write_after_result,
 )
+from finelip_fast.cli.values import PICTURE, OneOf
 
 
 @click.command(cls=Command, renamed={"--out": "--html"})
-@click.argument("image")
-@click.argument("text")
+@click.argument("image", type=PICTURE)
+@text_argument
 @click.option(
     "--html", metavar="FILE.html", help="Interactive HTML page to write: hover over the words and over the picture."
 )
 @click.option("--phrase", help="Words of the description to show with --overlay.")
 @click.option("--overlay", metavar="FILE.png", help="Picture to write, highlighted where --phrase is found.")
-@click.option("--tokens", default="raw", help="Tokens that --overlay shows: raw, aggregated.")
+@click.option(
+    "--tokens", type=OneOf("raw", "aggregated"), default="raw", help="Tokens that --overlay shows: raw, aggregated."
+)
 @alpha_option
 @standalone_checkpoint_option
 @device_option
@@ -40,14 +44,13 @@ def explain(
     device: str | None,
 ) -> Any:
     """Show which words of a description matched which parts of a picture, and what each adds to the score."""
-    from finelip_fast._arguments import find_device, one_of
+    from finelip_fast._arguments import find_device
     from finelip_fast.checkpoint import load
     from finelip_fast.errors import InputError
-    from finelip_fast.explain import MAPS, explain
+    from finelip_fast.explain import explain
 
     if (phrase is None) != (overlay is None):
         raise InputError("expected --phrase and --overlay together, got one of them")
-    one_of("tokens", tokens, MAPS)
     check_file("--overlay", overlay)
     check_file("--html", html)
     explanation = explain(load(checkpoint, find_device(device)), image, text, alpha=alpha)

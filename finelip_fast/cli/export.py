@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import Group, Several, shows_progress
+from finelip_fast.cli.commands import PRECISIONS, Group, Several, shows_progress
+from finelip_fast.cli.values import OneOf
 
 _RENAMED = {"--pairs": "--data"}
 _DATA = "scenes:test:200"
@@ -32,6 +33,7 @@ def export() -> None:
 @click.option(
     "--precision",
     cls=Several,
+    type=PRECISIONS,
     default=("fp32",),
     help="Precisions to export: fp32, fp16, bf16, int8, int8-calibrated.",
 )
@@ -55,8 +57,18 @@ def _onnx(checkpoint: str | None, **options: Any) -> Any:
 
 @export.command("trt", renamed=_RENAMED)
 @_checkpoint_argument
-@click.option("--precision", default="fp16", help="Precision of the plans: fp16, bf16, fp32, int8.")
-@click.option("--profile", default="latency", help="Batch sizes to build for: latency, throughput, or 1,OPT,MAX.")
+@click.option(
+    "--precision",
+    type=OneOf("fp16", "bf16", "fp32", "int8"),
+    default="fp16",
+    help="Precision of the plans: fp16, bf16, fp32, int8.",
+)
+@click.option(
+    "--profile",
+    type=OneOf("latency", "throughput", closed=False),
+    default="latency",
+    help="Batch sizes to build for: latency, throughput, or 1,OPT,MAX.",
+)
 @click.option(
     "--compute-capability", metavar="8.9", help="Compute capability of the GPU to build for.  [default: the GPU here]"
 )

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from finelip_fast.cli.commands import Command, device_option, shows_progress
+from finelip_fast.cli.commands import Command, device_option, shows_progress, text_argument
+from finelip_fast.cli.values import OneOf
 
 
 @click.command(cls=Command)
-@click.argument("text")
+@text_argument
 @click.option(
     "--checkpoint", required=True, help="Checkpoint: a folder, a file, open_clip:MODEL/WEIGHTS or a hub name."
 )
@@ -27,10 +28,12 @@ from finelip_fast.cli.commands import Command, device_option, shows_progress
 @click.option("--negative", metavar="TEXT", help="Negative prompt.")
 @click.option(
     "--layer",
+    type=OneOf("penultimate", "last"),
     help="Layer of the text encoders: penultimate, or last, as FineLIP's authors use.  [default: the pipeline's]",
 )
 @click.option(
     "--second",
+    type=OneOf("stretch", "windows"),
     default="stretch",
     help="How a second text encoder reads long prompts: stretch its positions, or windows of 77 tokens.",
 )

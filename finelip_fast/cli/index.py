@@ -14,7 +14,9 @@ import click
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast._terminal import printable
+from finelip_fast.cli.collection import absent_field
 from finelip_fast.cli.commands import (
+    DTYPES,
     Group,
     ModelOptions,
     alpha_option,
@@ -29,14 +31,17 @@ from finelip_fast.cli.commands import (
     shows_progress,
     standalone_model_options,
 )
+from finelip_fast.cli.values import Number, Value
 from finelip_fast.errors import InputError, StoreError
 
 _MAX_QUERIES = 1 << 28  # bytes
 
-bits_option = click.option("--bits", type=int, default=1, help="Bits of a sketch for each column of a row: 1, 2.")
+bits_option = click.option(
+    "--bits", type=Number(1, 2), default=1, help="Bits of a sketch for each column of a row: 1, 2."
+)
 
 
-class _Count(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
+class _Count(Value):
     """A number of items, with an optional unit."""
 
     name = "count"
@@ -50,10 +55,10 @@ class _Count(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         try:
             return round(float(value.replace(",", "").replace("_", "") if unit == 1 else value[:-1]) * unit)
         except (ValueError, OverflowError):
-            self.fail(f"expected a number such as 20000, 200k, 100M or 1B, got {value!r}", param, ctx)
+            self.refuse("as a number such as 20000, 200k, 100M or 1B", value, param)
 
 
-class _Part(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
+class _Part(Value):
     """One of several equal parts."""
 
     name = "part"
@@ -65,13 +70,13 @@ class _Part(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         try:
             number, parts = map(int, value.split("/"))
         except ValueError:
-            self.fail(f"expected I/N such as 0/4, got {value!r}", param, ctx)
+            self.refuse("as I/N such as 0/4", value, param)
         if not 0 <= number < parts:
-            self.fail(f"expected I/N with I from 0 to N - 1, such as 0/4, got {value!r}", param, ctx)
+            self.refuse("as I/N with I from 0 to N - 1, such as 0/4", value, param)
         return number, parts
 
 
-class _KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
+class _KeyValue(Value):
     """A pair such as ``region=eu-west-1``."""
 
     name = "key=value"
@@ -82,13 +87,19 @@ class _KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic from clic
             return value
         key, equals, text = value.partition("=")
         if not equals:
-            self.fail(f"expected KEY=VALUE, got {value!r}", param, ctx)
+            self.refuse("as KEY=VALUE", value, param)
         return key, text
 
 
 @click.group(
     cls=Group,
-    moved={name: f"finelip {name}" for name in ("add", "search", "list", "remove")} | {"delete": "finelip remove"},
+    moved={
+        **{name: f"finelip {name}" for name in ("add", "search", "list", "remove", "serve")},
+        **dict.fromkeys(("delete", "rm"), "finelip remove"),
+        "info": "finelip info --index FOLDER",
+        "verify": "finelip index check",
+        "ls": "finelip list",
+    },
     otherwise="To add the pictures of a folder: finelip add {}",
 )
 def index() -> None:
@@ -203,8 +214,10 @@ def _field(field: str, index: str) -> str:
     """Speed up filters on FIELD of the metadata, such as camera or place.city."""
     from finelip_fast.index import stored_index
 
-    stored_index(index).speed_up(field)
-    return f"filters on {field} are fast now"
+    opened = stored_index(index)
+    opened.speed_up(field)
+    note = absent_field(opened, field)
+    return f"filters on {field} are fast now" + (f", but {note}" if note else "")
 
 
 @index.command("faiss")
@@ -285,7 +298,7 @@ def _tune(
 
 @index.command("plan")
 @click.option("--items", required=True, type=_Count(), metavar="COUNT", help="Number of items: 20000, 200k, 100M, 1B.")
-@click.option("--dtype", default="float16", help="Number type to store: float16, int8.")
+@click.option("--dtype", type=DTYPES, default="float16", help="Number type to store: float16, int8.")
 @click.option("--candidates", type=int, default=400, help="Candidates of a two-stage search.")
 @bits_option
 @standalone_model_options

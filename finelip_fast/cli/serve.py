@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from finelip_fast._addresses import API_KEY_VARIABLE
 from finelip_fast._files import read_bytes
 from finelip_fast.cli.commands import Command, ModelOptions, Several, alpha_option, index_option, model_options
+from finelip_fast.cli.values import Number
 from finelip_fast.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ _MAX_WORKERS = 256
     metavar="ADDRESS",
     help="Address to listen on; any but a local one needs a key.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
+@click.option(
+    "--port", type=Number(0, 65535), metavar="PORT", default=8000, help="Port to listen on; 0 picks a free one."
+)
 @click.option(
     "--workers",
-    type=click.IntRange(1, _MAX_WORKERS),
+    type=Number(1, _MAX_WORKERS),
     default=1,
     help="Number of worker processes; each loads the model.",
 )
@@ -89,10 +92,10 @@ _MAX_WORKERS = 256
     metavar="MS",
     help="Milliseconds to wait for other requests that can share a batch.",
 )
-@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, help="Texts or pictures in one batch.")
+@click.option("--max-batch", type=Number(1, 4096), default=32, help="Texts or pictures in one batch.")
 @click.option(
     "--queue",
-    type=click.IntRange(1, 10**6),
+    type=Number(1, 10**6),
     default=256,
     help="Texts or pictures that may wait in the queue; more are answered with 429.",
 )

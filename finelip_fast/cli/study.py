@@ -16,9 +16,11 @@ from finelip_fast.cli.commands import (
     after_result,
     command_line,
     device_option,
+    is_quiet,
     shows_progress,
     standalone_model_options,
 )
+from finelip_fast.cli.values import OneOf
 from finelip_fast.errors import ConfigError, InputError
 
 NAMES = {
@@ -112,7 +114,7 @@ def ablation(out: str, **options: Any) -> Any:
     """
     from finelip_fast.studies.ablation.command import run_ablation
 
-    return _record(run_ablation(**options, progress=shows_progress()), out)
+    return _record(run_ablation(**options, progress=not is_quiet()), out)
 
 
 @click.command("study adaptation", cls=Command)
@@ -132,7 +134,7 @@ def adaptation(out: str, **options: Any) -> Any:
     """
     from finelip_fast.studies.adaptation import AdaptationSetting, adaptation
 
-    return _record(adaptation(AdaptationSetting(**options, progress=shows_progress())), out)
+    return _record(adaptation(AdaptationSetting(**options, progress=not is_quiet())), out)
 
 
 @click.command("study generation", cls=Command)
@@ -150,8 +152,17 @@ def adaptation(out: str, **options: Any) -> Any:
 @click.option("--steps", type=int, help="Denoising steps.  [default: the pipeline's]")
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=0, help="Seed of the first picture's noise.")
-@click.option("--layer", help="Layer of the text encoders: penultimate, last.  [default: the pipeline's]")
-@click.option("--second", default="stretch", help="How a second text encoder reads long prompts: stretch, windows.")
+@click.option(
+    "--layer",
+    type=OneOf("penultimate", "last"),
+    help="Layer of the text encoders: penultimate, last.  [default: the pipeline's]",
+)
+@click.option(
+    "--second",
+    type=OneOf("stretch", "windows"),
+    default="stretch",
+    help="How a second text encoder reads long prompts: stretch, windows.",
+)
 @_out_option
 @device_option
 def generation(out: str, **options: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from finelip_fast.cli.commands import Command, Several, after_result, shows_progress, speaks_json
+from finelip_fast.cli.commands import Command, Several, after_result, is_quiet, shows_progress, speaks_json
+from finelip_fast.cli.values import Number, OneOf
 from finelip_fast.errors import InputError, KernelError
 
 COMPLETE_VARIABLE = "_FINELIP_COMPLETE"
@@ -28,7 +29,7 @@ _SHELLS = {
 @click.option("--out", default="demo", metavar="FOLDER", help="Folder of pictures, index and page.")
 @click.option("--scenes", type=int, default=400, help="Number of scenes.")
 @click.option("--serve", "serves", is_flag=True, help="Then serve the search page.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="With --serve: port of the page.")
+@click.option("--port", type=Number(1, 65535), metavar="PORT", default=8000, help="With --serve: port of the page.")
 def demo(out: str, scenes: int, serves: bool, port: int) -> Any:
     """Draw scenes, search them with the bundled model, and write an HTML page.
 
@@ -43,7 +44,7 @@ def demo(out: str, scenes: int, serves: bool, port: int) -> Any:
     report = run_demo(out, scenes=scenes, progress=shows_progress())
     index = str(Path(out) / "index")
     if not serves:
-        if shows_progress() and not speaks_json():
+        if not (is_quiet() or speaks_json()):
             after_result(
                 lambda: print(f"search them in a browser: {_program()} serve --index {shlex.quote(index)} --open")
             )
@@ -66,9 +67,13 @@ def _program() -> str:
 @click.argument("source")
 @click.argument("out", metavar="OUT")
 @click.option("--context-length", type=int, help="Longest caption in tokens.  [default: the checkpoint's, or 256]")
-@click.option("--dtype", default="float32", help="Number type to store: float32, float16.")
 @click.option(
-    "--activation", help="Activation, for weights that do not specify it: quick_gelu (OpenAI's), gelu (LAION's)."
+    "--dtype", type=OneOf("float32", "float16"), default="float32", help="Number type to store: float32, float16."
+)
+@click.option(
+    "--activation",
+    type=OneOf("quick_gelu", "gelu"),
+    help="Activation, for weights that do not specify it: quick_gelu (OpenAI's), gelu (LAION's).",
 )
 @click.option(
     "--heads",
@@ -95,11 +100,9 @@ def convert(
     """
     import torch
 
-    from finelip_fast._arguments import one_of
     from finelip_fast.checkpoint import convert
 
     dtypes = {"float32": None, "float16": torch.float16}
-    one_of("dtype", dtype, dtypes)
     return convert(
         source,
         out,
@@ -116,6 +119,7 @@ def convert(
 @click.option(
     "--operations",
     cls=Several,
+    type=OneOf("clim", "clim_gradient", "atrm", "atrm_gradient", closed=False),
     metavar="NAME",
     help="Operations to tune: clim, clim_gradient, atrm, atrm_gradient.  [default: all]",
 )
@@ -198,11 +202,10 @@ def info(path: str | None, index: str | None, verify: bool) -> Any:
 
 
 @click.command(cls=Command, epilog="\b\n" + "\n".join(f"{shell:6}{line}" for shell, line in _SHELLS.items()))
-@click.argument("shell")
+@click.argument("shell", type=OneOf(*_SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> str:
     """Print the script that lets SHELL (bash, zsh or fish) complete commands and options."""
-    completer = get_completion_class(shell) if shell in _SHELLS else None
-    if completer is None:
-        raise InputError(f"expected a shell among {', '.join(_SHELLS)}, got {shell!r:.80}")
+    completer = get_completion_class(shell)
+    assert completer is not None
     return completer(ctx.find_root().command, {}, "finelip", COMPLETE_VARIABLE).source()

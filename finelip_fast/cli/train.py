@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 import click
 
-from finelip_fast.cli.commands import Command, Several, shows_progress
+from finelip_fast.cli.commands import Command, Several, is_quiet
+from finelip_fast.cli.values import OneOf, with_type
 
 # Fields of the configuration that are options of ``finelip adapt``.
 _ADAPT = (
@@ -34,17 +35,20 @@ class _Trains(Command):
 
     Args:
         fields: Names of the fields; None: all.
+        required: Names of the fields without which the command cannot run.
     """
 
-    def __init__(self, *args: Any, fields: tuple[str, ...] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fields: tuple[str, ...] | None = None, required: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.fields = fields
+        self.fields, self.required = fields, required
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own parameters, the options of the configuration, and those of every command."""
         parameters = super().get_params(ctx)
         count = len(self.params) - 2  # without --json and --quiet
-        return [*parameters[:count], *_options(self.fields), *parameters[count:]]
+        return [*parameters[:count], *_options(self.fields, self.required), *parameters[count:]]
 
 
 class _Train(_Trains):
@@ -59,15 +63,15 @@ class _Train(_Trains):
 
 
 @cache
-def _options(names: tuple[str, ...] | None) -> tuple[click.Option, ...]:
+def _options(names: tuple[str, ...] | None, required: tuple[str, ...]) -> tuple[click.Option, ...]:
     from finelip_fast.training.config import TrainConfig
 
     hints = get_type_hints(TrainConfig)
     fields = [field for field in dataclasses.fields(TrainConfig) if names is None or field.name in names]
-    return tuple(_option(field, hints[field.name]) for field in fields)
+    return tuple(_option(field, hints[field.name], field.name in required) for field in fields)
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
+def _option(field: dataclasses.Field[Any], kind: Any, required: bool) -> click.Option:
     """Return the option for a field; its value is None if not given, so that a recipe's value stays."""
     flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     text = text[0].upper() + text[1:] + "."
@@ -77,8 +81,24 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> click.Option:
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, show_default=False, help=text)
     if kind in (int, float, str):
-        return click.Option([flag], type=kind, help=text)
+        option = click.Option([flag], type=_words().get(field.name, kind), required=required, help=text)
+        with_type(option)
+        return option
     return Several([flag], metavar="TERM", help=text)
+
+
+@cache
+def _words() -> dict[str, OneOf]:
+    """Words that fields take; the configuration refuses all others."""
+    from finelip_fast.config import PRESETS
+
+    return {
+        "preset": OneOf(*PRESETS, closed=False),
+        "accumulation": OneOf("cached", "separate", closed=False),
+        "precision": OneOf("fp32", "bf16", closed=False),
+        "feature_precision": OneOf("fp32", "bf16", "int8", closed=False),
+        "device": OneOf("auto", "cpu", "cuda", closed=False),
+    }
 
 
 def _complete_recipe(*_: Any) -> list[str]:
@@ -100,13 +120,18 @@ def train(recipe: str | None, **options: Any) -> Any:
     config = configure(recipe, options)
     from finelip_fast.training.train import train
 
-    return train(config, progress=shows_progress())
+    return train(config, progress=not is_quiet())
 
 
-@click.command(cls=_Trains, fields=_ADAPT)
+@click.command(cls=_Trains, fields=_ADAPT, required=("validation",))
 @click.argument("base")
-@click.option("--out", metavar="FOLDER", help="Folder for the checkpoint, the features and the runs.")
-@click.option("--train", metavar="DATA", help="Pairs to train on: jsonl:FILE, sharegpt4v:FILE or scenes:SPLIT:SIZE.")
+@click.option("--out", required=True, metavar="FOLDER", help="Folder for the checkpoint, the features and the runs.")
+@click.option(
+    "--train",
+    required=True,
+    metavar="DATA",
+    help="Pairs to train on: jsonl:FILE, sharegpt4v:FILE or scenes:SPLIT:SIZE.",
+)
 @click.option("--unfreeze", default="last:2", help="Encoder blocks that the second stage trains: last:N, all, none.")
 @click.option("--steps", type=int, help="Steps of the first stage.  [default: 1500]")
 @click.option("--encoder-steps", type=int, help="Steps of the second stage.  [default: 500]")
@@ -119,9 +144,6 @@ def adapt(base: str, **options: Any) -> Any:
     last blocks of the encoders. The checkpoint that is best on the validation pairs is written to --out.
     """
     values = {name: value for name, value in options.items() if value not in (None, ())}
-    missing = [name for name in ("out", "train", "validation") if name not in values]
-    if missing:
-        raise click.UsageError(f"Expected {', '.join('--' + name for name in missing)}.")
     from finelip_fast.training.adapt import adapt
 
-    return adapt(base, progress=shows_progress(), **values)
+    return adapt(base, progress=not is_quiet(), **values)

@@ -86,6 +86,19 @@ def compile_filter(where: str) -> tuple[str, list[Any]]:
     return f"({condition.sql})", condition.parameters
 
 
+def compared_fields(where: str) -> list[str]:
+    """Metadata fields in an expression, as it spells them.
+
+    >>> compared_fields("place.city = 'Lima' and id like 'a%'")
+    ['place.city']
+
+    Raises:
+        InputError: The expression contains something that is no part of any.
+    """
+    names = (token.text for token in _tokens(where) if token.kind == "field" and token.text != "id")
+    return list(dict.fromkeys(names))
+
+
 def field_expression(field: str) -> str:
     """SQL expression of a metadata field, for ``CREATE INDEX ... ON item (...)``; conditions on the field use that index.
 

@@ -14,12 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
 import pytest
 import torch
+from click.shell_completion import BashComplete
 from PIL import Image
 
 import finelip_fast
@@ -222,7 +223,7 @@ def test_an_index_is_filtered_and_searched_in_every_mode(
         assert [hit["score"] for hit in found] == [hit["score"] for hit in expected]
     found = json.loads(finelip(*search, "--where", "id like '%b.png'"))
     assert [hit["id"] for hit in found] == ["b.png"]
-    assert "expected mode to be one of" in fails(*search, "--mode", "fast")
+    assert "expected --mode to be one of auto, exact" in fails(*search, "--mode", "fast")
     assert "error" in fails(*search, "--where", "camera = ")
 
 
@@ -241,7 +242,7 @@ def test_two_stages_are_tuned_with_items_or_with_texts(
     tuned = json.loads(finelip(*arguments))
     assert tuned["chosen"]["recall_change"] is not None
     assert "50 candidates" in tuned["tried"]
-    assert "expected bits to be 1 or 2" in fails("index", "sketch", "--bits", "4")
+    assert "expected --bits from 1 to 2, got 4" in fails("index", "sketch", "--bits", "4")
     assert "searches of finelip-index with --mode sketch" in finelip("index", "sketch", "--bits", "2")
     assert "50 candidates by sketch" in json.loads(finelip(*arguments))["tried"]
     hits = json.loads(finelip("search", "a house", "--mode", "sketch", "-k", "3", "--json"))
@@ -276,7 +277,7 @@ def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, caps
     assert text.startswith("1,000 items\n")
     assert "choose exact" in text
     assert main([*map(str, arguments), "many"]) == 2
-    assert "expected a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
+    assert "expected --items as a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_an_empty_folder_gives_an_empty_index(finelip: Callable[..., str], check
     (tmp_path / "nothing").mkdir()
     where = ["--index", tmp_path / "index"]
     assert index(finelip, tmp_path / "nothing", checkpoint, *where) == "0 added, 0 skipped\n"
-    assert finelip("search", "a house", "--device", "cpu", *where) == "the index is empty\n"
+    assert finelip("search", "a house", "--device", "cpu", *where) == ""
     assert json.loads(finelip("search", "a house", "--device", "cpu", "--json", *where)) == []
 
 
@@ -498,17 +499,27 @@ def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoi
     assert sorted(one.name for one in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
     assert "expected either a description or --image FILE" in fails("search")
     assert "expected either a description or --image FILE" in fails("search", "a house", "--image", photos / "a.png")
-    assert "no such folder" in fails("add", tmp_path / "lost", "--checkpoint", checkpoint)
-    assert "expected a folder, got a file" in fails("add", photos / "a.png", "--checkpoint", checkpoint)
+    assert "expected a folder, or a table (.jsonl, .csv, .tsv), got nothing there" in fails(
+        "add", tmp_path / "lost", "--checkpoint", checkpoint
+    )
+    assert "got nothing there: 'lost.csv'; check the path" in fails("add", "lost.csv", "--checkpoint", checkpoint)
+    assert "got the picture 'photos/a.png'; add its folder" in fails("add", photos / "a.png")
+    assert "got a file: 'photos/notes.txt'" in fails("add", photos / "notes.txt")
+    assert "expected --image to be a picture, not a folder, got 'photos'" in fails("search", "--image", photos)
+    assert "expected IMAGE to be a picture, not a folder" in fails("explain", photos, "a house")
     assert "lost: no such file or folder" in fails("add", photos, "--checkpoint", tmp_path / "lost")
-    assert "expected engine to be one of" in fails("add", photos, "--checkpoint", checkpoint, "--engine", "jax")
-    assert "device='tpux' cannot be used" in fails("add", photos, "--checkpoint", checkpoint, "--device", "tpux")
-    assert "batch_size of at least 1" in fails(
+    assert "expected --engine to be one of auto, torch, onnx, trt, got 'jax'" in fails(
+        "add", photos, "--checkpoint", checkpoint, "--engine", "jax"
+    )
+    assert "--device tpux cannot be used: PyTorch knows no such device; use --device cpu" in fails(
+        "add", photos, "--checkpoint", checkpoint, "--device", "tpux"
+    )
+    assert "expected --batch-size of at least 1" in fails(
         "add", photos, "--checkpoint", checkpoint, "--batch-size", "0", "--quiet"
     )
     assert "expected scenes:SPLIT, jsonl:FILE" in fails("eval", "coco", "--checkpoint", checkpoint)
     assert "cannot read lost.jsonl" in fails("eval", "jsonl:lost.jsonl", "--checkpoint", checkpoint)
-    assert "expected context_lengths from 3 to" in fails(
+    assert "expected --context-lengths from 3 to" in fails(
         "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context-lengths", "999"
     )
     assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")
@@ -523,8 +534,8 @@ def test_errors_of_a_search(
     message = fails("search", "a house", "--checkpoint", other_checkpoint)
     assert str(checkpoint) in message
     assert str(other_checkpoint) in message
-    assert "expected k of at least 1, got 0" in fails("search", "a house", "-k", "0")
-    assert "expected alpha in [0, 1], got 2.0" in fails("search", "a house", "--alpha", "2")
+    assert "expected -k of at least 1, got 0" in fails("search", "a house", "-k", "0")
+    assert "expected --alpha in [0, 1], got 2.0" in fails("search", "a house", "--alpha", "2")
     assert "not an image" in fails("search", "--image", photos / "notes.txt")
     Path("finelip-index/catalogue.sqlite").write_bytes(b"not a database" * 100)
     assert "cannot be opened as an index catalogue" in fails("search", "a house")
@@ -668,7 +679,7 @@ def test_a_user_without_a_home_can_do_all(
     assert "3 added" in finelip("add", photos, "--index", "bundled", "--device", "cpu", "--quiet")
     assert finelip("info")
     assert "~nobody-here/x: no such file or folder" in fails("search", "a house", "--checkpoint", "~nobody-here/x")
-    assert "device='tpux' cannot be used" in fails(
+    assert "--device tpux cannot be used" in fails(
         "explain", photos / "a.png", "red", "--checkpoint", checkpoint, "--device", "tpux"
     )
 
@@ -710,8 +721,8 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["unknown"], ["search", "-k", "many"], ["search", "-k"], ["search", "--no-such"]],
-    ids=["none", "unknown", "type", "missing", "option"],
+    [[], ["index"], ["export"], ["unknown"], ["search", "-k"], ["search", "--no-such"]],
+    ids=["none", "none-index", "none-export", "unknown", "missing", "option"],
 )
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
@@ -774,10 +785,36 @@ def test_help_and_completion_import_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
-        ("index photos", "To add the pictures of a folder: finelip add photos"),
-        ("index --index x photos", "To add the pictures of a folder: finelip add FOLDER"),
-        ("index add photos", "finelip index add is called finelip add now."),
-        ("index delete a.png", "finelip index delete is called finelip remove now."),
+        ("index docs", "To add the pictures of a folder: finelip add docs"),
+        ("index photos", "got 'photos'. There are bulk, check"),
+        ("index info", "Use finelip info --index FOLDER."),
+        ("index rm a.png", "Use finelip remove."),
+        ("index verify", "Use finelip index check."),
+        (
+            "index --index x check",
+            "Options follow the command, and --index stands before it: finelip index check --index x",
+        ),
+        ("--json list", "finelip list --json"),
+        ("index --index x", "finelip index COMMAND --index x"),
+        ("index add photos", "Use finelip add."),
+        ("index delete a.png", "Use finelip remove."),
+        ("search a red car", "Put the description in quotes: finelip search 'a red car'"),
+        ("explain a.png red car", "Put the description in quotes: finelip explain a.png 'red car'"),
+        ("search red docs", "Did you mean --index docs?"),
+        ("serve pictures", "Did you mean --index pictures?"),
+        ("index check pictures", "Did you mean --index pictures?"),
+        ("list --model x", "There is no option --model."),
+        ("add docs --model x", "There is no option --model. Did you mean --checkpoint?"),
+        ("search red --limit 3", "There is no option --limit. Did you mean -k?"),
+        ("demo --quite", "There is no option --quite. Did you mean --quiet?"),
+        ("train --resume", "There is no option --resume: to resume, run it again with the same --out."),
+        ("adapt base --out x", "Missing options --train and --validation."),
+        ("adapt", "Missing argument BASE and options --out, --train and --validation."),
+        ("explain", "Missing arguments IMAGE and TEXT."),
+        ("add", "Missing argument FOLDER."),
+        ("search red -k many", "expected -k as a whole number, got 'many'"),
+        ("serve --alpha most", "expected --alpha as a number, got 'most'"),
+        ("index pull s3://a --part 3", "expected --part as I/N such as 0/4, got '3'"),
         ("serch house", "got 'serch'. Did you mean search?"),
         ("index chek", "got 'chek'. Did you mean check?"),
         ("eval scenes:test --alpha-sweep scenes:val", "--alpha-sweep is called --validation now."),
@@ -803,6 +840,23 @@ def test_a_former_spelling_is_answered_with_the_one_of_today(
     assert answer in printed.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", [["search", ""], ["search", " "], ["explain", "a.png", ""]])
+def test_an_empty_description_is_refused(words: list[str], fails: Callable[..., str]) -> None:
+    assert "expected a description, got an empty one" in fails(*words)
+
+
+def test_help_and_version_are_words_too(finelip: Callable[..., str]) -> None:
+    assert finelip("help") == finelip("--help")
+    assert finelip("help", "index", "check") == finelip("index", "help", "check") == finelip("index", "check", "-h")
+    assert finelip("version") == finelip("-V") == finelip("--version")
+
+
+def test_required_options_are_marked(finelip: Callable[..., str]) -> None:
+    text = " ".join(finelip("adapt", "--help").split())
+    for option in ("--out", "--train", "--validation"):
+        assert re.search(rf"{option} [A-Z]+ [^\[]*\[required\]", text)
+
+
 def test_options_of_several_values_take_them_at_once_or_one_by_one() -> None:
     for words in (["--seeds", "3", "1", "--jobs", "2"], ["--seeds", "3", "--jobs", "2", "--seeds=1"]):
         params = cli.ablation.make_context("finelip study ablation", words).params
@@ -811,13 +865,62 @@ def test_options_of_several_values_take_them_at_once_or_one_by_one() -> None:
         cli.ablation.make_context("finelip study ablation", ["--seeds", "1", "--", "2"])
 
 
+def completions(*words: str) -> list[tuple[str, str]]:
+    """Return kinds and values of what the last word is completed to."""
+    completer = BashComplete(cli.finelip, {}, "finelip", "_FINELIP_COMPLETE")
+    return [(item.type, item.value) for item in completer.get_completions([*words[:-1]], words[-1])]
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("add pi", [("file", "pi")]),
+        ("serve --index fin", [("dir", "fin")]),
+        ("search --image pi", [("file", "pi")]),
+        ("search --html pi", [("file", "pi")]),
+        ("add photos --root pi", [("dir", "pi")]),
+        ("eval compare re", [("file", "re")]),
+        ("convert my", [("file", "my")]),
+        ("train --init my", [("file", "my")]),
+        ("train --accumulation ca", [("plain", "cached")]),
+        ("search --engine to", [("plain", "torch")]),
+        ("search --mode exact", [("plain", "exact"), ("plain", "exact-int8")]),
+        ("export onnx --precision int8", [("plain", "int8"), ("plain", "int8-calibrated")]),
+        ("completion z", [("plain", "zsh")]),
+        ("serve --device c", [("plain", "cpu"), ("plain", "cuda")]),
+    ],
+)
+def test_values_are_completed(typed: str, answer: list[tuple[str, str]]) -> None:
+    assert completions(*typed.split()) == answer
+
+
+def test_words_that_are_completed_are_those_of_the_library() -> None:
+    from finelip_fast.checkpoint.architecture import ACTIVATIONS
+    from finelip_fast.cli import commands as shared
+    from finelip_fast.engines import ENGINES
+    from finelip_fast.explain import MAPS
+    from finelip_fast.index.search import Mode
+    from finelip_fast.index.segments import DTYPES
+    from finelip_fast.runtimes.manifest import PRECISIONS
+
+    def words(command: str, name: str) -> tuple[str, ...]:
+        return next(param.type.words for param in commands()[command].params if param.name == name)
+
+    assert shared.ENGINES.words == ENGINES
+    assert shared.PRECISIONS.words == PRECISIONS
+    assert set(shared.DTYPES.words) == set(DTYPES)
+    assert set(words("search", "mode")) == set(get_args(Mode))
+    assert set(words("explain", "tokens")) == set(MAPS)
+    assert set(words("convert", "activation")) == set(ACTIVATIONS)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_completes_commands_and_options(shell: str, finelip: Callable[..., str]) -> None:
     assert "_FINELIP_COMPLETE" in finelip("completion", shell)
 
 
 def test_another_shell_is_refused(fails: Callable[..., str]) -> None:
-    assert "expected a shell among bash, zsh, fish, got 'csh'" in fails("completion", "csh")
+    assert "expected SHELL to be one of bash, zsh, fish, got 'csh'" in fails("completion", "csh")
 
 
 def test_defaults_are_those_of_the_library() -> None:
@@ -861,13 +964,21 @@ def test_metadata_is_listed(finelip: Callable[..., str], checkpoint: Path, tmp_p
     ]
 
 
-def test_a_filter_that_matches_nothing_says_so(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
+def test_a_filter_that_matches_nothing_says_so(
+    finelip: Callable[..., str], photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index(finelip, photos, checkpoint)
-    message = "the filter year = 1 matches none of the 3 items\n"
-    filtered = ("--where", "year = 1")
-    assert finelip("search", "a house", "--device", "cpu", *filtered) == message
-    assert finelip("list", *filtered) == message
+    message = "the filter width = 1 matches none of the 3 items\n"
+    filtered = ("--where", "width = 1")
+    for command in (["search", "a house", "--device", "cpu"], ["list"], ["list", "--paths"]):
+        assert main([*command, *filtered]) == 0
+        assert capsys.readouterr() == ("", message)
     assert finelip("remove", *filtered) == message
+    assert main(["list", "--where", "widht > 3 and id = 'a.png'"]) == 0
+    reason = "no item has the field widht, but some have width\n"
+    assert capsys.readouterr().err.endswith(f"matches none of the 3 items; {reason}")
+    assert "no item has the field camera, but some have bytes, modified" in finelip("index", "field", "camera")
+    assert finelip("index", "field", "width") == "filters on width are fast now\n"
     assert json.loads(finelip("search", "a house", "--device", "cpu", "--json", *filtered)) == []
     assert json.loads(finelip("list", "--json", *filtered)) == []
     assert json.loads(finelip("remove", "--json", *filtered)) == {"removed": 0, "items": 3}

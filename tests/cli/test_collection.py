@@ -77,7 +77,40 @@ def test_duplicates_are_listed(photos: Path, run: Any, capsys: pytest.CaptureFix
     (photos / "copy.png").unlink()
     run("add", "photos", "--sync")
     assert main(["list", "--duplicates"]) == 0
-    assert capsys.readouterr().out == "none of the 2 items is there twice\n"
+    assert capsys.readouterr() == ("", "none of the 2 items is there twice\n")
+
+
+def test_a_dry_run_changes_nothing(photos: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("add", "photos", "--dry-run")["added"] == ["a.png", "b.png"]
+    assert not Path("finelip-index").exists()
+    run("add", "photos")
+    (photos / "a.png").unlink()
+    draw(photos / "new.png")
+    changes = {"added": ["new.png"], "changed": [], "moved": []}
+    assert run("add", "photos", "--dry-run") == changes
+    assert run("add", "photos", "--dry-run", "--sync") == {**changes, "removed": ["a.png"]}
+    assert run("remove", "--where", "width > 1", "--dry-run") == {"removed": ["a.png", "b.png"]}
+    assert main(["remove", "b.png", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "removed  b.png\ndry run: 1 removed; the index is unchanged\n"
+    assert main(["remove", "c.png", "--dry-run"]) == 2
+    assert "expected ids of the index, got 'c.png'" in capsys.readouterr().err
+    assert [item["id"] for item in run("list")] == ["a.png", "b.png"]
+
+
+def test_the_environment_names_the_index(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINELIP_INDEX", "chosen")
+    run("add", "photos")
+    assert Path("chosen").is_dir()
+    assert len(run("list", "--index", "chosen")) == len(run("list")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:the bundled model knows drawn street scenes only")
+def test_bars_are_for_terminals(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert main(["add", "photos"]) == 0
+    assert "%|" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["add", "more"]) == 0
+    assert "%|" in capsys.readouterr().err
 
 
 def test_the_memory_of_decoding_is_a_flag(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

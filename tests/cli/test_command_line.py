@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from finelip_fast._command_line import run_command
+from finelip_fast.cli.usage import typed_options
 from finelip_fast.errors import InputError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -168,3 +169,20 @@ def test_an_interrupt_while_pytorch_is_imported(command: list[str | Path], tmp_p
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("use engine='torch' or engine='auto'", "use --engine torch or --engine auto"),
+        ("expected k of at least 1, got 0", "expected -k of at least 1, got 0"),
+        ("expected batch_size a multiple of group=4", "expected --batch-size a multiple of group=4"),
+        ("give overwrite=True, or alpha=0.5", "give --again, or --alpha 0.5"),
+        ("my.device='a'; where \"device='b'\"", "my.device='a'; where \"device='b'\""),
+        ("expected engine rooms, got none", "expected engine rooms, got none"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(message: str, typed: str) -> None:
+    names = {"engine": "--engine", "k": "-k", "batch_size": "--batch-size", "overwrite": "--again", "alpha": "--alpha"}
+    params = [click.Option([flag, name]) for name, flag in {**names, "device": "--device"}.items()]
+    assert typed_options(message, params) == typed

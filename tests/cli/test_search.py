@@ -97,8 +97,8 @@ def test_a_page_shows_the_picture_that_was_searched_with(search, folder: Path) -
 
 
 def test_a_page_says_that_nothing_was_found(search) -> None:
-    code, out, _ = search(TEXT, "--html", "out.html", "--where", "width > 1000")
-    assert (code, out) == (0, "the filter width > 1000 matches none of the 3 items\n")
+    code, out, err = search(TEXT, "--html", "out.html", "--where", "width > 1000")
+    assert (code, out, err) == (0, "", "the filter width > 1000 matches none of the 3 items\nout.html\n")
     assert "no hits" in Path("out.html").read_text(encoding="utf-8")
 
 
