@@ -98,7 +98,7 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     assert main([*command, "--phrase", phrase]) == 2
     assert "--phrase and --overlay together" in capsys.readouterr().err
     assert main([*command, "--tokens", "fine"]) == 2
-    assert "expected tokens to be one of raw, aggregated, got" in capsys.readouterr().err
+    assert "expected --tokens to be one of raw, aggregated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

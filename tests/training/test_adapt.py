@@ -168,7 +168,7 @@ def test_the_command_has_options_of_both_stages(
         }
     ]
     assert main(["adapt", str(base), "--out", "m"]) == 2
-    assert "Expected --train, --validation." in capsys.readouterr().err
+    assert "Missing options --train and --validation." in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_that_the_help_names(capsys: pytest.CaptureFixture[str]) -> None:
