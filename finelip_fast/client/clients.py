@@ -65,6 +65,7 @@ class Client(Connection):
 
     def close(self) -> None:
         """Close the connections."""
+        self._is_closed = True
         self._http.close()
 
     def _run(self, steps: Steps[T]) -> T:
@@ -225,6 +226,7 @@ class AsyncClient(Connection):
 
     async def close(self) -> None:
         """Close the connections."""
+        self._is_closed = True
         await self._http.aclose()
 
     async def _run(self, steps: Steps[T]) -> T:

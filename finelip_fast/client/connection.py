@@ -25,14 +25,13 @@ class Connection:
         self.url = _checked_url(url)
         self.timeout = _checked_timeout(timeout)
         self._key = None if api_key is None else _checked_key("api_key", api_key)
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
-    _http: httpx2.Client | httpx2.AsyncClient
-
     def _refuse_if_closed(self) -> None:
-        if self._http.is_closed:
+        if self._is_closed:
             raise ServerError(f"this client of {self.url} is closed: open another, {type(self).__name__}({self.url!r})")
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
