@@ -300,12 +300,12 @@ def _check_context(context_length: Any) -> None:
 def _warn_if_cut(batch: TokenBatch) -> None:
     if batch.n_cut == 0:
         return
-    were, them = ("was", "it") if batch.n_cut == 1 else ("were", "them")
+    were, pronoun = ("was", "it") if batch.n_cut == 1 else ("were", "them")
     lost = int(batch.tokens_cut.max())
     warnings.warn(
         f"{batch.n_cut} of {len(batch.tokens_cut)} texts exceeded {batch.ids.shape[1]} tokens and {were} cut; "
-        f"the longest lost {lost} token{'s' * (lost > 1)}. Shorten {them}, or pass overflow='window' (Retriever, "
-        f"encode_batch) to read all of {them}, or overflow='error' to raise an error.",
+        f"the longest lost {lost} token{'s' * (lost > 1)}. Shorten {pronoun}, or pass overflow='window' (Retriever, "
+        f"encode_batch) to read all of {pronoun}, or overflow='error' to raise an error.",
         TruncationWarning,
         stacklevel=3,  # the caller of the public function
     )

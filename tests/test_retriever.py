@@ -576,7 +576,7 @@ def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ids": "ab"}, "expected ids to be a list, got the str 'ab'; pass ['ab']"),
+        ({"ids": "ab"}, r"expected ids to be a list, got the str 'ab'; pass \['ab'\]"),
         ({"ids": 5}, "expected ids to be a list, got 5"),
         ({"ids": ["a", b"b" * 5_000_000]}, "expected each of ids to be a str, got b'bbb"),
         ({"ids": ["a", None]}, "expected each of ids to be a str, got None"),

@@ -94,8 +94,8 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        found = f"expected a regular file, got {kind_of(path.stat().st_mode)}" if path.exists() else "no such file"
-        raise CheckpointError(f"{path}: {found}")
+        fault = f"expected a regular file, got {kind_of(path.stat().st_mode)}" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {fault}")
     try:
         with _Reader(io.FileIO(path)) as file:
             head = file.read(9)

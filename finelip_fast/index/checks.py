@@ -45,8 +45,8 @@ def taken(
 
 
 def missing(absent: Sequence[str], place: str = "index") -> InputError:
-    others = len(absent) - 1
-    rest = f" and {others} other{'s' * (others > 1)}" if others else ""
+    count = len(absent) - 1
+    rest = f" and {count} other{'s' * (count > 1)}" if count else ""
     return InputError(f"not in the {place}: {absent[0]!r:.80}{rest}")
 
 

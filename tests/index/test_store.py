@@ -155,7 +155,7 @@ def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, 
     ("changed", "message"),
     [
         ({"ids": None}, "expected ids to be a list, got None"),
-        ({"ids": "a"}, "expected ids to be a list, got the str 'a'; pass ['a']"),
+        ({"ids": "a"}, r"expected ids to be a list, got the str 'a'; pass \['a'\]"),
         ({"ids": 3}, "expected ids to be a list, got 3"),
         ({"embeddings": None}, r"expected embeddings as a tensor \[1, 3, 8\], got None"),
         ({"embeddings": [[[0.0]]]}, r"expected embeddings as a tensor \[1, 3, 8\], got \[\[\[0.0\]\]\]"),
