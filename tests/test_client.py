@@ -164,7 +164,7 @@ def test_pictures_are_sent_whole(ask, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((), {}, "expected either a text or image"),
+        ((), {}, "expected either text or image"),
         (("a",), {"image": b"x"}, "got both"),
         (("a",), {"k": 0}, "expected k of at least 1"),
         (("a",), {"alpha": float("nan")}, "expected alpha in"),

@@ -115,6 +115,6 @@ def expected_answer() -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ServerError(
-            f"expected an answer of finelip serve, got one in another format ({error!r:.200}); run the same version on both "
+            f"expected the answer of finelip serve, got one in another format ({error!r:.200}); run the same version on both "
             "sides"
         ) from None

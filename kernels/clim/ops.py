@@ -218,7 +218,7 @@ def _check_scales(queries: Tensor, items: Tensor, query_scales: Tensor | None, i
     quantised = {rows.dtype in _QUANTISED for _, rows, _ in sides}
     if len(quantised) > 1:
         raise InputError(
-            f"expected both queries and items quantised or neither, got {queries.dtype} and {items.dtype}; use quantize"
+            f"expected both queries and items quantised or neither, got {queries.dtype} and {items.dtype}; see quantize"
         )
     for name, rows, scales in sides:
         if rows.dtype not in _QUANTISED:

@@ -115,7 +115,7 @@ def test_layouts_that_stand_for_an_activation(layout: Callable[[dict[str, Tensor
 
 def test_an_activation_that_nothing_shows_is_asked_for() -> None:
     with pytest.raises(
-        CheckpointError, match=r"cannot tell which activation .*\(CLIP\).*--activation quick_gelu .*--activation gelu"
+        CheckpointError, match=r"cannot tell which activation .*\(CLIP\).*--activation quick_gelu; .*--activation gelu"
     ):
         described(outline())
     assert described(outline(), activation="quick_gelu").quick_gelu

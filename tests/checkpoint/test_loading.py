@@ -84,7 +84,7 @@ def test_the_bundled_model(folder, tmp_path, monkeypatch, model):
         (lambda f: change_config(f, format="finelip_fast/2"), r"expected format 'finelip_fast/1'.*upgrade"),
         (
             lambda f: rename_field(f, "embed_dim", "width"),
-            r"unknown fields \['width'\], missing fields \['embed_dim'\]",
+            r"unknown fields 'width'; missing fields embed_dim",
         ),
         (lambda f: change_config(f, image_size="big"), r"config\.json: expected the sizes of a model"),
         (lambda f: change_config(f, vision_layers=3), r"missing: visual\.transformer\.resblocks\.2\.ln_1\.weight"),

@@ -92,7 +92,7 @@ def test_hub_failures(hub):
     "name", ["missing", "./missing/folder", "missing/clip.pt", "hf-hub:clip", "/no/such/model.safetensors"]
 )
 def test_missing_paths_touch_no_network(name, hub):
-    with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: no such file or folder.*open_clip:MODEL/TAG"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: no such file or folder.*open_clip:MODEL/WEIGHTS"):
         load(name)
     assert hub[1] == []
 
@@ -115,7 +115,7 @@ def test_open_clip_failures(monkeypatch):
 
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     for name, message in {
-        "open_clip:ViT-Z/openai": "no model 'ViT-Z'.*open_clip:MODEL/TAG",
+        "open_clip:ViT-Z/openai": "no model 'ViT-Z'.*open_clip:MODEL/WEIGHTS",
         "open_clip:ViT-B-16": r"pretrained tag of ViT-B-16 \(openai, .*got ''",
         "open_clip:ViT-B-16/nope": "got 'nope'",
         "open_clip:RN50/openai": r"vision_cfg\.layers",

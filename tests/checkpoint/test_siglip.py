@@ -193,7 +193,7 @@ def test_every_siglip_of_open_clip_s_is_understood(name):
     cfg = open_clip.get_model_config(name)
     if name == "ViT-SO400M-14-SigLIP-384":
         with pytest.raises(
-            CheckpointError, match=r"384 pixels in patches of 14.* last 6 .*: use the model of 378 pixels"
+            CheckpointError, match=r"384 pixels in patches of 14.* last 6 .*; use the model of 378 pixels"
         ):
             config_from_open_clip(cfg)
         return

@@ -163,7 +163,7 @@ def test_dci_passes_over_hidden_annotations(tmp_path, caplog):
 def test_a_picture_of_another_suffix_is_named_where_one_is_missing(tmp_path, name):
     images = make_docci(tmp_path) / "images"
     (images / "test_0.jpg").rename(images / name)
-    expected = rf"1 of 2 pictures are missing, first .*test_0\.jpg \(there is {name}: rename it to match the captions"
+    expected = rf"1 of 2 pictures are missing, first .*test_0\.jpg \(there is {name}; rename it to match the captions"
     with pytest.raises(InputError, match=expected):
         read_docci(tmp_path)
     (images / name).rename(images / "test_0.jpg")

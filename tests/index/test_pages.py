@@ -164,7 +164,7 @@ def test_stored_embeddings_are_queries(tmp_path: Path, dtype: str) -> None:
         assert index.embeddings_of([]) == index.embeddings_of(["b"]) == {}
         index.maintain()
         assert index.embeddings_of(["e", "a"]).keys() == {"e", "a"}
-        with pytest.raises(InputError, match="expected ids as"):
+        with pytest.raises(InputError, match="expected ids to be a list"):
             index.embeddings_of("a")
 
 

@@ -149,7 +149,7 @@ def move(index: Index) -> None:
 @pytest.mark.parametrize("disturb", [Index.close, move])
 def test_an_index_that_is_opened_again_can_be_changed(index: Index, disturb: Callable[[Index], None]) -> None:
     disturb(index)
-    with pytest.raises(FineLIPError, match=r": open its folder again$"):
+    with pytest.raises(FineLIPError, match=r"[:;] open its folder again$"):
         index.add(["new"], ONE, [{}])
     with closing(stored_index(index.folder)) as again:
         again.add(["new"], ONE, [{}])

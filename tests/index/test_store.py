@@ -156,7 +156,7 @@ def test_embeddings_must_fit(open_index: Callable[[], Index], shape: tuple[int, 
     ("changed", "message"),
     [
         ({"ids": None}, "expected ids to be a list, got None"),
-        ({"ids": "a"}, "expected ids to be a list, got the str 'a'; pass ['a']"),
+        ({"ids": "a"}, r"expected ids to be a list, got the str 'a'; pass \['a'\]"),
         ({"ids": 3}, "expected ids to be a list, got 3"),
         ({"embeddings": None}, "expected embeddings as a tensor or an array .*, got None"),
         ({"embeddings": [[[0.0]]]}, r"expected embeddings as a tensor or an array .*, got \[\[\[0.0\]\]\]"),

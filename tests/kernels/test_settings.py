@@ -103,7 +103,7 @@ def test_a_broken_table_says_what_to_do(own, content):
 def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(own):
     own.parent.mkdir(parents=True)
     os.mkfifo(own)
-    with pytest.raises(KernelError, match="expected a regular file, got a folder; delete"):
+    with pytest.raises(KernelError, match="expected a regular file, got a pipe; delete"):
         _settings.tuned(CASE, Cut)
 
 
