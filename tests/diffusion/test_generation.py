@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -125,7 +126,10 @@ def test_what_is_said_of_a_picture(drawn: DrawnPicture, line: str) -> None:
     assert str(drawn) == line
 
 
-def test_the_command(material: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    material: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where bars are shown
     out = tmp_path / "a.png"
     words = ["generate", LONG, "--out", str(out), "--steps", "2", "--compare-77"]
     for name, value in material.items():
