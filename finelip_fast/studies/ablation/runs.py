@@ -50,7 +50,7 @@ class AblationTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, variant: Variant, device: torch.device) -> None:
         self.variant = variant
-        super().__init__(config, device)
+        super().__init__(config, device, progress=False)  # the caller shows a bar for all runs
         late_interaction = partial(self.model.score, alpha=0.0)
         self.criterion = dataclasses.replace(config.criterion, late_interaction=late_interaction)
 
@@ -114,7 +114,7 @@ def run_one(config: TrainConfig, variant: Variant, data: Sequence[str]) -> Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         trainer = AblationTrainer(config, variant, choose_device(config.device))
-        trainer.run(progress=False)  # the caller shows a bar for all runs
+        trainer.run()
         stored["measured"] |= {pairs: measure(trainer.model.eval(), pairs) for pairs in missing}
         text = json.dumps(stored, indent=2) + "\n"
         write_text_whole(path, text)
