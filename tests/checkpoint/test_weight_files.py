@@ -129,7 +129,10 @@ def cut(data: bytes) -> bytes:
         (lambda path, state: path.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"), r"starts with b'\\xff\\xd8"),
         (lambda path, state: path.write_bytes(b""), "found an empty file"),
         (lambda path, state: path.write_bytes(pickle.dumps({"a": 1})), "other Python objects"),
-        (lambda path, state: (torch.save(state, path), path.write_bytes(cut(path.read_bytes()))), "truncated or damaged"),
+        (
+            lambda path, state: (torch.save(state, path), path.write_bytes(cut(path.read_bytes()))),
+            "truncated or damaged",
+        ),
         (lambda path, state: (WRITERS["legacy"](state, path), path.write_bytes(path.read_bytes()[:999])), "damaged"),
         (
             lambda path, state: (WRITERS["safetensors"](state, path), path.write_bytes(cut(path.read_bytes()))),
