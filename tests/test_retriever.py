@@ -569,7 +569,7 @@ def test_metadata_that_json_cannot_hold_is_refused_before_any_work(
 
 
 def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) -> None:
-    with pytest.raises(InputError, match=r"nan, .*score.* of item 'second'"):
+    with pytest.raises(InputError, match=r"got nan .*score.* \(item 'second'\)"):
         retriever.add_texts(["a", "b"], ids=["first", "second"], metadata=[{}, {"score": float("nan")}], progress=False)
 
 
@@ -580,7 +580,7 @@ def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) 
         ({"ids": 5}, "expected ids to be a list, got 5"),
         ({"ids": ["a", b"b" * 5_000_000]}, "expected each of ids to be a str, got b'bbb"),
         ({"ids": ["a", None]}, "expected each of ids to be a str, got None"),
-        ({"ids": ["a" * 60_000] * 2}, "expected ids that differ, got 'aaa"),
+        ({"ids": ["a" * 60_000] * 2}, "expected unique ids, got 'aaa"),
         ({"metadata": {"a": 1, "b": 2}}, "expected metadata to be a list, got {'a': 1, 'b': 2}"),
         ({"existing": "x" * 5_000_000}, "expected existing to be one of error, skip, replace, got 'xxx"),
         ({"existing": None}, "expected existing to be one of error, skip, replace, got None"),

@@ -690,7 +690,7 @@ def test_relabelling_is_all_or_nothing(open_index: Callable[[], Index]) -> None:
         (["a", "z"], ["d", "e"], [{}, {}], "not in the index: 'z'"),
         (["a", "b"], ["d", "c"], [{}, {}], "the index already has 'c'; pass other new_ids"),
         (["a", "b"], ["d", "d"], [{}, {}], "expected unique ids, got 'd' twice"),
-        (["a"], ["d"], [{"x": float("nan")}], "not finite"),
+        (["a"], ["d"], [{"x": float("nan")}], "finite numbers, got nan"),
         (["a"], ["d", "e"], [{}], "expected new ids and metadata for 1 ids, got 2 and 1"),
     ):
         with pytest.raises(InputError, match=message):
