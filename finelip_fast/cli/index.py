@@ -55,7 +55,7 @@ class _Count(Value):
         try:
             return round(float(value.replace(",", "").replace("_", "") if unit == 1 else value[:-1]) * unit)
         except (ValueError, OverflowError):
-            self.refuse("as a number such as 20000, 200k, 100M or 1B", value, param)
+            self.refuse("to be a number such as 20000, 200k, 100M or 1B", value, param)
 
 
 class _Part(Value):
@@ -70,9 +70,9 @@ class _Part(Value):
         try:
             number, parts = map(int, value.split("/"))
         except ValueError:
-            self.refuse("as I/N such as 0/4", value, param)
+            self.refuse("to be I/N such as 0/4", value, param)
         if not 0 <= number < parts:
-            self.refuse("as I/N with I from 0 to N - 1, such as 0/4", value, param)
+            self.refuse("to be I/N with I from 0 to N - 1, such as 0/4", value, param)
         return number, parts
 
 
@@ -87,7 +87,7 @@ class _KeyValue(Value):
             return value
         key, equals, text = value.partition("=")
         if not equals:
-            self.refuse("as KEY=VALUE", value, param)
+            self.refuse("to be KEY=VALUE", value, param)
         return key, text
 
 

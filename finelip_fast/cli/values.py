@@ -70,7 +70,7 @@ class Number(Value):
         try:
             number = int(value) if self._integral else float(value)
         except (ValueError, OverflowError):
-            self.refuse("as a whole number" if self._integral else "as a number", value, param)
+            self.refuse("to be an integer" if self._integral else "to be a number", value, param)
         least, most = self._least, self._most
         if (least is not None and number < least) or (most is not None and number > most):
             bounds = f"of at least {least}" if most is None else f"from {least} to {most}"

@@ -277,7 +277,7 @@ def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, caps
     assert text.startswith("1,000 items\n")
     assert "choose exact" in text
     assert main([*map(str, arguments), "many"]) == 2
-    assert "expected --items as a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
+    assert "expected --items to be a number such as 20000, 200k, 100M or 1B, got 'many'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -812,9 +812,9 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         ("adapt", "Missing argument BASE and options --out, --train and --validation."),
         ("explain", "Missing arguments IMAGE and TEXT."),
         ("add", "Missing argument FOLDER."),
-        ("search red -k many", "expected -k as a whole number, got 'many'"),
-        ("serve --alpha most", "expected --alpha as a number, got 'most'"),
-        ("index pull s3://a --part 3", "expected --part as I/N such as 0/4, got '3'"),
+        ("search red -k many", "expected -k to be an integer, got 'many'"),
+        ("serve --alpha most", "expected --alpha to be a number, got 'most'"),
+        ("index pull s3://a --part 3", "expected --part to be I/N such as 0/4, got '3'"),
         ("serch house", "got 'serch'. Did you mean search?"),
         ("index chek", "got 'chek'. Did you mean check?"),
         ("eval scenes:test --alpha-sweep scenes:val", "--alpha-sweep is called --validation now."),

@@ -76,7 +76,7 @@ def test_datasets_say_what_they_are(tmp_path):
     pairs = open_dataset(f"jsonl:{tmp_path / 'a.jsonl'}")
     assert repr(pairs) == f"<FileExamples: 1 pairs, the first {str(tmp_path / 'a.jpg')!r:.80}>"
     for dataset in (pairs, open_dataset("scenes:test:3")):
-        with pytest.raises(InputError, match="expected index as a whole number, got slice"):
+        with pytest.raises(InputError, match="expected index to be an integer, got slice"):
             dataset[0:2]
 
 

@@ -79,7 +79,7 @@ def test_default_sizes_and_both_ends(split, size):
 
 @pytest.mark.parametrize("index", [slice(0, 2), "a", 1.0, None])
 def test_an_index_is_a_whole_number(index):
-    with pytest.raises(InputError, match="expected index as a whole number, got "):
+    with pytest.raises(InputError, match="expected index to be an integer, got "):
         Scenes("test", 3)[index]
 
 
@@ -96,8 +96,8 @@ def test_an_empty_dataset_has_nothing_to_give():
     [
         ({"split": "dev"}, "expected split to be one of train, train_mixed, val, test, very_long, got 'dev'"),
         ({"variant": "upper"}, "expected variant to be one of clean, typos, .*, got 'upper'"),
-        ({"size": 3.0}, "expected size as a whole number, got 3.0"),
-        ({"image_size": "a"}, "expected image_size as a whole number, got 'a'"),
+        ({"size": 3.0}, "expected size to be an integer, got 3.0"),
+        ({"image_size": "a"}, "expected image_size to be an integer, got 'a'"),
         ({"size": -1}, "expected size from 0 to 10000000, got -1; leave it out"),
         ({"image_size": 15}, "expected an image size from 16 to 4096 pixels, got 15; 128 and more"),
     ],
