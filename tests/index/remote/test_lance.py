@@ -568,6 +568,9 @@ def test_the_commands(index: Index, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert finelip("index", "pull", uri, "--index", tmp_path / "old", "--version", 2)["added"] == 9
     assert "expected a new folder or one that was pulled" in finelip("index", "pull", uri, "--index", folder, code=2)
     assert "there is no store at" in finelip("index", "pull", tmp_path / "nothing", "--index", tmp_path / "x", code=2)
-    for option, message in (("--part=1", "expected I/N such as 0/4"), ("--storage-option=a", "expected KEY=VALUE")):
+    for option, message in (
+        ("--part=1", "expected --part to be I/N such as 0/4"),
+        ("--storage-option=a", "expected --storage-option to be KEY=VALUE"),
+    ):
         assert main(["index", "pull", str(uri), option]) == 2
         assert message in capsys.readouterr().err
