@@ -54,7 +54,8 @@ class PenultimateLayerTextModel(CLIPTextModel):
         self, *args: Any, output_hidden_states: bool | None = None, return_dict: bool | None = None, **options: Any
     ) -> Any:
         """Compute features as the parent class does, named as in transformers."""
-        output = super().forward(*args, output_hidden_states=True, return_dict=True, **options)
+        options |= {"output_hidden_states": True, "return_dict": True}
+        output: Any = super().forward(*args, **options)
         normalize = getattr(self, "text_model", self).final_layer_norm  # only some versions have the attribute
         output.last_hidden_state = normalize(output.hidden_states[-2])
         if not output_hidden_states:
