@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from finelip_fast.datasets import Scenes
 from finelip_fast.training.generator import Generator, as_pixels
 
-PICTURE = Path("/tmp/generated.png")
+PICTURE = Path(__file__).with_name("generated.png")
 SCENES = 6
 
 

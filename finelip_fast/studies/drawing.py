@@ -24,6 +24,8 @@ from finelip_fast.tokenizer import token_spans, tokenize
 from finelip_fast.training.generator import Generator, as_pixels
 
 _BATCH = 16  # pictures drawn at once
+_EARLIER, _LATER = f"described within {CLIP_CONTEXT} tokens (%)", "described later (%)"
+_RECALL = "recall@1, text to image (%)"
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ def drawing(setting: DrawingSetting) -> Record:
         drawn[f"the renderer, at {size} pixels"] = as_pixels(scenes, size)
     rows = [{"drawn by": name, **_measures(pictures, scenes, details, judge)} for name, pictures in drawn.items()]
     about = {"scenes": setting.scenes, "steps": setting.steps, "guidance": setting.guidance, "seed": setting.seed}
-    sentences = [f"{row['drawn by']}: {row['told later (%)']:.1f} %." for row in rows]
+    shares = [f"{row[_LATER]:.1f} % by {row['drawn by']}" for row in rows]
+    ranked = [f"{row[_RECALL]:.1f} % by {row['drawn by']}" for row in rows]
     finding = (
-        f"Of the details that are told behind token {CLIP_CONTEXT} are drawn, by {' '.join(sentences)} Chance is 50 %."
+        f"Details described after token {CLIP_CONTEXT} that are drawn: {', '.join(shares)}; chance is 50 %. Pictures that are "
+        f"found by their description at rank 1: {', '.join(ranked)}."
     )
-    return Record("drawing", "How much of what is told is drawn", (Table("Details drawn", rows),), (), about, finding)
+    return Record("drawing", "How much of a description is drawn", (Table("Details drawn", rows),), (), about, finding)
 
 
 def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
@@ -92,7 +96,7 @@ def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
     for sibling in range(first, first + FAMILY_SIZE):
         for placed, changed in zip(scene.objects, scenes[sibling].objects, strict=True):
             differing = [name for name, value in vars(placed).items() if vars(changed)[name] != value]
-            places = [place for name in differing if (place := _told_at(scene, placed, name)) is not None]
+            places = [place for name in differing if (place := _described_at(scene, placed, name)) is not None]
             if places:
                 boxes = zip(placed.box, changed.box, strict=True)
                 box = tuple(edge(pair) for edge, pair in zip((min, min, max, max), boxes, strict=True))
@@ -100,7 +104,7 @@ def _details(scenes: Sequence[Scene], at: int) -> Iterator[Detail]:
                 yield Detail(at, sibling, box, token)  # type: ignore[arg-type]
 
 
-def _told_at(scene: Scene, placed: object, name: str) -> int | None:
+def _described_at(scene: Scene, placed: object, name: str) -> int | None:
     """Character position at which a caption mentions a detail, or None if it does not."""
     value = vars(placed)[name]
     for part in scene.parts:
@@ -131,10 +135,10 @@ def _measures(pictures: Tensor, scenes: list[Scene], details: list[Detail], judg
         right[detail.token >= CLIP_CONTEXT - 1].append(is_right)
     ranks = _ranks(pictures, [scene.caption for scene in scenes], judge)
     return {
-        "told within 77 tokens (%)": 100 * sum(right[False]) / max(1, len(right[False])),
-        "told later (%)": 100 * sum(right[True]) / max(1, len(right[True])),
+        _EARLIER: 100 * sum(right[False]) / max(1, len(right[False])),
+        _LATER: 100 * sum(right[True]) / max(1, len(right[True])),
         "details": len(details),
-        "recall@1 of captions for pictures (%)": 100 * float((ranks <= 1).double().mean()),
+        _RECALL: 100 * float((ranks <= 1).double().mean()),
     }
 
 

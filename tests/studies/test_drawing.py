@@ -45,8 +45,8 @@ def test_the_study_tells_how_much_is_drawn(tmp_path: Path, monkeypatch: pytest.M
     record = json.loads((tmp_path / "studies/drawing.json").read_text())
     rows = record["tables"][0]["rows"]
     assert [row["drawn by"] for row in rows] == ["of-32", "of-77", "the renderer, at 16 pixels"]
-    assert rows[2]["told within 77 tokens (%)"] == rows[2]["told later (%)"] == 100
-    assert "Chance is 50 %" in record["finding"]
+    assert rows[2]["described within 77 tokens (%)"] == rows[2]["described later (%)"] == 100
+    assert "chance is 50 %" in record["finding"]
     assert main([*command, "--scenes", "7", "--quiet"]) == 2
 
 
@@ -60,6 +60,6 @@ def test_a_picture_of_the_sibling_has_none_of_the_details() -> None:
         detail for detail in details if detail.sibling == detail.scene - detail.scene % 4 + (detail.scene + 1) % 4
     ]
     measures = drawing._measures(swapped, scenes, against_it, load())
-    assert measures["told later (%)"] == measures["told within 77 tokens (%)"] == 0
+    assert measures["described later (%)"] == measures["described within 77 tokens (%)"] == 0
     with pytest.raises(InputError, match="expected scenes to be a multiple of 4"):
         drawing.drawing(drawing.DrawingSetting((), scenes=6))
