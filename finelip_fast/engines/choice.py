@@ -92,7 +92,7 @@ def open_engine(
         if not candidates:
             reason = "; ".join(absent.values())
             raise EngineError(
-                f"engine={name!r} cannot run: {reason}. Alternatively, use engine='torch' or engine='auto'"
+                f"engine={name!r} cannot run: {reason}; alternatively, use engine='torch' or engine='auto'"
             )
         if len(candidates) == 1 and not absent:
             return candidates[0].open("asked for")

@@ -265,7 +265,7 @@ def test_two_stages_are_tuned_with_items_or_with_texts(
     Path("queries.jsonl").unlink()
     assert "cannot read queries.jsonl: No such file" in fails(*arguments)
     os.mkfifo("queries.jsonl")
-    assert "queries.jsonl: expected a regular file, got a folder" in fails(*arguments)
+    assert "queries.jsonl: expected a regular file, got a pipe" in fails(*arguments)
 
 
 def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,10 +283,10 @@ def test_an_index_is_planned(finelip: Callable[..., str], checkpoint: Path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["0"], "expected items of at least 1, got 0"),
-        (["1k", "--dtype", "float64"], "expected dtype to be one of"),
-        (["1k", "--candidates", "0"], "expected candidates of at least 1, got 0"),
-        (["1k", "--bits", "3"], "expected bits as 1 or 2"),
+        (["0"], "expected --items of at least 1, got 0"),
+        (["1k", "--dtype", "float64"], "expected --dtype to be one of float16, int8, got"),
+        (["1k", "--candidates", "0"], "expected --candidates of at least 1, got 0"),
+        (["1k", "--bits", "3"], "expected --bits from 1 to 2, got 3"),
     ],
     ids=["items", "dtype", "candidates", "bits"],
 )
@@ -523,7 +523,7 @@ def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoi
         "eval", "scenes:test:4", "--checkpoint", checkpoint, "--context-lengths", "999"
     )
     assert "lost: no such file or folder" in fails("convert", tmp_path / "lost", tmp_path / "out")
-    assert "expected scenes of at least 1, got 0" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
+    assert "expected --scenes of at least 1, got 0" in fails("demo", "--out", tmp_path / "demo", "--scenes", "0")
     assert not (tmp_path / "demo").exists()
 
 
@@ -752,7 +752,7 @@ def test_a_default_checkpoint_is_the_indexs_only_where_there_is_an_index(capsys:
 def test_explain_has_no_options_of_other_engines(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--engine", "--precision"):
         assert main(["explain", "a.png", "red", option, "x"]) == 2
-        assert re.search(f"no such option.*{option}", capsys.readouterr().err, re.IGNORECASE)
+        assert f"There is no option {option}" in capsys.readouterr().err
 
 
 def test_help_spells_values_as_they_are_typed(finelip: Callable[..., str]) -> None:

@@ -183,7 +183,7 @@ def test_cut_text_is_reported(material: dict[str, str], tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"out": "a.jpg"}, InputError, "expected out to be a .png file in an existing folder, got 'a.jpg'"),
-        ({"out": "nowhere/a.png"}, InputError, "in a folder that is there"),
+        ({"out": "nowhere/a.png"}, InputError, "in an existing folder"),
         ({"text": " "}, InputError, "expected a description"),
         ({"seed": -1}, InputError, "expected seed of at least 0"),
         ({"steps": 0}, InputError, "expected steps of at least 1"),

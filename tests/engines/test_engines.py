@@ -241,7 +241,7 @@ def test_a_relative_source_is_kept_absolute(checkpoint: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if why_not(name) is not None])
 def test_an_engine_that_cannot_run_says_what_to_do(name: str, checkpoint: Path) -> None:
-    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*Alternatively, use engine='torch'"):
+    with pytest.raises(EngineError, match=f"engine='{name}' cannot run: .*alternatively, use engine='torch'"):
         open_engine(name, checkpoint)
 
 

@@ -35,7 +35,7 @@ def exported(make_model, tmp_path_factory) -> Path:
 
 def remedy(error: FineLIPError) -> list[str]:
     """Return the command in a message, split as by a shell."""
-    found = re.search(r"finelip export .*?(?=$| makes one|; or )", str(error))
+    found = re.search(r"finelip export .*?(?=$| makes one|; alternatively, )", str(error))
     assert found is not None, error
     return shlex.split(found.group())
 
@@ -108,7 +108,7 @@ def test_build_mends_an_export(exported: Path, tmp_path: Path) -> None:
 def test_engines_that_are_advised_open(exported: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(exported, tmp_path / "checkpoint"))
     _missing(checkpoint / "exports" / "onnx-fp32")
-    with pytest.raises(EngineError, match="Alternatively, use engine='torch' or engine='auto'"):
+    with pytest.raises(EngineError, match="alternatively, use engine='torch' or engine='auto'"):
         open_engine("onnx", checkpoint, "cpu")
     assert open_engine("torch", checkpoint, "cpu").name == open_engine("auto", checkpoint, "cpu").name == "torch"
     with pytest.raises(InputError, match="use device='cpu', or leave it out"):

@@ -207,7 +207,7 @@ def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:
     retriever.add_images([path], progress=False)
     hit = retriever.search(SCENE.caption, k=1)[0]
     assert retriever.explain(hit, SCENE.caption).score == pytest.approx(hit.score, abs=2e-3)  # the index stores float16
-    with pytest.raises(ValueError, match="expected a hit whose picture is there, got 'image-0'"):
+    with pytest.raises(ValueError, match="expected a hit with a picture file, got 'image-0'"):
         retriever.explain(replace(hit, id="image-0"), SCENE.caption)
 
 
