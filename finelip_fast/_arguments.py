@@ -67,10 +67,9 @@ def listed(name: str, value: Any) -> list[Any]:
         InputError: The value is a single one; the message gives ``name``.
     """
     if isinstance(value, str) and len(value) <= _SHORT:
-        raise InputError(f"expected {name} as a list, got {value!r}; pass [{value!r}]")
+        raise InputError(f"expected {name} to be a list, got the str {value!r}; pass [{value!r}]")
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        hint = f"; pass [{value!r}]" if name != "metadata" and isinstance(value, str) and len(value) < 80 else ""
-        raise InputError(f"expected {name} to be a list, got {'the str ' * isinstance(value, str)}{value!r:.80}{hint}")
+        raise InputError(f"expected {name} to be a list, got {value!r:.80}")
     return list(value)
 
 
@@ -83,7 +82,7 @@ def strings(name: str, value: Any) -> list[str]:
     values = listed(name, value)
     for text in values:
         if not isinstance(text, str):
-            raise InputError(f"expected each of {name} to be a str, got {text!r:.80}; convert it first")
+            raise InputError(f"expected {name} of type str, got {text!r:.80}; convert it first")
     return values
 
 

@@ -398,7 +398,7 @@ class Retriever:
             StoreError: As for :meth:`add_images`.
         """
         if isinstance(texts, dict):
-            raise InputError("expected texts as a list, got a dict; pass list(texts.values()) with ids=list(texts)")
+            raise InputError("expected texts to be a list, got a dict; pass list(texts.values()) with ids=list(texts)")
         texts = [texts] if isinstance(texts, str) else texts
         report = AddReport()
         ingest = Ingest(self.index, "text", report, existing=existing, batch_size=batch_size)
@@ -711,6 +711,6 @@ class Retriever:
 
 def _check_path(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, PathLike)):
-        raise InputError(f"expected {name} as a path or a name, got {value!r:.80}")
+        raise InputError(f"expected {name} to be a path or a name, got {value!r:.80}")
     if value is not None:
         folder_path(name, value)

@@ -82,7 +82,7 @@ ARRAY = np.zeros(3)
         (lambda value: listed("ids", value), None, "expected ids to be a list, got None"),
         (lambda value: listed("ids", value), np.array(3), "expected ids to be a list, got array"),
         (lambda value: strings("ids", value), "text", r"expected ids to be a list, got the str 'text'; pass \['text'\]"),
-        (lambda value: strings("ids", value), ["a", b"b"], "expected each of ids to be a str, got b'b'; convert it first"),
+        (lambda value: strings("ids", value), ["a", b"b"], "expected ids of type str, got b'b'; convert it first"),
         (lambda value: folder_path("folder", value), "a\0b", "expected folder to be a path without NUL characters, got"),
         (lambda value: folder_path("folder", value), 3, "expected folder to be a path, got 3"),
         (lambda value: folder_path("folder", value), b"folder", "expected folder to be a path, got b'folder'"),

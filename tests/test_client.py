@@ -168,9 +168,9 @@ def test_pictures_are_sent_whole(ask, tmp_path: Path) -> None:
         (("a",), {"image": b"x"}, "got both"),
         (("a",), {"k": 0}, "expected k of at least 1"),
         (("a",), {"alpha": float("nan")}, "expected alpha in"),
-        (({1},), {}, "expected text as str, got 1"),
-        ((5,), {}, "expected text as str, got 5"),
-        (({"a": 1},), {}, "expected text as a list, got {'a': 1}"),
+        (({1},), {}, "expected text of type str, got 1"),
+        ((5,), {}, "expected text of type str, got 5"),
+        (({"a": 1},), {}, "expected text to be a list, got {'a': 1}"),
     ],
 )
 def test_what_is_known_to_be_wrong_is_not_sent(ask, arguments: Any, options: Any, message: str) -> None:

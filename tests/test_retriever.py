@@ -493,7 +493,7 @@ def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
     for ids, named in ((["new", "old"], "already has 'old'"), (["new", "new"], "unique ids, got 'new' twice")):
         with pytest.raises(InputError, match=named):
             retriever.add_texts(["b", "c"], ids=ids, batch_size=1, progress=False)
-    with pytest.raises(InputError, match="expected each of ids to be a str, got 7"):
+    with pytest.raises(InputError, match="expected ids of type str, got 7"):
         retriever.add_texts(["b"], ids=[7], progress=False)
     assert retriever.index.ids == ["old"]  # refused before any work
 
@@ -578,8 +578,8 @@ def test_metadata_is_refused_by_the_id_where_there_is_one(retriever: Retriever) 
     [
         ({"ids": "ab"}, r"expected ids to be a list, got the str 'ab'; pass \['ab'\]"),
         ({"ids": 5}, "expected ids to be a list, got 5"),
-        ({"ids": ["a", b"b" * 5_000_000]}, "expected each of ids to be a str, got b'bbb"),
-        ({"ids": ["a", None]}, "expected each of ids to be a str, got None"),
+        ({"ids": ["a", b"b" * 5_000_000]}, "expected ids of type str, got b'bbb"),
+        ({"ids": ["a", None]}, "expected ids of type str, got None"),
         ({"ids": ["a" * 60_000] * 2}, "expected unique ids, got 'aaa"),
         ({"metadata": {"a": 1, "b": 2}}, "expected metadata to be a list, got {'a': 1, 'b': 2}"),
         ({"existing": "x" * 5_000_000}, "expected existing to be one of error, skip, replace, got 'xxx"),

@@ -347,7 +347,7 @@ def test_prompts_that_fit_no_pipeline(tiny_pipelines: ModuleType) -> None:
         prompt_embeddings(pipeline, "a cat", ["ugly", "blurred"])
     with pytest.raises(InputError, match="got 0 and none"):
         prompt_embeddings(pipeline, [])
-    with pytest.raises(InputError, match="expected each of prompts to be a str, got 3"):
+    with pytest.raises(InputError, match="expected prompts of type str, got 3"):
         prompt_embeddings(pipeline, [3])  # type: ignore[list-item]
     with pytest.raises(InputError, match="expected a pipeline whose encode_prompt takes a negative prompt, got dict"):
         prompt_embeddings({}, "a cat")

@@ -277,7 +277,7 @@ def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
         assert index.tuning == by_answer
         for arguments, message in [
             ({"queries": queries[:0]}, "expected queries"),
-            ({"queries": queries, "answers": ["1"]}, "got 3 queries and 1 answers"),
+            ({"queries": queries, "answers": ["1"]}, r"got \d+ queries and 1 answers"),
             ({"queries": queries[:1], "answers": ["x"]}, "not in the index: 'x'"),
             ({"queries": queries, "candidates": [400]}, "expected more items than candidates"),
         ]:
@@ -391,7 +391,7 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         with pytest.raises(InputError, match="expected at least as many items as lists, got 267 for 1000"):
             index.build_candidates(lists=1000, progress=False)
-    with pytest.raises(InputError, match="expected an index with a folder"):
+    with pytest.raises(InputError, match="expected an index in a writable folder"):
         Index(SPEC).build_candidates()
 
 

@@ -128,7 +128,7 @@ def test_searching_an_empty_index_finds_nothing(open_index: Callable[[], Index])
     [
         (["new", "old"], "the index already has 'old'; pass other ids"),
         (["new", "twice", "twice"], "expected unique ids, got 'twice' twice"),
-        (["new", 7], "expected each of ids to be a str, got 7"),
+        (["new", 7], "expected ids of type str, got 7"),
     ],
 )
 def test_ids_must_be_new_strings(open_index: Callable[[], Index], ids: list, message: str) -> None:
@@ -268,8 +268,8 @@ def test_what_json_cannot_hold_is_named(open_index: Callable[[], Index], metadat
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
-        (float("nan"), "item 'b' has NaN in row 2; check how"),
-        (float("inf"), "item 'b' has infinity in row 2; check how"),
+        (float("nan"), r"expected finite embeddings, got NaN \(item 'b', row 2\); check how"),
+        (float("inf"), r"expected finite embeddings, got infinity \(item 'b', row 2\); check how"),
         (0.0, r"expected rows of length 1, got 0 \(item 'b', row 2\); normalize them"),
         (1.0, r"expected rows of length 1, got 2.828 \(item 'b', row 2\); normalize them"),
     ],
@@ -307,12 +307,12 @@ def test_ids_come_back_as_pythons_strings(open_index: Callable[[], Index]) -> No
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda index: setattr(index, "root", None), "expected root as a path, got None"),
+        (lambda index: setattr(index, "root", None), "expected root to be a path, got None"),
         (lambda index: setattr(index, "tuning", {"a": 1}), "expected tuning as the result of .*, got {'a': 1}"),
         (lambda index: index.speed_up(3), "expected a field of the metadata, by its name, got 3"),
-        (lambda index: stored_index(None), "expected folder as a path, got None"),
-        (lambda index: stored_dtype(3), "expected folder as a path, got 3"),
-        (lambda index: restore(None), "expected folder as a path, got None"),
+        (lambda index: stored_index(None), "expected folder to be a path, got None"),
+        (lambda index: stored_dtype(3), "expected folder to be a path, got 3"),
+        (lambda index: restore(None), "expected folder to be a path, got None"),
     ],
 )
 def test_other_kinds_are_refused_by_name(call: Callable[[Index], object], message: str) -> None:
@@ -435,7 +435,7 @@ def test_two_writers_and_a_reader_see_each_other(folder: Path) -> None:
         second.delete(["from the first"])
         assert first.ids == ["from the second"]
         assert [item.id for item in first.search(embeddings(1), 5).items[0]] == ["from the second"]
-        with pytest.raises(InputError, match="got 'from the second' again"):
+        with pytest.raises(InputError, match="already has 'from the second'"):
             add(first, "from the second")
         first.maintain()
         assert second.ids == ["from the second"]
@@ -542,7 +542,7 @@ def test_what_workers_wrote_is_taken_over_at_once(folder: Path) -> None:
         assert torch.equal(index.embeddings[3:], embeddings(1, 2).half())
         assert list(index.incoming.iterdir()) == []
         for again in (written[:1], [work(index, "d", seed=3)], [work(index, "e", seed=3), work(index, "e", seed=3)]):
-            with pytest.raises((InputError, StoreError), match=r"got '[de]' again|got 'b' again"):
+            with pytest.raises((InputError, StoreError), match=r"already has '[de]'|already has 'b'"):
                 index.adopt(again)
         short = work(index, "f", seed=4)
         for one, message in [
@@ -665,7 +665,7 @@ def test_present_tells_which_ids_are_there() -> None:
     index = Index(SPEC)
     index.add(["a", "b"], embeddings(2), [{}, {}])
     assert index.present(["b", "c", "a", "a"]) == {"a", "b"}
-    with pytest.raises(InputError, match="expected each of ids to be a str, got 5"):
+    with pytest.raises(InputError, match="expected ids of type str, got 5"):
         index.present(["a", 5])
 
 

@@ -161,7 +161,7 @@ def test_new_items_keep_their_order(store: LanceStore) -> None:
     ("ids", "message"),
     [
         (["twice", "twice"], "expected unique ids, got 'twice' twice"),
-        (["new", 7], "expected each of ids to be a str, got 7"),
+        (["new", 7], "expected ids of type str, got 7"),
         (["\udcff.jpg"], r"expected ids that UTF-8 can hold, got '\\udcff.jpg'"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_store_follows_the_alpha_that_it_is_opened_with(store: LanceStore) -> 
 
 
 def test_what_is_not_there_is_named(store: LanceStore, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"there is no store at .*nothing: make one with finelip index push"):
+    with pytest.raises(StoreError, match=r"there is no store at .*nothing; create it with finelip index push"):
         open_store(tmp_path / "nothing")
     with pytest.raises(StoreError, match="there is no version 9 of a store at"):
         open_store(store.uri, version=9)
@@ -444,7 +444,7 @@ def test_damaged_rows_are_never_pulled(store: LanceStore, tmp_path: Path, what: 
     sound = content(store)
     pull(store, tmp_path / "before")
     damage(store, "photos/7.jpg", what)
-    with pytest.raises(StoreError, match=r"1 rows of the store at .* are not what was written: 'photos/7.jpg'; take"):
+    with pytest.raises(StoreError, match=r"1 rows of the store at .* are not what was written: 'photos/7.jpg'; delete"):
         pull(store, tmp_path / "copy")
     del sound["photos/7.jpg"]
     assert pulled(tmp_path / "copy") == sound
