@@ -155,7 +155,7 @@ def test_the_limit_is_raised_by_one_variable(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("value", ["0", "-1", "1e9", "much", "١", "9" * 40])
 def test_the_limit_is_a_positive_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FINELIP_PICTURE_MEMORY", value)
-    with pytest.raises(InputError, match="expected FINELIP_PICTURE_MEMORY as a positive number of MiB"):
+    with pytest.raises(InputError, match="expected FINELIP_PICTURE_MEMORY to be a positive number of MiB"):
         open_image(np.zeros((2, 2), np.uint8))
 
 

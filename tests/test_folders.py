@@ -56,7 +56,7 @@ def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> Non
         ({"exclude": "*.jpg"}, r"expected exclude to be a list, got the str '\*\.jpg'; pass \['\*\.jpg'\]"),
         ({"include": "@eaDir"}, "expected include to be a list, got the str '@eaDir'"),
         ({"include": 3}, "expected include to be a list, got 3"),
-        ({"exclude": [3]}, "expected exclude as str, got 3"),
+        ({"exclude": [3]}, "expected exclude of type str, got 3"),
     ],
 )
 def test_patterns_are_lists_of_texts(tmp_path: Path, options: dict, message: str) -> None:

@@ -218,7 +218,7 @@ def test_alpha_is_chosen_where_there_is_a_choice(make_model, trained, alpha, exp
 
 @pytest.mark.parametrize(
     ("trained", "alpha", "message"),
-    [(False, 0.8, "expected alpha=1, got 0.8: this checkpoint has no trained aggregators"), (True, 1.5, "got 1.5")],
+    [(False, 0.8, "expected alpha=1, got 0.8: without trained aggregators"), (True, 1.5, "got 1.5")],
 )
 def test_an_alpha_that_means_nothing_is_refused(make_model, trained, alpha, message):
     with pytest.raises(InputError, match=message):
@@ -386,9 +386,9 @@ def test_ids_of_another_shape_or_too_long_are_refused(model, shape, got):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 5}, "expected image_size a multiple of patch_size, got 32"),
-        ({"vision_heads": 7}, "expected vision_width a multiple of vision_heads, got 64"),
-        ({"text_heads": 3}, "expected text_width a multiple of text_heads, got 64"),
+        ({"patch_size": 5}, "expected image_size to be a multiple of patch_size, got 32"),
+        ({"vision_heads": 7}, "expected vision_width to be a multiple of vision_heads, got 64"),
+        ({"text_heads": 3}, "expected text_width to be a multiple of text_heads, got 64"),
         ({"context_length": 1}, "expected context_length of at least 3, got 1"),
     ],
 )

@@ -329,7 +329,7 @@ def test_alpha_is_the_checkpoints_own(build: Callable[..., Retriever], make_mode
         retriever.search("a house", alpha=0.5)
     with (
         pytest.warns(UntrainedAggregatorsWarning),
-        pytest.raises(InputError, match=r"expected alpha=1, got 0\.5: this checkpoint has no trained aggregators"),
+        pytest.raises(InputError, match=r"expected alpha=1, got 0\.5: without trained aggregators"),
     ):
         build(checkpoint=untrained, alpha=0.5)
 

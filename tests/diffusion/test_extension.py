@@ -345,7 +345,7 @@ def test_prompts_that_fit_no_pipeline(tiny_pipelines: ModuleType) -> None:
     pipeline = tiny_pipelines.sd15()
     with pytest.raises(InputError, match="expected 1 or 1 negative prompts for 1 prompts, got 2"):
         prompt_embeddings(pipeline, "a cat", ["ugly", "blurred"])
-    with pytest.raises(InputError, match="got 0 and none"):
+    with pytest.raises(InputError, match="expected at least one prompt"):
         prompt_embeddings(pipeline, [])
     with pytest.raises(InputError, match="expected prompts of type str, got 3"):
         prompt_embeddings(pipeline, [3])  # type: ignore[list-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -418,8 +419,8 @@ def test_topk_refuses_k_below_one(k):
     ("queries", "items"), [((4, 16), (9, 5, 16)), ((2, 4, 16), (5, 16)), ((2, 4, 16), (9, 5, 15))], ids=str
 )
 def test_shapes_that_do_not_fit_are_refused(queries, items):
-    shapes = f"{list(queries)} and {list(items)}".replace("[", r"\[").replace("]", r"\]")
-    message = rf"expected queries \[Q, L_q, D\] and items \[N, L_i, D\], got {shapes}"
+    got = "16 and 15" if items[-1] == 15 else re.escape(f"{list(queries)} and {list(items)}")
+    message = rf"expected queries \[Q, L_q, D\] and items \[N, L_i, D\].*, got {got}"
     with pytest.raises(InputError, match=message):
         clim_scores(torch.ones(queries), torch.ones(items))
     with pytest.raises(InputError, match=message):
