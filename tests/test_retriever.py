@@ -243,9 +243,9 @@ def test_a_query_that_is_none_is_refused(retriever: Retriever, query: dict, mess
 
 def test_a_query_picture_that_cannot_be_read_is_refused(retriever: Retriever, tmp_path: Path) -> None:
     add_all(retriever)
-    with pytest.raises(ImageError, match=r"lost\.png.*no such file"):
+    with pytest.raises(ImageError, match=r"no such file: .*lost\.png"):
         retriever.search(image=tmp_path / "lost.png")
-    with pytest.raises(ImageError, match=r"lost\.png.*no such file"):
+    with pytest.raises(ImageError, match=r"no such file: .*lost\.png"):
         retriever.search(image=[PICTURES[0], tmp_path / "lost.png"])
 
 
@@ -284,8 +284,8 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
         ({"overflow": None}, "expected overflow to be one of"),
         ({"engine": 5}, "expected engine to be one of"),
         ({"precision": 16}, "expected precision to be one of"),
-        ({"checkpoint": 5}, "expected checkpoint as a path or a name, got 5"),
-        ({"index": 5}, "expected index as a path or a name, got 5"),
+        ({"checkpoint": 5}, "expected checkpoint to be a path or a name, got 5"),
+        ({"index": 5}, "expected index to be a path or a name, got 5"),
         ({"dtype": "int4"}, "expected dtype to be one of float16, int8, got 'int4'"),
         ({"device": [0]}, r"expected device to be 'cpu', .*, a GPU's number or a torch\.device, got \[0\]"),
     ],
@@ -1023,7 +1023,7 @@ def test_embeddings_of_nothing_and_of_one(build: Callable[..., Retriever]) -> No
         (lambda retriever: retriever.search_embeddings(ROWS.int()), r"of floating-point numbers, got torch\.int32"),
         (
             lambda retriever: retriever.search_embeddings(5 * ROWS),
-            "expected queries of unit rows, .* of 5; normalize",
+            r"expected rows of length 1, got 5 \(query 0, row 0\); normalize",
         ),
         (
             lambda retriever: retriever.search_embeddings(ROWS[:, :0]),
@@ -1105,7 +1105,7 @@ def test_a_path_to_nothing_is_an_error(retriever: Retriever, missing: str | Path
         (lambda _: Retriever(""), "expected checkpoint to be a path, got ''"),
         (lambda _: Retriever(index=""), "expected index to be a path, got ''; the working folder is '.'"),
         (lambda _: Retriever(device="foo"), "device='foo' cannot be used: .*; use device='cpu', or leave it out"),
-        (lambda _: Retriever(device="meta"), "expected device as cpu, cuda, .*, got 'meta'"),
+        (lambda _: Retriever(device="meta"), "expected device to be 'cpu', .*, got 'meta'"),
         (lambda _: Retriever.open(None), "expected index to be a path, got None"),
     ],
 )
@@ -1183,7 +1183,7 @@ def test_a_folder_is_added_and_goes_on(build: Callable[..., Retriever], tmp_path
         report = retriever.add_folder(photos, progress=False)
         assert (report.added, [name for name, _ in report.skipped]) == (len(PICTURES), [str(photos / "notes.txt")])
         assert retriever.add_folder(photos, progress=False).added == 0
-        with pytest.raises(InputError, match="expected a folder, got nothing there"):
+        with pytest.raises(InputError, match="no such folder"):
             retriever.add_folder(tmp_path / "missing")
         with pytest.raises(InputError, match="expected a folder, got a file"):
             retriever.add_folder(photos / "0.png")

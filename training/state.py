@@ -118,6 +118,6 @@ def damage_explained(folder: Path) -> Iterator[None]:
         start = f" with --init {checkpoints[0]}" if checkpoints else ""
         raise CheckpointError(
             f"{folder / 'state.pt'}: expected the state of a run, found a truncated or damaged one, or another file "
-            f"({type(error).__name__}: {error!s:.200}); start again with another --out{start}, or remove the "
+            f"({type(error).__name__}: {error!s:.400}); start again with another --out{start}, or remove the "
             "file and start again in this one"
         ) from error

@@ -114,7 +114,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        reader = "pickle.load(file)" if str(error) == _BARE_PICKLE else "torch.load(file, weights_only=False)"
+        reader = "pickle.load" if str(error) == _BARE_PICKLE else "torch.load with weights_only=False"
         raise CheckpointError(
             f"{path}: expected a state dict of tensors, found other Python objects ({error}), which are never executed. If "
             f"you trust its author, load it once with {reader}, and save only the tensors: "

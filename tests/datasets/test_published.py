@@ -328,9 +328,12 @@ def test_dci_names_a_missing_annotation_or_file_of_splits(tmp_path):
 @pytest.mark.parametrize(
     ("lost", "reason"),
     [
-        (["caption/10.txt"], "expected a caption for each picture, 1 have none: 10. Urban1k is published at https"),
-        (["image/10.jpg", "image/2.jpg"], "expected a picture for each caption, 2 have none: 10, 2. Urban1k is"),
-        ([f"image/{name}.jpg" for name in NAMES], "expected a picture for each caption, 5 have none: 1, 10, 2, ..."),
+        (["caption/10.txt"], "expected a caption for each picture, but 1 have none: 10. Urban1k is published at https"),
+        (["image/10.jpg", "image/2.jpg"], "expected a picture for each caption, but 2 have none: 10, 2. Urban1k is"),
+        (
+            [f"image/{name}.jpg" for name in NAMES],
+            "expected a picture for each caption, but 5 have none: 1, 10, 2, ...",
+        ),
     ],
 )
 def test_urban1k_names_the_first_few_without_the_other(tmp_path, lost, reason):
@@ -403,8 +406,8 @@ def test_dci_names_the_file(tmp_path, name, content, reason):
         ({"images": None}, "'images' of type list"),
         ({"images": [{"id": "7", "file_name": "7.jpg"}]}, "'id' of type int"),
         ({"annotations": [{"image_id": 7}]}, "'caption' of type str"),
-        ({"annotations": [{"image_id": 7, "caption": "seven"}]}, "a caption for each picture, 1 have none: 3"),
-        ({"images": coco()["images"][:1]}, "a picture for each caption, 1 have none: 3"),
+        ({"annotations": [{"image_id": 7, "caption": "seven"}]}, "a caption for each picture, but 1 have none: 3"),
+        ({"images": coco()["images"][:1]}, "a picture for each caption, but 1 have none: 3"),
     ],
 )
 def test_coco_of_another_layout(tmp_path, change, reason):

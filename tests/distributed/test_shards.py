@@ -217,7 +217,7 @@ def test_a_folder_that_is_gone_is_named_and_may_come_back(
 @pytest.mark.usefixtures("ray")
 def test_shards_of_another_checkpoint_are_refused(together: tuple[list[Path], Index], tmp_path: Path) -> None:
     Index(replace(SPEC, checkpoint="other", dtype="int8"), tmp_path / "other").close()
-    with pytest.raises(StoreError, match=r"0 and .*other that differ in checkpoint: 'abc' and 'other'"):
+    with pytest.raises(StoreError, match=r"0 and .*other differ in checkpoint: 'abc' and 'other'"):
         Shards([together[0][0], tmp_path / "other"], cpus=0)
 
 

@@ -475,9 +475,10 @@ def test_refuses(where: str, message: str) -> None:
 
 
 def test_refuses_what_is_no_text() -> None:
-    for take in (compile_filter, field_expression):
-        with pytest.raises(InputError, match="expected a where expression as a str, got NoneType; write"):
-            take(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a where expression as a str, got NoneType; write"):
+        compile_filter(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a field of the metadata, by its name, got None"):
+        field_expression(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["", " ", "a b", "id", "a =", "'a'", "5", "null", "a, b", "(a)"])

@@ -412,7 +412,7 @@ def test_a_snapshot_stays_in_its_folder(folder: Path, tmp_path: Path) -> None:
         segment.symlink_to(tmp_path / "elsewhere" / segment.name)
         with pytest.raises(StoreError, match="1 items are damaged, such as 'a'"):
             index.snapshot(tmp_path / "copy")
-        assert "is a link" in index.check()["a"]
+        assert "is a symbolic link" in index.check()["a"]
     assert list((tmp_path / "copy").iterdir()) == []
     with closing(sqlite3.connect(folder / "catalogue.sqlite")) as catalogue:
         catalogue.execute("UPDATE segment SET name = '../../escaped.conf'")

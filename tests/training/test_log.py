@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_the_sound_lines_up_to_its_step(tmp_path: Path, line
 
 def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.jsonl")
-    with pytest.raises(TrainingError, match=r"log\.jsonl: expected a file, found"):
+    with pytest.raises(TrainingError, match=r"log\.jsonl: expected a regular file, got a pipe"):
         Log(tmp_path, 2, tensorboard=False)
 
 

@@ -271,7 +271,7 @@ def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every,
         **{"steps": 6, "save_every": 6, "eval_every": 6} | {every: 3 if every == "steps" else 1}, ema_decay=ema_decay
     )
     with pytest.raises(
-        TrainingError, match=r"infinity in visual\.proj after step 3, which is not kept: lower"
+        TrainingError, match=r"infinity in visual\.proj after step 3, which is not saved: lower"
     ) as caught:
         train(config)
     out = Path(config.out)
@@ -291,7 +291,7 @@ def test_a_state_whose_weights_are_no_numbers_is_refused(configure, tmp_path, un
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "state.pt")
     with pytest.raises(
-        CheckpointError, match=r"state\.pt: expected finite weights, .*visual\.proj: lower the learning rates"
+        CheckpointError, match=r"state\.pt: expected finite weights, .*visual\.proj; lower the learning rates"
     ):
         train(configure(**LASTING))
 
@@ -655,7 +655,7 @@ def test_going_on_differently_is_refused(copied, changes):
         train(config)
     for name in changes:
         assert f"'{name}': {getattr(config, name)!r}" in str(caught.value)
-    was, asked = str(caught.value).split(", asked for ")
+    was, asked = str(caught.value).split(", got ")
     assert was.count("':") == asked.count("':") == len(changes)
 
 
@@ -852,7 +852,7 @@ def test_a_cut_state_is_an_error_that_says_how_to_begin_again(configure, tmp_pat
     assert finelip([*command, config.out]) == 2
     error = capsys.readouterr().err
     advice = re.search(
-        r"begin again with another --out with (--init) (\S+), or in this one once the file is removed\n", error
+        r"start again with another --out with (--init) (\S+), or remove the file and start again in this one\n", error
     )
     assert error.startswith(f"error: {state}: expected the state of a run, found ")
     assert "Traceback" not in error
