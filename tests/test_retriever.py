@@ -1185,5 +1185,5 @@ def test_a_folder_is_added_and_goes_on(build: Callable[..., Retriever], tmp_path
         assert retriever.add_folder(photos, progress=False).added == 0
         with pytest.raises(InputError, match="no such folder"):
             retriever.add_folder(tmp_path / "missing")
-        with pytest.raises(InputError, match="expected a folder, got a file"):
+        with pytest.raises(InputError, match="expected a folder, got the file"):
             retriever.add_folder(photos / "0.png")
