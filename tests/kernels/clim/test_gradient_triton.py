@@ -218,7 +218,7 @@ def test_the_same_bits_at_every_run(device):
     ("queries", "items", "message"),
     [
         (torch.ones(1, 129, 16), torch.ones(1, 2, 16), "expected at most 128 query tokens, got 129: use"),
-        (torch.ones(1, 2, 16), torch.ones(1, 129, 16), "expected at most 128 item tokens, got 129: use"),
+        (torch.ones(1, 2, 16), torch.ones(1, 129, 16), "expected at most 128 item tokens, got 129; use"),
         (torch.ones(1, 2, 16), torch.ones(1, 2, 15), r"expected queries \[Q, L_q, D\] and items \[N, L_i, D\], got"),
         (torch.ones(1, 2, 16).char(), torch.ones(1, 2, 16).char(), "expected float32, float16 or bfloat16 embeddings"),
     ],
