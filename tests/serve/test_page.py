@@ -318,6 +318,7 @@ def test_the_grid_lies_on_what_the_model_sees(page: Page) -> None:
     page.locator("#grid a", has_text=name_of(15)).click()
     dialog = page.get_by_role("dialog")
     expect(dialog.locator(".word").first).to_be_visible()
+    expect(dialog.locator(".view img")).not_to_have_js_property("naturalWidth", 0)
     view, seen = dialog.locator(".view").bounding_box(), dialog.locator(".seen").bounding_box()
     assert view
     assert seen
@@ -396,6 +397,7 @@ def test_what_is_tapped_on_a_phone_answers_on_the_screen(open_page: Callable[...
     search(page, TEXT)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     dialog = open_best(page)
+    expect(dialog.locator(".view img")).not_to_have_js_property("naturalWidth", 0)  # before it, the words move
     for at in (0, 60, -1):
         word = dialog.locator(".word").nth(at)
         word.tap()
