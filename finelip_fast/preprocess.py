@@ -306,26 +306,23 @@ def _flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
+def _layout_hint(source: np.ndarray[Any, Any] | Tensor, axis: int, move: str) -> str:
+    """What to do with values of a wrong shape, if it is known; ``axis`` is where colours often lie instead."""
+    if source.ndim == 4:
+        return "; pass pictures one by one"
+    return f"; move the colour axis {move}" if source.ndim == 3 and _has_colours(source, axis) else ""
+
+
 def _from_values(source: np.ndarray[Any, Any] | Tensor, name: str, reduction: Reduction | None) -> Image.Image:
     """Convert an array or a tensor to RGB."""
     if isinstance(source, Tensor):
         if source.ndim != 3 or not _has_colours(source, 0):
-            hint = (
-                "; move the colour axis first: x.permute(2, 0, 1)"
-                if source.ndim == 3 and _has_colours(source, 2)
-                else ""
-            )
-            hint = "; pass pictures one by one" if source.ndim == 4 else hint
+            hint = _layout_hint(source, 2, "first: x.permute(2, 0, 1)")
             raise ImageError(f"expected a tensor [C, H, W] with C of 1, 3 or 4, got {name}{hint}")
         height, width = source.shape[1:]
     else:
         if source.ndim not in (2, 3) or (source.ndim == 3 and not _has_colours(source, 2)):
-            hint = (
-                "; move the colour axis last: x.transpose(1, 2, 0)"
-                if source.ndim == 3 and _has_colours(source, 0)
-                else ""
-            )
-            hint = "; pass pictures one by one" if source.ndim == 4 else hint
+            hint = _layout_hint(source, 0, "last: x.transpose(1, 2, 0)")
             raise ImageError(f"expected an array [H, W] or [H, W, C] with C of 1, 3 or 4, got {name}{hint}")
         height, width = source.shape[:2]
     if not height * width:

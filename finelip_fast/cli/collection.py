@@ -489,9 +489,11 @@ def remove(ids: tuple[str, ...], index: str, where: str | None, dry_run: bool) -
     if not chosen:
         return Removal(0, before, str(_nothing(before, where, opened)))
     if dry_run:
+        from finelip_fast.index.checks import missing
+
         present = opened.present(chosen)
         if absent := [item for item in chosen if item not in present]:
-            raise InputError(f"expected ids of the index, got {absent[0]!r:.80}, which is not in it")
+            raise missing(absent)
         return Forecast({"removed": list(dict.fromkeys(chosen))})
     opened.delete(chosen)
     return Removal(before - len(opened), len(opened))

@@ -47,7 +47,8 @@ def taken(
 def missing(absent: Sequence[str], place: str = "index") -> InputError:
     remaining = len(absent) - 1
     rest = f" and {remaining} other{'s' * (remaining > 1)}" if remaining else ""
-    return InputError(f"not in the {place}: {absent[0]!r:.80}{rest}")
+    remedy = "; finelip list or Index.items gives the ids" if place == "index" else ""
+    return InputError(f"not in the {place}: {absent[0]!r:.80}{rest}{remedy}")
 
 
 def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
