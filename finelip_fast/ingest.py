@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast._arguments import listed, one_of, whole_number
-from finelip_fast.collection import Listing, filter_below, item_id, plan, relabel
+from finelip_fast.collection import Listing, Plan, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index import remedies
 from finelip_fast.index.checks import as_json, check_ids, taken
@@ -245,6 +245,20 @@ class Ingest:
                 raise InputError(f"expected as many {name} as {self._kind}s, got {len(values)} for {total}")
 
 
+def refuse_emptied(index: Index, listing: Listing, root: Path, changes: Plan) -> None:
+    """Refuse to remove all items of a folder that has no picture, since its disk may be missing.
+
+    Raises:
+        InputError: The listing is empty, and the index has items of it.
+    """
+    if changes.gone and not listing.paths:
+        where = (listing.folder and filter_below(listing.folder, root)) or f"{HASH} is not null"
+        raise InputError(
+            f"expected pictures in the folder, got none, but the index has {len(changes.gone)} from it; nothing was removed. "
+            f"Check that its disk is mounted. To remove them anyway: {remedies.remove(index.folder, where)}"
+        )
+
+
 def follow(
     index: Index,
     listing: Listing,
@@ -270,12 +284,8 @@ def follow(
         StoreError: The index cannot be read or written; what was written before stays.
     """
     changes = plan(index, listing, root)
-    if sync and changes.gone and not listing.paths:
-        where = (listing.folder and filter_below(listing.folder, root)) or f"{HASH} is not null"
-        raise InputError(
-            f"expected pictures in the folder, got none, and the index has {len(changes.gone)} of it: is its disk there? "
-            f"To remove them all the same: {remedies.remove(index.folder, where)}"
-        )
+    if sync:
+        refuse_emptied(index, listing, root, changes)
     report = FolderReport(moved=changes.moved, skipped=listing.skipped)
     relabel(index, changes.relabelled)
     if sync:

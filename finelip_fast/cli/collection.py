@@ -205,8 +205,9 @@ def _forecast(
     image_field: str | None,
 ) -> Forecast:
     """Return what ``finelip add`` would do; pictures are not read, except changed ones."""
-    from finelip_fast.collection import Plan, common_root, list_folder, list_table, plan
+    from finelip_fast.collection import common_root, list_folder, list_table, plan
     from finelip_fast.index import stored_index, stored_source
+    from finelip_fast.ingest import refuse_emptied
 
     opened = stored_index(index) if stored_source(index) is not None else None
     base = (opened.root if opened is not None else None) or common_root(bases)
@@ -217,7 +218,12 @@ def _forecast(
             if source in folders
             else list_table(source, base, base=root or Path(source).parent, image_field=image_field)
         )
-        planned = Plan(new={item: {} for item in listing.paths}) if opened is None else plan(opened, listing, base)
+        if opened is None:
+            changes["added"] += listing.paths
+            continue
+        planned = plan(opened, listing, base)
+        if sync:
+            refuse_emptied(opened, listing, base, planned)
         changes["added"] += planned.new
         changes["changed"] += planned.changed
         changes["moved"] += [new for old, (new, _) in planned.relabelled.items() if new != old]

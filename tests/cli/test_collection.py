@@ -95,6 +95,10 @@ def test_a_dry_run_changes_nothing(photos: Path, run: Any, capsys: pytest.Captur
     assert main(["remove", "c.png", "--dry-run"]) == 2
     assert "not in the index: 'c.png'; finelip list" in capsys.readouterr().err
     assert [item["id"] for item in run("list")] == ["a.png", "b.png"]
+    for picture in photos.glob("*.png"):
+        picture.unlink()
+    assert main(["add", "photos", "--sync", "--dry-run"]) == 2  # as without --dry-run
+    assert "got none, but the index has 2 from it; nothing was removed" in capsys.readouterr().err
 
 
 def test_the_environment_names_the_index(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
