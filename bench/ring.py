@@ -176,7 +176,7 @@ def turned(entry: Entry, efforts: Sequence[int], practice: np.ndarray, exact: An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Race indexes of rows of embeddings.")
-    parser.add_argument("--items", type=int, default=20_000, help="number of items, in thousands")
+    parser.add_argument("--items", type=int, default=20_000, help="number of items")
     parser.add_argument("--drawn", type=int, help="number of pictures that are drawn; more items are mixed from them")
     parser.add_argument("--queries", type=int, default=100, help="number of descriptions")
     parser.add_argument("--alpha", type=float, help="weight of the global cosine; default: the model's")
