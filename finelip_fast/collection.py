@@ -8,7 +8,7 @@ been changed or moved since; a picture that was only moved or touched is not emb
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -194,10 +194,7 @@ def list_folder(
     for item, path in listing.paths.items():
         for sidecar in sidecar_names(path):
             if notes.pop(sidecar, None) is not None:
-                try:
-                    listing.fields[item] = read_sidecar(sidecar)
-                except InputError as error:
-                    listing.skipped.append((str(sidecar), str(error)))
+                _take_sidecar(listing, item, sidecar)
                 break
     listing.skipped += notes.values()
     for item, values in (fields or {}).items():
@@ -205,6 +202,32 @@ def list_folder(
             listing.fields[item] = {**listing.fields.get(item, {}), **values}
         else:
             listing.skipped.append((item, "has fields, and is no picture of the folder"))
+    return listing
+
+
+def _take_sidecar(listing: Listing, item: str, sidecar: Path) -> None:
+    try:
+        listing.fields[item] = read_sidecar(sidecar)
+    except InputError as error:
+        listing.skipped.append((str(sidecar), str(error)))
+
+
+def list_files(files: Iterable[str | os.PathLike[str]], root: Path) -> Listing:
+    """List picture files, with the metadata in the JSON files beside them.
+
+    Args:
+        files: Paths of pictures.
+        root: Root of the index.
+    """
+    listing = Listing()
+    for file in files:
+        folder, name = os.path.split(os.path.abspath(file))
+        path = Path(os.path.realpath(folder), name)
+        listing.paths[_below(path, root)] = path
+    for item, path in listing.paths.items():
+        sidecar = next((sidecar for sidecar in sidecar_names(path) if sidecar.is_file()), None)
+        if sidecar is not None:
+            _take_sidecar(listing, item, sidecar)
     return listing
 
 

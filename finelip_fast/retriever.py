@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,18 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finelip_fast import known_checkpoints
-from finelip_fast._arguments import Embeddings, as_embeddings, folder_path, listed, one_of, share, whole_number
+from finelip_fast._arguments import Embeddings, folder_path, listed, one_of, share, whole_number
 from finelip_fast.collection import (
     Listing,
+    list_files,
     list_folder,
     list_table,
     picture_path,
     prepare_root,
     read_fields,
 )
-from finelip_fast.engines import Engine, EngineName, open_engine
-from finelip_fast.errors import EngineError, InputError, StoreError
-from finelip_fast.explain import Explanation, explain
+from finelip_fast.embedder import Embedder
+from finelip_fast.engines import EngineName
+from finelip_fast.errors import InputError, StoreError
+from finelip_fast.explain import Explanation
 from finelip_fast.folders import refuse_missing, walk_folder
 from finelip_fast.hits import Hit, Hits
 from finelip_fast.index import Existing, Index, IndexSpec, StoredDtype, remedies, stored_dtype
@@ -36,18 +37,16 @@ from finelip_fast.index.catalogue import Item
 from finelip_fast.index.search import Mode
 from finelip_fast.index.segments import DTYPES
 from finelip_fast.ingest import Ingest, as_images, follow
-from finelip_fast.kernels import clim_scores
-from finelip_fast.model import FineLIP
 from finelip_fast.preprocess import ImageSource
 from finelip_fast.reports import AddReport, FolderReport
 from finelip_fast.runtimes.manifest import Precision
-from finelip_fast.tokenizer import Overflow, check_overflow
+from finelip_fast.tokenizer import Overflow
 
 Picture = TypeVar("Picture", bound=ImageSource)
 Texts: TypeAlias = "list[str] | tuple[str, ...] | Iterator[str] | np.ndarray[Any, Any]"
 
 
-class Retriever:
+class Retriever(Embedder):
     """Search pictures with long descriptions, and in the three other directions.
 
     Args:
@@ -103,22 +102,22 @@ class Retriever:
         dtype: StoredDtype | None = None,
         verify: bool = False,
     ) -> None:
-        # As many invalid arguments as possible are refused before a model is loaded.
-        _check_path("checkpoint", checkpoint)
-        _check_path("index", index)
-        alpha = None if alpha is None else share("alpha", alpha)
-        threads = None if threads is None else whole_number("threads", threads)
-        check_overflow(overflow)
+        if index is not None:
+            folder_path("index", index)
         if dtype is not None:
             one_of("dtype", dtype, DTYPES)
-        self._process = os.getpid()
+        super().__init__(
+            checkpoint,
+            engine=engine,
+            device=device,
+            alpha=alpha,
+            overflow=overflow,
+            precision=precision,
+            threads=threads,
+            build=build,
+        )
         self._folder = None if index is None else Path(index).absolute()
-        self._engine = open_engine(engine, checkpoint, device, precision=precision, threads=threads, build=build)
         self._verify = verify
-        self._alpha = self._engine.config.choose_alpha(alpha)
-        self.overflow: Overflow = overflow
-        self._model: FineLIP | None = None  # the PyTorch model, for explanations; loaded by the first one
-        self._model_lock = threading.Lock()
         config = self._engine.config
         dtype = dtype or (None if index is None else stored_dtype(index)) or "float16"
         spec = IndexSpec(self._engine.fingerprint, config.tokens, config.embed_dim, self._engine.alpha, dtype)
@@ -191,29 +190,10 @@ class Retriever:
         return f"<Retriever of {self._index!r} by {self._engine}>"
 
     @property
-    def engine(self) -> Engine:
-        """The engine in use; its ``str`` says what runs, on which device, and why it was chosen."""
-        self._refuse_after_fork()
-        return self._engine
-
-    @property
     def index(self) -> Index:
         """The index that holds the items."""
         self._refuse_after_fork()
         return self._index
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the global cosine in the score, in [0, 1]; set to None, it becomes the checkpoint's own.
-
-        Raises:
-            InputError: When it is set: not a number in [0, 1], or below 1 without trained aggregators.
-        """
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, alpha: float | None) -> None:
-        self._alpha = self._engine.config.choose_alpha(alpha)
 
     def __reduce__(self) -> tuple[Callable[[], Retriever], tuple[()]]:
         """Pickle the arguments: unpickling opens the same folder with the same engine.
@@ -235,13 +215,6 @@ class Retriever:
             **settings,
         )
         return opening, ()
-
-    def _refuse_after_fork(self) -> None:
-        if os.getpid() != self._process:
-            raise EngineError(
-                "this retriever was opened before the process forked and cannot be used here; open one in the child process, "
-                "or use the spawn start method: multiprocessing.get_context('spawn')"
-            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -335,6 +308,35 @@ class Retriever:
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
         return self._follow(listing, root, sync, batch_size, progress)
+
+    def add_files(
+        self,
+        files: Iterable[str | PathLike[str]],
+        *,
+        batch_size: int = 64,
+        progress: bool | tqdm[Any] = True,
+    ) -> FolderReport:
+        """Bring the index in line with picture files, as :meth:`add_folder` does with those of a folder.
+
+        The root of a new index is the folder of the files, or the common parent of their folders.
+
+        Args:
+            files: Paths of pictures.
+            batch_size: Number of pictures embedded at once.
+            progress: Whether to show a progress bar, or the tqdm bar to advance.
+
+        Returns:
+            Numbers of pictures added, changed and moved, and those skipped, with the reason.
+
+        Raises:
+            InputError: ``files`` is not a list of paths, or is empty.
+            StoreError: The index cannot be written; what was written before stays.
+        """
+        files = [folder_path("a file", file) for file in listed("files", files)]
+        if not files:
+            raise InputError("expected files with at least one path, got none")
+        root = prepare_root(self.index, [file.absolute().parent for file in files])
+        return self._follow(list_files(files, root), root, False, batch_size, progress)
 
     def add_table(
         self,
@@ -536,116 +538,6 @@ class Retriever:
         alpha = self.alpha if alpha is None else self._engine.config.choose_alpha(share("alpha", alpha))
         return {"k": k, "mode": mode, "where": where, "alpha": alpha}
 
-    @overload
-    def encode_images(
-        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: Literal[False] = False
-    ) -> Tensor: ...
-    @overload
-    def encode_images(
-        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: Literal[True]
-    ) -> np.ndarray[Any, np.dtype[np.float32]]: ...
-
-    def encode_images(
-        self, images: Iterable[ImageSource], *, batch_size: int = 64, convert_to_numpy: bool = False
-    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
-        """Embed pictures without adding them.
-
-        Args:
-            images: Pictures as :func:`finelip_fast.open_image` takes them.
-            batch_size: Number of pictures embedded at once.
-            convert_to_numpy: Whether to return a float32 array instead of a tensor on the engine's device.
-
-        Returns:
-            ``[N, L, D]``, unit rows, row 0 = CLS.
-
-        Raises:
-            ImageError: A picture cannot be read.
-            InputError: ``images`` is not a list of pictures.
-        """
-        images = listed("images", as_images(images))
-        size = whole_number("batch_size", batch_size)
-        return self._returned(
-            self.engine.embed_images(images, batch_size=size) if images else self._nothing(), convert_to_numpy
-        )
-
-    @overload
-    def encode_texts(
-        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: Literal[False] = False
-    ) -> Tensor: ...
-    @overload
-    def encode_texts(
-        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: Literal[True]
-    ) -> np.ndarray[Any, np.dtype[np.float32]]: ...
-
-    def encode_texts(
-        self, texts: Iterable[str], *, batch_size: int = 64, convert_to_numpy: bool = False
-    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
-        """Embed descriptions without adding them.
-
-        Args:
-            texts: Descriptions, or a single one.
-            batch_size: Number of descriptions embedded at once.
-            convert_to_numpy: Whether to return a float32 array instead of a tensor on the engine's device.
-
-        Returns:
-            ``[N, L, D]``, unit rows, row 0 = EOT.
-
-        Raises:
-            InputError: ``texts`` is not a list, or a text is not a string.
-        """
-        texts = listed("texts", [texts] if isinstance(texts, str) else texts)
-        size = whole_number("batch_size", batch_size)
-        embedded = self.engine.embed_texts(texts, batch_size=size, overflow=self.overflow) if texts else self._nothing()
-        return self._returned(embedded, convert_to_numpy)
-
-    def similarity(self, queries: Embeddings, items: Embeddings) -> Tensor:
-        """Score embeddings against each other, weighted by the retriever's ``alpha``.
-
-        Args:
-            queries: Embeddings ``[Q, L, D]`` from :meth:`encode_texts` or :meth:`encode_images`, a dense tensor or an array.
-            items: Embeddings ``[N, L, D]``, likewise.
-
-        Returns:
-            float32 ``[Q, N]`` on the engine's device.
-
-        Raises:
-            InputError: The embeddings differ in shape, or are not floating-point numbers.
-        """
-        first, second = (self._on_device(name, x) for name, x in (("queries", queries), ("items", items)))
-        if first.dtype != second.dtype:
-            first, second = first.float(), second.float()
-        return clim_scores(first, second, alpha=self.alpha)
-
-    def _on_device(self, name: str, embeddings: Embeddings) -> Tensor:
-        return as_embeddings(name, embeddings).to(self.engine.device)
-
-    def _nothing(self) -> Tensor:
-        config = self.engine.config
-        return torch.zeros(0, config.tokens, config.embed_dim, device=self.engine.device)
-
-    @staticmethod
-    def _returned(embedded: Tensor, as_numpy: bool) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
-        return embedded.float().cpu().numpy() if as_numpy else embedded
-
-    def score(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """Score every picture against every text, without the index.
-
-        Returns:
-            float32 ``[n_images, n_texts]``.
-
-        Raises:
-            ImageError: A picture cannot be read.
-            InputError: An argument is not a list, or a text is not a string.
-        """
-        images, texts = (
-            listed("images", as_images(images)),
-            listed("texts", [texts] if isinstance(texts, str) else texts),
-        )
-        if not images or not texts:
-            return torch.zeros(len(images), len(texts))
-        embedded = self.engine.embed_images(images)
-        return clim_scores(embedded, self.engine.embed_texts(texts, overflow=self.overflow), alpha=self.alpha)
-
     def explain(self, image: Any, text: str) -> Explanation:
         """Explain the score of a picture and a description: which words matched which patches, and what each contributes.
 
@@ -671,10 +563,7 @@ class Retriever:
                     f"lie now: {remedies.move_root(self._folder)}"
                 )
             image = path
-        with self._model_lock:
-            if self._model is None:
-                self._model = self.engine.load_model()
-        return explain(self._model, image, text, alpha=self.alpha)
+        return self._explain(image, text)
 
     def _hits(self, queries: Tensor, *, k: int, mode: Mode, where: str | None, alpha: float) -> list[Hits]:
         result, root = self.index.search(queries, k, alpha=alpha, mode=mode, where=where), self.index.root
@@ -707,10 +596,3 @@ class Retriever:
                 strict=True,
             )
         ]
-
-
-def _check_path(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, (str, PathLike)):
-        raise InputError(f"expected {name} to be a path or a name, got {value!r:.80}")
-    if value is not None:
-        folder_path(name, value)

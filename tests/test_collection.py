@@ -86,6 +86,28 @@ def test_a_picture_is_one_item_however_its_path_was_typed(
     assert retriever.index.root == photos.resolve()
 
 
+def test_picture_files_are_followed_like_those_of_a_folder(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    (photos / "a.jpg.json").write_text('{"title": "A"}')
+    assert counts(retriever.add_files(["a.jpg", photos / "2023" / "c.jpg", "./2023/../a.jpg"], progress=False)) == {
+        "added": 2
+    }
+    assert retriever.index.root == photos.resolve()
+    assert sorted(retriever.index.ids) == ["2023/c.jpg", "a.jpg"]
+    assert [hit.id for hit in retriever.search("a house", where="title = 'A'")] == ["a.jpg"]
+    assert counts(retriever.add_files(["a.jpg"], progress=False)) == {}
+    draw(photos / "a.jpg", 10)
+    assert counts(retriever.add_files(["a.jpg", "2023/c.jpg"], progress=False)) == {"changed": 1}
+    ((path, _),) = retriever.add_files(["lost.jpg"], progress=False).skipped
+    assert Path(path) == photos.resolve() / "lost.jpg"
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 4}
+    for files, message in (("a.jpg", "expected files to be a list"), ([], "got none"), ([1], "expected a file to be")):
+        with pytest.raises(InputError, match=message):
+            retriever.add_files(files, progress=False)  # type: ignore[arg-type]
+
+
 def test_a_folder_beside_the_root_has_ids_of_its_own(retriever: Retriever, photos: Path) -> None:
     retriever.add_folder(photos / "2023", progress=False)
     assert counts(retriever.add_folder(photos, progress=False)) == {"added": 4}

@@ -50,7 +50,7 @@ def test_an_index_is_opened_by_its_own_checkpoint(
     assert not Path("nothing").exists()
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "of someone else"))
     with monkeypatch.context() as patch:
-        patch.setattr("finelip_fast.retriever.open_engine", lambda *_, **__: pytest.fail("a checkpoint was opened"))
+        patch.setattr("finelip_fast.embedder.open_engine", lambda *_, **__: pytest.fail("a checkpoint was opened"))
         with pytest.raises(
             StoreError, match=r"has not opened on this machine.*in Python: Retriever\(checkpoint, index="
         ):
@@ -85,7 +85,7 @@ def test_what_was_never_opened_is_refused_and_its_remedy_works(
         pytest.fail("a checkpoint was opened that only the index names")
 
     with monkeypatch.context() as patch:
-        patch.setattr("finelip_fast.retriever.open_engine", must_not_load)
+        patch.setattr("finelip_fast.embedder.open_engine", must_not_load)
         patch.setattr("finelip_fast.distributed.bulk.Retriever", must_not_load)
         Path("queries.jsonl").write_text('{"text": "a"}')
         for command in (

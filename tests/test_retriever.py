@@ -285,7 +285,7 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
         ({"engine": 5}, "expected engine to be one of"),
         ({"precision": 16}, "expected precision to be one of"),
         ({"checkpoint": 5}, "expected checkpoint to be a path or a name, got 5"),
-        ({"index": 5}, "expected index to be a path or a name, got 5"),
+        ({"index": 5}, "expected index to be a path, got 5"),
         ({"dtype": "int4"}, "expected dtype to be one of float16, int8, got 'int4'"),
         ({"device": [0]}, r"expected device to be 'cpu', .*, a GPU's number or a torch\.device, got \[0\]"),
     ],

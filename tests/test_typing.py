@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -25,6 +26,7 @@ with ff.Retriever("checkpoint", engine="torch", precision=None, dtype="int8", ov
     assert_type(retriever, ff.Retriever)
     assert_type(retriever.add_images("photos", existing="skip"), ff.AddReport)
     assert_type(retriever.add_folder("photos"), ff.FolderReport)
+    assert_type(retriever.add_files(["a.jpg", Path("b.jpg")]), ff.FolderReport)
     assert_type(retriever.search("a house", mode="two-stage"), ff.Hits)
     assert_type(retriever.search(["a house", "a bus"]), list[ff.Hits])
     assert_type(retriever.search(image="a.jpg"), ff.Hits)

@@ -11,13 +11,15 @@ import click
 from click.shell_completion import shell_complete
 
 from finelip_fast._command_line import run_command
-from finelip_fast.cli.collection import add, list_, remove, search
+from finelip_fast.cli.add import add
 from finelip_fast.cli.commands import Group
 from finelip_fast.cli.evaluate import compare, evaluate
 from finelip_fast.cli.explain import explain
 from finelip_fast.cli.export import export
 from finelip_fast.cli.generate import generate
 from finelip_fast.cli.index import index
+from finelip_fast.cli.items import list_, remove
+from finelip_fast.cli.search import search
 from finelip_fast.cli.serve import serve
 from finelip_fast.cli.study import ablation, adaptation, drawing, generation, study
 from finelip_fast.cli.tools import COMPLETE_VARIABLE, completion, convert, demo, info, tune, verify

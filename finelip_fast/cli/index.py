@@ -14,7 +14,6 @@ import click
 from finelip_fast._files import read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast._terminal import printable
-from finelip_fast.cli.collection import absent_field
 from finelip_fast.cli.commands import (
     DTYPES,
     Group,
@@ -31,6 +30,7 @@ from finelip_fast.cli.commands import (
     shows_progress,
     standalone_model_options,
 )
+from finelip_fast.cli.items import absent_field
 from finelip_fast.cli.values import Number, Value
 from finelip_fast.errors import InputError, StoreError
 

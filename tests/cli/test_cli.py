@@ -499,11 +499,10 @@ def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoi
     assert sorted(one.name for one in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
     assert "expected either a description or --image FILE" in fails("search")
     assert "expected either a description or --image FILE" in fails("search", "a house", "--image", photos / "a.png")
-    assert "expected a folder, or a table (.jsonl, .csv, .tsv), got nothing there" in fails(
+    assert "expected a folder, a picture, or a table (.jsonl, .csv, .tsv), got nothing there" in fails(
         "add", tmp_path / "lost", "--checkpoint", checkpoint
     )
     assert "got nothing there: 'lost.csv'; check the path" in fails("add", "lost.csv", "--checkpoint", checkpoint)
-    assert "got the picture 'photos/a.png'; add its folder" in fails("add", photos / "a.png")
     assert "got a file: 'photos/notes.txt'" in fails("add", photos / "notes.txt")
     assert "expected --image to be a picture, not a folder, got 'photos'" in fails("search", "--image", photos)
     assert "expected IMAGE to be a picture, not a folder" in fails("explain", photos, "a house")

@@ -58,6 +58,17 @@ def test_folders_and_tables_are_added_together(photos: Path, run: Any) -> None:
     assert run("remove", "./more/../more/c.png") == {"removed": 1, "items": 0}
 
 
+def test_pictures_are_added_beside_folders(photos: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/a.png.json").write_text('{"title": "first"}')
+    assert run("add", "photos/a.png", "more", "--dry-run")["added"] == ["more/c.png", "photos/a.png"]
+    assert run("add", "photos/a.png", "more")["added"] == 2
+    items = {item["id"]: item["metadata"].get("title") for item in run("list")}
+    assert items == {"more/c.png": None, "photos/a.png": "first"}, "below what they have in common"
+    assert run("add", "photos/a.png", "photos/b.png")["added"] == 1
+    assert main(["add", "photos/a.png", "--sync", "--exclude", "b*"]) == 2
+    assert "expected --sync, --exclude with a folder, got none: 'photos/a.png'" in capsys.readouterr().err
+
+
 def test_add_says_how_it_would_be_much_faster(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_int8_advice", lambda *_: "int8 is faster: finelip export onnx")
     with warnings.catch_warnings(record=True) as caught:
