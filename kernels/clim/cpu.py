@@ -38,8 +38,9 @@ _BLOCK_QUERIES = 64
 _TILE_ELEMENTS = 1 << 18
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
-# Elements of the items of a product, large enough that threads do not wait for the interpreter, which they share.
-_BLOCK_ELEMENTS = 1 << 22
+# Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
+# enough that copies of the items in another dtype are still in the cache when they are multiplied.
+_BLOCK_ELEMENTS = 1 << 21
 # Number of multiplications, a fraction of a millisecond for one thread, below which a thread is not woken.
 _LEAST_SHARED_WORK = 1 << 23
 # Elements of items that can be copied in the time it takes to begin another block.
@@ -69,7 +70,7 @@ def scores(
         rounded: Whether to round rows and products to bfloat16 if :func:`rounding_error` says that is faster; not for int8.
 
     Returns:
-        float32 ``[Q, N]``. Memory beyond inputs and result: a float32 copy of 64 queries; 16 MiB of items in float32, 8 MiB of
+        float32 ``[Q, N]``. Memory beyond inputs and result: a float32 copy of 64 queries; 8 MiB of items in float32, 8 MiB of
         products and 2 MiB for each thread; more only if a single pair needs more.
     """
     n_queries, query_tokens, width = queries.shape

@@ -18,8 +18,8 @@ from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
 # Elements that are converted to the other side's dtype at a time, 64 MiB in float32.
 _CONVERTED_ELEMENTS = 1 << 24
-# Number of items from which a pass of rounded products runs first.
-_LEAST_ROUNDED = 1 << 11
+# Numbers of items and of rows of queries from which a pass of rounded products runs first.
+_LEAST_ROUNDED, _LEAST_ROUNDED_ROWS = 1 << 11, 32
 
 
 def clim_topk(
@@ -65,6 +65,8 @@ def _rounding_error(queries: Tensor, items: Pieces) -> float | None:
         return None  # rounding the rows takes longer than their cosines
     if items.shape[0] < _LEAST_ROUNDED:
         return None  # such as a first stage's candidates: a pass that leaves many of a few items open does not pay off
+    if queries.shape[0] * queries.shape[1] < _LEAST_ROUNDED_ROWS:
+        return None  # rounding the items takes longer than their products
     if dispatch.choose(queries.device).implementation != "blocked" or queries.device.type != "cpu":
         return None
     return cpu.rounding_error(queries.dtype) if queries.dtype == items.dtype else None
