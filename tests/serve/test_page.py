@@ -397,7 +397,6 @@ def test_what_is_tapped_on_a_phone_answers_on_the_screen(open_page: Callable[...
     search(page, TEXT)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     dialog = open_best(page)
-    expect(dialog.locator(".view img")).not_to_have_js_property("naturalWidth", 0)  # before it, the words move
     for at in (0, 60, -1):
         word = dialog.locator(".word").nth(at)
         word.tap()
@@ -410,6 +409,26 @@ def test_what_is_tapped_on_a_phone_answers_on_the_screen(open_page: Callable[...
         box = button.bounding_box()
         assert box
         assert min(box["width"], box["height"]) >= 44
+
+
+def test_nothing_moves_when_a_picture_arrives(open_page: Callable[..., Page], address: str) -> None:
+    page = open_page(PHONE)
+    page.goto(address)
+    search(page, SCENES[15].caption)
+    expect(page.locator("#grid img").first).to_have_js_property("complete", True)
+    held: list[Route] = []
+    page.route(re.compile("/thumbnail"), lambda route: held.append(route))
+    page.locator("#grid a", has_text=name_of(15)).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.locator(".word").first).to_be_visible()
+    picture, word = dialog.locator(".view img"), dialog.locator(".word").first
+    expect(picture).to_have_js_property("naturalWidth", 0)
+    before = dialog.locator(".view").bounding_box(), word.bounding_box()
+    assert held
+    for route in held:
+        route.continue_()
+    expect(picture).not_to_have_js_property("naturalWidth", 0)
+    assert (dialog.locator(".view").bounding_box(), word.bounding_box()) == before
 
 
 def test_a_name_of_html_is_a_name(page: Page) -> None:

@@ -181,14 +181,15 @@ export function connectExplanation(root, explained) {
 }
 
 /**
- * Let a picture's frame have its proportions, so that it is as large as its place allows.
+ * Let a picture's frame have its proportions, so that it is as large as its place allows: until it has loaded, those of its
+ * attributes `width` and `height`.
  *
  * @param {HTMLElement} view @param {HTMLImageElement} picture
  * @param {(ratio: number) => void} then Told the width as a multiple of the height, each time that it is known.
  */
 export function fitPicture(view, picture, then = () => {}) {
   const fit = () => {
-    const ratio = picture.naturalWidth / picture.naturalHeight || 1;
+    const ratio = picture.naturalWidth / picture.naturalHeight || picture.getAttribute("width") / picture.getAttribute("height") || 1;
     view.style.setProperty("--ratio", String(ratio));
     then(ratio);
   };

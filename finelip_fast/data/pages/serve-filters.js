@@ -110,7 +110,7 @@ function weight(usual, search, changed) {
   const input = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: String(value()) });
   const output = element("output", {});
   const tell = () => {
-    output.textContent = `${Math.round(100 * input.value)} % the whole, ${Math.round(100 - 100 * input.value)} % the details`;
+    output.textContent = `${Math.round(100 * input.value)} % global, ${Math.round(100 - 100 * input.value)} % fine`;
   };
   input.addEventListener("input", tell);
   input.addEventListener("change", () => {

@@ -24,6 +24,7 @@ export function showResult(content, item, page) {
   const view = result.querySelector(".view");
   const picture = view.querySelector("img");
   picture.alt = nameOf(item.id, item.path);
+  reserve(picture, item.metadata);
   fitPicture(view, picture);
   result.querySelector(".scores").textContent = scores(item);
   const similar = result.querySelector(".similar");
@@ -40,10 +41,19 @@ export function showResult(content, item, page) {
   if (page.text && item.thumbnail) explain(content, item, page);
 }
 
+/**
+ * Keep the picture's place free until it has loaded, so that nothing below it moves.
+ *
+ * @param {HTMLImageElement} picture @param {object} metadata
+ */
+function reserve(picture, { width, height }) {
+  if (width > 0 && height > 0) Object.assign(picture, { width, height });
+}
+
 /** @param {object} item */
-function scores({ score, global_score: whole, fine_score: details, verdict, shard }) {
+function scores({ score, global_score: cosine, fine_score: fine, verdict, shard }) {
   if (score === undefined) return "";
-  const parts = details === null ? [] : [`whole ${whole.toFixed(3)}`, `details ${details.toFixed(3)}`];
+  const parts = fine === null ? [] : [`global ${cosine.toFixed(3)}`, `fine ${fine.toFixed(3)}`];
   const said = verdict ? [verdict.charAt(0).toUpperCase() + verdict.slice(1)] : [];
   return [...said, `score ${score.toFixed(3)}`, ...parts, ...(shard ? [`from ${shard}`] : [])].join(" · ");
 }
