@@ -194,6 +194,8 @@ class Infinity(Encoder):
 
 CONTENDERS: dict[str, Callable[[], Encoder]] = {
     "finelip_fast, torch, fp32": partial(Ours, "torch"),
+    "finelip_fast, torch, bf16": partial(Ours, "torch", "bf16"),
+    "finelip_fast, torch, int8": partial(Ours, "torch", "int8"),
     "finelip_fast, ONNX, fp32": partial(Ours, "onnx"),
     "finelip_fast, ONNX, int8": partial(Ours, "onnx", "int8"),
     "open_clip, fp32": OpenClip,

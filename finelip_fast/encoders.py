@@ -1,48 +1,50 @@
-"""CLIP's two transformers and SigLIP's, returning the projected features of every token instead of one vector.
+"""CLIP's two transformers, returning the projected features of every token instead of one vector.
 
-The towers are open_clip's, whose parameters carry CLIP's own names. All return features in one layout: for a picture, the
-global one first, then one per patch; for a caption, one per token, with the global one at the end token.
+Features have one layout, here and in SigLIP's towers (:mod:`finelip_fast.siglip`): for a picture, the global one first, then
+one per patch; for a caption, one per token, with the global one at the end token.
 
 CLIP reads a caption causally, up to its end token, and supports any context length by a stretched table of positions
-(:func:`stretch_positions`). SigLIP (arXiv 2303.15343, 2502.14786) was trained on captions padded to 64 positions, attends to
-all of them from each, and is read at the last. So up to 64 tokens are read in exactly this way here, whatever the context
-length. A longer caption has no padding; its positions are spread evenly over the trained table, whose last row stays with the
-position that is read. Every row has been trained, so none has to be kept or added.
+(:func:`stretch_positions`).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, Transformer, VisionTransformer
-from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
-from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, SIGLIP_EPSILON, FineLIPConfig
+from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import InputError
+from finelip_fast.transformer import Activation, LayerNorm, QuickGELU, Transformer, draw_text_weights
 
-_MASKED = -1e4
+if TYPE_CHECKING:
+    from finelip_fast.siglip import SigLIPImageEncoder, SigLIPTextEncoder
+
+MASKED = -1e4  # added to the attention score of what is not to be seen
 
 
-class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is untyped
+class ImageEncoder(nn.Module):
     """Vision transformer: pixels ``[B, 3, H, W]`` to token features ``[B, 1 + P, D]``, CLS first."""
 
     def __init__(self, config: FineLIPConfig) -> None:
-        super().__init__(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.vision_width,
-            layers=config.vision_layers,
-            heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            output_dim=config.embed_dim,
-            act_layer=_activation(config, "vision"),
-        )
+        super().__init__()
+        width, patch = config.vision_width, config.patch_size
+        sizes = width, config.vision_layers, config.vision_heads, config.vision_mlp_ratio
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.patches + 1, width), std=width**-0.5))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(*sizes, activation(config, "vision"))
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
-    def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
+
+    def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
@@ -51,133 +53,39 @@ class ImageEncoder(VisionTransformer):  # type: ignore[misc]  # open_clip is unt
         return features
 
 
-class TextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
+class TextEncoder(nn.Module):
     """Causal text transformer: ids ``[B, T]`` to token features ``[B, T, D]``."""
 
     attn_mask: Tensor
 
     def __init__(self, config: FineLIPConfig) -> None:
-        super().__init__(
-            context_length=config.context_length,
-            vocab_size=config.vocab_size,
-            width=config.text_width,
-            heads=config.text_heads,
-            layers=config.text_layers,
-            mlp_ratio=config.text_mlp_ratio,
-            output_dim=config.embed_dim,
-            act_layer=_activation(config, "text"),
-        )
+        super().__init__()
+        width = config.text_width
+        sizes = width, config.text_layers, config.text_heads, config.text_mlp_ratio
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.transformer = Transformer(*sizes, activation(config, "text"))
+        self.ln_final = LayerNorm(width)
+        self.register_buffer("attn_mask", self.build_causal_mask(), persistent=False)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        draw_text_weights(self.token_embedding, self.positional_embedding, self.transformer)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def build_causal_mask(self) -> Tensor:
         """Build the mask added to attention scores, ``[S, S]``: no position attends to a later one."""
-        # Finite, unlike open_clip's -inf: half precision adds to it without overflow, and its weight is 0 all the same.
-        return torch.full((self.num_pos, self.num_pos), _MASKED).triu_(1)
-
-    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        length = ids.shape[1]
-        x = self.token_embedding(ids)
-        x = x + self.positional_embedding[:length].to(x.dtype)
-        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))
-        features: Tensor = x @ self.text_projection
-        return features
-
-
-class AttentionPool(AttentionPoolLatent):
-    """Attention of a learned query over the patches, and the layers that turn its result into a feature.
-
-    A picture's feature is ``head(sum of weight_p * value_p)``. Just as CLIP's projection is applied to every token, this head
-    is applied to every patch: ``head(value_p)`` is what the pool would return if it attended to that patch alone.
-    """
-
-    mlp: Any
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Map normalised patches ``[B, P, W]`` to features ``[B, 1 + P, W]``, the picture's first."""
-        key, value = self.kv(x).chunk(2, dim=-1)
-        query = self.q(self.latent.to(x.dtype).expand(x.shape[0], -1, -1))
-        heads = [rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (query, key, value)]
-        gathered = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)  # [B, 1, W]
-        rows = self.proj(torch.cat([gathered, value], dim=1))
-        features: Tensor = rows + self.mlp(self.norm(rows))
-        return features
-
-
-class SigLIPImageEncoder(nn.Module):
-    """Vision transformer without a class token: pixels ``[B, 3, H, W]`` to features ``[B, 1 + P, D]``, pooled one first."""
-
-    def __init__(self, config: FineLIPConfig) -> None:
-        super().__init__()
-        width, patch = config.vision_width, config.patch_size
-        layers: dict[str, Any] = {
-            "norm_layer": _norm(),
-            "act_layer": _activation(config, "vision"),
-        }
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(config.patches, width))
-        self.transformer = Transformer(
-            width, config.vision_layers, config.vision_heads, config.vision_mlp_ratio, **layers
-        )
-        self.ln_post = layers["norm_layer"](width)
-        self.attn_pool = AttentionPool(
-            width, num_heads=config.vision_heads, mlp_ratio=config.vision_mlp_ratio, **layers
-        )
+        # Finite: half precision adds to it without overflow, and the weight of a masked position is 0 all the same.
+        positions = len(self.positional_embedding)
+        return torch.full((positions, positions), MASKED).triu_(1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
-        x = self.ln_post(self.transformer(x + self.positional_embedding.to(x.dtype)))
-        features: Tensor = self.attn_pool(x)
-        return features
-
-
-class SigLIPTextEncoder(TextTransformer):  # type: ignore[misc]  # open_clip is untyped
-    """Text transformer with full attention: ids ``[B, T]`` to features ``[B, T, D]``, the global one at the end token.
-
-    Neither ids after a caption's end token nor the width of the batch affect the result.
-    """
-
-    text_projection: nn.Linear
-
-    def __init__(self, config: FineLIPConfig) -> None:
-        super().__init__(
-            context_length=config.text_positions,
-            vocab_size=config.vocab_size,
-            width=config.text_width,
-            heads=config.text_heads,
-            layers=config.text_layers,
-            mlp_ratio=config.text_mlp_ratio,
-            output_dim=config.embed_dim,
-            no_causal_mask=True,
-            pad_id=config.pad_token,
-            pool_type="last",
-            proj_bias=True,
-            norm_layer=_norm(),
-            act_layer=_activation(config, "text"),
-        )
-        self.end_token = config.end_token
-
-    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        width, rows = ids.shape[1], self.num_pos
-        lengths = caption_lengths(ids, self.end_token)
-        missing: Any = torch.sym_max(width, rows) - width  # no branch: an exported graph takes any width
-        ids = F.pad(ids, (0, missing))
-        position = torch.arange(ids.shape[1], device=ids.device)
-        x = self.token_embedding(ids.masked_fill(position >= lengths[:, None], self.pad_id))
-        visible = lengths.clamp(min=rows)  # [B], number of positions of each caption
-        if ids.shape[1] == rows and not torch.compiler.is_compiling():
-            x = self.transformer(x + self.positional_embedding.to(x.dtype))
-        else:
-            x = x + spread_positions(self.positional_embedding, visible, ids.shape[1]).to(x.dtype)
-            hidden = torch.zeros(ids.shape, dtype=x.dtype, device=x.device)
-            hidden = hidden.masked_fill(position >= visible[:, None], _MASKED)
-            # [B heads, T, T], with the same row for every position
-            mask = hidden.repeat_interleave(self.heads, 0)[:, None].expand(-1, ids.shape[1], -1)
-            x = self.transformer(x, attn_mask=mask)
-        last = x[torch.arange(x.shape[0], device=x.device), visible - 1]
-        x = torch.where((position == lengths[:, None] - 1)[..., None], last[:, None], x)
-        features: Tensor = self.text_projection(self.ln_final(x[:, :width]))
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.token_embedding(ids)
+        x = x + self.positional_embedding[:length].to(x.dtype)
+        x = self.ln_final(self.transformer(x, self.attn_mask[:length, :length]))
+        features: Tensor = x @ self.text_projection
         return features
 
 
@@ -207,12 +115,28 @@ def spread_positions(table: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 def image_encoder(config: FineLIPConfig) -> ImageEncoder | SigLIPImageEncoder:
     """Create the picture encoder of a model's family."""
-    return SigLIPImageEncoder(config) if config.family == "siglip" else ImageEncoder(config)
+    if config.family == "siglip":
+        from finelip_fast.siglip import SigLIPImageEncoder  # with timm, which CLIP does without
+
+        return SigLIPImageEncoder(config)
+    return ImageEncoder(config)
 
 
 def text_encoder(config: FineLIPConfig) -> TextEncoder | SigLIPTextEncoder:
     """Create the caption encoder of a model's family."""
-    return SigLIPTextEncoder(config) if config.family == "siglip" else TextEncoder(config)
+    if config.family == "siglip":
+        from finelip_fast.siglip import SigLIPTextEncoder
+
+        return SigLIPTextEncoder(config)
+    return TextEncoder(config)
+
+
+def activation(config: FineLIPConfig, tower: Literal["vision", "text"]) -> Activation:
+    """Return the factory of a tower's activations."""
+    if config.quick_gelu:
+        return QuickGELU
+    is_tanh = config.vision_tanh_gelu if tower == "vision" else config.text_tanh_gelu
+    return partial(nn.GELU, approximate="tanh") if is_tanh else nn.GELU
 
 
 def caption_lengths(ids: Tensor, end_token: int = EOT_TOKEN) -> Tensor:
@@ -252,15 +176,3 @@ def stretch_positions(table: Tensor, length: int, *, keep: int = KEEP_POSITIONS)
     left = source.floor().clamp(max=rows - 2).long()
     exact = table.double()
     return torch.lerp(exact[left], exact[left + 1], (source - left)[:, None]).to(table.dtype)
-
-
-def _norm() -> Any:
-    """Factory of SigLIP's norms; open_clip asks for a class, but accepts any function."""
-    return partial(LayerNorm, eps=SIGLIP_EPSILON)
-
-
-def _activation(config: FineLIPConfig, tower: str) -> Any:
-    """Factory of activations; open_clip asks for a class, but accepts any function."""
-    if config.quick_gelu:
-        return QuickGELU
-    return partial(nn.GELU, approximate="tanh") if getattr(config, f"{tower}_tanh_gelu") else nn.GELU

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from finelip_fast.encoders import (
-    ImageEncoder,
-    SigLIPImageEncoder,
-    SigLIPTextEncoder,
-    TextEncoder,
-    caption_lengths,
-    spread_positions,
-)
+from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths, spread_positions
 from finelip_fast.kernels import cpu
 from finelip_fast.kernels.cpu import Activation, LinearPrecision, filled_rows, frozen_linear
 from finelip_fast.model import FineLIP
+from finelip_fast.transformer import QuickGELU
+
+if TYPE_CHECKING:
+    from finelip_fast.siglip import SigLIPImageEncoder, SigLIPTextEncoder
 
 # QuickGELU is x * sigmoid(1.702 x), which is swish(1.702 x) / 1.702, and swish is what oneDNN has.
 _QUICK = 1.702
@@ -58,10 +54,10 @@ def freeze(model: FineLIP, precision: LinearPrecision = "fp32") -> FineLIP:
         The model.
     """
     text: nn.Module
-    if isinstance(model.text, SigLIPTextEncoder):
-        text = FrozenSigLIPTextEncoder(model.text, precision)
-    else:
+    if isinstance(model.text, TextEncoder):
         text = FrozenTextEncoder(model.text, precision)
+    else:
+        text = FrozenSigLIPTextEncoder(model.text, precision)
     model.add_module("visual", FrozenImageEncoder(model.visual, precision))
     model.add_module("text", text)
     return model
@@ -86,14 +82,14 @@ class FrozenImageEncoder(nn.Module):
         self._embed = frozen_linear(encoder.conv1.weight.flatten(1), encoder.conv1.bias)
         self._blocks = [_Block(block, precision) for block in encoder.transformer.resblocks]
         self._head: _Head | _PoolingHead
-        if isinstance(encoder, SigLIPImageEncoder):
-            self._cls, self._positions = positions[:0], positions
-            self._norm: Callable[[Tensor], Tensor] = nn.Identity()
-            self._head = _PoolingHead(encoder.ln_post, encoder.attn_pool, len(positions))
-        else:
+        if isinstance(encoder, ImageEncoder):
             self._cls, self._positions = encoder.class_embedding.detach() + positions[:1], positions[1:]
-            self._norm = _norm(encoder.ln_pre)
+            self._norm: Callable[[Tensor], Tensor] = _norm(encoder.ln_pre)
             self._head = _Head(encoder.ln_post, _transposed(encoder.proj))
+        else:
+            self._cls, self._positions = positions[:0], positions
+            self._norm = nn.Identity()
+            self._head = _PoolingHead(encoder.ln_post, encoder.attn_pool, len(positions))
 
     def forward(self, pixels: Tensor) -> Tensor:
         length = 1 + len(self._positions)
@@ -152,7 +148,7 @@ class FrozenSigLIPTextEncoder(nn.Module):
 
     def __init__(self, encoder: SigLIPTextEncoder, precision: LinearPrecision = "fp32") -> None:
         super().__init__()
-        self._end, self._padding = encoder.end_token, encoder.pad_id
+        self._end, self._padding = encoder.end_token, encoder.pad_token
         self._embeddings: Tensor = encoder.token_embedding.weight.detach()
         self._positions: Tensor = encoder.positional_embedding.detach()
         self._blocks = [_Block(block, precision) for block in encoder.transformer.resblocks]
@@ -216,7 +212,7 @@ class _Block:
 class _Head:
     """The last norm and the projection: ``[R, W]`` to ``[R, D]``."""
 
-    def __init__(self, norm: Any, projection: Any, bias: Any = None) -> None:  # open_clip is untyped
+    def __init__(self, norm: Any, projection: Any, bias: Any = None) -> None:
         self.width: int = projection.shape[0]
         self._norm = _norm(norm)
         self._project = frozen_linear(projection.contiguous(), bias)

@@ -332,11 +332,11 @@ class Retriever(Embedder):
             InputError: ``files`` is not a list of paths, or is empty.
             StoreError: The index cannot be written; what was written before stays.
         """
-        files = [folder_path("a file", file) for file in listed("files", files)]
-        if not files:
+        paths = [folder_path("a file", file) for file in listed("files", files)]
+        if not paths:
             raise InputError("expected files with at least one path, got none")
-        root = prepare_root(self.index, [file.absolute().parent for file in files])
-        return self._follow(list_files(files, root), root, False, batch_size, progress)
+        root = prepare_root(self.index, [path.absolute().parent for path in paths])
+        return self._follow(list_files(paths, root), root, False, batch_size, progress)
 
     def add_table(
         self,

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import html
 import re
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finelip_fast.config import EOT_TOKEN, START_TOKEN
+from finelip_fast.config import EOT_TOKEN, START_TOKEN, VOCAB_SIZE
 from finelip_fast.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
     from tokenizers import Tokenizer as Parsed
+
+# The file of CLIP's vocabulary, the number of its merges that CLIP uses, and the mark of a word's last symbol.
+_FILE, _MERGES, _WORD_END = "bpe_simple_vocab_16e6.txt.gz", VOCAB_SIZE - 2 * 256 - 2, "</w>"
+_SPECIAL = ("<start_of_text>", "<end_of_text>")
+_KEPT_WORDS = 1 << 15  # whose tokens are remembered
 
 # Repairing text takes time quadratic in the length of a line, byte pairs in that of a word, so lines and words longer than
 # these are processed in pieces. Few words that people write come near, and everything else takes linear time.
@@ -53,11 +61,7 @@ class _ClipBPE(Tokenizer):
     start, end, splits_at_blanks = (START_TOKEN,), EOT_TOKEN, True
 
     def tokens(self, text: str) -> list[int]:
-        tokens: list[int] = []
-        for token in _bpe().encode(text):
-            # The vocabulary reads a special token's name as the token itself: an EOT inside a caption would end it there.
-            tokens += _spelled_out(token) if token in (START_TOKEN, EOT_TOKEN) else [token]
-        return tokens
+        return _bpe().encode(_cleaned(text))
 
     def __repr__(self) -> str:
         return "CLIP_BPE"
@@ -147,23 +151,66 @@ class FileTokenizer(Tokenizer):
         return FileTokenizer, (self.content, self.end, self.vocab_size, self.source)
 
 
-@cache
-def _spelled_out(token: int) -> list[int]:
-    """The tokens of a special token's name as plain text; the blank after "<" keeps it from being recognised."""
-    tokens: list[int] = _bpe().encode(_bpe().decoder[token].replace("<", "< "))
-    return tokens
+class _BytePairs:
+    """CLIP's vocabulary and its merges (Sennrich et al., arXiv 1508.07909), from the file that comes with open_clip.
+
+    open_clip reads it, too, but takes two seconds to import, which every search by text would wait for.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        import regex  # the standard library's expressions have no classes of letters and numbers
+
+        merges = [tuple(line.split()) for line in lines]
+        # Bytes are spelled as characters that can be printed; the vocabulary begins with those that are themselves such.
+        printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in printed]
+        self._letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+        symbols = [
+            *self._letters.values(),
+            *(letter + _WORD_END for letter in self._letters.values()),
+            *map("".join, merges),
+        ]
+        self._ids = {symbol: number for number, symbol in enumerate(symbols)}
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._tokens = lru_cache(maxsize=_KEPT_WORDS)(self._merge)
+        names = "|".join(_SPECIAL)
+        self._words = regex.compile(
+            rf"{names}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}{{1,{_WORD}}}|\p{{N}}|[^\s\p{{L}}\p{{N}}]{{1,{_WORD}}}",
+            regex.IGNORECASE,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a cleaned text; the name of a special token is text like any other."""
+        tokens: list[int] = []
+        for word in self._words.findall(text):
+            tokens += self.encode(word.replace("<", "< ")) if word in _SPECIAL else self._tokens(word)
+        return tokens
+
+    def _merge(self, word: str) -> tuple[int, ...]:
+        symbols = [self._letters[byte] for byte in word.encode()]
+        symbols[-1] += _WORD_END
+        while len(symbols) > 1:
+            first, second = min(pairwise(symbols), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if (first, second) not in self._ranks:
+                break
+            merged: list[str] = []
+            for symbol in symbols:
+                if merged and symbol == second and merged[-1] == first:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return tuple(self._ids[symbol] for symbol in symbols)
 
 
 @cache
-def _bpe() -> SimpleTokenizer:
-    """CLIP's BPE with its vocabulary. Imported on first use, since importing open_clip takes seconds."""
-    import regex
-    from open_clip.tokenizer import SimpleTokenizer
-
-    bpe = SimpleTokenizer()
-    bpe.clean_fn = _cleaned  # pyright: ignore[reportAttributeAccessIssue]  # it names the argument otherwise
-    bpe.pat = regex.compile(bpe.pat.pattern.replace("]+", f"]{{1,{_WORD}}}"), regex.IGNORECASE)
-    return bpe
+def _bpe() -> _BytePairs:
+    """CLIP's vocabulary."""
+    package = find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    lines = gzip.decompress(Path(package.origin).with_name(_FILE).read_bytes()).decode().split("\n")
+    return _BytePairs(lines[1 : 1 + _MERGES])  # the first line is a comment
 
 
 def _cleaned(text: str) -> str:
@@ -173,9 +220,9 @@ def _cleaned(text: str) -> str:
 
 def _repaired(text: str) -> str:
     """Text with its mojibake repaired and its HTML entities resolved."""
-    from ftfy import fix_text
-
     if not _SOUND.fullmatch(text):
+        from ftfy import fix_text  # takes a quarter of a second
+
         text = "".join(map(fix_text, _PIECES.findall(text)))
     for _ in range(2):
         text = html.unescape(_LONG_NUMBER.sub("\ufffd", text))

@@ -87,6 +87,19 @@ def test_importing_is_lean() -> None:
     assert cuda is False
 
 
+def test_a_search_imports_what_it_needs(tmp_path: Path) -> None:
+    code = (
+        "import json, sys, finelip_fast\nfrom PIL import Image\n"
+        f"retriever = finelip_fast.Retriever(engine='torch', index={str(tmp_path / 'index')!r}, device='cpu')\n"
+        "retriever.add_images([Image.new('RGB', (8, 8))], progress=False)\n"
+        "assert len(retriever.search('a house', k=1)) == 1\nprint(json.dumps(sorted(sys.modules)))"
+    )
+    modules = set(json.loads(fresh_python(code).splitlines()[-1]))
+    assert "finelip_fast.frozen" in modules
+    slow = {"open_clip", "timm", "torchvision", "transformers", "torch._dynamo", "sympy"}
+    assert not slow & modules, "these take seconds, for which a command would wait"
+
+
 def test_names_come_when_they_are_asked_for() -> None:
     code = (
         "import finelip_fast\nassert 'Retriever' in dir(finelip_fast)\nassert callable(finelip_fast.kernels.clim_scores)\n"

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from finelip_fast._arguments import one_of, whole_number
@@ -174,6 +173,8 @@ def config_from_open_clip(model_cfg: dict[str, Any], preprocess_cfg: dict[str, A
     Raises:
         CheckpointError: An option that neither plain CLIP vision transformers nor SigLIP have, by name, or a missing size.
     """
+    from open_clip import CLIPTextCfg, CLIPVisionCfg  # takes two seconds
+
     preprocess = _object("preprocess_cfg", preprocess_cfg)
     model_cfg = _object("model_cfg", model_cfg)
     vision, text = (_object(name, model_cfg.get(name)) for name in ("vision_cfg", "text_cfg"))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from finelip_fast.checkpoint.foreign import LAYOUTS, Translation, initial_aggregators, shortened, translate
 from finelip_fast.config import FineLIPConfig
-from finelip_fast.encoders import stretch_positions
+from finelip_fast.encoders import TextEncoder, stretch_positions
 from finelip_fast.errors import CheckpointError, ConfigError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
@@ -139,12 +140,22 @@ def build(contents: Contents, kind: type[Model]) -> Model:
         },
         assign=True,
     )
-    if contents.config.family == "clip":  # the mask is not in any state dict
+    if isinstance(model.text, TextEncoder):  # the mask is not in any state dict
         model.text.register_buffer("attn_mask", model.text.build_causal_mask(), persistent=False)
     return model.eval()
 
 
 def _outline(config: FineLIPConfig, kind: type[Model]) -> Model:
     """Make a model without allocating weights: this is quick, and leaves the caller's random state untouched."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingFilled():
         return kind(config)
+
+
+class _NothingFilled(TorchFunctionMode):
+    """Skip what fills tensors without memory: to do nothing in these ways, PyTorch imports its compiler for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_, Tensor.triu_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

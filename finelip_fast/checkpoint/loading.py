@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
-
 from finelip_fast._arguments import whole_number
 from finelip_fast._json import read_json
 from finelip_fast.checkpoint.architecture import (
@@ -251,6 +249,8 @@ def _open_file(path: Path, context_length: int | None, hints: Hints) -> Opened:
 
 
 def _open_by_open_clip_name(name: str, context_length: int | None) -> Opened:
+    import open_clip  # takes two seconds
+
     model_name, _, tag = name.removeprefix("open_clip:").partition("/")
     if model_name not in open_clip.list_models():
         raise CheckpointError(

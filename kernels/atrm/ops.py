@@ -14,6 +14,7 @@ from finelip_fast.errors import InputError
 from finelip_fast.kernels import cpu, derivatives, dispatch
 from finelip_fast.kernels.atrm.formula import MAX_AGGREGATED, MAX_WIDTH, AtrmInputs, atrm_reference
 from finelip_fast.kernels.checks import check_counts, check_floats
+from finelip_fast.kernels.registration import fake, operation
 
 # Elements of x that one block on the CPU holds, 16 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 22
@@ -36,7 +37,7 @@ def _in_blocks(inputs: AtrmInputs) -> Tensor:
 # --- Registered operations -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("finelip::atrm", mutates_args=())
+@operation("finelip::atrm")
 def _atrm(
     x: Tensor,
     norm_weight: Tensor,
@@ -60,7 +61,7 @@ def _atrm(
     return atrm_reference(inputs)
 
 
-@_atrm.register_fake
+@fake("finelip::atrm")
 def _(
     x: Tensor,
     norm_weight: Tensor,
@@ -76,7 +77,7 @@ def _(
     return x.new_empty(x.shape[0], w2.shape[0] + 1, x.shape[2])
 
 
-@torch.library.custom_op("finelip::atrm_gradient", mutates_args=())
+@operation("finelip::atrm_gradient")
 def _gradient(
     grad_out: Tensor,
     x: Tensor,
@@ -100,7 +101,7 @@ def _gradient(
     return gradient.gradient(grad_out, inputs)
 
 
-@_gradient.register_fake
+@fake("finelip::atrm_gradient")
 def _(
     grad_out: Tensor,
     x: Tensor,
@@ -153,7 +154,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, grad_anchor
 
 
-_atrm.register_autograd(_backward, setup_context=_keep_inputs)
+torch.library.register_autograd("finelip::atrm", _backward, setup_context=_keep_inputs)
 
 
 # --- Public function -----------------------------------------------------------------------------------------------

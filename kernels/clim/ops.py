@@ -23,6 +23,7 @@ from finelip_fast.kernels.clim.formula import (
     scaled_rows,
 )
 from finelip_fast.kernels.clim.rows import Pieces
+from finelip_fast.kernels.registration import fake, operation
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -30,7 +31,7 @@ _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 # --- Registered operations -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("finelip::clim_scores", mutates_args=())
+@operation("finelip::clim_scores")
 def _scores(
     queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None, alpha: float
 ) -> Tensor:
@@ -49,12 +50,12 @@ def _scores(
     return scores(queries, items, alpha=alpha, query_scales=query_scales, item_scales=item_scales)
 
 
-@_scores.register_fake
+@fake("finelip::clim_scores")
 def _(queries: Tensor, items: Tensor, query_scales: Tensor | None, item_scales: Tensor | None, alpha: float) -> Tensor:
     return queries.new_empty(queries.shape[0], items.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("finelip::clim_scores_with_winners", mutates_args=())
+@operation("finelip::clim_scores_with_winners")
 def _scores_with_winners(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scores ``[Q, N]``, and the winners of the maxima, ``[Q, N, L_q]`` and ``[Q, N, L_i]``; see ``gradient.py``."""
     module = _gradient_module(queries, items)
@@ -62,7 +63,7 @@ def _scores_with_winners(queries: Tensor, items: Tensor, alpha: float) -> tuple[
     return outputs
 
 
-@_scores_with_winners.register_fake
+@fake("finelip::clim_scores_with_winners")
 def _(queries: Tensor, items: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     from finelip_fast.kernels.clim.gradient import winner_dtype
 
@@ -83,7 +84,7 @@ def _limit(queries: Tensor, items: Tensor) -> str:
     return ""
 
 
-@torch.library.custom_op("finelip::clim_gradient", mutates_args=())
+@operation("finelip::clim_gradient")
 def _gradient(
     grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def _gradient_module(queries: Tensor, items: Tensor) -> Any:
     return gradient
 
 
-@_gradient.register_fake
+@fake("finelip::clim_gradient")
 def _(
     grad_scores: Tensor, queries: Tensor, items: Tensor, query_winners: Tensor, item_winners: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def _backward(ctx: Any, grad_scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, N
     return grad_queries, grad_items, None
 
 
-_scores_with_winners.register_autograd(_backward, setup_context=_keep_winners)
+torch.library.register_autograd("finelip::clim_scores_with_winners", _backward, setup_context=_keep_winners)
 
 
 # --- Public function -----------------------------------------------------------------------------------------------
