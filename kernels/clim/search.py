@@ -18,8 +18,8 @@ from finelip_fast.kernels.clim.topk import exact_topk_int8, topk
 
 # Elements that are converted to the other side's dtype at a time, 64 MiB in float32.
 _CONVERTED_ELEMENTS = 1 << 24
-# Numbers of items and of rows of queries from which a pass of rounded products runs first.
-_LEAST_ROUNDED, _LEAST_ROUNDED_ROWS = 1 << 11, 32
+# Numbers of pairs and of rows of queries from which a pass of rounded products runs first.
+_LEAST_ROUNDED_PAIRS, _LEAST_ROUNDED_ROWS = 1 << 14, 32
 
 
 def clim_topk(
@@ -63,7 +63,7 @@ def _rounding_error(queries: Tensor, items: Pieces) -> float | None:
     """Largest error of a first pass of rounded products; None if it does not make a search faster."""
     if queries.shape[1] == items.shape[1] == 1:
         return None  # rounding the rows takes longer than their cosines
-    if items.shape[0] < _LEAST_ROUNDED:
+    if queries.shape[0] * items.shape[0] < _LEAST_ROUNDED_PAIRS:
         return None  # such as a first stage's candidates: a pass that leaves many of a few items open does not pay off
     if queries.shape[0] * queries.shape[1] < _LEAST_ROUNDED_ROWS:
         return None  # rounding the items takes longer than their products
