@@ -1,4 +1,4 @@
-"""From the shell to the first hits: ``finelip search`` of 60 pictures, beside a Python that only imports a package."""
+"""Time ``finelip search`` of 60 pictures from the shell to its hits, beside a Python that only imports a package."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ CLIP reads a caption causally, up to its end token, and supports any context len
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from finelip_fast.config import EOT_TOKEN, KEEP_POSITIONS, FineLIPConfig
 from finelip_fast.errors import InputError
 from finelip_fast.transformer import Activation, LayerNorm, QuickGELU, Transformer, draw_text_weights
-
-if TYPE_CHECKING:
-    from finelip_fast.siglip import SigLIPImageEncoder, SigLIPTextEncoder
 
 MASKED = -1e4  # added to the attention score of what is not to be seen
 
@@ -35,7 +32,9 @@ class ImageEncoder(nn.Module):
         sizes = width, config.vision_layers, config.vision_heads, config.vision_mlp_ratio
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
-        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.patches + 1, width), std=width**-0.5))
+        self.positional_embedding = nn.Parameter(
+            nn.init.normal_(torch.empty(config.patches + 1, width), std=width**-0.5)
+        )
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(*sizes, activation(config, "vision"))
         self.ln_post = LayerNorm(width)
@@ -111,24 +110,6 @@ def spread_positions(table: Tensor, lengths: Tensor, width: int) -> Tensor:
     fraction = (beyond.to(table.dtype) / steps.to(table.dtype))[..., None]
     start, end = F.embedding(left, table), F.embedding(left + 1, table)
     return torch.lerp(start, end, fraction)
-
-
-def image_encoder(config: FineLIPConfig) -> ImageEncoder | SigLIPImageEncoder:
-    """Create the picture encoder of a model's family."""
-    if config.family == "siglip":
-        from finelip_fast.siglip import SigLIPImageEncoder  # with timm, which CLIP does without
-
-        return SigLIPImageEncoder(config)
-    return ImageEncoder(config)
-
-
-def text_encoder(config: FineLIPConfig) -> TextEncoder | SigLIPTextEncoder:
-    """Create the caption encoder of a model's family."""
-    if config.family == "siglip":
-        from finelip_fast.siglip import SigLIPTextEncoder
-
-        return SigLIPTextEncoder(config)
-    return TextEncoder(config)
 
 
 def activation(config: FineLIPConfig, tower: Literal["vision", "text"]) -> Activation:

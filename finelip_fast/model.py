@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from finelip_fast.aggregator import TokenAggregator, global_rows
 from finelip_fast.config import FineLIPConfig
-from finelip_fast.encoders import caption_lengths, image_encoder, text_encoder
+from finelip_fast.encoders import ImageEncoder, TextEncoder, caption_lengths
 from finelip_fast.errors import InputError
 from finelip_fast.kernels import clim_scores
 from finelip_fast.preprocess import Preprocess
 from finelip_fast.tokenizer import CLIP_BPE, Tokenizer
+
+if TYPE_CHECKING:
+    from finelip_fast.siglip import SigLIPImageEncoder, SigLIPTextEncoder
 
 # Captions of similar length that a CPU encodes together: fewer captions mean less padding to compute.
 _CAPTIONS_AT_ONCE = 16
@@ -64,8 +67,7 @@ class FineLIP(nn.Module):
         if not isinstance(config, FineLIPConfig):
             raise InputError(f"expected config as a FineLIPConfig, got {config!r:.80}; use FineLIPConfig.from_dict")
         self.config, self.tokenizer = config, tokenizer
-        self.visual = image_encoder(config)
-        self.text = text_encoder(config)
+        self.visual, self.text = _encoders(config)
         sizes = (config.embed_dim, config.aggregator_hidden, config.aggregated_tokens)
         self.image_aggregator = TokenAggregator(*sizes)
         self.text_aggregator = TokenAggregator(*sizes)
@@ -281,3 +283,12 @@ def check_ids(ids: Tensor, config: FineLIPConfig) -> None:
             raise InputError(
                 f"expected ids from 0 to {config.vocab_size - 1}, got {wrong}; use the tokenizer of the model, model.tokenizer"
             )
+
+
+def _encoders(config: FineLIPConfig) -> tuple[ImageEncoder | SigLIPImageEncoder, TextEncoder | SigLIPTextEncoder]:
+    """Create the encoders of a model's family, for pictures and for captions."""
+    if config.family == "siglip":
+        from finelip_fast.siglip import SigLIPImageEncoder, SigLIPTextEncoder  # with timm, which CLIP does without
+
+        return SigLIPImageEncoder(config), SigLIPTextEncoder(config)
+    return ImageEncoder(config), TextEncoder(config)

@@ -163,8 +163,8 @@ class _BytePairs:
         merges = [tuple(line.split()) for line in lines]
         # Bytes are spelled as characters that can be printed; the vocabulary begins with those that are themselves such.
         printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-        others = [byte for byte in range(256) if byte not in printed]
-        self._letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+        unprinted = [byte for byte in range(256) if byte not in printed]
+        self._letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + n) for n, byte in enumerate(unprinted)}
         symbols = [
             *self._letters.values(),
             *(letter + _WORD_END for letter in self._letters.values()),
