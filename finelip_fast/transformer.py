@@ -43,10 +43,10 @@ class ResidualBlock(nn.Module):
         layers = OrderedDict(c_fc=nn.Linear(width, hidden), gelu=activation(), c_proj=nn.Linear(hidden, width))
         self.mlp = nn.Sequential(layers)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         normed = self.ln_1(x)
-        mask = None if mask is None else mask.to(normed.dtype)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+        attn_mask = None if attn_mask is None else attn_mask.to(normed.dtype)
+        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=attn_mask)[0]
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -73,10 +73,10 @@ class Transformer(nn.Module):
             ResidualBlock(width, heads, mlp_ratio, activation, epsilon) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Transform ``x [B, T, W]``; ``mask``, ``[T, T]`` or ``[B heads, T, T]``, is added to the attention scores."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Transform ``x [B, T, W]``; ``attn_mask``, ``[T, T]`` or ``[B heads, T, T]``, is added to the attention scores."""
         for block in self.resblocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if self.grad_checkpointing else block(x, mask)
+            x = checkpoint(block, x, attn_mask, use_reentrant=False) if self.grad_checkpointing else block(x, attn_mask)
         return x
 
 

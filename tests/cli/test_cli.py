@@ -810,7 +810,7 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         ("adapt base --out x", "Missing options --train and --validation."),
         ("adapt", "Missing argument BASE and options --out, --train and --validation."),
         ("explain", "Missing arguments IMAGE and TEXT."),
-        ("add", "Missing argument FOLDER."),
+        ("add", "Missing argument SOURCE."),
         ("search red -k many", "expected -k to be an integer, got 'many'"),
         ("serve --alpha most", "expected --alpha to be a number, got 'most'"),
         ("index pull s3://a --part 3", "expected --part to be I/N such as 0/4, got '3'"),
