@@ -29,15 +29,15 @@ class Embedder:
 
     def __init__(
         self,
-        checkpoint: str | PathLike[str] | None = None,
+        checkpoint: str | PathLike[str] | None,
         *,
-        engine: EngineName = "auto",
-        device: str | torch.device | None = None,
-        alpha: float | None = None,
-        overflow: Overflow = "truncate",
-        precision: Precision | None = None,
-        threads: int | None = None,
-        build: bool = False,
+        engine: EngineName,
+        device: str | torch.device | None,
+        alpha: float | None,
+        overflow: Overflow,
+        precision: Precision | None,
+        threads: int | None,
+        build: bool,
     ) -> None:
         # As many invalid arguments as possible are refused before a model is loaded.
         if checkpoint is not None:

@@ -40,9 +40,6 @@ class ImageEncoder(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.transformer.grad_checkpointing = enable
-
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
@@ -75,9 +72,6 @@ class TextEncoder(nn.Module):
         # Finite: half precision adds to it without overflow, and the weight of a masked position is 0 all the same.
         positions = len(self.positional_embedding)
         return torch.full((positions, positions), MASKED).triu_(1)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.transformer.grad_checkpointing = enable
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]

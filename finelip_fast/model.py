@@ -229,8 +229,8 @@ class FineLIP(nn.Module):
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformers' activations in the backward pass instead of keeping them."""
-        self.visual.set_grad_checkpointing(enable)
-        self.text.set_grad_checkpointing(enable)
+        for encoder in (self.visual, self.text):
+            encoder.transformer.grad_checkpointing = enable
 
 
 def aggregated_lengths(lengths: Tensor, config: FineLIPConfig) -> Tensor:

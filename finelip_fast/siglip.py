@@ -61,9 +61,6 @@ class SigLIPImageEncoder(nn.Module):
             act_layer=cast("type[nn.Module]", gelu),
         )
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.transformer.grad_checkpointing = enable
-
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, P, W]
         x = self.ln_post(self.transformer(x + self.positional_embedding.to(x.dtype)))
@@ -90,9 +87,6 @@ class SigLIPTextEncoder(nn.Module):
         draw_text_weights(self.token_embedding, self.positional_embedding, self.transformer)
         nn.init.normal_(self.text_projection.weight, std=width**-0.5)
         nn.init.zeros_(self.text_projection.bias)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.transformer.grad_checkpointing = enable
 
     def forward(self, ids: Tensor) -> Tensor:
         width, rows = ids.shape[1], len(self.positional_embedding)

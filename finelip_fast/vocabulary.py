@@ -205,11 +205,20 @@ class _BytePairs:
 
 @cache
 def _bpe() -> _BytePairs:
-    """CLIP's vocabulary."""
+    """CLIP's vocabulary.
+
+    Raises:
+        CheckpointError: open_clip is not installed, or brings no vocabulary.
+    """
     package = find_spec("open_clip")
-    assert package is not None
-    assert package.origin is not None
-    lines = gzip.decompress(Path(package.origin).with_name(_FILE).read_bytes()).decode().split("\n")
+    path = Path((package and package.origin) or "open_clip").with_name(_FILE)
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected CLIP's vocabulary, which open_clip brings, got {error.strerror or error}; "
+            "pip install --force-reinstall open_clip_torch"
+        ) from error
     return _BytePairs(lines[1 : 1 + _MERGES])  # the first line is a comment
 
 

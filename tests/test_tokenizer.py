@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finelip_fast import vocabulary
 from finelip_fast.config import EOT_TOKEN, START_TOKEN
-from finelip_fast.errors import InputError
+from finelip_fast.errors import CheckpointError, InputError
 from finelip_fast.tokenizer import (
     CLIP_BPE,
     MAX_CHARACTERS,
@@ -401,3 +402,9 @@ def test_the_package_that_reads_them_is_named_where_it_is_missing(siglip_tokeniz
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match=r"needs the package tokenizers: pip install 'finelip-fast\[siglip\]'"):
         siglip_tokenizer.tokens("a red house")
+
+
+def test_a_missing_vocabulary_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finelip_fast.vocabulary.find_spec", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"CLIP's vocabulary, .* pip install --force-reinstall open_clip_torch"):
+        vocabulary._bpe.__wrapped__()

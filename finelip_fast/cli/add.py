@@ -75,8 +75,10 @@ def add(
 
     chosen = _sort(sources)  # before a model is loaded
     of_folders = {"--sync": sync, "--exclude": exclude, "--include": include, "--metadata": metadata}
-    if not chosen.folders and (useless := [option for option, value in of_folders.items() if value]):
-        raise InputError(f"expected {', '.join(useless)} with a folder, got none: {sources[0]!r:.200}")
+    of_tables = {"--root": root, "--image-field": image_field}
+    for kind, paths, options in (("folder", chosen.folders, of_folders), ("table", chosen.tables, of_tables)):
+        if not paths and (useless := [option for option, value in options.items() if value]):
+            raise InputError(f"expected {', '.join(useless)} with a {kind}, got none: {sources[0]!r:.200}")
     if dry_run:
         if watch:
             raise InputError("expected --watch or --dry-run, got both")
@@ -122,7 +124,7 @@ class _Sources:
 
     def bases(self, root: str | None) -> list[str]:
         """Folders among which a new index finds its root; ``root`` is that of the tables, if it was typed."""
-        parents = {os.path.dirname(os.path.abspath(picture)) for picture in self.pictures}
+        parents = [os.path.dirname(os.path.abspath(picture)) for picture in self.pictures]
         return [*self.folders, *parents] or [root or os.path.dirname(os.path.abspath(self.tables[0]))]
 
 

@@ -67,6 +67,8 @@ def test_pictures_are_added_beside_folders(photos: Path, run: Any, capsys: pytes
     assert run("add", "photos/a.png", "photos/b.png")["added"] == 1
     assert main(["add", "photos/a.png", "--sync", "--exclude", "b*"]) == 2
     assert "expected --sync, --exclude with a folder, got none: 'photos/a.png'" in capsys.readouterr().err
+    assert main(["add", "photos", "--root", "photos"]) == 2
+    assert "expected --root with a table, got none: 'photos'" in capsys.readouterr().err
 
 
 def test_add_says_how_it_would_be_much_faster(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -585,3 +585,15 @@ def test_a_pass_over_items_made_of_int8_makes_few_at_a_time(monkeypatch):
     pieces = _rows.Dequantized(quantized.values, quantized.scales, quantized.anchors)
     exact_topk_int8(make(1, 3, 16), pieces, quantized, 5, alpha=0.8, score=score)
     assert max(sizes) <= 10
+
+
+@pytest.mark.parametrize(
+    ("queries", "items", "is_rounded"),
+    [((1, 40), 20_000, True), ((1, 13), 20_000, False), ((1, 40), 3_000, False), ((100, 13), 1_000, True)],
+)
+def test_a_pass_is_rounded_where_that_pays(monkeypatch, queries, items, is_rounded):
+    monkeypatch.setattr(_search.cpu, "rounding_error", lambda _: 0.01)
+    monkeypatch.setattr(_search.dispatch, "choose", lambda *_: Choice("blocked", ""))
+    stored = torch.empty(1, queries[1], 4).expand(items, -1, -1)
+    error = _search._rounding_error(torch.empty(*queries, 4), Pieces(stored))
+    assert (error is not None) is is_rounded
