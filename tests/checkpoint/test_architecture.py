@@ -84,7 +84,7 @@ def test_known_heads_are_those_of_every_model_that_open_clip_lists() -> None:
 
 
 def test_the_models_of_open_clip_that_are_documented_are_listed_and_read() -> None:
-    page = (Path(__file__).parents[2] / "docs/how-to/photos.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/how-to/models.md").read_text()
     names = set(re.findall(r"`(?:open_clip:)?(ViT-[\w-]+)/([a-z]\w+)`", page))
     assert len(names) >= 8
     for model, tag in names:
