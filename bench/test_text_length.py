@@ -24,6 +24,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 from finelip_fast.training.augment import Augmentation
 from finelip_fast.training.config import load_recipe
+from finelip_fast.training.start import autocast
 
 BATCH = 32
 TRAINING_BATCH = 128
@@ -89,7 +90,7 @@ def training_ways() -> dict[str, Callable[[], None]]:
         assert (at_once() - of_like_length())[inside].abs().max() <= 1e-4
 
     def step(encode: Callable[[], Tensor]) -> None:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), autocast(torch.device("cpu"), "auto"):
             (encode()[inside].float() ** 2).sum().backward()
         model.zero_grad()
 

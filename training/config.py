@@ -140,7 +140,12 @@ class TrainConfig:
     ema_decay: float = field(
         default=0.0, metadata={"help": "decay of an exponential moving average of the weights; 0: none"}
     )
-    precision: str = field(default="bf16", metadata={"help": "precision to train in: bf16 (autocast), fp32"})
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "precision to train in: bf16 (autocast), fp32, or auto, bf16 if the device has the instructions"
+        },
+    )
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     group: int = field(
         default=1, metadata={"help": "number of neighbouring examples to keep in one batch (Scenes: 4, a family)"}
@@ -226,7 +231,7 @@ class TrainConfig:
         Augmentation.parse(self.augment)
         _require(self.alpha == "validation" or _is_share(self.alpha), "alpha in [0, 1] or validation", self.alpha)
         _require(bool(_UNFREEZE.fullmatch(self.unfreeze)), "unfreeze all, none or last:N", self.unfreeze)
-        _require(self.precision in ("bf16", "fp32"), "precision bf16 or fp32", self.precision)
+        _require(self.precision in ("auto", "bf16", "fp32"), "precision auto, bf16 or fp32", self.precision)
         has_precision = self.feature_precision in ("fp32", "bf16", "int8")
         _require(has_precision, "feature_precision fp32, bf16 or int8", self.feature_precision)
         _require(self.accumulation in ("cached", "separate"), "accumulation cached or separate", self.accumulation)

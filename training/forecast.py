@@ -16,6 +16,7 @@ from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.optimizer import freeze
+from finelip_fast.training.start import autocast
 
 # Number of pairs to time, spread over the data; a step that trains only the aggregators is timed whole.
 _PAIRS = 8
@@ -59,7 +60,7 @@ def step_seconds(model: FineLIP, config: TrainConfig, known: Survey) -> float:
     image_ids = torch.arange(n_pairs, device=model.device)
 
     def step() -> None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(model.device, config.precision):
             output = model(pixels, ids, tokens)
             loss, _ = config.criterion(output.images, output.texts, image_ids, output.logit_scale)
         loss.backward()

@@ -38,6 +38,7 @@ from finelip_fast.datasets.scenes import Scene, Scenes
 from finelip_fast.errors import ConfigError, InputError
 from finelip_fast.model import FineLIP
 from finelip_fast.tokenizer import encode_batch, expected_truncation
+from finelip_fast.training.start import autocast
 
 _MAX_BYTES = 1 << 20
 _EXPECTED = "the configuration of a run"
@@ -230,7 +231,7 @@ def train_generator(config: GeneratorConfig, *, progress: bool = True) -> None:
         tokens, mask = (tensor.clone() for tensor in condition(captions))  # copies that are not inference tensors
         noise = torch.randn(pixels.shape, generator=generator).to(device)
         at = torch.randint(_NOISE_STEPS, (len(batch),), generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, "auto"):
             predicted = unet(scheduler.add_noise(pixels, noise, at), at, tokens, encoder_attention_mask=mask).sample
         loss = F.mse_loss(predicted.float(), scheduler.get_velocity(pixels, noise, at))
         loss.backward()

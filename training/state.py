@@ -30,7 +30,7 @@ _FREE_TO_CHANGE = (
     "remote_data",
     "alpha",
 )
-_CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "processes")
+_CHANGE_THE_RUN = ("steps", "encoder_lr", "aggregator_lr", "epoch_batches", "precision", "processes")
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

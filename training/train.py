@@ -54,7 +54,7 @@ from finelip_fast.training.features import Features, compute
 from finelip_fast.training.log import Log
 from finelip_fast.training.losses import contextual_alignment_loss, grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
-from finelip_fast.training.start import choose_device, start_model
+from finelip_fast.training.start import autocast, choose_device, has_bfloat16, start_model
 from finelip_fast.training.state import check_resumable, damage_explained, write_state
 from finelip_fast.training.validation import mean_recall, validate
 
@@ -87,6 +87,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     with process_group(device) as (rank, world):
+        if rank == 0 and config.precision == "bf16" and not has_bfloat16(device):
+            _logger.warning("no bfloat16 instructions on %s: precision auto or fp32 trains much faster", device)
         return Trainer(config, device, rank, world, progress=progress and rank == 0).run()
 
 
@@ -239,7 +241,7 @@ class Trainer:
     def _forward(self, batch: Batch) -> tuple[TrainingOutput, Batch]:
         """Return the model's output, and the batch on the model's device."""
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-        with self._autocast():
+        with autocast(self.device, self.config.precision):
             return self.forward(batch.pixels, batch.ids, batch.tokens), batch
 
     def _local_terms(self, output: TrainingOutput, batch: Batch) -> dict[str, tuple[float, Tensor]]:
@@ -268,7 +270,7 @@ class Trainer:
     def _validate(self, pairs: Any, features: Features | None) -> dict[str, float]:
         """Measure recall on the validation pairs, store the alpha chosen there in the model, and save the best so far."""
         model = self._averaged().eval()
-        with self._autocast():
+        with autocast(self.device, self.config.precision):
             metrics = validate(model, pairs, name=self.config.validation, alphas=self.config.alphas, features=features)
         for checked in (model, self.model):
             checked.config = checked.config.replace(alpha=metrics["val_alpha"])
@@ -453,9 +455,6 @@ class Trainer:
         gradient = gradient.clone()
         gradient[: self.config.freeze_positions] = 0
         return gradient
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _attention(self) -> Any:
         """Use plain matrix products on a CPU, where the fused attention's backward pass is slower at short lengths."""

@@ -31,7 +31,7 @@ def test_defaults_need_three_places_alone():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"precision": "fp8"}, "expected precision bf16 or fp32, got 'fp8'"),
+        ({"precision": "fp8"}, "expected precision auto, bf16 or fp32, got 'fp8'"),
         ({"accumulation": "lazy"}, "expected accumulation cached or separate, got 'lazy'"),
         ({"group": 3, "batch_size": 128}, "expected batch_size a multiple of group 3, got 128"),
         ({"loss": ("tripelt:fine",)}, "got 'tripelt:fine'"),

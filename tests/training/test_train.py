@@ -230,6 +230,25 @@ def test_half_precision_keeps_weights_and_loss_in_float32(configure):
     assert float(values["loss"]) != float(exact["loss"])
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+def test_a_processor_without_bfloat16_instructions_trains_in_float32(configure, monkeypatch, caplog, instructions):
+    monkeypatch.setattr("finelip_fast.kernels.cpu.has_bfloat16", lambda: instructions)
+    (chosen,), (expected,) = (
+        steps(Trainer(configure(precision=precision), CPU), 1)
+        for precision in ("auto", "bf16" if instructions else "fp32")
+    )
+    assert chosen["loss"] == expected["loss"]
+    train(configure(precision="bf16", stop_at=1))
+    warning = "no bfloat16 instructions on cpu: precision auto or fp32 trains much faster"
+    assert (warning in caplog.messages) is not instructions
+
+
+def test_a_run_goes_on_in_another_precision(configure, caplog):
+    train(configure(precision="fp32", stop_at=1))
+    train(configure(precision="auto", stop_at=2))
+    assert caplog.messages[0].startswith("resumes with {'precision': 'auto'} instead of {'precision': 'fp32'}")
+
+
 def test_the_scale_stays_in_its_bounds(configure):
     trainer = Trainer(configure(), CPU)
     for start, bound in ((9.0, float(np.log(100))), (-3.0, 0.0)):
@@ -727,7 +746,7 @@ def command(request, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["scenes", "--precision", "fp8"], "error: expected precision bf16 or fp32, got 'fp8'"),
+        (["scenes", "--precision", "fp8"], "error: expected precision auto, bf16 or fp32, got 'fp8'"),
         (["scene"], "error: expected one of the recipes ablation, "),
         (
             ["scenes-start", "--train", "imagenet:x", "--grounding", "0", "--out", "OUT"],
