@@ -50,7 +50,7 @@ def record(runs: dict[Arm, list[Run]], settings: dict[str, Any], *, data: str, v
             for label, alpha in ((f"alpha {PAPERS_ALPHA}", PAPERS_ALPHA), ("chosen alpha", None))
         )
         plots.append(Plot(group, "", "recall@1, both directions, mean and range, %", series))
-    title = f"Which {' and '.join(plot.name for plot in plots)} help"
+    title = f"Which {' and '.join(plot.name for plot in plots)} help on {data}"
     return Record(name, title, tuple(tables), tuple(plots), settings, _finding(groups))
 
 
