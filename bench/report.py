@@ -223,7 +223,9 @@ def roofline(folder: Path) -> None:
     for axes, (name, run, points) in zip(panels[0], counted, strict=True):
         _draw(axes, run, points)
         axes.set_title(name, fontsize="medium")
-    figure.suptitle(f"{folder.name}: speed beside what the machine can do\nstars: finelip_fast, dots: the others")
+    figure.suptitle(
+        f"{folder.name}: speed beside what the machine can do\nlines: as measured, stars: finelip_fast, dots: the others"
+    )
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)
@@ -252,11 +254,11 @@ def _draw(axes: Any, run: Run, points: list[Row]) -> None:
                 axes.plot(*_billions(group_points), marker, color=colour, markersize=12 if of_ours else 6, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="billions of operations a second")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:,g}")
+        axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_formatter(NullFormatter())
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes.legend(title="roofs as measured", fontsize="small", framealpha=0.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(dtypes), frameon=False)
 
 
 def _billions(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
