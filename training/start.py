@@ -51,7 +51,7 @@ def has_bfloat16(device: torch.device) -> bool:
     Without them, PyTorch needs up to 40 times as long as in float32 on a CPU.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu.has_bfloat16()
 
 
