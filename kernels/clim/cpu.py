@@ -230,7 +230,7 @@ def _tiles(
     """Similarities of a block of items, ``[height, w]`` at a time."""
     rows = items.reshape(-1, items.shape[2])
     if scales is not None and columns.scales is not None:
-        return _int8_tiles(rows, columns.transposed, scales.reshape(-1, 1), columns.scales, height, scratch)
+        return _int8_tiles(rows, columns, scales.reshape(-1, 1), columns.scales, height, scratch)
     if rounded:
         return _rounded_tiles(rows, columns, height, scratch)
     if _bfloat16_pays(rows, columns.tokens):
@@ -323,12 +323,12 @@ def rounding_error(dtype: torch.dtype) -> float | None:
 
 
 def _int8_tiles(
-    rows: Tensor, columns: Tensor, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
+    rows: Tensor, columns: _Columns, row_scales: Tensor, column_scales: Tensor, height: int, scratch: Scratch
 ) -> Iterator[Tensor]:
-    shape = len(rows), columns.shape[1]
+    shape = len(rows), len(columns.tokens)
     if cpu.has("vnni"):
-        product = torch._int_mm(rows, columns, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
+        product = torch._int_mm(rows, columns.transposed, out=scratch("integers", shape, torch.int32))  # pyright: ignore[reportPrivateImportUsage]
     else:  # integers below 2^24 are exact in float32
-        product = torch.mm(rows.float(), columns.float(), out=scratch("product", shape))
+        product = torch.mm(scratch("rows", rows.shape).copy_(rows), columns.wide, out=scratch("product", shape))
     for part, scales in zip(product.split(height), row_scales.split(height), strict=True):
         yield scratch("scaled", part.shape).copy_(part).mul_(column_scales).mul_(scales)
