@@ -63,17 +63,19 @@ def test_raw_tokens_are_scored_without_padding(model: FineLIP, pixels: torch.Ten
         ids = tokenize([caption], 32)
         last = int((ids != 0).sum()) - 1
         tokens = torch.nn.functional.normalize(model.text(ids), dim=-1)
-        own = torch.cat([tokens[:, last : last + 1], tokens[:, :last]], dim=1)
-        torch.testing.assert_close(scores[:, column], clim_scores(patches, own, alpha=0.0)[:, 0], rtol=0, atol=1e-5)
+        end_first = torch.cat([tokens[:, last : last + 1], tokens[:, :last]], dim=1)
+        torch.testing.assert_close(
+            scores[:, column], clim_scores(patches, end_first, alpha=0.0)[:, 0], rtol=0, atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_the_whole_model_is_the_model(model: FineLIP, pixels: torch.Tensor) -> None:
-    whole, ids = AblatedFineLIP(model, PARTS["ATRM and CLIM"]), tokenize(CAPTIONS, 32)
-    images, texts = whole.encode_image(pixels), whole.encode_text(ids)
+    ablated, ids = AblatedFineLIP(model, PARTS["ATRM and CLIM"]), tokenize(CAPTIONS, 32)
+    images, texts = ablated.encode_image(pixels), ablated.encode_text(ids)
     torch.testing.assert_close(images, model.encode_image(pixels))
     expected = clim_scores(model.encode_image(pixels), model.encode_text(ids), alpha=0.8)
-    torch.testing.assert_close(whole.score(images, texts), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ablated.score(images, texts), expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -139,10 +141,10 @@ def test_the_command_trains_once_and_records(
     assert [row["parts"] for row in parts["rows"]] == ["neither", "CLIM only", "ATRM and CLIM"]
     assert [row["losses"] for row in losses["rows"]] == ["global contrast", "triplet (the paper's)", "contrast"]
     assert losses["rows"][1]["error beside the triplet's"] == "1.00x"
-    written = [path.stat().st_mtime_ns for path in results]
+    times = [path.stat().st_mtime_ns for path in results]
     assert main(["study", "ablation", *command, "--name", "again"]) == 0
     assert (tmp_path / "studies/again-losses.png").exists()
-    assert [path.stat().st_mtime_ns for path in results] == written
+    assert [path.stat().st_mtime_ns for path in results] == times
 
 
 def test_what_is_added_to_the_loss_and_the_captions_is_trained_with(
@@ -154,8 +156,8 @@ def test_what_is_added_to_the_loss_and_the_captions_is_trained_with(
     (additions,) = json.loads((tmp_path / "studies/ablation.json").read_text())["tables"]
     assert [row["additions"] for row in additions["rows"]] == list(ADDITIONS)
     runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/config.json")}
-    told = {name: (run["contextual"], run["gamma"], len(run["augment"])) for name, run in runs.items()}
-    assert told == {
+    settings = {name: (run["contextual"], run["gamma"], len(run["augment"])) for name, run in runs.items()}
+    assert settings == {
         "start": (0.0, 0.5, 0),
         "nothing-added-1x-0": (0.0, 0.5, 0),
         "contextual-alignment-1x-0": (0.5, 0.5, 0),
@@ -175,9 +177,9 @@ class AtOnce:
     def __exit__(self, *_: Any) -> None: ...
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*arguments))
-        return done
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
 
 
 def test_the_rate_of_each_variant_is_chosen_on_validation_pairs(
@@ -236,21 +238,23 @@ def test_the_weight_of_an_arm_is_that_of_the_best_mean_over_its_runs() -> None:
 
 def test_errors_are_compared_at_the_papers_weight_and_at_chosen_ones() -> None:
     """Each loss uses the weight chosen on validation pairs, not the best one on the reported pairs."""
-    told = {
+    measured = {
         "global contrast": (measures(_1=0.2), measures(_1=0.2)),
         "triplet (the paper's)": (measures(_0=0.9, _0_8=0.1, _1=0.1), measures(_0=0.6, _0_8=0.5, _1=0.3)),
         "contrast": (measures(_0=0.3, _0_8=0.9, _1=0.1), measures(_0=0.9, _0_8=0.7, _1=0.3)),
     }
-    runs = {Arm(LOSSES[name], 1.0): [Run("0" * 10, {"val": val, "test": test})] for name, (val, test) in told.items()}
-    made = record(runs, {}, data="test", validation="val", name="ablation")
-    rows = made.tables[-1].rows
-    ours, error = "at chosen alpha (%)", "error beside the triplet's"
-    assert [(row["chosen alpha"], row["fine alone (%)"], row[ours]) for row in rows] == [
+    runs = {
+        Arm(LOSSES[name], 1.0): [Run("0" * 10, {"val": val, "test": test})] for name, (val, test) in measured.items()
+    }
+    result = record(runs, {}, data="test", validation="val", name="ablation")
+    rows = result.tables[-1].rows
+    column, error = "at chosen alpha (%)", "error beside the triplet's"
+    assert [(row["chosen alpha"], row["fine alone (%)"], row[column]) for row in rows] == [
         *(("", "", "20.0"), ("0", "60.0", "60.0"), ("0.8", "90.0", "70.0"))
     ]
     assert [row[error] for row in rows] == ["1.60x", "1.00x", "0.60x"]
     assert [row[f"{error}, at chosen alphas"] for row in rows] == ["2.00x", "1.00x", "0.75x"]
-    assert {one.label: one.y for one in made.plots[-1].series} == {
+    assert {series.label: series.y for series in result.plots[-1].series} == {
         "alpha 0.8": pytest.approx([20, 50, 70]),
         "chosen alpha": pytest.approx([20, 60, 70]),
     }

@@ -31,11 +31,10 @@ def test_the_distance_is_frechets() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(50, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     second = torch.randn(40, 6, generator=generator) + 0.5
-    one, two = (np.cov(features.double().numpy().T) for features in (first, second))
-    root = np.sqrt(
-        np.linalg.eigvals(one @ two).astype(complex)
-    ).real.sum()  # of the product itself, which is not symmetric
-    expected = ((first - second.mean(0)).mean(0) ** 2).sum().item() + np.trace(one) + np.trace(two) - 2 * root
+    covariances = [np.cov(features.double().numpy().T) for features in (first, second)]
+    # The product itself is not symmetric.
+    root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    expected = ((first - second.mean(0)).mean(0) ** 2).sum().item() + sum(map(np.trace, covariances)) - 2 * root
     assert frechet_distance(moments(first), moments(second)) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(moments(first), moments(first)) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(moments(first), moments(first + 2)) == pytest.approx(6 * 4, rel=1e-5)

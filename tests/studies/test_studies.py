@@ -88,13 +88,13 @@ def test_standing_out_tells_what_is_there_from_what_is_not(engine: Engine) -> No
 
 
 def test_noises_do_what_they_say() -> None:
-    said = sentences(CAPTION)
-    assert len(said) == 5
+    statements = sentences(CAPTION)
+    assert len(statements) == 5
     spoilt = {name: change(CAPTION, Random(1)) for name, change in NOISES.items()}
     assert spoilt["clean"] == CAPTION
     assert len(sentences(spoilt["a quarter dropped"])) == 4
     assert len(sentences(spoilt["a quarter repeated"])) == 6
-    assert sorted(sentences(spoilt["shuffled"])) == sorted(said)
+    assert sorted(sentences(spoilt["shuffled"])) == sorted(statements)
     assert spoilt["lower case, no punctuation"] == " ".join(
         CAPTION.lower().translate(str.maketrans(".!?", "   ")).split()
     )
@@ -102,9 +102,9 @@ def test_noises_do_what_they_say() -> None:
     mixed = NOISES["typos"]("elephants " * 100, Random(1)).split()
     assert 0 < sum(word != "elephants" for word in mixed) < 30
     assert all(sorted(word) == sorted("elephants") and word[0] == "e" for word in mixed)
-    more = irrelevant([CAPTION, "Of the same picture.", "Nothing to see."], [0, 0, 1], 0, 2, Random(1))
-    assert [sentence for sentence in sentences(more) if sentence != "Nothing to see."] == said
-    assert len(sentences(more)) == 7
+    extended = irrelevant([CAPTION, "Of the same picture.", "Nothing to see."], [0, 0, 1], 0, 2, Random(1))
+    assert [sentence for sentence in sentences(extended) if sentence != "Nothing to see."] == statements
+    assert len(sentences(extended)) == 7
     with pytest.raises(ValueError, match="pairs of at least 2 pictures"):
         irrelevant([CAPTION, "Of the same picture."], [0, 0], 0, 1, Random(1))
     for change in NOISES.values():
@@ -152,9 +152,9 @@ def test_overhead_takes_clip_out_of_exported_graphs(
     side = model.config.image_size
     inputs = [torch.randn(3, 3, side, side), make_captions([9, 4], 9)]
     with torch.inference_mode():
-        whole = [model.encode_image(inputs[0]), model.encode_text(inputs[1])]
-    for graph, given, rows in zip(graphs, inputs, whole, strict=True):
-        torch.testing.assert_close(F.normalize(graph(given).flatten(1), dim=-1), rows[:, 0], atol=tolerance, rtol=0)
+        embeddings = [model.encode_image(inputs[0]), model.encode_text(inputs[1])]
+    for graph, batch, rows in zip(graphs, inputs, embeddings, strict=True):
+        torch.testing.assert_close(F.normalize(graph(batch).flatten(1), dim=-1), rows[:, 0], atol=tolerance, rtol=0)
     record = STUDIES["overhead"].run(open_engine("torch", tmp_path), FEW)
     models = [(row["model"], row["engine"]) for row in record.tables[0].rows]
     assert models == [
@@ -163,11 +163,11 @@ def test_overhead_takes_clip_out_of_exported_graphs(
 
 
 def test_overhead_insists_on_building_what_runs_everywhere(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, bool]] = []
+    opened: list[tuple[str, bool]] = []
 
     def refuse(name: str, *_: object, precision: str, build: bool) -> Engine:
-        asked.append((f"{name} {precision}", build))
-        if (name, precision) == ("onnx", "fp32") and len(asked) == 1:
+        opened.append((f"{name} {precision}", build))
+        if (name, precision) == ("onnx", "fp32") and len(opened) == 1:
             return engine
         raise EngineError("not here")
 
@@ -175,16 +175,16 @@ def test_overhead_insists_on_building_what_runs_everywhere(engine: Engine, monke
         sys.modules[clip_alone.__module__], "open_engine", refuse
     )  # the module is shadowed by its function
     STUDIES["overhead"].run(engine, replace(FEW, build=True))
-    assert [name for name, build in asked if build] == ["onnx fp32", "onnx int8"]
+    assert [name for name, build in opened if build] == ["onnx fp32", "onnx int8"]
     with pytest.raises(EngineError, match="not here"):
         STUDIES["overhead"].run(engine, replace(FEW, build=True))
 
 
 def test_untrained_aggregators_are_not_ranked_by(engine: Engine) -> None:
     pairs = FEW.embed(engine)
-    found = pairs.measure(engine.embed_texts(pairs.captions), 1.0)
-    assert found.main == "global"
-    assert list(found.row()) == [f"global {way} R@{k} (%)" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    result = pairs.measure(engine.embed_texts(pairs.captions), 1.0)
+    assert result.main == "global"
+    assert list(result.row()) == [f"global {way} R@{k} (%)" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 
 
 @pytest.mark.parametrize("name", ["tokens", "overhead", "pointing"])
@@ -204,19 +204,19 @@ def test_rows_are_kept_in_order_of_wins_on_either_side() -> None:
 
 
 def test_what_is_compared_is_timed_in_turns() -> None:
-    asked: list[str] = []
-    medians_ms([lambda: asked.append("a"), lambda: asked.append("b")], 3)
-    assert asked == ["a", "b"] * 5
+    calls: list[str] = []
+    medians_ms([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 5
 
 
 def test_memory_is_seen_that_was_used_and_kept_before() -> None:
     for _ in range(2):
-        with peak_memory() as found:
+        with peak_memory() as peaks:
             blocks = [torch.ones(1 << 12) for _ in range(4000)]
             assert len(blocks) == 4000
             del blocks
         if not torch.cuda.is_available():
-            assert 30 < found[0] < 200  # 62 MiB in small blocks
+            assert 30 < peaks[0] < 200  # 62 MiB in small blocks
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

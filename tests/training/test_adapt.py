@@ -129,9 +129,9 @@ def test_what_it_takes_is_told_before(base: Path, tmp_path: Path, capsys: pytest
     options = {"train": "scenes:train:32", "validation": "scenes:val:12", "steps": 2, "encoder_steps": 1}
     quick = {"batch_size": 8, "workers": 0, "tensorboard": False, "device": "cpu"}
     adapt(str(base), out=str(tmp_path / "model"), **options, **quick)
-    told = capsys.readouterr().err
-    assert re.search(r"features: 0\.0 GB in \S+/features/train, about \d+ seconds", told)
-    assert re.search(r"aggregators: 2 steps, about \d+ seconds\s+encoders: 1 steps, about \d+ seconds", told)
+    forecast = capsys.readouterr().err
+    assert re.search(r"features: 0\.0 GB in \S+/features/train, about \d+ seconds", forecast)
+    assert re.search(r"aggregators: 2 steps, about \d+ seconds\s+encoders: 1 steps, about \d+ seconds", forecast)
     adapt(str(base), out=str(tmp_path / "model"), **options, **quick)
     assert "about" not in capsys.readouterr().err
 

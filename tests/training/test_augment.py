@@ -38,8 +38,10 @@ def sentences(caption: str) -> list[str]:
 
 def test_sentences_are_left_out_up_to_half_of_them_and_the_others_stay() -> None:
     left = [sentences(changed("sentences", seed=seed).text) for seed in range(50)]
-    assert {len(kept) for kept in left} == {2, 3}
-    assert all(kept == [one for one in sentences(CAPTION) if one in kept] for kept in left)
+    assert {len(remaining) for remaining in left} == {2, 3}
+    assert all(
+        remaining == [sentence for sentence in sentences(CAPTION) if sentence in remaining] for remaining in left
+    )
     assert changed("sentences", "A single one.").text == "A single one."
 
 
@@ -78,9 +80,9 @@ def test_each_character_is_known_by_its_origin(caption: str, seed: int, names: l
     for name in names:
         CHANGES[name](draft, Random(seed), lambda: STRANGER)
     assert len(draft.origins) == len(draft.text)
-    kept = [(origin, letter) for origin, letter in zip(draft.origins, draft.text, strict=True) if origin >= 0]
-    assert all(caption[origin] == letter for origin, letter in kept)
-    assert len({origin for origin, _ in kept}) == len(kept)
+    letters = [(origin, letter) for origin, letter in zip(draft.origins, draft.text, strict=True) if origin >= 0]
+    assert all(caption[origin] == letter for origin, letter in letters)
+    assert len({origin for origin, _ in letters}) == len(letters)
 
 
 @given(seed=st.integers(0, 999))
@@ -135,9 +137,9 @@ def batches(count: int, *, workers: int = 0, skip: int = 0, **options: object) -
     return [batch.ids for batch, _ in zip(data, range(count), strict=False)]
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(
-        first.shape == second.shape and torch.equal(first, second) for first, second in zip(one, other, strict=True)
+        first.shape == second.shape and torch.equal(first, second) for first, second in zip(left, right, strict=True)
     )
 
 

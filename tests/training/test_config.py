@@ -236,16 +236,16 @@ def test_a_recipe_is_a_shipped_one_or_a_file_of_json(name):
 
 @pytest.mark.parametrize("out", ["/somewhere/else", "../run", "a/../../run", "~/../../run/../../.."])
 def test_a_recipe_writes_within_this_folder_unless_told_otherwise(tmp_path, monkeypatch, out):
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({**NOWHERE, "out": out}))
     with pytest.raises(ConfigError, match=r"expected 'out' within .*here, found .*; give --out to write there"):
         from_arguments([str(path)])
     assert from_arguments([str(path), "--out", "/somewhere/else"]).out == "/somewhere/else"
-    path.write_text(json.dumps({**NOWHERE, "out": str(here / "run")}))
-    assert from_arguments([str(path)]).out == str(here / "run")
+    path.write_text(json.dumps({**NOWHERE, "out": str(folder / "run")}))
+    assert from_arguments([str(path)]).out == str(folder / "run")
 
 
 @settings(settings.get_profile("fuzz"))

@@ -75,11 +75,11 @@ def take(data, count):
 
 def assert_same_batches(first, second):
     assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.pixels, other.pixels)
-        assert torch.equal(one.ids, other.ids)
-        assert torch.equal(one.image_ids, other.image_ids)
-        assert one.broken == other.broken
+    for batch, expected in zip(first, second, strict=True):
+        assert torch.equal(batch.pixels, expected.pixels)
+        assert torch.equal(batch.ids, expected.ids)
+        assert torch.equal(batch.image_ids, expected.image_ids)
+        assert batch.broken == expected.broken
 
 
 def stream(size=22, batch_size=4, position=0, **options):
@@ -168,8 +168,8 @@ def test_processes_share_the_global_batch():
 
 
 def test_the_number_of_workers_changes_nothing():
-    here = take(stream(group=2, position=3), 5)
-    assert_same_batches(take(stream(group=2, position=3, workers=1), 5), here)
+    in_this_process = take(stream(group=2, position=3), 5)
+    assert_same_batches(take(stream(group=2, position=3, workers=1), 5), in_this_process)
 
 
 # --- One batch ---------------------------------------------------------------------------------------------------
@@ -180,8 +180,10 @@ def test_an_example_becomes_pixels_ids_and_a_picture_id():
     assert torch.equal(encoded.pixels, PREPROCESS(picture(5)))
     assert torch.equal(encoded.ids, tokenize(caption(5), CONTEXT)[0])
     assert 0 <= encoded.image_id < 2**63
-    others = {encode_example(example, PREPROCESS, CONTEXT).image_id for example in map(Pairs(9).__getitem__, range(9))}
-    assert len(others) == 9
+    image_ids = {
+        encode_example(example, PREPROCESS, CONTEXT).image_id for example in map(Pairs(9).__getitem__, range(9))
+    }
+    assert len(image_ids) == 9
     assert encoded.image_id == encode_example(Example(picture(1), "another caption", "5"), PREPROCESS, CONTEXT).image_id
 
 
@@ -213,10 +215,10 @@ def test_phrases_come_as_the_tokens_and_the_places_they_were_given():
 
 
 def test_phrases_that_the_context_cuts_are_left_out():
-    whole, cut = (encode_example(PHRASES, PREPROCESS, length) for length in (32, 8))
-    assert whole.spans[1, 1] == 7  # its last token comes just before the end token in a context of 8
-    assert torch.equal(cut.spans, whole.spans[:2])
-    assert torch.equal(cut.boxes, whole.boxes[:2])
+    complete, cut = (encode_example(PHRASES, PREPROCESS, length) for length in (32, 8))
+    assert complete.spans[1, 1] == 7  # its last token comes just before the end token in a context of 8
+    assert torch.equal(cut.spans, complete.spans[:2])
+    assert torch.equal(cut.boxes, complete.boxes[:2])
     assert len(encode_example(PHRASES, PREPROCESS, 7).spans) == 1
 
 
@@ -237,8 +239,8 @@ def test_a_batch_tells_which_pair_a_phrase_belongs_to():
     encoded = [encode_example(pair, PREPROCESS, 32) for pair in pairs]
     batch = collate(encoded)
     assert batch.owners.tolist() == [0, 0, 2, 2, 2]
-    assert torch.equal(batch.spans, torch.cat([one.spans for one in encoded]))
-    assert torch.equal(batch.boxes, torch.cat([one.boxes for one in encoded]))
+    assert torch.equal(batch.spans, torch.cat([example.spans for example in encoded]))
+    assert torch.equal(batch.boxes, torch.cat([example.boxes for example in encoded]))
     river, trees, river_again, trees_again, house = batch.labels.tolist()
     assert (river, trees) == (river_again, trees_again)
     assert len({river, trees, house}) == 3
@@ -393,8 +395,8 @@ def test_shards_are_shuffled_by_seed_and_epoch_each_in_its_own_order(shards):
     epochs = [[numbers(batch) for batch in take(data, 4)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert epochs[0] != epochs[1]
-    other = read_shards(shards, batch_size=3, epoch_batches=4, seed=3)
-    assert [numbers(batch) for batch in take(other, 4)] not in epochs
+    reseeded = read_shards(shards, batch_size=3, epoch_batches=4, seed=3)
+    assert [numbers(batch) for batch in take(reseeded, 4)] not in epochs
 
 
 @pytest.mark.parametrize("position", [2, 6, 9])

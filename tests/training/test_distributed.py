@@ -128,11 +128,11 @@ def main(folder):
 def run_two_processes(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stderr
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +201,9 @@ def test_two_processes_step_as_one(ranks, alone, name):
 
 def test_negatives_of_other_processes_count(alone):
     """A step without the other process's negatives differs; otherwise the comparison above would be meaningless."""
-    _, whole = alone("contrastive")
+    _, joint = alone("contrastive")
     _, separate = alone("contrastive", batch_size=4, accumulate=2, accumulation="separate")
-    assert max((whole[key] - separate[key]).abs().max().item() for key in whole) > 1e-3
+    assert max((joint[key] - separate[key]).abs().max().item() for key in joint) > 1e-3
 
 
 def write_shards(folder):

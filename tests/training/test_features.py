@@ -160,9 +160,9 @@ def test_features_of_anything_else_are_refused(model: FineLIP, pairs: FileExampl
         compute(model, FileExamples(pairs.pairs[:4]), folder)
     with pytest.raises(ConfigError, match="holds features of other encoders"):
         compute(FineLIP(CONFIG), pairs, folder)
-    other = FineLIP(CONFIG.replace(context_length=16))
+    shorter = FineLIP(CONFIG.replace(context_length=16))
     with pytest.raises(ConfigError, match="other encoders and other context_length"):
-        compute(other, pairs, folder)
+        compute(shorter, pairs, folder)
 
 
 def test_a_disk_without_room_is_said_before_anything_is_computed(
@@ -272,8 +272,8 @@ def test_a_run_on_features_goes_on_to_the_bit(configure: Configure, tmp_path: Pa
     train(configure(features=features, out=str(tmp_path / "whole")))
     train(configure(features=features, stop_at=3))
     train(configure(features=features))
-    whole, parted = (checkpoint.load(tmp_path / name / "last").state_dict() for name in ("whole", "run"))
-    assert all(torch.equal(whole[name], value) for name, value in parted.items())
+    uninterrupted, parted = (checkpoint.load(tmp_path / name / "last").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(uninterrupted[name], value) for name, value in parted.items())
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 

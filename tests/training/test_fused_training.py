@@ -67,20 +67,20 @@ def losses(out, environment, *, processes=2, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     clean = {name: value for name, value in os.environ.items() if name not in INTERPRETED}
     clean |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, __file__, str(out)], cwd=out, env=clean | environment, capture_output=True, text=True, timeout=1800
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert process.returncode == 0, process.stderr[-4000:]
     lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    found = losses(tmp_path_factory.mktemp("reference") / "run", REFERENCE)
-    assert len(found) == STEPS
-    assert found[-1] < 0.97 * found[0]  # the loss decreases, so equal losses mean equal gradients
-    return found
+    values = losses(tmp_path_factory.mktemp("reference") / "run", REFERENCE)
+    assert len(values) == STEPS
+    assert values[-1] < 0.97 * values[0]  # the loss decreases, so equal losses mean equal gradients
+    return values
 
 
 def test_two_processes_on_a_cpu_lose_as_with_the_reference(reference, tmp_path):
@@ -95,12 +95,12 @@ def test_two_processes_with_interpreted_kernels_lose_as_with_the_reference(refer
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_process_on_a_gpu_loses_as_with_the_reference(tmp_path):
-    expected, found = (
+    expected, measured = (
         losses(tmp_path / str(number), environment, processes=1, device="cuda", batch_size=8)
         for number, environment in enumerate((REFERENCE, KERNELS))
     )
     # There, PyTorch's own gradients come from atomic additions and, in convolutions, TF32 products.
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert measured == pytest.approx(expected, rel=1e-4)
 
 
 def main(folder):

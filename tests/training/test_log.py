@@ -47,8 +47,8 @@ def test_a_resumed_run_keeps_the_sound_lines_up_to_its_step(tmp_path: Path, line
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     log = Log(tmp_path, 2, tensorboard=False)
     log.write(3, {"loss": 0.25})
-    kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert kept == [{"step": 1, "loss": 0.5}] * lines.count(SOUND) + [{"step": 3, "loss": 0.25}]
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert entries == [{"step": 1, "loss": 0.5}] * lines.count(SOUND) + [{"step": 3, "loss": 0.25}]
 
 
 def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_part_is_matched_with_what_it_attends_to(beta, image_ids):
     logits = 4.0 * torch.stack(attended) @ queries.T
     expected = 0.0
     for at, pair in enumerate(pairs):
-        shares = [1.0 if at == to else beta * (image_ids[pair] == image_ids[other]) for to, other in enumerate(pairs)]
+        shares = [1.0 if at == to else beta * (image_ids[pair] == image_ids[column]) for to, column in enumerate(pairs)]
         for row in (logits[at].log_softmax(0), logits[:, at].log_softmax(0)):
             expected -= float(torch.tensor(shares).double() @ row) / sum(shares) / len(pairs) / 2
     loss = contextual_alignment_loss(patches, tokens, captions, owners, parts, torch.tensor(image_ids), 4.0, beta=beta)
@@ -257,8 +257,8 @@ def test_triplet_lifts_pairs_lowers_negatives_and_leaves_the_masked_alone(hardes
     assert (scores.grad.diagonal() < 0).all()
     assert (scores.grad[negative] >= 0).all()
     assert (scores.grad[same_but_other] == 0).all()
-    wanted = 2 if hardest else int(negative.sum(dim=1)[0]) * 2
-    assert scores.grad.diagonal()[0].item() == -wanted
+    n_violations = 2 if hardest else int(negative.sum(dim=1)[0]) * 2
+    assert scores.grad.diagonal()[0].item() == -n_violations
 
 
 def test_margins_pass_no_gradient_to_the_captions():
@@ -355,7 +355,7 @@ def test_terms_are_added_by_weight_and_reported_without_it():
     assert not any(value.requires_grad for value in values.values())
 
     gradients = torch.autograd.grad(total, inputs[:2])
-    by_term = [torch.autograd.grad(one, inputs[:2]) for one in alone]
+    by_term = [torch.autograd.grad(loss, inputs[:2]) for loss in alone]
     for side in (0, 1):
         expected = 0.5 * by_term[0][side] + 2 * by_term[1][side] + by_term[2][side]
         torch.testing.assert_close(gradients[side], expected)

@@ -15,24 +15,24 @@ def config_of(**changes):
 def test_which_weights_decay_and_at_which_rate(make_model):
     config = config_of(encoder_lr=1e-6, aggregator_lr=2e-4, weight_decay=0.05)
     model = make_model()
-    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
-    found = {
-        named[id(parameter)]: (group["peak_lr"], group["weight_decay"])
+    options = {
+        names[id(parameter)]: (group["peak_lr"], group["weight_decay"])
         for group in groups
         for parameter in group["params"]
     }
-    assert sum(len(group["params"]) for group in groups) == len(found) == len(named)
+    assert sum(len(group["params"]) for group in groups) == len(options) == len(names)
     aggregator = {f"{side}_aggregator.{layer}.weight" for side in ("image", "text") for layer in ("hidden", "logits")}
     layers = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    encoder = {name for name in found if name.endswith(layers)}
+    encoder = {name for name in options if name.endswith(layers)}
     encoder |= {"visual.conv1.weight", "visual.proj", "text.token_embedding.weight", "text.text_projection"}
-    assert {name for name, (_, decay) in found.items() if decay} == aggregator | encoder
-    assert {decay for _, decay in found.values()} == {0.0, 0.05}
-    for name, (rate, _) in found.items():
+    assert {name for name, (_, decay) in options.items() if decay} == aggregator | encoder
+    assert {decay for _, decay in options.values()} == {0.0, 0.05}
+    for name, (rate, _) in options.items():
         assert rate == (2e-4 if "aggregator" in name else 1e-6)
     for name in ("logit_scale", "image_aggregator.scale", "visual.class_embedding", "visual.positional_embedding"):
-        assert found[name][1] == 0.0
+        assert options[name][1] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_what_is_frozen_is_in_no_group(make_model, unfreeze, first):
     """``first`` is the number of the first trained block; None: the layers before the blocks are trained, too."""
     model = make_model(vision_layers=2, text_layers=2)
     freeze(model, unfreeze)
-    named = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = {named[id(parameter)] for group in parameter_groups(model, config_of()) for parameter in group["params"]}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {names[id(parameter)] for group in parameter_groups(model, config_of()) for parameter in group["params"]}
     assert {"logit_scale", "image_aggregator.scale", "text_aggregator.logits.weight"} <= trained
     blocks = {name.split(".")[0]: set() for name in trained if "resblocks" in name}
     for name in trained:

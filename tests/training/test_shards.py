@@ -210,8 +210,8 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
         expected = list(wds.tariterators.group_by_keys(files))
     samples = list(shard_samples(str(path)))
     assert [sorted(sample) for sample in samples] == [sorted(sample) for sample in expected]
-    for sample, other in zip(samples, expected, strict=True):
-        assert all(sample[name] == other[name] for name in sample if name in ("png", "txt", "__key__", "__url__"))
+    for sample, reference in zip(samples, expected, strict=True):
+        assert all(sample[name] == reference[name] for name in sample if name in ("png", "txt", "__key__", "__url__"))
 
 
 def test_shards_as_other_programs_write_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

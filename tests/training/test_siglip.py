@@ -62,9 +62,9 @@ def test_a_run_trains_all_of_it_and_keeps_its_tokenizer(configure: Any, open_cli
     assert model.tokenizer.content == (open_clip_siglip.folder / "tokenizer.json").read_bytes()
     with pytest.warns(finelip_fast.UntrainedAggregatorsWarning):
         start = finelip_fast.load(open_clip_siglip.folder)
-    same = [name for name, value in start.state_dict().items() if torch.equal(value, model.state_dict()[name])]
+    unchanged = [name for name, value in start.state_dict().items() if torch.equal(value, model.state_dict()[name])]
     # Softmax is invariant to a shift of all logits; words that occur in no caption are not trained, others are.
-    assert set(same) <= {"visual.attn_pool.kv.bias", "image_aggregator.norm.bias", "text_aggregator.norm.bias"}
+    assert set(unchanged) <= {"visual.attn_pool.kv.bias", "image_aggregator.norm.bias", "text_aggregator.norm.bias"}
 
 
 def test_all_text_positions_are_trained(configure: Any) -> None:

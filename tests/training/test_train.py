@@ -159,23 +159,23 @@ def test_frozen_positions_stay_to_the_bit_while_the_others_move(configure):
 )
 def test_a_cached_step_equals_one_over_the_whole_batch(configure, loss):
     fixed = {"loss": loss, "encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
-    before, whole = stepped(configure(**fixed, batch_size=16), 2, plain=True)
+    before, expected = stepped(configure(**fixed, batch_size=16), 2, plain=True)
     for accumulate in (2, 4):
         _, cached = stepped(configure(**fixed, batch_size=16 // accumulate, accumulate=accumulate), 2, plain=True)
-        for name, value in whole.items():
+        for name, value in expected.items():
             torch.testing.assert_close(
                 cached[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
-    assert distance(before, whole) > 1e-3
-    assert (whole["logit_scale"] == before["logit_scale"]) == (loss == ["triplet:fine"])
+    assert distance(before, expected) > 1e-3
+    assert (expected["logit_scale"] == before["logit_scale"]) == (loss == ["triplet:fine"])
 
 
 def test_a_separate_step_is_another_one(configure):
     """Negatives come from each pass alone: this is documented as another loss, and must stay different."""
     fixed = {"encoder_lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 0.0}
-    _, whole = stepped(configure(**fixed, batch_size=16), plain=True)
+    _, joint = stepped(configure(**fixed, batch_size=16), plain=True)
     _, separate = stepped(configure(**fixed, batch_size=8, accumulate=2, accumulation="separate"), plain=True)
-    assert distance(whole, separate) > 1e-4
+    assert distance(joint, separate) > 1e-4
 
 
 def test_gradient_checkpointing_gives_the_same_step(configure):
@@ -212,9 +212,9 @@ def test_the_average_follows_the_weights(configure):
     trainer = Trainer(configure(ema_decay=0.75), CPU)
     expected = None
     for _ in steps(trainer, 4):
-        now = {name: value.double() for name, value in trainer.model.state_dict().items()}
-        expected = expected or now
-        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in now.items()}
+        weights = {name: value.double() for name, value in trainer.model.state_dict().items()}
+        expected = expected or weights
+        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in weights.items()}
     averaged = trainer.ema.module.state_dict()
     assert distance(averaged, expected) < 1e-6
     assert distance(averaged, trainer.model.state_dict()) > 1e-4
@@ -272,9 +272,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_take_it(c
     assert distance(before, trainer.model.state_dict()) == 0
 
 
-@pytest.mark.parametrize("every", ["save_every", "eval_every", "steps"])
+@pytest.mark.parametrize("option", ["save_every", "eval_every", "steps"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every, ema_decay):
+def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, option, ema_decay):
     """A finite loss and gradient can produce them in a step; the next loss would reveal it only after they were saved."""
     plain_step = Trainer._train_step
 
@@ -287,7 +287,7 @@ def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every,
 
     monkeypatch.setattr(Trainer, "_train_step", diverging_step)
     config = configure(
-        **{"steps": 6, "save_every": 6, "eval_every": 6} | {every: 3 if every == "steps" else 1}, ema_decay=ema_decay
+        **{"steps": 6, "save_every": 6, "eval_every": 6} | {option: 3 if option == "steps" else 1}, ema_decay=ema_decay
     )
     with pytest.raises(
         TrainingError, match=r"infinity in visual\.proj after step 3, which is not saved: lower"
@@ -295,10 +295,10 @@ def test_weights_that_are_no_numbers_are_not_kept(configure, monkeypatch, every,
         train(config)
     out = Path(config.out)
     assert not (out / "last").exists()
-    assert (out / "state.pt").exists() == (every == "save_every")
-    if every == "save_every":
+    assert (out / "state.pt").exists() == (option == "save_every")
+    if option == "save_every":
         assert read_weights(out / "state.pt")["step"] == 2
-    if every == "eval_every":  # the advice works
+    if option == "eval_every":  # the advice works
         monkeypatch.undo()
         start = re.search(r"from the best weights by --init (.*)$", str(caught.value))
         train(configure(init=start[1], out=str(out.with_name("again")), encoder_lr=1e-3, steps=1))
@@ -381,7 +381,7 @@ def test_untrained_aggregators_are_trained_from_where_they_wait(configure, tmp_p
     train(config, progress=False)
     model = finelip_fast.load(Path(config.out) / "last")
     assert (start.config.tokens, model.config.tokens) == (1, TINY.tokens)
-    before, after = (dict(each.image_aggregator.named_parameters()) for each in (start, model))
+    before, after = (dict(checked.image_aggregator.named_parameters()) for checked in (start, model))
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -395,9 +395,9 @@ def test_a_run_starts_from_a_checkpoint_with_a_longer_context(configure, tmp_pat
 
 
 def test_the_seed_decides_the_weights(configure):
-    first, second, other = (Trainer(configure(seed=seed), CPU).model.state_dict() for seed in (1, 1, 2))
+    first, second, reseeded = (Trainer(configure(seed=seed), CPU).model.state_dict() for seed in (1, 1, 2))
     assert distance(first, second) == 0
-    assert distance(first, other) > 0
+    assert distance(first, reseeded) > 0
 
 
 # --- A whole run -------------------------------------------------------------------------------------------------
@@ -466,15 +466,15 @@ def test_the_best_validation_is_kept_not_the_last(configure, monkeypatch):
     config = configure(eval_every=2, steps=8, ema_decay=0.5, alpha="0.8")
     best = train(config)
     assert best == {"val_alpha": 0.8, "val_i2t_recall@1": 0.9, "val_t2i_recall@1": 0.9, "step": 4.0}
-    kept, last = (finelip_fast.load(Path(config.out) / name) for name in ("best", "last"))
-    assert distance(kept.state_dict(), last.state_dict()) > 1e-4
+    best_model, last = (finelip_fast.load(Path(config.out) / name) for name in ("best", "last"))
+    assert distance(best_model.state_dict(), last.state_dict()) > 1e-4
     averaged = torch.load(Path(config.out) / "state.pt", weights_only=True)["ema"]
     assert all(torch.equal(averaged[f"module.{name}"], value) for name, value in last.state_dict().items())
 
     pairs = training.open_dataset(config.validation, image_size=32)
     with torch.no_grad():
-        images = kept.encode_image(kept.preprocess.batch(pairs[index].image for index in range(PAIRS)))
-        texts = kept.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
+        images = best_model.encode_image(best_model.preprocess.batch(pairs[index].image for index in range(PAIRS)))
+        texts = best_model.encode_text(finelip_fast.tokenize([pairs[index].caption for index in range(PAIRS)], 24))
         for expected, measured in zip((images, texts), embeddings[1], strict=True):
             torch.testing.assert_close(measured, expected)
 
@@ -628,8 +628,8 @@ def test_a_killed_run_goes_on_from_its_last_state_to_the_bit(configure, tmp_path
     recipe.write_text(config.to_json())
     command = [sys.executable, "-c", KILLED_IN_STEP_4, json.dumps(TINY.to_dict()), str(recipe)]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
     out = Path(config.out)
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]  # step 3 is behind the state: it will be taken again
     assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
@@ -674,8 +674,8 @@ def test_going_on_differently_is_refused(copied, changes):
         train(config)
     for name in changes:
         assert f"'{name}': {getattr(config, name)!r}" in str(caught.value)
-    was, asked = str(caught.value).split(", got ")
-    assert was.count("':") == asked.count("':") == len(changes)
+    former, requested = str(caught.value).split(", got ")
+    assert former.count("':") == requested.count("':") == len(changes)
 
 
 def test_a_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(copied, uninterrupted, caplog):
@@ -709,10 +709,10 @@ def test_a_run_goes_on_with_other_rates(configure, caplog):
 def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, monkeypatch, caplog):
     monkeypatch.setattr(training, "DistributedDataParallel", lambda model: model)
     train(configure(**LASTING, stop_at=1))  # 8 of 16 pairs
-    whole = iter(Trainer(configure(**LASTING), CPU).data)
+    batches = iter(Trainer(configure(**LASTING), CPU).data)
     trainers = [Trainer(configure(**LASTING), CPU, rank, 2) for rank in range(2)]
     rest = [next(iter(trainer.data)).image_ids for trainer in trainers]
-    assert torch.equal(torch.cat(rest), torch.cat([next(whole).image_ids for _ in range(2)]))
+    assert torch.equal(torch.cat(rest), torch.cat([next(batches).image_ids for _ in range(2)]))
     assert [trainer.data.state_dict() for trainer in trainers] == [{"epoch": 0, "pairs": 16}] * 2
     (message,) = caplog.messages  # from the first process
     assert message.startswith("resumes with {'processes': 2} instead of {'processes': 1}")
