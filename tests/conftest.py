@@ -285,8 +285,10 @@ def check_access() -> Callable[[Any, str], None]:
             page.emulate_media(color_scheme=scheme)
             kind = "rule" if scheme == "dark" else "tag"
             options = {"runOnly": {"type": kind, "values": only}, "resultTypes": ["violations"], "preload": False}
-            found = page.evaluate("(options) => axe.run(options)", options)["violations"]
-            wrong += [f"{state}, {scheme}: {rule['help']}: {node['html']}" for rule in found for node in rule["nodes"]]
+            violations = page.evaluate("(options) => axe.run(options)", options)["violations"]
+            wrong += [
+                f"{state}, {scheme}: {rule['help']}: {node['html']}" for rule in violations for node in rule["nodes"]
+            ]
         assert not wrong, "\n".join(wrong)
 
     return check

@@ -123,7 +123,7 @@ def test_a_search_gives_hits_as_a_retriever_does(ask) -> None:
 def test_many_queries_are_sent_in_parts(ask) -> None:
     server = Server(searched(*[result(HIT)] * 64), searched(*[result()] * 6))
     hits = ask(server, "search", ["a house"] * 70)
-    assert [len(found) for found in hits] == [1] * 64 + [0] * 6
+    assert [len(answer) for answer in hits] == [1] * 64 + [0] * 6
     assert [len(server.body(number)["text"]) for number in (0, 1)] == [64, 6]
     assert ask(server, "search", []) == []
     assert len(server.requests) == 2
@@ -196,9 +196,9 @@ def test_arrays_come_back_as_they_were(ask) -> None:
         for n, rows in enumerate(expected)
     ]
     server = Server({"data": data})
-    found = ask(server, "encode_texts", ["a", "b"])
-    assert found.dtype == np.float32
-    assert np.array_equal(found, expected)
+    embeddings = ask(server, "encode_texts", ["a", "b"])
+    assert embeddings.dtype == np.float32
+    assert np.array_equal(embeddings, expected)
     assert server.body() == {"input": ["a", "b"], "encoding_format": "base64", "multi_vector": True}
     assert ask(server, "encode_images", [b"1", b"2"], batch_size=2).shape == (2, 3, 4)
     assert server.body()["input"] == [{"image": "MQ=="}, {"image": "Mg=="}]

@@ -138,9 +138,9 @@ def test_what_would_take_too_much_is_refused_by_its_header(tmp_path: Path, make:
     path = tmp_path / "large"
     path.write_bytes(make())
     for source in (path, make()):
-        for read in (open_image, Preprocess()):
+        for decode in (open_image, Preprocess()):
             with pytest.raises(ImageError, match=reason):
-                read(source)
+                decode(source)
 
 
 def test_the_limit_is_raised_by_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +252,11 @@ def test_pillows_warnings_neither_show_nor_kill() -> None:
         Image.new("RGB", (8, 8)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\3\0\xff\xff\xff\xff\x09\0\0\0"
     )
     before = list(warnings.filters)
-    with warnings.catch_warnings(record=True) as shown:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(open_image, [odd] * 64))
-    assert not shown
+    assert not caught
     assert list(warnings.filters) == before
 
 
@@ -275,17 +275,17 @@ def test_a_lack_of_memory_is_the_pictures_error(monkeypatch: pytest.MonkeyPatch)
 def test_large_pictures_wait_for_each_other_and_small_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "1")
     budget, lock = _decode._Budget(), threading.Lock()
-    now, most = [0, 0], [0, 0]
+    current, most = [0, 0], [0, 0]
 
     def take(need: int) -> None:
         kind = int(need > 1000)
         with budget.share(need):
             with lock:
-                now[kind] += 1
-                most[kind] = max(most[kind], now[kind])
+                current[kind] += 1
+                most[kind] = max(most[kind], current[kind])
             time.sleep(0.005)
             with lock:
-                now[kind] -= 1
+                current[kind] -= 1
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(take, [1000] * 40 + [3 << 20] * 10 + [1000] * 40))
@@ -311,8 +311,8 @@ def test_a_child_does_not_wait_for_the_parents_threads() -> None:
             open_image(encoded(Image.new("RGB", (8, 8)), "PNG"))
             os._exit(0)
         for _ in range(1000):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
                 break
             time.sleep(0.01)
         else:
@@ -456,8 +456,8 @@ def damaged(seed: int) -> bytes:
                 number = chance.choice(LARGE)
                 content[at : at + len(number)] = number
             case 6:
-                other = chance.choice(sound())
-                content[at:] = other[chance.randrange(len(other)) :]
+                second_picture = chance.choice(sound())
+                content[at:] = second_picture[chance.randrange(len(second_picture)) :]
         content = content or bytearray(b"\0")
     if content.startswith(b"\x89PNG") and chance.random() < 0.8:  # valid checksums let more damage through
         at = 8

@@ -60,10 +60,10 @@ def test_long_descriptions_find_their_pictures(report: DemoReport) -> None:
         "77 tokens, global + fine",
         "77 tokens, global only (as CLIP)",
     ]
-    found = [metrics["t2i_recall@1"] for metrics in report.rows.values()]
-    assert found[0] > 0.85
-    assert found[0] > found[2]
-    assert found[0] > found[3]
+    recalls = [metrics["t2i_recall@1"] for metrics in report.rows.values()]
+    assert recalls[0] > 0.85
+    assert recalls[0] > recalls[2]
+    assert recalls[0] > recalls[3]
     for metrics in report.rows.values():
         for way in ("i2t", "t2i"):
             assert 0 <= metrics[f"{way}_recall@1"] <= metrics[f"{way}_recall@5"] <= metrics[f"{way}_recall@10"] <= 1
@@ -105,12 +105,12 @@ def test_nothing_to_show_is_refused(options: dict[str, int], tmp_path: Path) -> 
 @pytest.mark.parametrize("context", [3, 4, 5, 9, 100])
 def test_what_fits_a_context_ends_with_a_word(context: int) -> None:
     caption = "A red house, with two floors & a <flat> roof."
-    kept = caption[: _characters_within(caption, context)]
-    assert caption.startswith(kept)
-    assert kept == caption or caption[len(kept)] == " " or kept == ""
-    assert encode_batch([kept], 1000).lengths <= context
-    longer = " ".join(caption.split(" ")[: len(kept.split()) + 1])
-    assert kept == caption or encode_batch([longer], 1000).lengths > context
+    prefix = caption[: _characters_within(caption, context)]
+    assert caption.startswith(prefix)
+    assert prefix == caption or caption[len(prefix)] == " " or prefix == ""
+    assert encode_batch([prefix], 1000).lengths <= context
+    longer = " ".join(caption.split(" ")[: len(prefix.split()) + 1])
+    assert prefix == caption or encode_batch([longer], 1000).lengths > context
 
 
 def test_a_folder_that_is_no_index_is_left_alone(tmp_path: Path) -> None:

@@ -40,22 +40,24 @@ def words(instructions: list[tuple[str, str]], name: str) -> list[str]:
 
 def parse(command: list[str]) -> dict[str, Any]:
     """Return the values of a command's options; fail if one is unknown."""
-    found = cli.finelip.commands[command[0]]
-    with found.make_context(command[0], command[1:], parent=click.Context(cli.finelip, info_name="finelip")) as context:
+    subcommand = cli.finelip.commands[command[0]]
+    with subcommand.make_context(
+        command[0], command[1:], parent=click.Context(cli.finelip, info_name="finelip")
+    ) as context:
         return context.params
 
 
 def test_what_is_copied_is_there_and_not_ignored(instructions) -> None:
     lines = (REPOSITORY / ".dockerignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
-    kept = {line[1:] for line in patterns if line.startswith("!")}
+    exceptions = {line[1:] for line in patterns if line.startswith("!")}
     assert patterns[0] == "*"
     sources = [
         source for text in words(instructions, "COPY") if not text.startswith("--from") for source in text.split()[:-1]
     ]
-    assert set(sources) == kept
+    assert set(sources) == exceptions
     assert all((REPOSITORY / source).exists() for source in sources)
-    assert not [name for name in kept if any(fnmatch(name, line) for line in patterns[1:] if line[0] != "!")]
+    assert not [name for name in exceptions if any(fnmatch(name, line) for line in patterns[1:] if line[0] != "!")]
 
 
 def test_the_wheel_has_what_is_copied_and_the_extras_that_are_named(instructions) -> None:
@@ -98,17 +100,17 @@ def test_the_health_check_asks_the_port_that_is_served(instructions) -> None:
 
 
 def test_services_write_where_they_may_and_nowhere_else(compose, instructions) -> None:
-    written = set(json.loads(words(instructions, "VOLUME")[0]))
+    volumes = set(json.loads(words(instructions, "VOLUME")[0]))
     for service in compose["services"].values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert "privileged" not in service
         mounted = {volume.split(":")[-1 if volume.count(":") == 1 else -2]: volume for volume in service["volumes"]}
-        assert written <= set(mounted)
-        assert all(volume.endswith(":ro") for target, volume in mounted.items() if target not in written)
-        named = {volume.split(":")[0] for target, volume in mounted.items() if target in written}
-        assert named <= set(compose["volumes"])
+        assert volumes <= set(mounted)
+        assert all(volume.endswith(":ro") for target, volume in mounted.items() if target not in volumes)
+        named_volumes = {volume.split(":")[0] for target, volume in mounted.items() if target in volumes}
+        assert named_volumes <= set(compose["volumes"])
         assert any(line.startswith("/tmp") for line in service["tmpfs"])
 
 

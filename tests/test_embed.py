@@ -37,8 +37,8 @@ def test_texts_come_back_in_order_and_go_in_by_length(batch_size):
     lengths = [length for batch in encoder.lengths for length in batch]
     assert lengths == sorted(lengths)
     assert sorted(lengths) == [2, 3, 3, 4, 5, 7, 8]
-    whole, rest = divmod(len(TEXTS), batch_size)
-    assert [len(batch) for batch in encoder.lengths] == [batch_size] * whole + [rest] * (rest > 0)
+    full_batches, rest = divmod(len(TEXTS), batch_size)
+    assert [len(batch) for batch in encoder.lengths] == [batch_size] * full_batches + [rest] * (rest > 0)
 
 
 def test_windows_are_joined_to_one_embedding_a_caption():
@@ -63,20 +63,20 @@ def test_a_caption_too_long_is_cut_with_a_warning_or_refused():
 
 def test_images_are_read_batch_by_batch():
     images = [np.full((4, 5, 3), 20 * index, dtype=np.uint8) for index in range(7)]
-    read, seen = [], []
+    read_indices, calls = [], []
 
     def reading():
         for index, image in enumerate(images):
-            read.append(index)
+            read_indices.append(index)
             yield image
 
     def encode(pixels):
-        seen.append((len(pixels), len(read)))
+        calls.append((len(pixels), len(read_indices)))
         return pixels.mean(dim=(2, 3))[:, None]
 
     preprocess = Preprocess(4)
     embeddings = embed_images(encode, preprocess, reading(), batch_size=3)
-    assert seen == [(3, 3), (3, 6), (1, 7)]
+    assert calls == [(3, 3), (3, 6), (1, 7)]
     assert torch.equal(embeddings, preprocess.batch(images).mean(dim=(2, 3))[:, None])
 
 

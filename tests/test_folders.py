@@ -14,9 +14,9 @@ from finelip_fast.folders import list_images, scan_folder, walk_folder
 
 def test_scan_folder_sorts_images_from_others(tmp_path: Path) -> None:
     images = ["B.JPG", "a.png", "ü 猫.webp", "sub/deep/c.tiff", "sub/d.jfif"]
-    others = ["notes.txt", "movie.mpg", "no suffix", "sub/data.h5", "figure.eps"]
+    other_files = ["notes.txt", "movie.mpg", "no suffix", "sub/data.h5", "figure.eps"]
     hidden = [".hidden.jpg", ".cache/e.png", "sub/.thumbs/f.png"]
-    for name in images + others + hidden:
+    for name in images + other_files + hidden:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "broken link.png").symlink_to(tmp_path / "gone.png")
@@ -26,7 +26,7 @@ def test_scan_folder_sorts_images_from_others(tmp_path: Path) -> None:
 
     scan = scan_folder(tmp_path)
     assert scan.images == sorted(tmp_path / name for name in images)
-    assert scan.other_files == sorted(tmp_path / name for name in [*others, "broken link.png", "itself.png"])
+    assert scan.other_files == sorted(tmp_path / name for name in [*other_files, "broken link.png", "itself.png"])
     assert list_images(str(tmp_path)) == scan.images
     assert list_images(tmp_path, recursive=False) == sorted(tmp_path / name for name in images if "/" not in name)
 
@@ -42,11 +42,11 @@ def test_an_empty_folder_has_no_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("gone", "no such folder"), ("file.png", "expected a folder, got the file")]
+    ("name", "message"), [("gone", "no such folder"), ("file.png", "expected a folder, got the file")]
 )
-def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, what: str) -> None:
+def test_scan_folder_needs_a_folder(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file.png").touch()
-    with pytest.raises(InputError, match=f"{what}:? '.*{name}'"):
+    with pytest.raises(InputError, match=f"{message}:? '.*{name}'"):
         list_images(tmp_path / name)
 
 
@@ -147,10 +147,10 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_what_other_programs_leave_is_left_out_unless_asked_for(tmp_path: Path) -> None:
-    kept = ["2023/a.jpg", "@eaDirectory/b.jpg"]
+    pictures = ["2023/a.jpg", "@eaDirectory/b.jpg"]
     previews = ["@eaDir/a.jpg", "#recycle/a.jpg", "2023/$Recycle.Bin/a.jpg", "Catalog Previews.lrdata/1/a.jpg"]
     hidden = [".thumbnails/a.jpg", "2023/._a.jpg", ".Trash-1000/files/a.jpg"]
-    for name in [*kept, *previews, *hidden]:
+    for name in [*pictures, *previews, *hidden]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
@@ -158,10 +158,10 @@ def test_what_other_programs_leave_is_left_out_unless_asked_for(tmp_path: Path) 
         walked = walk_folder(tmp_path, **patterns)
         return {path.relative_to(tmp_path).as_posix() for path, kind in walked if kind == "image"}
 
-    assert images() == set(kept)
+    assert images() == set(pictures)
     left_out = [path.name for path, kind in walk_folder(tmp_path) if kind == "left out"]
     assert sorted(left_out) == ["#recycle", "$Recycle.Bin", "@eaDir", "Catalog Previews.lrdata"]
-    assert images(include=["@eadir", ".thumbnails"]) == {*kept, "@eaDir/a.jpg", ".thumbnails/a.jpg"}
+    assert images(include=["@eadir", ".thumbnails"]) == {*pictures, "@eaDir/a.jpg", ".thumbnails/a.jpg"}
     assert images(exclude=["2023/"]) == {"@eaDirectory/b.jpg"}
     assert images(exclude=["2023/a.*"]) == {"@eaDirectory/b.jpg"}
     assert images(exclude=["*.JPG"]) == set()

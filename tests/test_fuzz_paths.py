@@ -63,12 +63,12 @@ LOADERS = {
 
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        here = Path.cwd()
+        working_folder = Path.cwd()
         os.chdir(path.parent)  # socket paths are limited to about a hundred characters
         try:
             listener.bind(path.name)
         finally:
-            os.chdir(here)
+            os.chdir(working_folder)
 
 
 HOSTILE: dict[str, Callable[[Path], object]] = {

@@ -19,8 +19,8 @@ def hit(name: str, **metadata: object) -> Hit:
 
 
 def thumbnails(html: str) -> list[Image.Image]:
-    found = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="">', html)
-    return [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    contents = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="">', html)
+    return [Image.open(io.BytesIO(base64.b64decode(content))) for content in contents]
 
 
 @pytest.fixture
@@ -77,22 +77,22 @@ def test_a_notebook_shows_thumbnails(picture: str) -> None:
 
 
 def test_what_strangers_named_is_no_markup() -> None:
-    shown = Hits([hit("<script>alert(1)</script>\u202e", **{"<b>": "<img src=x onerror=alert(1)>\x00"})])._repr_html_()
-    assert "<script" not in shown
-    assert "<img" not in shown
-    assert "&lt;script&gt;" in shown
-    assert "\u202e" not in shown
-    assert "\x00" not in shown
+    html = Hits([hit("<script>alert(1)</script>\u202e", **{"<b>": "<img src=x onerror=alert(1)>\x00"})])._repr_html_()
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "&lt;script&gt;" in html
+    assert "\u202e" not in html
+    assert "\x00" not in html
 
 
 @pytest.mark.parametrize(
     "name", ["", "missing.jpg", "\0", "x" * 5000, "//host/share/a.png", "\\\\host\\a.png", "\ud800.jpg"]
 )
 def test_a_hit_without_a_picture_is_shown_without(name: str) -> None:
-    shown = Hits([hit(name)])._repr_html_()
-    assert shown.count("<tr>") == 2
-    assert thumbnails(shown) == []
-    shown.encode()
+    html = Hits([hit(name)])._repr_html_()
+    assert html.count("<tr>") == 2
+    assert thumbnails(html) == []
+    html.encode()
 
 
 def test_a_damaged_picture_is_shown_without(tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_a_damaged_picture_is_shown_without(tmp_path: Path) -> None:
 def test_what_a_notebook_keeps_is_bounded(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MOST_ROWS", 5)
     monkeypatch.setattr(module, "_MOST_THUMBNAILS", 2)
-    shown = Hits([hit(picture, text="y" * 10_000)] * 8)._repr_html_()
-    assert len(thumbnails(shown)) == 2
-    assert "and 3 more" in shown
-    assert shown.count("y") < 5 * 320
+    html = Hits([hit(picture, text="y" * 10_000)] * 8)._repr_html_()
+    assert len(thumbnails(html)) == 2
+    assert "and 3 more" in html
+    assert html.count("y") < 5 * 320
 
 
 def test_without_trained_aggregators_there_is_no_fine_score() -> None:
-    found = Hits([Hit("a", 0.5, 0.5, None, {})])
-    assert str(found) == "  1  0.5000  (global 0.5000)  a"
-    assert "<td>0.5000</td><td>0.5000</td><td></td>" in found._repr_html_()
+    hits = Hits([Hit("a", 0.5, 0.5, None, {})])
+    assert str(hits) == "  1  0.5000  (global 0.5000)  a"
+    assert "<td>0.5000</td><td>0.5000</td><td></td>" in hits._repr_html_()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-FOLDERS = ("finelip_fast", "kernels", "training", "export", "bench", "docs", "examples")
+FOLDERS = ("finelip_fast", "kernels", "training", "export", "bench", "docs", "examples", "tests")
 PATHS = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
 
 # Pronouns, participles used as nouns, and demonstratives: none of them says what the variable holds.

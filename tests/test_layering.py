@@ -64,13 +64,13 @@ def complain(wrong: list[Import]) -> None:
 
 def test_the_imports_are_found(imports: list[Import]) -> None:
     """The import finder sees known imports: relative, through the package, and inside functions."""
-    found = {(one.importer, one.imported, one.in_function) for one in imports}
-    assert ("model", "aggregator", False) in found
-    assert ("datasets.scenes.scenes", "datasets.scenes.words", False) in found
-    assert ("engines.torch", "checkpoint.__init__", False) in found
-    assert ("engines.choice", "engines.torch", True) in found
-    assert ("cli.train", "training.train", True) in found
-    assert ("embedder", "kernels.__init__", False) in found
+    triples = {(import_.importer, import_.imported, import_.in_function) for import_ in imports}
+    assert ("model", "aggregator", False) in triples
+    assert ("datasets.scenes.scenes", "datasets.scenes.words", False) in triples
+    assert ("engines.torch", "checkpoint.__init__", False) in triples
+    assert ("engines.choice", "engines.torch", True) in triples
+    assert ("cli.train", "training.train", True) in triples
+    assert ("embedder", "kernels.__init__", False) in triples
 
 
 def test_every_module_has_a_place() -> None:
@@ -81,42 +81,48 @@ def test_every_module_has_a_place() -> None:
 
 def test_imports_point_down(imports: list[Import]) -> None:
     wrong = []
-    for one in imports:
-        importer, imported = one.rooms
+    for import_ in imports:
+        importer, imported = import_.rooms
         if importer in (imported, ROOT) or imported in BESIDE | {ROOT}:
             continue  # covered by other tests
         highest = MODEL_LAYER if importer in BESIDE else LAYER[importer]
         if LAYER[imported] > highest:
-            wrong.append(one)
+            wrong.append(import_)
     complain(wrong)
 
 
 def test_nothing_imports_the_public_names(imports: list[Import]) -> None:
-    complain([one for one in imports if one.imported == ROOT])
+    complain([import_ for import_ in imports if import_.imported == ROOT])
 
 
 def test_the_public_names_come_from_below_the_command_line(imports: list[Import]) -> None:
     allowed = {name for names in LAYERS[: LAYER["retriever"] + 1] for name in names} | {"client"}
-    complain([one for one in imports if one.importer == ROOT and one.rooms[1] not in allowed])
+    complain([import_ for import_ in imports if import_.importer == ROOT and import_.rooms[1] not in allowed])
 
 
 def test_kernels_import_the_ground_floor_alone_and_no_model(imports: list[Import]) -> None:
     allowed = ("kernels", *(LAYERS[0] - {"config"}))
-    complain([one for one in imports if one.rooms[0] == "kernels" and one.rooms[1] not in allowed])
+    complain([import_ for import_ in imports if import_.rooms[0] == "kernels" and import_.rooms[1] not in allowed])
 
 
 def test_training_and_export_are_imported_by_the_command_line_and_studies_alone(imports: list[Import]) -> None:
     """The command line imports them lazily, because its other commands need neither."""
-    into = [one for one in imports if one.rooms[1] in BESIDE and one.rooms[0] != one.rooms[1]]
-    complain([one for one in into if not (one.rooms[0] == "cli" and one.in_function) and one.rooms != STUDIES_TRAIN])
+    into = [import_ for import_ in imports if import_.rooms[1] in BESIDE and import_.rooms[0] != import_.rooms[1]]
+    complain(
+        [
+            import_
+            for import_ in into
+            if not (import_.rooms[0] == "cli" and import_.in_function) and import_.rooms != STUDIES_TRAIN
+        ]
+    )
 
 
 def test_there_are_no_circles(imports: list[Import]) -> None:
     """Imports inside functions count: if they are needed to break a cycle, one thing is split over two files."""
     arrows: dict[str, set[str]] = {}
-    for one in imports:
-        if one.imported != one.importer:
-            arrows.setdefault(one.importer, set()).add(one.imported)
+    for import_ in imports:
+        if import_.imported != import_.importer:
+            arrows.setdefault(import_.importer, set()).add(import_.imported)
     assert circles(arrows) == []
 
 

@@ -99,9 +99,9 @@ def bools(text: str) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_best_ranks_by_eye(scores, right, rank, dtype):
-    found = best_ranks(torch.tensor([scores], dtype=dtype), bools(right)[None])
-    assert found.tolist() == [rank]
-    assert found.dtype == torch.int64
+    ranks = best_ranks(torch.tensor([scores], dtype=dtype), bools(right)[None])
+    assert ranks.tolist() == [rank]
+    assert ranks.dtype == torch.int64
 
 
 def test_pair_ranks_by_eye():
@@ -114,15 +114,17 @@ def test_pair_ranks_by_eye():
 def pessimistic_rank(scores: list[float], right: list[bool]) -> int:
     """Return the first right item's rank when ties and NaN are resolved against the right items."""
     unclear = {True: -INF, False: INF}
-    known = [(unclear[good] if math.isnan(score) else score, good) for score, good in zip(scores, right, strict=True)]
-    return 1 + [good for _, good in sorted(known, key=lambda item: (-item[0], item[1]))].index(True)
+    known = [
+        (unclear[label] if math.isnan(score) else score, label) for score, label in zip(scores, right, strict=True)
+    ]
+    return 1 + [label for _, label in sorted(known, key=lambda item: (-item[0], item[1]))].index(True)
 
 
 @st.composite
 def captioned(draw) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw scores with many ties, and at least one caption per picture, in any order."""
-    pictures, more = draw(st.integers(1, 6)), draw(st.lists(st.integers(0, 5), max_size=8))
-    picture_of = draw(st.permutations([*range(pictures), *(index % pictures for index in more)]))
+    pictures, extras = draw(st.integers(1, 6)), draw(st.lists(st.integers(0, 5), max_size=8))
+    picture_of = draw(st.permutations([*range(pictures), *(index % pictures for index in extras)]))
     size = pictures * len(picture_of)
     scores = draw(st.lists(st.sampled_from([NAN, -INF, -1.0, 0.0, 0.5, 1.0, INF]), min_size=size, max_size=size))
     return torch.tensor(scores).view(pictures, -1), torch.tensor(picture_of)
@@ -159,8 +161,8 @@ def test_one_caption_a_picture_is_the_plain_protocol_to_the_bit(data, size, dtyp
     values = st.sampled_from([NAN, -INF, -1.0, 0.0, 0.5, 1.0, INF])
     scores = torch.tensor(data.draw(st.lists(values, min_size=size**2, max_size=size**2)), dtype=dtype).view(size, size)
     assert recall(scores, ks=(1, 2, 5)) == counted_recall(scores, (1, 2, 5))
-    for found, given_rows in zip(pair_ranks(scores), pair_ranks(scores, torch.arange(size)), strict=True):
-        assert found.equal(given_rows)
+    for ranks, given_rows in zip(pair_ranks(scores), pair_ranks(scores, torch.arange(size)), strict=True):
+        assert ranks.equal(given_rows)
 
 
 def test_more_captions_than_pictures_need_to_be_told_whose_they_are():
@@ -186,12 +188,12 @@ def test_a_summary_of_both_directions_is_that_of_each():
     ranks = torch.tensor([4, 1, 10]), torch.tensor([1, 2])
     expected = {
         f"{way}_{name}": value
-        for way, each in zip(WAYS, ranks, strict=True)
-        for name, value in summary(each, (1, 4)).items()
+        for way, way_ranks in zip(WAYS, ranks, strict=True)
+        for name, value in summary(way_ranks, (1, 4)).items()
     }
-    found = pair_summary(ranks, (1, 4))
-    assert found == expected
-    assert next(iter(found)) == "i2t_recall@1"
+    actual = pair_summary(ranks, (1, 4))
+    assert actual == expected
+    assert next(iter(actual)) == "i2t_recall@1"
     with pytest.raises(InputError, match="from 1, got 0"):
         pair_summary((torch.tensor([1]), torch.tensor([0])))
 
@@ -265,9 +267,9 @@ def test_summary_refuses(values, message):
 
 
 def test_quality_by_eye():
-    found = {"i2t_recall@1": 0.2, "i2t_mrr": 0.3, "t2i_recall@1": 0.4, "t2i_mrr": 0.6}
-    assert quality(found) == (0.3, 0.45)
-    assert quality(found, dict.fromkeys(found, 0.5)) == (0.4, 0.475)
+    values = {"i2t_recall@1": 0.2, "i2t_mrr": 0.3, "t2i_recall@1": 0.4, "t2i_mrr": 0.6}
+    assert quality(values) == (0.3, 0.45)
+    assert quality(values, dict.fromkeys(values, 0.5)) == (0.4, 0.475)
 
 
 def test_bootstrap_has_the_width_of_the_normal_interval():
@@ -321,11 +323,11 @@ def test_constant_values_have_an_interval_of_no_width():
 
 def test_bootstrap_in_small_blocks_is_the_same(monkeypatch):
     values = torch.rand(37, generator=torch.Generator().manual_seed(0))
-    whole = bootstrap_interval(values, resamples=101)
+    expected = bootstrap_interval(values, resamples=101)
     monkeypatch.setattr(metrics, "_DRAWS", 5 * 37)
-    assert bootstrap_interval(values, resamples=101) == pytest.approx(whole, rel=1e-12)
+    assert bootstrap_interval(values, resamples=101) == pytest.approx(expected, rel=1e-12)
     monkeypatch.setattr(metrics, "_DRAWS", 1)
-    assert bootstrap_interval(values, resamples=101) == pytest.approx(whole, rel=1e-12)
+    assert bootstrap_interval(values, resamples=101) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +347,10 @@ def test_bootstrap_refuses(values, options, message):
         bootstrap_interval(values, **options)
 
 
-def hits(only_a: int, only_b: int, both: int = 1, neither: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def hits(only_a: int, only_b: int, a_and_b: int = 1, neither: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two runs with the given number of queries in each cell of the table."""
-    a = torch.tensor([True] * only_a + [False] * only_b + [True] * both + [False] * neither)
-    b = torch.tensor([False] * only_a + [True] * only_b + [True] * both + [False] * neither)
+    a = torch.tensor([True] * only_a + [False] * only_b + [True] * a_and_b + [False] * neither)
+    b = torch.tensor([False] * only_a + [True] * only_b + [True] * a_and_b + [False] * neither)
     return a, b
 
 
@@ -365,7 +367,7 @@ def hits(only_a: int, only_b: int, both: int = 1, neither: int = 1) -> tuple[tor
 )
 def test_mcnemar_by_hand(only_a, only_b, p):
     assert mcnemar(*hits(only_a, only_b)) == pytest.approx(p, rel=1e-12)
-    assert mcnemar(*hits(only_b, only_a, both=9, neither=0)) == pytest.approx(p, rel=1e-12)
+    assert mcnemar(*hits(only_b, only_a, a_and_b=9, neither=0)) == pytest.approx(p, rel=1e-12)
 
 
 @settings(deadline=None)
@@ -380,8 +382,8 @@ def test_mcnemar_is_the_sum_in_whole_numbers_either_way_round(only_a, only_b):
 
 @pytest.mark.parametrize(("deviations", "p"), [(0, 1.0), (1.96, 0.05), (3.29, 0.001)])
 def test_mcnemar_of_a_million_queries_is_the_normal_tail(deviations, p):
-    more = round(deviations * math.sqrt(1e6) / 2)
-    assert mcnemar(*hits(500_000 + more, 500_000 - more)) == pytest.approx(p, rel=0.01)
+    excess = round(deviations * math.sqrt(1e6) / 2)
+    assert mcnemar(*hits(500_000 + excess, 500_000 - excess)) == pytest.approx(p, rel=0.01)
 
 
 def test_mcnemar_of_a_million_queries_on_one_side_is_none_at_all():

@@ -130,8 +130,10 @@ def test_a_caption_of_its_end_token_alone_has_no_other_row(model):
     with torch.no_grad():
         embeddings = model.encode_text(torch.tensor([[EOT_TOKEN, 0, 0]]))
     assert_close(embeddings[:, 0].norm(dim=-1), torch.ones(1), 1e-6)
-    others = embeddings[:, :1].expand(-1, model.config.aggregated_tokens, -1) if model.config.family == "siglip" else 0
-    assert_close(embeddings[:, 1:], others + torch.zeros_like(embeddings[:, 1:]))
+    expected = (
+        embeddings[:, :1].expand(-1, model.config.aggregated_tokens, -1) if model.config.family == "siglip" else 0
+    )
+    assert_close(embeddings[:, 1:], expected + torch.zeros_like(embeddings[:, 1:]))
 
 
 def test_batches_of_nothing(model):
@@ -156,10 +158,10 @@ def test_positions_are_spread_evenly(rows):
     lengths = torch.tensor([rows, rows + 1, 2 * rows - 1, 37])
     spread = spread_positions(table, lengths, 40)
     assert torch.equal(spread[0, :rows], table)
-    for own, length in zip(spread, lengths.tolist(), strict=True):
+    for positions, length in zip(spread, lengths.tolist(), strict=True):
         expected = F.interpolate(table.T[None], length, mode="linear", align_corners=True)[0].T
-        assert_close(own[:length], expected, 1e-12)
-        assert_close(own[length:], table[-1:].expand(40 - length, -1), 1e-12)
+        assert_close(positions[:length], expected, 1e-12)
+        assert_close(positions[length:], table[-1:].expand(40 - length, -1), 1e-12)
     half = spread_positions(table.half(), torch.tensor([4096]), 8192)  # adjacent positions stay distinct
     assert half.isfinite().all()
     assert_close(half[0, :4096].double(), spread_positions(table, torch.tensor([4096]), 4096)[0], 5e-3)
@@ -272,20 +274,22 @@ def gradients(model, pixels, ids):
 
 
 def test_backward_reaches_every_parameter(make_model, make_captions, pixels):
-    found = gradients(make_model(), pixels, make_captions([5, 256, 3], 256))
+    parameter_gradients = gradients(make_model(), pixels, make_captions([5, 256, 3], 256))
     # The temperature belongs to the losses.
-    assert found.pop("logit_scale") is None
-    assert [name for name, gradient in found.items() if gradient is None] == []
+    assert parameter_gradients.pop("logit_scale") is None
+    assert [name for name, gradient in parameter_gradients.items() if gradient is None] == []
     # The softmax over the tokens is invariant to a common shift, so these two have a gradient of exactly zero.
-    shifts = [found.pop(f"{side}_aggregator.logits.bias") for side in ("image", "text")]
+    shifts = [parameter_gradients.pop(f"{side}_aggregator.logits.bias") for side in ("image", "text")]
     assert max(gradient.abs().max().item() for gradient in shifts) < 1e-5
-    assert [name for name, gradient in found.items() if not gradient.abs().max() > 1e-4] == []
-    assert [name for name, gradient in found.items() if not gradient.isfinite().all()] == []
+    assert [name for name, gradient in parameter_gradients.items() if not gradient.abs().max() > 1e-4] == []
+    assert [name for name, gradient in parameter_gradients.items() if not gradient.isfinite().all()] == []
 
 
 def test_backward_through_a_row_of_padding_is_finite(make_model, make_captions, pixels):
-    found = gradients(make_model(), pixels, make_captions([5, 0, 3], 16))
-    bad = [name for name, gradient in found.items() if gradient is not None and not gradient.isfinite().all()]
+    parameter_gradients = gradients(make_model(), pixels, make_captions([5, 0, 3], 16))
+    bad = [
+        name for name, gradient in parameter_gradients.items() if gradient is not None and not gradient.isfinite().all()
+    ]
     assert bad == []
 
 

@@ -117,8 +117,8 @@ def test_the_mapped_folders_have_no_bare_names() -> None:
         "print(json.dumps({name: places(spec) for name, spec in found.items() if spec}))"
     )
     for name, places in json.loads(fresh_python(code)).items():
-        ours = REPOSITORY / name
-        assert all(ours not in (place, place.parent) for place in map(Path, places)), (
+        folder = REPOSITORY / name
+        assert all(folder not in (place, place.parent) for place in map(Path, places)), (
             f"{name} is importable by its bare name"
         )
 
@@ -126,14 +126,14 @@ def test_the_mapped_folders_have_no_bare_names() -> None:
 def test_every_package_is_listed() -> None:
     tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    found = set()
+    packages = set()
     for folder in ("finelip_fast", *MAPPED):
         prefix = ["finelip_fast"] if folder == "finelip_fast" else ["finelip_fast", folder]
         for path in (REPOSITORY / folder).rglob("__init__.py"):
-            found.add(".".join([*prefix, *path.parent.relative_to(REPOSITORY / folder).parts]))
+            packages.add(".".join([*prefix, *path.parent.relative_to(REPOSITORY / folder).parts]))
     # Folders of data files, not code.
     data = {"finelip_fast.data.pages", "finelip_fast.data.scenes", "finelip_fast.training.recipes"}
-    assert set(settings["packages"]) == found | data
+    assert set(settings["packages"]) == packages | data
     assert settings["package-dir"] == {"finelip_fast": "finelip_fast"} | {
         f"finelip_fast.{name}": name for name in MAPPED
     }
@@ -158,8 +158,8 @@ def test_the_wheel_holds_every_file(held: list[str]) -> None:
         prefix = "finelip_fast" if folder == "finelip_fast" else f"finelip_fast/{folder}"
         for path in (REPOSITORY / folder).rglob("*"):
             below = path.relative_to(REPOSITORY / folder)
-            kept = path.suffix in (".py", ".json") or below.parts[0] in ("py.typed", "data")
-            if path.is_file() and kept and "__pycache__" not in below.parts:
+            is_packaged = path.suffix in (".py", ".json") or below.parts[0] in ("py.typed", "data")
+            if path.is_file() and is_packaged and "__pycache__" not in below.parts:
                 expected.add(f"{prefix}/{below.as_posix()}")
     files = {name for name in held if name.startswith("finelip_fast/") and not name.endswith("/")}
     assert files == expected

@@ -160,8 +160,8 @@ def test_contrastive_loss(method, scores, label_smoothing, logit_scale):
 
     expected = method.contrastive_loss(scores.double().numpy(), logit_scale, label_smoothing)
     factor = math.exp(logit_scale)
-    for given in (factor, torch.tensor(factor)):
-        actual = contrastive_loss(scores, given, label_smoothing=label_smoothing)
+    for scale in (factor, torch.tensor(factor)):
+        actual = contrastive_loss(scores, scale, label_smoothing=label_smoothing)
         assert_near(actual, expected, TOLERANCE * max(1.0, expected))
 
 

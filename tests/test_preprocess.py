@@ -315,12 +315,12 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
 def test_no_file_stays_open(tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.gif", tmp_path / "bad.png"
-    noise(8, 8).save(good, save_all=True, append_images=[noise(8, 8, seed=1)])
+    intact, bad = tmp_path / "good.gif", tmp_path / "bad.png"
+    noise(8, 8).save(intact, save_all=True, append_images=[noise(8, 8, seed=1)])
     bad.write_bytes(png(noise(64, 64), bad)[:5000])
-    open_image(good)
+    open_image(intact)
     before = os.listdir("/proc/self/fd")
-    open_image(good)
+    open_image(intact)
     with pytest.raises(ImageError):
         open_image(bad)
     assert os.listdir("/proc/self/fd") == before

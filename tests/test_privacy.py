@@ -57,14 +57,14 @@ def test_no_connection_and_no_file_elsewhere(make_model: Callable[..., FineLIP],
     alone = ["unshare", "--map-root-user", "--net"]
     traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(calls)]
     wrapped = [part for prefix in (alone, traced) if _works(*prefix) for part in prefix]
-    done = subprocess.run(
+    process = subprocess.run(
         [*wrapped, sys.executable, "-I", "-c", JOURNEY, checkpoint, index],
         env={"PATH": "/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     lines = calls.read_text().splitlines() if calls.exists() else []
     assert [line for line in lines if re.search(r"AF_INET|htons\(53\)", line)] == []
     left = {path.relative_to(home) for path in home.rglob("*") if path.is_file()}

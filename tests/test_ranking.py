@@ -33,11 +33,11 @@ def test_tiles_do_not_matter(pictures: int, captions: int, tile: int, seed: int)
     owners = torch.arange(pictures).repeat(captions)[
         torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     ]
-    for alpha, found in zip(ALPHAS, tiled_ranks(images, texts, owners, ALPHAS, tile=tile), strict=True):
+    for alpha, ranks in zip(ALPHAS, tiled_ranks(images, texts, owners, ALPHAS, tile=tile), strict=True):
         scores = clim_scores(images, texts, alpha=alpha)
         assume(not nearly_tied(scores))
-        for ours, whole in zip(found, pair_ranks(scores, owners), strict=True):
-            assert ours.tolist() == whole.tolist()
+        for actual, expected in zip(ranks, pair_ranks(scores, owners), strict=True):
+            assert actual.tolist() == expected.tolist()
 
 
 def test_copies_and_what_rounding_cannot_tell_count_against() -> None:
@@ -95,10 +95,10 @@ class Watched:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: slice | torch.Tensor) -> torch.Tensor:
-        found = self.rows[which]
-        self.most = max(self.most, len(found))
-        return found
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
+        rows = self.rows[index]
+        self.most = max(self.most, len(rows))
+        return rows
 
 
 def test_no_more_than_a_tile_is_read_at_once() -> None:

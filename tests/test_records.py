@@ -29,20 +29,20 @@ RECORD = Record(
 
 
 def test_a_record_is_saved_with_where_it_comes_from(tmp_path: Path) -> None:
-    written = RECORD.save(tmp_path / "new", command="finelip study made-up")
+    paths = RECORD.save(tmp_path / "new", command="finelip study made-up")
     names = ["made-up.json", "made-up.md", "made-up-lines.png", "made-up-names.png"]
-    assert [path.name for path in written] == names
-    stored = json.loads(written[0].read_text())
+    assert [path.name for path in paths] == names
+    stored = json.loads(paths[0].read_text())
     assert stored["tables"][0]["rows"][0]["value (%)"] == 12.34567
     assert stored["command"] == "finelip study made-up"
     assert stored["machine"]["threads"] >= 1
     assert stored["versions"]["torch"]
-    page = written[1].read_text()
+    page = paths[1].read_text()
     assert "|name|value (%)|\n|---|---|\n|a|12.35|\n|longer||" in page
     assert "It is so." in page
     assert "With data nothing." in page
-    assert str(Path.home()) not in page + written[0].read_text()
-    for path in written[2:]:
+    assert str(Path.home()) not in page + paths[0].read_text()
+    for path in paths[2:]:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -79,7 +79,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plot: Plot) -> Any:
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *given, **named: (figures.append(self), save(self, *given, **named))
+        Figure, "savefig", lambda self, *arguments, **options: (figures.append(self), save(self, *arguments, **options))
     )
     dataclasses.replace(RECORD, plots=(plot,)).save(tmp_path, command="")
     return figures[0].axes[0]

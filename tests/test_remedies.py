@@ -100,15 +100,15 @@ def test_the_commands_that_messages_name_quote_folders() -> None:
 
 
 def test_the_commands_are_found() -> None:
-    named = {words for _, words, _ in advised()}
-    assert {"index repair", "search"} <= {" ".join(words.split()[:2]) for words in named}
+    commands = {words for _, words, _ in advised()}
+    assert {"index repair", "search"} <= {" ".join(words.split()[:2]) for words in commands}
     assert any("--index" in options for _, _, options in advised())
 
 
 def test_the_extras_that_messages_name_can_be_installed() -> None:
     tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {
+    advised_extras = {
         extra
         for folder in ("finelip_fast", "kernels", "training", "export", "docs")
         for path in (REPOSITORY / folder).rglob("*.*")
@@ -116,7 +116,7 @@ def test_the_extras_that_messages_name_can_be_installed() -> None:
         for match in re.finditer(r"finelip[-_]fast\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
         for extra in match[1].split(",")
     }
-    assert {"heic", "raw", "watch"} <= named <= extras.keys()
+    assert {"heic", "raw", "watch"} <= advised_extras <= extras.keys()
 
 
 def damage_a_row(folder: Path) -> None:
@@ -278,16 +278,19 @@ def test_a_call_that_is_mended_as_advised_succeeds(world: World, case: Case) -> 
 def test_pictures_that_take_too_much_memory_are_shrunk_saved_otherwise_or_allowed_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large, other = world.folder / "large.png", world.folder / "other.jpg"
+    large, replacement = world.folder / "large.png", world.folder / "other.jpg"
     Image.new("RGB", (3000, 2000)).save(large)
-    more = r"or allow more MiB with --decode-memory or FINELIP_PICTURE_MEMORY$"
-    for limit, advice in (("30", rf"; shrink it, save it as a baseline JPEG, {more}"), ("10", f"; shrink it, {more}")):
+    ending = r"or allow more MiB with --decode-memory or FINELIP_PICTURE_MEMORY$"
+    for limit, advice in (
+        ("30", rf"; shrink it, save it as a baseline JPEG, {ending}"),
+        ("10", f"; shrink it, {ending}"),
+    ):
         monkeypatch.setenv("FINELIP_PICTURE_MEMORY", limit)
         with pytest.raises(FineLIPError, match=advice):
             world.model.preprocess(large)
         with Image.open(large) as image:
-            (image if "JPEG" in advice else image.resize((300, 200))).save(other)
-        world.model.preprocess(other)
+            (image if "JPEG" in advice else image.resize((300, 200))).save(replacement)
+        world.model.preprocess(replacement)
     monkeypatch.setenv("FINELIP_PICTURE_MEMORY", "1024")
     world.model.preprocess(large)
 

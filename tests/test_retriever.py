@@ -111,16 +111,16 @@ def test_search_agrees_with_scoring_everything(
     model = finelip_fast.load(retriever.engine.source)
     scores = model.score(embed[by_text](queries), embed[of_texts](items), alpha=retriever.alpha)
 
-    found = search(queries, k=len(items))
-    assert len(found) == len(queries)
-    for hits, row in zip(found, scores, strict=True):
+    results = search(queries, k=len(items))
+    assert len(results) == len(queries)
+    for hits, row in zip(results, scores, strict=True):
         assert sorted(ids_of(hits)) == [str(n) for n in range(len(items))]
         got = torch.tensor([hit.score for hit in hits])
         assert got.tolist() == sorted(got.tolist(), reverse=True)
         # The index stores float16.
         torch.testing.assert_close(got, row[[int(hit.id) for hit in hits]], atol=2e-3, rtol=0)
         torch.testing.assert_close(got, row.sort(descending=True).values, atol=2e-3, rtol=0)
-    for query, hits in zip(queries, found, strict=True):
+    for query, hits in zip(queries, results, strict=True):
         alone = search(query, k=3)
         assert ids_of(alone) == ids_of(hits[:3])
         assert [hit.score for hit in alone] == pytest.approx([hit.score for hit in hits[:3]], abs=1e-3)
@@ -266,7 +266,7 @@ def test_one_picture_and_one_text_score_without_lists(retriever: Retriever, tmp_
     expected = retriever.score([PICTURES[0]], [TEXTS[0]])
     for single in (PICTURES[0], tmp_path / "one.png", (tmp_path / "one.png").read_bytes(), np.asarray(PICTURES[0])):
         assert torch.equal(retriever.score(single, TEXTS[0]), expected)
-    generated = retriever.score((one for one in PICTURES[:1]), (one for one in TEXTS[:1]))
+    generated = retriever.score((picture for picture in PICTURES[:1]), (text for text in TEXTS[:1]))
     assert torch.equal(generated, expected)
 
 
@@ -395,9 +395,9 @@ def test_threads_share_a_retriever(retriever: Retriever) -> None:
     queries = [f"{number} red houses" for number in range(8)] * 5
     expected = [[(hit.id, hit.score) for hit in retriever.search(query, k=3)] for query in queries]
     with ThreadPoolExecutor(4) as pool:
-        for found, alone in zip(pool.map(lambda query: retriever.search(query, k=3), queries), expected, strict=True):
-            assert [hit.id for hit in found] == [item for item, _ in alone]
-            assert [hit.score for hit in found] == pytest.approx([score for _, score in alone], abs=1e-6)
+        for hits, alone in zip(pool.map(lambda query: retriever.search(query, k=3), queries), expected, strict=True):
+            assert [hit.id for hit in hits] == [item for item, _ in alone]
+            assert [hit.score for hit in hits] == pytest.approx([score for _, score in alone], abs=1e-6)
 
 
 # Adding ---------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_a_number_that_is_taken_is_passed_over(retriever: Retriever) -> None:
 def test_generators_are_read_batch_by_batch(
     retriever: Retriever, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, encoded = [], []
+    numbers, encoded = [], []
     encode = retriever.engine.encode_image
 
     def counted(pixels: Tensor) -> Tensor:
@@ -431,10 +431,10 @@ def test_generators_are_read_batch_by_batch(
         return encode(pixels)
 
     def generated() -> Iterator[Image.Image]:
-        for n, one in enumerate(PICTURES):
-            read.append(n)
-            assert len(read) - len(encoded) <= 2 * batch_size  # one batch is decoded while another is encoded
-            yield one
+        for n, picture in enumerate(PICTURES):
+            numbers.append(n)
+            assert len(numbers) - len(encoded) <= 2 * batch_size  # one batch is decoded while another is encoded
+            yield picture
 
     monkeypatch.setattr(retriever.engine, "encode_image", counted)
 
@@ -457,14 +457,14 @@ def test_generators_are_read_batch_by_batch(
 )
 def test_one_picture_of_any_kind_is_one_picture(retriever: Retriever, tmp_path: Path, convert: Callable) -> None:
     PICTURES[0].save(tmp_path / "one.png")
-    one = convert(PICTURES[0], tmp_path / "one.png")
-    report = retriever.add_images(one, progress=False)
+    picture = convert(PICTURES[0], tmp_path / "one.png")
+    report = retriever.add_images(picture, progress=False)
     assert (len(report.added), report.skipped) == (1, [])
-    assert retriever.search(image=one)[0].score == pytest.approx(1.2, abs=5e-3)  # matches itself: 0.8 * 1 + 0.2 * 2
+    assert retriever.search(image=picture)[0].score == pytest.approx(1.2, abs=5e-3)  # matches itself: 0.8 * 1 + 0.2 * 2
 
 
 def test_a_stack_of_pictures_is_as_many(retriever: Retriever) -> None:
-    stack = np.stack([np.asarray(one) for one in PICTURES])
+    stack = np.stack([np.asarray(picture) for picture in PICTURES])
     with pytest.raises(InputError, match="expected as many ids as images, got 1 for 6"):
         retriever.add_images(stack, ids=["a"], progress=False)
     assert len(retriever.add_images(stack, progress=False).added) == 6
@@ -490,8 +490,8 @@ def test_nothing_to_add_is_no_error(retriever: Retriever, add: str) -> None:
 
 def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
     retriever.add_texts(["a"], ids=["old"], progress=False)
-    for ids, named in ((["new", "old"], "already has 'old'"), (["new", "new"], "unique ids, got 'new' twice")):
-        with pytest.raises(InputError, match=named):
+    for ids, message in ((["new", "old"], "already has 'old'"), (["new", "new"], "unique ids, got 'new' twice")):
+        with pytest.raises(InputError, match=message):
             retriever.add_texts(["b", "c"], ids=ids, batch_size=1, progress=False)
     with pytest.raises(InputError, match="expected ids of type str, got 7"):
         retriever.add_texts(["b"], ids=[7], progress=False)
@@ -500,17 +500,17 @@ def test_ids_must_be_new_and_differ(retriever: Retriever) -> None:
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_what_came_before_an_error_is_kept(retriever: Retriever, kind: str) -> None:
-    add, given = (retriever.add_images, PICTURES[:5]) if kind == "images" else (retriever.add_texts, TEXTS)
+    add, items = (retriever.add_images, PICTURES[:5]) if kind == "images" else (retriever.add_texts, TEXTS)
 
     def generated() -> Iterator[object]:
-        yield from given[:4]
+        yield from items[:4]
         raise RuntimeError("the source is gone")
 
     with pytest.raises(RuntimeError, match="the source is gone"):
         add(generated(), batch_size=2, progress=False)
     assert len(retriever) == 4
     with pytest.raises(InputError, match="expected unique ids, got 'b' twice"):
-        add((one for one in given), ids=list("abcdb"), batch_size=2, existing="replace", progress=False)
+        add((item for item in items), ids=list("abcdb"), batch_size=2, existing="replace", progress=False)
 
 
 def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) -> None:
@@ -521,12 +521,12 @@ def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["ids", "metadata"])
-@pytest.mark.parametrize("given", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("generated", [False, True], ids=["list", "generator"])
-def test_lists_of_other_lengths_are_refused(retriever: Retriever, name: str, given: int, generated: bool) -> None:
-    values = {"ids": [str(n) for n in range(given)], "metadata": [{}] * given}[name]
+def test_lists_of_other_lengths_are_refused(retriever: Retriever, name: str, count: int, generated: bool) -> None:
+    values = {"ids": [str(n) for n in range(count)], "metadata": [{}] * count}[name]
     texts = (text for text in TEXTS[:2]) if generated else TEXTS[:2]
-    with pytest.raises(InputError, match=f"expected as many {name} as texts, got {given} for 2"):
+    with pytest.raises(InputError, match=f"expected as many {name} as texts, got {count} for 2"):
         retriever.add_texts(texts, **{name: values}, progress=False)
     assert len(retriever) == 0
 
@@ -539,7 +539,7 @@ for _ in range(100_000):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "message"),
     [
         ({"fine": 1, "where": Path("a")}, r"PosixPath\('a'\) .*where"),
         ({"when": datetime(2024, 1, 2)}, r"datetime.datetime\(2024, 1, 2, 0, 0\) .*when"),
@@ -556,14 +556,14 @@ for _ in range(100_000):
     ids=lambda value: value[-30:] if isinstance(value, str) else "",
 )
 def test_metadata_that_json_cannot_hold_is_refused_before_any_work(
-    retriever: Retriever, monkeypatch: pytest.MonkeyPatch, values: object, named: str
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch, values: object, message: str
 ) -> None:
     monkeypatch.setattr(retriever.engine, "encode_text", lambda _: pytest.fail("work was begun"))
     metadata = [{}] * 60
     metadata[45] = values
     with pytest.raises(InputError, match="expected metadata ") as caught:
         retriever.add_texts((str(n) for n in range(60)), metadata=metadata, batch_size=8, progress=False)
-    assert re.search(rf"{named}.* \(item 'text 45'\)", str(caught.value))
+    assert re.search(rf"{message}.* \(item 'text 45'\)", str(caught.value))
     assert len(str(caught.value)) < 300
     assert len(retriever) == 0
 
@@ -597,17 +597,17 @@ def test_arguments_of_another_kind_are_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(retriever.engine, "encode_text", lambda _: pytest.fail("work was begun"))
     monkeypatch.setattr(retriever.engine, "encode_image", lambda _: pytest.fail("work was begun"))
-    add, given = (retriever.add_images, PICTURES[:2]) if kind == "images" else (retriever.add_texts, TEXTS[:2])
+    add, items = (retriever.add_images, PICTURES[:2]) if kind == "images" else (retriever.add_texts, TEXTS[:2])
     with pytest.raises(InputError, match=message) as caught:
-        add(given, **arguments, progress=False)
+        add(items, **arguments, progress=False)
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("given", [5, None, torch.tensor(5)])
-def test_nothing_that_can_be_added_is_refused(retriever: Retriever, given: object) -> None:
+@pytest.mark.parametrize("value", [5, None, torch.tensor(5)])
+def test_nothing_that_can_be_added_is_refused(retriever: Retriever, value: object) -> None:
     for add in (retriever.add_images, retriever.add_texts):
         with pytest.raises(InputError, match="in a list or another iterable, got"):
-            add(given, progress=False)
+            add(value, progress=False)
 
 
 def test_ids_and_metadata_may_be_generated(retriever: Retriever) -> None:
@@ -739,8 +739,8 @@ def test_a_folder_of_odd_files(build: Callable[..., Retriever], odd_folder: dict
 def test_a_turned_copy_scores_as_its_upright_original(retriever: Retriever, odd_folder: dict[str, Path]) -> None:
     pair = [odd_folder["upright"], odd_folder["rotated"]]
     retriever.add_images([*pair, odd_folder["webp"]], progress=False)
-    for one in pair:
-        hits = retriever.search(image=one)
+    for path in pair:
+        hits = retriever.search(image=path)
         assert {hit.id for hit in hits[:2]} == set(map(str, pair))
         assert hits[1].score == pytest.approx(hits[0].score, abs=1e-2)
     scores = retriever.score(pair, TEXTS)
@@ -774,7 +774,7 @@ def test_broken_pictures_do_not_shift_metadata(retriever: Retriever) -> None:
 
 def test_reopening_gives_identical_hits(build: Callable[..., Retriever], tmp_path: Path) -> None:
     first = build(index=tmp_path / "index")
-    first.add_images(PICTURES, metadata=[{"size": one.size} for one in PICTURES], batch_size=4, progress=False)
+    first.add_images(PICTURES, metadata=[{"size": picture.size} for picture in PICTURES], batch_size=4, progress=False)
     first.add_texts(TEXTS, progress=False)
     before = first.search(TEXTS), first.search(image=PICTURES, k=20)
     first.index.close()
@@ -827,10 +827,10 @@ def test_an_interrupted_job_goes_on_where_it_was(
     again = build(index=tmp_path / "index")
     assert again.index.ids == names[:4]
     assert again.add_images(PICTURES, ids=names, existing="skip", progress=False).added == names[4:]
-    whole = build()
-    whole.add_images(PICTURES, ids=names, progress=False)
-    found = build(index=tmp_path / "index").search(TEXTS, k=6)
-    for hits, expected in zip(found, whole.search(TEXTS, k=6), strict=True):
+    uninterrupted = build()
+    uninterrupted.add_images(PICTURES, ids=names, progress=False)
+    results = build(index=tmp_path / "index").search(TEXTS, k=6)
+    for hits, expected in zip(results, uninterrupted.search(TEXTS, k=6), strict=True):
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-3)
 
 
@@ -853,11 +853,11 @@ def test_two_retrievers_may_share_a_folder(build: Callable[..., Retriever], tmp_
 def test_ids_that_are_there_are_skipped_or_replaced(build: Callable[..., Retriever], tmp_path: Path) -> None:
     retriever = build(index=tmp_path / "index")
     retriever.add_texts(TEXTS[:3], ids=list("abc"), metadata=[{"n": 1}] * 3, progress=False)
-    given = {"ids": list("bxc"), "metadata": [{"n": 2}] * 3, "progress": False}
-    assert retriever.add_texts(TEXTS[2:5], **given, existing="skip").added == ["x"]
+    options = {"ids": list("bxc"), "metadata": [{"n": 2}] * 3, "progress": False}
+    assert retriever.add_texts(TEXTS[2:5], **options, existing="skip").added == ["x"]
     assert retriever.index.ids == list("abcx")
     assert retriever.search(TEXTS[1], k=1)[0].metadata == {"n": 1}
-    assert retriever.add_texts(TEXTS[2:5], **given, existing="replace").added == list("bxc")
+    assert retriever.add_texts(TEXTS[2:5], **options, existing="replace").added == list("bxc")
     assert retriever.index.ids == list("abxc")
     assert [hit.id for hit in retriever.search(TEXTS[3], k=1)] == ["x"]
     assert [meta["n"] for meta in retriever.index.metadata] == [1, 2, 2, 2]
@@ -878,8 +878,8 @@ def test_every_mode_and_a_filter_find_the_same(build: Callable[..., Retriever], 
     for mode in ("exact-int8", "two-stage", "sketch"):
         hits = retriever.search(TEXTS[0], k=6, mode=mode)
         assert [(hit.id, hit.score) for hit in hits] == [(hit.id, hit.score) for hit in expected]
-        found = retriever.search(TEXTS[0], k=6, mode=mode, where="camera = 'b' and n > 1")
-        assert [hit.id for hit in found] == [hit.id for hit in expected if hit.metadata["n"] in (3, 5)]
+        filtered_hits = retriever.search(TEXTS[0], k=6, mode=mode, where="camera = 'b' and n > 1")
+        assert [hit.id for hit in filtered_hits] == [hit.id for hit in expected if hit.metadata["n"] in (3, 5)]
         assert retriever.search(TEXTS[0], mode=mode, where="camera = 'c'") == []
     with pytest.raises(
         InputError, match="expected mode to be one of auto, exact, exact-int8, two-stage, sketch, got 'fast'"
@@ -1059,9 +1059,9 @@ def test_embeddings_come_from_any_array(retriever: Retriever) -> None:
     ):
         expected = [f"picture {n}" for n in range(len(PICTURES))]
         backwards = isinstance(queries, np.ndarray) and queries.strides[0] < 0
-        found = [hits[0].id for hits in retriever.search_embeddings(queries)]
-        assert found == (expected[::-1] if backwards else expected)
-        assert retriever.similarity(queries, array).argmax(dim=1).tolist() == [int(name.split()[1]) for name in found]
+        ids = [hits[0].id for hits in retriever.search_embeddings(queries)]
+        assert ids == (expected[::-1] if backwards else expected)
+        assert retriever.similarity(queries, array).argmax(dim=1).tolist() == [int(name.split()[1]) for name in ids]
 
 
 def test_several_queries_come_in_any_iterable(retriever: Retriever) -> None:

@@ -39,13 +39,13 @@ def test_an_index_is_searched_by_texts_and_pictures(siglip_checkpoint: Path, tmp
 
 
 def test_an_index_refuses_the_same_weights_with_another_tokenizer(siglip_checkpoint: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(siglip_checkpoint, tmp_path / "other")
-    model = finelip_fast.load(other)
+    other_checkpoint = shutil.copytree(siglip_checkpoint, tmp_path / "other")
+    model = finelip_fast.load(other_checkpoint)
     content = model.tokenizer.content + b"\n"
     model.tokenizer = type(model.tokenizer)(content, model.config.end_token, model.config.vocab_size)
     model.config = model.config.replace(tokenizer=model.tokenizer.sha256)
-    finelip_fast.save(model, other)
-    first, second = (TorchEngine(folder, "cpu") for folder in (siglip_checkpoint, other))
+    finelip_fast.save(model, other_checkpoint)
+    first, second = (TorchEngine(folder, "cpu") for folder in (siglip_checkpoint, other_checkpoint))
     assert first.fingerprint != second.fingerprint
 
 
@@ -63,9 +63,9 @@ def test_an_explanation_adds_up_to_the_score(siglip_checkpoint: Path, text: str)
 
 def test_a_server_counts_its_tokens(siglip_checkpoint: Path) -> None:
     tokenizer = finelip_fast.load(siglip_checkpoint).tokenizer
-    whole, long = "a red house", "a red house " * 20
-    assert _counted(whole, CONTEXT, tokenizer) == {
-        "tokens": len(tokenizer.tokens(whole)) + 1,
+    short, long = "a red house", "a red house " * 20
+    assert _counted(short, CONTEXT, tokenizer) == {
+        "tokens": len(tokenizer.tokens(short)) + 1,
         "context": CONTEXT,
         "cut_at": None,
     }

@@ -10,7 +10,7 @@ from finelip_fast._terminal import paragraph, printable, printable_lines
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("a photo, größer 写真 😀.png", "a photo, größer 写真 😀.png"),
         ("a\nb\r", "a\\nb\\r"),
@@ -20,15 +20,15 @@ from finelip_fast._terminal import paragraph, printable, printable_lines
         ("\u2028", "\\u2028"),
     ],
 )
-def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
+def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None:
+    assert printable(text) == expected
 
 
 @given(st.text(st.characters()))
 def test_any_text_is_one_line_that_can_be_printed(text: str) -> None:
-    shown = printable(text)
-    assert shown.isprintable()
-    shown.encode()
+    line = printable(text)
+    assert line.isprintable()
+    line.encode()
 
 
 def test_lines_of_a_message_cannot_be_taken_for_messages() -> None:

@@ -22,14 +22,14 @@ def test_a_tower_equals_that_of_open_clip(tower: str, activation: type[nn.Module
     config = FineLIPConfig.preset("scenes").replace(**VISION, **TEXT, quick_gelu=activation is QuickGELU)
     shared = {"output_dim": config.embed_dim, "act_layer": activation, "pool_type": "none"}
     if tower == "picture":
-        inputs, ours = torch.randn(2, 3, 32, 32), partial(ImageEncoder, config)
+        inputs, encoder = torch.randn(2, 3, 32, 32), partial(ImageEncoder, config)
         reference = partial(VisionTransformer, 32, config.patch_size, 24, 2, 3, 2.5, **shared)
     else:
-        inputs, ours = torch.randint(1, 1000, (2, 20)), partial(TextEncoder, config)
+        inputs, encoder = torch.randint(1, 1000, (2, 20)), partial(TextEncoder, config)
         sizes = {"width": 16, "heads": 2, "layers": 3, "mlp_ratio": config.text_mlp_ratio}
         reference = partial(TextTransformer, 20, config.vocab_size, **sizes, **shared)
     towers, following = [], []
-    for make in (ours, reference):
+    for make in (encoder, reference):
         torch.manual_seed(0)
         towers.append(make())
         following.append(torch.rand(1))

@@ -23,8 +23,8 @@ POINT = {"x": 1, "name": "a", "tags": ["b"], "box": [0.5, 1], "inner": None}
 
 
 def test_objects_become_dataclasses_and_lists_tuples() -> None:
-    found = typed(POINT | {"inner": POINT}, Point)
-    assert found == Point(1, "a", ["b"], (0.5, 1), Point(1, "a", ["b"], (0.5, 1), None))
+    point = typed(POINT | {"inner": POINT}, Point)
+    assert point == Point(1, "a", ["b"], (0.5, 1), Point(1, "a", ["b"], (0.5, 1), None))
     assert typed({"a": [[1, 2], []]}, dict[str, list[tuple[int, ...]]]) == {"a": [(1, 2), ()]}
     assert typed({"a": {"b": object}}, dict[str, Any]) == {"a": {"b": object}}
 

@@ -22,7 +22,9 @@ def without_a_gpu(monkeypatch):
 
 
 def broken(monkeypatch, spoil):
-    monkeypatch.setattr(verify_module, "clim_scores", lambda *rows, **named: spoil(clim_scores(*rows, **named), *rows))
+    monkeypatch.setattr(
+        verify_module, "clim_scores", lambda *rows, **options: spoil(clim_scores(*rows, **options), *rows)
+    )
 
 
 def test_what_runs_on_this_cpu_is_right_and_said_to_be_no_gpu():

@@ -151,7 +151,11 @@ def test_tensors_in_the_middle_of_memory_are_not_taken_for_divisible():
 
 def test_all_that_an_autotuner_would_try_is_recorded():
     configs = [triton.Config({"BLOCK": block}, num_warps=block // 128) for block in (128, 256, 512)]
-    small = {"early_config_prune": lambda configs, named, **_: [c for c in configs if c.kwargs["BLOCK"] <= named["n"]]}
+    small = {
+        "early_config_prune": lambda configs, arguments, **_: [
+            c for c in configs if c.kwargs["BLOCK"] <= arguments["n"]
+        ]
+    }
     # The benchmark is never run; it is set explicitly because the default needs a GPU.
     tuned = triton.autotune(configs, key=["n"], prune_configs_by=small, do_bench=lambda *_, **__: 0.0)(double)
     x = torch.empty(256, device="meta")

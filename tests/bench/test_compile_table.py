@@ -45,8 +45,8 @@ class Candidate(SimpleNamespace):
 
 def test_lines_are_kernels_and_columns_are_gpus():
     hopper = ROW | {"capability": 90, "registers": 121, "shared_kib": 96.0, "wgmma": True, "programs_per_sm": 2}
-    other = ROW | {"package": "flash-maxsim", "capability": 120, "fits": False, "programs_per_sm": 0}
-    assert table([ROW, hopper, other]).splitlines() == [
+    blackwell = ROW | {"package": "flash-maxsim", "capability": 120, "fits": False, "programs_per_sm": 0}
+    assert table([ROW, hopper, blackwell]).splitlines() == [
         "| kernel | package | L x D | dtype | sm_80 | sm_90 | sm_100 | sm_120 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| clim, Q=1: scores_kernel | finelip-fast | 40 x 512 | float16 "
@@ -102,8 +102,8 @@ CUT = {
 
 
 def test_lines_of_cuts_say_what_is_shipped_and_what_is_left_of_the_floor():
-    other = CUT | {"capability": 120, "shipped": False, "fits": False, "programs_per_sm": 0}
-    *_, line = cuts_table([CUT, other]).splitlines()
+    blackwell = CUT | {"capability": 120, "shipped": False, "fits": False, "programs_per_sm": 0}
+    *_, line = cuts_table([CUT, blackwell]).splitlines()
     numbers = "126 / 32.0 / 0"
     assert line == (
         f"| 8 | int8 | 128 x 3, 512, 8, 2, TMA | 61.8 |  | **{numbers} / 4, 83%** |  | {numbers} / 0 does not fit |"
@@ -112,7 +112,7 @@ def test_lines_of_cuts_say_what_is_shipped_and_what_is_left_of_the_floor():
 
 @pytest.mark.parametrize(("block_width", "l2"), [(64, 40 * 1024 * (1 + 40 / 128)), (512, 40 * 1024 * (1 + 1 / 128))])
 def test_queries_in_one_piece_are_counted_once_a_program(block_width, l2):
-    """At 40 x 512 in float16, an item takes 40 KiB, and so does a query."""
+    """An item of 40 x 512 in float16 takes 40 KiB, and so does a query."""
     constants = {"QUERY_TOKENS": 40, "QUERY_COLUMNS": 40, "COLUMNS": 64, "QUERIES": 1, "ITEM_TOKENS": 40, "WIDTH": 512}
     counts = count({**constants, "BLOCK_ITEMS": 128, "BLOCK_WIDTH": block_width}, 1, torch.float16)
     assert counts == (40 * 1024, l2, 2 * 40 * 40 * 512, 2 * 64 * 40 * 512)
@@ -138,5 +138,5 @@ def test_peers_rows_are_kept_as_long_as_versions_are_the_same(tmp_path, monkeypa
 
 
 def test_the_page_of_this_repository_is_current():
-    found = json.loads(compile_table.OUT.read_text(encoding="utf-8"))
-    assert compile_table.page(found) == compile_table.OUT.with_name("README.md").read_text(encoding="utf-8")
+    record = json.loads(compile_table.OUT.read_text(encoding="utf-8"))
+    assert compile_table.page(record) == compile_table.OUT.with_name("README.md").read_text(encoding="utf-8")

@@ -58,9 +58,9 @@ def test_the_package_is_imported_from_the_checkout_with_its_version():
     code = "import finelip_fast; print(finelip_fast.__file__, finelip_fast.__version__)"
     with package() as folder:
         command = [sys.executable, "-S", "-c", code]  # without the packages of this environment
-        shown = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.split()
-        assert shown[0] == str(folder / "finelip_fast" / "__init__.py")
-        assert shown[1][0].isdigit()
+        words = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.split()
+        assert words[0] == str(folder / "finelip_fast" / "__init__.py")
+        assert words[1][0].isdigit()
 
 
 def test_all_that_the_sweep_would_launch_is_compiled_before():

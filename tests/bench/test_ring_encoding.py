@@ -29,11 +29,11 @@ def model():
 def test_the_layout_of_transformers_is_read_back_as_the_same_weights(model, tmp_path):
     transformers_layout.write(model, tmp_path / "clip")
     with pytest.warns(UntrainedAggregatorsWarning, match="transformers CLIPModel"):
-        read = finelip_fast.load(tmp_path / "clip").state_dict()
+        weights = finelip_fast.load(tmp_path / "clip").state_dict()
     towers = {name: value for name, value in model.state_dict().items() if name.startswith(("visual.", "text."))}
     assert towers
     for name, value in towers.items():
-        torch.testing.assert_close(read[name], value, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=0, msg=name)
 
 
 def test_the_vocabulary_is_clips(model, tmp_path):

@@ -49,9 +49,9 @@ def captions(make_captions):
 def as_longclip(state: dict[str, Tensor], length: int = 248) -> dict[str, Tensor]:
     """Return Long-CLIP's two position tables; the halves that must not be read are NaN."""
     table = stretch_positions(state["positional_embedding"], length)
-    kept, rest = table.clone(), table.clone() + 1.0
-    kept[20:], rest[:20] = torch.nan, torch.nan
-    return state | {"positional_embedding": kept, "positional_embedding_res": rest}
+    first_rows, rest = table.clone(), table.clone() + 1.0
+    first_rows[20:], rest[:20] = torch.nan, torch.nan
+    return state | {"positional_embedding": first_rows, "positional_embedding_res": rest}
 
 
 def as_finelip(state: dict[str, Tensor], tokens: int = 5, hidden: int = 7) -> dict[str, Tensor]:
@@ -94,26 +94,26 @@ def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ("text_model", "transformer.resblocks"),
         ):
             for layer in range(2):
-                theirs, ours = f"{tower}.encoder.layers.{layer}", f"{blocks}.{layer}"
-                renamed[f"{theirs}.layer_norm1.{end}"] = state[f"{ours}.ln_1.{end}"]
-                renamed[f"{theirs}.layer_norm2.{end}"] = state[f"{ours}.ln_2.{end}"]
-                renamed[f"{theirs}.mlp.fc1.{end}"] = state[f"{ours}.mlp.c_fc.{end}"]
-                renamed[f"{theirs}.mlp.fc2.{end}"] = state[f"{ours}.mlp.c_proj.{end}"]
-                renamed[f"{theirs}.self_attn.out_proj.{end}"] = state[f"{ours}.attn.out_proj.{end}"]
-                joined = state[f"{ours}.attn.in_proj_{end}"]
+                target, source = f"{tower}.encoder.layers.{layer}", f"{blocks}.{layer}"
+                renamed[f"{target}.layer_norm1.{end}"] = state[f"{source}.ln_1.{end}"]
+                renamed[f"{target}.layer_norm2.{end}"] = state[f"{source}.ln_2.{end}"]
+                renamed[f"{target}.mlp.fc1.{end}"] = state[f"{source}.mlp.c_fc.{end}"]
+                renamed[f"{target}.mlp.fc2.{end}"] = state[f"{source}.mlp.c_proj.{end}"]
+                renamed[f"{target}.self_attn.out_proj.{end}"] = state[f"{source}.attn.out_proj.{end}"]
+                joined = state[f"{source}.attn.in_proj_{end}"]
                 for part, third in zip("qkv", joined.chunk(3), strict=True):
-                    renamed[f"{theirs}.self_attn.{part}_proj.{end}"] = third.clone()
+                    renamed[f"{target}.self_attn.{part}_proj.{end}"] = third.clone()
     return renamed
 
 
 def assert_same_embeddings(model, clip, pixels, captions, tolerance=1e-5):
     """Assert that row 0 equals the other library's normalised global embedding."""
     with torch.no_grad():
-        for ours, theirs in (
+        for embeddings, expected in (
             (model.encode_image(pixels), clip.encode_image(pixels)),
             (model.encode_text(captions), clip.encode_text(captions)),
         ):
-            torch.testing.assert_close(ours[:, 0], F.normalize(theirs, dim=-1), rtol=0, atol=tolerance)
+            torch.testing.assert_close(embeddings[:, 0], F.normalize(expected, dim=-1), rtol=0, atol=tolerance)
 
 
 def imported(state, **options):
@@ -176,13 +176,16 @@ def test_finelip_brings_its_aggregators(clip, pixels, captions, method):
     assert (config.context_length, config.aggregated_tokens, config.aggregator_hidden) == (248, 5, 7)
     assert config.trained_aggregators
     assert_same_embeddings(model, clip, pixels, captions)
-    for ours, theirs in ((model.image_aggregator, "aggr_net"), (model.text_aggregator, "cap_aggr_net")):
-        theirs = f"cross_net.{theirs}."
+    for aggregator, prefix in ((model.image_aggregator, "aggr_net"), (model.text_aggregator, "cap_aggr_net")):
+        prefix = f"cross_net.{prefix}."
         for part, name in {"norm": "weight.0", "hidden": "weight.1", "logits": "weight.3"}.items():
             for end in ("weight", "bias"):
-                assert torch.equal(getattr(getattr(ours, part), end), state[f"{theirs}{name}.{end}"]), (theirs, part)
-        assert ours.scale.shape == ()
-        assert ours.scale.item() == state[f"{theirs}scale"].item()
+                assert torch.equal(getattr(getattr(aggregator, part), end), state[f"{prefix}{name}.{end}"]), (
+                    prefix,
+                    part,
+                )
+        assert aggregator.scale.shape == ()
+        assert aggregator.scale.item() == state[f"{prefix}scale"].item()
 
 
 def test_our_own_state_dict_comes_back(make_model):
@@ -268,11 +271,12 @@ def test_untrained_aggregators_start_the_same_and_draw_nothing(clip):
 
 
 @pytest.mark.parametrize(
-    ("rows", "asked", "expected"), [(77, None, 256), (77, 100, 100), (64, None, 256), (120, None, 120), (120, 300, 300)]
+    ("rows", "context_length", "expected"),
+    [(77, None, 256), (77, 100, 100), (64, None, 256), (120, None, 120), (120, 300, 300)],
 )
-def test_context_length(clip, rows, asked, expected):
+def test_context_length(clip, rows, context_length, expected):
     table = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
-    model = imported(clip.state_dict() | {"positional_embedding": table}, context_length=asked)
+    model = imported(clip.state_dict() | {"positional_embedding": table}, context_length=context_length)
     assert model.config.context_length == expected
     assert model.text.attn_mask.shape == (expected, expected)
     torch.testing.assert_close(model.text.positional_embedding, stretch_positions(table, expected), rtol=0, atol=0)
@@ -412,12 +416,12 @@ def test_transformers_settings(clip):
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("settings", "message"),
     [
         ({"vision_config": {"hidden_act": "gelu"}}, r"hidden_act \['gelu', 'quick_gelu'\]"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, r"layer_norm_eps \[1e-05, 1e-06\]"),
     ],
 )
-def test_other_transformers_settings_are_refused(clip, settings, found):
-    with pytest.raises(CheckpointError, match=found):
+def test_other_transformers_settings_are_refused(clip, settings, message):
+    with pytest.raises(CheckpointError, match=message):
         config_from_transformers(translate(as_transformers(clip.state_dict())).tensors, settings)

@@ -82,11 +82,11 @@ def test_averaged_weights_are_not_taken_unasked(longclip_state, known_widths, tm
     torch.save({"epoch": 3, key: averaged, "state_dict": longclip_state}, tmp_path / "x.pt")
     with (
         pytest.warns(UntrainedAggregatorsWarning),
-        pytest.warns(AveragedWeightsWarning, match=f"state_dict and {key}") as seen,
+        pytest.warns(AveragedWeightsWarning, match=f"state_dict and {key}") as caught,
     ):
         loaded = load(tmp_path / "x.pt")
-    (message,) = (str(warning.message) for warning in seen if warning.category is AveragedWeightsWarning)
-    assert {warning.filename for warning in seen} == {__file__}
+    (message,) = (str(warning.message) for warning in caught if warning.category is AveragedWeightsWarning)
+    assert {warning.filename for warning in caught} == {__file__}
     assert torch.equal(loaded.visual.proj, longclip_state["visual.proj"])
 
     advice = re.search(r"finelip (convert) FILE FOLDER (--part) (\w+)", message)

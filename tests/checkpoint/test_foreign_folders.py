@@ -50,19 +50,19 @@ def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("with_transformers_config", [True, False])
 @pytest.mark.parametrize("layout", ["open_clip", "transformers"])
-def test_open_clips_configuration_beside_other_weights(clip_state, tmp_path, layout, both):
+def test_open_clips_configuration_beside_other_weights(clip_state, tmp_path, layout, with_transformers_config):
     """The weights decide which configuration applies; open_clip's is used if it is the only one."""
     write_hub_folder("transformers", clip_state, tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    if not both:
+    if not with_transformers_config:
         (tmp_path / "config.json").unlink()
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     state = as_transformers(clip_state) if layout == "transformers" else clip_state
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     loaded = load_untrained(tmp_path)
-    assert_hub_config(loaded.config, "shortest" if both and layout == "transformers" else "squash")
+    assert_hub_config(loaded.config, "shortest" if with_transformers_config and layout == "transformers" else "squash")
     assert load_untrained(tmp_path / "model.safetensors").config == loaded.config
 
 

@@ -100,7 +100,7 @@ def test_missing_paths_touch_no_network(name, hub):
 def test_open_clip_names(tiny_open_clip, clip_state, model, tmp_path, monkeypatch):
     torch.save(clip_state, tmp_path / "clip.bin")
     tag = {"hf_hub": "org/tiny/", "mean": (0.5,) * 3, "std": (0.2,) * 3, "resize_mode": "squash"}
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: tag if wanted == "web" else {})
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, pretrained: tag if pretrained == "web" else {})
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tmp_path / "clip.bin") if cfg is tag else "")
     loaded = load_untrained(f"open_clip:{tiny_open_clip}/web")
     assert_hub_config(loaded.config, "squash")
@@ -131,7 +131,7 @@ def test_what_cannot_be_downloaded_is_given_by_its_path(tiny_open_clip, clip_sta
         raise ConnectionError("no route")
 
     tag = {"hf_hub": "org/tiny/", "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: tag if wanted == "web" else {})
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, pretrained: tag if pretrained == "web" else {})
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     torch.save(clip_state, tmp_path / "clip.bin")
     with pytest.raises(CheckpointError, match="or download it elsewhere and pass its path: ") as caught:
@@ -143,7 +143,7 @@ def test_what_cannot_be_downloaded_is_given_by_its_path(tiny_open_clip, clip_sta
 def test_an_open_clip_model_of_another_activation(
     tiny_open_clip, longclip_state, known_widths, model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, wanted: {})
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, pretrained: {})
     torch.save(longclip_state, tmp_path / "clip.pt")
     with pytest.raises(CheckpointError, match=r"ViT-Tiny-Test uses plain GELU.*Long-CLIP.*pass the path of the file"):
         load(f"open_clip:{tiny_open_clip}/{tmp_path / 'clip.pt'}")

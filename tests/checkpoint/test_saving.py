@@ -66,15 +66,15 @@ def half_written(tensors, path, metadata):
 
 
 def test_saving_again_replaces_and_a_failure_leaves_the_old(model, folder, make_model, monkeypatch):
-    other = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
+    replacement = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", half_written)
         with pytest.raises(OSError, match="no space"):
-            save(other, folder)
+            save(replacement, folder)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     assert_same_weights(load(folder), model)
-    save(other, folder)
-    assert_same_weights(load(folder), other)
+    save(replacement, folder)
+    assert_same_weights(load(folder), replacement)
 
 
 def test_metadata_must_be_plain(model, tmp_path):
@@ -95,13 +95,13 @@ def test_a_full_disk_says_what_is_missing(model, folder, make_model, monkeypatch
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    other = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
+    replacement = make_model(seed=1, vision_heads=1, text_heads=1, context_length=77)
     monkeypatch.setattr(safetensors.torch, "save_file", fill)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(
         WriteError, match=r"cannot write .*model\.safetensors: No space.*; 12\.9 MiB are needed, 1\.0 MiB are free"
     ):
-        save(other, folder)
+        save(replacement, folder)
     assert_same_weights(load(folder), model)
 
 
@@ -135,8 +135,8 @@ def test_a_model_that_diverged_is_not_saved(make_model, folder):
 
 def test_convert(clip_state, model, tmp_path):
     torch.save(clip_state, tmp_path / "clip.pt")
-    what = {"activation": "gelu", "heads": 2}
-    summary = convert(tmp_path / "clip.pt", tmp_path / "out", context_length=248, dtype=torch.float16, **what)
+    options = {"activation": "gelu", "heads": 2}
+    summary = convert(tmp_path / "clip.pt", tmp_path / "out", context_length=248, dtype=torch.float16, **options)
     assert summary == {
         "layout": "CLIP",
         "parameters": sum(p.numel() for p in model.parameters()) + (248 - 77) * 64,
@@ -212,25 +212,25 @@ def test_a_fingerprint_follows_the_checkpoint(model, folder, make_model, tmp_pat
     mark = fingerprint(model)
     assert re.fullmatch("[0-9a-f]{64}", mark)
     assert fingerprint(folder) == fingerprint(load(folder)) == mark
-    same = make_model(vision_heads=1, text_heads=1, context_length=77)
-    assert fingerprint(same) == mark
+    copy = make_model(vision_heads=1, text_heads=1, context_length=77)
+    assert fingerprint(copy) == mark
     with torch.no_grad():
-        same.text_aggregator.scale += 1e-3
-    assert fingerprint(same) != mark
-    same.config = same.config.replace(quick_gelu=False)
+        copy.text_aggregator.scale += 1e-3
+    assert fingerprint(copy) != mark
+    copy.config = copy.config.replace(quick_gelu=False)
     half = tmp_path / "half"
     save(model, half, dtype=torch.float16)
-    marks = {mark, fingerprint(same), fingerprint(half), fingerprint(load(folder, context_length=78))}
+    marks = {mark, fingerprint(copy), fingerprint(half), fingerprint(load(folder, context_length=78))}
     assert len(marks) == 4
     assert fingerprint(load(half, dtype=torch.float16)) == fingerprint(half)
 
 
 def test_verify_compares_the_weights_with_what_was_saved(folder, model):
-    found = verify(folder)
-    assert found["status"] == "ok"
-    assert found["recorded_sha256"] == found["sha256"]
-    assert found["fingerprint"] == fingerprint(model)
-    assert (found["format"], found["weights"]) == ("finelip_fast", str(folder / "model.safetensors"))
+    report = verify(folder)
+    assert report["status"] == "ok"
+    assert report["recorded_sha256"] == report["sha256"]
+    assert report["fingerprint"] == fingerprint(model)
+    assert (report["format"], report["weights"]) == ("finelip_fast", str(folder / "model.safetensors"))
 
 
 def test_verify_finds_weights_that_were_exchanged_in_the_header(folder, model):
@@ -255,9 +255,9 @@ def test_verify_knows_what_it_cannot_compare(folder, longclip_state, known_width
     content = bytearray((tmp_path / "clip.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "clip.pt").write_bytes(content)
-    found = verify(tmp_path / "clip.pt")
-    assert found["status"] == "mismatch"
-    assert len(found["damaged"]) == 1
+    report = verify(tmp_path / "clip.pt")
+    assert report["status"] == "mismatch"
+    assert len(report["damaged"]) == 1
 
 
 def test_the_bundled_model_is_what_was_recorded():

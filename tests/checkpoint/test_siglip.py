@@ -94,13 +94,13 @@ def test_probabilities_are_open_clip_s_own(siglip, tmp_path):
     ids = their_tokens(siglip, CAPTIONS[:4])
     images, texts, scale, bias = siglip.model(pixels, ids)
     expected = torch.sigmoid(scale * images @ texts.T + bias)
-    found = model.probability(model.encode_image(pixels), model.encode_text(ids))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    probabilities = model.probability(model.encode_image(pixels), model.encode_text(ids))
+    torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-4)
     save(model, tmp_path)
     assert load_untrained(tmp_path).config.logit_bias == model.config.logit_bias == pytest.approx(bias.item())
-    other = fingerprint(model)
+    expected_fingerprint = fingerprint(model)
     model.config = model.config.replace(logit_bias=None)
-    assert fingerprint(model) == other
+    assert fingerprint(model) == expected_fingerprint
     with pytest.raises(InputError, match=r"a SigLIP model with logit_bias, got .* compare scores with each other"):
         model.probability(model.encode_image(pixels), model.encode_text(ids))
 

@@ -51,20 +51,20 @@ def make_values() -> dict:
     }
 
 
-def assert_equal(found, expected):
+def assert_equal(actual, expected):
     if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
     elif isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert list(actual) == list(expected)
         for name in expected:
-            assert_equal(found[name], expected[name])
+            assert_equal(actual[name], expected[name])
     elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for pair in zip(actual, expected, strict=True):
             assert_equal(*pair)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -81,10 +81,10 @@ def test_types_without_a_storage_class_and_files_without_checksums(tmp_path):
         torch.save(values, tmp_path / "x.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    found = read_weights(tmp_path / "x.pt")
-    assert found["a"].dtype == torch.float8_e4m3fn
-    assert torch.equal(found["a"].float(), torch.ones(3))
-    assert torch.equal(found["b"], values["b"])
+    loaded = read_weights(tmp_path / "x.pt")
+    assert loaded["a"].dtype == torch.float8_e4m3fn
+    assert torch.equal(loaded["a"].float(), torch.ones(3))
+    assert torch.equal(loaded["b"], values["b"])
     assert damaged_records(tmp_path / "x.pt") is None
 
 
@@ -131,10 +131,10 @@ def test_torchscript_gives_the_state_dict_of_the_module(tmp_path, kind, precisio
         module = torch.jit.script(towers) if kind == "script" else torch.jit.trace(towers, torch.ones(2, 4))
         module.to(precision).save(tmp_path / "x.pt")
         expected = torch.jit.load(tmp_path / "x.pt").state_dict()
-    found = read_weights(tmp_path / "x.pt")
-    assert found.keys() == expected.keys() == towers.state_dict().keys()
+    loaded = read_weights(tmp_path / "x.pt")
+    assert loaded.keys() == expected.keys() == towers.state_dict().keys()
     for name, tensor in expected.items():
-        assert_equal(found[name], tensor)
+        assert_equal(loaded[name], tensor)
 
 
 # What others write ------------------------------------------------------------------------------------------------------
@@ -215,10 +215,10 @@ def test_no_pickle_runs_anything(tmp_path, kind, container):
     else:
         path.write_bytes(content)
     try:
-        found = read_weights(path)
+        loaded = read_weights(path)
     except CheckpointError:
-        found = {}
-    assert found == {}  # TorchScript's own names give modules without weights, whatever they are called
+        loaded = {}
+    assert loaded == {}  # TorchScript's own names give modules without weights, whatever they are called
     assert not list(tmp_path.glob("trace*"))
 
 
@@ -408,10 +408,10 @@ def edit(content: bytes, edits) -> bytes:
 
 def assert_error_or_weights(path: Path) -> None:
     try:
-        found = read_weights(path)
+        loaded = read_weights(path)
     except CheckpointError:
         return
-    assert sum(value.nbytes for value in found.values() if isinstance(value, Tensor)) < 1 << 26
+    assert sum(value.nbytes for value in loaded.values() if isinstance(value, Tensor)) < 1 << 26
 
 
 @settings(settings.get_profile("fuzz"))
@@ -486,7 +486,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_the_largest_pickle_that_is_taken_needs_bounded_memory_and_time(tmp_path):
     content = b"\x80\x02" + b"(" + (b"}" + text("a") + b"}s") * 250_000 + b"l."
     path = write_zip(tmp_path / "x.pt", content[: (1 << 24) - 1])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURED, path], capture_output=True, text=True, timeout=300, check=True
     )
-    assert float(done.stdout) < 1024, "MiB"
+    assert float(process.stdout) < 1024, "MiB"

@@ -64,12 +64,12 @@ def test_files_are_recognised_by_their_content(kind, tmp_path):
     path = tmp_path / "weights.any"
     state = {"visual.proj": torch.randn(3, 4), "ln_final.bias": torch.randn(5), "logit_scale": torch.tensor(2.5)}
     WRITERS[kind](state, path)
-    found = read_weights(path)
+    loaded = read_weights(path)
     if kind == "nested":
-        found = {name.removeprefix("module."): tensor for name, tensor in found["state_dict"].items()}
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded["state_dict"].items()}
     for name, tensor in state.items():
         expected = tensor.half() if kind == "torchscript" else tensor
-        assert torch.equal(found[name], expected), name
+        assert torch.equal(loaded[name], expected), name
 
 
 class Malice:

@@ -33,7 +33,7 @@ def commands() -> dict[str, click.Command]:
     known = {}
     for name, command in cli.finelip.commands.items():
         inside = command.commands if isinstance(command, click.Group) else {}
-        known |= {f"{name} {inner}": one for inner, one in inside.items()} or {name: command}
+        known |= {f"{name} {inner}": subcommand for inner, subcommand in inside.items()} or {name: command}
     return known
 
 
@@ -77,7 +77,7 @@ def finelip(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return a function that runs a command, which must succeed on the CPU, and returns its output."""
 
     def run(*arguments: object) -> str:
-        code = main([str(one) for one in arguments])
+        code = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return printed.out
@@ -90,7 +90,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return a function that runs a command, which must fail, and returns the message, its only output."""
 
     def run(*arguments: object) -> str:
-        code = main([str(one) for one in arguments])
+        code = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         assert code == 2
         assert printed.out == ""
@@ -157,12 +157,12 @@ def test_a_killed_job_goes_on_where_it_was(finelip: Callable[..., str], photos: 
         while not segments.is_dir() or len(list(segments.glob("*.safetensors"))) < 3:
             assert victim.poll() is None
         victim.kill()
-    kept = json.loads(finelip("index", "check", "--json"))["items"]
-    assert 2 <= kept < 63
-    assert finelip(*arguments).splitlines()[0] == f"{63 - kept} added, 2 skipped"
+    item_count = json.loads(finelip("index", "check", "--json"))["items"]
+    assert 2 <= item_count < 63
+    assert finelip(*arguments).splitlines()[0] == f"{63 - item_count} added, 2 skipped"
     assert json.loads(finelip("index", "check", "--json")) == {"items": 63, "damaged": 0, "lost": 0}
-    found = json.loads(finelip("search", "a house", "-k", "100", "--json", "--device", "cpu"))
-    assert len({hit["id"] for hit in found}) == len(found) == 63
+    hits = json.loads(finelip("search", "a house", "-k", "100", "--json", "--device", "cpu"))
+    assert len({hit["id"] for hit in hits}) == len(hits) == 63
 
 
 def test_search_speaks_json(finelip: Callable[..., str], photos: Path, checkpoint: Path) -> None:
@@ -219,10 +219,10 @@ def test_an_index_is_filtered_and_searched_in_every_mode(
     search = ["search", "a house", "--json", "--device", "cpu"]
     expected = json.loads(finelip(*search))
     for mode in ("exact-int8", "two-stage"):
-        found = json.loads(finelip(*search, "--mode", mode))
-        assert [hit["score"] for hit in found] == [hit["score"] for hit in expected]
-    found = json.loads(finelip(*search, "--where", "id like '%b.png'"))
-    assert [hit["id"] for hit in found] == ["b.png"]
+        hits = json.loads(finelip(*search, "--mode", mode))
+        assert [hit["score"] for hit in hits] == [hit["score"] for hit in expected]
+    hits = json.loads(finelip(*search, "--where", "id like '%b.png'"))
+    assert [hit["id"] for hit in hits] == ["b.png"]
     assert "expected --mode to be one of auto, exact" in fails(*search, "--mode", "fast")
     assert "error" in fails(*search, "--where", "camera = ")
 
@@ -339,8 +339,8 @@ def test_names_that_a_terminal_cannot_show(
         pytest.skip("this file system takes only UTF-8 names")
     index(finelip, photos, checkpoint)
     assert r"caf\udce9.png" in finelip("search", "a house", "--device", "cpu")
-    found = json.loads(finelip("search", "--image", photos / name, "--device", "cpu", "--json"))
-    assert found[0]["id"] == name
+    hits = json.loads(finelip("search", "--image", photos / name, "--device", "cpu", "--json"))
+    assert hits[0]["id"] == name
 
 
 # Eval, convert, info --------------------------------------------------------------------------------------------------
@@ -375,33 +375,35 @@ def test_eval_on_json_lines(finelip: Callable[..., str], photos: Path, checkpoin
 
 
 def test_convert_writes_a_checkpoint_that_opens(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
-    written = json.loads(
+    summary = json.loads(
         finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--context-length", 50, "--json")
     )
-    assert written["dtype"] == "float16"
-    assert written["context_length"] == finelip_fast.load(tmp_path / "half").config.context_length == 50
+    assert summary["dtype"] == "float16"
+    assert summary["context_length"] == finelip_fast.load(tmp_path / "half").config.context_length == 50
     assert f"folder: {tmp_path / 'text'}" in finelip("convert", checkpoint, tmp_path / "text")
 
 
 def test_export_says_what_is_not_installed(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("finelip_fast.export")]:
         monkeypatch.delitem(sys.modules, name)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else found(name, *more))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find_spec(name, *rest)
+    )
     assert fails("export", "onnx") == "error: exporting needs onnx: pip install 'finelip-fast[onnx]'\n"
 
 
 def test_what_was_exported_answers(finelip: Callable[..., str], photos: Path, make_model, tmp_path: Path) -> None:
     checkpoint = tmp_path / "exported"
     finelip_fast.save(make_model(context_length=40, vision_layers=1, text_layers=1), checkpoint)
-    made = json.loads(finelip("export", "onnx", str(checkpoint), "--data", "scenes:test:8", "--quiet", "--json"))
-    assert made["fp32"]["passed"] is True
+    reports = json.loads(finelip("export", "onnx", str(checkpoint), "--data", "scenes:test:8", "--quiet", "--json"))
+    assert reports["fp32"]["passed"] is True
     finelip("add", str(photos), "--checkpoint", str(checkpoint), "--quiet")
     hits = [
         json.loads(finelip("search", "a red house", "--engine", name, "--device", "cpu", "--json"))
         for name in ("torch", "onnx")
     ]
-    first, second = ([hit["id"] for hit in one] for one in hits)
+    first, second = ([hit["id"] for hit in engine_hits] for engine_hits in hits)
     assert first == second
 
 
@@ -438,9 +440,9 @@ def test_info_verifies_a_checkpoint(
 
 
 def test_info_describes_a_checkpoint(finelip: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
-    written = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--json"))
+    summary = json.loads(finelip("convert", checkpoint, tmp_path / "half", "--dtype", "float16", "--json"))
     described = json.loads(finelip("info", tmp_path / "half", "--json"))
-    expected = {**written, "source": "checkpoint"}
+    expected = {**summary, "source": "checkpoint"}
     del expected["folder"]
     assert {name: described.get(name) for name in expected} == expected
     assert described["bytes"] == (tmp_path / "half" / "model.safetensors").stat().st_size
@@ -453,10 +455,10 @@ def test_info_says_what_of_an_index_is_verified(
     finelip: Callable[..., str], fails: Callable[..., str], photos: Path, checkpoint: Path
 ) -> None:
     index(finelip, photos, checkpoint)
-    told = json.loads(finelip("info", "finelip-index", "--json"))
-    assert (told["items"], told["checkpoint"], told["dtype"]) == (3, str(checkpoint), "float16")
-    assert "hits only" in told["verified"]["by each search"]
-    assert json.loads(finelip("info", "--index", "finelip-index", "--json")) == told
+    info = json.loads(finelip("info", "finelip-index", "--json"))
+    assert (info["items"], info["checkpoint"], info["dtype"]) == (3, str(checkpoint), "float16")
+    assert "hits only" in info["verified"]["by each search"]
+    assert json.loads(finelip("info", "--index", "finelip-index", "--json")) == info
     for words in (["finelip-index"], ["--index", "finelip-index"]):
         assert json.loads(finelip("info", *words, "--verify", "--json"))["verified"]["now"] == "all files"
     search = ["search", "a house", "--device", "cpu", "-k", "1"]
@@ -476,17 +478,17 @@ def test_tuning_needs_the_gpu_that_is_tuned(fails: Callable[..., str]) -> None:
 
 
 def test_a_demo_report_speaks_json(finelip: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def run_demo(folder: str, **options: Any) -> demo.DemoReport:
-        asked.update(options, folder=folder)
+        arguments.update(options, folder=folder)
         return demo.DemoReport(4, {"all": {"t2i_recall@1": 1.0, "i2t_recall@1": 0.5}}, 1.5, 2.5, "demo/index.html")
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     values = json.loads(finelip("demo", "--out", "there", "--scenes", 4, "--quiet", "--json"))
     assert values["rows"]["all"]["t2i_recall@1"] == 1.0
     assert values["page"] == "demo/index.html"
-    assert asked == {"folder": "there", "scenes": 4, "progress": False}
+    assert arguments == {"folder": "there", "scenes": 4, "progress": False}
     assert "4 pictures indexed in 2.5 s, 1.5 ms a query" in finelip("demo")
 
 
@@ -496,7 +498,7 @@ def test_a_demo_report_speaks_json(finelip: Callable[..., str], monkeypatch: pyt
 def test_errors_say_what_to_do(fails: Callable[..., str], photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert "there is no index at finelip-index: make one with finelip add FOLDER" in fails("search", "a house")
     assert "there is no index at photos" in fails("search", "a house", "--index", photos)
-    assert sorted(one.name for one in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
+    assert sorted(path.name for path in photos.iterdir()) == ["a.png", "b.png", "broken.jpg", "c.png", "notes.txt"]
     assert "expected either a description or --image FILE" in fails("search")
     assert "expected either a description or --image FILE" in fails("search", "a house", "--image", photos / "a.png")
     assert "expected a folder, a picture, or a table (.jsonl, .csv, .tsv), got nothing there" in fails(
@@ -584,8 +586,8 @@ def test_what_cannot_be_written_is_an_error(
 
     monkeypatch.setattr("finelip_fast.export.to_onnx.export_onnx", too_long_for_a_test)
     monkeypatch.setattr("finelip_fast.studies.ablation.command.load_recipe", too_long_for_a_test)
-    named = {"CHECKPOINT": str(checkpoint), "OUT": str(where)}
-    assert main([named.get(word, word) for word in command.split()]) == 2
+    paths = {"CHECKPOINT": str(checkpoint), "OUT": str(where)}
+    assert main([paths.get(word, word) for word in command.split()]) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1].startswith("error: ")
     assert "notes.txt" in printed.err.splitlines()[-1]
@@ -627,8 +629,8 @@ def test_a_folder_that_cannot_be_written_to_is_read_by_every_reading_command(
     index(finelip, photos, checkpoint)
     options = ["--checkpoint", checkpoint, "--device", "cpu"]
     searches = [
-        ["search", "a house", *options, "--json", *more]
-        for more in (
+        ["search", "a house", *options, "--json", *extra_options]
+        for extra_options in (
             [],
             ["--mode", "exact-int8"],
             ["--mode", "two-stage"],
@@ -694,18 +696,18 @@ def test_names_of_strangers_forge_no_lines(
     assert len(report.splitlines()) == 4
     lines = finelip("search", "a house", "--device", "cpu").splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "3", "4"]
-    shown = r"a\n  1  9.9999  (global 1.0000, fine 1.0000)  forged\x1b[1A\r\u202e.png"
-    assert any(line.endswith(shown) for line in lines)
-    found = json.loads(finelip("search", "a house", "--json", "--device", "cpu"))
-    assert forged in {hit["id"] for hit in found}
+    escaped_name = r"a\n  1  9.9999  (global 1.0000, fine 1.0000)  forged\x1b[1A\r\u202e.png"
+    assert any(line.endswith(escaped_name) for line in lines)
+    hits = json.loads(finelip("search", "a house", "--json", "--device", "cpu"))
+    assert forged in {hit["id"] for hit in hits}
     for segment in Path("finelip-index/segments").glob("*.safetensors"):
         segment.unlink()
     message = fails("index", "check")
-    assert shown in message
+    assert escaped_name in message
     assert len(message.splitlines()) == 5
     assert not re.search(r"[\x1b\r\u202e]", report + "\n".join(lines) + message)
     repaired = finelip("index", "repair")
-    assert shown in repaired
+    assert escaped_name in repaired
     assert main(["search", "a\x1b[2J", "b\x1b[2J"]) == 2
 
 

@@ -87,19 +87,19 @@ def test_a_mistake_of_ours_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_are_raised_where_the_work_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    number, kept = getattr(signal, name), []
+    number, cleanups = getattr(signal, name), []
 
     def work() -> None:
         try:
             os.kill(os.getpid(), number)
             time.sleep(10)
         finally:
-            kept.append("work")
+            cleanups.append("work")
 
     before = signal.signal(number, signal.SIG_DFL)
     try:
         assert run_command(work) == 128 + number
-        assert kept == ["work"]
+        assert cleanups == ["work"]
         assert capsys.readouterr().err == "terminated\n"
         assert signal.getsignal(number) is signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN)  # as under nohup

@@ -182,24 +182,24 @@ def in_terminal(folder: Path, *words: str) -> str:
     import struct
     import termios
 
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 800, 480))
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 800, 480))
     command = [sys.executable, "-P", "-m", "finelip_fast.cli", "search", TEXT, *words]
     options = ["--index", str(folder / "index"), "--checkpoint", str(folder / "checkpoint"), "--device", "cpu"]
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     printed = b""
     with subprocess.Popen(
-        [*command, *options], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment
+        [*command, *options], stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, env=environment
     ) as process:
-        os.close(theirs)
+        os.close(terminal)
         try:
-            while content := os.read(ours, 1 << 16):
+            while content := os.read(controller, 1 << 16):
                 printed += content
         except OSError:  # Linux's signal that the other end is closed
             pass
         assert process.stderr is not None
         message = process.stderr.read()
-    os.close(ours)
+    os.close(controller)
     assert process.returncode == 0, message
     return printed.decode()
 

@@ -19,8 +19,8 @@ def write_lines(path, *lines):
     return path
 
 
-def line(image="a.jpg", caption="a cat", **more):
-    return json.dumps({"image": image, "caption": caption, **more}, ensure_ascii=False)
+def line(image="a.jpg", caption="a cat", **fields):
+    return json.dumps({"image": image, "caption": caption, **fields}, ensure_ascii=False)
 
 
 # --- JSON lines --------------------------------------------------------------------------------------------------
@@ -188,23 +188,23 @@ def test_sharegpt4v_refuses_another_layout(tmp_path, content, reason):
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [read_json_lines, read_sharegpt4v])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
+@pytest.mark.parametrize("reader", [read_json_lines, read_sharegpt4v])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, reader):
     with pytest.raises(InputError, match=r"cannot read .*missing\.json: No such file"):
-        read(tmp_path / "missing.json")
+        reader(tmp_path / "missing.json")
     with pytest.raises(InputError, match="expected a regular file, got a folder"):
-        read(tmp_path)
+        reader(tmp_path)
     latin = tmp_path / "latin.json"
     latin.write_bytes('{"image": "a.jpg", "caption": "café"}'.encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.json: expected UTF-8 text"):
-        read(latin)
+        reader(latin)
 
 
-@pytest.mark.parametrize("read", [read_json_lines, read_sharegpt4v])
-def test_a_pipe_is_not_waited_for(tmp_path, read):
+@pytest.mark.parametrize("reader", [read_json_lines, read_sharegpt4v])
+def test_a_pipe_is_not_waited_for(tmp_path, reader):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="expected a regular file, got a pipe"):
-        read(tmp_path / "pipe")
+        reader(tmp_path / "pipe")
 
 
 @settings(settings.get_profile("fuzz"))
@@ -217,9 +217,9 @@ def test_a_damaged_file_is_refused_or_right(tmp_path, damage_json, data):
     records = [record(), record("sam/images/sa_1.jpg", "A street.")]
     (tmp_path / "lines").write_bytes(b"\n".join(damaged))
     (tmp_path / "records").write_bytes(damage_json(data, records))
-    for read, path in ((read_json_lines, tmp_path / "lines"), (read_sharegpt4v, tmp_path / "records")):
+    for reader, path in ((read_json_lines, tmp_path / "lines"), (read_sharegpt4v, tmp_path / "records")):
         try:
-            pairs = read(path)
+            pairs = reader(path)
         except InputError as error:
             message = str(error)
         else:

@@ -92,11 +92,13 @@ def make_long_dci(root, folder="photos", delimiter="\t"):
 
 
 def coco():
-    said = [(7, f"seven {number}") for number in range(6)] + [(3, f"three {number}\n") for number in range(5)]
-    random.Random(0).shuffle(said)
+    captions = [(7, f"seven {number}") for number in range(6)] + [(3, f"three {number}\n") for number in range(5)]
+    random.Random(0).shuffle(captions)
     return {
         "images": [{"id": 7, "file_name": "000000000007.jpg"}, {"id": 3, "file_name": "000000000003.jpg"}],
-        "annotations": [{"id": n, "image_id": image, "caption": caption} for n, (image, caption) in enumerate(said)],
+        "annotations": [
+            {"id": n, "image_id": image, "caption": caption} for n, (image, caption) in enumerate(captions)
+        ],
     }
 
 
@@ -183,11 +185,11 @@ MARKED = {
 
 @pytest.mark.parametrize("layout", MARKED)
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, layout):
-    make, name, read = MARKED[layout]
-    expected = read(make(tmp_path))
+    make, name, reader = MARKED[layout]
+    expected = reader(make(tmp_path))
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
-    assert read(tmp_path) == expected
+    assert reader(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -208,8 +210,8 @@ def test_docci_in_the_order_of_the_file(tmp_path, split, names):
 @pytest.mark.parametrize("inner", ["", "densely_captioned_images"])
 def test_dci_joins_both_captions(tmp_path, inner):
     root = make_dci(tmp_path / inner)
-    one, two, three = ((root / "photos" / f"sa_{number}.jpg") for number in (1, 2, 3))
-    everything = [(one, "Picture 1. Yet more."), (two, "Picture 2."), (three, "Picture 3. More.")]
+    first, second, third = ((root / "photos" / f"sa_{number}.jpg") for number in (1, 2, 3))
+    everything = [(first, "Picture 1. Yet more."), (second, "Picture 2."), (third, "Picture 3. More.")]
     assert read_dci(tmp_path) == everything
     assert read_dci(tmp_path, "test") == [everything[2], everything[1]]
     assert read_dci(tmp_path, "train") == everything[:1]
@@ -247,9 +249,11 @@ def test_long_dci_of_another_layout(tmp_path, content, reason):
 
 def test_coco_gives_the_first_five_captions_of_each_picture(tmp_path):
     pairs = read_coco(make_coco(tmp_path))
-    told = {key: [a["caption"].strip() for a in coco()["annotations"] if a["image_id"] == key] for key in (7, 3)}
-    assert (len(told[7]), len(told[3])) == (6, 5)
-    assert pairs == [(tmp_path / "val2017" / f"{key:012d}.jpg", caption) for key in (7, 3) for caption in told[key][:5]]
+    captions = {key: [a["caption"].strip() for a in coco()["annotations"] if a["image_id"] == key] for key in (7, 3)}
+    assert (len(captions[7]), len(captions[3])) == (6, 5)
+    assert pairs == [
+        (tmp_path / "val2017" / f"{key:012d}.jpg", caption) for key in (7, 3) for caption in captions[key][:5]
+    ]
 
 
 @pytest.mark.parametrize("folder", ["flickr30k-images", "images"])
@@ -283,7 +287,7 @@ HOMES = {
 
 
 @pytest.mark.parametrize(
-    ("read", "make", "lost", "reason"),
+    ("reader", "make", "lost", "reason"),
     [
         (read_urban1k, make_urban1k, "image", "expected a folder {}, found none"),
         (read_urban1k, make_urban1k, "caption", "expected a folder {}, found none"),
@@ -304,13 +308,13 @@ HOMES = {
         (read_flickr30k, make_token, "images/2.jpg", "1 of 2 pictures are missing, first {}"),
     ],
 )
-def test_what_is_missing_is_named_and_where_it_is_published(tmp_path, read, make, lost, reason):
+def test_what_is_missing_is_named_and_where_it_is_published(tmp_path, reader, make, lost, reason):
     path = make(tmp_path) / lost
     path.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError) as caught:
-        read(tmp_path)
+        reader(tmp_path)
     assert reason.format(path) in str(caught.value)
-    assert HOMES[read] in str(caught.value)
+    assert HOMES[reader] in str(caught.value)
 
 
 def test_dci_names_a_missing_annotation_or_file_of_splits(tmp_path):
@@ -346,7 +350,7 @@ def test_urban1k_names_the_first_few_without_the_other(tmp_path, lost, reason):
 
 
 @pytest.mark.parametrize(
-    ("read", "make", "reason"),
+    ("reader", "make", "reason"),
     [
         (read_docci, make_docci, "expected split to be one of qual_dev, qual_test, test, train; got 'val'"),
         (read_dci, make_dci, "expected split to be one of test, train, valid; got 'val'"),
@@ -354,9 +358,9 @@ def test_urban1k_names_the_first_few_without_the_other(tmp_path, lost, reason):
         (read_flickr30k, make_token, "has no splits, got 'val'; add dataset_flickr30k.json"),
     ],
 )
-def test_an_unknown_split_is_answered_with_those_there_are(tmp_path, read, make, reason):
+def test_an_unknown_split_is_answered_with_those_there_are(tmp_path, reader, make, reason):
     with pytest.raises(InputError, match=reason):
-        read(make(tmp_path), "val")
+        reader(make(tmp_path), "val")
 
 
 def test_an_empty_file_has_no_splits(tmp_path):
@@ -497,33 +501,33 @@ def test_a_name_stays_within_the_published_folder(tmp_path, layout, name):
         make_docci(root)
         line = {"split": "test", "image_file": name, "description": "a cat"}
         (root / "docci_descriptions.jsonlines").write_text(json.dumps(line))
-        read = read_docci
+        reader = read_docci
     elif layout == "dci":
         write_json(
             make_dci(root) / "annotations" / "x.json", {"image": name, "short_caption": "a", "extra_caption": "b"}
         )
-        read = read_dci
+        reader = read_dci
     elif layout == "dci-splits":
         write_json(make_dci(root) / "splits.json", {"test": [name]})
-        read = lambda root: read_dci(root, "test")  # noqa: E731
+        reader = lambda root: read_dci(root, "test")  # noqa: E731
     elif layout == "long-dci":
         (make_long_dci(root) / "dci_long.csv").write_text(f"filepath,title\n{name},a cat\n", encoding="utf-8")
-        read = read_long_dci
+        reader = read_long_dci
     elif layout == "coco":
         content = coco()
         content["images"][0]["file_name"] = name
         make_coco(root, content)
-        read = read_coco
+        reader = read_coco
     elif layout == "flickr30k":
         image = {"filename": name, "sentences": [{"raw": "a cat"}], "split": "test"}
         write_json(make_flickr30k(root) / "dataset_flickr30k.json", {"images": [image]})
-        read = read_flickr30k
+        reader = read_flickr30k
     else:
         (make_token(root) / "results_20130124.token").write_text(f"{name}#0\ta cat\n", encoding="utf-8")
-        read = read_flickr30k
+        reader = read_flickr30k
     expected = "a picture's name|the path of a picture|a name within|NAME#NUMBER|line contains NUL"
     with pytest.raises(InputError, match=expected):
-        read(root)
+        reader(root)
 
 
 def test_coco_gives_each_picture_an_id_of_its_own(tmp_path):
@@ -567,7 +571,7 @@ MAKERS = {
 @given(st.data())
 def test_a_damaged_folder_is_refused_or_right(tmp_path_factory, damage_json, data):
     layout = data.draw(st.sampled_from(sorted(MAKERS)))
-    read, make = MAKERS[layout]
+    reader, make = MAKERS[layout]
     root = make(tmp_path_factory.mktemp("root"))
     path = data.draw(
         st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".jpg"))
@@ -588,7 +592,7 @@ def test_a_damaged_folder_is_refused_or_right(tmp_path_factory, damage_json, dat
             content = content[:at] + data.draw(piece) + content[at + data.draw(st.integers(0, 3)) :]
     path.write_bytes(content)
     try:
-        pairs = read(root)
+        pairs = reader(root)
     except InputError as error:
         message = str(error)
     else:

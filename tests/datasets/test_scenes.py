@@ -38,10 +38,10 @@ indices = st.integers(0, 63_999)
 
 def details(content):
     """Return every detail of a content, by name."""
-    told = {"time": content.time, "weather": content.weather}
+    values = {"time": content.time, "weather": content.weather}
     for number, placed in enumerate(content.objects):
-        told |= {(number, name): value for name, value in vars(placed).items()}
-    return told
+        values |= {(number, name): value for name, value in vars(placed).items()}
+    return values
 
 
 def differing(first, second):
@@ -135,16 +135,16 @@ fingerprint = digest.hexdigest()
 
 
 def test_another_process_makes_the_same_pictures_and_words():
-    here = {}
-    exec(FINGERPRINT, here)
+    namespace = {}
+    exec(FINGERPRINT, namespace)
     other_salt = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    there = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", FINGERPRINT + "print(fingerprint)"],
         env=os.environ | {"PYTHONHASHSEED": other_salt},
         capture_output=True,
         text=True,
     )
-    assert there.stdout.strip() == here["fingerprint"], there.stderr
+    assert process.stdout.strip() == namespace["fingerprint"], process.stderr
 
 
 def test_descriptions_stay_what_they_were():
@@ -188,12 +188,15 @@ def test_members_of_a_family_differ_in_a_few_details(family):
 
 @pytest.mark.parametrize("family", range(25))
 def test_some_base_is_one_or_two_details_from_every_member(family):
-    told = [details(Scenes()[family * FAMILY_SIZE + member].content) for member in range(FAMILY_SIZE)]
-    values = {name: {member[name] for member in told} for name in told[0]}
+    member_details = [details(Scenes()[family * FAMILY_SIZE + member].content) for member in range(FAMILY_SIZE)]
+    values = {name: {member[name] for member in member_details} for name in member_details[0]}
     disputed = [name for name in values if len(values[name]) > 1]
     bases = product(*(values[name] | {"another value"} for name in disputed))
     assert any(
-        all(1 <= sum(member[name] != value for name, value in zip(disputed, base, strict=True)) <= 2 for member in told)
+        all(
+            1 <= sum(member[name] != value for name, value in zip(disputed, base, strict=True)) <= 2
+            for member in member_details
+        )
         for base in bases
     )
 
@@ -264,12 +267,12 @@ def test_every_detail_is_told(split):
     words = {1: "one", 2: "two", 3: "three", 4: "four"}
     for scene in Scenes(split, 150):
         for placed in scene.objects:
-            told = " ".join(part.text.lower() for part in scene.parts if part.object is placed)
+            text = " ".join(part.text.lower() for part in scene.parts if part.object is placed)
             for name, value in vars(placed).items():
                 if name == "storeys":
-                    assert re.search(rf"\b{words[value]}(-storey| floor)", told), told
+                    assert re.search(rf"\b{words[value]}(-storey| floor)", text), text
                 elif isinstance(value, str) and name not in ("kind", "size"):
-                    assert re.search(rf"\b{value}\b", told), (name, value, told)
+                    assert re.search(rf"\b{value}\b", text), (name, value, text)
 
 
 def test_sentences_are_well_formed():
@@ -289,8 +292,8 @@ def sentences(caption):
 @settings(max_examples=40, deadline=None)
 @given(index=indices)
 def test_variants_do_what_they_say(index):
-    told = {variant: Scenes(variant=variant)[index].caption for variant in VARIANTS}
-    clean, typos, plain, dropped, repeated, reordered = told.values()
+    captions = {variant: Scenes(variant=variant)[index].caption for variant in VARIANTS}
+    clean, typos, plain, dropped, repeated, reordered = captions.values()
     assert plain == " ".join(re.findall("[a-z]+", clean.lower()))
     assert sentences(dropped) < sentences(clean)
     assert sentences(clean) < sentences(repeated)
@@ -304,9 +307,9 @@ def test_variants_do_what_they_say(index):
 
 
 def test_a_quarter_of_the_statements_is_dropped():
-    kept = sum(len(Scenes(variant="dropped")[index].caption) for index in range(200))
+    remaining_length = sum(len(Scenes(variant="dropped")[index].caption) for index in range(200))
     everything = sum(len(Scenes()[index].caption) for index in range(200))
-    assert 0.70 < kept / everything < 0.80
+    assert 0.70 < remaining_length / everything < 0.80
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -337,11 +340,13 @@ def test_told_colours_are_in_the_boxes():
 def test_by_day_objects_are_painted_in_their_boxes_alone(index):
     """Removing an object changes its box and the shadow at its foot, and nothing else."""
     scene = in_noon_light(Scenes()[index])
-    whole = np.asarray(scene.draw(128), np.int16)
+    picture = np.asarray(scene.draw(128), np.int16)
     for placed in scene.objects:
-        fewer = scene.content._replace(objects=tuple(other for other in scene.objects if other is not placed))
+        fewer = scene.content._replace(
+            objects=tuple(scene_object for scene_object in scene.objects if scene_object is not placed)
+        )
         without = np.asarray(replace(scene, content=fewer).draw(128), np.int16)
-        rows, columns = np.nonzero(abs(whole - without).max(-1) > 8)
+        rows, columns = np.nonzero(abs(picture - without).max(-1) > 8)
         x0, y0, x1, y1 = (edge * 128 for edge in placed.box)
         assert rows.size > 40
         assert x0 - 1.5 <= columns.min() <= columns.max() <= x1 + 0.5

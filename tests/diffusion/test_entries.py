@@ -66,10 +66,10 @@ def test_pictures_and_masks(name: str, model: FineLIP, tiny_pipelines: ModuleTyp
     import diffusers
 
     pipeline = getattr(diffusers, name).from_pipe(extend(tiny_pipelines.xl(), model))
-    given: dict[str, Any] = {"image": PHOTO, "strength": 0.9}
+    inputs: dict[str, Any] = {"image": PHOTO, "strength": 0.9}
     if "Inpaint" in name:
-        given |= {"mask_image": MASK, **SIZE}
-    check_that_the_end_counts(pipeline, **given)
+        inputs |= {"mask_image": MASK, **SIZE}
+    check_that_the_end_counts(pipeline, **inputs)
 
 
 def test_controlnet(model: FineLIP, tiny_pipelines: ModuleType) -> None:
@@ -151,9 +151,9 @@ def test_stable_diffusion_3(model: FineLIP, tiny_pipelines: ModuleType) -> None:
 def test_flux(model: FineLIP, tiny_pipelines: ModuleType) -> None:
     """The pooled embedding is FineLIP's, after the final LayerNorm; T5 is unchanged."""
     pipeline = tiny_pipelines.flux()
-    kept = pipeline.text_encoder_2
+    t5 = pipeline.text_encoder_2
     extend(pipeline, model)
-    assert pipeline.text_encoder_2 is kept
+    assert pipeline.text_encoder_2 is t5
     ids = pipeline.tokenizer([LONG], padding="max_length", max_length=256, return_tensors="pt").input_ids
     with torch.no_grad():
         _, pooled, _ = pipeline.encode_prompt(LONG, None)

@@ -47,14 +47,14 @@ def clip(tiny_pipelines: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
         patch_size=16,
     )
     texts = tiny_pipelines.text_config(tiny_pipelines.TEXT_WIDTH, bos_token_id=49406, eos_token_id=49407)
-    whole = CLIPModel(CLIPConfig(text_config=texts.to_dict(), vision_config=vision.to_dict(), projection_dim=48)).eval()
+    model = CLIPModel(CLIPConfig(text_config=texts.to_dict(), vision_config=vision.to_dict(), projection_dim=48)).eval()
     with torch.no_grad():
-        for parameter in whole.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    whole.save_pretrained(folder)
+    model.save_pretrained(folder)
     encoder = CLIPTextModel(texts).eval()
-    named = {name.removeprefix("text_model."): tensor for name, tensor in whole.text_model.state_dict().items()}
-    encoder.load_state_dict({name: named[name.removeprefix("text_model.")] for name in encoder.state_dict()})
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in model.text_model.state_dict().items()}
+    encoder.load_state_dict({name: weights[name.removeprefix("text_model.")] for name in encoder.state_dict()})
     return folder, encoder
 
 
@@ -191,8 +191,8 @@ def test_prompt_and_negative_have_one_length(model: FineLIP, tiny_pipelines: Mod
         assert embeddings.negative_prompt_embeds.shape == embeddings.prompt_embeds.shape
         assert embeddings.negative_prompt_embeds.any()
     one_for_all = prompt_embeddings(pipeline, [LONG, "a cat"], "ugly")
-    each = prompt_embeddings(pipeline, [LONG, "a cat"], ["ugly", "ugly"])
-    assert all(map(torch.equal, one_for_all.arguments().values(), each.arguments().values()))
+    one_for_each = prompt_embeddings(pipeline, [LONG, "a cat"], ["ugly", "ugly"])
+    assert all(map(torch.equal, one_for_all.arguments().values(), one_for_each.arguments().values()))
 
 
 def test_words_behind_token_77_count(model: FineLIP, tiny_pipelines: ModuleType) -> None:
@@ -224,7 +224,7 @@ def test_cut_text_is_reported(kind: str, cut: str, model: FineLIP, tiny_pipeline
 
 
 @pytest.mark.parametrize(
-    ("layer", "second", "ours"),
+    ("layer", "second", "class_names"),
     [
         (None, "stretch", set()),
         ("last", "stretch", {"LastLayerTextModel", "LastLayerTextModelWithProjection"}),
@@ -233,7 +233,7 @@ def test_cut_text_is_reported(kind: str, cut: str, model: FineLIP, tiny_pipeline
     ],
 )
 def test_a_saved_pipeline_computes_the_same(
-    layer: Any, second: Any, ours: set[str], model: FineLIP, tiny_pipelines: ModuleType, tmp_path: Path
+    layer: Any, second: Any, class_names: set[str], model: FineLIP, tiny_pipelines: ModuleType, tmp_path: Path
 ) -> None:
     """diffusers opens it; if all parts are from diffusers and transformers, it has no reference to this library."""
     pipeline = extend(tiny_pipelines.xl(), model, layer=layer, second=second)
@@ -242,9 +242,9 @@ def test_a_saved_pipeline_computes_the_same(
     opened = type(pipeline).from_pretrained(tmp_path)
     got = prompt_embeddings(opened, [LONG, "a cat"], "ugly")
     assert all(map(torch.equal, expected.arguments().values(), got.arguments().values()))
-    written = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json"))
-    assert ("finelip_fast" in written) == bool(ours)
-    assert all(name in written for name in ours)
+    configuration = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json"))
+    assert ("finelip_fast" in configuration) == bool(class_names)
+    assert all(name in configuration for name in class_names)
     assert opened.tokenizer.model_max_length == opened.tokenizer_2.model_max_length == 256
 
 
@@ -327,10 +327,10 @@ def test_what_cannot_be_extended_is_refused(model: FineLIP, make_model: Make, ti
     inverted.tokenizer.add_tokens("<my-cat>")
     with pytest.raises(InputError, match="got 49409; a textual inversion is loaded"):
         extend(inverted, model)
-    other = tiny_pipelines.xl()
-    other.tokenizer = tiny_pipelines.tokenizer(bos_token="!")
+    with_other_tokenizer = tiny_pipelines.xl()
+    with_other_tokenizer.tokenizer = tiny_pipelines.tokenizer(bos_token="!")
     with pytest.raises(InputError, match="expected a pipeline with CLIP's tokenizer"):
-        extend(other, model)
+        extend(with_other_tokenizer, model)
     quantized = tiny_pipelines.xl()
     quantized.text_encoder_2.is_quantized = True
     with pytest.raises(InputError, match="expected a text_encoder_2 in floating point, got a quantized one"):

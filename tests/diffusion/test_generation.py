@@ -89,10 +89,10 @@ def test_both_lengths_side_by_side(material: dict[str, str], tiny_pipelines: Mod
     """The left half is from the original pipeline; the right half equals the picture without a comparison."""
     import torch
 
-    both, alone = tmp_path / "both.png", tmp_path / "alone.png"
-    generation = generate(LONG, out=str(both), seed=7, steps=2, compare_77=True, progress=False, **material)
+    side_by_side, alone = tmp_path / "both.png", tmp_path / "alone.png"
+    generation = generate(LONG, out=str(side_by_side), seed=7, steps=2, compare_77=True, progress=False, **material)
     generate(LONG, out=str(alone), seed=7, steps=2, progress=False, **material)
-    left, gap, right = np.split(pixels(both), [32, 40], axis=1)
+    left, gap, right = np.split(pixels(side_by_side), [32, 40], axis=1)
     assert difference(right, pixels(alone)) <= 1
     assert difference(left, right) > 1
     assert (gap == 255).all()

@@ -98,7 +98,7 @@ def test_a_prompt_is_the_same_in_any_batch(pipeline: Any) -> None:
 def test_tuples_and_masks(pipeline: Any) -> None:
     ids = pipeline.tokenizer_2([SENTENCE * 5], padding="max_length", max_length=256, return_tensors="pt").input_ids
     with torch.no_grad():
-        named, values = pipeline.text_encoder_2(ids), pipeline.text_encoder_2(ids, return_dict=False)
-    assert all(map(torch.equal, values, named.to_tuple()))
+        output, values = pipeline.text_encoder_2(ids), pipeline.text_encoder_2(ids, return_dict=False)
+    assert all(map(torch.equal, values, output.to_tuple()))
     with pytest.raises(InputError, match="expected no attention_mask and no position_ids with 256 tokens"):
         pipeline.text_encoder_2(ids, attention_mask=torch.ones_like(ids))

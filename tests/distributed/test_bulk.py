@@ -71,13 +71,13 @@ def add(photos: Any, index: Path, checkpoint: Path, **options: Any) -> bulk.Fold
 
 
 def assert_as_by_one_process(index: Path, photos: Path, checkpoint: Path, *, left_out: Sequence[str] = ()) -> None:
-    one = Retriever(checkpoint, engine="torch", device="cpu")
+    retriever = Retriever(checkpoint, engine="torch", device="cpu")
     files = [path for path in sorted(photos.glob("*.png")) if path.name not in left_out]
-    one.add_images(files, progress=False)
-    with closing(stored_index(index)) as many:
-        assert [Path(item).name for item in many.ids] == [Path(item).name for item in one.index.ids]
-        assert (many.embeddings.float() - one.index.embeddings.float()).abs().max() < 1e-3
-        assert many.check() == {}
+    retriever.add_images(files, progress=False)
+    with closing(stored_index(index)) as bulk_index:
+        assert [Path(item).name for item in bulk_index.ids] == [Path(item).name for item in retriever.index.ids]
+        assert (bulk_index.embeddings.float() - retriever.index.embeddings.float()).abs().max() < 1e-3
+        assert bulk_index.check() == {}
     assert not list((index / "incoming").iterdir())
 
 
@@ -165,7 +165,7 @@ def test_the_order_is_that_of_the_files(photos: Path, tmp_path: Path, checkpoint
     index = stored_index(tmp_path / "index")
     assert index.spec.dtype == dtype
     assert index.ids == [str(file) for file in (*files[:3], files[4], files[6])]
-    assert [one["name"] for one in index.metadata] == ["05", "00", "20", "03", "11"]
+    assert [item_metadata["name"] for item_metadata in index.metadata] == ["05", "00", "20", "03", "11"]
     assert index.check() == {}
 
 
@@ -184,9 +184,9 @@ def test_a_job_that_was_stopped_goes_on(
     adopted: list[int] = []
     adopt = Index.adopt
 
-    def fail_later(self: Index, written: Any, **options: Any) -> None:
-        adopt(self, written, **options)
-        adopted.append(len(written))
+    def fail_later(self: Index, segments: Any, **options: Any) -> None:
+        adopt(self, segments, **options)
+        adopted.append(len(segments))
         if len(adopted) == 2:
             raise KeyboardInterrupt
 

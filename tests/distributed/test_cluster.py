@@ -39,8 +39,8 @@ def test_without_its_address_this_machine_is_used(ray: Any, monkeypatch: pytest.
 
 
 def test_the_cluster_lives_as_long_as_its_users(ray: Any) -> None:
-    with cluster(2) as same:
-        assert same is ray
+    with cluster(2) as shared_ray:
+        assert shared_ray is ray
     assert ray.is_initialized()
 
 

@@ -37,7 +37,7 @@ QUERIES = random(3, seed=99)
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Index]:
     """Folders of shards, and one index of the same items in the same order; some items are equal."""
     folder = tmp_path_factory.mktemp("shards")
-    one, folders = Index(SPEC), []
+    joint_index, folders = Index(SPEC), []
     for shard, size in enumerate(SIZES):
         items = random(size, seed=shard)
         items[5:20:5] = QUERIES[0]  # ties within a shard, and between shards
@@ -46,8 +46,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Inde
         folders.append(folder / str(shard))
         with closing(Index(SPEC, folders[-1])) as index:
             index.add(ids, items, metadata)
-        one.add(ids, items, metadata)
-    return folders, one
+        joint_index.add(ids, items, metadata)
+    return folders, joint_index
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,15 @@ def shards(opened: Shards) -> Iterator[Shards]:
 def until_whole(shards: Shards) -> ShardSearchResults:
     partial, shards.partial = shards.partial, "mark"
     end = time.monotonic() + BACK_SECONDS
-    while (found := shards.search(QUERIES, 10)).missing and time.monotonic() < end:
+    while (results := shards.search(QUERIES, 10)).missing and time.monotonic() < end:
         time.sleep(0.1)
     shards.partial = partial
-    assert found.missing == {}
-    return found
+    assert results.missing == {}
+    return results
 
 
-def ids(found: Any) -> list[list[str]]:
-    return [[item.id for item in own] for own in found.items]
+def ids(results: Any) -> list[list[str]]:
+    return [[item.id for item in items] for items in results.items]
 
 
 def pid(ray: Any, shards: Shards, number: int) -> int:
@@ -91,29 +91,29 @@ def test_they_find_what_one_index_finds(
 ) -> None:
     options: dict[str, Any] = {"mode": mode, "where": where, "alpha": alpha}
     expected = together[1].search(QUERIES, k, **options)
-    found = shards.search(QUERIES, k, **options)
-    assert ids(found) == ids(expected)
-    assert torch.equal(found.scores, expected.scores)
+    results = shards.search(QUERIES, k, **options)
+    assert ids(results) == ids(expected)
+    assert torch.equal(results.scores, expected.scores)
     for name in ("global_scores", "fine_scores"):  # computed again, from as many hits as a shard has
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
-    assert found.items == [
-        [(str(together[0][int(item.id[0])]), item.id, item.metadata) for item in own] for own in expected.items
+        torch.testing.assert_close(getattr(results, name), getattr(expected, name), rtol=0, atol=1e-6)
+    assert results.items == [
+        [(str(together[0][int(item.id[0])]), item.id, item.metadata) for item in items] for items in expected.items
     ]
-    assert found.covered == 1
-    assert found.missing == {}
-    assert found.modes.keys() == set(map(str, together[0]))
+    assert results.covered == 1
+    assert results.missing == {}
+    assert results.modes.keys() == set(map(str, together[0]))
 
 
 def test_ties_come_in_the_order_of_the_shards(shards: Shards) -> None:
-    found = shards.search(QUERIES[:1], 6, mode="exact")
-    assert len(set(found.scores[0].tolist())) == 1
-    assert ids(found) == [[f"{shard}-{number}" for shard in (0, 2) for number in (5, 10, 15)]]
+    results = shards.search(QUERIES[:1], 6, mode="exact")
+    assert len(set(results.scores[0].tolist())) == 1
+    assert ids(results) == [[f"{shard}-{number}" for shard in (0, 2) for number in (5, 10, 15)]]
 
 
 def test_in_two_stages_they_find_no_less(shards: Shards, together: tuple[list[Path], Index]) -> None:
-    found = shards.search(QUERIES, 10, mode="two-stage")
-    assert set(found.modes.values()) == {"two-stage"}
-    assert (found.scores >= together[1].search(QUERIES, 10, mode="two-stage").scores).all()
+    results = shards.search(QUERIES, 10, mode="two-stage")
+    assert set(results.modes.values()) == {"two-stage"}
+    assert (results.scores >= together[1].search(QUERIES, 10, mode="two-stage").scores).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -123,9 +123,9 @@ def test_queries_of_any_dtype(shards: Shards, together: tuple[list[Path], Index]
 
 
 def test_no_queries(shards: Shards) -> None:
-    found = shards.search(QUERIES[:0], 5)
-    assert found.scores.shape[0] == 0
-    assert found.items == []
+    results = shards.search(QUERIES[:0], 5)
+    assert results.scores.shape[0] == 0
+    assert results.items == []
 
 
 def test_they_know_how_many_items_there_are(shards: Shards) -> None:
@@ -148,32 +148,32 @@ def test_wrong_arguments_are_refused_as_by_an_index(shards: Shards, options: dic
 
 
 def test_a_killed_shard_is_missed_and_comes_back(ray: Any, shards: Shards, together: tuple[list[Path], Index]) -> None:
-    whole = shards.search(QUERIES, 10)
+    full_results = shards.search(QUERIES, 10)
     os.kill(pid(ray, shards, 0), signal.SIGKILL)
     shards.partial = "refuse"
     dead = str(together[0][0])
     with pytest.raises(StoreError, match=rf"1 of 3 shards did not answer \({dead}: .*partial='mark'"):
         shards.search(QUERIES, 10)
     shards.partial = "mark"
-    found = shards.search(QUERIES, 10)
-    assert list(found.missing) == [dead]
-    assert found.covered == pytest.approx(1 - SIZES[0] / sum(SIZES))
+    results = shards.search(QUERIES, 10)
+    assert list(results.missing) == [dead]
+    assert results.covered == pytest.approx(1 - SIZES[0] / sum(SIZES))
     expected = shards.search(QUERIES, 1000).items
-    assert {item.shard for own in expected for item in own} == {str(together[0][2])}
+    assert {item.shard for items in expected for item in items} == {str(together[0][2])}
     rest = together[1].search(QUERIES, 1000)
-    assert ids(found) == [[item for item in own if item[0] != "0"][:10] for own in ids(rest)]
+    assert ids(results) == [[item for item in row if item[0] != "0"][:10] for row in ids(rest)]
     again = until_whole(shards)
-    assert ids(again) == ids(whole)
-    assert torch.equal(again.scores, whole.scores)
+    assert ids(again) == ids(full_results)
+    assert torch.equal(again.scores, full_results.scores)
 
 
 def test_a_shard_that_ray_gave_up_is_made_anew(ray: Any, shards: Shards) -> None:
-    whole = shards.search(QUERIES, 10)
+    full_results = shards.search(QUERIES, 10)
     ray.kill(shards._shards[2].server)
-    while not (found := shards.search(QUERIES, 10)).missing:
+    while not (results := shards.search(QUERIES, 10)).missing:
         time.sleep(0.05)
-    assert len(found.missing) == 1
-    assert ids(until_whole(shards)) == ids(whole)
+    assert len(results.missing) == 1
+    assert ids(until_whole(shards)) == ids(full_results)
 
 
 def test_a_shard_that_hangs_is_not_waited_for_again(ray: Any, shards: Shards) -> None:
@@ -203,8 +203,8 @@ def test_a_folder_that_is_gone_is_named_and_may_come_back(
     while "there is no index" not in (reason := shards.search(QUERIES, 10).missing.get(str(folder), "")):
         assert time.monotonic() < end, reason
         time.sleep(0.1)
-    other = Index(replace(SPEC, checkpoint="other"), folder)
-    other.close()
+    other_index = Index(replace(SPEC, checkpoint="other"), folder)
+    other_index.close()
     while "another index" not in (reason := shards.search(QUERIES, 10).missing.get(str(folder), "")):
         assert time.monotonic() < end, reason
         time.sleep(0.1)

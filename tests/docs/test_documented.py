@@ -25,8 +25,8 @@ def shown(page: str) -> str:
 def test_a_public_name_stands_in_the_reference(name: str) -> None:
     entries = re.findall(r"^::: finelip_fast\.([\w.]+)$", shown("python.md"), re.MULTILINE)
     value = getattr(finelip_fast, name)
-    whole = f"{getattr(value, '__module__', '')}.".removeprefix("finelip_fast.")
-    assert any(entry in (name, f"{whole}{name}", whole.rstrip(".")) for entry in entries), (
+    module = f"{getattr(value, '__module__', '')}.".removeprefix("finelip_fast.")
+    assert any(entry in (name, f"{module}{name}", module.rstrip(".")) for entry in entries), (
         f"add ::: finelip_fast.{name}"
     )
     assert value.__doc__

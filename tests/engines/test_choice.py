@@ -194,8 +194,8 @@ def test_int8_is_advised_where_it_would_be_much_faster(bare: Path, monkeypatch: 
     command = f"finelip export onnx {bare} --precision int8"
     assert f"int8 is about twice as fast on this processor: {command} makes an export" in engine.faster
     assert engine.reason.endswith(f"; {engine.faster}")
-    for named in ({"name": "auto", "precision": "fp32"}, {"name": "torch"}):
-        assert not open_engine(checkpoint=bare, device="cpu", **named).faster, "what was asked for is no mistake"
+    for options in ({"name": "auto", "precision": "fp32"}, {"name": "torch"}):
+        assert not open_engine(checkpoint=bare, device="cpu", **options).faster, "what was asked for is no mistake"
     monkeypatch.setattr(choice, "why_not", lambda name: "not installed")
     assert open_engine("auto", bare, "cpu").faster.endswith(" processor: --precision int8 (precision='int8')")
     monkeypatch.setattr(cpu, "has", lambda feature: False)
@@ -218,14 +218,14 @@ def test_files_that_do_not_fit_are_refused_with_the_command(bare: Path, checkpoi
     folder = bare / "exports" / "onnx-fp32"
     shutil.copytree(checkpoint / "exports" / "onnx-fp32", folder)
     try:
-        made = read(folder).manifest
+        manifest = read(folder).manifest
         if change != "checkpoint":
-            made = dataclasses.replace(made, checkpoint=finelip_fast.checkpoint.fingerprint(bare))
+            manifest = dataclasses.replace(manifest, checkpoint=finelip_fast.checkpoint.fingerprint(bare))
         if change == "proof":
-            made = dataclasses.replace(made, proof={})
+            manifest = dataclasses.replace(manifest, proof={})
         if change == "device":
-            made = dataclasses.replace(made, proof={**made.proof, "devices": ["cuda"]})
-        made.write(folder)
+            manifest = dataclasses.replace(manifest, proof={**manifest.proof, "devices": ["cuda"]})
+        manifest.write(folder)
         if change == "file":
             (folder / "text.onnx").write_bytes(b"other")
         text = {"checkpoint": "checkpoint: made from", "file": "text.onnx: not the file", "proof": "never compared"}
@@ -282,12 +282,17 @@ def test_int8_is_refused_where_products_saturate(checkpoint: Path, monkeypatch: 
 
 def test_a_retriever_gives_the_same_with_every_engine(checkpoint: Path) -> None:
     texts = ["a red house", "a blue bus waits", "a cat on a roof"]
-    ours = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu")
-    theirs = finelip_fast.Retriever(checkpoint, engine="onnx", precision="fp32", device="cpu")
-    for retriever in (ours, theirs):
+    torch_retriever = finelip_fast.Retriever(checkpoint, engine="torch", device="cpu")
+    onnx_retriever = finelip_fast.Retriever(checkpoint, engine="onnx", precision="fp32", device="cpu")
+    for retriever in (torch_retriever, onnx_retriever):
         retriever.add_texts(texts, progress=False)
-    for one, other in zip(ours.search(texts, k=3), theirs.search(texts, k=3), strict=True):
-        assert [hit.id for hit in one] == [hit.id for hit in other]
+    for torch_hits, onnx_hits in zip(
+        torch_retriever.search(texts, k=3), onnx_retriever.search(texts, k=3), strict=True
+    ):
+        assert [hit.id for hit in torch_hits] == [hit.id for hit in onnx_hits]
         torch.testing.assert_close(
-            torch.tensor([hit.score for hit in one]), torch.tensor([hit.score for hit in other]), atol=1e-3, rtol=0
+            torch.tensor([hit.score for hit in torch_hits]),
+            torch.tensor([hit.score for hit in onnx_hits]),
+            atol=1e-3,
+            rtol=0,
         )

@@ -150,9 +150,9 @@ def test_threads_share_an_engine(engine: Engine, pictures: list[Image.Image]) ->
     images, texts = engine.embed_images(pictures), engine.embed_texts(TEXTS)
 
     def one(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        which = number % len(pictures)
-        return engine.embed_images([pictures[which]])[0] - images[which], engine.embed_texts([TEXTS[which]])[0] - texts[
-            which
+        index = number % len(pictures)
+        return engine.embed_images([pictures[index]])[0] - images[index], engine.embed_texts([TEXTS[index]])[0] - texts[
+            index
         ]
 
     with ThreadPoolExecutor(4) as pool:
@@ -180,9 +180,9 @@ def test_a_context_that_cannot_be_is_refused(engine: Engine, context: int) -> No
 
 
 def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:
-    whole = encode_batch([LONG], 1000)
-    assert whole.lengths > 2 * CONTEXT
-    with pytest.raises(InputError, match=f"expected texts of at most {CONTEXT} tokens, got {int(whole.lengths)}"):
+    uncut = encode_batch([LONG], 1000)
+    assert uncut.lengths > 2 * CONTEXT
+    with pytest.raises(InputError, match=f"expected texts of at most {CONTEXT} tokens, got {int(uncut.lengths)}"):
         engine.embed_texts([LONG], overflow="error")
     with pytest.warns(TruncationWarning, match=f"exceeded {CONTEXT} tokens"):
         cut = engine.embed_texts([LONG])
@@ -264,14 +264,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_agrees_with_the_cpu(checkpoint: Path, pictures: list[Image.Image]) -> None:
-    here, there = open_engine("torch", checkpoint, "cpu"), open_engine("torch", checkpoint)
-    assert there.device.type == "cuda"
-    assert there.fingerprint == here.fingerprint
-    for one, other in (
-        (here.embed_images(pictures), there.embed_images(pictures)),
-        (here.embed_texts(TEXTS), there.embed_texts(TEXTS)),
+    cpu_engine, gpu_engine = open_engine("torch", checkpoint, "cpu"), open_engine("torch", checkpoint)
+    assert gpu_engine.device.type == "cuda"
+    assert gpu_engine.fingerprint == cpu_engine.fingerprint
+    for cpu_embeddings, gpu_embeddings in (
+        (cpu_engine.embed_images(pictures), gpu_engine.embed_images(pictures)),
+        (cpu_engine.embed_texts(TEXTS), gpu_engine.embed_texts(TEXTS)),
     ):
-        assert (one * other.float().cpu()).sum(-1).min() > 0.999
+        assert (cpu_embeddings * gpu_embeddings.float().cpu()).sum(-1).min() > 0.999
 
 
 def test_the_gpu_of_an_apple_machine_is_chosen_only_where_it_computes_the_same(

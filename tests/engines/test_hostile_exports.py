@@ -86,8 +86,8 @@ def list_all(folder: Path) -> None:
 
 @pytest.mark.parametrize("files", [{}, {"image.onnx": None}, {"text.onnx": None}])
 def test_a_file_that_the_manifest_does_not_name_does_not_run(checkpoint: Path, folder: Path, files: dict) -> None:
-    named = json.loads((folder / "manifest.json").read_text())["files"]
-    change(folder, files={name: named[name] for name in files})
+    hashes = json.loads((folder / "manifest.json").read_text())["files"]
+    change(folder, files={name: hashes[name] for name in files})
     refused(
         checkpoint,
         r"(image|text)\.onnx: the manifest does not name it\. Export it again: finelip export onnx .*--again",
@@ -122,10 +122,10 @@ def test_the_bytes_that_were_compared_are_those_that_run(
     """Changes by another process during loading have no effect."""
     real = Export.content
 
-    def content(export: Export, name: str, *given: Any, **more: Any) -> bytes:
-        kept = real(export, name, *given, **more)
+    def content(export: Export, name: str, *arguments: Any, **options: Any) -> bytes:
+        original = real(export, name, *arguments, **options)
         (folder / name).write_bytes(b"changed meanwhile")
-        return kept
+        return original
 
     expected = open_engine("onnx", checkpoint, "cpu").embed_texts(["a cat"])
     monkeypatch.setattr(Export, "content", content)
@@ -324,33 +324,33 @@ def test_what_is_no_graph_is_told(checkpoint: Path, folder: Path, content: bytes
 def test_a_graph_without_its_weights_is_the_same_in_all_else(exported: Path, exported_apart: Path) -> None:
     for folder in (exported / "exports" / "onnx-fp32", exported_apart):
         content = (folder / "image.onnx").read_bytes()
-        whole, rest = (contents.parse(content, "image.onnx", weights=weights) for weights in (True, False))
-        for tensor in whole.graph.initializer:
+        with_weights, rest = (contents.parse(content, "image.onnx", weights=weights) for weights in (True, False))
+        for tensor in with_weights.graph.initializer:
             tensor.ClearField("raw_data")
-        assert rest == whole
+        assert rest == with_weights
 
 
 def test_a_graph_that_would_fill_the_memory_is_not_read() -> None:
-    many = onnx.GraphProto(node=[onnx.NodeProto()] * (3 << 20)).SerializeToString()
+    graph = onnx.GraphProto(node=[onnx.NodeProto()] * (3 << 20)).SerializeToString()
     with pytest.raises(EngineError, match="more than 4194304 bytes besides its weights"):
-        contents.parse(b"\x3a" + contents._varint(len(many)) + many, "image.onnx")
+        contents.parse(b"\x3a" + contents._varint(len(graph)) + graph, "image.onnx")
 
 
 # ---- Manifests
 
 
 def test_one_damaged_export_does_not_stop_the_others(checkpoint: Path, folder: Path) -> None:
-    other = folder.with_name("onnx-int8")
-    shutil.copytree(folder, other)
-    (other / "manifest.json").write_text("damaged")
+    int8_folder = folder.with_name("onnx-int8")
+    shutil.copytree(folder, int8_folder)
+    (int8_folder / "manifest.json").write_text("damaged")
     engine = open_engine("onnx", checkpoint, "cpu")
     assert engine.precision == "fp32"
     assert "not onnx-int8: " in engine.reason
     assert open_engine("onnx", checkpoint, "cpu", precision="fp32").reason == "asked for"
     with pytest.raises(EngineError, match=r"onnx-int8/manifest\.json: expected a manifest"):
         open_engine("onnx", checkpoint, "cpu", precision="int8")
-    (other / "manifest.json").write_text((folder / "manifest.json").read_text())
-    change(other, runtime="trt", options={})
+    (int8_folder / "manifest.json").write_text((folder / "manifest.json").read_text())
+    change(int8_folder, runtime="trt", options={})
     with pytest.raises(EngineError, match="missing options"):
         open_engine("onnx", checkpoint, "cpu", precision="int8")
 

@@ -70,9 +70,11 @@ def test_another_checkpoint_in_the_place_of_the_pickled_one_is_refused(
 def test_a_spawned_process_opens_it_again(checkpoint: Path, name: str) -> None:
     engine = open_engine(name, checkpoint, "cpu")
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).embed_texts(['a cat']).tolist())"
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(engine), capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), engine.embed_texts(["a cat"]), atol=1e-5, rtol=0)
+    process = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(engine), capture_output=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    torch.testing.assert_close(
+        torch.tensor(json.loads(process.stdout)), engine.embed_texts(["a cat"]), atol=1e-5, rtol=0
+    )
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -90,8 +92,8 @@ def in_child(work: Callable[[], None]) -> int:
             os._exit(status)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
+        pid, status = os.waitpid(process, os.WNOHANG)
+        if pid:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     os.kill(process, signal.SIGKILL)
@@ -106,12 +108,12 @@ def test_a_forked_process_goes_on_with_what_is_open(checkpoint: Path, name: str)
     torch.set_num_threads(2)
     try:
         engine = open_engine(name, checkpoint, "cpu", **({"threads": 2} if name == "onnx" else {}))
-        many = TEXTS * 200
+        texts = TEXTS * 200
         torch.ones(1 << 22).exp()  # starts PyTorch's threads
-        expected = engine.embed_texts(many)
+        expected = engine.embed_texts(texts)
 
         def work() -> None:
-            torch.testing.assert_close(engine.embed_texts(many), expected)
+            torch.testing.assert_close(engine.embed_texts(texts), expected)
             torch.ones(1 << 22).exp()
             vars(engine).clear()  # deletes sessions of this process and of its parent
 

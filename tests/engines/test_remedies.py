@@ -35,9 +35,9 @@ def exported(make_model, tmp_path_factory) -> Path:
 
 def remedy(error: FineLIPError) -> list[str]:
     """Return the command in a message, split as by a shell."""
-    found = re.search(r"finelip export .*?(?=$| makes one|; alternatively, )", str(error))
-    assert found is not None, error
-    return shlex.split(found.group())
+    match = re.search(r"finelip export .*?(?=$| makes one|; alternatively, )", str(error))
+    assert match is not None, error
+    return shlex.split(match.group())
 
 
 def values(folder: Path) -> dict:

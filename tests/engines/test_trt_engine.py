@@ -51,14 +51,14 @@ def plans(checkpoint, model) -> dict[str, Export]:
         onnx.save(precision.in_half(graphs.build(model, name), "fp16"), folder / f"{name}.onnx")
     files = {path.name: file_hash(path) for path in folder.iterdir()}
     Manifest("onnx", "fp16", checkpoints.fingerprint(model), model.config.to_dict(), files, {}).write(folder)
-    found = {}
+    exports = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "export_onnx", lambda *_, **__: folder)
         for capability in ("8.9", "12.0"):
             path = export_trt(checkpoint, compute_capability=capability, progress=False)
             dataclasses.replace(read(path).manifest, proof={"passed": True}).write(path)
-            found[capability] = read(path)
-    return found
+            exports[capability] = read(path)
+    return exports
 
 
 class Plan:
@@ -81,10 +81,10 @@ def on(monkeypatch: pytest.MonkeyPatch):
 
     def be(machine: runtime.Machine) -> None:
         module = pytest.importorskip("tensorrt_rtx")
-        here = machine if machine.version else machine._replace(version=module.__version__)
+        machine_with_version = machine if machine.version else machine._replace(version=module.__version__)
         monkeypatch.setattr(runtime, "why_not", lambda: None)
-        monkeypatch.setattr(runtime, "machine", lambda device, module: here)
-        monkeypatch.setattr(engine, "find_device", lambda wanted: torch.device(wanted or "cuda"))
+        monkeypatch.setattr(runtime, "machine", lambda device, module: machine_with_version)
+        monkeypatch.setattr(engine, "find_device", lambda device: torch.device(device or "cuda"))
         monkeypatch.setattr(engine, "TrtPlan", Plan)
 
     return be
@@ -125,8 +125,8 @@ def test_a_wrong_gpu_is_refused(on, plans, checkpoint: Path) -> None:
     ):
         TrtEngine(checkpoint, plans["12.0"])
     # Plans that were built on a GPU are for GPUs of that name.
-    made = plans["8.9"].manifest
-    built_there = dataclasses.replace(made, options={**made.options, "gpu": "NVIDIA L4"})
+    manifest = plans["8.9"].manifest
+    built_there = dataclasses.replace(manifest, options={**manifest.options, "gpu": "NVIDIA L4"})
     with pytest.raises(EngineError, match="gpu: made for 'NVIDIA L4', here it is 'NVIDIA GeForce RTX 4090'"):
         TrtEngine(checkpoint, Export(plans["8.9"].folder, built_there))
 
@@ -163,13 +163,16 @@ def test_a_wrong_profile_is_refused(on, plans, checkpoint: Path) -> None:
 
 def test_a_wrong_checkpoint_is_refused(on, plans, make_model, tmp_path: Path) -> None:
     on(ADA)
-    other = tmp_path / "other"
-    finelip_fast.save(make_model(seed=1, context_length=CONTEXT, vision_layers=1, text_layers=1, text_width=32), other)
-    was, now = (plans["8.9"].manifest.checkpoint[:12], checkpoints.fingerprint(other)[:12])
+    other_checkpoint = tmp_path / "other"
+    finelip_fast.save(
+        make_model(seed=1, context_length=CONTEXT, vision_layers=1, text_layers=1, text_width=32), other_checkpoint
+    )
+    source, current = (plans["8.9"].manifest.checkpoint[:12], checkpoints.fingerprint(other_checkpoint)[:12])
     with pytest.raises(
-        EngineError, match=rf"checkpoint: made from {was}…, this one is {now}….*finelip export trt {other}"
+        EngineError,
+        match=rf"checkpoint: made from {source}…, this one is {current}….*finelip export trt {other_checkpoint}",
     ):
-        TrtEngine(other, plans["8.9"])
+        TrtEngine(other_checkpoint, plans["8.9"])
 
 
 def test_a_changed_plan_is_refused(on, plans, checkpoint: Path, tmp_path: Path) -> None:
@@ -184,10 +187,10 @@ def test_a_changed_plan_is_refused(on, plans, checkpoint: Path, tmp_path: Path) 
 def test_plans_of_other_graphs_are_refused(on, plans, checkpoint: Path) -> None:
     """The graphs have been exported again since."""
     on(ADA)
-    made = plans["8.9"].manifest
-    older = {**made.options, "onnx": dict.fromkeys(made.options["onnx"], "0" * 64)}
+    manifest = plans["8.9"].manifest
+    older = {**manifest.options, "onnx": dict.fromkeys(manifest.options["onnx"], "0" * 64)}
     with pytest.raises(EngineError, match=r"onnx: made for \{'image\.onnx': '000.*Export it again: finelip export trt"):
-        TrtEngine(checkpoint, Export(plans["8.9"].folder, dataclasses.replace(made, options=older)))
+        TrtEngine(checkpoint, Export(plans["8.9"].folder, dataclasses.replace(manifest, options=older)))
 
 
 def test_an_unproven_plan_is_refused_with_what_proves_it(on, plans, checkpoint: Path) -> None:
@@ -228,11 +231,11 @@ def test_on_a_gpu_the_engine_gives_the_models_embeddings(model, make_captions, t
     pixels = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     least = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.998, "int8": 0.97}[name]
     with torch.no_grad():
-        for found, expected in [
+        for embeddings, expected in [
             (opened.encode_image(pixels), model.encode_image(pixels)),
             (opened.encode_text(ids)[[0, 1, 3]], model.encode_text(ids)[[0, 1, 3]]),
         ]:
-            assert torch.cosine_similarity(found.cpu(), expected, dim=-1).min() > least
+            assert torch.cosine_similarity(embeddings.cpu(), expected, dim=-1).min() > least
 
 
 @pytest.mark.gpu

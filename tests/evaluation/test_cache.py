@@ -75,8 +75,8 @@ def pairs() -> list[Example]:
     return [*(Example(n, f"caption {n}", f"picture {n}") for n in range(COUNT)), Example(0, "again 0", "picture 0")]
 
 
-def run(engine: Engine, given: list[Example] | None = None, **options: Any) -> Evaluation:
-    return evaluate(engine, given or pairs(), batch_size=2, progress=False, **options)
+def run(engine: Engine, examples: list[Example] | None = None, **options: Any) -> Evaluation:
+    return evaluate(engine, examples or pairs(), batch_size=2, progress=False, **options)
 
 
 def files(folder: Path) -> list[Path]:
@@ -137,8 +137,8 @@ def lost(path: Path) -> None:
 
 def another(path: Path) -> None:
     """Replace the part with a valid one of another set."""
-    other = next(one for one in files(path.parent.parent) if one.parent != path.parent)
-    path.write_bytes(other.read_bytes())
+    other_part = next(part for part in files(path.parent.parent) if part.parent != path.parent)
+    path.write_bytes(other_part.read_bytes())
 
 
 @pytest.mark.parametrize("damage", [truncated, empty, flipped, lost, another])
@@ -162,7 +162,7 @@ def test_a_part_of_another_length_is_encoded_again(tmp_path: Path, monkeypatch: 
 
 
 def renamed(examples: list[Example]) -> list[Example]:
-    return [one._replace(image_id=f"new {one.image_id}") for one in examples]
+    return [example._replace(image_id=f"new {example.image_id}") for example in examples]
 
 
 def retold(examples: list[Example]) -> list[Example]:
@@ -198,13 +198,13 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     pictures = [tmp_path / f"{n}.png" for n in range(3)]
     for picture in pictures:
         picture.write_bytes(b"one")
-    given = [Example(picture, picture.stem, str(picture)) for picture in pictures]
+    examples = [Example(picture, picture.stem, str(picture)) for picture in pictures]
     engine = Counting()
     for count in (3, 3):
-        run(engine, given, cache=tmp_path / "cache")
+        run(engine, examples, cache=tmp_path / "cache")
         assert engine.images == count
     pictures[1].write_bytes(b"other")
-    run(engine, given, cache=tmp_path / "cache")
+    run(engine, examples, cache=tmp_path / "cache")
     assert (engine.images, engine.texts) == (6, 3)
 
 
@@ -216,17 +216,17 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_rows_come_alike_from_memory_and_from_files(tmp_path: Path) -> None:
     run(Counting(), cache=tmp_path)
-    folder = max({path.parent for path in files(tmp_path)}, key=lambda one: len(files(one)))
+    folder = max({path.parent for path in files(tmp_path)}, key=lambda parent: len(files(parent)))
     paths = files(folder)
     tensors = []
     for path in paths:
         with safe_open(path, framework="pt") as file:
             tensors.append(file.get_tensor("rows"))
-    whole = torch.cat(tensors)
-    for rows in (StoredRows(list(paths), len(whole), 4), StoredRows(list(tensors), len(whole), 4)):
-        assert len(rows) == len(whole)
-        for which in (slice(0, 3), slice(3, 9), slice(4, 8), slice(8, 99), torch.tensor([9, 0, 5, 5])):
-            assert torch.equal(rows[which], whole[which])
+    full_rows = torch.cat(tensors)
+    for rows in (StoredRows(list(paths), len(full_rows), 4), StoredRows(list(tensors), len(full_rows), 4)):
+        assert len(rows) == len(full_rows)
+        for selection in (slice(0, 3), slice(3, 9), slice(4, 8), slice(8, 99), torch.tensor([9, 0, 5, 5])):
+            assert torch.equal(rows[selection], full_rows[selection])
 
 
 # Position in the file, and the replacement there; mostly in the header, which says how to read the values.
@@ -241,13 +241,13 @@ def test_a_damaged_part_is_not_taken_for_the_part(
     folder, rows = PartFolder(tmp_path, {"of": str(dtype)}), torch.arange(96.0).reshape(4, 3, 8).to(dtype)
     path = folder.write(0, rows)
     content = path.read_bytes()
-    for at, piece, gone in damage:
-        content = content[:at] + piece + content[at + gone :]
+    for at, piece, removed_bytes in damage:
+        content = content[:at] + piece + content[at + removed_bytes :]
     path.write_bytes(content)
     if folder.holds(0, 4):
-        found = StoredRows([path], 4, 4)[:]
-        assert found.dtype == dtype
-        assert torch.equal(found, rows)
+        stored_rows = StoredRows([path], 4, 4)[:]
+        assert stored_rows.dtype == dtype
+        assert torch.equal(stored_rows, rows)
 
 
 @pytest.mark.parametrize("old", ["F16", "BF16"])
@@ -266,12 +266,12 @@ def test_a_pipe_in_the_place_of_a_part_is_not_waited_for(tmp_path: Path) -> None
 
 
 def test_parts_before_a_full_disk_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, written = cache.save_file, []
+    save, paths = cache.save_file, []
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
-        if len(written) == 2:
+        if len(paths) == 2:
             raise OSError(28, "No space left on device")
-        written.append(path)
+        paths.append(path)
         save(tensors, path, metadata)
 
     monkeypatch.setattr(cache, "save_file", full)

@@ -31,7 +31,7 @@ def result(
 ) -> Path:
     """Write an evaluation with these ranks of captions, and of pictures if there are fewer of them."""
     owners = picture_of or list(range(len(ranks)))
-    found = {"i2t": torch.tensor(i2t or ranks), "t2i": torch.tensor(ranks)}
+    ranks_by_direction = {"i2t": torch.tensor(i2t or ranks), "t2i": torch.tensor(ranks)}
     about = {
         "data": "some",
         "checkpoint": "models/ours",
@@ -44,12 +44,12 @@ def result(
     }
     Evaluation(
         **(about | changes),
-        pictures=len(found["i2t"]),
+        pictures=len(ranks_by_direction["i2t"]),
         pairs=len(ranks),
         picture_of=owners,
         alpha=0.8,
         sweep=sweep,
-        rows=[Row.of(context, "combined", found, torch.tensor(owners)) for context in contexts],
+        rows=[Row.of(context, "combined", ranks_by_direction, torch.tensor(owners)) for context in contexts],
         image_seconds=1.0,
         text_seconds=1.0,
     ).save(path)
@@ -109,9 +109,9 @@ def test_the_command_prints_three_forms(tmp_path: Path, capsys: pytest.CaptureFi
     assert {line.replace(r"\|", "").count("|") for line in lines[:4]} == {14}
     for form in (["--json"], ["--json", "--markdown"]):
         assert main(["eval", "compare", *files, *form]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["data"] == "some"
-        assert told["rows"][1]["t2i_p"] == 1.0
+        comparison = json.loads(capsys.readouterr().out)
+        assert comparison["data"] == "some"
+        assert comparison["rows"][1]["t2i_p"] == 1.0
 
 
 def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +121,9 @@ def test_evaluations_are_compared_as_they_were_written(tmp_path: Path, capsys: p
     assert main([*command, "--validation", "scenes:val:8", "--save", long]) == 0
     assert "validation pairs scenes:val:8" in capsys.readouterr().out
     assert main(["eval", "compare", short, long]) == 0
-    told = capsys.readouterr().out
-    assert "long" in told
-    assert "bundled" in told
+    output = capsys.readouterr().out
+    assert "long" in output
+    assert "bundled" in output
 
 
 def test_a_place_to_write_to_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +147,13 @@ def test_what_was_measured_is_told_where_it_cannot_be_written(
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, other = result(tmp_path / "a.json", [1]), result(tmp_path / "b.json", [1, 1], pairs_fingerprint="other")
+    a, other_result = result(tmp_path / "a.json", [1]), result(tmp_path / "b.json", [1, 1], pairs_fingerprint="other")
     (tmp_path / "c.json").write_text("{}")
     for files, message in (
-        ([a, other], "some (2 pictures, 2 captions) and some (1 pictures, 1 captions): the numbers of pictures differ"),
+        (
+            [a, other_result],
+            "some (2 pictures, 2 captions) and some (1 pictures, 1 captions): the numbers of pictures differ",
+        ),
         ([a], "at least two"),
         ([a, tmp_path / "c.json"], "expected a result of finelip eval"),
         ([a, tmp_path / "none.json"], "cannot read"),
@@ -175,9 +178,9 @@ def test_what_differs_is_said(tmp_path: Path, picture_of: list[int], message: st
 
 def test_a_result_with_ranks_cut_off_is_refused(tmp_path: Path) -> None:
     a = result(tmp_path / "a.json", [1, 2])
-    found = json.loads(a.read_text())
-    found["rows"][0]["t2i_ranks"].pop()
-    (tmp_path / "b.json").write_text(json.dumps(found))
+    values = json.loads(a.read_text())
+    values["rows"][0]["t2i_ranks"].pop()
+    (tmp_path / "b.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"b\.json.*ranks of .* queries"):
         compare([a, tmp_path / "b.json"])
 
@@ -199,14 +202,14 @@ def test_a_damaged_result_is_refused_or_right(tmp_path: Path, damage_json: Any, 
     path = tmp_path / "damaged.json"
     path.write_bytes(damage_json(data, sound_values))
     try:
-        found = read_evaluation(path)
+        evaluation = read_evaluation(path)
     except InputError as error:
         message = str(error)
     else:
-        for row, before in zip(found.rows, read_evaluation(sound).rows, strict=True):
+        for row, before in zip(evaluation.rows, read_evaluation(sound).rows, strict=True):
             assert row.metrics == pytest.approx(before.metrics)
-        found.save(path)
-        assert read_evaluation(path) == found
+        evaluation.save(path)
+        assert read_evaluation(path) == evaluation
         with suppress(FineLIPError):  # if the pairs differ
             compared = compare([path, sound])
             assert len(str(compared).splitlines()) <= 6

@@ -89,8 +89,8 @@ def test_recall_by_hand() -> None:
 
 def test_each_score_counts_for_itself() -> None:
     """Six pairs with identical global embeddings, distinguished only by their other tokens."""
-    same, own = torch.eye(7)[:1].expand(6, 7), torch.eye(7)[1:]
-    items = torch.stack([same, own], dim=1)
+    shared_rows, own_rows = torch.eye(7)[:1].expand(6, 7), torch.eye(7)[1:]
+    items = torch.stack([shared_rows, own_rows], dim=1)
     result = run(items, items)
     assert shares(result["global"]) == pytest.approx(
         dict(zip(METRICS, (0, 0, 1) * 2, strict=True))
@@ -100,7 +100,7 @@ def test_each_score_counts_for_itself() -> None:
     assert run(items, items, alpha=1.0)["combined"] == result["global"]
 
     # Misleading global embeddings: each picture's equals the next caption's.
-    misled = torch.stack([own.roll(1, 0), own], dim=1), torch.stack([own, own.roll(2, 0)], dim=1)
+    misled = torch.stack([own_rows.roll(1, 0), own_rows], dim=1), torch.stack([own_rows, own_rows.roll(2, 0)], dim=1)
     assert run(*misled)["global"]["i2t_recall@1"] == 0
 
 
@@ -152,8 +152,8 @@ def test_a_picture_may_have_several_captions(batch_size: int) -> None:
     texts = images[[0, 1, 1, 2, 0]]  # captions of pictures 0, 1, 0, 2, 1: the third and the fifth are swapped
     owners = [0, 1, 0, 2, 1]
     engine = Table(images, texts)
-    given = [Example(owner, str(n), str(owner)) for n, owner in enumerate(owners)]
-    report = evaluate(engine, given, batch_size=batch_size, progress=False)
+    examples = [Example(owner, str(n), str(owner)) for n, owner in enumerate(owners)]
+    report = evaluate(engine, examples, batch_size=batch_size, progress=False)
     assert (report.pictures, report.pairs, sum(engine.batches)) == (3, 5, 3)
     # Pictures 0 and 1 tie with the other's swapped caption (rank 2), picture 2 is right; captions 0, 1 and 3 are right.
     for row in report.rows:
@@ -186,8 +186,8 @@ def test_the_result_goes_into_json_and_prints_as_a_table() -> None:
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     engine = Table(torch.eye(3)[:, None], torch.eye(3)[[0, 0, 1, 2, 2], None])
-    given = [Example(owner, str(n), f"folder/{owner}.jpg") for n, owner in enumerate((0, 0, 1, 2, 2))]
-    report = evaluate(engine, given, validation=pairs(3), data="three", validation_name="more", progress=False)
+    examples = [Example(owner, str(n), f"folder/{owner}.jpg") for n, owner in enumerate((0, 0, 1, 2, 2))]
+    report = evaluate(engine, examples, validation=pairs(3), data="three", validation_name="more", progress=False)
     report.save(tmp_path / "result.json")
     assert read_evaluation(tmp_path / "result.json") == report
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
@@ -199,19 +199,19 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_same_data_in_another_folder_has_the_same_fingerprint() -> None:
-    def fingerprint(*given: tuple[str, str]) -> str:
-        return survey([Example(None, caption, name) for name, caption in given]).fingerprint
+    def fingerprint(*named_captions: tuple[str, str]) -> str:
+        return survey([Example(None, caption, name) for name, caption in named_captions]).fingerprint
 
-    same = fingerprint(("here/1.jpg", "one"), ("here/2.jpg", "two"))
-    assert fingerprint(("there/1.jpg", "one"), ("there/2.jpg", "two")) == same
-    others = [
+    expected = fingerprint(("here/1.jpg", "one"), ("here/2.jpg", "two"))
+    assert fingerprint(("there/1.jpg", "one"), ("there/2.jpg", "two")) == expected
+    variants = [
         (("here/1.jpg", "one"), ("here/3.jpg", "two")),
         (("here/1.jpg", "one"), ("here/2.jpg", "too")),
         (("here/1.jpg", "one"), ("here/1.jpg", "two")),
         (("here/2.jpg", "two"), ("here/1.jpg", "one")),
         (("here/1.jpg", "one"),),
     ]
-    assert len({same, *(fingerprint(*other) for other in others)}) == 6
+    assert len({expected, *(fingerprint(*variant) for variant in variants)}) == 6
 
 
 def test_scenes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,10 +242,10 @@ def test_a_model_is_measured_as_it_scores(engine: Engine) -> None:
     model = finelip_fast.load(engine.source)
     examples = [scenes[n] for n in range(8)]
     with torch.no_grad():
-        images = model.encode_image(model.preprocess.batch([one.image for one in examples]))
+        images = model.encode_image(model.preprocess.batch([example.image for example in examples]))
     for row in report.rows:
         with pytest.warns(UserWarning, match=f"exceeded {row.context} tokens"):
-            ids = finelip_fast.tokenize([one.caption for one in examples], row.context)
+            ids = finelip_fast.tokenize([example.caption for example in examples], row.context)
         with torch.no_grad():
             texts = model.encode_text(ids)
         alpha = {"global": 1.0, "fine": 0.0, "combined": 0.8}[row.score]
@@ -261,11 +261,14 @@ def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) 
 
 def test_alpha_is_chosen_on_other_pairs() -> None:
     """If global embeddings mislead and tokens are right, a smaller weight of the former is better."""
-    own = torch.eye(7)[1:]
-    engine = Table(torch.stack([own.roll(1, 0), own, own], dim=1), torch.stack([own, own, own], dim=1))
-    other = [Example(n, str(n), f"other-{n}") for n in reversed(range(6))]
-    report = evaluate(engine, pairs(6), validation=other, progress=False)
-    tried = {one["alpha"]: one for one in report.to_dict()["sweep"]["tried"]}
+    own_rows = torch.eye(7)[1:]
+    engine = Table(
+        torch.stack([own_rows.roll(1, 0), own_rows, own_rows], dim=1),
+        torch.stack([own_rows, own_rows, own_rows], dim=1),
+    )
+    validation_pairs = [Example(n, str(n), f"other-{n}") for n in reversed(range(6))]
+    report = evaluate(engine, pairs(6), validation=validation_pairs, progress=False)
+    tried = {trial["alpha"]: trial for trial in report.to_dict()["sweep"]["tried"]}
     assert list(tried) == pytest.approx([step / 20 for step in range(21)])
     assert tried[0.0] == {
         "alpha": 0.0,

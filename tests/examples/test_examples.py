@@ -17,19 +17,19 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CAPTIONS = {scene.id: scene.caption for scene in Scenes("test", 8, image_size=256)}
 
 
-def run(name: str, *arguments: str | Path, cwd: Path, given: str = "") -> str:
+def run(name: str, *arguments: str | Path, cwd: Path, stdin: str = "") -> str:
     """Return the output of a script that runs in a process of its own, as for a user."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments],
         cwd=cwd,
-        input=given,
+        input=stdin,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_every_example_is_run_here() -> None:
@@ -39,11 +39,11 @@ def test_every_example_is_run_here() -> None:
 
 def test_search_folder(scenes: Path, tmp_path: Path) -> None:
     name = "test-000003"
-    found = run("search_folder", scenes, CAPTIONS[name], "-k", "2", cwd=tmp_path).splitlines()
-    assert len(found) == 2
-    assert f"{name}.png" in found[0]
+    lines = run("search_folder", scenes, CAPTIONS[name], "-k", "2", cwd=tmp_path).splitlines()
+    assert len(lines) == 2
+    assert f"{name}.png" in lines[0]
     again = run("search_folder", scenes, CAPTIONS[name], "-k", "2", cwd=tmp_path).splitlines()
-    assert again == found
+    assert again == lines
 
 
 def test_compare_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_ask_a_server(scenes: Path, tmp_path: Path) -> None:
         try:
             assert server.stdout is not None
             (url,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-            given = "\n\n".join(CAPTIONS[name] for name in names)
-            answers = [json.loads(line) for line in run("ask_a_server", url, cwd=tmp_path, given=given).splitlines()]
+            captions = "\n\n".join(CAPTIONS[name] for name in names)
+            answers = [json.loads(line) for line in run("ask_a_server", url, cwd=tmp_path, stdin=captions).splitlines()]
         finally:
             server.terminate()
     assert [answer["query"] for answer in answers] == [CAPTIONS[name] for name in names]

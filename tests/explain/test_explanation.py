@@ -57,19 +57,19 @@ def test_the_parts_add_up_to_the_score(seed: int, alpha: float, caption: str, op
     """Random weights give cosines of both signs."""
     torch.manual_seed(seed)
     sizes = {"embed_dim": 16, "image_size": 32, "patch_size": 8, "vision_width": 64, "text_width": 64}
-    one = {"vision_layers": 1, "vision_heads": 1, "text_layers": 1, "text_heads": 1}
-    model = FineLIP(FineLIPConfig(**sizes, **one)).eval()
+    layers = {"vision_layers": 1, "vision_heads": 1, "text_layers": 1, "text_heads": 1}
+    model = FineLIP(FineLIPConfig(**sizes, **layers)).eval()
     if opposed:
         with torch.no_grad():
             model.text.text_projection.neg_()
     image = Image.new("RGB", (40, 32), (200, 30, 60))
-    found = explain(model, image, caption, alpha=alpha)
+    explanation = explain(model, image, caption, alpha=alpha)
     with torch.no_grad():
         images, texts = model.encode_image(model.preprocess(image)[None]), model.encode_text(tokenize([caption]))
         score = float(model.score(images, texts, alpha=alpha))
-    assert found.score == pytest.approx(score, abs=TOLERANCE)
-    assert float(found.contributions.sum()) == pytest.approx(score, abs=TOLERANCE)
-    for weights in (found.text_weights, found.image_weights):
+    assert explanation.score == pytest.approx(score, abs=TOLERANCE)
+    assert float(explanation.contributions.sum()) == pytest.approx(score, abs=TOLERANCE)
+    for weights in (explanation.text_weights, explanation.image_weights):
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
 
 
@@ -134,20 +134,20 @@ def test_words_that_nothing_met_are_those_that_add_nothing(explanation: Explanat
 
 
 def test_without_the_fine_score_only_the_ends_count(model: FineLIP) -> None:
-    found = explain(model, SCENE.draw(), SCENE.caption, alpha=1)
-    assert float(found.contributions[-1, 0]) == pytest.approx(found.score, abs=TOLERANCE)
-    assert not found.heatmap(SCENE.parts[0].text, tokens="aggregated").any()
-    assert found.matches() == []
+    explanation = explain(model, SCENE.draw(), SCENE.caption, alpha=1)
+    assert float(explanation.contributions[-1, 0]) == pytest.approx(explanation.score, abs=TOLERANCE)
+    assert not explanation.heatmap(SCENE.parts[0].text, tokens="aggregated").any()
+    assert explanation.matches() == []
 
 
 def test_a_batch_explains_each_pair_as_alone(model: FineLIP) -> None:
     scenes = Scenes("val", image_size=128)
-    some = [scenes[at] for at in range(3)]
-    together = explain_pairs(model, [one.draw() for one in some], [one.caption for one in some])
-    for scene, found in zip(some, together, strict=True):
+    batch = [scenes[at] for at in range(3)]
+    together = explain_pairs(model, [scene.draw() for scene in batch], [scene.caption for scene in batch])
+    for scene, explanation in zip(batch, together, strict=True):
         alone = explain(model, scene.draw(), scene.caption)
-        assert found.words == alone.words
-        torch.testing.assert_close(found.contributions, alone.contributions, atol=1e-6, rtol=1e-3)
+        assert explanation.words == alone.words
+        torch.testing.assert_close(explanation.contributions, alone.contributions, atol=1e-6, rtol=1e-3)
 
 
 def test_words_are_the_captions(explanation: Explanation) -> None:
@@ -212,10 +212,10 @@ def test_the_retriever_explains_what_it_finds(tmp_path: Path) -> None:
 
 
 def test_it_says_what_it_is(explanation: Explanation) -> None:
-    shown = repr(explanation)
-    assert shown.startswith(f"<Explanation of {explanation.caption!r:.80}: score {explanation.score:.4f} (global ")
-    assert f"{len(explanation.words)} words" in shown
-    assert "tensor" not in shown
+    text = repr(explanation)
+    assert text.startswith(f"<Explanation of {explanation.caption!r:.80}: score {explanation.score:.4f} (global ")
+    assert f"{len(explanation.words)} words" in text
+    assert "tensor" not in text
 
 
 @torch.no_grad()
@@ -223,25 +223,25 @@ def test_without_trained_aggregators_words_are_compared_and_add_nothing(make_mod
     """The score is one cosine; words and patches are marked as not contributing to it."""
     model = make_model(trained_aggregators=False)
     picture = Image.effect_mandelbrot((32, 32), (-3, -2.5, 2, 2.5), 20).convert("RGB")
-    found = explain(model, picture, "a red house")
+    explanation = explain(model, picture, "a red house")
     images, texts = model.encode_image(model.preprocess(picture)[None]), model.encode_text(tokenize(["a red house"]))
-    assert found.score == pytest.approx(float(model.score(images, texts)), abs=TOLERANCE)
-    assert (found.fine_score, found.alpha, found.maps) == (None, 1.0, ("raw",))
-    assert float(found.contributions.sum()) == pytest.approx(found.score, abs=TOLERANCE)
+    assert explanation.score == pytest.approx(float(model.score(images, texts)), abs=TOLERANCE)
+    assert (explanation.fine_score, explanation.alpha, explanation.maps) == (None, 1.0, ("raw",))
+    assert float(explanation.contributions.sum()) == pytest.approx(explanation.score, abs=TOLERANCE)
     patches = torch.nn.functional.normalize(model.visual(model.preprocess(picture)[None])[0, 1:], dim=-1)
     cosines = patches @ texts[0, 0]
-    values = found.to_dict()
+    values = explanation.to_dict()
     assert values["caption"]["cosine"] == pytest.approx(float(cosines.max()), abs=TOLERANCE)
-    assert values["caption"]["row"] * found.side + values["caption"]["column"] == int(cosines.argmax())
+    assert values["caption"]["row"] * explanation.side + values["caption"]["column"] == int(cosines.argmax())
     assert [word["adds"] for word in values["words"]] == [0.0] * 3
-    assert all(word["cosine"] == float(found.heatmap(word["text"]).max()) for word in values["words"])
-    assert "no word adds to it" in str(found)
-    assert "(the whole caption)" in str(found)
-    page = found.to_html(tmp_path / "why.html")
+    assert all(word["cosine"] == float(explanation.heatmap(word["text"]).max()) for word in values["words"])
+    assert "no word adds to it" in str(explanation)
+    assert "(the whole caption)" in str(explanation)
+    page = explanation.to_html(tmp_path / "why.html")
     assert "no part of the score" in page
     assert 'data-adds="' not in page
     assert "aggregated" not in page.partition("<script")[0]
     with pytest.raises(InputError, match="no trained aggregators"):
-        found.heatmap("red", tokens="aggregated")
+        explanation.heatmap("red", tokens="aggregated")
     with pytest.raises(InputError, match="expected alpha=1"):
         explain(model, picture, "a red house", alpha=0.5)

@@ -42,9 +42,9 @@ def test_the_page_holds_every_word_and_nothing_from_elsewhere(explanation: Expla
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_the_pages_maps_are_the_explanations(explanation: Explanation, kind: str) -> None:
-    found = re.search(r'<script type="application/json" id="explained">(.*?)</script>', explanation.to_html())
-    assert found
-    data = json.loads(found[1])["maps"][kind]
+    match = re.search(r'<script type="application/json" id="explained">(.*?)</script>', explanation.to_html())
+    assert match
+    data = json.loads(match[1])["maps"][kind]
     word = explanation.words[5]
     levels = torch.tensor(list(bytes.fromhex(data["maps"][5])))
     heat = explanation.map_of_tokens(word.first, word.last, tokens=kind)
@@ -87,14 +87,14 @@ def test_the_command_writes_page_and_overlay(tmp_path: Path, capsys: pytest.Capt
     phrase = SCENE.parts[0].text
     command = ["explain", str(path), SCENE.caption, "--html", str(tmp_path / "why.html")]
     assert main([*command, "--phrase", phrase, "--overlay", str(tmp_path / "lit.png")]) == 0
-    told = capsys.readouterr()
-    assert "words that add most" in told.out
-    assert told.err.splitlines()[-2:] == [str(tmp_path / "lit.png"), str(tmp_path / "why.html")]
+    output = capsys.readouterr()
+    assert "words that add most" in output.out
+    assert output.err.splitlines()[-2:] == [str(tmp_path / "lit.png"), str(tmp_path / "why.html")]
     assert (tmp_path / "why.html").exists()
     assert (tmp_path / "lit.png").exists()
     assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["words"]) == len(SCENE.caption.split())
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["words"]) == len(SCENE.caption.split())
     assert main([*command, "--phrase", phrase]) == 2
     assert "--phrase and --overlay together" in capsys.readouterr().err
     assert main([*command, "--tokens", "fine"]) == 2
@@ -187,9 +187,9 @@ def test_the_page_answers_to_pointer_touch_and_keys(
         assert (
             page.evaluate("document.querySelector('.view img').naturalWidth") == 192
         )  # the original, not the model's 64
-        view, seen = (page.locator(name).bounding_box() for name in (".view", ".seen"))
+        view, square = (page.locator(name).bounding_box() for name in (".view", ".seen"))
         assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.02)
-        assert seen["width"] == pytest.approx(seen["height"], abs=2)  # the square in the middle
+        assert square["width"] == pytest.approx(square["height"], abs=2)  # the square in the middle
         check_access(page, "at first")
         assert page.locator(".word[tabindex='0']").count() == 1
         last = page.locator(".word").last

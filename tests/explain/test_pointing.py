@@ -13,7 +13,7 @@ def test_the_bundled_model_points_at_what_is_meant() -> None:
     model = finelip_fast.load()
     played = pointing_game(model, open_dataset("scenes:val:8", image_size=128), progress=False)
     chance, raw, aggregated = (
-        sum(one[name] for one in played) / len(played) for name in ("chance", "raw", "aggregated")
+        sum(phrase[name] for phrase in played) / len(played) for name in ("chance", "raw", "aggregated")
     )
     assert len(played) > 40
     assert chance < 0.15

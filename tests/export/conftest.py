@@ -37,13 +37,13 @@ def prove(reference: parity.Reference) -> Callable[..., parity.Report]:
     """Return a function that runs the parity gate on graphs with ONNX Runtime."""
     from finelip_fast.runtimes.onnx import OnnxGraph
 
-    def run(image: ModelProto, text: ModelProto, precision: str = "fp32", **more: ModelProto) -> parity.Report:
-        graphs_ = {"image": image, "text": text, **more}
+    def run(image: ModelProto, text: ModelProto, precision: str = "fp32", **extras: ModelProto) -> parity.Report:
+        graphs_ = {"image": image, "text": text, **extras}
         runners = {}
         for name, proto in graphs_.items():
             runners[name] = OnnxGraph(proto.SerializeToString(), torch.device("cpu"))
         encoders = parity.Encoders(
-            runners["image"], runners["text"], extras={name: runners[name] for name in more}, graphs=graphs_
+            runners["image"], runners["text"], extras={name: runners[name] for name in extras}, graphs=graphs_
         )
         return parity.prove(reference, encoders, precision)
 

@@ -48,8 +48,8 @@ def test_nothing_of_this_machine_is_in_the_file(protos):
 
 def test_bytes_of_a_picture_give_its_embedding(protos, model, reference):
     graph = OnnxGraph(protos["image_uint8"].SerializeToString(), torch.device("cpu"))
-    found = graph(levels(reference.pixels[:3], model.config))
-    torch.testing.assert_close(found, reference.images[:3], atol=1e-5, rtol=0)
+    embeddings = graph(levels(reference.pixels[:3], model.config))
+    torch.testing.assert_close(embeddings, reference.images[:3], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5)])

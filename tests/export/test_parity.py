@@ -70,13 +70,13 @@ def test_an_overflow_is_refused(make_model):
     with torch.no_grad():
         wild.text.transformer.resblocks[0].mlp.c_fc.weight.mul_(1e5)
         wild.text.transformer.resblocks[0].mlp.c_proj.weight.mul_(1e-5)
-    own = parity.Reference(wild, "scenes:test:70", progress=False)
+    wild_reference = parity.Reference(wild, "scenes:test:70", progress=False)
     from finelip_fast.runtimes.onnx import OnnxGraph
 
     halves = {name: precision.in_half(graphs.build(wild, name), "fp16") for name in ("image", "text")}
     twins = {name: precision.rounding_twin(proto) for name, proto in halves.items()}
     run = {name: OnnxGraph(proto.SerializeToString(), torch.device("cpu")) for name, proto in twins.items()}
-    report = parity.prove(own, parity.Encoders(run["image"], run["text"], graphs=halves), "fp16")
+    report = parity.prove(wild_reference, parity.Encoders(run["image"], run["text"], graphs=halves), "fp16")
     assert report.failures[0].startswith("text: finite: "), report.failures
     (failure,) = report.failures
     assert "rows hold NaN or infinity: a number exceeds the range of the precision" in failure
@@ -166,13 +166,13 @@ def test_the_report_is_written_for_people_and_programs(prove, protos, tmp_path: 
 
 def test_reports_of_two_devices_are_one(reference, model):
     encoders = parity.Encoders(model.encode_image, model.encode_text)
-    one, other = (parity.prove(reference, encoders, "fp32", on=on) for on in ("CPU", "a GPU"))
-    both = one.also(other)
-    assert both.passed
-    assert both.facts["on"] == "CPU, a GPU"
-    assert [check.name for check in both.checks[-1:]] == ["a GPU: ranking: recall@1"]
-    other.checks[-1] = parity.Check("ranking: recall@1", False, "worse")
-    assert one.also(other).failures == ["a GPU: ranking: recall@1: worse"]
+    cpu_report, gpu_report = (parity.prove(reference, encoders, "fp32", on=on) for on in ("CPU", "a GPU"))
+    combined_report = cpu_report.also(gpu_report)
+    assert combined_report.passed
+    assert combined_report.facts["on"] == "CPU, a GPU"
+    assert [check.name for check in combined_report.checks[-1:]] == ["a GPU: ranking: recall@1"]
+    gpu_report.checks[-1] = parity.Check("ranking: recall@1", False, "worse")
+    assert cpu_report.also(gpu_report).failures == ["a GPU: ranking: recall@1: worse"]
 
 
 def test_limits_loosen_with_the_precision():

@@ -19,8 +19,8 @@ KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 def types_of(proto):
     graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     values = (*graph.input, *graph.value_info, *graph.output)
-    found = {value.name: value.type.tensor_type.elem_type for value in values}
-    return found | {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
 
 
 @pytest.mark.parametrize("name", ["image", "text"])
@@ -29,15 +29,17 @@ def test_products_are_in_half_and_what_is_sensitive_in_float32(protos, name, pre
     half = in_half(protos[name], precision)
     onnx.checker.check_model(half, full_check=True)
     types = types_of(half)
-    seen = Counter()
+    counts = Counter()
     for node in half.graph.node:
         if node.op_type in PRODUCTS[precision]:
-            assert {types[one] for one in node.input} == {KINDS[precision]}
+            assert {types[operand] for operand in node.input} == {KINDS[precision]}
         if node.op_type in ("LayerNormalization", "Softmax", "ReduceL2"):
-            assert {types[one] for one in node.input if types[one] != TensorProto.INT64} == {TensorProto.FLOAT}
-        seen[node.op_type] += 1
-    assert seen["MatMul"] + seen["Gemm"] > 10
-    assert seen["LayerNormalization"] > 4
+            assert {types[operand] for operand in node.input if types[operand] != TensorProto.INT64} == {
+                TensorProto.FLOAT
+            }
+        counts[node.op_type] += 1
+    assert counts["MatMul"] + counts["Gemm"] > 10
+    assert counts["LayerNormalization"] > 4
     assert types[half.graph.output[0].name] == TensorProto.FLOAT
 
 
@@ -82,7 +84,7 @@ def test_what_a_graph_gives_is_float32_also_from_a_product():
 
 @pytest.mark.parametrize("precision", HALF)
 def test_the_twin_rounds_what_the_graph_would_round(precision):
-    """In a product and a sum by hand, each result is rounded once."""
+    """A product and a sum by hand: each result is rounded once."""
     x, w, b = np.float32([[1.001, 2.003]]), np.float32([[3.007], [5.011]]), np.float32([7.013])
     graph = helper.make_graph(
         [
@@ -98,7 +100,7 @@ def test_the_twin_rounds_what_the_graph_would_round(precision):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     twin = rounding_twin(in_half(model, precision))
-    found = OnnxGraph(twin.SerializeToString(), torch.device("cpu"))(torch.from_numpy(x))
+    output = OnnxGraph(twin.SerializeToString(), torch.device("cpu"))(torch.from_numpy(x))
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    x, w, b = (torch.from_numpy(one).to(dtype).float() for one in (x, w, b))
-    assert found.item() == ((x @ w).to(dtype).float() + b).to(dtype).item()
+    x, w, b = (torch.from_numpy(array).to(dtype).float() for array in (x, w, b))
+    assert output.item() == ((x @ w).to(dtype).float() + b).to(dtype).item()

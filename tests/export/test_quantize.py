@@ -47,13 +47,13 @@ def test_a_layer_by_rows_is_as_exact_as_its_steps(seed, depth, bias):
     offset = random.standard_normal(128).astype(np.float32) if bias else None
     proto = quantize.by_rows(linear(weight, offset))
     onnx.checker.check_model(proto, full_check=True)
-    found = run(proto, x) - (0 if offset is None else offset)
+    product = run(proto, x) - (0 if offset is None else offset)
     row_step, column_step = np.abs(x).max(axis=1, keepdims=True) / 127, np.abs(weight).max(axis=0) / 127
     bound = 0.5 * (row_step * np.abs(weight).sum(axis=0) + column_step * np.abs(x).sum(axis=1, keepdims=True))
     bound = bound + 0.25 * depth * row_step * column_step
     exact = x.astype(np.float64) @ weight.astype(np.float64)
     float32 = 1e-6 * (np.abs(exact) + (0 if offset is None else np.abs(offset)))
-    assert (np.abs(found - exact) <= 1.001 * bound + float32).all()
+    assert (np.abs(product - exact) <= 1.001 * bound + float32).all()
 
 
 def test_a_row_does_not_depend_on_its_company():
@@ -90,8 +90,8 @@ def test_calibrated_layers_take_their_scales_from_the_data(protos, reference, mo
     scales = [value for name, value in constants.items() if name.endswith("_scale") and value.ndim == 0]
     assert scales
     assert all(scale.dtype == np.float16 and 0 < scale < 1 for scale in scales)
-    found = OnnxGraph(proto.SerializeToString(), CPU)(reference.pixels[8:16])
-    cosine = (found * reference.images[8:16]).sum(-1)
+    embeddings = OnnxGraph(proto.SerializeToString(), CPU)(reference.pixels[8:16])
+    cosine = (embeddings * reference.images[8:16]).sum(-1)
     assert cosine.min() > 0.98
 
 

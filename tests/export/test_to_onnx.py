@@ -40,16 +40,16 @@ def test_files_lie_beside_the_checkpoint_and_say_what_they_are(exported: Path, c
     assert exported == checkpoint / "exports" / "onnx-fp32"
     names = {path.name for path in exported.iterdir()}
     assert names == {"image.onnx", "text.onnx", "manifest.json", "parity.json", "parity.md"}
-    made = read(exported).manifest
-    assert (made.runtime, made.precision, made.checkpoint) == ("onnx", "fp32", fingerprint(checkpoint))
-    assert set(made.files) == {"image.onnx", "text.onnx"}
-    assert {"torch", "onnx", "onnxruntime"} <= set(made.versions)
-    assert made.proven
-    assert made.proof["pairs"] == PAIRS
+    manifest = read(exported).manifest
+    assert (manifest.runtime, manifest.precision, manifest.checkpoint) == ("onnx", "fp32", fingerprint(checkpoint))
+    assert set(manifest.files) == {"image.onnx", "text.onnx"}
+    assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)
+    assert manifest.proven
+    assert manifest.proof["pairs"] == PAIRS
     assert [export.folder for export in find(checkpoint, "onnx").exports] == [exported]
     proto = onnx.load(exported / "text.onnx")
     facts = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
-    assert facts["finelip.checkpoint"] == made.checkpoint
+    assert facts["finelip.checkpoint"] == manifest.checkpoint
 
 
 @pytest.mark.filterwarnings("ignore::finelip_fast.UntrainedAggregatorsWarning")
@@ -117,8 +117,8 @@ def test_weights_past_what_a_file_holds_lie_beside_it(checkpoint: Path, tmp_path
     ids = finelip_fast.tokenize(["a red house"], CONTEXT)
     with torch.no_grad():
         expected = finelip_fast.load(checkpoint).encode_text(ids)
-    found = OnnxGraph(folder / "text.onnx", torch.device("cpu"))(ids)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    embeddings = OnnxGraph(folder / "text.onnx", torch.device("cpu"))(ids)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_asked_for_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_what_cannot_be_asked_for_is_refused(checkpoint: Path, tmp_path: Path) -
 def test_the_command_exports_several_precisions(checkpoint: Path, capsys) -> None:
     arguments = ["export", "onnx", str(checkpoint), "--precision", "fp16", "int8", "--data", PAIRS, "--quiet", "--json"]
     assert main(arguments) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert set(made) == {"fp16", "int8"}
-    assert all(one["passed"] for one in made.values())
+    reports = json.loads(capsys.readouterr().out)
+    assert set(reports) == {"fp16", "int8"}
+    assert all(report["passed"] for report in reports.values())
     assert {path.name for path in (checkpoint / "exports").iterdir()} >= {"onnx-fp16", "onnx-int8"}
 
 

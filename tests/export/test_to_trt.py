@@ -83,18 +83,18 @@ def no_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def asked(no_gpu, checkpoint, model) -> Iterator[list[dict[str, object]]]:
+def requests(no_gpu, checkpoint, model) -> Iterator[list[dict[str, object]]]:
     """Requests to the ONNX exporter, which is replaced because it is not under test."""
-    asked = []
+    requests = []
 
     def export_onnx(source: object, **arguments: object) -> Path:
-        asked.append({"checkpoint": source, **arguments})
+        requests.append({"checkpoint": source, **arguments})
         return folder
 
     folder = write_onnx(model, exports_folder(checkpoint) / "onnx-fp16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "export_onnx", export_onnx)
-        yield asked
+        yield requests
 
 
 @pytest.fixture(scope="module")
@@ -106,30 +106,30 @@ def plans(checkpoint) -> Path:
 def on_ada(monkeypatch: pytest.MonkeyPatch, model) -> dict[str, Callable[[Tensor], Tensor]]:
     """Pretend that this machine has a GPU of compute capability 8.9, on which plans return the model's embeddings."""
     encoders = {"image.plan": model.encode_image, "text.plan": model.encode_text}
-    here = runtime.Machine("tensorrt_rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
+    machine = runtime.Machine("tensorrt_rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
     monkeypatch.setattr(runtime, "why_not", lambda: None)
-    monkeypatch.setattr(runtime, "machine", lambda device="cuda", module=None: here)
+    monkeypatch.setattr(runtime, "machine", lambda device="cuda", module=None: machine)
     monkeypatch.setattr(runtime, "TrtPlan", lambda content, name, device, **_: encoders[name])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: here.gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: machine.gpu)
     return encoders
 
 
-def test_plans_lie_beside_the_checkpoint_and_say_what_they_are(plans: Path, checkpoint: Path, asked) -> None:
+def test_plans_lie_beside_the_checkpoint_and_say_what_they_are(plans: Path, checkpoint: Path, requests) -> None:
     assert plans == checkpoint / "exports" / "trt-fp16-sm89"
     assert sorted(path.name for path in plans.iterdir()) == ["image.plan", "manifest.json", "text.plan"]
     assert [export.folder for export in find(checkpoint, "trt", "fp16").exports] == [plans]
-    assert asked[0] == {"checkpoint": checkpoint, "precision": "fp16", "data": PAIRS, "progress": False}
-    made = read(plans).manifest
+    assert requests[0] == {"checkpoint": checkpoint, "precision": "fp16", "data": PAIRS, "progress": False}
+    manifest = read(plans).manifest
     source = read(exports_folder(checkpoint) / "onnx-fp16").manifest
-    assert (made.runtime, made.precision) == ("trt", "fp16")
-    assert (made.checkpoint, made.config) == (checkpoints.fingerprint(checkpoint), source.config)
-    assert made.files == {name: file_hash(plans / name) for name in ("image.plan", "text.plan")}
-    assert made.versions["tensorrt_rtx"] == trt.__version__
-    assert made.versions["torch"] == torch.__version__.partition("+")[0]
-    structure = made.options.pop("structure")
+    assert (manifest.runtime, manifest.precision) == ("trt", "fp16")
+    assert (manifest.checkpoint, manifest.config) == (checkpoints.fingerprint(checkpoint), source.config)
+    assert manifest.files == {name: file_hash(plans / name) for name in ("image.plan", "text.plan")}
+    assert manifest.versions["tensorrt_rtx"] == trt.__version__
+    assert manifest.versions["torch"] == torch.__version__.partition("+")[0]
+    structure = manifest.options.pop("structure")
     assert set(structure) == {"image.onnx", "text.onnx"}
-    assert made.options == {
+    assert manifest.options == {
         "module": "tensorrt_rtx",
         "version": trt.__version__,
         "gpu": None,
@@ -160,12 +160,12 @@ def test_a_second_run_builds_what_changed_and_nothing_else(plans: Path, checkpoi
     after = build()
     assert after > before
     assert read(plans).manifest.files["text.plan"] == file_hash(plans / "text.plan")
-    other = build(profile="1,2,8", builder=Builder(workspace=64))
-    assert other > after
+    with_other_profile = build(profile="1,2,8", builder=Builder(workspace=64))
+    assert with_other_profile > after
     assert read(plans).manifest.options["profile"]["batches"] == [[1, 2, 8]]
     assert read(plans).manifest.options["workspace"] == 64
     latest = build()
-    assert latest > other
+    assert latest > with_other_profile
     assert build(again=True) > latest
     assert [path.name for path in plans.parent.glob(".*")] == []
 
@@ -200,9 +200,9 @@ def test_shapes_reach_from_one_to_the_whole_context(model) -> None:
     ]
 
 
-def test_int8_is_made_from_calibrated_graphs(checkpoint: Path, asked, tmp_path) -> None:
+def test_int8_is_made_from_calibrated_graphs(checkpoint: Path, requests, tmp_path) -> None:
     export_trt(checkpoint, precision="int8", compute_capability="8.9", out=tmp_path / "out", progress=False)
-    assert asked[-1]["precision"] == "int8-calibrated"
+    assert requests[-1]["precision"] == "int8-calibrated"
     assert read(tmp_path / "out").manifest.precision == "int8"
 
 
@@ -298,30 +298,30 @@ def test_building_again_where_plans_wait_for_their_proof_proves_them(on_ada, che
 def refittable(on_ada, checkpoint: Path, tmp_path: Path) -> Path:
     """Plans declared as refittable; building real ones needs the GPU."""
     folder = export_trt(checkpoint, compute_capability="8.9", out=tmp_path / "old", data=PAIRS, progress=False)
-    made = read(folder).manifest
-    dataclasses.replace(made, options={**made.options, "refittable": True, "stripped": True}).write(folder)
+    manifest = read(folder).manifest
+    dataclasses.replace(manifest, options={**manifest.options, "refittable": True, "stripped": True}).write(folder)
     return folder
 
 
 def test_refitting_takes_the_new_weights_and_keeps_the_rest(refittable, on_ada, new, monkeypatch) -> None:
     model, checkpoint, source = new
-    taken = []
+    refit_calls = []
     monkeypatch.setattr(to_onnx, "export_onnx", lambda *_, **__: source)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
-        to_trt, "refit_plan", lambda plan, graph, module: taken.append((plan, graph, module)) or b"refitted"
+        to_trt, "refit_plan", lambda plan, graph, module: refit_calls.append((plan, graph, module)) or b"refitted"
     )
     on_ada |= {"image.plan": model.encode_image, "text.plan": model.encode_text}
     arguments = {"compute_capability": "8.9", "profile": "throughput", "data": PAIRS, "progress": False}
     folder = export_trt(checkpoint, refit=refittable, **arguments)
-    assert taken == [
+    assert refit_calls == [
         (refittable / f"{name}.plan", source / f"{name}.onnx", "tensorrt_rtx") for name in ("image", "text")
     ]
-    made, old = read(folder).manifest, read(refittable).manifest
+    manifest, old = read(folder).manifest, read(refittable).manifest
     assert folder == checkpoint / "exports" / "trt-fp16-sm89"
-    assert made.proven
-    assert made.checkpoint == checkpoints.fingerprint(checkpoint)
-    assert made.options == {**old.options, "onnx": read(source).manifest.files, "stripped": False}
+    assert manifest.proven
+    assert manifest.checkpoint == checkpoints.fingerprint(checkpoint)
+    assert manifest.options == {**old.options, "onnx": read(source).manifest.files, "stripped": False}
 
 
 def test_what_does_not_fit_is_not_refitted(refittable, checkpoint, tmp_path, monkeypatch) -> None:
@@ -343,10 +343,10 @@ def test_what_does_not_fit_is_not_refitted(refittable, checkpoint, tmp_path, mon
     del proto.graph.initializer[0]
     onnx.save(proto, graphs_ / "text.onnx")
     refused(r"old: text\.onnx of the two checkpoints differ in more than their weights")
-    made = read(refittable).manifest
-    dataclasses.replace(made, options={**made.options, "version": "1.0"}).write(refittable)
+    manifest = read(refittable).manifest
+    dataclasses.replace(manifest, options={**manifest.options, "version": "1.0"}).write(refittable)
     refused(r"version: made for '1\.0'")
-    dataclasses.replace(made, options={**made.options, "refittable": False}).write(refittable)
+    dataclasses.replace(manifest, options={**manifest.options, "refittable": False}).write(refittable)
     refused("expected plans that were built with --refittable")
 
 
@@ -361,17 +361,19 @@ def test_weights_are_not_part_of_a_structure_and_the_rest_is(checkpoint: Path, n
         return to_trt.structure(tmp_path / "changed.onnx")
 
     def other_size(graph: onnx.GraphProto) -> None:
-        tensor = next(one for one in graph.initializer if one.data_type == onnx.TensorProto.INT64)
+        tensor = next(
+            initializer for initializer in graph.initializer if initializer.data_type == onnx.TensorProto.INT64
+        )
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.int64(1), tensor.name))
 
-    found = [
+    structures = [
         to_trt.structure(path),
         change(lambda graph: graph.initializer.pop()),
         change(lambda graph: graph.node.pop()),
         change(lambda graph: setattr(graph.initializer[0], "name", "renamed")),
         change(other_size),
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(structures)) == len(structures)
 
 
 # ---- Command line
@@ -410,14 +412,14 @@ def test_errors_are_told_in_one_line(arguments: list[str], text: str, checkpoint
 
 
 def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plans: Path, tmp_path: Path) -> None:
-    given = {}
+    arguments = {}
     monkeypatch.setattr(
-        to_trt, "export_trt", lambda checkpoint, **rest: given.update(checkpoint=checkpoint, **rest) or plans
+        to_trt, "export_trt", lambda checkpoint, **rest: arguments.update(checkpoint=checkpoint, **rest) or plans
     )
     flags = "--version-compatible --hardware-compatible --refittable --strip --keep-failed --again --quiet"
     values = "--precision bf16 --profile 1,2,3 --compute-capability 12.0 --out o --workspace 7 --refit r --data p"
     assert main(["export", "trt", "CHECKPOINT", *flags.split(), *values.split()]) == 0
-    assert given == {
+    assert arguments == {
         "checkpoint": "CHECKPOINT",
         "precision": "bf16",
         "profile": "1,2,3",
@@ -431,4 +433,4 @@ def test_every_option_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, plan
         "progress": False,
     }
     assert main(["export", "trt"]) == 0
-    assert given["data"] == parity.DATA
+    assert arguments["data"] == parity.DATA

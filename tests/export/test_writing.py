@@ -67,9 +67,9 @@ def test_a_manifest_that_does_not_fit_leaves_the_earlier_export(
 ) -> None:
     real = to_onnx.finish
 
-    def finish(*given: object) -> None:
+    def finish(*arguments: object) -> None:
         with full_disk(100):
-            real(*given)
+            real(*arguments)
 
     monkeypatch.setattr(to_onnx, "finish", finish)
     before = read(checkpoint / "exports" / "onnx-fp32")
@@ -127,11 +127,13 @@ def test_plans_are_there_still_when_their_proof_does_not_fit(
     plans = tmp_path / "plans"
     plans.mkdir()
     (plans / "image.plan").write_bytes(b"x" * 5000)
-    made = read(checkpoint / "exports" / "onnx-fp32").manifest
+    onnx_manifest = read(checkpoint / "exports" / "onnx-fp32").manifest
     files = to_onnx.hashes(plans)
 
     class Found:
-        manifest = type(made)("trt", "fp16", made.checkpoint, made.config, files, {}, {"module": "tensorrt"})
+        manifest = type(onnx_manifest)(
+            "trt", "fp16", onnx_manifest.checkpoint, onnx_manifest.config, files, {}, {"module": "tensorrt"}
+        )
 
     monkeypatch.setattr(to_trt, "read", lambda folder: Found)
     monkeypatch.setattr(to_trt.runtime, "machine", lambda **_: None)

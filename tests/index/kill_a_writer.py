@@ -35,7 +35,7 @@ def main(folder: str, seed: int) -> None:
             getattr(index, kind)()
             continue
         if kind == "add":
-            ids = [f"{seed}-{number}-{one}" for one in range(choose.randint(1, 3))]
+            ids = [f"{seed}-{number}-{position}" for position in range(choose.randint(1, 3))]
         else:
             ids = choose.sample(index.ids, min(len(index.ids), choose.randint(0, 3)))
         values = [choose.randrange(1000) for _ in ids]
@@ -45,7 +45,7 @@ def main(folder: str, seed: int) -> None:
             index.delete(ids)
         else:
             embeddings = torch.tensor([unit_row(value) for value in values]).reshape(-1, 1, 8).expand(-1, 3, 8)
-            (index.add if kind == "add" else index.upsert)(ids, embeddings, [{"value": one} for one in values])
+            (index.add if kind == "add" else index.upsert)(ids, embeddings, [{"value": value} for value in values])
         print(json.dumps(["done"]), flush=True)
 
 

@@ -36,14 +36,14 @@ ROOMS = (
 )  # MiB, including mapped files and thread stacks
 
 
-def look(folder: str, what: str, query: torch.Tensor) -> bool:
+def look(folder: str, operation: str, query: torch.Tensor) -> bool:
     with closing(Index(SPEC, folder)) as index:
-        if what == "check":
+        if operation == "check":
             return index.check() == {}
-        if what == "maintain":
+        if operation == "maintain":
             index.maintain()
             return True
-        return index.search(query, 5, mode=what).items[0][0].id == "7"
+        return index.search(query, 5, mode=operation).items[0][0].id == "7"
 
 
 def outcome(run: Callable[[], bool], room: int) -> str:
@@ -69,8 +69,10 @@ def main(folder: str) -> None:
     query = rows[7:8].clone()
     del values, rows
     for room in ROOMS:
-        for what in (*MODES, "check", "maintain"):
-            print(what, room, outcome(lambda what=what: look(folder, what, query), room), flush=True)
+        for operation in (*MODES, "check", "maintain"):
+            print(
+                operation, room, outcome(lambda operation=operation: look(folder, operation, query), room), flush=True
+            )
 
 
 if __name__ == "__main__":

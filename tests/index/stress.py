@@ -58,7 +58,7 @@ def embedding(item: str, value: int) -> torch.Tensor:
 
 def after(model: Model, change: list[Any]) -> Model:
     kind, ids, value = change
-    left = {item: kept for item, kept in model.items() if item not in ids}
+    left = {item: old_value for item, old_value in model.items() if item not in ids}
     return left if kind == "delete" else left | dict.fromkeys(ids, value)
 
 
@@ -71,10 +71,10 @@ class Journal:
         self.lines: list[list[Any]] = []
         self._path = path
         path.touch()
-        whole, _, cut = path.read_text().rpartition("\n")
+        complete_text, _, cut = path.read_text().rpartition("\n")
         if cut:
-            path.write_text(whole + "\n")
-        for line in whole.splitlines():
+            path.write_text(complete_text + "\n")
+        for line in complete_text.splitlines():
             self._take(json.loads(line))
 
     def __call__(self, *line: Any) -> None:
@@ -177,15 +177,15 @@ class Worker:
             return
         item = self.choose.choice(sorted(self.journal.model))
         mode, value = self.choose.choice(MODES), self.journal.model[item]
-        found = self.index.search(embedding(item, value)[None], 3, mode=mode, where=where)
-        hits = found.items[0]
+        results = self.index.search(embedding(item, value)[None], 3, mode=mode, where=where)
+        hits = results.items[0]
         itself = 0.8 + 0.2 * 2
         if not hits or (hits[0].id, hits[0].metadata.get("value")) != (item, value):
             self.fault(
                 "lost", f"{mode} search where {where} for {item} of {value}: {[(hit.id, hit.metadata) for hit in hits]}"
             )
-        elif abs(found.scores[0, 0].item() - itself) > (0.05 if self.index.spec.dtype == "int8" else 0.01):
-            self.fault("wrong", f"{mode} search for {item}: score {found.scores[0, 0].item()}")
+        elif abs(results.scores[0, 0].item() - itself) > (0.05 if self.index.spec.dtype == "int8" else 0.01):
+            self.fault("wrong", f"{mode} search for {item}: score {results.scores[0, 0].item()}")
         elif where and any(hit.metadata["owner"] != self.name for hit in hits):
             self.fault("wrong", f"search where {where}: {[hit.metadata for hit in hits]}")
 
@@ -194,8 +194,8 @@ class Worker:
 
     def search_removed(self) -> None:
         for item, value in self.choose.sample(sorted(self.removed.items()), min(1, len(self.removed))):
-            found = self.index.search(embedding(item, value)[None], 3, mode=self.choose.choice(MODES))
-            if item in {hit.id for hit in found.items[0]}:
+            results = self.index.search(embedding(item, value)[None], 3, mode=self.choose.choice(MODES))
+            if item in {hit.id for hit in results.items[0]}:
                 self.fault("wrong", f"{item} was deleted and is found")
 
     # Reading and looking after
@@ -248,12 +248,16 @@ def own_items(index: Index, prefix: str) -> Model:
                 raise
 
 
-def differences(found: Model, expected: Model) -> list[tuple[str, str]]:
-    lost = [("lost", f"{item} of {expected[item]}") for item in sorted(expected.keys() - found.keys())]
-    risen = [("wrong", f"{item} of {found[item]} should be gone") for item in sorted(found.keys() - expected.keys())]
-    both = sorted(found.keys() & expected.keys())
-    other = [(item, found[item], expected[item]) for item in both if found[item] != expected[item]]
-    return [*lost, *risen, *(("wrong", f"{item} is {value}, expected {wanted}") for item, value, wanted in other)]
+def differences(actual: Model, expected: Model) -> list[tuple[str, str]]:
+    lost = [("lost", f"{item} of {expected[item]}") for item in sorted(expected.keys() - actual.keys())]
+    risen = [("wrong", f"{item} of {actual[item]} should be gone") for item in sorted(actual.keys() - expected.keys())]
+    common_items = sorted(actual.keys() & expected.keys())
+    mismatches = [(item, actual[item], expected[item]) for item in common_items if actual[item] != expected[item]]
+    return [
+        *lost,
+        *risen,
+        *(("wrong", f"{item} is {value}, expected {expected_value}") for item, value, expected_value in mismatches),
+    ]
 
 
 def describe(error: Exception, kind: str) -> tuple[str, str, str, str]:
@@ -349,10 +353,10 @@ def compare(index: Index, journals: Path) -> None:
     for path in sorted(journals.glob("process-*")):
         expected |= Journal(path).model
     journal = Journal(journals / "parent")
-    found = own_items(index, "process")
-    for kind, text in differences(found, expected):
+    actual = own_items(index, "process")
+    for kind, text in differences(actual, expected):
         journal("fault", kind, f"at the end: {text}")
-    for item in sorted(found.keys() & expected.keys()):
+    for item in sorted(actual.keys() & expected.keys()):
         hits = index.search(embedding(item, expected[item])[None], 1).items[0]
         if [hit.id for hit in hits] != [item]:
             journal("fault", "lost", f"at the end: a search for {item} finds {[hit.id for hit in hits]}")

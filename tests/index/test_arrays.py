@@ -163,15 +163,15 @@ def test_links_and_pipes_are_not_read_and_not_written_through(tmp_path: Path) ->
 
 
 def test_only_what_no_one_is_writing_is_removed(tmp_path: Path) -> None:
-    abandoned, written = (tmp_path / f".{letter * 32}.tmp" for letter in "ab")
+    abandoned, locked_path = (tmp_path / f".{letter * 32}.tmp" for letter in "ab")
     abandoned.touch()
     (tmp_path / ".of a person.tmp").touch()
     os.utime(abandoned)
-    with locked(written) as file:
-        os.utime(written, (0, 0))  # an old time must not matter
+    with locked(locked_path) as file:
+        os.utime(locked_path, (0, 0))  # an old time must not matter
         assert remove_abandoned(tmp_path) == 1
         file.write(b"kept")
-    assert written.read_bytes() == b"kept"
+    assert locked_path.read_bytes() == b"kept"
     assert not abandoned.exists()
     assert remove_abandoned(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".of a person.tmp"]

@@ -25,18 +25,18 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalogue(path: Path) -> Iterator[Catalogue]:
-    with closing(Catalogue(path, SPEC, source="mine")) as one:
-        yield one
+    with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
+        yield catalogue
 
 
 def reopened(path: Path) -> list[Item]:
-    with closing(Catalogue(path, SPEC, source="mine")) as one:
-        return list(one.items())
+    with closing(Catalogue(path, SPEC, source="mine")) as catalogue:
+        return list(catalogue.items())
 
 
 def add(catalogue: Catalogue, ids: list[str], segment: str, metadata: list[dict]) -> None:
     with catalogue.changing():
-        catalogue.add(ids, segment, range(len(ids)), [json.dumps(one) for one in metadata])
+        catalogue.add(ids, segment, range(len(ids)), [json.dumps(item_metadata) for item_metadata in metadata])
 
 
 def test_items_come_back_in_order_of_insertion(catalogue: Catalogue, path: Path) -> None:
@@ -71,8 +71,8 @@ def test_a_batch_that_collides_leaves_nothing(catalogue: Catalogue, path: Path) 
 
 def test_changes_of_others_are_seen(catalogue: Catalogue, path: Path) -> None:
     add(catalogue, ["own"], "segment", [{}])
-    with closing(Catalogue(path, SPEC, source="mine")) as other:
-        add(other, ["theirs"], "second", [{}])
+    with closing(Catalogue(path, SPEC, source="mine")) as second_catalogue:
+        add(second_catalogue, ["theirs"], "second", [{}])
     assert (catalogue.version, [item.id for item in catalogue.items()]) == (2, ["own", "theirs"])
 
 
@@ -119,7 +119,7 @@ def test_older_versions_stay_until_they_are_forgotten(catalogue: Catalogue) -> N
 
 def test_a_run_of_segments_is_replaced_and_the_order_stays(catalogue: Catalogue) -> None:
     for number in range(4):
-        add(catalogue, [f"{number}-{one}" for one in range(3)], f"segment {number}", [{}] * 3)
+        add(catalogue, [f"{number}-{row}" for row in range(3)], f"segment {number}", [{}] * 3)
     with catalogue.changing():
         catalogue.remove([1, 4, 5, 6, 7, 8])
     segments = catalogue.layout().segments
@@ -159,7 +159,9 @@ def test_a_catalogue_of_the_first_format_becomes_one_of_this(path: Path) -> None
             "metadata TEXT NOT NULL) STRICT"
         )
         spec = {**SPEC, "format": 1, "source": "mine"}
-        connection.executemany("INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(one)) for key, one in spec.items()])
+        connection.executemany(
+            "INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(value)) for key, value in spec.items()]
+        )
         rows = [(0, "z", "first", "{}"), (1, "a", "first", '{"n": 1}'), (2, "m", "second", "{}")]
         connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?)", rows)
     expected = [Item(0, "z", None, {}), Item(1, "a", None, {"n": 1}), Item(2, "m", None, {})]
@@ -189,7 +191,9 @@ def test_a_catalogue_of_the_second_format_becomes_one_of_this(path: Path) -> Non
         connection.execute("CREATE UNIQUE INDEX living ON item (id) WHERE died IS NULL")
         old = {key: SPEC[key] for key in ("checkpoint", "tokens", "width")}
         spec = {**old, "format": 2, "source": "mine", "version": 5, "oldest": 3}
-        connection.executemany("INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(one)) for key, one in spec.items()])
+        connection.executemany(
+            "INSERT INTO spec VALUES (?, ?)", [(key, json.dumps(value)) for key, value in spec.items()]
+        )
         rows = [(1, "a", "compacted", 0, 7, "{}", 1, None), (4, "b", "compacted", 1, 8, "{}", 2, None)]
         rows += [(5, "c", "new", 0, 9, "{}", 4, 5), (6, "d", "new", 1, 10, "{}", 4, None)]
         connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
@@ -213,7 +217,7 @@ def test_the_first_format_of_another_index_is_left_as_it_is(catalogue: Catalogue
 @pytest.mark.parametrize(
     "change",
     [{"checkpoint": "xyz"}, {"tokens": 5}, {"width": 8}, {"alpha": 1.0}],
-    ids=lambda one: next(iter(one)),
+    ids=lambda change: next(iter(change)),
 )
 def test_another_spec_is_refused_and_both_are_named(catalogue: Catalogue, path: Path, change: dict) -> None:
     with pytest.raises(StoreError) as caught:
@@ -284,10 +288,10 @@ def test_a_writer_waits_for_another_and_says_so_in_the_end(
     catalogue: Catalogue, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_PATIENCE", 0.05)
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="another process is writing to the index"):
             add(catalogue, ["a"], "segment", [{}])
-        other.execute("ROLLBACK")
+        connection.execute("ROLLBACK")
     add(catalogue, ["a"], "segment", [{}])
     assert [item.id for item in reopened(path)] == ["a"]

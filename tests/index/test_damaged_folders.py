@@ -45,7 +45,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module", params=["float16", "int8"])
-def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Whole:
+def sound_index(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Whole:
     folder = tmp_path_factory.mktemp("folders") / "whole"
     with closing(Index(IndexSpec("abc", 3, 8, dtype=request.param), folder)) as index:
         for first in range(0, ITEMS, 8):
@@ -54,19 +54,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         with suppress(EngineError):  # faiss is not installed
             index.build_candidates(lists=2, progress=False)
         answers = {mode: answer(index, mode) for mode in MODES}
-        found = index.search(QUERIES, ITEMS, mode="exact")
+        results = index.search(QUERIES, ITEMS, mode="exact")
         scores = [
             {item.id: score for item, score in zip(items, row, strict=True)}
-            for items, row in zip(found.items, found.scores.tolist(), strict=True)
+            for items, row in zip(results.items, results.scores.tolist(), strict=True)
         ]
         return Whole(folder, answers, scores, dict(zip(index.ids, index.embeddings, strict=True)))
 
 
 def answer(index: Index, mode: str) -> list[tuple[str, float]]:
-    found = index.search(QUERIES, 5, mode=mode, candidates=12 if mode == "two-stage" else None)
+    results = index.search(QUERIES, 5, mode=mode, candidates=12 if mode == "two-stage" else None)
     return [
         (item.id, round(score, 5))
-        for items, scores in zip(found.items, found.scores.tolist(), strict=True)
+        for items, scores in zip(results.items, results.scores.tolist(), strict=True)
         for item, score in zip(items, scores, strict=True)
     ]
 
@@ -109,12 +109,12 @@ def tried(run: Callable[[], object]) -> object:
 
 @settings(settings.get_profile("fuzz"), max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**32))
-def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
+def test_a_right_answer_or_our_error(sound_index: Whole, seed: int) -> None:
     """Run ``FINELIP_FUZZ=2000 pytest tests/index/test_damaged_folders.py`` for more examples."""
-    folder = whole.folder.with_name("damaged")
+    folder = sound_index.folder.with_name("damaged")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(folder.with_name("copy"), ignore_errors=True)
-    shutil.copytree(whole.folder, folder)
+    shutil.copytree(sound_index.folder, folder)
     path = damage(folder, random.Random(seed))
     is_derived = path.parent.name == "cache"
 
@@ -123,23 +123,23 @@ def test_a_right_answer_or_our_error(whole: Whole, seed: int) -> None:
             return answer(index, mode)
 
     for mode in MODES:
-        found = tried(lambda mode=mode: search(mode, verify=True))
-        assert found in (None, whole.answers[mode]), f"{mode}, verified, {path.name}"
-        assert found is not None or not is_derived, f"a search failed on {path.name}"
+        hits = tried(lambda mode=mode: search(mode, verify=True))
+        assert hits in (None, sound_index.answers[mode]), f"{mode}, verified, {path.name}"
+        assert hits is not None or not is_derived, f"a search failed on {path.name}"
         # Unverified hits may not be the best, but their scores must be right.
         for number, (item, score) in enumerate(tried(lambda mode=mode: search(mode)) or ()):
-            assert whole.scores[number // 5][item] == pytest.approx(score, abs=2e-5)
+            assert sound_index.scores[number // 5][item] == pytest.approx(score, abs=2e-5)
     with closing(stored_index(folder, skip_damaged=True)) as index:
         damaged = index.check()
         assert not (is_derived and damaged)
         if not damaged:
-            assert {mode: answer(index, mode) for mode in MODES} == whole.answers
+            assert {mode: answer(index, mode) for mode in MODES} == sound_index.answers
         for number, run in enumerate((index.maintain, lambda: index.snapshot(folder.with_name("copy")))):
             assert (tried(run) is None) == bool(damaged), (number, damaged)
         assert index.repair() == damaged
         assert index.check() == index.repair() == {}
     with closing(stored_index(folder, verify=True)) as index:
-        assert set(index.ids) == set(whole.embeddings) - set(damaged)
-        for item, kept in zip(index.ids, index.embeddings, strict=True):
-            assert torch.equal(kept, whole.embeddings[item])
+        assert set(index.ids) == set(sound_index.embeddings) - set(damaged)
+        for item, row in zip(index.ids, index.embeddings, strict=True):
+            assert torch.equal(row, sound_index.embeddings[item])
         assert all(tried(lambda mode=mode: answer(index, mode)) is not None for mode in MODES)

@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
 def everything(folder: Path) -> Any:
     """Return everything that an index reports, queried in every way."""
     with closing(stored_index(folder)) as index:
-        found = index.search(embeddings(2), 3).items, index.search(embeddings(1), 3, where="n >= 1").items
-        return index.ids, index.metadata, len(index), index.source, found, index.check(), index.lost(), "a" in index
+        hits = index.search(embeddings(2), 3).items, index.search(embeddings(1), 3, where="n >= 1").items
+        return index.ids, index.metadata, len(index), index.source, hits, index.check(), index.lost(), "a" in index
 
 
 # Hostile ones ---------------------------------------------------------------------------------------------------------
@@ -242,12 +242,12 @@ with index._store.catalogue._database.reading() as connection:
 def test_who_reads_and_who_opens_waits_for_no_one_who_writes(folder: Path) -> None:
     with (
         closing(Index(SPEC, folder)) as index,
-        closing(sqlite3.connect(folder / "catalogue.sqlite", isolation_level=None)) as other,
+        closing(sqlite3.connect(folder / "catalogue.sqlite", isolation_level=None)) as writer,
     ):
-        other.execute("BEGIN IMMEDIATE")
+        writer.execute("BEGIN IMMEDIATE")
         waiting = threading.Thread(target=lambda: index.add(["d"], embeddings(1, 5), [{}]))
         waiting.start()
-        time.sleep(0.3)  # it waits for the other now
+        time.sleep(0.3)  # it waits for the writer now
         begun = time.monotonic()
         assert index.ids == ["a", "c"]
         assert len(index.search(embeddings(1), 3).items[0]) == 2
@@ -256,7 +256,7 @@ def test_who_reads_and_who_opens_waits_for_no_one_who_writes(folder: Path) -> No
             assert another.ids == ["a", "c"]
         assert time.monotonic() - begun < 20  # a writer is waited for 30 seconds
         assert waiting.is_alive()
-        other.execute("ROLLBACK")
+        writer.execute("ROLLBACK")
         waiting.join()
         assert index.ids == ["a", "c", "d"]
 
@@ -300,8 +300,8 @@ def test_of_two_jobs_that_skip_what_is_there_none_fails(tmp_path: Path) -> None:
 
     def work(index: Index) -> None:
         for start in range(0, 40, 4):
-            some = ids[start : start + 4]
-            added.extend(index.add(some, embeddings(4, start), [{}] * 4, existing="skip"))
+            batch = ids[start : start + 4]
+            added.extend(index.add(batch, embeddings(4, start), [{}] * 4, existing="skip"))
 
     jobs = [Index(SPEC, tmp_path) for _ in range(3)]
     threads = [threading.Thread(target=work, args=[index]) for index in jobs]
@@ -460,13 +460,13 @@ def test_a_folder_of_the_third_format_is_read_as_it_is_and_migrates_when_it_is_c
     content = (folder / "catalogue.sqlite").read_bytes()
     assert everything(folder) == right
     assert (folder / "catalogue.sqlite").read_bytes() == content
-    with closing(stored_index(folder)) as index, closing(stored_index(folder)) as other:
-        assert other.ids == ["a", "c"]
+    with closing(stored_index(folder)) as index, closing(stored_index(folder)) as second_index:
+        assert second_index.ids == ["a", "c"]
         index.add(["d"], embeddings(1, 5), [{"n": 4}])
-        assert index.ids == other.ids == ["a", "c", "d"]
+        assert index.ids == second_index.ids == ["a", "c", "d"]
         assert index._store.catalogue.note("format") == FORMAT
-        other.delete(["d"])
-        assert index.check() == other.check() == {}
+        second_index.delete(["d"])
+        assert index.check() == second_index.check() == {}
         assert index.search(embeddings(1), 3, where="n = 3").items[0][0].id == "c"
     assert objects(folder) == before
     assert everything(folder) == right

@@ -172,7 +172,7 @@ def test_little_memory_is_an_error(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, script, tmp_path / "index"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     outcomes = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
-    assert [one for one in outcomes if one[2] not in ("right", "error")] == []
+    assert [columns for columns in outcomes if columns[2] not in ("right", "error")] == []
     assert {outcome for *_, room, outcome in outcomes if room == "0"} == {"error"}
     assert {outcome for *_, room, outcome in outcomes if room == "1000"} == {"right"}
 
@@ -189,8 +189,8 @@ def test_a_lost_catalogue_is_not_taken_for_an_empty_index(folder: Path) -> None:
 
 
 def test_an_index_of_another_checkpoint_is_refused_and_stays_as_it_is(folder: Path) -> None:
-    other = IndexSpec(checkpoint="xyz", tokens=4, width=64)
+    other_spec = IndexSpec(checkpoint="xyz", tokens=4, width=64)
     with pytest.raises(StoreError, match=r"'checkpoint': 'abc'.*'checkpoint': 'xyz'"):
-        Index(other, folder)
+        Index(other_spec, folder)
     with closing(Index(SPEC, folder)) as index:
         assert index.ids == ["a", "b"]

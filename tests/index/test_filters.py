@@ -25,8 +25,8 @@ from finelip_fast.index.filters import compile_filter, field_expression
 
 @pytest.fixture
 def database() -> Iterator[sqlite3.Connection]:
-    with opened() as one:
-        yield one
+    with opened() as connection:
+        yield connection
 
 
 def opened() -> closing[sqlite3.Connection]:
@@ -246,7 +246,7 @@ def written(tree: Any, chance: random.Random) -> str:
         ]
         text = f"{'.'.join(names) or 'id'} {word} "
         if "in" in tree[0]:
-            text += f"({', '.join(literal(one) for one in value)})"
+            text += f"({', '.join(literal(operand) for operand in value)})"
         elif "between" in tree[0]:
             text += f"{literal(value[0])} AnD {literal(value[1])}"
         elif value is not None:
@@ -270,8 +270,8 @@ def holds(tree: Any, item: str, metadata: dict[str, Any]) -> bool:
         field = field.get(name) if isinstance(field, dict) else None
     if word.startswith("is"):
         return (field is None) == (word == "is null")
-    values = [plain(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
-    field, values = plain(field), [one for one in values if kind(one) == kind(plain(field))]
+    values = [plain(operand) for operand in (value if isinstance(value, (list, tuple)) else [value])]
+    field, values = plain(field), [operand for operand in values if kind(operand) == kind(plain(field))]
     if not values:
         return False
     if word in ORDERS:

@@ -22,7 +22,7 @@ VICTIM = Path(__file__).with_name("kill_a_writer.py")
 
 def after(model: dict[str, int], change: list) -> dict[str, int]:
     kind, ids, values = change
-    left = {one: value for one, value in model.items() if one not in ids}
+    left = {item: value for item, value in model.items() if item not in ids}
     return left if kind == "delete" else left | dict(zip(ids, values, strict=True))
 
 
@@ -46,13 +46,13 @@ def test_a_killed_writer_loses_nothing_and_leaves_nothing_half_done(tmp_path: Pa
                 model, pending = after(model, pending), None
                 changes += 1
         with closing(Index(SPEC, tmp_path / "index")) as index:
-            found = {one: meta["value"] for one, meta in zip(index.ids, index.metadata, strict=True)}
+            values = {item: meta["value"] for item, meta in zip(index.ids, index.metadata, strict=True)}
             allowed = [model] if pending is None else [model, after(model, pending)]
-            assert found in allowed, f"round {seed}"
-            model = found
+            assert values in allowed, f"round {seed}"
+            model = values
             rows = index.embeddings[:, 0].float()
-            told = (torch.atan2(rows[:, 1], rows[:, 0]) * 1000).round().int().tolist()
-            assert all(abs(value - found[item]) <= 1 for value, item in zip(told, index.ids, strict=True))
+            row_values = (torch.atan2(rows[:, 1], rows[:, 0]) * 1000).round().int().tolist()
+            assert all(abs(value - values[item]) <= 1 for value, item in zip(row_values, index.ids, strict=True))
             assert index.check() == {}
     assert changes > ROUNDS
     with closing(Index(SPEC, tmp_path / "index")) as index:

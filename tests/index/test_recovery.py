@@ -51,11 +51,11 @@ def test_what_a_damaged_log_has_lost_is_named_and_taken_back(killed: Path, damag
     damage(killed / "catalogue.sqlite-wal")
     (killed / "catalogue.sqlite-shm").unlink()
     with closing(stored_index(killed)) as index:
-        there = index.ids
-        assert len(there) < 5
-        assert sum(index.lost().values()) == 5 - len(there)
+        ids = index.ids
+        assert len(ids) < 5
+        assert sum(index.lost().values()) == 5 - len(ids)
         index.maintain()  # does not touch them
-        assert sum(index.lost().values()) == 5 - len(there)
+        assert sum(index.lost().values()) == 5 - len(ids)
         assert index.repair() == {}
         assert index.lost() == {}
     with closing(stored_index(killed)) as index:

@@ -169,9 +169,9 @@ def test_an_older_version_is_changed_where_it_is_open_without_one(folder: Path) 
 def test_a_process_that_writes_is_waited_for(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finelip_fast.index.database._PATIENCE", 0.1)
     monkeypatch.setattr("finelip_fast.index.database._WAIT", 0.1)
-    with closing(Index(SPEC, folder)) as other:
+    with closing(Index(SPEC, folder)) as second_index:
         with (
-            other._store.catalogue.changing(),
+            second_index._store.catalogue.changing(),
             pytest.raises(FineLIPError, match="wait until it is done, and try again"),
         ):
             index.delete(["3"])
@@ -198,10 +198,10 @@ def test_what_was_tuned_and_cannot_be_read_is_tuned_again(index: Index) -> None:
     index._store.catalogue.keep("tuning", {"candidates": "x"})
     with pytest.raises(FineLIPError, match=r" again, or discard them in Python: index\.tuning = None$") as caught:
         index.search(QUERY, 1)
-    with closing(Index(SPEC, index.folder)) as other:
-        other.tuning = None
+    with closing(Index(SPEC, index.folder)) as second_index:
+        second_index.tuning = None
         assert index.search(QUERY, 1).items[0]
-        other._store.catalogue.keep("tuning", {"candidates": "x"})
+        second_index._store.catalogue.keep("tuning", {"candidates": "x"})
     finelip("index tune", caught.value)
     assert index.tuning is not None
     assert index.search(QUERY, 1).items[0]

@@ -90,12 +90,12 @@ def test_what_does_not_fit_stays_where_it_is(free: list[int]) -> None:
 @pytest.mark.usefixtures("free")
 def test_a_buffer_most_of_which_is_gone_is_given_back() -> None:
     collection = Collection().add(60, 20, 20)
-    (whole,) = collection.keep()
+    (buffer,) = collection.keep()
     del collection.rows[0], collection.copies[0]
     (rest,) = collection.keep()
     assert torch.equal(rest, torch.cat(collection.rows))
     assert rest.untyped_storage().nbytes() == rest.nbytes
-    assert rest.data_ptr() != whole.data_ptr()
+    assert rest.data_ptr() != buffer.data_ptr()
 
 
 @given(
@@ -109,10 +109,10 @@ def test_a_buffer_most_of_which_is_gone_is_given_back() -> None:
 def test_whatever_comes_and_goes_the_rows_are_the_same(steps: list[tuple[list[int], set[int], int]]) -> None:
     collection = Collection()
     with pytest.MonkeyPatch.context() as patch:
-        for lengths, gone, budget in steps:
+        for lengths, deletions, budget in steps:
             patch.setattr(residence, "free_bytes", lambda device, budget=budget: 10 ** (budget + 1))
             collection.add(*lengths)
-            stay = [number for number in range(len(collection.rows)) if number not in gone]
+            stay = [number for number in range(len(collection.rows)) if number not in deletions]
             collection.rows = [collection.rows[number] for number in stay]
             collection.copies = [collection.copies[number] for number in stay]
             if collection.rows:
@@ -126,13 +126,15 @@ def test_whatever_comes_and_goes_the_rows_are_the_same(steps: list[tuple[list[in
 def test_a_search_of_many_segments_launches_as_one_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """With 12 segments, the index is one piece for the kernels; results equal those of mapped segments."""
+    """An index of 12 segments is one piece for the kernels; results equal those of mapped segments."""
     rows = torch.nn.functional.normalize(torch.randn(60, 3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     monkeypatch.setenv("FINELIP_KERNELS", "reference")
     monkeypatch.setattr("finelip_fast.kernels.clim.rows._TINY_BYTES", 0)  # small pieces count, too
     calls = []
     score = clim_search.clim_scores
-    monkeypatch.setattr(clim_search, "clim_scores", lambda *some, **more: calls.append(0) or score(*some, **more))
+    monkeypatch.setattr(
+        clim_search, "clim_scores", lambda *arguments, **options: calls.append(0) or score(*arguments, **options)
+    )
 
     def search(folder: Path, parts: int, *, on_gpu: bool) -> tuple[Tensor, int]:
         with closing(Index(SPEC, folder)) as index:
@@ -141,16 +143,16 @@ def test_a_search_of_many_segments_launches_as_one_of_one(
         monkeypatch.setattr(view, "is_gpu", lambda device: on_gpu)
         calls.clear()
         with closing(Index(SPEC, folder)) as index:
-            found = index.search(rows[:2], 5, mode=mode, candidates=20)
-            read = index._store.view().read(torch.tensor([59, 0, 31]))
+            results = index.search(rows[:2], 5, mode=mode, candidates=20)
+            loaded_rows = index._store.view().read(torch.tensor([59, 0, 31]))
         monkeypatch.setattr(view, "is_gpu", lambda device: False)
-        assert torch.equal(read, rows[[59, 0, 31]].half())
-        return found.scores, len(calls)
+        assert torch.equal(loaded_rows, rows[[59, 0, 31]].half())
+        return results.scores, len(calls)
 
     plain, launches_of_mapped = search(tmp_path / "mapped", 12, on_gpu=False)
-    one, launches = search(tmp_path / "one", 1, on_gpu=True)
-    many, launches_of_many = search(tmp_path / "many", 12, on_gpu=True)
-    assert torch.equal(plain, many)
-    assert torch.equal(one, many)
+    scores_of_one, launches = search(tmp_path / "one", 1, on_gpu=True)
+    scores_of_many, launches_of_many = search(tmp_path / "many", 12, on_gpu=True)
+    assert torch.equal(plain, scores_of_many)
+    assert torch.equal(scores_of_one, scores_of_many)
     assert launches_of_many == launches
     assert mode == "two-stage" or launches_of_mapped > launches

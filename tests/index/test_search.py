@@ -36,8 +36,8 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 def fill(index: Index, count: int, parts: int = 1, seed: int = 0) -> None:
     """Add items ``0`` to ``count - 1``, identical for any number of parts."""
     rows = embeddings(count, seed)
-    for some in torch.arange(count).tensor_split(parts):
-        numbers = some.tolist()
+    for part in torch.arange(count).tensor_split(parts):
+        numbers = part.tolist()
         index.add([str(n) for n in numbers], rows[numbers], [{"n": n, "odd": bool(n % 2)} for n in numbers])
 
 
@@ -48,7 +48,7 @@ def ids(index: Index, queries: Tensor, k: int, **options: object) -> list[list[s
 @settings(max_examples=25, deadline=None)
 @given(
     parts=st.integers(1, 9),
-    gone=st.sets(st.integers(0, 39), max_size=20),
+    deletions=st.sets(st.integers(0, 39), max_size=20),
     dtype=st.sampled_from(["float16", "int8"]),
     maintained=st.booleans(),
     low=st.one_of(st.none(), st.integers(0, 40)),
@@ -56,38 +56,38 @@ def ids(index: Index, queries: Tensor, k: int, **options: object) -> list[list[s
     seed=st.integers(0, 2),
 )
 def test_the_layout_changes_nothing(
-    parts: int, gone: set[int], dtype: str, maintained: bool, low: int | None, k: int, seed: int
+    parts: int, deletions: set[int], dtype: str, maintained: bool, low: int | None, k: int, seed: int
 ) -> None:
     """Results do not depend on segments, gaps, compaction, reopening, copying, exact mode, or batching of queries."""
     spec = replace(SPEC, dtype=dtype)
     queries = embeddings(3, seed=100 + seed)
     where = None if low is None else f"n >= {low}"
-    one = Index(spec)
-    fill(one, 40, seed=seed)
-    one.delete([str(n) for n in gone])
-    expected = one.search(queries, k, mode="exact", where=where)
+    memory_index = Index(spec)
+    fill(memory_index, 40, seed=seed)
+    memory_index.delete([str(n) for n in deletions])
+    expected = memory_index.search(queries, k, mode="exact", where=where)
     with tempfile.TemporaryDirectory() as folder:
         with closing(Index(spec, Path(folder) / "index")) as index:
             fill(index, 40, parts, seed)
-            index.delete([str(n) for n in gone])
+            index.delete([str(n) for n in deletions])
             if maintained:
                 index.maintain()
             index.snapshot(Path(folder) / "copy")
         for name in ("index", "copy"):
             with closing(Index(spec, Path(folder) / name)) as index:
                 for mode in ("exact", "exact-int8"):
-                    found = index.search(queries, k, mode=mode, where=where)
-                    assert [[item[1:2] for item in row] for row in found.items] == [
+                    results = index.search(queries, k, mode=mode, where=where)
+                    assert [[item[1:2] for item in row] for row in results.items] == [
                         [item[1:2] for item in row] for row in expected.items
                     ]
-                    assert torch.equal(found.scores, expected.scores)
-                    assert torch.equal(found.numbers, expected.numbers)
+                    assert torch.equal(results.scores, expected.scores)
+                    assert torch.equal(results.numbers, expected.numbers)
                 two = index.search(queries, k, mode="two-stage", candidates=k, where=where)
                 alone = [
                     index.search(query, k, mode="two-stage", candidates=k, where=where) for query in queries.split(1)
                 ]
-                assert torch.equal(two.numbers, torch.cat([found.numbers for found in alone]))
-                in_memory = one.search(queries, k, mode="two-stage", candidates=k, where=where)
+                assert torch.equal(two.numbers, torch.cat([results.numbers for results in alone]))
+                in_memory = memory_index.search(queries, k, mode="two-stage", candidates=k, where=where)
                 assert torch.equal(two.numbers, in_memory.numbers)
 
 
@@ -97,29 +97,29 @@ def test_the_layout_changes_nothing(
     dtype=st.sampled_from(["float16", "int8"]),
     low=st.one_of(st.none(), st.integers(0, 40)),
     k=st.integers(1, 45),
-    gone=st.sets(st.integers(0, 39), max_size=10),
+    deletions=st.sets(st.integers(0, 39), max_size=10),
 )
 def test_the_global_cosine_alone_ranks_as_among_all_rows(
-    parts: int, dtype: str, low: int | None, k: int, gone: set[int]
+    parts: int, dtype: str, low: int | None, k: int, deletions: set[int]
 ) -> None:
-    """With ``alpha=1``, hits, order and scores equal those of whole embeddings, with ties in order of insertion."""
+    """Hits, order and scores with ``alpha=1`` equal those of whole embeddings, with ties in order of insertion."""
     index = Index(replace(SPEC, dtype=dtype))
     rows = embeddings(20).repeat(2, 1, 1)  # each row twice
-    for some in torch.arange(40).tensor_split(parts):
-        numbers = some.tolist()
+    for part in torch.arange(40).tensor_split(parts):
+        numbers = part.tolist()
         index.add([str(n) for n in numbers], rows[numbers], [{"n": n} for n in numbers])
-    index.delete([str(n) for n in gone])
+    index.delete([str(n) for n in deletions])
     queries = embeddings(3, seed=7).half().float()
     among = [at for at, item in enumerate(index.items()) if low is None or item.metadata["n"] >= low]
     scores, at = clim_topk(queries, index.embeddings.float()[among], k, alpha=1.0)
     for mode in ("exact", "exact-int8", "two-stage", "auto"):
-        found = index.search(
+        results = index.search(
             queries, k, alpha=1.0, mode=mode, candidates=40, where=None if low is None else f"n >= {low}"
         )
-        assert torch.equal(found.scores, scores)
-        assert found.numbers.tolist() == [[among[place] for place in places] for places in at.tolist()]
-        torch.testing.assert_close(found.global_scores, scores)
-        for query, numbers, fine in zip(queries, found.numbers, found.fine_scores, strict=True):
+        assert torch.equal(results.scores, scores)
+        assert results.numbers.tolist() == [[among[place] for place in places] for places in at.tolist()]
+        torch.testing.assert_close(results.global_scores, scores)
+        for query, numbers, fine in zip(queries, results.numbers, results.fine_scores, strict=True):
             expected = clim_scores(query[None], index.embeddings[numbers].float(), alpha=0.0)[0]
             torch.testing.assert_close(fine, expected, atol=1e-3, rtol=0)
 
@@ -144,9 +144,9 @@ def test_global_rows_alone_are_kept_and_searched(tmp_path: Path, dtype: str) -> 
         assert tuning.alpha == 1
         expected = (queries[:, 0] @ rows[:, 0].T).argsort(dim=1, descending=True)[:, :5]
         for mode in ("exact", "exact-int8", "two-stage", "auto"):
-            found = index.search(queries, 5, mode=mode, candidates=50)
-            assert found.numbers.tolist() == expected.tolist()
-            assert found.fine_scores is None
+            results = index.search(queries, 5, mode=mode, candidates=50)
+            assert results.numbers.tolist() == expected.tolist()
+            assert results.fine_scores is None
 
 
 def test_a_folder_of_untrained_rows_goes_on_with_their_number(tmp_path: Path) -> None:
@@ -161,17 +161,17 @@ def test_a_folder_of_untrained_rows_goes_on_with_their_number(tmp_path: Path) ->
         index.add([str(n) for n in range(20, 40)], rows[20:, :1], [{}] * 20)
         index.maintain()
         assert index.check() == {}
-        found = index.search(rows[:, :1], 1)
-    assert found.numbers.flatten().tolist() == list(range(40))
-    assert found.fine_scores is None
+        results = index.search(rows[:, :1], 1)
+    assert results.numbers.flatten().tolist() == list(range(40))
+    assert results.fine_scores is None
     trained = replace(SPEC, checkpoint="trained")
     assert trained.as_stored(tmp_path) == trained
     with pytest.raises(
         StoreError, match=r"had no trained aggregators.* or index the pictures again into another folder"
     ):
         Index(trained, tmp_path)
-    other = replace(spec, checkpoint="other")
-    assert other.as_stored(tmp_path) == other
+    other_spec = replace(spec, checkpoint="other")
+    assert other_spec.as_stored(tmp_path) == other_spec
     with closing(Index(SPEC)) as index, pytest.raises(InputError, match=r"expected embeddings"):
         index.add(["a"], rows[:1, :1], [{}])
 
@@ -183,10 +183,10 @@ def test_int8_is_searched_by_what_is_kept(method: ModuleType) -> None:
     items = index.embeddings
     assert (items - embeddings(50)).abs().max() < 0.01
     expected = method.score_matrix(queries.double().numpy(), items.double().numpy(), 0.8)
-    found = index.search(queries, 5)
-    assert found.mode == "exact-int8"
-    assert found.numbers.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :5].tolist()
-    np.testing.assert_allclose(found.scores.numpy(), np.sort(expected)[:, ::-1][:, :5], atol=1e-5)
+    results = index.search(queries, 5)
+    assert results.mode == "exact-int8"
+    assert results.numbers.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :5].tolist()
+    np.testing.assert_allclose(results.scores.numpy(), np.sort(expected)[:, ::-1][:, :5], atol=1e-5)
 
 
 def test_two_stages_score_the_candidates_and_no_others(method: ModuleType) -> None:
@@ -199,9 +199,9 @@ def test_two_stages_score_the_candidates_and_no_others(method: ModuleType) -> No
     chosen = np.argsort(-cosines)[:8]
     scores = method.score_matrix(query.double().numpy(), rows, 0.0)[0]
     expected = chosen[np.argsort(-scores[chosen])][:3]
-    found = index.search(query, 3, alpha=0.0, mode="two-stage", candidates=8)
-    assert found.mode == "two-stage"
-    assert found.numbers[0].tolist() == expected.tolist()
+    results = index.search(query, 3, alpha=0.0, mode="two-stage", candidates=8)
+    assert results.mode == "two-stage"
+    assert results.numbers[0].tolist() == expected.tolist()
     everything = index.search(query, 3, alpha=0.0, mode="two-stage", candidates=60)
     assert everything.numbers[0].tolist() == np.argsort(-scores)[:3].tolist()
     assert everything.mode == "two-stage"
@@ -222,7 +222,7 @@ def test_a_filter_is_exact(mode: str, where: str) -> None:
     }[where]
     queries = embeddings(2, seed=9)
     everything = ids(index, queries, 50)
-    expected = [[one for one in row if lets_through(int(one))][:6] for row in everything]
+    expected = [[item for item in row if lets_through(int(item))][:6] for row in everything]
     assert ids(index, queries, 6, mode=mode, where=where, candidates=50) == expected
     assert ids(index, queries, 6, mode=mode, where=where)[0] == expected[0]
 
@@ -260,8 +260,8 @@ def test_tuning_finds_how_many_candidates_are_enough(tmp_path: Path) -> None:
         assert [trial.candidates for trial in trials] == [5, 20, 250][: len(trials)]
         exact = ids(index, queries, 5, mode="exact")
         for trial in trials:
-            found = ids(index, queries, 5, mode="two-stage", candidates=trial.candidates)
-            shares = [len(set(a) & set(b)) / 5 for a, b in zip(found, exact, strict=True)]
+            hits = ids(index, queries, 5, mode="two-stage", candidates=trial.candidates)
+            shares = [len(set(a) & set(b)) / 5 for a, b in zip(hits, exact, strict=True)]
             assert trial.agreement == pytest.approx(np.mean(shares))
         assert tuning.candidates == trials[-1].candidates
         assert tuning.agreement >= 0.99 > trials[-2].agreement
@@ -301,13 +301,13 @@ def test_queries_are_sampled_from_what_is_there() -> None:
 @given(st.integers(1, 10**10), st.integers(1, 60), st.integers(1, 1024), st.sampled_from(["float16", "int8"]))
 def test_a_plan_grows_with_the_items(items: int, tokens: int, width: int, dtype: str) -> None:
     rates = Rates(encode=10.0, exact=1e5, exact_int8=2e5, globals=1e8, candidates=1e5, sketch=1e7)
-    one, ten = (plan(n, tokens, width, rates, dtype=dtype) for n in (items, 10 * items))
-    assert ten.disk == 10 * one.disk
-    assert ten.memory == {mode: 10 * size for mode, size in one.memory.items()}
-    assert ten.encode_seconds == pytest.approx(10 * one.encode_seconds)
-    assert one.memory["two-stage"] < one.memory["exact"] or tokens * width < 8
-    assert str(one).startswith(f"{items:,} items\n")
-    assert one.mode == ("exact-int8" if items <= 2e4 else "two-stage")
+    base_plan, tenfold_plan = (plan(n, tokens, width, rates, dtype=dtype) for n in (items, 10 * items))
+    assert tenfold_plan.disk == 10 * base_plan.disk
+    assert tenfold_plan.memory == {mode: 10 * size for mode, size in base_plan.memory.items()}
+    assert tenfold_plan.encode_seconds == pytest.approx(10 * base_plan.encode_seconds)
+    assert base_plan.memory["two-stage"] < base_plan.memory["exact"] or tokens * width < 8
+    assert str(base_plan).startswith(f"{items:,} items\n")
+    assert base_plan.mode == ("exact-int8" if items <= 2e4 else "two-stage")
 
 
 def test_a_plan_tells_what_is_written(tmp_path: Path) -> None:
@@ -340,10 +340,10 @@ def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
     with closing(Index(SPEC, tmp_path)) as index, ThreadPoolExecutor(3) as pool:
         fill(index, 20)
         query = embeddings(1)
-        done: list[bool] = []
+        stop_flags: list[bool] = []
 
         def search() -> None:
-            while not done:
+            while not stop_flags:
                 assert ids(index, query, 1) == [["0"]]
 
         searches = [pool.submit(search) for _ in range(2)]
@@ -354,9 +354,9 @@ def test_many_threads_search_while_one_writes(tmp_path: Path) -> None:
                 index.delete([f"new {number}"])
             if choose.random() < 0.2:
                 index.maintain()
-        done.append(True)
-        for one in searches:
-            one.result()
+        stop_flags.append(True)
+        for future in searches:
+            future.result()
 
 
 def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Path) -> None:
@@ -441,8 +441,8 @@ def test_a_gpu_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         for mode in ("exact", "exact-int8", "two-stage"):
             for where in (None, "n < 50"):
                 options = {"mode": mode, "where": where, "candidates": 50}
-                found, expected = (one.search(queries, 5, **options) for one in (on_gpu, index))
-                assert found.items == expected.items
-                assert torch.equal(found.scores, expected.scores)
+                results, expected = (target.search(queries, 5, **options) for target in (on_gpu, index))
+                assert results.items == expected.items
+                assert torch.equal(results.scores, expected.scores)
         index.add(["new"], queries[:1], [{}])
         assert ids(on_gpu, queries[:1], 1) == [["new"]]

@@ -98,12 +98,12 @@ def test_any_flipped_byte_is_found(tmp_path: Path, dtype: str) -> None:
 
 def test_chosen_rows_of_segments_are_joined_to_the_bit(tmp_path: Path) -> None:
     for dtype in ("float16", "int8"):
-        (first, crcs), (second, more) = (written(tmp_path, random(3, seed=n), dtype) for n in range(2))
+        (first, first_crcs), (second, second_crcs) = (written(tmp_path, random(3, seed=n), dtype) for n in range(2))
         arrays = joined(
             [(first, torch.tensor([0, 2])), (second, torch.tensor([], dtype=torch.int64)), (second, torch.tensor([1]))]
         )
         name, new = write_segment(tmp_path, arrays)
-        assert new == [crcs[0], crcs[2], more[1]]
+        assert new == [first_crcs[0], first_crcs[2], second_crcs[1]]
         assert reopened(tmp_path, name, 3, dtype).damaged(new) == {}
 
 
@@ -131,15 +131,15 @@ def test_int8_copies_are_kept_and_made_again_where_they_are_spoilt(tmp_path: Pat
         (file,) = cache.iterdir()
         file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(segment.quantized(None).values, expected.values)
-    kept = written(tmp_path / "segments", embeddings, "int8")[0]
-    assert kept.is_quantized(None)
-    assert isinstance(kept.quantized(None), QuantizedItems)
+    int8_segment = written(tmp_path / "segments", embeddings, "int8")[0]
+    assert int8_segment.is_quantized(None)
+    assert isinstance(int8_segment.quantized(None), QuantizedItems)
 
 
 @pytest.mark.parametrize("kind", ["a flipped byte", "of other embeddings", "of another time", "a link"])
 def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path, kind: str) -> None:
     segment, _ = written(tmp_path / "segments", random(5))
-    other, _ = written(tmp_path / "segments", random(5, seed=1))
+    other_segment, _ = written(tmp_path / "segments", random(5, seed=1))
     cache = tmp_path / "cache"
     expected = QuantizedItems(*(values.clone() for values in segment.quantized(cache)))
     path = cache / segment.name
@@ -148,8 +148,8 @@ def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path
     if kind == "a flipped byte":
         damaged = [content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :] for at in range(0, len(content), 3)]
     elif kind == "of other embeddings":
-        other.quantized(cache)
-        damaged = [(cache / other.name).read_bytes()]
+        other_segment.quantized(cache)
+        damaged = [(cache / other_segment.name).read_bytes()]
     elif kind == "of another time":  # as before checksums existed
         save_file(expected._asdict(), path)
         damaged = [path.read_bytes()]
@@ -157,8 +157,8 @@ def test_int8_copies_that_are_not_of_the_embeddings_are_made_anew(tmp_path: Path
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
         assert not segment.is_quantized(cache)
-    for some in damaged:
-        path.write_bytes(some)
+    for damaged_content in damaged:
+        path.write_bytes(damaged_content)
         for mine, right in zip(
             reopened(tmp_path / "segments", segment.name, 5).quantized(cache), expected, strict=True
         ):
@@ -194,8 +194,8 @@ def test_two_processes_make_int8_copies_at_once(tmp_path: Path) -> None:
     segment, _ = written(tmp_path / "segments", random(5))
     segments = [reopened(tmp_path / "segments", segment.name, 5) for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda one: one.quantized(tmp_path / "cache"), segments))
-    assert all(torch.equal(one.values, found[0].values) for one in found)
+        copies = list(pool.map(lambda segment: segment.quantized(tmp_path / "cache"), segments))
+    assert all(torch.equal(copy.values, copies[0].values) for copy in copies)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -236,14 +236,14 @@ def test_where_no_more_files_can_be_opened_what_is_mapped_is_read(tmp_path: Path
             with suppress(OSError):
                 while True:
                     held.append(os.open("/dev/null", os.O_RDONLY))
-            found = read(segment, rows)
+            actual = read(segment, rows)
             with pytest.raises(UnavailableError, match=r"Too many open files; allow the process more open files"):
                 reopened(tmp_path, segment.name, 4, dtype)
         finally:
             for descriptor in held:
                 os.close(descriptor)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

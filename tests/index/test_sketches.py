@@ -34,8 +34,8 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 def fill(index: Index, count: int, parts: int = 1, *, first: int = 0, seed: int = 0) -> None:
     rows = embeddings(count, seed)
-    for some in torch.arange(count).tensor_split(parts):
-        numbers = some.tolist()
+    for part in torch.arange(count).tensor_split(parts):
+        numbers = part.tolist()
         index.add([str(first + n) for n in numbers], rows[numbers], [{"n": first + n} for n in numbers])
 
 
@@ -50,7 +50,7 @@ def bases_of(folder: Path) -> set[str]:
 @settings(max_examples=12, deadline=None)
 @given(
     parts=st.integers(1, 6),
-    gone=st.sets(st.integers(0, 59), max_size=30),
+    deletions=st.sets(st.integers(0, 59), max_size=30),
     dtype=st.sampled_from(["float16", "int8"]),
     bits=st.sampled_from([None, 1, 2]),
     maintained=st.booleans(),
@@ -58,7 +58,7 @@ def bases_of(folder: Path) -> set[str]:
     k=st.integers(1, 12),
 )
 def test_with_all_as_candidates_nothing_is_lost(
-    parts: int, gone: set[int], dtype: str, bits: int | None, maintained: bool, low: int | None, k: int
+    parts: int, deletions: set[int], dtype: str, bits: int | None, maintained: bool, low: int | None, k: int
 ) -> None:
     """This includes deletes, compaction, filters and reopening; with fewer candidates, hits still have exact scores."""
     queries = embeddings(3, seed=9)
@@ -69,7 +69,7 @@ def test_with_all_as_candidates_nothing_is_lost(
             if bits is not None:
                 index.build_sketches(bits=bits)
             fill(index, 60, parts)
-            index.delete([str(n) for n in gone])
+            index.delete([str(n) for n in deletions])
             if maintained:
                 index.maintain()
             if folder_or_memory is not None:
@@ -78,16 +78,20 @@ def test_with_all_as_candidates_nothing_is_lost(
             with closing(index):
                 exact = index.search(queries, k, mode="exact", where=where)
                 n_searched = exact.scores.shape[1] if exact.scores.shape[1] < k else 60
-                found = index.search(queries, k, mode="sketch", candidates=max(k, n_searched - 1), where=where)
-                assert found.scores.shape == exact.scores.shape
+                results = index.search(queries, k, mode="sketch", candidates=max(k, n_searched - 1), where=where)
+                assert results.scores.shape == exact.scores.shape
                 everything = index.search(queries, k, mode="sketch", candidates=60, where=where)
                 assert torch.equal(everything.numbers, exact.numbers)
                 assert torch.equal(everything.scores, exact.scores)
-                few = index.search(queries, k, mode="sketch", candidates=k, where=where)
-                assert few.mode == "sketch"
+                results_of_k_candidates = index.search(queries, k, mode="sketch", candidates=k, where=where)
+                assert results_of_k_candidates.mode == "sketch"
                 ranked = index.search(queries, 60, mode="exact", where=where)
                 for numbers, scores, all_numbers, all_scores in zip(
-                    few.numbers.tolist(), few.scores, ranked.numbers.tolist(), ranked.scores, strict=True
+                    results_of_k_candidates.numbers.tolist(),
+                    results_of_k_candidates.scores,
+                    ranked.numbers.tolist(),
+                    ranked.scores,
+                    strict=True,
                 ):
                     assert torch.equal(scores, all_scores[[all_numbers.index(number) for number in numbers]])
 
@@ -101,8 +105,8 @@ def test_sketches_find_what_global_rows_miss() -> None:
     exact = index.search(queries, 5, mode="exact").numbers
     shared = {}
     for mode in ("sketch", "two-stage"):
-        found = index.search(queries, 5, mode=mode, candidates=60).numbers
-        shared[mode] = (found[:, :, None] == exact[:, None]).any(dim=2).float().mean().item()
+        numbers = index.search(queries, 5, mode=mode, candidates=60).numbers
+        shared[mode] = (numbers[:, :, None] == exact[:, None]).any(dim=2).float().mean().item()
     assert shared["sketch"] > 0.98
     assert shared["two-stage"] < 0.5
 
@@ -117,9 +121,9 @@ def test_files_are_made_with_the_segments_and_go_with_them(tmp_path: Path) -> No
         fill(index, 100, 2, first=300, seed=1)
         assert len(sketch_files(tmp_path)) == 3
         assert len(bases_of(tmp_path)) == 1
-        written = {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)}
+        modification_times = {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)}
         index.search(embeddings(1), 3, mode="sketch", candidates=10)
-        assert {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)} == written
+        assert {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)} == modification_times
         index.delete([str(n) for n in range(150)])
         index.maintain()
         (file,) = sketch_files(tmp_path)
@@ -142,12 +146,12 @@ def test_an_older_index_gets_its_sketches_at_the_first_search(tmp_path: Path) ->
     with closing(Index(SPEC, tmp_path)) as index:
         first = index.search(embeddings(2, seed=4), 3, mode="sketch", candidates=20)
         assert index.sketch_bits is None
-    kept = {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)}
-    assert len(kept) == 2
+    modification_times = {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)}
+    assert len(modification_times) == 2
     with closing(Index(SPEC, tmp_path)) as index:
         again = index.search(embeddings(2, seed=4), 3, mode="sketch", candidates=20)
     assert torch.equal(again.numbers, first.numbers)
-    assert {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)} == kept
+    assert {path: path.stat().st_mtime_ns for path in sketch_files(tmp_path)} == modification_times
 
 
 def test_a_basis_of_few_items_is_made_anew(tmp_path: Path) -> None:

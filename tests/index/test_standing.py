@@ -35,9 +35,9 @@ def test_drawn_scenes_stand_out_when_they_are_there() -> None:
     index.add([scene.id for scene in scenes[:96]], images, [{}] * 96)
     captions = [scene.caption for scene in scenes]
     for mode, alpha in itertools.product(("exact", "exact-int8", "two-stage"), (engine.alpha, 0.5, 1.0)):
-        there = index.search(engine.embed_texts(captions[:32]), 1, mode=mode, alpha=alpha).stands_out
+        present = index.search(engine.embed_texts(captions[:32]), 1, mode=mode, alpha=alpha).stands_out
         absent = index.search(engine.embed_texts(captions[96:]), 1, mode=mode, alpha=alpha).stands_out
-        assert (there > 0.5).float().mean() > 0.85
+        assert (present > 0.5).float().mean() > 0.85
         assert (absent < 0.5).float().mean() > 0.85
 
 

@@ -33,7 +33,7 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 
 def add(index: Index, *ids: str, seed: int = 0) -> None:
-    index.add(ids, embeddings(len(ids), seed), [{"of": one} for one in ids])
+    index.add(ids, embeddings(len(ids), seed), [{"of": item} for item in ids])
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -90,14 +90,16 @@ def test_search_agrees_with_scoring_everything(method: ModuleType, k: int, alpha
     for block in range(3):  # in blocks, in order of insertion
         index.add([f"{block}-{n}" for n in range(4)], embeddings(4, block), [{}] * 4)
     queries = embeddings(2, seed=9)
-    found = index.search(queries, k, alpha=alpha)
+    results = index.search(queries, k, alpha=alpha)
     queries, items = queries.double().numpy(), index.embeddings.double().numpy()
     expected = method.score_matrix(queries, items, alpha)
     order = np.argsort(-expected, axis=1, kind="stable")[:, :k]
-    assert found.numbers.tolist() == order.tolist()
-    assert [[item.id for item in items] for items in found.items] == [[index.ids[n] for n in row] for row in order]
+    assert results.numbers.tolist() == order.tolist()
+    assert [[item.id for item in items] for items in results.items] == [[index.ids[n] for n in row] for row in order]
     parts = (method.score_matrix(queries, items, 1.0), method.score_matrix(queries, items, 0.0))
-    for mine, right in zip((found.scores, found.global_scores, found.fine_scores), (expected, *parts), strict=True):
+    for mine, right in zip(
+        (results.scores, results.global_scores, results.fine_scores), (expected, *parts), strict=True
+    ):
         torch.testing.assert_close(
             mine, torch.from_numpy(np.take_along_axis(right, order, 1)).float(), atol=1e-5, rtol=0
         )
@@ -105,19 +107,19 @@ def test_search_agrees_with_scoring_everything(method: ModuleType, k: int, alpha
 
 def test_ties_come_in_order_of_insertion(open_index: Callable[[], Index]) -> None:
     index = open_index()
-    same = torch.eye(8)[None, :3]  # exact in any arithmetic
+    rows = torch.eye(8)[None, :3]  # exact in any arithmetic
     for name in "hgfedcba":
-        index.add([name], same, [{}])
+        index.add([name], rows, [{}])
     for mode in ("exact", "exact-int8", "two-stage"):
-        assert index.search(same, 5, mode=mode).numbers.tolist() == [[0, 1, 2, 3, 4]]
+        assert index.search(rows, 5, mode=mode).numbers.tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_searching_an_empty_index_finds_nothing(open_index: Callable[[], Index]) -> None:
     index = open_index()
     for mode in ("auto", "exact", "exact-int8", "two-stage"):
-        found = index.search(embeddings(2), 5, mode=mode)
-        assert found.scores.shape == found.fine_scores.shape == found.numbers.shape == (2, 0)
-        assert found.items == [[], []]
+        results = index.search(embeddings(2), 5, mode=mode)
+        assert results.scores.shape == results.fine_scores.shape == results.numbers.shape == (2, 0)
+        assert results.items == [[], []]
     add(index, "a")
     index.delete(["a"])
     assert index.search(embeddings(2), 5).items == [[], []]
@@ -232,10 +234,10 @@ def test_metadata_must_be_json(open_index: Callable[[], Index], metadata: object
 
 
 def test_metadata_is_a_copy_and_reads_alike_before_and_after_closing(folder: Path) -> None:
-    given = {"size": (640, 480), "1": ["x"]}
+    metadata = {"size": (640, 480), "1": ["x"]}
     with closing(Index(SPEC, folder)) as index:
-        index.add(["a"], embeddings(1), [given])
-        given["1"].append("changed later")
+        index.add(["a"], embeddings(1), [metadata])
+        metadata["1"].append("changed later")
         before = index.metadata
     with closing(Index(SPEC, folder)) as index:
         assert index.metadata == before == [{"size": [640, 480], "1": ["x"]}]
@@ -377,11 +379,11 @@ def test_a_folder_keeps_everything(folder: Path) -> None:
         add(index, "c", seed=1)
         before = (index.ids, index.metadata, index.embeddings, index.search(query, 3))
     with closing(Index(SPEC, folder)) as index:
-        ids, metadata, rows, found = before
+        ids, metadata, rows, results = before
         assert (index.ids, index.metadata) == (ids, metadata)
         assert torch.equal(index.embeddings, rows)
-        assert torch.equal(index.search(query, 3).scores, found.scores)
-        assert index.search(query, 3).items == found.items
+        assert torch.equal(index.search(query, 3).scores, results.scores)
+        assert index.search(query, 3).items == results.items
         add(index, "d", seed=3)
     assert contents(folder) == ["a", "b", "c", "d"]
     assert stored_source(folder) == "somewhere"
@@ -462,10 +464,10 @@ def test_a_search_that_others_disturb_is_done_again(folder: Path, monkeypatch: p
         for name in ("at", "layout"):
             original = getattr(reader._store.catalogue, name)
             monkeypatch.setattr(reader._store.catalogue, name, compacted)
-            found = reader.search(embeddings(1, seed=3), 3, mode="two-stage").items
-            assert found[0][0].id == "item 3"
+            hits = reader.search(embeddings(1, seed=3), 3, mode="two-stage").items
+            assert hits[0][0].id == "item 3"
             monkeypatch.undo()
-        assert {item.id for item in found[0]} == {"item 2", "item 3"}
+        assert {item.id for item in hits[0]} == {"item 2", "item 3"}
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])])
@@ -531,26 +533,26 @@ def test_an_item_in_the_place_of_another(open_index: Callable[[], Index]) -> Non
 def test_what_workers_wrote_is_taken_over_at_once(folder: Path) -> None:
     def work(index: Index, *ids: str, seed: int) -> Written:
         name, crcs = write_segment(index.incoming, encode(embeddings(len(ids), seed), SPEC.dtype))
-        return Written(name, list(ids), crcs, [{"of": one} for one in ids])
+        return Written(name, list(ids), crcs, [{"of": item} for item in ids])
 
     with closing(Index(SPEC, folder)) as index:
         add(index, "a")
-        written = [work(index, "b", "c", seed=1), work(index, "d", seed=2)]
+        segments = [work(index, "b", "c", seed=1), work(index, "d", seed=2)]
         index.maintain()  # does not touch them
-        index.adopt(written)
+        index.adopt(segments)
         assert index.ids == ["a", "b", "c", "d"]
         assert torch.equal(index.embeddings[3:], embeddings(1, 2).half())
         assert list(index.incoming.iterdir()) == []
-        for again in (written[:1], [work(index, "d", seed=3)], [work(index, "e", seed=3), work(index, "e", seed=3)]):
+        for again in (segments[:1], [work(index, "d", seed=3)], [work(index, "e", seed=3), work(index, "e", seed=3)]):
             with pytest.raises((InputError, StoreError), match=r"already has '[de]'|got '[de]' twice|already has 'b'"):
                 index.adopt(again)
         short = work(index, "f", seed=4)
-        for one, message in [
+        for segment, message in [
             (short._replace(ids=["f", "g"], crcs=[1, 2], metadata=[{}, {}]), r"expected tokens float16 \[2, 3, 8\]"),
             (short._replace(name="lost.safetensors", ids=["g"]), "cannot take over .*lost.safetensors"),
         ]:
             with pytest.raises(StoreError, match=message):
-                index.adopt([short, one] if one.name != short.name else [one])
+                index.adopt([short, segment] if segment.name != short.name else [segment])
         assert index.ids == ["a", "b", "c", "d"]
         index.adopt([short])
         index.delete(["f"])
@@ -590,31 +592,31 @@ def test_any_sequence_of_changes_is_a_dictionary(
                 index.maintain()
             else:
                 kind, chosen = step
-                ids = [f"item {one}" for one in sorted(chosen)]
+                ids = [f"item {item}" for item in sorted(chosen)]
                 if kind == "delete":
-                    ids = [one for one in ids if one in model]
+                    ids = [item for item in ids if item in model]
                     index.delete(ids)
-                    model = {one: item for one, item in model.items() if one not in ids}
+                    model = {item: value for item, value in model.items() if item not in ids}
                     continue
                 if kind == "add":
-                    ids = [one for one in ids if one not in model]
+                    ids = [item for item in ids if item not in model]
                 block, metadata = embeddings(len(ids), seed=number), [{"step": number}] * len(ids)
                 (index.add if kind == "add" else index.upsert)(ids, block, metadata)
-                model = {one: item for one, item in model.items() if one not in ids}
-                model |= {one: (row, meta) for one, row, meta in zip(ids, block, metadata, strict=True)}
+                model = {item: value for item, value in model.items() if item not in ids}
+                model |= {item: (row, meta) for item, row, meta in zip(ids, block, metadata, strict=True)}
         assert index.ids == list(model)
         assert index.metadata == [meta for _, meta in model.values()]
         rows = torch.stack([row for row, _ in model.values()]) if model else embeddings(0)
         assert torch.equal(index.embeddings, rows.half())
         assert index.check() == {}
         query = embeddings(1, seed=99)
-        found = [index.search(query, k, alpha=alpha, mode=mode) for mode in ("exact", "exact-int8")]
+        searches = [index.search(query, k, alpha=alpha, mode=mode) for mode in ("exact", "exact-int8")]
         everything = index.search(query, k, alpha=alpha, mode="two-stage", candidates=50)
         index.close()
     expected = method.score_matrix(query.double().numpy(), rows.double().numpy(), alpha)[0]
-    for one in (*found, everything):
-        assert one.numbers[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
-        np.testing.assert_allclose(one.scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
+    for results in (*searches, everything):
+        assert results.numbers[0].tolist() == np.argsort(-expected, kind="stable")[:k].tolist()
+        np.testing.assert_allclose(results.scores[0].numpy(), np.sort(expected)[::-1][:k], atol=1e-5)
 
 
 # What users meet -------------------------------------------------------------------------------------------------------

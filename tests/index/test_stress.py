@@ -24,8 +24,8 @@ def test_nothing_is_lost_or_wrong_under_stress(options: list[str]) -> None:
     command = [sys.executable, str(SCRIPT), "--seconds", SECONDS, *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=float(SECONDS) + 200)
     assert ended.stdout, ended.stderr
-    told = json.loads(ended.stdout)
-    assert (told["faults"], told["errors"]) == ({}, {}), ended.stdout + ended.stderr
+    report = json.loads(ended.stdout)
+    assert (report["faults"], report["errors"]) == ({}, {}), ended.stdout + ended.stderr
     assert ended.returncode == 0
-    assert told["searches"] > 0
-    assert told["acknowledged"] > 0
+    assert report["searches"] > 0
+    assert report["acknowledged"] > 0

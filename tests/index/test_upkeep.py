@@ -30,7 +30,7 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 
 def add(index: Index, *ids: str, seed: int = 0) -> None:
-    index.add(ids, embeddings(len(ids), seed), [{"of": one} for one in ids])
+    index.add(ids, embeddings(len(ids), seed), [{"of": item} for item in ids])
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_items_that_come_one_by_one_stay_in_few_segments(folder: Path) -> None:
             add(index, f"new {number}", seed=number)
             expected[f"new {number}"] = embeddings(1, number)[0]
             if number % 3 == 0:
-                index.delete([gone := f"new {number // 2}"])
-                del expected[gone]
+                index.delete([item := f"new {number // 2}"])
+                del expected[item]
             index.compact_recent()
         files = {path.name for path in (folder / "segments").glob("*.safetensors")}
         assert len(files) < 80
@@ -174,12 +174,12 @@ def test_opening_while_another_puts_in_order(folder: Path, monkeypatch: pytest.M
         layout, calls = Catalogue.layout, []
 
         def late(catalogue: Catalogue, version: int | None = None) -> Layout:
-            found = layout(catalogue, version)
+            current_layout = layout(catalogue, version)
             if catalogue is not writer._store.catalogue:
-                calls.append(found.version)
+                calls.append(current_layout.version)
                 if len(calls) == 1:
                     writer.maintain()
-            return found
+            return current_layout
 
         monkeypatch.setattr(Catalogue, "layout", late)
         with closing(Index(SPEC, folder)) as reader:
@@ -192,7 +192,7 @@ def test_full_segments_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(upkeep, "_FULL", 4 * 70)  # bytes: four items
     with closing(Index(SPEC, folder)) as index:
         for number, size in enumerate([3, 1, 1, 1, 4, 2, 1]):
-            add(index, *(f"{number}-{one}" for one in range(size)), seed=number)
+            add(index, *(f"{number}-{position}" for position in range(size)), seed=number)
         before, names = (index.ids, index.embeddings), [row.name for row in index._store.view().layout.segments]
         assert index.maintain()["segments_after"] == 4
         rows = index._store.view().layout.segments
@@ -266,8 +266,8 @@ def test_what_is_not_damaged_can_be_searched_and_kept(folder: Path, dtype: str) 
     with closing(stored_index(folder, skip_damaged=True)) as index:
         assert set(index.damaged) == {segments[0].name, segments[1].name}
         assert index.ids == ["e", "f", "g", "h"]
-        found = index.search(embeddings(2, seed=3), 1)
-        assert [[item.id for item in items] for items in found.items] == [["g"], ["h"]]
+        results = index.search(embeddings(2, seed=3), 1)
+        assert [[item.id for item in items] for items in results.items] == [["g"], ["h"]]
         damaged = index.check()
         assert set(damaged) == {"a", "b", "d", "f"}
         with pytest.raises(StoreError, match="4 items are damaged"):
@@ -303,16 +303,16 @@ def test_any_damaged_row_that_is_found_is_named(folder: Path) -> None:
 
 
 def test_a_check_goes_on_when_another_compacts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as other:
+    with closing(Index(SPEC, folder)) as index, closing(Index(SPEC, folder)) as second_index:
         for number in range(3):
             add(index, f"old {number}", f"new {number}", seed=number)
-        read, compacted = index._store.open_segment, []
+        original_open, compacted = index._store.open_segment, []
 
         def open_segment(row: SegmentRow) -> Segment:
             if not compacted:
-                other.delete(["old 0", "old 2"])
-                compacted.append(other.maintain())
-            return read(row)
+                second_index.delete(["old 0", "old 2"])
+                compacted.append(second_index.maintain())
+            return original_open(row)
 
         monkeypatch.setattr(index._store, "open_segment", open_segment)
         assert index.check() == {}
@@ -328,15 +328,15 @@ def test_copies_in_int8_of_embeddings_that_were_damaged_go_when_they_are_restore
         path = folder / "segments" / row.name
         segment = index._store.view().segments[0]
         save_file({name: values.clone() for name, values in segment.arrays.items()}, path)
-        whole = path.read_bytes()
-        damaged = whole.replace(index.embeddings[1].numpy().tobytes(), bytes(48))
-        assert damaged != whole
+        content = path.read_bytes()
+        damaged = content.replace(index.embeddings[1].numpy().tobytes(), bytes(48))
+        assert damaged != content
     path.write_bytes(damaged)
     with closing(Index(SPEC, folder)) as index:
         index._store.view().quantized  # noqa: B018 (made and kept)
         assert set(index.check()) == {"b"}
     assert len(list((folder / "cache").iterdir())) == 1
-    path.write_bytes(whole)
+    path.write_bytes(content)
     with closing(Index(SPEC, folder)) as index:
         assert index.check() == {}
         assert list((folder / "cache").iterdir()) == []
@@ -360,8 +360,8 @@ def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
             for number in "ab"
             for kind in (0, 1)
         ]
-        gone = incoming / "job-c-segment.safetensors"
-        for path in (*mine, *jobs, gone):
+        orphan = incoming / "job-c-segment.safetensors"
+        for path in (*mine, *jobs, orphan):
             path.write_bytes(b"content")
             os.utime(path, (0, 0))
         os.link(segment, taken_over)
@@ -369,7 +369,7 @@ def test_nothing_that_another_may_need_is_removed(folder: Path) -> None:
             report = index.maintain()
             assert report["unreferenced_segments"] == 1
             assert all(path.exists() for path in (*mine, *jobs[2:], segment))
-            assert not any(path.exists() for path in (*jobs[:2], gone, taken_over))
+            assert not any(path.exists() for path in (*jobs[:2], orphan, taken_over))
             assert os.fstat(temporary.fileno()).st_nlink == 1
         assert len(list((folder / "cache").iterdir())) == 2
         index.maintain()

@@ -27,20 +27,20 @@ NO_FLOATS = [torch.complex64, torch.int64, torch.uint8, torch.bool]
 
 
 def aggregate(**changed):
-    given = {"x": torch.randn(3, 7, 8), "norm_weight": torch.randn(8), "norm_bias": torch.randn(8)}
-    given |= {"w1": torch.randn(5, 8), "b1": torch.randn(5), "w2": torch.randn(4, 5), "b2": torch.randn(4)}
-    given |= {"scale": torch.ones(1), "anchor": torch.randn(3, 8)}
-    return atrm(**given | {name: change(given.get(name)) for name, change in changed.items()})
+    arguments = {"x": torch.randn(3, 7, 8), "norm_weight": torch.randn(8), "norm_bias": torch.randn(8)}
+    arguments |= {"w1": torch.randn(5, 8), "b1": torch.randn(5), "w2": torch.randn(4, 5), "b2": torch.randn(4)}
+    arguments |= {"scale": torch.ones(1), "anchor": torch.randn(3, 8)}
+    return atrm(**arguments | {name: change(arguments.get(name)) for name, change in changed.items()})
 
 
 SEARCHES = {
-    "clim_scores": lambda queries=QUERIES, items=ITEMS, **named: clim_scores(queries, items, **named),
-    "clim_topk": lambda queries=QUERIES, items=ITEMS, k=2, **named: clim_topk(queries, items, k, **named),
-    "clim_topk_int8": lambda queries=QUERIES, items=ITEMS, k=2, **named: clim_topk_int8(
-        queries, items, QUANTIZED, k, **named
+    "clim_scores": lambda queries=QUERIES, items=ITEMS, **options: clim_scores(queries, items, **options),
+    "clim_topk": lambda queries=QUERIES, items=ITEMS, k=2, **options: clim_topk(queries, items, k, **options),
+    "clim_topk_int8": lambda queries=QUERIES, items=ITEMS, k=2, **options: clim_topk_int8(
+        queries, items, QUANTIZED, k, **options
     ),
-    "cosine_candidates": lambda queries=QUERIES, k=2, **named: cosine_candidates(
-        queries[:, 0], VALUES[:, 0], SCALES[:, 0], k, **named
+    "cosine_candidates": lambda queries=QUERIES, k=2, **options: cosine_candidates(
+        queries[:, 0], VALUES[:, 0], SCALES[:, 0], k, **options
     ),
 }
 

@@ -28,9 +28,9 @@ def test_products_of_operands_that_lie_any_way(processor, sizes, dtype):
     expected = a.double() @ b.double()
     for left in (a, a.T.contiguous().T, torch.stack([a, a], dim=-1)[..., 0]):
         for right in (b, b.T.contiguous().T):
-            found = cpu.product(left, right)
-            assert found.dtype == dtype
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+            actual = cpu.product(left, right)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not cpu.has_onednn(), reason="needs a PyTorch with oneDNN")
@@ -54,9 +54,9 @@ def test_frozen_layers_are_linear_layers(processor, sizes, activation, bias):
     for precision, tolerance in {"fp32": 1e-5, "bf16": 5e-2, "int8": 5e-2}.items():
         if precision == "bf16" and not cpu.has_bfloat16():
             continue
-        found = cpu.frozen_linear(weight, offset, activation, precision)(rows)
-        assert found.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+        actual = cpu.frozen_linear(weight, offset, activation, precision)(rows)
+        assert actual.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_row_in_int8_is_the_same_in_any_company():
@@ -83,8 +83,8 @@ def test_onednn_can_be_switched_off():
 
 @given(rows=st.integers(0, 20_000))
 def test_few_rows_are_added(rows):
-    more = cpu.filled_rows(rows) - rows
-    assert 0 <= more < max(8, rows / 8 + 1)
+    extra_rows = cpu.filled_rows(rows) - rows
+    assert 0 <= extra_rows < max(8, rows / 8 + 1)
 
 
 def test_layers_meet_few_numbers_of_rows():

@@ -121,7 +121,7 @@ def test_tangents_equal_float64s(operation, forward):
 
 def test_the_tangent_of_each_input_alone_equals_float64s(operation):
     for at in range(len(operation.inputs)):
-        tangents = [torch.zeros_like(each) for each in operation.inputs]
+        tangents = [torch.zeros_like(tensor) for tensor in operation.inputs]
         tangents[at] = like(operation.inputs)[at]
         expected = tangent(operation.exact, doubled(operation.inputs), doubled(tangents))
         if at != 6:  # b2 is shared by all tokens, so softmax ignores it
@@ -135,16 +135,18 @@ def test_tangents_in_low_precision(kind, dtype):
     operation = kind(dtype=dtype)
     tangents = like(operation.inputs)
     expected = tangent(operation.exact, doubled(operation.inputs), doubled(tangents))
-    found = tangent(operation.run, operation.inputs, tangents)
-    assert_near(found, expected, 4 * torch.finfo(found.dtype).eps + operation.tolerance)
+    actual = tangent(operation.run, operation.inputs, tangents)
+    assert_near(actual, expected, 4 * torch.finfo(actual.dtype).eps + operation.tolerance)
 
 
 def test_both_modes_give_one_jacobian(operation):
-    every = tuple(range(len(operation.inputs)))
-    expected = jacrev(operation.exact, argnums=every)(*doubled(operation.inputs))
+    argnums = tuple(range(len(operation.inputs)))
+    expected = jacrev(operation.exact, argnums=argnums)(*doubled(operation.inputs))
     for mode in (jacrev, jacfwd):
-        for found, wanted in zip(mode(operation.run, argnums=every)(*operation.inputs), expected, strict=True):
-            assert_near(found, wanted, operation.tolerance)
+        for jacobian, expected_jacobian in zip(
+            mode(operation.run, argnums=argnums)(*operation.inputs), expected, strict=True
+        ):
+            assert_near(jacobian, expected_jacobian, operation.tolerance)
 
 
 def loss_of(function):
@@ -159,15 +161,15 @@ def test_hessians_equal_float64s(operation):
 
 def twice(function, inputs):
     """Return the gradient of the squared gradient, as in a gradient penalty."""
-    leaves = [each.clone().requires_grad_() for each in inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     first = torch.autograd.grad(loss_of(function)(*leaves), leaves, create_graph=True)
-    return *first, *torch.autograd.grad(sum(each.square().sum() for each in first), leaves)
+    return *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
 
 
 def test_gradients_of_gradients_equal_float64s(operation):
     expected = twice(operation.exact, doubled(operation.inputs))
-    for found, wanted in zip(twice(operation.run, operation.inputs), expected, strict=True):
-        assert_near(found, wanted, 10 * operation.tolerance)
+    for gradient, expected_gradient in zip(twice(operation.run, operation.inputs), expected, strict=True):
+        assert_near(gradient, expected_gradient, 10 * operation.tolerance)
 
 
 def test_tangents_of_gradients_equal_float64s(operation):
@@ -175,41 +177,43 @@ def test_tangents_of_gradients_equal_float64s(operation):
 
     def product(function, inputs, tangents):
         with forward_ad.dual_level():
-            leaves = [each.clone().requires_grad_() for each in inputs]
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
             loss = loss_of(function)(*map(forward_ad.make_dual, leaves, tangents))
-            return [forward_ad.unpack_dual(each).tangent for each in torch.autograd.grad(loss, leaves)]
+            return [forward_ad.unpack_dual(gradient).tangent for gradient in torch.autograd.grad(loss, leaves)]
 
     expected = product(operation.exact, doubled(operation.inputs), doubled(like(operation.inputs)))
-    for found, wanted in zip(product(operation.run, operation.inputs, like(operation.inputs)), expected, strict=True):
-        assert_near(found, wanted, 10 * operation.tolerance)
+    for actual, exact in zip(product(operation.run, operation.inputs, like(operation.inputs)), expected, strict=True):
+        assert_near(actual, exact, 10 * operation.tolerance)
 
 
 def test_a_tangent_of_what_comes_back_reaches_the_gradient(operation):
     """The scores are computed before, without a tangent; only the incoming gradient is dual."""
-    leaves = [each.clone().requires_grad_() for each in operation.inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in operation.inputs]
     result = operation.run(*leaves)
     back = torch.ones_like(result), randn(*result.shape, seed=3).float()
     with forward_ad.dual_level():
-        found = torch.autograd.grad(result, leaves, forward_ad.make_dual(*back), retain_graph=True)
-        tangents = [forward_ad.unpack_dual(each).tangent for each in found]
-    for actual, wanted in zip(tangents, torch.autograd.grad(result, leaves, back[1]), strict=True):
-        assert_near(actual, wanted, operation.tolerance)
+        gradients = torch.autograd.grad(result, leaves, forward_ad.make_dual(*back), retain_graph=True)
+        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
+    for actual, expected in zip(tangents, torch.autograd.grad(result, leaves, back[1]), strict=True):
+        assert_near(actual, expected, operation.tolerance)
 
 
 def test_gradients_in_batches_equal_those_one_by_one(operation):
-    leaves = [each.clone().requires_grad_() for each in operation.inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in operation.inputs]
     result = operation.run(*leaves)
     back = randn(4, *result.shape).float()
     batched = torch.autograd.grad(result, leaves, back, retain_graph=True, is_grads_batched=True)
-    for at, each in enumerate(back):
-        for found, wanted in zip(batched, torch.autograd.grad(result, leaves, each, retain_graph=True), strict=True):
-            assert_near(found[at], wanted, operation.tolerance)
+    for at, vector in enumerate(back):
+        for gradients, expected in zip(
+            batched, torch.autograd.grad(result, leaves, vector, retain_graph=True), strict=True
+        ):
+            assert_near(gradients[at], expected, operation.tolerance)
 
 
 def test_vmap_equals_a_loop(operation):
-    batches = tuple(torch.stack([each, 0.5 * each, -each]) for each in operation.inputs)
+    batches = tuple(torch.stack([tensor, 0.5 * tensor, -tensor]) for tensor in operation.inputs)
     for function in (operation.run, grad(loss_of(operation.run))):
-        expected = torch.stack([function(*some) for some in zip(*batches, strict=True)])
+        expected = torch.stack([function(*inputs) for inputs in zip(*batches, strict=True)])
         assert_near(vmap(function)(*batches), expected, operation.tolerance)
 
 
@@ -249,7 +253,7 @@ def test_forward_meets_reverse_in_token_aggregation(lengths, tokens, width):
 def assert_modes_meet(operation):
     """Check ``u . (J v) = (J^T u) . v``: the left side by the reference, the right side by the kernels."""
     tangents = like(operation.inputs)
-    leaves = [each.clone().requires_grad_() for each in operation.inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in operation.inputs]
     result = operation.run(*leaves)
     back = randn(*result.shape, seed=7).float()
     forwards = (tangent(operation.run, operation.inputs, tangents) * back).sum()
@@ -257,8 +261,8 @@ def assert_modes_meet(operation):
         assert forwards == 0
         return
     grads = torch.autograd.grad(result, leaves, back, allow_unused=True, materialize_grads=True)
-    pairs = [(each * along).double().sum() for each, along in zip(grads, tangents, strict=True)]
-    size = sum(each.norm() * along.norm() for each, along in zip(grads, tangents, strict=True))
+    pairs = [(gradient * along).double().sum() for gradient, along in zip(grads, tangents, strict=True)]
+    size = sum(gradient.norm() * along.norm() for gradient, along in zip(grads, tangents, strict=True))
     torch.testing.assert_close(forwards.double(), sum(pairs), rtol=0, atol=1e-4 * max(1.0, float(size)))
 
 
@@ -268,10 +272,10 @@ def test_compiled_tangents_are_no_zeros(operation, inside):
     expected = tangent(operation.run, operation.inputs, tangents)
     torch.compiler.reset()
     if inside:
-        found = torch.compile(lambda *given: tangent(operation.run, *given), backend="aot_eager")(
+        actual = torch.compile(lambda *arguments: tangent(operation.run, *arguments), backend="aot_eager")(
             operation.inputs, tangents
         )
-        assert_near(found, expected)
+        assert_near(actual, expected)
         return
     compiled = torch.compile(operation.run, backend="aot_eager")
     compiled(*operation.inputs)  # the graph for tensors without tangents must not be reused for those with tangents
@@ -300,11 +304,11 @@ def test_scales_have_gradients_and_tangents():
     scales = left_scales, right_scales
     tangents = like(scales)
     assert_near(tangent(run, scales, tangents), tangent(exact, doubled(scales), doubled(tangents)))
-    leaves = [each.clone().requires_grad_() for each in scales]
-    wide = [each.double().requires_grad_() for each in scales]
+    leaves = [scale.clone().requires_grad_() for scale in scales]
+    wide = [scale.double().requires_grad_() for scale in scales]
     expected = torch.autograd.grad(exact(*wide).sum(), wide)
-    for found, wanted in zip(torch.autograd.grad(run(*leaves).sum(), leaves), expected, strict=True):
-        assert_near(found, wanted)
+    for gradient, expected_gradient in zip(torch.autograd.grad(run(*leaves).sum(), leaves), expected, strict=True):
+        assert_near(gradient, expected_gradient)
 
 
 @pytest.fixture
@@ -352,15 +356,15 @@ def test_a_search_refuses_what_is_transformed(name, side):
         pytest.skip("its items are integers")
     sides = Clim().inputs
 
-    def search(given):
-        return SEARCHES[name](*(given if at == side else each for at, each in enumerate(sides)))
+    def search(rows):
+        return SEARCHES[name](*(rows if at == side else plain_rows for at, plain_rows in enumerate(sides)))
 
-    given, along = sides[side], torch.ones_like(sides[side])
+    rows, along = sides[side], torch.ones_like(sides[side])
     ways = {
-        "jvp": lambda: jvp(search, (given,), (along,)),
-        "dual": lambda: dual(search, (given,), (along,)),
-        "grad": lambda: grad(lambda given: search(given).sum())(given),
-        "vmap": lambda: vmap(search)(given[None]),
+        "jvp": lambda: jvp(search, (rows,), (along,)),
+        "dual": lambda: dual(search, (rows,), (along,)),
+        "grad": lambda: grad(lambda rows: search(rows).sum())(rows),
+        "vmap": lambda: vmap(search)(rows[None]),
     }
     for way in ways.values():
         with pytest.raises(

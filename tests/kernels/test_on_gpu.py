@@ -50,12 +50,15 @@ def score_int8(queries, items):
 def runs():
     """Return each operation as ``(call, an input that it reads in place)``."""
     queries, items = embeddings()
-    tensors, named = aggregation()
+    tensors, keyword_arguments = aggregation()
     return {
         "clim": (lambda: clim_scores(queries, items), queries),
         "clim of one": (lambda: clim_scores(queries[:1], items), queries),
-        "atrm": (lambda: atrm(*tensors, **named), tensors[0]),
-        "atrm of one": (lambda: atrm(tensors[0][-1:], *tensors[1:], anchor=named["anchor"][-1:]), tensors[0]),
+        "atrm": (lambda: atrm(*tensors, **keyword_arguments), tensors[0]),
+        "atrm of one": (
+            lambda: atrm(tensors[0][-1:], *tensors[1:], anchor=keyword_arguments["anchor"][-1:]),
+            tensors[0],
+        ),
     }
 
 
@@ -64,7 +67,7 @@ NAMES = ["clim", "clim of one", "atrm", "atrm of one"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_graph_gives_what_a_call_gives(name):
-    call, read = runs()[name]
+    call, input_tensor = runs()[name]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,7 +76,7 @@ def test_a_captured_graph_gives_what_a_call_gives(name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
-    read.copy_(read.flip(0))
+    input_tensor.copy_(input_tensor.flip(0))
     graph.replay()
     assert torch.equal(captured, call())
 
@@ -91,18 +94,18 @@ def test_a_call_does_not_wait_for_the_gpu(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_streams_run_in_their_own_order(name):
-    call, read = runs()[name]
-    expected, changed = call(), read.flip(0).contiguous()
+    call, input_tensor = runs()[name]
+    expected, changed = call(), input_tensor.flip(0).contiguous()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(10_000_000)  # cycles; whatever does not wait for this stream finishes earlier
-        read.copy_(changed)
-        found = call()
-        read.copy_(changed.flip(0))
+        input_tensor.copy_(changed)
+        changed_output = call()
+        input_tensor.copy_(changed.flip(0))
         again = call()
     side.synchronize()
-    assert not torch.equal(found, expected)
+    assert not torch.equal(changed_output, expected)
     assert torch.equal(again, expected)
 
 
@@ -115,30 +118,32 @@ def gradients(operation, leaves):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_same_bits_every_time(dtype):
     queries, items = (rows.requires_grad_() for rows in embeddings(dtype, 64, 64))
-    tensors, named = aggregation(64, dtype)
+    tensors, keyword_arguments = aggregation(64, dtype)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for operation, inputs in [
         (lambda: clim_scores(queries, items), [queries, items]),
-        (lambda: atrm(*tensors, **named), leaves),
+        (lambda: atrm(*tensors, **keyword_arguments), leaves),
     ]:
-        first, *others = (gradients(operation, inputs) for _ in range(3))
-        for other in others:
-            assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
-    first, *others = (score_int8(queries.detach(), items.detach())() for _ in range(3))
-    assert all(torch.equal(first, other) for other in others)
+        first, *repeats = (gradients(operation, inputs) for _ in range(3))
+        for repeat in repeats:
+            assert all(
+                torch.equal(tensor, repeated_tensor) for tensor, repeated_tensor in zip(first, repeat, strict=True)
+            )
+    first, *repeats = (score_int8(queries.detach(), items.detach())() for _ in range(3))
+    assert all(torch.equal(first, repeat) for repeat in repeats)
 
 
 def test_compiled_code_gives_what_a_call_gives():
     queries, items = (rows.requires_grad_() for rows in embeddings(n_items=32))
-    tensors, named = aggregation()
+    tensors, keyword_arguments = aggregation()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     score, aggregate = (torch.compile(operation, fullgraph=True) for operation in (clim_scores, atrm))
     for eager, compiled, inputs in [
         (lambda: clim_scores(queries, items), lambda: score(queries, items), [queries, items]),
-        (lambda: atrm(*tensors, **named), lambda: aggregate(*tensors, **named), leaves),
+        (lambda: atrm(*tensors, **keyword_arguments), lambda: aggregate(*tensors, **keyword_arguments), leaves),
     ]:
-        for one, two in zip(gradients(eager, inputs), gradients(compiled, inputs), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+        for eager_tensor, compiled_tensor in zip(gradients(eager, inputs), gradients(compiled, inputs), strict=True):
+            torch.testing.assert_close(eager_tensor, compiled_tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -157,6 +162,6 @@ def test_an_index_of_60_gb():
     scores = clim_scores(queries, items)
     assert scores.argmax(dim=1).tolist() == planted
     torch.testing.assert_close(scores[:, planted], clim_scores(queries, items[planted]), rtol=0, atol=1e-5)
-    best, found = clim_topk(queries, items, 3)
-    assert found[:, 0].tolist() == planted
+    best, indices = clim_topk(queries, items, 3)
+    assert indices[:, 0].tolist() == planted
     torch.testing.assert_close(best, scores.topk(3).values, rtol=0, atol=1e-5)

@@ -33,7 +33,7 @@ CASE = _settings.key("clim", capability=90, dtype=torch.float16, D=512, L=40, Q=
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path, monkeypatch):
+def settings_file(tmp_path, monkeypatch):
     """This machine's table of settings, private to the test."""
     monkeypatch.setenv("FINELIP_CACHE", str(tmp_path / "cache"))
     _settings._tables.cache_clear()
@@ -68,11 +68,11 @@ def test_this_machines_own_settings_come_before_the_shipped_ones(shipped):
     assert _settings.tuned("other", Cut) == Cut(32)
 
 
-def test_what_was_tuned_before_stays(own):
-    assert _settings.save({"first": {"block_items": 16}}) == own
+def test_what_was_tuned_before_stays(settings_file):
+    assert _settings.save({"first": {"block_items": 16}}) == settings_file
     _settings.save({"second": {"block_items": 32}})
-    assert json.loads(own.read_text()) == {"first": {"block_items": 16}, "second": {"block_items": 32}}
-    assert [path.name for path in own.parent.iterdir()] == [own.name]
+    assert json.loads(settings_file.read_text()) == {"first": {"block_items": 16}, "second": {"block_items": 32}}
+    assert [path.name for path in settings_file.parent.iterdir()] == [settings_file.name]
 
 
 @pytest.mark.parametrize(
@@ -93,38 +93,38 @@ def test_what_was_tuned_before_stays(own):
     ],
     ids=lambda content: content[:30],
 )
-def test_a_broken_table_says_what_to_do(own, content):
-    own.parent.mkdir(parents=True)
-    own.write_text(content)
+def test_a_broken_table_says_what_to_do(settings_file, content):
+    settings_file.parent.mkdir(parents=True)
+    settings_file.write_text(content)
     with pytest.raises(KernelError, match=r"settings\.json.*(expected|found) .*; delete it to go back to the defaults"):
         _settings.tuned(CASE, Cut)
 
 
-def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(own):
-    own.parent.mkdir(parents=True)
-    os.mkfifo(own)
+def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(settings_file):
+    settings_file.parent.mkdir(parents=True)
+    os.mkfifo(settings_file)
     with pytest.raises(KernelError, match="expected a regular file, got a pipe; delete"):
         _settings.tuned(CASE, Cut)
 
 
 @settings(settings.get_profile("fuzz"))
 @given(st.data())
-def test_a_damaged_table_is_refused_or_right(own, damage_json, data):
-    own.parent.mkdir(parents=True, exist_ok=True)
-    own.write_bytes(damage_json(data, {CASE: {"block_items": 16}, "other": {"block_items": 32}}))
+def test_a_damaged_table_is_refused_or_right(settings_file, damage_json, data):
+    settings_file.parent.mkdir(parents=True, exist_ok=True)
+    settings_file.write_bytes(damage_json(data, {CASE: {"block_items": 16}, "other": {"block_items": 32}}))
     _settings._tables.cache_clear()
     with suppress(KernelError):
         tuned = _settings.tuned(CASE, Cut)
         assert tuned is None or 1 <= tuned.block_items <= 1 << 16
 
 
-def test_truth_values_are_kept_as_such(own):
+def test_truth_values_are_kept_as_such(settings_file):
     _settings.save({CASE: asdict(Switched(64, described=True))})
     assert _settings.tuned(CASE, Switched) == Switched(64, described=True)
 
 
 @pytest.mark.parametrize("values", [{"block_items": True}, {"block_items": 16, "described": 1}], ids=str)
-def test_numbers_and_truth_values_are_not_mistaken_for_each_other(own, values):
+def test_numbers_and_truth_values_are_not_mistaken_for_each_other(settings_file, values):
     _settings.save({CASE: values})
     with pytest.raises(
         KernelError, match=r"are from another version: (block_items is True|described is 1); tune again"
@@ -133,7 +133,7 @@ def test_numbers_and_truth_values_are_not_mistaken_for_each_other(own, values):
 
 
 @pytest.mark.parametrize("numbers", [{}, {"block_items": 16, "swizzle": 2}], ids=str)
-def test_settings_of_another_version_say_what_to_do(own, numbers):
+def test_settings_of_another_version_say_what_to_do(settings_file, numbers):
     _settings.save({CASE: numbers})
     with pytest.raises(
         KernelError, match=r"'clim sm_90 .* are from another version: .*; tune again, or delete .*settings"
@@ -141,18 +141,18 @@ def test_settings_of_another_version_say_what_to_do(own, numbers):
         _settings.tuned(CASE, Cut)
 
 
-def test_tuners_side_by_side_lose_nothing(own):
+def test_tuners_side_by_side_lose_nothing(settings_file):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda number: _settings.save({str(number): {"block_items": 16}}), range(40)))
     assert _settings.names() == set(map(str, range(40)))
-    assert [path.name for path in own.parent.iterdir()] == [own.name]
+    assert [path.name for path in settings_file.parent.iterdir()] == [settings_file.name]
 
 
-def test_another_table_can_be_written(own, tmp_path):
+def test_another_table_can_be_written(settings_file, tmp_path):
     table = tmp_path / "table.json"
     assert _settings.save({CASE: {"block_items": 16}}, table) == table
     assert json.loads(table.read_text()) == {CASE: {"block_items": 16}}
-    assert not own.exists()
+    assert not settings_file.exists()
 
 
 # The launcher of every kernel, at sizes that its tests use.

@@ -43,8 +43,8 @@ def clock(milliseconds):
 
 def test_the_fastest_is_kept_beside_what_was_there(table):
     _settings.save({"other": {"block": 9}})
-    (found,) = tune.tune([case("one", 2, 4)], measure=clock({1: 6.0, 2: 2.0, 4: 3.0}), progress=False)
-    assert (found.name, found.settings, found.speedup, found.failed) == ("one", Cut(2), 3.0, 0)
+    (tuned,) = tune.tune([case("one", 2, 4)], measure=clock({1: 6.0, 2: 2.0, 4: 3.0}), progress=False)
+    assert (tuned.name, tuned.settings, tuned.speedup, tuned.failed) == ("one", Cut(2), 3.0, 0)
     assert json.loads(table.read_text()) == {"one": {"block": 2}, "other": {"block": 9}}
 
 
@@ -60,16 +60,16 @@ def test_what_fails_or_gives_another_result_is_out(table):
         return torch.full((3,), 1.0 if cut.block in (1, 8) else float("nan"))
 
     times = clock({1: 5.0, 2: 1.0, 4: 1.0, 8: 4.0})
-    (found,) = tune.tune([case("one", 2, 4, 8, run=run)], measure=times, progress=False)
-    assert (found.settings, found.failed) == (Cut(8), 2)
+    (tuned,) = tune.tune([case("one", 2, 4, 8, run=run)], measure=times, progress=False)
+    assert (tuned.settings, tuned.failed) == (Cut(8), 2)
 
 
 def test_a_kernel_that_ignores_half_of_the_tokens_is_out(table, monkeypatch):
     monkeypatch.setattr(tune, "_items_that_fit", lambda device, launch: 300)
 
     def scores(queries, items, *, alpha, settings, **_):
-        seen = items.shape[1] // 2 if settings.block_items == 64 else items.shape[1]
-        return clim_reference(queries, items[:, :seen], alpha)
+        n_tokens = items.shape[1] // 2 if settings.block_items == 64 else items.shape[1]
+        return clim_reference(queries, items[:, :n_tokens], alpha)
 
     monkeypatch.setattr(tune.clim, "scores", scores)
     monkeypatch.setattr(tune, "capability_of", lambda device: 80)
@@ -139,8 +139,8 @@ def test_no_case_starts_after_its_time(table):
 def test_another_table_is_written_and_looked_at(table, tmp_path):
     out = tmp_path / "shipped.json"
     for expected in (1, 0):
-        found = tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), settings=out, progress=False)
-        assert len(found) == expected
+        results = tune.tune([case("one", 2)], measure=clock({1: 5.0, 2: 1.0}), settings=out, progress=False)
+        assert len(results) == expected
     assert json.loads(out.read_text()) == {"one": {"block": 2}}
     assert not table.exists()
 
@@ -149,20 +149,20 @@ def test_another_table_is_written_and_looked_at(table, tmp_path):
 def test_the_cases_of_a_gpu_have_candidates_that_launch_takes(monkeypatch, capability):
     monkeypatch.setattr(tune, "capability_of", lambda device: capability)
     cases = tune.cases_for()
-    names = [name for one in cases for name in one.names]
+    names = [name for case in cases for name in case.names]
     assert len(names) == len(set(names))
     assert names[0].startswith(f"clim sm_{capability} bfloat16 D=512 L=40 Q=1")
-    for one in cases:
-        assert 5 <= len(one.candidates) <= 30
-        assert {type(candidate) for candidate in one.candidates} == {type(one.default)}
+    for case in cases:
+        assert 5 <= len(case.candidates) <= 30
+        assert {type(candidate) for candidate in case.candidates} == {type(case.default)}
     assert {name.split()[0] for name in names} == {*tune.OPERATIONS, "clim_winners"}
 
 
 def test_the_sweep_tries_all_of_a_row_at_once_and_tensor_descriptors(monkeypatch):
     def tried(capability, case):
         monkeypatch.setattr(tune, "capability_of", lambda device: capability)
-        (found,) = (one for one in tune.cases_for(["clim"]) if case in one.names)
-        return {found.default, *found.candidates}
+        (tuning_case,) = (tuning_case for tuning_case in tune.cases_for(["clim"]) if case in tuning_case.names)
+        return {tuning_case.default, *tuning_case.candidates}
 
     on_hopper = tried(90, "clim sm_90 float16 D=512 L=40 Q=1")
     assert {ClimSettings(64, 1, 512, 4, 2), ClimSettings(64, 1, 512, 8, 2), ClimSettings(256, 1, 64, 8, 3)} <= on_hopper
@@ -176,7 +176,7 @@ def test_the_sweep_tries_all_of_a_row_at_once_and_tensor_descriptors(monkeypatch
 
 def test_operations_are_chosen_by_name(monkeypatch):
     monkeypatch.setattr(tune, "capability_of", lambda device: 80)
-    assert {one.names[0].split()[0] for one in tune.cases_for(["atrm"])} == {"atrm"}
+    assert {case.names[0].split()[0] for case in tune.cases_for(["atrm"])} == {"atrm"}
     with pytest.raises(InputError, match=r"expected operations of clim, .*, got scores"):
         tune.cases_for(["scores"])
 
@@ -194,6 +194,6 @@ def test_every_case_runs(table, monkeypatch):
     monkeypatch.setattr(tune, "_aggregation", lambda items, *sizes: aggregation(min(items, 3), *sizes))
     cpu = torch.device("cpu")
     makers = (tune._clim_cases, tune._clim_gradient_cases, tune._atrm_cases, tune._atrm_gradient_cases)
-    cases = [Case(one.names, one.default, one.candidates[:1], one.prepare) for make in makers for one in make(cpu)]
-    found = tune.tune(cases, measure=lambda run: float(run() is not None), progress=False)
-    assert [(one.name, one.failed) for one in found] == [(one.names[0], 0) for one in cases]
+    cases = [Case(case.names, case.default, case.candidates[:1], case.prepare) for make in makers for case in make(cpu)]
+    results = tune.tune(cases, measure=lambda run: float(run() is not None), progress=False)
+    assert [(result.name, result.failed) for result in results] == [(case.names[0], 0) for case in cases]

@@ -42,8 +42,8 @@ def test_a_graph_is_shared_by_threads() -> None:
     graph = OnnxGraph(doubling(), CPU, threads=1)
     batches = [torch.full((n + 1, 2), float(n)) for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        for batch, found in zip(batches, pool.map(graph, batches), strict=True):
-            assert torch.equal(found, 2 * batch)
+        for batch, output in zip(batches, pool.map(graph, batches), strict=True):
+            assert torch.equal(output, 2 * batch)
 
 
 def test_threads_are_as_many_as_asked_for() -> None:
@@ -121,6 +121,6 @@ def test_saturating_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_on_cuda_nothing_leaves_the_gpu() -> None:
     graph = OnnxGraph(doubling(), torch.device("cuda"))
     x = torch.randn(5, 2, device="cuda")
-    found = graph(x)
-    assert found.device.type == "cuda"
-    assert torch.equal(found, 2 * x)
+    output = graph(x)
+    assert output.device.type == "cuda"
+    assert torch.equal(output, 2 * x)

@@ -29,15 +29,15 @@ class Doubling:
 
 @given(rows=st.integers(0, 40), threads=st.integers(2, 9))
 def test_rows_come_out_in_order_and_no_thread_idles_for_long(rows: int, threads: int) -> None:
-    whole, single = Doubling(), Doubling()
+    threaded, single = Doubling(), Doubling()
     batch = torch.arange(3.0 * rows).reshape(rows, 3)
-    assert torch.equal(RowParallel(whole, lambda: single, threads)(batch), 2 * batch)
+    assert torch.equal(RowParallel(threaded, lambda: single, threads)(batch), 2 * batch)
     if single.sizes:
-        assert not whole.sizes
+        assert not threaded.sizes
         assert rows / (threads * max(single.sizes)) >= 0.75
         assert min(single.sizes) > 0
     else:
-        assert whole.sizes == [rows]
+        assert threaded.sizes == [rows]
 
 
 def test_one_row_is_run_by_all_threads_and_opens_nothing() -> None:
@@ -76,8 +76,8 @@ def test_where_it_cannot_be_opened_again_it_goes_on_and_says_so(caplog: pytest.L
     def open_single() -> Doubling:
         raise EngineError("text.onnx is another file")
 
-    whole = Doubling()
-    graph = RowParallel(whole, open_single, 2)
+    threaded = Doubling()
+    graph = RowParallel(threaded, open_single, 2)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(graph(torch.ones(4, 2)), torch.full((4, 2), 2.0))

@@ -31,11 +31,11 @@ def test_the_smallest_profile_that_fits_is_chosen(largest: list[int], batch: int
 
 
 def test_what_comes_twice_is_made_once_and_the_least_recently_used_goes() -> None:
-    made = []
+    misses = []
     recent: Recent[str] = Recent(2)
 
     def get(key: str) -> str | None:
-        return recent.get(key, lambda: made.append(key) or key.upper())
+        return recent.get(key, lambda: misses.append(key) or key.upper())
 
     assert [get("a"), get("a"), get("a")] == [None, "A", "A"]
     assert [get("b"), get("b"), get("c")] == [None, "B", None]
@@ -43,9 +43,9 @@ def test_what_comes_twice_is_made_once_and_the_least_recently_used_goes() -> Non
     assert get("c") == "C"  # replaces b
     assert len(recent) == 2
     assert get("a") == "A"
-    assert made == ["a", "b", "c"]
+    assert misses == ["a", "b", "c"]
     assert get("b") == "B"
-    assert made == ["a", "b", "c", "b"]
+    assert misses == ["a", "b", "c", "b"]
 
 
 def test_what_cannot_be_made_is_tried_again() -> None:
@@ -66,7 +66,7 @@ def test_what_is_remembered_is_bounded(keys: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "expected"),
+    ("options", "expected"),
     [
         ({}, {}),
         ({"gpu": "NVIDIA L4"}, {"gpu": "NVIDIA H100"}),
@@ -78,16 +78,16 @@ def test_what_is_remembered_is_bounded(keys: list[int]) -> None:
         ({"hardware_compatible": True, "gpu": "NVIDIA L4", "compute_capability": "8.9"}, {"compute_capability": "8.9"}),
     ],
 )
-def test_what_a_plan_must_be_to_run_here(made: dict[str, object], expected: dict[str, object]) -> None:
+def test_what_a_plan_must_be_to_run_here(options: dict[str, object], expected: dict[str, object]) -> None:
     exact = {"module": "tensorrt", "version": "10.9.0.34", "compute_capability": "9.0"}
-    assert expected_options(made, HERE) == exact | expected
+    assert expected_options(options, HERE) == exact | expected
 
 
 def test_hardware_compatible_plans_need_ampere() -> None:
-    made = {"hardware_compatible": True, "gpu": "NVIDIA A100", "compute_capability": "8.0"}
+    options = {"hardware_compatible": True, "gpu": "NVIDIA A100", "compute_capability": "8.0"}
     turing = HERE._replace(gpu="NVIDIA T4", compute_capability="7.5")
-    assert expected_options(made, turing)["compute_capability"] == "7.5"
-    assert expected_options(made, turing)["gpu"] == "NVIDIA T4"
+    assert expected_options(options, turing)["compute_capability"] == "7.5"
+    assert expected_options(options, turing)["gpu"] == "NVIDIA T4"
 
 
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +189,10 @@ def test_on_a_gpu_plans_give_the_models_embeddings(make_model, make_captions, tm
     for _ in range(4):
         for number in range(len(batches)):
             check(number)
-    kept = [run(batches[0]) for _ in range(3)]
+    outputs = [run(batches[0]) for _ in range(3)]
     run(batches[0].flip(1))
-    for one in kept:  # not overwritten by later calls
-        torch.testing.assert_close(one.cpu(), expected[0], atol=5e-5, rtol=0)
+    for output in outputs:  # not overwritten by later calls
+        torch.testing.assert_close(output.cpu(), expected[0], atol=5e-5, rtol=0)
     with torch.cuda.stream(torch.cuda.Stream()):
         check(1)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -73,8 +73,8 @@ async def talk(app: FastAPI, messages: list[Any], **scope: Any) -> list[dict[str
     return sent
 
 
-def part(body: bytes, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
+def part(body: bytes, more_body: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more_body}
 
 
 @contextmanager

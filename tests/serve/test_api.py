@@ -76,9 +76,9 @@ def test_items_are_searched_by_their_stored_embeddings(client: TestClient) -> No
 
 
 def test_offset_is_the_next_page_and_alpha_weighs(client: TestClient) -> None:
-    (whole,) = post(client, "/v1/search", {"text": TEXT, "k": 6})["results"]
+    (full_result,) = post(client, "/v1/search", {"text": TEXT, "k": 6})["results"]
     (rest,) = post(client, "/v1/search", {"text": TEXT, "k": 3, "offset": 3})["results"]
-    assert rest["hits"] == whole["hits"][3:]
+    assert rest["hits"] == full_result["hits"][3:]
     (by_cosine,) = post(client, "/v1/search", {"text": TEXT, "alpha": 1})["results"]
     assert all(hit["score"] == pytest.approx(hit["global_score"], abs=1e-6) for hit in by_cosine["hits"])
     (front,) = post(client, "/v1/search", {"text": TEXT, "where": "camera = 'front'"})["results"]
@@ -154,7 +154,7 @@ def test_a_picture_of_too_many_pixels(open_client: Callable[..., TestClient]) ->
 
 
 def test_a_bad_picture_ends_its_own_request_alone(client: TestClient) -> None:
-    """In other servers, such a picture kills a worker while health checks still return 200."""
+    """Such a picture kills a worker of other servers while health checks still return 200."""
     for bad in (
         b"\x89PNG\r\n\x1a\n" + b"\0" * 50,
         file_of(picture(0))[:-200],

@@ -67,11 +67,11 @@ def test_requests_share_a_batch_and_get_their_own_answers() -> None:
         process = Doubling()
         queue = batcher(process)
         first = await behind_a_shut_gate(process, queue)
-        others = [asyncio.create_task(queue.submit("a", [n, n + 10], deadline=soon())) for n in range(1, 4)]
+        tasks = [asyncio.create_task(queue.submit("a", [n, n + 10], deadline=soon())) for n in range(1, 4)]
         await until(lambda: len(queue) == 6)
         process.gate.set()
         assert await first == [0]
-        assert await asyncio.gather(*others) == [[2, 22], [4, 24], [6, 26]]
+        assert await asyncio.gather(*tasks) == [[2, 22], [4, 24], [6, 26]]
         assert process.batches == [("first", [0]), ("a", [1, 11, 2, 12, 3, 13])]
         await queue.close()
 
@@ -84,10 +84,10 @@ def test_batches_are_bounded_and_of_one_key_the_oldest_first() -> None:
         queue = batcher(process, max_batch=3, limit=lambda key: 1 if key == "alone" else 99)
         first = await behind_a_shut_gate(process, queue)
         keys = ["a", "alone", "a", "b", "alone", "a", "a"]
-        others = [asyncio.create_task(queue.submit(key, [n], deadline=soon())) for n, key in enumerate(keys)]
+        tasks = [asyncio.create_task(queue.submit(key, [n], deadline=soon())) for n, key in enumerate(keys)]
         await until(lambda: len(queue) == len(keys))
         process.gate.set()
-        await asyncio.gather(first, *others)
+        await asyncio.gather(first, *tasks)
         assert process.batches[1:] == [("a", [0, 2, 5]), ("alone", [1]), ("b", [3]), ("alone", [4]), ("a", [6])]
         await queue.close()
 
@@ -99,12 +99,12 @@ def test_a_request_of_many_items_lets_others_in_between() -> None:
         process = Doubling()
         queue = batcher(process, max_batch=4)
         first = await behind_a_shut_gate(process, queue)
-        many = asyncio.create_task(queue.submit("a", list(range(10)), deadline=soon()))
+        large = asyncio.create_task(queue.submit("a", list(range(10)), deadline=soon()))
         await until(lambda: len(queue) == 10)
         single = asyncio.create_task(queue.submit("a", [99], deadline=soon()))
         await until(lambda: len(queue) == 11)
         process.gate.set()
-        await asyncio.gather(first, many, single)
+        await asyncio.gather(first, large, single)
         assert process.batches[1:] == [("a", [0, 1, 99, 2]), ("a", [3, 4, 5, 6]), ("a", [7, 8, 9])]
         await queue.close()
 
@@ -147,7 +147,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         process = Doubling()
         queue = batcher(process, capacity=4)
         first = await behind_a_shut_gate(process, queue)
-        others = asyncio.create_task(queue.submit("a", [1, 2, 3], deadline=soon()))
+        waiting_task = asyncio.create_task(queue.submit("a", [1, 2, 3], deadline=soon()))
         await until(lambda: len(queue) == 3)
         with pytest.raises(
             Overloaded, match=r"at most 4 items in the queue \(test\), got 2 more where 3 wait"
@@ -158,7 +158,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         fits = asyncio.create_task(queue.submit("a", [4], deadline=soon()))
         await until(lambda: len(queue) == 4)
         process.gate.set()
-        await asyncio.gather(first, others, fits)
+        await asyncio.gather(first, waiting_task, fits)
         assert len(await queue.submit("a", list(range(40)), deadline=soon())) == 40  # nothing else is waiting
         await queue.close()
 
@@ -206,11 +206,11 @@ def test_a_client_that_goes_away_frees_its_place() -> None:
         process = Doubling()
         queue = batcher(process, capacity=2)
         first = await behind_a_shut_gate(process, queue)
-        gone = asyncio.create_task(queue.submit("a", [1, 2], deadline=soon()))
+        cancelled_task = asyncio.create_task(queue.submit("a", [1, 2], deadline=soon()))
         await until(lambda: len(queue) == 2)
-        gone.cancel()
+        cancelled_task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled_task
         assert len(queue) == 0
         stays = asyncio.create_task(queue.submit("a", [3, 4], deadline=soon()))
         await until(lambda: len(queue) == 2)

@@ -56,13 +56,13 @@ def client(url: str) -> Iterator[Client]:
 
 def test_hits_are_those_of_the_retriever(client: Client, retriever: Retriever) -> None:
     expected = retriever.search([TEXT, "a bus"], k=4)
-    found = client.search([TEXT, "a bus"], k=4)
-    assert [[hit.id for hit in hits] for hits in found] == [[hit.id for hit in hits] for hits in expected]
-    for ours, theirs in zip(found[0], expected[0], strict=True):
-        assert (ours.metadata, ours.path, ours.mode, ours.stands_out) == (
-            *(theirs.metadata, theirs.path, theirs.mode, theirs.stands_out),
+    results = client.search([TEXT, "a bus"], k=4)
+    assert [[hit.id for hit in hits] for hits in results] == [[hit.id for hit in hits] for hits in expected]
+    for hit, expected_hit in zip(results[0], expected[0], strict=True):
+        assert (hit.metadata, hit.path, hit.mode, hit.stands_out) == (
+            *(expected_hit.metadata, expected_hit.path, expected_hit.mode, expected_hit.stands_out),
         )
-        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+        assert hit.score == pytest.approx(expected_hit.score, abs=1e-4)
     image = picture(3)
     assert client.search(image=image, k=1)[0].id == retriever.search(image=image, k=1)[0].id
     assert [hit.id for hit in client.search(TEXT, where="camera = 'front'")] == ["a.png"]
@@ -109,7 +109,7 @@ def test_an_asynchronous_client_asks_at_once(url: str, retriever: Retriever) -> 
     async def ask() -> list[str]:
         async with AsyncClient(url) as client:
             hits = await asyncio.gather(*(client.search(TEXT, k=1) for _ in range(8)))
-            assert {found[0].id for found in hits} == {retriever.search(TEXT, k=1)[0].id}
+            assert {answer[0].id for answer in hits} == {retriever.search(TEXT, k=1)[0].id}
             return [item.id async for item in client.items()]
 
     assert asyncio.run(ask()) == list(retriever.index.ids)

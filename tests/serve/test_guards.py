@@ -67,20 +67,20 @@ def test_a_strange_page_can_neither_write_nor_read(client: TestClient) -> None:
         fault(client.post("/v1/search", json=SEARCH, headers={"Origin": origin}), 403, "cross_site")
     answer = client.get("/v1/info", headers={"Origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
-    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    fault(client.options("/v1/search", headers=asked), 405, "method")
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    fault(client.options("/v1/search", headers=preflight), 405, "method")
     assert client.post("/v1/search", json=SEARCH, headers={"Origin": "http://127.0.0.1:8000"}).status_code == 200
 
 
 def test_a_named_page_can(open_client: OpenClient) -> None:
     origin = "https://pages.example"
     client = open_client(origins=(origin,), api_key=KEY)
-    asked = {
+    preflight = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
     }
-    answer = client.options("/v1/search", headers=asked)
+    answer = client.options("/v1/search", headers=preflight)
     assert answer.status_code == 204
     assert answer.headers["access-control-allow-origin"] == origin
     headers = {"Origin": origin, "Authorization": f"Bearer {KEY}"}
@@ -225,7 +225,7 @@ def test_a_body_without_a_length_is_bounded_too(open_client: OpenClient) -> None
 
 
 def test_refused_bodies_leave_their_room(open_client: OpenClient) -> None:
-    """In other servers, memory grows with refused requests."""
+    """Memory grows with refused requests in other servers."""
     client = open_client(limits=Limits(body=1000))
     headers = {"Content-Type": "application/json"}
     for body in (b"x" * 900, b"x" * 2000, b'{"text": 3}' + b" " * 800):
@@ -240,7 +240,7 @@ def test_more_than_fits_waits_outside(open_client: OpenClient) -> None:
     async def run() -> list[int]:
         held = [asyncio.ensure_future(talk(app, [part(b"x" * 990)], headers=CHUNKED)) for _ in range(4)]
         await asyncio.sleep(0.1)
-        sent = await talk(app, [part(b"x" * 990), part(b"", more=False)], headers=CHUNKED)
+        sent = await talk(app, [part(b"x" * 990), part(b"", more_body=False)], headers=CHUNKED)
         assert dict(sent[0]["headers"])[b"retry-after"] == b"1"
         return [sent[0]["status"], *(messages[0]["status"] for messages in await asyncio.gather(*held))]
 
@@ -269,7 +269,7 @@ def test_a_client_that_goes_away_frees_its_place(open_client: OpenClient, monkey
     monkeypatch.setattr(app.state.serving.pipeline, "embed_texts", embed)
     body = json.dumps(SEARCH).encode()
     for messages in (
-        [part(body, more=False), 0.05, {"type": "http.disconnect"}],
+        [part(body, more_body=False), 0.05, {"type": "http.disconnect"}],
         [part(body[:5]), {"type": "http.disconnect"}],
     ):
         assert asyncio.run(asyncio.wait_for(talk(app, messages, headers=CHUNKED), 5)) == []
@@ -308,7 +308,7 @@ def test_ready_means_that_it_searches(client: TestClient, monkeypatch: Any) -> N
 
 
 def test_it_is_warm_before_it_answers(open_client: OpenClient, retriever: Any, monkeypatch: Any) -> None:
-    """In other servers, the first search times out because the model is not loaded yet."""
+    """The first search times out in other servers because the model is not loaded yet."""
     calls: list[str] = []
     for name in ("encode_text", "encode_image"):
         original = getattr(retriever.engine, name)

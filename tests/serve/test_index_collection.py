@@ -88,9 +88,9 @@ def files_of(folder: Path) -> list[Path]:
 
 def test_a_search_is_the_retrievers(photos: Path, retriever: Retriever, served: RetrieverCollection) -> None:
     queries = retriever.encode_texts(["a red house", "night"])
-    found = served.search(queries, 3, where="bytes > 0", alpha=0.5)
-    assert found.hits == retriever.search(["a red house", "night"], k=3, where="bytes > 0", alpha=0.5)
-    assert (found.covered, found.missing, found.shards) == (1, {}, None)
+    result = served.search(queries, 3, where="bytes > 0", alpha=0.5)
+    assert result.hits == retriever.search(["a red house", "night"], k=3, where="bytes > 0", alpha=0.5)
+    assert (result.covered, result.missing, result.shards) == (1, {}, None)
     assert served.search(queries, 1).hits == retriever.search(["a red house", "night"], k=1)
     assert (len(served), served.version(), served.alpha) == (5, retriever.index.version, 0.8)
     stored = served.embeddings_of(["3.png"])["3.png"]
@@ -159,8 +159,10 @@ def test_an_upload_is_a_file_and_an_item(served: RetrieverCollection, retriever:
         Upload(encoded(3, "WEBP")),
     ]
     added = served.add(uploads)
-    assert [(one.name, one.reason, one.existing) for one in added] == [(one.name, None, False) for one in uploads]
-    ids = [one.id for one in added]
+    assert [(item.name, item.reason, item.existing) for item in added] == [
+        (upload.name, None, False) for upload in uploads
+    ]
+    ids = [item.id for item in added]
     for name, upload, ending in zip(ids, uploads, ("-beach.png", "-a-b-script.jpg", ".webp"), strict=True):
         path = served.picture(name)
         assert path.read_bytes() == upload.content
@@ -198,11 +200,11 @@ def test_an_upload_is_found_wherever_the_root_is_moved(
 
 
 def test_the_same_picture_is_one_item(served: RetrieverCollection, tmp_path: Path) -> None:
-    first, again, other = served.add(
+    first, again, second = served.add(
         [Upload(encoded(1), "a.png", {"n": 1}), Upload(encoded(1), "b.png", {"n": 2}), Upload(encoded(2), "b.png")]
     )
-    assert (first.existing, again.existing, other.existing) == (False, True, False)
-    assert first.id == again.id != other.id
+    assert (first.existing, again.existing, second.existing) == (False, True, False)
+    assert first.id == again.id != second.id
     (later,) = served.add([Upload(encoded(1), "c.png")])
     assert later == Added(first.id, "c.png", existing=True)
     assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 2
@@ -220,10 +222,10 @@ def test_a_bad_upload_is_reported_alone(served: RetrieverCollection, tmp_path: P
     uploads = [Upload(content, f"{at}.png") for at, content in enumerate(wrong)]
     uploads += [Upload(encoded(3), "deep.png", deep), Upload(encoded(4), "nan.png", {"x": float("nan")})]
     results = served.add([*uploads[:3], Upload(encoded(1), "good.png"), *uploads[3:]])
-    good = results.pop(3)
-    assert good.reason is None
+    success = results.pop(3)
+    assert success.reason is None
     assert all(result.id is None and result.reason for result in results)
-    assert [item.id for item in served.items()[0]] == [good.id]
+    assert [item.id for item in served.items()[0]] == [success.id]
     assert len(files_of(tmp_path / "index" / "uploads")) == 1
     assert served.add([]) == []
 
@@ -265,7 +267,7 @@ def test_an_index_that_cannot_be_written_leaves_no_file(
 def test_more_uploads_than_a_batch(served: RetrieverCollection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collections, "_AT_ONCE", 3)
     added = served.add([Upload(encoded(seed % 7), f"{seed}.png") for seed in range(10)])
-    assert [one.existing for one in added] == [False] * 7 + [True] * 3
+    assert [item.existing for item in added] == [False] * 7 + [True] * 3
     assert len(served) == 7
 
 
@@ -283,8 +285,8 @@ def test_the_same_pictures_at_once_are_added_once(served: RetrieverCollection, t
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(send, range(8)))
-    assert sum(not one.existing for added in answers for one in added) == 4
-    assert {tuple(one.id for one in added) for added in answers} == {tuple(one.id for one in answers[0])}
+    assert sum(not item.existing for added in answers for item in added) == 4
+    assert {tuple(item.id for item in added) for added in answers} == {tuple(item.id for item in answers[0])}
     assert len(served) == len(files_of(tmp_path / "index" / "uploads")) == 4
 
 
@@ -350,15 +352,15 @@ def test_without_a_folder_for_uploads_nothing_can_be_changed(photos: Path, retri
 def test_what_was_opened_to_be_served_is_closed_with_it(
     engine_options: dict[str, Any], retriever: Retriever, tmp_path: Path
 ) -> None:
-    told = {**engine_options, "checkpoint": str(engine_options["checkpoint"]), "index": str(tmp_path / "index")}
-    served = Opening(**told).open()
+    options = {**engine_options, "checkpoint": str(engine_options["checkpoint"]), "index": str(tmp_path / "index")}
+    served = Opening(**options).open()
     assert len(served) == 0
     served.close()
     with pytest.raises(StoreError, match="closed"):
         len(served)
     (tmp_path / "file").touch()
     with pytest.raises(WriteError):
-        Opening(**told, uploads=str(tmp_path / "file" / "uploads")).open()
+        Opening(**options, uploads=str(tmp_path / "file" / "uploads")).open()
 
 
 # Killing --------------------------------------------------------------------------------------------------------------
@@ -432,5 +434,10 @@ def test_names_of_uploads_are_harmless(tmp_path: Path) -> None:
         assert uploads.keep(path, content)
         assert uploads.find(f"../{path.name}") == path
         uploads.remove(path)
-    for other in (uploads.folder, uploads.folder / "x.png", uploads.folder / "ab" / "cd.png", tmp_path / path.name):
-        assert not uploads.holds(other)
+    for other_path in (
+        uploads.folder,
+        uploads.folder / "x.png",
+        uploads.folder / "ab" / "cd.png",
+        tmp_path / path.name,
+    ):
+        assert not uploads.holds(other_path)

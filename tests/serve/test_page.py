@@ -273,14 +273,14 @@ def test_a_large_picture_is_scaled_before_it_is_sent(page: Page, tmp_path: Path)
 def test_words_light_places_and_places_mark_words(page: Page) -> None:
     search(page, TEXT)
     dialog = open_best(page)
-    words, seen, message = dialog.locator(".word"), dialog.locator(".seen"), dialog.locator(".message")
+    words, square, message = dialog.locator(".word"), dialog.locator(".seen"), dialog.locator(".message")
     assert words.all_inner_texts() == TEXT.split()
     assert dialog.locator(".word[tabindex='0']").count() == 1
     words.nth(4).hover()
-    expect(seen).to_have_class(re.compile("lit"))
+    expect(square).to_have_class(re.compile("lit"))
     expect(message).to_contain_text("most at row")
     page.mouse.move(5, 5)
-    expect(seen).not_to_have_class(re.compile("lit"))
+    expect(square).not_to_have_class(re.compile("lit"))
 
     words.first.focus()
     page.keyboard.press("ArrowRight")
@@ -294,10 +294,10 @@ def test_words_light_places_and_places_mark_words(page: Page) -> None:
     assert dialog.locator(".word[aria-pressed='true']").count() == 1
     page.keyboard.press("Home")
     page.keyboard.press("Shift+Tab")
-    expect(seen).to_have_class(re.compile("lit"))  # the selection remains
+    expect(square).to_have_class(re.compile("lit"))  # the selection remains
 
     view = dialog.locator(".view")
-    box = seen.bounding_box()
+    box = square.bounding_box()
     assert box
     page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.9 * box["height"])
     expect(message).to_contain_text("row 8, column 3:")
@@ -313,18 +313,18 @@ def test_words_light_places_and_places_mark_words(page: Page) -> None:
 
 
 def test_the_grid_lies_on_what_the_model_sees(page: Page) -> None:
-    """In a picture 1.5 times as wide as high, the model sees the central square."""
+    """The model sees the central square of a picture that is 1.5 times as wide as high."""
     search(page, SCENES[15].caption)
     page.locator("#grid a", has_text=name_of(15)).click()
     dialog = page.get_by_role("dialog")
     expect(dialog.locator(".word").first).to_be_visible()
     expect(dialog.locator(".view img")).not_to_have_js_property("naturalWidth", 0)
-    view, seen = dialog.locator(".view").bounding_box(), dialog.locator(".seen").bounding_box()
+    view, square = dialog.locator(".view").bounding_box(), dialog.locator(".seen").bounding_box()
     assert view
-    assert seen
+    assert square
     assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.02)
-    assert seen["width"] == pytest.approx(seen["height"], abs=2)
-    assert seen["x"] - view["x"] == pytest.approx((view["width"] - seen["width"]) / 2, abs=2)
+    assert square["width"] == pytest.approx(square["height"], abs=2)
+    assert square["x"] - view["x"] == pytest.approx((view["width"] - square["width"]) / 2, abs=2)
 
 
 def test_back_and_forward_lead_through_searches_and_results(page: Page) -> None:

@@ -173,15 +173,15 @@ def test_searches_are_batched_and_answered_as_if_alone(holdings: Holdings) -> No
         holdings.gate.clear()
         first = asyncio.create_task(pipeline.search(queries[:1], 3, deadline=deadline))
         await waiting(pipeline, "search", 0)
-        others = [
+        tasks = [
             asyncio.create_task(pipeline.search([query], k, deadline=deadline))
             for query, k in zip(queries, (2, 5, 10, 9), strict=True)
         ]
-        others.append(asyncio.create_task(pipeline.search(queries[:2], 4, where="number < 2", deadline=deadline)))
-        others.append(asyncio.create_task(pipeline.search(queries[:1], 4, alpha=1.0, deadline=deadline)))
+        tasks.append(asyncio.create_task(pipeline.search(queries[:2], 4, where="number < 2", deadline=deadline)))
+        tasks.append(asyncio.create_task(pipeline.search(queries[:1], 4, alpha=1.0, deadline=deadline)))
         await waiting(pipeline, "search", 7)
         holdings.gate.set()
-        answers = await asyncio.gather(first, *others)
+        answers = await asyncio.gather(first, *tasks)
         assert holdings.searches == [(1, 10), (4, 10), (2, 10), (1, 10)]
         for answer, query, k in zip(answers[1:5], queries, (2, 5, 10, 9), strict=True):
             alone = holdings.search(query[None], k, mode="auto", where=None, alpha=holdings.alpha)
@@ -201,11 +201,11 @@ def test_a_query_that_is_refused_fails_alone(holdings: Holdings) -> None:
         first = asyncio.create_task(pipeline.search([text.embedding], 3, deadline=deadline))
         await waiting(pipeline, "search", 0)
         queries = [text.embedding, text.embedding * float("nan"), text.embedding]
-        others = [asyncio.create_task(pipeline.search([query], 3, deadline=deadline)) for query in queries]
-        others.append(asyncio.create_task(pipeline.search([text.embedding], 3, where="number <", deadline=deadline)))
+        tasks = [asyncio.create_task(pipeline.search([query], 3, deadline=deadline)) for query in queries]
+        tasks.append(asyncio.create_task(pipeline.search([text.embedding], 3, where="number <", deadline=deadline)))
         await waiting(pipeline, "search", 4)
         holdings.gate.set()
-        answers = await asyncio.gather(first, *others, return_exceptions=True)
+        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
         assert [isinstance(answer, InputError) for answer in answers] == [False, False, True, False, True]
 
     with_pipeline(holdings, scenario)

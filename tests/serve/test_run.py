@@ -126,8 +126,8 @@ def start(
 @pytest.fixture(scope="module")
 def command(launch: Callable[..., Server], checkpoint: Path) -> Callable[..., Server]:
     """Return a function that starts ``finelip serve`` with further arguments."""
-    told = ("--checkpoint", checkpoint, "--engine", "torch", "--device", "cpu", "--port", 0)
-    return lambda *words: launch("-m", "finelip_fast.cli", "serve", *told, *words)
+    arguments = ("--checkpoint", checkpoint, "--engine", "torch", "--device", "cpu", "--port", 0)
+    return lambda *words: launch("-m", "finelip_fast.cli", "serve", *arguments, *words)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 40) -> Any:
@@ -185,10 +185,10 @@ def test_what_is_no_http_is_refused_and_answers_go_on(server: Server) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
         assert (head.split()[1], bool(body)) == (b"400", method == b"POST")
     for rest in (b"\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 9000):  # after a request marked as the last one
-        asked = (
+        request = (
             b"POST /v1/search HTTP/1.1" + HOST + JSON + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(SEARCH)
         )
-        answer = say(asked + SEARCH.encode() + rest)
+        answer = say(request + SEARCH.encode() + rest)
         assert answer.startswith(b"HTTP/1.1 200 "), answer
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["results"]
     assert server.ask("GET", "/health/ready")[0] == 200
@@ -307,11 +307,11 @@ def test_what_does_not_end_is_cut_off(start: Callable[..., Server]) -> None:
 
 
 def test_a_port_that_is_taken() -> None:
-    with listen(ServeSettings(port=0)) as taken:
-        port = taken.getsockname()[1]
+    with listen(ServeSettings(port=0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} is in use.*--port"):
             listen(ServeSettings(port=port))
-        assert address_of(taken) == f"http://127.0.0.1:{port}"
+        assert address_of(listener) == f"http://127.0.0.1:{port}"
     with pytest.raises(InputError, match="expected a host name or address of this machine"):
         listen(ServeSettings(host="no.such.name.invalid", port=0))
     with pytest.raises(InputError, match=r"cannot listen on 192\.0\.2\.1"):
@@ -392,9 +392,9 @@ def test_what_is_added_over_http_is_there_after_a_kill(
         assert (hit.id, Path(hit.path or "").read_bytes()) == (second, contents[2])
         status, thumbnail = server.ask("GET", f"/v1/items/{quote(second, safe='')}/thumbnail")
         assert (status, thumbnail[8:12]) == (200, b"WEBP")
-        (gone,) = client.search(image=contents[0], k=1, where="place = 'a'")
+        (deleted_hit,) = client.search(image=contents[0], k=1, where="place = 'a'")
         client.delete([first])
-        assert not Path(gone.path or "").exists()
+        assert not Path(deleted_hit.path or "").exists()
         (last,) = client.add_images(file_of(picture(3))).added
         os.kill(server.process.pid, signal.SIGKILL)
     server.wait()
@@ -453,10 +453,10 @@ def test_shards_are_served_and_those_that_are_gone_are_told(
     victim = next(process for process in processes if "ray::_Server" in " ".join(process.cmdline()))
     victim.kill()
     partial = search()
-    (gone,) = partial["missing"]
+    (missing_shard,) = partial["missing"]
     assert partial["covered"] == 0.5
     assert {hit["shard"] for hit in partial["results"][0]["hits"]} == {str(tmp_path / "a"), str(tmp_path / "b")} - {
-        gone
+        missing_shard
     }
     wait_until(lambda: search()["covered"] == 1)
     code, errors = server.stop()

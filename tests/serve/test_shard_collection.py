@@ -54,9 +54,9 @@ def served(engine: Engine, folders: list[Path]) -> Iterator[ShardCollection]:
 
 
 def test_shards_are_searched_and_looked_at(served: ShardCollection, engine: Engine, folders: list[Path]) -> None:
-    found = served.search(engine.embed_texts(["a red house", "night"]), 6, alpha=0.5)
-    assert (found.covered, found.missing, [len(hits) for hits in found.hits]) == (1, {}, [6, 6])
-    for hits, shards in zip(found.hits, found.shards, strict=True):
+    result = served.search(engine.embed_texts(["a red house", "night"]), 6, alpha=0.5)
+    assert (result.covered, result.missing, [len(hits) for hits in result.hits]) == (1, {}, [6, 6])
+    for hits, shards in zip(result.hits, result.shards, strict=True):
         for hit, shard in zip(hits, shards, strict=True):
             assert shard == str(folders["ab".index(hit.metadata["shard"])])
             assert hit.score == pytest.approx(0.5 * hit.global_score + 0.5 * hit.fine_score, abs=1e-5)

@@ -105,10 +105,10 @@ def test_other_sides_are_refused(path: Path, side: object) -> None:
 
 
 def test_the_latest_are_kept_within_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    encoded_names: list[str] = []
 
     def encoded(self: Thumbnails, key: module._Key) -> bytes:
-        made.append(Path(key.path).name)
+        encoded_names.append(Path(key.path).name)
         return b"x" * (40 if key.side == 160 else 101)
 
     monkeypatch.setattr(Thumbnails, "_encoded", encoded)
@@ -117,11 +117,11 @@ def test_the_latest_are_kept_within_the_capacity(tmp_path: Path, monkeypatch: py
         (tmp_path / name).touch()
     for name in "ababcbac":
         thumbnails.get(tmp_path / name, 160)
-    assert made == [*"abc", "a", "c"]
+    assert encoded_names == [*"abc", "a", "c"]
     for _ in range(2):
         assert len(thumbnails.get(tmp_path / "d", 320)) == 101  # larger than the whole cache, whose content stays
     thumbnails.get(tmp_path / "c", 160)
-    assert made == [*"abc", "a", "c", "d", "d"]
+    assert encoded_names == [*"abc", "a", "c", "d", "d"]
 
 
 def test_a_picture_is_decoded_once_and_a_slow_one_stops_no_other(

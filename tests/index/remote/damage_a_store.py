@@ -38,10 +38,10 @@ def read(uri: Path) -> Content:
 
 
 def search(uri: Path, k: int, where: str | None = None) -> Scores:
-    found = open_store(uri).search(queries(), k, where=where)
+    results = open_store(uri).search(queries(), k, where=where)
     return [
         {item.id: score for item, score in zip(items, row, strict=True)}
-        for items, row in zip(found.items, found.scores.tolist(), strict=True)
+        for items, row in zip(results.items, results.scores.tolist(), strict=True)
     ]
 
 
@@ -62,21 +62,24 @@ def damage(folder: Path, draw: random.Random) -> str:
 def outcome(copy: Path, content: Content, scores: Scores) -> str:
     def hits_are_right(where: str | None) -> bool:
         """Damage can hide an item; what is found is as it was."""
-        return all(hits.items() <= own.items() for hits, own in zip(search(copy, 5, where), scores, strict=True))
+        return all(
+            hits.items() <= item_scores.items()
+            for hits, item_scores in zip(search(copy, 5, where), scores, strict=True)
+        )
 
-    found = set()
+    verdicts = set()
     for is_right in (
         lambda: read(copy) == content,
         lambda: hits_are_right(None),
         lambda: hits_are_right("number < 20"),
     ):
         try:
-            found.add("right" if is_right() else "wrong")
+            verdicts.add("right" if is_right() else "wrong")
         except FineLIPError:
-            found.add("error")
+            verdicts.add("error")
         except BaseException as error:
-            found.add(f"raw {type(error).__name__}: {error!s:.200}")
-    return max(found, key=lambda one: (one not in ("right", "error"), one != "right"))
+            verdicts.add(f"raw {type(error).__name__}: {error!s:.200}")
+    return max(verdicts, key=lambda verdict: (verdict not in ("right", "error"), verdict != "right"))
 
 
 def make(store: Path) -> None:
@@ -98,8 +101,8 @@ def main(folder: str, first: str, stop: str) -> None:
     for number in range(int(first), int(stop)):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(store, copy)
-        what = damage(copy, random.Random(number))
-        print(f"{outcome(copy, content, scores)} ({number}: {what})", flush=True)
+        description = damage(copy, random.Random(number))
+        print(f"{outcome(copy, content, scores)} ({number}: {description})", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def embeddings(rows: int, seed: int = 0) -> Tensor:
 
 
 def add(target: Index | LanceStore, *ids: str, seed: int = 0) -> None:
-    target.add(ids, embeddings(len(ids), seed), [{"of": one} for one in ids])
+    target.add(ids, embeddings(len(ids), seed), [{"of": item} for item in ids])
 
 
 def names(count: int, start: int = 0) -> list[str]:
@@ -53,13 +53,13 @@ def content(of: Index | LanceStore) -> Content:
     """Metadata and the bits of the embedding of each item."""
     if isinstance(of, Index):
         return {
-            one: (meta, row.numpy().tobytes())
-            for one, meta, row in zip(of.ids, of.metadata, of.embeddings, strict=True)
+            item: (meta, row.numpy().tobytes())
+            for item, meta, row in zip(of.ids, of.metadata, of.embeddings, strict=True)
         }
     return {
-        one: (meta, row.numpy().tobytes())
+        item: (meta, row.numpy().tobytes())
         for ids, rows, metadata, _ in of.batches()
-        for one, meta, row in zip(ids, metadata, rows, strict=True)
+        for item, meta, row in zip(ids, metadata, rows, strict=True)
     }
 
 
@@ -68,21 +68,21 @@ def pulled(folder: Path) -> Content:
         return content(index)
 
 
-def counts(done: dict[str, int]) -> tuple[int, int, int, int]:
-    return done["added"], done["replaced"], done["removed"], done["unchanged"]
+def counts(report: dict[str, int]) -> tuple[int, int, int, int]:
+    return report["added"], report["replaced"], report["removed"], report["unchanged"]
 
 
-def damage(store: LanceStore, item: str, what: str) -> None:
+def damage(store: LanceStore, item: str, field: str) -> None:
     """Flip a bit of an item's embedding or metadata where it lies on the disk."""
     metadata, row = content(store)[item]
-    wanted = row if what == "embedding" else json.dumps(metadata).encode()
+    value = row if field == "embedding" else json.dumps(metadata).encode()
     for path in Path(store.uri, "data").iterdir():
         raw = path.read_bytes()
-        if wanted in raw:
-            at = raw.index(wanted) + 5
+        if value in raw:
+            at = raw.index(value) + 5
             path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
             return
-    raise AssertionError(f"the {what} lies in no file as it is")
+    raise AssertionError(f"the {field} lies in no file as it is")
 
 
 @pytest.fixture
@@ -121,26 +121,26 @@ def test_it_is_a_dictionary_with_versions(steps: list[tuple[str, list[str]]]) ->
         model: Content = {}
         versions = {store.version: dict(model)}
         for number, (name, ids) in enumerate(steps):
-            rows, metadata = embeddings(len(ids), number), [{"step": number, "ß\ud800": one} for one in ids]
-            there = [one for one in ids if one in model]
-            if name == "delete" and len(there) < len(ids):
+            rows, metadata = embeddings(len(ids), number), [{"step": number, "ß\ud800": item} for item in ids]
+            existing_ids = [item for item in ids if item in model]
+            if name == "delete" and len(existing_ids) < len(ids):
                 with pytest.raises(InputError, match="not in the store: "):
                     store.delete(ids)
             elif name == "delete":
                 store.delete(ids)
-                for one in ids:
-                    del model[one]
-            elif name == "add" and there:
+                for item in ids:
+                    del model[item]
+            elif name == "add" and existing_ids:
                 with pytest.raises(InputError, match=r"the store already has .*; pass other ids"):
                     store.add(ids, rows, metadata)
             else:
                 getattr(store, name)(ids, rows, metadata)
-                for one, row, meta in zip(ids, rows, metadata, strict=True):
-                    model.pop(one, None)
-                    model[one] = (meta, row.numpy().tobytes())
+                for item, row, meta in zip(ids, rows, metadata, strict=True):
+                    model.pop(item, None)
+                    model[item] = (meta, row.numpy().tobytes())
             assert content(store) == model
             assert len(store) == len(model)
-            assert all((one in store) == (one in model) for one in ids)
+            assert all((item in store) == (item in model) for item in ids)
             versions[store.version] = dict(model)
         for version, expected in versions.items():
             assert content(open_store(store.uri, version=version)) == expected
@@ -154,7 +154,7 @@ def test_new_items_keep_their_order(store: LanceStore) -> None:
     for start in (0, 15000):
         store.add(order[start : start + 15000], embeddings(15000), [{}] * 15000)
     store.delete(order[5:7])
-    assert [one for ids, *_ in store.batches() for one in ids] == order[:5] + order[7:]
+    assert [item for ids, *_ in store.batches() for item in ids] == order[:5] + order[7:]
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_a_table_that_says_what_no_store_can_is_refused(tmp_path: Path, changed:
 
     store = LanceStore(SPEC, tmp_path / "store")
     schema = store.dataset().schema
-    said = json.loads(schema.metadata[tables.SPEC]) | changed
-    table = schema.with_metadata({tables.SPEC: json.dumps(said)}).empty_table()
+    spec = json.loads(schema.metadata[tables.SPEC]) | changed
+    table = schema.with_metadata({tables.SPEC: json.dumps(spec)}).empty_table()
     lance.write_dataset(table, tmp_path / "other")
     with pytest.raises(StoreError, match="expected source, checkpoint, dtype, tokens, width and alpha"):
         open_store(tmp_path / "other")
@@ -267,28 +267,28 @@ def test_of_two_additions_the_second_is_undone(store: LanceStore, monkeypatch: p
 
 
 def test_two_writers(store: LanceStore) -> None:
-    """Of those that add the same item one succeeds; changes of different items are all made."""
+    """One of those that add the same item succeeds; changes of different items are all made."""
     refused: list[Exception] = []
 
-    def write(own: str) -> None:
-        other = LanceStore(SPEC, store.uri)
+    def write(prefix: str) -> None:
+        writer = LanceStore(SPEC, store.uri)
         for number in range(4):
             try:
-                add(other, f"shared {number}", seed=number)
+                add(writer, f"shared {number}", seed=number)
             except InputError as error:
                 refused.append(error)
-            add(other, f"{own} {number}", seed=number)
-            other.upsert(["contended"], embeddings(1, seed=number), [{}])
+            add(writer, f"{prefix} {number}", seed=number)
+            writer.upsert(["contended"], embeddings(1, seed=number), [{}])
 
-    threads = [threading.Thread(target=write, args=[own]) for own in "xy"]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    threads = [threading.Thread(target=write, args=[prefix]) for prefix in "xy"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(refused) == 4
-    assert sorted(one for ids, *_ in store.batches() for one in ids) == [
+    assert sorted(item for ids, *_ in store.batches() for item in ids) == [
         "contended",
-        *(f"{own} {number}" for own in ("shared", "x", "y") for number in range(4)),
+        *(f"{prefix} {number}" for prefix in ("shared", "x", "y") for number in range(4)),
     ]
 
 
@@ -306,23 +306,23 @@ def test_search_agrees_with_an_index(store: LanceStore, k: int, where: str | Non
             target.delete(names(2, start=9))
         queries = torch.cat([embeddings(3, seed=9), rows[:1]]).float()
         for alpha in (None, 0.0, 1.0):
-            found, right = (
+            results, right = (
                 target.search(queries, k, alpha=alpha, where=where, **mode)
                 for target, mode in ((store, {}), (index, {"mode": "exact"}))
             )
-            assert torch.equal(found.scores, right.scores)
-            assert torch.equal(found.numbers, right.numbers)
-            torch.testing.assert_close(found.global_scores, right.global_scores, atol=1e-6, rtol=0)
-            torch.testing.assert_close(found.fine_scores, right.fine_scores, atol=1e-6, rtol=0)
-            for mine, others in zip(found.items, right.items, strict=True):
-                assert [(one.id, one.metadata) for one in mine] == [(one.id, one.metadata) for one in others]
-                assert [one.crc for one in mine] == [zlib.crc32(rows[int(one.id[7:-4])].numpy()) for one in mine]
+            assert torch.equal(results.scores, right.scores)
+            assert torch.equal(results.numbers, right.numbers)
+            torch.testing.assert_close(results.global_scores, right.global_scores, atol=1e-6, rtol=0)
+            torch.testing.assert_close(results.fine_scores, right.fine_scores, atol=1e-6, rtol=0)
+            for hits, expected_hits in zip(results.items, right.items, strict=True):
+                assert [(hit.id, hit.metadata) for hit in hits] == [(hit.id, hit.metadata) for hit in expected_hits]
+                assert [hit.crc for hit in hits] == [zlib.crc32(rows[int(hit.id[7:-4])].numpy()) for hit in hits]
 
 
 def test_searching_an_empty_store_finds_nothing(store: LanceStore) -> None:
-    found = store.search(embeddings(2), 5)
-    assert found.scores.shape == found.fine_scores.shape == found.numbers.shape == (2, 0)
-    assert found.items == [[], []]
+    results = store.search(embeddings(2), 5)
+    assert results.scores.shape == results.fine_scores.shape == results.numbers.shape == (2, 0)
+    assert results.items == [[], []]
     add(store, "a")
     assert store.search(embeddings(0), 5).items == []
     with pytest.raises(InputError, match="k"):
@@ -381,7 +381,7 @@ def test_parts_are_disjoint_and_complete(store: LanceStore, tmp_path: Path) -> N
     for number in range(3):
         pull(store, tmp_path / str(number), part=(number, 3))
         parts.append(pulled(tmp_path / str(number)))
-        assert all(zlib.crc32(one.encode()) % 3 == number for one in parts[-1])
+        assert all(zlib.crc32(item.encode()) % 3 == number for item in parts[-1])
     assert sum(map(len, parts)) == 40
     assert parts[0] | parts[1] | parts[2] == content(store)
     with closing(stored_index(tmp_path / "1")) as part:
@@ -389,7 +389,7 @@ def test_parts_are_disjoint_and_complete(store: LanceStore, tmp_path: Path) -> N
             push(part, store)
         assert push(part, store, remove=False)["unchanged"] == len(part)
     pull(store, tmp_path / "1", part=(1, 2))  # another division moves what it must
-    assert set(pulled(tmp_path / "1")) == {one for one in names(40) if zlib.crc32(one.encode()) % 2 == 1}
+    assert set(pulled(tmp_path / "1")) == {item for item in names(40) if zlib.crc32(item.encode()) % 2 == 1}
     for wrong in ((3, 3), (-1, 2), (0, 0)):
         with pytest.raises(InputError, match=r"expected a part \(i, n\) with 0 <= i < n, got"):
             pull(store, tmp_path / "1", part=wrong)
@@ -401,12 +401,12 @@ def test_an_interrupted_pull_goes_on(store: LanceStore, tmp_path: Path, monkeypa
     pull(store, tmp_path / "whole")
     folder = tmp_path / "copy"
     with monkeypatch.context() as patch:
-        done = []
+        upserts = []
 
-        def upsert(self: Index, *arguments: Any, own: Callable[..., None] = Index.upsert) -> None:
-            if len(done) == 3:
+        def upsert(self: Index, *arguments: Any, original_upsert: Callable[..., None] = Index.upsert) -> None:
+            if len(upserts) == 3:
                 raise KeyboardInterrupt
-            done.append(own(self, *arguments))
+            upserts.append(original_upsert(self, *arguments))
 
         patch.setattr(Index, "upsert", upsert)
         with pytest.raises(KeyboardInterrupt):
@@ -423,12 +423,12 @@ def test_an_interrupted_pull_goes_on(store: LanceStore, tmp_path: Path, monkeypa
 def test_an_interrupted_push_goes_on(index: Index, store: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     add(index, *names(30))
     with monkeypatch.context() as patch:
-        done = []
+        additions = []
 
-        def add_some(self: LanceStore, *arguments: Any, own: Callable[..., None] = LanceStore.add) -> None:
-            if len(done) == 3:
+        def add_some(self: LanceStore, *arguments: Any, original_add: Callable[..., None] = LanceStore.add) -> None:
+            if len(additions) == 3:
                 raise KeyboardInterrupt
-            done.append(own(self, *arguments))
+            additions.append(original_add(self, *arguments))
 
         patch.setattr(LanceStore, "add", add_some)
         with pytest.raises(KeyboardInterrupt):
@@ -438,12 +438,12 @@ def test_an_interrupted_push_goes_on(index: Index, store: LanceStore, monkeypatc
     assert list(content(store).items()) == list(content(index).items())
 
 
-@pytest.mark.parametrize("what", ["embedding", "metadata"])
-def test_damaged_rows_are_never_pulled(store: LanceStore, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("field", ["embedding", "metadata"])
+def test_damaged_rows_are_never_pulled(store: LanceStore, tmp_path: Path, field: str) -> None:
     add(store, *names(12))
     sound = content(store)
     pull(store, tmp_path / "before")
-    damage(store, "photos/7.jpg", what)
+    damage(store, "photos/7.jpg", field)
     with pytest.raises(StoreError, match=r"1 rows of the store at .* are not what was written: 'photos/7.jpg'; delete"):
         pull(store, tmp_path / "copy")
     del sound["photos/7.jpg"]
@@ -501,17 +501,17 @@ def test_stores_of_the_first_format_are_read_and_written(
 
 
 def test_damaged_stores_are_errors_or_right(tmp_path: Path) -> None:
-    tries, told = settings.get_profile("fuzz").max_examples, []
-    while len(told) < tries:
+    tries, outcomes = settings.get_profile("fuzz").max_examples, []
+    while len(outcomes) < tries:
         run = subprocess.run(
-            [sys.executable, DAMAGE, tmp_path, str(len(told)), str(tries)], capture_output=True, text=True
+            [sys.executable, DAMAGE, tmp_path, str(len(outcomes)), str(tries)], capture_output=True, text=True
         )
-        told += run.stdout.splitlines()
+        outcomes += run.stdout.splitlines()
         if run.returncode != 0:
             assert "non-unwinding panic" in run.stderr or "memory allocation of" in run.stderr, run.stderr
-            told.append("ended by Lance, which no code of ours can hold: docs/security.md says so")
-    assert [line for line in told if not line.startswith(("right ", "error ", "ended "))] == []
-    assert any(line.startswith("error ") for line in told)
+            outcomes.append("ended by Lance, which no code of ours can hold: docs/security.md says so")
+    assert [line for line in outcomes if not line.startswith(("right ", "error ", "ended "))] == []
+    assert any(line.startswith("error ") for line in outcomes)
 
 
 def test_a_damaged_item_is_not_pushed(index: Index, store: LanceStore, tmp_path: Path) -> None:
@@ -557,8 +557,8 @@ def test_the_commands(index: Index, tmp_path: Path, capsys: pytest.CaptureFixtur
     add(index, *names(9))
     uri, folder = tmp_path / "store", tmp_path / "index"
     arguments = ["--index", folder, "--storage-option", "region=nowhere", "--storage-option", "endpoint=http://a?b=c"]
-    done = finelip("index", "push", uri, *arguments)
-    assert done == {"added": 9, "replaced": 0, "removed": 0, "unchanged": 0, "version": 2}
+    report = finelip("index", "push", uri, *arguments)
+    assert report == {"added": 9, "replaced": 0, "removed": 0, "unchanged": 0, "version": 2}
     index.delete(names(2))
     assert finelip("index", "push", uri, "--index", folder, "--keep")["removed"] == 0
     assert finelip("index", "push", uri, "--index", folder)["removed"] == 2

@@ -82,19 +82,21 @@ def test_a_store_that_is_gone_is_restored_or_pushed_again(index: Index, store: L
 
 
 def test_a_store_is_opened_by_its_checkpoint_or_another_is_made(store: LanceStore, tmp_path: Path) -> None:
-    other = replace(SPEC, checkpoint="other")
-    refusal(lambda: LanceStore(other, store.uri), "open it with the checkpoint that wrote it, or create another store")
+    other_spec = replace(SPEC, checkpoint="other")
+    refusal(
+        lambda: LanceStore(other_spec, store.uri), "open it with the checkpoint that wrote it, or create another store"
+    )
     assert len(LanceStore(SPEC, store.uri)) == len(IDS)
-    assert len(LanceStore(other, tmp_path / "another")) == 0
+    assert len(LanceStore(other_spec, tmp_path / "another")) == 0
 
 
 def test_an_index_of_rounded_embeddings_is_pushed_from_a_float16_folder(store: LanceStore, tmp_path: Path) -> None:
     with closing(Index(replace(SPEC, dtype="int8"), tmp_path / "rounded")) as rounded:
         rounded.add(IDS, embeddings(4), [{}] * 4)
         refusal(lambda: LanceStore(rounded.spec, tmp_path / "new"), "into a float16 folder, and push that")
-    with closing(Index(SPEC, tmp_path / "whole")) as whole:
-        whole.add(IDS, embeddings(4), [{}] * 4)
-        assert push(whole, LanceStore(whole.spec, tmp_path / "new"))["added"] == 4
+    with closing(Index(SPEC, tmp_path / "whole")) as index:
+        index.add(IDS, embeddings(4), [{}] * 4)
+        assert push(index, LanceStore(index.spec, tmp_path / "new"))["added"] == 4
 
 
 def test_a_place_of_another_table_is_exchanged_for_one_of_its_own(tmp_path: Path) -> None:
@@ -165,9 +167,9 @@ def exchange(store: LanceStore, column: str) -> None:
     """Exchange what two rows have in a column."""
     table = store.dataset().to_table()
     at = table.schema.get_field_index(column)
-    other = pa.chunked_array([table[column].combine_chunks().take([1, 0, 2, 3])])
+    values = pa.chunked_array([table[column].combine_chunks().take([1, 0, 2, 3])])
     lance.write_dataset(
-        table.set_column(at, table.schema.field(at), other), store.uri, mode="overwrite", schema=table.schema
+        table.set_column(at, table.schema.field(at), values), store.uri, mode="overwrite", schema=table.schema
     )
 
 

@@ -31,8 +31,8 @@ def call(arguments):
 
 
 def gradients(function, arguments, grad):
-    wanted = [tensor for tensor in arguments if tensor is not None and tensor.is_floating_point()]
-    return torch.autograd.grad(function(arguments), wanted, grad)
+    leaves = [tensor for tensor in arguments if tensor is not None and tensor.is_floating_point()]
+    return torch.autograd.grad(function(arguments), leaves, grad)
 
 
 def doubled(arguments):
@@ -43,8 +43,8 @@ def doubled(arguments):
 
 
 def exact(arguments, grad):
-    """By autograd of the reference in float64."""
-    reference = lambda given: atrm_reference(AtrmInputs(*given), dtype=torch.float64)  # noqa: E731
+    """Gradients by autograd of the reference in float64."""
+    reference = lambda arguments: atrm_reference(AtrmInputs(*arguments), dtype=torch.float64)  # noqa: E731
     return gradients(reference, doubled(arguments), grad.double())
 
 
@@ -53,11 +53,11 @@ def exact(arguments, grad):
 def test_equals_float64(lengths, scale):
     arguments = inputs(lengths=lengths, scale=scale)
     grad = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
-    found = gradients(call, arguments, grad)
+    grads = gradients(call, arguments, grad)
     expected = exact(arguments, grad)
-    for actual, wanted in zip(found, expected, strict=True):
-        assert actual.shape == wanted.shape
-        torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+    for actual, expected_grad in zip(grads, expected, strict=True):
+        assert actual.shape == expected_grad.shape
+        torch.testing.assert_close(actual.double(), expected_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_gets_exactly_nothing_even_where_it_is_nan():
@@ -65,16 +65,16 @@ def test_padding_gets_exactly_nothing_even_where_it_is_nan():
     with torch.no_grad():
         for item, length in enumerate((0, 3, 7)):
             arguments[0][item, length:] = torch.nan
-    found = gradients(call, arguments, torch.ones(3, 5, 16))
-    assert all(grad.isfinite().all() for grad in found)
-    assert found[0][0].count_nonzero() == found[0][1, 3:].count_nonzero() == 0
+    grads = gradients(call, arguments, torch.ones(3, 5, 16))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[0][0].count_nonzero() == grads[0][1, 3:].count_nonzero() == 0
 
 
 def test_gradients_come_in_the_dtypes_of_the_inputs():
     arguments = inputs()
     arguments[0] = arguments[0].detach().bfloat16().requires_grad_()
-    found = gradients(call, arguments, torch.ones(3, 5, 16, dtype=torch.bfloat16))
-    assert [grad.dtype for grad in found] == [torch.bfloat16, *[torch.float32] * 8]
+    grads = gradients(call, arguments, torch.ones(3, 5, 16, dtype=torch.bfloat16))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, *[torch.float32] * 8]
 
 
 # opcheck looks at the gradients of tensors that it made itself.
@@ -90,7 +90,7 @@ def test_operations_are_registered_as_pytorch_wants_them(module, lengths):
 def test_the_compiled_gradient_is_the_same():
     first, second = inputs(), inputs()
     call(first).square().sum().backward()
-    torch.compile(lambda given: call(given).square().sum(), fullgraph=True, backend="aot_eager")(second).backward()
+    torch.compile(lambda tensors: call(tensors).square().sum(), fullgraph=True, backend="aot_eager")(second).backward()
     for plain, compiled in zip(first, second, strict=True):
         if plain.is_floating_point():
             torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-5, atol=1e-6)

@@ -87,8 +87,8 @@ def by_autograd(grad_out, arguments, dtype):
 def errors(actual, expected):
     """The largest error of each gradient beside the gradient's largest value, and at least beside 1."""
     return {
-        name: (ours.double() - exact).abs().max().item() / max(1.0, exact.abs().max().item())
-        for name, ours, exact in zip(NAMES, actual, expected, strict=True)
+        name: (grad.double() - exact).abs().max().item() / max(1.0, exact.abs().max().item())
+        for name, grad, exact in zip(NAMES, actual, expected, strict=True)
         if exact.numel()
     }
 
@@ -107,9 +107,9 @@ def test_equals_float64s(device, sizes):
     grad_out, arguments = make(**sizes, device=device)
     actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     expected = by_autograd(grad_out, arguments, torch.float64)
-    for ours, exact in zip(actual, expected, strict=True):
-        assert ours.dtype == torch.float32
-        assert ours.shape == exact.shape
+    for grad, exact in zip(actual, expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert grad.shape == exact.shape
     assert max(errors(actual, expected).values()) <= 2e-5
 
 
@@ -145,18 +145,18 @@ def test_padding_takes_no_part(device, poison):
         gradient(grad_out, AtrmInputs(x.masked_fill(padding, value), *arguments[1:]), settings=SMALL)
         for value in (0.0, poison)
     )
-    for ours, expected in zip(poisoned, clean, strict=True):
-        assert torch.equal(ours, expected)
+    for grad, expected in zip(poisoned, clean, strict=True):
+        assert torch.equal(grad, expected)
     assert not poisoned[0].masked_select(padding).any()
 
 
 @pytest.mark.parametrize("elements", [1, 2 * 9 * 16, 3 * 9 * 16 + 1])
 def test_blocks_of_items_change_nothing(monkeypatch, device, elements):
     grad_out, arguments = make(9, 16, lengths=[9, 0, 4, 7, 1], batch=5, device=device)
-    whole = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
+    expected = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", elements)
     blocked = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
-    assert max(errors(blocked, whole).values()) <= 1e-6
+    assert max(errors(blocked, expected).values()) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,9 @@ def test_blocks_of_items_change_nothing(monkeypatch, device, elements):
 )
 def test_how_the_work_is_cut_changes_nothing(device, change):
     grad_out, arguments = make(37, 72, lengths=[37, 30, 5], hidden=12, aggregated=21, device=device)
-    whole = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
+    expected = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     cut = gradient(grad_out, AtrmInputs(*arguments), settings=replace(SMALL, **change))
-    assert max(errors(cut, whole).values()) <= 2e-5
+    assert max(errors(cut, expected).values()) <= 2e-5
 
 
 def test_the_same_bits_every_time(device):
@@ -190,8 +190,8 @@ def test_without_tokens_only_the_anchor_gets_a_gradient(device, sizes):
     anchor = actual.pop("anchor")
     assert anchor.shape == (sizes["batch"], 16)
     assert anchor.isfinite().all()
-    for name, ours in actual.items():
-        assert torch.equal(ours, torch.zeros_like(ours)), name
+    for name, grad in actual.items():
+        assert torch.equal(grad, torch.zeros_like(grad)), name
 
 
 def test_rows_of_length_zero_get_what_autograd_gives_them(device):
@@ -201,14 +201,14 @@ def test_rows_of_length_zero_get_what_autograd_gives_them(device):
     actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     expected = by_autograd(grad_out, arguments, torch.float64)
     assert errors(actual, expected)["x"] <= 1e-6
-    for ours, exact in ((actual[0], expected[0]), (actual[-1], expected[-1])):
-        assert ours.abs().amax(dim=-1).max() > 1e9
+    for grad, exact in ((actual[0], expected[0]), (actual[-1], expected[-1])):
+        assert grad.abs().amax(dim=-1).max() > 1e9
         for item in range(3):
-            torch.testing.assert_close(ours[item].double(), exact[item], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(grad[item].double(), exact[item], rtol=1e-4, atol=1e-5)
 
 
 def in_plain_pytorch(grad_out, arguments):
-    """By autograd in the arguments' own dtype, as one would write it without care."""
+    """Gradients by autograd in the arguments' own dtype, as one would write it without care."""
     return by_autograd(grad_out, arguments, arguments[0].dtype)
 
 
@@ -216,7 +216,7 @@ def in_plain_pytorch(grad_out, arguments):
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
     """The worst of several draws on both sides: one draw's rounding is luck, and differs between processors' products."""
-    ours, plain = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    kernel_errors, plain_errors = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
     for seed in range(8):
         grad_out, arguments = make(23, 65, lengths=[23, 7, 16], device=device, seed=seed)
         arguments[0] += mean
@@ -225,15 +225,15 @@ def test_at_most_twice_as_far_off_as_pytorch(device, dtype, mean):
         expected = by_autograd(grad_out, arguments, torch.float64)
         actual = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
         assert all(grad.dtype == dtype for grad in actual)
-        for worst, found in ((ours, actual), (plain, in_plain_pytorch(grad_out, arguments))):
-            worst.update({name: max(error, worst[name]) for name, error in errors(found, expected).items()})
+        for worst, grads in ((kernel_errors, actual), (plain_errors, in_plain_pytorch(grad_out, arguments))):
+            worst.update({name: max(error, worst[name]) for name, error in errors(grads, expected).items()})
     slack = torch.finfo(dtype).eps + 2e-6
     if (
         INTERPRETED
     ):  # its products are NumPy's, which sum less exactly with AVX-512 than PyTorch's: by a rounding of the mean
         slack += mean * torch.finfo(torch.float32).eps
-    for name, error in ours.items():
-        assert error <= 2 * plain[name] + slack, name
+    for name, error in kernel_errors.items():
+        assert error <= 2 * plain_errors[name] + slack, name
 
 
 def test_each_gradient_has_its_own_tensors_dtype(device):
@@ -252,7 +252,7 @@ def test_autocast_changes_nothing(device, dtype):
     expected = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
     with torch.autocast(device, dtype=dtype):
         inside = gradient(grad_out, AtrmInputs(*arguments), settings=SMALL)
-    assert all(torch.equal(ours, exact) for ours, exact in zip(inside, expected, strict=True))
+    assert all(torch.equal(grad, exact) for grad, exact in zip(inside, expected, strict=True))
 
 
 def test_strided_and_expanded_inputs(device):
@@ -265,10 +265,10 @@ def test_strided_and_expanded_inputs(device):
     actual = gradient(ones, AtrmInputs(tokens[:, 1:], *views, tokens[:, 0]), settings=SMALL)
     assert all(grad.is_contiguous() for grad in actual)
     assert max(errors(actual, expected).values()) <= 2e-5  # PyTorch may add up strided operands in another order
-    one = tokens[:1, 1:].expand(3, -1, -1)
-    actual = gradient(ones, AtrmInputs(one, *rest, tokens[:, 0]), settings=SMALL)
-    expected = gradient(ones, AtrmInputs(one.clone(), *rest, tokens[:, 0]), settings=SMALL)
-    assert all(torch.equal(ours, exact) for ours, exact in zip(actual, expected, strict=True))
+    expanded = tokens[:1, 1:].expand(3, -1, -1)
+    actual = gradient(ones, AtrmInputs(expanded, *rest, tokens[:, 0]), settings=SMALL)
+    expected = gradient(ones, AtrmInputs(expanded.clone(), *rest, tokens[:, 0]), settings=SMALL)
+    assert all(torch.equal(grad, exact) for grad, exact in zip(actual, expected, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors anywhere")

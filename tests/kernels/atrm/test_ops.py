@@ -111,11 +111,11 @@ def test_values_and_gradients_at_the_sizes_of_models(method, device, size, dtype
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
     actual, autograd = (torch.autograd.grad((rows * weights).sum(), leaves) for rows in (out, plain))
     expected = torch.autograd.grad((true * weights.double()).sum(), exact)
-    for name, ours, theirs, best in zip(("x", "anchor", *NAMES), actual, autograd, expected, strict=True):
-        assert ours.dtype == dtype, name
-        error, own = ((gradient.double() - best).abs().max().item() for gradient in (ours, theirs))
+    for name, grad, reference_grad, best in zip(("x", "anchor", *NAMES), actual, autograd, expected, strict=True):
+        assert grad.dtype == dtype, name
+        error, reference_error = ((gradient.double() - best).abs().max().item() for gradient in (grad, reference_grad))
         # Twice PyTorch's own: the scale's gradient is a small sum of large terms.
-        assert error <= 2 * own + floor * max(1.0, best.abs().max().item()), name
+        assert error <= 2 * reference_error + floor * max(1.0, best.abs().max().item()), name
 
 
 @given(tokens=st.integers(1, 20), width=st.integers(8, 96), seed=st.integers(0, 2**16))
@@ -216,9 +216,9 @@ def test_gradient_equals_float64s(device, tokens, width):
     true = in_float64(exact[0], *exact[2:], lengths.tolist(), exact[1])
     actual = torch.autograd.grad((out * weights).sum(), leaves)
     expected = torch.autograd.grad((true * weights.double()).sum(), exact)
-    for name, ours, theirs in zip(("x", "anchor", *NAMES), actual, expected, strict=True):
-        error = (ours.double() - theirs).abs().max().item()
-        assert error <= 1e-5 * max(1.0, theirs.abs().max().item()), name
+    for name, grad, expected_grad in zip(("x", "anchor", *NAMES), actual, expected, strict=True):
+        error = (grad.double() - expected_grad).abs().max().item()
+        assert error <= 1e-5 * max(1.0, expected_grad.abs().max().item()), name
 
 
 def in_plain_pytorch(x, norm_weight, norm_bias, w1, b1, w2, b2, scale, anchor):
@@ -248,10 +248,10 @@ def test_low_precision_gradients_come_back_in_their_inputs_dtype(device, dtype):
     weights = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(device)
     actual = torch.autograd.grad((atrm(leaves[0], *leaves[2:], anchor=leaves[1]) * weights).sum(), leaves)
     expected = torch.autograd.grad((atrm(wide[0], *wide[2:], anchor=wide[1]) * weights).sum(), wide)
-    for name, ours, theirs in zip(("x", "anchor", *NAMES), actual, expected, strict=True):
-        assert ours.dtype == dtype, name
-        error = (ours.float() - theirs).abs().max().item()
-        assert error <= 4 * torch.finfo(dtype).eps * max(1.0, theirs.abs().max().item()), name
+    for name, grad, expected_grad in zip(("x", "anchor", *NAMES), actual, expected, strict=True):
+        assert grad.dtype == dtype, name
+        error = (grad.float() - expected_grad).abs().max().item()
+        assert error <= 4 * torch.finfo(dtype).eps * max(1.0, expected_grad.abs().max().item()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -271,8 +271,10 @@ def test_strided_and_expanded_inputs(device):
     assert not strided.is_contiguous()
     expected = atrm(x, *parameters, anchor=anchor)
     torch.testing.assert_close(atrm(strided, *views, anchor=wide), expected, rtol=0, atol=1e-6)
-    one, first = x[:1].expand(3, -1, -1), anchor[:1].expand(3, -1)
-    torch.testing.assert_close(atrm(one, *parameters, anchor=first), expected[:1].expand(3, -1, -1), rtol=0, atol=1e-6)
+    expanded, first = x[:1].expand(3, -1, -1), anchor[:1].expand(3, -1)
+    torch.testing.assert_close(
+        atrm(expanded, *parameters, anchor=first), expected[:1].expand(3, -1, -1), rtol=0, atol=1e-6
+    )
 
 
 def test_cls_and_patches_as_slices_of_one_tensor(device):
@@ -312,9 +314,9 @@ def test_an_exported_program_has_operations_of_pytorch_alone(device):
     sizes = {"x": {0: batch}, "lengths": {0: batch}, "anchor": {0: batch}}
     program = torch.export.export(Aggregate(), (x, lengths, anchor), dynamic_shapes=sizes)
     assert not [node for node in program.graph.nodes if "finelip" in str(node.target)]
-    some = x[:2].flip(0), lengths[:2].flip(0), anchor[:2].flip(0)
-    expected = atrm(some[0], *parameters, lengths=some[1], anchor=some[2])
-    torch.testing.assert_close(program.module()(*some), expected, rtol=0, atol=1e-5)
+    smaller_batch = x[:2].flip(0), lengths[:2].flip(0), anchor[:2].flip(0)
+    expected = atrm(smaller_batch[0], *parameters, lengths=smaller_batch[1], anchor=smaller_batch[2])
+    torch.testing.assert_close(program.module()(*smaller_batch), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -336,10 +338,10 @@ def test_an_exported_program_has_operations_of_pytorch_alone(device):
 )
 def test_shapes_that_do_not_fit_are_refused(name, shape, message):
     x, parameters, anchor = make(7, 16)
-    given = {"x": x, **dict(zip(NAMES, parameters, strict=True)), "anchor": anchor}
-    given[name] = torch.ones(shape, dtype=torch.int64 if name == "lengths" else torch.float32)
+    arguments = {"x": x, **dict(zip(NAMES, parameters, strict=True)), "anchor": anchor}
+    arguments[name] = torch.ones(shape, dtype=torch.int64 if name == "lengths" else torch.float32)
     with pytest.raises(InputError, match=message):
-        atrm(**given)
+        atrm(**arguments)
 
 
 @pytest.mark.parametrize("lengths", [None, [3, 7, 1]], ids=str)

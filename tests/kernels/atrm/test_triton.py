@@ -137,9 +137,9 @@ def test_equals_the_method_at_any_size(method, device, case):
 def test_how_the_work_is_cut_changes_nothing(device, change):
     x, parameters, anchor = make(37, 72, hidden=20, aggregated=21, device=device)
     lengths = torch.tensor([37, 30, 5], device=device)
-    whole = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=SMALL)
+    expected = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=SMALL)
     cut = aggregate(AtrmInputs(x, *parameters, lengths, anchor), settings=replace(SMALL, **change))
-    torch.testing.assert_close(cut, whole, rtol=0, atol=5e-6)
+    torch.testing.assert_close(cut, expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -175,8 +175,8 @@ def test_tokens_of_a_large_mean_lose_no_more_than_in_pytorch(device, dtype, mean
     if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter cannot multiply
         x = x.float()
     inputs = AtrmInputs(x, *parameters, None, anchor)
-    ours = kernels.token_logits(inputs, fold(inputs), SMALL)
-    assert (ours - expected).abs().max().item() <= 2 * plain + 1e-6
+    logits = kernels.token_logits(inputs, fold(inputs), SMALL)
+    assert (logits - expected).abs().max().item() <= 2 * plain + 1e-6
 
 
 def in_plain_pytorch(x, parameters, anchor):
@@ -222,9 +222,9 @@ def test_padding_is_never_looked_at(device, poison):
 
 def test_lengths_outside_the_tokens_read_nothing_else(device):
     x, parameters, anchor = make(7, 16, device=device)
-    given_, meant = (torch.tensor(lengths, device=device) for lengths in ([900, -3, 4], [7, 0, 4]))
-    out = aggregate(AtrmInputs(x, *parameters, given_, anchor), settings=SMALL)
-    assert torch.equal(out, aggregate(AtrmInputs(x, *parameters, meant, anchor), settings=SMALL))
+    out_of_range, clamped = (torch.tensor(lengths, device=device) for lengths in ([900, -3, 4], [7, 0, 4]))
+    out = aggregate(AtrmInputs(x, *parameters, out_of_range, anchor), settings=SMALL)
+    assert torch.equal(out, aggregate(AtrmInputs(x, *parameters, clamped, anchor), settings=SMALL))
 
 
 @pytest.mark.parametrize("lengths", [torch.int32, torch.int64], ids=str)
@@ -233,9 +233,9 @@ def test_lengths_of_every_integer_type_are_taken(device, lengths):
     strided = torch.tensor([[7, 0], [3, 0], [1, 0]], dtype=lengths, device=device)[:, 0]
     out = aggregate(AtrmInputs(x, *parameters, strided, anchor), settings=SMALL)
     for item, length in enumerate((7, 3, 1)):
-        one = slice(item, item + 1)
-        alone = aggregate(AtrmInputs(x[one, :length], *parameters, None, anchor[one]), settings=SMALL)
-        torch.testing.assert_close(out[one], alone, rtol=0, atol=1e-6)
+        item_slice = slice(item, item + 1)
+        alone = aggregate(AtrmInputs(x[item_slice, :length], *parameters, None, anchor[item_slice]), settings=SMALL)
+        torch.testing.assert_close(out[item_slice], alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
@@ -301,8 +301,8 @@ def test_strided_and_expanded_inputs(device):
     by_column = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(aggregate(AtrmInputs(by_column, *parameters, None, anchor), settings=SMALL), expected)
 
-    one, first = x[:1].expand(3, -1, -1), anchor[:1].expand(3, -1)
-    assert torch.equal(aggregate(AtrmInputs(one, *parameters, None, first), settings=SMALL), expected[[0, 0, 0]])
+    expanded, first = x[:1].expand(3, -1, -1), anchor[:1].expand(3, -1)
+    assert torch.equal(aggregate(AtrmInputs(expanded, *parameters, None, first), settings=SMALL), expected[[0, 0, 0]])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)

@@ -68,10 +68,10 @@ def test_a_gpu_takes_all_items_in_one_product_and_one_selection(monkeypatch):
     alive = torch.arange(20_000)[torch.arange(20_000) % 100 != 1]
     for among in (None, alive):
         calls.clear()
-        found = cosine_candidates(queries, values, scales, 5, among=among)
+        indices = cosine_candidates(queries, values, scales, 5, among=among)
         assert calls.count("selection") == 1
         assert calls.count("product") <= 2
-        assert among is not None or torch.equal(found, on_cpu)
+        assert among is not None or torch.equal(indices, on_cpu)
 
 
 def cut(rows, at):
@@ -104,9 +104,9 @@ def test_equals_numpy_in_any_pieces_and_of_any_choice(chunks, case, count, data)
     expected = expected_candidates(queries, values, scales, count)
     of_chosen = among[expected_candidates(queries, values[among], scales[among], count)]
     for rows, factors in [(values, scales), (pieces, their_scales)]:
-        found = cosine_candidates(queries, rows, factors, count)
-        assert (found.dtype, found.shape) == (torch.int64, (len(queries), min(count, len(values))))
-        assert torch.equal(found, expected)
+        indices = cosine_candidates(queries, rows, factors, count)
+        assert (indices.dtype, indices.shape) == (torch.int64, (len(queries), min(count, len(values))))
+        assert torch.equal(indices, expected)
         assert torch.equal(cosine_candidates(queries, rows, factors, count, among=among), of_chosen)
 
 
@@ -116,8 +116,8 @@ def test_each_query_finds_what_it_finds_alone(chunks, device):
     together = cosine_candidates(queries, items, scales, 11)
     assert together.device == queries.device
     assert torch.equal(together.cpu(), expected_candidates(queries.cpu(), items.cpu(), scales.cpu(), 11))
-    for query, found in zip(queries.split(1), together, strict=True):
-        assert torch.equal(cosine_candidates(query, items, scales, 11)[0], found)
+    for query, indices in zip(queries.split(1), together, strict=True):
+        assert torch.equal(cosine_candidates(query, items, scales, 11)[0], indices)
 
 
 @pytest.mark.parametrize("width", [1024, 1040, 1041, 3000, 200_000])
@@ -129,10 +129,10 @@ def test_products_are_rounded_once_however_wide(chunks, device, width, precision
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = candidates._products(queries.to(device), values.to(device)).cpu()
+        products = candidates._products(queries.to(device), values.to(device)).cpu()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(found, (queries.long() @ values.long().T).float())
+    assert torch.equal(products, (queries.long() @ values.long().T).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -148,8 +148,8 @@ def test_what_is_strided():
     expected = cosine_candidates(queries, values[:, 0].clone(), scales[:, 0].clone(), 9)
     assert torch.equal(cosine_candidates(queries, values[:, 0], scales[:, 0], 9), expected)
     assert torch.equal(cosine_candidates(queries.T.clone().T, values[:, 0].T.clone().T, scales[:, 0], 9), expected)
-    same = cosine_candidates(queries[:1].expand(3, -1), values[:1, 0].expand(50, -1), scales[:1, 0].expand(50), 9)
-    assert same.tolist() == [list(range(9))] * 3
+    indices = cosine_candidates(queries[:1].expand(3, -1), values[:1, 0].expand(50, -1), scales[:1, 0].expand(50), 9)
+    assert indices.tolist() == [list(range(9))] * 3
     assert torch.equal(
         candidates._products(values[:1, 0].expand(2, -1), values[:1, 1].expand(5, -1)).unique(),
         (values[0, 0].long() @ values[0, 1].long()).float()[None],
@@ -161,9 +161,9 @@ def test_what_is_not_finite_is_no_error(chunks):
     queries[2, 3], queries[4, 5] = math.nan, math.inf
     items[2, 0], items[7, 1] = math.nan, -math.inf
     values, scales = quantize(items)
-    found = cosine_candidates(queries, values, scales, 8)
+    indices = cosine_candidates(queries, values, scales, 8)
     finite, first = [0, 1, 3, 4, 5, 6, 8], [0, 1, 2, 3, 4, 5, 6, 8]
-    assert found.tolist() == [first] * 6  # the finite, and of the others the first
+    assert indices.tolist() == [first] * 6  # the finite, and of the others the first
     assert cosine_candidates(queries, values, scales, 7).tolist() == [finite] * 6
     assert cosine_candidates(queries[[2, 4]], values, scales, 3).tolist() == [[0, 1, 3]] * 2
 
@@ -176,8 +176,8 @@ def test_items_in_host_memory_are_searched_on_the_gpu(chunks, device):
     of_chosen = chosen[expected_candidates(queries, values[chosen], scales[chosen], 20)]
     for rows, factors in [(values, scales), (values.pin_memory(), scales.to(device)), (values.split(99), scales)]:
         assert torch.equal(cosine_candidates(queries.to(device), rows, factors, 20).cpu(), expected)
-        found = cosine_candidates(queries.to(device), rows, factors, 20, among=chosen)
-        assert torch.equal(found.cpu(), of_chosen)
+        indices = cosine_candidates(queries.to(device), rows, factors, 20, among=chosen)
+        assert torch.equal(indices.cpu(), of_chosen)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_items_in_host_memory_are_searched_on_the_gpu(chunks, device):
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused(changed, message):
-    given = {
+    valid_arguments = {
         "queries": torch.ones(2, 16),
         "items": torch.ones(9, 16, dtype=torch.int8),
         "item_scales": torch.ones(9),
         "count": 3,
     }
     with pytest.raises(InputError, match=message):
-        cosine_candidates(**(given | changed))
+        cosine_candidates(**(valid_arguments | changed))
 
 
 def test_docstring_example():

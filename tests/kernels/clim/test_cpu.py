@@ -121,16 +121,16 @@ def test_the_order_is_float64s(method, dtype):
     gaps = expected.sort(dim=1, descending=True).values[:, :10].diff().abs()
     clear = (gaps > 1e-6).all(dim=1)
     assert clear.sum() > 50
-    found = scores(queries, items, alpha=0.8).argsort(dim=1, descending=True)[clear, :9]
-    assert torch.equal(found, expected.argsort(dim=1, descending=True)[clear, :9])
+    order = scores(queries, items, alpha=0.8).argsort(dim=1, descending=True)[clear, :9]
+    assert torch.equal(order, expected.argsort(dim=1, descending=True)[clear, :9])
 
 
 @given(size=sizes)
 @settings(max_examples=20, deadline=None)
 def test_swapping_the_sides_transposes(blocks, size):
     queries, items = make_pair(size)
-    there, back = scores(queries, items, alpha=0.3), scores(items, queries, alpha=0.3)
-    torch.testing.assert_close(there, back.T, rtol=0, atol=1e-6)
+    unswapped, swapped = scores(queries, items, alpha=0.3), scores(items, queries, alpha=0.3)
+    torch.testing.assert_close(unswapped, swapped.T, rtol=0, atol=1e-6)
 
 
 @given(size=sizes.filter(lambda size: size["query_tokens"] and size["item_tokens"]))
@@ -159,8 +159,8 @@ def test_strided_expanded_and_mixed_inputs(dtype):
     strided = queries.transpose(0, 2).contiguous().transpose(0, 2)
     wide = torch.stack([items, items], dim=-1)[..., 1]
     torch.testing.assert_close(scores(strided, wide, alpha=0.8), expected, rtol=0, atol=1e-6)
-    one = queries[:1].expand(65, -1, -1)
-    torch.testing.assert_close(scores(one, items, alpha=0.8), expected[:1].expand(65, -1), rtol=0, atol=1e-6)
+    expanded = queries[:1].expand(65, -1, -1)
+    torch.testing.assert_close(scores(expanded, items, alpha=0.8), expected[:1].expand(65, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(scores(queries.float(), items, alpha=0.8), expected, rtol=0, atol=3e-6)
 
 
@@ -168,14 +168,14 @@ def test_strided_expanded_and_mixed_inputs(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_with_its_item_and_its_query(blocks, dtype, token):
     queries, items = make(3, 4, 512, dtype=dtype), make(9, 5, 512, seed=1, dtype=dtype)
-    whole = scores(queries, items, alpha=0.8)
+    clean = scores(queries, items, alpha=0.8)
     items[[1, 6], token, 2] = math.nan
     queries[2, token, 0] = math.nan
     actual = scores(queries, items, alpha=0.8)
     expected_nan = torch.zeros(3, 9, dtype=torch.bool)
     expected_nan[2], expected_nan[:, [1, 6]] = True, True
     assert torch.equal(actual.isnan(), expected_nan)
-    torch.testing.assert_close(actual[~expected_nan], whole[~expected_nan], rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual[~expected_nan], clean[~expected_nan], rtol=0, atol=1e-6)
 
 
 def test_zero_rows_and_constant_rows(blocks):
@@ -238,8 +238,8 @@ def test_int8_sums_are_exact(processor):
     less[..., -1] = 126
     ones = torch.ones(1, 1)
     for items, expected in [(values, 1040 * 127**2), (less, 1040 * 127**2 - 127)]:
-        found = scores(values, items, alpha=0.0, query_scales=ones, item_scales=ones)
-        assert found.item() == 2 * expected
+        score = scores(values, items, alpha=0.0, query_scales=ones, item_scales=ones)
+        assert score.item() == 2 * expected
 
 
 @pytest.mark.skipif(not cpu.has_onednn(), reason="needs a PyTorch with oneDNN")
@@ -249,9 +249,9 @@ def test_a_growing_collection_meets_few_sizes_of_products(monkeypatch):
     monkeypatch.setattr(cpu, "suits_onednn", lambda rows: True)
     monkeypatch.setattr(cpu, "linear", lambda rows, columns: sizes.add(len(rows)) or product(rows, columns))
     items, queries = torch.randn(1200, 3, 64).half(), torch.randn(2, 3, 64)
-    found = [scores(queries, items[:n_items], alpha=0.5) for n_items in range(1, 1200, 7)]
-    for n_items, some in zip(range(1, 1200, 7), found, strict=True):
-        torch.testing.assert_close(some, found[-1][:, :n_items])
+    score_matrices = [scores(queries, items[:n_items], alpha=0.5) for n_items in range(1, 1200, 7)]
+    for n_items, matrix in zip(range(1, 1200, 7), score_matrices, strict=True):
+        torch.testing.assert_close(matrix, score_matrices[-1][:, :n_items])
     assert len(sizes) <= 12
 
 

@@ -45,11 +45,11 @@ def test_equals_float64_whatever_the_blocks(sizes, alpha, tile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient, "_CPU_ELEMENTS", tile)
         scores = clim_scores(queries, items, alpha=alpha)
-        found = torch.autograd.grad(scores, (queries, items), grad)
+        gradients = torch.autograd.grad(scores, (queries, items), grad)
     expected, *expected_grads = exact(queries, items, grad, alpha)
     assert_near(scores.detach(), expected)
-    for actual, wanted in zip(found, expected_grads, strict=True):
-        assert_near(actual, wanted)
+    for actual, expected_gradient in zip(gradients, expected_grads, strict=True):
+        assert_near(actual, expected_gradient)
 
 
 @pytest.mark.parametrize("instructions", [True, False])
@@ -60,10 +60,10 @@ def test_half_precision_rounds_no_more_than_its_result(monkeypatch, dtype, instr
     queries = rows(9, 40, 96, dtype=dtype).requires_grad_()
     items = rows(17, 12, 96, seed=1, dtype=dtype).requires_grad_()
     grad = torch.randn(9, 17, generator=torch.Generator().manual_seed(2))
-    found = torch.autograd.grad(clim_scores(queries, items), (queries, items), grad)
-    for actual, wanted in zip(found, exact(queries, items, grad, 0.8)[1:], strict=True):
+    gradients = torch.autograd.grad(clim_scores(queries, items), (queries, items), grad)
+    for actual, expected_gradient in zip(gradients, exact(queries, items, grad, 0.8)[1:], strict=True):
         assert actual.dtype == dtype
-        assert_near(actual, wanted, torch.finfo(dtype).eps * wanted.abs().max().item())
+        assert_near(actual, expected_gradient, torch.finfo(dtype).eps * expected_gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
@@ -73,9 +73,9 @@ def test_any_number_of_tokens(tokens):
     for sides in ((queries, items), (items, queries)):
         a, b = (side.clone().requires_grad_() for side in sides)
         shape = len(a), len(b)
-        found = torch.autograd.grad(clim_scores(a, b, alpha=0.2), (a, b), grad.reshape(shape))
-        for actual, wanted in zip(found, exact(a, b, grad.reshape(shape), 0.2)[1:], strict=True):
-            assert_near(actual, wanted)
+        gradients = torch.autograd.grad(clim_scores(a, b, alpha=0.2), (a, b), grad.reshape(shape))
+        for actual, expected_gradient in zip(gradients, exact(a, b, grad.reshape(shape), 0.2)[1:], strict=True):
+            assert_near(actual, expected_gradient)
 
 
 def test_a_winner_takes_one_byte_up_to_128_tokens():
@@ -89,20 +89,21 @@ def test_the_first_of_equals_wins_and_a_maximum_of_zero_is_sloped():
     queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).requires_grad_()
     items = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]]).requires_grad_()
     scores = clim_scores(queries, items, alpha=0.0)
-    found = torch.autograd.grad(scores, (queries, items), torch.ones(1, 1))
-    for actual, wanted in zip(found, exact(queries, items, torch.ones(1, 1), 0.0)[1:], strict=True):
-        assert_near(actual, wanted)
-    assert found[1][0, 0, 1] == pytest.approx(0.1 / 2)  # token 1 meets zeros only, the first of them in item token 0
+    gradients = torch.autograd.grad(scores, (queries, items), torch.ones(1, 1))
+    for actual, expected_gradient in zip(gradients, exact(queries, items, torch.ones(1, 1), 0.0)[1:], strict=True):
+        assert_near(actual, expected_gradient)
+    # Token 1 meets zeros only, the first of them in item token 0.
+    assert gradients[1][0, 0, 1] == pytest.approx(0.1 / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_come_in_the_dtypes_of_the_inputs(dtype):
     queries, items = rows(2, 3, 16, dtype=dtype).requires_grad_(), rows(4, 5, 16, seed=1, dtype=dtype).requires_grad_()
     grad = torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
-    found = torch.autograd.grad(clim_scores(queries, items), (queries, items), grad)
-    for actual, wanted in zip(found, exact(queries, items, grad, 0.8)[1:], strict=True):
+    gradients = torch.autograd.grad(clim_scores(queries, items), (queries, items), grad)
+    for actual, expected_gradient in zip(gradients, exact(queries, items, grad, 0.8)[1:], strict=True):
         assert actual.dtype == dtype
-        assert_near(actual, wanted, 2 * torch.finfo(dtype).eps)
+        assert_near(actual, expected_gradient, 2 * torch.finfo(dtype).eps)
 
 
 def test_only_the_side_that_asks_gets_a_gradient():

@@ -63,10 +63,10 @@ def exact_gradient(grad_scores, queries, items, alpha=0.8):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.shape == theirs.shape
-        error = (ours.double().cpu() - theirs).abs().max().item() if ours.numel() else 0.0
-        assert error <= tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
+    for grad, expected_grad in zip(actual, expected, strict=True):
+        assert grad.shape == expected_grad.shape
+        error = (grad.double().cpu() - expected_grad).abs().max().item() if grad.numel() else 0.0
+        assert error <= tolerance * max(1.0, expected_grad.abs().max().item() if expected_grad.numel() else 0.0)
 
 
 def draw_grad(n_queries, n_items, device, seed=2):
@@ -80,11 +80,11 @@ def test_winners_are_torchs(device, maker, query_tokens, item_tokens):
     out, *winners = scores_with_winners(queries, items, alpha=0.8, settings=SMALL)
     expected, *maxima = in_float64(queries, items, 0.8)
     torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=1e-5)
-    for ours, theirs in zip(winners, maxima, strict=True):
-        assert ours.dtype == torch.uint8
-        ours = ours.cpu().int()
-        assert torch.equal(ours & 127, theirs.indices.int())
-        assert torch.equal(ours >= 128, theirs.values <= 0)
+    for codes, maximum in zip(winners, maxima, strict=True):
+        assert codes.dtype == torch.uint8
+        codes = codes.cpu().int()
+        assert torch.equal(codes & 127, maximum.indices.int())
+        assert torch.equal(codes >= 128, maximum.values <= 0)
 
 
 @pytest.mark.parametrize("tokens", [(128, 2), (2, 128)], ids=str)
@@ -151,23 +151,23 @@ def test_a_maximum_of_zero_takes_the_slope(device):
 def test_both_sides_are_the_same_operation(device):
     queries, items = make(3, 7, 24, device=device), make(4, 5, 24, seed=1, device=device)
     grad = draw_grad(3, 4, device)
-    there, back = backward(grad, queries, items), backward(grad.T, items, queries)
-    for ours, theirs in zip(there, reversed(back), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    unswapped, swapped = backward(grad, queries, items), backward(grad.T, items, queries)
+    for unswapped_gradient, swapped_gradient in zip(unswapped, reversed(swapped), strict=True):
+        torch.testing.assert_close(unswapped_gradient, swapped_gradient, rtol=0, atol=1e-6)
 
 
 def test_strided_and_expanded_inputs(device):
     queries, items = make(3, 5, 24, device=device), make(6, 4, 24, seed=1, device=device)
     by_token = queries.transpose(0, 1).contiguous().transpose(0, 1)
     wide = torch.stack([items, items], dim=-1)[..., 1]
-    one = torch.ones((), device=device).expand(3, 6)
+    ones = torch.ones((), device=device).expand(3, 6)
     for views, copies in (
-        ((one, by_token, wide), (one.clone(), queries, items)),
-        ((one, queries[:1].expand(3, -1, -1), items), (one.clone(), queries[[0, 0, 0]], items)),
+        ((ones, by_token, wide), (ones.clone(), queries, items)),
+        ((ones, queries[:1].expand(3, -1, -1), items), (ones.clone(), queries[[0, 0, 0]], items)),
     ):
-        for ours, theirs in zip(backward(*views), backward(*copies), strict=True):
-            assert ours.is_contiguous()
-            assert torch.equal(ours, theirs)
+        for view_gradient, copy_gradient in zip(backward(*views), backward(*copies), strict=True):
+            assert view_gradient.is_contiguous()
+            assert torch.equal(view_gradient, copy_gradient)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy: infinity times zero
@@ -177,10 +177,10 @@ def test_a_gradient_that_is_not_finite_stays_with_its_pair(device, value):
     grad = draw_grad(3, 6, device)
     clean = backward(grad, queries, items)
     grad[1, 4] = value
-    for at, ours, theirs in zip((1, 4), backward(grad, queries, items), clean, strict=True):
-        assert not ours[at].isfinite().any()
-        others = torch.arange(len(ours)) != at
-        assert torch.equal(ours[others], theirs[others])
+    for at, poisoned_gradient, clean_gradient in zip((1, 4), backward(grad, queries, items), clean, strict=True):
+        assert not poisoned_gradient[at].isfinite().any()
+        other_rows = torch.arange(len(poisoned_gradient)) != at
+        assert torch.equal(poisoned_gradient[other_rows], clean_gradient[other_rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -192,18 +192,18 @@ def test_low_precision_is_at_most_twice_as_far_off_as_pytorch(device, dtype):
     s = torch.einsum("qsd,ntd->qnst", *leaves)
     fine = F.leaky_relu(s.max(3).values, 0.1).mean(2) + F.leaky_relu(s.max(2).values, 0.1).mean(2)
     plain = torch.autograd.grad(((0.8 * s[..., 0, 0] + 0.2 * fine) * grad.to(dtype).cpu()).sum(), leaves)
-    for ours, theirs, true in zip(actual, plain, expected, strict=True):
-        assert ours.dtype == dtype
-        error, allowed = ((t.double().cpu() - true).abs().max().item() for t in (ours, theirs))
+    for actual_gradient, plain_gradient, true in zip(actual, plain, expected, strict=True):
+        assert actual_gradient.dtype == dtype
+        error, allowed = ((t.double().cpu() - true).abs().max().item() for t in (actual_gradient, plain_gradient))
         assert error <= 2 * allowed + torch.finfo(dtype).eps
 
 
 def test_small_score_gradients_survive_float16(device):
     """A mean over many pairs can make each one's gradient smaller than float16 holds; their sum is not."""
     queries, items = make(1, 1, 16, device=device).half(), make(1, 1, 16, seed=1, device=device).half()
-    many = items.expand(64, -1, -1)
+    repeated_items = items.expand(64, -1, -1)
     grad = torch.full((1, 64), 2.0**-25, device=device)
-    grad_queries, _ = backward(grad, queries, many, alpha=1.0)
+    grad_queries, _ = backward(grad, queries, repeated_items, alpha=1.0)
     torch.testing.assert_close(grad_queries[0, 0].float(), items[0, 0].float() * 2.0**-19, rtol=0, atol=2.0**-24)
 
 

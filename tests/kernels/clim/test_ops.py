@@ -111,8 +111,8 @@ def test_an_empty_set_scores_zero(device, query_tokens, item_tokens):
 @settings(max_examples=25, deadline=None)
 def test_swapping_the_sides_transposes(device, size, alpha):
     queries, items = make_pair(size, device)
-    there, back = clim_scores(queries, items, alpha=alpha), clim_scores(items, queries, alpha=alpha)
-    torch.testing.assert_close(there, back.T, rtol=0, atol=1e-6)
+    unswapped, swapped = clim_scores(queries, items, alpha=alpha), clim_scores(items, queries, alpha=alpha)
+    torch.testing.assert_close(unswapped, swapped.T, rtol=0, atol=1e-6)
 
 
 @given(size=sizes.filter(lambda size: size["query_tokens"] and size["item_tokens"]))
@@ -137,9 +137,9 @@ def test_row_0_alone_counts_for_the_global_cosine(device):
 
 
 def test_the_ends_of_the_scale(device):
-    one = make(1, 7, 32, device=device)
-    single = one[:, :1]
-    assert clim_scores(one, one, alpha=0.0).item() == pytest.approx(2.0, abs=1e-6)
+    rows = make(1, 7, 32, device=device)
+    single = rows[:, :1]
+    assert clim_scores(rows, rows, alpha=0.0).item() == pytest.approx(2.0, abs=1e-6)
     assert clim_scores(single, -single, alpha=0.0).item() == pytest.approx(-0.2, abs=1e-6)
     assert clim_scores(single, -single, alpha=1.0).item() == pytest.approx(-1.0, abs=1e-6)
 
@@ -149,9 +149,9 @@ def test_the_ends_of_the_scale(device):
 def test_the_blocks_of_the_reference_change_nothing(monkeypatch, device, elements, alpha):
     monkeypatch.setenv("FINELIP_KERNELS", "reference")
     queries, items = make(7, 5, 32, device=device), make(11, 6, 32, seed=1, device=device)
-    whole = clim_scores(queries, items, alpha=alpha)
+    expected = clim_scores(queries, items, alpha=alpha)
     monkeypatch.setattr(formula, "TILE_ELEMENTS", elements)
-    torch.testing.assert_close(clim_scores(queries, items, alpha=alpha), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clim_scores(queries, items, alpha=alpha), expected, rtol=0, atol=1e-6)
 
 
 def test_batches_of_queries_and_of_items_join_to_the_whole(device):
@@ -183,8 +183,8 @@ def test_gradient_equals_float64s(device, query_tokens, item_tokens, alpha):
     exact = [t.double().requires_grad_() for t in (queries, items)]
     actual = torch.autograd.grad((clim_scores(*leaves, alpha=alpha) * weights).sum(), leaves)
     expected = torch.autograd.grad((in_float64(*exact, alpha) * weights.double()).sum(), exact)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=1e-5)
 
 
 def test_the_gradient_of_a_tie_goes_to_one_winner(device):
@@ -227,10 +227,10 @@ def test_low_precision_gradients_come_back_in_their_inputs_dtype(device, dtype):
     wide = [t.detach().float().requires_grad_() for t in leaves]
     actual = torch.autograd.grad(clim_scores(*leaves).sum(), leaves)
     expected = torch.autograd.grad(clim_scores(*wide).sum(), wide)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype
-        error = (ours.float() - theirs).abs().max().item()
-        assert error <= 4 * torch.finfo(dtype).eps * max(1.0, theirs.abs().max().item())
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        assert gradient.dtype == dtype
+        error = (gradient.float() - expected_gradient).abs().max().item()
+        assert error <= 4 * torch.finfo(dtype).eps * max(1.0, expected_gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -257,9 +257,9 @@ def test_what_the_kernels_do_not_take_is_scored_all_the_same(method, device, dty
     actual = torch.autograd.grad(clim_scores(queries, items).sum(), (queries, items))
     expected = torch.autograd.grad(in_float64(*exact, 0.8).sum(), exact)
     assert tuple(gradient.dtype for gradient in actual) == dtypes
-    for ours, theirs in zip(actual, expected, strict=True):
-        allowed = max(1e-5, 2 * torch.finfo(ours.dtype).eps)
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=allowed)
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        allowed = max(1e-5, 2 * torch.finfo(gradient.dtype).eps)
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("forced", ["", "reference"])
@@ -337,9 +337,9 @@ def test_topk_is_best_first_and_ties_go_to_the_lower_index(device, queries, item
     scores, indices = clim_topk(queries, items, k, alpha=alpha)
     assert scores.shape == indices.shape == (len(queries), min(k, len(items)))
     assert (scores.dtype, indices.dtype) == (torch.float32, torch.int64)
-    for row, best, found in zip(clim_scores(queries, items, alpha=alpha).tolist(), scores, indices, strict=True):
+    for row, best, ranking in zip(clim_scores(queries, items, alpha=alpha).tolist(), scores, indices, strict=True):
         order = sorted(range(len(items)), key=lambda i, row=row: (-row[i], i))[:k]
-        assert found.tolist() == order
+        assert ranking.tolist() == order
         assert best.tolist() == pytest.approx([row[i] for i in order], abs=1e-6)
 
 

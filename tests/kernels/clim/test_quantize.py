@@ -116,8 +116,8 @@ def test_any_shape_before_the_rows():
     rows = make(2, 3, 4, 16)
     values, scales = quantize(rows)
     assert error_terms(rows, values, scales).shape == (2, 3, 6)
-    for one, some in zip(quantize(rows[1, 2]), (values[1, 2], scales[1, 2]), strict=True):
-        assert torch.equal(one, some)
+    for actual, expected in zip(quantize(rows[1, 2]), (values[1, 2], scales[1, 2]), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

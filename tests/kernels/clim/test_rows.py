@@ -21,17 +21,17 @@ def items(n):
 
 
 @st.composite
-def pieces(draw, whole):
+def pieces(draw, rows):
     """The same in pieces: tensors and arrays, some empty, some strided, some read-only."""
-    cuts = draw(st.lists(st.integers(0, len(whole)), max_size=8).map(sorted))
-    given = list(whole.tensor_split(cuts))
-    for at, piece in enumerate(given):
+    cuts = draw(st.lists(st.integers(0, len(rows)), max_size=8).map(sorted))
+    parts = list(rows.tensor_split(cuts))
+    for at, piece in enumerate(parts):
         kind = draw(st.sampled_from(["tensor", "strided tensor", "array", "read-only", "strided", "reversed", "odd"]))
         if kind == "strided tensor":
-            given[at] = torch.stack([piece, piece + 1000], dim=1)[:, 0]
+            parts[at] = torch.stack([piece, piece + 1000], dim=1)[:, 0]
         elif kind != "tensor":
-            given[at] = array(piece.numpy(), kind)
-    return given
+            parts[at] = array(piece.numpy(), kind)
+    return parts
 
 
 def array(values, kind):
@@ -57,8 +57,8 @@ def cases(draw, sources=1):
     among = draw(st.none() | st.sets(st.integers(0, max(0, n - 1)), max_size=n).map(sorted)) if n else None
     among = None if among is None else torch.tensor(among, dtype=torch.int64)
     numbers = torch.arange(n) if among is None else among
-    whole = items(n)
-    return whole[numbers], numbers, [Pieces(draw(pieces(whole))).only(among) for _ in range(sources)]
+    rows = items(n)
+    return rows[numbers], numbers, [Pieces(draw(pieces(rows))).only(among) for _ in range(sources)]
 
 
 @given(case=cases(), data=st.data())
@@ -111,22 +111,22 @@ def test_a_choice_without_items():
 # What is copied ------------------------------------------------------------------------------------------------------
 
 
-def owners(rows, given, tiny, monkeypatch):
-    """Each chunk as its length, and which of the given it is a view of."""
+def owners(rows, tensors, tiny, monkeypatch):
+    """Each chunk as its length, and which of the tensors it is a view of."""
     monkeypatch.setattr(_rows, "_TINY_BYTES", tiny)
-    memory = {tensor.untyped_storage().data_ptr(): number for number, tensor in enumerate(given)}
-    found = []
+    memory = {tensor.untyped_storage().data_ptr(): number for number, tensor in enumerate(tensors)}
+    lengths_and_owners = []
     for _, (part,) in chunks([rows], 1, CPU):
-        found.append((len(part), memory.get(part.untyped_storage().data_ptr())))
-    return found
+        lengths_and_owners.append((len(part), memory.get(part.untyped_storage().data_ptr())))
+    return lengths_and_owners
 
 
 def test_what_lies_together_is_a_view(monkeypatch):
-    given = [items(n) for n in (5, 1, 7)]
-    assert owners(Pieces(given), given, 0, monkeypatch) == [(5, 0), (1, 1), (7, 2)]
+    tensors = [items(n) for n in (5, 1, 7)]
+    assert owners(Pieces(tensors), tensors, 0, monkeypatch) == [(5, 0), (1, 1), (7, 2)]
     chosen = torch.tensor([1, 2, 3, 5, 6, 7, 9, 12])
     runs = [(3, 0), (1, 1), (2, 2), (1, 2), (1, 2)]
-    assert owners(Pieces(given).only(chosen), given, 0, monkeypatch) == runs
+    assert owners(Pieces(tensors).only(chosen), tensors, 0, monkeypatch) == runs
 
 
 def test_arrays_are_views_too(monkeypatch):
@@ -134,7 +134,7 @@ def test_arrays_are_views_too(monkeypatch):
     arrays[1].flags.writeable = False
     monkeypatch.setattr(_rows, "_TINY_BYTES", 0)
     addresses = [part.data_ptr() for _, (part,) in chunks([Pieces(arrays)], 1, CPU)]
-    assert addresses == [each.ctypes.data for each in arrays]
+    assert addresses == [array.ctypes.data for array in arrays]
 
 
 def test_a_mapped_file_is_not_copied_and_outlives_its_array(monkeypatch, tmp_path):
@@ -148,26 +148,26 @@ def test_a_mapped_file_is_not_copied_and_outlives_its_array(monkeypatch, tmp_pat
 
 
 def test_tiny_neighbours_are_one_chunk(monkeypatch):
-    given = [items(n) for n in (1, 2, 1, 20, 1, 3, 20, 30, 1)]
+    tensors = [items(n) for n in (1, 2, 1, 20, 1, 3, 20, 30, 1)]
     expected = [(4, None), (20, 3), (4, None), (20, 6), (30, 7), (1, 8)]
-    assert owners(Pieces(given), given, 18 * 16, monkeypatch) == expected
+    assert owners(Pieces(tensors), tensors, 18 * 16, monkeypatch) == expected
     monkeypatch.setattr(_rows, "_COPY_BYTES", 4 * 3 * 16)  # a quarter of it is copied at a time
     expected = [(3, None), (1, 2), (20, 3), (3, None), (1, 5), (20, 6), (30, 7), (1, 8)]
-    assert owners(Pieces(given), given, 18 * 16, monkeypatch) == expected
+    assert owners(Pieces(tensors), tensors, 18 * 16, monkeypatch) == expected
 
 
 def test_a_few_chosen_of_many_pieces_are_one_chunk():
-    whole = items(3000)
+    rows = items(3000)
     chosen = torch.arange(0, 3000, 7)
-    ((first, (part,)),) = chunks([Pieces(whole.split(3)).only(chosen)], 1, CPU)
+    ((first, (part,)),) = chunks([Pieces(rows.split(3)).only(chosen)], 1, CPU)
     assert first == 0
-    assert torch.equal(part, whole[chosen])
+    assert torch.equal(part, rows[chosen])
 
 
 def test_sources_are_cut_where_either_is(monkeypatch):
     monkeypatch.setattr(_rows, "_TINY_BYTES", 0)
-    whole = items(9)
-    sources = [Pieces(whole.tensor_split([2, 6])), Pieces(whole.tensor_split([4, 6]))]
+    rows = items(9)
+    sources = [Pieces(rows.tensor_split([2, 6])), Pieces(rows.tensor_split([4, 6]))]
     assert [first for first, _ in chunks(sources, 1, CPU)] == [0, 2, 4, 6]
 
 
@@ -175,7 +175,7 @@ def test_sources_are_cut_where_either_is(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("other", "got"),
+    ("piece", "got"),
     [
         (torch.ones(2, 3), r"torch.float16 \[n, 3\] on cpu and torch.float32 \[n, 3\] on cpu"),
         (torch.ones(2, 4).half(), r"torch.float16 \[n, 3\] on cpu and torch.float16 \[n, 4\] on cpu"),
@@ -185,10 +185,10 @@ def test_sources_are_cut_where_either_is(monkeypatch):
     ],
     ids=["dtype", "width", "device", "axes", "no axis"],
 )
-def test_pieces_that_differ_are_refused(other, got):
+def test_pieces_that_differ_are_refused(piece, got):
     message = rf"expected pieces \[n, ...\] of one dtype, shape and device, got {got}: convert them first"
     with pytest.raises(InputError, match=message):
-        Pieces([torch.ones(5, 3).half(), other])
+        Pieces([torch.ones(5, 3).half(), piece])
 
 
 def test_no_piece_is_refused():

@@ -71,10 +71,10 @@ def test_two_bits_are_better_than_one() -> None:
 
 
 def test_few_directions_get_the_bits_and_many_the_columns() -> None:
-    few, many = sketch_basis(unit_rows(4000, 128, directions=16)), sketch_basis(unit_rows(20_000, 128))
-    assert (few.bits, few.projection.shape) == (4, (128, 32))
-    assert many.bits < 4
-    assert few.error < many.error
+    narrow_basis, wide_basis = sketch_basis(unit_rows(4000, 128, directions=16)), sketch_basis(unit_rows(20_000, 128))
+    assert (narrow_basis.bits, narrow_basis.projection.shape) == (4, (128, 32))
+    assert wide_basis.bits < 4
+    assert narrow_basis.error < wide_basis.error
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,11 +104,13 @@ def test_estimates_are_those_of_the_numbers_that_codes_stand_for(
         decoded.append((torch.cat(halves).permute(2, 1, 0) - offset) * basis.unit)
     projected = queries @ basis.projection
     expected = clim_scores(projected, torch.cat(decoded), alpha=0.0)
-    found = fine_estimates(queries, basis, parts)
+    estimates = fine_estimates(queries, basis, parts)
     # A weight is off by half a unit, times two to the power of its place.
     largest = projected.abs().amax() / 127 * 2 ** (4 - basis.bits) / 2
     columns = basis.projection.shape[1]
-    assert torch.allclose(found, expected, atol=float(2 * largest * basis.unit * (2 * offset) * columns + 1e-4), rtol=0)
+    assert torch.allclose(
+        estimates, expected, atol=float(2 * largest * basis.unit * (2 * offset) * columns + 1e-4), rtol=0
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,29 +126,29 @@ def test_candidates_are_as_many_as_asked_for_and_each_once(
 ) -> None:
     items, queries = unit_rows(n_items, 3, 16, seed=seed), unit_rows(2, 4, 16, seed=seed + 50)
     chosen = None if among is None else torch.tensor(sorted(n for n in among if n < n_items), dtype=torch.int64)
-    found = sketch_candidates(queries, *sketched(items), *globals_of(items), count, alpha=alpha, among=chosen)
+    candidates = sketch_candidates(queries, *sketched(items), *globals_of(items), count, alpha=alpha, among=chosen)
     allowed = range(n_items) if chosen is None else chosen.tolist()
-    assert found.shape == (2, min(count, len(allowed)))
-    assert (found.diff(dim=1) > 0).all()
-    assert set(found.flatten().tolist()) <= set(allowed)
+    assert candidates.shape == (2, min(count, len(allowed)))
+    assert (candidates.diff(dim=1) > 0).all()
+    assert set(candidates.flatten().tolist()) <= set(allowed)
     if count >= len(allowed):
-        assert found[0].tolist() == list(allowed)  # none is lost
+        assert candidates[0].tolist() == list(allowed)  # none is lost
 
 
 def test_with_the_cosine_alone_candidates_are_those_of_global_rows() -> None:
     items, queries = unit_rows(500, 3, 32), unit_rows(3, 2, 32, seed=1)
     values, scales = globals_of(items)
-    found = sketch_candidates(queries, *sketched(items), values, scales, 20, alpha=1.0)
-    assert torch.equal(found, cosine_candidates(queries[:, 0], values, scales, 20))
+    candidates = sketch_candidates(queries, *sketched(items), values, scales, 20, alpha=1.0)
+    assert torch.equal(candidates, cosine_candidates(queries[:, 0], values, scales, 20))
 
 
 def test_candidates_see_tokens() -> None:
-    """Of items whose global rows are all alike, those whose tokens fit."""
+    """Items whose global rows are all alike are told apart by their tokens."""
     items = unit_rows(400, 6, 64, directions=16)
     items[:, 0] = items[0, 0]
     queries = items[::40].clone()
-    found = sketch_candidates(queries, *sketched(items), *globals_of(items), 5, alpha=0.25)
-    assert [number in row for number, row in zip(range(0, 400, 40), found.tolist(), strict=True)] == [True] * 10
+    candidates = sketch_candidates(queries, *sketched(items), *globals_of(items), 5, alpha=0.25)
+    assert [number in row for number, row in zip(range(0, 400, 40), candidates.tolist(), strict=True)] == [True] * 10
 
 
 def test_blocks_threads_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, object], mes
     items = unit_rows(5, 2, 8)
     basis, parts = sketched(items)
     values, scales = globals_of(items)
-    given_: dict[str, object] = {"queries": unit_rows(1, 2, 8), "basis": basis, "blocks": parts}
-    given_ |= {"items": values, "item_scales": scales, "count": 2, "alpha": 0.5}
+    valid_arguments: dict[str, object] = {"queries": unit_rows(1, 2, 8), "basis": basis, "blocks": parts}
+    valid_arguments |= {"items": values, "item_scales": scales, "count": 2, "alpha": 0.5}
     with pytest.raises(InputError, match=message):
-        sketch_candidates(**(given_ | arguments))  # type: ignore[arg-type]
+        sketch_candidates(**(valid_arguments | arguments))  # type: ignore[arg-type]

@@ -111,9 +111,9 @@ def test_equals_float64(method, chunks, n_queries, n_items, tokens, k, alpha, dt
     items = make(n_items, tokens[1], 24, seed=seed + 1, dtype=dtype)
     expected = expected_topk(method, queries, items, k, alpha)
     for search in SEARCHES.values():
-        found = search(queries, items, k, alpha=alpha)
-        assert found[1].shape == (n_queries, min(k, n_items))
-        assert_same(found, expected)
+        actual = search(queries, items, k, alpha=alpha)
+        assert actual[1].shape == (n_queries, min(k, n_items))
+        assert_same(actual, expected)
 
 
 def axes(items, width=8):
@@ -146,17 +146,17 @@ def test_ties_go_to_the_lower_index(method, chunks, queries, items, k, alpha):
 def test_copies_of_an_item_tie_wherever_they_stand(chunks, search, dtype, copies):
     queries, items = make(3, 5, 40, dtype=dtype), make(7, 6, 40, seed=1, dtype=dtype)
     best, order = search(queries, items, 7, alpha=0.8)
-    found, indices = search(queries, items.repeat(copies, 1, 1), 5 * copies, alpha=0.8)
+    values, indices = search(queries, items.repeat(copies, 1, 1), 5 * copies, alpha=0.8)
     expected = order[:, :5, None] + 7 * torch.arange(copies)
     assert torch.equal(indices, expected.flatten(1))
-    assert torch.equal(found, best[:, :5].repeat_interleave(copies, dim=1))
+    assert torch.equal(values, best[:, :5].repeat_interleave(copies, dim=1))
 
 
 def test_items_that_are_all_alike(chunks, search):
     queries, items = make(2, 3, 16), make(1, 4, 16, seed=1).expand(30, -1, -1)
-    found, indices = search(queries, items, 5, alpha=0.8)
+    values, indices = search(queries, items, 5, alpha=0.8)
     assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert (found == found[:, :1]).all()
+    assert (values == values[:, :1]).all()
 
 
 def test_near_ties_come_in_float64s_order(method, chunks, search):
@@ -179,8 +179,8 @@ def test_the_rounding_of_the_pass_does_not_matter(search):
         return exact + (torch.rand(exact.shape, generator=generator) - 0.5) * 2e-6
 
     quiet = search(queries, items, 25, alpha=0.8)
-    for one, other in zip(search(queries, items, 25, alpha=0.8, score=noisy), quiet, strict=True):
-        assert torch.equal(one, other)
+    for tensor, quiet_tensor in zip(search(queries, items, 25, alpha=0.8, score=noisy), quiet, strict=True):
+        assert torch.equal(tensor, quiet_tensor)
 
 
 @pytest.mark.parametrize("token", [0, 3], ids=["global", "other"])
@@ -189,35 +189,35 @@ def test_nan_comes_last(chunks, search, token):
     finite = [0, 2, 3, 4, 5, 7, 8]
     best, order = search(queries, items[finite], 7, alpha=0.8)
     items[[1, 6], token, 2] = math.nan
-    found, indices = search(queries, items, 9, alpha=0.8)
+    values, indices = search(queries, items, 9, alpha=0.8)
     assert torch.equal(indices[:, :7], torch.tensor(finite)[order])
-    assert torch.equal(found[:, :7], best)
+    assert torch.equal(values[:, :7], best)
     assert indices[:, 7:].tolist() == [[1, 6], [1, 6]]
-    assert found[:, 7:].isnan().all()
+    assert values[:, 7:].isnan().all()
     assert torch.equal(search(queries, items, 4, alpha=0.8)[1], indices[:, :4])
 
 
 def test_a_query_that_is_nan_keeps_the_order_of_the_items(chunks, search):
     queries, items = make(2, 4, 16), make(9, 5, 16, seed=1)
     queries[1, 2, 0] = math.nan
-    found, indices = search(queries, items, 4, alpha=0.8)
-    assert found[0].isfinite().all()
-    assert found[1].isnan().all()
+    values, indices = search(queries, items, 4, alpha=0.8)
+    assert values[0].isfinite().all()
+    assert values[1].isnan().all()
     assert indices[1].tolist() == [0, 1, 2, 3]
 
 
 def test_zero_rows(chunks, search):
     queries, items = torch.zeros(2, 3, 16), make(9, 5, 16, seed=1)
-    found, indices = search(queries, items, 4, alpha=0.8)
-    assert not found.any()
+    values, indices = search(queries, items, 4, alpha=0.8)
+    assert not values.any()
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_strided_items(search):
     queries, items = make(2, 3, 16), make(20, 10, 16, seed=1)
     expected = search(queries, items[::2, 1::3].clone(), 4, alpha=0.8)
-    for one, other in zip(search(queries, items[::2, 1::3], 4, alpha=0.8), expected, strict=True):
-        assert torch.equal(one, other)
+    for tensor, expected_tensor in zip(search(queries, items[::2, 1::3], 4, alpha=0.8), expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
 
 
 def test_needs_no_gradient(search):
@@ -243,10 +243,12 @@ def test_items_mapped_from_a_file(chunks, mapped):
     in_memory, from_file = mapped
     queries, quantized = make(3, 4, 24), quantize_items(in_memory)
     expected = search_full(queries, in_memory, 6, alpha=0.8)
-    for one, other in zip(search_full(queries, from_file, 6, alpha=0.8), expected, strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(search_int8(queries, from_file, 6, alpha=0.8, quantized=quantized), expected, strict=True):
-        assert torch.equal(one, other)
+    for tensor, expected_tensor in zip(search_full(queries, from_file, 6, alpha=0.8), expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
+    for tensor, expected_tensor in zip(
+        search_int8(queries, from_file, 6, alpha=0.8, quantized=quantized), expected, strict=True
+    ):
+        assert torch.equal(tensor, expected_tensor)
 
 
 def test_quantized_items_mapped_from_a_file(chunks, tmp_path):
@@ -257,10 +259,10 @@ def test_quantized_items_mapped_from_a_file(chunks, tmp_path):
         np.save(tmp_path / f"{name}.npy", field.numpy())
         fields.append(np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
     expected = search_int8(queries, items, 6, alpha=0.8, quantized=quantized)
-    for one, other in zip(
+    for tensor, expected_tensor in zip(
         search_int8(queries, items, 6, alpha=0.8, quantized=QuantizedItems(*fields)), expected, strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(tensor, expected_tensor)
 
 
 def cut(rows, at):
@@ -298,9 +300,11 @@ def test_pieces_and_a_choice_of_items(chunks, data, n_items, k, alpha, dtype, se
     best_chosen, order_chosen = search_full(queries, items[chosen], k, alpha=alpha)
     assert order_chosen.shape == (2, min(k, len(chosen)))
     for among, expected in [(None, (best, order)), (chosen, (best_chosen, chosen[order_chosen]))]:
-        for search, more in [(search_full, {}), (search_rounded, {}), (search_int8, {"quantized": quantized})]:
-            for one, other in zip(search(queries, pieces, k, alpha=alpha, among=among, **more), expected, strict=True):
-                assert torch.equal(one, other)
+        for search, options in [(search_full, {}), (search_rounded, {}), (search_int8, {"quantized": quantized})]:
+            for tensor, expected_tensor in zip(
+                search(queries, pieces, k, alpha=alpha, among=among, **options), expected, strict=True
+            ):
+                assert torch.equal(tensor, expected_tensor)
 
 
 def test_no_item_that_is_not_chosen_is_read():
@@ -311,8 +315,8 @@ def test_no_item_that_is_not_chosen_is_read():
     spoilt[chosen] = items[chosen]
     quantized = QuantizedItems(*(field.clone() for field in quantize_items(spoilt)))
     for name, search in SEARCHES.items():
-        more = {"quantized": quantized} if name == "int8" else {}
-        best, indices = search(queries, spoilt, 3, alpha=0.8, among=chosen, **more)
+        options = {"quantized": quantized} if name == "int8" else {}
+        best, indices = search(queries, spoilt, 3, alpha=0.8, among=chosen, **options)
         assert torch.equal(best, expected[0])
         assert torch.equal(indices, chosen[expected[1]])
 
@@ -327,23 +331,26 @@ def test_items_in_host_memory_are_searched_on_the_gpu(monkeypatch, sizes):
     def on_the_gpu(queries, items, *, alpha, query_scales=None, item_scales=None):
         assert queries.is_cuda
         assert items.is_cuda
-        given = [None if t is None else t.cpu() for t in (query_scales, item_scales)]
-        found = scores(queries.cpu(), items.cpu(), alpha=alpha, query_scales=given[0], item_scales=given[1])
-        return found.to(queries.device)
+        scales = [None if t is None else t.cpu() for t in (query_scales, item_scales)]
+        cpu_scores = scores(queries.cpu(), items.cpu(), alpha=alpha, query_scales=scales[0], item_scales=scales[1])
+        return cpu_scores.to(queries.device)
 
     queries, items = make(3, 4, 24), make(101, 5, 24, seed=1, dtype=torch.float16)
     expected = search_full(queries, items, 6, alpha=0.8)
     chosen = torch.tensor([0, 1, 2, 17, 30, 31, 55, 56, 57, 99, 100])
     best, order = search_full(queries, items[chosen], 6, alpha=0.8)
 
-    def check(search, source, **more):
-        for among, wanted in [
+    def check(search, source, **options):
+        for among, expected_result in [
             (None, expected),
             (chosen, (best, chosen[order])),
             (chosen.cuda(), (best, chosen[order])),
         ]:
-            found = search(queries.cuda(), source, 6, alpha=0.8, score=on_the_gpu, among=among, **more)
-            assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
+            actual = search(queries.cuda(), source, 6, alpha=0.8, score=on_the_gpu, among=among, **options)
+            assert all(
+                torch.equal(tensor.cpu(), expected_tensor)
+                for tensor, expected_tensor in zip(actual, expected_result, strict=True)
+            )
 
     for source in (items, items.pin_memory(), items.cuda()):
         check(search_full, source)
@@ -416,9 +423,9 @@ def test_on_a_gpu_neither_pieces_nor_gaps_say_how_often_it_is_waited_for(monkeyp
     def counts(n_pieces, among):
         """Waits, and launches."""
         cut = lambda rows: [piece.as_subclass(OnGpu) for piece in rows.tensor_split(n_pieces)]  # noqa: E731
-        more = {"quantized": QuantizedItems(*map(cut, fields))} if search is search_int8 else {}
+        options = {"quantized": QuantizedItems(*map(cut, fields))} if search is search_int8 else {}
         OnGpu.waits = OnGpu.launches = 0
-        search(queries, cut(items), 5, alpha=0.8, score=scores_in_one_launch, among=among, **more)
+        search(queries, cut(items), 5, alpha=0.8, score=scores_in_one_launch, among=among, **options)
         return OnGpu.waits, OnGpu.launches
 
     alive = torch.arange(600)[torch.arange(600) % 3 != 1]
@@ -438,12 +445,12 @@ def test_few_items_are_scored_again(chunks):
     for row, query in enumerate(queries):  # ten items near each query
         near = slice(10 * row, 10 * row + 10)
         items[near] = F.normalize(query + 0.05 * items[near], dim=-1)
-    found, indices, rescored = exact_topk_int8(
+    values, indices, rescored = exact_topk_int8(
         queries, Pieces(items), quantize_items(items), 10, alpha=0.8, score=scores
     )
     assert indices.sort(dim=1).values.tolist() == [list(range(10 * row, 10 * row + 10)) for row in range(3)]
     assert (rescored.dtype, rescored.tolist()) == (torch.int64, [10, 10, 10])
-    assert torch.equal(found, search_full(queries, items, 10, alpha=0.8)[0])
+    assert torch.equal(values, search_full(queries, items, 10, alpha=0.8)[0])
 
 
 def test_what_a_coarse_pass_leaves_open_is_told_apart_in_float32():
@@ -455,11 +462,11 @@ def test_what_a_coarse_pass_leaves_open_is_told_apart_in_float32():
         passes.append(args[1].dtype)
         return scores(*args, **kwargs)
 
-    *found, rescored = exact_topk_int8(queries, Pieces(items), quantize_items(items), 10, alpha=0.0, score=counted)
+    *int8_best, rescored = exact_topk_int8(queries, Pieces(items), quantize_items(items), 10, alpha=0.0, score=counted)
     assert passes == [torch.float32, torch.int8, torch.float32]  # the global cosine, all in int8, all in float32
     assert (rescored < 20).all()
-    for other in (search_full, search_rounded):
-        assert_same(other(queries, items, 10, alpha=0.0), found)
+    for search in (search_full, search_rounded):
+        assert_same(search(queries, items, 10, alpha=0.0), int8_best)
 
 
 def test_items_that_int8_cannot_tell_apart_are_all_scored_again():
@@ -504,7 +511,9 @@ def test_quantized_items_of_other_items_are_refused():
     st.sampled_from([0.0, 0.8, 1.0]),
     st.booleans(),
 )
-def test_items_kept_in_int8_alone_are_what_it_stands_for(seed: int, sizes: list[int], alpha: float, some: bool) -> None:
+def test_items_kept_in_int8_alone_are_what_it_stands_for(
+    seed: int, sizes: list[int], alpha: float, subset: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = F.normalize(torch.randn(sum(sizes), 3, 8, generator=generator), dim=-1)
     queries = F.normalize(torch.randn(4, 2, 8, generator=generator), dim=-1)
@@ -513,7 +522,7 @@ def test_items_kept_in_int8_alone_are_what_it_stands_for(seed: int, sizes: list[
     items = values * scales[..., None]
     items[:, :1] = anchors
     quantized = QuantizedItems(values, scales, error_terms(items, values, scales), anchors)
-    among = torch.arange(0, sum(sizes), 2) if some else None
+    among = torch.arange(0, sum(sizes), 2) if subset else None
     expected = clim_topk(queries, items, 3, alpha=alpha, among=among)
     pieces = QuantizedItems(*(list(field.split(sizes)) for field in quantized))
     for given_items in (quantized, pieces):
@@ -543,8 +552,8 @@ def test_no_product_of_a_search_is_rounded_whatever_the_process_has_chosen(searc
 
 
 @pytest.mark.parametrize("queries_dtype", DTYPES)
-@pytest.mark.parametrize("kept", ["int8 alone", "int8 beside the items", "items"])
-def test_the_fused_kernels_are_given_rows_of_one_dtype(monkeypatch, queries_dtype, kept):
+@pytest.mark.parametrize("storage", ["int8 alone", "int8 beside the items", "items"])
+def test_the_fused_kernels_are_given_rows_of_one_dtype(monkeypatch, queries_dtype, storage):
     """An index kept in int8 has float16 anchors and float32 queries: of two dtypes the kernels would run nothing."""
     calls = []
 
@@ -558,20 +567,20 @@ def test_the_fused_kernels_are_given_rows_of_one_dtype(monkeypatch, queries_dtyp
     queries, items = make(2, 3, 16, dtype=queries_dtype), make(50, 3, 16, seed=1, dtype=torch.float16)
     quantized = quantize_items(items)
     by_int8 = partial(clim_topk_int8, queries, quantized=quantized, k=5)
-    found = {
+    actual = {
         "int8 alone": lambda: by_int8(items=None)[:2],
         "int8 beside the items": lambda: by_int8(items=items)[:2],
         "items": lambda: clim_topk(queries, items, 5),
-    }[kept]()
+    }[storage]()
     assert calls
-    assert all(ours == theirs for ours, theirs in calls)
+    assert all(query_dtype == item_dtype for query_dtype, item_dtype in calls)
     monkeypatch.undo()
-    expected = by_int8(items=None)[:2] if kept == "int8 alone" else clim_topk(queries, items, 5)
-    assert all(map(torch.equal, found, expected))
+    expected = by_int8(items=None)[:2] if storage == "int8 alone" else clim_topk(queries, items, 5)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_a_pass_over_items_made_of_int8_makes_few_at_a_time(monkeypatch):
-    """On a GPU, where the int8 fits, all of them in float32 would not."""
+    """All items in float32 would not fit on a GPU where the int8 does."""
     monkeypatch.setattr(_rows, "_COPY_BYTES", 10 * 3 * 16 * 4)
     sizes = []
 

@@ -86,8 +86,8 @@ def test_equals_the_method_at_any_size(
 )
 def test_how_the_work_is_cut_changes_nothing(device, cut):
     queries, items = make(5, 9, 72, device=device), make(35, 3, 72, seed=1, device=device)
-    whole = scores(queries, items, alpha=0.8, settings=SMALL)
-    torch.testing.assert_close(scores(queries, items, alpha=0.8, settings=cut), whole, rtol=0, atol=1e-6)
+    expected = scores(queries, items, alpha=0.8, settings=SMALL)
+    torch.testing.assert_close(scores(queries, items, alpha=0.8, settings=cut), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
@@ -139,8 +139,8 @@ def test_default_settings_run(method, device, dtype):
 
 def test_swapping_the_sides_transposes(device):
     queries, items = make(3, 9, 32, device=device), make(4, 5, 32, seed=1, device=device)
-    there, back = (scores(*sides, alpha=0.8, settings=SMALL) for sides in ((queries, items), (items, queries)))
-    torch.testing.assert_close(there, back.T, rtol=0, atol=1e-6)
+    unswapped, swapped = (scores(*sides, alpha=0.8, settings=SMALL) for sides in ((queries, items), (items, queries)))
+    torch.testing.assert_close(unswapped, swapped.T, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
