@@ -26,6 +26,7 @@ _PACKAGES = ("finelip-fast", "torch", "triton", "open_clip_torch", "onnxruntime"
 
 # Distinguishable without colour as well.
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
+_MOST_TICKS = 12  # measured values beyond which an axis has round ones instead
 
 
 def markdown_table(lines: Iterable[list[str]]) -> str:
@@ -232,7 +233,8 @@ def _draw(plot: Plot, title: str, path: Path) -> Path:
         values = sorted({0.0, *(value for x in points for value in x or ())})
         if plot.log_x:  # a plain logarithmic axis would leave out zero
             axes.set_xscale("symlog", base=2, linthresh=min((value for value in values if value > 0), default=1))
-        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
+        if len(values) <= _MOST_TICKS:
+            axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.grid(alpha=0.3)
     if any(series.label for series in plot.series):
         axes.legend()

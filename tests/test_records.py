@@ -103,6 +103,14 @@ def test_a_plot_has_a_title_numbers_and_a_zero(monkeypatch: pytest.MonkeyPatch, 
     assert 0 < positions[0] < positions[1] < positions[2]
 
 
+def test_a_long_curve_has_few_ticks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A label for each of a hundred values could not be read."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    costs = [number / 700 for number in range(100)]
+    axes = drawn(monkeypatch, tmp_path, Plot("x", "hours", "recall (%)", (Series("a", costs, costs),)))
+    assert 2 < len(axes.get_xticks()) <= 12
+
+
 def test_names_stand_on_the_upright_axis_beside_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     axes = drawn(
