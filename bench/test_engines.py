@@ -165,11 +165,7 @@ def race(kind: str, size: int) -> dict[str, Result]:
         ways = {name: (way, PRECISIONS["fp16"]) for name, (way, _) in ways.items()}
     for runtime, why in (("onnx", onnx.why_not()), ("trt", trt.why_not())):
         if why is None and (runtime == "trt" or not ON_GPU or onnx.has_cuda()):
-            ways |= {
-                f"{runtime} {precision}": (partial(in_export, kind, runtime, precision), limit)
-                for precision, limit in PRECISIONS.items()
-                if precision != "int8" or runtime != "onnx" or onnx.adds_bytes_exactly()
-            }
+            ways |= {f"{runtime} {p}": (partial(in_export, kind, runtime, p), limit) for p, limit in PRECISIONS.items()}
     judge = model()
     with torch.inference_mode():
         expected = (judge.encode_image if kind == "pictures" else judge.encode_text)(x)[:, 0].double()

@@ -97,6 +97,11 @@ def test_without_onnx_runtime_the_error_says_how_to_get_it(monkeypatch: pytest.M
         runtime.load_onnxruntime.cache_clear()
 
 
+def test_products_of_bytes_do_not_saturate() -> None:
+    """Without VNNI they do by default."""
+    assert adds_bytes_exactly.__wrapped__()
+
+
 def test_saturating_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
