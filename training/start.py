@@ -46,10 +46,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 by instructions of its own.
-
-    Without them, PyTorch needs up to 40 times as long as in float32 on a CPU.
-    """
+    """Whether a device has instructions for bfloat16; without them, PyTorch multiplies far more slowly than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu.has_bfloat16()

@@ -58,8 +58,7 @@ class OnnxEngine(ExportedEngine):
             raise EngineError("ONNX Runtime cannot multiply in bfloat16 on a CPU; use another precision")
         if precision == "int8" and self.device.type == "cpu" and not adds_bytes_exactly():
             raise EngineError(
-                "8-bit products saturate on this processor, which lacks VNNI, so int8 embeddings would be wrong; "
-                "use another precision"
+                "8-bit products saturate on this processor, so int8 embeddings would be wrong; use another precision"
             )
         if self.device.type == "cuda":
             self._positions_at_once = 32
