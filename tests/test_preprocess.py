@@ -155,7 +155,11 @@ def test_the_source_is_neither_changed_nor_shared() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain.png", "a space.png", "ünï 猫 😀.png", "%41#?.png", "no suffix", "wrong.txt"])
-@pytest.mark.parametrize("kind", [str, Path, os.fsencode, "bytes", "bytearray", "memoryview"], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [str, Path, os.fsencode, "bytes", "bytearray", "memoryview"],
+    ids=["str", "Path", "encoded", "bytes", "bytearray", "memoryview"],
+)
 def test_paths_and_bytes(tmp_path: Path, name: str, kind: object) -> None:
     path = tmp_path / name
     corners().save(path, format="png")
