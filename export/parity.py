@@ -39,6 +39,7 @@ from finelip_fast.runtimes.graph import interface_problems
 from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 DATA = "scenes:test:200"
+REPORTS = ("parity.json", "parity.md")
 BATCHES = (1, 7, 64)
 LENGTHS = (3, 77, 128)  # and the full context
 
@@ -240,7 +241,7 @@ class Report:
         return {"passed": self.passed, **self.facts, **measured}
 
     def write(self, folder: Path) -> None:
-        """Write ``parity.json`` and ``parity.md`` into a folder."""
+        """Write the files of :data:`REPORTS` into a folder."""
         values = {
             "precision": self.precision,
             "passed": self.passed,
@@ -249,8 +250,9 @@ class Report:
             "checks": [vars(check) for check in self.checks],
             "cases": [vars(case) for case in self.cases],
         }
-        (folder / "parity.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        (folder / "parity.md").write_text(str(self), encoding="utf-8")
+        as_json, as_table = (folder / name for name in REPORTS)
+        as_json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        as_table.write_text(str(self), encoding="utf-8")
 
     def __str__(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())

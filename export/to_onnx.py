@@ -11,11 +11,8 @@ if __name__ == "__main__":  # before the imports, whose seconds are part of the 
     raise SystemExit(run_script("export", "onnx"))
 
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,17 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._files import installed, write_error
-from finelip_fast.errors import EngineError, FineLIPError, InputError
+from finelip_fast._files import installed
+from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
+from finelip_fast.export.release import being_written, export_path, finish, hashes
 from finelip_fast.model import FineLIP
 from finelip_fast.runtimes.manifest import (
     PRECISIONS,
     Export,
     Manifest,
     exports_folder,
-    file_hash,
     read,
 )
 from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, has_cuda
@@ -79,7 +76,7 @@ def export_onnx(
         The folder, with ``manifest.json``, ``parity.json`` and ``parity.md`` beside the graphs.
 
     Raises:
-        InputError: An unknown precision, extra or data set; an opset that is too old.
+        InputError: An unknown precision, extra or data set, an opset that is too old, or a folder with other contents.
         CheckpointError: A checkpoint that cannot be loaded.
         EngineError: The files do not reproduce the model.
         WriteError: The folder cannot be written; a previous export is kept.
@@ -89,7 +86,7 @@ def export_onnx(
         raise InputError(f"expected extras of {EXTRAS}, got {sorted(unknown)}")
     if opset < graphs.LEAST_OPSET:
         raise InputError(f"expected opset of at least {graphs.LEAST_OPSET}, got {opset}")
-    folder = Path(out) if out is not None else exports_folder(checkpoint) / f"onnx-{precision}"
+    folder = exports_folder(checkpoint) / f"onnx-{precision}" if out is None else export_path(out)
     model = checkpoints.load(checkpoint) if reference is None else reference.model
     fingerprint = checkpoints.fingerprint(model)
     names = ["image", "text", *extras]
@@ -117,64 +114,6 @@ def export_onnx(
             ),
         )
     return folder
-
-
-# ---- Shared with to_trt.py
-
-
-@contextmanager
-def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
-    """Create a hidden folder that replaces ``folder`` on success; otherwise it is deleted, or kept as ``failed-…``.
-
-    Raises:
-        WriteError: The folder cannot be written. Its previous contents are kept.
-    """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        _take_place(partial, folder)
-    except FineLIPError as error:
-        if keep_failed and isinstance(error, EngineError):
-            failed = folder.with_name(f"failed-{folder.name}")
-            shutil.rmtree(failed, ignore_errors=True)
-            with suppress(OSError):
-                partial.rename(failed)
-        raise
-    except OSError as error:
-        raise write_error(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _take_place(partial: Path, folder: Path) -> None:
-    old = partial.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def finish(partial: Path, report: parity.Report, manifest: Manifest) -> None:
-    """Write the report and the manifest.
-
-    Raises:
-        EngineError: The report refuses the files; the message gives every reason.
-    """
-    report.write(partial)
-    manifest.write(partial)
-    if not report.passed:
-        raise EngineError(f"the {manifest.precision} export is refused: {'; '.join(report.failures)}")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by name."""
-    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 # ---- Graphs

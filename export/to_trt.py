@@ -31,6 +31,7 @@ from finelip_fast.config import FineLIPConfig
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import parity, to_onnx
 from finelip_fast.export.plans import Builder, build_plan, capability, refit_plan
+from finelip_fast.export.release import being_written, export_path, finish, hashes
 from finelip_fast.runtimes import trt as runtime
 from finelip_fast.runtimes.graph import parse
 from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, read, rebuild_command
@@ -79,7 +80,7 @@ def export_trt(
         The folder, with ``manifest.json`` beside the plans, and the report of the comparison if there was one.
 
     Raises:
-        InputError: An unknown precision or profile, or a data set that does not exist.
+        InputError: An unknown precision or profile, a data set that does not exist, or a folder with other contents.
         CheckpointError: A checkpoint that cannot be loaded.
         EngineError: No TensorRT that can build this here, a failed build, weights that do not fit the plans of ``refit``, or
             plans that do not reproduce the model.
@@ -89,6 +90,9 @@ def export_trt(
     batches = profile_batches(profile)
     builder = builder or Builder()
     target = find_target(compute_capability)
+    folder = (
+        _folder(checkpoint, precision, target.compute_capability, builder.strip) if out is None else export_path(out)
+    )
     _check_gpu_options(builder, refit is not None)
     old = None if refit is None else _read_refittable(Path(refit), precision)
     graphs = to_onnx.export_onnx(
@@ -98,7 +102,6 @@ def export_trt(
     options = _options(target, graphs, source, profile, batches, builder)
     if old is not None:
         options = _refitted_options(old, source, options)
-    folder = Path(out) if out is not None else _folder(checkpoint, precision, target.compute_capability, builder.strip)
     manifest = Manifest(
         runtime="trt",
         precision=precision,
@@ -112,7 +115,7 @@ def export_trt(
         if _provable(read(folder).manifest):
             prove_trt(checkpoint, folder, data=data, keep_failed=keep_failed, progress=progress)
         return folder
-    with to_onnx.being_written(folder, keep_failed) as partial:
+    with being_written(folder, keep_failed) as partial:
         for name in _GRAPHS:
             path = graphs / f"{name}.onnx"
             if old is not None:
@@ -121,10 +124,10 @@ def export_trt(
                 shapes = input_shapes(name, FineLIPConfig.from_dict(source.config), batches)
                 plan = build_plan(path, shapes, target, builder, progress=progress)
             (partial / f"{name}.plan").write_bytes(plan)
-        manifest = dataclasses.replace(manifest, files=to_onnx.hashes(partial))
+        manifest = dataclasses.replace(manifest, files=hashes(partial))
         if _provable(manifest):
             report = _compare(partial, manifest, checkpoint, data, progress)
-            to_onnx.finish(partial, report, dataclasses.replace(manifest, proof=report.summary()))
+            finish(partial, report, dataclasses.replace(manifest, proof=report.summary()))
         else:
             manifest.write(partial)
     return folder
@@ -164,10 +167,10 @@ def prove_trt(
     )
     report = _compare(folder, export.manifest, checkpoint, data, progress)
     try:
-        with to_onnx.being_written(folder, keep_failed) as partial:
+        with being_written(folder, keep_failed) as partial:
             for name in export.manifest.files:
                 shutil.copy2(folder / name, partial / name)
-            to_onnx.finish(partial, report, dataclasses.replace(export.manifest, proof=report.summary()))
+            finish(partial, report, dataclasses.replace(export.manifest, proof=report.summary()))
     except EngineError:
         shutil.rmtree(folder)  # refused plans must not be found again
         raise

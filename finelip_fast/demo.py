@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,8 @@ from finelip_fast._files import write_error, write_text_whole, write_whole
 from finelip_fast._pages import render
 from finelip_fast.collection import prepare_root
 from finelip_fast.datasets import Scenes
+from finelip_fast.errors import InputError
+from finelip_fast.index import stored_index
 from finelip_fast.index.spec import CATALOGUE
 from finelip_fast.kernels import clim_scores
 from finelip_fast.metrics import recall
@@ -26,6 +30,7 @@ from finelip_fast.tokenizer import encode_batch, expected_truncation
 
 CLIP_CONTEXT = 77
 _SHOWN_HITS = 5
+_SCENE = re.compile(r"test-\d{6}\.png")  # ids in a demo's index
 
 
 class _Query(NamedTuple):
@@ -83,13 +88,15 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         Recall, times and the path of the page.
 
     Raises:
-        InputError: ``scenes`` or ``queries`` is below 1.
+        InputError: ``scenes`` or ``queries`` is below 1, or the folder holds an index or a page that is not a demo's.
+        StoreError: The folder's index cannot be read.
         WriteError: A picture or a page cannot be written.
     """
     whole_number("scenes", scenes)
     whole_number("queries", queries)
     folder = Path(out)
-    pictures = folder / "scenes"
+    pictures, page = folder / "scenes", folder / "index.html"
+    _refuse_others(folder / "index", pictures, page)
     try:
         pictures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,7 +106,7 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
     for scene, path in tqdm(list(zip(world, paths, strict=True)), desc="draw", disable=not progress):
         write_whole(path, partial(scene.draw().save, format="png"))
 
-    if (folder / "index" / CATALOGUE).exists():  # left by an earlier demo, perhaps with another model
+    if (folder / "index" / CATALOGUE).exists():  # an earlier demo's, perhaps with another model
         shutil.rmtree(folder / "index", ignore_errors=True)
     retriever = Retriever(index=folder / "index")
     started = time.perf_counter()
@@ -118,12 +125,9 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         short = engine.embed_texts(captions, context_length=CLIP_CONTEXT).half()
     images = index.embeddings
     rows = {
-        f"{engine.config.context_length} tokens, global + fine": recall(
-            clim_scores(images, long, alpha=retriever.alpha)
-        ),
-        f"{engine.config.context_length} tokens, global only": recall(clim_scores(images, long, alpha=1.0)),
-        f"{CLIP_CONTEXT} tokens, global + fine": recall(clim_scores(images, short, alpha=retriever.alpha)),
-        f"{CLIP_CONTEXT} tokens, global only (as CLIP)": recall(clim_scores(images, short, alpha=1.0)),
+        f"{length} tokens, {name}": recall(clim_scores(images, embeddings, alpha=alpha))
+        for length, embeddings in ((engine.config.context_length, long), (CLIP_CONTEXT, short))
+        for name, alpha in (("combined", retriever.alpha), ("global only", 1.0))
     }
 
     times, listed = [], []
@@ -142,12 +146,24 @@ def run_demo(out: str | Path, *, scenes: int = 400, queries: int = 16, progress:
         }
         listed.append(_Query(captions[at][:length], captions[at][length:], paths[at].name, searches, why))
 
-    page = folder / "index.html"
     report = DemoReport(scenes, rows, statistics.median(times), index_seconds, str(page))
     metrics = list(next(iter(rows.values())))
     text = render("demo.html", report=report, metrics=metrics, queries=listed, clip_context=CLIP_CONTEXT)
     write_text_whole(page, text)
     return report
+
+
+def _refuse_others(index: Path, pictures: Path, page: Path) -> None:
+    """Refuse to replace an index or a page that is not a demo's."""
+    if (index / CATALOGUE).exists():
+        with closing(stored_index(index)) as opened:
+            foreign = next((item.id for item in opened.items() if not _SCENE.fullmatch(item.id)), None)
+        if foreign is not None:
+            raise InputError(
+                f"expected a folder for the demo alone, but {index} holds {foreign!r:.200}; give another one (--out)"
+            )
+    if page.exists() and not pictures.exists():
+        raise InputError(f"expected a folder for the demo alone, but it holds {page}; give another one (--out)")
 
 
 def _characters_within(caption: str, context: int) -> int:

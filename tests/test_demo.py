@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from finelip_fast import Retriever
 from finelip_fast.demo import DemoReport, _characters_within, run_demo
 from finelip_fast.errors import InputError, WriteError
+from finelip_fast.index import stored_index
 from finelip_fast.tokenizer import encode_batch
 
 SCENES = 40
@@ -56,9 +58,9 @@ def test_long_descriptions_find_their_pictures(report: DemoReport) -> None:
     assert report.scenes == SCENES
     names = list(report.rows)
     assert names[1:] == [
-        names[0].replace("+ fine", "only"),
-        "77 tokens, global + fine",
-        "77 tokens, global only (as CLIP)",
+        names[0].replace("combined", "global only"),
+        "77 tokens, combined",
+        "77 tokens, global only",
     ]
     recalls = [metrics["t2i_recall@1"] for metrics in report.rows.values()]
     assert recalls[0] > 0.85
@@ -118,6 +120,21 @@ def test_a_folder_that_is_no_index_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "index" / "notes.txt").write_text("mine")
     run_demo(tmp_path, scenes=1, queries=1, progress=False)
     assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
+
+
+def test_pictures_and_pages_of_others_are_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with Retriever(index=tmp_path / "index") as retriever:
+        retriever.add_files([path], progress=False)
+    with pytest.raises(InputError, match=r"but .*index holds 'mine\.png'; give another one \(--out\)"):
+        run_demo(tmp_path, scenes=1, progress=False)
+    assert stored_index(tmp_path / "index").ids == ["mine.png"]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    with pytest.raises(InputError, match=r"but it holds .*index\.html; give another one"):
+        run_demo(tmp_path / "site", scenes=1, progress=False)
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,11 @@ import pytest
 import finelip_fast
 from finelip_fast.cli import main
 from finelip_fast.engines import open_engine
-from finelip_fast.errors import EngineError, WriteError
+from finelip_fast.errors import EngineError, InputError, WriteError
 from finelip_fast.export import graphs, to_onnx, to_trt
-from finelip_fast.export.to_onnx import being_written, export_onnx
+from finelip_fast.export.release import being_written, export_path, hashes
+from finelip_fast.export.to_onnx import export_onnx
+from finelip_fast.export.to_trt import export_trt
 from finelip_fast.runtimes.manifest import find, read
 
 resource = pytest.importorskip("resource", reason="limits of files are Unix's")
@@ -128,7 +130,7 @@ def test_plans_are_there_still_when_their_proof_does_not_fit(
     plans.mkdir()
     (plans / "image.plan").write_bytes(b"x" * 5000)
     onnx_manifest = read(checkpoint / "exports" / "onnx-fp32").manifest
-    files = to_onnx.hashes(plans)
+    files = hashes(plans)
 
     class Found:
         manifest = type(onnx_manifest)(
@@ -147,3 +149,28 @@ def test_plans_are_there_still_when_their_proof_does_not_fit(
     with pytest.raises(EngineError, match="the fp16 export is refused"):
         to_trt.prove_trt(checkpoint, plans, progress=False)
     assert names(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_trt])
+def test_a_folder_with_other_contents_is_refused_before_the_work(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, export: Callable[..., Path]
+) -> None:
+    """An export replaces a whole folder, so its name must not be mistaken for that of the folder to put it in."""
+    monkeypatch.setattr(to_onnx.checkpoints, "load", lambda *_: pytest.fail("it worked for nothing"))
+    monkeypatch.setattr(to_trt, "find_target", lambda *_: None)
+    before = names(checkpoint)
+    with pytest.raises(
+        InputError, match=r"got '.*checkpoint', which has other contents \(config\.json, exports, model"
+    ):
+        export(checkpoint, out=checkpoint, data=PAIRS, progress=False)
+    assert names(checkpoint) == before
+
+
+def test_new_empty_and_earlier_folders_may_be_replaced(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "new", tmp_path / "empty", checkpoint / "exports" / "onnx-fp32"):
+        assert export_path(folder) == folder
+    monkeypatch.chdir(tmp_path / "empty")
+    assert export_path(".") == tmp_path / "empty"

@@ -1,0 +1,89 @@
+"""Releasing an export: only one that is complete and proven takes its place in a folder, where engines look for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finelip_fast._files import write_error
+from finelip_fast.errors import EngineError, FineLIPError, InputError
+from finelip_fast.export import parity
+from finelip_fast.runtimes.manifest import MANIFEST, Manifest, file_hash
+
+_NAMES, _SUFFIXES = (MANIFEST, *parity.REPORTS), (".onnx", ".data", ".plan")
+
+
+def export_path(out: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder that an export may replace.
+
+    Raises:
+        InputError: The folder has contents that are not an export's, and would lose them.
+    """
+    folder = Path(os.path.abspath(out))
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in _NAMES and Path(name).suffix not in _SUFFIXES]
+    if foreign:
+        raise InputError(
+            f"expected a new folder for the export, an empty one or that of an earlier export, got {str(folder)!r}, which "
+            f"has other contents ({', '.join(foreign):.80}) and would lose them; give another --out (out=)"
+        )
+    return folder
+
+
+@contextmanager
+def being_written(folder: Path, keep_failed: bool) -> Iterator[Path]:
+    """Create a hidden folder that replaces ``folder`` on success; otherwise it is deleted, or kept as ``failed-…``.
+
+    Raises:
+        WriteError: The folder cannot be written. Its previous contents are kept.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _take_place(partial, folder)
+    except FineLIPError as error:
+        if keep_failed and isinstance(error, EngineError):
+            failed = folder.with_name(f"failed-{folder.name}")
+            shutil.rmtree(failed, ignore_errors=True)
+            with suppress(OSError):
+                partial.rename(failed)
+        raise
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    old = partial.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish(partial: Path, report: parity.Report, manifest: Manifest) -> None:
+    """Write the report and the manifest.
+
+    Raises:
+        EngineError: The report refuses the files; the message gives every reason.
+    """
+    report.write(partial)
+    manifest.write(partial)
+    if not report.passed:
+        raise EngineError(f"the {manifest.precision} export is refused: {'; '.join(report.failures)}")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name."""
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
