@@ -91,29 +91,38 @@ def picture_path(item: str, metadata: Mapping[str, Any], root: Path | None) -> P
 
 
 def prepare_root(index: Index, folders: Sequence[str | os.PathLike[str]]) -> Path:
-    """Return the root of an index; if it has none, it gets the folder, or the common parent of several.
+    """Return :func:`root_of` an index, which keeps it from now on.
 
-    Items from the time when ids were paths as typed get ids relative to the root, one per file.
+    Items that were added before, whose ids are paths as typed, get ids relative to the root, one per file.
+
+    Raises:
+        InputError: As raised by :func:`root_of`.
+        StoreError: The index cannot be read or written.
+    """
+    root = root_of(index, folders)
+    if index.root is None:
+        _take_over(index, root)
+        index.root = root
+    return root
+
+
+def root_of(index: Index | None, folders: Sequence[str | os.PathLike[str]]) -> Path:
+    """Return the root of an index; of one without a root, or that does not exist yet, the common root of the folders.
 
     Raises:
         InputError: The root no longer exists; with another one, every picture would be a new item.
-        StoreError: The index cannot be read or written.
     """
-    if index.root is None:
-        root = common_root(folders)
-        _take_over(index, root)
-        index.root = root
-    root_of_index = index.root
-    assert root_of_index is not None
-    if not root_of_index.is_dir():
+    if index is None or index.root is None:
+        return _common_root(folders)
+    if not index.root.is_dir():
         raise InputError(
-            f"the pictures' folder {str(root_of_index)!r} no longer exists; if it was moved, run "
+            f"the pictures' folder {str(index.root)!r} no longer exists; if it was moved, run "
             f"{remedies.move_root(index.folder)}"
         )
-    return root_of_index
+    return index.root
 
 
-def common_root(folders: Sequence[str | os.PathLike[str]]) -> Path:
+def _common_root(folders: Sequence[str | os.PathLike[str]]) -> Path:
     """Return a folder, or the common parent of several, without links."""
     real = [os.path.realpath(folder) for folder in folders]
     try:
@@ -191,12 +200,13 @@ def list_folder(
         else:
             reason = "not a picture by its name" if kind == "other" else "a folder that cannot be listed"
             listing.skipped.append((str(path), reason))
+    sidecars: set[Path] = set()  # one may belong to several pictures, such as a.jpg and a.png
     for item, path in listing.paths.items():
-        for sidecar in sidecar_names(path):
-            if notes.pop(sidecar, None) is not None:
-                _take_sidecar(listing, item, sidecar)
-                break
-    listing.skipped += notes.values()
+        sidecar = next((sidecar for sidecar in sidecar_names(path) if sidecar in notes), None)
+        if sidecar is not None:
+            sidecars.add(sidecar)
+            _take_sidecar(listing, item, sidecar)
+    listing.skipped += [note for path, note in notes.items() if path not in sidecars]
     for item, values in (fields or {}).items():
         if item in listing.paths:
             listing.fields[item] = {**listing.fields.get(item, {}), **values}
@@ -318,8 +328,7 @@ def plan(index: Index, listing: Listing, root: Path) -> Plan:
     vanished = {item: before for item, before in stored.items() if before.hash and _is_gone(root / item)}
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(differing, pool.map(_hash, (listing.paths[item] for item in differing)), strict=True))
-        # An item without a hash is from the time before hashes; its picture is assumed to be the same.
-        unaltered = [item for item, before in differing.items() if before.hash in (None, hashes[item])]
+        unaltered = [item for item, before in differing.items() if before.hash == hashes[item]]
         moved = _moved(unknown, vanished, listing, pool)
         renamed = {**{item: item for item in unaltered}, **moved}
         items = list(_metadata(index, list(renamed)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, islice
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ from finelip_fast._arguments import listed, one_of, whole_number
 from finelip_fast.collection import Listing, Plan, filter_below, item_id, plan, relabel
 from finelip_fast.errors import ImageError, InputError
 from finelip_fast.index import remedies
-from finelip_fast.index.checks import as_json, check_ids, taken
+from finelip_fast.index.checks import as_json, check_ids, repeated, taken
 from finelip_fast.index.index import Index
 from finelip_fast.index.store import Existing
 from finelip_fast.picture_files import HASH, describe
@@ -119,12 +119,8 @@ class Ingest:
 
         def read(entry: tuple[str, Any, dict[str, Any]]) -> tuple[Tensor | ImageError, dict[str, Any]]:
             _, image, metadata = entry
-            try:
-                # Before the picture is read, so that a file written meanwhile counts as changed later.
-                described = describe(image) if describes else {}
-            except OSError:
-                described = {}
-            return read_picture(preprocess, image), {**described, **metadata}
+            pixels, described = read_picture(preprocess, image, describes=describes)
+            return pixels, {**described, **metadata}
 
         with ThreadPoolExecutor() as pool:
             for chunk in read_ahead(chunks, read, pool):
@@ -203,14 +199,14 @@ class Ingest:
         ids = [item for item, *_ in chunk]
         if self._existing == "error":
             self._check_ids(ids)
-        present = set(self._pending)
-        if self._existing == "skip":
-            present |= self._index.present(ids)
-        elif not present.isdisjoint(ids):
-            repeated = next(item for item in ids if item in present)
-            raise InputError(f"expected unique ids, got {repeated!r} twice")
-        accepted = [entry for entry in chunk if entry[0] not in present]
-        self._pending.update(item for item, *_ in accepted)
+        present = self._index.present(ids) if self._existing == "skip" else set()
+        accepted: Chunk = []
+        for entry in chunk:
+            if entry[0] not in present and entry[0] not in self._pending:
+                self._pending.add(entry[0])
+                accepted.append(entry)
+            elif self._existing != "skip":
+                raise repeated(entry[0])
         return accepted
 
     def _entries(
@@ -318,12 +314,28 @@ def progress_bar(progress: bool | tqdm[Any], total: int | None, unit: str) -> It
         yield progress
 
 
-def read_picture(preprocess: Preprocess, image: Any) -> Tensor | ImageError:
-    """Return the pixels ``[3, S, S]`` of a picture, or the error that prevents reading it."""
+def read_picture(
+    preprocess: Preprocess, image: Any, *, describes: bool = False
+) -> tuple[Tensor | ImageError, dict[str, Any]]:
+    """Read a picture.
+
+    Args:
+        preprocess: Preprocessing that turns a picture into pixels.
+        image: Picture, as :func:`finelip_fast.preprocess.open_image` takes it.
+        describes: Whether it is a file whose own metadata (:func:`finelip_fast.picture_files.describe`) is also read.
+
+    Returns:
+        Its pixels ``[3, S, S]``, or the error that prevents reading it, and the metadata.
+    """
+    described: dict[str, Any] = {}
+    if describes:
+        with suppress(OSError):  # reported as an error of the picture
+            # Before the picture is read, so that a file written meanwhile counts as changed later.
+            described = describe(image)
     try:
-        return preprocess(image)
+        return preprocess(image), described
     except ImageError as error:
-        return error
+        return error, described
 
 
 def read_ahead(

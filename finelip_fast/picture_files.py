@@ -30,6 +30,7 @@ FIELDS = (
 
 _MAX_SIDECAR = 1 << 22  # bytes
 _PIECE = 1 << 20
+_FIRST, _LAST = datetime(1, 1, 2, tzinfo=timezone.utc), datetime(9999, 12, 31, tzinfo=timezone.utc)
 _TIME = re.compile(r"(\d{4})[:-](\d\d)[:-](\d\d)[ T](\d\d):(\d\d):(\d\d)")
 _OFFSET = re.compile(r"[+-]\d\d:\d\d|Z")
 _TURNED = range(5, 9)  # orientations of pictures that are stored sideways
@@ -38,11 +39,14 @@ _TURNED = range(5, 9)  # orientations of pictures that are stored sideways
 def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the size in bytes and the modification time (ISO 8601, UTC, microseconds) of a file.
 
+    Times beyond the years 1 to 9999, which a file may have, count as the first or the last day of these.
+
     Raises:
         OSError: The file does not exist.
     """
     status = os.stat(path)
-    changed = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, timezone.utc)
+    seconds = min(max(status.st_mtime_ns // 1000 / 1e6, _FIRST.timestamp()), _LAST.timestamp())
+    changed = datetime.fromtimestamp(seconds, timezone.utc)
     return {"bytes": status.st_size, "modified": changed.isoformat(timespec="microseconds")}
 
 

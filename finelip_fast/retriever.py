@@ -25,6 +25,7 @@ from finelip_fast.collection import (
     picture_path,
     prepare_root,
     read_fields,
+    root_of,
 )
 from finelip_fast.embedder import Embedder
 from finelip_fast.engines import EngineName
@@ -304,9 +305,10 @@ class Retriever(Embedder):
             StoreError: The index cannot be written; what was written before stays.
         """
         walk_folder(folder, exclude=exclude, include=include)  # raises an error before anything is changed
-        root = prepare_root(self.index, [folder])
+        root = root_of(self.index, [folder])
         fields = None if metadata is None else read_fields(metadata, root, base=folder)
         listing = list_folder(folder, root, exclude=exclude, include=include, fields=fields, index=self._folder)
+        prepare_root(self.index, [root])
         return self._follow(listing, root, sync, batch_size, progress)
 
     def add_files(
@@ -365,8 +367,9 @@ class Retriever(Embedder):
         """
         table = folder_path("table", table)
         base = table.parent if folder is None else folder_path("folder", folder)
-        root = prepare_root(self.index, [base])
+        root = root_of(self.index, [base])
         listing = list_table(table, root, base=base, image_field=image_field)
+        prepare_root(self.index, [root])
         return self._follow(listing, root, False, batch_size, progress)
 
     def _follow(

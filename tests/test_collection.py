@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import finelip_fast
-from finelip_fast import FolderReport, InputError, Retriever, ingest
+from finelip_fast import FolderReport, InputError, Retriever, ingest, picture_files
 from finelip_fast.cli import main
 from finelip_fast.ingest import Ingest
 
@@ -359,6 +359,11 @@ def test_what_another_process_took_out_meanwhile_is_passed_over(
         ("t.csv", "image,title\na.jpg\n", "t.csv, line 2: expected 2 values"),
         ("t.csv", "image,title\na.jpg,b,c\n", "t.csv, line 2: expected 2 values"),
         ("t.csv", b"image\n\xff.jpg\n", "t.csv: expected UTF-8"),
+        (
+            "t.jsonl",
+            '{"image": "a\\u0000.jpg"}',
+            "t.jsonl, line 1: expected the path of a picture in the column 'image'",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_by_its_line(
@@ -396,9 +401,65 @@ def test_an_index_of_paths_as_they_were_typed_is_taken_over(
     retriever.add_images(typed, metadata=[{"n": n} for n in range(4)], progress=False)
     retriever.add_texts(["a text"], ids=["photos"], progress=False)
     encoded.clear()
-    assert counts(retriever.add_folder("photos", progress=False)) == {"added": 3}
+    assert counts(retriever.add_folder("photos", progress=False)) == {"added": 3, "changed": 3}
     assert sorted(retriever.index.ids) == sorted([*ALL, "photos"])
-    assert sorted(encoded) == ["2023/d.jpg", "2024/e.jpg", "2024/f.jpg"]
+    assert sorted(encoded) == ALL, "nothing tells whether a file is still the one that was embedded"
     assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["n"] == 0
     assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["width"] == 40
     assert best(retriever, photos / "2023" / "c.jpg") == "2023/c.jpg"
+
+
+def test_a_picture_takes_the_place_of_what_had_its_id(retriever: Retriever, photos: Path) -> None:
+    """An item without a hash, such as a text, used to be taken for the picture."""
+    retriever.add_texts(["a text"], ids=[str(photos / "a.jpg")], progress=False)
+    assert counts(retriever.add_folder(photos, progress=False)) == {"added": 5, "changed": 1}
+    assert best(retriever, photos / "a.jpg") == "a.jpg"
+    assert counts(retriever.add_folder(photos, progress=False)) == {}
+
+
+def test_a_json_file_belongs_to_every_picture_of_its_name(retriever: Retriever, photos: Path) -> None:
+    draw(photos / "a.png", 7)
+    (photos / "a.json").write_text('{"place": "Lima"}')
+    report = retriever.add_folder(photos, progress=False)
+    assert report.skipped == []
+    assert {hit.id for hit in retriever.search("x", where="place = 'Lima'")} == {"a.jpg", "a.png"}
+
+
+def test_a_line_ends_only_at_its_end(retriever: Retriever, photos: Path) -> None:
+    """Unicode has more line separators than JSON Lines."""
+    title = "one\u2028two\u0085three"
+    (photos / "t.jsonl").write_text(f'{{"image": "a.jpg", "title": "{title}"}}\r\n\n{{"image": "b.png"}}\n', "utf-8")
+    assert counts(retriever.add_table(photos / "t.jsonl", progress=False)) == {"added": 2}
+    assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["title"] == title
+
+
+def test_digits_of_other_scripts_are_text(retriever: Retriever, photos: Path) -> None:
+    (photos / "t.csv").write_text("image,room\na.jpg,1\uff12\n", "utf-8")
+    retriever.add_table(photos / "t.csv", progress=False)
+    assert retriever.index.get(["a.jpg"])["a.jpg"].metadata["room"] == "1\uff12"
+
+
+@pytest.mark.parametrize("seconds", [3e11, -1e11])
+def test_a_time_that_no_calendar_has_is_no_error(
+    retriever: Retriever, photos: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Some file systems store any number."""
+    real = os.stat
+
+    class Status:
+        def __init__(self, path: Any) -> None:
+            self.st_size, self.st_mtime_ns = real(path).st_size, int(seconds * 1e9)
+
+    monkeypatch.setattr(picture_files.os, "stat", lambda path: Status(path))
+    stamp = picture_files.stamp(photos / "a.jpg")
+    assert stamp["modified"].startswith("9999-12-31" if seconds > 0 else "0001-01-02")
+
+
+def test_a_table_that_cannot_be_read_leaves_no_root(retriever: Retriever, photos: Path) -> None:
+    for work in (
+        lambda: retriever.add_folder(photos / "2023", metadata="typo.csv", progress=False),
+        lambda: retriever.add_table(photos / "2023" / "typo.csv", progress=False),
+    ):
+        with pytest.raises(InputError, match=r"cannot read .*typo\.csv"):
+            work()
+        assert retriever.index.root is None

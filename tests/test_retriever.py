@@ -520,6 +520,13 @@ def test_the_same_path_twice_is_refused(retriever: Retriever, tmp_path: Path) ->
     assert len(retriever) == 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_repeated_picture_is_skipped_in_any_batch(retriever: Retriever, tmp_path: Path, batch_size: int) -> None:
+    PICTURES[0].save(tmp_path / "one.png")
+    report = retriever.add_images([tmp_path / "one.png"] * 3, existing="skip", batch_size=batch_size, progress=False)
+    assert report.added == [str(tmp_path / "one.png")]
+
+
 @pytest.mark.parametrize("name", ["ids", "metadata"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("generated", [False, True], ids=["list", "generator"])

@@ -25,6 +25,8 @@ from finelip_fast.cli.items import Forecast, dry_run_option
 from finelip_fast.cli.values import FILE
 from finelip_fast.errors import InputError
 
+_WATCH_MILLISECONDS = 500  # between looks for changes
+
 
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, type=FILE, metavar="SOURCE...")
@@ -70,7 +72,7 @@ def add(
     Run it again to add new pictures, embed changed ones again and follow moved ones. A table of pictures, JSON Lines or CSV,
     is a source, too; its other columns become metadata.
     """
-    from finelip_fast.collection import prepare_root
+    from finelip_fast.collection import prepare_root, root_of
     from finelip_fast.reports import FolderReport
 
     chosen = _sort(sources)  # before a model is loaded
@@ -82,7 +84,7 @@ def add(
     if dry_run:
         if watch:
             raise InputError("expected --watch or --dry-run, got both")
-        return _forecast(chosen, index, sync, exclude, include, root, image_field)
+        return _forecast(chosen, index, sync, exclude, include, metadata, root, image_field)
     if watch:
         _watchfiles()
     retriever = model.open_retriever(index, dtype=dtype)
@@ -94,6 +96,7 @@ def add(
         )
     if retriever.engine.faster:
         warnings.warn(retriever.engine.faster, stacklevel=2)
+    _check_tables(chosen, root_of(retriever.index, chosen.bases(root)), metadata, root, image_field)
     prepare_root(retriever.index, chosen.bases(root))
 
     def run() -> FolderReport:
@@ -111,7 +114,7 @@ def add(
             retriever.index.compact_recent()
         return report
 
-    return _watched(run, sources, index) if watch else run()
+    return _watched(run, chosen, index) if watch else run()
 
 
 @dataclass
@@ -152,29 +155,55 @@ def _sort(sources: Sequence[str]) -> _Sources:
     return result
 
 
+def _check_tables(
+    sources: _Sources, root: Path, metadata: str | None, base: str | None, image_field: str | None
+) -> None:
+    """Read all tables, so that an error in one comes before anything is embedded."""
+    from finelip_fast.collection import read_fields
+
+    for folder in sources.folders if metadata else []:
+        read_fields(metadata or "", root, base=folder)
+    for table in sources.tables:
+        read_fields(table, root, base=base, image_field=image_field)
+
+
 def _forecast(
     sources: _Sources,
     index: str,
     sync: bool,
     exclude: Sequence[str],
     include: Sequence[str],
+    metadata: str | None,
     root: str | None,
     image_field: str | None,
 ) -> Forecast:
     """Return what ``finelip add`` would do; pictures are not read, except changed ones."""
-    from finelip_fast.collection import common_root, list_files, list_folder, list_table, plan
+    from finelip_fast.collection import list_files, list_folder, list_table, plan, read_fields, root_of
     from finelip_fast.index import stored_index, stored_source
     from finelip_fast.ingest import refuse_emptied
 
     opened = stored_index(index) if stored_source(index) is not None else None
-    base = (opened.root if opened is not None else None) or common_root(sources.bases(root))
+    base = root_of(opened, sources.bases(root))
     listings = [
-        *(list_folder(name, base, exclude=exclude, include=include, index=Path(index)) for name in sources.folders),
+        *(
+            list_folder(
+                folder,
+                base,
+                exclude=exclude,
+                include=include,
+                fields=read_fields(metadata, base, base=folder) if metadata else None,
+                index=Path(index),
+            )
+            for folder in sources.folders
+        ),
         *([list_files(sources.pictures, base)] if sources.pictures else []),
-        *(list_table(name, base, base=root or Path(name).parent, image_field=image_field) for name in sources.tables),
+        *(list_table(name, base, base=root, image_field=image_field) for name in sources.tables),
     ]
     changes: dict[str, list[str]] = {"added": [], "changed": [], "moved": [], **({"removed": []} if sync else {})}
+    listed: set[str] = set()  # a picture may be in several listings
     for listing in listings:
+        listing.paths = {item: path for item, path in listing.paths.items() if item not in listed}
+        listed.update(listing.paths)
         if opened is None:
             changes["added"] += listing.paths
             continue
@@ -188,15 +217,35 @@ def _forecast(
     return Forecast(changes)
 
 
-def _watched(run: Callable[[], Any], sources: Sequence[str], index: str) -> Iterator[Any]:
+def _watched(run: Callable[[], Any], sources: _Sources, index: str) -> Iterator[Any]:
+    index_folder = Path(os.path.realpath(index))
+    folders = [Path(os.path.realpath(folder)) for folder in sources.folders]
+    # A file is followed in its folder, since many programs save by giving a new file the name of the old one.
+    files = [_in_real_folder(file) for file in (*sources.pictures, *sources.tables)]
+
+    def is_followed(name: str) -> bool:
+        path = _in_real_folder(name)
+        return not path.is_relative_to(index_folder) and (path in files or any(map(path.is_relative_to, folders)))
+
+    changes = _watchfiles().watch(
+        *folders,
+        *{file.parent for file in files},
+        watch_filter=None,
+        recursive=bool(folders),
+        yield_on_timeout=True,
+        rust_timeout=_WATCH_MILLISECONDS,
+    )
+    next(changes)  # begins to watch, so that nothing is missed that changes during the first run
     yield run()
-    index_folder = os.path.realpath(index)
+    for changed in changes:
+        if any(is_followed(name) for _, name in changed):
+            yield run()
 
-    def is_outside(_: Any, path: str) -> bool:
-        return not os.path.realpath(path).startswith(index_folder + os.sep)
 
-    for _ in _watchfiles().watch(*sources, watch_filter=is_outside):
-        yield run()
+def _in_real_folder(path: str) -> Path:
+    """Absolute path of a file or a link, with the links to its folder resolved."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return Path(os.path.realpath(folder), name)
 
 
 def _watchfiles() -> Any:

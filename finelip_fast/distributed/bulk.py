@@ -39,7 +39,6 @@ from finelip_fast.index.arrays import locked
 from finelip_fast.index.segments import encode, write_segment
 from finelip_fast.index.upkeep import JOB
 from finelip_fast.ingest import as_images, progress_bar, read_ahead, read_picture
-from finelip_fast.picture_files import describe
 from finelip_fast.reports import FolderReport
 from finelip_fast.retriever import Retriever
 from finelip_fast.runtimes.manifest import Precision
@@ -51,6 +50,8 @@ _KEPT_SECONDS = 30.0
 # Number of workers that may die on one task before the job ends.
 _MOST_DEATHS = 16
 _MOST_JOURNAL = 1 << 24  # bytes
+
+_Read = tuple[Tensor | ImageError, dict[str, Any]]  # a file's pixels or the error, and its metadata
 
 
 def index_images(
@@ -299,13 +300,13 @@ class Worker:
         rows: list[int] = []
         described: list[dict[str, Any]] = []
         embeddings: list[Tensor] = []
-        for rows_of_pixels in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
-            readable = {row: pixels for row, pixels in rows_of_pixels if isinstance(pixels, Tensor)}
-            skipped |= {row: str(reason) for row, reason in rows_of_pixels if row not in readable}
+        for batch in self._one_by_one(files, fatal, journal) if before else self._in_batches(files):
+            readable = {row: pixels for row, (pixels, _) in batch if isinstance(pixels, Tensor)}
+            skipped |= {row: str(reason) for row, (reason, _) in batch if row not in readable}
             if readable:
                 embeddings.append(engine.encode_image(torch.stack(list(readable.values()))).to("cpu", torch.float16))
                 rows += readable
-                described += [self.describe(files[row]) for row in readable]
+                described += [metadata for row, (_, metadata) in batch if row in readable]
         name: str | None = None
         crcs: list[int] = []
         if rows:
@@ -320,29 +321,22 @@ class Worker:
             "skipped": sorted(skipped.items()),
         }
 
-    def _in_batches(self, files: Sequence[str]) -> Iterator[list[tuple[int, Tensor | ImageError]]]:
+    def _in_batches(self, files: Sequence[str]) -> Iterator[list[tuple[int, _Read]]]:
         rows, size = range(len(files)), self.job.batch_size
         batches = (list(rows[start : start + size]) for start in rows[::size])
         return read_ahead(batches, lambda row: self.read(files[row]), self.readers)
 
     def _one_by_one(
         self, files: Sequence[str], left_out: Iterable[int], journal: _Journal
-    ) -> Iterator[list[tuple[int, Tensor | ImageError]]]:
+    ) -> Iterator[list[tuple[int, _Read]]]:
         for row in sorted(set(range(len(files))) - set(left_out)):
             journal.write(str(row))
             yield [(row, self.read(files[row]))]
         journal.write("through")
 
-    def read(self, file: str) -> Tensor | ImageError:
-        """Read a file's pixels, or return the error that prevents it."""
-        return read_picture(self.engine.preprocess, file)
-
-    def describe(self, file: str) -> dict[str, Any]:
-        """Read a file's own metadata; empty if the job does not use it."""
-        try:
-            return describe(file) if self.job.describes else {}
-        except OSError:
-            return {}
+    def read(self, file: str) -> _Read:
+        """Read a file's pixels, or the error that prevents it, and the metadata that the job uses."""
+        return read_picture(self.engine.preprocess, file, describes=self.job.describes)
 
 
 class _Pool:

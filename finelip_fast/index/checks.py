@@ -32,8 +32,12 @@ def check_ids(ids: Sequence[str]) -> None:
                 f"expected ids of at most {_LONGEST_ID} bytes, got one of {len(item)} characters, {item!r:.40}…"
             )
         if item in new:
-            raise InputError(f"expected unique ids, got {item!r:.80} twice")
+            raise repeated(item)
         new.add(item)
+
+
+def repeated(item: str) -> InputError:
+    return InputError(f"expected unique ids, got {item!r:.150} twice")
 
 
 def taken(
@@ -41,14 +45,14 @@ def taken(
     remedy: str = "pass other ids, or existing='skip' or existing='replace'",
     place: str = "index",
 ) -> InputError:
-    return InputError(f"the {place} already has {next(iter(present))!r:.80}; {remedy}")
+    return InputError(f"the {place} already has {next(iter(present))!r:.150}; {remedy}")
 
 
 def missing(absent: Sequence[str], place: str = "index") -> InputError:
     remaining = len(absent) - 1
     rest = f" and {remaining} other{'s' * (remaining > 1)}" if remaining else ""
     remedy = "; finelip list or Index.items gives the ids" if place == "index" else ""
-    return InputError(f"not in the {place}: {absent[0]!r:.80}{rest}{remedy}")
+    return InputError(f"not in the {place}: {absent[0]!r:.150}{rest}{remedy}")
 
 
 def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
@@ -56,7 +60,7 @@ def check_embeddings(ids: Sequence[str], embeddings: Tensor) -> None:
     Raises:
         InputError: A row is not of length 1, for example because of NaN; the message names the item.
     """
-    _check_rows("embeddings", embeddings, lambda at: f"item {ids[at]!r:.80}")
+    _check_rows("embeddings", embeddings, lambda at: f"item {ids[at]!r:.150}")
 
 
 def as_queries(queries: Embeddings, width: int) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
-import time
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 
 from finelip_fast import _decode
 from finelip_fast.cli import main
+from finelip_fast.cli.add import _sort, _watched
 from finelip_fast.engines import choice
 from finelip_fast.index import stored_index
 
@@ -114,6 +116,28 @@ def test_a_dry_run_changes_nothing(photos: Path, run: Any, capsys: pytest.Captur
     assert "got none, but the index has 2 from it; nothing was removed" in capsys.readouterr().err
 
 
+def test_a_dry_run_names_each_picture_once_and_fails_as_the_command_does(
+    photos: Path, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("add", "photos", "photos/a.png", "--dry-run")["added"] == ["a.png", "b.png"]
+    for options in ([], ["--dry-run"]):
+        assert main(["add", "photos", "--metadata", "lost.csv", "--quiet", *options]) == 2
+        assert "cannot read lost.csv" in capsys.readouterr().err
+    run("add", "photos")
+    photos.rename("gone")
+    for options in ([], ["--dry-run"]):
+        assert main(["add", "more", "--quiet", *options]) == 2
+        assert "photos' no longer exists; if it was moved, run" in capsys.readouterr().err
+
+
+def test_a_table_with_an_error_is_refused_before_the_work(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("table.csv").write_text("title\na\n")
+    assert main(["add", "photos", "table.csv", "--quiet"]) == 2
+    assert "table.csv, line 2: found no path of a picture" in capsys.readouterr().err
+    with closing(stored_index("finelip-index")) as index:
+        assert (len(index), index.root) == (0, None)
+
+
 def test_the_environment_names_the_index(photos: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINELIP_INDEX", "chosen")
     run("add", "photos")
@@ -161,8 +185,8 @@ def test_a_watched_folder_is_followed(photos: Path) -> None:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "2 added, 0 skipped\n"
-            time.sleep(1)  # until the folder is watched
-            draw(photos / "new.png")
+            draw(photos.with_name("new.png"))
+            photos.with_name("new.png").rename(photos / "new.png")  # complete at once
             assert process.stdout.readline() == "1 added, 0 skipped\n"
             (photos / "new.png").unlink()
             assert process.stdout.readline() == "0 added, 1 removed, 0 skipped\n"
@@ -170,14 +194,45 @@ def test_a_watched_folder_is_followed(photos: Path) -> None:
             process.kill()
 
 
+def in_time(work: Callable[[], Any]) -> Any:
+    """Return the result of some work that would otherwise wait forever for a change."""
+    results: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=lambda: results.put(work()), daemon=True).start()
+    return results.get(timeout=300)
+
+
+def test_what_changes_during_the_first_run_is_followed(photos: Path) -> None:
+    pytest.importorskip("watchfiles")
+    runs = [lambda: draw(photos / "late.png"), lambda: "followed"]
+    followed = _watched(lambda: runs.pop(0)(), _sort(["photos"]), "index")
+    next(followed)
+    assert in_time(lambda: next(followed)) == "followed"
+
+
+@pytest.mark.parametrize("name", ["photos/a.png", "table.csv"])
+def test_a_file_is_followed_however_it_is_saved(photos: Path, name: str) -> None:
+    """Many programs write a new file and rename it, which ends what the system reports of the old one."""
+    pytest.importorskip("watchfiles")
+    Path("table.csv").write_text("image\nphotos/a.png\n")
+    runs = iter(range(100))
+    followed = _watched(lambda: next(runs), _sort([name]), "index")
+    assert next(followed) == 0
+    for number in range(1, 4):
+        shutil.copy(name, "new")
+        os.replace("new", name)
+        assert in_time(lambda: next(followed)) == number
+
+
 def test_what_comes_one_by_one_is_kept_in_few_segments(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watchfiles = pytest.importorskip("watchfiles")
     monkeypatch.setattr("finelip_fast.index.upkeep._MANY", 4)
 
-    def pictures_come(*_: Any, **__: Any) -> Iterator[None]:
+    def pictures_come(*_: Any, **__: Any) -> Iterator[set[tuple[str, str]]]:
+        yield set()
         for number in range(10):
-            draw(photos / f"new-{number}.png")
-            yield
+            path = photos / f"new-{number}.png"
+            draw(path)
+            yield {("added", str(path))}
 
     monkeypatch.setattr(watchfiles, "watch", pictures_come)
     assert main(["add", "photos", "--watch", "--quiet", "--index", "index"]) == 0
