@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -83,6 +84,21 @@ def read_bytes(path: str | PathLike[str], *, error: type[FineLIPError], max_byte
     if status.st_size > max_bytes:
         raise error(f"{path}: expected at most {max_bytes} bytes, found {status.st_size}")
     return content
+
+
+def read_text(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes: int) -> str:
+    """Read a UTF-8 file, with line endings as ``\\n`` and without a byte order mark.
+
+    Raises:
+        error: The text is not UTF-8, or :func:`read_bytes` raises it.
+    """
+    content = read_bytes(path, error=error, max_bytes=max_bytes)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        kind = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else str(fault)
+        raise error(f"{path}: expected UTF-8 text: {kind}; save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str:

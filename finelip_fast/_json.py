@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._files import read_bytes, write_error, write_text_whole
+from finelip_fast._files import read_bytes, read_text, write_error, write_text_whole
 from finelip_fast.errors import FineLIPError
 
 MAX_BYTES = 1 << 30
@@ -48,6 +48,31 @@ def read_json(
     return parse_json(
         read_bytes(path, error=error, max_bytes=max_bytes), path, error=error, expected=expected, kind=kind
     )
+
+
+def read_json_lines(
+    path: str | PathLike[str],
+    *,
+    error: type[FineLIPError],
+    expected: str,
+    max_bytes: int = MAX_BYTES,
+    surrogates: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSON Lines file, one per line that is not blank, each with its path and line for messages.
+
+    Args:
+        path, error, expected, max_bytes: The same as for :func:`read_json`.
+        surrogates: The same as for :func:`parse_json`.
+
+    Raises:
+        error: The file cannot be read, is not UTF-8 or is too large, or a line is not an object.
+    """
+    # Not splitlines(), which also splits at separators that may occur inside a JSON string.
+    for number, line in enumerate(read_text(path, error=error, max_bytes=max_bytes).split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of files that were joined
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, error=error, expected=expected, kind=dict, surrogates=surrogates)
 
 
 def stated_otherwise(

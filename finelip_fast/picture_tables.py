@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._files import read_bytes
-from finelip_fast._json import parse_json
+from finelip_fast._files import read_text
+from finelip_fast._json import read_json_lines
 from finelip_fast.errors import InputError
 
 # Columns that may hold the picture's path if none is specified.
 IMAGE_FIELDS = ("image", "file", "path", "filename", "file_name", "image_path")
 
 _LINES, _SEPARATORS = (".jsonl", ".jsonlines", ".ndjson"), {".csv": ",", ".tsv": "\t"}
-_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,15})(?:\.\d+)?")  # as in JSON: 007 and +49 are strings
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,15})(?:\.[0-9]+)?")  # as in JSON: 007 and +49 are strings
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://")
 _MAX_TABLE = 1 << 32  # bytes
 
@@ -43,7 +43,7 @@ def read_rows(table: str | os.PathLike[str], *, image_field: str | None = None) 
         name = image_field or next((column for column in IMAGE_FIELDS if column in row), "image")
         fields = list(row)
         path = row.pop(name, None)
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or "\0" in path:
             if name in fields:
                 raise InputError(f"{where}: expected the path of a picture in the column {name!r}, got {path!r:.40}")
             raise InputError(
@@ -59,20 +59,10 @@ def read_rows(table: str | os.PathLike[str], *, image_field: str | None = None) 
 
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     separator = _SEPARATORS.get(table.suffix.lower())
-    content = read_bytes(table, error=InputError, max_bytes=_MAX_TABLE)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{table}: expected UTF-8, got another encoding: {error.reason} at byte {error.start}"
-        ) from None
     if separator is None:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                where = f"{table}, line {number}"
-                yield where, parse_json(line, where, error=InputError, expected="an object of fields", kind=dict)
-        return
-    yield from _csv_rows(table, text, separator)
+        yield from read_json_lines(table, error=InputError, expected="an object of fields", max_bytes=_MAX_TABLE)
+    else:
+        yield from _csv_rows(table, read_text(table, error=InputError, max_bytes=_MAX_TABLE), separator)
 
 
 def _csv_rows(table: Path, text: str, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:

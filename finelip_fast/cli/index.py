@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from finelip_fast._files import read_bytes
-from finelip_fast._json import parse_json
+from finelip_fast._json import read_json_lines
 from finelip_fast._terminal import printable
 from finelip_fast.cli.commands import (
     DTYPES,
@@ -402,20 +401,13 @@ def _read_queries(path: Path, count: int) -> tuple[list[str], list[str] | None]:
     """Read texts, and their answers if all have one."""
     texts: list[str] = []
     answers: list[str | None] = []
-    try:
-        lines = read_bytes(path, error=InputError, max_bytes=_MAX_QUERIES).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"cannot read the queries {path}: expected UTF-8, {error.reason} at byte {error.start}"
-        ) from None
-    for number, line in enumerate(lines, start=1):
+    expected = '{"text": ..., "id": ...}'
+    for where, query in read_json_lines(path, error=InputError, expected=expected, max_bytes=_MAX_QUERIES):
         if len(texts) == count:
             break
-        where, expected = f"{path}, line {number}", '{"text": ..., "id": ...}'
-        query = parse_json(line, where, error=InputError, expected=expected, kind=dict)
         text, answer = query.get("text"), query.get("id")
         if not isinstance(text, str) or not isinstance(answer, (str, type(None))):
-            raise InputError(f"{where}: expected {expected}, got {line:.60}")
+            raise InputError(f"{where}: expected {expected}, got {query!r:.60}")
         texts.append(text)
         answers.append(answer)
     if not texts:

@@ -6,14 +6,12 @@ picture or not at all.
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from finelip_fast._files import read_bytes
-from finelip_fast._json import parse_json
+from finelip_fast import _files, _json
 from finelip_fast.errors import InputError
 
 _MAX_BYTES = 1 << 32  # ShareGPT4V's 1.2 million records take a third of it
@@ -35,12 +33,10 @@ def read_json_lines(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         InputError: A missing file, or a line that is not such an object; names the line.
     """
     pairs = []
-    # Not splitlines(), which also splits at separators that may occur inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        item = _parse(line, where, expected="a JSON object with 'image' and 'caption'", kind=dict)
+    expected = "a JSON object with 'image' and 'caption'"
+    for where, item in _json.read_json_lines(
+        path, error=InputError, expected=expected, max_bytes=_MAX_BYTES, surrogates=True
+    ):
         if not {"image", "caption"} <= set(item):
             raise InputError(f"{where}: expected an object with 'image' and 'caption', got {_keys(item)}{_hint(item)}")
         pairs.append(_pair(item["image"], item["caption"], root or path.parent, where))
@@ -63,7 +59,8 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
         InputError: A missing file, or one with another layout; names the record.
     """
     expected = "ShareGPT4V's JSON, a list of records"
-    records = _parse(read_text(path), path, expected=expected)
+    # File names that are not UTF-8 are kept as Python writes them, with lone surrogates.
+    records = _json.parse_json(read_text(path), path, error=InputError, expected=expected, surrogates=True)
     if not isinstance(records, list):
         raise InputError(f"{path}: expected {expected}, got {_keys(records)}{_hint(records)}")
     pairs = []
@@ -82,18 +79,12 @@ def read_sharegpt4v(path: Path, *, root: Path | None = None) -> list[tuple[Path,
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with line endings as ``\\n``.
+    """Read a text file of a data set, see :func:`finelip_fast._files.read_text`.
 
     Raises:
         InputError: No readable file, a pipe or a device, text that is not UTF-8, or more than 4 GiB.
     """
-    content = read_bytes(path, error=InputError, max_bytes=_MAX_BYTES)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        kind = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else str(error)
-        raise InputError(f"{path}: expected UTF-8 text: {kind}; save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return _files.read_text(path, error=InputError, max_bytes=_MAX_BYTES)
 
 
 def picture_name(name: object, where: str) -> str:
@@ -113,13 +104,6 @@ def picture_name(name: object, where: str) -> str:
     if _SCHEME.match(name):
         raise InputError(f"{where}: expected a picture that is a file, got {name!r:.80}; download it first")
     return name
-
-
-def _parse(text: str, where: object, *, expected: str, kind: type | None = None) -> Any:
-    """Parse a JSON value; file names that are not UTF-8 are kept as Python writes them, with lone surrogates."""
-    return parse_json(
-        text.removeprefix("\ufeff"), where, error=InputError, expected=expected, kind=kind, surrogates=True
-    )
 
 
 def _pair(image: Any, caption: Any, root: Path, where: str) -> tuple[Path, str]:
