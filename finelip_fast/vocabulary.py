@@ -7,6 +7,7 @@ import hashlib
 import html
 import re
 import string
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,13 +214,15 @@ def _bpe() -> _BytePairs:
     package = find_spec("open_clip")
     path = Path((package and package.origin) or "open_clip").with_name(_FILE)
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-    except OSError as error:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]  # the first is a comment
+        if len(lines) < _MERGES:
+            raise EOFError(f"{len(lines)} lines")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path}: expected CLIP's vocabulary, which open_clip brings, got {error.strerror or error}; "
+            f"{path}: expected CLIP's vocabulary, which open_clip brings, got {getattr(error, 'strerror', None) or error}; "
             "pip install --force-reinstall open_clip_torch"
         ) from error
-    return _BytePairs(lines[1 : 1 + _MERGES])  # the first line is a comment
+    return _BytePairs(lines)
 
 
 def _cleaned(text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 import re
 import signal
 import sys
 import warnings
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -402,6 +405,20 @@ def test_the_package_that_reads_them_is_named_where_it_is_missing(siglip_tokeniz
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match=r"needs the package tokenizers: pip install 'finelip-fast\[siglip\]'"):
         siglip_tokenizer.tokens("a red house")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not gzip", gzip.compress(b"a b\n" * 9), gzip.compress(b"a b\n" * 60_000)[:-20]]
+)
+def test_a_damaged_vocabulary_says_what_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    (tmp_path / vocabulary._FILE).write_bytes(content)
+    monkeypatch.setattr(
+        "finelip_fast.vocabulary.find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "open_clip"))
+    )
+    with pytest.raises(CheckpointError, match=r"CLIP's vocabulary, .* pip install --force-reinstall open_clip_torch"):
+        vocabulary._bpe.__wrapped__()
 
 
 def test_a_missing_vocabulary_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ _SECOND_SHARE = 0.2
 
 
 def stages(
-    base: str, *, out: str, unfreeze: str = "last:2", encoder_steps: int = ENCODERS["steps"], **options: Any
+    base: str, *, out: str, unfreeze: str = "last:2", encoder_steps: int | None = None, **options: Any
 ) -> list[TrainConfig]:
     """Configure the runs of an adaptation.
 
@@ -47,7 +47,7 @@ def stages(
         base: Checkpoint, as accepted by :func:`finelip_fast.load`.
         out: Folder of the resulting checkpoint, which also contains the runs.
         unfreeze: Part of the encoders to train in the second stage; ``"none"``: there is no second stage.
-        encoder_steps: Steps of the second stage.
+        encoder_steps: Steps of the second stage; None: 500.
         options: Fields of :class:`TrainConfig`: ``steps`` and ``features`` for the first stage, ``encoder_lr``, ``augment``
             and ``gradient_checkpointing`` for the second, all others for both.
 
@@ -55,7 +55,7 @@ def stages(
         ConfigError: A run cannot honour the options, or some apply only to a second stage and there is none.
     """
     folder = Path(out)
-    alone = [name for name in _OF_ENCODERS if name in options]
+    alone = [name for name in _OF_ENCODERS if name in options] + ["encoder_steps"] * (encoder_steps is not None)
     if unfreeze == "none" and alone:
         raise ConfigError(
             f"expected no {', '.join(alone)} with unfreeze none, which trains only the aggregators, on precomputed features; "
@@ -73,7 +73,10 @@ def stages(
     runs = [TrainConfig(**first, unfreeze="none", init=base, out=str(folder / "aggregators"))]
     if unfreeze != "none":
         second = {**ENCODERS, **{name: value for name, value in options.items() if name not in _OF_AGGREGATORS}}
-        second |= {"steps": encoder_steps, "aggregator_lr": _SECOND_SHARE * first["aggregator_lr"]}
+        second |= {
+            "steps": ENCODERS["steps"] if encoder_steps is None else encoder_steps,
+            "aggregator_lr": _SECOND_SHARE * first["aggregator_lr"],
+        }
         start = str(folder / "aggregators" / "best")
         runs.append(TrainConfig(**second, unfreeze=unfreeze, init=start, out=str(folder / "encoders")))
     return runs

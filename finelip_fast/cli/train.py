@@ -95,7 +95,7 @@ def _words() -> dict[str, OneOf]:
     return {
         "preset": OneOf(*PRESETS, closed=False),
         "accumulation": OneOf("cached", "separate", closed=False),
-        "precision": OneOf("fp32", "bf16", closed=False),
+        "precision": OneOf("auto", "fp32", "bf16", closed=False),
         "feature_precision": OneOf("fp32", "bf16", "int8", closed=False),
         "device": OneOf("auto", "cpu", "cuda", closed=False),
     }

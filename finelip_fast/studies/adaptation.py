@@ -123,15 +123,9 @@ def _ways(setting: AdaptationSetting, recipe: dict[str, Any]) -> list[Way]:
     shared |= {"steps": setting.steps, "aggregator_lr": setting.aggregator_lr, "features": str(folder / "features")}
     ways = []
     for name, unfreeze in ADAPTATIONS.items():
-        rate = {} if unfreeze == "none" else {"encoder_lr": setting.encoder_lr}
-        runs = stages(
-            setting.base,
-            out=str(folder),
-            unfreeze=unfreeze,
-            encoder_steps=setting.encoder_steps,
-            **shared,
-            **rate,
-        )
+        of_encoders = {"encoder_steps": setting.encoder_steps, "encoder_lr": setting.encoder_lr}
+        options = shared if unfreeze == "none" else shared | of_encoders
+        runs = stages(setting.base, out=str(folder), unfreeze=unfreeze, **options)
         second = [dataclasses.replace(run, out=f"{folder / unfreeze.replace(':', '-')}") for run in runs[1:]]
         ways.append(Way(name, [runs[0], *second]))
     return [*ways, Way(EVERYTHING, [TrainConfig(**recipe)])]
@@ -164,6 +158,7 @@ def _hours(folder: Path, work: Callable[[], object]) -> float:
     path = folder / "cost.json"
     hours, finished = _cost(path) if path.exists() else (0.0, False)
     if not finished:
+        folder.mkdir(parents=True, exist_ok=True)
         start = time.process_time()
         try:
             work()

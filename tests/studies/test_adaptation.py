@@ -85,3 +85,12 @@ def test_a_run_that_was_stopped_has_cost_what_it_took_before_too(
     (tmp_path / "cost.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"expected what a run has cost .* as hours"):
         adaptation._hours(tmp_path, stopped)
+
+
+def test_what_stops_a_run_is_what_is_raised(tmp_path: Path) -> None:
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adaptation._hours(tmp_path / "run", work)
+    assert (tmp_path / "run" / "cost.json").is_file()

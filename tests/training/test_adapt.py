@@ -96,7 +96,7 @@ def test_the_first_stage_trains_the_aggregators_and_the_second_the_last_blocks(
 
 
 def test_without_a_second_stage(run: Adapt, tmp_path: Path) -> None:
-    result = run(unfreeze="none")
+    result = run(unfreeze="none", encoder_steps=None)
     assert (result["chosen"], "encoders_recall@1" in result) == ("aggregators", False)
     assert not (tmp_path / "model" / "encoders").exists()
 
@@ -145,6 +145,8 @@ def test_options_go_where_they_belong() -> None:
     assert second.init == str(Path("m") / "aggregators" / "best")
     (alone,) = stages("clip", **options, features="elsewhere", unfreeze="none")
     assert alone.features == "elsewhere"
+    with pytest.raises(ConfigError, match="expected no encoder_lr, encoder_steps with unfreeze none"):
+        stages("clip", **options, unfreeze="none", encoder_steps=3, encoder_lr=1e-5)
 
 
 def test_the_command_has_options_of_both_stages(
