@@ -13,7 +13,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:${PYTHON} AS environment
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/finelip
-# PyTorch without CUDA, which PyPI does not have for Linux: 200 MB in the place of 5 GB.
+# PyTorch without CUDA, which PyPI does not have for Linux: 200 MB instead of 5 GB.
 RUN /opt/finelip/bin/pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.11" torchvision
 COPY --from=wheel /wheels /wheels
 RUN /opt/finelip/bin/pip install "$(echo /wheels/*.whl)[serve,onnx,formats]"

@@ -87,7 +87,7 @@ def tables(lines: Sequence[Line]) -> str:
             for line in swept
         ]
         parts.append(
-            "### Sweep of launch settings\n\n" + _table(["case", "fastest", "speed beside the defaults"], rows)
+            "### Sweep of launch settings\n\n" + _table(["case", "fastest", "speed relative to the defaults"], rows)
         )
     return "\n".join(parts)
 

@@ -92,12 +92,12 @@ def table(rows: list[Row]) -> str:
         "": lambda row: row["contender"],
         "finds the best": lambda row: row.get("answers", ""),
         "median": lambda row: _time(row["p50"]),
-        "20 % to 80 %": lambda row: f"{_time(row['p20'])} to {_time(row['p80'])}" if "p20" in row else "",
-        f"speed beside {rows[0]['baseline']}".strip(): lambda row: (
+        "20th to 80th percentile": lambda row: f"{_time(row['p20'])} to {_time(row['p80'])}" if "p20" in row else "",
+        f"speed relative to {rows[0]['baseline']}".removesuffix(" relative to "): lambda row: (
             "" if row["speedup"] is None else f"{row['speedup']:.3g}x"
         ),
-        "95 %": lambda row: _time(row["p95"]) if "p95" in row else "",
-        "99 %": lambda row: _time(row["p99"]) if "p99" in row else "",
+        "95th percentile": lambda row: _time(row["p95"]) if "p95" in row else "",
+        "99th percentile": lambda row: _time(row["p99"]) if "p99" in row else "",
         "requests a second": lambda row: f"{row['requests_per_second']:.3g}" if "requests_per_second" in row else "",
         "times as long as alone": lambda row: f"{row['loss']:.2f}x" if "loss" in row else "",
         "of the floor": lambda row: f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",

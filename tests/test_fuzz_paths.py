@@ -1,4 +1,4 @@
-"""Every loader promptly reports a clear error of the library, whatever is in place of the expected file."""
+"""Every loader promptly reports a clear error of the library, whatever is there instead of the expected file."""
 
 from __future__ import annotations
 

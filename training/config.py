@@ -47,7 +47,7 @@ class TrainConfig:
     alpha: str = field(
         default="validation",
         metadata={
-            "help": "weight of the global cosine to store in the checkpoint: a number from 0 to 1, or "
+            "help": "weight of the global score to store in the checkpoint: a number from 0 to 1, or "
             "validation, the one with the best recall at each validation"
         },
     )

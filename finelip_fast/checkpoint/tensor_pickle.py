@@ -326,7 +326,7 @@ def _with_items(target: Any, items: list[Any]) -> dict[Any, Any]:
 
 def _checked(value: Any, kind: type[T] | tuple[type[T], ...]) -> T:
     if not isinstance(value, kind):
-        raise ValueError(f"a {type(value).__name__} in the place of a {getattr(kind, '__name__', 'pair')}")
+        raise ValueError(f"expected {getattr(kind, '__name__', 'pair')}, got {type(value).__name__}")
     return value
 
 

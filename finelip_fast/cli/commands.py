@@ -113,7 +113,7 @@ class Group(click.Group):
 
     Args:
         moved: Current commands, by their former or supposed names in this group.
-        otherwise: Suggestion for a folder in the place of a command; ``{}`` is replaced with the folder.
+        otherwise: Suggestion for a folder instead of a command; ``{}`` is replaced with the folder.
     """
 
     command_class = Command
@@ -221,7 +221,7 @@ engine_option = click.option(
 precision_option = click.option(
     "--precision",
     type=PRECISIONS,
-    help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest file]",
+    help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest exported file, or fp32]",
 )
 device_option = click.option(
     "--device",

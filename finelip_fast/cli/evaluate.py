@@ -48,7 +48,7 @@ def _complete_compare(_: click.Context, __: click.Parameter, incomplete: str) ->
     "--cache",
     metavar="FOLDER",
     help="Folder to keep embeddings in, so that a stopped evaluation resumes and memory does not grow with the "
-    "data.  [default: in memory, 128 KB for a picture and for a caption of 64 tokens by 512 in float32]",
+    "data.  [default: in memory]",
 )
 @click.option(
     "--save",

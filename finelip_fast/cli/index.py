@@ -365,7 +365,7 @@ def _pull(
     part: tuple[int, int],
     version: int | None,
 ) -> dict[str, int]:
-    """Bring an index up to date with a store, or a part of it; only differences are fetched.
+    """Bring an index up to date with a store or with a part of it; only differences are fetched.
 
     URI is a Lance table: s3://BUCKET/NAME, gs://, az://, or a path.
     """

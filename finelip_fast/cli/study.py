@@ -1,4 +1,4 @@
-"""``finelip study`` and its subcommands: the paper's questions, each answered by a table and a plot."""
+"""``finelip study`` and its subcommands: questions about FineLIP, each answered by a table and a plot."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NAMES = {
     "ablation": "which parts and which losses help, by training runs (finelip study ablation --help)",
     "beyond": "descriptions longer than the context: cut, or read in windows",
     "tokens": "recall, bytes and search time by aggregated tokens and precision",
-    "pointing": "whether the maps of phrases peak where the phrases are true",
+    "pointing": "whether the maps of phrases peak on what the phrases describe",
     "standing-out": "whether a search tells that nothing in the index matches",
     "adaptation": "what adapting a CLIP gives for its cost (finelip study adaptation --help)",
     "drawing": "how much of a description is drawn from 77 tokens, and from 256 (finelip study drawing --help)",
-    "generation": "whether longer prompts draw nearer pictures (finelip study generation --help)",
+    "generation": "whether pictures from longer prompts are closer to the described ones (finelip study generation --help)",
 }
 
 _out_option = click.option("--out", default="studies", metavar="FOLDER", help="Folder to write the results to.")
@@ -61,7 +61,7 @@ def study(
     build: bool,
     model: ModelOptions,
 ) -> Any:
-    """Answer one of the paper's questions with a table and a plot.
+    """Answer a question about FineLIP with a table and a plot.
 
     Without NAME, the command lists what each study asks.
     """

@@ -83,7 +83,7 @@ def _program() -> str:
     help="Attention heads, for weights of an unusual width: of both transformers, or of vision and text.",
 )
 @click.option("--part", metavar="KEY", help="Part of a training checkpoint to use, such as ema_state_dict.")
-@click.option("--alpha", type=float, help="Weight of the global cosine to store in it.  [default: the checkpoint's]")
+@click.option("--alpha", type=float, help="Weight of the global score to store in it.  [default: the checkpoint's]")
 def convert(
     source: str,
     out: str,
@@ -151,9 +151,9 @@ def tune(operations: tuple[str, ...], seconds: float | None, again: bool, settin
 
 @click.command(cls=Command)
 @click.option("--kernels", cls=Several, metavar="NAME", help="Kernels to check, such as clim-int8.  [default: all]")
-@click.option("--untimed", is_flag=True, help="Check that they are right, not how fast they are.")
+@click.option("--untimed", is_flag=True, help="Check only that the kernels are right; measure no speed.")
 def verify(kernels: tuple[str, ...], untimed: bool) -> Any:
-    """Check that the kernels are right on this machine and, on a GPU, how fast they are; takes a minute.
+    """Check that the kernels are right on this machine and, on a GPU, measure how fast they are; takes a minute.
 
     Each kernel is compared with float64, must give the same bits twice and, on a GPU, the same bits from a captured CUDA
     graph. Speeds are shares of the rates at which the same GPU copies and multiplies. Without a GPU, the command checks what

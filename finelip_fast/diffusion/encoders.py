@@ -20,7 +20,7 @@ from finelip_fast.errors import InputError
 
 CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 
-_FIRST_ENCODERS = {  # by whether they project, and the layer they return in the place of the one that the pipeline reads
+_FIRST_ENCODERS = {  # by whether they project, and the layer they return instead of the one that the pipeline reads
     (False, None): CLIPTextModel,
     (False, "last"): text_models.LastLayerTextModel,
     (False, "penultimate"): text_models.PenultimateLayerTextModel,
@@ -44,7 +44,7 @@ def first_encoder(encoder: Any, contents: Contents, layer: str | None) -> Any:
     Args:
         encoder: Text encoder of the pipeline, which stays unchanged.
         contents: Sizes and weights of a checkpoint.
-        layer: Layer to return in the place of the one that the pipeline reads; None: that one.
+        layer: Layer to return instead of the one that the pipeline reads; None: that one.
 
     Raises:
         InputError: The widths of the two do not match.

@@ -18,7 +18,7 @@ from finelip_fast.errors import EngineError
 if TYPE_CHECKING:
     import onnxruntime
 
-INSTALL = "pip install 'finelip-fast[onnx]' (on a GPU: onnxruntime-gpu in the place of onnxruntime)"
+INSTALL = "pip install 'finelip-fast[onnx]' (on a GPU: onnxruntime-gpu instead of onnxruntime)"
 
 # Precisions whose operations ONNX Runtime has only on a CPU: with CUDA, data would go back and forth.
 CPU_ONLY = ("int8", "int8-calibrated")

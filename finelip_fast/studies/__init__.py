@@ -1,4 +1,4 @@
-"""Studies of the questions in FineLIP's paper, each a command that writes a table and a plot: ``finelip study NAME``."""
+"""Studies of questions about FineLIP, each a command that writes a table and a plot: ``finelip study NAME``."""
 
 from __future__ import annotations
 

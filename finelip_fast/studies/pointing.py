@@ -1,4 +1,4 @@
-"""Study of whether maps of phrases peak where the phrases are true."""
+"""Study of whether maps of phrases peak on what the phrases describe."""
 
 from __future__ import annotations
 

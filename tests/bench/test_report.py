@@ -48,7 +48,7 @@ def test_a_group_is_compared_with_its_baseline_fastest_first():
     rows = report.groups(run(benchmark("plain", 0.02), benchmark("finelip_fast", 0.005)))["1 x 9 scores"]
     assert [(row["contender"], row["speedup"]) for row in rows] == [("finelip_fast", 4.0), ("plain", 1.0)]
     assert report.table(rows).splitlines() == [
-        "||median|20 % to 80 %|speed beside plain|largest error|",
+        "||median|20th to 80th percentile|speed relative to plain|largest error|",
         "|---|---|---|---|---|",
         "|finelip_fast|5 ms|2.5 ms to 10 ms|4x|1.0e-06|",
         "|plain|20 ms|10 ms to 40 ms|1x|1.0e-06|",

@@ -238,7 +238,7 @@ def test_a_record_gathers_groups_of_one_commit(tmp_path, monkeypatch):
     assert report.left_out(run, "20 items") == ""
     assert "2 threads; PyTorch" in report.source(run)
     page = report.page(path.parent)
-    assert "||finds the best|median|speed beside fast|on disk|" in page
+    assert "||finds the best|median|speed relative to fast|on disk|" in page
     assert "Left out: broken" in page
     monkeypatch.setenv(record.COMMIT, "another")
     with pytest.raises(ValueError, match=r"is a record of commit 0123456789: remove it, or name another file"):

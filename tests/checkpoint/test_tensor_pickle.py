@@ -242,7 +242,7 @@ def test_torchscript_code_never_runs(tmp_path):
     content = b"\x80\x02c__torch__\nEvil\n)\x81K\x01b."
     records = {"code/__torch__.py": source.encode(), "constants.pkl": b"\x80\x02).", "version": b"3\n"}
     write_zip(tmp_path / "x.pt", content, records)
-    with pytest.raises(CheckpointError, match="a int in the place of a dict"):
+    with pytest.raises(CheckpointError, match="expected dict, got int"):
         read_weights(tmp_path / "x.pt")
     assert not trace.exists()
     with warnings.catch_warnings():
@@ -279,12 +279,12 @@ def numbers(*values: int) -> bytes:
         (tensor(0, b"\x88\x85", numbers(1)), "no natural number"),
         (tensor(0, numbers(2), numbers(1), count=1 << 40), "no record|elements, uncompressed"),
         (tensor(0, numbers(2), numbers(1), key="../../etc/passwd"), "elements, uncompressed"),
-        (b"}" + text("a") + b"}q\x00" + text("b") + b"h\x00sss", "makes no sense|empty|place"),
+        (b"}" + text("a") + b"}q\x00" + text("b") + b"h\x00sss", "makes no sense|empty|expected dict"),
         (b"}q\x00" + text("model") + b"h\x00s", "nesting deeper"),
         (b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, 60)), "too many values|nesting"),
         (
             b"}" + b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60)) + b"Ns",
-            "keys are neither|place",
+            "keys are neither|expected dict",
         ),
         (b"(" * 100_000 + b"t" * 100_000, "nesting deeper"),
         (b"\x8b\xff\xff\x00\x00" + b"\x7f" * 65535, "beyond 64 bits"),

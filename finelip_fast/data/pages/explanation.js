@@ -5,7 +5,7 @@
  * @typedef {{maps: string[], words: string[]}} Levels For each word the levels of all places, for each place those of all
  *   words; two hexadecimal digits each.
  * @typedef {{side: number, squashed?: boolean, maps: Object<string, Levels>}} Explained Places of a row; whether the model sees
- *   the whole picture, squashed to a square, in place of the square in its middle; the maps by their kind.
+ *   the whole picture, squashed to a square, instead of the square in its middle; the maps by their kind.
  * @typedef {{word: number} | {place: number} | null} Target What is pointed at.
  */
 
