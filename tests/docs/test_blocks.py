@@ -87,7 +87,7 @@ def test_a_page_does_what_it_says(
             run_python(block, page, names)
         elif block.reason is None and block.language == "sh":
             for line in block.code.splitlines():
-                run_line(line, f"{page.name}, line {block.line}: {line}", capsys)
+                run_line(line, f"{page.name}, line {block.line}: {line}", capsys, monkeypatch)
 
 
 def run_python(block: Block, page: Path, names: dict[str, Any]) -> None:
@@ -96,10 +96,12 @@ def run_python(block: Block, page: Path, names: dict[str, Any]) -> None:
     exec(compile(tree, str(page), "exec"), names)
 
 
-def run_line(line: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+def run_line(line: str, where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = shlex.split(line, comments=True) or [""]
     if program == "make":  # run by continuous integration; takes longer than a test
         assert f"make {arguments[0]}" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8"), where
+    elif program == "export":
+        monkeypatch.setenv(*arguments[0].split("=", 1))
     elif program:
         assert program == "finelip", f"{where}: say why it cannot be run, <!-- not run: REASON -->"
         capsys.readouterr()
