@@ -99,7 +99,10 @@ class Catalogue(CatalogueReader):
         expected = {key: value for key, value in self._wanted.items() if key != "format"}
         different = spec_differences(expected | stored if is_old else stored, expected)
         if not is_old and stored.get("format") != FORMAT:
-            different.append("format")
+            raise StoreError(
+                f"{self._folder}: expected an index of format {FORMAT} or older, got format {stored.get('format')!r:.20}; it "
+                "was made by a newer finelip_fast: update this one"
+            )
         if different == ["dtype"]:
             has, expects = stored.get("dtype"), self._wanted["dtype"]
             raise StoreError(
@@ -107,10 +110,12 @@ class Catalogue(CatalogueReader):
                 "use another folder"
             )
         if different:
-            was, current = ({key: side.get(key) for key in different} for side in (stored, self._wanted))
+            was, current = (
+                ", ".join(f"{key} {side.get(key)!r:.20}" for key in different) for side in (stored, self._wanted)
+            )
             raise StoreError(
-                f"the index at {self._folder} was written by {_checkpoint(stored.get('source'))} with {was}, "
-                f"and is opened by {_checkpoint(source)} with {current}: "
+                f"the index at {self._folder} was written by {_checkpoint(stored.get('source'))} ({was}), "
+                f"and is opened by {_checkpoint(source)} ({current}): "
                 f"{_another_checkpoint(stored, self._wanted)}, or index the pictures again into another folder"
             )
         if is_old and stored["format"] < 3:  # formats before 3 cannot be read as they are
