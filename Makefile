@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 READY := $(VENV)/ready
+# Files of tests run side by side; the tests of a file, which share models and servers, in one process.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test lint stubs docs bench record ring named clean
 
@@ -14,8 +16,8 @@ demo: $(INSTALLED) ## set up, and search 400 drawn scenes with the bundled model
 	$(BIN)/finelip demo
 
 test: stubs ## set up, and run the tests
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m triton
 
 # Mypy would take the package of the folder where it runs, which lacks those that lie beside it.
 lint: stubs ## set up, and check style and types

@@ -221,7 +221,8 @@ engine_option = click.option(
 precision_option = click.option(
     "--precision",
     type=PRECISIONS,
-    help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  [default: the fastest exported file, or fp32]",
+    help="Precision of exported files, or of PyTorch on a CPU: fp32, fp16, bf16, int8.  "
+    "[default: the fastest exported file, or fp32]",
 )
 device_option = click.option(
     "--device",
