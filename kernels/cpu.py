@@ -43,9 +43,14 @@ def has_bfloat16() -> bool:
     return (has("avx512_bf16") or has("amx_tile")) and has_onednn()
 
 
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies float32 at least as fast as MKL."""
+    return has("avx512") and has_onednn()
+
+
 def suits_onednn(rows: Tensor) -> bool:
     """Whether oneDNN multiplies these rows at least as fast as MKL."""
-    return rows.device.type == "cpu" and rows.dtype == torch.float32 and has("avx512") and has_onednn()
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and prefers_onednn()
 
 
 def linear(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Late interaction on the CPU: blocks of similarities that stay in the cache, and the fastest product that is exact enough.
 
 Items are rows, 64 queries at a time are columns, and both maxima of a tile ``[items, L_i, L_q, queries]`` run along axes
-that PyTorch vectorises. The accuracy of the dot product of ``a`` and ``b`` depends on the dtype:
+that PyTorch vectorises. With few queries, and if MKL multiplies, items run along the last axis. The accuracy of the dot
+product of ``a`` and ``b`` depends on the dtype:
 
 - float32 and float16: a float32 product, off by at most ``D 2^-24 |a| |b|``.
 - bfloat16 with AMX: PyTorch has no CPU product of bfloat16 matrices with a float32 result, so two products take its place.
@@ -36,6 +37,9 @@ from finelip_fast.kernels.threads import side_by_side
 _BLOCK_QUERIES = 64
 # Elements of a tile for each thread, 1 MiB in float32: the maxima read it from the L2 cache.
 _TILE_ELEMENTS = 1 << 18
+# Rows of queries below which similarities are arranged along the items, if MKL multiplies: with more, the arrangement costs
+# more than it saves. Then a block of items has so many elements, 4 MiB in float32, and at least so many items.
+_FEW_ROWS, _ALONG_ELEMENTS, _LEAST_ALONG = 128, 1 << 20, 96
 # Elements of one product; larger than a tile, because a product rearranges its operands first.
 _PRODUCT_ELEMENTS = 1 << 21
 # Elements of the items of a product: large enough that threads do not wait for the interpreter, which they share, and small
@@ -71,7 +75,7 @@ def scores(
 
     Returns:
         float32 ``[Q, N]``. Memory beyond inputs and result: a float32 copy of 64 queries; 8 MiB of items in float32, 8 MiB of
-        products and 2 MiB for each thread; more only if a single pair needs more.
+        products and 2 MiB for each thread; more only if a few items need more.
     """
     n_queries, query_tokens, width = queries.shape
     n_items, item_tokens, _ = items.shape
@@ -80,6 +84,9 @@ def scores(
         return result
     if query_tokens == item_tokens == 1 and query_scales is None:
         return _scores_of_single_rows(queries, items, alpha)
+    has_special_products = cpu.prefers_onednn() if query_scales is None else cpu.has("vnni")
+    if n_queries * query_tokens < _FEW_ROWS and not has_special_products:
+        return _scores_along_items(queries, items, alpha, query_scales, item_scales)
     per_pair = query_tokens * item_tokens
     block_queries = max(1, min(_BLOCK_QUERIES, n_queries, _PRODUCT_ELEMENTS // per_pair))
     blocks = _blocks(n_items, item_tokens, block_queries * query_tokens, width)
@@ -100,6 +107,41 @@ def scores(
             for block, part in zip(blocks, side_by_side(partial(block_scores, columns=columns), blocks), strict=True):
                 result[query_block, block.start : block.stop] = part[:, : block.stop - block.start]
     return result
+
+
+def _scores_along_items(
+    queries: Tensor, items: Tensor, alpha: float, query_scales: Tensor | None, item_scales: Tensor | None
+) -> Tensor:
+    """Scores of a few queries by float32 products of MKL, from similarities ``[q, L_q, L_i, n]``.
+
+    Items run along the fastest axis, so that both maxima are vectorised however few queries there are. oneDNN would lay out
+    the items anew for such a product.
+    """
+    n_queries, query_tokens, width = queries.shape
+    n_items, item_tokens, _ = items.shape
+    tokens, scratch = queries.reshape(-1, width).float(), Scratch()
+    per_item = len(tokens) * item_tokens
+    largest = max(1, min(max(_LEAST_ALONG, _ALONG_ELEMENTS // (item_tokens * width)), _TILE_ELEMENTS // per_item))
+    least = -(-_LEAST_SHARED_WORK // (per_item * width))
+    size = min(largest, max(least, -(-n_items // torch.get_num_threads())))
+    shares = (1 - alpha) * torch.tensor([1 / query_tokens] * query_tokens + [1 / item_tokens] * item_tokens)
+
+    def block_scores(start: int) -> Tensor:
+        block = items[start : start + size].transpose(0, 1)
+        rows = scratch("rows", block.shape).copy_(block)
+        shape = n_queries, query_tokens, item_tokens, rows.shape[1]
+        product = torch.mm(tokens, rows.view(-1, width).T, out=scratch("product", (len(tokens), len(rows) * shape[3])))
+        similarity = product.view(shape)
+        if query_scales is not None and item_scales is not None:
+            similarity *= item_scales[start : start + size].T
+            similarity *= query_scales[:, :, None, None]
+        maxima = scratch("maxima", (n_queries, query_tokens + item_tokens, shape[3]))
+        torch.amax(similarity, dim=2, out=maxima[:, :query_tokens])
+        torch.amax(similarity, dim=1, out=maxima[:, query_tokens:])
+        return torch.add(shares @ F.leaky_relu_(maxima, LEAKY_SLOPE), similarity[:, 0, 0], alpha=alpha)
+
+    with torch.no_grad():
+        return torch.cat(side_by_side(block_scores, range(0, n_items, size)), dim=1)
 
 
 class _Block(NamedTuple):

@@ -281,7 +281,7 @@ def _estimates(
     ends = _ends(blocks)
     if not len(queries) or not blocks:
         return torch.empty(len(queries), ends[-1])
-    weights, units = _weights(queries, basis)
+    weights, units = alone(partial(_weights, queries, basis))
     scratch = Scratch()
 
     def block_estimates(number: int) -> Tensor:

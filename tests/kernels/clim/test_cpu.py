@@ -19,7 +19,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
 
 
-@pytest.fixture(scope="module", params=["as shipped", "small", "small, by threads", "smallest", "plain processor"])
+@pytest.fixture(
+    scope="module",
+    params=["as shipped", "small", "small, by threads", "smallest", "plain processor", "plain and small, by threads"],
+)
 def blocks(request):
     """Block sizes; the small ones put edges between queries, items and tiles, and reach the layout of many queries."""
     name, _, by_threads = request.param.partition(", ")
@@ -33,6 +36,7 @@ def blocks(request):
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 30,
             "_LEAST_ELEMENTS": 1,
+            "_FEW_ROWS": 8,
         },
         "smallest": {
             "_BLOCK_QUERIES": 1,
@@ -42,8 +46,16 @@ def blocks(request):
             "_LEAST_SHARED_WORK": 1,
             "_FEW_ELEMENTS": 1,
             "_LEAST_ELEMENTS": 1,
+            "_FEW_ROWS": 0,
         },
         "plain processor": {"has": lambda feature: False},
+        "plain and small": {
+            "has": lambda feature: False,
+            "_ALONG_ELEMENTS": 100,
+            "_LEAST_ALONG": 2,
+            "_TILE_ELEMENTS": 100,
+            "_LEAST_SHARED_WORK": 1,
+        },
     }
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
