@@ -195,16 +195,13 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
     Raises:
         ConfigError: The device does not support the precision.
     """
-    encoders = copy.deepcopy(model).eval()
-    if model.device.type != "cpu":
-        if precision == "int8":
-            raise ConfigError(
-                f"expected feature_precision fp32 or bf16 on {model.device}, got 'int8', which is a CPU's"
-            )
-        return encoders
-    if (reason := why_not(precision)) is not None:
+    on_cpu = model.device.type == "cpu"
+    if not on_cpu and precision == "int8":
+        raise ConfigError(f"expected feature_precision fp32 or bf16 on {model.device}, got 'int8', which is a CPU's")
+    if on_cpu and (reason := why_not(precision)) is not None:
         raise ConfigError(f"expected another feature_precision than {precision!r}: {reason}; fp32 always works")
-    return freeze(copy.deepcopy(model).eval(), precision)
+    encoders = copy.deepcopy(model).eval()
+    return freeze(encoders, precision) if on_cpu else encoders
 
 
 def _identity(model: FineLIP) -> str:
