@@ -88,14 +88,20 @@ class Features:
         return self.folder / f"captions-{part:06}.safetensors"
 
 
-@lru_cache(maxsize=_OPEN)
 def _opened(path: Path) -> Any:
     try:
-        return safetensors.safe_open(path, framework="pt")
+        status = path.stat()
+        return _kept_open(path, (status.st_ino, status.st_mtime_ns, status.st_size))
     except (OSError, safetensors.SafetensorError) as error:
         raise TrainingError(
             f"cannot read features from {path}: {error}; remove the file, and the same command computes it again"
         ) from None
+
+
+@lru_cache(maxsize=_OPEN)
+def _kept_open(path: Path, identity: tuple[int, int, int]) -> Any:
+    """Open a part; ``identity`` changes with the file, for a folder that is removed and computed again."""
+    return safetensors.safe_open(path, framework="pt")
 
 
 def compute(
