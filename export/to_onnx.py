@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from finelip_fast import checkpoint as checkpoints
 from finelip_fast._arguments import one_of
-from finelip_fast._files import installed, write_error
+from finelip_fast._files import file_hash, installed, write_error
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import graphs, parity, quantize
 from finelip_fast.export.precision import HALF, in_half, rounding_twin
@@ -36,7 +36,6 @@ from finelip_fast.runtimes.manifest import (
     Export,
     Manifest,
     exports_folder,
-    file_hash,
     read,
 )
 from finelip_fast.runtimes.onnx import CPU_ONLY, OnnxGraph, has_cuda

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._files import file_hash
 from finelip_fast.engines import trt as engine
 from finelip_fast.engines.trt import TrtEngine
 from finelip_fast.errors import EngineError
 from finelip_fast.export import graphs, precision, to_onnx
 from finelip_fast.export.to_trt import Builder, export_trt
 from finelip_fast.runtimes import trt as runtime
-from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, file_hash, read
+from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, read
 
 CONTEXT = 48
 ADA = runtime.Machine("tensorrt_rtx", "", "NVIDIA GeForce RTX 4090", "8.9")
