@@ -124,18 +124,15 @@ class Reference:
     Args:
         model: Model in float32 on the CPU.
         pairs: Held-out pairs of pictures and captions, as :func:`finelip_fast.datasets.open_dataset` takes them.
-        root: Folder that relative picture paths start from.
         progress: Whether to show progress bars.
 
     Raises:
         InputError: Fewer than two pairs, or a data set that does not exist.
     """
 
-    def __init__(
-        self, model: FineLIP, pairs: str = DATA, *, root: str | Path | None = None, progress: bool = True
-    ) -> None:
+    def __init__(self, model: FineLIP, pairs: str = DATA, *, progress: bool = True) -> None:
         self.model, self.source, self.progress = model, pairs, progress
-        examples = open_dataset(pairs, image_size=model.config.image_size, root=root)
+        examples = open_dataset(pairs, image_size=model.config.image_size)
         if len(examples) < 2:
             raise InputError(f"expected at least two held-out pairs, got {len(examples)} in {pairs}")
         self._examples = [examples[index] for index in range(len(examples))]

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finelip_fast._files import write_error
+from finelip_fast._files import file_hash, write_error
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export import parity
-from finelip_fast.runtimes.manifest import MANIFEST, Manifest, file_hash
+from finelip_fast.runtimes.manifest import MANIFEST, Manifest
 
 _NAMES, _SUFFIXES = (MANIFEST, *parity.REPORTS), (".onnx", ".data", ".plan")
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image, ImageFile
 
 from finelip_fast import _raw
+from finelip_fast._files import open_without_waiting
 from finelip_fast.errors import ImageError, InputError
 
 VARIABLE = "FINELIP_PICTURE_MEMORY"
@@ -210,11 +211,6 @@ class _PictureFile(_Header, io.BufferedReader):
 
 class _PictureBytes(_Header, io.BytesIO):
     pass
-
-
-def open_without_waiting(path: str, flags: int) -> int:
-    """An ``opener`` that does not wait for a writer if the path is a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager

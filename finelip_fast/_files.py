@@ -1,9 +1,10 @@
-"""File helpers: reading regular files only, writing files atomically, plain names; the cache folder, package versions."""
+"""File helpers: reading regular files only, hashes, atomic writing, plain names; the cache folder, package versions."""
 
 from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from finelip_fast.errors import FineLIPError, WriteError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names of files that :func:`write_whole` has not finished
 _MAX_NAME = 255  # bytes, the limit of all common file systems
+_PIECE = 1 << 20  # bytes that are hashed at a time
 
 
 def cache_folder() -> Path:
@@ -99,6 +101,24 @@ def read_text(path: str | PathLike[str], *, error: type[FineLIPError], max_bytes
         kind = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else str(fault)
         raise error(f"{path}: expected UTF-8 text: {kind}; save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """An ``opener`` that does not wait for a writer if the path is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def file_hash(path: str | PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest, piece = hashlib.sha256(), bytearray(_PIECE)
+    with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
+        while count := file.readinto(piece):
+            digest.update(memoryview(piece)[:count])
+    return digest.hexdigest()
 
 
 def plain_name(name: object, where: object, *, error: type[FineLIPError]) -> str:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from finelip_fast._files import file_hash
 from finelip_fast.errors import InputError
 from finelip_fast.folders import walk_folder
 from finelip_fast.index import remedies
 from finelip_fast.index.catalogue import Item
 from finelip_fast.index.index import Index
-from finelip_fast.picture_files import FIELDS, HASH, STAMP, content_hash, describe, read_sidecar, sidecar_names, stamp
+from finelip_fast.picture_files import FIELDS, HASH, STAMP, describe, read_sidecar, sidecar_names, stamp
 from finelip_fast.picture_tables import read_rows
 
 T = TypeVar("T")
@@ -419,7 +420,7 @@ def _stamp(path: Path) -> tuple[Any, ...]:
 
 def _hash(path: Path) -> str:
     try:
-        return content_hash(path)
+        return file_hash(path)
     except OSError:
         return ""
 

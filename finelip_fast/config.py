@@ -19,8 +19,7 @@ EOT_TOKEN = 49_407
 # Rows of CLIP's text positions that are well trained: kept as they are when the table is stretched, frozen in training.
 KEEP_POSITIONS = 20
 
-# SigLIP's text tower reads at least this many positions, including padding, and normalises with a smaller epsilon.
-SIGLIP_POSITIONS = 64
+# SigLIP's towers normalise with a smaller epsilon.
 SIGLIP_EPSILON = 1e-6
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -14,8 +13,8 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from finelip_fast._decode import header, open_without_waiting, quiet
-from finelip_fast._files import read_bytes
+from finelip_fast._decode import header, quiet
+from finelip_fast._files import file_hash, read_bytes
 from finelip_fast._json import parse_json
 from finelip_fast.errors import InputError
 
@@ -29,7 +28,6 @@ FIELDS = (
 )
 
 _MAX_SIDECAR = 1 << 22  # bytes
-_PIECE = 1 << 20
 _FIRST, _LAST = datetime(1, 1, 2, tzinfo=timezone.utc), datetime(9999, 12, 31, tzinfo=timezone.utc)
 _TIME = re.compile(r"(\d{4})[:-](\d\d)[:-](\d\d)[ T](\d\d):(\d\d):(\d\d)")
 _OFFSET = re.compile(r"[+-]\d\d:\d\d|Z")
@@ -50,19 +48,6 @@ def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"bytes": status.st_size, "modified": changed.isoformat(timespec="microseconds")}
 
 
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal digits.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    digest, piece = hashlib.sha256(), bytearray(_PIECE)
-    with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
-        while count := file.readinto(piece):
-            digest.update(memoryview(piece)[:count])
-    return digest.hexdigest()
-
-
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata of a picture's file; fields that it does not have are left out.
 
@@ -77,7 +62,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         OSError: The file cannot be read.
     """
-    metadata = {**stamp(path), HASH: content_hash(path)}
+    metadata = {**stamp(path), HASH: file_hash(path)}
     # Broken metadata is no reason to lose a sound picture.
     with suppress(Exception), quiet, header(os.fspath(path)) as (size, exif):
         held = exif.get(ExifTags.Base.Orientation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from finelip_fast._files import (
     cache_folder,
+    file_hash,
     installed,
     plain_name,
     read_bytes,
@@ -51,6 +53,13 @@ def test_plain_names_stay(name: str) -> None:
 def test_a_name_that_leads_elsewhere_is_refused(name: object) -> None:
     with pytest.raises(StoreError, match="catalogue: expected a file name without a folder, found"):
         plain_name(name, "catalogue", error=StoreError)
+
+
+@pytest.mark.parametrize("size", [0, 5, (1 << 20) + 1])
+def test_a_hash_is_the_contents_sha_256(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    assert file_hash(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

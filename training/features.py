@@ -88,14 +88,20 @@ class Features:
         return self.folder / f"captions-{part:06}.safetensors"
 
 
-@lru_cache(maxsize=_OPEN)
 def _opened(path: Path) -> Any:
     try:
-        return safetensors.safe_open(path, framework="pt")
+        status = path.stat()
+        return _kept_open(path, (status.st_ino, status.st_mtime_ns, status.st_size))
     except (OSError, safetensors.SafetensorError) as error:
         raise TrainingError(
             f"cannot read features from {path}: {error}; remove the file, and the same command computes it again"
         ) from None
+
+
+@lru_cache(maxsize=_OPEN)
+def _kept_open(path: Path, identity: tuple[int, int, int]) -> Any:
+    """Open a part; ``identity`` changes with the file, for a folder that is removed and computed again."""
+    return safetensors.safe_open(path, framework="pt")
 
 
 def compute(
@@ -195,16 +201,13 @@ def encoders_of(model: FineLIP, precision: LinearPrecision) -> FineLIP:
     Raises:
         ConfigError: The device does not support the precision.
     """
-    encoders = copy.deepcopy(model).eval()
-    if model.device.type != "cpu":
-        if precision == "int8":
-            raise ConfigError(
-                f"expected feature_precision fp32 or bf16 on {model.device}, got 'int8', which is a CPU's"
-            )
-        return encoders
-    if (reason := why_not(precision)) is not None:
+    on_cpu = model.device.type == "cpu"
+    if not on_cpu and precision == "int8":
+        raise ConfigError(f"expected feature_precision fp32 or bf16 on {model.device}, got 'int8', which is a CPU's")
+    if on_cpu and (reason := why_not(precision)) is not None:
         raise ConfigError(f"expected another feature_precision than {precision!r}: {reason}; fp32 always works")
-    return freeze(copy.deepcopy(model).eval(), precision)
+    encoders = copy.deepcopy(model).eval()
+    return freeze(encoders, precision) if on_cpu else encoders
 
 
 def _identity(model: FineLIP) -> str:

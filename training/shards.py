@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from finelip_fast._decode import open_without_waiting
+from finelip_fast._files import open_without_waiting
 from finelip_fast._terminal import printable
 from finelip_fast.errors import ConfigError, FineLIPError, TrainingError
 

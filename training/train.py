@@ -4,11 +4,6 @@ A run lives in its ``--out`` folder: ``best/`` and ``last/`` are checkpoints for
 a line for each logged step and validation, and an interrupted run resumes from ``state.pt`` with bit-identical results. It may
 also resume with more steps, other learning rates or another number of processes: each pair of the epoch is still used once,
 but the weights differ from those of a run that had these settings from its start.
-
-Gradient accumulation affects losses that compare the pairs of a batch. With ``accumulation="cached"``, the embeddings of all
-passes are computed first without a graph, then the loss and its gradient with respect to them, and a second forward pass
-carries that gradient into the weights. The step equals one over the whole batch. With ``"separate"``, each pass has only its
-own negatives, which is cheaper by a third, but a different loss.
 """
 
 from __future__ import annotations
@@ -24,14 +19,11 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -45,17 +37,17 @@ from finelip_fast.checkpoint.weight_files import read_weights
 from finelip_fast.datasets import open_dataset
 from finelip_fast.errors import CheckpointError, ConfigError, TrainingError
 from finelip_fast.kernels.cpu import LinearPrecision
-from finelip_fast.model import FineLIP, TrainingOutput
+from finelip_fast.model import FineLIP
 from finelip_fast.training.batch import Batch
 from finelip_fast.training.config import TrainConfig
 from finelip_fast.training.data import TrainingData, identity_of
 from finelip_fast.training.distributed import gather, process_group
 from finelip_fast.training.features import Features, compute
 from finelip_fast.training.log import Log
-from finelip_fast.training.losses import contextual_alignment_loss, grounding_loss
 from finelip_fast.training.optimizer import freeze, parameter_groups, schedule
 from finelip_fast.training.start import autocast, choose_device, has_bfloat16, start_model
 from finelip_fast.training.state import check_resumable, damage_explained, write_state
+from finelip_fast.training.step import Step
 from finelip_fast.training.validation import mean_recall, validate
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +99,7 @@ class Trainer:
         # SigLIP's table is never stretched, so none of its rows is newer than the others.
         freezes_positions = config.freeze_positions and self.model.config.family == "clip"
         if freezes_positions and self.model.text.positional_embedding.requires_grad:
-            self.model.text.positional_embedding.register_hook(self._freeze)
+            self.model.text.positional_embedding.register_hook(self._zero_frozen_positions)
         # CLIP's betas: the second moment's shorter memory settles sooner after a jump in the gradient.
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True
@@ -118,10 +110,7 @@ class Trainer:
         self.step = self.seen = self.broken = 0
         self.best: dict[str, float] = {}
         self.data = self._resume()
-        self.criterion = config.criterion
-        self.forward: Any = torch.compile(self.model, dynamic=True) if config.compile else self.model
-        if world > 1:
-            self.forward = DistributedDataParallel(self.forward)
+        self.computation = Step(self.model, config, device, world)
         self._stop = False
 
     # The loop ------------------------------------------------------------------------------------------------------
@@ -181,9 +170,7 @@ class Trainer:
         share = schedule(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
-        cached = len(batches) > 1 and self.config.accumulation == "cached"
-        with self._attention():
-            values = self._cached_backward(batches) if cached else self._plain_backward(batches)
+        values = self.computation.backward(batches)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
         if not bool(values["loss"].isfinite() & norm.isfinite()):
             raise TrainingError(
@@ -203,67 +190,6 @@ class Trainer:
             "logit_scale": scale,
             "captions_cut": sum(batch.captions_cut for batch in batches),
         }
-
-    def _plain_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Backpropagate each pass with its own negatives; exact for a single pass."""
-        sums: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            with self._sync(index == len(batches) - 1):
-                output, batch = self._forward(batch)
-                loss, terms = self._loss(output.images, output.texts, batch.image_ids, output.logit_scale)
-                for name, (weight, value) in self._local_terms(output, batch).items():
-                    loss = loss + weight * value
-                    terms[name] = value.detach()
-                (loss / len(batches)).backward()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0) + value / len(batches)
-        return sums
-
-    def _cached_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Backpropagate all passes as one batch: embeddings first, then their gradient through a second forward pass each."""
-        with torch.no_grad():
-            embedded = [self._forward(batch)[0][:3] for batch in batches]
-        images, texts = (torch.cat([pair[side] for pair in embedded]).requires_grad_() for side in (0, 1))
-        scale = embedded[0][2].clone().requires_grad_()
-        image_ids = torch.cat([batch.image_ids for batch in batches]).to(self.device)
-        loss, terms = self._loss(images, texts, image_ids, scale)
-        grad_images, grad_texts, grad_scale = torch.autograd.grad(loss, (images, texts, scale))
-        size = len(batches[0].pixels)
-        for index, batch in enumerate(batches):
-            rows = slice(index * size, (index + 1) * size)
-            last = index == len(batches) - 1
-            with self._sync(last):
-                outputs = self._forward(batch)[0][:3]
-                gradients = (grad_images[rows], grad_texts[rows], grad_scale if last else torch.zeros_like(scale))
-                torch.autograd.backward(outputs, gradients)
-        return {"loss": loss.detach(), **terms}
-
-    def _forward(self, batch: Batch) -> tuple[TrainingOutput, Batch]:
-        """Return the model's output, and the batch on the model's device."""
-        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-        with autocast(self.device, self.config.precision):
-            return self.forward(batch.pixels, batch.ids, batch.tokens), batch
-
-    def _local_terms(self, output: TrainingOutput, batch: Batch) -> dict[str, tuple[float, Tensor]]:
-        """Loss terms, with their weights, whose negatives come from this process only, since it has many."""
-        terms, scale = {}, output.logit_scale
-        if weight := self.config.grounding:
-            phrases = batch.owners, batch.spans, batch.boxes, batch.labels
-            terms["grounding"] = weight, grounding_loss(output.patches, output.tokens, *phrases, scale)
-        if weight := self.config.contextual:
-            parts = output.texts[:, 0], batch.part_owners, batch.parts, batch.image_ids
-            value = contextual_alignment_loss(output.patches, output.tokens, *parts, scale, beta=self.config.beta)
-            terms["contextual"] = weight, value
-        return terms
-
-    def _loss(
-        self, images: Tensor, texts: Tensor, image_ids: Tensor, scale: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss over the pairs of all processes; every process computes the same one (see ``gather``)."""
-        loss, terms = self.criterion(gather(images), gather(texts), gather(image_ids), scale)
-        # Give the scale a zero gradient even if no loss uses it: neither autograd.backward nor DistributedDataParallel accepts
-        # a missing one.
-        return loss + 0.0 * scale, terms
 
     # Validation and saving ---------------------------------------------------------------------------------------------
 
@@ -389,6 +315,7 @@ class Trainer:
     # Small parts -------------------------------------------------------------------------------------------------------
 
     def _start_model(self) -> FineLIP:
+        """The model to train; the ablation's trainer makes its variant of it."""
         return start_model(self.config)
 
     def _open(self, spec: str) -> Any:
@@ -451,18 +378,10 @@ class Trainer:
                 "from the last state, or repair the data"
             )
 
-    def _freeze(self, gradient: Tensor) -> Tensor:
+    def _zero_frozen_positions(self, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         gradient[: self.config.freeze_positions] = 0
         return gradient
-
-    def _attention(self) -> Any:
-        """Use plain matrix products on a CPU, where the fused attention's backward pass is slower at short lengths."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-
-    def _sync(self, last: bool) -> Any:
-        """Average gradients over the processes only in the last pass of a step."""
-        return nullcontext() if last or self.world == 1 else self.forward.no_sync()
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._stop = True

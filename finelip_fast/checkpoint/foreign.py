@@ -40,6 +40,8 @@ _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
 # Entries that are not weights of the model; `logit_bias` goes into the configuration.
 _IGNORED = {*_OPENAI_SIZES, "attn_mask", "position_ids", "logit_bias", "n_averaged"}
 
+_MOST_LISTED = 10  # names in an error message
+
 _TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer"}
 _AGGREGATORS = {"cross_net.aggr_net.": "image_aggregator.", "cross_net.cap_aggr_net.": "text_aggregator."}
 _AGGREGATOR_PARTS = {"weight.0.": "norm.", "weight.1.": "hidden.", "weight.3.": "logits."}
@@ -310,8 +312,8 @@ def _join_positions(tensors: dict[str, Tensor]) -> None:
     tensors["text.positional_embedding"] = torch.cat([positions[:KEEP_POSITIONS], rest[KEEP_POSITIONS:]])
 
 
-def shortened(names: Iterable[str], limit: int = 10) -> str:
-    """Format names for an error message, at most ten by default."""
+def shortened(names: Iterable[str]) -> str:
+    """Format the first names for an error message, and the number of the others."""
     listed = list(names)
-    remainder = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(f"{name:.120}" for name in listed[:limit]) or "nothing") + remainder
+    remainder = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+    return (", ".join(f"{name:.120}" for name in listed[:_MOST_LISTED]) or "nothing") + remainder

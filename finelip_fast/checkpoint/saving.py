@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finelip_fast._arguments import floating_dtype, folder_path
-from finelip_fast._files import write_error, write_whole
+from finelip_fast._files import file_hash, write_error, write_whole
 from finelip_fast._json import parse_json
 from finelip_fast.checkpoint.architecture import Hints
 from finelip_fast.checkpoint.building import Contents, build, not_finite
@@ -84,7 +84,7 @@ def save(
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
-        digests.append(_sha256(path))
+        digests.append(file_hash(path))
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +284,7 @@ def _compared(opened: Opened) -> dict[str, Any]:
     """Compare a checkpoint's files with what was recorded of them."""
     weights, recorded = opened.weights, _recorded(opened, "weights_sha256")
     try:
-        actual, damaged = _sha256(weights), _damaged([weights, *shards(weights)])
+        actual, damaged = file_hash(weights), _damaged([weights, *shards(weights)])
     except OSError as error:
         raise CheckpointError(f"{weights}: cannot be read: {error}") from error
     if recorded is None and damaged is None:
@@ -310,11 +310,3 @@ def _damaged(files: list[Path]) -> list[str] | None:
     """List the damaged records of a checkpoint's files; None if none of the files has checksums."""
     checked = [records for path in files if (records := damaged_records(path)) is not None]
     return [name for records in checked for name in records] if checked else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

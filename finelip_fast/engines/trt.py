@@ -22,13 +22,11 @@ class TrtEngine(ExportedEngine):
         checkpoint: Folder, file or name, as :func:`finelip_fast.load` takes it.
         export: Plans to run; see :func:`finelip_fast.runtimes.manifest.find`.
         device: A CUDA device; None means the current one.
-        precision: Precision that the plans must have; None means any.
-        profile: Name of the optimisation profile that they must have; None means any.
         reason: Reason why this engine was chosen.
 
     Raises:
-        EngineError: No TensorRT or no GPU, or plans that do not fit the checkpoint, this GPU, this version of TensorRT or the
-            request, or were not proven; the message says what differs, and which command helps.
+        EngineError: No TensorRT or no GPU, or plans that do not fit the checkpoint, this GPU or this version of TensorRT, or
+            were not proven; the message says what differs, and which command helps.
         CheckpointError: A checkpoint that cannot be loaded.
     """
 
@@ -41,12 +39,9 @@ class TrtEngine(ExportedEngine):
         export: Export,
         device: str | torch.device | None = None,
         *,
-        precision: str | None = None,
-        profile: str | None = None,
         reason: str = "asked for",
     ) -> None:
         manifest = export.manifest
-        refuse_others(export, checkpoint, precision, profile)
         if (why := trt.why_not()) is not None:
             raise EngineError(f"engine='trt' cannot run: {why}; use engine='torch'")
         gpu = find_device(device)
@@ -75,25 +70,3 @@ def _graphs_beside(checkpoint: str | PathLike[str] | None, manifest: Manifest) -
     precision = trt.ONNX_PRECISION.get(manifest.precision, manifest.precision)
     beside = find(checkpoint, "onnx", precision).exports
     return {"onnx": {name: beside[0].manifest.files.get(name) for name in manifest.options["onnx"]}} if beside else {}
-
-
-def refuse_others(
-    export: Export, checkpoint: str | PathLike[str] | None, precision: str | None, profile: str | None
-) -> None:
-    """Refuse plans that are not the ones requested.
-
-    Raises:
-        EngineError: The plans are refused; the message says what differs, and which command makes the requested ones.
-    """
-    manifest = export.manifest
-    built_profile = manifest.options.get("profile", {}).get("name")
-    requests = {"precision": (manifest.precision, precision), "profile": (built_profile, profile)}
-    wrong = [
-        f"{name}: made for {was!r}, asked for {requested!r}"
-        for name, (was, requested) in requests.items()
-        if requested is not None and was != requested
-    ]
-    if wrong:
-        options = ["--profile", profile or built_profile] if profile or built_profile else []
-        command = rebuild_command(checkpoint, "trt", precision or manifest.precision, options)
-        raise EngineError(f"{export.folder} cannot be used: {'; '.join(wrong)}. Export it again: {command}")

@@ -185,13 +185,10 @@ class Contents:
                 embedded = view.read(rows).float()
             except FileNotFoundError as error:
                 if self._store.view() is view:
-                    raise self._missing(error) from None
+                    raise self._store.missing(error) from None
                 continue
             embedded = torch.nn.functional.normalize(embedded, dim=-1).to(self.device)
             return {items[position].id: row for position, row in zip(positions, embedded, strict=True)}
-
-    def _missing(self, error: FileNotFoundError) -> StoreError:
-        return StoreError(f"segment {error.filename} is missing: restore it, or run {remedies.repair(self.folder)}")
 
     def present(self, ids: Sequence[str]) -> set[str]:
         """The given ids that are in the index.

@@ -47,18 +47,18 @@ _ROW_BYTES = 8  # of an item's row in its list
 class FaissSource:
     """A :class:`finelip_fast.index.search.CandidateSource` over a view.
 
+    Attributes:
+        probes: Number of lists probed per query: an eighth of all, at least 16.
+
     Args:
         view: View that the rows belong to.
         file: File that :func:`build` wrote of the first ``covered`` rows, as a faiss index.
         path, size: Path that it is mapped from, and its length.
-        probes: Number of lists probed per query; None: an eighth of all, at least 16.
     """
 
-    def __init__(
-        self, view: View, file: Any, covered: int, path: Path, size: int, *, probes: int | None = None
-    ) -> None:
+    def __init__(self, view: View, file: Any, covered: int, path: Path, size: int) -> None:
         self._view, self._file, self._covered, self._path, self._size = view, file, covered, path, size
-        self.probes = probes or max(16, file.nlist // 8)
+        self.probes = max(16, file.nlist // 8)
 
     def __call__(self, queries: Tensor, count: int, among: Tensor | None, *, alpha: float) -> Tensor:
         queries = queries[:, 0]

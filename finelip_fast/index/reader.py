@@ -175,38 +175,28 @@ class CatalogueReader:
         layout = self.layout(version)
         return sum(row.rows for row in layout.segments) - len(layout.dead)
 
-    def items(self, version: int | None = None, *, within: SegmentRow | None = None) -> Iterator[Item]:
-        """Yield the items of a version (None: the newest) in order of insertion, ``within`` one segment or all.
+    def items(self, version: int, *, within: SegmentRow) -> Iterator[Item]:
+        """Yield the items of a version in one segment, in order of insertion.
 
         Items are read as needed, a few thousand at a time.
 
         Raises:
             StoreError: Another process compacts the index meanwhile, or an item is not what was written.
         """
-        version = self.version if version is None else version
-        segments = [within] if within is not None else None
-        if segments is None:
-            with self._database.reading():
-                self._refuse_forgotten(version)
-                segments = self.layout(version).segments
-        for row in segments:
-            position = row.first
-            while position < row.first + row.rows:
-                rows, is_sealed = self._some_rows(version, position, row.first + row.rows)
-                position += len(rows)
-                # One by one: thousands of dictionaries at once would keep Python's garbage collector busy.
-                for values in rows:
-                    item = self._item(values, is_sealed)
-                    if values[4] is None or values[4] > version:
-                        yield item
-
-    def _refuse_forgotten(self, version: int) -> None:
-        if self.oldest > version:
-            raise StoreError(f"the index at {self._folder} was compacted while it was read; read it again")
+        position, stop = within.first, within.first + within.rows
+        while position < stop:
+            rows, is_sealed = self._some_rows(version, position, stop)
+            position += len(rows)
+            # One by one: thousands of dictionaries at once would keep Python's garbage collector busy.
+            for values in rows:
+                item = self._item(values, is_sealed)
+                if values[4] is None or values[4] > version:
+                    yield item
 
     def _some_rows(self, version: int, start: int, stop: int) -> tuple[list[tuple[Any, ...]], bool]:
         with self._database.reading() as connection:
-            self._refuse_forgotten(version)
+            if self.oldest > version:
+                raise StoreError(f"the index at {self._folder} was compacted while it was read; read it again")
             rows = connection.run(
                 f"SELECT {ITEM} FROM item WHERE position >= ? AND position < ? ORDER BY position LIMIT 4096",
                 start,

@@ -157,11 +157,14 @@ class Store:
                 return self._open(layout)
             except FileNotFoundError as error:
                 if self.catalogue.layout(self.fixed) == layout:
-                    raise StoreError(
-                        f"segment {error.filename} is missing; restore it, or keep the rest with "
-                        f"{remedies.repair(self.folder)}"
-                    ) from None
+                    raise self.missing(error) from None
                 # It was compacted meanwhile.
+
+    def missing(self, error: FileNotFoundError) -> StoreError:
+        """The error that says that a segment is missing, for one that was raised where it was opened or read."""
+        return StoreError(
+            f"segment {error.filename} is missing; restore it, or keep the rest with {remedies.repair(self.folder)}"
+        )
 
     def _open(self, layout: Layout) -> View:
         with between_forks(), self.view_lock:

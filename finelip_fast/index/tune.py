@@ -18,6 +18,7 @@ from finelip_fast.errors import InputError
 from finelip_fast.index.checks import missing
 from finelip_fast.index.index import Index
 from finelip_fast.index.search import TWO_STAGES, Tuning, TwoStages, best_rows, exact_mode
+from finelip_fast.index.searching import Searcher
 from finelip_fast.index.view import View
 
 CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -44,7 +45,7 @@ def sample_queries(index: Index, count: int = 200, *, seed: int = 0) -> Tensor:
     Raises:
         InputError: The index is empty.
     """
-    view = index._store.view()
+    view = index._searcher.store.view()
     if not len(view):
         raise InputError("expected an index with items to tune, got an empty one; add items first")
     numbers = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -87,7 +88,8 @@ def tune(
             the index is too small to choose from.
         StoreError: The choice cannot be stored.
     """
-    view = index._store.view()
+    searcher = index._searcher
+    view = searcher.store.view()
     alpha = index.spec.alpha if alpha is None else alpha
     if not len(queries) or (answers is not None and len(answers) != len(queries)):
         raise InputError(
@@ -103,7 +105,7 @@ def tune(
         modes = TWO_STAGES if index.sketch_bits is not None else TWO_STAGES[:1]
     for mode in modes:
         one_of("mode", mode, TWO_STAGES)
-    right = None if answers is None else _rows_of(index, view, answers)
+    right = None if answers is None else _rows_of(searcher, view, answers)
     exact = partial(best_rows, view, k=k, alpha=alpha, mode=exact_mode(view, alpha))
     with tqdm(total=len(queries) * (1 + len(modes) * len(tried)), unit="query", disable=not progress) as bar:
         best = _search(exact, queries, bar)
@@ -112,7 +114,7 @@ def tune(
         for mode, number in product(modes, tried):
             if any(trial.mode == mode and trial.agreement >= agreement for trial in trials):
                 continue  # more candidates would only take longer
-            source = index._first_stage(view, mode, alpha)
+            source = searcher.first_stage(view, mode, alpha)
             two_stages = partial(best_rows, view, k=k, alpha=alpha, mode=mode, candidates=number, source=source)
             numbers = _search(two_stages, queries, bar)
             change = None if right is None else _recall(numbers, right) - _recall(best, right)
@@ -139,8 +141,8 @@ def tune(
     return tuning, trials
 
 
-def _rows_of(index: Index, view: View, ids: Sequence[str]) -> Tensor:
-    positions = index._store.catalogue.find(ids)
+def _rows_of(searcher: Searcher, view: View, ids: Sequence[str]) -> Tensor:
+    positions = searcher.store.catalogue.find(ids)
     absent = [item for item in ids if item not in positions]
     if absent:
         raise missing(absent)

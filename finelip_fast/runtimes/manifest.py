@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from finelip_fast._files import cache_folder, plain_name, read_bytes, write_text_whole
+from finelip_fast._files import cache_folder, file_hash, plain_name, read_bytes, write_text_whole
 from finelip_fast._json import read_json
 from finelip_fast.errors import EngineError
 
@@ -321,12 +321,3 @@ def rebuild_command(
 ) -> str:
     """Command line that makes an export."""
     return shlex.join(["finelip", *rebuild_arguments(checkpoint, runtime, precision, options)])
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

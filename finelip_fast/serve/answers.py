@@ -63,6 +63,13 @@ class Refusal(Exception):
         return answer({"error": error, **self.fields}, status=self.status, headers=self.headers)
 
 
+def no_item(id: str, clause: str = "") -> Refusal:
+    """Return the refusal for the id of a missing item."""
+    return Refusal(
+        404, "no_such_item", f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}", param="item"
+    )
+
+
 def answer(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a value as a JSON answer."""
     return Response(json_bytes(value), status, headers, media_type="application/json")

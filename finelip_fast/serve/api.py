@@ -1,31 +1,26 @@
-"""The routes of ``/v1``: search, scores, explanations and items."""
+"""The routes of ``/v1``: search, scores, explanations, and what is served."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import Any
 
-from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
 from finelip_fast._files import installed
-from finelip_fast._json import parse_json
-from finelip_fast.errors import ImageError, InputError
 from finelip_fast.explain import Explanation
 from finelip_fast.explain.pictures import explained
 from finelip_fast.hits import Hit
 from finelip_fast.kernels import clim_scores
 from finelip_fast.serve import schemas
-from finelip_fast.serve.answers import Refusal, answer
-from finelip_fast.serve.collection import Added, Collection, Upload
+from finelip_fast.serve.answers import Refusal, answer, no_item
+from finelip_fast.serve.collection import Collection, model_name
 from finelip_fast.serve.requests import (
     File,
     check_count,
@@ -33,62 +28,30 @@ from finelip_fast.serve.requests import (
     check_texts,
     check_where,
     deadline,
-    item_of,
     listed,
     media_type,
     read_form,
     read_json,
-    refused_pictures,
     serving,
     size_of,
     stage,
     unsupported,
     validated,
 )
-from finelip_fast.serve.thumbnails import SIDES
+from finelip_fast.serve.thumbnails import thumbnail_address
 from finelip_fast.tokenizer import Tokenizer, encode_batch, expected_truncation, token_spans
 
 _WORD = re.compile(r"\S+")
 
-_UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {
-                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                        "metadata": {
-                            "type": "string",
-                            "description": "JSON: an object for the one picture, or a list of one for each.",
-                            "examples": ['{"camera": "front"}', '[{"camera": "front"}, {"camera": "rear"}]'],
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
-
 router = APIRouter(prefix="/v1", tags=["search"])
-
-
-def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
-    """Return the OpenAPI description of a request body, which the routes read themselves, within bounds."""
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    examples = {name: {"value": body} for name, body in schemas.EXAMPLES[model].items()}
-    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
-    if form:
-        content["multipart/form-data"] = {"schema": schema}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 # Searching -----------------------------------------------------------------------------------------------------------
 
 
-@router.post("/search", response_model=schemas.SearchResponse, openapi_extra=takes(schemas.SearchRequest, form=True))
+@router.post(
+    "/search", response_model=schemas.SearchResponse, openapi_extra=schemas.takes(schemas.SearchRequest, form=True)
+)
 async def search(request: Request) -> Response:
     """Find the best items for one or many texts, pictures or items; one result for each, in order."""
     server = serving(request)
@@ -187,7 +150,7 @@ def _hit(hit: Hit, shard: str | None) -> dict[str, Any]:
     }
 
 
-@router.post("/score", response_model=schemas.ScoreResponse, openapi_extra=takes(schemas.ScoreRequest))
+@router.post("/score", response_model=schemas.ScoreResponse, openapi_extra=schemas.takes(schemas.ScoreRequest))
 async def score(request: Request) -> Response:
     """Score every picture against every text, without the index."""
     server = serving(request)
@@ -216,7 +179,7 @@ def _scores(images: Sequence[Any], texts: Sequence[Any], alpha: float) -> list[l
 # Explaining ----------------------------------------------------------------------------------------------------------
 
 
-@router.post("/explain", response_model=schemas.ExplainResponse, openapi_extra=takes(schemas.ExplainRequest))
+@router.post("/explain", response_model=schemas.ExplainResponse, openapi_extra=schemas.takes(schemas.ExplainRequest))
 async def explain(request: Request) -> Response:
     """Explain the score of a picture and a text: each word with its places, each place with its words."""
     server = serving(request)
@@ -264,7 +227,7 @@ def _explained(collection: Collection, source: bytes | Path, text: str) -> dict[
     }
 
 
-@router.post("/tokens", response_model=schemas.TokensResponse, openapi_extra=takes(schemas.TokensRequest))
+@router.post("/tokens", response_model=schemas.TokensResponse, openapi_extra=schemas.takes(schemas.TokensRequest))
 async def tokens(request: Request) -> Response:
     """Count a text's tokens, and find where in it the context ends."""
     server = serving(request)
@@ -286,156 +249,6 @@ def _counted(text: str, context: int, tokenizer: Tokenizer) -> dict[str, int | N
         # The last position of the context belongs to the end token.
         cut_at = next((start for (start, _), (_, last) in placed_spans if last >= context), len(text))
     return {"tokens": int(batch.lengths[0]) + cut, "context": context, "cut_at": cut_at}
-
-
-# Items ---------------------------------------------------------------------------------------------------------------
-
-
-@router.get("/items", response_model=schemas.ItemsResponse)
-async def items(
-    request: Request,
-    where: Annotated[str | None, Query(description="Filter on the metadata, such as `camera = 'front'`.")] = None,
-    limit: Annotated[int, Query(ge=1, description="Items of the page.")] = 100,
-    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
-) -> Response:
-    """List one page of the items, in the order they were added."""
-    server = serving(request)
-    limits = server.settings.limits
-    if limit > limits.items:
-        message = f"expected a limit of at most {limits.items}, got {limit}; use after for the next page"
-        raise Refusal(400, "limit_too_large", message, param="limit")
-
-    def page() -> dict[str, Any]:
-        part, following = server.collection.items(where=check_where(where, limits), limit=limit, after=after)
-        listing = []
-        for item in part:
-            path = server.collection.picture(item.id)
-            listing.append(
-                {
-                    "id": item.id,
-                    "metadata": item.metadata,
-                    "path": None if path is None else str(path),
-                    "thumbnail": None if path is None else thumbnail_address(item.id),
-                }
-            )
-        return {"items": listing, "total": len(server.collection), "next": following}
-
-    return answer(await server.pipeline.run(page, deadline=deadline(request)))
-
-
-@router.get("/items/{id:path}/thumbnail", response_class=Response)
-async def thumbnail(
-    request: Request,
-    id: str,
-    side: Annotated[int, Query(description=f"Longer side in pixels, one of {SIDES}.")] = 320,
-) -> Response:
-    """Return a small copy of an item's picture, never of another file."""
-    server = serving(request)
-    item = item_of(request, "/thumbnail")
-    if side not in SIDES:
-        raise Refusal(400, "no_such_side", f"expected side to be one of {SIDES}, got {side}", param="side")
-    path = await server.pipeline.run(server.collection.picture, item, deadline=deadline(request))
-    if path is None:
-        raise no_item(item, "whose picture is there")
-    try:
-        content = await server.pipeline.run(server.thumbnails.get, path, side, deadline=deadline(request))
-    except ImageError:
-        raise no_item(item, "whose picture can be read") from None
-    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    if tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(content, media_type=server.thumbnails.media_type, headers=headers)
-
-
-@router.post("/items", status_code=201, response_model=schemas.AddResponse, openapi_extra=_UPLOAD)
-async def add(request: Request) -> Response:
-    """Add pictures; those reported as added are on disk and found by every later search.
-
-    One that cannot be added is reported with the reason and affects no others; 400, with the same `items`, if none was added.
-    """
-    require_writable(request)
-    server = serving(request)
-    limits = server.settings.limits
-    kind = media_type(request)
-    if kind != "multipart/form-data":
-        raise unsupported(kind, "multipart/form-data")
-    files: list[File] = []
-    metadata: list[dict[str, Any]] | None = None
-    for name, value in await read_form(request, limits):
-        if name == "image" and isinstance(value, File):
-            files.append(value)
-        elif name == "metadata" and metadata is None:
-            metadata = _metadata(value.content if isinstance(value, File) else value)
-        else:
-            message = "expected image as files, and metadata once"
-            raise Refusal(400, "invalid_form", message, param=name[:200])
-    if not files or (metadata is not None and len(metadata) != len(files)):
-        got = f"{len(files)} pictures" + ("" if metadata is None else f" and metadata of {len(metadata)}")
-        raise Refusal(400, "invalid_form", f"expected files as image, and metadata for all or none of them, got {got}")
-    added = [
-        Added(None, file.name, reason)
-        for file, reason in zip(files, await refused_pictures([file.content for file in files], limits), strict=True)
-    ]
-    sound = [place for place, item in enumerate(added) if item.reason is None]
-    uploads = [Upload(files[place].content, files[place].name, metadata[place] if metadata else {}) for place in sound]
-    if uploads:
-        results = await server.pipeline.run(server.collection.add, uploads, deadline=deadline(request))
-        for place, item in zip(sound, results, strict=True):
-            added[place] = item
-    items = [{"id": item.id, "name": item.name, "reason": item.reason} for item in added]
-    body = {"added": sum(item.id is not None and not item.existing for item in added), "items": items}
-    if all(item.id is None for item in added):
-        reasons = [str(item.reason) if len(added) == 1 else f"{item.name}: {item.reason}" for item in added]
-        raise Refusal(400, "nothing_added", "; ".join(reasons), param="image", fields=body)
-    return answer(body, status=201)
-
-
-def _metadata(text: str | bytes) -> list[dict[str, Any]]:
-    values = parse_json(text, "metadata", error=InputError, expected="an object, or a list of one for each picture")
-    fields = listed(values)
-    if not all(isinstance(part, dict) for part in fields):
-        raise Refusal(400, "invalid_form", "expected metadata to be an object, or a list of objects", param="metadata")
-    return fields
-
-
-@router.delete("/items/{id:path}", response_model=schemas.RemoveResponse)
-async def remove(request: Request, id: str) -> Response:
-    """Delete an item permanently."""
-    server = serving(request)
-    require_writable(request)
-    item = item_of(request)
-    try:
-        await server.pipeline.run(server.collection.delete, [item], deadline=deadline(request))
-    except InputError:
-        raise no_item(item) from None
-    return answer({"removed": 1})
-
-
-def require_writable(request: Request) -> None:
-    """
-    Raises:
-        Refusal: 403 if items may not be added or deleted.
-    """
-    server = serving(request)
-    if not (server.settings.writable and server.collection.writable):
-        raise Refusal(
-            403,
-            "read_only",
-            "the server is read-only; start it with --writable",
-        )
-
-
-def no_item(id: str, clause: str = "") -> Refusal:
-    """Return the refusal for the id of a missing item."""
-    return Refusal(
-        404, "no_such_item", f"expected the id of an item {clause}".rstrip() + f", got {id!r:.200}", param="item"
-    )
-
-
-def thumbnail_address(id: str) -> str:
-    """Return the address of an item's thumbnail; any id is one segment of the path."""
-    return f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
 
 
 # The server ----------------------------------------------------------------------------------------------------------
@@ -470,8 +283,3 @@ async def info(request: Request) -> Response:
         }
 
     return answer(await server.pipeline.run(described, deadline=deadline(request)))
-
-
-def model_name(source: str) -> str:
-    """Return the name of a checkpoint from its source, without any folder of this machine."""
-    return (Path(source).name if Path(source).is_absolute() else source) or "finelip-scenes"

@@ -22,10 +22,10 @@ from starlette.responses import HTMLResponse, Response
 from finelip_fast._files import installed
 from finelip_fast._pages import render
 from finelip_fast.errors import FineLIPError
-from finelip_fast.serve import api, health, openai, schemas
+from finelip_fast.serve import api, health, items, openai, schemas
 from finelip_fast.serve.answers import Refusal, refusal_of
 from finelip_fast.serve.batching import Workers
-from finelip_fast.serve.collection import Collection
+from finelip_fast.serve.collection import Collection, model_name
 from finelip_fast.serve.guards import Account, Bounds, Doors
 from finelip_fast.serve.health import Health, warm
 from finelip_fast.serve.metrics import Metrics
@@ -93,10 +93,11 @@ def create_app(collection: Collection, settings: ServeSettings, computing: Worke
     app.state.serving, app.state.metrics, app.state.health = server, metrics, Health(server)
     app.state.described = {
         "version": app.version,
-        "model": api.model_name(collection.engine.source),
+        "model": model_name(collection.engine.source),
         "engine": str(collection.engine),
     }
     app.include_router(api.router, responses=faults)
+    app.include_router(items.router, responses=faults)
     app.include_router(openai.router, responses=faults)
     app.include_router(health.router)
     _add_pages(app)

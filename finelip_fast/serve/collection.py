@@ -147,6 +147,11 @@ class Collection(Protocol):
         """Release the collection's resources."""
 
 
+def model_name(source: str) -> str:
+    """Return the name of a checkpoint from its source, without any folder of this machine."""
+    return (Path(source).name if Path(source).is_absolute() else source) or "finelip-scenes"
+
+
 def local_file(id: str, metadata: Mapping[str, Any], root: Path | None) -> Path | None:
     """Return the local file of an item's picture, even if added by path without a hash, or None if there is none."""
     path = picture_path(id, metadata, root) or (id if root is None else os.path.normpath(root / id))

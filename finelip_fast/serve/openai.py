@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import Refusal, answer
-from finelip_fast.serve.api import model_name, takes
+from finelip_fast.serve.collection import model_name
 from finelip_fast.serve.requests import (
     check_count,
     check_pictures,
@@ -31,7 +31,9 @@ _ALIAS = "finelip"
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.post("/embeddings", response_model=schemas.EmbeddingsResponse, openapi_extra=takes(schemas.EmbeddingsRequest))
+@router.post(
+    "/embeddings", response_model=schemas.EmbeddingsResponse, openapi_extra=schemas.takes(schemas.EmbeddingsRequest)
+)
 async def embeddings(request: Request) -> Response:
     """Embed texts and pictures: global rows or, with ``multi_vector``, all rows, which late interaction compares."""
     server = serving(request)

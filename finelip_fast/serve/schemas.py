@@ -283,3 +283,13 @@ EXAMPLES: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
         "a picture, all its rows": {"input": {"image": _PICTURE}, "multi_vector": True},
     },
 }
+
+
+def takes(model: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI description of a request body, which the routes read themselves, within bounds."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    examples = {name: {"value": body} for name, body in EXAMPLES[model].items()}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
+    if form:
+        content["multipart/form-data"] = {"schema": schema}
+    return {"requestBody": {"required": True, "content": content}}

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from PIL import features
 
@@ -22,6 +23,11 @@ from finelip_fast.preprocess import open_thumbnail
 SIDES = (160, 320, 640, 1280, 2048)
 
 _QUALITY = 80
+
+
+def thumbnail_address(id: str) -> str:
+    """Return the address of an item's thumbnail; any id is one segment of the path."""
+    return f"/v1/items/{quote(id, safe='', errors='surrogateescape')}/thumbnail"
 
 
 class _Key(NamedTuple):

@@ -11,8 +11,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from finelip_fast._files import sync_folder, write_error, write_whole
-from finelip_fast.picture_files import content_hash
+from finelip_fast._files import file_hash, sync_folder, write_error, write_whole
 
 _DIGITS = 32
 _LONGEST_NAME = 80  # bytes kept of the name that was sent
@@ -59,7 +58,7 @@ class Uploads:
             WriteError: The picture cannot be written.
         """
         with suppress(OSError):
-            if path.stat().st_size == len(content) and content_hash(path).startswith(path.name[:_DIGITS]):
+            if path.stat().st_size == len(content) and file_hash(path).startswith(path.name[:_DIGITS]):
                 return False
         self._make(path.parent)
         write_whole(path, lambda temporary: temporary.write_bytes(content), size=len(content))

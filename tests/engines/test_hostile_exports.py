@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import finelip_fast
+from finelip_fast._files import file_hash
 from finelip_fast.checkpoint import fingerprint
 from finelip_fast.engines import Engine, open_engine
 from finelip_fast.engines.onnx import OnnxEngine
@@ -25,7 +26,7 @@ from finelip_fast.errors import EngineError, FineLIPError
 from finelip_fast.export import graphs
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.runtimes import graph as contents
-from finelip_fast.runtimes.manifest import Export, file_hash, read
+from finelip_fast.runtimes.manifest import Export, read
 
 EXAMPLES = settings.get_profile("fuzz").max_examples
 PAIRS = "scenes:test:8"

@@ -15,12 +15,13 @@ import pytest
 
 import finelip_fast
 from finelip_fast import cli
+from finelip_fast._files import file_hash
 from finelip_fast.engines import open_engine
 from finelip_fast.errors import EngineError, FineLIPError, InputError
 from finelip_fast.export.to_onnx import export_onnx
 from finelip_fast.runtimes import onnx as onnx_runtime
 from finelip_fast.runtimes import trt as trt_runtime
-from finelip_fast.runtimes.manifest import file_hash, rebuild_command
+from finelip_fast.runtimes.manifest import rebuild_command
 
 PAIRS = "scenes:test:8"
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._files import file_hash
 from finelip_fast.engines import trt as engine
 from finelip_fast.engines.trt import TrtEngine
 from finelip_fast.errors import EngineError
 from finelip_fast.export import graphs, precision, to_onnx
 from finelip_fast.export.to_trt import Builder, export_trt
 from finelip_fast.runtimes import trt as runtime
-from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, file_hash, read
+from finelip_fast.runtimes.manifest import Export, Manifest, exports_folder, read
 
 CONTEXT = 48
 ADA = runtime.Machine("tensorrt_rtx", "", "NVIDIA GeForce RTX 4090", "8.9")
@@ -93,7 +94,7 @@ def on(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("capability", "machine"), [("8.9", ADA), ("12.0", BLACKWELL)])
 def test_plans_that_fit_are_loaded(on, plans, checkpoint: Path, capability: str, machine: runtime.Machine) -> None:
     on(machine)
-    opened = TrtEngine(checkpoint, plans[capability], precision="fp16", profile="latency")
+    opened = TrtEngine(checkpoint, plans[capability])
     assert str(opened) == f"trt: {machine.gpu}, fp16, latency (asked for)"
     assert opened.device == torch.device("cuda")
     assert opened.fingerprint == checkpoints.fingerprint(checkpoint)
@@ -141,24 +142,6 @@ def test_a_wrong_version_is_refused(on, plans, checkpoint: Path) -> None:
     on(ADA._replace(module="tensorrt", version="10.9.0.34"))
     with pytest.raises(EngineError, match="module: made for 'tensorrt_rtx', here it is 'tensorrt'; version: "):
         TrtEngine(checkpoint, plans["8.9"])
-
-
-def test_a_wrong_precision_is_refused(on, plans, checkpoint: Path) -> None:
-    on(ADA)
-    command = rf"finelip export trt {checkpoint} --precision bf16 --profile latency$"
-    with pytest.raises(
-        EngineError, match=rf"precision: made for 'fp16', asked for 'bf16'\. Export it again: {command}"
-    ):
-        TrtEngine(checkpoint, plans["8.9"], precision="bf16")
-
-
-def test_a_wrong_profile_is_refused(on, plans, checkpoint: Path) -> None:
-    on(ADA)
-    command = rf"finelip export trt {checkpoint} --precision fp16 --profile throughput$"
-    with pytest.raises(
-        EngineError, match=rf"profile: made for 'latency', asked for 'throughput'\. Export it again: {command}"
-    ):
-        TrtEngine(checkpoint, plans["12.0"], profile="throughput")
 
 
 def test_a_wrong_checkpoint_is_refused(on, plans, make_model, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 import finelip_fast
 from finelip_fast import checkpoint as checkpoints
+from finelip_fast._files import file_hash
 from finelip_fast.cli import main
 from finelip_fast.errors import EngineError, InputError
 from finelip_fast.export import graphs, parity, to_onnx, to_trt
 from finelip_fast.export import precision as half
 from finelip_fast.export.to_trt import Builder, export_trt, prove_trt
 from finelip_fast.runtimes import trt as runtime
-from finelip_fast.runtimes.manifest import Manifest, exports_folder, file_hash, find, read
+from finelip_fast.runtimes.manifest import Manifest, exports_folder, find, read
 
 trt = pytest.importorskip("tensorrt_rtx")
 

@@ -367,9 +367,9 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         index.delete([str(n) for n in range(0, 400, 3)])
         options = {"mode": "two-stage", "candidates": 40}
         exact = ids(index, queries, 5, mode="exact")
-        assert index._first_stage(index._store.view(), "two-stage", 0.5) is None
+        assert index._searcher.first_stage(index._store.view(), "two-stage", 0.5) is None
         index.build_candidates(lists=8, progress=False)
-        source = index._first_stage(index._store.view(), "two-stage", 0.5)
+        source = index._searcher.first_stage(index._store.view(), "two-stage", 0.5)
         assert source is not None
         source.probes = 8
         assert ids(index, queries, 5, mode="two-stage", candidates=200) == exact  # with all lists, it is exact
@@ -380,14 +380,14 @@ def test_faiss_gives_candidates_until_the_index_begins_with_others(tmp_path: Pat
         assert [len(row) for row in ids(index, queries, 300, mode="two-stage", candidates=399)] == [266] * 5
         new = torch.nn.functional.normalize(queries[:1] + 0.01, dim=-1)
         index.add(["new"], new, [{"n": 0}])
-        assert index._first_stage(index._store.view(), "two-stage", 0.5) is not source
+        assert index._searcher.first_stage(index._store.view(), "two-stage", 0.5) is not source
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         assert ids(index, queries[:1], 1, **options, where="n = 0") == [["new"]]
     with closing(Index(SPEC, tmp_path)) as index:
-        assert index._first_stage(index._store.view(), "two-stage", 0.5) is not None
+        assert index._searcher.first_stage(index._store.view(), "two-stage", 0.5) is not None
         assert tune(index, queries, agreement=0.5, k=5, candidates=[20], progress=False)[0].agreement > 0.5
         index.maintain()
-        assert index._first_stage(index._store.view(), "two-stage", 0.5) is None
+        assert index._searcher.first_stage(index._store.view(), "two-stage", 0.5) is None
         assert ids(index, queries[:1], 1, **options) == [["new"]]
         with pytest.raises(InputError, match="expected at least as many items as lists, got 267 for 1000"):
             index.build_candidates(lists=1000, progress=False)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from finelip_fast._files import file_hash
 from finelip_fast.errors import EngineError
 from finelip_fast.runtimes.manifest import (
     Export,
     Manifest,
     exports_folder,
-    file_hash,
     find,
     read,
     rebuild_command,

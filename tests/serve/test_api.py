@@ -19,11 +19,11 @@ from finelip_fast import Retriever
 from finelip_fast.hits import Hit, Hits
 from finelip_fast.serve import schemas
 from finelip_fast.serve.answers import json_bytes
-from finelip_fast.serve.api import thumbnail_address
 from finelip_fast.serve.app import create_app
 from finelip_fast.serve.collection import Found
 from finelip_fast.serve.index_collection import RetrieverCollection
 from finelip_fast.serve.settings import Limits, ServeSettings
+from finelip_fast.serve.thumbnails import thumbnail_address
 
 from .asgi import encoded, file_of, picture, talk
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,12 +67,10 @@ Configure = Callable[..., TrainConfig]
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split features into several parts of each kind."""
     monkeypatch.setattr(module, "_PICTURES", 2)
     monkeypatch.setattr(module, "_CAPTIONS", 3)
-    yield
-    module._opened.cache_clear()
 
 
 def parts(folder: Path) -> dict[str, int]:
@@ -144,6 +142,20 @@ def test_what_is_missing_is_computed_again_and_nothing_else(
     after = parts(folder)
     assert after.keys() == before.keys()
     assert [name for name in before if after[name] != before[name]] == lost
+
+
+def test_a_folder_that_is_removed_and_computed_again_has_the_new_features(
+    model: FineLIP, pairs: FileExamples, tmp_path: Path
+) -> None:
+    outdated = compute(model, pairs, tmp_path / "features")
+    old_features = outdated.picture(0), outdated.caption(0)
+    shutil.rmtree(tmp_path / "features")
+    second_model = FineLIP(CONFIG)
+    features, expected = (compute(second_model, pairs, tmp_path / name) for name in ("features", "elsewhere"))
+    assert torch.equal(features.picture(0), expected.picture(0))
+    assert torch.equal(features.caption(0), expected.caption(0))
+    assert not torch.equal(features.picture(0), old_features[0])
+    assert not torch.equal(features.caption(0), old_features[1])
 
 
 def test_processes_share_the_work(model: FineLIP, pairs: FileExamples, tmp_path: Path) -> None:

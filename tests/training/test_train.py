@@ -707,7 +707,7 @@ def test_a_run_goes_on_with_other_rates(configure, caplog):
 
 
 def test_going_on_with_other_processes_meets_the_rest_of_the_epoch(configure, monkeypatch, caplog):
-    monkeypatch.setattr(training, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr("finelip_fast.training.step.DistributedDataParallel", lambda model: model)
     train(configure(**LASTING, stop_at=1))  # 8 of 16 pairs
     batches = iter(Trainer(configure(**LASTING), CPU).data)
     trainers = [Trainer(configure(**LASTING), CPU, rank, 2) for rank in range(2)]

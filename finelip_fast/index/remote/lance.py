@@ -33,7 +33,6 @@ from finelip_fast.errors import InputError, StoreError
 from finelip_fast.index.arrays import checksums
 from finelip_fast.index.catalogue import Catalogue, Item
 from finelip_fast.index.checks import as_json, as_queries, check_ids, missing, taken
-from finelip_fast.index.index import SearchResults
 from finelip_fast.index.reader import spec_differences
 from finelip_fast.index.remote.rows import Batch, Keys, refuse_damaged
 from finelip_fast.index.remote.tables import (
@@ -46,6 +45,7 @@ from finelip_fast.index.remote.tables import (
     schema_of,
     spec_of,
 )
+from finelip_fast.index.searching import SearchResults
 from finelip_fast.index.spec import IndexSpec
 from finelip_fast.kernels import clim_scores, clim_topk
 

@@ -52,7 +52,7 @@ class AblationTrainer(Trainer):
         self.variant = variant
         super().__init__(config, device, progress=False)  # the caller shows a bar for all runs
         late_interaction = partial(self.model.score, alpha=0.0)
-        self.criterion = dataclasses.replace(config.criterion, late_interaction=late_interaction)
+        self.computation.criterion = dataclasses.replace(config.criterion, late_interaction=late_interaction)
 
     def _start_model(self) -> FineLIP:
         return AblatedFineLIP(super()._start_model(), self.variant)
