@@ -361,7 +361,7 @@ def test_eval_on_scenes(finelip: Callable[..., str], checkpoint: Path) -> None:
     ]
     result = json.loads(finelip(*arguments, "--json"))
     assert result["pairs"] == 4
-    assert [(row["context"], row["score"]) for row in result["rows"][::3]] == [(12, "global"), (40, "global")]
+    assert [(row["context_length"], row["score"]) for row in result["rows"][::3]] == [(12, "global"), (40, "global")]
     assert all(0 <= row["t2i_recall@1"] <= 1 for row in result["rows"])
     assert len(finelip(*arguments).splitlines()) == 7
 

@@ -173,10 +173,10 @@ def test_a_shorter_context_cuts_there(engine: Engine) -> None:
     torch.testing.assert_close(cut[0], cut[1], **CLOSE)
 
 
-@pytest.mark.parametrize("context", [0, 2, CONTEXT + 1])
-def test_a_context_that_cannot_be_is_refused(engine: Engine, context: int) -> None:
-    with pytest.raises(InputError, match=f"expected .*{max(3, min(context, CONTEXT))}"):
-        engine.embed_texts(["a red house"], context_length=context)
+@pytest.mark.parametrize("context_length", [0, 2, CONTEXT + 1])
+def test_a_context_that_cannot_be_is_refused(engine: Engine, context_length: int) -> None:
+    with pytest.raises(InputError, match=f"expected .*{max(3, min(context_length, CONTEXT))}"):
+        engine.embed_texts(["a red house"], context_length=context_length)
 
 
 def test_longer_texts_are_refused_or_cut_or_windowed(engine: Engine) -> None:

@@ -195,7 +195,7 @@ def test_an_explanation_is_the_librarys(client: TestClient, retriever: Retriever
 @pytest.mark.parametrize("text", ["", "a red house", "Ünïcödé 🏠 house", "house " * 60, "house" * 300, " \n "])
 def test_tokens_are_counted_where_the_context_ends(client: TestClient, retriever: Retriever, text: str) -> None:
     answer = post(client, "/v1/tokens", {"text": text})
-    assert (answer["context"], answer["cut_at"] is None) == (40, answer["tokens"] <= 40)
+    assert (answer["context_length"], answer["cut_at"] is None) == (40, answer["tokens"] <= 40)
     if answer["cut_at"] is not None:
         assert post(client, "/v1/tokens", {"text": text[: answer["cut_at"]]})["cut_at"] is None
 
@@ -329,7 +329,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_added(checkpoint: 
 def test_what_is_served_is_told(client: TestClient) -> None:
     info = client.get("/v1/info").json()
     schemas.InfoResponse.model_validate(info)
-    assert (info["items"], info["context"], info["model"], info["warning"]) == (6, 40, "checkpoint", None)
+    assert (info["items"], info["context_length"], info["model"], info["warning"]) == (6, 40, "checkpoint", None)
     assert info["limits"]["k"] == 1000
 
 

@@ -615,5 +615,5 @@ def test_the_apis_documentation_is_drawn_under_its_own_policy(open_page: Callabl
     page.get_by_role("button", name="Try it out").click()
     page.get_by_role("button", name="Execute").click()
     answer = page.locator(".live-responses-table .response-col_description .microlight").first
-    expect(answer).to_contain_text('"context": 256')
+    expect(answer).to_contain_text('"context_length": 256')
     assert all(url.startswith((address, "data:")) for url in requests)
