@@ -827,6 +827,7 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         ("export onnx --pairs scenes:test:8", "--pairs is called --data now."),
         ("export trt --pairs scenes:test:8", "--pairs is called --data now."),
         ("convert a b --half", "--half is called --dtype float16 now."),
+        ("convert a.pt b --part ema", "--part is called --key now."),
         ("tune --out table.json", "--out is called --settings now."),
         ("train --val scenes:val", "--val is called --validation now."),
         ("train --image-root photos", "--image-root is called --root now."),
