@@ -831,6 +831,7 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         ("tune --out table.json", "--out is called --settings now."),
         ("train --val scenes:val", "--val is called --validation now."),
         ("train --image-root photos", "--image-root is called --root now."),
+        ("train --accumulate 4", "--accumulate is called --accumulation-steps now."),
     ],
 )
 def test_a_former_spelling_is_answered_with_the_one_of_today(
